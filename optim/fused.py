@@ -1,0 +1,220 @@
+"""FusedOptimizer: the only step() in the family, whatever the rule and however the state is
+stored."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from optim import options
+from optim.codecs import Codec, Parts
+from optim.rng import mix, round_stochastic_bf16
+
+Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
+
+STATE_VERSION = 1
+_NOT_OPTIONS = {
+    "params",
+    "param_names",
+    "initial_lr",
+}  # group keys of torch's own: optimizer and LR schedulers
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A rule and the codecs of its moments, made into a torch optimizer.
+
+    A subclass names its `rule` and says in `codecs` how each moment of a parameter is stored; it
+    has no loop. Arithmetic is fp32 whatever the parameter's dtype.  bf16 parameters are written
+    with stochastic rounding when the group's `stochastic_rounding` is set.  Weight decay is
+    decoupled: w <- (1 - lr * weight_decay) w, before the update.
+
+    The state of a parameter is a flat dict of plain tensors with dtypes of their own (`step`, then
+    `moment` or `moment.part`), so that it passes through torch.save(weights_only), safetensors and
+    torch.distributed.checkpoint as it is.
+    """
+
+    rule: ClassVar[Rule]
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        options.check(type(self).__name__, self._default_options(), defaults)
+        super().__init__(params, defaults)
+
+    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        """How each moment of this parameter is stored: {moment name: codec}."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its moments are stored")
+
+    @classmethod
+    def _default_options(cls) -> dict[str, Any]:
+        parameters = inspect.signature(cls).parameters.values()
+        return {p.name: p.default for p in parameters if p.name != "params"}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with its own options where given.
+
+        Raises TypeError for an unknown option or a parameter that is sparse or complex, ValueError
+        for an impossible value.
+        """
+        given = {k: v for k, v in param_group.items() if k not in _NOT_OPTIONS}
+        options.check(type(self).__name__, self._default_options(), given)
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not param.dtype.is_floating_point or param.layout is not torch.strided:
+                raise TypeError(
+                    f"{type(self).__name__} updates dense floating-point parameters; "
+                    f"this one is {param.layout}, {param.dtype}, shape {tuple(param.shape)}"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; a closure is called first and its loss
+        returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group, param in self._indexed_params():
+            if param.grad is not None:
+                self._update(index, group, param)
+        return loss
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Allocate the state of every trainable parameter now, so that running out of memory
+        happens at once."""
+        for _, group, param in self._indexed_params():
+            if param.requires_grad:
+                self._init(param, self.codecs(param, group))
+
+    def state_bytes(self) -> int:
+        """Bytes of all state allocated so far."""
+        return sum(
+            x.numel() * x.element_size() for state in self.state.values() for x in state.values()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, and under `state_version` the version of this state's layout."""
+        return super().state_dict() | {"state_version": STATE_VERSION}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state as it was saved: copied, moved to each parameter's device, never cast.
+
+        (torch's own loader casts every state tensor to the parameter's dtype: codes and fp32
+        factors would not survive a bf16 model.)  Raises ValueError that says what differs when the
+        state is not this optimizer's; then nothing changes.
+        """
+        groups = self._matching_groups(state_dict)
+        saved = [(index, group) for group in groups for index in group["params"]]
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
+            if index in state_dict["state"]:
+                parts = state_dict["state"][index]
+                self._check_saved(index, parts, param, group)
+                state[param] = {k: x.detach().clone().to(param.device) for k, x in parts.items()}
+        self.state.clear()
+        self.state.update(state)
+        for group, saved_group in zip(self.param_groups, groups, strict=True):
+            own = {key: group[key] for key in ("params", "param_names") if key in group}
+            group.update(saved_group | own)
+
+    def _indexed_params(self) -> Iterator[tuple[int, dict[str, Any], Parameter]]:
+        """Every parameter with its group and its index, which is the same in every process and
+        after a resume."""
+        pairs = ((group, param) for group in self.param_groups for param in group["params"])
+        for index, (group, param) in enumerate(pairs):
+            yield index, group, param
+
+    def _update(self, index: int, group: dict[str, Any], param: Parameter) -> None:
+        """One step of one parameter: decode, apply the rule, encode, write the weights."""
+        if param.grad.is_sparse:  # type: ignore[union-attr]
+            raise TypeError(
+                f"{type(self).__name__} does not take sparse gradients; "
+                "use nn.Embedding(sparse=False)"
+            )
+        codecs = self.codecs(param, group)
+        state = self._init(param, codecs)
+        state["step"] += 1
+        t, lr = int(state["step"]), float(group["lr"])
+        h = SimpleNamespace(**group | {"lr": lr, "t": t, "codec": codecs})
+        key = mix(group["seed"], index, t)
+
+        w, g = param.float(), param.grad.float()  # type: ignore[union-attr]
+        moments = {name: codec.decode(_parts_of(state, name)) for name, codec in codecs.items()}
+        u, moments = type(self).rule(h, w, g, moments)
+        for salt, name in enumerate(codecs, start=1):
+            for part, value in codecs[name].encode(moments[name], mix(key, salt)).items():
+                state[_key(name, part)].copy_(value)
+        if u is not None:
+            w = w * (1 - lr * group["weight_decay"]) - lr * u
+            rounds = param.dtype == torch.bfloat16 and group["stochastic_rounding"]
+            param.copy_(round_stochastic_bf16(w, key) if rounds else w)
+
+    def _init(self, param: Parameter, codecs: dict[str, Codec]) -> dict[str, Tensor]:
+        """The state of this parameter, allocated as zeros when there is none yet."""
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.int64)
+            for name, codec in codecs.items():
+                state.update({_key(name, part): x for part, x in codec.zeros(param.device).items()})
+        return state
+
+    def _matching_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """The saved groups, once they are known to fit this optimizer's."""
+        name = type(self).__name__
+        version = state_dict.get("state_version")
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"{name} reads state version {STATE_VERSION}, and this state has {version}; "
+                "it was saved by another optimizer or release"
+            )
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        own_sizes = [len(group["params"]) for group in self.param_groups]
+        if sizes != own_sizes:
+            raise ValueError(
+                f"{name} has parameter groups of {own_sizes} tensors, "
+                f"and the saved state has {sizes}"
+            )
+        for group in state_dict["param_groups"]:
+            odd = (set(group) - _NOT_OPTIONS) ^ set(self.defaults)
+            if odd:
+                raise ValueError(
+                    f"the saved state is not of {name}: "
+                    f"its groups differ in {', '.join(sorted(odd))}"
+                )
+        return state_dict["param_groups"]
+
+    def _check_saved(
+        self, index: int, saved: Parts, param: Parameter, group: dict[str, Any]
+    ) -> None:
+        """Compare a saved parameter state with the one this optimizer would allocate, by name,
+        shape and dtype."""
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.int64)}
+        for name, codec in self.codecs(param, group).items():
+            wanted |= {
+                _key(name, k): (tuple(x.shape), x.dtype)
+                for k, x in codec.zeros(torch.device("meta")).items()
+            }
+        found = {key: (tuple(x.shape), x.dtype) for key, x in saved.items()}
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                raise ValueError(
+                    f"the saved state of parameter {index} {tuple(param.shape)} does not fit "
+                    f"{type(self).__name__}: {key!r} is {found.get(key, 'missing')} "
+                    f"and should be {wanted.get(key, 'absent')}"
+                )
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}.{part}" if part else name
+
+
+def _parts_of(state: dict[str, Tensor], name: str) -> Parts:
+    return {
+        key[len(name) + 1 :]: x
+        for key, x in state.items()
+        if key == name or key.startswith(name + ".")
+    }

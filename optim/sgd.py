@@ -1,0 +1,57 @@
+"""SGD: no state without momentum, one fp32 moment with it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from optim import reference
+from optim.codecs import Codec, Dense
+from optim.fused import FusedOptimizer
+
+
+class SGD(FusedOptimizer):
+    """Stochastic gradient descent with (Nesterov) momentum.  State: 4 bytes a parameter, none when
+    momentum = 0.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size.
+        momentum: decay of the momentum sum m <- momentum * m + g.
+        nesterov: step along g + momentum * m instead of m.
+        weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
+        stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
+        affected.
+        seed: of the rounding.
+
+    Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep
+    learning".
+    """
+
+    rule = staticmethod(reference.sgd)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                nesterov=nesterov,
+                weight_decay=weight_decay,
+                stochastic_rounding=stochastic_rounding,
+                seed=seed,
+            ),
+        )
+
+    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        return {"exp_avg": Dense(tuple(param.shape))} if group["momentum"] else {}

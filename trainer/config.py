@@ -1,0 +1,306 @@
+"""The schema: one dataclass for every configuration group.  Types and meaning live here, values in
+`conf/`.
+
+An optimizer's options are not written down here: they are its class's signature
+(`optim.signature`), turned into a dataclass by `optimizer_schema`, so that a default has one home.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+import optim
+from optim.options import unknown
+from trainer.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What is fine-tuned: a Stable Diffusion XL pipeline in diffusers layout."""
+
+    path: str  # folder with model_index.json
+    dtype: str  # of the UNet's weights and arithmetic: float32 or bfloat16
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """A folder of pictures, each with a text file of the same name beside it."""
+
+    path: str
+    resolution: int  # pixels; pictures are resized on the short side and centre-cropped to a square
+    batch_size: int
+    caption_extension: str
+    caption_dropout: float  # share of samples trained with the empty prompt
+    time_ids: (
+        str  # SDXL size conditioning: original (size of the file) or resized (size after resizing)
+    )
+    on_missing_caption: str  # error, empty (train with the empty caption) or skip
+    max_unreadable: int  # pictures that may be skipped as unreadable before the run stops
+
+
+@dataclass(kw_only=True)
+class FullConfig:
+    """Train every weight of the UNet."""
+
+    name: str = "full"
+    max_grad_norm: float | None  # global norm that gradients are clipped to; null does not clip
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Train low-rank adapters on the UNet (PEFT)."""
+
+    name: str = "lora"
+    max_grad_norm: float | None
+    rank: int
+    alpha: float  # the adapter's output is scaled by alpha / rank
+    targets: list[str]  # names, or ends of names, of the UNet's modules that get an adapter
+
+
+@dataclass(kw_only=True)
+class MseConfig:
+    name: str = "mse"
+
+
+@dataclass(kw_only=True)
+class HuberConfig:
+    name: str = "huber"
+    delta: float  # quadratic below this error, linear above
+
+
+@dataclass(kw_only=True)
+class ConstantConfig:
+    """Length of the run and the learning rate along it, in optimizer steps: warm up, then keep
+    it."""
+
+    name: str = "constant"
+    steps: int
+    warmup_steps: int
+
+
+@dataclass(kw_only=True)
+class DecayConfig(ConstantConfig):
+    """Warm up, hold, then decay along a line or half a cosine."""
+
+    name: str = "decay"  # linear or cosine
+    hold: float  # share of the run before the decay begins
+    final_scale: float  # the last step's learning rate as a share of the peak
+
+
+@dataclass(kw_only=True)
+class RuntimeConfig:
+    """Where and how the loop runs; none of it changes what is learned."""
+
+    device: str  # auto, cpu, cuda or cuda:N
+    threads: int | None  # CPU threads; null leaves torch's choice
+    save_every: int  # steps between checkpoints; 0 saves only at the end
+    keep_checkpoints: int  # older ones are deleted
+    max_skipped_steps: int  # steps in a row without a finite loss and gradient before the run stops
+    allow_config_change: (
+        bool  # let `resume` go on with a configuration that differs from the checkpoint's
+    )
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    project: str
+    mode: str  # offline, online or disabled
+    entity: str | None
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What is reported, and how often (in steps; 0 = only before and after)."""
+
+    every: int
+    eval_every: int
+    eval_points: int  # fixed (picture, timestep, noise) triples that eval/loss is the mean of
+    sample_every: int
+    sample_count: int  # pictures in a sample grid
+    sample_steps: int
+    guidance_scale: float
+    wandb: WandbConfig | None
+
+
+@dataclass(kw_only=True)
+class Config:
+    seed: int
+    name: str  # of the run, in its folder and in W&B
+    resume: str | None  # a checkpoint folder, a run folder, or latest
+    model: ModelConfig
+    data: DataConfig
+    method: Any  # FullConfig | LoraConfig
+    optim: Any  # optimizer_schema(name), or ExternalConfig
+    loss: Any  # MseConfig | HuberConfig
+    schedule: Any  # ConstantConfig | DecayConfig
+    runtime: RuntimeConfig
+    log: LogConfig
+
+
+@dataclass(kw_only=True)
+class ExternalConfig:
+    """Any torch optimizer, by dotted path."""
+
+    name: str = "external"
+    class_path: str  # for example torch.optim.RAdam
+    lr: float
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the class
+
+
+def optimizer_schema(name: str) -> type:
+    """A dataclass of this optimizer's options with the defaults of its class's signature, and its
+    name.
+
+    `seed` is left out: the rounding takes the run's.
+    """
+    options = [
+        (key, p.annotation, p.default) for key, p in optim.signature(name).items() if key != "seed"
+    ]
+    return make_dataclass(f"{name}_options", [("name", str, name), *options], kw_only=True)
+
+
+# Groups whose choices have different options; their YAML files name the one they fill in.
+_ALTERNATIVES: dict[str, tuple[Any, ...]] = {
+    "method": (FullConfig, LoraConfig),
+    "loss": (MseConfig, HuberConfig),
+    "schedule": (ConstantConfig, DecayConfig),
+}
+
+
+def register() -> None:
+    """Give Hydra the schema and the resolvers that `conf/` refers to.  Safe to call again."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, nodes in _ALTERNATIVES.items():
+        for node in nodes:
+            store.store(group=f"schema/{group}", name=node.name, node=node)
+    for name in optim.FAMILY:
+        store.store(group="schema/optim", name=name, node=optimizer_schema(name))
+    store.store(group="schema/optim", name="external", node=ExternalConfig)
+    OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package where it was installed from a wheel, beside it
+    in a source tree."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def to_dataclasses(composed: Any) -> Config:
+    """Hydra's composed configuration -> Config, checked.  Raises UserError that names the key and
+    the remedy."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"{missing[0]} has no value; set it on the command line: {missing[0]}=...")
+    config = cast(Config, OmegaConf.to_object(composed))
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    one_of = {
+        "model.dtype": (config.model.dtype, DTYPES),
+        "data.time_ids": (config.data.time_ids, ("original", "resized")),
+        "data.on_missing_caption": (config.data.on_missing_caption, ("error", "empty", "skip")),
+        "schedule.name": (config.schedule.name, ("constant", "linear", "cosine")),
+    }
+    if config.log.wandb:
+        one_of["log.wandb.mode"] = (config.log.wandb.mode, ("offline", "online", "disabled"))
+    for key, (value, allowed) in one_of.items():
+        if value not in allowed:
+            raise UserError(f"{key}={value}: {unknown('choice', value, allowed)}")
+
+    for key, value, low, high in _ranges(config):
+        if not low <= value <= high:
+            raise UserError(f"{key}={value} is out of range; it must be in [{low:g}, {high:g}]")
+
+    model = Path(config.model.path).expanduser()
+    if not (model / "model_index.json").is_file():
+        raise UserError(
+            f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
+        )
+    if not Path(config.data.path).expanduser().is_dir():
+        raise UserError(
+            f"data.path={config.data.path} is not a folder; set data.path to a folder of pictures"
+        )
+    _check_device(config.runtime.device)
+
+
+def _ranges(config: Config) -> list[tuple[str, float, float, float]]:
+    """(key, value, smallest, largest) of every number with a bounded range."""
+    many = 1 << 40
+    rows: list[tuple[str, float, float, float]] = [
+        ("data.resolution", config.data.resolution, 8, 16384),
+        ("data.batch_size", config.data.batch_size, 1, many),
+        ("data.caption_dropout", config.data.caption_dropout, 0, 1),
+        ("data.max_unreadable", config.data.max_unreadable, 0, many),
+        ("schedule.steps", config.schedule.steps, 1, many),
+        ("schedule.warmup_steps", config.schedule.warmup_steps, 0, config.schedule.steps),
+        ("runtime.save_every", config.runtime.save_every, 0, many),
+        ("runtime.keep_checkpoints", config.runtime.keep_checkpoints, 1, many),
+        ("runtime.max_skipped_steps", config.runtime.max_skipped_steps, 0, many),
+        ("log.every", config.log.every, 1, many),
+        ("log.eval_every", config.log.eval_every, 0, many),
+        ("log.eval_points", config.log.eval_points, 1, many),
+        ("log.sample_every", config.log.sample_every, 0, many),
+        ("log.sample_count", config.log.sample_count, 0, many),
+        ("log.sample_steps", config.log.sample_steps, 1, 1000),
+        ("log.guidance_scale", config.log.guidance_scale, 0, 100),
+    ]
+    if config.runtime.threads is not None:
+        rows.append(("runtime.threads", config.runtime.threads, 1, 1024))
+    if config.method.max_grad_norm is not None:
+        rows.append(("method.max_grad_norm", config.method.max_grad_norm, 1e-12, many))
+    if isinstance(config.method, LoraConfig):
+        rows += [
+            ("method.rank", config.method.rank, 1, many),
+            ("method.alpha", config.method.alpha, 1e-12, many),
+        ]
+    if isinstance(config.schedule, DecayConfig):
+        rows += [
+            ("schedule.hold", config.schedule.hold, 0, 1),
+            ("schedule.final_scale", config.schedule.final_scale, 0, 1),
+        ]
+    if isinstance(config.loss, HuberConfig):
+        rows.append(("loss.delta", config.loss.delta, 1e-12, many))
+    return rows
+
+
+def _check_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UserError(
+            f"runtime.device={device} is not a device; use auto, cpu, cuda or cuda:N"
+        ) from None
+    if wanted.type == "cuda" and (
+        not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"runtime.device={device}: torch {torch.__version__} sees no such GPU; "
+            "use runtime.device=cpu"
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+    return flat

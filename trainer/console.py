@@ -1,0 +1,75 @@
+"""What a person sees of a run while it goes on, and how they stop it."""
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """A bar with loss, images/s and ETA on a terminal; in a log file a line now and then."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def show(self, step: int, loss: float, images_per_second: float, seconds_left: float) -> None:
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.1f} images/s")
+            return
+        minutes, seconds = divmod(round(seconds_left), 60)
+        form = "step %d/%d  loss %.4f  %.1f images/s  ETA %d:%02d"
+        log.info(form, step, self._bar.total, loss, images_per_second, minutes, seconds)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send messages to the terminal, above the progress bar, and with their times to a file."""
+    root = logging.getLogger()
+    console = logging.StreamHandler(sys.stdout)
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    previous, previous_handlers = root.level, root.handlers
+    root.setLevel(logging.INFO)
+    root.handlers = [console, file]
+    try:
+        with logging_redirect_tqdm():
+            yield
+    finally:
+        root.setLevel(previous)
+        root.handlers = previous_handlers
+        file.close()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM, for the loop to stop after its step; a second one ends
+    the process at once."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        if caught:
+            raise SystemExit(128 + number)
+        caught.append(number)
+        log.warning("signal %d: saving after this step; once more ends at once", number)
+
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, catch) for number in handled}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,59 @@
+"""Writing folders so that no crash and no full disk can leave half of one."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from trainer.errors import UserError
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """Give a temporary folder to write in; when the block ends well, it becomes `final` at once.
+
+    Everything is flushed to the disk before the rename, so a folder called `final` is complete or
+    does not exist.  Raises UserError when the disk does not take it: nothing half-written stays,
+    and an older `final` is as it was.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        if final.exists():
+            old = final.with_name(f".{final.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            temporary.rename(final)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(final)
+        _flush(final.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap OSError
+        wanted = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"could not save {final}: {error} ({wanted / 1e6:.1f} MB written, "
+            f"{_free_bytes(final.parent) / 1e6:.1f} MB free); what was saved before is intact"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    """fsync a file, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,45 @@
+"""The training loss: how far the UNet's prediction is from its target."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import HuberConfig
+from trainer.noise import Batch
+
+
+def predict(unet: nn.Module, batch: Batch) -> Tensor:
+    """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to the UNet's device and
+    dtype."""
+    device, dtype = unet.device, unet.dtype
+    return unet(
+        batch.noisy.to(device, dtype),
+        batch.timesteps.to(device),
+        encoder_hidden_states=batch.prompt.to(device, dtype),
+        added_cond_kwargs={
+            "text_embeds": batch.pooled.to(device, dtype),
+            "time_ids": batch.time_ids.to(device),
+        },
+    ).sample.float()
+
+
+def loss(config: Any, prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean over all elements of the configured distance: (B, 4, h, w) twice -> 0-d."""
+    target = target.to(prediction.device)
+    if isinstance(config, HuberConfig):
+        return F.huber_loss(prediction, target, delta=config.delta)
+    return F.mse_loss(prediction, target)
+
+
+@torch.no_grad()
+def evaluate(unet: nn.Module, batches: list[Batch]) -> float:
+    """Mean squared error over fixed eval batches.  Always the plain MSE, so that runs with any loss
+    can be compared."""
+    total, count = 0.0, 0
+    for batch in batches:
+        error = predict(unet, batch) - batch.target.to(unet.device)
+        total += error.double().square().sum().item()
+        count += error.numel()
+    return total / count

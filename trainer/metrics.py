@@ -1,0 +1,117 @@
+"""Numbers and pictures of a run: files in its folder always, Weights & Biases where asked for."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from trainer.config import Config
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Writes `metrics.jsonl` and `samples/*.png`, then to W&B, which may fail."""
+
+    def __init__(self, folder: Path, config: Config, start_step: int) -> None:
+        """Open the files.  Rows of steps after `start_step`, which a resumed run will write again,
+        are dropped; so are all rows when a run starts anew."""
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._wandb = _Wandb(folder, config) if config.log.wandb else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line: {"step": step, **values}.  Keys look like `train/loss`."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._wandb:
+            self._wandb.write(step, values)
+
+    def write_picture(self, step: int, picture: Image.Image) -> Path:
+        """Save `samples/step-NNNNNN.png`; returns its path."""
+        path = self.folder / "samples" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        if self._wandb:
+            self._wandb.write_picture(step, picture)
+        return path
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Give W&B the run's summary and let it finish."""
+        if self._wandb:
+            self._wandb.close(summary)
+
+
+class _Wandb:
+    """A W&B run that goes silent, after one warning, when W&B is absent or fails.
+
+    Logging never stops a training run, whatever W&B raises.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._failed = False
+        self._run: Any = None
+        self._try(lambda: self._start(folder, config))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._try(lambda: self._run.log(values, step=step))
+
+    def write_picture(self, step: int, picture: Image.Image) -> None:
+        self._try(lambda: self._run.log({"samples": _image(picture)}, step=step))
+
+    def close(self, summary: dict[str, Any]) -> None:
+        self._try(lambda: self._run.summary.update(summary))
+        self._try(lambda: self._run.finish())
+
+    def _start(self, folder: Path, config: Config) -> None:
+        import wandb  # seconds to import, and not needed by most runs
+
+        options = config.log.wandb
+        assert options is not None
+        self._run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            mode=options.mode,
+            name=config.name,
+            id="-".join(folder.resolve().parts[-2:]),  # a resumed run goes on under its old id
+            resume="allow",
+            dir=folder,
+            config=asdict(config),
+            reinit="finish_previous",
+            settings=wandb.Settings(init_timeout=30, console="off"),
+        )
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._failed = True
+            reason = f"{type(error).__name__}: {error}"
+            log.warning("W&B is off for the rest of this run (%s); metrics.jsonl goes on", reason)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _image(picture: Image.Image) -> Any:
+    import wandb
+
+    return wandb.Image(picture)

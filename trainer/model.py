@@ -1,0 +1,59 @@
+"""The pipeline that is fine-tuned: loaded from a diffusers folder, with everything but the UNet
+frozen."""
+
+import logging
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+
+from trainer.config import DTYPES, ModelConfig
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusionXLPipeline:
+    """Read the pipeline in `config.path`; UNet in `config.dtype`, the frozen parts in fp32.
+    Nothing is downloaded."""
+    folder = Path(config.path).expanduser()
+    log.info("model: loading %s", folder)
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.path={folder} cannot be loaded as a Stable Diffusion XL pipeline: {error}"
+        ) from error
+    pipeline.to(device, torch.float32)
+    pipeline.unet.to(DTYPES[config.dtype])
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.requires_grad_(False)
+        part.eval()
+    return pipeline
+
+
+def training_noise(pipeline: StableDiffusionXLPipeline) -> DDPMScheduler:
+    """The model's own noise schedule: betas, prediction type and terminal SNR as its scheduler's
+    config says.
+
+    Raises UserError for a prediction type that training does not know, or zero terminal SNR with
+    epsilon prediction, which has nothing to predict from at the last timestep.
+    """
+    noise = DDPMScheduler.from_config(pipeline.scheduler.config)
+    kind = noise.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"the model's scheduler predicts {kind!r}; epsilon and v_prediction can be trained"
+        )
+    if kind == "epsilon" and noise.config.rescale_betas_zero_snr:
+        raise UserError(
+            "the model's scheduler has zero terminal SNR with epsilon prediction; "
+            "it needs v_prediction"
+        )
+    return noise

@@ -1,0 +1,100 @@
+"""A training batch: which latents, how noisy, towards which target; all of it a function of (seed,
+step, sample).
+
+Nothing here draws from a global generator.  Two runs with one seed therefore train on the same
+noise and timesteps whatever their optimizer, and their losses can be compared point by point.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from optim import rng
+from trainer.conditioning import Encoded
+
+# Counter streams: one for each kind of draw.
+_NOISE, _TIMESTEP, _DROPOUT = 2, 3, 4
+_EVAL_BATCH = 16
+_GOLDEN = (5**0.5 - 1) / 2
+_EVAL_SEED = 20_260_101  # eval points are the same in every run, whatever its seed
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Inputs and target of one forward pass; B rows."""
+
+    noisy: Tensor  # (B, 4, h, w)
+    target: Tensor  # (B, 4, h, w): the noise, or v
+    timesteps: Tensor  # (B,) int64
+    prompt: Tensor  # (B, tokens, dim)
+    pooled: Tensor  # (B, dim)
+    time_ids: Tensor  # (B, 6)
+
+
+def training_batch(
+    data: Encoded, schedule: DDPMScheduler, indices: list[int], dropout: float, seed: int, step: int
+) -> Batch:
+    """The batch of `step`: these samples with fresh noise, timesteps and caption dropout."""
+    size = len(indices)
+    num_timesteps = schedule.config.num_train_timesteps
+    # Stratified: sample i of the batch draws from the i-th of B equal parts of the schedule, which
+    # lowers the loss's variance.
+    shares = [(i + rng.uniform(seed, _TIMESTEP, step, i)) / size for i in range(size)]
+    timesteps = torch.tensor([int(share * num_timesteps) for share in shares])
+    empty = len(data.latents)
+    texts = [
+        empty if rng.uniform(seed, _DROPOUT, step, i) < dropout else index
+        for i, index in enumerate(indices)
+    ]
+    noise = torch.stack([_normal(data.latents[0], seed, _NOISE, step, i) for i in range(size)])
+    return _batch(data, schedule, indices, texts, timesteps, noise)
+
+
+def eval_batches(data: Encoded, schedule: DDPMScheduler, points: int) -> list[Batch]:
+    """Fixed (sample, timestep, noise) triples: `points` of them, no dropout, the same in every run.
+
+    Samples take turns; timesteps follow the golden-ratio sequence, which covers the schedule evenly
+    for any number of points and does not fall into step with the samples.
+    """
+    batches = []
+    for start in range(0, points, _EVAL_BATCH):
+        numbers = range(start, min(start + _EVAL_BATCH, points))
+        indices = [number % len(data.latents) for number in numbers]
+        shares = [(number + 0.5) * _GOLDEN % 1 for number in numbers]
+        timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
+        noise = torch.stack([_normal(data.latents[0], _EVAL_SEED, _NOISE, n) for n in numbers])
+        batches.append(_batch(data, schedule, indices, indices, timesteps, noise))
+    return batches
+
+
+def sample_noise(like: Tensor, count: int) -> Tensor:
+    """The start noise of sample grids, the same in every run: like (4, h, w) -> (count, 4, h,
+    w)."""
+    return torch.stack([_normal(like, _EVAL_SEED, _NOISE, _EVAL_SEED, i) for i in range(count)])
+
+
+def _batch(
+    data: Encoded,
+    schedule: DDPMScheduler,
+    rows: list[int],
+    texts: list[int],
+    timesteps: Tensor,
+    noise: Tensor,
+) -> Batch:
+    latents = data.latents[rows]
+    predicts_v = schedule.config.prediction_type == "v_prediction"
+    return Batch(
+        noisy=schedule.add_noise(latents, noise, timesteps),
+        target=schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
+        timesteps=timesteps,
+        prompt=data.prompt[texts],
+        pooled=data.pooled[texts],
+        time_ids=data.time_ids[rows],
+    )
+
+
+def _normal(like: Tensor, *counters: int) -> Tensor:
+    """Standard normal noise for these counters, in the shape of `like`."""
+    return torch.randn(like.shape, generator=rng.generator(*counters))

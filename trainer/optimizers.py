@@ -1,0 +1,120 @@
+"""The optimizer of a run: which parameters decay, and the class that `optim=` names, from the
+family or from anywhere."""
+
+import importlib
+import inspect
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+import optim
+from optim.options import unknown
+from trainer.config import ExternalConfig
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def build(config: Any, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """The configured optimizer over the trainable parameters of `model`.
+
+    Raises UserError for a class that cannot be imported and for options it does not have or values
+    it refuses.
+    """
+    optimizer = _make(config, parameter_groups(model), seed)
+    if isinstance(optimizer, optim.FusedOptimizer):
+        optimizer.init_state()  # out of memory now rather than at the first step
+    return optimizer
+
+
+def check(config: Any) -> None:
+    """Refuse a wrong optimizer or option before a model is loaded, by building it for one small
+    parameter."""
+    _make(config, [{"params": [nn.Parameter(torch.zeros(1))]}], seed=0)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: matrices and convolutions decay; biases, norms and embeddings have weight_decay
+    0."""
+    decays, spared = [], []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                is_spared = parameter.ndim < 2 or isinstance(module, nn.Embedding)
+                (spared if is_spared else decays).append(parameter)
+    groups = []
+    for title, group, options in (
+        ("with weight decay", decays, {}),
+        ("without (biases, norms, embeddings)", spared, {"weight_decay": 0.0}),
+    ):
+        if group:
+            count = sum(parameter.numel() for parameter in group)
+            log.info("  %d tensors, %s parameters %s", len(group), f"{count:,}", title)
+            groups.append({"params": group, **options})
+    return groups
+
+
+def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
+    """Set every group's learning rate to its peak times `scale`; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+    return optimizer.param_groups[0]["lr"]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state, the family's or anyone's."""
+    states = optimizer.state.values()
+    return sum(
+        x.numel() * x.element_size()
+        for state in states
+        for x in state.values()
+        if isinstance(x, torch.Tensor)
+    )
+
+
+def _make(config: Any, groups: list[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
+    if isinstance(config, ExternalConfig):
+        return _make_external(config, groups)
+    values = {
+        key: tuple(v) if isinstance(v, list) else v
+        for key, v in asdict(config).items()
+        if key != "name"
+    }
+    try:
+        return optim.build(config.name, groups, seed=seed, **values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim={config.name}: {error}") from error
+
+
+def _make_external(config: ExternalConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    cls = _import(config.class_path)
+    known = inspect.signature(cls).parameters
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for option in config.options:
+        if option not in known and not accepts_any:
+            reason = unknown(f"option of {config.class_path}", option, known)
+            raise UserError(f"optim.options.{option}: {reason}")
+    if "weight_decay" not in known:
+        groups = [{"params": group["params"]} for group in groups]
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.options.items()}
+    try:
+        return cls(groups, lr=config.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.class_path={config.class_path}: {error}") from error
+
+
+def _import(class_path: str) -> type[torch.optim.Optimizer]:
+    module_name, _, class_name = class_path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"optim.class_path={class_path} cannot be imported ({error}); "
+            "is its package installed in this environment?"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise UserError(f"optim.class_path={class_path} is not a torch.optim.Optimizer")
+    return cls

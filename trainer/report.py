@@ -1,0 +1,88 @@
+"""What a run, and what a sweep, came to: the closing lines and the table of runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+_COLUMNS = (
+    # title, key in summary.json, format
+    ("run", "name", "{}"),
+    ("seed", "seed", "{}"),
+    ("eval before", "eval_loss_before", "{:.4f}"),
+    ("eval after", "eval_loss_after", "{:.4f}"),
+    ("s/step", "seconds_per_step", "{:.3f}"),
+    ("optimizer state", "optimizer_state_bytes", "bytes"),
+    ("peak memory", "peak_memory_bytes", "bytes"),
+    ("skipped", "skipped_steps", "{}"),
+)
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
+    """Where everything is and what it cost."""
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    cost = (
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s "
+        f"({summary['images_per_second']:.1f} images/s), "
+        f"optimizer state {_bytes(summary['optimizer_state_bytes'])}, "
+        f"peak memory {_bytes(summary['peak_memory_bytes'])}"
+    )
+    lines = [
+        f"eval/loss  {before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
+        f"cost       {cost}",
+    ]
+    width = max(len(title) for title in places)
+    return "\n".join(
+        lines + [f"{title:<{max(width, 10)}} {path}" for title, path in places.items()]
+    )
+
+
+class SweepTable(Callback):
+    """Prints the runs of a `-m` sweep as a table when the last has ended, best first, and keeps it
+    as sweep.md."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        runs = [
+            json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/summary.json")
+        ]
+        if runs:
+            table = sweep_table(runs)
+            (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
+            print(f"\n{table}\n\n{folder / 'sweep.md'}")
+
+
+def sweep_table(runs: list[dict[str, Any]]) -> str:
+    """A Markdown table of run summaries, lowest final eval loss first."""
+    cells = [[title for title, _, _ in _COLUMNS]]
+    for run in sorted(runs, key=lambda run: run["eval_loss_after"]):
+        cells.append(
+            [
+                _bytes(run[key]) if form == "bytes" else form.format(run[key])
+                for _, key, form in _COLUMNS
+            ]
+        )
+    widths = [max(len(row[i]) for row in cells) for i in range(len(_COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    )
+
+
+def _bytes(count: int) -> str:
+    """1234567 -> '1.2 MB' (decimal units)."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

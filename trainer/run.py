@@ -1,0 +1,260 @@
+"""One run: assemble, then one linear loop of named phases."""
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from torch import Tensor
+
+from trainer import (
+    checkpoint,
+    conditioning,
+    console,
+    losses,
+    memory,
+    method,
+    metrics,
+    noise,
+    optimizers,
+    record,
+    report,
+    sampling,
+)
+from trainer.config import Config
+from trainer.data import batch_indices, load_folder
+from trainer.errors import UserError
+from trainer.guard import Guard
+from trainer.model import load_pipeline, training_noise
+from trainer.probe import UpdateProbe
+from trainer.schedule import lr_scale
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything that a step changes or reads; `step` counts the steps done."""
+
+    config: Config
+    folder: Path
+    pipeline: StableDiffusionXLPipeline
+    schedule: DDPMScheduler
+    data: conditioning.Encoded
+    eval_batches: list[noise.Batch]
+    sampler: sampling.Sampler
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    device: torch.device
+    step: int
+    seconds: float  # spent in training steps, over all sessions of the run
+
+
+def run(config: Config, folder: Path) -> float:
+    """Train as configured, writing everything to `folder`; returns the last eval loss."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with console.logging_to(folder / "train.log"), console.stop_signals() as stop:
+        resumed = checkpoint.to_resume(config)
+        state = assemble(config, folder, resumed)
+        record.write(folder, asdict(config), state.device)
+        writer = metrics.Metrics(folder, config, start_step=state.step)
+        train(state, writer, stop)
+        return finish(state, writer)
+
+
+def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None) -> State:
+    """Load the model and the data, encode the data, build the optimizer; then put back what a
+    checkpoint holds, where one is given."""
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    device = _device(config.runtime.device)
+    samples = load_folder(config.data)
+    pipeline = load_pipeline(config.model, device)
+    schedule = training_noise(pipeline)
+    data = conditioning.encode(pipeline, samples)
+
+    method.attach(config.method, pipeline, config.seed)
+    log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
+    optimizer = optimizers.build(config.optim, pipeline.unet, config.seed)
+    if resumed:
+        method.restore(pipeline.unet, resumed.weights)
+        optimizer.load_state_dict(resumed.optimizer)
+        log.info("resumed after step %d", resumed.step)
+    pipeline.unet.train()
+    counters = resumed.counters if resumed else {"skipped_steps": 0, "seconds": 0.0}
+    return State(
+        config=config,
+        folder=folder,
+        pipeline=pipeline,
+        schedule=schedule,
+        data=data,
+        eval_batches=noise.eval_batches(data, schedule, config.log.eval_points),
+        sampler=sampling.Sampler(pipeline=pipeline, data=data, samples=samples, config=config.log),
+        optimizer=optimizer,
+        guard=Guard(config.runtime.max_skipped_steps, int(counters["skipped_steps"])),
+        device=device,
+        step=resumed.step if resumed else 0,
+        seconds=counters["seconds"],
+    )
+
+
+def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
+    """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
+    config, unet = state.config, state.pipeline.unet
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    if state.step == 0:
+        evaluate(state, writer)
+        sample(state, writer)
+    progress = console.Progress(state.step, config.schedule.steps)
+
+    for step in range(state.step, config.schedule.steps):
+        started = time.monotonic()
+        reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
+
+        # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
+        indices = batch_indices(config.seed, step, config.data.batch_size, len(state.data.latents))
+        batch = noise.training_batch(
+            state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
+        )
+
+        # Evaluate the loss and its gradients.
+        loss = losses.loss(config.loss, losses.predict(unet, batch), batch.target)
+        loss.backward()
+        grad_norm = _clip_gradients(parameters, config.method.max_grad_norm)
+
+        # Judge the step: unless loss and gradients are finite, leave everything as it was.
+        lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
+        probe = UpdateProbe(parameters) if reports else None
+        if state.guard.accepts(step, loss.item(), grad_norm):
+            state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step = step + 1
+        state.seconds += time.monotonic() - started
+        progress.advance()
+
+        # Report, evaluate, sample, save.
+        if probe:
+            values = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norm}
+            _report(state, writer, progress, values | {"update_ratio": probe.ratio()})
+        if _due(config.log.eval_every, state):
+            evaluate(state, writer)
+        if _due(config.log.sample_every, state):
+            sample(state, writer)
+        if stop:
+            save(state)
+            log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
+            raise SystemExit(128 + stop[0])
+        if _due(config.runtime.save_every, state):
+            try:
+                save(state)
+            except UserError as error:
+                log.warning("%s; training goes on", error)
+    progress.close()
+
+
+def finish(state: State, writer: metrics.Metrics) -> float:
+    """Save, evaluate, draw and export; then say where everything is and what it cost."""
+    save(state)
+    after = evaluate(state, writer)
+    picture = sample(state, writer)
+    exported = method.export(state.config.method, state.pipeline, state.folder)
+    before = next(row["eval/loss"] for row in metrics.read(writer.path) if "eval/loss" in row)
+    summary = {
+        "name": state.config.name,
+        "seed": state.config.seed,
+        "steps": state.step,
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "seconds": state.seconds,
+        "seconds_per_step": state.seconds / state.step,
+        "images_per_second": state.step * state.config.data.batch_size / state.seconds,
+        "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
+        "peak_memory_bytes": memory.peak_bytes(state.device),
+        "skipped_steps": state.guard.skipped,
+    }
+    report.write_summary(state.folder, summary)
+    writer.close(summary)
+    places = {"pictures": picture, "model": exported, "metrics": writer.path}
+    log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
+    return after
+
+
+def evaluate(state: State, writer: metrics.Metrics) -> float:
+    """The loss at the fixed eval points, written as eval/loss."""
+    value = losses.evaluate(state.pipeline.unet, state.eval_batches)
+    writer.write(state.step, {"eval/loss": value})
+    return value
+
+
+def sample(state: State, writer: metrics.Metrics) -> Path | None:
+    """Draw the fixed prompts; write each picture, and a grid of original, before and now.
+
+    Returns the grid's path, or None where no pictures are wanted (log.sample_count=0).
+    """
+    sampler = state.sampler
+    if not sampler.count:
+        return None
+    pictures = sampler.draw()
+    samples = state.folder / "samples"
+    sampling.save_pictures(samples / f"step-{state.step:06d}", pictures)
+    rows = {"original": sampler.originals()}
+    if state.step:
+        rows["before"] = sampling.load_pictures(samples / f"step-{0:06d}", sampler.count)
+    rows[f"step {state.step}"] = pictures
+    grid = sampling.grid({k: row for k, row in rows.items() if row}, sampler.captions())
+    return writer.write_picture(state.step, grid)
+
+
+def save(state: State) -> None:
+    """Write a checkpoint of this step."""
+    checkpoint.save(
+        state.folder / "checkpoints",
+        checkpoint.Checkpoint(
+            step=state.step,
+            weights=method.trained_tensors(state.pipeline.unet),
+            optimizer=state.optimizer.state_dict(),
+            config=asdict(state.config),
+            counters={"skipped_steps": state.guard.skipped, "seconds": state.seconds},
+        ),
+        keep=state.config.runtime.keep_checkpoints,
+    )
+
+
+def _report(
+    state: State, writer: metrics.Metrics, progress: console.Progress, values: dict[str, float]
+) -> None:
+    seconds_per_step = state.seconds / state.step
+    images_per_second = state.config.data.batch_size / seconds_per_step
+    epochs = state.step * state.config.data.batch_size / len(state.data.latents)
+    writer.write(
+        state.step,
+        {f"train/{key}": value for key, value in values.items()}
+        | {
+            "train/epoch": epochs,
+            "train/skipped_steps": state.guard.skipped,
+            "perf/seconds_per_step": seconds_per_step,
+            "perf/images_per_second": images_per_second,
+            "memory/peak_bytes": memory.peak_bytes(state.device),
+            "memory/optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
+        },
+    )
+    seconds_left = (state.config.schedule.steps - state.step) * seconds_per_step
+    progress.show(state.step, values["loss"], images_per_second, seconds_left)
+
+
+def _clip_gradients(parameters: list[Tensor], max_norm: float | None) -> float:
+    """Clip the global gradient norm where a maximum is set; returns it as it was before."""
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")).item()
+
+
+def _due(every: int, state: State) -> bool:
+    """Whether something that happens every `every` steps, but not after the last, happens now."""
+    return every > 0 and state.step % every == 0 and state.step < state.config.schedule.steps
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
