@@ -1,16 +1,17 @@
-"""Pre-train the tiny SDXL that ships in trainer/assets/tiny_sdxl: a VAE, then a UNet with its two text encoders.
+"""Pre-train the tiny SDXL that ships in trainer/assets/tiny_sdxl: VAE, UNet, two text encoders.
 
     npm pack emojibase-data@17.0.0 && tar xf emojibase-data-17.0.0.tgz
-    OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py --emojibase package --out trainer/assets/tiny_sdxl
+    OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py --emojibase package
 
-A real StableDiffusionXLPipeline folder in miniature: 64-pixel pictures, 16 MB, about 75 minutes on one CPU core. It
-learns Noto's emoji by heart, no more, so that a fine-tuning run has something to start from without a download.
-Kill it whenever you like: the same command continues from the checkpoints in --work and ends with the same weights.
+A real StableDiffusionXLPipeline folder in miniature: 64-pixel pictures, 15 MB, about 65 minutes on
+one CPU core. It learns 300 of Noto's emoji by heart, no more, so that a fine-tuning run has
+something to start from without a download. Kill it whenever you like: the same command continues
+from the checkpoints in --work, and ends with the same weights.
 
-Decisions, each measured: v-prediction on a schedule with zero terminal SNR, because with epsilon the shapes come out
-right and the colours wrong (Lin et al. 2024); text encoders trained along, because a random one is hardly listened to;
-latents rotated and rescaled by what each channel is worth in pixels, because after full whitening the UNet spends half
-of its loss on a channel that nobody sees.
+Decisions, each measured: v-prediction on a schedule that ends in pure noise, because with epsilon
+the shapes come out right and the colours wrong (Lin et al. 2024). Text encoders trained along,
+because random ones are hardly listened to. Latents rescaled by what each channel is worth in
+pixels, because after full whitening the UNet spends half of its loss on detail that nobody sees.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from noto import (
     MODEL_PIXELS,
     Bpe,
     Emoji,
+    SourceError,
     add_source_arguments,
     model_pixels,
     read_bpe,
@@ -51,9 +53,10 @@ SECONDS_PER_REPORT = 15
 SECONDS_PER_CHECKPOINT = 120
 
 MAX_BYTES = 16_000_000  # of the shipped folder
+LATENT_NOISE = 0.05  # standard deviation, of latents with 1
 TOKEN_STD = 0.7  # of a word's row before training
 
-# Base pictures per emojibase group: much that is colourful, few of the yellow faces that look alike.
+# Pictures per emojibase group: much that is colourful, few of the yellow faces that look alike.
 NUM_PICTURES = {0: 20, 3: 95, 4: 85, 5: 50, 6: 25, 7: 25}
 
 
@@ -62,27 +65,30 @@ class Recipe:
     steps: int
     batch: int
     lr_peak: float
-    flat_until: float  # fraction of the steps after which the learning rate falls, by half a cosine, to nearly nothing
-    ema: float  # decay per step of the averaged weights; the averaged ones are shipped
+    flat_until: float  # fraction of the steps after which the learning rate falls
+    ema: float  # decay per step of the averaged weights, which are the ones that ship
     warmup: int = 100  # steps
 
 
-VAE_RECIPE = Recipe(steps=2800, batch=8, lr_peak=2e-3, flat_until=0.2, ema=0.995)
-BASE_RECIPE = Recipe(steps=8000, batch=32, lr_peak=1.5e-3, flat_until=0.5, ema=0.998)
+VAE_RECIPE = Recipe(steps=3200, batch=8, lr_peak=2e-3, flat_until=0.2, ema=0.995)
+VAE_RECIPE_2 = Recipe(steps=1200, batch=8, lr_peak=1.5e-3, flat_until=0.2, ema=0.995)
+BASE_RECIPE = Recipe(steps=6800, batch=32, lr_peak=1.5e-3, flat_until=0.5, ema=0.998)
 
 
-# --- the pictures ----------------------------------------------------------------------------------------------------
+# --- the pictures ---------------------------------------------------------------------------------
 
 
 def choose_varied(emoji: list[Emoji], numbers: dict[int, int]) -> list[Emoji]:
     """The given number of emoji per group, as unlike each other as can be: of many clocks, one.
 
-    Farthest-point selection: start with the first, then always take the one farthest from all taken, by thumbnails.
+    Farthest-point selection on thumbnails: after the first, always the one farthest from all taken.
     """
     chosen = []
     for group, number in numbers.items():
         members = [e for e in emoji if e.group == group]
-        thumbnails = np.stack([np.asarray(e.picture.resize((16, 16)), dtype=np.float32) for e in members])
+        thumbnails = np.stack(
+            [np.asarray(e.picture.resize((16, 16)), dtype=np.float32) for e in members]
+        )
         distances = np.full(len(members), np.inf)
         taken = [0]
         while len(taken) < min(number, len(members)):
@@ -104,7 +110,7 @@ def to_latents(vae: AutoencoderKL, emoji: list[Emoji]) -> Tensor:
     return torch.cat([vae.encode(x).latent_dist.mean for x in to_pixels(emoji).split(64)])
 
 
-# --- training, the same for both networks ----------------------------------------------------------------------------
+# --- training, the same for both networks ---------------------------------------------------------
 
 
 def fit(
@@ -115,12 +121,14 @@ def fit(
     recipe: Recipe,
     checkpoint: Path,
 ) -> nn.Module:
-    """Minimise `loss_at(model, step)` with AdamW, from the checkpoint if there is one.  -> the averaged model.
+    """Minimise `loss_at(model, step)`, from the checkpoint if there is one.  -> the averaged model.
 
-    Each group of parameters may carry an `lr_scale`. The loss draws everything random from `step`, so a continued run
-    needs no generator state.
+    AdamW; a group of parameters may carry an `lr_scale`. The loss draws everything random from
+    `step`, so a continued run needs no generator state.
     """
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr_peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=recipe.lr_peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     average = copy.deepcopy(model).requires_grad_(False)
     first = _restore(checkpoint, model, average, optimizer)
     report = Progress(name, first, recipe)
@@ -137,7 +145,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        # Update their average; early on over a short window, so that it forgets the initialisation.
+        # Update their average; early on over a short window, to forget the initialisation.
         decay = min(recipe.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
@@ -150,14 +158,15 @@ def fit(
 
 
 def lr_factor(step: int, recipe: Recipe) -> float:
-    """Fraction of the peak learning rate at a step: linear warm-up, flat, half a cosine down to 2 %."""
+    """Fraction of the peak learning rate: linear warm-up, flat, half a cosine down to 2 %."""
+    warmth = min(1.0, (step + 1) / recipe.warmup)
     flat_steps = recipe.flat_until * recipe.steps
     progress = max(0.0, (step - flat_steps) / (recipe.steps - flat_steps))
-    return min(1.0, (step + 1) / recipe.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return warmth * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Progress:
-    """Prints a line now and then: the mean loss since the last line, samples per second, time left."""
+    """Prints a line now and then: mean loss since the last line, samples per second, time left."""
 
     def __init__(self, name: str, first: int, recipe: Recipe):
         self.name, self.recipe = name, recipe
@@ -180,7 +189,9 @@ class Progress:
         self.losses, self.since = [], time.monotonic()
 
 
-def _save(path: Path, step: int, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _save(
+    path: Path, step: int, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Write a checkpoint under another name first: a kill never leaves half a file."""
     state = {
         "step": step,
@@ -192,7 +203,9 @@ def _save(path: Path, step: int, model: nn.Module, average: nn.Module, optimizer
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _restore(
+    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """Load a checkpoint in place.  -> the step to go on with, 0 without one."""
     if not path.exists():
         return 0
@@ -211,7 +224,10 @@ def draw(step: int) -> np.random.Generator:
 def picks(step: int, batch: int, number: int) -> list[int]:
     """The samples of one step, when `number` samples are gone through in a new order each time."""
     positions = range(step * batch, (step + 1) * batch)
-    orders = {k // number: np.random.default_rng((SEED, 1, k // number)).permutation(number) for k in positions}
+    orders = {
+        k // number: np.random.default_rng((SEED, 1, k // number)).permutation(number)
+        for k in positions
+    }
     return [int(orders[k // number][k % number]) for k in positions]
 
 
@@ -219,7 +235,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
-# --- the VAE ---------------------------------------------------------------------------------------------------------
+# --- the VAE --------------------------------------------------------------------------------------
 
 
 def make_vae() -> AutoencoderKL:
@@ -241,93 +257,125 @@ def make_vae() -> AutoencoderKL:
 
 
 def train_vae(pixels: Tensor, work: Path) -> AutoencoderKL:
-    """pixels (N, 3, 64, 64) in [-1, 1] -> a VAE whose latents suit the UNet."""
+    """pixels (N, 3, 64, 64) in [-1, 1] -> a VAE whose latents suit the UNet.
 
-    def loss_at(vae: nn.Module, step: int) -> Tensor:
+    Twice: with a KL, which learns fast but whose noise drowns weak channels, for good (one of the
+    four came out empty); then with all four held at unit variance, uncorrelated, under little noise.
+    """
+
+    def loss_with_kl(vae: nn.Module, step: int) -> Tensor:
         rng = draw(step)
         x = pixels[picks(step, VAE_RECIPE.batch, len(pixels))]
-        return vae_loss(vae, torch.stack([augment(picture, rng) for picture in x]), rng)
+        flip = torch.from_numpy(rng.random(len(x)) < 0.5)[:, None, None, None]
+        x = torch.where(flip, x.flip(-1), x)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.mean + posterior.std * normal(rng, posterior.mean.shape)).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edge_loss(y, x) + 1e-4 * kl
+
+    def loss_with_covariance(vae: nn.Module, step: int) -> Tensor:
+        rng = draw(step)
+        x = pixels[picks(step, VAE_RECIPE_2.batch, len(pixels))]
+        x = torch.stack([augment(picture, rng) for picture in x])
+        z = vae.encode(x).latent_dist.mean
+        y = vae.decode(z + LATENT_NOISE * normal(rng, z.shape)).sample
+        colours = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+        excess = z.transpose(0, 1).flatten(1).cov() - torch.eye(z.shape[1])
+        return (
+            F.l1_loss(y, x)
+            + F.mse_loss(y, x)
+            + colours
+            + 0.25 * edge_loss(y, x)
+            + 0.03 * excess.square().sum()
+        )
 
     vae = make_vae()
-    vae = fit("vae", vae, [{"params": list(vae.parameters())}], loss_at, VAE_RECIPE, work / "vae.pt")
-    fold_scale(vae, pixels)
+    vae = fit("vae", vae, vae_groups(vae), loss_with_kl, VAE_RECIPE, work / "vae.pt")
+    fold_scale(vae, pixels, exponent=0.0)
+    vae.requires_grad_(True)
+    vae = fit("vae 2", vae, vae_groups(vae), loss_with_covariance, VAE_RECIPE_2, work / "vae2.pt")
+    fold_scale(vae, pixels, exponent=0.25)
     return vae
+
+
+def vae_groups(vae: AutoencoderKL) -> list[dict]:
+    return [{"params": list(vae.parameters())}]
+
+
+def edge_loss(y: Tensor, x: Tensor) -> Tensor:
+    """Mean absolute difference of the horizontal and of the vertical gradients."""
+    return F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
 
 
 def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
     """Mirror half of the pictures and exchange the colours of a quarter.  x (3, 64, 64).
 
-    Without the second, a shape's usual colour stands in for its own: a lime frog comes back mustard.
+    Without the second, colours rare in training come back wrong: a lime frog as mustard.
     """
     x = x.flip(-1) if rng.random() < 0.5 else x
     return x[rng.permutation(3)] if rng.random() < 0.25 else x
 
 
-def vae_loss(vae: AutoencoderKL, x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Reconstruction by value, by mean colour and by edges, and a touch of KL.  x (B, 3, 64, 64).
-
-    The KL weight decides how many of the four channels are used: at 1e-4 (per element) it was three.
-    """
-    posterior = vae.encode(x).latent_dist
-    y = vae.decode(posterior.mean + posterior.std * normal(rng, posterior.mean.shape)).sample
-    values = F.l1_loss(y, x) + F.mse_loss(y, x)
-    colours = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
-    edges = F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return values + colours + 0.25 * edges + 1e-6 * kl
-
-
 @torch.no_grad()
-def fold_scale(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Make the VAE's latents z' = A (z - mu), inside its own 1 x 1 convolutions; what it reconstructs stays the same.
+def fold_scale(vae: AutoencoderKL, pixels: Tensor, *, exponent: float) -> None:
+    """Make the latents z' = A (z - mu), inside the VAE's own 1 x 1 convolutions.
 
-    A rotates to principal axes and gives each a spread that grows with its worth, the squared error in pixels that
-    its absence causes: worth^(1/4), with a mean square of 1. Between raw (0) and visible (1/2), full whitening aside.
+    A rotates to principal axes and gives each the spread worth^(1/4), where worth is the squared
+    error in pixels that its absence causes; mean square 1 over the channels. Whitening would be
+    worth^0, and worth^(1/2) a loss in pixels. What the VAE reconstructs stays the same.
     """
-    moments = torch.cat([vae.encode(x).latent_dist.parameters for x in pixels.split(64)])
-    z = moments[:, :4]
+    z = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(64)])
     flat = z.transpose(0, 1).flatten(1)  # (4, N * 256)
     mu = flat.mean(dim=1)
     variance, axes = torch.linalg.eigh(flat.cov())
     whiten = axes.T / variance.sqrt()[:, None]
 
-    worth = [mse_without(vae, pixels, z, mu, axes[:, c]) for c in range(4)]
-    spread = (torch.tensor(worth) - mse_without(vae, pixels, z, mu, torch.zeros(4))).clamp(min=1e-6) ** 0.25
-    A = whiten * (spread / spread.square().mean().sqrt())[:, None]
-    print(f"vae: latent spreads {[round(s, 2) for s in (A @ flat.cov() @ A.T).diagonal().sqrt().tolist()]}")
+    without_none = mse_without(vae, pixels, z, mu, torch.zeros(4))
+    without_each = torch.tensor([mse_without(vae, pixels, z, mu, axes[:, c]) for c in range(4)])
+    spread = (without_each - without_none).clamp(min=1e-6) ** exponent
+    spread /= spread.square().mean().sqrt()
+    A = whiten * spread[:, None]
+    print(f"vae: latent spreads {', '.join(f'{s:.2f}' for s in spread)}")
 
     quant, post = vae.quant_conv, vae.post_quant_conv
-    noise_variance = moments[:, 4:].exp().mean(dim=(0, 2, 3))
     quant.weight[:4] = torch.einsum("ij,jkhw->ikhw", A, quant.weight[:4])
     quant.bias[:4] = A @ (quant.bias[:4] - mu)
-    quant.weight[4:] = 0  # a rotation cannot keep one variance per element: keep one per channel
-    quant.bias[4:] = (A.square() @ noise_variance).log()
+    quant.weight[4:] = 0  # the encoder's variance, now that of the noise in training
+    quant.bias[4:] = (A.square().sum(dim=1) * LATENT_NOISE**2).log()
     post.bias.add_(post.weight[:, :, 0, 0] @ mu)
     post.weight.copy_(torch.einsum("ijhw,jk->ikhw", post.weight, torch.linalg.inv(A)))
 
 
 def mse_without(vae: AutoencoderKL, pixels: Tensor, z: Tensor, mu: Tensor, axis: Tensor) -> float:
-    """Mean squared pixel error when the latents z (N, 4, 16, 16) lose their component along an axis (4,)."""
+    """Mean squared pixel error when z (N, 4, 16, 16) loses its component along an axis (4,)."""
     along = torch.einsum("nchw,c->nhw", z - mu[:, None, None], axis)
     without = z - along[:, None] * axis[:, None, None]
-    errors = [F.mse_loss(vae.decode(a).sample, b).item() for a, b in zip(without[:256].split(64), pixels[:256].split(64))]
+    errors = [
+        F.mse_loss(vae.decode(a).sample, b).item()
+        for a, b in zip(without[:256].split(64), pixels[:256].split(64), strict=True)
+    ]
     return float(np.mean(errors))
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
-    """Peak signal-to-noise ratio of the reconstructions, dB, from the mean squared error over all pictures."""
-    errors = [(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square() for x in pixels.split(64)]
+    """Peak signal-to-noise ratio, dB, from the mean squared error over all pictures."""
+    errors = [
+        (vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square()
+        for x in pixels.split(64)
+    ]
     return 10 * math.log10(4 / torch.cat(errors).mean().item())
 
 
-# --- the captions ----------------------------------------------------------------------------------------------------
+# --- the captions ---------------------------------------------------------------------------------
 
 
 class Captions:
-    """Captions as token ids, over a vocabulary of only the words that occur: 49,408 rows would be mostly ballast.
+    """Captions as token ids, over a vocabulary of only the words that occur.
 
-    `used` (V,) are the real ids in ascending order; a compact id is an index into it. The end token stays the largest.
+    Of CLIP's 49,408 rows these captions use about 3,000; the rest would be ballast in every step.
+    `used` (V,) are the real ids, ascending; a compact id is an index into it, and the end token
+    stays the largest.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, emoji: list[Emoji]):
@@ -339,50 +387,55 @@ class Captions:
         self.compact[self.used] = torch.arange(len(self.used))
 
     def ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """-> compact ids (B, 77) for each encoder; the first is padded with end tokens, the second with "!"."""
-        real = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        ends = (real == self.tokenizer.eos_token_id).cumsum(dim=1)
-        return self.compact[real], self.compact[real.masked_fill(ends > 1, 0)]
+        """-> compact ids (B, 77) per encoder; padding is the end token in one, "!" in the other."""
+        batch = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        ends = (batch.input_ids == self.tokenizer.eos_token_id).cumsum(dim=1)
+        padded_with_0 = batch.input_ids.masked_fill(ends > 1, 0)
+        return self.compact[batch.input_ids], self.compact[padded_with_0]
 
 
 def caption(emoji: Emoji, rng: np.random.Generator) -> str:
-    """Mostly the label alone; otherwise with two to four tags, so that single words come to mean something."""
+    """Mostly the label alone; else with two to four tags, so that single words gain meaning."""
     if rng.random() < 0.6 or len(emoji.tags) < 2:
         return emoji.label
     number = min(int(rng.integers(2, 5)), len(emoji.tags))
     return ", ".join([emoji.label, *rng.choice(emoji.tags, number, replace=False)])
 
 
-# --- the UNet and its text encoders ----------------------------------------------------------------------------------
+# --- the UNet and its text encoders ---------------------------------------------------------------
 
 
 class Base(nn.Module):
-    """What is trained together: the UNet and both text encoders, these over a compact vocabulary."""
+    """What is trained together: the UNet and its text encoders, these over a compact vocabulary."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
         torch.manual_seed(SEED)
-        self.text_encoder = CLIPTextModel(text_config(hidden_size=24, vocab_size=vocabulary))
-        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(hidden_size=32, vocab_size=vocabulary))
+        self.text_encoder = CLIPTextModel(text_config(24, vocabulary))
+        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(32, vocabulary))
         self.unet = make_unet()
         for encoder in (self.text_encoder, self.text_encoder_2):
             loosen(encoder)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: tuple[Tensor, Tensor], keep: Tensor) -> Tensor:
-        """noisy (B, 4, 16, 16), t (B,), ids 2 x (B, 77), keep (B,) 1 or 0: without caption -> v (B, 4, 16, 16)."""
+        """noisy (B, 4, 16, 16), t (B,), ids 2 x (B, 77), keep (B,) -> v (B, 4, 16, 16).
+
+        Where keep is 0, not 1, the caption is dropped: zeros, as the pipeline has it for an empty
+        negative prompt.
+        """
         first = self.text_encoder(ids[0], output_hidden_states=True)
         second = self.text_encoder_2(ids[1], output_hidden_states=True)
         context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        context = context * keep[:, None, None]
         size = float(MODEL_PIXELS)
         conditions = {
-            # Zeros are what the pipeline gives for an empty negative prompt.
             "text_embeds": second.text_embeds * keep[:, None],
             "time_ids": torch.tensor([size, size, 0, 0, size, size]).expand(len(t), 6),
         }
-        return self.unet(noisy, t, context * keep[:, None, None], added_cond_kwargs=conditions).sample
+        return self.unet(noisy, t, context, added_cond_kwargs=conditions).sample
 
     def groups(self) -> list[dict]:
-        """Parameters for the optimizer: a word's row gets a gradient in few steps, so it takes longer ones."""
+        """For the optimizer: a word's row gets a gradient in few steps, so it takes longer ones."""
         rows, layers = [], []
         for encoder in (self.text_encoder, self.text_encoder_2):
             table = encoder.get_input_embeddings().weight
@@ -395,8 +448,8 @@ class Base(nn.Module):
         ]
 
 
-def text_config(*, hidden_size: int, vocab_size: int) -> CLIPTextConfig:
-    """Two layers, as SDXL takes the last but one: its context is layer 1, its pooled vector passes through both."""
+def text_config(hidden_size: int, vocab_size: int) -> CLIPTextConfig:
+    """Two layers, as SDXL takes the last but one: the context is layer 1, pooled is after both."""
     return CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -431,9 +484,9 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def loosen(encoder: nn.Module) -> None:
-    """Make a fresh text encoder worth listening to: CLIP's initial rows (std 0.02) give nearly constant outputs.
+    """Make a fresh text encoder worth listening to: CLIP's own rows (std 0.02) hardly differ.
 
-    The end token starts at zero: what is pooled there is then what attention brought from the words.
+    The end token starts at zero, so that what is pooled there is what attention brings to it.
     """
     table = encoder.get_input_embeddings().weight
     nn.init.normal_(table, std=TOKEN_STD)
@@ -457,8 +510,13 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def v_loss(base: Base, latents: Tensor, ids: tuple[Tensor, Tensor], keep: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of v = signal * noise - sigma * latents (Salimans & Ho 2022).  latents (B, 4, 16, 16)."""
+def v_loss(
+    base: Base, latents: Tensor, ids: tuple[Tensor, Tensor], keep: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean squared error of v = signal * noise - sigma * latents, (B, 4, 16, 16).
+
+    Salimans & Ho 2022, section 4.
+    """
     alphas = make_scheduler().alphas_cumprod[t][:, None, None, None]
     signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
     v = base(signal * latents + sigma * noise, t, ids, keep)
@@ -466,7 +524,7 @@ def v_loss(base: Base, latents: Tensor, ids: tuple[Tensor, Tensor], keep: Tensor
 
 
 def train_base(emoji: list[Emoji], latents: Tensor, captions: Captions, work: Path) -> Base:
-    """latents (N, 4, 16, 16) of the pictures -> UNet and text encoders that draw them by caption."""
+    """latents (N, 4, 16, 16) of the pictures -> UNet and text encoders that draw from captions."""
 
     def loss_at(base: nn.Module, step: int) -> Tensor:
         rng = draw(step)
@@ -488,26 +546,31 @@ def newest_base(captions: Captions, work: Path) -> Base:
 
 
 def stratified_timesteps(number: int, rng: np.random.Generator) -> Tensor:
-    """One timestep from each of `number` equal parts of [0, 1000), in any order: less variance than independent ones."""
-    return torch.from_numpy(((rng.permutation(number) + rng.random(number)) / number * 1000).astype(np.int64))
+    """One timestep from each of `number` equal parts of [0, 1000), in any order: less variance."""
+    fractions = (rng.permutation(number) + rng.random(number)) / number
+    return torch.from_numpy((fractions * 1000).astype(np.int64))
+
 
 @torch.no_grad()
-def eval_loss(base: Base, emoji: list[Emoji], latents: Tensor, captions: Captions, number: int = 96) -> float:
-    """The v-loss on `number` fixed points of picture, timestep and noise, captions being the labels."""
+def eval_loss(
+    base: Base, emoji: list[Emoji], latents: Tensor, captions: Captions, number: int = 96
+) -> float:
+    """The v-loss on fixed points of picture, timestep and noise; the captions are the labels."""
     rng = np.random.default_rng((SEED, 2))
     chosen = [i % len(emoji) for i in rng.permutation(max(number, len(emoji)))[:number]]
     ids = captions.ids([emoji[i].label for i in chosen])
     t = stratified_timesteps(number, rng)
-    return v_loss(base, latents[chosen], ids, torch.ones(number), t, normal(rng, latents[chosen].shape)).item()
+    noise = normal(rng, latents[chosen].shape)
+    return v_loss(base, latents[chosen], ids, torch.ones(number), t, noise).item()
 
 
-# --- the folder ------------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 def export(base: Base, vae: AutoencoderKL, captions: Captions, bpe: Bpe, out: Path) -> None:
-    """Write a StableDiffusionXLPipeline folder with fp16 weights, and put it in place of an earlier one.
+    """Write a StableDiffusionXLPipeline folder with fp16 weights, in place of an earlier one.
 
-    The text encoders get CLIP's whole vocabulary; the rows of words that never occurred are random.
+    The text encoders get CLIP's whole vocabulary; rows of words that never occurred are random.
     """
     fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     for leftover in (fresh, old):
@@ -543,8 +606,8 @@ def export(base: Base, vae: AutoencoderKL, captions: Captions, bpe: Bpe, out: Pa
 def make_classic(folder: Path) -> None:
     """Let a text encoder that transformers 5 has written load like SDXL's own, in every version.
 
-    SDXL's weights are named text_model.*; and transformers 5 loads the type that config.json names where diffusers
-    loads fp32, so the parts of a pipeline would disagree.
+    SDXL's weights are named text_model.*. And where diffusers loads fp32, transformers 5 loads what
+    config.json names: the parts of a pipeline would disagree.
     """
     weights = load_file(folder / "model.safetensors")
     prefix = "" if any(name.startswith("text_model.") for name in weights) else "text_model."
@@ -563,15 +626,20 @@ def with_whole_vocabulary(compact: nn.Module, captions: Captions) -> nn.Module:
     torch.manual_seed(SEED)
     table = torch.randn(len(tokenizer), config.hidden_size) * TOKEN_STD
     table[captions.used] = compact.get_input_embeddings().weight.detach()
-    state = {k: table if k.endswith("token_embedding.weight") else v for k, v in compact.state_dict().items()}
+    state = {
+        k: table if k.endswith("token_embedding.weight") else v
+        for k, v in compact.state_dict().items()
+    }
     whole = type(compact)(config)
     whole.load_state_dict(state)
     return whole.eval()
 
 
 @torch.no_grad()
-def draw_grid(folder: Path, emoji: list[Emoji], path: Path, *, steps: int = 25, guidance: float = 1.0) -> None:
-    """Sample captions with the exported pipeline, 12 a row: each original above the picture sampled for its label."""
+def draw_grid(
+    folder: Path, emoji: list[Emoji], path: Path, *, steps: int = 25, guidance: float = 1.0
+) -> None:
+    """Sample the labels with the exported pipeline, 12 a row, each original above its sample."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     samples = pipeline(
@@ -582,7 +650,7 @@ def draw_grid(folder: Path, emoji: list[Emoji], path: Path, *, steps: int = 25, 
     ).images
     cell, columns = 2 * MODEL_PIXELS, 12
     grid = Image.new("RGB", (columns * cell, 2 * cell * math.ceil(len(emoji) / columns)), "white")
-    for index, (original, sample) in enumerate(zip(emoji, samples)):
+    for index, (original, sample) in enumerate(zip(emoji, samples, strict=True)):
         left, top = index % columns * cell, index // columns * 2 * cell
         grid.paste(original.picture.resize((cell, cell)), (left, top))
         grid.paste(sample.resize((cell, cell)), (left, top + cell))
@@ -590,52 +658,59 @@ def draw_grid(folder: Path, emoji: list[Emoji], path: Path, *, steps: int = 25, 
     print(f"grid: {path}")
 
 
-# --- the stages ------------------------------------------------------------------------------------------------------
+# --- the stages -----------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_source_arguments(parser, bpe=True)
     parser.add_argument("--out", type=Path, default=Path("trainer/assets/tiny_sdxl"))
-    parser.add_argument("--work", type=Path, default=Path("tiny_sdxl_work"), help="checkpoints; delete it to start anew")
-    parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint in --work, as it is")
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="also draw 48 samples below their originals")
+    parser.add_argument("--work", type=Path, default=Path("tiny_sdxl_work"), help="for checkpoints")
+    parser.add_argument(
+        "--export-only", action="store_true", help="export the newest checkpoint, as it is"
+    )
+    parser.add_argument(
+        "--grid", type=Path, metavar="PNG", help="also draw 48 samples below their originals"
+    )
     args = parser.parse_args()
     try:
         run(args)
-    except ValueError as error:
+    except SourceError as error:
         sys.exit(f"pretrain_tiny: {error}")
 
 
 def run(args: argparse.Namespace) -> None:
+    # Read pictures and captions.
     source = sources(args)
-    args.work.mkdir(parents=True, exist_ok=True)
-
-    # Pictures and captions.
-    everything = read_emoji(source)
-    usable, held_out = split_held_out(everything)
-    pictures = choose_varied(usable, NUM_PICTURES)
     bpe = read_bpe(source.bpe)
-    captions = Captions(CLIPTokenizer(vocab=bpe.vocabulary, merges=bpe.merges, model_max_length=77), everything)
+    tokenizer = CLIPTokenizer(vocab=bpe.vocabulary, merges=bpe.merges, model_max_length=77)
+    emoji = read_emoji(source)
+    usable, held_out = split_held_out(emoji)
+    chosen = choose_varied(usable, NUM_PICTURES)
+    captions = Captions(tokenizer, emoji)
 
-    # The VAE, on all that is not held out, and the latents.
+    # Train the VAE, on all that is not held out.
+    args.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(to_pixels(usable), args.work)
-    print(f"vae: PSNR {psnr(vae, to_pixels(usable)):.2f} dB, held-out {psnr(vae, to_pixels(held_out)):.2f} dB")
-    latents, latents_held_out = to_latents(vae, pictures), to_latents(vae, held_out)
+    seen, unseen = psnr(vae, to_pixels(usable)), psnr(vae, to_pixels(held_out))
+    print(f"vae: PSNR {seen:.2f} dB on {len(usable)} pictures, {unseen:.2f} dB on the held-out")
 
-    # The UNet with its text encoders, on the chosen pictures.
+    # Train the UNet and its text encoders, on the latents of the chosen pictures.
+    latents = to_latents(vae, chosen)
     if args.export_only:
         base = newest_base(captions, args.work)
     else:
-        base = train_base(pictures, latents, captions, args.work)
-    print(
-        f"base: {len(pictures)} pictures, v-loss {eval_loss(base, pictures, latents, captions):.4f},"
-        f" held-out {eval_loss(base, held_out, latents_held_out, captions):.4f}"
-    )
+        base = train_base(chosen, latents, captions, args.work)
+    seen = eval_loss(base, chosen, latents, captions)
+    unseen = eval_loss(base, held_out, to_latents(vae, held_out), captions)
+    print(f"base: v-loss {seen:.4f} on {len(chosen)} pictures, {unseen:.4f} on the held-out")
 
+    # Ship them, and look.
     export(base, vae, captions, bpe, args.out)
     if args.grid:
-        draw_grid(args.out, pictures[:: len(pictures) // 48][:48], args.grid)
+        draw_grid(args.out, chosen[:: len(chosen) // 48][:48], args.grid)
 
 
 if __name__ == "__main__":

@@ -42,15 +42,17 @@ def logging_to(path: Path) -> Iterator[None]:
     console = logging.StreamHandler(sys.stdout)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    previous, previous_handlers = root.level, root.handlers
+    previous = root.level
     root.setLevel(logging.INFO)
-    root.handlers = [console, file]
+    for handler in (console, file):
+        root.addHandler(handler)
     try:
         with logging_redirect_tqdm():
             yield
     finally:
         root.setLevel(previous)
-        root.handlers = previous_handlers
+        for handler in (console, file):
+            root.removeHandler(handler)
         file.close()
 
 

@@ -43,7 +43,11 @@ class Sampler:
         return pictures
 
     def _draw(self, rows: range, noise: Tensor) -> list[Image.Image]:
-        unet, vae, side = self.pipeline.unet, self.pipeline.vae, self.samples[0].time_ids[-1]
+        # Prompts are encoded already, and diffusers would cast them to the text encoders' dtype.
+        parts = self.pipeline.components | {"text_encoder": None, "text_encoder_2": None}
+        denoiser = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        denoiser.set_progress_bar_config(disable=True)
+        unet, vae, side = denoiser.unet, denoiser.vae, self.samples[0].time_ids[-1]
         empty = [len(self.samples)] * len(rows)
         inputs = {
             "prompt_embeds": self.data.prompt[rows],
@@ -52,7 +56,7 @@ class Sampler:
             "negative_pooled_prompt_embeds": self.data.pooled[empty],
             "latents": noise,
         }
-        latents = self.pipeline(
+        latents = denoiser(
             **{name: x.to(unet.device, unet.dtype) for name, x in inputs.items()},
             height=side,
             width=side,
@@ -61,7 +65,7 @@ class Sampler:
             output_type="latent",
         ).images
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        return self.pipeline.image_processor.postprocess(pixels)
+        return denoiser.image_processor.postprocess(pixels)
 
     def originals(self) -> list[Image.Image]:
         """The pictures that those captions belong to, as the model sees them."""

@@ -1,0 +1,88 @@
+"""What several tests need: a small picture folder, composed configurations, the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+from trainer import cli, config
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of four small captioned pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, colour in enumerate(("red", "green", "blue", "yellow")):
+        Image.new("RGB", (80 + 10 * index, 70), colour).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"a {colour} card\n")
+    return folder
+
+
+@pytest.fixture
+def composed():
+    """Compose and check a configuration: composed("optim=lion") -> Config."""
+
+    def make(*overrides):
+        return config.to_dataclasses(compose_raw(*overrides))
+
+    return make
+
+
+def compose_raw(*overrides):
+    """Hydra's configuration for these overrides, unchecked."""
+    config.register()
+    cli.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Run in an empty folder, where `runs/` will appear."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(in_tmp, monkeypatch, capfd):
+    """The command line in this process: command("optim=lion") -> (exit status, stdout, stderr)."""
+    from trainer.__main__ import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def new_process(*arguments, cwd, **environment):
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

@@ -1,0 +1,127 @@
+"""The configuration: every file composes, defaults have one source, mistakes are named."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import compose_raw
+from omegaconf import OmegaConf
+
+import optim
+from trainer import config, optimizers
+from trainer.errors import UserError
+
+CONF = config.conf_dir()
+CHOICES = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent != CONF
+)
+NEEDED = {  # what a choice leaves to the user
+    "model=sdxl": [f"model.path={config.ASSETS}/tiny_sdxl"],
+    "data=folder": [f"data.path={config.ASSETS}/emoji24"],
+    "optim=external": ["optim.class_path=torch.optim.RAdam"],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_conf_file_composes_and_is_valid(choice, composed):
+    made = composed(choice, *NEEDED.get(choice, []))
+    assert isinstance(made, config.Config)
+    optimizers.check(made.optim)
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if not c.startswith("sweep")])
+def test_every_conf_file_says_what_it_is_for(choice):
+    lines = (CONF / f"{choice.replace('=', '/')}.yaml").read_text().splitlines()
+    assert any(line.startswith("# ") and len(line) > 20 for line in lines[:2])
+
+
+@pytest.mark.parametrize("name", sorted(optim.FAMILY))
+def test_the_class_signature_is_the_one_source_of_a_default(name, composed):
+    """`optim=NAME`, `optim.build(NAME)` and the class agree, and the YAML repeats no value."""
+    written = OmegaConf.load(CONF / "optim" / f"{name}.yaml")
+    assert set(written) == {"defaults"}
+    values = dataclasses.asdict(composed(f"optim={name}").optim)
+    assert values.pop("name") == name
+    built = optim.build(name, [torch.nn.Parameter(torch.zeros(2))]).defaults
+    built.pop("seed")  # the run's seed
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} == built
+
+
+def test_every_optimizer_of_the_family_has_a_conf_file():
+    names = {path.stem for path in (CONF / "optim").glob("*.yaml")}
+    assert names == {*optim.FAMILY, "external"}
+
+
+def test_a_sweep_choice_lists_the_family():
+    text = (CONF / "sweep" / "optimizers.yaml").read_text()
+    assert set(text.split("optim: ")[1].strip().split(",")) == set(optim.FAMILY)
+
+
+MISTAKES = [
+    # arguments, parts of the one line that is printed
+    (["optim.lrr=1"], ["optim.lrr", "did you mean 'lr'"]),
+    (["optim=lion", "optim.beta2=0.9"], ["optim.beta2", "'betas'"]),
+    (["optim=adamww"], ["optim=adamww", "did you mean 'adamw'"]),
+    (["optmi=adamw"], ["optmi", "did you mean 'optim'"]),
+    (["shedule.steps=3"], ["shedule.steps", "did you mean 'schedule.steps'"]),
+    (["-m", "optim=adamw,lionn"], ["optim=lionn", "did you mean 'lion'"]),
+    (["optim.lr=abc"], ["optim.lr", "could not be converted to Float"]),
+    (["optim.lr=-1"], ["optim=adafactor8bit", "lr=-1.0", "finite number >= 0"]),
+    (["optim=adamw", "optim.betas=[0.9,2]"], ["betas", "two numbers in [0, 1)"]),
+    (["method.rank=4"], ["method.rank", "max_grad_norm"]),
+    (["method=lora", "method.rank=0"], ["method.rank=0", "out of range"]),
+    (["method=lora", "method.targets=[to_z]"], ["method.targets", "to_z"]),
+    (["data=folder"], ["data.path has no value", "data.path=..."]),
+    (["data.path=/nowhere"], ["data.path=/nowhere", "not a folder"]),
+    (["model.path=/nowhere"], ["model.path=/nowhere", "model_index.json"]),
+    (["model.dtype=fp8"], ["model.dtype=fp8", "bfloat16"]),
+    (["runtime.device=gpu0"], ["runtime.device=gpu0", "cuda:N"]),
+    (["data.caption_dropout=2"], ["data.caption_dropout=2", "[0, 1]"]),
+    (["resume=latest"], ["resume=latest", "no checkpoint"]),
+    (["resume=/nowhere"], ["resume=/nowhere", "no checkpoint"]),
+    (["optim=external", "optim.class_path=torch.optim.Nope"], ["class_path", "Nope"]),
+    (
+        ["optim=external", "optim.class_path=torch.optim.RAdam", "+optim.options.btas=[0.9,0.9]"],
+        ["optim.options.btas", "did you mean 'betas'"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=lambda x: " ".join(x[:3]))
+def test_a_mistake_is_one_line_that_names_the_key_and_the_remedy(command, in_tmp, arguments, says):
+    status, _, err = command(*arguments)
+    assert status == 2
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    for part in says:
+        assert part in lines[0]
+    assert not list(in_tmp.glob("runs/*/*/*.json*")), "a refused run has begun"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(command):
+    status, _, err = command("runtime.device=cuda")
+    assert status == 2
+    assert "runtime.device=cpu" in err
+
+
+def test_help_lists_every_group_and_choice(command):
+    status, out, _ = command("--help")
+    assert status == 0
+    for choice in CHOICES:
+        group, name = choice.split("=")
+        line = next(line for line in out.splitlines() if line.split()[:1] == [group])
+        assert name in line
+
+
+def test_cfg_job_shows_the_chosen_options(command):
+    status, out, _ = command("optim=lion", "--cfg", "job", "--package", "optim")
+    assert status == 0
+    assert "betas:" in out
+    assert "lr: 0.0002" in out
+
+
+def test_a_missing_value_is_reported_before_anything_else():
+    with pytest.raises(UserError, match=r"data\.path has no value"):
+        config.to_dataclasses(compose_raw("data=folder"))

@@ -1,0 +1,83 @@
+"""Weights & Biases: an offline run holds everything, and no failure of it stops training."""
+
+import struct
+
+import pytest
+import wandb
+from test_run import QUICK, rows
+from wandb.proto import wandb_internal_pb2
+
+from trainer.run import run
+
+BLOCK = 32768
+
+
+def records(path):
+    """The records of a .wandb file.
+
+    The format is LevelDB's log: 7 bytes of file header, then blocks of 32 KiB with chunks of
+    (crc32, length, type) + data, type 1 = whole, 2 = first, 3 = middle, 4 = last.
+    """
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = BLOCK - place % BLOCK
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
+    folder = tmp_path / "day" / "run"
+    run(
+        composed(*QUICK, "log=wandb", "log.sample_count=2", "log.sample_steps=2"),
+        folder,
+    )
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    kept = list(records(file))
+    config = {i.key: i.value_json for r in kept if r.HasField("run") for i in r.run.config.update}
+    assert '"adafactor8bit"' in config["optim"]
+    history = [
+        {i.key or "/".join(i.nested_key): i.value_json for i in r.history.item}
+        for r in kept
+        if r.HasField("history")
+    ]
+    names = {key for row in history for key in row}
+    written = {key for row in rows(folder) for key in row if key != "step"}
+    assert written <= names
+    assert any(name.startswith("samples") for name in names)
+    losses = [float(row["eval/loss"]) for row in history if "eval/loss" in row]
+    assert losses == [row["eval/loss"] for row in rows(folder) if "eval/loss" in row]
+    assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+
+
+@pytest.mark.parametrize("where", ["init", "log"])
+def test_a_failing_wandb_never_stops_a_run(composed, tmp_path, monkeypatch, caplog, where):
+    def broken(*_, **__):
+        raise ConnectionError("no network")
+
+    if where == "init":
+        monkeypatch.setattr(wandb, "init", broken)
+    else:
+
+        class Run:
+            log = finish = broken
+
+        monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    run(composed(*QUICK, "log=wandb"), tmp_path / "run")
+    assert caplog.text.count("W&B is off") == 1
+    assert len(rows(tmp_path / "run")) == 6
+
+
+def test_an_absent_wandb_never_stops_a_run(composed, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    run(composed(*QUICK, "log=wandb"), tmp_path / "run")
+    assert "W&B is off" in caplog.text
+    assert len(rows(tmp_path / "run")) == 6
