@@ -11,7 +11,9 @@ from optim.fused import FusedOptimizer
 
 
 class AdamW(FusedOptimizer):
-    """Adam with decoupled weight decay.  State: 8 bytes a parameter.
+    """Adam with decoupled weight decay, both moments in fp32.
+
+    State: 8 bytes a parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -20,7 +22,7 @@ class AdamW(FusedOptimizer):
         eps: added to sqrt(v).
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-        affected.
+            affected.
         seed: of the rounding.
 
     Source: Kingma & Ba 2014 (arXiv 1412.6980), Alg. 1; Loshchilov & Hutter 2017 (arXiv 1711.05101),

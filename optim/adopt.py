@@ -11,8 +11,7 @@ from optim.fused import FusedOptimizer
 
 
 class AdoptFactored(FusedOptimizer):
-    """ADOPT whose moments are kept as rank-1 factors, the first with one sign bit an element
-    (SMMF).
+    """ADOPT with both moments as rank-1 factors, the first with one sign bit an element (SMMF).
 
     Matrices and convolutions keep 0.13-0.14 bytes a parameter; 1-D tensors, which are few and
     matter, keep fp32 moments. The update uses the moments before they are factored, so factoring
@@ -26,7 +25,7 @@ class AdoptFactored(FusedOptimizer):
         eps: floor of the denominator, max(sqrt(v), eps).
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-        affected.
+            affected.
         seed: of the rounding.
 
     Source: Taniguchi et al. 2024 (arXiv 2411.02853), Alg. 2; Park & Lee 2024 (arXiv 2412.08894),

@@ -11,7 +11,9 @@ from optim.fused import FusedOptimizer
 
 
 class Lion(FusedOptimizer):
-    """Evolved sign momentum.  Every element moves by exactly lr.  State: 4 bytes a parameter.
+    """The sign of an interpolated momentum, which is kept in fp32.
+
+    Every element moves by exactly lr.  State: 4 bytes a parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -20,7 +22,7 @@ class Lion(FusedOptimizer):
         momentum.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-        affected.
+            affected.
         seed: of the rounding.
 
     Source: Chen et al. 2023 (arXiv 2302.06675), Alg. 2.

@@ -11,8 +11,9 @@ from optim.fused import FusedOptimizer
 
 
 class SGD(FusedOptimizer):
-    """Stochastic gradient descent with (Nesterov) momentum.  State: 4 bytes a parameter, none when
-    momentum = 0.
+    """Gradient descent with (Nesterov) momentum in fp32.
+
+    State: 4 bytes a parameter, none when momentum = 0.
 
     Args:
         params: parameters or parameter groups.
@@ -21,7 +22,7 @@ class SGD(FusedOptimizer):
         nesterov: step along g + momentum * m instead of m.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-        affected.
+            affected.
         seed: of the rounding.
 
     Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep

@@ -8,6 +8,7 @@ import math
 import pickle
 from pathlib import Path
 
+import adv_optm
 import pytest
 import pytorch_optimizer
 import torch
@@ -116,7 +117,6 @@ def test_adopt_factored_equals_dense_adopt_where_moments_have_rank_one():
 
 
 def test_adopt_factored_follows_the_smmf_cycle_of_adv_optm():
-    adv_optm = pytest.importorskip("adv_optm")
     shapes = [(24, 16), (16, 3, 3, 3)]
     ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
     run(optim.build("adopt_factored", ours, lr=1e-2, weight_decay=0.0), ours, range(40))

@@ -70,6 +70,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
+    memory.reset_peak(device)
     samples = load_folder(config.data)
     pipeline = load_pipeline(config.model, device)
     schedule = training_noise(pipeline)
