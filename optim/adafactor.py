@@ -24,11 +24,11 @@ class Adafactor(FusedOptimizer):
         params: parameters or parameter groups.
         lr: step size; with relative_step, its upper bound.
         beta1: decay of a first moment of the clipped update; none (the default) keeps no first
-        moment.
+            moment.
         beta2: fixed decay of the second moment, bias-corrected; none uses 1 - t^beta2_decay.
         beta2_decay: exponent of that schedule; used only where beta2 is none.
         eps: added to the second moment where it divides, and floor of RMS(weights) for
-        scale_parameter.
+            scale_parameter.
         clip_threshold: largest RMS of a tensor's update before lr; none does not clip.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         relative_step: use min(lr, 1/sqrt(t)) as the step size.
@@ -60,22 +60,7 @@ class Adafactor(FusedOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                beta2_decay=beta2_decay,
-                eps=eps,
-                clip_threshold=clip_threshold,
-                weight_decay=weight_decay,
-                relative_step=relative_step,
-                scale_parameter=scale_parameter,
-                stochastic_rounding=stochastic_rounding,
-                seed=seed,
-            ),
-        )
+        super().__init__(params, locals())
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         shape = tuple(param.shape)

@@ -42,17 +42,7 @@ class AdamW(FusedOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                stochastic_rounding=stochastic_rounding,
-                seed=seed,
-            ),
-        )
+        super().__init__(params, locals())
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         shape = tuple(param.shape)

@@ -39,9 +39,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[Rule]
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        options.check(type(self).__name__, self._default_options(), defaults)
-        super().__init__(params, defaults)
+    def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
+        """`arguments` are the subclass's own, as its `locals()`: its signature is the list of the
+        options, and what else is in there is left out."""
+        known = self._default_options()
+        chosen = {name: arguments[name] for name in known}
+        options.check(type(self).__name__, known, chosen)
+        super().__init__(params, chosen)
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """How each moment of this parameter is stored: {moment name: codec}."""

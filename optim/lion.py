@@ -19,7 +19,7 @@ class Lion(FusedOptimizer):
         params: parameters or parameter groups.
         lr: step size; three to ten times smaller than AdamW's.
         betas: interpolation between momentum and gradient for the update, and decay of the
-        momentum.
+            momentum.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
             affected.
@@ -40,16 +40,7 @@ class Lion(FusedOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                weight_decay=weight_decay,
-                stochastic_rounding=stochastic_rounding,
-                seed=seed,
-            ),
-        )
+        super().__init__(params, locals())
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         return {"exp_avg": Dense(tuple(param.shape))}

@@ -42,17 +42,7 @@ class SGD(FusedOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                momentum=momentum,
-                nesterov=nesterov,
-                weight_decay=weight_decay,
-                stochastic_rounding=stochastic_rounding,
-                seed=seed,
-            ),
-        )
+        super().__init__(params, locals())
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         return {"exp_avg": Dense(tuple(param.shape))} if group["momentum"] else {}

@@ -72,7 +72,7 @@ class Recipe:
 
 VAE_RECIPE = Recipe(steps=3200, batch=8, lr_peak=2e-3, flat_until=0.2, ema=0.995)
 VAE_RECIPE_2 = Recipe(steps=1200, batch=8, lr_peak=1.5e-3, flat_until=0.2, ema=0.995)
-BASE_RECIPE = Recipe(steps=6800, batch=32, lr_peak=1.5e-3, flat_until=0.5, ema=0.998)
+BASE_RECIPE = Recipe(steps=6000, batch=32, lr_peak=1.5e-3, flat_until=0.5, ema=0.998)
 
 
 # --- the pictures ---------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def fit(
     groups: list[dict],
     loss_at: Callable[[nn.Module, int], Tensor],
     recipe: Recipe,
-    checkpoint: Path,
+    work: Path,
 ) -> nn.Module:
     """Minimise `loss_at(model, step)`, from the checkpoint if there is one.  -> the averaged model.
 
@@ -130,6 +130,7 @@ def fit(
         groups, lr=recipe.lr_peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     average = copy.deepcopy(model).requires_grad_(False)
+    checkpoint = work / f"{name}.pt"
     first = _restore(checkpoint, model, average, optimizer)
     report = Progress(name, first, recipe)
     saved_at = time.monotonic()
@@ -147,7 +148,8 @@ def fit(
 
         # Update their average; early on over a short window, to forget the initialisation.
         decay = min(recipe.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
         # Report, and save.
         report.step(step, loss.item())
@@ -259,47 +261,44 @@ def make_vae() -> AutoencoderKL:
 def train_vae(pixels: Tensor, work: Path) -> AutoencoderKL:
     """pixels (N, 3, 64, 64) in [-1, 1] -> a VAE whose latents suit the UNet.
 
-    Twice: with a KL, which learns fast but whose noise drowns weak channels, for good (one of the
-    four came out empty); then with all four held at unit variance, uncorrelated, under little noise.
+    Twice. With a KL it learns fast, but the KL's noise drowns weak channels, and for good: one of
+    the four came out empty. So then with all four held apart at unit variance, under little noise;
+    done so from the start, it learns much more slowly.
     """
-
-    def loss_with_kl(vae: nn.Module, step: int) -> Tensor:
-        rng = draw(step)
-        x = pixels[picks(step, VAE_RECIPE.batch, len(pixels))]
-        flip = torch.from_numpy(rng.random(len(x)) < 0.5)[:, None, None, None]
-        x = torch.where(flip, x.flip(-1), x)
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.mean + posterior.std * normal(rng, posterior.mean.shape)).sample
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edge_loss(y, x) + 1e-4 * kl
-
-    def loss_with_covariance(vae: nn.Module, step: int) -> Tensor:
-        rng = draw(step)
-        x = pixels[picks(step, VAE_RECIPE_2.batch, len(pixels))]
-        x = torch.stack([augment(picture, rng) for picture in x])
-        z = vae.encode(x).latent_dist.mean
-        y = vae.decode(z + LATENT_NOISE * normal(rng, z.shape)).sample
-        colours = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
-        excess = z.transpose(0, 1).flatten(1).cov() - torch.eye(z.shape[1])
-        return (
-            F.l1_loss(y, x)
-            + F.mse_loss(y, x)
-            + colours
-            + 0.25 * edge_loss(y, x)
-            + 0.03 * excess.square().sum()
-        )
-
     vae = make_vae()
-    vae = fit("vae", vae, vae_groups(vae), loss_with_kl, VAE_RECIPE, work / "vae.pt")
-    fold_scale(vae, pixels, exponent=0.0)
-    vae.requires_grad_(True)
-    vae = fit("vae 2", vae, vae_groups(vae), loss_with_covariance, VAE_RECIPE_2, work / "vae2.pt")
-    fold_scale(vae, pixels, exponent=0.25)
+    stages = [
+        ("vae", loss_with_kl, VAE_RECIPE, 0.0),
+        ("vae2", loss_with_covariance, VAE_RECIPE_2, 0.25),
+    ]
+    for name, loss, recipe, exponent in stages:
+
+        def loss_at(vae: nn.Module, step: int, loss=loss, recipe=recipe) -> Tensor:
+            return loss(vae, pixels[picks(step, recipe.batch, len(pixels))], draw(step))
+
+        groups = [{"params": list(vae.requires_grad_(True).parameters())}]
+        vae = fit(name, vae, groups, loss_at, recipe, work)
+        fold_scale(vae, pixels, exponent)
     return vae
 
 
-def vae_groups(vae: AutoencoderKL) -> list[dict]:
-    return [{"params": list(vae.parameters())}]
+def loss_with_kl(vae: AutoencoderKL, x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Reconstruction by value and edges, plus a KL per latent element.  x (B, 3, 64, 64)."""
+    x = torch.stack([augment(picture, rng) for picture in x])
+    posterior = vae.encode(x).latent_dist
+    y = vae.decode(posterior.mean + posterior.std * normal(rng, posterior.mean.shape)).sample
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edge_loss(y, x) + 1e-4 * kl
+
+
+def loss_with_covariance(vae: AutoencoderKL, x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Reconstruction by value, mean colour and edges, from unlike channels.  x (B, 3, 64, 64)."""
+    x = torch.stack([augment(picture, rng, recolour=0.25) for picture in x])
+    z = vae.encode(x).latent_dist.mean
+    y = vae.decode(z + LATENT_NOISE * normal(rng, z.shape)).sample
+    values = F.l1_loss(y, x) + F.mse_loss(y, x)
+    colours = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+    excess = z.transpose(0, 1).flatten(1).cov() - torch.eye(z.shape[1])
+    return values + colours + 0.25 * edge_loss(y, x) + 0.03 * excess.square().sum()
 
 
 def edge_loss(y: Tensor, x: Tensor) -> Tensor:
@@ -307,22 +306,22 @@ def edge_loss(y: Tensor, x: Tensor) -> Tensor:
     return F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
 
 
-def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mirror half of the pictures and exchange the colours of a quarter.  x (3, 64, 64).
+def augment(x: Tensor, rng: np.random.Generator, *, recolour: float = 0.0) -> Tensor:
+    """Mirror half of the pictures, and exchange the colours of a fraction.  x (3, 64, 64).
 
     Without the second, colours rare in training come back wrong: a lime frog as mustard.
     """
     x = x.flip(-1) if rng.random() < 0.5 else x
-    return x[rng.permutation(3)] if rng.random() < 0.25 else x
+    return x[rng.permutation(3)] if recolour and rng.random() < recolour else x
 
 
 @torch.no_grad()
-def fold_scale(vae: AutoencoderKL, pixels: Tensor, *, exponent: float) -> None:
+def fold_scale(vae: AutoencoderKL, pixels: Tensor, exponent: float) -> None:
     """Make the latents z' = A (z - mu), inside the VAE's own 1 x 1 convolutions.
 
-    A rotates to principal axes and gives each the spread worth^(1/4), where worth is the squared
-    error in pixels that its absence causes; mean square 1 over the channels. Whitening would be
-    worth^0, and worth^(1/2) a loss in pixels. What the VAE reconstructs stays the same.
+    A rotates to principal axes and gives each the spread worth^exponent, where worth is the squared
+    error in pixels that its absence causes; mean square 1 over the channels. 0 whitens, 1/2 would
+    be a loss in pixels, 1/4 is between. What the VAE reconstructs stays the same.
     """
     z = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(64)])
     flat = z.transpose(0, 1).flatten(1)  # (4, N * 256)
@@ -335,7 +334,7 @@ def fold_scale(vae: AutoencoderKL, pixels: Tensor, *, exponent: float) -> None:
     spread = (without_each - without_none).clamp(min=1e-6) ** exponent
     spread /= spread.square().mean().sqrt()
     A = whiten * spread[:, None]
-    print(f"vae: latent spreads {', '.join(f'{s:.2f}' for s in spread)}")
+    print(f"vae: latents rescaled to spreads {', '.join(f'{s:.2f}' for s in spread)}")
 
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:4] = torch.einsum("ij,jkhw->ikhw", A, quant.weight[:4])
@@ -535,7 +534,7 @@ def train_base(emoji: list[Emoji], latents: Tensor, captions: Captions, work: Pa
         return v_loss(base, latents[chosen], ids, keep, t, normal(rng, latents[chosen].shape))
 
     base = Base(len(captions.used))
-    return fit("base", base, base.groups(), loss_at, BASE_RECIPE, work / "base.pt")
+    return fit("base", base, base.groups(), loss_at, BASE_RECIPE, work)
 
 
 def newest_base(captions: Captions, work: Path) -> Base:

@@ -50,6 +50,10 @@ def main() -> None:
         if _wants_traceback:
             raise
         cli.fail(cli.explain(error, sys.argv[1:]))
+    except OSError as error:  # its message names the file
+        if _wants_traceback:
+            raise
+        cli.fail(f"{error} (HYDRA_FULL_ERROR=1 shows where)")
 
 
 if __name__ == "__main__":

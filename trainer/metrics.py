@@ -28,8 +28,11 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: {"step": step, **values}.  Keys look like `train/loss`."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:  # a full disk must not end the training
+            log.warning("metrics of step %d are lost: %s", step, error)
         if self._wandb:
             self._wandb.write(step, values)
 
