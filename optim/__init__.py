@@ -6,32 +6,40 @@ optimizer's options and defaults are its class's signature and nothing else, and
 and `build` take them from there.
 """
 
-import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_type_hints
 
 from optim.adafactor import Adafactor, Adafactor8bit
-from optim.adam import AdamW
-from optim.adopt import AdoptFactored
+from optim.adam import AdamW, AdamW8bit, AdamWFactored, AdEMAMix, AdEMAMixFactored
+from optim.adopt import Adopt, AdoptFactored, AdoptFactoredAdEMAMix
+from optim.features import Features
 from optim.fused import FusedOptimizer
-from optim.lion import Lion
+from optim.lion import Lion, Lion8bit, LionFactored
 from optim.options import unknown
 from optim.sgd import SGD
 
 FAMILY: dict[str, type[FusedOptimizer]] = {
     "sgd": SGD,
     "adamw": AdamW,
+    "adamw8bit": AdamW8bit,
+    "adamw_factored": AdamWFactored,
+    "ademamix": AdEMAMix,
+    "ademamix_factored": AdEMAMixFactored,
+    "adopt": Adopt,
+    "adopt_factored": AdoptFactored,
+    "adopt_factored_ademamix": AdoptFactoredAdEMAMix,
     "lion": Lion,
+    "lion8bit": Lion8bit,
+    "lion_factored": LionFactored,
     "adafactor": Adafactor,
     "adafactor8bit": Adafactor8bit,
-    "adopt_factored": AdoptFactored,
 }
 
 __all__ = [
     "FAMILY",
     "FusedOptimizer",
     "build",
-    "signature",
+    "options_of",
     *sorted(cls.__name__ for cls in FAMILY.values()),
 ]
 
@@ -42,17 +50,17 @@ def build(name: str, params: Iterable[Any], **overrides: Any) -> FusedOptimizer:
     Raises ValueError for an unknown name, TypeError for an option it does not have, ValueError for
     an impossible value.
     """
-    known = signature(name)
+    known = options_of(name)
     for option in overrides:
         if option not in known:
             raise TypeError(unknown(f"option of {name}", option, known))
     return FAMILY[name](params, **overrides)
 
 
-def signature(name: str) -> dict[str, inspect.Parameter]:
-    """The options of an optimizer, {name: parameter with annotation and default}, without
-    `params`."""
+def options_of(name: str) -> dict[str, tuple[Any, Any]]:
+    """The options of an optimizer: {name: (type, default)}."""
     if name not in FAMILY:
         raise ValueError(unknown("optimizer", name, FAMILY))
-    parameters = inspect.signature(FAMILY[name]).parameters
-    return {key: parameter for key, parameter in parameters.items() if key != "params"}
+    cls = FAMILY[name]
+    types = get_type_hints(Features) | get_type_hints(cls.__init__)
+    return {key: (types[key], default) for key, default in cls.default_options().items()}

@@ -1,12 +1,13 @@
 """Adafactor: the second moment as row and column means, in fp32 or in 8-bit codes."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Block8, Codec, Dense, Factored, matrix_view
+from optim.codecs import Codec, Dense, Factored, matrix_view, signed
+from optim.features import Features
 from optim.fused import FusedOptimizer
 
 
@@ -33,16 +34,13 @@ class Adafactor(FusedOptimizer):
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         relative_step: use min(lr, 1/sqrt(t)) as the step size.
         scale_parameter: multiply a tensor's step by max(eps[1], RMS(weights)).
-        stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-            affected.
-        seed: of the rounding.
+        features: options of every optimizer, `optim.features.Features`.
 
     Source: Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 (matrices), Alg. 5 (vectors), section 9
     (hyper-parameters).
     """
 
     rule = staticmethod(reference.adafactor)
-    eight_bit: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -57,21 +55,20 @@ class Adafactor(FusedOptimizer):
         weight_decay: float = 0.0,
         relative_step: bool = False,
         scale_parameter: bool = False,
-        stochastic_rounding: bool = True,
-        seed: int = 0,
+        **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
 
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         shape = tuple(param.shape)
         view = matrix_view(shape)
         codecs: dict[str, Codec] = {
             "exp_avg_sq": Dense(shape)
             if view is None
-            else Factored(shape, view, log8=self.eight_bit)
+            else Factored(shape, view, log8=self.storage == "8bit")
         }
         if group["beta1"] is not None:
-            codecs["exp_avg"] = Block8(shape) if self.eight_bit else Dense(shape)
+            codecs["exp_avg"] = signed(self.storage, shape)
         return codecs
 
 
@@ -86,4 +83,4 @@ class Adafactor8bit(Adafactor):
     are `Adafactor`'s.
     """
 
-    eight_bit = True
+    storage = "8bit"

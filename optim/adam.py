@@ -1,12 +1,13 @@
-"""AdamW: the yardstick, with both moments in fp32."""
+"""AdamW and AdEMAMix, with moments in fp32, in 8-bit blocks, or as factors and signs."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, Dense
+from optim.codecs import Codec, nonnegative, signed
+from optim.features import Features
 from optim.fused import FusedOptimizer
 
 
@@ -20,10 +21,9 @@ class AdamW(FusedOptimizer):
         lr: step size; an update is at most about lr in each element.
         betas: decay of the averages of the gradient and of its square.
         eps: added to sqrt(v).
+        atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + eps): bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-            affected.
-        seed: of the rounding.
+        features: options of every optimizer, `optim.features.Features`.
 
     Source: Kingma & Ba 2014 (arXiv 1412.6980), Alg. 1; Loshchilov & Hutter 2017 (arXiv 1711.05101),
     Alg. 2.
@@ -39,11 +39,91 @@ class AdamW(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        stochastic_rounding: bool = True,
-        seed: int = 0,
+        atan2: bool = False,
+        **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
 
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape = tuple(param.shape)
-        return {"exp_avg": Dense(shape), "exp_avg_sq": Dense(shape)}
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape, factor_1d = tuple(param.shape), group.get("factor_1d", False)
+        return {
+            "exp_avg": signed(self.storage, shape, factor_1d),
+            "exp_avg_sq": nonnegative(self.storage, shape, factor_1d),
+        }
+
+
+class AdamW8bit(AdamW):
+    """AdamW with both moments in 8-bit codes, written with stochastic rounding.
+
+    State: 2.02 bytes a parameter.  Arguments and source are `AdamW`'s.
+    """
+
+    storage = "8bit"
+
+
+class AdamWFactored(AdamW):
+    """AdamW with both moments as rank-1 factors, the first with one sign bit an element (SMMF).
+
+    State: 0.14 bytes a parameter.  Arguments are `AdamW`'s; see `AdoptFactored` for what factoring
+    means.
+
+    Source: `AdamW`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
+    """
+
+    storage = "factored"
+
+
+class AdEMAMix(FusedOptimizer):
+    """AdamW with a second, much slower average of the gradient, in fp32.
+
+    State: 12 bytes a parameter.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size.
+        betas: decay of the averages of the gradient and of its square, and of the slow average.
+        alpha: weight of the slow average.
+        warmup_steps: over which alpha and the slow average's half-life grow to their values.
+        eps: added to sqrt(v).
+        atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + eps): bounded, and without eps.
+        weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
+        features: options of every optimizer, `optim.features.Features`.
+
+    Source: Pagliardini et al. 2024 (arXiv 2409.03137), Alg. 1.
+    """
+
+    rule = staticmethod(reference.adam)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        warmup_steps: int = 0,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        atan2: bool = False,
+        **features: Unpack[Features],
+    ) -> None:
+        super().__init__(params, locals())
+
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape, factor_1d = tuple(param.shape), group.get("factor_1d", False)
+        return {
+            "exp_avg": signed(self.storage, shape, factor_1d),
+            "exp_avg_slow": signed(self.storage, shape, factor_1d),
+            "exp_avg_sq": nonnegative(self.storage, shape, factor_1d),
+        }
+
+
+class AdEMAMixFactored(AdEMAMix):
+    """AdEMAMix with all three moments as rank-1 factors, two of them with sign bits (SMMF).
+
+    State: 0.27 bytes a parameter.  Arguments are `AdEMAMix`'s.
+
+    Source: `AdEMAMix`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
+    """
+
+    storage = "factored"

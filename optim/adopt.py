@@ -1,38 +1,34 @@
-"""Adopt with factored moments: Adam-like steps for an eighth of a byte a parameter."""
+"""ADOPT: Adam that normalises before it averages, in fp32 or with factored moments."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, Dense, Factored, FactoredSign, square_view
+from optim.codecs import Codec, nonnegative, signed
+from optim.features import Features
 from optim.fused import FusedOptimizer
 
 
-class AdoptFactored(FusedOptimizer):
-    """ADOPT with both moments as rank-1 factors, the first with one sign bit an element (SMMF).
+class Adopt(FusedOptimizer):
+    """ADOPT, which normalises by the previous second moment; both moments in fp32.
 
-    Matrices and convolutions keep 0.13-0.14 bytes a parameter; 1-D tensors, which are few and
-    matter, keep fp32 moments. The update uses the moments before they are factored, so factoring
-    costs accuracy only in what is carried over.  An element whose gradient is exactly zero is not
-    moved in that step: in a rank-1 state its momentum is its neighbours'.
+    State: 8 bytes a parameter.  The first step only initialises the second moment.
 
     Args:
         params: parameters or parameter groups.
         lr: step size.
         betas: decay of the averages of the normalised gradient and of the squared gradient.
         eps: floor of the denominator, max(sqrt(v), eps).
+        atan2: 4/pi atan2(g, sqrt v) in place of the clipped quotient: bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-            affected.
-        seed: of the rounding.
+        features: options of every optimizer, `optim.features.Features`.
 
-    Source: Taniguchi et al. 2024 (arXiv 2411.02853), Alg. 2; Park & Lee 2024 (arXiv 2412.08894),
-    Alg. 1-4.
+    Source: Taniguchi et al. 2024 (arXiv 2411.02853), Alg. 2.
     """
 
-    rule = staticmethod(reference.adopt_factored)
+    rule = staticmethod(reference.adopt)
 
     def __init__(
         self,
@@ -42,14 +38,75 @@ class AdoptFactored(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.9999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
-        stochastic_rounding: bool = True,
-        seed: int = 0,
+        atan2: bool = False,
+        **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
 
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape = tuple(param.shape)
-        view = square_view(param.numel()) if param.ndim > 1 else None
-        if view is None:
-            return {"exp_avg": Dense(shape), "exp_avg_sq": Dense(shape)}
-        return {"exp_avg": FactoredSign(shape, view), "exp_avg_sq": Factored(shape, view)}
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape, factor_1d = tuple(param.shape), group.get("factor_1d", False)
+        return {
+            "exp_avg": signed(self.storage, shape, factor_1d),
+            "exp_avg_sq": nonnegative(self.storage, shape, factor_1d),
+        }
+
+
+class AdoptFactored(Adopt):
+    """ADOPT with both moments as rank-1 factors, the first with one sign bit an element (SMMF).
+
+    State: 0.14 bytes a parameter.  The update uses the moments before they are factored, so
+    factoring costs accuracy only in what is carried over.  An element whose gradient is exactly
+    zero is not moved in that step: in a rank-1 state its momentum is its neighbours'.  Arguments
+    are `Adopt`'s.
+
+    Source: `Adopt`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
+    """
+
+    storage = "factored"
+
+
+class AdoptFactoredAdEMAMix(FusedOptimizer):
+    """ADOPT with a second, much slower average; all three moments as rank-1 factors (SMMF).
+
+    State: 0.27 bytes a parameter.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size.
+        betas: decay of the averages of the normalised gradient and of the squared gradient, and of
+            the slow average of the normalised gradient.
+        alpha: weight of the slow average.
+        warmup_steps: over which alpha and the slow average's half-life grow to their values.
+        eps: floor of the denominator, max(sqrt(v), eps).
+        atan2: 4/pi atan2(g, sqrt v) in place of the clipped quotient: bounded, and without eps.
+        weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
+        features: options of every optimizer, `optim.features.Features`.
+
+    Source: `AdoptFactored`'s; Pagliardini et al. 2024 (arXiv 2409.03137), Alg. 1.
+    """
+
+    rule = staticmethod(reference.adopt)
+    storage = "factored"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float, float] = (0.9, 0.9999, 0.9999),
+        alpha: float = 5.0,
+        warmup_steps: int = 0,
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        atan2: bool = False,
+        **features: Unpack[Features],
+    ) -> None:
+        super().__init__(params, locals())
+
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape, factor_1d = tuple(param.shape), group["factor_1d"]
+        return {
+            "exp_avg": signed(self.storage, shape, factor_1d),
+            "exp_avg_slow": signed(self.storage, shape, factor_1d),
+            "exp_avg_sq": nonnegative(self.storage, shape, factor_1d),
+        }

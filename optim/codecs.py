@@ -221,6 +221,30 @@ class FactoredSign:
         return Factored(self.shape, self.view)
 
 
+def signed(storage: str, shape: tuple[int, ...], factor_1d: bool = False) -> Codec:
+    """The codec of a moment of either sign, for a class's `storage`: fp32, 8bit or factored."""
+    if storage == "8bit":
+        return Block8(shape)
+    view = _factor_view(storage, shape, factor_1d)
+    return Dense(shape) if view is None else FactoredSign(shape, view)
+
+
+def nonnegative(storage: str, shape: tuple[int, ...], factor_1d: bool = False) -> Codec:
+    """The codec of a moment that is never negative, for a class's `storage`."""
+    if storage == "8bit":
+        return Log8(shape)
+    view = _factor_view(storage, shape, factor_1d)
+    return Dense(shape) if view is None else Factored(shape, view)
+
+
+def _factor_view(storage: str, shape: tuple[int, ...], factor_1d: bool) -> tuple[int, int] | None:
+    return (
+        square_view(prod(shape))
+        if storage == "factored" and (len(shape) > 1 or factor_1d)
+        else None
+    )
+
+
 def rank1(row: Tensor, col: Tensor) -> Tensor:
     """The matrix with these row and column means: row (R,), col (C,) -> (R, C).  All zero where the
     mean is zero."""

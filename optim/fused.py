@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import options
-from optim.codecs import Codec, Parts
+from optim import features, options
+from optim.codecs import Codec, Dense, FactoredSign, Parts
 from optim.rng import mix, round_stochastic_bf16
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
 STATE_VERSION = 1
+_ABSENT = {"atan2": False, "alpha": 0.0}  # options of rules that only some of their classes have
 _NOT_OPTIONS = {
     "params",
     "param_names",
@@ -27,10 +28,10 @@ _NOT_OPTIONS = {
 class FusedOptimizer(torch.optim.Optimizer):
     """A rule and the codecs of its moments, made into a torch optimizer.
 
-    A subclass names its `rule` and says in `codecs` how each moment of a parameter is stored; it
-    has no loop. Arithmetic is fp32 whatever the parameter's dtype.  bf16 parameters are written
-    with stochastic rounding when the group's `stochastic_rounding` is set.  Weight decay is
-    decoupled: w <- (1 - lr * weight_decay) w, before the update.
+    A subclass names its `rule` and says in `moments` how each moment of a parameter is stored; it
+    has no loop.  Its options are its signature's and those of `Features` that it does not refuse.
+    Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is decoupled:
+    w <- (1 - lr * weight_decay) w, before the update.
 
     The state of a parameter is a flat dict of plain tensors with dtypes of their own (`step`, then
     `moment` or `moment.part`), so that it passes through torch.save(weights_only), safetensors and
@@ -38,23 +39,42 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+    storage: ClassVar[str] = "fp32"  # of its moments: fp32, 8bit or factored
+    refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
-        """`arguments` are the subclass's own, as its `locals()`: its signature is the list of the
+        """`arguments` are the subclass's own, as its `locals()`: its signature is the list of its
         options, and what else is in there is left out."""
-        known = self._default_options()
-        chosen = {name: arguments[name] for name in known}
-        options.check(type(self).__name__, known, chosen)
-        super().__init__(params, chosen)
+        known = self.default_options()
+        given = {k: v for k, v in arguments.items() if k in known} | arguments["features"]
+        for name, reason in self.refuses.items():
+            if name in given:
+                raise TypeError(f"{type(self).__name__} cannot have {name}: {reason}")
+        options.check(type(self).__name__, known, given)
+        super().__init__(params, known | given)
 
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+    @classmethod
+    def default_options(cls) -> dict[str, Any]:
+        """Every option of this optimizer with its default: its signature's, then the features."""
+        parameters = inspect.signature(cls).parameters.values()
+        own = {p.name: p.default for p in parameters if p.name not in ("params", "features")}
+        shared = {k: v for k, v in features.DEFAULTS.items() if k not in cls._refused()}
+        return own | shared
+
+    @classmethod
+    def _refused(cls) -> set[str]:
+        return set(cls.refuses) | (set() if cls.storage == "factored" else {"factor_1d"})
+
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """How each moment of this parameter is stored: {moment name: codec}."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its moments are stored")
 
-    @classmethod
-    def _default_options(cls) -> dict[str, Any]:
-        parameters = inspect.signature(cls).parameters.values()
-        return {p.name: p.default for p in parameters if p.name != "params"}
+    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        """`moments`, and what the group's features keep besides."""
+        codecs = self.moments(param, group)
+        if group.get("growth_limit") is not None:
+            codecs["update_norm"] = Dense(())
+        return codecs
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own options where given.
@@ -63,7 +83,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for an impossible value.
         """
         given = {k: v for k, v in param_group.items() if k not in _NOT_OPTIONS}
-        options.check(type(self).__name__, self._default_options(), given)
+        options.check(type(self).__name__, self.default_options(), given)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if not param.dtype.is_floating_point or param.layout is not torch.strided:
@@ -80,10 +100,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._raise_on_nonfinite()
         for index, group, param in self._indexed_params():
             if param.grad is not None:
                 self._update(index, group, param)
         return loss
+
+    def nonfinite_count(self) -> int:
+        """How many gradient elements have been skipped so far as NaN, infinite or too large."""
+        return sum(int(state["nonfinite"]) for state in self.state.values())
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -91,7 +116,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         happens at once."""
         for _, group, param in self._indexed_params():
             if param.requires_grad:
-                self._init(param, self.codecs(param, group))
+                self._state_of(param, group)
 
     def state_bytes(self) -> int:
         """Bytes of all state allocated so far."""
@@ -118,7 +143,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if index in state_dict["state"]:
                 parts = state_dict["state"][index]
                 self._check_saved(index, parts, param, group)
-                state[param] = {k: x.detach().clone().to(param.device) for k, x in parts.items()}
+                blank = self._blank(param, group, param.device)
+                state[param] = {k: x.detach().clone().to(blank[k].device) for k, x in parts.items()}
         self.state.clear()
         self.state.update(state)
         for group, saved_group in zip(self.param_groups, groups, strict=True):
@@ -140,31 +166,75 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "use nn.Embedding(sparse=False)"
             )
         codecs = self.codecs(param, group)
-        state = self._init(param, codecs)
+        state = self._state_of(param, group)
         state["step"] += 1
         t, lr = int(state["step"]), float(group["lr"])
-        h = SimpleNamespace(**group | {"lr": lr, "t": t, "codec": codecs})
+        h = SimpleNamespace(**_ABSENT | group | {"lr": lr, "t": t, "codec": codecs})
         key = mix(group["seed"], index, t)
 
-        w, g = param.float(), param.grad.float()  # type: ignore[union-attr]
+        w, raw = param.float(), param.grad.float()  # type: ignore[union-attr]
+        if "compensation" in state:
+            w = w + state["compensation"].float()
+        h.usable = features.usable(raw)
+        state["nonfinite"] += (~h.usable).sum()
+        g = features.clipped(h, torch.where(h.usable, raw, 0.0))
+        if h.orthograd:
+            g = features.orthogonal(w, g)
+
         moments = {name: codec.decode(_parts_of(state, name)) for name, codec in codecs.items()}
         u, moments = type(self).rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
             for part, value in codecs[name].encode(moments[name], mix(key, salt)).items():
                 state[_key(name, part)].copy_(value)
         if u is not None:
-            w = w * (1 - lr * group["weight_decay"]) - lr * u
-            rounds = param.dtype == torch.bfloat16 and group["stochastic_rounding"]
-            param.copy_(round_stochastic_bf16(w, key) if rounds else w)
+            if any(isinstance(codec, FactoredSign) for codec in codecs.values()):
+                u = torch.where(raw == 0, 0.0, u)  # its momentum is its neighbours'
+            u = features.aligned(h, u, g)
+            moved = w - lr * (features.decayed(h, w, u) + u)
+            self._write(param, state, torch.where(h.usable, moved, w), key, h.rounding)
 
-    def _init(self, param: Parameter, codecs: dict[str, Codec]) -> dict[str, Tensor]:
-        """The state of this parameter, allocated as zeros when there is none yet."""
+    def _write(
+        self, param: Parameter, state: dict[str, Tensor], w: Tensor, key: int, rounding: str
+    ) -> None:
+        """Round the new fp32 weights to the parameter's dtype."""
+        if rounding == "stochastic" and param.dtype == torch.bfloat16:
+            param.copy_(round_stochastic_bf16(w, key))
+            return
+        param.copy_(w)
+        if "compensation" in state:
+            state["compensation"].copy_(w - param.float())
+
+    def _state_of(self, param: Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+        """This parameter's state, allocated when there is none yet."""
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.int64)
-            for name, codec in codecs.items():
-                state.update({_key(name, part): x for part, x in codec.zeros(param.device).items()})
+            state.update(self._blank(param, group, param.device))
         return state
+
+    def _blank(
+        self, param: Tensor, group: dict[str, Any], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The state of a parameter that has made no step: everything zero."""
+        state = {
+            "step": torch.zeros((), dtype=torch.int64),  # on the host, where it is read
+            "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
+        }
+        if group["rounding"] == "kahan" and param.dtype != torch.float32:
+            state["compensation"] = torch.zeros_like(param, device=device, requires_grad=False)
+        for name, codec in self.codecs(param, group).items():
+            state |= {_key(name, part): x for part, x in codec.zeros(device).items()}
+        return state
+
+    def _raise_on_nonfinite(self) -> None:
+        """Before a step: raise where a group asks for it and a gradient element is not usable."""
+        for index, group, param in self._indexed_params():
+            if group["on_nonfinite"] == "raise" and param.grad is not None:
+                bad = int((~features.usable(param.grad)).sum())
+                if bad:
+                    raise FloatingPointError(
+                        f"{bad} of {param.numel()} gradient elements of parameter {index} "
+                        f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
+                    )
 
     def _matching_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The saved groups, once they are known to fit this optimizer's."""
@@ -196,12 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Compare a saved parameter state with the one this optimizer would allocate, by name,
         shape and dtype."""
-        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.int64)}
-        for name, codec in self.codecs(param, group).items():
-            wanted |= {
-                _key(name, k): (tuple(x.shape), x.dtype)
-                for k, x in codec.zeros(torch.device("meta")).items()
-            }
+        blank = self._blank(param, group, torch.device("meta"))
+        wanted = {key: (tuple(x.shape), x.dtype) for key, x in blank.items()}
         found = {key: (tuple(x.shape), x.dtype) for key, x in saved.items()}
         for key in sorted(wanted.keys() | found.keys()):
             if wanted.get(key) != found.get(key):

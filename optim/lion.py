@@ -1,12 +1,13 @@
-"""Lion: the sign of an interpolated momentum, one fp32 moment."""
+"""Lion: the sign of an interpolated momentum, kept in fp32, in 8-bit blocks, or as factors."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, Dense
+from optim.codecs import Codec, signed
+from optim.features import Features
 from optim.fused import FusedOptimizer
 
 
@@ -21,14 +22,13 @@ class Lion(FusedOptimizer):
         betas: interpolation between momentum and gradient for the update, and decay of the
             momentum.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-            affected.
-        seed: of the rounding.
+        features: options of every optimizer, `optim.features.Features`.
 
     Source: Chen et al. 2023 (arXiv 2302.06675), Alg. 2.
     """
 
     rule = staticmethod(reference.lion)
+    refuses: ClassVar[dict[str, str]] = {"growth_limit": "the norm of a sign does not grow"}
 
     def __init__(
         self,
@@ -37,10 +37,29 @@ class Lion(FusedOptimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
-        stochastic_rounding: bool = True,
-        seed: int = 0,
+        **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
 
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        return {"exp_avg": Dense(tuple(param.shape))}
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        return {"exp_avg": signed(self.storage, tuple(param.shape), group.get("factor_1d", False))}
+
+
+class Lion8bit(Lion):
+    """Lion with its momentum in 8-bit codes, written with stochastic rounding.
+
+    State: 1.02 bytes a parameter.  Arguments and source are `Lion`'s.
+    """
+
+    storage = "8bit"
+
+
+class LionFactored(Lion):
+    """Lion with its momentum as rank-1 factors and one sign bit an element (SMMF).
+
+    State: 0.13 bytes a parameter.  Arguments are `Lion`'s.
+
+    Source: `Lion`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
+    """
+
+    storage = "factored"

@@ -31,10 +31,8 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
-def _pair(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, (tuple, list)) and len(value) == 2 and all(map(check, value))
-    )
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -44,22 +42,27 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 # option -> (may it have this value?, what it must be)
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_learning_rate, "a finite number >= 0"),
-    "betas": (_pair(_fraction), "two numbers in [0, 1)"),
+    "alpha": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
+    "warmup_steps": (lambda x: _integer(x) and x >= 0, "an integer >= 0"),
+    "grad_clip": (_optional(_positive), "a number > 0, or none"),
+    "growth_limit": (_optional(lambda x: _number(x) and x >= 1), "a number >= 1, or none"),
     "beta1": (_optional(_fraction), "a number in [0, 1), or none"),
     "beta2": (_optional(_fraction), "a number in [0, 1), or none"),
     "beta2_decay": (lambda x: _number(x) and x < 0, "a number < 0"),
     "momentum": (_fraction, "a number in [0, 1)"),
     "clip_threshold": (_optional(_positive), "a number > 0, or none"),
     "weight_decay": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
-    "seed": (lambda x: isinstance(x, int) and not isinstance(x, bool), "an integer"),
-    "nesterov": (lambda x: isinstance(x, bool), "true or false"),
-    "relative_step": (lambda x: isinstance(x, bool), "true or false"),
-    "scale_parameter": (lambda x: isinstance(x, bool), "true or false"),
-    "stochastic_rounding": (lambda x: isinstance(x, bool), "true or false"),
+    "seed": (_integer, "an integer"),
+    "rounding": (
+        lambda x: x in ("stochastic", "nearest", "kahan"),
+        "'stochastic', 'nearest' or 'kahan'",
+    ),
+    "on_nonfinite": (lambda x: x in ("skip", "raise"), "'skip' or 'raise'"),
 }
-_EPS = {
-    float: (_positive, "a number > 0"),
-    tuple: (_pair(_positive), "two numbers > 0"),
+# What may be a number or several has its length from the class's default.
+_ALLOWED_TUPLE = {
+    "betas": (_fraction, "in [0, 1)"),
+    "eps": (_positive, "> 0"),
 }
 
 
@@ -73,10 +76,26 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
     for name, value in values.items():
         if name not in known:
             raise TypeError(unknown(f"option of {optimizer}", name, known))
-        default = known[name]
-        is_allowed, wanted = _EPS[type(default)] if name == "eps" else _ALLOWED[name]
+        is_allowed, wanted = _rule(name, known[name])
         if not is_allowed(value):
             raise ValueError(f"{optimizer}: {name}={value!r} is not possible; it must be {wanted}")
+
+
+def _rule(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
+    """The check of this option's values, and its description."""
+    if isinstance(default, bool):
+        return lambda value: isinstance(value, bool), "true or false"
+    if name not in _ALLOWED_TUPLE:
+        return _ALLOWED[name]
+    each, wanted = _ALLOWED_TUPLE[name]
+    if not isinstance(default, tuple):
+        return each, f"a number {wanted}"
+    count = len(default)
+
+    def is_tuple(value: Any) -> bool:
+        return isinstance(value, (tuple, list)) and len(value) == count and all(map(each, value))
+
+    return is_tuple, f"{count} numbers {wanted}"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -2,98 +2,125 @@
 
 This file is the specification.  A rule is a pure function of one parameter's fp32 values:
 
-    rule(h, w, g, s) -> (u, s')      w, g, u (*) like the parameter;  s {name: moment (*)} -> the
-    moments to store
+    rule(h, w, g, s) -> (u, s')    w, g, u (*) like the parameter;  s, s' {name: moment (*)}
 
-`h` holds the group's options, `t` (this step's number, from 1) and `codec` (how each moment is
-stored).  The caller decays the weights, subtracts `lr * u` and stores s'; u = None leaves the
-weights alone.  Rules know nothing of storage, rounding or loops.
+`h` holds the group's options, `t` (this step's number, from 1), `usable` (which elements of g
+count; g is 0 elsewhere) and `codec` (how each moment is stored).  The caller decays the weights,
+subtracts `lr * u` and stores s'; u = None leaves the weights alone.  Rules know nothing of storage,
+rounding or loops.
 """
 
+import math
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from optim.features import limited
+
 Moments = dict[str, Tensor]
+Step = tuple[Tensor | None, Moments]
 
 
-def sgd(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> tuple[Tensor | None, Moments]:
+def sgd(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Sutskever et al. 2013, as torch.optim.SGD without dampening writes it: m <- mu m + g."""
     if h.momentum == 0:
-        return g, {}
-    m = h.momentum * s["exp_avg"] + g
-    return (g + h.momentum * m if h.nesterov else m), {"exp_avg": m}
+        return grown(h, g, s, {})
+    m = torch.where(h.usable, h.momentum * s["exp_avg"] + g, s["exp_avg"])
+    return grown(h, g + h.momentum * m if h.nesterov else m, s, {"exp_avg": m})
 
 
-def adam(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> tuple[Tensor | None, Moments]:
+def adam(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Kingma & Ba 2014, Alg. 1; with the caller's decoupled decay it is AdamW (Loshchilov & Hutter
     2017, Alg. 2)."""
-    beta1, beta2 = h.betas
-    m = torch.lerp(s["exp_avg"], g, 1 - beta1)
-    v = torch.lerp(s["exp_avg_sq"], g.square(), 1 - beta2)
-    denominator = (v / (1 - beta2**h.t)).sqrt() + h.eps
-    return m / (1 - beta1**h.t) / denominator, {"exp_avg": m, "exp_avg_sq": v}
+    beta1, beta2 = h.betas[:2]
+    m = ema(h, s["exp_avg"], g, beta1)
+    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
+    numerator, slow = mixed(h, m / (1 - beta1**h.t), g, s)
+    root = (v / (1 - beta2**h.t)).sqrt()
+    u = arctan(numerator, root) if h.atan2 else numerator / (root + h.eps)
+    return grown(h, u, s, {"exp_avg": m, "exp_avg_sq": v} | slow)
 
 
-def adopt(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> tuple[Tensor | None, Moments]:
+def adopt(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Taniguchi et al. 2024 (arXiv 2411.02853), Alg. 2: normalise by the *previous* v, clip at
-    t^(1/4), then average.
-
-    The first call only initialises v.
-    """
-    beta1, beta2 = h.betas
+    t^(1/4), then average.  The first call only initialises v."""
+    beta1, beta2 = h.betas[:2]
     if h.t == 1:
-        return None, {"exp_avg": s["exp_avg"], "exp_avg_sq": g.square()}
-    limit = (h.t - 1) ** 0.25
-    normalised = (g / s["exp_avg_sq"].sqrt().clamp_min(h.eps)).clamp(-limit, limit)
-    m = torch.lerp(s["exp_avg"], normalised, 1 - beta1)
-    return m, {"exp_avg": m, "exp_avg_sq": torch.lerp(s["exp_avg_sq"], g.square(), 1 - beta2)}
+        return None, s | {"exp_avg_sq": g.square()}
+    root, limit = s["exp_avg_sq"].sqrt(), (h.t - 1) ** 0.25
+    n = arctan(g, root) if h.atan2 else (g / root.clamp_min(h.eps)).clamp(-limit, limit)
+    m = ema(h, s["exp_avg"], n, beta1)
+    numerator, slow = mixed(h, m, n, s)
+    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
+    return grown(h, numerator, s, {"exp_avg": m, "exp_avg_sq": v} | slow)
 
 
-def adopt_factored(
-    h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments
-) -> tuple[Tensor | None, Moments]:
-    """`adopt` for a factored first moment, which gives an element without gradients a share of its
-    neighbours' momentum.
-
-    Park & Lee 2024 (SMMF) move such an element; here it stays where it is.
-    """
-    u, moments = adopt(h, w, g, s)
-    return (None if u is None else torch.where(g == 0, 0.0, u)), moments
-
-
-def lion(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> tuple[Tensor | None, Moments]:
+def lion(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Chen et al. 2023 (arXiv 2302.06675), Alg. 2."""
     beta1, beta2 = h.betas
     u = torch.lerp(s["exp_avg"], g, 1 - beta1).sign()
-    return u, {"exp_avg": torch.lerp(s["exp_avg"], g, 1 - beta2)}
+    return u, {"exp_avg": ema(h, s["exp_avg"], g, beta2)}
 
 
-def adafactor(
-    h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments
-) -> tuple[Tensor | None, Moments]:
+def adafactor(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 and 5, with a fixed beta2 (bias-corrected) or
     their 1 - t^decay.
 
     eps[0] is added where v is used and not where it is averaged, so that a row without gradients
-    stays exactly zero.
+    stays exactly zero.  The first moment is of the clipped update, as in the paper.
     """
     beta2 = h.beta2 if h.beta2 is not None else 1 - h.t**h.beta2_decay
-    v = h.codec["exp_avg_sq"].project(torch.lerp(s["exp_avg_sq"], g.square(), 1 - beta2))
+    v = h.codec["exp_avg_sq"].project(ema(h, s["exp_avg_sq"], g.square(), beta2))
     correction = 1 - beta2**h.t if h.beta2 is not None else 1.0
-    u = g * (v / correction + h.eps[0]).rsqrt()
+    u, moments = grown(h, g * (v / correction + h.eps[0]).rsqrt(), s, {"exp_avg_sq": v})
     if h.clip_threshold is not None:
         u = u / (rms(u) / h.clip_threshold).clamp_min(1.0)
-    moments = {"exp_avg_sq": v}
     if h.beta1 is not None:
-        moments["exp_avg"] = torch.lerp(s["exp_avg"], u, 1 - h.beta1)
+        moments["exp_avg"] = ema(h, s["exp_avg"], u, h.beta1)
         u = moments["exp_avg"] / (1 - h.beta1**h.t)
-    if h.relative_step:
-        u = u * min(1.0, h.t**-0.5 / h.lr) if h.lr > 0 else u
+    if h.relative_step and h.lr > 0:
+        u = u * min(1.0, h.t**-0.5 / h.lr)
     if h.scale_parameter:
         u = u * rms(w).clamp_min(h.eps[1])
     return u, moments
+
+
+def ema(h: SimpleNamespace, average: Tensor, x: Tensor, beta: float) -> Tensor:
+    """beta * average + (1 - beta) * x; an element without a usable gradient keeps its average."""
+    return torch.where(h.usable, torch.lerp(average, x, 1 - beta), average)
+
+
+def mixed(h: SimpleNamespace, fast: Tensor, x: Tensor, s: Moments) -> tuple[Tensor, Moments]:
+    """fast + alpha_t * (a slow average of x), where `alpha` asks for it: -> the sum, the slow
+    moment.
+
+    Pagliardini et al. 2024 (AdEMAMix, arXiv 2409.03137), Alg. 1 and eq. 4: alpha grows linearly and
+    beta3's half-life grows linearly over `warmup_steps`.  The slow average is not bias-corrected.
+    """
+    if not h.alpha:
+        return fast, {}
+    progress = min(h.t / h.warmup_steps, 1.0) if h.warmup_steps else 1.0
+    log1, log3 = math.log(h.betas[0]), math.log(h.betas[2])
+    beta3 = min(math.exp(log1 * log3 / ((1 - progress) * log3 + progress * log1)), h.betas[2])
+    slow = ema(h, s["exp_avg_slow"], x, beta3)
+    return fast + h.alpha * progress * slow, {"exp_avg_slow": slow}
+
+
+def grown(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[Tensor, Moments]:
+    """u under the growth limiter where there is one, and the moments with the norm it remembers."""
+    if h.growth_limit is None:
+        return u, moments
+    u, norm = limited(h, u, s["update_norm"])
+    return u, moments | {"update_norm": norm}
+
+
+def arctan(numerator: Tensor, root: Tensor) -> Tensor:
+    """4/pi atan2(m, sqrt v): 1 where m = sqrt v, bounded by 2, no eps.
+
+    Everett et al. 2024 (arXiv 2407.05872), section 4.3; both arguments bias-corrected.
+    """
+    return 4 / math.pi * torch.atan2(numerator, root)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""SGD: no state without momentum, one fp32 moment with it."""
+"""SGD: no state without momentum, one moment with it."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, Dense
+from optim.codecs import Codec, signed
+from optim.features import Features
 from optim.fused import FusedOptimizer
 
 
@@ -21,9 +22,7 @@ class SGD(FusedOptimizer):
         momentum: decay of the momentum sum m <- momentum * m + g.
         nesterov: step along g + momentum * m instead of m.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        stochastic_rounding: write bf16 weights without bias; fp32 and fp16 weights are not
-            affected.
-        seed: of the rounding.
+        features: options of every optimizer, `optim.features.Features`.
 
     Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep
     learning".
@@ -39,10 +38,10 @@ class SGD(FusedOptimizer):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        stochastic_rounding: bool = True,
-        seed: int = 0,
+        **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
 
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        return {"exp_avg": Dense(tuple(param.shape))} if group["momentum"] else {}
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape = tuple(param.shape)
+        return {"exp_avg": signed(self.storage, shape)} if group["momentum"] else {}

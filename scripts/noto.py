@@ -96,10 +96,8 @@ def read_emoji(source: Sources) -> list[Emoji]:
     font = ImageFont.truetype(str(source.font), BITMAP_PIXELS)
     entries = json.loads((source.emojibase / "en" / "data.json").read_text(encoding="utf-8"))
     found: list[Emoji] = []
-    lacking = render(
-        font, "\U0010ffff"
-    )  # what the font draws for a character that it does not have
-    seen = {lacking.tobytes()}
+    not_in_font = render(font, "\U0010ffff")
+    seen = {not_in_font.tobytes()}
     for entry in sorted(entries, key=lambda e: e.get("order", 0)):
         character = entry["emoji"].removesuffix("\ufe0f")
         if entry.get("group") not in GROUPS or len(character) != 1:

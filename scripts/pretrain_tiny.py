@@ -575,17 +575,17 @@ def export(base: Base, vae: AutoencoderKL, captions: Captions, bpe: Bpe, out: Pa
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     pipeline = StableDiffusionXLPipeline(
-        vae=copy.deepcopy(vae),
-        text_encoder=with_whole_vocabulary(base.text_encoder, captions),
-        text_encoder_2=with_whole_vocabulary(base.text_encoder_2, captions),
+        vae=copy.deepcopy(vae).half(),
+        text_encoder=with_whole_vocabulary(base.text_encoder, captions).half(),
+        text_encoder_2=with_whole_vocabulary(base.text_encoder_2, captions).half(),
         tokenizer=captions.tokenizer,
         tokenizer_2=captions.tokenizer,
-        unet=copy.deepcopy(base.unet),
+        unet=copy.deepcopy(base.unet).half(),
         scheduler=make_scheduler(),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(fresh)
+    pipeline.save_pretrained(fresh)
     for name in ("text_encoder", "text_encoder_2"):
         make_classic(fresh / name)
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):

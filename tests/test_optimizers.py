@@ -69,6 +69,22 @@ THIRD_PARTIES = {
         {"lr": 1e-2, "weight_decay": 0.1},
         lambda p: pytorch_optimizer.Lion(p, lr=1e-2, weight_decay=0.1, weight_decouple=True),
     ),
+    "ademamix": (
+        {"lr": 1e-2, "alpha": 3.0, "warmup_steps": 40, "weight_decay": 0.1},
+        lambda p: pytorch_optimizer.AdEMAMix(
+            p,
+            lr=1e-2,
+            betas=(0.9, 0.999, 0.9999),
+            alpha=3.0,
+            t_alpha_beta3=40,
+            weight_decay=0.1,
+            weight_decouple=True,
+        ),
+    ),
+    "adamw grams": (
+        {"lr": 1e-2, "grams": True, "weight_decay": 0.0},
+        lambda p: pytorch_optimizer.Grams(p, lr=1e-2, weight_decay=0.0),
+    ),
     "adafactor": (
         {
             "lr": 1e-2,
@@ -91,7 +107,7 @@ def test_fp32_trajectory_equals_the_third_party(case):
     run(optim.build(case.split()[0], ours, **options), ours, range(60))
     run(make_other(theirs), theirs, range(60))
     for a, b, start in zip(ours, theirs, make_params(shapes=shapes), strict=True):
-        assert (a - b).norm() <= 1e-5 * (b - start).norm()
+        assert (a - b).norm() <= 2e-5 * (b - start).norm()
 
 
 def test_adopt_factored_equals_dense_adopt_where_moments_have_rank_one():
@@ -116,12 +132,19 @@ def test_adopt_factored_equals_dense_adopt_where_moments_have_rank_one():
     assert torch.allclose(ours[0], theirs[0], atol=1e-5)
 
 
-def test_adopt_factored_follows_the_smmf_cycle_of_adv_optm():
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [
+        ("adopt_factored", adv_optm.Adopt_adv),
+        ("adamw_factored", adv_optm.AdamW_adv),
+        ("lion_factored", adv_optm.Lion_adv),
+    ],
+)
+def test_factored_moments_follow_the_smmf_cycle_of_adv_optm(name, peer):
     shapes = [(24, 16), (16, 3, 3, 3)]
     ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
-    run(optim.build("adopt_factored", ours, lr=1e-2, weight_decay=0.0), ours, range(40))
-    other = adv_optm.Adopt_adv(theirs, lr=1e-2, weight_decay=0.0, nnmf_factor=True)
-    run(other, theirs, range(40))
+    run(optim.build(name, ours, lr=1e-2, weight_decay=0.0), ours, range(40))
+    run(peer(theirs, lr=1e-2, weight_decay=0.0, nnmf_factor=True), theirs, range(40))
     for a, b, start in zip(ours, theirs, make_params(shapes=shapes), strict=True):
         assert (a - b).norm() <= 1e-3 * (b - start).norm()
 
@@ -238,15 +261,16 @@ def test_the_rounding_depends_on_the_seed_and_on_nothing_else():
 
 def test_stochastic_rounding_lets_bf16_weights_take_steps_smaller_than_their_spacing():
     moved = {}
-    for rounding in (True, False):
+    for rounding in ("stochastic", "kahan", "nearest"):
         param = Parameter(torch.ones(4096, dtype=torch.bfloat16))
-        optimizer = optim.build("sgd", [param], lr=1.0, momentum=0.0, stochastic_rounding=rounding)
+        optimizer = optim.build("sgd", [param], lr=1.0, momentum=0.0, rounding=rounding)
         for _ in range(20):
             param.grad = torch.full_like(param, 2.0**-12)  # a thirty-second of the spacing below 1
             optimizer.step()
         moved[rounding] = 1 - param.float().mean().item()
-    assert moved[True] == pytest.approx(20 * 2.0**-12, rel=0.1)
-    assert moved[False] == 0
+    assert moved["stochastic"] == pytest.approx(20 * 2.0**-12, rel=0.1)
+    assert moved["kahan"] == pytest.approx(20 * 2.0**-12, abs=2.0**-8)
+    assert moved["nearest"] == 0
 
 
 def test_channels_last_and_non_contiguous_weights_are_updated_like_contiguous_ones():
@@ -279,15 +303,28 @@ def test_a_learning_rate_scheduler_and_a_tensor_lr_drive_the_step():
 
 
 @pytest.mark.parametrize(
-    ("name", "megabytes"), [("adafactor8bit", 10), ("adafactor", 19), ("adopt_factored", 355)]
+    ("name", "options", "megabytes"),
+    [
+        ("adafactor8bit", {}, 10),
+        ("adafactor", {}, 19),
+        ("adamw_factored", {}, 355),
+        ("adamw_factored", {"factor_1d": True}, 342),
+        ("adopt_factored", {}, 355),
+        ("adopt_factored", {"factor_1d": True}, 342),
+        ("ademamix_factored", {}, 692),
+        ("ademamix_factored", {"factor_1d": True}, 674),
+        ("adopt_factored_ademamix", {"factor_1d": True}, 674),
+        ("lion_factored", {}, 340),
+        ("adamw8bit", {}, 5250),
+    ],
 )
-def test_state_on_the_sdxl_unet_fits(name, megabytes):
+def test_state_on_the_sdxl_unet_fits(name, options, megabytes):
     """Allocated for real on the shapes of the UNet; the weights themselves share one number."""
     shapes = json.loads((Path(__file__).parent / "data/sdxl_unet_shapes.json").read_text())
     number = torch.zeros((), dtype=torch.bfloat16)
     params = [Parameter(number.expand(shape)) for _, shape in shapes]
     assert sum(p.numel() for p in params) == 2_567_463_684
-    optimizer = optim.build(name, params)
+    optimizer = optim.build(name, params, **options)
     optimizer.init_state()
     allocated = sum(
         x.untyped_storage().nbytes() for s in optimizer.state.values() for x in s.values()
@@ -346,11 +383,15 @@ BAD = [
     ("adamw", {"betas": (0.9,)}, ValueError, "betas"),
     ("adamw", {"eps": 0.0}, ValueError, "eps"),
     ("adamw", {"weight_decay": math.inf}, ValueError, "weight_decay"),
-    ("adafactor8bit", {"eps": 1e-8}, ValueError, "two numbers"),
+    ("adafactor8bit", {"eps": 1e-8}, ValueError, "2 numbers"),
     ("adafactor8bit", {"clip_threshold": 0}, ValueError, "clip_threshold"),
     ("adafactor8bit", {"beta2": "x"}, ValueError, "beta2"),
     ("lion", {"beta2": 0.9}, TypeError, "did you mean 'betas'"),
-    ("sgd", {"stochastic_rounding": 1}, ValueError, "true or false"),
+    ("sgd", {"nesterov": 1}, ValueError, "true or false"),
+    ("sgd", {"rounding": "up"}, ValueError, "'stochastic', 'nearest' or 'kahan'"),
+    ("sgd", {"atan2": True}, TypeError, "option of sgd 'atan2'"),
+    ("sgd", {"factor_1d": True}, TypeError, "option of sgd 'factor_1d'"),
+    ("ademamix", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
     ("adamww", {}, ValueError, "did you mean 'adamw'"),
 ]
 
@@ -390,12 +431,13 @@ def test_build_and_the_class_have_the_same_defaults():
     for name, cls in optim.FAMILY.items():
         built, direct = optim.build(name, make_params()), cls(make_params())
         assert built.defaults == direct.defaults
-        assert set(built.defaults) == set(optim.signature(name))
+        assert set(built.defaults) == set(optim.options_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_is_documented(name):
     cls = optim.FAMILY[name]
-    documentation = " ".join(base.__doc__ or "" for base in inspect.getmro(cls)[:2])
-    for option in optim.signature(name):
+    sources = [*inspect.getmro(cls)[:2], optim.Features]
+    documentation = " ".join(source.__doc__ or "" for source in sources)
+    for option in optim.options_of(name):
         assert f"{option}:" in documentation, f"{name}: {option}"

@@ -85,7 +85,7 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
     expected = {"loss", "lr", "grad_norm", "update_ratio", "epoch", "skipped_steps"}
     for row in written[1:5]:
         assert {key.removeprefix("train/") for key in row if key.startswith("train/")} == expected
-        assert row["memory/optimizer_state_bytes"] == 8 * 2_743_620 + 330 * 8
+        assert row["memory/optimizer_state_bytes"] == 8 * 2_743_620 + 330 * 16
         assert row["perf/images_per_second"] > 0
         assert 0 < row["train/update_ratio"] < 1
     assert written[-1].keys() == {"step", "eval/loss"}

@@ -2,7 +2,7 @@
 `conf/`.
 
 An optimizer's options are not written down here: they are its class's signature
-(`optim.signature`), turned into a dataclass by `optimizer_schema`, so that a default has one home.
+(`optim.options_of`), turned into a dataclass by `optimizer_schema`, so that a default has one home.
 """
 
 from collections.abc import Mapping
@@ -161,9 +161,7 @@ def optimizer_schema(name: str) -> type:
 
     `seed` is left out: the rounding takes the run's.
     """
-    options = [
-        (key, p.annotation, p.default) for key, p in optim.signature(name).items() if key != "seed"
-    ]
+    options = [(k, *option) for k, option in optim.options_of(name).items() if k != "seed"]
     return make_dataclass(f"{name}_options", [("name", str, name), *options], kw_only=True)
 
 

@@ -1,0 +1,115 @@
+"""What any optimizer of the family can be asked for besides its rule; each is independent of the
+others.
+
+A feature is an option (`Features`) and a pure function on one parameter's fp32 tensors.  Rules call
+the functions that belong inside their arithmetic (`grow`, `aligned`); the step applies the rest.
+"""
+
+from types import SimpleNamespace
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+# The largest usable gradient: the squares of 2^31 such elements still have a finite fp32 sum.
+LARGEST_GRAD = 2.0**48
+
+
+class Features(TypedDict, total=False):
+    """Options of every optimizer.
+
+    rounding: how bf16 and fp16 weights are written. "stochastic" (unbiased; fp16 is written to the
+        nearest), "nearest", or "kahan", which keeps the rounding error in 2 more bytes a parameter
+        and adds it to the next step. orthograd: remove from the gradient its component along the
+        weights, and keep its norm (Prieto et al. 2025). grad_clip: largest norm of one tensor's
+        gradient; none does not clip. growth_limit: an update's norm may be at most this many times
+        the previous one's; Fira uses 1.01 (Chen et al. 2024). cautious: drop the elements of an
+        update that point against the gradient, and scale up the rest (Liang et al. 2024). grams:
+        take the sign of an update from the gradient, and its size from the moments (Cao et al.
+        2024). cautious_decay: decay only the weights that the update shrinks as well. factor_1d:
+        factor the moments of 1-D tensors too; they are few and matter, so they are kept in fp32
+        unless asked (optimizers with factored moments only). on_nonfinite: "skip" leaves weight and
+        state of an element as they were when its gradient is NaN, infinite or above 2^48 in size,
+        and counts it (`nonfinite_count`); "raise" raises FloatingPointError before anything
+        changes. seed: of the stochastic rounding, of weights and of state.
+    """
+
+    rounding: str
+    orthograd: bool
+    grad_clip: float | None
+    growth_limit: float | None
+    cautious: bool
+    grams: bool
+    cautious_decay: bool
+    factor_1d: bool
+    on_nonfinite: str
+    seed: int
+
+
+DEFAULTS = Features(
+    rounding="stochastic",
+    orthograd=False,
+    grad_clip=None,
+    growth_limit=None,
+    cautious=False,
+    grams=False,
+    cautious_decay=False,
+    factor_1d=False,
+    on_nonfinite="skip",
+    seed=0,
+)
+
+
+def usable(g: Tensor) -> Tensor:
+    """Which elements of a gradient can be used: g (*) -> bool (*).  NaN compares false."""
+    return g.abs() <= LARGEST_GRAD
+
+
+def orthogonal(w: Tensor, g: Tensor) -> Tensor:
+    """g without its component along w, at g's norm: w, g (*) -> (*).
+
+    Prieto et al. 2025 (arXiv 2501.04697), eq. 7 and 8.  A gradient that is parallel to w up to
+    rounding has nothing left but noise, which is not blown up to g's norm: the result is then zero.
+    """
+    w64, g64 = w.double(), g.double()
+    rest = g64 - (w64 * g64).sum() / (w64.square().sum() + 1e-30) * w64
+    norm, rest_norm = g64.norm(), rest.norm()
+    scale = torch.where(rest_norm > 1e-6 * norm, norm / rest_norm.clamp_min(1e-300), 0.0)
+    return (rest * scale).float()
+
+
+def clipped(h: SimpleNamespace, g: Tensor) -> Tensor:
+    """g scaled down to norm `grad_clip` where it is longer."""
+    if h.grad_clip is None:
+        return g
+    return g * (h.grad_clip / g.norm().clamp_min(1e-30)).clamp_max(1.0)
+
+
+def limited(h: SimpleNamespace, u: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """u scaled down so that its norm grows by at most `growth_limit`: u (*), previous 0-d -> u (*),
+    its norm.
+
+    Chen et al. 2024 (Fira, arXiv 2410.01623), eq. 8.  Without a previous norm, or after a (nearly)
+    zero one, there is nothing to compare with and nothing is limited, so that one empty gradient
+    does not lock the tensor in.
+    """
+    norm = u.norm()
+    bound = torch.where(previous > 1e-6, previous * h.growth_limit, norm)
+    scale = (bound / norm.clamp_min(1e-30)).clamp_max(1.0)
+    return u * scale, norm * scale
+
+
+def aligned(h: SimpleNamespace, u: Tensor, g: Tensor) -> Tensor:
+    """The update as `grams` or `cautious` want it; the moments are never touched."""
+    if h.grams:
+        return u.abs() * g.sign()
+    if h.cautious:
+        agrees = (u * g > 0).to(u.dtype)
+        return u * agrees / agrees.mean().clamp_min(1e-3)
+    return u
+
+
+def decayed(h: SimpleNamespace, w: Tensor, u: Tensor) -> Tensor:
+    """What decoupled weight decay subtracts, as a share of lr: w, u (*) -> (*)."""
+    decay = h.weight_decay * w
+    return torch.where(u * w > 0, decay, 0.0) if h.cautious_decay else decay
