@@ -2,7 +2,7 @@
 `optim.build("adafactor8bit", params)`.
 
 This package imports nothing from `trainer`.  The table below is the list of the family; an
-optimizer's options and defaults are its class's signature and nothing else, and `conf/optim/*.yaml`
+optimizer's options are its class's signature and `Features`, with defaults written nowhere else: `conf/optim/*.yaml`
 and `build` take them from there.
 """
 
@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from optim.adafactor import Adafactor, Adafactor8bit
 from optim.adam import AdamW, AdamW8bit, AdamWFactored, AdEMAMix, AdEMAMixFactored
 from optim.adopt import Adopt, AdoptFactored, AdoptFactoredAdEMAMix
+from optim.backward import fuse_backward
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.lion import Lion, Lion8bit, LionFactored
@@ -39,6 +40,7 @@ __all__ = [
     "FAMILY",
     "FusedOptimizer",
     "build",
+    "fuse_backward",
     "options_of",
     *sorted(cls.__name__ for cls in FAMILY.values()),
 ]

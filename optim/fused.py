@@ -100,11 +100,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._raise_on_nonfinite()
+        self._raise_on_nonfinite(self._indexed_params())
         for index, group, param in self._indexed_params():
             if param.grad is not None:
                 self._update(index, group, param)
         return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor) -> None:
+        """Update one parameter from its gradient, exactly as `step()` would.
+
+        For hooks that consume gradients inside the backward pass.  Raises ValueError for a tensor
+        that is not in any of the groups, or has no gradient.
+        """
+        index, group = self._place_of(param)
+        if param.grad is None:
+            raise ValueError(f"step_param: parameter {index} {tuple(param.shape)} has no gradient")
+        self._raise_on_nonfinite([(index, group, param)])
+        self._update(index, group, param)
 
     def nonfinite_count(self) -> int:
         """How many gradient elements have been skipped so far as NaN, infinite or too large."""
@@ -158,7 +171,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, (group, param) in enumerate(pairs):
             yield index, group, param
 
-    def _update(self, index: int, group: dict[str, Any], param: Parameter) -> None:
+    def _place_of(self, param: Tensor) -> tuple[int, dict[str, Any]]:
+        """This parameter's index and group."""
+        places = self.__dict__.get("_places", {})
+        if len(places) != sum(len(group["params"]) for group in self.param_groups):
+            places = {id(p): (index, group) for index, group, p in self._indexed_params()}
+            self._places = places
+        if id(param) not in places:
+            raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
+        return places[id(param)]
+
+    def _update(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """One step of one parameter: decode, apply the rule, encode, write the weights."""
         if param.grad.is_sparse:  # type: ignore[union-attr]
             raise TypeError(
@@ -194,7 +217,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._write(param, state, torch.where(h.usable, moved, w), key, h.rounding)
 
     def _write(
-        self, param: Parameter, state: dict[str, Tensor], w: Tensor, key: int, rounding: str
+        self, param: Tensor, state: dict[str, Tensor], w: Tensor, key: int, rounding: str
     ) -> None:
         """Round the new fp32 weights to the parameter's dtype."""
         if rounding == "stochastic" and param.dtype == torch.bfloat16:
@@ -204,7 +227,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "compensation" in state:
             state["compensation"].copy_(w - param.float())
 
-    def _state_of(self, param: Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """This parameter's state, allocated when there is none yet."""
         state = self.state[param]
         if not state:
@@ -225,9 +248,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             state |= {_key(name, part): x for part, x in codec.zeros(device).items()}
         return state
 
-    def _raise_on_nonfinite(self) -> None:
+    def _raise_on_nonfinite(self, places: Iterable[tuple[int, dict[str, Any], Tensor]]) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
-        for index, group, param in self._indexed_params():
+        for index, group, param in places:
             if group["on_nonfinite"] == "raise" and param.grad is not None:
                 bad = int((~features.usable(param.grad)).sum())
                 if bad:
