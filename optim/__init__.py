@@ -2,8 +2,8 @@
 `optim.build("adafactor8bit", params)`.
 
 This package imports nothing from `trainer`.  The table below is the list of the family; an
-optimizer's options are its class's signature and `Features`, with defaults written nowhere else: `conf/optim/*.yaml`
-and `build` take them from there.
+optimizer's options are its class's signature and `Features`, with defaults written nowhere else:
+`conf/optim/*.yaml` and `build` take them from there.
 """
 
 from collections.abc import Iterable

@@ -52,7 +52,7 @@ def register() -> None:
         "template": _HELP.format(groups=_groups()),
     }
     ConfigStore.instance().store(group="hydra/help", name="trainer", node=help_node)
-    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
 
 
 def explain(error: BaseException, overrides: list[str]) -> str:
@@ -110,13 +110,12 @@ def _valid_keys(overrides: list[str]) -> list[str]:
 
 
 def _run_dir(resume: str | None, name: str) -> str:
-    """Where this run is written: beside its checkpoint when it resumes, else a new folder named by
-    date and time."""
+    """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
     if resume:
         return str(run_folder_of(resume))
-    return str(Path("runs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S") / name).replace(
-        f"/{name}", f"-{name}"
-    )
+    fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{name}"
+    candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
+    return next(folder for folder in candidates if not Path(folder).exists())
 
 
 def _group_names() -> list[str]:
