@@ -275,12 +275,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{name} has parameter groups of {own_sizes} tensors, "
                 f"and the saved state has {sizes}"
             )
-        for group in state_dict["param_groups"]:
-            odd = (set(group) - _NOT_OPTIONS) ^ set(self.defaults)
-            if odd:
+        for group in state_dict["param_groups"]:  # LR schedulers may have added keys of their own
+            missing = sorted(set(self.defaults) - set(group))
+            if missing:
                 raise ValueError(
-                    f"the saved state is not of {name}: "
-                    f"its groups differ in {', '.join(sorted(odd))}"
+                    f"the saved state is not of {name}: its groups lack {', '.join(missing)}"
                 )
         return state_dict["param_groups"]
 

@@ -1,0 +1,189 @@
+"""The family inside torch's machinery: savers, scalers, schedulers, several ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from test_optimizers import assert_same, make_params, run, set_grads
+from torch.nn import Parameter
+
+import optim
+
+NAMES = sorted(optim.FAMILY)
+
+
+def goes_on_alike(name, reload, tmp_path, **options):
+    """Run 3 + 3 steps with the state sent through `reload` in between, against 6 in a row."""
+    straight, stopped = make_params(torch.bfloat16), make_params(torch.bfloat16)
+    run(optim.build(name, straight, **options), straight, range(6))
+    first = optim.build(name, stopped, **options)
+    run(first, stopped, range(3))
+    second = optim.build(name, stopped, **options)
+    second.load_state_dict(reload(first, second, tmp_path))
+    run(second, stopped, range(3, 6))
+    assert_same(straight, stopped)
+
+
+def through_safetensors(first, second, folder):
+    saved = first.state_dict()
+    flat = {f"{i}/{key}": x for i, s in saved["state"].items() for key, x in s.items()}
+    save_file(flat, folder / "state.safetensors")
+    state: dict = {i: {} for i in saved["state"]}
+    for key, x in load_file(folder / "state.safetensors").items():
+        index, _, name = key.partition("/")
+        state[int(index)][name] = x
+    return saved | {"state": state}
+
+
+def through_distributed_checkpoint(first, second, folder):
+    dcp.save({"optimizer": first.state_dict()}, checkpoint_id=folder / "dcp")
+    second.init_state()
+    target = {"optimizer": second.state_dict()}
+    dcp.load(target, checkpoint_id=folder / "dcp")
+    return target["optimizer"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("way", [through_safetensors, through_distributed_checkpoint])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_survives_other_savers_bitwise(name, way, tmp_path):
+    goes_on_alike(name, way, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kahan_compensation_is_part_of_the_state(name, tmp_path):
+    goes_on_alike(
+        name, lambda first, *_: copy.deepcopy(first.state_dict()), tmp_path, rounding="kahan"
+    )
+
+
+def test_gradients_of_another_dtype_and_mixed_dtypes_in_a_group():
+    mixed = [Parameter(torch.ones(8, 8, dtype=d)) for d in (torch.bfloat16, torch.float32)]
+    mixed.append(Parameter(torch.ones(8, 8, dtype=torch.float16)))
+    optimizer = optim.build("adafactor8bit", mixed, lr=0.1)
+    for p in mixed:
+        p.grad = torch.ones(8, 8, dtype=p.dtype)
+    optimizer.step()
+    for p in mixed:
+        assert p.float().mean().item() == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_group_added_later_and_a_parameter_without_a_gradient():
+    params = make_params()
+    optimizer = optim.build("adamw", params[:2])
+    run(optimizer, params[:2], range(2))
+    optimizer.add_param_group({"params": params[2:], "lr": 0.5})
+    set_grads(params, 2)
+    params[3].grad = None
+    still = params[3].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[3], still)
+    assert params[3] not in optimizer.state
+    assert int(optimizer.state[params[0]]["step"]) == 3
+    assert int(optimizer.state[params[2]]["step"]) == 1
+
+
+def test_closures_and_step_hooks_are_called():
+    params = make_params()
+    optimizer = optim.build("lion", params)
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        called.append("closure")
+        set_grads(params, 0)
+        return torch.tensor(3.0)
+
+    assert optimizer.step(closure) == 3.0
+    assert called == ["pre", "closure", "post"]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 4),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 10, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.5**t),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [
+                torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2),
+                torch.optim.lr_scheduler.StepLR(o, 2),
+            ],
+            [2],
+        ),
+    ],
+    ids=["cosine", "one-cycle", "lambda", "sequential"],
+)
+def test_torch_schedulers_drive_the_rate_and_survive_a_reload(scheduler):
+    params = make_params()
+    optimizer = optim.build("sgd", params, lr=0.1, momentum=0.0)
+    driver = scheduler(optimizer)
+    for step in range(4):
+        before = params[0].detach().clone()
+        set_grads(params, step)
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        driver.step()
+        assert torch.allclose(before - params[0], rate * params[0].grad, atol=1e-6)
+    twin = optim.build("sgd", params)
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def test_a_grad_scaler_skips_an_overflow_and_scales_the_rest():
+    param = Parameter(torch.ones(4))
+    optimizer = optim.build("sgd", [param], lr=0.5, momentum=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for factor, expected in ((1.0, 0.5), (torch.inf, 0.5)):
+        optimizer.zero_grad()
+        scaler.scale((param * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.allclose(param, torch.full((4,), expected))
+    assert scaler.get_scale() == 2.0**3
+
+
+def _train_rank(rank, size, name, address, results):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    torch.set_num_threads(rank + 1)  # ranks need not be alike
+    torch.manual_seed(rank)  # and the global generator has no say
+    params = make_params(torch.bfloat16)
+    optimizer = optim.build(name, params)
+    for step in range(3):
+        set_grads(params, 10 * step + rank)
+        for p in params:
+            total = p.grad.float()
+            dist.all_reduce(total)
+            p.grad = total.to(p.dtype)
+        optimizer.step()
+    results[rank] = [p.detach().float() for p in params]
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor8bit", "adopt_factored"])
+def test_two_ranks_with_the_same_gradients_stay_bitwise_equal(name, tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        address = f"file://{tmp_path}/rendezvous"
+        mp.spawn(_train_rank, args=(2, name, address, results), nprocs=2)
+        assert_same(results[0], results[1])
+
+
+def test_the_number_of_threads_changes_no_bit():
+    before = torch.get_num_threads()
+    runs = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        params = make_params(torch.bfloat16, [(700, 300), (64, 32, 3, 3)])
+        run(optim.build("adafactor8bit", params), params, range(2))
+        runs.append(params)
+    torch.set_num_threads(before)
+    assert_same(*runs)
