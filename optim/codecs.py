@@ -37,10 +37,6 @@ class Codec(Protocol):
     def decode(self, parts: Parts) -> Tensor:
         """parts -> fp32 of `shape`."""
 
-    def project(self, x: Tensor) -> Tensor:
-        """What `decode(encode(x))` would give if the codec did not round: its structure without its
-        precision."""
-
 
 @dataclass(frozen=True)
 class Dense:
@@ -58,6 +54,7 @@ class Dense:
         return parts[""]
 
     def project(self, x: Tensor) -> Tensor:
+        """What is stored, without its rounding: all of it."""
         return x
 
 
@@ -90,9 +87,6 @@ class Block8:
     def decode(self, parts: Parts) -> Tensor:
         blocks = _blocks(parts["codes"].float(), self.block) * (parts["absmax"] / 127)[:, None]
         return blocks.flatten()[: prod(self.shape)].reshape(self.shape)
-
-    def project(self, x: Tensor) -> Tensor:
-        return x
 
 
 @dataclass(frozen=True)
@@ -138,9 +132,6 @@ class Log8:
         values = torch.where(codes > 0, values, 0.0)
         return values.flatten()[: prod(self.shape)].reshape(self.shape)
 
-    def project(self, x: Tensor) -> Tensor:
-        return x
-
 
 @dataclass(frozen=True)
 class Factored:
@@ -158,12 +149,12 @@ class Factored:
     log8: bool = False
 
     def zeros(self, device: torch.device) -> Parts:
-        return _join({name: codec.zeros(device) for name, codec in self._vectors().items()})
+        return join({name: codec.zeros(device) for name, codec in self._vectors().items()})
 
     def encode(self, x: Tensor, key: int) -> Parts:
         matrix = _to_view(x, self.view)
         means = {"row": matrix.mean(dim=1), "col": matrix.mean(dim=0)}
-        return _join(
+        return join(
             {
                 name: codec.encode(means[name], mix(key, ord(name[0])))
                 for name, codec in self._vectors().items()
@@ -172,11 +163,12 @@ class Factored:
 
     def decode(self, parts: Parts) -> Tensor:
         vectors = {
-            name: codec.decode(_split(parts, name)) for name, codec in self._vectors().items()
+            name: codec.decode(split(parts, name)) for name, codec in self._vectors().items()
         }
         return _from_view(rank1(vectors["row"], vectors["col"]), self.shape)
 
     def project(self, x: Tensor) -> Tensor:
+        """What is stored, without its rounding: the rank-1 part."""
         matrix = _to_view(x, self.view)
         return _from_view(rank1(matrix.mean(dim=1), matrix.mean(dim=0)), self.shape)
 
@@ -214,9 +206,6 @@ class FactoredSign:
         magnitude = self._magnitude().decode(parts)
         return torch.where(positive, magnitude, -magnitude)
 
-    def project(self, x: Tensor) -> Tensor:
-        return self._magnitude().project(x.abs()) * x.sign()
-
     def _magnitude(self) -> Factored:
         return Factored(self.shape, self.view)
 
@@ -249,7 +238,8 @@ def rank1(row: Tensor, col: Tensor) -> Tensor:
     """The matrix with these row and column means: row (R,), col (C,) -> (R, C).  All zero where the
     mean is zero."""
     mean = row.mean()
-    return torch.outer(row, col * torch.where(mean > 0, 1 / mean, 0.0))
+    # row / mean is at most R; 1 / mean would overflow for means of squares of tiny gradients.
+    return torch.outer(torch.where(mean > 0, row / mean, 0.0), col)
 
 
 def matrix_view(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -308,7 +298,7 @@ def _unpack_bits(packed: Tensor, cols: int) -> Tensor:
     return ((packed[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :cols]
 
 
-def _join(parts: dict[str, Parts]) -> Parts:
+def join(parts: dict[str, Parts]) -> Parts:
     """{"row": {"codes": c}} -> {"row.codes": c}; a part named "" is its owner's only one: {"row":
     {"": r}} -> {"row": r}."""
     return {
@@ -318,8 +308,8 @@ def _join(parts: dict[str, Parts]) -> Parts:
     }
 
 
-def _split(parts: Parts, name: str) -> Parts:
-    """The inverse of `_join` for one name."""
+def split(parts: Parts, name: str) -> Parts:
+    """The inverse of `join` for one name."""
     return {
         key[len(name) + 1 :]: x
         for key, x in parts.items()

@@ -11,18 +11,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim import features, options
-from optim.codecs import Codec, Dense, FactoredSign, Parts
+from optim.codecs import Codec, Dense, FactoredSign, Parts, join, split
 from optim.rng import mix, round_stochastic_bf16
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
 STATE_VERSION = 1
 _ABSENT = {"atan2": False, "alpha": 0.0}  # options of rules that only some of their classes have
-_NOT_OPTIONS = {
-    "params",
-    "param_names",
-    "initial_lr",
-}  # group keys of torch's own: optimizer and LR schedulers
+# Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
+_NOT_OPTIONS = {"params", "param_names", "initial_lr"}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -204,11 +201,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if h.orthograd:
             g = features.orthogonal(w, g)
 
-        moments = {name: codec.decode(_parts_of(state, name)) for name, codec in codecs.items()}
+        moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
         u, moments = type(self).rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
-            for part, value in codecs[name].encode(moments[name], mix(key, salt)).items():
-                state[_key(name, part)].copy_(value)
+            parts = codecs[name].encode(moments[name], mix(key, salt))
+            for part, value in join({name: parts}).items():
+                state[part].copy_(value)
         if u is not None:
             if any(isinstance(codec, FactoredSign) for codec in codecs.values()):
                 u = torch.where(raw == 0, 0.0, u)  # its momentum is its neighbours'
@@ -244,9 +242,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
         if group["rounding"] == "kahan" and param.dtype != torch.float32:
             state["compensation"] = torch.zeros_like(param, device=device, requires_grad=False)
-        for name, codec in self.codecs(param, group).items():
-            state |= {_key(name, part): x for part, x in codec.zeros(device).items()}
-        return state
+        codecs = self.codecs(param, group)
+        return state | join({name: codec.zeros(device) for name, codec in codecs.items()})
 
     def _raise_on_nonfinite(self, places: Iterable[tuple[int, dict[str, Any], Tensor]]) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
@@ -298,15 +295,3 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: {key!r} is {found.get(key, 'missing')} "
                     f"and should be {wanted.get(key, 'absent')}"
                 )
-
-
-def _key(name: str, part: str) -> str:
-    return f"{name}.{part}" if part else name
-
-
-def _parts_of(state: dict[str, Tensor], name: str) -> Parts:
-    return {
-        key[len(name) + 1 :]: x
-        for key, x in state.items()
-        if key == name or key.startswith(name + ".")
-    }

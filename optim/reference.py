@@ -100,9 +100,10 @@ def mixed(h: SimpleNamespace, fast: Tensor, x: Tensor, s: Moments) -> tuple[Tens
     """
     if not h.alpha:
         return fast, {}
-    progress = min(h.t / h.warmup_steps, 1.0) if h.warmup_steps else 1.0
-    log1, log3 = math.log(h.betas[0]), math.log(h.betas[2])
-    beta3 = min(math.exp(log1 * log3 / ((1 - progress) * log3 + progress * log1)), h.betas[2])
+    progress, beta3 = min(h.t / h.warmup_steps, 1.0) if h.warmup_steps else 1.0, h.betas[2]
+    if progress < 1 and h.betas[0] > 0 and beta3 > 0:
+        log1, log3 = math.log(h.betas[0]), math.log(beta3)
+        beta3 = min(math.exp(log1 * log3 / ((1 - progress) * log3 + progress * log1)), beta3)
     slow = ema(h, s["exp_avg_slow"], x, beta3)
     return fast + h.alpha * progress * slow, {"exp_avg_slow": slow}
 

@@ -77,6 +77,24 @@ MISTAKES = [
     (["model.dtype=fp8"], ["model.dtype=fp8", "bfloat16"]),
     (["runtime.device=gpu0"], ["runtime.device=gpu0", "cuda:N"]),
     (["data.caption_dropout=2"], ["data.caption_dropout=2", "[0, 1]"]),
+    (["+optim.foo=1"], ["+optim.foo", "there is no option of optim 'foo'"]),
+    (["++data.batchsize=9"], ["+data.batchsize", "did you mean 'batch_size'"]),
+    (["+foo=1"], ["+foo", "there is no option 'foo'"]),
+    (["+optim.lr=3"], ["optim.lr exists; set it without +"]),
+    (["log.wandb.mode=online"], ["log.wandb", "choose its group first (log=wandb"]),
+    (["-m", "seed=0,1", "optim.lrr=1,2"], ["optim.lrr", "did you mean 'lr'"]),
+    (["optim=null"], ["optim has no choice"]),
+    (["data.path=/a=b"], ["needs quotes", "'data.path=\"/a=b\"'"]),
+    (["data.path="], ["data.path is empty"]),
+    (["data.caption_extension=txt"], ["data.caption_extension=txt", ".txt"]),
+    (["data.caption_extension=.png"], ["data.caption_extension=.png"]),
+    (["data.resolution=100"], ["data.resolution=100", "multiple of 8"]),
+    (["runtime.device=mps"], ["runtime.device=mps", "cuda:N"]),
+    (["schedule=linear", "schedule.name=constant"], ["choose it as schedule=constant"]),
+    (["optim.name=adafactor"], ["choose it as optim=adafactor"]),
+    (["method=lora", "method.targets=[to_q,to_kk]"], ["method.targets", "called to_kk"]),
+    (["optim=external", "optim.class_path=torch.optim.LBFGS"], ["LBFGS", "closure"]),
+    (["optim=external", "optim.class_path=optim.Lion"], ["use optim=lion"]),
     (["resume=latest"], ["resume=latest", "no checkpoint"]),
     (["resume=/nowhere"], ["resume=/nowhere", "no checkpoint"]),
     (["optim=external", "optim.class_path=torch.optim.Nope"], ["class_path", "Nope"]),
@@ -96,7 +114,7 @@ def test_a_mistake_is_one_line_that_names_the_key_and_the_remedy(command, in_tmp
     assert lines[0].startswith("error: ")
     for part in says:
         assert part in lines[0]
-    assert not list(in_tmp.glob("runs/*/*/*.json*")), "a refused run has begun"
+    assert not list(in_tmp.glob("runs/*/*/metrics.jsonl")), "a refused run has begun"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

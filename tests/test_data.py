@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.data import batch_indices, load_folder
+from trainer.data import batch_indices, fingerprint, load_folder, read_pixels
 from trainer.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_pictures_come_in_the_order_of_their_names_with_captions(options):
         "a red card",
         "a yellow card",
     ]
-    red = samples[2].pixels
+    red = read_pixels(samples[2])
     assert red.shape == (3, 64, 64)
     assert torch.equal(red[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
 
@@ -52,8 +52,46 @@ def test_exif_rotation_and_transparency_are_applied(options, pictures):
     for name in "ab":
         (pictures / f"{name}.txt").write_text(name)
     first, second = load(options)[:2]
-    assert torch.equal(first.pixels[:, 32, 63], torch.tensor([-1.0, -1.0, 1.0]))
-    assert (second.pixels == 1).all()
+    assert torch.equal(read_pixels(first)[:, 32, 63], torch.tensor([-1.0, -1.0, 1.0]))
+    assert (read_pixels(second) == 1).all()
+
+
+def ramp(mode):
+    """A picture of this mode that goes from black at the left to white at the right."""
+    grey = Image.linear_gradient("L").rotate(90)  # 256 x 256
+    if mode == "I;16":
+        import numpy as np
+
+        return Image.fromarray(np.asarray(grey).astype("uint16") * 257)
+    return grey.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "I;16", "1"])
+def test_every_pixel_format_keeps_black_black_and_white_white(options, tmp_path, mode):
+    folder = tmp_path / "modes"
+    folder.mkdir()
+    ending = "tiff" if mode == "CMYK" else "png"
+    ramp(mode).save(folder / f"ramp.{ending}")
+    (sample,) = load(options, path=str(folder), resolution=256)
+    pixels = read_pixels(sample)
+    assert pixels[:, :, :4].mean() < -0.9
+    assert pixels[:, :, -4:].mean() > 0.9
+    assert pixels.mean().item() == pytest.approx(0, abs=0.05)
+
+
+def test_pixels_without_a_defined_range_are_refused_by_name(options, tmp_path):
+    folder = tmp_path / "floats"
+    folder.mkdir()
+    Image.new("F", (64, 64), 0.5).save(folder / "x.tiff")
+    with pytest.raises(UserError, match=r"x\.tiff.*no defined range"):
+        load(options, path=str(folder), max_unreadable=0)
+
+
+def test_the_fingerprint_knows_names_captions_and_sizes(options, pictures):
+    before = fingerprint(load(options))
+    assert fingerprint(load(options)) == before
+    (pictures / "red.txt").write_text("another")
+    assert fingerprint(load(options)) != before
 
 
 def test_an_unreadable_picture_is_named_counted_and_skipped_up_to_the_limit(

@@ -191,3 +191,20 @@ def test_on_nonfinite_raise_raises_before_anything_changes():
         optimizer.step()
     assert_same(params, before)
     assert [int(optimizer.state[p]["step"]) for p in params] == steps
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-20, 1e-18, 1e-12, 1.0, 1e6, 1e13])
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_and_huge_gradients_with_dead_rows_and_columns_stay_finite(name, scale):
+    generator = torch.Generator().manual_seed(0)
+    params = make_params(shapes=[(8, 8), (16, 3, 3, 3), (8,)])
+    optimizer = optim.build(name, params)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator) * scale * 0.1**step
+            p.grad[0] = 0
+            if p.ndim > 1:
+                p.grad[:, 1] = 0
+        optimizer.step()
+    assert all(p.isfinite().all() for p in params)
+    assert all(x.isfinite().all() for s in optimizer.state.values() for x in s.values())

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 import optim
-from optim.fused import _parts_of
+from optim.codecs import split
 
 NAMES = sorted(optim.FAMILY)
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
@@ -182,7 +182,7 @@ def test_eight_bit_state_follows_a_tenfold_drop_of_the_gradients():
             param.grad = torch.randn(64, 128, generator=generator) * scale
             optimizer.step()
         codec = optimizer.codecs(param, optimizer.param_groups[0])["exp_avg_sq"]
-        moments[name] = codec.decode(_parts_of(optimizer.state[param], "exp_avg_sq"))
+        moments[name] = codec.decode(split(optimizer.state[param], "exp_avg_sq"))
     ratio = moments["adafactor8bit"] / moments["adafactor"]
     assert ratio[:32].mean().item() == pytest.approx(1, abs=0.1)
     assert ratio[32:].mean().item() == pytest.approx(1, abs=0.1)

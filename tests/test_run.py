@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainer import checkpoint, losses, metrics
+from trainer import batches, checkpoint, losses, metrics
 from trainer.run import run
 
 QUICK = (
@@ -73,7 +73,7 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_loads(quick, dtype):
     for name, tensor in pipeline.unet.state_dict().items():
         assert torch.equal(tensor.float(), trained[name].float()), name
     grid = Image.open(folder / "samples/step-000004.png")
-    assert grid.width > grid.height * 0.5
+    assert grid.size == (64 + 2 * 96, 14 + 3 * 96 + 6)  # titles, two columns; original, before, now
     for name in ("config.yaml", "environment.json", "summary.json", "train.log"):
         assert (folder / name).stat().st_size > 0
 
@@ -104,15 +104,18 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     state = assemble(config, tmp_path, None)
     writer = metrics.Metrics(tmp_path, config, 0)
     train(state, writer, [])
-    finish(state, writer)
+    finish(state, writer, "run")
 
     reader = StableDiffusionXLPipeline.from_pretrained(config.model.path).to(torch.float32)
     batch = state.eval_batches[0]
-    without = losses.predict(reader.unet, batch)
+    without = batches.predict(reader.unet, batch)
     reader.load_lora_weights(tmp_path / "lora")
     state.pipeline.unet.eval()
     with torch.no_grad():
-        here, there = losses.predict(state.pipeline.unet, batch), losses.predict(reader.unet, batch)
+        here, there = (
+            batches.predict(state.pipeline.unet, batch),
+            batches.predict(reader.unet, batch),
+        )
     assert torch.allclose(here, there, atol=1e-5)
     assert not torch.allclose(there, without, atol=1e-2)
 
@@ -185,6 +188,70 @@ def test_resume_moves_the_weights_and_counts_on(quick, composed, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_changed_learning_rate_is_used_after_resume_where_it_is_allowed(
+    quick, composed, tmp_path
+):
+    folder = quick("run", "schedule.steps=2", "schedule=constant")
+    options = ["schedule=constant", "optim.lr=0.01", f"resume={folder}"]
+    run(composed(*QUICK, *options, "runtime.allow_config_change=true"), folder)
+    assert [row["train/lr"] for row in rows(folder) if "train/lr" in row] == pytest.approx(
+        [0.0005, 0.001, 0.01, 0.01]
+    )
+
+
+def test_another_optimizer_on_resume_is_refused(quick, command):
+    folder = quick("run")
+    changed = ["optim=lion", "runtime.allow_config_change=true"]
+    status, _, err = command(*QUICK, *changed, f"resume={folder}")
+    assert status == 2
+    assert "optim.name: adafactor8bit -> lion cannot change" in err
+
+
+def test_other_pictures_on_resume_are_refused(composed, pictures, tmp_path):
+    options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64"]
+    run(composed(*options), tmp_path / "run")
+    (pictures / "red.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="pictures or captions are not those"):
+        run(composed(*options, f"resume={tmp_path / 'run'}"), tmp_path / "run")
+
+
+def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_an_older(
+    quick, in_tmp
+):
+    folder = quick("run", "runtime.save_every=2")
+    newest, older = (folder / f"checkpoints/step-00000{n}" for n in (4, 2))
+    assert checkpoint.run_folder_of(str(folder)) == folder
+    assert checkpoint.run_folder_of(str(newest)) == folder
+    assert checkpoint.run_folder_of(str(older)) is None
+    copy = in_tmp / "copy"
+    older.rename(copy)
+    assert checkpoint.run_folder_of(str(copy)) is None
+
+
+def test_resume_latest_takes_the_newest_run(command, in_tmp):
+    for name in ("first", "second"):
+        status, _, err = command(*QUICK, f"name={name}")
+        assert status == 0, err
+    status, out, _ = command(*QUICK, "name=second", "resume=latest")
+    assert status == 0
+    assert "second/checkpoints/step-000004" in out
+    (folder,) = in_tmp.glob("runs/*/*-second")
+    assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_fresh_run_in_a_used_folder_is_refused(quick, composed):
+    folder = quick("run")
+    with pytest.raises(ValueError, match=f"{folder} holds a run"):
+        run(composed(*QUICK), folder)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (999_999, 1_000_000, 20):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    names = [path.name for path in checkpoint.completed(tmp_path)]
+    assert names == ["step-000020", "step-999999", "step-1000000"]
+
+
 def test_resume_with_another_configuration_is_refused_with_the_difference(quick, command):
     folder = quick("run")
     status, _, err = command(*QUICK, "optim.lr=0.5", f"resume={folder}")
@@ -196,16 +263,33 @@ def test_resume_with_another_configuration_is_refused_with_the_difference(quick,
 # --- faults --------------------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(quick, caplog):
+def flip_last_bit(path):
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+
+
+DAMAGE = {
+    "bit flipped in weights.safetensors": flip_last_bit,
+    "bit flipped in optimizer.pt": flip_last_bit,
+    "optimizer.pt emptied": lambda path: path.write_bytes(b""),
+    "weights.safetensors missing": lambda path: path.unlink(),
+    "checkpoint.json a list": lambda path: path.write_text("[]"),
+    "checkpoint.json edited": lambda path: path.write_text(
+        path.read_text().replace('"step": 4', '"step": 3')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(quick, caplog, damage):
     folder = quick("run", "runtime.save_every=2")
     newest = folder / "checkpoints/step-000004"
-    file = newest / "weights.safetensors"
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.write_bytes(damaged)
+    name = next(word for word in damage.split() if "." in word)
+    DAMAGE[damage](newest / name)
     loaded = checkpoint.load_newest(checkpoint.find(str(folder)))
     assert loaded.step == 2
-    assert f"{newest} is damaged: weights.safetensors" in caplog.text
+    assert f"{newest} is damaged: " in caplog.text
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "safetensors", "rename"])
@@ -225,7 +309,7 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
     }[failing]
     monkeypatch.setattr(target, full)
     options = ["runtime.save_every=1", f"resume={folder}", "runtime.allow_config_change=true"]
-    with pytest.raises(ValueError, match=r"could not save .*step-000004.*No space left"):
+    with pytest.raises(ValueError, match=r"could not save .*run/.*No space left"):
         run(composed(*QUICK, *options), folder)
     monkeypatch.undo()
     assert "training goes on" in caplog.text
@@ -235,16 +319,16 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_write_of_a_save_leaves_a_loadable_checkpoint(quick, tmp_path):
-    """Die at the n-th fsync, rename or removal of a save that replaces an older checkpoint."""
-    folder = quick("run", "schedule.steps=2")
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_kill_at_any_write_leaves_a_whole_folder(tmp_path, replaces):
+    """Die at the n-th fsync, rename or removal while a folder is written; then write it again."""
     script = tmp_path / "die.py"
     script.write_text(
         """
 import os, shutil, sys
 from pathlib import Path
-from trainer import checkpoint
-folder, deadline = Path(sys.argv[1]), int(sys.argv[2])
+from trainer import disk
+folder, text, deadline = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 calls = 0
 def counted(function):
     def call(*args, **kwargs):
@@ -254,25 +338,36 @@ def counted(function):
             os._exit(9)
         return function(*args, **kwargs)
     return call
-newest = checkpoint.load_newest(checkpoint.completed(folder))
-newest.step += 1
-os.fsync, os.rename, shutil.rmtree = map(counted, (os.fsync, os.rename, shutil.rmtree))
-checkpoint.save(folder, newest, keep=1)
+os.fsync, os.rename, Path.rename, shutil.rmtree = map(
+    counted, (os.fsync, os.rename, Path.rename, shutil.rmtree)
+)
+with disk.whole_folder(folder) as temporary:
+    for name in "ab":
+        (temporary / name).write_text(text)
+print("whole")
 """
     )
+
+    def write(text, deadline):
+        command = [sys.executable, script, tmp_path / "final", text, str(deadline)]
+        return subprocess.run(command, check=False, capture_output=True).returncode
+
+    if replaces:
+        assert write("old", 0) == 0
     died = 0
-    for deadline in range(1, 20):
-        status = subprocess.run(
-            [sys.executable, script, folder / "checkpoints", str(deadline)], check=False
-        ).returncode
-        assert status in (0, 9)
-        found = checkpoint.load_newest(checkpoint.completed(folder / "checkpoints"))
-        assert found.weights
+    for deadline in range(1, 30):
+        status = write(f"new{deadline}", deadline)
+        texts = {p.read_text() for p in (tmp_path / "final").glob("*")}
+        assert len(texts) <= 1, "a mixture"
         if status == 0:
+            assert texts == {f"new{deadline}"}
             break
         died += 1
-    assert status == 0, "the save never came to its end"
+        if replaces:  # the old folder is there, or lies beside, to be put back by the next write
+            assert texts or list(tmp_path.glob(".final.old/a"))
+    assert status == 0, "the write never came to its end"
     assert died >= 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["die.py", "final"]
 
 
 @pytest.mark.slow
@@ -334,10 +429,11 @@ def test_a_latent_that_is_not_finite_is_named_with_its_picture(
 
     mode = DiagonalGaussianDistribution.mode
 
+    calls = []
+
     def spoiled(self):
-        latent = mode(self).clone()
-        latent[2] = float("nan")
-        return latent
+        calls.append(self)
+        return mode(self) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(DiagonalGaussianDistribution, "mode", spoiled)
     config = composed(*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64")
@@ -363,14 +459,41 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
     assert len(table) == 2 + 4
     for part in ("eval after", "s/step", "optimizer state", "peak memory"):
         assert part in table[0]
-    assert sum("lion-full" in line for line in table) == 2
+    assert sum("optim=lion" in line for line in table) == 2
     (kept,) = tmp_path.glob("runs/sweep-*/sweep.md")
     assert kept.read_text().count("\n") == 6
 
 
+@pytest.mark.slow
+def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
+    done = new_process("-m", *QUICK, "optim.lr=1e-3,-1,1e-4", "schedule.steps=1", cwd=tmp_path)
+    assert done.returncode == 1
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3
+    assert "optim.lr=-1" in table[-1]
+    assert "failed: " in table[-1]
+
+
+def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
+    from omegaconf import OmegaConf
+
+    from trainer.report import SweepTable
+
+    SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert capsys.readouterr().out == ""
+
+
 def test_the_clock_of_a_run_counts_training_only(quick, monkeypatch):
-    slow = losses.evaluate
-    monkeypatch.setattr(losses, "evaluate", lambda *a: (time.sleep(1), slow(*a))[1])
+    """A clock that only evaluation moves: training has taken no time."""
+    now = [0.0]
+    original = losses.evaluate
+
+    def evaluate(*arguments):
+        now[0] += 100.0
+        return original(*arguments)
+
+    monkeypatch.setattr(losses, "evaluate", evaluate)
+    monkeypatch.setattr(time, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0])
     folder = quick("run", "log.eval_every=1")
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["seconds"] < 4
+    assert summary["seconds"] < 100

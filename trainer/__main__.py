@@ -2,58 +2,72 @@
 imports Hydra's runtime."""
 
 import contextlib
+import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from trainer import cli, config, optimizers
 from trainer.errors import UserError
+from trainer.report import write_summary
 
 # Set it to see a traceback behind any error.  Without it Hydra would print a page of its own and
 # exit, so it is always on below this line.
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"
+_runs_begun: list[str] = []  # by name; an error after that is not the command line's
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @hydra.main(config_path=str(config.conf_dir()), config_name="config", version_base="1.3")
 def train(composed: DictConfig) -> float:
-    """One run; returns its last eval loss, which a sweeper may minimise."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    """One run; returns its last eval loss, which a sweeper may minimise (NaN where it failed)."""
+    _runs_begun.append(composed.name)
+    context = HydraConfig.get()
+    folder = Path(context.runtime.output_dir)
     try:
         checked = config.to_dataclasses(composed)
         optimizers.check(checked.optim)
         from trainer.run import run  # now that the configuration is good: diffusers takes seconds
 
-        return run(checked, folder)
-    except UserError as error:
+        return run(checked, folder, ",".join(context.overrides.task))
+    except Exception as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # a run that never began leaves no empty folder
-        if _wants_traceback:
+        if context.mode == RunMode.MULTIRUN:
+            _record_failure(folder, error, ",".join(context.overrides.task))
+            return math.nan
+        if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
         cli.fail(str(error))
 
 
+def _record_failure(folder: Path, error: Exception, overrides: str) -> None:
+    """A failed run of a sweep is a row of its table, and the sweep goes on."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    print(f"error: {overrides}: {error}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_summary(folder, {"run": overrides, "error": str(error)})
+
+
 def main() -> None:
     """Run Hydra's command line; a user's mistake becomes one line and status 2."""
+    _runs_begun.clear()
     config.register()
     cli.register()
     try:
         train()
-    except (HydraException, OmegaConfBaseException) as error:
-        if _wants_traceback:
+    except Exception as error:  # of the composition; Hydra and OmegaConf raise many kinds
+        if _wants_traceback or _runs_begun:
             raise
         cli.fail(cli.explain(error, sys.argv[1:]))
-    except OSError as error:  # its message names the file
-        if _wants_traceback:
-            raise
-        cli.fail(f"{error} (HYDRA_FULL_ERROR=1 shows where)")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written so that no crash
-can spoil one.
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
 
 A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (the trained tensors),
-`optimizer.pt` and `checkpoint.json` (step, configuration, and a SHA-256 of the other two).  A
-folder of that name is complete or does not exist (`trainer.disk`).  There is no RNG state: all
-randomness is a function of (seed, step, sample).
+`optimizer.pt` and `checkpoint.json` (step, counters, configuration, checksums).  A folder of that
+name is complete or does not exist (`trainer.disk`).  There is no RNG state: all randomness is a
+function of (seed, step, place in the batch).
 """
 
 import hashlib
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +30,15 @@ _FILES = ("weights.safetensors", "optimizer.pt")
 
 
 @dataclass(kw_only=True)
+class Counters:
+    """What a run has counted so far."""
+
+    skipped_steps: int = 0
+    seconds: float = 0.0  # spent in training steps
+    eval_loss_before: float = math.nan  # before the first step
+
+
+@dataclass(kw_only=True)
 class Checkpoint:
     """A run between two steps.  `step` counts the steps done."""
 
@@ -36,66 +46,114 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     config: dict[str, Any]
-    counters: dict[str, float]
+    data: str  # fingerprint of the samples
+    counters: Counters
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-NNNNNN`, then delete all but the newest `keep`.
+    """Write `folder/step-NNNNNN` unless it is there, then delete all but the newest `keep`.
 
     Raises UserError when the disk does not take it; older checkpoints are then untouched.
     """
     final = folder / f"step-{checkpoint.step:06d}"
+    if final.exists():
+        return final  # a finished run that was resumed
     with disk.whole_folder(final) as temporary:
         weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
         save_file(weights, temporary / "weights.safetensors")
         torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
         record = {
             "step": checkpoint.step,
-            "counters": checkpoint.counters,
-            "sha256": {name: _sha256(temporary / name) for name in _FILES},
+            "counters": asdict(checkpoint.counters),
             "config": checkpoint.config,
+            "data": checkpoint.data,
+            "sha256": {name: _sha256_file(temporary / name) for name in _FILES},
         }
+        record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
         (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     for old in completed(folder)[:-keep]:
         shutil.rmtree(old)
+    for stale in folder.glob(".*.tmp"):
+        shutil.rmtree(stale)
     return final
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read and verify a checkpoint.  Raises UserError when it is incomplete or damaged."""
+    """Read and verify a checkpoint, to the CPU.  Raises UserError when it is damaged."""
     try:
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        for name, digest in record["sha256"].items():
-            if _sha256(folder / name) != digest:
-                raise UserError(
-                    f"checkpoint {folder} is damaged: {name} does not match its checksum"
-                )
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
-    return Checkpoint(
-        step=record["step"],
-        weights=load_file(folder / "weights.safetensors"),
-        optimizer=torch.load(folder / "optimizer.pt", weights_only=True),
-        config=record["config"],
-        counters=record["counters"],
-    )
+        digests = dict(record["sha256"])
+        found = {name: _sha256_file(folder / name) for name in _FILES}
+        own = digests.pop("checkpoint.json")
+        found["checkpoint.json"] = _sha256(_canonical(record | {"sha256": digests}))
+        for name, digest in {**digests, "checkpoint.json": own}.items():
+            if found[name] != digest:
+                raise UserError(f"{name} does not match its checksum")
+        return Checkpoint(
+            step=record["step"],
+            weights=load_file(folder / "weights.safetensors"),
+            optimizer=torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"),
+            config=record["config"],
+            data=record["data"],
+            counters=Counters(**record["counters"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"checkpoint {folder} is damaged: {reason}") from error
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:
-    """The newest checkpoint that is undamaged; each damaged one is named and passed over."""
+    """The last of these that is undamaged; each damaged one is named and passed over."""
     for folder in reversed(folders):
         try:
-            return load(folder)
+            loaded = load(folder)
         except UserError as error:
             log.warning("%s; trying the one before", error)
+            continue
+        log.info("resuming from %s", folder)
+        return loaded
     raise UserError("there is no undamaged checkpoint to resume from")
 
 
 def completed(folder: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints` folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    found = (path for path in folder.glob("step-*") if path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def find(resume: str) -> list[Path]:
+    """The checkpoints that `resume=` means, best last: one checkpoint's folder, or all of a run's.
+
+    `latest` is the run under ./runs with the newest checkpoint.  Raises UserError for none.
+    """
+    if resume == "latest":
+        records = Path("runs").glob("**/checkpoints/step-*/checkpoint.json")
+        newest = max(records, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            raise UserError(
+                "resume=latest: there is no checkpoint under ./runs; start a run without resume"
+            )
+        return completed(newest.resolve().parents[1])
+    path = Path(resume).expanduser().resolve()
+    if (path / "checkpoint.json").is_file():
+        return [path]
+    if checkpoints := completed(path / "checkpoints") or completed(path):
+        return checkpoints
+    raise UserError(
+        f"resume={resume}: there is no checkpoint there; "
+        "name a run's folder, a checkpoint's, or latest"
+    )
+
+
+def run_folder_of(resume: str) -> Path | None:
+    """The run that goes on in its own folder, or None where it must fork into a new one.
+
+    A run goes on where it is from its newest checkpoint.  From an older one, or from a copy that
+    lies outside of a run, it forks, so that nothing later is written over.
+    """
+    newest = find(resume)[-1]
+    goes_on = newest.parent.name == "checkpoints" and completed(newest.parent)[-1] == newest
+    return newest.parents[1] if goes_on else None
 
 
 def to_resume(config: Config) -> Checkpoint | None:
@@ -109,49 +167,46 @@ def to_resume(config: Config) -> Checkpoint | None:
     here, there = flatten(asdict(config)), flatten(found.config)
     learned = ("seed", "model.", "data.", "method.", "optim.", "loss.", "schedule.")
     keys = [key for key in sorted(here.keys() | there.keys()) if key.startswith(learned)]
-    changes = [f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)]
-    if changes and not config.runtime.allow_config_change:
+    changed = {
+        k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)
+    }
+    fixed = {"optim.name", "optim.class_path", "method.name", "method.rank"} & changed.keys()
+    if fixed:
         raise UserError(
-            f"resume: the checkpoint was made with another configuration ({', '.join(changes)}); "
-            "give the same options, or set runtime.allow_config_change=true"
+            f"resume: {changed[min(fixed)]} cannot change; the optimizer's state and the trained "
+            "tensors are of the other kind. Start a new run from the exported model instead"
         )
-    if changes:
-        log.warning("resuming with a changed configuration: %s", ", ".join(changes))
+    if changed and not config.runtime.allow_config_change:
+        raise UserError(
+            "resume: the checkpoint was made with another configuration "
+            f"({', '.join(changed.values())}); give the same options, or set "
+            "runtime.allow_config_change=true"
+        )
+    if changed:
+        log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
     return found
 
 
-def find(resume: str) -> list[Path]:
-    """The checkpoints that `resume=` means, best last: one checkpoint's folder, or all of a run's.
-
-    `latest` is the run under ./runs with the newest checkpoint.  Raises UserError when there is
-    none.
-    """
-    if resume == "latest":
-        found = sorted(
-            Path("runs").glob("**/checkpoints/step-*/checkpoint.json"),
-            key=lambda path: path.stat().st_mtime,
+def check_data(checkpoint: Checkpoint, fingerprint: str, may_change: bool) -> None:
+    """Refuse to go on with other pictures or captions than the run began with."""
+    if checkpoint.data == fingerprint:
+        return
+    message = "the pictures or captions are not those the run began with"
+    if not may_change:
+        raise UserError(
+            f"resume: {message}; put them back, or set runtime.allow_config_change=true"
         )
-        if not found:
-            raise UserError(
-                "resume=latest: there is no checkpoint under ./runs; start a run without resume"
-            )
-        return completed(found[-1].parents[1])
-    path = Path(resume).expanduser()
-    if (path / "checkpoint.json").is_file() or (path.name.startswith("step-") and path.is_dir()):
-        return [path]
-    if checkpoints := completed(path / "checkpoints"):
-        return checkpoints
-    raise UserError(
-        f"resume={resume}: there is no checkpoint there; "
-        "name a run's folder, a checkpoint's, or latest"
-    )
+    log.warning("resuming although %s", message)
 
 
-def run_folder_of(resume: str) -> Path:
-    """The run that a `resume=` value continues: the folder that holds `checkpoints/`."""
-    return find(resume)[-1].parents[1]
+def _canonical(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode()
 
 
-def _sha256(path: Path) -> str:
+def _sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from optim.options import unknown
@@ -55,19 +56,30 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
 
 
-def explain(error: BaseException, overrides: list[str]) -> str:
+def explain(error: BaseException, arguments: list[str]) -> str:
     """One line for an error of composition: the key at fault, the nearest name, the remedy."""
     text = "\n".join(str(e) for e in _chain(error))
+    overrides = _overrides(arguments)
     if found := re.search(r"raised while resolving interpolation: (.*)", text):
         return found[1]
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = found.groups()
         return f"{group}={choice}: {unknown(f'{group} choice', choice, _choices(group))}"
     if found := re.search(r"Could not (?:override|append|delete|add)[^']*'([^']+)'", text):
-        return _unknown_key(found[1], overrides)
+        return _wrong_key(found[1], overrides)
     if found := re.search(r"(.*)\n\s*full_key: ([\w.\[\]]+)", text):
         reason, key = found[1].strip(), found[2]
         return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows what it may look like"
+    broken = [a for a in arguments if "=" in a and a not in overrides]
+    if broken:
+        key, _, value = broken[0].partition("=")
+        return f"{broken[0]}: this value needs quotes; write '{key}=\"{value}\"'"
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, parent = override.key_or_group, override.key_or_group.rpartition(".")[0]
+        if key in _group_names() and not override.value():
+            return f"{key} has no choice; there is {', '.join(_choices(key))}"
+        if parent in _valid_keys([]):
+            return f"{key}: {parent} is not set here; choose its group first (log=wandb has one)"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -78,9 +90,24 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _unknown_key(key: str, overrides: list[str]) -> str:
-    """A key that does not exist, against all keys of the configuration without it."""
+def _overrides(arguments: list[str]) -> list[str]:
+    """The arguments that are overrides and can be parsed, without flags."""
+    good = []
+    for argument in arguments:
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue
+        if not argument.startswith("-"):
+            good.append(argument)
+    return good
+
+
+def _wrong_key(key: str, overrides: list[str]) -> str:
+    """A key that cannot be set, against all keys of the configuration without it."""
     valid = _valid_keys([o for o in overrides if not o.lstrip("+~").startswith(key)])
+    if key in valid or key in _group_names():
+        return f"{key} exists; set it without + or ~: {key}=..."
     owner, _, name = key.rpartition(".")
     siblings = [k.removeprefix(f"{owner}.") for k in valid if owner and k.startswith(f"{owner}.")]
     if siblings:
@@ -96,7 +123,7 @@ def _valid_keys(overrides: list[str]) -> list[str]:
     first choice)."""
     choices = []
     for override in OverridesParser.create().parse_overrides(overrides):
-        if override.key_or_group in _group_names():
+        if override.key_or_group in _group_names() and not override.is_delete():
             value = (
                 next(override.sweep_string_iterator())
                 if override.is_sweep_override()
@@ -111,8 +138,8 @@ def _valid_keys(overrides: list[str]) -> list[str]:
 
 def _run_dir(resume: str | None, name: str) -> str:
     """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
-    if resume:
-        return str(run_folder_of(resume))
+    if resume and (folder := run_folder_of(resume)):
+        return str(folder)
     fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{name}"
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())

@@ -5,8 +5,10 @@ An optimizer's options are not written down here: they are its class's signature
 (`optim.options_of`), turned into a dataclass by `optimizer_schema`, so that a default has one home.
 """
 
+import logging
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,10 @@ import optim
 from optim.options import unknown
 from trainer.errors import UserError
 
+log = logging.getLogger(__name__)
+
 ASSETS = Path(__file__).parent / "assets"
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -87,17 +92,24 @@ class ConstantConfig:
 
 
 @dataclass(kw_only=True)
-class DecayConfig(ConstantConfig):
-    """Warm up, hold, then decay along a line or half a cosine."""
+class LinearConfig(ConstantConfig):
+    """Warm up, hold, then decay in a straight line."""
 
-    name: str = "decay"  # linear or cosine
+    name: str = "linear"
     hold: float  # share of the run before the decay begins
     final_scale: float  # the last step's learning rate as a share of the peak
 
 
 @dataclass(kw_only=True)
+class CosineConfig(LinearConfig):
+    """Warm up, hold, then decay along half a cosine."""
+
+    name: str = "cosine"
+
+
+@dataclass(kw_only=True)
 class RuntimeConfig:
-    """Where and how the loop runs; none of it changes what is learned."""
+    """Where the loop runs, what it keeps, and when it stops."""
 
     device: str  # auto, cpu, cuda or cuda:N
     threads: int | None  # CPU threads; null leaves torch's choice
@@ -118,12 +130,12 @@ class WandbConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """What is reported, and how often (in steps; 0 = only before and after)."""
+    """What is reported, and how often, in steps."""
 
     every: int
-    eval_every: int
+    eval_every: int  # 0 = only before the first step and after the last
     eval_points: int  # fixed (picture, timestep, noise) triples that eval/loss is the mean of
-    sample_every: int
+    sample_every: int  # 0 = only before and after
     sample_count: int  # pictures in a sample grid
     sample_steps: int
     guidance_scale: float
@@ -140,7 +152,7 @@ class Config:
     method: Any  # FullConfig | LoraConfig
     optim: Any  # optimizer_schema(name), or ExternalConfig
     loss: Any  # MseConfig | HuberConfig
-    schedule: Any  # ConstantConfig | DecayConfig
+    schedule: Any  # ConstantConfig | LinearConfig | CosineConfig
     runtime: RuntimeConfig
     log: LogConfig
 
@@ -169,7 +181,7 @@ def optimizer_schema(name: str) -> type:
 _ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "method": (FullConfig, LoraConfig),
     "loss": (MseConfig, HuberConfig),
-    "schedule": (ConstantConfig, DecayConfig),
+    "schedule": (ConstantConfig, LinearConfig, CosineConfig),
 }
 
 
@@ -194,14 +206,31 @@ def conf_dir() -> Path:
 
 
 def to_dataclasses(composed: Any) -> Config:
-    """Hydra's composed configuration -> Config, checked.  Raises UserError that names the key and
-    the remedy."""
+    """Hydra's composed configuration -> Config, checked.
+
+    Raises UserError that names the key and the remedy.
+    """
+    for group in ("model", "data", "method", "optim", "loss", "schedule", "runtime", "log"):
+        if OmegaConf.select(composed, group) is None:
+            raise UserError(f"{group} has no choice; `python -m trainer --help` lists them")
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"{missing[0]} has no value; set it on the command line: {missing[0]}=...")
     config = cast(Config, OmegaConf.to_object(composed))
+    _refuse_additions(config, "")
     check(config)
     return config
+
+
+def _refuse_additions(node: Any, prefix: str) -> None:
+    """A key added with `+` that no option has the name of would be ignored: refuse it."""
+    known = [option.name for option in fields(node)]
+    for key, value in vars(node).items():
+        if key not in known:
+            what = f"option of {prefix[:-1]}" if prefix else "option"
+            raise UserError(f"+{prefix}{key}: {unknown(what, key, known)}")
+        if is_dataclass(value):
+            _refuse_additions(value, f"{prefix}{key}.")
 
 
 def check(config: Config) -> None:
@@ -210,18 +239,39 @@ def check(config: Config) -> None:
         "model.dtype": (config.model.dtype, DTYPES),
         "data.time_ids": (config.data.time_ids, ("original", "resized")),
         "data.on_missing_caption": (config.data.on_missing_caption, ("error", "empty", "skip")),
-        "schedule.name": (config.schedule.name, ("constant", "linear", "cosine")),
     }
     if config.log.wandb:
         one_of["log.wandb.mode"] = (config.log.wandb.mode, ("offline", "online", "disabled"))
-    for key, (value, allowed) in one_of.items():
-        if value not in allowed:
-            raise UserError(f"{key}={value}: {unknown('choice', value, allowed)}")
+    for key, (choice, allowed) in one_of.items():
+        if choice not in allowed:
+            raise UserError(f"{key}={choice}: {unknown('choice', choice, allowed)}")
 
     for key, value, low, high in _ranges(config):
         if not low <= value <= high:
             raise UserError(f"{key}={value} is out of range; it must be in [{low:g}, {high:g}]")
 
+    _check_names(config)
+    _check_paths(config)
+    _check_device(config.runtime.device)
+    if getattr(config.optim, "on_nonfinite", "skip") == "raise":
+        log.warning(
+            "optim.on_nonfinite=raise has no effect here: a step whose gradient is not finite is "
+            "skipped before the optimizer sees it (runtime.max_skipped_steps)"
+        )
+
+
+def _check_names(config: Config) -> None:
+    """The `name` inside a group says what was chosen; setting it by hand would choose nothing."""
+    for group in ("method", "optim", "loss", "schedule"):
+        node = getattr(config, group)
+        if node.name != type(node).name:
+            raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
+
+
+def _check_paths(config: Config) -> None:
+    for key, path in (("model.path", config.model.path), ("data.path", config.data.path)):
+        if not path.strip():
+            raise UserError(f"{key} is empty; name a folder")
     model = Path(config.model.path).expanduser()
     if not (model / "model_index.json").is_file():
         raise UserError(
@@ -231,7 +281,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.path={config.data.path} is not a folder; set data.path to a folder of pictures"
         )
-    _check_device(config.runtime.device)
+    extension = config.data.caption_extension
+    if not extension.startswith(".") or len(extension) < 2 or extension in PICTURE_SUFFIXES:
+        raise UserError(
+            f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
+        )
+    if config.data.resolution % 8:
+        raise UserError(f"data.resolution={config.data.resolution} must be a multiple of 8")
 
 
 def _ranges(config: Config) -> list[tuple[str, float, float, float]]:
@@ -264,7 +320,7 @@ def _ranges(config: Config) -> list[tuple[str, float, float, float]]:
             ("method.rank", config.method.rank, 1, many),
             ("method.alpha", config.method.alpha, 1e-12, many),
         ]
-    if isinstance(config.schedule, DecayConfig):
+    if isinstance(config.schedule, LinearConfig):
         rows += [
             ("schedule.hold", config.schedule.hold, 0, 1),
             ("schedule.final_scale", config.schedule.final_scale, 0, 1),
@@ -277,12 +333,9 @@ def _ranges(config: Config) -> list[tuple[str, float, float, float]]:
 def _check_device(device: str) -> None:
     if device == "auto":
         return
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise UserError(
-            f"runtime.device={device} is not a device; use auto, cpu, cuda or cuda:N"
-        ) from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"runtime.device={device} is not a device; use auto, cpu, cuda or cuda:N")
+    wanted = torch.device(device)
     if wanted.type == "cuda" and (
         not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
     ):

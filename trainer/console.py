@@ -12,6 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger(__name__)
+logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks of its own
 
 
 class Progress:
@@ -49,6 +50,9 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         with logging_redirect_tqdm():
             yield
+    except Exception as error:
+        file.emit(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run ended: {error}"}))
+        raise
     finally:
         root.setLevel(previous)
         for handler in (console, file):
@@ -66,7 +70,7 @@ def stop_signals() -> Iterator[list[int]]:
         if caught:
             raise SystemExit(128 + number)
         caught.append(number)
-        log.warning("signal %d: saving after this step; once more ends at once", number)
+        log.warning("signal %d: stopping after this step; once more ends at once", number)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, catch) for number in handled}

@@ -5,6 +5,7 @@ counter, and step k takes the next `batch_size` places of the endless row of epo
 run needs no sampler state, and runs that differ in the optimizer see the same batches.
 """
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,65 +17,88 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from optim import rng
-from trainer.config import DataConfig
+from trainer.config import PICTURE_SUFFIXES, DataConfig
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _EPOCH = 1  # counter stream of the permutations
 
 
 @dataclass(kw_only=True)
 class Sample:
-    """One picture: `pixels` fp32 (3, H, W) in [-1, 1]; `time_ids` as SDXL orders them."""
+    """One picture on the disk; its pixels are read when they are needed (`read_pixels`)."""
 
     path: Path
     caption: str
-    pixels: Tensor
     time_ids: tuple[int, int, int, int, int, int]  # original h, w; crop top, left; target h, w
+
+    @property
+    def side(self) -> int:
+        """Height and width of the square that is trained on, in pixels."""
+        return self.time_ids[-1]
 
 
 def load_folder(config: DataConfig) -> list[Sample]:
-    """Read every picture below `config.path` with its caption, in the order of their paths.
+    """Check every picture below `config.path` and read its caption, in the order of their paths.
 
     Raises UserError when there are none, or more than `max_unreadable` cannot be read, or a caption
     is missing and that is an error.  Whatever is skipped is named and counted.
     """
     folder = Path(config.path).expanduser()
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    paths = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file()
+    )
     if not paths:
-        raise UserError(f"data.path={folder} has no pictures ({', '.join(sorted(_SUFFIXES))})")
-
+        raise UserError(
+            f"data.path={folder} has no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})"
+        )
     uncaptioned = [p for p in paths if not p.with_suffix(config.caption_extension).is_file()]
     _report_uncaptioned(uncaptioned, config)
     if config.on_missing_caption == "skip":
         paths = [p for p in paths if p not in set(uncaptioned)]
 
-    samples, unreadable = [], []
+    samples, unreadable = [], 0
     for path in paths:
         try:
             samples.append(_load(path, config))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, UserError):
+                raise
+            unreadable += 1
             log.warning("skipped unreadable picture %s: %s", path, error)
-            unreadable.append(path)
-            if len(unreadable) > config.max_unreadable:
+            if unreadable > config.max_unreadable:
                 raise UserError(
-                    f"{len(unreadable)} unreadable pictures, the last {path} ({error}); "
-                    f"remove them, or allow more with data.max_unreadable={len(unreadable)}"
+                    f"{unreadable} unreadable pictures, the last {path} ({error}); "
+                    f"remove them, or allow more with data.max_unreadable={unreadable}"
                 ) from error
     if not samples:
         raise UserError(
             f"data.path={folder}: of {len(paths)} pictures none can be used; see the warnings above"
         )
-    log.info(
-        "data: %d pictures in %s, %d unreadable, %d without a caption",
-        len(samples),
-        folder,
-        len(unreadable),
-        len(uncaptioned),
-    )
+    form = "data: %d pictures in %s, %d unreadable, %d without a caption"
+    log.info(form, len(samples), folder, unreadable, len(uncaptioned))
     return samples
+
+
+def read_pixels(sample: Sample) -> Tensor:
+    """The picture as the VAE takes it: -> fp32 (3, side, side) in [-1, 1]."""
+    side = sample.side
+    rgb = _read_rgb(sample.path)
+    # The central square, resampled to side x side.
+    edge = min(rgb.size)
+    left, top = (rgb.width - edge) / 2, (rgb.height - edge) / 2
+    box = (left, top, left + edge, top + edge)
+    square = rgb.resize((side, side), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def fingerprint(samples: list[Sample]) -> str:
+    """A hash of what is trained on: names, captions and sizes, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.path.name, sample.caption, sample.time_ids)).encode())
+    return digest.hexdigest()
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_samples: int) -> list[int]:
@@ -92,40 +116,33 @@ def _permutation(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def _load(path: Path, config: DataConfig) -> Sample:
-    with Image.open(path) as image:
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
-    resized, crop = _resize_and_crop(rgb, config.resolution)
-    original = rgb.size if config.time_ids == "original" else resized
-    pixels = (
-        torch.from_numpy(np.asarray(crop.image, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5
-        - 1
+    rgb, side = _read_rgb(path), config.resolution
+    scale = side / min(rgb.size)
+    width, height = (max(side, round(length * scale)) for length in rgb.size)
+    original = (rgb.height, rgb.width) if config.time_ids == "original" else (height, width)
+    crop = ((height - side) // 2, (width - side) // 2)
+    return Sample(
+        path=path, caption=_caption(path, config), time_ids=(*original, *crop, side, side)
     )
-    side = config.resolution
-    time_ids = (original[1], original[0], crop.top, crop.left, side, side)
-    return Sample(path=path, caption=_caption(path, config), pixels=pixels, time_ids=time_ids)
 
 
-@dataclass
-class _Crop:
-    image: Image.Image
-    top: int
-    left: int
+def _read_rgb(path: Path) -> Image.Image:
+    """RGB, upright as its EXIF says; transparent pixels show white.
 
-
-def _resize_and_crop(image: Image.Image, side: int) -> tuple[tuple[int, int], _Crop]:
-    """Short side to `side`, then the central square: -> ((width, height) before the crop, crop)."""
-    scale = side / min(image.size)
-    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
-    resized = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    return size, _Crop(resized.crop((left, top, left + side, top + side)), top, left)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels show white."""
+    Raises ValueError for a format whose values have no defined place between black and white.
+    """
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I;16"):  # 16 bits a pixel: Pillow would clip instead of scale
+        return Image.fromarray(
+            (np.asarray(image, dtype=np.float32) / 257).round().astype("uint8")
+        ).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode} pixels (32 bits) have no defined range; save it as 8 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
 
@@ -149,8 +166,5 @@ def _report_uncaptioned(paths: list[Path], config: DataConfig) -> None:
     message = f"{len(paths)} pictures have no {config.caption_extension} file beside them: {names}"
     if config.on_missing_caption == "error":
         raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
-    log.warning(
-        "%s; %s",
-        message,
-        "trained without a caption" if config.on_missing_caption == "empty" else "skipped",
-    )
+    consequence = "skipped" if config.on_missing_caption == "skip" else "trained without a caption"
+    log.warning("%s; %s", message, consequence)

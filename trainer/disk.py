@@ -1,4 +1,4 @@
-"""Writing folders so that no crash and no full disk can leave half of one."""
+"""Writing so that no crash and no full disk can leave half of something."""
 
 import os
 import shutil
@@ -19,7 +19,9 @@ def whole_folder(final: Path) -> Iterator[Path]:
     does not exist.  Raises UserError when the disk does not take it: nothing half-written stays,
     and an older `final` is as it was.
     """
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
+    if old.exists() and not final.exists():
+        old.rename(final)  # a process was killed between the two renames below
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -27,21 +29,27 @@ def whole_folder(final: Path) -> Iterator[Path]:
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if final.exists():
-            old = final.with_name(f".{final.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
-            temporary.rename(final)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(final)
+        temporary.rename(final)
         _flush(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap OSError
-        wanted = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not final.exists():
+            os.rename(old, final)
         raise UserError(
-            f"could not save {final}: {error} ({wanted / 1e6:.1f} MB written, "
+            f"could not save {final}: {error} ({written / 1e6:.1f} MB written, "
             f"{_free_bytes(final.parent) / 1e6:.1f} MB free); what was saved before is intact"
         ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file anew: it has the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _flush(path: Path) -> None:

@@ -6,23 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.batches import Batch, predict
 from trainer.config import HuberConfig
-from trainer.noise import Batch
-
-
-def predict(unet: nn.Module, batch: Batch) -> Tensor:
-    """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to the UNet's device and
-    dtype."""
-    device, dtype = unet.device, unet.dtype
-    return unet(
-        batch.noisy.to(device, dtype),
-        batch.timesteps.to(device),
-        encoder_hidden_states=batch.prompt.to(device, dtype),
-        added_cond_kwargs={
-            "text_embeds": batch.pooled.to(device, dtype),
-            "time_ids": batch.time_ids.to(device),
-        },
-    ).sample.float()
 
 
 def loss(config: Any, prediction: Tensor, target: Tensor) -> Tensor:

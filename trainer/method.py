@@ -29,17 +29,18 @@ def attach(config: Any, pipeline: StableDiffusionXLPipeline, seed: int) -> None:
     if not isinstance(config, LoraConfig):
         unet.requires_grad_(True)
         return
+    names = [name for name, _ in unet.named_modules()]
+    for target in config.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(
+                f"method.targets={config.targets}: no module of the UNet is called {target}"
+            )
     adapter = PeftLoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets)
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         torch.manual_seed(rng.mix(seed, _INIT) >> 1)
-        try:
-            unet.add_adapter(adapter)
-        except ValueError as error:
-            raise UserError(
-                f"method.targets={config.targets} fits no module of the UNet: {error}"
-            ) from error
+        unet.add_adapter(adapter)
     cast_training_params(unet, torch.float32)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from trainer import disk
 from trainer.config import Config
 
 log = logging.getLogger(__name__)
@@ -23,14 +26,14 @@ class Metrics:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        disk.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._wandb = _Wandb(folder, config) if config.log.wandb else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line: {"step": step, **values}.  Keys look like `train/loss`."""
+        """One line: {"step": step, **values}.  Keys look like `train/loss`; NaN becomes null."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **_as_json(values)}) + "\n")
         except OSError as error:  # a full disk must not end the training
             log.warning("metrics of step %d are lost: %s", step, error)
         if self._wandb:
@@ -82,7 +85,7 @@ class _Wandb:
             entity=options.entity,
             mode=options.mode,
             name=config.name,
-            id="-".join(folder.resolve().parts[-2:]),  # a resumed run goes on under its old id
+            id=_wandb_id(folder),
             resume="allow",
             dir=folder,
             config=asdict(config),
@@ -112,6 +115,19 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _as_json(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity."""
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+def _wandb_id(folder: Path) -> str:
+    """A random id, kept in the run's folder so that a resumed run goes on under it."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def _image(picture: Image.Image) -> Any:

@@ -29,10 +29,12 @@ def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusionX
         raise UserError(
             f"model.path={folder} cannot be loaded as a Stable Diffusion XL pipeline: {error}"
         ) from error
-    pipeline.to(device, torch.float32)
-    pipeline.unet.to(DTYPES[config.dtype])
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.to(DTYPES[config.dtype])  # before it goes to the device
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.float()
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.to(device)
         part.requires_grad_(False)
         part.eval()
     return pipeline

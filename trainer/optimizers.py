@@ -25,6 +25,8 @@ def build(config: Any, model: nn.Module, seed: int) -> torch.optim.Optimizer:
     it refuses.
     """
     optimizer = _make(config, parameter_groups(model), seed)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # the peak that `set_lr` scales
     if isinstance(optimizer, optim.FusedOptimizer):
         optimizer.init_state()  # out of memory now rather than at the first step
     return optimizer
@@ -32,8 +34,26 @@ def build(config: Any, model: nn.Module, seed: int) -> torch.optim.Optimizer:
 
 def check(config: Any) -> None:
     """Refuse a wrong optimizer or option before a model is loaded, by building it for one small
-    parameter."""
-    _make(config, [{"params": [nn.Parameter(torch.zeros(1))]}], seed=0)
+    matrix."""
+    _make(config, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], seed=0)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a checkpointed state, and keep the configured options: they decide, not the saved ones.
+
+    Raises UserError when the state is not of this optimizer and these parameters.
+    """
+    own = ("params", "param_names")
+    configured = [
+        {key: value for key, value in group.items() if key not in own}
+        for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"resume: the optimizer's state does not fit: {error}") from error
+    for group, options in zip(optimizer.param_groups, configured, strict=True):
+        group.update(options)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -60,7 +80,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
     """Set every group's learning rate to its peak times `scale`; returns the first group's."""
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+        group["lr"] = group["initial_lr"] * scale
     return optimizer.param_groups[0]["lr"]
 
 
@@ -91,6 +111,12 @@ def _make(config: Any, groups: list[dict[str, Any]], seed: int) -> torch.optim.O
 
 def _make_external(config: ExternalConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     cls = _import(config.class_path)
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"optim.class_path={config.class_path} needs a closure, which is not given")
+    if issubclass(cls, optim.FusedOptimizer):
+        name = next((n for n, c in optim.FAMILY.items() if c is cls), "NAME")
+        raise UserError(f"optim.class_path={config.class_path} is of the family; use optim={name}")
     known = inspect.signature(cls).parameters
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for option in config.options:

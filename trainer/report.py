@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 
 _COLUMNS = (
     # title, key in summary.json, format
-    ("run", "name", "{}"),
-    ("seed", "seed", "{}"),
+    ("run", "run", "{}"),
     ("eval before", "eval_loss_before", "{:.4f}"),
     ("eval after", "eval_loss_after", "{:.4f}"),
     ("s/step", "seconds_per_step", "{:.3f}"),
@@ -44,38 +43,42 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
 
 
 class SweepTable(Callback):
-    """Prints the runs of a `-m` sweep as a table when the last has ended, best first, and keeps it
-    as sweep.md."""
+    """Prints the runs of a sweep as a table when the last has ended, best first, and keeps it as
+    sweep.md.  A run that failed is a row with its reason, and makes the sweep's exit status 1."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         runs = [
             json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/summary.json")
         ]
-        if runs:
-            table = sweep_table(runs)
-            (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
-            print(f"\n{table}\n\n{folder / 'sweep.md'}")
+        if not runs:
+            return
+        table = sweep_table(runs)
+        (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
+        print(f"\n{table}\n\n{folder / 'sweep.md'}")
+        if any("error" in run for run in runs):
+            raise SystemExit(1)
 
 
 def sweep_table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table of run summaries, lowest final eval loss first."""
-    cells = [[title for title, _, _ in _COLUMNS]]
-    for run in sorted(runs, key=lambda run: run["eval_loss_after"]):
-        cells.append(
-            [
-                _bytes(run[key]) if form == "bytes" else form.format(run[key])
-                for _, key, form in _COLUMNS
-            ]
+    """A Markdown table of run summaries, lowest final eval loss first, failed runs last."""
+    rows = [[title for title, _, _ in _COLUMNS]]
+    ended = [run for run in runs if "error" not in run]
+    for run in sorted(ended, key=lambda run: run["eval_loss_after"]):
+        rows.append(
+            [_bytes(run[k]) if form == "bytes" else form.format(run[k]) for _, k, form in _COLUMNS]
         )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_COLUMNS))]
+    for run in runs:
+        if "error" in run:
+            reason = f"failed: {run['error'].splitlines()[0][:60]}"
+            rows.append([run["run"], reason, *([""] * (len(_COLUMNS) - 2))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in cells
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
     ]
-    return "\n".join(
-        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-    )
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def _bytes(count: int) -> str:

@@ -10,21 +10,21 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from trainer import (
+    batches,
     checkpoint,
     conditioning,
     console,
+    data,
     losses,
     memory,
     method,
     metrics,
-    noise,
     optimizers,
     record,
     report,
     sampling,
 )
 from trainer.config import Config
-from trainer.data import batch_indices, load_folder
 from trainer.errors import UserError
 from trainer.guard import Guard
 from trainer.model import load_pipeline, training_noise
@@ -43,25 +43,32 @@ class State:
     pipeline: StableDiffusionXLPipeline
     schedule: DDPMScheduler
     data: conditioning.Encoded
-    eval_batches: list[noise.Batch]
+    fingerprint: str  # of the data
+    eval_batches: list[batches.Batch]
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
     device: torch.device
     step: int
     seconds: float  # spent in training steps, over all sessions of the run
+    eval_loss_before: float  # before the first step
 
 
-def run(config: Config, folder: Path) -> float:
-    """Train as configured, writing everything to `folder`; returns the last eval loss."""
+def run(config: Config, folder: Path, overrides: str = "") -> float:
+    """Train as configured, writing everything to `folder`; returns the last eval loss.
+
+    `overrides` is what the run's row in a sweep's table is called by.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with console.logging_to(folder / "train.log"), console.stop_signals() as stop:
+        if not config.resume and checkpoint.completed(folder / "checkpoints"):
+            raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
         resumed = checkpoint.to_resume(config)
+        record.write(folder, asdict(config), _device(config.runtime.device))
         state = assemble(config, folder, resumed)
-        record.write(folder, asdict(config), state.device)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
-        return finish(state, writer)
+        return finish(state, writer, overrides or config.name)
 
 
 def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None) -> State:
@@ -71,33 +78,45 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
     memory.reset_peak(device)
-    samples = load_folder(config.data)
+    samples = data.load_folder(config.data)
     pipeline = load_pipeline(config.model, device)
     schedule = training_noise(pipeline)
-    data = conditioning.encode(pipeline, samples)
+    encoded = conditioning.encode(pipeline, samples)
 
     method.attach(config.method, pipeline, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     optimizer = optimizers.build(config.optim, pipeline.unet, config.seed)
+    fingerprint = data.fingerprint(samples)
     if resumed:
+        checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
         method.restore(pipeline.unet, resumed.weights)
-        optimizer.load_state_dict(resumed.optimizer)
+        optimizers.restore(optimizer, resumed.optimizer)
         log.info("resumed after step %d", resumed.step)
     pipeline.unet.train()
-    counters = resumed.counters if resumed else {"skipped_steps": 0, "seconds": 0.0}
+    counters = resumed.counters if resumed else checkpoint.Counters()
     return State(
         config=config,
         folder=folder,
         pipeline=pipeline,
         schedule=schedule,
-        data=data,
-        eval_batches=noise.eval_batches(data, schedule, config.log.eval_points),
-        sampler=sampling.Sampler(pipeline=pipeline, data=data, samples=samples, config=config.log),
+        data=encoded,
+        fingerprint=fingerprint,
+        eval_batches=batches.eval_batches(
+            encoded, schedule, config.log.eval_points, config.data.batch_size
+        ),
+        sampler=sampling.Sampler(
+            pipeline=pipeline,
+            data=encoded,
+            samples=samples,
+            config=config.log,
+            batch_size=config.data.batch_size,
+        ),
         optimizer=optimizer,
-        guard=Guard(config.runtime.max_skipped_steps, int(counters["skipped_steps"])),
+        guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
         device=device,
         step=resumed.step if resumed else 0,
-        seconds=counters["seconds"],
+        seconds=counters.seconds,
+        eval_loss_before=counters.eval_loss_before,
     )
 
 
@@ -106,22 +125,28 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     config, unet = state.config, state.pipeline.unet
     parameters = [p for p in unet.parameters() if p.requires_grad]
     if state.step == 0:
-        evaluate(state, writer)
+        state.eval_loss_before = evaluate(state, writer)
         sample(state, writer)
     progress = console.Progress(state.step, config.schedule.steps)
 
     for step in range(state.step, config.schedule.steps):
+        if stop:
+            save(state)
+            log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
+            raise SystemExit(128 + stop[0])
         started = time.monotonic()
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
         # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
-        indices = batch_indices(config.seed, step, config.data.batch_size, len(state.data.latents))
-        batch = noise.training_batch(
+        indices = data.batch_indices(
+            config.seed, step, config.data.batch_size, len(state.data.latents)
+        )
+        batch = batches.training_batch(
             state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
         )
 
         # Evaluate the loss and its gradients.
-        loss = losses.loss(config.loss, losses.predict(unet, batch), batch.target)
+        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
         loss.backward()
         grad_norm = _clip_gradients(parameters, config.method.max_grad_norm)
 
@@ -143,10 +168,6 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
             evaluate(state, writer)
         if _due(config.log.sample_every, state):
             sample(state, writer)
-        if stop:
-            save(state)
-            log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
-            raise SystemExit(128 + stop[0])
         if _due(config.runtime.save_every, state):
             try:
                 save(state)
@@ -155,18 +176,26 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     progress.close()
 
 
-def finish(state: State, writer: metrics.Metrics) -> float:
-    """Save, evaluate, draw and export; then say where everything is and what it cost."""
-    save(state)
+def finish(state: State, writer: metrics.Metrics, name: str) -> float:
+    """Save, evaluate, draw and export; then say where everything is and what it cost.
+
+    A last checkpoint that cannot be saved does not keep the trained model from being exported; the
+    UserError is raised at the end.
+    """
+    unsaved = None
+    try:
+        save(state)
+    except UserError as error:
+        unsaved = error
+        log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
     exported = method.export(state.config.method, state.pipeline, state.folder)
-    before = next(row["eval/loss"] for row in metrics.read(writer.path) if "eval/loss" in row)
     summary = {
-        "name": state.config.name,
+        "run": name,
         "seed": state.config.seed,
         "steps": state.step,
-        "eval_loss_before": before,
+        "eval_loss_before": state.eval_loss_before,
         "eval_loss_after": after,
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
@@ -179,6 +208,8 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     writer.close(summary)
     places = {"pictures": picture, "model": exported, "metrics": writer.path}
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
+    if unsaved:
+        raise unsaved
     return after
 
 
@@ -209,7 +240,7 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
 
 
 def save(state: State) -> None:
-    """Write a checkpoint of this step."""
+    """Write a checkpoint after this step."""
     checkpoint.save(
         state.folder / "checkpoints",
         checkpoint.Checkpoint(
@@ -217,7 +248,12 @@ def save(state: State) -> None:
             weights=method.trained_tensors(state.pipeline.unet),
             optimizer=state.optimizer.state_dict(),
             config=asdict(state.config),
-            counters={"skipped_steps": state.guard.skipped, "seconds": state.seconds},
+            data=state.fingerprint,
+            counters=checkpoint.Counters(
+                skipped_steps=state.guard.skipped,
+                seconds=state.seconds,
+                eval_loss_before=state.eval_loss_before,
+            ),
         ),
         keep=state.config.runtime.keep_checkpoints,
     )

@@ -9,10 +9,10 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from trainer.batches import sample_noise
 from trainer.conditioning import Encoded
 from trainer.config import LogConfig
-from trainer.data import Sample
-from trainer.noise import sample_noise
+from trainer.data import Sample, read_pixels
 
 _TILE, _LABEL, _MARGIN, _COLUMNS = 96, 14, 64, 8  # pixels; pictures a band
 
@@ -25,6 +25,7 @@ class Sampler:
     data: Encoded
     samples: list[Sample]
     config: LogConfig
+    batch_size: int  # pictures drawn at a time
 
     @property
     def count(self) -> int:
@@ -37,7 +38,8 @@ class Sampler:
         was_training = unet.training
         unet.eval()
         noise = sample_noise(self.data.latents[0], self.count)
-        chunks = [range(i, min(i + _COLUMNS, self.count)) for i in range(0, self.count, _COLUMNS)]
+        size = self.batch_size
+        chunks = [range(i, min(i + size, self.count)) for i in range(0, self.count, size)]
         pictures = [picture for rows in chunks for picture in self._draw(rows, noise[rows])]
         unet.train(was_training)
         return pictures
@@ -47,7 +49,7 @@ class Sampler:
         parts = self.pipeline.components | {"text_encoder": None, "text_encoder_2": None}
         denoiser = StableDiffusionXLPipeline(**parts, add_watermarker=False)
         denoiser.set_progress_bar_config(disable=True)
-        unet, vae, side = denoiser.unet, denoiser.vae, self.samples[0].time_ids[-1]
+        unet, vae, side = denoiser.unet, denoiser.vae, self.samples[0].side
         empty = [len(self.samples)] * len(rows)
         inputs = {
             "prompt_embeds": self.data.prompt[rows],
@@ -64,15 +66,14 @@ class Sampler:
             guidance_scale=self.config.guidance_scale,
             output_type="latent",
         ).images
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        pixels = torch.cat([vae.decode(latent[None]).sample for latent in scaled])
         return denoiser.image_processor.postprocess(pixels)
 
     def originals(self) -> list[Image.Image]:
         """The pictures that those captions belong to, as the model sees them."""
-        arrays = [
-            ((s.pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            for s in self.samples[: self.count]
-        ]
+        pixels = (read_pixels(sample) for sample in self.samples[: self.count])
+        arrays = (((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for x in pixels)
         return [Image.fromarray(array) for array in arrays]
 
     def captions(self) -> list[str]:
@@ -88,8 +89,8 @@ def save_pictures(folder: Path, pictures: list[Image.Image]) -> None:
 
 def load_pictures(folder: Path, count: int) -> list[Image.Image]:
     """What `save_pictures` wrote; empty when there are not `count` pictures."""
-    paths = sorted(folder.glob("*.png"))
-    return [Image.open(path).convert("RGB") for path in paths] if len(paths) == count else []
+    paths = [folder / f"{number:02d}.png" for number in range(count)]
+    return [Image.open(p).convert("RGB") for p in paths] if all(p.exists() for p in paths) else []
 
 
 def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image:
@@ -121,6 +122,9 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
 
 def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont) -> str:
     """As much of the text as a tile is wide."""
-    while pen.textlength(text, font=font) > _TILE - 4:
-        text = text[:-2] + "…" if not text.endswith("…") else text[:-3] + "…"
-    return text
+    if pen.textlength(text[:_TILE], font=font) <= _TILE - 4:
+        return text[:_TILE]
+    end = next(
+        n for n in range(_TILE, 0, -1) if pen.textlength(text[:n] + "…", font=font) <= _TILE - 4
+    )
+    return text[:end] + "…"

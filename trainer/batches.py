@@ -1,22 +1,21 @@
-"""A training batch: which latents, how noisy, towards which target; all of it a function of (seed,
-step, sample).
+"""Batches: which latents, how noisy, towards which target, and what the UNet makes of them.
 
-Nothing here draws from a global generator.  Two runs with one seed therefore train on the same
-noise and timesteps whatever their optimizer, and their losses can be compared point by point.
+A training batch is a function of (seed, step, place in the batch) and of the data, and nothing here
+draws from a global generator.  Two runs with one seed therefore train on the same noise and
+timesteps whatever their optimizer, and their losses can be compared point by point.
 """
 
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from optim import rng
 from trainer.conditioning import Encoded
 
 # Counter streams: one for each kind of draw.
 _NOISE, _TIMESTEP, _DROPOUT = 2, 3, 4
-_EVAL_BATCH = 16
 _GOLDEN = (5**0.5 - 1) / 2
 _EVAL_SEED = 20_260_101  # eval points are the same in every run, whatever its seed
 
@@ -52,15 +51,17 @@ def training_batch(
     return _batch(data, schedule, indices, texts, timesteps, noise)
 
 
-def eval_batches(data: Encoded, schedule: DDPMScheduler, points: int) -> list[Batch]:
+def eval_batches(
+    data: Encoded, schedule: DDPMScheduler, points: int, batch_size: int
+) -> list[Batch]:
     """Fixed (sample, timestep, noise) triples: `points` of them, no dropout, the same in every run.
 
     Samples take turns; timesteps follow the golden-ratio sequence, which covers the schedule evenly
     for any number of points and does not fall into step with the samples.
     """
     batches = []
-    for start in range(0, points, _EVAL_BATCH):
-        numbers = range(start, min(start + _EVAL_BATCH, points))
+    for start in range(0, points, batch_size):
+        numbers = range(start, min(start + batch_size, points))
         indices = [number % len(data.latents) for number in numbers]
         shares = [(number + 0.5) * _GOLDEN % 1 for number in numbers]
         timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
@@ -73,6 +74,20 @@ def sample_noise(like: Tensor, count: int) -> Tensor:
     """The start noise of sample grids, the same in every run: like (4, h, w) -> (count, 4, h,
     w)."""
     return torch.stack([_normal(like, _EVAL_SEED, _NOISE, _EVAL_SEED, i) for i in range(count)])
+
+
+def predict(unet: nn.Module, batch: Batch) -> Tensor:
+    """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype."""
+    device, dtype = unet.device, unet.dtype
+    return unet(
+        batch.noisy.to(device, dtype),
+        batch.timesteps.to(device),
+        encoder_hidden_states=batch.prompt.to(device, dtype),
+        added_cond_kwargs={
+            "text_embeds": batch.pooled.to(device, dtype),
+            "time_ids": batch.time_ids.to(device),
+        },
+    ).sample.float()
 
 
 def _batch(
