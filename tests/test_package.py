@@ -38,7 +38,7 @@ def test_only_the_command_line_knows_hydra():
         for path in python_files("trainer")
         if any(name.split(".")[0] == "hydra" for name in imported(path))
     }
-    assert knows == {"__main__.py", "cli.py", "config.py", "report.py"}
+    assert knows == {"__main__.py", "cli.py", "config.py", "explain.py", "report.py"}
 
 
 def test_the_shipped_model_is_small_and_the_pictures_have_captions():

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from trainer import cli, config, optimizers
 from trainer.errors import UserError
+from trainer.explain import explain
 from trainer.report import write_summary
 
 # Set it to see a traceback behind any error.  Without it Hydra would print a page of its own and
@@ -67,7 +68,7 @@ def main() -> None:
     except Exception as error:  # of the composition; Hydra and OmegaConf raise many kinds
         if _wants_traceback or _runs_begun:
             raise
-        cli.fail(cli.explain(error, sys.argv[1:]))
+        cli.fail(explain(error, sys.argv[1:]))
 
 
 if __name__ == "__main__":

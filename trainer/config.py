@@ -205,6 +205,16 @@ def conf_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
 
 
+def group_names() -> list[str]:
+    """The configuration's groups, as `conf/` has them."""
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+
+
+def choices_of(group: str) -> list[str]:
+    """What a group offers."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
 def to_dataclasses(composed: Any) -> Config:
     """Hydra's composed configuration -> Config, checked.
 

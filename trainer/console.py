@@ -1,12 +1,10 @@
-"""What a person sees of a run while it goes on, and how they stop it."""
+"""What a person sees of a run while it goes on: messages and progress."""
 
 import logging
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -58,24 +56,3 @@ def logging_to(path: Path) -> Iterator[None]:
         for handler in (console, file):
             root.removeHandler(handler)
         file.close()
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM, for the loop to stop after its step; a second one ends
-    the process at once."""
-    caught: list[int] = []
-
-    def catch(number: int, frame: Any) -> None:
-        if caught:
-            raise SystemExit(128 + number)
-        caught.append(number)
-        log.warning("signal %d: stopping after this step; once more ends at once", number)
-
-    handled = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, catch) for number in handled}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

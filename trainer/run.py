@@ -23,6 +23,7 @@ from trainer import (
     record,
     report,
     sampling,
+    signals,
 )
 from trainer.config import Config
 from trainer.errors import UserError
@@ -60,7 +61,7 @@ def run(config: Config, folder: Path, overrides: str = "") -> float:
     `overrides` is what the run's row in a sweep's table is called by.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with console.logging_to(folder / "train.log"), console.stop_signals() as stop:
+    with console.logging_to(folder / "train.log"), signals.stop_signals() as stop:
         if not config.resume and checkpoint.completed(folder / "checkpoints"):
             raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
         resumed = checkpoint.to_resume(config)

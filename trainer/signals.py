@@ -1,0 +1,30 @@
+"""How a person or a scheduler stops a run: the first signal asks, the second insists."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM, for the loop to stop after its step; a second one ends
+    the process at once."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        if caught:
+            raise SystemExit(128 + number)
+        caught.append(number)
+        log.warning("signal %d: stopping after this step; once more ends at once", number)
+
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, catch) for number in handled}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
