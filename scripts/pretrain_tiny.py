@@ -263,7 +263,7 @@ def train_vae(pixels: Tensor, work: Path) -> AutoencoderKL:
 
     Twice. With a KL it learns fast, but the KL's noise drowns weak channels, and for good: one of
     the four came out empty. So then with all four held apart at unit variance, under little noise;
-    done so from the start, it learns much more slowly.
+    done so from the start, it learned more slowly.
     """
     vae = make_vae()
     stages = [
@@ -309,7 +309,7 @@ def edge_loss(y: Tensor, x: Tensor) -> Tensor:
 def augment(x: Tensor, rng: np.random.Generator, *, recolour: float = 0.0) -> Tensor:
     """Mirror half of the pictures, and exchange the colours of a fraction.  x (3, 64, 64).
 
-    Without the second, colours rare in training come back wrong: a lime frog as mustard.
+    The second is for colours that are rare in training: a lime frog came back mustard.
     """
     x = x.flip(-1) if rng.random() < 0.5 else x
     return x[rng.permutation(3)] if recolour and rng.random() < recolour else x

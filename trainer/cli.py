@@ -15,7 +15,7 @@ Fine-tune SDXL, full or LoRA, with low-memory optimizers.
 
 The demo: a tiny SDXL learns 24 emoji, on a CPU, in minutes; then the same as a LoRA:
   python -m trainer optim=adafactor8bit
-  python -m trainer method=lora optim=adamw
+  python -m trainer method=lora optim=adamw optim.lr=5e-3
 Your own model and pictures:
   python -m trainer model=sdxl model.path=/models/sdxl data=folder data.path=/pictures optim.lr=1e-5
 A sweep, with a table of the runs at the end; and going on with the newest run, bit for bit:

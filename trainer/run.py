@@ -235,7 +235,8 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     rows = {"original": sampler.originals()}
     if state.step:
         rows["before"] = sampling.load_pictures(samples / f"step-{0:06d}", sampler.count)
-    rows[f"step {state.step}"] = pictures
+    is_last = state.step == state.config.schedule.steps
+    rows["after" if is_last else f"step {state.step}"] = pictures
     grid = sampling.grid({k: row for k, row in rows.items() if row}, sampler.captions())
     return writer.write_picture(state.step, grid)
 
