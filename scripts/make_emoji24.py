@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from noto import SourceError, add_source_arguments, read_emoji, slug, sources, split_held_out
+from tiny.noto import SourceError, add_source_arguments, read_emoji, slug, sources, split_held_out
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     state = assemble(config, tmp_path, None)
     writer = metrics.Metrics(tmp_path, config, 0)
     train(state, writer, [])
-    finish(state, writer, "run")
+    finish(state, writer)
 
     reader = StableDiffusionXLPipeline.from_pretrained(config.model.path).to(torch.float32)
     batch = state.eval_batches[0]
@@ -459,7 +459,7 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
     assert len(table) == 2 + 4
     for part in ("eval after", "s/step", "optimizer state", "peak memory"):
         assert part in table[0]
-    assert sum("optim=lion" in line for line in table) == 2
+    assert sum(line.startswith("| optim=lion seed=") for line in table) == 2
     (kept,) = tmp_path.glob("runs/sweep-*/sweep.md")
     assert kept.read_text().count("\n") == 6
 
@@ -470,7 +470,7 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
     assert done.returncode == 1
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3
-    assert "optim.lr=-1" in table[-1]
+    assert table[-1].startswith("| optim.lr=-1 ")
     assert "failed: " in table[-1]
 
 

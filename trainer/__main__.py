@@ -37,25 +37,25 @@ def train(composed: DictConfig) -> float:
         optimizers.check(checked.optim)
         from trainer.run import run  # now that the configuration is good: diffusers takes seconds
 
-        return run(checked, folder, ",".join(context.overrides.task))
+        return run(checked, folder, context.overrides.task)
     except Exception as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # a run that never began leaves no empty folder
         if context.mode == RunMode.MULTIRUN:
-            _record_failure(folder, error, ",".join(context.overrides.task))
+            _record_failure(folder, error, list(context.overrides.task))
             return math.nan
         if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
         cli.fail(str(error))
 
 
-def _record_failure(folder: Path, error: Exception, overrides: str) -> None:
+def _record_failure(folder: Path, error: Exception, overrides: list[str]) -> None:
     """A failed run of a sweep is a row of its table, and the sweep goes on."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-    print(f"error: {overrides}: {error}", file=sys.stderr)
+    print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder, {"run": overrides, "error": str(error)})
+    write_summary(folder, {"overrides": overrides, "error": str(error)})
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What a run, and what a sweep, came to: the closing lines and the table of runs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from omegaconf import DictConfig
 
 _COLUMNS = (
     # title, key in summary.json, format
-    ("run", "run", "{}"),
     ("eval before", "eval_loss_before", "{:.4f}"),
     ("eval after", "eval_loss_after", "{:.4f}"),
     ("s/step", "seconds_per_step", "{:.3f}"),
@@ -61,24 +61,30 @@ class SweepTable(Callback):
 
 
 def sweep_table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table of run summaries, lowest final eval loss first, failed runs last."""
-    rows = [[title for title, _, _ in _COLUMNS]]
-    ended = [run for run in runs if "error" not in run]
-    for run in sorted(ended, key=lambda run: run["eval_loss_after"]):
-        rows.append(
-            [_bytes(run[k]) if form == "bytes" else form.format(run[k]) for _, k, form in _COLUMNS]
-        )
-    for run in runs:
+    """A Markdown table of run summaries, lowest final eval loss first, failed runs last.
+
+    A run is called by the overrides that not all of them have.
+    """
+    common = set.intersection(*(set(run["overrides"]) for run in runs))
+    rows = [["run", *(title for title, _, _ in _COLUMNS)]]
+    for run in sorted(runs, key=lambda run: run.get("eval_loss_after", math.inf)):
+        name = " ".join(o for o in run["overrides"] if o not in common) or "default"
         if "error" in run:
             reason = f"failed: {run['error'].splitlines()[0][:60]}"
-            rows.append([run["run"], reason, *([""] * (len(_COLUMNS) - 2))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+            rows.append([name, reason, *([""] * (len(_COLUMNS) - 1))])
+        else:
+            rows.append([name, *(_cell(run[key], form) for _, key, form in _COLUMNS)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
         for row in rows
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cell(value: Any, form: str) -> str:
+    return _bytes(value) if form == "bytes" else form.format(value)
 
 
 def _bytes(count: int) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,10 +56,10 @@ class State:
     eval_loss_before: float  # before the first step
 
 
-def run(config: Config, folder: Path, overrides: str = "") -> float:
+def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Train as configured, writing everything to `folder`; returns the last eval loss.
 
-    `overrides` is what the run's row in a sweep's table is called by.
+    `overrides` are the command line's, by which a sweep's table tells its runs apart.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with console.logging_to(folder / "train.log"), signals.stop_signals() as stop:
@@ -69,7 +70,7 @@ def run(config: Config, folder: Path, overrides: str = "") -> float:
         state = assemble(config, folder, resumed)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
-        return finish(state, writer, overrides or config.name)
+        return finish(state, writer, overrides)
 
 
 def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None) -> State:
@@ -177,7 +178,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     progress.close()
 
 
-def finish(state: State, writer: metrics.Metrics, name: str) -> float:
+def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ()) -> float:
     """Save, evaluate, draw and export; then say where everything is and what it cost.
 
     A last checkpoint that cannot be saved does not keep the trained model from being exported; the
@@ -193,7 +194,8 @@ def finish(state: State, writer: metrics.Metrics, name: str) -> float:
     picture = sample(state, writer)
     exported = method.export(state.config.method, state.pipeline, state.folder)
     summary = {
-        "run": name,
+        "name": state.config.name,
+        "overrides": list(overrides),
         "seed": state.config.seed,
         "steps": state.step,
         "eval_loss_before": state.eval_loss_before,

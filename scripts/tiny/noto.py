@@ -1,13 +1,11 @@
-"""Captioned emoji: Noto's colour glyphs as pictures, emojibase's names as captions, CLIP's words.
+"""Captioned emoji: Noto's colour glyphs as pictures, emojibase's names as captions.
 
-What both asset scripts share, and nothing that needs torch. The three inputs come from packages,
-not from this repository; a missing one is an error that names the package. Twenty-four emoji,
-`HELD_OUT`, never enter the base model's training: a user's first fine-tuning run teaches it those.
+For both asset scripts, and nothing that needs torch. The three inputs come from packages, not from
+this repository; a missing one is an error that names the package. Twenty-four emoji, `HELD_OUT`,
+never enter the base model's training: a user's first fine-tuning run teaches it those.
 """
 
 import argparse
-import gzip
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -144,74 +142,27 @@ def split_held_out(emoji: list[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
     return rest, [by_character[c] for c in HELD_OUT]
 
 
+def choose_varied(emoji: list[Emoji], numbers: dict[int, int]) -> list[Emoji]:
+    """The given number of emoji per group, as unlike each other as can be: of many clocks, one.
+
+    Farthest-point selection on thumbnails: after the first, always the one farthest from all taken.
+    """
+    chosen = []
+    for group, number in numbers.items():
+        members = [e for e in emoji if e.group == group]
+        thumbnails = np.stack(
+            [np.asarray(e.picture.resize((16, 16)), dtype=np.float32) for e in members]
+        )
+        distances = np.full(len(members), np.inf)
+        taken = [0]
+        while len(taken) < min(number, len(members)):
+            to_last = np.square(thumbnails - thumbnails[taken[-1]]).mean(axis=(1, 2, 3))
+            distances = np.minimum(distances, to_last)
+            taken.append(int(distances.argmax()))
+        chosen += [members[i] for i in sorted(taken)]
+    return chosen
+
+
 def slug(label: str) -> str:
     """A file name for a caption: "T-Rex" -> "t-rex"."""
     return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-
-
-# --- the tokenizer --------------------------------------------------------------------------------
-
-
-NUM_MERGES = 49152 - 256 - 2
-
-
-@dataclass(kw_only=True)
-class Bpe:
-    vocabulary: dict[str, int]  # token to id, 49,408 entries
-    merges: list[tuple[str, str]]  # 48,894 pairs
-
-
-def read_bpe(path: Path | None) -> Bpe:
-    """CLIP's byte-pair vocabulary.
-
-    Ids count 256 bytes, the same 256 at a word's end, one per merge, then the two special tokens.
-    """
-    path = path or _installed_bpe()
-    if not path.is_file():
-        raise SourceError(
-            f"no BPE vocabulary at {path}: pip install --no-deps open_clip_torch, or pass --bpe"
-        )
-    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    # After a version line the file has 262,144 merges, of which CLIP uses the first 48,894.
-    merges = [tuple(line.split()) for line in lines[1 : 1 + NUM_MERGES]]
-    alphabet = _byte_alphabet()
-    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return Bpe(vocabulary={token: index for index, token in enumerate(tokens)}, merges=merges)
-
-
-def write_tokenizer(folder: Path, bpe: Bpe, *, pad: str) -> None:
-    """A CLIPTokenizer folder in the classic files, a third of the size of tokenizer.json."""
-    folder.mkdir(parents=True)
-    vocabulary = json.dumps(bpe.vocabulary, ensure_ascii=False, separators=(",", ":"))
-    merges = "\n".join(" ".join(pair) for pair in bpe.merges)
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad,
-    }
-    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
-
-
-def _installed_bpe() -> Path:
-    """Find open_clip's copy without importing open_clip, which needs torchvision."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise SourceError(
-            "open_clip is not installed: pip install --no-deps open_clip_torch, or pass --bpe"
-        )
-    return Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
-
-
-def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in the order of their ids: printable first."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = 256 - len(printable)
-    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(others)]
