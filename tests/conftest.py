@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import QUICK
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from trainer import cli, config
+from trainer.run import run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -37,6 +39,18 @@ def composed():
 
     def make(*overrides):
         return config.to_dataclasses(compose_raw(*overrides))
+
+    return make
+
+
+@pytest.fixture
+def quick(composed, tmp_path):
+    """Run in this process: quick("a", "optim=lion") -> the folder `a` of a finished short run."""
+
+    def make(name, *overrides):
+        folder = tmp_path / name
+        run(composed(*QUICK, *overrides), folder)
+        return folder
 
     return make
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_optimizers import assert_same, make_params, run, set_grads
+from helpers import assert_same, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim

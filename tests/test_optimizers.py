@@ -1,55 +1,19 @@
-"""Every optimizer of the family: against third parties, through save and load, at the edges."""
+"""The arithmetic of every optimizer: against third parties, and at the edges."""
 
-import copy
-import inspect
-import io
-import json
 import math
-import pickle
-from pathlib import Path
 
 import adv_optm
 import pytest
 import pytorch_optimizer
 import torch
+from helpers import SHAPES, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
 from optim.codecs import split
 
 NAMES = sorted(optim.FAMILY)
-SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
-DTYPES = [torch.float32, torch.bfloat16]
-EXTRA = {  # options that switch on a path which the defaults leave off
-    "sgd": {"nesterov": True},
-    "adafactor": {"beta1": 0.9, "relative_step": True, "scale_parameter": True},
-    "adafactor8bit": {"beta1": 0.9, "beta2": None},
-}
 
-
-def make_params(dtype=torch.float32, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def set_grads(params, step):
-    generator = torch.Generator().manual_seed(1000 + step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-def run(optimizer, params, steps):
-    for step in steps:
-        set_grads(params, step)
-        optimizer.step()
-
-
-def assert_same(a, b):
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y)
-
-
-# --- the arithmetic, against implementations of others -----------------------------------------
 
 THIRD_PARTIES = {
     # name: (ours, theirs, shapes, steps to skip in theirs)
@@ -200,9 +164,6 @@ def test_a_factored_element_without_gradients_does_not_drift():
     assert (params[0] != start).sum() == 255
 
 
-# --- every optimizer: descends, repeats, resumes -----------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_descends(name):
     params = [Parameter(torch.full(shape, 1.0)) for shape in SHAPES]
@@ -217,36 +178,6 @@ def test_every_optimizer_descends(name):
         loss().backward()
         optimizer.step()
     assert loss().item() < 0.5 * first
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_resume_is_bitwise_identical(name, dtype):
-    straight, stopped = make_params(dtype), make_params(dtype)
-    options = EXTRA.get(name, {})
-    run(optim.build(name, straight, **options), straight, range(8))
-
-    first = optim.build(name, stopped, **options)
-    run(first, stopped, range(4))
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second = optim.build(name, stopped, lr=0.123)  # the saved options win
-    second.load_state_dict(torch.load(file, weights_only=True))
-    run(second, stopped, range(4, 8))
-    assert_same(straight, stopped)
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_copy_goes_on_like_the_original(name, copier):
-    params = make_params()
-    optimizer = optim.build(name, params, **EXTRA.get(name, {}))
-    run(optimizer, params, range(3))
-    twin_params, twin = copier((params, optimizer))
-    run(optimizer, params, range(3, 6))
-    run(twin, twin_params, range(3, 6))
-    assert_same(params, twin_params)
 
 
 def test_the_rounding_depends_on_the_seed_and_on_nothing_else():
@@ -297,147 +228,3 @@ def test_a_learning_rate_scheduler_and_a_tensor_lr_drive_the_step():
         other.param_groups[0]["lr"] = other.param_groups[0]["lr"] * 0.5
     for a, b in zip(by_scheduler, by_hand, strict=True):
         assert torch.allclose(a, b, rtol=1e-6)
-
-
-# --- state: bytes and loading --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "megabytes"),
-    [
-        ("adafactor8bit", {}, 10),
-        ("adafactor", {}, 19),
-        ("adamw_factored", {}, 355),
-        ("adamw_factored", {"factor_1d": True}, 342),
-        ("adopt_factored", {}, 355),
-        ("adopt_factored", {"factor_1d": True}, 342),
-        ("ademamix_factored", {}, 692),
-        ("ademamix_factored", {"factor_1d": True}, 674),
-        ("adopt_factored_ademamix", {"factor_1d": True}, 674),
-        ("lion_factored", {}, 340),
-        ("adamw8bit", {}, 5250),
-    ],
-)
-def test_state_on_the_sdxl_unet_fits(name, options, megabytes):
-    """Allocated for real on the shapes of the UNet; the weights themselves share one number."""
-    shapes = json.loads((Path(__file__).parent / "data/sdxl_unet_shapes.json").read_text())
-    number = torch.zeros((), dtype=torch.bfloat16)
-    params = [Parameter(number.expand(shape)) for _, shape in shapes]
-    assert sum(p.numel() for p in params) == 2_567_463_684
-    optimizer = optim.build(name, params, **options)
-    optimizer.init_state()
-    allocated = sum(
-        x.untyped_storage().nbytes() for s in optimizer.state.values() for x in s.values()
-    )
-    assert allocated == optimizer.state_bytes()
-    assert allocated <= megabytes * 1e6
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_loading_neither_casts_nor_aliases(name):
-    params = make_params(torch.bfloat16)
-    optimizer = optim.build(name, params, **EXTRA.get(name, {}))
-    run(optimizer, params, range(2))
-    saved = optimizer.state_dict()
-    twin = optim.build(name, params)
-    twin.load_state_dict(saved)
-    for index, p in enumerate(params):
-        for key, value in twin.state[p].items():
-            assert value.dtype == saved["state"][index][key].dtype
-            assert torch.equal(value, saved["state"][index][key])
-            assert value.numel() == 0 or value.data_ptr() != saved["state"][index][key].data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (lambda s: s.pop("state_version"), "state version"),
-        (lambda s: s["param_groups"][0]["params"].pop(), "parameter groups of"),
-        (lambda s: s["param_groups"][0].pop("clip_threshold"), "clip_threshold"),
-        (lambda s: s["state"][0].pop("exp_avg_sq.row.codes"), "exp_avg_sq.row.codes"),
-        (lambda s: s["state"][0].update(step=torch.zeros(2)), "step"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, says):
-    params = make_params()
-    optimizer = optim.build("adafactor8bit", params)
-    run(optimizer, params, range(2))
-    before = copy.deepcopy(optimizer.state_dict())
-    spoiled = copy.deepcopy(before)
-    spoil(spoiled)
-    with pytest.raises(ValueError, match=says):
-        optimizer.load_state_dict(spoiled)
-    after = optimizer.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for index in before["state"]:
-        for key, value in before["state"][index].items():
-            assert torch.equal(after["state"][index][key], value)
-
-
-# --- arguments -----------------------------------------------------------------------------------
-
-BAD = [
-    ("adamw", {"lr": -1.0}, ValueError, "lr=-1.0"),
-    ("adamw", {"lr": math.nan}, ValueError, "lr=nan"),
-    ("adamw", {"betas": (0.9, 1.0)}, ValueError, "betas"),
-    ("adamw", {"betas": (0.9,)}, ValueError, "betas"),
-    ("adamw", {"eps": 0.0}, ValueError, "eps"),
-    ("adamw", {"weight_decay": math.inf}, ValueError, "weight_decay"),
-    ("adafactor8bit", {"eps": 1e-8}, ValueError, "2 numbers"),
-    ("adafactor8bit", {"clip_threshold": 0}, ValueError, "clip_threshold"),
-    ("adafactor8bit", {"beta2": "x"}, ValueError, "beta2"),
-    ("lion", {"beta2": 0.9}, TypeError, "did you mean 'betas'"),
-    ("sgd", {"nesterov": 1}, ValueError, "true or false"),
-    ("sgd", {"rounding": "up"}, ValueError, "'stochastic', 'nearest' or 'kahan'"),
-    ("sgd", {"atan2": True}, TypeError, "option of sgd 'atan2'"),
-    ("sgd", {"factor_1d": True}, TypeError, "option of sgd 'factor_1d'"),
-    ("ademamix", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
-    ("adamww", {}, ValueError, "did you mean 'adamw'"),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "error", "says"), BAD)
-def test_wrong_arguments_are_refused_by_name(name, options, error, says):
-    with pytest.raises(error, match=says.replace("(", r"\(")):
-        optim.build(name, make_params(), **options)
-
-
-def test_groups_are_checked_like_arguments():
-    params = make_params()
-    with pytest.raises(TypeError, match="did you mean 'weight_decay'"):
-        optim.build("adamw", [{"params": params, "weight_deca": 0.0}])
-    with pytest.raises(ValueError, match="lr=-1"):
-        optim.build("adamw", [{"params": params, "lr": -1}])
-
-
-@pytest.mark.parametrize(
-    "param",
-    [torch.zeros(3, dtype=torch.complex64), torch.eye(3).to_sparse()],
-    ids=["complex", "sparse"],
-)
-def test_parameters_that_are_not_dense_and_real_are_refused(param):
-    with pytest.raises(TypeError, match="dense floating-point"):
-        optim.build("adamw", [Parameter(param)])
-
-
-def test_sparse_gradients_are_refused():
-    embedding = torch.nn.Embedding(4, 2, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="sparse gradients"):
-        optim.build("adamw", embedding.parameters()).step()
-
-
-def test_build_and_the_class_have_the_same_defaults():
-    for name, cls in optim.FAMILY.items():
-        built, direct = optim.build(name, make_params()), cls(make_params())
-        assert built.defaults == direct.defaults
-        assert set(built.defaults) == set(optim.options_of(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_option_is_documented(name):
-    cls = optim.FAMILY[name]
-    sources = [*inspect.getmro(cls)[:2], optim.Features]
-    documentation = " ".join(source.__doc__ or "" for source in sources)
-    for option in optim.options_of(name):
-        assert f"{option}:" in documentation, f"{name}: {option}"

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from helpers import assert_same, make_params, run, set_grads
 from safetensors.torch import load_file, save_file
-from test_optimizers import assert_same, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 import wandb
-from test_run import QUICK, rows
+from helpers import QUICK, rows
 from wandb.proto import wandb_internal_pb2
 
 from trainer.run import run

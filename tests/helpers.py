@@ -1,0 +1,65 @@
+"""What several test files share: small parameters and gradients, and short runs."""
+
+import torch
+from safetensors.torch import load_file
+from torch.nn import Parameter
+
+from trainer import metrics
+
+SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
+
+
+def make_params(dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_grads(params, step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def run(optimizer, params, steps):
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+# A run of a few seconds.
+QUICK = (
+    "schedule.steps=4",
+    "schedule.warmup_steps=1",
+    "data.batch_size=4",
+    "log.every=1",
+    "log.eval_points=6",
+    "log.sample_count=0",
+    "runtime.threads=1",
+)
+
+
+def rows(folder):
+    return metrics.read(folder / "metrics.jsonl")
+
+
+def deterministic(folder):
+    """The rows without times and memory."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("perf/", "memory/"))}
+        for row in rows(folder)
+    ]
+
+
+def weights(folder, step):
+    return load_file(folder / f"checkpoints/step-{step:06d}/weights.safetensors")
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

@@ -1,0 +1,80 @@
+"""Arguments: what is refused and how, defaults, documentation."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from helpers import make_params
+from torch.nn import Parameter
+
+import optim
+
+NAMES = sorted(optim.FAMILY)
+
+
+BAD = [
+    ("adamw", {"lr": -1.0}, ValueError, "lr=-1.0"),
+    ("adamw", {"lr": math.nan}, ValueError, "lr=nan"),
+    ("adamw", {"betas": (0.9, 1.0)}, ValueError, "betas"),
+    ("adamw", {"betas": (0.9,)}, ValueError, "betas"),
+    ("adamw", {"eps": 0.0}, ValueError, "eps"),
+    ("adamw", {"weight_decay": math.inf}, ValueError, "weight_decay"),
+    ("adafactor8bit", {"eps": 1e-8}, ValueError, "2 numbers"),
+    ("adafactor8bit", {"clip_threshold": 0}, ValueError, "clip_threshold"),
+    ("adafactor8bit", {"beta2": "x"}, ValueError, "beta2"),
+    ("lion", {"beta2": 0.9}, TypeError, "did you mean 'betas'"),
+    ("sgd", {"nesterov": 1}, ValueError, "true or false"),
+    ("sgd", {"rounding": "up"}, ValueError, "'stochastic', 'nearest' or 'kahan'"),
+    ("sgd", {"atan2": True}, TypeError, "option of sgd 'atan2'"),
+    ("sgd", {"factor_1d": True}, TypeError, "option of sgd 'factor_1d'"),
+    ("ademamix", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
+    ("adamww", {}, ValueError, "did you mean 'adamw'"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "error", "says"), BAD)
+def test_wrong_arguments_are_refused_by_name(name, options, error, says):
+    with pytest.raises(error, match=says.replace("(", r"\(")):
+        optim.build(name, make_params(), **options)
+
+
+def test_groups_are_checked_like_arguments():
+    params = make_params()
+    with pytest.raises(TypeError, match="did you mean 'weight_decay'"):
+        optim.build("adamw", [{"params": params, "weight_deca": 0.0}])
+    with pytest.raises(ValueError, match="lr=-1"):
+        optim.build("adamw", [{"params": params, "lr": -1}])
+
+
+@pytest.mark.parametrize(
+    "param",
+    [torch.zeros(3, dtype=torch.complex64), torch.eye(3).to_sparse()],
+    ids=["complex", "sparse"],
+)
+def test_parameters_that_are_not_dense_and_real_are_refused(param):
+    with pytest.raises(TypeError, match="dense floating-point"):
+        optim.build("adamw", [Parameter(param)])
+
+
+def test_sparse_gradients_are_refused():
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="sparse gradients"):
+        optim.build("adamw", embedding.parameters()).step()
+
+
+def test_build_and_the_class_have_the_same_defaults():
+    for name, cls in optim.FAMILY.items():
+        built, direct = optim.build(name, make_params()), cls(make_params())
+        assert built.defaults == direct.defaults
+        assert set(built.defaults) == set(optim.options_of(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_is_documented(name):
+    cls = optim.FAMILY[name]
+    sources = [*inspect.getmro(cls)[:2], optim.Features]
+    documentation = " ".join(source.__doc__ or "" for source in sources)
+    for option in optim.options_of(name):
+        assert f"{option}:" in documentation, f"{name}: {option}"

@@ -1,0 +1,168 @@
+"""What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import QUICK, assert_same_weights, rows, weights
+
+from trainer import checkpoint, losses
+from trainer.run import run
+
+
+def flip_last_bit(path):
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+
+
+DAMAGE = {
+    "bit flipped in weights.safetensors": flip_last_bit,
+    "bit flipped in optimizer.pt": flip_last_bit,
+    "optimizer.pt emptied": lambda path: path.write_bytes(b""),
+    "weights.safetensors missing": lambda path: path.unlink(),
+    "checkpoint.json a list": lambda path: path.write_text("[]"),
+    "checkpoint.json edited": lambda path: path.write_text(
+        path.read_text().replace('"step": 4', '"step": 3')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(quick, caplog, damage):
+    folder = quick("run", "runtime.save_every=2")
+    newest = folder / "checkpoints/step-000004"
+    name = next(word for word in damage.split() if "." in word)
+    DAMAGE[damage](newest / name)
+    loaded = checkpoint.load_newest(checkpoint.find(str(folder)))
+    assert loaded.step == 2
+    assert f"{newest} is damaged: " in caplog.text
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "safetensors", "rename"])
+def test_a_full_disk_loses_nothing_and_training_goes_on(
+    quick, composed, tmp_path, monkeypatch, failing, caplog
+):
+    folder = quick("run", "schedule.steps=2")
+    before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    target = {
+        "torch.save": "torch.save",
+        "safetensors": "trainer.checkpoint.save_file",
+        "rename": "pathlib.Path.rename",
+    }[failing]
+    monkeypatch.setattr(target, full)
+    options = ["runtime.save_every=1", f"resume={folder}", "runtime.allow_config_change=true"]
+    with pytest.raises(ValueError, match=r"could not save .*run/.*No space left"):
+        run(composed(*QUICK, *options), folder)
+    monkeypatch.undo()
+    assert "training goes on" in caplog.text
+    after = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
+    assert after == before
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_kill_at_any_write_leaves_a_whole_folder(tmp_path, replaces):
+    """Die at the n-th fsync, rename or removal while a folder is written; then write it again."""
+    script = tmp_path / "die.py"
+    script.write_text(
+        """
+import os, shutil, sys
+from pathlib import Path
+from trainer import disk
+folder, text, deadline = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+calls = 0
+def counted(function):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == deadline:
+            os._exit(9)
+        return function(*args, **kwargs)
+    return call
+os.fsync, os.rename, Path.rename, shutil.rmtree = map(
+    counted, (os.fsync, os.rename, Path.rename, shutil.rmtree)
+)
+with disk.whole_folder(folder) as temporary:
+    for name in "ab":
+        (temporary / name).write_text(text)
+print("whole")
+"""
+    )
+
+    def write(text, deadline):
+        command = [sys.executable, script, tmp_path / "final", text, str(deadline)]
+        return subprocess.run(command, check=False, capture_output=True).returncode
+
+    if replaces:
+        assert write("old", 0) == 0
+    died = 0
+    for deadline in range(1, 30):
+        status = write(f"new{deadline}", deadline)
+        texts = {p.read_text() for p in (tmp_path / "final").glob("*")}
+        assert len(texts) <= 1, "a mixture"
+        if status == 0:
+            assert texts == {f"new{deadline}"}
+            break
+        died += 1
+        if replaces:  # the old folder is there, or lies beside, to be put back by the next write
+            assert texts or list(tmp_path.glob(".final.old/a"))
+    assert status == 0, "the write never came to its end"
+    assert died >= 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["die.py", "final"]
+
+
+def test_a_step_without_a_finite_loss_changes_nothing(quick, composed, tmp_path, monkeypatch):
+    """Step 2 of 4 yields NaN: the run equals one whose step 2 never reached the optimizer."""
+    calls = 0
+    original = losses.loss
+
+    def poisoned(*arguments):
+        nonlocal calls
+        calls += 1
+        return original(*arguments) * (float("nan") if calls == 2 else 1.0)
+
+    monkeypatch.setattr(losses, "loss", poisoned)
+    folder = quick("poisoned", "runtime.save_every=1", "runtime.keep_checkpoints=9")
+    assert_same_weights(weights(folder, 1), weights(folder, 2))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(weights(folder, 2).values(), weights(folder, 3).values(), strict=True)
+    )
+    written = [row for row in rows(folder) if "train/loss" in row]
+    assert [row["train/skipped_steps"] for row in written] == [0, 1, 1, 1]
+    assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_a_run_that_only_skips_stops_with_the_reason(composed, tmp_path, monkeypatch):
+    original = losses.loss
+    monkeypatch.setattr(losses, "loss", lambda *a: original(*a) * float("inf"))
+    with pytest.raises(ValueError, match="3 steps in a row without a finite loss"):
+        run(composed(*QUICK, "runtime.max_skipped_steps=2"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_latent_that_is_not_finite_is_named_with_its_picture(
+    composed, pictures, tmp_path, monkeypatch
+):
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    mode = DiagonalGaussianDistribution.mode
+
+    calls = []
+
+    def spoiled(self):
+        calls.append(self)
+        return mode(self) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "mode", spoiled)
+    config = composed(*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64")
+    with pytest.raises(ValueError, match=r"red\.png is not finite"):
+        run(config, tmp_path / "run")

@@ -1,0 +1,140 @@
+"""A run that stopped goes on: bitwise, in the right folder, with what it began with."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import new_process
+from helpers import QUICK, assert_same_weights, deterministic, rows, weights
+
+from trainer import checkpoint
+from trainer.run import run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_in_a_new_process_is_bitwise_identical(tmp_path, method, dtype):
+    overrides = [*QUICK, f"method={method}", f"model.dtype={dtype}", "runtime.keep_checkpoints=9"]
+    whole = new_process(*overrides, "hydra.run.dir=whole", cwd=tmp_path)
+    parts = new_process(*overrides, "runtime.save_every=2", "hydra.run.dir=parts", cwd=tmp_path)
+    assert whole.returncode == parts.returncode == 0, whole.stderr + parts.stderr
+    # As if killed after the checkpoint of step 2.
+    subprocess.run(["rm", "-r", tmp_path / "parts/checkpoints/step-000004"], check=True)
+    resumed = new_process(*overrides, "resume=parts", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after step 2" in resumed.stdout
+    assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
+    assert deterministic(tmp_path / "whole") == deterministic(tmp_path / "parts")
+    states = [
+        torch.load(tmp_path / name / "checkpoints/step-000004/optimizer.pt", weights_only=True)
+        for name in ("whole", "parts")
+    ]
+    for index, state in states[0]["state"].items():
+        assert_same_weights(state, states[1]["state"][index])
+
+
+def test_resume_moves_the_weights_and_counts_on(quick, composed, tmp_path):
+    folder = quick("run", "schedule.steps=2")
+    longer = [*QUICK, "schedule.steps=4", f"resume={folder}", "runtime.allow_config_change=true"]
+    run(composed(*longer), folder)
+    assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
+    before, after = weights(folder, 2), weights(folder, 4)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_changed_learning_rate_is_used_after_resume_where_it_is_allowed(
+    quick, composed, tmp_path
+):
+    folder = quick("run", "schedule.steps=2", "schedule=constant")
+    options = ["schedule=constant", "optim.lr=0.01", f"resume={folder}"]
+    run(composed(*QUICK, *options, "runtime.allow_config_change=true"), folder)
+    assert [row["train/lr"] for row in rows(folder) if "train/lr" in row] == pytest.approx(
+        [0.0005, 0.001, 0.01, 0.01]
+    )
+
+
+def test_another_optimizer_on_resume_is_refused(quick, command):
+    folder = quick("run")
+    changed = ["optim=lion", "runtime.allow_config_change=true"]
+    status, _, err = command(*QUICK, *changed, f"resume={folder}")
+    assert status == 2
+    assert "optim.name: adafactor8bit -> lion cannot change" in err
+
+
+def test_other_pictures_on_resume_are_refused(composed, pictures, tmp_path):
+    options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64"]
+    run(composed(*options), tmp_path / "run")
+    (pictures / "red.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="pictures or captions are not those"):
+        run(composed(*options, f"resume={tmp_path / 'run'}"), tmp_path / "run")
+
+
+def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_an_older(
+    quick, in_tmp
+):
+    folder = quick("run", "runtime.save_every=2")
+    newest, older = (folder / f"checkpoints/step-00000{n}" for n in (4, 2))
+    assert checkpoint.run_folder_of(str(folder)) == folder
+    assert checkpoint.run_folder_of(str(newest)) == folder
+    assert checkpoint.run_folder_of(str(older)) is None
+    copy = in_tmp / "copy"
+    older.rename(copy)
+    assert checkpoint.run_folder_of(str(copy)) is None
+
+
+def test_resume_latest_takes_the_newest_run(command, in_tmp):
+    for name in ("first", "second"):
+        status, _, err = command(*QUICK, f"name={name}")
+        assert status == 0, err
+    status, out, _ = command(*QUICK, "name=second", "resume=latest")
+    assert status == 0
+    assert "second/checkpoints/step-000004" in out
+    (folder,) = in_tmp.glob("runs/*/*-second")
+    assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_fresh_run_in_a_used_folder_is_refused(quick, composed):
+    folder = quick("run")
+    with pytest.raises(ValueError, match=f"{folder} holds a run"):
+        run(composed(*QUICK), folder)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (999_999, 1_000_000, 20):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    names = [path.name for path in checkpoint.completed(tmp_path)]
+    assert names == ["step-000020", "step-999999", "step-1000000"]
+
+
+def test_resume_with_another_configuration_is_refused_with_the_difference(quick, command):
+    folder = quick("run")
+    status, _, err = command(*QUICK, "optim.lr=0.5", f"resume={folder}")
+    assert status == 2
+    assert "optim.lr: 0.001 -> 0.5" in err
+    assert "runtime.allow_config_change=true" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_where_it_stopped(tmp_path, number):
+    overrides = [*QUICK, "schedule.steps=2000", "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *overrides],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == 128 + number
+    assert "resume=" in output
+    saved = checkpoint.load_newest(checkpoint.find(str(tmp_path / "run")))
+    assert saved.step >= 3

@@ -1,0 +1,125 @@
+"""The state of an optimizer: its size, and through save, load and copy."""
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, make_params, run
+from torch.nn import Parameter
+
+import optim
+
+NAMES = sorted(optim.FAMILY)
+DTYPES = [torch.float32, torch.bfloat16]
+
+EXTRA = {  # options that switch on a path which the defaults leave off
+    "sgd": {"nesterov": True},
+    "adafactor": {"beta1": 0.9, "relative_step": True, "scale_parameter": True},
+    "adafactor8bit": {"beta1": 0.9, "beta2": None},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_is_bitwise_identical(name, dtype):
+    straight, stopped = make_params(dtype), make_params(dtype)
+    options = EXTRA.get(name, {})
+    run(optim.build(name, straight, **options), straight, range(8))
+
+    first = optim.build(name, stopped, **options)
+    run(first, stopped, range(4))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = optim.build(name, stopped, lr=0.123)  # the saved options win
+    second.load_state_dict(torch.load(file, weights_only=True))
+    run(second, stopped, range(4, 8))
+    assert_same(straight, stopped)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_goes_on_like_the_original(name, copier):
+    params = make_params()
+    optimizer = optim.build(name, params, **EXTRA.get(name, {}))
+    run(optimizer, params, range(3))
+    twin_params, twin = copier((params, optimizer))
+    run(optimizer, params, range(3, 6))
+    run(twin, twin_params, range(3, 6))
+    assert_same(params, twin_params)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "megabytes"),
+    [
+        ("adafactor8bit", {}, 10),
+        ("adafactor", {}, 19),
+        ("adamw_factored", {}, 355),
+        ("adamw_factored", {"factor_1d": True}, 342),
+        ("adopt_factored", {}, 355),
+        ("adopt_factored", {"factor_1d": True}, 342),
+        ("ademamix_factored", {}, 692),
+        ("ademamix_factored", {"factor_1d": True}, 674),
+        ("adopt_factored_ademamix", {"factor_1d": True}, 674),
+        ("lion_factored", {}, 340),
+        ("adamw8bit", {}, 5250),
+    ],
+)
+def test_state_on_the_sdxl_unet_fits(name, options, megabytes):
+    """Allocated for real on the shapes of the UNet; the weights themselves share one number."""
+    shapes = json.loads((Path(__file__).parent / "data/sdxl_unet_shapes.json").read_text())
+    number = torch.zeros((), dtype=torch.bfloat16)
+    params = [Parameter(number.expand(shape)) for _, shape in shapes]
+    assert sum(p.numel() for p in params) == 2_567_463_684
+    optimizer = optim.build(name, params, **options)
+    optimizer.init_state()
+    allocated = sum(
+        x.untyped_storage().nbytes() for s in optimizer.state.values() for x in s.values()
+    )
+    assert allocated == optimizer.state_bytes()
+    assert allocated <= megabytes * 1e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_neither_casts_nor_aliases(name):
+    params = make_params(torch.bfloat16)
+    optimizer = optim.build(name, params, **EXTRA.get(name, {}))
+    run(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    twin = optim.build(name, params)
+    twin.load_state_dict(saved)
+    for index, p in enumerate(params):
+        for key, value in twin.state[p].items():
+            assert value.dtype == saved["state"][index][key].dtype
+            assert torch.equal(value, saved["state"][index][key])
+            assert value.numel() == 0 or value.data_ptr() != saved["state"][index][key].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda s: s.pop("state_version"), "state version"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "parameter groups of"),
+        (lambda s: s["param_groups"][0].pop("clip_threshold"), "clip_threshold"),
+        (lambda s: s["state"][0].pop("exp_avg_sq.row.codes"), "exp_avg_sq.row.codes"),
+        (lambda s: s["state"][0].update(step=torch.zeros(2)), "step"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, says):
+    params = make_params()
+    optimizer = optim.build("adafactor8bit", params)
+    run(optimizer, params, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    spoiled = copy.deepcopy(before)
+    spoil(spoiled)
+    with pytest.raises(ValueError, match=says):
+        optimizer.load_state_dict(spoiled)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index in before["state"]:
+        for key, value in before["state"][index].items():
+            assert torch.equal(after["state"][index][key], value)

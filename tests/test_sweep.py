@@ -1,0 +1,39 @@
+"""Sweeps: every combination runs, a failure is a row, a table at the end."""
+
+import pytest
+from conftest import new_process
+from helpers import QUICK
+
+from trainer.report import SweepTable
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
+    done = new_process(
+        "-m", *QUICK, "optim=adafactor8bit,lion", "seed=0,1", "schedule.steps=1", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4
+    for part in ("eval after", "s/step", "optimizer state", "peak memory"):
+        assert part in table[0]
+    assert sum(line.startswith("| optim=lion seed=") for line in table) == 2
+    (kept,) = tmp_path.glob("runs/sweep-*/sweep.md")
+    assert kept.read_text().count("\n") == 6
+
+
+@pytest.mark.slow
+def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
+    done = new_process("-m", *QUICK, "optim.lr=1e-3,-1,1e-4", "schedule.steps=1", cwd=tmp_path)
+    assert done.returncode == 1
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3
+    assert table[-1].startswith("| optim.lr=-1 ")
+    assert "failed: " in table[-1]
+
+
+def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
+    from omegaconf import OmegaConf
+
+    SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert capsys.readouterr().out == ""
