@@ -36,8 +36,7 @@ class Adafactor(FusedOptimizer):
         scale_parameter: multiply a tensor's step by max(eps[1], RMS(weights)).
         features: options of every optimizer, `optim.features.Features`.
 
-    Source: Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 (matrices), Alg. 5 (vectors), section 9
-    (hyper-parameters).
+    Source: Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 (matrices), Alg. 5 (vectors).
     """
 
     rule = staticmethod(reference.adafactor)

@@ -138,10 +138,10 @@ class Factored:
     """A non-negative moment as its row and column means over a matrix view: x_ij ~ r_i c_j /
     mean(r).
 
-    Shazeer & Stern 2018, Alg. 1: the rank-1 matrix with the same row and column sums (the
-    KL-optimal one).  `view` is the (R, C) matrix that the row-major elements are read as; when R*C
-    exceeds the element count the tail is padding. `log8` stores both vectors as `Log8` codes
-    instead of fp32.
+    Shazeer & Stern 2018 (arXiv 1804.04235), section 3: the rank-1 matrix with the same row and
+    column sums (the KL-optimal one).  `view` is the (R, C) matrix that the row-major elements are
+    read as; when R*C exceeds the element count the tail is padding. `log8` stores both vectors as
+    `Log8` codes instead of fp32.
     """
 
     shape: tuple[int, ...]

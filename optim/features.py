@@ -2,7 +2,7 @@
 others.
 
 A feature is an option (`Features`) and a pure function on one parameter's fp32 tensors.  Rules call
-the functions that belong inside their arithmetic (`grow`, `aligned`); the step applies the rest.
+the functions that belong inside their arithmetic (`limited`); the step applies the rest.
 """
 
 from types import SimpleNamespace
@@ -18,20 +18,34 @@ LARGEST_GRAD = 2.0**48
 class Features(TypedDict, total=False):
     """Options of every optimizer.
 
-    rounding: how bf16 and fp16 weights are written. "stochastic" (unbiased; fp16 is written to the
+    rounding: how bf16 and fp16 weights are written: "stochastic" (unbiased; fp16 is written to the
         nearest), "nearest", or "kahan", which keeps the rounding error in 2 more bytes a parameter
-        and adds it to the next step. orthograd: remove from the gradient its component along the
-        weights, and keep its norm (Prieto et al. 2025). grad_clip: largest norm of one tensor's
-        gradient; none does not clip. growth_limit: an update's norm may be at most this many times
-        the previous one's; Fira uses 1.01 (Chen et al. 2024). cautious: drop the elements of an
-        update that point against the gradient, and scale up the rest (Liang et al. 2024). grams:
-        take the sign of an update from the gradient, and its size from the moments (Cao et al.
-        2024). cautious_decay: decay only the weights that the update shrinks as well. factor_1d:
-        factor the moments of 1-D tensors too; they are few and matter, so they are kept in fp32
-        unless asked (optimizers with factored moments only). on_nonfinite: "skip" leaves weight and
-        state of an element as they were when its gradient is NaN, infinite or above 2^48 in size,
-        and counts it (`nonfinite_count`); "raise" raises FloatingPointError before anything
-        changes. seed: of the stochastic rounding, of weights and of state.
+        and adds it to the next step.
+
+    orthograd: remove from the gradient its component along the weights, and keep its norm (Prieto
+        et al. 2025).
+
+    grad_clip: largest norm of one tensor's gradient; none does not clip.
+
+    growth_limit: an update's norm may be at most this many times the previous one's; Fira uses 1.01
+        (Chen et al. 2024); none does not limit.
+
+    cautious: drop the elements of an update that point against the gradient, and scale up the rest
+        (Liang et al. 2024).
+
+    grams: take the sign of an update from the gradient, and its size from the moments (Cao et al.
+        2024).
+
+    cautious_decay: decay only the weights that the update shrinks as well.
+
+    factor_1d: factor the moments of 1-D tensors too (optimizers with factored moments only); they
+        are few and matter, so they are kept in fp32 unless asked.
+
+    on_nonfinite: "skip" leaves weight and state of an element as they were when its gradient is
+        NaN, infinite or above 2^48 in size, and counts it (`nonfinite_count`); "raise" raises
+        FloatingPointError before anything changes.
+
+    seed: of the stochastic rounding, of weights and of state.
     """
 
     rounding: str
@@ -68,7 +82,7 @@ def usable(g: Tensor) -> Tensor:
 def orthogonal(w: Tensor, g: Tensor) -> Tensor:
     """g without its component along w, at g's norm: w, g (*) -> (*).
 
-    Prieto et al. 2025 (arXiv 2501.04697), eq. 7 and 8.  A gradient that is parallel to w up to
+    Prieto et al. 2025 (arXiv 2501.04697).  A gradient that is parallel to w up to
     rounding has nothing left but noise, which is not blown up to g's norm: the result is then zero.
     """
     w64, g64 = w.double(), g.double()
@@ -89,7 +103,7 @@ def limited(h: SimpleNamespace, u: Tensor, previous: Tensor) -> tuple[Tensor, Te
     """u scaled down so that its norm grows by at most `growth_limit`: u (*), previous 0-d -> u (*),
     its norm.
 
-    Chen et al. 2024 (Fira, arXiv 2410.01623), eq. 8.  Without a previous norm, or after a (nearly)
+    Chen et al. 2024 (Fira, arXiv 2410.01623).  Without a previous norm, or after a (nearly)
     zero one, there is nothing to compare with and nothing is limited, so that one empty gradient
     does not lock the tensor in.
     """

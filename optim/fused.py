@@ -17,7 +17,6 @@ from optim.rng import mix, round_stochastic_bf16
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
 STATE_VERSION = 1
-_ABSENT = {"atan2": False, "alpha": 0.0}  # options of rules that only some of their classes have
 # Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
 _NOT_OPTIONS = {"params", "param_names", "initial_lr"}
 
@@ -189,7 +188,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self._state_of(param, group)
         state["step"] += 1
         t, lr = int(state["step"]), float(group["lr"])
-        h = SimpleNamespace(**_ABSENT | group | {"lr": lr, "t": t, "codec": codecs})
+        h = SimpleNamespace(**group | {"lr": lr, "t": t, "codec": codecs})
         key = mix(group["seed"], index, t)
 
         w, raw = param.float(), param.grad.float()  # type: ignore[union-attr]

@@ -92,13 +92,12 @@ def ema(h: SimpleNamespace, average: Tensor, x: Tensor, beta: float) -> Tensor:
 
 
 def mixed(h: SimpleNamespace, fast: Tensor, x: Tensor, s: Moments) -> tuple[Tensor, Moments]:
-    """fast + alpha_t * (a slow average of x), where `alpha` asks for it: -> the sum, the slow
-    moment.
+    """fast + alpha_t * (a slow average of x), where there is one: -> the sum, the slow moment.
 
-    Pagliardini et al. 2024 (AdEMAMix, arXiv 2409.03137), Alg. 1 and eq. 4: alpha grows linearly and
+    Pagliardini et al. 2024 (AdEMAMix, arXiv 2409.03137), Alg. 1: alpha grows linearly and
     beta3's half-life grows linearly over `warmup_steps`.  The slow average is not bias-corrected.
     """
-    if not h.alpha:
+    if "exp_avg_slow" not in s:
         return fast, {}
     progress, beta3 = min(h.t / h.warmup_steps, 1.0) if h.warmup_steps else 1.0, h.betas[2]
     if progress < 1 and h.betas[0] > 0 and beta3 > 0:
@@ -119,7 +118,7 @@ def grown(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[
 def arctan(numerator: Tensor, root: Tensor) -> Tensor:
     """4/pi atan2(m, sqrt v): 1 where m = sqrt v, bounded by 2, no eps.
 
-    Everett et al. 2024 (arXiv 2407.05872), section 4.3; both arguments bias-corrected.
+    Everett et al. 2024 (arXiv 2407.05872); both arguments bias-corrected.
     """
     return 4 / math.pi * torch.atan2(numerator, root)
 

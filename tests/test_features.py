@@ -208,3 +208,10 @@ def test_tiny_and_huge_gradients_with_dead_rows_and_columns_stay_finite(name, sc
         optimizer.step()
     assert all(p.isfinite().all() for p in params)
     assert all(x.isfinite().all() for s in optimizer.state.values() for x in s.values())
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"betas": (0.0, 0.99, 0.999)}])
+def test_ademamix_takes_the_ends_of_its_ranges(options):
+    params = make_params()
+    run(optim.build("ademamix", params, warmup_steps=5, **options), params, range(3))
+    assert all(p.isfinite().all() for p in params)

@@ -10,7 +10,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak of whatever ran before in this process, so that the runs of a sweep compare.
+    """Forget the peak of whatever ran before in this process, such as a sweep's earlier runs.
 
     On the CPU this is Linux's way to reset the high-water mark, proc(5); what earlier runs left
     unfreed still counts.
