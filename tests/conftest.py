@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from trainer import cli, config
+from trainer import cli, config, validate
 from trainer.run import run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,7 +38,7 @@ def composed():
     """Compose and check a configuration: composed("optim=lion") -> Config."""
 
     def make(*overrides):
-        return config.to_dataclasses(compose_raw(*overrides))
+        return validate.to_dataclasses(compose_raw(*overrides))
 
     return make
 
@@ -57,7 +57,6 @@ def quick(composed, tmp_path):
 
 def compose_raw(*overrides):
     """Hydra's configuration for these overrides, unchecked."""
-    config.register()
     cli.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):

@@ -8,7 +8,7 @@ from conftest import compose_raw
 from omegaconf import OmegaConf
 
 import optim
-from trainer import config, optimizers
+from trainer import config, optimizers, validate
 from trainer.errors import UserError
 
 CONF = config.conf_dir()
@@ -142,4 +142,4 @@ def test_cfg_job_shows_the_chosen_options(command):
 
 def test_a_missing_value_is_reported_before_anything_else():
     with pytest.raises(UserError, match=r"data\.path has no value"):
-        config.to_dataclasses(compose_raw("data=folder"))
+        validate.to_dataclasses(compose_raw("data=folder"))

@@ -32,13 +32,13 @@ def test_the_optimizers_import_nothing_of_the_trainer():
 
 
 def test_only_the_command_line_knows_hydra():
-    """Config is plain dataclasses below __main__; the store, the help and the table are Hydra's."""
+    """`run` and below take dataclasses; the command line, its errors and sweeps are Hydra's."""
     knows = {
         path.name
         for path in python_files("trainer")
         if any(name.split(".")[0] == "hydra" for name in imported(path))
     }
-    assert knows == {"__main__.py", "cli.py", "config.py", "explain.py", "report.py"}
+    assert knows == {"__main__.py", "cli.py", "explain.py", "sweep.py"}
 
 
 def test_the_shipped_model_is_small_and_the_pictures_have_captions():

@@ -4,7 +4,7 @@ import pytest
 from conftest import new_process
 from helpers import QUICK
 
-from trainer.report import SweepTable
+from trainer.sweep import SweepTable
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
-"""`python -m trainer`: compose the configuration, check it, run it.  Nothing below this file
-imports Hydra's runtime."""
+"""`python -m trainer`: compose the configuration, check it, run it.
+
+Hydra ends here: `run` and everything that it imports take plain dataclasses.
+"""
 
 import contextlib
 import math
@@ -17,6 +19,7 @@ from trainer import cli, config, optimizers
 from trainer.errors import UserError
 from trainer.explain import explain
 from trainer.report import write_summary
+from trainer.validate import to_dataclasses
 
 # Set it to see a traceback behind any error.  Without it Hydra would print a page of its own and
 # exit, so it is always on below this line.
@@ -33,7 +36,7 @@ def train(composed: DictConfig) -> float:
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir)
     try:
-        checked = config.to_dataclasses(composed)
+        checked = to_dataclasses(composed)
         optimizers.check(checked.optim)
         from trainer.run import run  # now that the configuration is good: diffusers takes seconds
 
@@ -61,7 +64,6 @@ def _record_failure(folder: Path, error: Exception, overrides: list[str]) -> Non
 def main() -> None:
     """Run Hydra's command line; a user's mistake becomes one line and status 2."""
     _runs_begun.clear()
-    config.register()
     cli.register()
     try:
         train()

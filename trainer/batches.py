@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from optim import rng
 from trainer.conditioning import Encoded
+from trainer.streams import Stream
 
-# Counter streams: one for each kind of draw.
-_NOISE, _TIMESTEP, _DROPOUT = 2, 3, 4
 _GOLDEN = (5**0.5 - 1) / 2
 _EVAL_SEED = 20_260_101  # eval points are the same in every run, whatever its seed
 
@@ -40,14 +39,14 @@ def training_batch(
     num_timesteps = schedule.config.num_train_timesteps
     # Stratified: sample i of the batch draws from the i-th of B equal parts of the schedule, which
     # lowers the loss's variance.
-    shares = [(i + rng.uniform(seed, _TIMESTEP, step, i)) / size for i in range(size)]
+    shares = [(i + rng.uniform(seed, Stream.TIMESTEP, step, i)) / size for i in range(size)]
     timesteps = torch.tensor([int(share * num_timesteps) for share in shares])
     empty = len(data.latents)
     texts = [
-        empty if rng.uniform(seed, _DROPOUT, step, i) < dropout else index
+        empty if rng.uniform(seed, Stream.DROPOUT, step, i) < dropout else index
         for i, index in enumerate(indices)
     ]
-    noise = torch.stack([_normal(data.latents[0], seed, _NOISE, step, i) for i in range(size)])
+    noise = torch.stack([_normal(data.latents[0], seed, step, i) for i in range(size)])
     return _batch(data, schedule, indices, texts, timesteps, noise)
 
 
@@ -65,7 +64,7 @@ def eval_batches(
         indices = [number % len(data.latents) for number in numbers]
         shares = [(number + 0.5) * _GOLDEN % 1 for number in numbers]
         timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
-        noise = torch.stack([_normal(data.latents[0], _EVAL_SEED, _NOISE, n) for n in numbers])
+        noise = torch.stack([_normal(data.latents[0], _EVAL_SEED, n) for n in numbers])
         batches.append(_batch(data, schedule, indices, indices, timesteps, noise))
     return batches
 
@@ -73,7 +72,7 @@ def eval_batches(
 def sample_noise(like: Tensor, count: int) -> Tensor:
     """The start noise of sample grids, the same in every run: like (4, h, w) -> (count, 4, h,
     w)."""
-    return torch.stack([_normal(like, _EVAL_SEED, _NOISE, _EVAL_SEED, i) for i in range(count)])
+    return torch.stack([_normal(like, _EVAL_SEED, _EVAL_SEED, i) for i in range(count)])
 
 
 def predict(unet: nn.Module, batch: Batch) -> Tensor:
@@ -110,6 +109,6 @@ def _batch(
     )
 
 
-def _normal(like: Tensor, *counters: int) -> Tensor:
-    """Standard normal noise for these counters, in the shape of `like`."""
-    return torch.randn(like.shape, generator=rng.generator(*counters))
+def _normal(like: Tensor, seed: int, *counters: int) -> Tensor:
+    """Standard normal noise for this seed and these counters, in the shape of `like`."""
+    return torch.randn(like.shape, generator=rng.generator(seed, Stream.NOISE, *counters))

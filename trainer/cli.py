@@ -1,4 +1,4 @@
-"""The command line around the runs: the help page, where a run is written, how it ends badly."""
+"""The command line around the runs: what Hydra is told, and how a run ends badly."""
 
 import sys
 from datetime import datetime
@@ -7,8 +7,17 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+import optim
 from trainer.checkpoint import run_folder_of
-from trainer.config import choices_of, group_names
+from trainer.config import (
+    ALTERNATIVES,
+    ASSETS,
+    Config,
+    ExternalConfig,
+    choices_of,
+    group_names,
+    optimizer_schema,
+)
 
 _HELP = """\
 Fine-tune SDXL, full or LoRA, with low-memory optimizers.
@@ -32,14 +41,22 @@ and the trained model to runs/DATE/TIME-NAME.
 
 
 def register() -> None:
-    """Give Hydra the help page and the resolver of `hydra.run.dir`.  Safe to call again."""
-    help_node = {
-        "app_name": "trainer",
-        "header": "",
-        "footer": "",
-        "template": _HELP.format(groups=_groups()),
-    }
-    ConfigStore.instance().store(group="hydra/help", name="trainer", node=help_node)
+    """Give Hydra the schema, the help page and the resolvers that `conf/` refers to.
+
+    Safe to call again.
+    """
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, nodes in ALTERNATIVES.items():
+        for node in nodes:
+            store.store(group=f"schema/{group}", name=node.name, node=node)
+    for name in optim.FAMILY:
+        store.store(group="schema/optim", name=name, node=optimizer_schema(name))
+    store.store(group="schema/optim", name="external", node=ExternalConfig)
+    page = _HELP.format(groups=_groups())
+    help_node = {"app_name": "trainer", "header": "", "footer": "", "template": page}
+    store.store(group="hydra/help", name="trainer", node=help_node)
+    OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
 
 

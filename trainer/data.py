@@ -19,10 +19,9 @@ from torch import Tensor
 from optim import rng
 from trainer.config import PICTURE_SUFFIXES, DataConfig
 from trainer.errors import UserError
+from trainer.streams import Stream
 
 log = logging.getLogger(__name__)
-
-_EPOCH = 1  # counter stream of the permutations
 
 
 @dataclass(kw_only=True)
@@ -112,7 +111,7 @@ def batch_indices(seed: int, step: int, batch_size: int, num_samples: int) -> li
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> list[int]:
-    return torch.randperm(count, generator=rng.generator(seed, _EPOCH, epoch)).tolist()
+    return torch.randperm(count, generator=rng.generator(seed, Stream.EPOCH, epoch)).tolist()
 
 
 def _load(path: Path, config: DataConfig) -> Sample:

@@ -1,7 +1,6 @@
 """What is trained: every weight of the UNet (`full`) or adapters on it (`lora`), and how the result
 is written for others."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,7 @@ from optim import rng
 from trainer import disk
 from trainer.config import LoraConfig
 from trainer.errors import UserError
-
-log = logging.getLogger(__name__)
-
-_INIT = 5  # counter stream of the adapters' initial weights
+from trainer.streams import Stream
 
 
 def attach(config: Any, pipeline: StableDiffusionXLPipeline, seed: int) -> None:
@@ -39,7 +35,7 @@ def attach(config: Any, pipeline: StableDiffusionXLPipeline, seed: int) -> None:
         r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets)
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
-        torch.manual_seed(rng.mix(seed, _INIT) >> 1)
+        torch.manual_seed(rng.mix(seed, Stream.ADAPTER) >> 1)
         unet.add_adapter(adapter)
     cast_training_params(unet, torch.float32)
 

@@ -1,22 +1,8 @@
-"""What a run, and what a sweep, came to: the closing lines and the table of runs."""
+"""What a run came to: its summary and its closing lines."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
-
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
-_COLUMNS = (
-    # title, key in summary.json, format
-    ("eval before", "eval_loss_before", "{:.4f}"),
-    ("eval after", "eval_loss_after", "{:.4f}"),
-    ("s/step", "seconds_per_step", "{:.3f}"),
-    ("optimizer state", "optimizer_state_bytes", "bytes"),
-    ("peak memory", "peak_memory_bytes", "bytes"),
-    ("skipped", "skipped_steps", "{}"),
-)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -29,8 +15,8 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
     cost = (
         f"{summary['steps']} steps in {summary['seconds']:.0f} s "
         f"({summary['images_per_second']:.1f} images/s), "
-        f"optimizer state {_bytes(summary['optimizer_state_bytes'])}, "
-        f"peak memory {_bytes(summary['peak_memory_bytes'])}"
+        f"optimizer state {format_bytes(summary['optimizer_state_bytes'])}, "
+        f"peak memory {format_bytes(summary['peak_memory_bytes'])}"
     )
     lines = [
         f"eval/loss  {before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
@@ -42,52 +28,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
     )
 
 
-class SweepTable(Callback):
-    """Prints the runs of a sweep as a table when the last has ended, best first, and keeps it as
-    sweep.md.  A run that failed is a row with its reason, and makes the sweep's exit status 1."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        runs = [
-            json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/summary.json")
-        ]
-        if not runs:
-            return
-        table = sweep_table(runs)
-        (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
-        print(f"\n{table}\n\n{folder / 'sweep.md'}")
-        if any("error" in run for run in runs):
-            raise SystemExit(1)
-
-
-def sweep_table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table of run summaries, lowest final eval loss first, failed runs last.
-
-    A run is called by the overrides that not all of them have.
-    """
-    common = set.intersection(*(set(run["overrides"]) for run in runs))
-    rows = [["run", *(title for title, _, _ in _COLUMNS)]]
-    for run in sorted(runs, key=lambda run: run.get("eval_loss_after", math.inf)):
-        name = " ".join(o for o in run["overrides"] if o not in common) or "default"
-        if "error" in run:
-            reason = f"failed: {run['error'].splitlines()[0][:60]}"
-            rows.append([name, reason, *([""] * (len(_COLUMNS) - 1))])
-        else:
-            rows.append([name, *(_cell(run[key], form) for _, key, form in _COLUMNS)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _cell(value: Any, form: str) -> str:
-    return _bytes(value) if form == "bytes" else form.format(value)
-
-
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """1234567 -> '1.2 MB' (decimal units)."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB"):

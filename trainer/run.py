@@ -21,6 +21,7 @@ from trainer import (
     method,
     metrics,
     optimizers,
+    pictures,
     record,
     report,
     sampling,
@@ -231,15 +232,15 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     sampler = state.sampler
     if not sampler.count:
         return None
-    pictures = sampler.draw()
+    drawn = sampler.draw()
     samples = state.folder / "samples"
-    sampling.save_pictures(samples / f"step-{state.step:06d}", pictures)
+    pictures.save(samples / f"step-{state.step:06d}", drawn)
     rows = {"original": sampler.originals()}
     if state.step:
-        rows["before"] = sampling.load_pictures(samples / f"step-{0:06d}", sampler.count)
+        rows["before"] = pictures.load(samples / f"step-{0:06d}", sampler.count)
     is_last = state.step == state.config.schedule.steps
-    rows["after" if is_last else f"step {state.step}"] = pictures
-    grid = sampling.grid({k: row for k, row in rows.items() if row}, sampler.captions())
+    rows["after" if is_last else f"step {state.step}"] = drawn
+    grid = pictures.grid({k: row for k, row in rows.items() if row}, sampler.captions())
     return writer.write_picture(state.step, grid)
 
 

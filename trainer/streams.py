@@ -1,0 +1,13 @@
+"""The counter streams: every kind of draw has its own, so that no two ever share a number."""
+
+from enum import IntEnum
+
+
+class Stream(IntEnum):
+    """Goes between the seed and the step in `optim.rng`.  A number once given is never reused."""
+
+    EPOCH = 1  # order of the samples
+    NOISE = 2
+    TIMESTEP = 3
+    DROPOUT = 4  # of captions
+    ADAPTER = 5  # initial weights of a LoRA
