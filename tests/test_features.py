@@ -128,9 +128,7 @@ def test_kahan_follows_fp32_where_nearest_rounding_stalls():
     exact = ends[torch.float32, "nearest"]
     error = {k: (v - exact).abs().mean().item() for k, v in ends.items()}
     assert error[torch.bfloat16, "kahan"] < 2.0**-8
-    assert error[torch.bfloat16, "nearest"] > 2 * error[torch.bfloat16, "kahan"] or torch.equal(
-        ends[torch.bfloat16, "nearest"], torch.ones(64, 64)
-    )
+    assert torch.equal(ends[torch.bfloat16, "nearest"], torch.ones(64, 64)), "it did not stall"
 
 
 def test_refused_features_are_refused_by_name():

@@ -1,10 +1,12 @@
 """Sweeps: every combination runs, a failure is a row, a table at the end."""
 
+import math
+
 import pytest
 from conftest import new_process
 from helpers import QUICK
 
-from trainer.sweep import SweepTable
+from trainer.sweep import SweepTable, sweep_table
 
 
 @pytest.mark.slow
@@ -37,3 +39,17 @@ def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
 
     SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     assert capsys.readouterr().out == ""
+
+
+def test_a_diverged_run_comes_after_the_finite_ones():
+    numbers = {
+        "eval_loss_before": 1.0,
+        "seconds_per_step": 0.1,
+        "optimizer_state_bytes": 10,
+        "peak_memory_bytes": 10,
+        "skipped_steps": 0,
+    }
+    losses = {"a": math.nan, "b": 0.5, "c": 0.1}
+    runs = [numbers | {"overrides": [k], "eval_loss_after": v} for k, v in losses.items()]
+    names = [line.split()[1] for line in sweep_table(runs).splitlines()[2:]]
+    assert names == ["c", "b", "a"]

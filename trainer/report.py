@@ -19,13 +19,10 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
         f"peak memory {format_bytes(summary['peak_memory_bytes'])}"
     )
     lines = [
-        f"eval/loss  {before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
-        f"cost       {cost}",
+        f"{'eval/loss':<12}{before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
+        f"{'cost':<12}{cost}",
     ]
-    width = max(len(title) for title in places)
-    return "\n".join(
-        lines + [f"{title:<{max(width, 10)}} {path}" for title, path in places.items()]
-    )
+    return "\n".join(lines + [f"{title:<12}{path}" for title, path in places.items()])
 
 
 def format_bytes(count: int) -> str:

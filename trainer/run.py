@@ -210,7 +210,12 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     }
     report.write_summary(state.folder, summary)
     writer.close(summary)
-    places = {"pictures": picture, "model": exported, "metrics": writer.path}
+    places = {
+        "pictures": picture,
+        "model": exported,
+        "metrics": writer.path,
+        "checkpoints": state.folder / "checkpoints",
+    }
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if unsaved:
         raise unsaved

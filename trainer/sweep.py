@@ -46,7 +46,7 @@ def sweep_table(runs: list[dict[str, Any]]) -> str:
     """
     common = set.intersection(*(set(run["overrides"]) for run in runs))
     rows = [["run", *(title for title, _, _ in _COLUMNS)]]
-    for run in sorted(runs, key=lambda run: run.get("eval_loss_after", math.inf)):
+    for run in sorted(runs, key=_rank):
         name = " ".join(o for o in run["overrides"] if o not in common) or "default"
         if "error" in run:
             reason = f"failed: {run['error'].splitlines()[0][:60]}"
@@ -60,6 +60,12 @@ def sweep_table(runs: list[dict[str, Any]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _rank(run: dict[str, Any]) -> float:
+    """The final eval loss; a run that failed or diverged comes last."""
+    value = run.get("eval_loss_after", math.inf)
+    return value if math.isfinite(value) else math.inf
 
 
 def _cell(value: Any, form: str) -> str:
