@@ -6,7 +6,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, nonnegative, signed
+from optim.codecs import Codec, nonnegative, signed, smmf_view
 from optim.features import Features
 from optim.fused import FusedOptimizer
 
@@ -44,10 +44,11 @@ class Adopt(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, factor_1d = tuple(param.shape), group.get("factor_1d", False)
+        shape, storage = tuple(param.shape), group["storage"]
+        view = smmf_view(storage, shape, group["factor_1d"])
         return {
-            "exp_avg": signed(self.storage, shape, factor_1d),
-            "exp_avg_sq": nonnegative(self.storage, shape, factor_1d),
+            "exp_avg": signed(storage, shape, view),
+            "exp_avg_sq": nonnegative(storage, shape, view),
         }
 
 
@@ -104,9 +105,10 @@ class AdoptFactoredAdEMAMix(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, factor_1d = tuple(param.shape), group["factor_1d"]
+        shape, storage = tuple(param.shape), group["storage"]
+        view = smmf_view(storage, shape, group["factor_1d"])
         return {
-            "exp_avg": signed(self.storage, shape, factor_1d),
-            "exp_avg_slow": signed(self.storage, shape, factor_1d),
-            "exp_avg_sq": nonnegative(self.storage, shape, factor_1d),
+            "exp_avg": signed(storage, shape, view),
+            "exp_avg_slow": signed(storage, shape, view),
+            "exp_avg_sq": nonnegative(storage, shape, view),
         }

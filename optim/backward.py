@@ -32,8 +32,7 @@ class FusedBackward:
         self._waiting.append(param)
         self._waiting_bytes += param.grad.numel() * param.grad.element_size()
         if self._waiting_bytes >= self._bucket_bytes:
-            for waiting in self._waiting:
-                self._optimizer.step_param(waiting)
+            self._optimizer.step_param(*self._waiting)
             self._free()
 
     def _free(self) -> None:
@@ -48,8 +47,10 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     The training loop keeps its form: set the learning rate, call `backward()`, then `step()`, which
     steps what is left in the last bucket.  The weights are bitwise those of the unfused loop.  What
     needs all gradients at once (a global norm, accumulation over several backward passes) cannot be
-    had this way.  Raises ValueError where `bucket_bytes` is not positive.
+    had this way.  Raises ValueError where `bucket_bytes` is not positive or a group has a
+    `max_grad_norm`.
     """
+    optimizer.check_steps_alone("fuse_backward")
     if bucket_bytes <= 0:
         raise ValueError(f"fuse_backward: bucket_bytes={bucket_bytes} must be > 0")
     return FusedBackward(optimizer, bucket_bytes)

@@ -8,6 +8,7 @@ nearest rounding stays 6x too large).
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.rng import mix, uniform_like
+from optim.rng import draws16, mix, round_stochastic_bf16
 
 Parts = dict[str, Tensor]
 
@@ -53,53 +54,81 @@ class Dense:
     def decode(self, parts: Parts) -> Tensor:
         return parts[""]
 
-    def project(self, x: Tensor) -> Tensor:
-        """What is stored, without its rounding: all of it."""
-        return x
+
+@dataclass(frozen=True)
+class Bf16:
+    """bf16, written with stochastic rounding: 2 bytes an element.
+
+    `view` is the (R, C) matrix that the row-major elements are read as, here and in the codecs
+    below; None reads them as one row.
+    """
+
+    shape: tuple[int, ...]
+    view: tuple[int, int] | None = None
+
+    def zeros(self, device: torch.device) -> Parts:
+        return {"": torch.zeros(self.shape, dtype=torch.bfloat16, device=device)}
+
+    def encode(self, x: Tensor, key: int) -> Parts:
+        return {"": round_stochastic_bf16(x, key, self.view or (1, x.numel()))}
+
+    def decode(self, parts: Parts) -> Tensor:
+        return parts[""].float()
 
 
 @dataclass(frozen=True)
 class Block8:
-    """Signed 8-bit codes, one fp32 absolute maximum for every `block` elements: 1.016 bytes an
-    element.
+    """Signed 8-bit codes, one fp32 absolute maximum for every `block` elements of a row: 1.016
+    bytes an element.
 
-    code = round(127 x / absmax) in [-127, 127]: symmetric, so a moment and its negative are stored
-    alike, and 0 is exact.
+    code = 127 x / absmax, rounded to an integer in [-127, 127]: symmetric, so a moment and its
+    negative are stored alike, and 0 is exact.  A block whose maximum is below 1e-36, where 127 /
+    absmax would overflow, is zero.
     """
 
     shape: tuple[int, ...]
+    view: tuple[int, int] | None = None
     block: int = 256
 
     def zeros(self, device: torch.device) -> Parts:
-        numel = prod(self.shape)
+        rows, cols = self._view()
         return {
-            "codes": torch.zeros(numel, dtype=torch.int8, device=device),
-            "absmax": torch.zeros(-(-numel // self.block), dtype=torch.float32, device=device),
+            "codes": torch.zeros(prod(self.shape), dtype=torch.int8, device=device),
+            "absmax": torch.zeros(rows * -(-cols // self.block), device=device),
         }
 
     def encode(self, x: Tensor, key: int) -> Parts:
-        blocks = _blocks(x, self.block)
+        blocks = _blocks(x, self._view(), self.block)
+        draws = _blocks(draws16(key, self._view(), x.numel(), x.device), self._view(), self.block)
         absmax = blocks.abs().amax(dim=1, keepdim=True)
-        scaled = blocks * torch.where(absmax > 0, 127 / absmax, 0.0)
-        codes = torch.floor(scaled + uniform_like(scaled, key)).clamp_(-127, 127)
-        return {"codes": codes.flatten()[: x.numel()].to(torch.int8), "absmax": absmax.flatten()}
+        scale = torch.where(absmax > 1e-36, 127 / absmax, 0.0)
+        codes = torch.floor(blocks * scale + draws * 2.0**-16).clamp_(-127, 127).to(torch.int8)
+        return {
+            "codes": _unblocked(codes, self._view(), (x.numel(),)),
+            "absmax": absmax.flatten(),
+        }
 
     def decode(self, parts: Parts) -> Tensor:
-        blocks = _blocks(parts["codes"].float(), self.block) * (parts["absmax"] / 127)[:, None]
-        return blocks.flatten()[: prod(self.shape)].reshape(self.shape)
+        blocks = _blocks(parts["codes"].float(), self._view(), self.block)
+        return _unblocked(blocks * (parts["absmax"] / 127)[:, None], self._view(), self.shape)
+
+    def _view(self) -> tuple[int, int]:
+        return self.view or (1, prod(self.shape))
 
 
 @dataclass(frozen=True)
-class Log8:
-    """Non-negative 8-bit codes on a fixed logarithmic grid of 16 codes an octave: 1.008 bytes an
-    element.
+class Float8:
+    """Non-negative 8-bit floats with 4 mantissa bits, exponents relative to the block's: 1.008
+    bytes an element.
 
-    Code 0 is exactly 0; code q in 1..255 is 2^(top - (255 - q) / 16), where `top` is one int8
-    exponent for every `block` elements.  Because `top` is an integer, all blocks at all times share
-    one grid, {2^(k/16)}: a value that does not change is stored without any rounding, which a grid
-    refitted to each block's range cannot do.  The range below the block's maximum is 15.9 octaves
-    (a factor 249 in the gradient); smaller values are held at its lower end and never become 0.
-    Rounding is stochastic and unbiased in the value, not in its logarithm.
+    Code 0 is exactly 0; code q in 1..255 is the fp32 with the bits (16 (top + 112) + q) << 19,
+    where `top` is one int8 exponent for every `block` elements: codes 240..255 span one octave from
+    2^top.  Because `top` is an integer, all blocks at all times share one grid, the floats of 4
+    mantissa bits: a value that does not change is stored without any rounding, which a grid
+    refitted to each block's range cannot do.  Neighbours are 1/16 to 1/32 of a value apart.  The
+    range ends 14.9 to 15.9 octaves below the block's largest (a factor 175 to 244 in the gradient);
+    smaller values are held there and never become 0.  Rounding adds a draw below the cut and
+    truncates, which is unbiased.
     """
 
     shape: tuple[int, ...]
@@ -109,28 +138,28 @@ class Log8:
         numel = prod(self.shape)
         return {
             "codes": torch.zeros(numel, dtype=torch.uint8, device=device),
-            "top": torch.full((-(-numel // self.block),), -126, dtype=torch.int8, device=device),
+            "top": torch.full((-(-numel // self.block),), -111, dtype=torch.int8, device=device),
         }
 
     def encode(self, x: Tensor, key: int) -> Parts:
-        blocks = _blocks(x, self.block)
-        largest = blocks.amax(dim=1, keepdim=True).clamp_min(2.0**-126)
-        top = torch.log2(largest).ceil().clamp(-126, 127)
-        position = (torch.log2(blocks.clamp_min(2.0**-126)) - top) * 16 + 255
-        below = position.floor().clamp(1, 255)
-        low, high = torch.exp2(top + (below - 255) / 16), torch.exp2(top + (below - 254) / 16)
-        up = uniform_like(blocks, key) * (high - low) < blocks - low
-        codes = torch.where(blocks > 0, (below + up).clamp_max(255), 0.0)
+        view = (1, x.numel())
+        blocks = _blocks(x, view, self.block)
+        bits = blocks.view(torch.int32)
+        draws = _blocks(draws16(key, view, x.numel(), x.device), view, self.block)
+        # The largest may round up, past its octave.
+        exponent = ((bits.amax(dim=1, keepdim=True) + 0x7FFFF) >> 23).clamp(16, 254)
+        codes = (((bits + (draws << 3)) >> 19) - (exponent * 16 - 240)).clamp(1, 255)
+        codes = torch.where(blocks == 0, 0, codes).to(torch.uint8)
         return {
-            "codes": codes.flatten()[: x.numel()].to(torch.uint8),
-            "top": top.flatten().to(torch.int8),
+            "codes": _unblocked(codes, view, (x.numel(),)),
+            "top": (exponent - 127).flatten().to(torch.int8),
         }
 
     def decode(self, parts: Parts) -> Tensor:
-        codes = _blocks(parts["codes"].float(), self.block)
-        values = torch.exp2(parts["top"].float()[:, None] + (codes - 255) / 16)
-        values = torch.where(codes > 0, values, 0.0)
-        return values.flatten()[: prod(self.shape)].reshape(self.shape)
+        view = (1, prod(self.shape))
+        codes = _blocks(parts["codes"].to(torch.int32), view, self.block)
+        bits = ((parts["top"].to(torch.int32)[:, None] + 112) * 16 + codes) << 19
+        return _unblocked(torch.where(codes == 0, 0, bits).view(torch.float32), view, self.shape)
 
 
 @dataclass(frozen=True)
@@ -139,21 +168,20 @@ class Factored:
     mean(r).
 
     Shazeer & Stern 2018 (arXiv 1804.04235), section 3: the rank-1 matrix with the same row and
-    column sums (the KL-optimal one).  `view` is the (R, C) matrix that the row-major elements are
-    read as; when R*C exceeds the element count the tail is padding. `log8` stores both vectors as
-    `Log8` codes instead of fp32.
+    column sums (the KL-optimal one).  Where R*C exceeds the element count the tail of the view is
+    padding.  A view of more than two dimensions, (..., R, C), is a batch of matrices with factors
+    of their own.  `float8` stores both vectors as `Float8` codes instead of fp32.
     """
 
     shape: tuple[int, ...]
-    view: tuple[int, int]
-    log8: bool = False
+    view: tuple[int, ...]
+    float8: bool = False
 
     def zeros(self, device: torch.device) -> Parts:
         return join({name: codec.zeros(device) for name, codec in self._vectors().items()})
 
     def encode(self, x: Tensor, key: int) -> Parts:
-        matrix = _to_view(x, self.view)
-        means = {"row": matrix.mean(dim=1), "col": matrix.mean(dim=0)}
+        means = dict(zip(("row", "col"), self.means(x), strict=True))
         return join(
             {
                 name: codec.encode(means[name], mix(key, ord(name[0])))
@@ -165,17 +193,21 @@ class Factored:
         vectors = {
             name: codec.decode(split(parts, name)) for name, codec in self._vectors().items()
         }
-        return _from_view(rank1(vectors["row"], vectors["col"]), self.shape)
+        return self.product(vectors["row"], vectors["col"])
 
-    def project(self, x: Tensor) -> Tensor:
-        """What is stored, without its rounding: the rank-1 part."""
+    def means(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored, without its rounding: x of `shape` -> row (..., R), col (..., C)."""
         matrix = _to_view(x, self.view)
-        return _from_view(rank1(matrix.mean(dim=1), matrix.mean(dim=0)), self.shape)
+        return matrix.mean(dim=-1), matrix.mean(dim=-2)
+
+    def product(self, row: Tensor, col: Tensor) -> Tensor:
+        """What such means stand for: row (..., R), col (..., C) -> fp32 of `shape`."""
+        return _from_view(rank1(row, col), self.shape)
 
     def _vectors(self) -> dict[str, Codec]:
-        rows, cols = self.view
-        kind = Log8 if self.log8 else Dense
-        return {"row": kind((rows,)), "col": kind((cols,))}
+        *batch, rows, cols = self.view
+        kind = Float8 if self.float8 else Dense
+        return {"row": kind((*batch, rows)), "col": kind((*batch, cols))}
 
 
 @dataclass(frozen=True)
@@ -210,36 +242,49 @@ class FactoredSign:
         return Factored(self.shape, self.view)
 
 
-def signed(storage: str, shape: tuple[int, ...], factor_1d: bool = False) -> Codec:
-    """The codec of a moment of either sign, for a class's `storage`: fp32, 8bit or factored."""
-    if storage == "8bit":
-        return Block8(shape)
-    view = _factor_view(storage, shape, factor_1d)
-    return Dense(shape) if view is None else FactoredSign(shape, view)
+def signed(storage: str, shape: tuple[int, ...], view: tuple[int, int] | None = None) -> Codec:
+    """The codec of a moment of either sign.
+
+    `storage` is fp32, bf16, 8bit or factored; `view` is the matrix that its elements are read as,
+    without which nothing is factored.
+    """
+    if storage == "factored" and view is not None:
+        return FactoredSign(shape, view)
+    kinds: dict[str, Codec] = {"bf16": Bf16(shape, view), "8bit": Block8(shape, view)}
+    return kinds.get(storage, Dense(shape))
 
 
-def nonnegative(storage: str, shape: tuple[int, ...], factor_1d: bool = False) -> Codec:
-    """The codec of a moment that is never negative, for a class's `storage`."""
-    if storage == "8bit":
-        return Log8(shape)
-    view = _factor_view(storage, shape, factor_1d)
-    return Dense(shape) if view is None else Factored(shape, view)
+def nonnegative(storage: str, shape: tuple[int, ...], view: tuple[int, int] | None = None) -> Codec:
+    """The codec of a moment that is never negative; arguments as in `signed`."""
+    if storage == "factored" and view is not None:
+        return Factored(shape, view)
+    kinds: dict[str, Codec] = {"bf16": Bf16(shape, view), "8bit": Float8(shape)}
+    return kinds.get(storage, Dense(shape))
 
 
-def _factor_view(storage: str, shape: tuple[int, ...], factor_1d: bool) -> tuple[int, int] | None:
-    return (
-        square_view(prod(shape))
-        if storage == "factored" and (len(shape) > 1 or factor_1d)
-        else None
-    )
+def layout(codecs: Iterable[Codec], numel: int) -> tuple[int, int]:
+    """The (R, C) matrix by which all of a parameter's draws are addressed: its codecs' view, of
+    which there is one at most, or a single row."""
+    views = {getattr(codec, "view", None) for codec in codecs}
+    matrices = [view for view in views if view is not None and len(view) == 2]
+    assert len(matrices) <= 1, matrices
+    return matrices[0] if matrices else (1, numel)
 
 
 def rank1(row: Tensor, col: Tensor) -> Tensor:
-    """The matrix with these row and column means: row (R,), col (C,) -> (R, C).  All zero where the
-    mean is zero."""
-    mean = row.mean()
+    """The matrix with these row and column means: row (..., R), col (..., C) -> (..., R, C).  All
+    zero where the mean is zero."""
+    mean = row.mean(dim=-1, keepdim=True)
     # row / mean is at most R; 1 / mean would overflow for means of squares of tiny gradients.
-    return torch.outer(torch.where(mean > 0, row / mean, 0.0), col)
+    return torch.where(mean > 0, row / mean, 0.0)[..., :, None] * col[..., None, :]
+
+
+def smmf_view(storage: str, shape: tuple[int, ...], factor_1d: bool) -> tuple[int, int] | None:
+    """The matrix of a moment that is factored as SMMF does, or None where it is not: 1-D tensors
+    are few and matter, so they are factored on demand."""
+    if storage == "factored" and (len(shape) > 1 or factor_1d):
+        return square_view(prod(shape))
+    return None
 
 
 def matrix_view(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -271,13 +316,20 @@ def square_view(numel: int) -> tuple[int, int] | None:
     return (rows, cols) if rows + cols < numel else None
 
 
-def _blocks(x: Tensor, block: int) -> Tensor:
-    """Row-major elements in zero-padded rows of `block`: x (*) -> (ceil(numel / block), block)."""
-    flat = x.flatten()
-    return F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+def _blocks(x: Tensor, view: tuple[int, int], block: int) -> Tensor:
+    """Row-major elements, each row of the view cut into zero-padded blocks: x (*) ->
+    (R * ceil(C / block), block)."""
+    matrix = _to_view(x, view)
+    return F.pad(matrix, (0, -matrix.shape[1] % block)).reshape(-1, block)
 
 
-def _to_view(x: Tensor, view: tuple[int, int]) -> Tensor:
+def _unblocked(blocks: Tensor, view: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `_blocks` for a tensor of this shape."""
+    rows, cols = view
+    return _from_view(blocks.view(rows, -1)[:, :cols], shape)
+
+
+def _to_view(x: Tensor, view: tuple[int, ...]) -> Tensor:
     return F.pad(x.flatten(), (0, prod(view) - x.numel())).view(view)
 
 

@@ -18,12 +18,19 @@ LARGEST_GRAD = 2.0**48
 class Features(TypedDict, total=False):
     """Options of every optimizer.
 
+    storage: how moments are kept between steps: "fp32" (4 bytes an element), "bf16" (2), "8bit" (1)
+        or "factored" (rank-1 factors and a sign bit, about 1/8; SMMF); the default is the class's.
+
     rounding: how bf16 and fp16 weights are written: "stochastic" (unbiased; fp16 is written to the
         nearest), "nearest", or "kahan", which keeps the rounding error in 2 more bytes a parameter
         and adds it to the next step.
 
     orthograd: remove from the gradient its component along the weights, and keep its norm (Prieto
         et al. 2025).
+
+    max_grad_norm: largest norm of all of the optimizer's gradients together, over all groups; it
+        needs them all at once, so `step_param` and the fused backward refuse it. None does not
+        clip.
 
     grad_clip: largest norm of one tensor's gradient; none does not clip.
 
@@ -38,18 +45,24 @@ class Features(TypedDict, total=False):
 
     cautious_decay: decay only the weights that the update shrinks as well.
 
-    factor_1d: factor the moments of 1-D tensors too (optimizers with factored moments only); they
-        are few and matter, so they are kept in fp32 unless asked.
+    factor_1d: factor the moments of 1-D tensors too (storage="factored" only); they are few and
+        matter, so they are kept in fp32 unless asked.
 
     on_nonfinite: "skip" leaves weight and state of an element as they were when its gradient is
         NaN, infinite or above 2^48 in size, and counts it (`nonfinite_count`); "raise" raises
         FloatingPointError before anything changes.
 
     seed: of the stochastic rounding, of weights and of state.
+
+    backend: who computes a step: "native" (the CPU engine, where the install could build it),
+        "torch" (plain PyTorch, the same result to rounding), or "auto": what OPTIM_BACKEND says,
+        else the best there is.
     """
 
+    storage: str
     rounding: str
     orthograd: bool
+    max_grad_norm: float | None
     grad_clip: float | None
     growth_limit: float | None
     cautious: bool
@@ -58,11 +71,14 @@ class Features(TypedDict, total=False):
     factor_1d: bool
     on_nonfinite: str
     seed: int
+    backend: str
 
 
 DEFAULTS = Features(
+    storage="fp32",
     rounding="stochastic",
     orthograd=False,
+    max_grad_norm=None,
     grad_clip=None,
     growth_limit=None,
     cautious=False,
@@ -71,6 +87,7 @@ DEFAULTS = Features(
     factor_1d=False,
     on_nonfinite="skip",
     seed=0,
+    backend="auto",
 )
 
 
@@ -92,11 +109,17 @@ def orthogonal(w: Tensor, g: Tensor) -> Tensor:
     return (rest * scale).float()
 
 
+def grad_sq(g: Tensor) -> float:
+    """The sum of the squares of g's usable elements, in fp64."""
+    return float(torch.linalg.vector_norm(torch.where(usable(g), g, 0.0), dtype=torch.float64) ** 2)
+
+
 def clipped(h: SimpleNamespace, g: Tensor) -> Tensor:
     """g scaled down to norm `grad_clip` where it is longer."""
     if h.grad_clip is None:
         return g
-    return g * (h.grad_clip / g.norm().clamp_min(1e-30)).clamp_max(1.0)
+    norm = torch.linalg.vector_norm(g, dtype=torch.float64)
+    return g * (h.grad_clip / norm.clamp_min(1e-30)).clamp_max(1.0).to(g)
 
 
 def limited(h: SimpleNamespace, u: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +130,7 @@ def limited(h: SimpleNamespace, u: Tensor, previous: Tensor) -> tuple[Tensor, Te
     zero one, there is nothing to compare with and nothing is limited, so that one empty gradient
     does not lock the tensor in.
     """
-    norm = u.norm()
+    norm = torch.linalg.vector_norm(u, dtype=torch.float64).float()
     bound = torch.where(previous > 1e-6, previous * h.growth_limit, norm)
     scale = (bound / norm.clamp_min(1e-30)).clamp_max(1.0)
     return u * scale, norm * scale

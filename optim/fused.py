@@ -2,21 +2,24 @@
 stored."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import features, options
-from optim.codecs import Codec, Dense, FactoredSign, Parts, join, split
-from optim.rng import mix, round_stochastic_bf16
+from optim import backend, features, options
+from optim import state as states
+from optim.backend import Place, grad_of
+from optim.codecs import Codec, Dense
+from optim.native import NativeEngine
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
-STATE_VERSION = 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters
+META = torch.device("meta")
 # Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
 _NOT_OPTIONS = {"params", "param_names", "initial_lr"}
 
@@ -29,13 +32,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is decoupled:
     w <- (1 - lr * weight_decay) w, before the update.
 
-    The state of a parameter is a flat dict of plain tensors with dtypes of their own (`step`, then
-    `moment` or `moment.part`), so that it passes through torch.save(weights_only), safetensors and
-    torch.distributed.checkpoint as it is.
+    `backend` is who computes a step: "native" (on a CPU, `csrc/`) or "torch"; see `optim/state.py`
+    for what the state is made of.
     """
 
     rule: ClassVar[Rule]
-    storage: ClassVar[str] = "fp32"  # of its moments: fp32, 8bit or factored
+    storage: ClassVar[str] = "fp32"  # of its moments, unless the option says otherwise
     refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
@@ -47,19 +49,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             if name in given:
                 raise TypeError(f"{type(self).__name__} cannot have {name}: {reason}")
         options.check(type(self).__name__, known, given)
-        super().__init__(params, known | given)
+        chosen = known | given
+        self.backend = backend.resolve(chosen.pop("backend"))
+        super().__init__(params, chosen)
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:
         """Every option of this optimizer with its default: its signature's, then the features."""
         parameters = inspect.signature(cls).parameters.values()
         own = {p.name: p.default for p in parameters if p.name not in ("params", "features")}
-        shared = {k: v for k, v in features.DEFAULTS.items() if k not in cls._refused()}
-        return own | shared
-
-    @classmethod
-    def _refused(cls) -> set[str]:
-        return set(cls.refuses) | (set() if cls.storage == "factored" else {"factor_1d"})
+        shared = features.DEFAULTS | {"storage": cls.storage}
+        return own | {k: v for k, v in shared.items() if k not in cls.refuses}
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """How each moment of this parameter is stored: {moment name: codec}."""
@@ -75,19 +75,22 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own options where given.
 
-        Raises TypeError for an unknown option or a parameter that is sparse or complex, ValueError
-        for an impossible value.
+        Raises TypeError for an unknown option or a parameter that is not dense fp32, bf16 or fp16,
+        ValueError for an impossible value; then there is no such group.
         """
+        name = type(self).__name__
         given = {k: v for k, v in param_group.items() if k not in _NOT_OPTIONS}
-        options.check(type(self).__name__, self.default_options(), given)
+        known = {k: v for k, v in self.default_options().items() if k != "backend"}
+        options.check(name, known, given)
+        self._forget()
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.dtype.is_floating_point or param.layout is not torch.strided:
-                raise TypeError(
-                    f"{type(self).__name__} updates dense floating-point parameters; "
-                    f"this one is {param.layout}, {param.dtype}, shape {tuple(param.shape)}"
-                )
+        try:
+            _check_group(name, self.param_groups[-1])
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
 
+    @torch.compiler.disable  # else every shape and every option is traced: minutes for nothing
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; a closure is called first and its loss
@@ -96,24 +99,67 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._raise_on_nonfinite(self._indexed_params())
-        for index, group, param in self._indexed_params():
-            if param.grad is not None:
-                self._update(index, group, param)
+        self._step([place for place in self._indexed_params() if place[2].grad is not None])
         return loss
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def step_param(self, param: Tensor) -> None:
-        """Update one parameter from its gradient, exactly as `step()` would.
+    def step_param(self, *params: Tensor) -> None:
+        """Update these parameters from their gradients, together, exactly as `step()` would.
 
         For hooks that consume gradients inside the backward pass.  Raises ValueError for a tensor
-        that is not in any of the groups, or has no gradient.
+        that is not in any of the groups, or has no gradient, and where any group has a
+        `max_grad_norm`.
         """
-        index, group = self._place_of(param)
-        if param.grad is None:
-            raise ValueError(f"step_param: parameter {index} {tuple(param.shape)} has no gradient")
-        self._raise_on_nonfinite([(index, group, param)])
-        self._update(index, group, param)
+        self.check_steps_alone("step_param")
+        places = [(*self._place_of(param), param) for param in params]
+        for index, _, param in places:
+            if param.grad is None:
+                raise ValueError(
+                    f"step_param: parameter {index} {tuple(param.shape)} has no gradient"
+                )
+        self._step(places)
+
+    def _step(self, places: list[Place]) -> None:
+        """Update these parameters, which have gradients."""
+        self._check_gradients(places)
+        shares = self._shares(places)
+        coefficients: dict[int, float] = {}
+        if self._needs_all_gradients():
+            norm = sum(engine.grad_sq(share) for engine, share in shares) ** 0.5
+            for group in self.param_groups:
+                if group["max_grad_norm"] is not None and norm > group["max_grad_norm"]:
+                    coefficients[id(group)] = group["max_grad_norm"] / norm
+        for engine, share in shares:
+            engine.step(share, coefficients)
+
+    def _shares(self, places: list[Place]) -> list[tuple[backend.Engine, list[Place]]]:
+        """Which engine steps which parameters."""
+        torch_engine = backend.TorchEngine(self)
+        if self.backend == "torch":
+            return [(torch_engine, places)]
+        native: NativeEngine = self.__dict__.get("_native") or NativeEngine(self)
+        self._native = native
+        served: list[Place] = []
+        rest: list[Place] = []
+        for place in places:
+            (served if native.supports(place[1], place[2]) else rest).append(place)
+        return [(native, served), (torch_engine, rest)]
+
+    def _forget(self) -> None:
+        """Drop what engines derived from groups and state: they are about to change."""
+        self.__dict__.pop("_native", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"backend": self.backend}
+
+    def check_steps_alone(self, caller: str) -> None:
+        """Raise ValueError where a parameter cannot be stepped before all gradients are there."""
+        if self._needs_all_gradients():
+            raise ValueError(
+                f"{caller}: max_grad_norm needs all gradients at once, and they are stepped one by "
+                "one; use grad_clip (the norm of each tensor's gradient) or step()"
+            )
 
     def nonfinite_count(self) -> int:
         """How many gradient elements have been skipped so far as NaN, infinite or too large."""
@@ -125,7 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         happens at once."""
         for _, group, param in self._indexed_params():
             if param.requires_grad:
-                self._state_of(param, group)
+                self.state_of(param, group)
 
     def state_bytes(self) -> int:
         """Bytes of all state allocated so far."""
@@ -135,7 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, and under `state_version` the version of this state's layout."""
-        return super().state_dict() | {"state_version": STATE_VERSION}
+        return super().state_dict() | {"state_version": states.VERSION}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,20 +191,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         factors would not survive a bf16 model.)  Raises ValueError that says what differs when the
         state is not this optimizer's; then nothing changes.
         """
-        groups = self._matching_groups(state_dict)
+        name, groups = type(self).__name__, state_dict["param_groups"]
+        states.check_groups(name, self.param_groups, set(self.defaults), state_dict)
         saved = [(index, group) for group in groups for index in group["params"]]
         state: dict[Tensor, dict[str, Tensor]] = {}
         for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
             if index in state_dict["state"]:
                 parts = state_dict["state"][index]
-                self._check_saved(index, parts, param, group)
-                blank = self._blank(param, group, param.device)
-                state[param] = {k: x.detach().clone().to(blank[k].device) for k, x in parts.items()}
+                place = f"{index} {tuple(param.shape)}"
+                blank = self._blank(param, group, META)  # but for what is always on the host
+                states.check_parts(name, place, parts, blank)
+                state[param] = {
+                    key: x.detach().clone().to(param.device if blank[key].is_meta else "cpu")
+                    for key, x in parts.items()
+                }
+        self._forget()
         self.state.clear()
         self.state.update(state)
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             own = {key: group[key] for key in ("params", "param_names") if key in group}
             group.update(saved_group | own)
+
+    def _needs_all_gradients(self) -> bool:
+        return any(group["max_grad_norm"] is not None for group in self.param_groups)
 
     def _indexed_params(self) -> Iterator[tuple[int, dict[str, Any], Parameter]]:
         """Every parameter with its group and its index, which is the same in every process and
@@ -177,54 +232,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
         return places[id(param)]
 
-    def _update(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """One step of one parameter: decode, apply the rule, encode, write the weights."""
-        if param.grad.is_sparse:  # type: ignore[union-attr]
-            raise TypeError(
-                f"{type(self).__name__} does not take sparse gradients; "
-                "use nn.Embedding(sparse=False)"
-            )
-        codecs = self.codecs(param, group)
-        state = self._state_of(param, group)
-        state["step"] += 1
-        t, lr = int(state["step"]), float(group["lr"])
-        h = SimpleNamespace(**group | {"lr": lr, "t": t, "codec": codecs})
-        key = mix(group["seed"], index, t)
-
-        w, raw = param.float(), param.grad.float()  # type: ignore[union-attr]
-        if "compensation" in state:
-            w = w + state["compensation"].float()
-        h.usable = features.usable(raw)
-        state["nonfinite"] += (~h.usable).sum()
-        g = features.clipped(h, torch.where(h.usable, raw, 0.0))
-        if h.orthograd:
-            g = features.orthogonal(w, g)
-
-        moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
-        u, moments = type(self).rule(h, w, g, moments)
-        for salt, name in enumerate(codecs, start=1):
-            parts = codecs[name].encode(moments[name], mix(key, salt))
-            for part, value in join({name: parts}).items():
-                state[part].copy_(value)
-        if u is not None:
-            if any(isinstance(codec, FactoredSign) for codec in codecs.values()):
-                u = torch.where(raw == 0, 0.0, u)  # its momentum is its neighbours'
-            u = features.aligned(h, u, g)
-            moved = w - lr * (features.decayed(h, w, u) + u)
-            self._write(param, state, torch.where(h.usable, moved, w), key, h.rounding)
-
-    def _write(
-        self, param: Tensor, state: dict[str, Tensor], w: Tensor, key: int, rounding: str
-    ) -> None:
-        """Round the new fp32 weights to the parameter's dtype."""
-        if rounding == "stochastic" and param.dtype == torch.bfloat16:
-            param.copy_(round_stochastic_bf16(w, key))
-            return
-        param.copy_(w)
-        if "compensation" in state:
-            state["compensation"].copy_(w - param.float())
-
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """This parameter's state, allocated when there is none yet."""
         state = self.state[param]
         if not state:
@@ -234,63 +242,48 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _blank(
         self, param: Tensor, group: dict[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
-        """The state of a parameter that has made no step: everything zero."""
-        state = {
-            "step": torch.zeros((), dtype=torch.int64),  # on the host, where it is read
-            "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
-        }
-        if group["rounding"] == "kahan" and param.dtype != torch.float32:
-            state["compensation"] = torch.zeros_like(param, device=device, requires_grad=False)
-        codecs = self.codecs(param, group)
-        return state | join({name: codec.zeros(device) for name, codec in codecs.items()})
+        return states.blank(param, self.codecs(param, group), group["rounding"], device)
 
-    def _raise_on_nonfinite(self, places: Iterable[tuple[int, dict[str, Any], Tensor]]) -> None:
-        """Before a step: raise where a group asks for it and a gradient element is not usable."""
+    def _check_gradients(self, places: list[Place]) -> None:
+        """Before a step: raise for a sparse gradient, and for unusable elements where a group asks
+        for it."""
         for index, group, param in places:
-            if group["on_nonfinite"] == "raise" and param.grad is not None:
-                bad = int((~features.usable(param.grad)).sum())
+            if grad_of(param).layout is not torch.strided:
+                raise TypeError(
+                    f"{type(self).__name__} does not take sparse gradients; "
+                    "use nn.Embedding(sparse=False)"
+                )
+            if group["on_nonfinite"] == "raise":
+                bad = int((~features.usable(grad_of(param))).sum())
                 if bad:
                     raise FloatingPointError(
                         f"{bad} of {param.numel()} gradient elements of parameter {index} "
                         f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
                     )
 
-    def _matching_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """The saved groups, once they are known to fit this optimizer's."""
-        name = type(self).__name__
-        version = state_dict.get("state_version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"{name} reads state version {STATE_VERSION}, and this state has {version}; "
-                "it was saved by another optimizer or release"
-            )
-        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        own_sizes = [len(group["params"]) for group in self.param_groups]
-        if sizes != own_sizes:
-            raise ValueError(
-                f"{name} has parameter groups of {own_sizes} tensors, "
-                f"and the saved state has {sizes}"
-            )
-        for group in state_dict["param_groups"]:  # LR schedulers may have added keys of their own
-            missing = sorted(set(self.defaults) - set(group))
-            if missing:
-                raise ValueError(
-                    f"the saved state is not of {name}: its groups lack {', '.join(missing)}"
-                )
-        return state_dict["param_groups"]
 
-    def _check_saved(
-        self, index: int, saved: Parts, param: Parameter, group: dict[str, Any]
-    ) -> None:
-        """Compare a saved parameter state with the one this optimizer would allocate, by name,
-        shape and dtype."""
-        blank = self._blank(param, group, torch.device("meta"))
-        wanted = {key: (tuple(x.shape), x.dtype) for key, x in blank.items()}
-        found = {key: (tuple(x.shape), x.dtype) for key, x in saved.items()}
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
-                raise ValueError(
-                    f"the saved state of parameter {index} {tuple(param.shape)} does not fit "
-                    f"{type(self).__name__}: {key!r} is {found.get(key, 'missing')} "
-                    f"and should be {wanted.get(key, 'absent')}"
-                )
+def _check_group(optimizer: str, group: dict[str, Any]) -> None:
+    """Refuse options that contradict each other, and parameters that cannot be updated."""
+    if group.get("factor_1d") and group["storage"] != "factored":
+        raise ValueError(
+            f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, "
+            "which factors nothing; use storage='factored'"
+        )
+    for param in group["params"]:
+        shape = tuple(param.shape)
+        if _is_dtensor(param):
+            raise TypeError(
+                f"{optimizer} does not take a DTensor (shape {shape}): its statistics (row and "
+                "column means, norms) would be those of one shard; distribute the optimizer by "
+                "whole parameters instead (DDP, ZeRO-1)"
+            )
+        if param.layout is not torch.strided or param.dtype not in DTYPES:
+            raise TypeError(
+                f"{optimizer} updates dense fp32, bf16 and fp16 parameters; "
+                f"this one is {param.layout}, {param.dtype}, shape {shape}"
+            )
+
+
+def _is_dtensor(param: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return module is not None and isinstance(param, module.DTensor)

@@ -39,11 +39,17 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    quoted = [repr(name) for name in names]
+    return lambda value: value in names, f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
 # option -> (may it have this value?, what it must be)
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_learning_rate, "a finite number >= 0"),
     "alpha": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
     "warmup_steps": (lambda x: _integer(x) and x >= 0, "an integer >= 0"),
+    "max_grad_norm": (_optional(_positive), "a number > 0, or none"),
     "grad_clip": (_optional(_positive), "a number > 0, or none"),
     "growth_limit": (_optional(lambda x: _number(x) and x >= 1), "a number >= 1, or none"),
     "beta1": (_optional(_fraction), "a number in [0, 1), or none"),
@@ -53,11 +59,12 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_threshold": (_optional(_positive), "a number > 0, or none"),
     "weight_decay": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
     "seed": (_integer, "an integer"),
-    "rounding": (
-        lambda x: x in ("stochastic", "nearest", "kahan"),
-        "'stochastic', 'nearest' or 'kahan'",
-    ),
-    "on_nonfinite": (lambda x: x in ("skip", "raise"), "'skip' or 'raise'"),
+    "storage": _one_of("fp32", "bf16", "8bit", "factored"),
+    "rounding": _one_of("stochastic", "nearest", "kahan"),
+    "on_nonfinite": _one_of("skip", "raise"),
+    "backend": _one_of("auto", "native", "torch"),
+    "clip_norm": _one_of("exact", "lagged"),
+    "conv_view": _one_of("flatten", "last2"),
 }
 # What may be a number or several has its length from the class's default.
 _ALLOWED_TUPLE = {

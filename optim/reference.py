@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from optim.codecs import Codec, Factored
 from optim.features import limited
 
 Moments = dict[str, Tensor]
@@ -67,15 +68,14 @@ def adafactor(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 and 5, with a fixed beta2 (bias-corrected) or
     their 1 - t^decay.
 
-    eps[0] is added where v is used and not where it is averaged, so that a row without gradients
-    stays exactly zero.  The first moment is of the clipped update, as in the paper.
+    The first moment is of the clipped update, as in the paper.
     """
     beta2 = h.beta2 if h.beta2 is not None else 1 - h.t**h.beta2_decay
-    v = h.codec["exp_avg_sq"].project(ema(h, s["exp_avg_sq"], g.square(), beta2))
+    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
     correction = 1 - beta2**h.t if h.beta2 is not None else 1.0
-    u, moments = grown(h, g * (v / correction + h.eps[0]).rsqrt(), s, {"exp_avg_sq": v})
-    if h.clip_threshold is not None:
-        u = u / (rms(u) / h.clip_threshold).clamp_min(1.0)
+    divisor = damped(h.codec["exp_avg_sq"], v / correction, h.eps[0]).sqrt()
+    u, moments = grown(h, g / divisor, s, {"exp_avg_sq": v})
+    u, moments = shortened(h, u, s, moments)
     if h.beta1 is not None:
         moments["exp_avg"] = ema(h, s["exp_avg"], u, h.beta1)
         u = moments["exp_avg"] / (1 - h.beta1**h.t)
@@ -115,6 +115,38 @@ def grown(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[
     return u, moments | {"update_norm": norm}
 
 
+def damped(codec: Codec, v: Tensor, eps: float) -> Tensor:
+    """v as Adafactor divides by it: v (*) -> (*), with eps added, to its factors where it has some.
+
+    Shazeer & Stern 2018, Alg. 4, lines 4-6, add eps to what is averaged; here it is added where the
+    average is used, so that a row without gradients stays exactly zero.  There, eps^2 / mean would
+    underflow: the smallest normal number is the floor.
+    """
+    if isinstance(codec, Factored):
+        row, col = codec.means(v)
+        v = codec.product(row + eps, col + eps)
+    else:
+        v = v + eps
+    return v.clamp_min(2.0**-126)
+
+
+def shortened(
+    h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments
+) -> tuple[Tensor, Moments]:
+    """u with an RMS of at most `clip_threshold`, and the moments with the RMS it had where the next
+    step is to know it.
+
+    Shazeer & Stern 2018, Alg. 4, line 8.  With clip_norm="lagged" the previous step's RMS
+    is taken for this one's; where there was none, or it was 0, nothing is clipped.
+    """
+    if h.clip_threshold is None:
+        return u, moments
+    now = rms(u)
+    if "update_rms" in s:
+        moments = moments | {"update_rms": now}
+    return u / (s.get("update_rms", now) / h.clip_threshold).clamp_min(1.0), moments
+
+
 def arctan(numerator: Tensor, root: Tensor) -> Tensor:
     """4/pi atan2(m, sqrt v): 1 where m = sqrt v, bounded by 2, no eps.
 
@@ -124,5 +156,5 @@ def arctan(numerator: Tensor, root: Tensor) -> Tensor:
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square over all elements: x (*) -> 0-d.  An empty tensor has 0."""
-    return x.square().mean().sqrt() if x.numel() else x.new_zeros(())
+    """Root mean square over all elements, summed in fp64: x (*) -> 0-d.  An empty tensor has 0."""
+    return (torch.linalg.vector_norm(x, dtype=torch.float64) / max(x.numel(), 1) ** 0.5).float()

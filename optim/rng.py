@@ -39,43 +39,51 @@ def generator(*words: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(mix(*words) & ((1 << 63) - 1))
 
 
-def bits32(key: int, count: int, device: torch.device) -> Tensor:
-    """One 32-bit draw per element: key -> (count,) int32, all bit patterns equally likely.
+def words32(counters: Tensor, key: int) -> Tensor:
+    """One 32-bit draw for each counter: int64 (*) -> int32 (*), all bit patterns equally likely.
 
-    The element index is whitened with a 32-bit xorshift-multiply hash (constants: Wellons 2018,
-    "Prospecting for hash functions", lowbias32), which is cheap in SIMD and on a GPU, and needs no
-    state between elements.
+    A 32-bit xorshift-multiply hash (constants: Wellons 2018, "Prospecting for hash functions"),
+    which is cheap in SIMD and on a GPU and needs no state between counters.  The key's high half
+    and the counter's enter between the rounds, so that two keys never give shifted copies of one
+    sequence.
     """
-    low, high = _int32(key), _int32(key >> 32)
-    x = torch.arange(count, device=device, dtype=torch.int64)
-    x = (x * 0x9E3779B9 + low).to(torch.int32)
+    x = counters.to(torch.int32) * _int32(0x9E3779B9) + _int32(key)
     x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
     x ^= (x >> 15) & 0x1FFFF
-    x ^= high  # between the rounds, so that two keys never give shifted copies of one sequence
+    x ^= ((counters >> 32) * 0x85EBCA6B).to(torch.int32) ^ _int32(key >> 32)
     x *= _int32(0x846CA68B)
     x ^= (x >> 16) & 0xFFFF
     return x
 
 
-def uniform_like(x: Tensor, key: int) -> Tensor:
-    """U[0, 1) with 24 bits for every element of x, in its logical (row-major) order: x (*) -> fp32
-    (*)."""
-    draws = (bits32(key, x.numel(), x.device) >> 8) & 0xFFFFFF
-    return (draws.to(torch.float32) * 2.0**-24).reshape(x.shape)
+def draws16(key: int, view: tuple[int, int], numel: int, device: torch.device) -> Tensor:
+    """One 16-bit draw for each of the first `numel` elements of an (R, C) matrix, row-major:
+    -> int32 (numel,) in 0..65535.
+
+    Each row is cut into blocks of 32 columns.  A block takes 16 words: column j % 32 = 16 h + w has
+    half h (0 = low) of word w, so that sixteen lanes of a vector unit use a word each, twice.
+    """
+    rows, cols = view
+    blocks = -(-cols // 32)
+    counters = torch.arange(rows * blocks * 16, device=device, dtype=torch.int64)
+    drawn = words32(counters, key).view(rows, blocks, 16)
+    halves = torch.stack([drawn & 0xFFFF, (drawn >> 16) & 0xFFFF], dim=2)
+    return halves.view(rows, blocks * 32)[:, :cols].flatten()[:numel]
 
 
-def round_stochastic_bf16(x: Tensor, key: int) -> Tensor:
+def round_stochastic_bf16(x: Tensor, key: int, view: tuple[int, int]) -> Tensor:
     """Round fp32 to bf16 without bias: up with probability (distance to the lower neighbour) /
     (spacing).
 
-    x fp32 (*) -> bf16 (*).  Adding a uniform 16-bit integer below the mantissa cut and truncating
-    does exactly that. NaN, infinities and the top of the finite range are passed on as
-    round-toward-zero would, so that no finite weight becomes infinite and no NaN becomes a number.
+    x fp32 (*) -> bf16 (*); `view` is the matrix its draws are addressed by.  Adding a uniform
+    16-bit integer below the mantissa cut and truncating does exactly that.  NaN, infinities and the
+    top of the finite range are passed on as round-toward-zero would, so that no finite weight
+    becomes infinite and no NaN becomes a number.
     """
     cut = -65536  # 0xFFFF0000: the half of an fp32 that is a bf16
     raw = x.contiguous().view(torch.int32)
-    dither = (bits32(key, x.numel(), x.device) & 0xFFFF).reshape(x.shape)
+    dither = draws16(key, view, x.numel(), x.device).reshape(x.shape)
     rounded = ((raw + dither) & cut).view(torch.float32)
     truncated = (raw & cut).view(torch.float32)
     return torch.where(

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, signed
+from optim.codecs import Codec, signed, smmf_view
 from optim.features import Features
 from optim.fused import FusedOptimizer
 
@@ -43,5 +43,6 @@ class SGD(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape = tuple(param.shape)
-        return {"exp_avg": signed(self.storage, shape)} if group["momentum"] else {}
+        shape, storage = tuple(param.shape), group["storage"]
+        view = smmf_view(storage, shape, group["factor_1d"])
+        return {"exp_avg": signed(storage, shape, view)} if group["momentum"] else {}

@@ -27,7 +27,13 @@ BAD = [
     ("sgd", {"nesterov": 1}, ValueError, "true or false"),
     ("sgd", {"rounding": "up"}, ValueError, "'stochastic', 'nearest' or 'kahan'"),
     ("sgd", {"atan2": True}, TypeError, "option of sgd 'atan2'"),
-    ("sgd", {"factor_1d": True}, TypeError, "option of sgd 'factor_1d'"),
+    ("sgd", {"factor_1d": True}, ValueError, "factor_1d=True with storage='fp32'"),
+    ("lion_factored", {"factor_1d": True, "storage": "8bit"}, ValueError, "storage='8bit'"),
+    ("adafactor", {"factor_1d": True}, TypeError, "option of adafactor 'factor_1d'"),
+    ("adamw", {"storage": "int4"}, ValueError, "'fp32', 'bf16', '8bit' or 'factored'"),
+    ("adamw", {"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
+    ("adafactor", {"clip_norm": "last"}, ValueError, "'exact' or 'lagged'"),
+    ("adafactor", {"conv_view": "last"}, ValueError, "'flatten' or 'last2'"),
     ("ademamix", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
     ("adamww", {}, ValueError, "did you mean 'adamw'"),
 ]
@@ -45,16 +51,31 @@ def test_groups_are_checked_like_arguments():
         optim.build("adamw", [{"params": params, "weight_deca": 0.0}])
     with pytest.raises(ValueError, match="lr=-1"):
         optim.build("adamw", [{"params": params, "lr": -1}])
+    with pytest.raises(ValueError, match="factor_1d=True with storage='8bit'"):
+        optim.build("adamw_factored", [{"params": params, "storage": "8bit"}], factor_1d=True)
 
 
 @pytest.mark.parametrize(
-    "param",
-    [torch.zeros(3, dtype=torch.complex64), torch.eye(3).to_sparse()],
-    ids=["complex", "sparse"],
+    ("param", "says"),
+    [
+        (torch.zeros(3, dtype=torch.complex64), "torch.complex64"),
+        (torch.eye(3).to_sparse(), "torch.sparse_coo"),
+        (torch.zeros(3, dtype=torch.float64), "torch.float64"),
+        (torch.zeros(3).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_parameters_that_are_not_dense_and_real_are_refused(param):
-    with pytest.raises(TypeError, match="dense floating-point"):
+def test_parameters_of_another_dtype_or_layout_are_refused(param, says):
+    with pytest.raises(TypeError, match=f"dense fp32, bf16 and fp16 parameters.*{says}"):
         optim.build("adamw", [Parameter(param)])
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    params = make_params()
+    optimizer = optim.build("adamw", params)
+    with pytest.raises(TypeError, match="float64"):
+        optimizer.add_param_group({"params": [Parameter(torch.zeros(3, dtype=torch.float64))]})
+    assert [group["params"] for group in optimizer.param_groups] == [params]
 
 
 def test_sparse_gradients_are_refused():
@@ -68,7 +89,7 @@ def test_build_and_the_class_have_the_same_defaults():
     for name, cls in optim.FAMILY.items():
         built, direct = optim.build(name, make_params()), cls(make_params())
         assert built.defaults == direct.defaults
-        assert set(built.defaults) == set(optim.options_of(name))
+        assert set(built.defaults) | {"backend"} == set(optim.options_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from optim import rng
-from optim.codecs import Block8, Dense, Factored, FactoredSign, Log8, matrix_view, square_view
+from optim.codecs import (
+    Bf16,
+    Block8,
+    Dense,
+    Factored,
+    FactoredSign,
+    Float8,
+    layout,
+    matrix_view,
+    square_view,
+)
 
 CPU = torch.device("cpu")
 SHAPES = [(256,), (257,), (1,), (0,), (33, 31), (40, 4, 3, 3)]
@@ -14,9 +24,13 @@ SHAPES = [(256,), (257,), (1,), (0,), (33, 31), (40, 4, 3, 3)]
 
 def codecs_for(shape):
     numel = math.prod(shape)
-    made = [Dense(shape), Block8(shape), Log8(shape)]
+    made = [Dense(shape), Bf16(shape), Block8(shape), Float8(shape)]
+    if view := matrix_view(shape):
+        made += [Bf16(shape, view), Block8(shape, view), Factored(shape, view, float8=True)]
     if view := square_view(numel):
-        made += [Factored(shape, view), Factored(shape, view, log8=True), FactoredSign(shape, view)]
+        made += [Factored(shape, view), FactoredSign(shape, view)]
+    if len(shape) > 2:
+        made += [Factored(shape, shape), Factored(shape, shape, float8=True)]
     return made
 
 
@@ -28,16 +42,25 @@ def test_parts_keep_their_names_shapes_and_dtypes(shape):
             k: (x.shape, x.dtype) for k, x in parts.items()
         }, codec
         assert codec.decode(parts).shape == shape
+        assert codec.decode(parts).dtype == torch.float32
         assert torch.equal(codec.decode(zeros), torch.zeros(shape)), codec
 
 
+def octave(x):
+    """The power of two below each element."""
+    return 2.0 ** x.log2().floor()
+
+
 @pytest.mark.parametrize(
-    ("codec", "spacing"),  # distance between the two codes around x, as a share of x or of max(x)
+    ("codec", "spacing"),  # distance between the two codes around x
     [
         (Block8((64, 64)), lambda x: torch.full_like(x, 1 / 127)),
-        (Log8((64, 64)), lambda x: x * (2 ** (1 / 16) - 1)),
+        (Block8((64, 64), (64, 64)), lambda x: x.amax(dim=1, keepdim=True).expand_as(x) / 127),
+        (Float8((64, 64)), lambda x: octave(x) / 16),
+        (Bf16((64, 64)), lambda x: octave(x) / 128),
+        (Bf16((64, 64), (64, 64)), lambda x: octave(x) / 128),
     ],
-    ids=["Block8", "Log8"],
+    ids=["Block8", "Block8 by rows", "Float8", "Bf16", "Bf16 by rows"],
 )
 def test_rounding_is_unbiased_and_zero_is_exact(codec, spacing):
     x = torch.rand(64, 64) * torch.logspace(-2, 0, 64)[:, None]
@@ -49,18 +72,76 @@ def test_rounding_is_unbiased_and_zero_is_exact(codec, spacing):
     assert ((decoded - x).abs() <= spacing(x) * 1.001).all()
 
 
-def test_log8_never_turns_a_positive_value_into_zero_and_spans_16_octaves():
-    x = torch.tensor([1.0, 2.0**-10, 2.0**-40, 0.0])
-    decoded = Log8((4,)).decode(Log8((4,)).encode(x, 0))
-    assert decoded.tolist() == pytest.approx([1.0, 2.0**-10, 2.0 ** (-254 / 16), 0.0], rel=1e-5)
-    assert decoded[3] == 0
+def test_float8_never_turns_a_positive_value_into_zero_and_spans_16_octaves():
+    x = torch.tensor([1.0, 2.0**-10, 2.0**-40, 0.0, 1e-45])
+    lowest = 2.0**-15 * 17 / 16
+    decoded = Float8((5,)).decode(Float8((5,)).encode(x, 0))
+    assert decoded.tolist() == [1.0, 2.0**-10, lowest, 0.0, lowest]
 
 
-def test_log8_stores_a_grid_value_without_rounding_whatever_its_neighbours():
-    codec, x = Log8((128,)), torch.full((128,), 2.0**-3)
-    for largest in (2.0**-3, 1.0, 5.0, 300.0):
+@pytest.mark.parametrize("largest", [1e-45, 1e-38, 1.0, 3.4e38])
+def test_float8_covers_the_range_of_fp32(largest):
+    x = torch.full((200,), largest)
+    decoded = Float8((200,)).decode(Float8((200,)).encode(x, 1))
+    assert decoded.isfinite().all()
+    assert (decoded > 0).all()
+    if largest > 1e-38:
+        assert torch.allclose(decoded, x, rtol=1 / 16)
+
+
+@pytest.mark.parametrize("value", [2.0**-3, 2.0**-3 * 25 / 16, 3.0])
+def test_float8_stores_a_value_of_its_grid_without_rounding_whatever_its_neighbours(value):
+    codec, x = Float8((128,)), torch.full((128,), value)
+    for key, largest in enumerate((value, 1.03, 5.1, 300.0, 800.0)):
         x[0] = largest
-        assert (codec.decode(codec.encode(x, 9))[1:] == 2.0**-3).all()
+        decoded = codec.decode(codec.encode(x, rng.mix(key)))
+        assert (decoded[1:] == value).all()
+
+
+def test_float8_codes_are_these_bits():
+    """The definition, an element at a time in Python's integers."""
+    x = torch.rand(300, generator=torch.Generator().manual_seed(0)) ** 9
+    x[7] = 0
+    parts, key = Float8((300,)).encode(x, rng.mix(3)), rng.mix(3)
+    bits = x.view(torch.int32).tolist()
+    draws = rng.draws16(key, (1, 300), 300, CPU).tolist()
+    for start in range(0, 300, 128):
+        block = range(start, min(start + 128, 300))
+        exponent = max(16, (max(bits[i] for i in block) + 0x7FFFF) >> 23)
+        assert parts["top"][start // 128] == exponent - 127
+        for i in block:
+            code = ((bits[i] + (draws[i] << 3)) >> 19) - (exponent * 16 - 240)
+            assert parts["codes"][i] == (0 if x[i] == 0 else min(max(code, 1), 255))
+
+
+def test_block8_starts_a_block_at_each_row_of_its_view():
+    x = torch.rand(3, 300) + torch.tensor([[1.0], [100.0], [10000.0]])
+    codec = Block8((3, 300), (3, 300))
+    parts = codec.encode(x, 5)
+    largest = [x[i, cut].max().item() for i in range(3) for cut in (slice(256), slice(256, None))]
+    assert parts["absmax"].tolist() == largest
+    assert torch.allclose(codec.decode(parts), x, rtol=2 / 127)  # a block spans one octave
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-45])
+def test_a_block8_too_small_for_its_scale_is_zero(size):
+    codec = Block8((256,))
+    assert torch.equal(codec.decode(codec.encode(torch.full((256,), size), 1)), torch.zeros(256))
+
+
+def test_a_nonnegative_moment_stays_so_in_bf16():
+    x = torch.logspace(-45, 38, 4096)
+    for codec in (Bf16((4096,)), Float8((4096,))):
+        assert (codec.decode(codec.encode(x, 2)) >= 0).all()
+
+
+def test_the_layout_is_the_one_view_that_the_codecs_share():
+    shape, view = (6, 4, 3, 3), (6, 36)
+    assert layout([Dense(shape), Float8(shape)], 216) == (1, 216)
+    assert layout([Dense(()), Block8(shape, view), Factored(shape, view)], 216) == view
+    assert layout([Factored(shape, shape)], 216) == (1, 216)  # a batch of matrices is none
+    with pytest.raises(AssertionError):
+        layout([Block8(shape, view), Factored(shape, (18, 12))], 216)
 
 
 def test_block8_is_symmetric():
@@ -75,10 +156,19 @@ def test_factoring_a_rank_one_moment_is_exact_and_sums_are_kept():
     row, col = torch.rand(24), torch.rand(40)
     exact, any_ = torch.outer(row, col), torch.rand(24, 40)
     codec = Factored((24, 40), (24, 40))
-    assert torch.allclose(codec.project(exact), exact, rtol=1e-5)
-    projected = codec.project(any_)
+    assert torch.allclose(codec.decode(codec.encode(exact, 0)), exact, rtol=1e-5)
+    stored = codec.decode(codec.encode(any_, 0))
     for dim in (0, 1):
-        assert torch.allclose(projected.sum(dim), any_.sum(dim), rtol=1e-5)
+        assert torch.allclose(stored.sum(dim), any_.sum(dim), rtol=1e-5)
+
+
+def test_a_batch_of_matrices_is_factored_one_by_one():
+    x = torch.rand(4, 5, 6, 7)
+    batch, one = Factored((4, 5, 6, 7), (4, 5, 6, 7)), Factored((6, 7), (6, 7))
+    decoded = batch.decode(batch.encode(x, 0))
+    for i in range(4):
+        for j in range(5):
+            assert torch.allclose(decoded[i, j], one.decode(one.encode(x[i, j], 0)), rtol=1e-6)
 
 
 def test_a_sign_plane_keeps_every_sign():

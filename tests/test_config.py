@@ -44,6 +44,7 @@ def test_the_class_signature_is_the_one_source_of_a_default(name, composed):
     assert values.pop("name") == name
     built = optim.build(name, [torch.nn.Parameter(torch.zeros(2))]).defaults
     built.pop("seed")  # the run's seed
+    assert values.pop("backend") == "auto"  # of the optimizer, not of a group
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} == built
 
 

@@ -50,6 +50,58 @@ def test_grad_clip_bounds_the_norm_of_each_tensor_and_leaves_short_gradients(pai
         assert moved.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("largest", [0.5, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_max_grad_norm_is_torchs_clip_before_the_step(largest, dtype):
+    ours, theirs = make_params(dtype), make_params(dtype)
+    one, two = (
+        optim.build(
+            "sgd",
+            [{"params": params[:3]}, {"params": params[3:], "momentum": 0.5}],
+            rounding="nearest",
+            max_grad_norm=limit,
+        )
+        for params, limit in ((ours, largest), (theirs, None))
+    )
+    for step in range(5):
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        for p in theirs:  # torch's gradients are rounded to the weights' dtype again
+            p.data, p.grad = p.data.float(), p.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, largest)
+        assert norm > 0.5
+        one.step()
+        two.step()
+        for p in theirs:
+            p.data = p.data.to(dtype)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+
+
+def test_max_grad_norm_is_each_groups_limit_on_the_norm_of_all():
+    params = [Parameter(torch.zeros(4)) for _ in range(3)]
+    groups = [{"params": [params[i]], "max_grad_norm": n} for i, n in enumerate((1.0, 2.0, None))]
+    optimizer = optim.build("sgd", groups, lr=1.0, momentum=0.0)
+    for p, size in zip(params, (1.5, 2.0, 0.0), strict=True):
+        p.grad = torch.full((4,), size)  # the norms are 3, 4 and 0: together 5
+    params[2].grad[:2] = torch.tensor([math.nan, 1e30])  # counts as 0
+    optimizer.step()
+    moved = [-p.norm().item() for p in params]
+    assert moved == pytest.approx([-3 / 5, -4 * 2 / 5, 0.0])
+
+
+def test_max_grad_norm_is_refused_where_gradients_come_one_by_one():
+    params = make_params(shapes=[(4,), (3,)])
+    groups = [{"params": params[:1]}, {"params": params[1:], "max_grad_norm": 1.0}]
+    optimizer = optim.build("adamw", groups)
+    with pytest.raises(ValueError, match=r"fuse_backward: max_grad_norm .* use grad_clip"):
+        optim.fuse_backward(optimizer)
+    set_grads(params, 0)
+    with pytest.raises(ValueError, match=r"step_param: max_grad_norm .* use grad_clip"):
+        optimizer.step_param(params[0])
+    assert_same(params, make_params(shapes=[(4,), (3,)]))
+
+
 def test_growth_limit_bounds_growth_and_is_not_locked_by_a_zero_gradient():
     param = Parameter(torch.zeros(8))
     optimizer = optim.build("sgd", [param], lr=1.0, momentum=0.0, growth_limit=1.5)

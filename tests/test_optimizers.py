@@ -1,10 +1,8 @@
-"""The arithmetic of every optimizer: against third parties, and at the edges."""
+"""The arithmetic of every optimizer, at the edges; `test_parity.py` has the middle."""
 
 import math
 
-import adv_optm
 import pytest
-import pytorch_optimizer
 import torch
 from helpers import SHAPES, make_params, run, set_grads
 from torch.nn import Parameter
@@ -13,65 +11,6 @@ import optim
 from optim.codecs import split
 
 NAMES = sorted(optim.FAMILY)
-
-
-THIRD_PARTIES = {
-    # name: (ours, theirs, shapes, steps to skip in theirs)
-    "sgd": (
-        {"lr": 0.1, "momentum": 0.9},
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    ),
-    "sgd nesterov": (
-        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    ),
-    "adamw": (
-        {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1},
-        lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1),
-    ),
-    "lion": (
-        {"lr": 1e-2, "weight_decay": 0.1},
-        lambda p: pytorch_optimizer.Lion(p, lr=1e-2, weight_decay=0.1, weight_decouple=True),
-    ),
-    "ademamix": (
-        {"lr": 1e-2, "alpha": 3.0, "warmup_steps": 40, "weight_decay": 0.1},
-        lambda p: pytorch_optimizer.AdEMAMix(
-            p,
-            lr=1e-2,
-            betas=(0.9, 0.999, 0.9999),
-            alpha=3.0,
-            t_alpha_beta3=40,
-            weight_decay=0.1,
-            weight_decouple=True,
-        ),
-    ),
-    "adamw grams": (
-        {"lr": 1e-2, "grams": True, "weight_decay": 0.0},
-        lambda p: pytorch_optimizer.Grams(p, lr=1e-2, weight_decay=0.0),
-    ),
-    "adafactor": (
-        {
-            "lr": 1e-2,
-            "beta2": None,
-            "relative_step": True,
-            "scale_parameter": True,
-            "weight_decay": 0.1,
-        },
-        # torch decays by the unscaled lr, as this family does
-        lambda p: torch.optim.Adafactor(p, lr=1e-2, eps=(None, 1e-3), weight_decay=0.1),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", THIRD_PARTIES)
-def test_fp32_trajectory_equals_the_third_party(case):
-    options, make_other = THIRD_PARTIES[case]
-    shapes = [(24, 16), (24,)]  # torch factors convolutions differently
-    ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
-    run(optim.build(case.split()[0], ours, **options), ours, range(60))
-    run(make_other(theirs), theirs, range(60))
-    for a, b, start in zip(ours, theirs, make_params(shapes=shapes), strict=True):
-        assert (a - b).norm() <= 2e-5 * (b - start).norm()
 
 
 def test_adopt_factored_equals_dense_adopt_where_moments_have_rank_one():
@@ -96,23 +35,6 @@ def test_adopt_factored_equals_dense_adopt_where_moments_have_rank_one():
     assert torch.allclose(ours[0], theirs[0], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "peer"),
-    [
-        ("adopt_factored", adv_optm.Adopt_adv),
-        ("adamw_factored", adv_optm.AdamW_adv),
-        ("lion_factored", adv_optm.Lion_adv),
-    ],
-)
-def test_factored_moments_follow_the_smmf_cycle_of_adv_optm(name, peer):
-    shapes = [(24, 16), (16, 3, 3, 3)]
-    ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
-    run(optim.build(name, ours, lr=1e-2, weight_decay=0.0), ours, range(40))
-    run(peer(theirs, lr=1e-2, weight_decay=0.0, nnmf_factor=True), theirs, range(40))
-    for a, b, start in zip(ours, theirs, make_params(shapes=shapes), strict=True):
-        assert (a - b).norm() <= 1e-3 * (b - start).norm()
-
-
 @pytest.mark.parametrize("beta1", [None, 0.9])
 def test_the_first_adafactor_step_is_as_long_as_lr(beta1):
     for name in ("adafactor", "adafactor8bit"):
@@ -131,25 +53,80 @@ def test_clip_threshold_bounds_the_rms_of_an_update():
     assert moved.square().mean().sqrt().item() == pytest.approx(0.25, rel=1e-4)
 
 
-def test_eight_bit_state_follows_a_tenfold_drop_of_the_gradients():
-    """Nearest rounding would leave the stored moment 6x too large for ever."""
-    steps, moments = 6000, {}
-    scale = torch.ones(64, 128)
-    for name in ("adafactor", "adafactor8bit"):
-        scale[:32] = 1.0
-        param = Parameter(torch.zeros(64, 128))
-        optimizer = optim.build(name, [param])
-        generator = torch.Generator().manual_seed(0)
-        for step in range(steps):
-            if step == 1000:
-                scale[:32] = 0.1
-            param.grad = torch.randn(64, 128, generator=generator) * scale
+@pytest.mark.parametrize("shape", [(32, 16), (40,)], ids=str)
+def test_a_lagged_clip_takes_the_rms_of_the_step_before(shape):
+    """Its own where it is to be exact; and nothing is clipped in the first step."""
+    lengths = {}
+    for clip in ({"clip_threshold": None}, {}, {"clip_norm": "lagged"}):
+        params = make_params(shapes=[shape])
+        optimizer = optim.build("adafactor", params, lr=1.0, **{"clip_threshold": 0.4} | clip)
+        lengths[str(clip)] = []
+        for step in range(6):
+            before = params[0].detach().clone()
+            set_grads(params, step)
+            params[0].grad *= 0.1 + step % 3
             optimizer.step()
-        codec = optimizer.codecs(param, optimizer.param_groups[0])["exp_avg_sq"]
-        moments[name] = codec.decode(split(optimizer.state[param], "exp_avg_sq"))
-    ratio = moments["adafactor8bit"] / moments["adafactor"]
-    assert ratio[:32].mean().item() == pytest.approx(1, abs=0.1)
-    assert ratio[32:].mean().item() == pytest.approx(1, abs=0.1)
+            lengths[str(clip)].append((params[0] - before).square().mean().sqrt().item())
+    free, exact, lagged = lengths.values()
+    assert min(free) < 0.4 < max(free)
+    assert exact == pytest.approx([min(x, 0.4) for x in free], rel=1e-4)
+    known = [0.4, *free[:-1]]
+    assert lagged == pytest.approx(
+        [x * min(1, 0.4 / y) for x, y in zip(free, known, strict=True)], rel=1e-4
+    )
+
+
+def test_the_rms_that_a_lagged_clip_keeps_is_after_the_growth_limiter_and_before_the_clip():
+    params = make_params(shapes=[(32, 16)])
+    optimizer = optim.build(
+        "adafactor", params, clip_norm="lagged", clip_threshold=0.1, growth_limit=1.01
+    )
+    run(optimizer, params, range(3))
+    state = optimizer.state[params[0]]
+    assert state["update_rms"] * math.sqrt(512) == pytest.approx(state["update_norm"].item())
+    assert state["update_rms"] > 0.5
+    unclipped = optim.build("adafactor", params, clip_norm="lagged", clip_threshold=None)
+    assert "update_rms" not in unclipped.codecs(params[0], unclipped.param_groups[0])
+
+
+def test_adafactors_eps_is_added_to_each_factor_where_it_divides():
+    """Shazeer & Stern 2018, Alg. 4, written out, with eps where the means are used."""
+    params, eps = make_params(shapes=[(8, 6), (5,)]), 0.3
+    start = [p.detach().clone() for p in params]
+    optimizer = optim.build("adafactor", params, lr=1.0, eps=(eps, 1e-3), clip_threshold=None)
+    run(optimizer, params, [0])
+    matrix, vector = params[0].grad, params[1].grad
+    row, col = matrix.square().mean(1), matrix.square().mean(0)
+    v = torch.outer(row + eps, col + eps) / (row.mean() + eps)
+    assert torch.allclose(start[0] - params[0], matrix / v.sqrt(), rtol=1e-4)
+    assert torch.allclose(start[1] - params[1], vector / (vector.square() + eps).sqrt(), rtol=1e-4)
+    state = optimizer.state[params[0]]
+    assert torch.allclose(state["exp_avg_sq.row"], row * 1e-3, rtol=1e-4)  # and not in the average
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("adamw8bit", {"betas": (0.9, 0.997)}, (64, 64)),
+        ("adafactor8bit", {"beta2": 0.997}, (512, 16)),
+    ],
+)
+def test_eight_bit_state_follows_a_tenfold_drop_of_half_the_gradients(name, options, shape):
+    """Within 5 % of the fp32 average after five time constants.  Rounded to the nearest it stays 37
+    and 7 times too large for ever."""
+    param, exact = Parameter(torch.zeros(shape)), torch.zeros(shape)
+    optimizer = optim.build(name, [param], **options)
+    generator, size = torch.Generator().manual_seed(0), torch.ones(shape)
+    for step in range(2000):
+        if step == 333:
+            size[: shape[0] // 2] = 0.1
+        param.grad = torch.randn(shape, generator=generator) * size
+        exact.lerp_(param.grad.square(), 0.003)
+        optimizer.step()
+    codec = optimizer.codecs(param, optimizer.param_groups[0])["exp_avg_sq"]
+    stored = codec.decode(split(optimizer.state[param], "exp_avg_sq"))
+    for half in (slice(None, shape[0] // 2), slice(shape[0] // 2, None)):
+        assert stored[half].mean().item() == pytest.approx(exact[half].mean().item(), rel=0.05)
 
 
 def test_a_factored_element_without_gradients_does_not_drift():

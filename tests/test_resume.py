@@ -65,6 +65,15 @@ def test_another_optimizer_on_resume_is_refused(quick, command):
     assert "optim.name: adafactor8bit -> lion cannot change" in err
 
 
+def test_another_storage_on_resume_is_refused_before_a_step(quick, command):
+    folder = quick("run", "optim=adamw")
+    changed = ["optim=adamw", "optim.storage=8bit", "runtime.allow_config_change=true"]
+    status, _, err = command(*QUICK, *changed, f"resume={folder}")
+    assert status == 2
+    assert "the optimizer's state does not fit" in err
+    assert "'exp_avg' is" in err
+
+
 def test_other_pictures_on_resume_are_refused(composed, pictures, tmp_path):
     options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64"]
     run(composed(*options), tmp_path / "run")

@@ -18,8 +18,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 EXTRA = {  # options that switch on a path which the defaults leave off
     "sgd": {"nesterov": True},
-    "adafactor": {"beta1": 0.9, "relative_step": True, "scale_parameter": True},
-    "adafactor8bit": {"beta1": 0.9, "beta2": None},
+    "adafactor": {
+        "beta1": 0.9,
+        "relative_step": True,
+        "scale_parameter": True,
+        "conv_view": "last2",
+    },
+    "adafactor8bit": {"beta1": 0.9, "beta2": None, "clip_norm": "lagged", "growth_limit": 1.1},
 }
 
 
@@ -67,6 +72,7 @@ def test_a_copy_goes_on_like_the_original(name, copier):
         ("adopt_factored_ademamix", {"factor_1d": True}, 674),
         ("lion_factored", {}, 340),
         ("adamw8bit", {}, 5250),
+        ("adafactor", {"conv_view": "last2"}, 978),
     ],
 )
 def test_state_on_the_sdxl_unet_fits(name, options, megabytes):

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from helpers import assert_same, make_params, run, set_grads
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 import optim
@@ -148,6 +149,51 @@ def test_a_grad_scaler_skips_an_overflow_and_scales_the_rest():
         scaler.update()
         assert torch.allclose(param, torch.full((4,), expected))
     assert scaler.get_scale() == 2.0**3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compiled_training_step_trains_alike_and_does_not_trace_the_optimizer(backend, fused):
+    graphs = []
+
+    def recorded(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    def train(compiled):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+        optimizer = optim.build("adafactor8bit", model.to(torch.bfloat16).parameters(), lr=0.01)
+        if fused:
+            optim.fuse_backward(optimizer, 1)
+
+        def step(x):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if compiled:
+            step = torch.compile(step, backend=recorded)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            step(torch.randn(4, 8, generator=generator).to(torch.bfloat16))
+        return list(model.parameters())
+
+    assert_same(train(False), train(True))
+    assert len(graphs) == 1  # the model's; each parameter's step would be several more
+
+
+def test_a_dtensor_is_refused_with_the_reason(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+        with pytest.raises(TypeError, match=r"DTensor \(shape \(4, 4\)\).*of one shard.*DDP"):
+            optim.build("adafactor8bit", [Parameter(sharded)])
+    finally:
+        dist.destroy_process_group()
 
 
 def _train_rank(rank, size, name, address, results):

@@ -41,7 +41,8 @@ def check(config: Any) -> None:
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a checkpointed state, and keep the configured options: they decide, not the saved ones.
 
-    Raises UserError when the state is not of this optimizer and these parameters.
+    Raises UserError when the state is not of this optimizer, these parameters and these options
+    (`storage` is one that shapes it).
     """
     own = ("params", "param_names")
     configured = [
@@ -49,11 +50,13 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         for group in optimizer.param_groups
     ]
     try:
-        optimizer.load_state_dict(state)
+        groups = [
+            saved | options
+            for saved, options in zip(state["param_groups"], configured, strict=True)
+        ]
+        optimizer.load_state_dict(state | {"param_groups": groups})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"resume: the optimizer's state does not fit: {error}") from error
-    for group, options in zip(optimizer.param_groups, configured, strict=True):
-        group.update(options)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

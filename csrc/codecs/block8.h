@@ -1,0 +1,51 @@
+// Signed 8-bit codes with an fp32 absolute maximum for every 256 elements of a row.
+#pragma once
+
+#include "engine/place.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+struct Block8Slot : Slot {
+    static constexpr int kBlock = 256;
+
+    int8_t* codes;
+    float* absmax;
+    float* scale;
+    F* values;
+    Draws draws;
+
+    HD Block8Slot(const Place& p, SlotId slot, SlotScratch& s)
+        : Slot(p, slot, s), scale(s.scale), values(s.encoded), draws(key) {}
+
+    HD void begin_row(int64_t row, int width) {
+        codes = part<int8_t>(0) + row * cols + first_col;
+        absmax = part<float>(1) + row * ((cols + kBlock - 1) / kBlock) + first_col / kBlock;
+        for (int b = 0; b * kBlock < width; ++b) scale[b] = absmax[b] / 127.f;
+        draws.begin_row(row, cols, first_col);
+    }
+
+    HD F load(int, int col, int n) {
+        return load_s8(codes + col, n) * scale[col / kBlock];
+    }
+
+    HD void store(int i, int, int, F x) { values[i] = x; }
+
+    HD void end_row(int64_t, int width) {
+        for (int b = 0; b * kBlock < width; ++b) {
+            float top = Exec::largest<kBlock>(values, b, width);
+            scale[b] = top > 1e-36f ? 127.f / top : 0.f;
+            if (Exec::leads()) absmax[b] = top;
+        }
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            F dither = to_float(draws.next(col)) * 0x1p-16f;
+            F code = clamp(floor(values[i] * scale[col / kBlock] + dither), 127.f);
+            store_s8(codes + col, code, n);
+        });
+    }
+    HD void begin() {}
+    HD void end() {}
+};
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

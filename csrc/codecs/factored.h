@@ -1,0 +1,66 @@
+// Rank-1 moments: the product of a row and a column factor, with a sign bit where they are signed.
+//
+// Shazeer & Stern 2018, section 3, for the factors; Park & Lee 2024 (SMMF, arXiv 2412.08894), Alg. 3
+// and 4, for the signs.  The tile reads the decoded factors from the workspace and leaves its row and
+// column sums there; the new factors are made of them when all tiles are done (engine/tensor.h), which
+// is soon enough: they are not needed before the next step.
+#pragma once
+
+#include "engine/place.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+template <bool kSigned, bool kStored = true>
+struct FactoredSlot : Slot {
+    const float *row_factors, *col_factors;
+    float* row_sums;
+    typename Exec::Columns columns;
+    uint8_t* signs;
+    int64_t first_row;
+    float row_factor;
+    F row_sum;
+
+    HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s) : Slot(p, slot, s), first_row(p.tile.row) {
+        row_factors = p.launch.workspace + p.launch.vectors[p.tile.tensor] + moment.vectors;
+        col_factors = row_factors + padded(p.rows()) + first_col;
+        row_sums = p.launch.workspace + p.tile.partials + moment.partials;
+    }
+
+    HD void begin() {
+        if (kStored) columns.begin(row_sums + kTileRows, width);
+    }
+
+    HD void begin_row(int64_t row, int) {
+        row_factor = row_factors[row];
+        row_sum = F(0.f);
+        if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col / 8;
+    }
+
+    HD F load(int, int col, int n) {
+        F x = load_f32(col_factors + col, kLanes) * row_factor;
+        if (!kSigned) return x;
+        return select(mask_of(Exec::load_bits(signs, col, n)), x, as_float(as_bits(x) ^ U(0x80000000u)));
+    }
+
+    HD void store(int i, int col, int n, F x) {
+        if (!kStored) return;
+        if (kSigned) {
+            Exec::store_bits(signs, col, n, bits_of(x > F(0.f)));
+            x = abs(x);
+        }
+        row_sum = row_sum + x;
+        columns.add(i, col, x);
+    }
+
+    HD void end_row(int64_t row, int) {
+        if (kStored) Exec::put_sum(row_sums + (row - first_row), row_sum);
+    }
+
+    HD void end() {
+        if (kStored) columns.end(width);
+    }
+};
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

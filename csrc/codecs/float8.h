@@ -1,0 +1,68 @@
+// Non-negative 8-bit codes: an fp32 cut to 4 bits of mantissa, its exponent relative to its block's.
+#pragma once
+
+#include "engine/place.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+constexpr int kFloat8Block = 128;
+
+// The block's exponent (biased), and with it the grid: code q stands for the float with bits
+// (16 exponent - 240 + q) << 19.
+HD int32_t float8_exponent(float largest) {
+    int32_t exponent = int32_t((bits_of_float(largest) + 0x7FFFFu) >> 23);
+    return exponent < 16 ? 16 : exponent > 254 ? 254 : exponent;
+}
+HD int32_t float8_base(int32_t exponent) { return exponent * 16 - 240; }
+
+HD U float8_encode(F x, U draws, int32_t base) {
+    U cut = (as_bits(x) + (draws << 3)) >> 19;
+    U code = select(cut > U(base + 1u), cut - U(uint32_t(base)), U(1u));
+    code = select(code > U(255u), U(255u), code);
+    return select(x == F(0.f), U(0u), code);
+}
+HD F float8_decode(U code, int32_t base) {
+    return as_float(select(code == U(0u), U(0u), (code + U(uint32_t(base))) << 19));
+}
+
+struct Float8Slot : Slot {
+    uint8_t* codes;
+    int8_t* tops;
+    int32_t* base;
+    F* values;
+    Draws draws;
+
+    HD Float8Slot(const Place& p, SlotId slot, SlotScratch& s)
+        : Slot(p, slot, s), base(s.base), values(s.encoded), draws(key) {}
+
+    HD void begin_row(int64_t row, int width) {
+        codes = part<uint8_t>(0) + row * cols + first_col;
+        tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) + first_col / kFloat8Block;
+        for (int b = 0; b * kFloat8Block < width; ++b) base[b] = float8_base(tops[b] + 127);
+        draws.begin_row(row, cols, first_col);
+    }
+
+    HD F load(int, int col, int n) {
+        return float8_decode(load_uint(codes + col, n), base[col / kFloat8Block]);
+    }
+
+    HD void store(int i, int, int, F x) { values[i] = x; }
+
+    HD void end_row(int64_t, int width) {
+        for (int b = 0; b * kFloat8Block < width; ++b) {
+            int32_t exponent = float8_exponent(Exec::largest<kFloat8Block>(values, b, width));
+            base[b] = float8_base(exponent);
+            if (Exec::leads()) tops[b] = int8_t(exponent - 127);
+        }
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            U code = float8_encode(values[i], draws.next(col), base[col / kFloat8Block]);
+            store_uint(codes + col, code, n);
+        });
+    }
+    HD void begin() {}
+    HD void end() {}
+};
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

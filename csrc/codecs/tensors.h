@@ -1,0 +1,107 @@
+// Gradients and weights, as their dtypes store them.
+#pragma once
+
+#include "engine/place.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+HD int dtype_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+HD F load_as(int32_t dtype, const char* at, int col, int n) {
+    if (dtype == kFloat32) return load_f32(reinterpret_cast<const float*>(at) + col, n);
+    U raw = load_uint(reinterpret_cast<const uint16_t*>(at) + col, n);
+    return dtype == kBFloat16 ? from_bf16(raw) : from_fp16(raw);
+}
+
+struct Bf16Grad {
+    const uint16_t *data, *at;
+    int64_t cols, first_col;
+
+    HD Bf16Grad(const Place& p, F* = nullptr) : data(pointer<uint16_t>(p.tensor.grad)), cols(p.cols()), first_col(p.tile.col) {}
+
+    HD void begin_row(int64_t row, int) { at = data + row * cols + first_col; }
+    HD F load(int, int col, int n) const { return from_bf16(load_uint(at + col, n)); }
+};
+
+// A gradient of any dtype.
+struct AnyGrad {
+    const char* data;
+    int32_t dtype;
+    int64_t cols, first_col;
+    F* values;
+
+    HD AnyGrad(const Place& p, F* room)
+        : data(pointer<char>(p.tensor.grad)), dtype(p.tensor.grad_dtype), cols(p.cols()), first_col(p.tile.col), values(room) {}
+
+    HD_CALL void begin_row(int64_t row, int width) {
+        const char* at = data + (row * cols + first_col) * dtype_bytes(dtype);
+        Exec::each(width, [&](int i, int col, int n) INLINED { values[i] = load_as(dtype, at, col, n); });
+    }
+    HD F load(int i, int, int) const { return values[i]; }
+};
+
+// Weights of any dtype and rounding, with what Kahan compensation kept of them.
+struct AnyWeight {
+    const Tensor& tensor;
+    char *at, *compensation;
+    bool stochastic;
+    int64_t cols, first_col;
+    F* values;
+    Draws draws;
+
+    HD AnyWeight(const Place& p, F* room)
+        : tensor(p.tensor), stochastic(has(p.hyper, kStochastic)), cols(p.cols()), first_col(p.tile.col), values(room), draws(p.hyper.key) {}
+
+    HD_CALL void begin_row(int64_t row, int width) {
+        int64_t offset = (row * cols + first_col) * dtype_bytes(tensor.weight_dtype);
+        at = pointer<char>(tensor.weight) + offset;
+        compensation = tensor.compensation ? pointer<char>(tensor.compensation) + offset : nullptr;
+        draws.begin_row(row, cols, first_col);
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            values[i] = load_as(tensor.weight_dtype, at, col, n);
+            if (compensation) values[i] = values[i] + load_as(tensor.weight_dtype, compensation, col, n);
+        });
+    }
+    HD F load(int i, int, int) const { return values[i]; }
+    HD void store(int i, int, int, F w) { values[i] = w; }
+
+    HD_CALL void end_row(int width) {
+        Exec::each(width, [&](int i, int col, int n) INLINED { write(values[i], col, n); });
+    }
+
+    HD void write(F w, int col, int n) {
+        if (tensor.weight_dtype == kFloat32)
+            return store_f32(reinterpret_cast<float*>(at) + col, w, n);
+        const bool bf16 = tensor.weight_dtype == kBFloat16;
+        U code = !bf16 ? to_fp16(w) : stochastic ? to_bf16(w, draws.next(col)) : to_bf16(w);
+        store_uint(reinterpret_cast<uint16_t*>(at) + col, code, n);
+        if (!compensation) return;
+        F lost = w - (bf16 ? from_bf16(code) : from_fp16(code));
+        U kept = bf16 ? to_bf16(lost) : to_fp16(lost);
+        store_uint(reinterpret_cast<uint16_t*>(compensation) + col, kept, n);
+    }
+};
+
+// bf16 weights with stochastic rounding: what nearly every run has.
+struct Bf16Weight {
+    uint16_t *data, *at;
+    int64_t cols, first_col;
+    Draws draws;
+
+    HD Bf16Weight(const Place& p)
+        : data(pointer<uint16_t>(p.tensor.weight)), cols(p.cols()), first_col(p.tile.col), draws(p.hyper.key) {}
+
+    HD void begin_row(int64_t row, int) {
+        at = data + row * cols + first_col;
+        draws.begin_row(row, cols, first_col);
+    }
+    HD F load(int, int col, int n) const { return from_bf16(load_uint(at + col, n)); }
+    HD void store(int, int col, int n, F w) {
+        store_uint(at + col, to_bf16(w, draws.next(col)), n);
+    }
+    HD void end_row(int) {}
+};
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

@@ -1,0 +1,55 @@
+// Modifiers that any rule may have; optim/features.py is the same in Python and cites the papers.
+#pragma once
+
+#include "core/random.h"
+#include "core/types.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+// A parameter's moments at some elements.
+struct Moments {
+    F fast, slow, square;
+};
+
+constexpr float kFourOverPi = 1.27323954f;  // makes atan2(x, x) a unit step
+
+HD bool has(const Hyper& h, int64_t flag) { return (h.flags & flag) != 0; }
+
+// fast + alpha * (a slow average of x), where there is one (AdEMAMix).
+HD F mixed(const Hyper& h, F fast, F x, Moments& s) {
+    if (!has(h, kSlowMoment)) return fast;
+    s.slow = lerp(s.slow, x, h.weight3);
+    return fma(F(h.alpha), s.slow, fast);
+}
+
+// The gradient without its component along the weights, and clipped: both as coefficients.
+HD F conditioned(const Hyper& h, F g, F w) {
+    if (has(h, kOrthograd)) g = fma(F(-h.rho_low), w, fma(F(-h.rho), w, g));
+    return g * h.coefficient;
+}
+
+// What a rule inherits when nothing happens between the limiter and the weights.
+struct Rule {
+    HD static F settled(const Hyper&, F u, Moments&) { return u; }
+};
+
+// Where an update agrees with the gradient.
+HD Mask agrees(F u, F g) { return u * g > F(0.f); }
+
+// The update as grams or cautious want it.
+HD F aligned(const Hyper& h, F u, F g) {
+    if (has(h, kGrams)) return abs(u) * sign(g);
+    if (has(h, kCautious)) return select(agrees(u, g), u * h.cautious_scale, F(0.f));
+    return u;
+}
+
+// The weights after decoupled weight decay.
+HD F decayed(const Hyper& h, F w, F u) {
+    F decay = F(h.decay);
+    if (has(h, kCautiousDecay)) decay = select(u * w > F(0.f), decay, F(0.f));
+    return fma(F(0.f) - decay, w, w);
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

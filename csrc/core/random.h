@@ -1,0 +1,52 @@
+// Counter-based randomness; optim/rng.py is the same in Python and says why.
+#pragma once
+
+#include "core/numerics.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+// One link of the chain: splitmix64's finaliser (Steele, Lea, Flood 2014).
+HD uint64_t chain(uint64_t state, uint64_t word) {
+    state += word + 0x9E3779B97F4A7C15ull;
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9ull;
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EBull;
+    return state ^ (state >> 31);
+}
+HD uint64_t mix(uint64_t a, uint64_t b) { return chain(chain(0, a), b); }
+HD uint64_t mix(uint64_t a, uint64_t b, uint64_t c) { return chain(mix(a, b), c); }
+
+// The rounding draws of one row of a matrix view: 16 bits an element, two of them in a hash word.
+// A block of 32 columns takes 16 words: its first 16 columns their low halves, the rest their high.
+struct Draws {
+    uint32_t low, high;
+    uint64_t row_base;  // counter of the row's first word
+    U words;
+
+    HD Draws(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)), row_base(0), words() {}
+
+    // Columns are counted from first_col, a multiple of 32, in a row of `cols`.
+    HD void begin_row(int64_t row, int64_t cols, int64_t first_col) {
+        row_base = (uint64_t(row) * uint64_t((cols + 31) / 32) + uint64_t(first_col / 32)) * 16;
+    }
+
+    // The draws of the lanes from column col on.  With sixteen lanes col is a multiple of 16, and the
+    // first half of a block of 32 is asked for before the second.
+    HD U next(int col) {
+        if (kLanes == 1 || !(col & 16)) words = hash(row_base + uint64_t(col / 32 * 16 + (col & 15)));
+        return col & 16 ? words >> 16 : words & U(0xFFFFu);
+    }
+
+    // A 32-bit xorshift-multiply hash (constants: Wellons 2018, lowbias32) of the counters
+    // counter + lane, which do not cross 2^32.
+    HD U hash(uint64_t counter) const {
+        U x = lane_index() * U(0x9E3779B9u) + U(uint32_t(counter) * 0x9E3779B9u + low);
+        x = (x ^ (x >> 16)) * U(0x7FEB352Du);
+        x = x ^ (x >> 15) ^ U(high ^ (uint32_t(counter >> 32) * 0x85EBCA6Bu));
+        x = x * U(0x846CA68Bu);
+        return x ^ (x >> 16);
+    }
+};
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

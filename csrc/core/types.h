@@ -1,0 +1,154 @@
+// The plain data that crosses the border between Python, host and device.
+//
+// optim/plan.py mirrors these structs with ctypes and compares sizes when it loads the module; pointers
+// travel as 64-bit integers.  Nothing here owns memory.
+#pragma once
+
+#include <stdint.h>
+
+namespace engine {
+
+// A tile is the unit of work: at most kTileRows rows by kTileCols columns of a parameter's matrix
+// view, read row by row in spans of at most kTileCols elements.  The numbers are part of the result
+// (they fix the order of every sum), so they are the same for every instruction set and device.
+constexpr int kTileRows = 64;
+constexpr int kTileCols = 512;
+constexpr int kVectorPad = 32;  // row and column vectors in the workspace are padded to this
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+enum RuleId : int32_t { kSgd = 0, kAdam = 1, kAdopt = 2, kLion = 3, kAdafactor = 4 };
+
+enum CodecId : int32_t {
+    kAbsent = 0,
+    kDense = 1,         // parts: fp32
+    kBf16 = 2,          // parts: bf16
+    kBlock8 = 3,        // parts: codes, absmax
+    kFloat8 = 4,        // parts: codes, top
+    kFactored = 5,      // parts: row, col, row_top, col_top (tops null: row and col are fp32)
+    kFactoredSign = 6,  // parts: row, col, -, -, sign
+};
+
+// Which moment a slot holds.
+enum SlotId : int { kFast = 0, kSlow = 1, kSquare = 2, kSlots = 3 };
+
+enum Flag : int64_t {
+    kNesterov = 1 << 0,
+    kAtan2 = 1 << 1,
+    kGrams = 1 << 2,
+    kCautious = 1 << 3,
+    kCautiousDecay = 1 << 4,
+    kOrthograd = 1 << 5,
+    kGradClip = 1 << 6,     // clip each tensor's gradient to Options::grad_clip
+    kGrowthLimit = 1 << 7,  // Fira's limiter
+    kClipExact = 1 << 8,    // Adafactor's RMS clip, by this step's RMS
+    kClipLagged = 1 << 9,   // ... by the previous step's
+    kRelativeStep = 1 << 10,
+    kScaleParameter = 1 << 11,
+    kFixedBeta2 = 1 << 12,  // beta2 is given and bias-corrected; otherwise 1 - t^beta2_decay
+    kStochastic = 1 << 13,   // bf16 weights are rounded stochastically
+    kFirstMoment = 1 << 14,  // Adafactor keeps one
+    kSlowMoment = 1 << 15,   // AdEMAMix
+};
+
+// The options of one parameter group, as numbers.
+struct Options {
+    double lr, weight_decay;
+    double beta1, beta2, beta3;  // beta1 is SGD's momentum
+    double beta2_decay;
+    double eps, eps_scale;  // eps_scale: floor of RMS(w) for kScaleParameter
+    double alpha, warmup_steps;
+    double grad_clip, growth_limit, clip_threshold;
+    double coefficient;  // of every gradient: what global clipping came to
+    int64_t flags;
+    uint64_t seed;
+};
+
+// How one moment of one parameter is stored.
+struct Moment {
+    int32_t codec;
+    int32_t salt;  // of its rounding: key = mix(key of the step, salt)
+    uint64_t parts[5];
+    int64_t vectors;   // factored: where in its tensor's vectors its decoded row and column lie
+    int64_t partials;  // factored: where in a tile's partials its row and column sums lie
+};
+
+// One parameter: where everything is.
+struct Tensor {
+    uint64_t weight, grad, compensation;
+    uint64_t step, nonfinite;          // int64 each
+    uint64_t update_norm, update_rms;  // fp32 each, or null
+    int32_t weight_dtype, grad_dtype;
+    int64_t numel, rows, cols;  // the matrix view; rows * cols >= numel
+    int64_t index;              // of the parameter in the optimizer: seeds its rounding
+    int64_t group;              // which Options
+    Moment moments[kSlots];
+};
+
+// The work list of a bucket.
+struct Tile {
+    int32_t tensor;  // position in the bucket
+    int32_t row, col;
+    int32_t unused;
+    int64_t partials;  // where its row and column sums lie in the workspace
+};
+
+// What one tile adds to its tensor's sums.
+struct TileSums {
+    double grad_sq, weight_grad, weight_sq;
+    double update_sq;
+    int64_t aligned, nonfinite;
+};
+
+// What a tensor's step is made of, derived from its Options and its step count; written once a phase
+// by the thread that owns the tensor, read by every tile.
+struct Hyper {
+    int64_t t, flags;
+    uint64_t key;                     // of this step's rounding
+    double beta2, inv_bias2;          // Adafactor's, of this step
+    double col_mean;                  // Adafactor's: mean of the decoded column means
+    float weight1, weight2, weight3;  // 1 - beta
+    float momentum, eps, alpha, limit;
+    float tilt, square_scale;   // atan2: of the numerator; Adafactor: of the second moment
+    float unit, settled_scale;  // the update is settled_scale settled(update_scale unit direction())
+    float update_scale;         // growth limiter and RMS clip
+    float growth_scale;         // growth limiter alone
+    float coefficient;          // of the gradient
+    float rho, rho_low;         // orthograd: g - (rho + rho_low) w
+    float cautious_scale;
+    float lr, decay;  // lr: with relative step and parameter scale; decay: lr * weight_decay without
+    int32_t passive;  // the weights stay as they are in this step
+};
+
+// The phases of a step, in order; those between are of a tensor, `measure` to `apply` of a tile.
+enum Phase : int {
+    kBegin,
+    kMeasure,
+    kAfterMeasure,
+    kFactor,
+    kAfterFactor,
+    kNorm,
+    kAfterNorm,
+    kAlign,
+    kAfterAlign,
+    kApply,
+    kFinish,
+    kMeasureAlone  // no phase of a step: measure without asking who needs it
+};
+
+// One launch: a bucket of tensors through all phases.
+struct Launch {
+    const Options* options;
+    Tensor* tensors;          // all of the optimizer's
+    const int32_t* members;   // (num_tensors) indices into `tensors`
+    const Tile* tiles;        // (num_tiles), in tensor, row, column order
+    const int64_t* first_tile;  // (num_tensors + 1)
+    const int64_t* vectors;     // (num_tensors) where in the workspace each one's vectors begin
+    Hyper* hypers;            // (num_tensors)
+    TileSums* sums;           // (num_tiles)
+    float* workspace;         // vectors and partials
+    int64_t num_tensors, num_tiles;
+    int32_t rule;
+};
+
+}  // namespace engine

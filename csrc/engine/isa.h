@@ -1,0 +1,22 @@
+// The instruction sets of one binary; which of them runs is chosen when the module is loaded.
+#pragma once
+
+#include "core/types.h"
+
+namespace engine {
+
+// The engine as compiled for one instruction set.
+struct Isa {
+    const char* name;
+    bool (*wanted)(Phase, const Launch&);
+    void (*run_tensor)(Phase, const Launch&, int64_t member);
+    void (*run_tile)(Phase, const Launch&, int64_t tile);
+};
+
+extern const Isa kBaseline;
+#if defined(__x86_64__)
+extern const Isa kAvx2;
+extern const Isa kAvx512;
+#endif
+
+}  // namespace engine

@@ -1,0 +1,5 @@
+// The engine for whatever the compiler takes for granted: SSE2 on x86-64, NEON on arm64.
+#define ENGINE_ISA baseline
+#include "engine/isa/define.h"
+
+const engine::Isa engine::kBaseline = ENGINE_KERNELS("baseline");

@@ -1,0 +1,111 @@
+// Which loop serves which tensor: the table of rules and of the combinations compiled for speed.
+#pragma once
+
+#include "engine/tensor.h"
+#include "engine/tile.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+using PlainAdamFactored = PlainAccess<Adam, FactoredSlot<true>, FactoredSlot<false>, true>;
+using PlainAdam8bit = PlainAccess<Adam, Block8Slot, Float8Slot, false>;
+using PlainAdoptFactored = PlainAccess<Adopt, FactoredSlot<true>, FactoredSlot<false>, true>;
+using PlainAdafactor = PlainAccess<AdafactorMatrix, NoSlot, FactoredSlot<false, false>, false>;
+
+// Whether a tensor can be read by a PlainAccess.
+HD bool is_plain(const Tensor& t, const Hyper& h) {
+    constexpr int64_t kFeatures = kGrams | kCautious | kCautiousDecay | kOrthograd | kFirstMoment;
+    return t.weight_dtype == kBFloat16 && t.grad_dtype == kBFloat16 && !t.compensation &&
+           has(h, kStochastic) && !has(h, kFeatures) && t.moments[kSlow].codec == kAbsent;
+}
+
+// Calls f<Access>() with the fastest access that serves this tensor.
+template <class Function>
+HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, Function&& f) {
+    const bool plain = is_plain(t, h);
+    const int32_t fast = t.moments[kFast].codec, square = t.moments[kSquare].codec;
+    const bool factored = plain && fast == kFactoredSign && square == kFactored;
+    switch (launch.rule) {
+        case kSgd: return f.template operator()<AnyAccess<Sgd>>();
+        case kAdam:
+            if (factored) return f.template operator()<PlainAdamFactored>();
+            if (plain && fast == kBlock8 && square == kFloat8) return f.template operator()<PlainAdam8bit>();
+            return f.template operator()<AnyAccess<Adam>>();
+        case kAdopt:
+            if (factored) return f.template operator()<PlainAdoptFactored>();
+            return f.template operator()<AnyAccess<Adopt>>();
+        case kLion: return f.template operator()<AnyAccess<Lion>>();
+        case kAdafactor:
+            if (square != kFactored) return f.template operator()<AnyAccess<AdafactorVector>>();
+            if (plain) return f.template operator()<PlainAdafactor>();
+            return f.template operator()<AnyAccess<AdafactorMatrix, false>>();
+    }
+}
+
+struct Norm {
+    const Launch& launch;
+    int64_t tile;
+    template <class Access> void operator()() const { norm<Access>(launch, tile); }
+};
+struct Align {
+    const Launch& launch;
+    int64_t tile;
+    template <class Access> void operator()() const { align<Access>(launch, tile); }
+};
+struct Apply {
+    const Launch& launch;
+    int64_t tile;
+    template <class Access> void operator()() const { apply<Access>(launch, tile); }
+};
+
+// One tile in one phase.
+inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
+    const int64_t member = launch.tiles[tile].tensor;
+    const Tensor& t = launch.tensors[launch.members[member]];
+    const Hyper& h = launch.hypers[member];
+    switch (phase) {
+        case kMeasure:
+            if (wants_measure(h)) measure(launch, tile);
+            return;
+        case kMeasureAlone: return measure(launch, tile);
+        case kFactor:
+            if (!wants_factor(t, launch.rule)) return;
+            if (t.grad_dtype == kBFloat16) return factor<Bf16Grad>(launch, tile);
+            return factor<AnyGrad>(launch, tile);
+        case kNorm:
+            if (wants_norm(h)) with_access(launch, t, h, Norm{launch, tile});
+            return;
+        case kAlign:
+            if (wants_align(h)) with_access(launch, t, h, Align{launch, tile});
+            return;
+        default: return with_access(launch, t, h, Apply{launch, tile});
+    }
+}
+
+// One tensor in one phase.
+inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
+    switch (phase) {
+        case kBegin: return begin(launch, member);
+        case kAfterMeasure: return after_measure(launch, member);
+        case kAfterFactor: return after_factor(launch, member);
+        case kAfterNorm: return after_norm(launch, member);
+        case kAfterAlign: return after_align(launch, member);
+        default: return finish(launch, member);
+    }
+}
+
+// Whether any tensor of the bucket needs this pass over the tiles.
+inline bool wanted(Phase phase, const Launch& launch) {
+    if (phase == kApply) return true;
+    for (int64_t member = 0; member < launch.num_tensors; ++member) {
+        const Hyper& h = launch.hypers[member];
+        if (phase == kMeasure && wants_measure(h)) return true;
+        if (phase == kFactor && wants_factor(launch.tensors[launch.members[member]], launch.rule)) return true;
+        if (phase == kNorm && wants_norm(h)) return true;
+        if (phase == kAlign && wants_align(h)) return true;
+    }
+    return false;
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

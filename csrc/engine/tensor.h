@@ -1,0 +1,281 @@
+// What happens to a tensor between the passes over its tiles: scalars, factors, and nothing else.
+//
+// Sums of tiles are added in their order, in fp64, so the result does not depend on who computed them.
+#pragma once
+
+#include "codecs/float8.h"
+#include "rules/adafactor.h"
+#include "rules/adam.h"
+#include "rules/adopt.h"
+#include "rules/lion.h"
+#include "rules/sgd.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+// The Hyper of a tensor's next step.
+HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule) {
+    Hyper h{};
+    h.t = t;
+    h.flags = o.flags;
+    h.key = mix(o.seed, uint64_t(tensor.index), uint64_t(t));
+    h.beta2 = o.beta2;
+    h.weight1 = float(1 - o.beta1);
+    h.weight2 = float(1 - o.beta2);
+    h.eps = float(o.eps);
+    h.unit = h.settled_scale = h.update_scale = h.growth_scale = h.cautious_scale = 1.f;
+    h.coefficient = float(o.coefficient);
+    h.lr = float(o.lr);
+    h.decay = float(o.lr * o.weight_decay);
+    switch (rule) {
+        case kSgd: Sgd::prepare(o, h); break;
+        case kAdam: Adam::prepare(o, h); break;
+        case kAdopt: Adopt::prepare(o, h); break;
+        case kLion: Lion::prepare(o, h); break;
+        case kAdafactor: AdafactorVector::prepare(o, h); break;
+    }
+    if (has(h, kRelativeStep) && o.lr > 0) {
+        double bound = 1 / (::sqrt(double(t)) * o.lr);
+        if (bound < 1) h.lr = float(o.lr * bound);
+    }
+    return h;
+}
+
+// The row and column vectors of a factored moment, as the workspace and the state hold them.
+struct Factors {
+    const Moment& moment;
+    int64_t rows, cols;
+    float *row, *col;
+
+    HD Factors(const Launch& launch, int64_t member, const Tensor& tensor, SlotId slot)
+        : moment(tensor.moments[slot]), rows(tensor.rows), cols(tensor.cols) {
+        row = launch.workspace + launch.vectors[member] + moment.vectors;
+        col = row + padded(rows);
+    }
+
+    HD static bool exist(const Tensor& tensor, SlotId slot) {
+        int32_t codec = tensor.moments[slot].codec;
+        return codec == kFactored || codec == kFactoredSign;
+    }
+
+    // State -> workspace, and zeros up to the padding.
+    HD void read() const {
+        read(row, rows, moment.parts[0], moment.parts[2]);
+        read(col, cols, moment.parts[1], moment.parts[3]);
+    }
+
+    // Workspace -> state, rounded where they are kept in codes.
+    HD void write(const Hyper& h) const {
+        uint64_t key = mix(h.key, uint64_t(moment.salt));
+        write(row, rows, moment.parts[0], moment.parts[2], mix(key, 'r'));
+        write(col, cols, moment.parts[1], moment.parts[3], mix(key, 'c'));
+    }
+
+    HD static double mean(const float* x, int64_t length) {
+        double sum = 0;
+        for (int64_t i = 0; i < length; ++i) sum += x[i];
+        return sum / double(length);
+    }
+
+    HD static void read(float* to, int64_t length, uint64_t from, uint64_t tops) {
+        for (int64_t at = 0; at < padded(length); at += kLanes) {
+            int n = int(length - at < kLanes ? (length > at ? length - at : 0) : kLanes);
+            F x;
+            if (tops) {
+                int32_t base = float8_base(n ? pointer<int8_t>(tops)[at / kFloat8Block] + 127 : 127);
+                x = float8_decode(load_uint(pointer<uint8_t>(from) + at, n), base);
+            } else {
+                x = load_f32(pointer<float>(from) + at, n);
+            }
+            store_f32(to + at, x, kLanes);
+        }
+    }
+
+    HD static void write(const float* from, int64_t length, uint64_t to, uint64_t tops, uint64_t key) {
+        if (!tops) {
+            for (int64_t at = 0; at < length; ++at) pointer<float>(to)[at] = from[at];
+            return;
+        }
+        Draws draws(key);
+        for (int64_t first = 0; first < length; first += kFloat8Block) {
+            draws.begin_row(0, length, first);
+            int64_t end = first + kFloat8Block < length ? first + kFloat8Block : length;
+            float top = 0.f;
+            for (int64_t at = first; at < end; ++at) top = from[at] > top ? from[at] : top;
+            int32_t exponent = float8_exponent(top);
+            pointer<int8_t>(tops)[first / kFloat8Block] = int8_t(exponent - 127);
+            for (int64_t at = first; at < end; at += kLanes) {
+                int n = int(end - at < kLanes ? end - at : kLanes);
+                U code = float8_encode(load_f32(from + at, n), draws.next(int(at - first)), float8_base(exponent));
+                store_uint(pointer<uint8_t>(to) + at, code, n);
+            }
+        }
+    }
+};
+
+// Adds the tiles' row and column sums of a factored moment: row(i, mean) and col(j, mean) receive the
+// means in order.
+template <class RowFunction, class ColFunction>
+HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotId slot, RowFunction&& row, ColFunction&& col) {
+    const int64_t first = launch.first_tile[member];
+    const int64_t chunks = (tensor.cols + kTileCols - 1) / kTileCols;
+    const int64_t strips = (tensor.rows + kTileRows - 1) / kTileRows;
+    auto partials = [&](int64_t strip, int64_t chunk) {
+        return launch.workspace + launch.tiles[first + strip * chunks + chunk].partials + tensor.moments[slot].partials;
+    };
+    for (int64_t i = 0; i < tensor.rows; ++i) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials(i / kTileRows, chunk)[i % kTileRows];
+        row(i, sum / double(tensor.cols));
+    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        for (int64_t j = 0; j < kTileCols && chunk * kTileCols + j < tensor.cols; j += kLanes) {
+            D sums;
+            for (int64_t strip = 0; strip < strips; ++strip)
+                sums = sums + widen(load_f32(partials(strip, chunk) + kTileRows + j, kLanes));
+            for (int lane = 0; lane < kLanes && chunk * kTileCols + j + lane < tensor.cols; ++lane)
+                col(chunk * kTileCols + j + lane, sums.lane(lane) / double(tensor.rows));
+        }
+    }
+}
+
+template <class Function>
+HD TileSums total(const Launch& launch, int64_t member, Function&& add) {
+    TileSums sums{};
+    for (int64_t i = launch.first_tile[member]; i < launch.first_tile[member + 1]; ++i) add(sums, launch.sums[i]);
+    return sums;
+}
+
+// Counts the step, derives its Hyper and decodes the factors, rows divided by their mean.
+HD void begin(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    int64_t t = ++*pointer<int64_t>(tensor.step);
+    Hyper& h = launch.hypers[member];
+    h = derive(launch.options[tensor.group], tensor, t, launch.rule);
+    for (int slot = 0; slot < kSlots; ++slot) {
+        if (!Factors::exist(tensor, SlotId(slot))) continue;
+        Factors factors(launch, member, tensor, SlotId(slot));
+        factors.read();
+        double mean = Factors::mean(factors.row, factors.rows);
+        for (int64_t i = 0; i < factors.rows; ++i)
+            factors.row[i] = mean > 0 ? float(factors.row[i] / mean) : 0.f;
+    }
+    if (has(h, kClipLagged)) {
+        float previous = *pointer<float>(tensor.update_rms);
+        double ratio = previous / launch.options[tensor.group].clip_threshold;
+        if (ratio > 1) h.update_scale = float(1 / ratio);
+    }
+}
+
+HD bool wants_measure(const Hyper& h) { return has(h, kOrthograd | kGradClip | kScaleParameter); }
+HD bool wants_factor(const Tensor& tensor, int32_t rule) {
+    return rule == kAdafactor && Factors::exist(tensor, kSquare);
+}
+HD bool wants_norm(const Hyper& h) { return !h.passive && has(h, kGrowthLimit | kClipExact); }
+HD bool wants_align(const Hyper& h) { return !h.passive && has(h, kCautious); }
+
+HD void after_measure(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    const Options& o = launch.options[tensor.group];
+    Hyper& h = launch.hypers[member];
+    if (!wants_measure(h)) return;
+    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) {
+        to.grad_sq += x.grad_sq;
+        to.weight_grad += x.weight_grad;
+        to.weight_sq += x.weight_sq;
+    });
+    double coefficient = o.coefficient;
+    if (has(h, kGradClip)) {
+        double length = coefficient * ::sqrt(s.grad_sq);
+        if (length > o.grad_clip) coefficient *= o.grad_clip / length;
+    }
+    if (has(h, kOrthograd)) {
+        // What is left of a gradient parallel to w is rounding noise, and is not blown up.
+        double rho = s.weight_grad / (s.weight_sq + 1e-30);
+        double rest_sq = s.grad_sq - 2 * rho * s.weight_grad + rho * rho * s.weight_sq;
+        coefficient *= rest_sq > 1e-12 * s.grad_sq ? ::sqrt(s.grad_sq / rest_sq) : 0.0;
+        h.rho = float(rho);
+        h.rho_low = float(rho - double(h.rho));
+    }
+    h.coefficient = float(coefficient);
+    if (has(h, kScaleParameter) && tensor.numel > 0) {
+        double rms = ::sqrt(s.weight_sq / double(tensor.numel));
+        h.lr *= float(rms > o.eps_scale ? rms : o.eps_scale);
+    }
+}
+
+// Adafactor's new means, and of them the factors of 1 / sqrt(v).
+HD void after_factor(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    if (!wants_factor(tensor, launch.rule)) return;
+    const Options& o = launch.options[tensor.group];
+    Hyper& h = launch.hypers[member];
+    Factors f(launch, member, tensor, kSquare);
+    // The decoded moment's own row means: its columns' mean is not exactly its rows' where they are codes.
+    double col_mean = Factors::mean(f.col, f.cols), any = Factors::mean(f.row, f.rows) > 0 ? 1 : 0;
+    reduce(
+        launch, member, tensor, kSquare,
+        [&](int64_t i, double mean) { f.row[i] = float(h.beta2 * col_mean * f.row[i] + (1 - h.beta2) * mean); },
+        [&](int64_t j, double mean) { f.col[j] = float(h.beta2 * any * f.col[j] + (1 - h.beta2) * mean); });
+    f.write(h);
+    double row_mean = Factors::mean(f.row, f.rows) * h.inv_bias2 + o.eps;
+    for (int64_t i = 0; i < f.rows; ++i)
+        f.row[i] = float(::sqrt(row_mean / (f.row[i] * h.inv_bias2 + o.eps)));
+    for (int64_t j = 0; j < f.cols; ++j) f.col[j] = float(1 / ::sqrt(f.col[j] * h.inv_bias2 + o.eps));
+}
+
+// Fira's limiter (Chen et al. 2024, arXiv 2410.01623), then Adafactor's clip on what it left.
+HD void after_norm(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    const Options& o = launch.options[tensor.group];
+    Hyper& h = launch.hypers[member];
+    if (!wants_norm(h)) return;
+    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) { to.update_sq += x.update_sq; });
+    double length = double(h.unit) * ::sqrt(s.update_sq), scale = 1;
+    if (has(h, kGrowthLimit)) {
+        float& previous = *pointer<float>(tensor.update_norm);
+        if (previous > 1e-6f && length > previous * o.growth_limit) scale = previous * o.growth_limit / length;
+        previous = float(length * scale);
+        h.growth_scale = float(scale);
+    }
+    if (has(h, kClipExact) && tensor.numel > 0) {
+        double ratio = length * scale / ::sqrt(double(tensor.numel)) / o.clip_threshold;
+        if (ratio > 1) scale /= ratio;
+    }
+    h.update_scale *= float(scale);
+}
+
+HD void after_align(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    Hyper& h = launch.hypers[member];
+    if (!wants_align(h) || tensor.numel == 0) return;
+    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) { to.aligned += x.aligned; });
+    double share = double(s.aligned) / double(tensor.numel);
+    h.cautious_scale = float(1 / (share > 1e-3 ? share : 1e-3));
+}
+
+// The new factors of the moments, the count of unusable elements, and the RMS the next clip goes by.
+HD void finish(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    const Hyper& h = launch.hypers[member];
+    for (int slot = 0; slot < kSlots; ++slot) {
+        if (!Factors::exist(tensor, SlotId(slot)) || (slot == kSquare && wants_factor(tensor, launch.rule))) continue;
+        Factors f(launch, member, tensor, SlotId(slot));
+        reduce(
+            launch, member, tensor, SlotId(slot), [&](int64_t i, double mean) { f.row[i] = float(mean); },
+            [&](int64_t j, double mean) { f.col[j] = float(mean); });
+        f.write(h);
+    }
+    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) {
+        to.nonfinite += x.nonfinite;
+        to.update_sq += x.update_sq;
+    });
+    *pointer<int64_t>(tensor.nonfinite) += s.nonfinite;
+    if (has(h, kClipLagged) && tensor.numel > 0) {
+        double rms = ::sqrt(s.update_sq / double(tensor.numel));
+        *pointer<float>(tensor.update_rms) = float(double(h.unit) * h.growth_scale * rms);
+    }
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

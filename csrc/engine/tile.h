@@ -1,0 +1,250 @@
+// The only loops over elements.
+//
+// A step is up to five passes over a bucket's tiles, each a loop over the rows of a tile and the
+// vectors of a row.  The later passes evaluate the rule again rather than keep what it gave:
+//
+//   measure  sums of g^2, w g, w^2     where clipping, OrthoGrad or parameter scaling ask for them
+//   factor   row and column sums of g^2   where the rule needs its new factors before its update
+//   norm     sum of u^2                where the growth limiter or the RMS clip ask for it
+//   align    how many u agree with g   where `cautious` asks for it
+//   apply    moments and weights
+#pragma once
+
+#include "codecs/any.h"
+#include "codecs/tensors.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+// Unusable elements of a gradient (NaN, infinite, too large to be squared) count as zero.
+HD F usable(F g, Mask& ok) {
+    ok = abs(g) <= F(kLargestGrad);
+    return all(ok) ? g : select(ok, g, F(0.f));
+}
+
+// Room for one row of a tile.  It is apart from the slots so that those can live in registers.
+struct Scratch {
+    F grad[Exec::kSpan], weight[Exec::kSpan];
+    SlotScratch slots[kSlots];
+};
+
+// How a rule reaches its operands: any dtype, codec and feature.
+template <class RuleT, bool kSquareStored = true>
+struct AnyAccess {
+    using R = RuleT;
+    static constexpr bool kPlain = false;
+    AnyGrad grad;
+    AnyWeight weight;
+    AnySlot fast, slow, square;
+    bool factored_sign;  // some moment's signs are bits, which know no zero
+
+    HD AnyAccess(const Place& p, Scratch& s)
+        : grad(p, s.grad),
+          weight(p, s.weight),
+          fast(p, kFast, s.slots[kFast], true),
+          slow(p, kSlow, s.slots[kSlow], true),
+          square(p, kSquare, s.slots[kSquare], kSquareStored) {
+        factored_sign = fast.codec == kFactoredSign || slow.codec == kFactoredSign;
+    }
+};
+
+// The combinations that most runs consist of have a loop of their own: bf16 weights rounded
+// stochastically, bf16 gradients, no feature that changes the update element by element.
+template <class RuleT, class FastT, class SquareT, bool kSign>
+struct PlainAccess {
+    using R = RuleT;
+    static constexpr bool kPlain = true;
+    static constexpr bool factored_sign = kSign;
+    Bf16Grad grad;
+    Bf16Weight weight;
+    FastT fast;
+    NoSlot slow;
+    SquareT square;
+
+    HD PlainAccess(const Place& p, Scratch& s)
+        : grad(p),
+          weight(p),
+          fast(p, kFast, s.slots[kFast]),
+          slow(p, kSlow, s.slots[kSlow]),
+          square(p, kSquare, s.slots[kSquare]) {}
+};
+
+template <class Access>
+HD void begin_row(Access& a, int64_t row, int width) {
+    a.grad.begin_row(row, width);
+    a.weight.begin_row(row, width);
+    a.fast.begin_row(row, width);
+    a.slow.begin_row(row, width);
+    a.square.begin_row(row, width);
+}
+
+// One vector of a row: its gradient as the rule sees it, its moments before and after, its update.
+struct Evaluation {
+    F w, raw, g, direction, u;
+    Moments before, after;
+    Mask ok;
+};
+
+template <class Access>
+HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
+    Evaluation e;
+    e.raw = usable(a.grad.load(i, col, n), e.ok);
+    e.w = a.weight.load(i, col, n);
+    e.g = Access::kPlain ? e.raw * h.coefficient : select(e.ok, conditioned(h, e.raw, e.w), F(0.f));
+    e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n)};
+    e.after = e.before;
+    e.direction = Access::R::direction(h, e.g, e.after);
+    if (Access::kPlain)
+        e.u = e.direction;  // its scale waits for the step size: nothing in between depends on it
+    else
+        e.u = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) * h.settled_scale;
+    if (a.factored_sign) e.u = select(e.raw == F(0.f), F(0.f), e.u);
+    return e;
+}
+
+HD void measure(const Launch& launch, int64_t index) {
+    const Tile& tile = launch.tiles[index];
+    Place p(launch, tile);
+    Scratch scratch;
+    AnyGrad grad(p, scratch.grad);
+    AnyWeight weight(p, scratch.weight);
+    D gg, wg, ww;
+    for (int64_t row = tile.row; row < p.end_row(); ++row) {
+        const int width = p.width(row);
+        grad.begin_row(row, width);
+        weight.begin_row(row, width);
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            Mask ok;
+            D g = widen(usable(grad.load(i, col, n), ok)), w = widen(weight.load(i, col, n));
+            gg = gg + g * g;
+            wg = wg + w * g;
+            ww = ww + w * w;
+        });
+    }
+    TileSums& sums = launch.sums[index];
+    double grad_sq = Exec::total(gg), weight_grad = Exec::total(wg), weight_sq = Exec::total(ww);
+    if (Exec::leads()) sums.grad_sq = grad_sq, sums.weight_grad = weight_grad, sums.weight_sq = weight_sq;
+}
+
+// An element without a usable gradient contributes the average it has.
+template <class GradT>
+HD void factor(const Launch& launch, int64_t index) {
+    const Tile& tile = launch.tiles[index];
+    Place p(launch, tile);
+    const Hyper h = p.hyper;
+    Scratch scratch;
+    GradT grad(p, scratch.grad);
+    AnyWeight weight(p, scratch.weight);
+    FactoredSlot<false> square(p, kSquare, scratch.slots[kSquare]);
+    square.begin();
+    for (int64_t row = tile.row; row < p.end_row(); ++row) {
+        const int width = p.width(row);
+        grad.begin_row(row, width);
+        if (has(h, kOrthograd)) weight.begin_row(row, width);
+        square.begin_row(row, width);
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            Mask ok;
+            F g = usable(grad.load(i, col, n), ok);
+            g = has(h, kOrthograd) ? conditioned(h, g, weight.load(i, col, n)) : g * h.coefficient;
+            F g2 = g * g;
+            if (!all(ok)) g2 = select(ok, g2, square.load(i, col, n));
+            square.store(i, col, n, g2);
+        });
+        square.end_row(row, width);
+    }
+    square.end();
+}
+
+template <class Access>
+HD void norm(const Launch& launch, int64_t index) {
+    const Tile& tile = launch.tiles[index];
+    Place p(launch, tile);
+    const Hyper h = p.hyper;
+    Scratch scratch;
+    Access a(p, scratch);
+    double update_sq = 0;
+    for (int64_t row = tile.row; row < p.end_row(); ++row) {
+        F sum;
+        begin_row(a, row, p.width(row));
+        Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
+            F u = evaluate(a, h, i, col, n).direction;
+            sum = fma(u, u, sum);
+        });
+        update_sq += Exec::total(sum);
+    }
+    if (Exec::leads()) launch.sums[index].update_sq = update_sq;
+}
+
+template <class Access>
+HD void align(const Launch& launch, int64_t index) {
+    const Tile& tile = launch.tiles[index];
+    Place p(launch, tile);
+    const Hyper h = p.hyper;
+    Scratch scratch;
+    Access a(p, scratch);
+    int64_t aligned = 0;
+    for (int64_t row = tile.row; row < p.end_row(); ++row) {
+        begin_row(a, row, p.width(row));
+        Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
+            Evaluation e = evaluate(a, h, i, col, n);
+            aligned += count(agrees(e.u, e.g));
+        });
+    }
+    aligned = Exec::total(aligned);
+    if (Exec::leads()) launch.sums[index].aligned = aligned;
+}
+
+template <class Access>
+HD void apply(const Launch& launch, int64_t index) {
+    const Tile& tile = launch.tiles[index];
+    Place p(launch, tile);
+    const Hyper h = p.hyper;
+    Scratch scratch;
+    Access a(p, scratch);
+    int64_t nonfinite = 0;
+    double update_sq = 0;
+    a.fast.begin();
+    a.slow.begin();
+    a.square.begin();
+    const bool lagged = has(h, kClipLagged);
+    const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
+    for (int64_t row = tile.row; row < p.end_row(); ++row) {
+        int width = p.width(row);
+        F sum;
+        begin_row(a, row, width);
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            Evaluation e = evaluate(a, h, i, col, n);
+            F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
+            F kept = Access::kPlain ? fma(F(-h.decay), e.w, e.w) : decayed(h, e.w, u);
+            F w = fma(F(-step), u, kept);
+            if (lagged) sum = fma(e.direction, e.direction, sum);
+            if (!all(e.ok)) {
+                nonfinite += kLanes - count(e.ok);
+                w = select(e.ok, w, e.w);
+                e.after.fast = select(e.ok, e.after.fast, e.before.fast);
+                e.after.slow = select(e.ok, e.after.slow, e.before.slow);
+                e.after.square = select(e.ok, e.after.square, e.before.square);
+            }
+            a.fast.store(i, col, n, e.after.fast);
+            a.slow.store(i, col, n, e.after.slow);
+            a.square.store(i, col, n, e.after.square);
+            a.weight.store(i, col, n, h.passive ? e.w : w);
+        });
+        a.fast.end_row(row, width);
+        a.slow.end_row(row, width);
+        a.square.end_row(row, width);
+        if (!h.passive) a.weight.end_row(width);
+        if (lagged) update_sq += Exec::total(sum);
+    }
+    a.fast.end();
+    a.slow.end();
+    a.square.end();
+    nonfinite = Exec::total(nonfinite);
+    if (Exec::leads()) {
+        launch.sums[index].nonfinite = nonfinite;
+        if (lagged) launch.sums[index].update_sq = update_sq;
+    }
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

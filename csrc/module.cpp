@@ -1,0 +1,91 @@
+// The Python module optim._native: integers in, nothing out.  It does not link torch and owns no
+// memory; optim/native.py is its only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine/cpu.h"
+
+namespace py = pybind11;
+using namespace engine;
+
+namespace {
+
+// What this machine can run, slowest first.
+std::vector<const Isa*> supported() {
+    std::vector<const Isa*> isas{&kBaseline};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        isas.push_back(&kAvx2);
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            isas.push_back(&kAvx512);
+    }
+#endif
+    return isas;
+}
+
+const Isa& find(const std::string& name) {
+    for (const Isa* isa : supported())
+        if (name == isa->name) return *isa;
+    throw std::invalid_argument("this machine does not run the instruction set '" + name + "'");
+}
+
+const Launch& launch_at(uint64_t address) { return *reinterpret_cast<const Launch*>(address); }
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "The CPU engine of the optimizers in csrc/.";
+
+    m.def(
+        "describe",
+        [] {
+            py::dict sizes;
+            sizes["Options"] = sizeof(Options);
+            sizes["Moment"] = sizeof(Moment);
+            sizes["Tensor"] = sizeof(Tensor);
+            sizes["Tile"] = sizeof(Tile);
+            sizes["TileSums"] = sizeof(TileSums);
+            sizes["Hyper"] = sizeof(Hyper);
+            sizes["Launch"] = sizeof(Launch);
+            sizes["TILE_ROWS"] = kTileRows;
+            sizes["TILE_COLS"] = kTileCols;
+            sizes["VECTOR_PAD"] = kVectorPad;
+            return sizes;
+        },
+        "Sizes in bytes of the structs that optim/plan.py mirrors, and the constants it shares.");
+
+    m.def(
+        "isas",
+        [] {
+            std::vector<std::string> names;
+            for (const Isa* isa : supported()) names.push_back(isa->name);
+            return names;
+        },
+        "The instruction sets this machine runs, slowest first.");
+
+    m.def(
+        "launch",
+        [](uint64_t launch, const std::string& isa, int num_threads) {
+            const Isa& chosen = find(isa);
+            py::gil_scoped_release unlocked;
+            run(chosen, launch_at(launch), num_threads);
+        },
+        py::arg("launch"), py::arg("isa"), py::arg("num_threads"),
+        "One step of the bucket that the Launch struct at this address describes.");
+
+    m.def(
+        "grad_sq",
+        [](uint64_t launch, const std::string& isa, int num_threads) {
+            const Isa& chosen = find(isa);
+            py::gil_scoped_release unlocked;
+            return grad_sq(chosen, launch_at(launch), num_threads);
+        },
+        py::arg("launch"), py::arg("isa"), py::arg("num_threads"),
+        "The sum of the squares of the bucket's usable gradient elements.");
+}

@@ -1,0 +1,124 @@
+"""Who computes a step: the native engine where it is built, plain PyTorch otherwise.
+
+An engine steps a list of parameters that have gradients; every engine computes the same.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from optim import features, native
+from optim.codecs import FactoredSign, join, layout, split
+from optim.rng import mix, round_stochastic_bf16
+
+if TYPE_CHECKING:
+    from optim.fused import FusedOptimizer
+
+BACKENDS = ("auto", "native", "torch")
+Place = tuple[int, dict[str, Any], Tensor]  # a parameter with its index and its group
+
+
+def grad_of(param: Tensor) -> Tensor:
+    """The gradient of a parameter that is known to have one."""
+    assert param.grad is not None
+    return param.grad
+
+
+class Engine(Protocol):
+    """Steps parameters of one optimizer."""
+
+    def step(self, places: Sequence[Place], coefficients: dict[int, float]) -> None:
+        """One step of these parameters; `coefficients` holds, by the id of a group, what its
+        gradients are multiplied by (1 where it is absent)."""
+
+    def grad_sq(self, places: Sequence[Place]) -> float:
+        """The sum of the squares of the usable elements of these parameters' gradients."""
+
+
+class TorchEngine:
+    """backend="torch": `optim/reference.py`, one parameter after another, on any device."""
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+
+    def step(self, places: Sequence[Place], coefficients: dict[int, float]) -> None:
+        for index, group, param in places:
+            self._step(index, group, param, coefficients.get(id(group), 1.0))
+
+    def grad_sq(self, places: Sequence[Place]) -> float:
+        return sum(features.grad_sq(grad_of(param)) for _, _, param in places)
+
+    def _step(self, index: int, group: dict[str, Any], param: Tensor, coefficient: float) -> None:
+        """One step of one parameter: decode, apply the rule, encode, write the weights."""
+        optimizer = self._optimizer
+        codecs = optimizer.codecs(param, group)
+        state = optimizer.state_of(param, group)
+        state["step"] += 1
+        t, lr = int(state["step"]), float(group["lr"])
+        h = SimpleNamespace(**group | {"lr": lr, "t": t, "codec": codecs})
+        key = mix(group["seed"], index, t)
+
+        w, raw = param.float(), grad_of(param).float()
+        if "compensation" in state:
+            w = w + state["compensation"].float()
+        h.usable = features.usable(raw)
+        state["nonfinite"] += (~h.usable).sum()
+        g = features.clipped(h, torch.where(h.usable, raw, 0.0) * coefficient)
+        if h.orthograd:
+            g = torch.where(h.usable, features.orthogonal(w, g), 0.0)
+
+        moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
+        u, moments = type(optimizer).rule(h, w, g, moments)
+        for salt, name in enumerate(codecs, start=1):
+            parts = codecs[name].encode(moments[name], mix(key, salt))
+            for part, value in join({name: parts}).items():
+                state[part].copy_(value)
+        if u is not None:
+            if any(isinstance(codec, FactoredSign) for codec in codecs.values()):
+                u = torch.where(raw == 0, 0.0, u)  # its momentum is its neighbours'
+            u = features.aligned(h, u, g)
+            moved = w - lr * (features.decayed(h, w, u) + u)
+            w = torch.where(h.usable, moved, w)
+            if h.rounding == "stochastic" and param.dtype == torch.bfloat16:
+                view = layout(codecs.values(), param.numel())
+                param.copy_(round_stochastic_bf16(w, key, view))
+            else:
+                param.copy_(w)
+            if "compensation" in state:
+                state["compensation"].copy_(w - param.float())
+
+
+def resolve(choice: str) -> str:
+    """Who computes, for a `backend` argument: -> native or torch.  "auto" leaves it to
+    OPTIM_BACKEND, and then to what is built.
+
+    Raises ValueError for a name that does not exist, RuntimeError where "native" is asked for and
+    cannot be had.  Falling back is said once.
+    """
+    if choice == "auto":
+        choice = os.environ.get("OPTIM_BACKEND", "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"OPTIM_BACKEND={choice} is not one of {', '.join(BACKENDS)}")
+    if choice == "torch":
+        return "torch"
+    reason = native.unavailable()
+    if reason is None:
+        return "native"
+    if choice == "native":
+        raise RuntimeError(f"backend='native' cannot be had: {reason}")
+    _say_once(f"the optimizers run on plain PyTorch, which is slower: the native engine {reason}")
+    return "torch"
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+_said: set[str] = set()

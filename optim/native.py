@@ -1,0 +1,229 @@
+"""backend="native": the CPU engine of `csrc/`, built by the install where a compiler exists.
+
+It steps a bucket of parameters in one call: rules, codecs and features fused into one pass over
+memory wherever the mathematics allows it.  `optim/reference.py` is what it computes.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optim import plan
+from optim.codecs import Factored, FactoredSign, layout, split
+
+if TYPE_CHECKING:
+    from optim.backend import Place
+    from optim.fused import FusedOptimizer
+
+try:
+    from optim import _native  # type: ignore[attr-defined]
+except ImportError as error:
+    _native, _reason = None, str(error)
+
+# Parameters are stepped in buckets of at most so many elements: 64 MB of bf16 gradients.
+BUCKET_NUMEL = 32 << 20
+
+
+def unavailable() -> str | None:
+    """Why the native engine cannot be used, or None where it can."""
+    if _native is None:
+        return f"it is not built ({_reason}); install with a C++ compiler at hand to have it"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: OPTIM_ISA, or the best one this machine has.
+
+    Raises ValueError for a name that this machine does not have.
+    """
+    names = _native.isas()
+    chosen = os.environ.get("OPTIM_ISA", names[-1])
+    if chosen not in names:
+        raise ValueError(f"OPTIM_ISA={chosen}: this machine has {', '.join(names)}")
+    return chosen
+
+
+def _sizes() -> dict[str, int]:
+    """Sizes in bytes of the engine's structs, once `optim/plan.py` is seen to mirror them."""
+    mirrored = {
+        "Options": ctypes.sizeof(plan.Options),
+        "Moment": ctypes.sizeof(plan.Moment),
+        "Tensor": ctypes.sizeof(plan.Descriptor),
+        "Launch": ctypes.sizeof(plan.Launch),
+        "TILE_ROWS": plan.TILE_ROWS,
+        "TILE_COLS": plan.TILE_COLS,
+        "VECTOR_PAD": plan.VECTOR_PAD,
+    }
+    built: dict[str, int] = _native.describe()
+    differing = [name for name, size in mirrored.items() if built[name] != size]
+    if differing:
+        raise ImportError(
+            f"optim._native was built from other sources ({', '.join(differing)} differ); "
+            "install again: pip install -e ."
+        )
+    return built
+
+
+_SIZES = _sizes() if _native is not None else {}
+
+_WORDS = ctypes.sizeof(plan.Descriptor) // 8
+_WEIGHT, _GRAD = plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8
+_GRAD_DTYPE = plan.Descriptor.grad_dtype.offset // 4
+
+
+class _Work:
+    """The buckets of a set of parameters, as launches."""
+
+    def __init__(self, descriptors: "ctypes.Array[plan.Descriptor]", members: list[int]) -> None:
+        self.members = torch.tensor(members)
+        self.launches: list[tuple[plan.Launch, plan.Bucket]] = []
+        for chosen in _split(descriptors, members):
+            shapes = [(descriptors[i].rows, descriptors[i].cols) for i in chosen]
+            factored = [plan.num_factored(descriptors[i]) for i in chosen]
+            bucket = plan.Bucket(chosen, shapes, factored)
+            launch = plan.Launch(
+                tensors=ctypes.addressof(descriptors),
+                members=bucket.members.data_ptr(),
+                tiles=bucket.tiles.data_ptr(),
+                first_tile=bucket.first_tile.data_ptr(),
+                vectors=bucket.vectors.data_ptr(),
+                num_tensors=len(chosen),
+                num_tiles=bucket.num_tiles,
+            )
+            self.launches.append((launch, bucket))
+
+
+def _split(descriptors: "ctypes.Array[plan.Descriptor]", members: list[int]) -> list[list[int]]:
+    """Members in buckets of at most BUCKET_NUMEL elements, or a single larger one."""
+    buckets: list[list[int]] = []
+    room = 0
+    for index in members:
+        room -= descriptors[index].numel
+        if room < 0:
+            buckets.append([])
+            room = BUCKET_NUMEL - descriptors[index].numel
+        buckets[-1].append(index)
+    return buckets
+
+
+class NativeEngine:
+    """Steps the CPU parameters of one optimizer.
+
+    What it keeps is derived from the optimizer's groups and state, and it is dropped when those
+    change: descriptors, work lists, and room for partial sums.
+    """
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer, self._isa = optimizer, isa()
+        self._rule = plan.RULES[type(optimizer).rule.__name__]
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        self._descriptors = (plan.Descriptor * count)()
+        self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
+        self._states: dict[int, dict[str, Tensor]] = {}  # what each descriptor points into
+        self._work: dict[tuple[int, ...], _Work] = {}
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def supports(self, group: dict[str, Any], param: Tensor) -> bool:
+        """Whether the engine steps this parameter; batches of matrices are the reference's."""
+        return param.device.type == "cpu" and group.get("conv_view") != "last2"
+
+    def step(self, places: "Sequence[Place]", coefficients: dict[int, float]) -> None:
+        """As `optim.backend.Engine`."""
+        work, weights = self._refresh(places)
+        groups = self._optimizer.param_groups
+        options = (plan.Options * len(groups))(
+            *(plan.group_options(group, coefficients.get(id(group), 1.0)) for group in groups)
+        )
+        self._launch(_native.launch, work, options)
+        for param, copy in weights:
+            param.copy_(copy)
+
+    def grad_sq(self, places: "Sequence[Place]") -> float:
+        """As `optim.backend.Engine`."""
+        work, _ = self._refresh(places)
+        return sum(self._launch(_native.grad_sq, work, None))
+
+    def _launch(self, function: Any, work: _Work, options: Any) -> list[Any]:
+        results = []
+        for launch, bucket in work.launches:
+            hypers = bucket.num_tensors * _SIZES["Hyper"]
+            sums = bucket.num_tiles * _SIZES["TileSums"]
+            size = hypers + sums + bucket.workspace_size * 4
+            if self._room.numel() < size:
+                self._room = torch.empty(size, dtype=torch.uint8)
+            launch.hypers = self._room.data_ptr()
+            launch.sums = launch.hypers + hypers
+            launch.workspace = launch.sums + sums
+            launch.options = ctypes.addressof(options) if options is not None else 0
+            launch.rule = self._rule
+            results.append(function(ctypes.addressof(launch), self._isa, torch.get_num_threads()))
+        return results
+
+    def _refresh(self, places: "Sequence[Place]") -> tuple[_Work, list[tuple[Tensor, Tensor]]]:
+        """Write the addresses of this step's weights and gradients into the descriptors.
+
+        Returns the work of these parameters, and contiguous copies of the weights that are not
+        contiguous, to be copied back.
+        """
+        states = self._optimizer.state
+        weights, addresses, dtypes = [], [], []
+        self._gradients = []  # copies, alive until the next step
+        for index, group, param in places:
+            grad: Any = param.grad
+            weight = param
+            if self._states.get(index) is not states[param]:
+                self._describe(index, group, param)
+            if grad.dtype not in plan.DTYPES or not grad.is_contiguous():
+                grad = (grad if grad.dtype in plan.DTYPES else grad.float()).contiguous()
+                self._gradients.append(grad)
+            if not param.is_contiguous():
+                weight = param.contiguous()
+                weights.append((param, weight))
+            addresses.append((weight.data_ptr(), grad.data_ptr()))
+            dtypes.append(plan.DTYPES[grad.dtype])
+        members = tuple(index for index, _, _ in places)
+        if members not in self._work:
+            if len(self._work) > 4096:  # sets of parameters that do not come again
+                self._work.clear()
+            self._work[members] = _Work(self._descriptors, list(members))
+        work = self._work[members]
+        if members:
+            self._words[work.members, _WEIGHT : _GRAD + 1] = torch.tensor(addresses)
+            self._words.view(torch.int32)[work.members, _GRAD_DTYPE] = torch.tensor(
+                dtypes, dtype=torch.int32
+            )
+        return work, weights
+
+    def _describe(self, index: int, group: dict[str, Any], param: Tensor) -> None:
+        """Fill in the descriptor of one parameter, whose state is allocated if there is none."""
+        optimizer = self._optimizer
+        if index in self._states:
+            self._work.clear()  # its state was replaced, perhaps by one of another layout
+        codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
+        rows, cols = plan.matrix_of(layout(codecs.values(), param.numel()))
+        d = self._descriptors[index]
+        d.weight_dtype, d.numel, d.rows, d.cols = (
+            plan.DTYPES[param.dtype],
+            param.numel(),
+            rows,
+            cols,
+        )
+        d.index = index
+        d.group = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
+        for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
+            setattr(d, name, state[name].data_ptr() if name in state else 0)
+        vectors = partials = 0
+        for salt, (name, codec) in enumerate(codecs.items(), start=1):
+            if name not in plan.SLOTS:
+                continue
+            moment = plan.moment_of(codec, split(state, name), salt)
+            if isinstance(codec, (Factored, FactoredSign)):
+                moment.vectors, moment.partials = vectors, partials
+                vectors += plan.vector_size(rows, cols)
+                partials += plan.TILE_ROWS + plan.TILE_COLS
+            d.moments[plan.SLOTS.index(name)] = moment
+        self._states[index] = state

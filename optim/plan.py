@@ -1,0 +1,244 @@
+"""What the engine works on: parameters as descriptors, buckets of them as lists of tiles.
+
+The structs mirror `csrc/core/types.h` field by field; addresses are integers.  A descriptor is
+built once for a parameter, and its gradient's address refreshed at every step.  A bucket is a set
+of parameters that one launch steps; its tiles depend on shapes alone, so they are built once too.
+"""
+
+import ctypes
+from ctypes import c_double, c_int32, c_int64, c_uint64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.codecs import Bf16, Block8, Codec, Dense, Factored, FactoredSign, Float8, Parts
+
+TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
+SLOTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")  # SlotId
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
+RULES = {"sgd": 0, "adam": 1, "adopt": 2, "lion": 3, "adafactor": 4}  # RuleId
+FLAGS = (  # Flag, from bit 0
+    "nesterov",
+    "atan2",
+    "grams",
+    "cautious",
+    "cautious_decay",
+    "orthograd",
+    "grad_clip",
+    "growth_limit",
+    "clip_exact",
+    "clip_lagged",
+    "relative_step",
+    "scale_parameter",
+    "fixed_beta2",
+    "stochastic",
+    "first_moment",
+    "slow_moment",
+)
+# CodecId, and which part is which; 0 is an absent moment.
+_LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
+    Dense: (1, ("",)),
+    Bf16: (2, ("",)),
+    Block8: (3, ("codes", "absmax")),
+    Float8: (4, ("codes", "top")),
+    Factored: (5, ("row", "col")),
+    FactoredSign: (6, ("row", "col", "", "", "sign")),
+}
+
+
+class Options(ctypes.Structure):
+    """The options of one parameter group, as numbers."""
+
+    _fields_ = [
+        ("lr", c_double),
+        ("weight_decay", c_double),
+        ("beta1", c_double),
+        ("beta2", c_double),
+        ("beta3", c_double),
+        ("beta2_decay", c_double),
+        ("eps", c_double),
+        ("eps_scale", c_double),
+        ("alpha", c_double),
+        ("warmup_steps", c_double),
+        ("grad_clip", c_double),
+        ("growth_limit", c_double),
+        ("clip_threshold", c_double),
+        ("coefficient", c_double),
+        ("flags", c_int64),
+        ("seed", c_uint64),
+    ]
+
+
+class Moment(ctypes.Structure):
+    """How one moment of one parameter is stored."""
+
+    _fields_ = [
+        ("codec", c_int32),
+        ("salt", c_int32),
+        ("parts", c_uint64 * 5),
+        ("vectors", c_int64),
+        ("partials", c_int64),
+    ]
+
+
+class Descriptor(ctypes.Structure):
+    """One parameter: where everything is (`Tensor` in C++)."""
+
+    _fields_ = [
+        ("weight", c_uint64),
+        ("grad", c_uint64),
+        ("compensation", c_uint64),
+        ("step", c_uint64),
+        ("nonfinite", c_uint64),
+        ("update_norm", c_uint64),
+        ("update_rms", c_uint64),
+        ("weight_dtype", c_int32),
+        ("grad_dtype", c_int32),
+        ("numel", c_int64),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("index", c_int64),
+        ("group", c_int64),
+        ("moments", Moment * len(SLOTS)),
+    ]
+
+
+class Launch(ctypes.Structure):
+    """One launch: a bucket through all phases."""
+
+    _fields_ = [
+        ("options", c_uint64),
+        ("tensors", c_uint64),
+        ("members", c_uint64),
+        ("tiles", c_uint64),
+        ("first_tile", c_uint64),
+        ("vectors", c_uint64),
+        ("hypers", c_uint64),
+        ("sums", c_uint64),
+        ("workspace", c_uint64),
+        ("num_tensors", c_int64),
+        ("num_tiles", c_int64),
+        ("rule", c_int32),
+    ]
+
+
+def group_options(group: dict[str, Any], coefficient: float) -> Options:
+    """One group's options as the engine reads them; `coefficient` multiplies every gradient."""
+    betas = tuple(group.get("betas", ()))
+    beta1 = group.get("momentum", group.get("beta1", betas[0] if betas else None))
+    beta2 = group.get("beta2", betas[1] if len(betas) > 1 else None)
+    eps = group.get("eps", 0.0)
+    eps, eps_scale = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
+    clips = group.get("clip_threshold") is not None
+    flags = {
+        "nesterov": group.get("nesterov"),
+        "atan2": group.get("atan2"),
+        "grams": group["grams"],
+        "cautious": group["cautious"] and not group["grams"],
+        "cautious_decay": group["cautious_decay"],
+        "orthograd": group["orthograd"],
+        "grad_clip": group["grad_clip"] is not None,
+        "growth_limit": group.get("growth_limit") is not None,
+        "clip_exact": clips and group["clip_norm"] == "exact",
+        "clip_lagged": clips and group["clip_norm"] == "lagged",
+        "relative_step": group.get("relative_step"),
+        "scale_parameter": group.get("scale_parameter"),
+        "fixed_beta2": beta2 is not None,
+        "stochastic": group["rounding"] == "stochastic",
+        "first_moment": group.get("beta1") is not None,
+        "slow_moment": len(betas) > 2,
+    }
+    return Options(
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        beta1=beta1 or 0.0,
+        beta2=beta2 or 0.0,
+        beta3=betas[2] if len(betas) > 2 else 0.0,
+        beta2_decay=group.get("beta2_decay", 0.0),
+        eps=eps,
+        eps_scale=eps_scale,
+        alpha=group.get("alpha", 0.0),
+        warmup_steps=group.get("warmup_steps", 0),
+        grad_clip=group["grad_clip"] or 0.0,
+        growth_limit=group.get("growth_limit") or 0.0,
+        clip_threshold=group.get("clip_threshold") or 0.0,
+        coefficient=coefficient,
+        flags=sum(1 << bit for bit, name in enumerate(FLAGS) if flags[name]),
+        seed=group["seed"] % (1 << 64),
+    )
+
+
+def moment_of(codec: Codec, parts: Parts, salt: int) -> Moment:
+    """How the engine finds a moment that `codec` stores in these tensors."""
+    kind, order = _LAYOUT[type(codec)]
+    if isinstance(codec, Factored) and codec.float8:
+        order = ("row.codes", "col.codes", "row.top", "col.top")
+    addresses = [parts[name].data_ptr() if name in parts else 0 for name in order]
+    return Moment(codec=kind, salt=salt, parts=tuple(addresses + [0] * (5 - len(addresses))))
+
+
+def matrix_of(view: tuple[int, int]) -> tuple[int, int]:
+    """The matrix whose tiles stand for a view.
+
+    A flat tensor, view (1, n), is folded into rows of a tile's width: the same elements in the same
+    order, with tiles of a useful height.
+    """
+    rows, cols = view
+    return (-(-cols // TILE_COLS), TILE_COLS) if rows == 1 else view
+
+
+class Bucket:
+    """The work list of some parameters: tiles in tensor, row, column order, and the room they need.
+
+    `matrices` holds each member's matrix, `num_factored` how many of its moments are factored.
+    `vectors` says where in the workspace the decoded factors of each member begin; the tiles'
+    partial sums follow them.  Units are fp32 elements.
+    """
+
+    def __init__(
+        self, members: list[int], matrices: list[tuple[int, int]], num_factored: list[int]
+    ) -> None:
+        self.members, self.num_tensors = torch.tensor(members, dtype=torch.int32), len(members)
+        rows, cols = torch.tensor(matrices, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        factored = torch.tensor(num_factored, dtype=torch.int64)
+        strips, chunks = _ceil_div(rows, TILE_ROWS), _ceil_div(cols, TILE_COLS)
+        counts = strips * chunks
+        self.first_tile = torch.zeros(len(members) + 1, dtype=torch.int64)
+        self.first_tile[1:] = counts.cumsum(0)
+        self.num_tiles = int(self.first_tile[-1])
+
+        vector_sizes = factored * (_padded(rows) + _padded(cols))
+        self.vectors = vector_sizes.cumsum(0) - vector_sizes
+        owner = torch.arange(len(members)).repeat_interleave(counts)
+        within = torch.arange(self.num_tiles) - self.first_tile[owner]
+        partials = factored[owner] * (TILE_ROWS + TILE_COLS)
+        total_vectors = int(vector_sizes.sum())
+        self.workspace_size = total_vectors + int(partials.sum())
+
+        # Tile: int32 tensor, row, col, unused; int64 partials
+        self.tiles = torch.zeros((self.num_tiles, 3), dtype=torch.int64)
+        words = self.tiles.view(torch.int32)
+        words[:, 0] = owner.to(torch.int32)
+        words[:, 1] = (within // chunks[owner] * TILE_ROWS).to(torch.int32)
+        words[:, 2] = (within % chunks[owner] * TILE_COLS).to(torch.int32)
+        self.tiles[:, 2] = total_vectors + partials.cumsum(0) - partials
+
+
+def num_factored(descriptor: Descriptor) -> int:
+    """How many moments of a parameter are factored."""
+    kinds = (_LAYOUT[Factored][0], _LAYOUT[FactoredSign][0])
+    return sum(moment.codec in kinds for moment in descriptor.moments)
+
+
+def vector_size(rows: int, cols: int) -> int:
+    """Workspace elements of one decoded pair of factors."""
+    return sum(-(-length // VECTOR_PAD) * VECTOR_PAD for length in (rows, cols))
+
+
+def _ceil_div(x: Tensor, by: int) -> Tensor:
+    return (x + by - 1) // by
+
+
+def _padded(x: Tensor) -> Tensor:
+    return _ceil_div(x, VECTOR_PAD) * VECTOR_PAD

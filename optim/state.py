@@ -1,0 +1,67 @@
+"""The state of an optimizer: allocated, counted, compared with a saved one.
+
+The state of a parameter is a flat dict of plain tensors with dtypes of their own (`step`, then
+`moment` or `moment.part`), so that it passes through torch.save(weights_only), safetensors and
+torch.distributed.checkpoint as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.codecs import Codec, Parts, join
+
+VERSION = 2
+
+
+def blank(
+    param: Tensor, codecs: dict[str, Codec], rounding: str, device: torch.device
+) -> dict[str, Tensor]:
+    """The state of a parameter that has made no step: everything zero."""
+    state = {
+        "step": torch.zeros((), dtype=torch.int64),  # on the host, where it is read
+        "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
+    }
+    if rounding == "kahan" and param.dtype != torch.float32:
+        state["compensation"] = torch.zeros(tuple(param.shape), dtype=param.dtype, device=device)
+    return state | join({name: codec.zeros(device) for name, codec in codecs.items()})
+
+
+def check_groups(
+    optimizer: str, groups: list[dict[str, Any]], options: set[str], state_dict: dict[str, Any]
+) -> None:
+    """Raise ValueError, saying what differs, where a saved state's version or groups are not those
+    of `optimizer`, which has these groups and options."""
+    version = state_dict.get("state_version")
+    if version != VERSION:
+        raise ValueError(
+            f"{optimizer} reads state version {VERSION}, and this state has {version}; "
+            "it was saved by another optimizer or release"
+        )
+    sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    own_sizes = [len(group["params"]) for group in groups]
+    if sizes != own_sizes:
+        raise ValueError(
+            f"{optimizer} has parameter groups of {own_sizes} tensors, "
+            f"and the saved state has {sizes}"
+        )
+    for group in state_dict["param_groups"]:  # LR schedulers may have added keys of their own
+        missing = sorted(options - set(group))
+        if missing:
+            raise ValueError(
+                f"the saved state is not of {optimizer}: its groups lack {', '.join(missing)}"
+            )
+
+
+def check_parts(optimizer: str, parameter: str, saved: Parts, wanted: Parts) -> None:
+    """Raise ValueError where one parameter's saved state differs from `wanted` (tensors of any
+    device) in a name, a shape or a dtype."""
+    own = {key: (tuple(x.shape), x.dtype) for key, x in wanted.items()}
+    found = {key: (tuple(x.shape), x.dtype) for key, x in saved.items()}
+    for key in sorted(own.keys() | found.keys()):
+        if own.get(key) != found.get(key):
+            raise ValueError(
+                f"the saved state of parameter {parameter} does not fit {optimizer}: {key!r} is "
+                f"{found.get(key, 'missing')} and should be {own.get(key, 'absent')}"
+            )

@@ -1,0 +1,58 @@
+"""What pyproject.toml cannot say: how the native engine is compiled, where there is a compiler.
+
+`optional` lets the install go on without one; `optim` then runs on plain PyTorch and says so.
+"""
+
+import platform
+from typing import Any
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+# One object for each instruction set; which of them runs is chosen on the user's machine.
+ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = [
+        *ISA_FLAGS["avx2"],
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    ]
+
+
+class BuildEngine(build_ext):
+    """Compiles each instruction set's file with flags of its own, side by side."""
+
+    def build_extension(self, ext: Any) -> None:
+        compile_one = self.compiler.compile
+
+        def compile_all(sources: list[str], *args: Any, **options: Any) -> list[str]:
+            from concurrent.futures import ThreadPoolExecutor
+
+            shared = options.pop("extra_postargs") or []
+            jobs = [([source], shared) for source in sources] + [
+                ([f"csrc/engine/isa/{isa}.cpp"], [*shared, *flags])
+                for isa, flags in reversed(ISA_FLAGS.items())
+            ]
+            with ThreadPoolExecutor() as pool:
+                objects = pool.map(
+                    lambda job: compile_one(job[0], *args, extra_postargs=job[1], **options), jobs
+                )
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_all
+        super().build_extension(ext)
+
+
+engine = Pybind11Extension(
+    "optim._native",
+    ["csrc/module.cpp"],
+    include_dirs=["csrc"],
+    cxx_std=17,
+    # The same bits everywhere: only the written fused multiply-adds.  An errno of sqrt would keep
+    # loops scalar.
+    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
+
+setup(ext_modules=[engine], cmdclass={"build_ext": BuildEngine})

@@ -1,0 +1,144 @@
+"""The arithmetic of every optimizer against other implementations of the same paper."""
+
+import adafactor8bit
+import adv_optm
+import bitsandbytes
+import lion_pytorch
+import pytest
+import pytorch_optimizer
+import torch
+from helpers import make_params, run
+
+import optim
+
+MATRIX = [(24, 16), (24,)]
+CONVOLUTION = [(16, 3, 3, 3), (24, 16), (8, 4, 1, 1), (24,)]
+PAPER = {"beta2": None, "relative_step": True, "scale_parameter": True, "weight_decay": 0.1}
+
+# What another library leaves out of its paper, or puts in, is switched off or not compared:
+# - decay: torch and adafactor8bit (scale_weight_decay=False) decay by the unscaled rate, as this
+#   family does.  adafactor8bit's default decays by the scaled one.
+# - bias correction: adafactor8bit has none for a fixed beta2 without momentum, so the paper's
+#   1 - t^-0.8 is compared, which needs none.
+# - first moment: adafactor8bit averages the gradient where the paper (Alg. 4) averages the clipped
+#   update; not compared.
+# - lagged clip: adafactor8bit's `lag_norm` is in its CUDA kernels only; not compared.
+THIRD_PARTIES = {
+    # name and variant: (our options, theirs, shapes)
+    "sgd": (
+        {"lr": 0.1, "momentum": 0.9},
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        CONVOLUTION,
+    ),
+    "sgd nesterov": (
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        CONVOLUTION,
+    ),
+    "adamw": (
+        {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1},
+        lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1),
+        CONVOLUTION,
+    ),
+    "lion": (
+        {"lr": 1e-2, "weight_decay": 0.1},
+        lambda p: pytorch_optimizer.Lion(p, lr=1e-2, weight_decay=0.1, weight_decouple=True),
+        CONVOLUTION,
+    ),
+    "lion lion-pytorch": (
+        {"lr": 1e-2, "weight_decay": 0.1},
+        lambda p: lion_pytorch.Lion(p, lr=1e-2, weight_decay=0.1),
+        CONVOLUTION,
+    ),
+    "ademamix": (
+        {"lr": 1e-2, "alpha": 3.0, "warmup_steps": 40, "weight_decay": 0.1},
+        lambda p: pytorch_optimizer.AdEMAMix(
+            p,
+            lr=1e-2,
+            betas=(0.9, 0.999, 0.9999),
+            alpha=3.0,
+            t_alpha_beta3=40,
+            weight_decay=0.1,
+            weight_decouple=True,
+        ),
+        CONVOLUTION,
+    ),
+    "adamw grams": (
+        {"lr": 1e-2, "grams": True, "weight_decay": 0.0},
+        lambda p: pytorch_optimizer.Grams(p, lr=1e-2, weight_decay=0.0),
+        CONVOLUTION,
+    ),
+    "adafactor": (
+        PAPER | {"lr": 1e-2},
+        lambda p: torch.optim.Adafactor(p, lr=1e-2, eps=(None, 1e-3), weight_decay=0.1),
+        MATRIX,
+    ),
+    "adafactor last2": (
+        PAPER | {"lr": 1e-2, "conv_view": "last2"},
+        lambda p: torch.optim.Adafactor(p, lr=1e-2, eps=(None, 1e-3), weight_decay=0.1),
+        CONVOLUTION,
+    ),
+    "adafactor last2 adafactor8bit": (
+        PAPER | {"lr": 1e-2, "conv_view": "last2"},
+        lambda p: adafactor8bit.Adafactor8Bit(
+            p,
+            lr=1e-2,
+            weight_decay=0.1,
+            scale_weight_decay=False,
+            quantize=False,
+            use_cuda_kernel=False,
+        ),
+        CONVOLUTION,
+    ),
+}
+
+
+def distance(ours, theirs, shapes):
+    """Largest distance between two optimizers' weights over the tensors, as a share of how far they
+    have come."""
+    return max(
+        ((a - b).norm() / (b - start).norm()).item()
+        for a, b, start in zip(ours, theirs, make_params(shapes=shapes), strict=True)
+    )
+
+
+@pytest.mark.parametrize("case", THIRD_PARTIES)
+def test_fp32_trajectory_equals_the_third_party(case):
+    options, make_other, shapes = THIRD_PARTIES[case]
+    ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
+    run(optim.build(case.split()[0], ours, **options), ours, range(60))
+    run(make_other(theirs), theirs, range(60))
+    assert distance(ours, theirs, shapes) <= 3e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [
+        ("adopt_factored", adv_optm.Adopt_adv),
+        ("adamw_factored", adv_optm.AdamW_adv),
+        ("lion_factored", adv_optm.Lion_adv),
+    ],
+)
+def test_factored_moments_follow_the_smmf_cycle_of_adv_optm(name, peer):
+    shapes = [(24, 16), (16, 3, 3, 3)]
+    ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
+    run(optim.build(name, ours, lr=1e-2, weight_decay=0.0), ours, range(40))
+    run(peer(theirs, lr=1e-2, weight_decay=0.0, nnmf_factor=True), theirs, range(40))
+    assert distance(ours, theirs, shapes) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "peer", "tolerance"),
+    [
+        ("adamw8bit", bitsandbytes.optim.AdamW8bit, 0.05),
+        ("lion8bit", bitsandbytes.optim.Lion8bit, 0.1),  # it moves by signs
+    ],
+)
+def test_eight_bit_moments_lead_where_those_of_bitsandbytes_do(name, peer, tolerance):
+    """Both round, in other codes and other ways: it is the tolerance that says how alike they
+    are."""
+    shapes = [(96, 64), (64, 8, 3, 3)]  # bitsandbytes keeps less than 4096 elements in fp32
+    ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
+    run(optim.build(name, ours, lr=1e-2, weight_decay=0.1), ours, range(60))
+    run(peer(theirs, lr=1e-2, weight_decay=0.1), theirs, range(60))
+    assert distance(ours, theirs, shapes) <= tolerance

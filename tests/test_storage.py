@@ -1,0 +1,117 @@
+"""The option `storage`: every optimizer with its moments in every form."""
+
+import copy
+
+import pytest
+import torch
+from helpers import SHAPES, assert_same, make_params, run
+from torch.nn import Parameter
+
+import optim
+from optim.codecs import Bf16, Block8, Dense, Factored, FactoredSign
+
+NAMES = sorted(optim.FAMILY)
+STORAGES = ["fp32", "bf16", "8bit", "factored"]
+MOMENT = {"adafactor": {"beta1": 0.9}, "adafactor8bit": {"beta1": 0.9}}  # so that there is one
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "storage"),
+    [
+        ("adamw8bit", "adamw", "8bit"),
+        ("adamw_factored", "adamw", "factored"),
+        ("ademamix_factored", "ademamix", "factored"),
+        ("adopt_factored", "adopt", "factored"),
+        ("lion8bit", "lion", "8bit"),
+        ("lion_factored", "lion", "factored"),
+    ],
+)
+def test_a_low_memory_class_is_its_base_with_another_default(name, base, storage):
+    assert optim.options_of(name)["storage"] == (str, storage)
+    assert optim.options_of(base)["storage"] == (str, "fp32")
+    one, two = make_params(torch.bfloat16), make_params(torch.bfloat16)
+    run(optim.build(name, one), one, range(4))
+    run(optim.build(base, two, storage=storage), two, range(4))
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_descends_and_resumes_in_every_storage(name, storage):
+    params = [Parameter(torch.full(shape, 1.0)) for shape in SHAPES]
+    options = MOMENT.get(name, {}) | {"lr": 0.01, "storage": storage}
+    optimizer = optim.build(name, params, **options)
+
+    def loss():
+        return sum((p * p).sum() for p in params)
+
+    def train(optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+    first = loss().item()
+    train(optimizer, 20)
+    middle, saved = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+    train(optimizer, 30)
+    assert loss().item() < 0.5 * first
+    end = [p.detach().clone() for p in params]
+    for p, x in zip(params, middle, strict=True):
+        p.data.copy_(x)
+    resumed = optim.build(name, params, **MOMENT.get(name, {}))  # the saved storage wins
+    resumed.load_state_dict(saved)
+    train(resumed, 30)
+    assert_same(params, end)
+
+
+# Distance from the fp32 trajectory, as a share of how far it leads.  Lion moves by signs.
+TOLERANCE = {"bf16": 0.01, "8bit": 0.03}
+LION_TOLERANCE = {"bf16": 0.04, "8bit": 0.08}
+
+
+@pytest.mark.parametrize("storage", TOLERANCE)
+@pytest.mark.parametrize(
+    "name", ["sgd", "adamw", "ademamix", "adopt", "lion", "adafactor", "adafactor8bit"]
+)
+def test_rounded_moments_lead_where_fp32_moments_do(name, storage):
+    shapes = [(64, 48), (16, 8, 3, 3), (100,)]
+    exact, rounded = make_params(shapes=shapes), make_params(shapes=shapes)
+    for params, kind in ((exact, "fp32"), (rounded, storage)):
+        options = MOMENT.get(name, {}) | {"storage": kind}
+        run(optim.build(name, params, **options), params, range(30))
+    tolerance = (LION_TOLERANCE if name == "lion" else TOLERANCE)[storage]
+    for a, b, start in zip(exact, rounded, make_params(shapes=shapes), strict=True):
+        assert (a - b).norm() <= tolerance * (a - start).norm()
+    assert not torch.equal(exact[0], rounded[0])
+
+
+@pytest.mark.parametrize(
+    ("storage", "size"),
+    [("fp32", 4), ("bf16", 2), ("8bit", 1 + 4 / 256), ("factored", 1 / 8 + 4 / 128)],
+)
+@pytest.mark.parametrize("name", ["sgd", "lion", "adafactor", "adafactor8bit"])
+def test_a_moment_takes_this_many_bytes_an_element(name, storage, size):
+    params = make_params(shapes=[(256, 256)])
+    optimizer = optim.build(name, params, storage=storage, **MOMENT.get(name, {}))
+    optimizer.init_state()
+    state = optimizer.state[params[0]].items()
+    parts = [x for key, x in state if key.split(".")[0] == "exp_avg"]
+    assert sum(x.numel() * x.element_size() for x in parts) == size * 256 * 256
+
+
+def test_adafactors_storage_is_the_first_moments_and_its_means_are_the_classs():
+    shape, view, params = (16, 3, 3, 3), (16, 27), make_params(shapes=[(16, 3, 3, 3), (24,)])
+    first = {
+        "fp32": (Dense(shape), Dense((24,))),
+        "bf16": (Bf16(shape, view), Bf16((24,))),
+        "8bit": (Block8(shape, view), Block8((24,))),
+        "factored": (FactoredSign(shape, view), Dense((24,))),
+    }
+    for name, is_float8 in (("adafactor", False), ("adafactor8bit", True)):
+        for storage in STORAGES:
+            optimizer = optim.build(name, params, storage=storage, beta1=0.9)
+            matrix, vector = (optimizer.codecs(p, optimizer.param_groups[0]) for p in params)
+            assert matrix["exp_avg_sq"] == Factored(shape, view, is_float8)
+            assert vector["exp_avg_sq"] == Dense((24,))
+            assert (matrix["exp_avg"], vector["exp_avg"]) == first[storage]
