@@ -111,7 +111,7 @@ def resolve(choice: str) -> str:
         return "native"
     if choice == "native":
         raise RuntimeError(f"backend='native' cannot be had: {reason}")
-    _say_once(f"the optimizers run on plain PyTorch, which is slower: the native engine {reason}")
+    _say_once(f"the optimizers run on plain PyTorch, which is slower; {reason}")
     return "torch"
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import backend, features, options
+from optim import backend, features, native, options
 from optim import state as states
 from optim.backend import Place, grad_of
 from optim.codecs import Codec, Dense
-from optim.native import NativeEngine
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
@@ -99,7 +98,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step([place for place in self._indexed_params() if place[2].grad is not None])
+        self._step(self._places_with_gradients())
         return loss
 
     @torch.compiler.disable
@@ -122,7 +121,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self, places: list[Place]) -> None:
         """Update these parameters, which have gradients."""
-        self._check_gradients(places)
+        if any(grad_of(param).layout is not torch.strided for _, _, param in places):
+            raise TypeError(
+                f"{type(self).__name__} does not take sparse gradients; "
+                "use nn.Embedding(sparse=False)"
+            )
+        self._raise_on_nonfinite(places)
         shares = self._shares(places)
         coefficients: dict[int, float] = {}
         if self._needs_all_gradients():
@@ -138,13 +142,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         torch_engine = backend.TorchEngine(self)
         if self.backend == "torch":
             return [(torch_engine, places)]
-        native: NativeEngine = self.__dict__.get("_native") or NativeEngine(self)
-        self._native = native
-        served: list[Place] = []
-        rest: list[Place] = []
-        for place in places:
-            (served if native.supports(place[1], place[2]) else rest).append(place)
-        return [(native, served), (torch_engine, rest)]
+        if "_native" not in self.__dict__:
+            self._native = native.NativeEngine(self)
+        served, rest = self._native.split(places)
+        return [(self._native, served), (torch_engine, rest)]
 
     def _forget(self) -> None:
         """Drop what engines derived from groups and state: they are about to change."""
@@ -172,6 +173,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         for _, group, param in self._indexed_params():
             if param.requires_grad:
                 self.state_of(param, group)
+
+    def engine(self) -> str:
+        """Who steps parameters on a CPU, in words: the native engine's instruction set, or plain
+        PyTorch and why."""
+        if self.backend == "native":
+            return f"the native engine ({native.isa()}) on a CPU, plain PyTorch elsewhere"
+        return f"plain PyTorch; {native.unavailable() or 'backend=torch was chosen'}"
 
     def state_bytes(self) -> int:
         """Bytes of all state allocated so far."""
@@ -244,15 +252,22 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         return states.blank(param, self.codecs(param, group), group["rounding"], device)
 
-    def _check_gradients(self, places: list[Place]) -> None:
-        """Before a step: raise for a sparse gradient, and for unusable elements where a group asks
-        for it."""
+    def _places_with_gradients(self) -> list[Place]:
+        """The parameters to step: index, group, parameter."""
+        places: list[Place] = []
+        index = 0
+        for group in self.param_groups:  # this loop is long for a UNet, and kept cheap
+            for param in group["params"]:
+                if param.grad is not None:
+                    places.append((index, group, param))
+                index += 1
+        return places
+
+    def _raise_on_nonfinite(self, places: list[Place]) -> None:
+        """Before a step: raise where a group asks for it and a gradient element is not usable."""
+        if not any(group["on_nonfinite"] == "raise" for group in self.param_groups):
+            return
         for index, group, param in places:
-            if grad_of(param).layout is not torch.strided:
-                raise TypeError(
-                    f"{type(self).__name__} does not take sparse gradients; "
-                    "use nn.Embedding(sparse=False)"
-                )
             if group["on_nonfinite"] == "raise":
                 bad = int((~features.usable(grad_of(param))).sum())
                 if bad:

@@ -6,6 +6,7 @@ memory wherever the mathematics allows it.  `optim/reference.py` is what it comp
 
 import ctypes
 import os
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ BUCKET_NUMEL = 32 << 20
 def unavailable() -> str | None:
     """Why the native engine cannot be used, or None where it can."""
     if _native is None:
-        return f"it is not built ({_reason}); install with a C++ compiler at hand to have it"
+        return f"the native engine is not built ({_reason}); it needs a C++ compiler at the install"
     return None
 
 
@@ -72,7 +73,6 @@ _SIZES = _sizes() if _native is not None else {}
 
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 _WEIGHT, _GRAD = plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8
-_GRAD_DTYPE = plan.Descriptor.grad_dtype.offset // 4
 
 
 class _Work:
@@ -103,7 +103,7 @@ def _split(descriptors: "ctypes.Array[plan.Descriptor]", members: list[int]) -> 
     room = 0
     for index in members:
         room -= descriptors[index].numel
-        if room < 0:
+        if room < 0 or not buckets:
             buckets.append([])
             room = BUCKET_NUMEL - descriptors[index].numel
         buckets[-1].append(index)
@@ -124,12 +124,25 @@ class NativeEngine:
         self._descriptors = (plan.Descriptor * count)()
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
         self._states: dict[int, dict[str, Tensor]] = {}  # what each descriptor points into
+        self._dtypes: list[torch.dtype | None] = [None] * count
+        self._grad_dtypes: list[torch.dtype | None] = [None] * count
+        self._numels = [-1] * count
+        self._gradients: list[Tensor] = []  # copies, alive until the next step
         self._work: dict[tuple[int, ...], _Work] = {}
         self._room = torch.empty(0, dtype=torch.uint8)
 
-    def supports(self, group: dict[str, Any], param: Tensor) -> bool:
-        """Whether the engine steps this parameter; batches of matrices are the reference's."""
-        return param.device.type == "cpu" and group.get("conv_view") != "last2"
+    def split(self, places: "list[Place]") -> "tuple[list[Place], list[Place]]":
+        """The parameters that this engine steps, and those it leaves to the reference: on another
+        device, or factored as batches of matrices."""
+        batched = any(g.get("conv_view") == "last2" for g in self._optimizer.param_groups)
+        if not batched and all(param.is_cpu for _, _, param in places):
+            return places, []
+        served: list[Place] = []
+        rest: list[Place] = []
+        for place in places:
+            serves = place[2].is_cpu and place[1].get("conv_view") != "last2"
+            (served if serves else rest).append(place)
+        return served, rest
 
     def step(self, places: "Sequence[Place]", coefficients: dict[int, float]) -> None:
         """As `optim.backend.Engine`."""
@@ -169,50 +182,62 @@ class NativeEngine:
         Returns the work of these parameters, and contiguous copies of the weights that are not
         contiguous, to be copied back.
         """
-        states = self._optimizer.state
-        weights, addresses, dtypes = [], [], []
-        self._gradients = []  # copies, alive until the next step
-        for index, group, param in places:
+        state, described = self._optimizer.state, self._states
+        members, addresses, weights = [], array("q"), []
+        self._gradients.clear()
+        for index, group, param in places:  # a UNet has 1680 of them: this loop is kept cheap
             grad: Any = param.grad
             weight = param
-            if self._states.get(index) is not states[param]:
+            if (
+                described.get(index) is not state[param]
+                or param.dtype is not self._dtypes[index]
+                or param.numel() != self._numels[index]
+            ):
                 self._describe(index, group, param)
-            if grad.dtype not in plan.DTYPES or not grad.is_contiguous():
-                grad = (grad if grad.dtype in plan.DTYPES else grad.float()).contiguous()
-                self._gradients.append(grad)
+            if grad.dtype is not self._grad_dtypes[index] or not grad.is_contiguous():
+                grad = self._readable(index, grad)
             if not param.is_contiguous():
                 weight = param.contiguous()
                 weights.append((param, weight))
-            addresses.append((weight.data_ptr(), grad.data_ptr()))
-            dtypes.append(plan.DTYPES[grad.dtype])
-        members = tuple(index for index, _, _ in places)
-        if members not in self._work:
+            members.append(index)
+            addresses.append(weight.data_ptr())
+            addresses.append(grad.data_ptr())
+        key = tuple(members)
+        if key not in self._work:
             if len(self._work) > 4096:  # sets of parameters that do not come again
                 self._work.clear()
-            self._work[members] = _Work(self._descriptors, list(members))
-        work = self._work[members]
+            self._work[key] = _Work(self._descriptors, members)
+        work = self._work[key]
         if members:
-            self._words[work.members, _WEIGHT : _GRAD + 1] = torch.tensor(addresses)
-            self._words.view(torch.int32)[work.members, _GRAD_DTYPE] = torch.tensor(
-                dtypes, dtype=torch.int32
-            )
+            table = torch.frombuffer(addresses, dtype=torch.int64).view(-1, 2)
+            self._words[work.members, _WEIGHT : _GRAD + 1] = table
         return work, weights
+
+    def _readable(self, index: int, grad: Tensor) -> Tensor:
+        """A gradient as the engine reads it, and its dtype in the descriptor."""
+        known = grad if grad.dtype in plan.DTYPES else grad.float()
+        self._grad_dtypes[index] = known.dtype
+        self._descriptors[index].grad_dtype = plan.DTYPES[known.dtype]
+        readable = known.contiguous()
+        self._gradients.append(readable)
+        return readable
 
     def _describe(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Fill in the descriptor of one parameter, whose state is allocated if there is none."""
+        if self._numels[index] not in (-1, param.numel()):
+            raise ValueError(
+                f"parameter {index} has {param.numel()} elements now and had "
+                f"{self._numels[index]} when its state was made; build a new optimizer"
+            )
+        self._dtypes[index], self._numels[index] = param.dtype, param.numel()
         optimizer = self._optimizer
         if index in self._states:
             self._work.clear()  # its state was replaced, perhaps by one of another layout
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
         rows, cols = plan.matrix_of(layout(codecs.values(), param.numel()))
         d = self._descriptors[index]
-        d.weight_dtype, d.numel, d.rows, d.cols = (
-            plan.DTYPES[param.dtype],
-            param.numel(),
-            rows,
-            cols,
-        )
-        d.index = index
+        d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
+        d.weight_dtype = plan.DTYPES[param.dtype]
         d.group = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
         for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
             setattr(d, name, state[name].data_ptr() if name in state else 0)

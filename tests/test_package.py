@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,9 +83,10 @@ def test_the_code_passes_its_linters(tool):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.slow
-def test_a_wheel_installed_elsewhere_runs_the_main_job(tmp_path):
-    source, wheels, site = tmp_path / "source", tmp_path / "wheels", tmp_path / "site"
+def installed_wheel(folder: Path, **environment: str) -> tuple[Path, dict[str, str]]:
+    """Build a wheel of the repository's files and install it -> its folder, and the environment of
+    a process that finds it."""
+    source, wheels, site = folder / "source", folder / "wheels", folder / "site"
     tracked = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=REPOSITORY,
@@ -98,28 +100,56 @@ def test_a_wheel_installed_elsewhere_runs_the_main_job(tmp_path):
         target.write_bytes((REPOSITORY / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "-q"]
     local = ["--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "wheel", source, *local, "-w", wheels], check=True)
+    subprocess.run(
+        [*pip, "wheel", source, *local, "-w", wheels], env=os.environ | environment, check=True
+    )
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([*pip, "install", wheel, "--no-deps", "--target", site], check=True)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    return site, os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_wheel_built_with_a_compiler_steps_natively_elsewhere(tmp_path):
+    site, environment = installed_wheel(tmp_path)
+    (module,) = site.glob("optim/_native*")
+    assert module.stat().st_size < 10e6
+    program = (
+        "import torch, optim; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
+        "o = optim.AdamW8bit([p], backend='native'); o.step(); print(o.backend, optim.__file__)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "import trainer; print(trainer.__file__)"],
-        cwd=elsewhere,
-        env=os.environ | {"PYTHONPATH": str(site)},
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", program],
+        cwd=tmp_path,
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert Path(done.stdout.strip()).is_relative_to(site)
+    backend, file = done.stdout.split()
+    assert backend == "native"
+    assert Path(file).is_relative_to(site)
+
+
+@pytest.mark.slow
+def test_a_wheel_built_without_a_compiler_runs_the_main_job_elsewhere_and_says_so(tmp_path):
+    site, environment = installed_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent")
+    assert not list(site.glob("optim/_native*"))
+    program = (  # without the finder of an editable install, which would lend its native module
+        "import runpy, sys; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]; "
+        "sys.argv[1:] = ['experiment=smoke', 'optim=adafactor8bit']; "
+        "runpy.run_module('trainer', run_name='__main__', alter_sys=True)"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "trainer", "experiment=smoke", "optim=adafactor8bit"],
-        cwd=elsewhere,
-        env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout  # the model came out of the wheel
-    assert list(elsewhere.glob("runs/*/*/model/model_index.json"))
+    assert list(tmp_path.glob("runs/*/*/model/model_index.json"))
+    assert done.stdout.count("stepped by plain PyTorch; the native engine is not built") == 1

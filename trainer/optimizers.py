@@ -29,6 +29,7 @@ def build(config: Any, model: nn.Module, seed: int) -> torch.optim.Optimizer:
         group["initial_lr"] = group["lr"]  # the peak that `set_lr` scales
     if isinstance(optimizer, optim.FusedOptimizer):
         optimizer.init_state()  # out of memory now rather than at the first step
+        log.info("  stepped by %s", optimizer.engine())
     return optimizer
 
 

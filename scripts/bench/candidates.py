@@ -93,7 +93,7 @@ def peers(names: list[str] | None) -> tuple[list[Candidate], dict[str, str]]:
 
 def engine(optimizer: torch.optim.Optimizer) -> str:
     """What runs the loop of one of ours: its backend."""
-    return str(optimizer.param_groups[0].get("backend", "torch"))
+    return str(getattr(optimizer, "backend", "torch"))
 
 
 def native_isa() -> str | None:
