@@ -98,7 +98,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(self._places_with_gradients())
+        if "_places" not in self.__dict__:
+            self._places = list(self._indexed_params())
+        self._step([place for place in self._places if place[2].grad is not None])
         return loss
 
     @torch.compiler.disable
@@ -121,7 +123,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self, places: list[Place]) -> None:
         """Update these parameters, which have gradients."""
-        if any(grad_of(param).layout is not torch.strided for _, _, param in places):
+        if any(p.grad.layout is not torch.strided for _, _, p in places):  # type: ignore[union-attr]
             raise TypeError(
                 f"{type(self).__name__} does not take sparse gradients; "
                 "use nn.Embedding(sparse=False)"
@@ -148,8 +150,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [(self._native, served), (torch_engine, rest)]
 
     def _forget(self) -> None:
-        """Drop what engines derived from groups and state: they are about to change."""
-        self.__dict__.pop("_native", None)
+        """Drop what was derived from groups and state: they are about to change."""
+        for derived in ("_native", "_places", "_place_by_id"):
+            self.__dict__.pop(derived, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"backend": self.backend}
@@ -232,13 +235,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _place_of(self, param: Tensor) -> tuple[int, dict[str, Any]]:
         """This parameter's index and group."""
-        places = self.__dict__.get("_places", {})
-        if len(places) != sum(len(group["params"]) for group in self.param_groups):
-            places = {id(p): (index, group) for index, group, p in self._indexed_params()}
-            self._places = places
-        if id(param) not in places:
+        if "_place_by_id" not in self.__dict__:
+            self._place_by_id = {id(p): (index, g) for index, g, p in self._indexed_params()}
+        if id(param) not in self._place_by_id:
             raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
-        return places[id(param)]
+        return self._place_by_id[id(param)]
 
     def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """This parameter's state, allocated when there is none yet."""
@@ -251,17 +252,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, param: Tensor, group: dict[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
         return states.blank(param, self.codecs(param, group), group["rounding"], device)
-
-    def _places_with_gradients(self) -> list[Place]:
-        """The parameters to step: index, group, parameter."""
-        places: list[Place] = []
-        index = 0
-        for group in self.param_groups:  # this loop is long for a UNet, and kept cheap
-            for param in group["params"]:
-                if param.grad is not None:
-                    places.append((index, group, param))
-                index += 1
-        return places
 
     def _raise_on_nonfinite(self, places: list[Place]) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""

@@ -78,7 +78,9 @@ _WEIGHT, _GRAD = plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset
 class _Work:
     """The buckets of a set of parameters, as launches."""
 
-    def __init__(self, descriptors: "ctypes.Array[plan.Descriptor]", members: list[int]) -> None:
+    def __init__(
+        self, descriptors: "ctypes.Array[plan.Descriptor]", members: Sequence[int]
+    ) -> None:
         self.members = torch.tensor(members)
         self.launches: list[tuple[plan.Launch, plan.Bucket]] = []
         for chosen in _split(descriptors, members):
@@ -97,7 +99,7 @@ class _Work:
             self.launches.append((launch, bucket))
 
 
-def _split(descriptors: "ctypes.Array[plan.Descriptor]", members: list[int]) -> list[list[int]]:
+def _split(descriptors: "ctypes.Array[plan.Descriptor]", members: Sequence[int]) -> list[list[int]]:
     """Members in buckets of at most BUCKET_NUMEL elements, or a single larger one."""
     buckets: list[list[int]] = []
     room = 0
@@ -123,7 +125,9 @@ class NativeEngine:
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         self._descriptors = (plan.Descriptor * count)()
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
-        self._states: dict[int, dict[str, Tensor]] = {}  # what each descriptor points into
+        self._kept: dict[int, dict[str, Tensor]] = {}  # alive, so that no id comes twice
+        self._described: list[Tensor | None] = [None] * count
+        self._states: list[int] = []  # ids of the state that the descriptors point into
         self._dtypes: list[torch.dtype | None] = [None] * count
         self._grad_dtypes: list[torch.dtype | None] = [None] * count
         self._numels = [-1] * count
@@ -182,14 +186,17 @@ class NativeEngine:
         Returns the work of these parameters, and contiguous copies of the weights that are not
         contiguous, to be copied back.
         """
-        state, described = self._optimizer.state, self._states
-        members, addresses, weights = [], array("q"), []
+        state, described = self._optimizer.state, self._described
+        if self._is_replaced(places):
+            described[:] = [None] * len(described)
+            self._work.clear()
+        addresses, weights = array("q"), []
         self._gradients.clear()
         for index, group, param in places:  # a UNet has 1680 of them: this loop is kept cheap
             grad: Any = param.grad
             weight = param
             if (
-                described.get(index) is not state[param]
+                described[index] is not param
                 or param.dtype is not self._dtypes[index]
                 or param.numel() != self._numels[index]
             ):
@@ -199,19 +206,26 @@ class NativeEngine:
             if not param.is_contiguous():
                 weight = param.contiguous()
                 weights.append((param, weight))
-            members.append(index)
             addresses.append(weight.data_ptr())
             addresses.append(grad.data_ptr())
-        key = tuple(members)
-        if key not in self._work:
+        self._states = list(map(id, state.values()))
+        members = tuple([index for index, _, _ in places])
+        if members not in self._work:
             if len(self._work) > 4096:  # sets of parameters that do not come again
                 self._work.clear()
-            self._work[key] = _Work(self._descriptors, members)
-        work = self._work[key]
+            self._work[members] = _Work(self._descriptors, members)
+        work = self._work[members]
         if members:
             table = torch.frombuffer(addresses, dtype=torch.int64).view(-1, 2)
             self._words[work.members, _WEIGHT : _GRAD + 1] = table
         return work, weights
+
+    def _is_replaced(self, places: "Sequence[Place]") -> bool:
+        """Whether the state that the descriptors point into is no longer the optimizer's."""
+        state = self._optimizer.state
+        if len(places) * 8 > len(state):  # cheaper for all at once
+            return list(map(id, state.values())) != self._states
+        return any(self._kept.get(index) is not state[param] for index, _, param in places)
 
     def _readable(self, index: int, grad: Tensor) -> Tensor:
         """A gradient as the engine reads it, and its dtype in the descriptor."""
@@ -231,8 +245,6 @@ class NativeEngine:
             )
         self._dtypes[index], self._numels[index] = param.dtype, param.numel()
         optimizer = self._optimizer
-        if index in self._states:
-            self._work.clear()  # its state was replaced, perhaps by one of another layout
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
         rows, cols = plan.matrix_of(layout(codecs.values(), param.numel()))
         d = self._descriptors[index]
@@ -251,4 +263,5 @@ class NativeEngine:
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.TILE_ROWS + plan.TILE_COLS
             d.moments[plan.SLOTS.index(name)] = moment
-        self._states[index] = state
+        self._described[index] = param
+        self._kept[index] = state

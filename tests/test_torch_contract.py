@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 import optim
+from optim import native
 
 NAMES = sorted(optim.FAMILY)
 
@@ -196,31 +197,35 @@ def test_a_dtensor_is_refused_with_the_reason(tmp_path):
         dist.destroy_process_group()
 
 
-def _train_rank(rank, size, name, address, results):
+def _train_rank(rank, size, runs, address, results):
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     torch.set_num_threads(rank + 1)  # ranks need not be alike
     torch.manual_seed(rank)  # and the global generator has no say
-    params = make_params(torch.bfloat16)
-    optimizer = optim.build(name, params)
-    for step in range(3):
-        set_grads(params, 10 * step + rank)
-        for p in params:
-            total = p.grad.float()
-            dist.all_reduce(total)
-            p.grad = total.to(p.dtype)
-        optimizer.step()
-    results[rank] = [p.detach().float() for p in params]
+    for name, backend in runs:
+        params = make_params(torch.bfloat16)
+        optimizer = optim.build(name, params, backend=backend)
+        for step in range(3):
+            set_grads(params, 10 * step + rank)
+            for p in params:
+                total = p.grad.float()
+                dist.all_reduce(total)
+                p.grad = total.to(p.dtype)
+            optimizer.step()
+        results[rank, name, backend] = [p.detach().float() for p in params]
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adafactor8bit", "adopt_factored"])
-def test_two_ranks_with_the_same_gradients_stay_bitwise_equal(name, tmp_path):
+def test_two_ranks_with_the_same_gradients_stay_bitwise_equal(tmp_path):
+    backends = ["torch"] if native.unavailable() else ["torch", "native"]
+    names = ["adafactor8bit", "adopt_factored", "adamw8bit"]
+    runs = [(name, backend) for name in names for backend in backends]
     with mp.Manager() as manager:
         results = manager.dict()
         address = f"file://{tmp_path}/rendezvous"
-        mp.spawn(_train_rank, args=(2, name, address, results), nprocs=2)
-        assert_same(results[0], results[1])
+        mp.spawn(_train_rank, args=(2, runs, address, results), nprocs=2)
+        for name, backend in runs:
+            assert_same(results[0, name, backend], results[1, name, backend])
 
 
 def test_the_number_of_threads_changes_no_bit():

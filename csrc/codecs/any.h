@@ -37,13 +37,20 @@ struct AnySlot {
     template <class Function>
     HD void visit(Function&& f) {
         switch (codec) {
-            case kDense: return f(dense);
-            case kBf16: return f(bf16);
-            case kBlock8: return f(block8);
-            case kFloat8: return f(float8);
-            case kFactored: return f(factored);
-            case kFactoredSign: return f(factored_sign);
-            default: return;
+            case kDense:
+                return f(dense);
+            case kBf16:
+                return f(bf16);
+            case kBlock8:
+                return f(block8);
+            case kFloat8:
+                return f(float8);
+            case kFactored:
+                return f(factored);
+            case kFactoredSign:
+                return f(factored_sign);
+            default:
+                return;
         }
     }
 
@@ -54,7 +61,8 @@ struct AnySlot {
         if (codec == kAbsent) return;
         visit([&](auto& slot) {
             slot.begin_row(row, width);
-            Exec::each(width, [&](int i, int col, int n) INLINED { values[i] = slot.load(i, col, n); });
+            Exec::each(width,
+                       [&](int i, int col, int n) INLINED { values[i] = slot.load(i, col, n); });
         });
     }
     HD F load(int i, int, int) { return codec == kAbsent ? F(0.f) : values[i]; }
@@ -62,7 +70,8 @@ struct AnySlot {
     HD_CALL void end_row(int64_t row, int width) {
         if (!stored) return;
         visit([&](auto& slot) {
-            Exec::each(width, [&](int i, int col, int n) INLINED { slot.store(i, col, n, values[i]); });
+            Exec::each(width,
+                       [&](int i, int col, int n) INLINED { slot.store(i, col, n, values[i]); });
             slot.end_row(row, width);
         });
     }

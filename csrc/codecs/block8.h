@@ -26,6 +26,7 @@ struct Block8Slot : Slot {
     }
 
     HD F load(int, int col, int n) {
+        Exec::prefetch(codes, cols, col);
         return load_s8(codes + col, n) * scale[col / kBlock];
     }
 

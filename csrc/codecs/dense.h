@@ -11,7 +11,10 @@ struct DenseSlot : Slot {
 
     HD DenseSlot(const Place& p, SlotId slot, SlotScratch& s) : Slot(p, slot, s) {}
     HD void begin_row(int64_t row, int) { at = part<float>(0) + row * cols + first_col; }
-    HD F load(int, int col, int n) { return load_f32(at + col, n); }
+    HD F load(int, int col, int n) {
+        Exec::prefetch(at, cols, col);
+        return load_f32(at + col, n);
+    }
     HD void store(int, int col, int n, F x) { store_f32(at + col, x, n); }
     HD void end_row(int64_t, int) {}
     HD void begin() {}
@@ -28,7 +31,10 @@ struct Bf16Slot : Slot {
         at = part<uint16_t>(0) + row * cols + first_col;
         draws.begin_row(row, cols, first_col);
     }
-    HD F load(int, int col, int n) { return from_bf16(load_uint(at + col, n)); }
+    HD F load(int, int col, int n) {
+        Exec::prefetch(at, cols, col);
+        return from_bf16(load_uint(at + col, n));
+    }
     HD void store(int, int col, int n, F x) {
         store_uint(at + col, to_bf16(x, draws.next(col)), n);
     }

@@ -1,9 +1,9 @@
 // Rank-1 moments: the product of a row and a column factor, with a sign bit where they are signed.
 //
-// Shazeer & Stern 2018, section 3, for the factors; Park & Lee 2024 (SMMF, arXiv 2412.08894), Alg. 3
-// and 4, for the signs.  The tile reads the decoded factors from the workspace and leaves its row and
-// column sums there; the new factors are made of them when all tiles are done (engine/tensor.h), which
-// is soon enough: they are not needed before the next step.
+// Shazeer & Stern 2018, section 3, for the factors; Park & Lee 2024 (SMMF, arXiv 2412.08894), Alg.
+// 3 and 4, for the signs.  The tile reads the decoded factors from the workspace and leaves its row
+// and column sums there; the new factors are made of them when all tiles are done
+// (engine/tensor.h), which is soon enough: they are not needed before the next step.
 #pragma once
 
 #include "engine/place.h"
@@ -21,7 +21,8 @@ struct FactoredSlot : Slot {
     float row_factor;
     F row_sum;
 
-    HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s) : Slot(p, slot, s), first_row(p.tile.row) {
+    HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
+        : Slot(p, slot, s), first_row(p.tile.row) {
         row_factors = p.launch.workspace + p.launch.vectors[p.tile.tensor] + moment.vectors;
         col_factors = row_factors + padded(p.rows()) + first_col;
         row_sums = p.launch.workspace + p.tile.partials + moment.partials;
@@ -40,7 +41,8 @@ struct FactoredSlot : Slot {
     HD F load(int, int col, int n) {
         F x = load_f32(col_factors + col, kLanes) * row_factor;
         if (!kSigned) return x;
-        return select(mask_of(Exec::load_bits(signs, col, n)), x, as_float(as_bits(x) ^ U(0x80000000u)));
+        return select(mask_of(Exec::load_bits(signs, col, n)), x,
+                      as_float(as_bits(x) ^ U(0x80000000u)));
     }
 
     HD void store(int i, int col, int n, F x) {

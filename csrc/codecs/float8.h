@@ -1,4 +1,5 @@
-// Non-negative 8-bit codes: an fp32 cut to 4 bits of mantissa, its exponent relative to its block's.
+// Non-negative 8-bit codes: an fp32 cut to 4 bits of mantissa, its exponent relative to its
+// block's.
 #pragma once
 
 #include "engine/place.h"
@@ -18,8 +19,7 @@ HD int32_t float8_base(int32_t exponent) { return exponent * 16 - 240; }
 
 HD U float8_encode(F x, U draws, int32_t base) {
     U cut = (as_bits(x) + (draws << 3)) >> 19;
-    U code = select(cut > U(base + 1u), cut - U(uint32_t(base)), U(1u));
-    code = select(code > U(255u), U(255u), code);
+    U code = min(max(cut, U(base + 1u)) - U(uint32_t(base)), U(255u));
     return select(x == F(0.f), U(0u), code);
 }
 HD F float8_decode(U code, int32_t base) {
@@ -38,12 +38,14 @@ struct Float8Slot : Slot {
 
     HD void begin_row(int64_t row, int width) {
         codes = part<uint8_t>(0) + row * cols + first_col;
-        tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) + first_col / kFloat8Block;
+        tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
+               first_col / kFloat8Block;
         for (int b = 0; b * kFloat8Block < width; ++b) base[b] = float8_base(tops[b] + 127);
         draws.begin_row(row, cols, first_col);
     }
 
     HD F load(int, int col, int n) {
+        Exec::prefetch(codes, cols, col);
         return float8_decode(load_uint(codes + col, n), base[col / kFloat8Block]);
     }
 

@@ -8,9 +8,15 @@ namespace ENGINE_ISA {
 
 HD int dtype_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-HD F load_as(int32_t dtype, const char* at, int col, int n) {
-    if (dtype == kFloat32) return load_f32(reinterpret_cast<const float*>(at) + col, n);
-    U raw = load_uint(reinterpret_cast<const uint16_t*>(at) + col, n);
+HD F load_as(int32_t dtype, const char* at, int64_t cols, int col, int n) {
+    if (dtype == kFloat32) {
+        const float* row = reinterpret_cast<const float*>(at);
+        Exec::prefetch(row, cols, col);
+        return load_f32(row + col, n);
+    }
+    const uint16_t* row = reinterpret_cast<const uint16_t*>(at);
+    Exec::prefetch(row, cols, col);
+    U raw = load_uint(row + col, n);
     return dtype == kBFloat16 ? from_bf16(raw) : from_fp16(raw);
 }
 
@@ -18,10 +24,14 @@ struct Bf16Grad {
     const uint16_t *data, *at;
     int64_t cols, first_col;
 
-    HD Bf16Grad(const Place& p, F* = nullptr) : data(pointer<uint16_t>(p.tensor.grad)), cols(p.cols()), first_col(p.tile.col) {}
+    HD Bf16Grad(const Place& p, F* = nullptr)
+        : data(pointer<uint16_t>(p.tensor.grad)), cols(p.cols()), first_col(p.tile.col) {}
 
     HD void begin_row(int64_t row, int) { at = data + row * cols + first_col; }
-    HD F load(int, int col, int n) const { return from_bf16(load_uint(at + col, n)); }
+    HD F load(int, int col, int n) const {
+        Exec::prefetch(at, cols, col);
+        return from_bf16(load_uint(at + col, n));
+    }
 };
 
 // A gradient of any dtype.
@@ -32,11 +42,16 @@ struct AnyGrad {
     F* values;
 
     HD AnyGrad(const Place& p, F* room)
-        : data(pointer<char>(p.tensor.grad)), dtype(p.tensor.grad_dtype), cols(p.cols()), first_col(p.tile.col), values(room) {}
+        : data(pointer<char>(p.tensor.grad)),
+          dtype(p.tensor.grad_dtype),
+          cols(p.cols()),
+          first_col(p.tile.col),
+          values(room) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
         const char* at = data + (row * cols + first_col) * dtype_bytes(dtype);
-        Exec::each(width, [&](int i, int col, int n) INLINED { values[i] = load_as(dtype, at, col, n); });
+        Exec::each(width, [&](int i, int col, int n)
+                              INLINED { values[i] = load_as(dtype, at, cols, col, n); });
     }
     HD F load(int i, int, int) const { return values[i]; }
 };
@@ -51,7 +66,12 @@ struct AnyWeight {
     Draws draws;
 
     HD AnyWeight(const Place& p, F* room)
-        : tensor(p.tensor), stochastic(has(p.hyper, kStochastic)), cols(p.cols()), first_col(p.tile.col), values(room), draws(p.hyper.key) {}
+        : tensor(p.tensor),
+          stochastic(has(p.hyper, kStochastic)),
+          cols(p.cols()),
+          first_col(p.tile.col),
+          values(room),
+          draws(p.hyper.key) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
         int64_t offset = (row * cols + first_col) * dtype_bytes(tensor.weight_dtype);
@@ -59,8 +79,9 @@ struct AnyWeight {
         compensation = tensor.compensation ? pointer<char>(tensor.compensation) + offset : nullptr;
         draws.begin_row(row, cols, first_col);
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            values[i] = load_as(tensor.weight_dtype, at, col, n);
-            if (compensation) values[i] = values[i] + load_as(tensor.weight_dtype, compensation, col, n);
+            values[i] = load_as(tensor.weight_dtype, at, cols, col, n);
+            if (compensation)
+                values[i] = values[i] + load_as(tensor.weight_dtype, compensation, cols, col, n);
         });
     }
     HD F load(int i, int, int) const { return values[i]; }
@@ -90,13 +111,19 @@ struct Bf16Weight {
     Draws draws;
 
     HD Bf16Weight(const Place& p)
-        : data(pointer<uint16_t>(p.tensor.weight)), cols(p.cols()), first_col(p.tile.col), draws(p.hyper.key) {}
+        : data(pointer<uint16_t>(p.tensor.weight)),
+          cols(p.cols()),
+          first_col(p.tile.col),
+          draws(p.hyper.key) {}
 
     HD void begin_row(int64_t row, int) {
         at = data + row * cols + first_col;
         draws.begin_row(row, cols, first_col);
     }
-    HD F load(int, int col, int n) const { return from_bf16(load_uint(at + col, n)); }
+    HD F load(int, int col, int n) const {
+        Exec::prefetch(at, cols, col);
+        return from_bf16(load_uint(at + col, n));
+    }
     HD void store(int, int col, int n, F w) {
         store_uint(at + col, to_bf16(w, draws.next(col)), n);
     }

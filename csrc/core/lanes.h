@@ -1,14 +1,16 @@
 // The lane type of the CPU: sixteen floats that are computed side by side.
 //
-// The width is sixteen for every instruction set, because it is part of the result: it fixes the order
-// of sums.  A pack is one AVX-512 register, two of AVX2, or four of SSE2 or NEON, each of them the
-// compiler's vector type; what the vector extension does not offer or compiles badly is spelled out.
-// A comparison gives a Mask: all bits of a lane set, or none.
+// The width is sixteen for every instruction set, because it is part of the result: it fixes the
+// order of sums.  A pack is one AVX-512 register, two of AVX2, or four of SSE2 or NEON, each of
+// them the compiler's vector type; what the vector extension does not offer or compiles badly is
+// spelled out. A comparison gives a Mask: all bits of a lane set, or none.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -16,6 +18,7 @@
 #define HD inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))    // of a lambda
 #define HD_CALL inline __attribute__((noinline))  // compiled once, called once a row
+#define RARELY(condition) __builtin_expect(condition, 0)
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -30,23 +33,26 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 constexpr int kRegisters = 64 / kBytes;
+constexpr int kEach = kBytes / 4;  // lanes of a register
 
 typedef float FloatRegister __attribute__((vector_size(kBytes)));
 typedef int32_t IntRegister __attribute__((vector_size(kBytes)));
 typedef uint32_t UintRegister __attribute__((vector_size(kBytes)));
 typedef double DoubleRegister __attribute__((vector_size(kBytes)));
+typedef float FloatMemory __attribute__((vector_size(kBytes), aligned(4), may_alias));
 
-template <class Register, class Lane, int kCount>
+template <class Register_, class Lane, int kCount>
 struct Pack {
+    using Register = Register_;
+    using Indices = std::make_integer_sequence<int, kCount>;
     Register r[kCount];
 
-    HD Pack() : r{} {}
-    HD Pack(Lane x) {
-        for (Register& part : r) part = x - Register{};  // x + 0 would not be folded: -0 + 0 is 0
-    }
-    HD Lane lane(int i) const {
-        constexpr int kEach = sizeof(Register) / sizeof(Lane);
-        return r[i / kEach][i % kEach];
+    Pack() = default;                                     // not initialised
+    HD Pack(Lane x) { fill(Indices{}, x - Register{}); }  // x + 0 would not be folded: -0 + 0 is 0
+
+    template <int... I>
+    HD void fill(std::integer_sequence<int, I...>, Register x) {
+        ((r[I] = x), ...);
     }
 };
 
@@ -61,10 +67,37 @@ using Mask = Pack<IntRegister, int32_t, kRegisters>;
 #endif
 using D = Pack<DoubleRegister, double, 2 * kRegisters>;
 
-#define LANES_OPERATOR(T, op)                                       \
-    HD T operator op(T a, T b) {                                    \
-        for (int i = 0; i < int(sizeof(T)) / kBytes; ++i) a.r[i] = a.r[i] op b.r[i]; \
-        return a;                                                   \
+// To{f(i-th registers of the operands) for all i}.  The indices are constants rather than a loop's
+// variable, without which the compiler would keep packs in memory.
+template <int I, class Function, class... From>
+HD auto apply_at(Function f, const From&... from) {
+    return f(from.r[I]...);
+}
+template <class To, class Function, int... I, class... From>
+HD To map_at(std::integer_sequence<int, I...>, Function f, const From&... from) {
+    To to;
+    ((to.r[I] = (typename To::Register)apply_at<I>(f, from...)), ...);
+    return to;
+}
+template <class To, class Function, class... From>
+HD To map(Function f, const From&... from) {
+    return map_at<To>(typename To::Indices{}, f, from...);
+}
+// To{f(0), f(1), ...}, where the arguments are constants too.
+template <class To, class Function, int... I>
+HD To generate_at(std::integer_sequence<int, I...>, Function f) {
+    To to;
+    ((to.r[I] = (typename To::Register)f(I)), ...);
+    return to;
+}
+template <class To, class Function>
+HD To generate(Function f) {
+    return generate_at<To>(typename To::Indices{}, f);
+}
+
+#define LANES_OPERATOR(T, op)                                               \
+    HD T operator op(T a, T b) {                                            \
+        return map<T>([](auto x, auto y) INLINED { return x op y; }, a, b); \
     }
 LANES_OPERATOR(F, +)
 LANES_OPERATOR(F, -)
@@ -84,11 +117,9 @@ LANES_OPERATOR(U, ^)
 #define LANES_COMPARISON(T, op, intrinsic, cast, code) \
     HD Mask operator op(T a, T b) { return {intrinsic((cast)a.r[0], (cast)b.r[0], code)}; }
 #else
-#define LANES_COMPARISON(T, op, intrinsic, cast, code)                     \
-    HD Mask operator op(T a, T b) {                                        \
-        Mask mask;                                                         \
-        for (int i = 0; i < kRegisters; ++i) mask.r[i] = a.r[i] op b.r[i]; \
-        return mask;                                                       \
+#define LANES_COMPARISON(T, op, intrinsic, cast, code)                         \
+    HD Mask operator op(T a, T b) {                                            \
+        return map<Mask>([](auto x, auto y) INLINED { return x op y; }, a, b); \
     }
 #endif
 LANES_COMPARISON(F, <, _mm512_cmp_ps_mask, __m512, _CMP_LT_OQ)
@@ -102,83 +133,137 @@ LANES_COMPARISON(U, ==, _mm512_cmp_epu32_mask, __m512i, _MM_CMPINT_EQ)
 #undef LANES_COMPARISON
 
 HD U operator<<(U x, int by) {
-    for (UintRegister& part : x.r) part <<= by;
-    return x;
+    return map<U>([by](auto x) INLINED { return x << by; }, x);
 }
 HD U operator>>(U x, int by) {
-    for (UintRegister& part : x.r) part >>= by;
-    return x;
+    return map<U>([by](auto x) INLINED { return x >> by; }, x);
 }
 
 HD U as_bits(F x) {
-    U bits;
-    for (int i = 0; i < kRegisters; ++i) bits.r[i] = (UintRegister)x.r[i];
-    return bits;
+    return map<U>([](auto x) INLINED { return x; }, x);
 }
 HD F as_float(U bits) {
-    F x;
-    for (int i = 0; i < kRegisters; ++i) x.r[i] = (FloatRegister)bits.r[i];
-    return x;
+    return map<F>([](auto x) INLINED { return x; }, bits);
 }
 
 HD F select(Mask mask, F yes, F no) {
 #if defined(__AVX512F__)
     yes.r[0] = (FloatRegister)_mm512_mask_blend_ps(mask.bits, (__m512)no.r[0], (__m512)yes.r[0]);
     return yes;
+#elif defined(__AVX2__)
+    auto blend = [](auto m, auto y, auto n)
+                     INLINED { return _mm256_blendv_ps((__m256)n, (__m256)y, (__m256)m); };
+    return map<F>(blend, mask, yes, no);
 #else
-    for (int i = 0; i < kRegisters; ++i) yes.r[i] = mask.r[i] ? yes.r[i] : no.r[i];
-    return yes;
+    auto blend = [](auto m, auto y, auto n)
+                     INLINED { return (m & (IntRegister)y) | (~m & (IntRegister)n); };
+    return map<F>(blend, mask, yes, no);
 #endif
 }
 HD U select(Mask mask, U yes, U no) { return as_bits(select(mask, as_float(yes), as_float(no))); }
 
-HD F fma(F a, F b, F c) {
-    for (int i = 0; i < kRegisters; ++i) {
 #if defined(__AVX512F__)
-        c.r[i] = (FloatRegister)_mm512_fmadd_ps((__m512)a.r[i], (__m512)b.r[i], (__m512)c.r[i]);
-#elif defined(__AVX2__)
-        c.r[i] = (FloatRegister)_mm256_fmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]);
-#else
-        for (int j = 0; j < kBytes / 4; ++j) c.r[i][j] = __builtin_fmaf(a.r[i][j], b.r[i][j], c.r[i][j]);
-#endif
-    }
+HD F fma(F a, F b, F c) {
+    c.r[0] = (FloatRegister)_mm512_fmadd_ps((__m512)a.r[0], (__m512)b.r[0], (__m512)c.r[0]);
     return c;
 }
+#elif defined(__AVX2__)
+HD F fma(F a, F b, F c) {
+    auto each = [](auto a, auto b, auto c)
+                    INLINED { return _mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); };
+    return map<F>(each, a, b, c);
+}
+#elif defined(__ARM_NEON)
+HD F fma(F a, F b, F c) {
+    for (int i = 0; i < kRegisters; ++i)
+        for (int j = 0; j < kEach; ++j) c.r[i][j] = __builtin_fmaf(a.r[i][j], b.r[i][j], c.r[i][j]);
+    return c;
+}
+#else
+HD_CALL F fma(F a, F b, F c) {  // there is no instruction: a call to the C library for each lane
+    float lanes[3][kLanes];
+    memcpy(lanes[0], &a, sizeof(a));
+    memcpy(lanes[1], &b, sizeof(b));
+    memcpy(lanes[2], &c, sizeof(c));
+    for (int i = 0; i < kLanes; ++i) lanes[2][i] = ::fmaf(lanes[0][i], lanes[1][i], lanes[2][i]);
+    memcpy(&c, lanes[2], sizeof(c));
+    return c;
+}
+#endif
 
 HD F sqrt(F x) {
-    for (FloatRegister& part : x.r) {
+    auto root = [](auto x) INLINED {
 #if defined(__AVX512F__)
-        part = (FloatRegister)_mm512_sqrt_ps((__m512)part);
+        return _mm512_sqrt_ps((__m512)x);
 #elif defined(__AVX2__)
-        part = (FloatRegister)_mm256_sqrt_ps((__m256)part);
+        return _mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+        return _mm_sqrt_ps((__m128)x);
 #else
-        for (int j = 0; j < kBytes / 4; ++j) part[j] = __builtin_sqrtf(part[j]);
+        for (int j = 0; j < kEach; ++j) x[j] = __builtin_sqrtf(x[j]);
+        return x;
 #endif
-    }
-    return x;
+    };
+    return map<F>(root, x);
 }
 
-HD F to_float(U x) {  // x < 2^31
-    F y;
-    for (int i = 0; i < kRegisters; ++i) y.r[i] = __builtin_convertvector((IntRegister)x.r[i], FloatRegister);
-    return y;
+// a < b ? a : b and a > b ? a : b, NaN included: that is how the instructions are defined.
+#if defined(__AVX512F__)
+#define LANES_CHOICE(T, name, op, cast, intrinsic)                                            \
+    HD T name(T a, T b) {                                                                     \
+        a.r[0] = (T::Register)_mm512_##intrinsic((__m512##cast)a.r[0], (__m512##cast)b.r[0]); \
+        return a;                                                                             \
+    }
+#elif defined(__AVX2__)
+#define LANES_CHOICE(T, name, op, cast, intrinsic)                                                \
+    HD T name(T a, T b) {                                                                         \
+        auto each = [](auto x, auto y)                                                            \
+                        INLINED { return _mm256_##intrinsic((__m256##cast)x, (__m256##cast)y); }; \
+        return map<T>(each, a, b);                                                                \
+    }
+#else
+#define LANES_CHOICE(T, name, op, cast, intrinsic) \
+    HD T name(T a, T b) { return select(a op b, a, b); }
+#endif
+LANES_CHOICE(F, min, <, , min_ps)
+LANES_CHOICE(F, max, >, , max_ps)
+LANES_CHOICE(U, min, <, i, min_epu32)
+LANES_CHOICE(U, max, >, i, max_epu32)
+#undef LANES_CHOICE
+
+HD F to_float(U x) {  // of lanes in two's complement
+    return map<F>(
+        [](auto x) INLINED { return __builtin_convertvector((IntRegister)x, FloatRegister); }, x);
 }
-HD F truncated(F x) {  // towards zero, |x| < 2^31
-    for (FloatRegister& part : x.r)
-        part = __builtin_convertvector(__builtin_convertvector(part, IntRegister), FloatRegister);
+HD U to_int(F x) {  // towards zero, |x| < 2^31, in two's complement
+    return map<U>([](auto x) INLINED { return __builtin_convertvector(x, IntRegister); }, x);
+}
+HD F floor(F x) {  // |x| < 2^31
+#if defined(__AVX512F__)
+    x.r[0] = (FloatRegister)_mm512_roundscale_ps((__m512)x.r[0], _MM_FROUND_FLOOR);
     return x;
+#elif defined(__AVX2__)
+    return map<F>([](auto x) INLINED { return _mm256_floor_ps((__m256)x); }, x);
+#else
+    F whole = to_float(to_int(x));
+    return whole - select(whole > x, F(1.f), F(0.f));
+#endif
 }
 
 // One bit a lane, lane 0 lowest, and back.
 HD uint32_t bits_of(Mask mask) {
 #if defined(__AVX512F__)
     return mask.bits;
+#elif defined(__AVX2__)
+    return uint32_t(_mm256_movemask_ps((__m256)mask.r[0])) |
+           uint32_t(_mm256_movemask_ps((__m256)mask.r[1])) << 8;
 #else
     uint32_t bits = 0;
-#if defined(__AVX2__)
-    for (int i = 0; i < 2; ++i) bits |= uint32_t(_mm256_movemask_ps((__m256)mask.r[i])) << 8 * i;
+#if defined(__SSE2__)
+    for (int i = 0; i < kRegisters; ++i)
+        bits |= uint32_t(_mm_movemask_ps((__m128)mask.r[i])) << kEach * i;
 #else
-    for (int i = 0; i < kLanes; ++i) bits |= uint32_t(mask.lane(i) & 1) << i;
+    for (int i = 0; i < kLanes; ++i) bits |= uint32_t(mask.r[i / kEach][i % kEach] & 1) << i;
 #endif
     return bits;
 #endif
@@ -187,37 +272,64 @@ HD Mask mask_of(uint32_t bits) {
 #if defined(__AVX512F__)
     return {__mmask16(bits)};
 #else
-    Mask mask;
-    for (int i = 0; i < kRegisters; ++i) {
-        constexpr int kEach = kBytes / 4;
+    return generate<Mask>([bits](int i) INLINED {
         IntRegister lane_bit;
         for (int j = 0; j < kEach; ++j) lane_bit[j] = 1 << (i * kEach + j);
-        mask.r[i] = ((IntRegister{} + int32_t(bits)) & lane_bit) != 0;
-    }
-    return mask;
+        return ((IntRegister{} + int32_t(bits)) & lane_bit) != 0;
+    });
 #endif
 }
-HD bool all(Mask mask) { return bits_of(mask) == (1u << kLanes) - 1; }
+HD bool all(Mask mask) {
+#if defined(__AVX512F__)
+    return _kortestc_mask16_u8(mask.bits, mask.bits);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)(mask.r[0] & mask.r[1])) == 0xFF;
+#else
+    return bits_of(mask) == 0xFFFF;
+#endif
+}
 HD int count(Mask mask) { return __builtin_popcount(bits_of(mask)); }
 
 // 0, 1, 2, ... over the lanes.
 HD U lane_index() {
-    U x;
-    for (int i = 0; i < kLanes; ++i) x.r[i / (kBytes / 4)][i % (kBytes / 4)] = uint32_t(i);
-    return x;
+    return generate<U>([](int i) INLINED {
+        UintRegister x;
+        for (int j = 0; j < kEach; ++j) x[j] = uint32_t(i * kEach + j);
+        return x;
+    });
 }
 
-// Sums of the lanes, in one order everywhere: halves are added until one lane is left.
-template <class P, class Lane>
-HD Lane fold(P x, Lane*) {
-    Lane lanes[kLanes];
+// The sum of the lanes, in one order everywhere: halves are added until one lane is left.
+template <class Function>
+HD float fold(F x, Function add) {
+    typedef float Quad __attribute__((vector_size(16)));
+    Quad q;
+#if defined(__AVX512F__)
+    __m256 low = _mm512_castps512_ps256((__m512)x.r[0]);
+    __m256 half = add(low, _mm512_extractf32x8_ps((__m512)x.r[0], 1));
+    q = add((Quad)_mm256_castps256_ps128(half), (Quad)_mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+    __m256 half = add((__m256)x.r[0], (__m256)x.r[1]);
+    q = add((Quad)_mm256_castps256_ps128(half), (Quad)_mm256_extractf128_ps(half, 1));
+#else
+    q = add((Quad)add(x.r[0], x.r[2]), (Quad)add(x.r[1], x.r[3]));
+#endif
+    Quad p = add(q, (Quad){q[2], q[3], 0, 0});
+    return add(p[0], p[1]);
+}
+HD float sum(F x) {
+    return fold(x, [](auto a, auto b) INLINED { return a + b; });
+}
+HD float largest(F x) {
+    return fold(x, [](auto a, auto b) INLINED { return a > b ? a : b; });
+}
+HD double sum(D x) {
+    double lanes[kLanes];
     memcpy(lanes, &x.r, sizeof(x));
     for (int width = kLanes / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
 }
-HD float sum(F x) { return fold(x, (float*)nullptr); }
-HD double sum(D x) { return fold(x, (double*)nullptr); }
 
 HD D widen(F x) {
     D y;
@@ -225,54 +337,79 @@ HD D widen(F x) {
     y.r[0] = (DoubleRegister)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x.r[0]));
     y.r[1] = (DoubleRegister)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x.r[0], 1));
 #elif defined(__AVX2__)
-    for (int i = 0; i < 2; ++i) {
-        y.r[2 * i] = (DoubleRegister)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.r[i]));
-        y.r[2 * i + 1] = (DoubleRegister)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.r[i], 1));
-    }
+    y.r[0] = (DoubleRegister)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.r[0]));
+    y.r[1] = (DoubleRegister)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.r[0], 1));
+    y.r[2] = (DoubleRegister)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.r[1]));
+    y.r[3] = (DoubleRegister)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.r[1], 1));
 #else
-    for (int i = 0; i < kLanes; ++i) y.r[i / (kBytes / 8)][i % (kBytes / 8)] = x.lane(i);
+    for (int i = 0; i < kRegisters; ++i) {
+        y.r[2 * i] = DoubleRegister{x.r[i][0], x.r[i][1]};
+        y.r[2 * i + 1] = DoubleRegister{x.r[i][2], x.r[i][3]};
+    }
 #endif
     return y;
 }
+HD void store_f64(double* to, D x) { memcpy(to, &x.r, sizeof(x)); }
 
-HD float largest(F x) {
-    float lanes[kLanes];
-    memcpy(lanes, &x.r, sizeof(x));
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    return lanes[0];
-}
 HD uint32_t bits_of_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     return bits;
 }
 
-// Loads of n lanes (those beyond are zero) and stores of n lanes.  The narrow integers of memory are
-// 32 bits wide in a pack.
+// Loads of n lanes (those beyond are zero) and stores of n lanes.  The narrow integers of memory
+// are 32 bits wide in a pack.
+#if defined(__AVX512F__)
+HD __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+#endif
 HD F load_f32(const float* from, int n) {
-    F x;
-    memcpy(&x.r, from, size_t(n < kLanes ? n : kLanes) * 4);
-    return x;
+    float lanes[kLanes];
+    if (RARELY(n < kLanes)) {
+#if defined(__AVX512F__)
+        F x;
+        x.r[0] = (FloatRegister)_mm512_maskz_loadu_ps(first_lanes(n), from);
+        return x;
+#endif
+        memset(lanes, 0, sizeof(lanes));
+        memcpy(lanes, from, size_t(n) * 4);
+        from = lanes;
+    }
+    return generate<F>([from](int i) INLINED {
+        return (FloatRegister) * reinterpret_cast<const FloatMemory*>(from + i * kEach);
+    });
 }
-HD void store_f32(float* to, F x, int n) { memcpy(to, &x.r, size_t(n < kLanes ? n : kLanes) * 4); }
+template <int... I>
+HD void store_registers(std::integer_sequence<int, I...>, float* to, F x) {
+    ((*reinterpret_cast<FloatMemory*>(to + I * kEach) = (FloatMemory)x.r[I]), ...);
+}
+HD void store_f32(float* to, F x, int n) {
+    if (!RARELY(n < kLanes)) return store_registers(F::Indices{}, to, x);
+#if defined(__AVX512F__)
+    return _mm512_mask_storeu_ps(to, first_lanes(n), (__m512)x.r[0]);
+#endif
+    float lanes[kLanes];
+    store_registers(F::Indices{}, lanes, x);
+    memcpy(to, lanes, size_t(n) * 4);
+}
 
 template <class T>
 HD U load_narrow(const T* from) {
-    U x;
-    for (int i = 0; i < kRegisters; ++i) {
-        const T* at = from + i * (kBytes / 4);
+    return generate<U>([from](int i) INLINED {
+        const T* at = from + i * kEach;
 #if defined(__AVX512F__)
-        if (sizeof(T) == 2) x.r[i] = (UintRegister)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
-        if (sizeof(T) == 1) x.r[i] = (UintRegister)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
+        if constexpr (sizeof(T) == 2)
+            return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+        else
+            return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
 #elif defined(__AVX2__)
-        if (sizeof(T) == 2) x.r[i] = (UintRegister)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
-        if (sizeof(T) == 1) x.r[i] = (UintRegister)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at));
+        if constexpr (sizeof(T) == 2)
+            return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
+        else
+            return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at));
 #else
-        for (int j = 0; j < kBytes / 4; ++j) x.r[i][j] = at[j];
+        return UintRegister{at[0], at[1], at[2], at[3]};
 #endif
-    }
-    return x;
+    });
 }
 template <class T>
 HD void store_narrow(T* to, U x) {
@@ -281,25 +418,42 @@ HD void store_narrow(T* to, U x) {
     if (sizeof(T) == 1) _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x.r[0]));
 #elif defined(__AVX2__)
     const __m256i low = _mm256_set1_epi32(sizeof(T) == 2 ? 0xFFFF : 0xFF);
-    __m256i words = _mm256_packus_epi32(_mm256_and_si256((__m256i)x.r[0], low), _mm256_and_si256((__m256i)x.r[1], low));
+    __m256i words = _mm256_packus_epi32(_mm256_and_si256((__m256i)x.r[0], low),
+                                        _mm256_and_si256((__m256i)x.r[1], low));
     words = _mm256_permute4x64_epi64(words, 0xD8);
     if (sizeof(T) == 2) _mm256_storeu_si256((__m256i*)to, words);
     if (sizeof(T) == 1)
-        _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+        _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(_mm256_castsi256_si128(words),
+                                                        _mm256_extracti128_si256(words, 1)));
 #else
-    for (int i = 0; i < kLanes; ++i) to[i] = T(x.lane(i));
+    for (int i = 0; i < kLanes; ++i) to[i] = T(x.r[i / kEach][i % kEach]);
 #endif
 }
 template <class T>
 HD U load_uint(const T* from, int n) {
-    if (n >= kLanes) return load_narrow(from);
+    if (!RARELY(n < kLanes)) return load_narrow(from);
+#if defined(__AVX512F__)
+    U x;
+    if constexpr (sizeof(T) == 2)
+        x.r[0] =
+            (UintRegister)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), from));
+    else
+        x.r[0] = (UintRegister)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), from));
+    return x;
+#endif
     T lanes[kLanes] = {};
     memcpy(lanes, from, size_t(n) * sizeof(T));
     return load_narrow(lanes);
 }
 template <class T>
 HD void store_uint(T* to, U x, int n) {
-    if (n >= kLanes) return store_narrow(to, x);
+    if (!RARELY(n < kLanes)) return store_narrow(to, x);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 2)
+        return _mm512_mask_cvtepi32_storeu_epi16(to, first_lanes(n), (__m512i)x.r[0]);
+    else
+        return _mm512_mask_cvtepi32_storeu_epi8(to, first_lanes(n), (__m512i)x.r[0]);
+#endif
     T lanes[kLanes];
     store_narrow(lanes, x);
     memcpy(to, lanes, size_t(n) * sizeof(T));
@@ -307,16 +461,14 @@ HD void store_uint(T* to, U x, int n) {
 
 // Signed bytes, as floats.
 HD F load_s8(const int8_t* from, int n) {
-    U x = load_uint(reinterpret_cast<const uint8_t*>(from), n);
-    F y;
-    for (int i = 0; i < kRegisters; ++i)
-        y.r[i] = __builtin_convertvector((IntRegister)(x.r[i] << 24) >> 24, FloatRegister);
-    return y;
+    U bytes = load_uint(reinterpret_cast<const uint8_t*>(from), n);
+    auto each = [](auto x) INLINED {
+        return __builtin_convertvector((IntRegister)(x << 24) >> 24, FloatRegister);
+    };
+    return map<F>(each, bytes);
 }
 HD void store_s8(int8_t* to, F x, int n) {  // |x| <= 127, whole
-    U y;
-    for (int i = 0; i < kRegisters; ++i) y.r[i] = (UintRegister)__builtin_convertvector(x.r[i], IntRegister);
-    store_uint(reinterpret_cast<uint8_t*>(to), y, n);
+    store_uint(reinterpret_cast<uint8_t*>(to), to_int(x), n);
 }
 
 }  // namespace ENGINE_ISA

@@ -13,8 +13,6 @@ namespace ENGINE_ISA {
 constexpr float kLargestGrad = 281474976710656.f;  // 2^48
 
 HD F abs(F x) { return as_float(as_bits(x) & U(0x7FFFFFFFu)); }
-HD F min(F a, F b) { return select(a < b, a, b); }
-HD F max(F a, F b) { return select(a > b, a, b); }
 HD F clamp(F x, float limit) { return max(min(x, F(limit)), F(-limit)); }
 
 // magnitude >= 0 with the sign bit of `from`.
@@ -28,8 +26,8 @@ HD F lerp(F a, F b, float weight) { return fma(F(weight), b - a, a); }
 
 // atan2(y, x) for x >= 0, within 2 ulp; atan2(0, 0) = 0.
 //
-// atan(q) / q on [0, 1] as a polynomial in q^2 (minimax of degree 8 by the Remez exchange, relative error 1.7e-8);
-// above the diagonal atan2(y, x) = pi/2 - atan(x / y).
+// atan(q) / q on [0, 1] as a polynomial in q^2 (minimax of degree 8 by the Remez exchange, relative
+// error 1.7e-8); above the diagonal atan2(y, x) = pi/2 - atan(x / y).
 HD F atan2(F y, F x) {
     F height = abs(y);
     Mask steep = height > x;
@@ -48,14 +46,8 @@ HD F atan2(F y, F x) {
     return with_sign(angle, y);
 }
 
-// Largest integer not above x, for |x| < 2^31.
-HD F floor(F x) {
-    F whole = truncated(x);
-    return whole - select(whole > x, F(1.f), F(0.f));
-}
-
-// fp16 <-> fp32, exact and to nearest even, subnormals, infinities and NaN included.  A pack holds a
-// half in the low 16 bits of a lane.
+// fp16 <-> fp32, exact and to nearest even, subnormals, infinities and NaN included.  A pack holds
+// a half in the low 16 bits of a lane.
 HD F from_fp16(U half) {
     U magnitude = (half & U(0x7FFFu)) << 13;
     F scaled = as_float(magnitude) * F(0x1p112f);  // moves the exponent's bias
@@ -81,12 +73,12 @@ HD U to_bf16(F x) {
     return select((bits & U(0x7FFFFFFFu)) > U(0x7F800000u), bits | U(0x400000u), rounded) >> 16;
 }
 
-// fp32 -> bf16, up with probability (distance to the lower neighbour) / (spacing); draws are 16 bits.
-// Infinities and NaN stay, and no finite value becomes infinite.
+// fp32 -> bf16, up with probability (distance to the lower neighbour) / (spacing); draws are 16
+// bits. Infinities and NaN stay, and no finite value becomes infinite.
 HD U to_bf16(F x, U draws) {
     U rounded = as_bits(x) + draws;
     Mask ordinary = abs(x) < F(0x1.fcp127f);  // one bf16 below the last finite one
-    if (!all(ordinary)) {
+    if (RARELY(!all(ordinary))) {
         U quiet = select(x == x, as_bits(x), as_bits(x) | U(0x400000u));
         rounded = select(ordinary, rounded, quiet);
     }

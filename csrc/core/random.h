@@ -23,17 +23,18 @@ struct Draws {
     uint64_t row_base;  // counter of the row's first word
     U words;
 
-    HD Draws(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)), row_base(0), words() {}
+    HD Draws(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)), row_base(0) {}
 
     // Columns are counted from first_col, a multiple of 32, in a row of `cols`.
     HD void begin_row(int64_t row, int64_t cols, int64_t first_col) {
         row_base = (uint64_t(row) * uint64_t((cols + 31) / 32) + uint64_t(first_col / 32)) * 16;
     }
 
-    // The draws of the lanes from column col on.  With sixteen lanes col is a multiple of 16, and the
-    // first half of a block of 32 is asked for before the second.
+    // The draws of the lanes from column col on.  With sixteen lanes col is a multiple of 16, and
+    // the first half of a block of 32 is asked for before the second.
     HD U next(int col) {
-        if (kLanes == 1 || !(col & 16)) words = hash(row_base + uint64_t(col / 32 * 16 + (col & 15)));
+        if (kLanes == 1 || !(col & 16))
+            words = hash(row_base + uint64_t(col / 32 * 16 + (col & 15)));
         return col & 16 ? words >> 16 : words & U(0xFFFFu);
     }
 

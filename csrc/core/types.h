@@ -1,7 +1,7 @@
 // The plain data that crosses the border between Python, host and device.
 //
-// optim/plan.py mirrors these structs with ctypes and compares sizes when it loads the module; pointers
-// travel as 64-bit integers.  Nothing here owns memory.
+// optim/plan.py mirrors these structs with ctypes and compares sizes when it loads the module;
+// pointers travel as 64-bit integers.  Nothing here owns memory.
 #pragma once
 
 #include <stdint.h>
@@ -45,7 +45,7 @@ enum Flag : int64_t {
     kClipLagged = 1 << 9,   // ... by the previous step's
     kRelativeStep = 1 << 10,
     kScaleParameter = 1 << 11,
-    kFixedBeta2 = 1 << 12,  // beta2 is given and bias-corrected; otherwise 1 - t^beta2_decay
+    kFixedBeta2 = 1 << 12,   // beta2 is given and bias-corrected; otherwise 1 - t^beta2_decay
     kStochastic = 1 << 13,   // bf16 weights are rounded stochastically
     kFirstMoment = 1 << 14,  // Adafactor keeps one
     kSlowMoment = 1 << 15,   // AdEMAMix
@@ -100,8 +100,8 @@ struct TileSums {
     int64_t aligned, nonfinite;
 };
 
-// What a tensor's step is made of, derived from its Options and its step count; written once a phase
-// by the thread that owns the tensor, read by every tile.
+// What a tensor's step is made of, derived from its Options and its step count; written once a
+// phase by the thread that owns the tensor, read by every tile.
 struct Hyper {
     int64_t t, flags;
     uint64_t key;                     // of this step's rounding
@@ -109,14 +109,16 @@ struct Hyper {
     double col_mean;                  // Adafactor's: mean of the decoded column means
     float weight1, weight2, weight3;  // 1 - beta
     float momentum, eps, alpha, limit;
-    float tilt, square_scale;   // atan2: of the numerator; Adafactor: of the second moment
-    float unit, settled_scale;  // the update is settled_scale settled(update_scale unit direction())
-    float update_scale;         // growth limiter and RMS clip
-    float growth_scale;         // growth limiter alone
-    float coefficient;          // of the gradient
-    float rho, rho_low;         // orthograd: g - (rho + rho_low) w
+    float tilt, square_scale;  // atan2: of the numerator; Adafactor: of the second moment
+    float unit,
+        settled_scale;   // the update is settled_scale settled(update_scale unit direction())
+    float update_scale;  // growth limiter and RMS clip
+    float growth_scale;  // growth limiter alone
+    float coefficient;   // of the gradient
+    float rho, rho_low;  // orthograd: g - (rho + rho_low) w
     float cautious_scale;
-    float lr, decay;  // lr: with relative step and parameter scale; decay: lr * weight_decay without
+    float lr,
+        decay;  // lr: with relative step and parameter scale; decay: lr * weight_decay without
     int32_t passive;  // the weights stay as they are in this step
 };
 
@@ -139,14 +141,14 @@ enum Phase : int {
 // One launch: a bucket of tensors through all phases.
 struct Launch {
     const Options* options;
-    Tensor* tensors;          // all of the optimizer's
-    const int32_t* members;   // (num_tensors) indices into `tensors`
-    const Tile* tiles;        // (num_tiles), in tensor, row, column order
+    Tensor* tensors;            // all of the optimizer's
+    const int32_t* members;     // (num_tensors) indices into `tensors`
+    const Tile* tiles;          // (num_tiles), in tensor, row, column order
     const int64_t* first_tile;  // (num_tensors + 1)
     const int64_t* vectors;     // (num_tensors) where in the workspace each one's vectors begin
-    Hyper* hypers;            // (num_tensors)
-    TileSums* sums;           // (num_tiles)
-    float* workspace;         // vectors and partials
+    Hyper* hypers;              // (num_tensors)
+    TileSums* sums;             // (num_tiles)
+    float* workspace;           // vectors and partials
     int64_t num_tensors, num_tiles;
     int32_t rule;
 };

@@ -9,11 +9,13 @@ namespace engine {
 // result does not depend on who takes which.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     auto tensors = [&](Phase phase) {
-#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads) if (launch.num_tensors > 4 && num_threads > 1)
+#pragma omp parallel for schedule(dynamic, 4) \
+    num_threads(num_threads) if (launch.num_tensors > 4 && num_threads > 1)
         for (int64_t i = 0; i < launch.num_tensors; ++i) isa.run_tensor(phase, launch, i);
     };
     auto tiles = [&](Phase phase) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
+#pragma omp parallel for schedule(dynamic, 1) \
+    num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
         for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_tile(phase, launch, i);
     };
     tensors(kBegin);
@@ -26,7 +28,8 @@ inline void run(const Isa& isa, const Launch& launch, int num_threads) {
 
 // The sum of squares of a bucket's gradients, for a norm over all of them.
 inline double grad_sq(const Isa& isa, const Launch& launch, int num_threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
+#pragma omp parallel for schedule(dynamic, 1) \
+    num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
     for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_tile(kMeasureAlone, launch, i);
     double sum = 0;
     for (int64_t i = 0; i < launch.num_tiles; ++i) sum += launch.sums[i].grad_sq;

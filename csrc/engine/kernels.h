@@ -10,34 +10,40 @@ namespace ENGINE_ISA {
 using PlainAdamFactored = PlainAccess<Adam, FactoredSlot<true>, FactoredSlot<false>, true>;
 using PlainAdam8bit = PlainAccess<Adam, Block8Slot, Float8Slot, false>;
 using PlainAdoptFactored = PlainAccess<Adopt, FactoredSlot<true>, FactoredSlot<false>, true>;
-using PlainAdafactor = PlainAccess<AdafactorMatrix, NoSlot, FactoredSlot<false, false>, false>;
+template <bool kClean>
+using PlainAdafactor =
+    PlainAccess<AdafactorMatrix, NoSlot, FactoredSlot<false, false>, false, kClean>;
 
 // Whether a tensor can be read by a PlainAccess.
 HD bool is_plain(const Tensor& t, const Hyper& h) {
-    constexpr int64_t kFeatures = kGrams | kCautious | kCautiousDecay | kOrthograd | kFirstMoment;
     return t.weight_dtype == kBFloat16 && t.grad_dtype == kBFloat16 && !t.compensation &&
-           has(h, kStochastic) && !has(h, kFeatures) && t.moments[kSlow].codec == kAbsent;
+           has(h, kStochastic) && !has(h, ~kPlainFlags) && !h.passive;
 }
 
-// Calls f<Access>() with the fastest access that serves this tensor.
+// Calls f<Access>() with the fastest access that serves this tensor's tile.
 template <class Function>
-HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, Function&& f) {
+HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const Function& f) {
     const bool plain = is_plain(t, h);
     const int32_t fast = t.moments[kFast].codec, square = t.moments[kSquare].codec;
     const bool factored = plain && fast == kFactoredSign && square == kFactored;
     switch (launch.rule) {
-        case kSgd: return f.template operator()<AnyAccess<Sgd>>();
+        case kSgd:
+            return f.template operator()<AnyAccess<Sgd>>();
         case kAdam:
             if (factored) return f.template operator()<PlainAdamFactored>();
-            if (plain && fast == kBlock8 && square == kFloat8) return f.template operator()<PlainAdam8bit>();
+            if (plain && fast == kBlock8 && square == kFloat8)
+                return f.template operator()<PlainAdam8bit>();
             return f.template operator()<AnyAccess<Adam>>();
         case kAdopt:
             if (factored) return f.template operator()<PlainAdoptFactored>();
             return f.template operator()<AnyAccess<Adopt>>();
-        case kLion: return f.template operator()<AnyAccess<Lion>>();
+        case kLion:
+            return f.template operator()<AnyAccess<Lion>>();
         case kAdafactor:
             if (square != kFactored) return f.template operator()<AnyAccess<AdafactorVector>>();
-            if (plain) return f.template operator()<PlainAdafactor>();
+            if (plain && launch.sums[f.tile].nonfinite == 0)
+                return f.template operator()<PlainAdafactor<true>>();
+            if (plain) return f.template operator()<PlainAdafactor<false>>();
             return f.template operator()<AnyAccess<AdafactorMatrix, false>>();
     }
 }
@@ -45,17 +51,26 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, Funct
 struct Norm {
     const Launch& launch;
     int64_t tile;
-    template <class Access> void operator()() const { norm<Access>(launch, tile); }
+    template <class Access>
+    void operator()() const {
+        norm<Access>(launch, tile);
+    }
 };
 struct Align {
     const Launch& launch;
     int64_t tile;
-    template <class Access> void operator()() const { align<Access>(launch, tile); }
+    template <class Access>
+    void operator()() const {
+        align<Access>(launch, tile);
+    }
 };
 struct Apply {
     const Launch& launch;
     int64_t tile;
-    template <class Access> void operator()() const { apply<Access>(launch, tile); }
+    template <class Access>
+    void operator()() const {
+        apply<Access>(launch, tile);
+    }
 };
 
 // One tile in one phase.
@@ -67,7 +82,8 @@ inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
         case kMeasure:
             if (wants_measure(h)) measure(launch, tile);
             return;
-        case kMeasureAlone: return measure(launch, tile);
+        case kMeasureAlone:
+            return measure(launch, tile);
         case kFactor:
             if (!wants_factor(t, launch.rule)) return;
             if (t.grad_dtype == kBFloat16) return factor<Bf16Grad>(launch, tile);
@@ -78,19 +94,26 @@ inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
         case kAlign:
             if (wants_align(h)) with_access(launch, t, h, Align{launch, tile});
             return;
-        default: return with_access(launch, t, h, Apply{launch, tile});
+        default:
+            return with_access(launch, t, h, Apply{launch, tile});
     }
 }
 
 // One tensor in one phase.
 inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
     switch (phase) {
-        case kBegin: return begin(launch, member);
-        case kAfterMeasure: return after_measure(launch, member);
-        case kAfterFactor: return after_factor(launch, member);
-        case kAfterNorm: return after_norm(launch, member);
-        case kAfterAlign: return after_align(launch, member);
-        default: return finish(launch, member);
+        case kBegin:
+            return begin(launch, member);
+        case kAfterMeasure:
+            return after_measure(launch, member);
+        case kAfterFactor:
+            return after_factor(launch, member);
+        case kAfterNorm:
+            return after_norm(launch, member);
+        case kAfterAlign:
+            return after_align(launch, member);
+        default:
+            return finish(launch, member);
     }
 }
 
@@ -100,7 +123,8 @@ inline bool wanted(Phase phase, const Launch& launch) {
     for (int64_t member = 0; member < launch.num_tensors; ++member) {
         const Hyper& h = launch.hypers[member];
         if (phase == kMeasure && wants_measure(h)) return true;
-        if (phase == kFactor && wants_factor(launch.tensors[launch.members[member]], launch.rule)) return true;
+        if (phase == kFactor && wants_factor(launch.tensors[launch.members[member]], launch.rule))
+            return true;
         if (phase == kNorm && wants_norm(h)) return true;
         if (phase == kAlign && wants_align(h)) return true;
     }

@@ -25,10 +25,14 @@ struct Place {
 
     HD int64_t rows() const { return tensor.rows; }
     HD int64_t cols() const { return tensor.cols; }
-    HD int64_t end_row() const { return tile.row + kTileRows < rows() ? tile.row + kTileRows : rows(); }
+    HD int64_t end_row() const {
+        return tile.row + kTileRows < rows() ? tile.row + kTileRows : rows();
+    }
 
     // Columns of the tile, and of those the ones a row has: the last row may end early.
-    HD int width() const { return int(cols() - tile.col < kTileCols ? cols() - tile.col : kTileCols); }
+    HD int width() const {
+        return int(cols() - tile.col < kTileCols ? cols() - tile.col : kTileCols);
+    }
     HD int width(int64_t row) const {
         int64_t left = tensor.numel - row * cols() - tile.col;
         return left >= width() ? width() : left > 0 ? int(left) : 0;
@@ -43,8 +47,8 @@ struct SlotScratch {
 };
 
 // What the slots of all codecs have in common.  A slot serves one moment over one tile: begin; for
-// each row begin_row, load and store for each vector i (n of its lanes exist), end_row; end.  A pass
-// that only reads leaves out begin, store, end_row and end.
+// each row begin_row, load and store for each vector i (n of its lanes exist), end_row; end.  A
+// pass that only reads leaves out begin, store, end_row and end.
 struct Slot {
     const Moment& moment;
     int64_t cols, first_col;

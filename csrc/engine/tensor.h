@@ -1,6 +1,7 @@
 // What happens to a tensor between the passes over its tiles: scalars, factors, and nothing else.
 //
-// Sums of tiles are added in their order, in fp64, so the result does not depend on who computed them.
+// Sums of tiles are added in their order, in fp64, so the result does not depend on who computed
+// them.
 #pragma once
 
 #include "codecs/float8.h"
@@ -28,11 +29,21 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
     h.lr = float(o.lr);
     h.decay = float(o.lr * o.weight_decay);
     switch (rule) {
-        case kSgd: Sgd::prepare(o, h); break;
-        case kAdam: Adam::prepare(o, h); break;
-        case kAdopt: Adopt::prepare(o, h); break;
-        case kLion: Lion::prepare(o, h); break;
-        case kAdafactor: AdafactorVector::prepare(o, h); break;
+        case kSgd:
+            Sgd::prepare(o, h);
+            break;
+        case kAdam:
+            Adam::prepare(o, h);
+            break;
+        case kAdopt:
+            Adopt::prepare(o, h);
+            break;
+        case kLion:
+            Lion::prepare(o, h);
+            break;
+        case kAdafactor:
+            AdafactorVector::prepare(o, h);
+            break;
     }
     if (has(h, kRelativeStep) && o.lr > 0) {
         double bound = 1 / (::sqrt(double(t)) * o.lr);
@@ -82,7 +93,8 @@ struct Factors {
             int n = int(length - at < kLanes ? (length > at ? length - at : 0) : kLanes);
             F x;
             if (tops) {
-                int32_t base = float8_base(n ? pointer<int8_t>(tops)[at / kFloat8Block] + 127 : 127);
+                int32_t base =
+                    float8_base(n ? pointer<int8_t>(tops)[at / kFloat8Block] + 127 : 127);
                 x = float8_decode(load_uint(pointer<uint8_t>(from) + at, n), base);
             } else {
                 x = load_f32(pointer<float>(from) + at, n);
@@ -91,7 +103,8 @@ struct Factors {
         }
     }
 
-    HD static void write(const float* from, int64_t length, uint64_t to, uint64_t tops, uint64_t key) {
+    HD static void write(const float* from, int64_t length, uint64_t to, uint64_t tops,
+                         uint64_t key) {
         if (!tops) {
             for (int64_t at = 0; at < length; ++at) pointer<float>(to)[at] = from[at];
             return;
@@ -106,35 +119,41 @@ struct Factors {
             pointer<int8_t>(tops)[first / kFloat8Block] = int8_t(exponent - 127);
             for (int64_t at = first; at < end; at += kLanes) {
                 int n = int(end - at < kLanes ? end - at : kLanes);
-                U code = float8_encode(load_f32(from + at, n), draws.next(int(at - first)), float8_base(exponent));
+                U code = float8_encode(load_f32(from + at, n), draws.next(int(at - first)),
+                                       float8_base(exponent));
                 store_uint(pointer<uint8_t>(to) + at, code, n);
             }
         }
     }
 };
 
-// Adds the tiles' row and column sums of a factored moment: row(i, mean) and col(j, mean) receive the
-// means in order.
+// Adds the tiles' row and column sums of a factored moment: row(i, mean) and col(j, mean) receive
+// the means in order.
 template <class RowFunction, class ColFunction>
-HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotId slot, RowFunction&& row, ColFunction&& col) {
+HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotId slot,
+               RowFunction&& row, ColFunction&& col) {
     const int64_t first = launch.first_tile[member];
     const int64_t chunks = (tensor.cols + kTileCols - 1) / kTileCols;
     const int64_t strips = (tensor.rows + kTileRows - 1) / kTileRows;
     auto partials = [&](int64_t strip, int64_t chunk) {
-        return launch.workspace + launch.tiles[first + strip * chunks + chunk].partials + tensor.moments[slot].partials;
+        return launch.workspace + launch.tiles[first + strip * chunks + chunk].partials +
+               tensor.moments[slot].partials;
     };
     for (int64_t i = 0; i < tensor.rows; ++i) {
         double sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials(i / kTileRows, chunk)[i % kTileRows];
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+            sum += partials(i / kTileRows, chunk)[i % kTileRows];
         row(i, sum / double(tensor.cols));
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         for (int64_t j = 0; j < kTileCols && chunk * kTileCols + j < tensor.cols; j += kLanes) {
-            D sums;
+            D sums(0.0);
             for (int64_t strip = 0; strip < strips; ++strip)
                 sums = sums + widen(load_f32(partials(strip, chunk) + kTileRows + j, kLanes));
+            double lanes[kLanes];
+            store_f64(lanes, sums);
             for (int lane = 0; lane < kLanes && chunk * kTileCols + j + lane < tensor.cols; ++lane)
-                col(chunk * kTileCols + j + lane, sums.lane(lane) / double(tensor.rows));
+                col(chunk * kTileCols + j + lane, lanes[lane] / double(tensor.rows));
         }
     }
 }
@@ -142,7 +161,8 @@ HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotI
 template <class Function>
 HD TileSums total(const Launch& launch, int64_t member, Function&& add) {
     TileSums sums{};
-    for (int64_t i = launch.first_tile[member]; i < launch.first_tile[member + 1]; ++i) add(sums, launch.sums[i]);
+    for (int64_t i = launch.first_tile[member]; i < launch.first_tile[member + 1]; ++i)
+        add(sums, launch.sums[i]);
     return sums;
 }
 
@@ -211,17 +231,23 @@ HD void after_factor(const Launch& launch, int64_t member) {
     const Options& o = launch.options[tensor.group];
     Hyper& h = launch.hypers[member];
     Factors f(launch, member, tensor, kSquare);
-    // The decoded moment's own row means: its columns' mean is not exactly its rows' where they are codes.
+    // The decoded moment's own row means: its columns' mean is not exactly its rows' where they are
+    // codes.
     double col_mean = Factors::mean(f.col, f.cols), any = Factors::mean(f.row, f.rows) > 0 ? 1 : 0;
     reduce(
         launch, member, tensor, kSquare,
-        [&](int64_t i, double mean) { f.row[i] = float(h.beta2 * col_mean * f.row[i] + (1 - h.beta2) * mean); },
-        [&](int64_t j, double mean) { f.col[j] = float(h.beta2 * any * f.col[j] + (1 - h.beta2) * mean); });
+        [&](int64_t i, double mean) {
+            f.row[i] = float(h.beta2 * col_mean * f.row[i] + (1 - h.beta2) * mean);
+        },
+        [&](int64_t j, double mean) {
+            f.col[j] = float(h.beta2 * any * f.col[j] + (1 - h.beta2) * mean);
+        });
     f.write(h);
     double row_mean = Factors::mean(f.row, f.rows) * h.inv_bias2 + o.eps;
     for (int64_t i = 0; i < f.rows; ++i)
         f.row[i] = float(::sqrt(row_mean / (f.row[i] * h.inv_bias2 + o.eps)));
-    for (int64_t j = 0; j < f.cols; ++j) f.col[j] = float(1 / ::sqrt(f.col[j] * h.inv_bias2 + o.eps));
+    for (int64_t j = 0; j < f.cols; ++j)
+        f.col[j] = float(1 / ::sqrt(f.col[j] * h.inv_bias2 + o.eps));
 }
 
 // Fira's limiter (Chen et al. 2024, arXiv 2410.01623), then Adafactor's clip on what it left.
@@ -230,11 +256,13 @@ HD void after_norm(const Launch& launch, int64_t member) {
     const Options& o = launch.options[tensor.group];
     Hyper& h = launch.hypers[member];
     if (!wants_norm(h)) return;
-    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) { to.update_sq += x.update_sq; });
+    TileSums s =
+        total(launch, member, [](TileSums& to, const TileSums& x) { to.update_sq += x.update_sq; });
     double length = double(h.unit) * ::sqrt(s.update_sq), scale = 1;
     if (has(h, kGrowthLimit)) {
         float& previous = *pointer<float>(tensor.update_norm);
-        if (previous > 1e-6f && length > previous * o.growth_limit) scale = previous * o.growth_limit / length;
+        if (previous > 1e-6f && length > previous * o.growth_limit)
+            scale = previous * o.growth_limit / length;
         previous = float(length * scale);
         h.growth_scale = float(scale);
     }
@@ -249,20 +277,25 @@ HD void after_align(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     Hyper& h = launch.hypers[member];
     if (!wants_align(h) || tensor.numel == 0) return;
-    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) { to.aligned += x.aligned; });
+    TileSums s =
+        total(launch, member, [](TileSums& to, const TileSums& x) { to.aligned += x.aligned; });
     double share = double(s.aligned) / double(tensor.numel);
     h.cautious_scale = float(1 / (share > 1e-3 ? share : 1e-3));
 }
 
-// The new factors of the moments, the count of unusable elements, and the RMS the next clip goes by.
+// The new factors of the moments, the count of unusable elements, and the RMS the next clip goes
+// by.
 HD void finish(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];
     for (int slot = 0; slot < kSlots; ++slot) {
-        if (!Factors::exist(tensor, SlotId(slot)) || (slot == kSquare && wants_factor(tensor, launch.rule))) continue;
+        if (!Factors::exist(tensor, SlotId(slot)) ||
+            (slot == kSquare && wants_factor(tensor, launch.rule)))
+            continue;
         Factors f(launch, member, tensor, SlotId(slot));
         reduce(
-            launch, member, tensor, SlotId(slot), [&](int64_t i, double mean) { f.row[i] = float(mean); },
+            launch, member, tensor, SlotId(slot),
+            [&](int64_t i, double mean) { f.row[i] = float(mean); },
             [&](int64_t j, double mean) { f.col[j] = float(mean); });
         f.write(h);
     }

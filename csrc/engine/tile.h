@@ -19,7 +19,7 @@ namespace ENGINE_ISA {
 // Unusable elements of a gradient (NaN, infinite, too large to be squared) count as zero.
 HD F usable(F g, Mask& ok) {
     ok = abs(g) <= F(kLargestGrad);
-    return all(ok) ? g : select(ok, g, F(0.f));
+    return RARELY(!all(ok)) ? select(ok, g, F(0.f)) : g;
 }
 
 // Room for one row of a tile.  It is apart from the slots so that those can live in registers.
@@ -32,7 +32,8 @@ struct Scratch {
 template <class RuleT, bool kSquareStored = true>
 struct AnyAccess {
     using R = RuleT;
-    static constexpr bool kPlain = false;
+    static constexpr bool kPlain = false, kClean = false;
+    static constexpr int64_t kFlags = ~int64_t(0);
     AnyGrad grad;
     AnyWeight weight;
     AnySlot fast, slow, square;
@@ -48,12 +49,18 @@ struct AnyAccess {
     }
 };
 
+// The flags that an element's arithmetic need not look at, or that a plain access allows.
+constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kClipLagged |
+                                kRelativeStep | kScaleParameter | kFixedBeta2 | kStochastic;
+
 // The combinations that most runs consist of have a loop of their own: bf16 weights rounded
-// stochastically, bf16 gradients, no feature that changes the update element by element.
-template <class RuleT, class FastT, class SquareT, bool kSign>
+// stochastically, bf16 gradients, no feature that changes the update element by element.  kCleanTile:
+// an earlier pass has seen that all gradient elements of the tile are usable.
+template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false>
 struct PlainAccess {
     using R = RuleT;
-    static constexpr bool kPlain = true;
+    static constexpr bool kPlain = true, kClean = kCleanTile;
+    static constexpr int64_t kFlags = kPlainFlags;
     static constexpr bool factored_sign = kSign;
     Bf16Grad grad;
     Bf16Weight weight;
@@ -68,6 +75,16 @@ struct PlainAccess {
           slow(p, kSlow, s.slots[kSlow]),
           square(p, kSquare, s.slots[kSquare]) {}
 };
+
+// What the loops over elements know of a tensor's step.  A plain access tells the compiler which
+// questions need not be asked.
+template <class Access>
+HD Hyper hyper_of(const Place& p) {
+    Hyper h = p.hyper;
+    h.flags &= Access::kFlags;
+    if (Access::kPlain) h.passive = 0;
+    return h;
+}
 
 template <class Access>
 HD void begin_row(Access& a, int64_t row, int width) {
@@ -85,11 +102,13 @@ struct Evaluation {
     Mask ok;
 };
 
-template <class Access>
+// kWeighs: whether the weights are needed, where the gradient does not depend on them.
+template <bool kWeighs, class Access>
 HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     Evaluation e;
-    e.raw = usable(a.grad.load(i, col, n), e.ok);
-    e.w = a.weight.load(i, col, n);
+    e.raw = a.grad.load(i, col, n);
+    if (!Access::kClean) e.raw = usable(e.raw, e.ok);
+    if (kWeighs || !Access::kPlain) e.w = a.weight.load(i, col, n);
     e.g = Access::kPlain ? e.raw * h.coefficient : select(e.ok, conditioned(h, e.raw, e.w), F(0.f));
     e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n)};
     e.after = e.before;
@@ -97,7 +116,8 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     if (Access::kPlain)
         e.u = e.direction;  // its scale waits for the step size: nothing in between depends on it
     else
-        e.u = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) * h.settled_scale;
+        e.u = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) *
+              h.settled_scale;
     if (a.factored_sign) e.u = select(e.raw == F(0.f), F(0.f), e.u);
     return e;
 }
@@ -108,7 +128,7 @@ HD void measure(const Launch& launch, int64_t index) {
     Scratch scratch;
     AnyGrad grad(p, scratch.grad);
     AnyWeight weight(p, scratch.weight);
-    D gg, wg, ww;
+    D gg(0.0), wg(0.0), ww(0.0);
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         const int width = p.width(row);
         grad.begin_row(row, width);
@@ -123,10 +143,11 @@ HD void measure(const Launch& launch, int64_t index) {
     }
     TileSums& sums = launch.sums[index];
     double grad_sq = Exec::total(gg), weight_grad = Exec::total(wg), weight_sq = Exec::total(ww);
-    if (Exec::leads()) sums.grad_sq = grad_sq, sums.weight_grad = weight_grad, sums.weight_sq = weight_sq;
+    if (Exec::leads())
+        sums.grad_sq = grad_sq, sums.weight_grad = weight_grad, sums.weight_sq = weight_sq;
 }
 
-// An element without a usable gradient contributes the average it has.
+// An element without a usable gradient contributes the average it has, and is counted.
 template <class GradT>
 HD void factor(const Launch& launch, int64_t index) {
     const Tile& tile = launch.tiles[index];
@@ -137,6 +158,7 @@ HD void factor(const Launch& launch, int64_t index) {
     AnyWeight weight(p, scratch.weight);
     FactoredSlot<false> square(p, kSquare, scratch.slots[kSquare]);
     square.begin();
+    int64_t nonfinite = 0;
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         const int width = p.width(row);
         grad.begin_row(row, width);
@@ -147,27 +169,32 @@ HD void factor(const Launch& launch, int64_t index) {
             F g = usable(grad.load(i, col, n), ok);
             g = has(h, kOrthograd) ? conditioned(h, g, weight.load(i, col, n)) : g * h.coefficient;
             F g2 = g * g;
-            if (!all(ok)) g2 = select(ok, g2, square.load(i, col, n));
+            if (RARELY(!all(ok))) {
+                nonfinite += kLanes - count(ok);
+                g2 = select(ok, g2, square.load(i, col, n));
+            }
             square.store(i, col, n, g2);
         });
         square.end_row(row, width);
     }
     square.end();
+    nonfinite = Exec::total(nonfinite);
+    if (Exec::leads()) launch.sums[index].nonfinite = nonfinite;
 }
 
 template <class Access>
 HD void norm(const Launch& launch, int64_t index) {
     const Tile& tile = launch.tiles[index];
     Place p(launch, tile);
-    const Hyper h = p.hyper;
+    const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
     double update_sq = 0;
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        F sum;
+        F sum(0.f);
         begin_row(a, row, p.width(row));
         Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
-            F u = evaluate(a, h, i, col, n).direction;
+            F u = evaluate<false>(a, h, i, col, n).direction;
             sum = fma(u, u, sum);
         });
         update_sq += Exec::total(sum);
@@ -179,14 +206,14 @@ template <class Access>
 HD void align(const Launch& launch, int64_t index) {
     const Tile& tile = launch.tiles[index];
     Place p(launch, tile);
-    const Hyper h = p.hyper;
+    const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
     int64_t aligned = 0;
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         begin_row(a, row, p.width(row));
         Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
-            Evaluation e = evaluate(a, h, i, col, n);
+            Evaluation e = evaluate<false>(a, h, i, col, n);
             aligned += count(agrees(e.u, e.g));
         });
     }
@@ -198,7 +225,7 @@ template <class Access>
 HD void apply(const Launch& launch, int64_t index) {
     const Tile& tile = launch.tiles[index];
     Place p(launch, tile);
-    const Hyper h = p.hyper;
+    const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
     int64_t nonfinite = 0;
@@ -210,15 +237,15 @@ HD void apply(const Launch& launch, int64_t index) {
     const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         int width = p.width(row);
-        F sum;
+        F sum(0.f);
         begin_row(a, row, width);
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            Evaluation e = evaluate(a, h, i, col, n);
+            Evaluation e = evaluate<true>(a, h, i, col, n);
             F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
             F kept = Access::kPlain ? fma(F(-h.decay), e.w, e.w) : decayed(h, e.w, u);
             F w = fma(F(-step), u, kept);
             if (lagged) sum = fma(e.direction, e.direction, sum);
-            if (!all(e.ok)) {
+            if (!Access::kClean && RARELY(!all(e.ok))) {
                 nonfinite += kLanes - count(e.ok);
                 w = select(e.ok, w, e.w);
                 e.after.fast = select(e.ok, e.after.fast, e.before.fast);
@@ -228,7 +255,8 @@ HD void apply(const Launch& launch, int64_t index) {
             a.fast.store(i, col, n, e.after.fast);
             a.slow.store(i, col, n, e.after.slow);
             a.square.store(i, col, n, e.after.square);
-            a.weight.store(i, col, n, h.passive ? e.w : w);
+            if (h.passive) w = e.w;  // not `?:`, whose reference would force both into memory
+            a.weight.store(i, col, n, w);
         });
         a.fast.end_row(row, width);
         a.slow.end_row(row, width);

@@ -1,4 +1,5 @@
-// Adafactor -- Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235, Alg. 4 (matrices), 5 (vectors).
+// Adafactor -- Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235, Alg. 4 (matrices), 5
+// (vectors).
 #pragma once
 
 #include "core/features.h"

@@ -24,7 +24,8 @@ HD void prepare_slow(const Options& o, Hyper& h) {
 
 struct Adam : Rule {
     // The bias corrections c1, c2 are taken out of the elements' arithmetic:
-    //   (m / c1) / (sqrt(v / c2) + eps) = unit * m / (sqrt(v) + eps sqrt(c2)),  unit = sqrt(c2) / c1.
+    //   (m / c1) / (sqrt(v / c2) + eps) = unit * m / (sqrt(v) + eps sqrt(c2)),  unit = sqrt(c2) /
+    //   c1.
     HD static void prepare(const Options& o, Hyper& h) {
         double correction1 = 1 - ::pow(o.beta1, double(h.t));
         double root_correction2 = ::sqrt(1 - ::pow(o.beta2, double(h.t)));

@@ -1,5 +1,6 @@
-// ADOPT -- Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853, Alg. 2: normalise by the previous
-// second moment, clip at t^(1/4), then average.  The first step only initialises the second moment.
+// ADOPT -- Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853, Alg. 2: normalise by the
+// previous second moment, clip at t^(1/4), then average.  The first step only initialises the
+// second moment.
 #pragma once
 
 #include "rules/adam.h"
@@ -20,7 +21,8 @@ struct Adopt : Rule {
             return F(0.f);
         }
         F root = sqrt(s.square);
-        F n = has(h, kAtan2) ? atan2(g, root) * kFourOverPi : clamp(g / max(root, F(h.eps)), h.limit);
+        F n =
+            has(h, kAtan2) ? atan2(g, root) * kFourOverPi : clamp(g / max(root, F(h.eps)), h.limit);
         s.fast = lerp(s.fast, n, h.weight1);
         F numerator = mixed(h, s.fast, n, s);
         s.square = lerp(s.square, g * g, h.weight2);

@@ -1,11 +1,14 @@
 // What every instruction set's file has in common.
 //
-// Each compiles the same headers in a namespace of its own, so that no inline function of one is ever
-// linked into another.
+// Each compiles the same headers in a namespace of its own, so that no inline function of one is
+// ever linked into another.
 #pragma once
 
 #include "engine/isa.h"
 #include "engine/kernels.h"
 
-#define ENGINE_KERNELS(name) \
-    { name, engine::ENGINE_ISA::wanted, engine::ENGINE_ISA::run_tensor, engine::ENGINE_ISA::run_tile }
+#define ENGINE_KERNELS(name)                                              \
+    {                                                                     \
+        name, engine::ENGINE_ISA::wanted, engine::ENGINE_ISA::run_tensor, \
+            engine::ENGINE_ISA::run_tile                                  \
+    }
