@@ -72,15 +72,26 @@ def test_the_gate_runs_the_readmes_test_command():
     assert "'&& pytest' README.md" in (REPOSITORY / ".ci" / "run").read_text()
 
 
+SOURCES = sorted(map(str, (REPOSITORY / "csrc").rglob("*.[hc]*")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tool", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+    "tool",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["clang-format", "--dry-run", "-Werror", *SOURCES],
+    ],
+    ids=lambda tool: " ".join(tool[:2]),
 )
 def test_the_code_passes_its_linters(tool):
+    program = Path(sys.executable).with_name(tool[0])  # of this environment
     done = subprocess.run(
-        [sys.executable, "-m", *tool], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [program, *tool[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def installed_wheel(folder: Path, **environment: str) -> tuple[Path, dict[str, str]]:

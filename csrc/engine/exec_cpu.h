@@ -50,8 +50,8 @@ struct Exec {
         return engine::ENGINE_ISA::largest(max(top, other));
     }
 
-    // Asks for column col of rows to come, to be written.  The pieces of rows that a tile is made of
-    // lie apart in memory and are too short for the hardware to see them coming: without this, a
+    // Asks for column col of rows to come, to be written.  The pieces of rows that a tile is made
+    // of lie apart in memory and are too short for the hardware to see them coming: without this, a
     // pass that does little else than read takes twice as long.
     template <class T>
     HD static void prefetch(const T* row, int64_t cols, int col) {

@@ -54,8 +54,8 @@ constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kClipLag
                                 kRelativeStep | kScaleParameter | kFixedBeta2 | kStochastic;
 
 // The combinations that most runs consist of have a loop of their own: bf16 weights rounded
-// stochastically, bf16 gradients, no feature that changes the update element by element.  kCleanTile:
-// an earlier pass has seen that all gradient elements of the tile are usable.
+// stochastically, bf16 gradients, no feature that changes the update element by element.
+// kCleanTile: an earlier pass has seen that all gradient elements of the tile are usable.
 template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false>
 struct PlainAccess {
     using R = RuleT;

@@ -7,8 +7,5 @@
 #include "engine/isa.h"
 #include "engine/kernels.h"
 
-#define ENGINE_KERNELS(name)                                              \
-    {                                                                     \
-        name, engine::ENGINE_ISA::wanted, engine::ENGINE_ISA::run_tensor, \
-            engine::ENGINE_ISA::run_tile                                  \
-    }
+#define ENGINE_KERNELS(name) \
+    {name, engine::ENGINE_ISA::wanted, engine::ENGINE_ISA::run_tensor, engine::ENGINE_ISA::run_tile}
