@@ -72,7 +72,11 @@ class TorchEngine:
         if h.orthograd:
             g = torch.where(h.usable, features.orthogonal(w, g), 0.0)
 
-        moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
+        try:
+            moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
+        except KeyError:  # an option that keeps something was set after the state was made
+            optimizer.check_state(index, group, param)
+            raise
         u, moments = type(optimizer).rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
             parts = codecs[name].encode(moments[name], mix(key, salt))

@@ -93,7 +93,7 @@ DEFAULTS = Features(
 
 def usable(g: Tensor) -> Tensor:
     """Which elements of a gradient can be used: g (*) -> bool (*).  NaN compares false."""
-    return g.abs() <= LARGEST_GRAD
+    return g.float().abs() <= LARGEST_GRAD
 
 
 def orthogonal(w: Tensor, g: Tensor) -> Tensor:

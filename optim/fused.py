@@ -98,9 +98,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if "_places" not in self.__dict__:
-            self._places = list(self._indexed_params())
-        self._step([place for place in self._places if place[2].grad is not None])
+        self._step([place for place in self._places() if place[2].grad is not None])
         return loss
 
     @torch.compiler.disable
@@ -151,11 +149,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what was derived from groups and state: they are about to change."""
-        for derived in ("_native", "_places", "_place_by_id"):
+        for derived in ("_native", "_members"):
             self.__dict__.pop(derived, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["backend"] == "native" and native.unavailable():  # pickled on another machine
+            state = state | {"backend": backend.resolve("auto")}
+        super().__setstate__(state)
 
     def check_steps_alone(self, caller: str) -> None:
         """Raise ValueError where a parameter cannot be stepped before all gradients are there."""
@@ -213,7 +216,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 blank = self._blank(param, group, META)  # but for what is always on the host
                 states.check_parts(name, place, parts, blank)
                 state[param] = {
-                    key: x.detach().clone().to(param.device if blank[key].is_meta else "cpu")
+                    key: x.detach()
+                    .contiguous()
+                    .clone()
+                    .to(param.device if blank[key].is_meta else "cpu")
                     for key, x in parts.items()
                 }
         self._forget()
@@ -235,11 +241,20 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _place_of(self, param: Tensor) -> tuple[int, dict[str, Any]]:
         """This parameter's index and group."""
-        if "_place_by_id" not in self.__dict__:
-            self._place_by_id = {id(p): (index, g) for index, g, p in self._indexed_params()}
+        self._places()
         if id(param) not in self._place_by_id:
             raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
         return self._place_by_id[id(param)]
+
+    def _places(self) -> list[Place]:
+        """Every parameter with its index and group, as a list that is kept until they change."""
+        members = [(id(group), *map(id, group["params"])) for group in self.param_groups]
+        if members != self.__dict__.get("_members"):
+            self._forget()
+            self._members = members
+            self._all_places: list[Place] = list(self._indexed_params())
+            self._place_by_id = {id(p): (index, g) for index, g, p in self._all_places}
+        return self._all_places
 
     def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """This parameter's state, allocated when there is none yet."""
@@ -247,6 +262,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not state:
             state.update(self._blank(param, group, param.device))
         return state
+
+    def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
+        """Raise ValueError where a parameter's state is not what its group's options ask for."""
+        place = f"{index} {tuple(param.shape)}"
+        states.check_parts(
+            type(self).__name__, place, self.state[param], self._blank(param, group, META)
+        )
 
     def _blank(
         self, param: Tensor, group: dict[str, Any], device: torch.device

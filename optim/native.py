@@ -8,6 +8,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,16 +73,21 @@ def _sizes() -> dict[str, int]:
 _SIZES = _sizes() if _native is not None else {}
 
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
+# The options of a group that say which moments there are and how they are stored.
+_SHAPING = ("storage", "factor_1d", "momentum", "beta1", "growth_limit", "clip_norm", "rounding")
 _WEIGHT, _GRAD = plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8
 
 
 class _Work:
-    """The buckets of a set of parameters, as launches."""
+    """The buckets of a set of parameters, as launches; `stamp` is what they depend on."""
 
     def __init__(
-        self, descriptors: "ctypes.Array[plan.Descriptor]", members: Sequence[int]
+        self,
+        descriptors: "ctypes.Array[plan.Descriptor]",
+        members: Sequence[int],
+        stamp: list[Any],
     ) -> None:
-        self.members = torch.tensor(members)
+        self.members, self.stamp = torch.tensor(members), stamp
         self.launches: list[tuple[plan.Launch, plan.Bucket]] = []
         for chosen in _split(descriptors, members):
             shapes = [(descriptors[i].rows, descriptors[i].cols) for i in chosen]
@@ -115,8 +121,8 @@ def _split(descriptors: "ctypes.Array[plan.Descriptor]", members: Sequence[int])
 class NativeEngine:
     """Steps the CPU parameters of one optimizer.
 
-    What it keeps is derived from the optimizer's groups and state, and it is dropped when those
-    change: descriptors, work lists, and room for partial sums.
+    What it keeps is derived from the optimizer's groups and state, and made anew when those change:
+    descriptors, work lists, and room for partial sums.
     """
 
     def __init__(self, optimizer: "FusedOptimizer") -> None:
@@ -125,9 +131,7 @@ class NativeEngine:
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         self._descriptors = (plan.Descriptor * count)()
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
-        self._kept: dict[int, dict[str, Tensor]] = {}  # alive, so that no id comes twice
-        self._described: list[Tensor | None] = [None] * count
-        self._states: list[int] = []  # ids of the state that the descriptors point into
+        self._params: list[Tensor | None] = [None] * count
         self._dtypes: list[torch.dtype | None] = [None] * count
         self._grad_dtypes: list[torch.dtype | None] = [None] * count
         self._numels = [-1] * count
@@ -186,20 +190,13 @@ class NativeEngine:
         Returns the work of these parameters, and contiguous copies of the weights that are not
         contiguous, to be copied back.
         """
-        state, described = self._optimizer.state, self._described
-        if self._is_replaced(places):
-            described[:] = [None] * len(described)
-            self._work.clear()
+        work = self._work_of(places)
         addresses, weights = array("q"), []
         self._gradients.clear()
         for index, group, param in places:  # a UNet has 1680 of them: this loop is kept cheap
             grad: Any = param.grad
             weight = param
-            if (
-                described[index] is not param
-                or param.dtype is not self._dtypes[index]
-                or param.numel() != self._numels[index]
-            ):
+            if param.dtype is not self._dtypes[index] or param.numel() != self._numels[index]:
                 self._describe(index, group, param)
             if grad.dtype is not self._grad_dtypes[index] or not grad.is_contiguous():
                 grad = self._readable(index, grad)
@@ -208,24 +205,35 @@ class NativeEngine:
                 weights.append((param, weight))
             addresses.append(weight.data_ptr())
             addresses.append(grad.data_ptr())
-        self._states = list(map(id, state.values()))
-        members = tuple([index for index, _, _ in places])
-        if members not in self._work:
-            if len(self._work) > 4096:  # sets of parameters that do not come again
-                self._work.clear()
-            self._work[members] = _Work(self._descriptors, members)
-        work = self._work[members]
-        if members:
+        if places:
             table = torch.frombuffer(addresses, dtype=torch.int64).view(-1, 2)
             self._words[work.members, _WEIGHT : _GRAD + 1] = table
         return work, weights
 
-    def _is_replaced(self, places: "Sequence[Place]") -> bool:
-        """Whether the state that the descriptors point into is no longer the optimizer's."""
+    def _work_of(self, places: "Sequence[Place]") -> _Work:
+        """The work of these parameters: kept from an earlier step where nothing that descriptors
+        depend on has changed since, which is looked at every time."""
+        members = tuple([index for index, _, _ in places])
+        stamp = self._stamp(places)
+        work = self._work.get(members)
+        if work is None or work.stamp != stamp:
+            if len(self._work) > 4096:  # sets of parameters that do not come again
+                self._work.clear()
+            for place in places:
+                self._describe(*place)
+            work = _Work(self._descriptors, members, self._stamp(places))
+            self._work[members] = work
+        return work
+
+    def _stamp(self, places: "Sequence[Place]") -> list[Any]:
+        """What the descriptors of these parameters depend on: which groups there are and how they
+        store moments, which parameters these are, and where each tensor of their state lies."""
         state = self._optimizer.state
-        if len(places) * 8 > len(state):  # cheaper for all at once
-            return list(map(id, state.values())) != self._states
-        return any(self._kept.get(index) is not state[param] for index, _, param in places)
+        groups = [
+            (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
+        ]
+        parts = chain.from_iterable([state[param].values() for _, _, param in places])
+        return [groups, [id(param) for _, _, param in places], list(map(Tensor.data_ptr, parts))]
 
     def _readable(self, index: int, grad: Tensor) -> Tensor:
         """A gradient as the engine reads it, and its dtype in the descriptor."""
@@ -238,14 +246,16 @@ class NativeEngine:
 
     def _describe(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Fill in the descriptor of one parameter, whose state is allocated if there is none."""
-        if self._numels[index] not in (-1, param.numel()):
+        if self._params[index] is param and self._numels[index] != param.numel():
             raise ValueError(
                 f"parameter {index} has {param.numel()} elements now and had "
                 f"{self._numels[index]} when its state was made; build a new optimizer"
             )
+        self._params[index] = param
         self._dtypes[index], self._numels[index] = param.dtype, param.numel()
         optimizer = self._optimizer
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
+        optimizer.check_state(index, group, param)
         rows, cols = plan.matrix_of(layout(codecs.values(), param.numel()))
         d = self._descriptors[index]
         d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
@@ -263,5 +273,3 @@ class NativeEngine:
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.TILE_ROWS + plan.TILE_COLS
             d.moments[plan.SLOTS.index(name)] = moment
-        self._described[index] = param
-        self._kept[index] = state

@@ -111,6 +111,7 @@ def grown(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[
     """u under the growth limiter where there is one, and the moments with the norm it remembers."""
     if h.growth_limit is None:
         return u, moments
+    u = torch.where(h.usable, u, 0.0)
     u, norm = limited(h, u, s["update_norm"])
     return u, moments | {"update_norm": norm}
 

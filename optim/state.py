@@ -62,6 +62,6 @@ def check_parts(optimizer: str, parameter: str, saved: Parts, wanted: Parts) -> 
     for key in sorted(own.keys() | found.keys()):
         if own.get(key) != found.get(key):
             raise ValueError(
-                f"the saved state of parameter {parameter} does not fit {optimizer}: {key!r} is "
+                f"the state of parameter {parameter} does not fit {optimizer}: {key!r} is "
                 f"{found.get(key, 'missing')} and should be {own.get(key, 'absent')}"
             )

@@ -39,7 +39,7 @@ struct FactoredSlot : Slot {
     }
 
     HD F load(int, int col, int n) {
-        F x = load_f32(col_factors + col, kLanes) * row_factor;
+        F x = load_f32(col_factors + col, n) * row_factor;
         if (!kSigned) return x;
         return select(mask_of(Exec::load_bits(signs, col, n)), x,
                       as_float(as_bits(x) ^ U(0x80000000u)));

@@ -22,7 +22,9 @@ HD F with_sign(F magnitude, F from) {
 HD F sign(F x) { return select(x == F(0.f), F(0.f), with_sign(F(1.f), x)); }
 
 // a + weight (b - a).
-HD F lerp(F a, F b, float weight) { return fma(F(weight), b - a, a); }
+HD F lerp(F a, F b, float weight) {
+    return weight < 0.5f ? fma(F(weight), b - a, a) : fma(F(weight - 1.f), b - a, b);
+}
 
 // atan2(y, x) for x >= 0, within 2 ulp; atan2(0, 0) = 0.
 //
@@ -77,7 +79,7 @@ HD U to_bf16(F x) {
 // bits. Infinities and NaN stay, and no finite value becomes infinite.
 HD U to_bf16(F x, U draws) {
     U rounded = as_bits(x) + draws;
-    Mask ordinary = abs(x) < F(0x1.fcp127f);  // one bf16 below the last finite one
+    Mask ordinary = abs(x) < F(0x1.fep127f);  // one bf16 below the last finite one
     if (RARELY(!all(ordinary))) {
         U quiet = select(x == x, as_bits(x), as_bits(x) | U(0x400000u));
         rounded = select(ordinary, rounded, quiet);

@@ -194,7 +194,9 @@ HD void norm(const Launch& launch, int64_t index) {
         F sum(0.f);
         begin_row(a, row, p.width(row));
         Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
-            F u = evaluate<false>(a, h, i, col, n).direction;
+            Evaluation e = evaluate<false>(a, h, i, col, n);
+            F u = e.direction;
+            if (!Access::kClean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
             sum = fma(u, u, sum);
         });
         update_sq += Exec::total(sum);

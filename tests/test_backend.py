@@ -1,0 +1,446 @@
+"""Who computes: how the backend is chosen and said, and that the native engine, which keeps
+addresses, sees whatever is done to weights, groups and state between two steps."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import assert_same, make_params, run, set_grads
+from torch.nn import Parameter
+
+import optim
+from optim import backend, native
+
+BUILT = native.unavailable() is None
+needs_native = pytest.mark.skipif(not BUILT, reason="it is not built")
+SHAPES = [(24, 16), (16, 3, 3, 3), (24,)]
+NAMES = ["adamw", "adamw8bit", "adopt_factored", "adafactor8bit"]
+
+
+@pytest.fixture(autouse=True)
+def _no_wishes(monkeypatch):
+    """Nothing but what a test says chooses the backend."""
+    for name in ("OPTIM_BACKEND", "OPTIM_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backend, "_said", set())
+
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """As where the install found no compiler."""
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_reason", "No module named 'optim._native'", raising=False)
+
+
+def build(name="sgd", **options):
+    return optim.build(name, make_params(shapes=SHAPES), **options)
+
+
+# The choice ---------------------------------------------------------------------------------------
+
+BEST = "native" if BUILT else "torch"
+
+
+@pytest.mark.filterwarnings("ignore:the optimizers run on plain PyTorch")
+@pytest.mark.parametrize(
+    ("argument", "environment", "chosen"),
+    [
+        ({}, None, BEST),
+        ({"backend": "auto"}, None, BEST),
+        ({"backend": "auto"}, "auto", BEST),
+        ({"backend": "auto"}, "torch", "torch"),
+        ({"backend": "torch"}, None, "torch"),
+        ({"backend": "torch"}, "native", "torch"),  # the argument wins
+        pytest.param({"backend": "native"}, "torch", "native", marks=needs_native),
+        pytest.param({"backend": "auto"}, "native", "native", marks=needs_native),
+    ],
+)
+def test_the_argument_chooses_then_the_environment_then_what_is_built(
+    argument, environment, chosen, monkeypatch
+):
+    if environment:
+        monkeypatch.setenv("OPTIM_BACKEND", environment)
+    assert build(**argument).backend == chosen
+
+
+def test_a_backend_that_does_not_exist_is_refused_with_those_that_do(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend='cuda' .* 'auto', 'native' or 'torch'"):
+        build(backend="cuda")
+    monkeypatch.setenv("OPTIM_BACKEND", "fast")
+    with pytest.raises(ValueError, match="OPTIM_BACKEND=fast is not one of auto, native, torch"):
+        build()
+    assert build(backend="torch").backend == "torch"  # the environment is not asked
+
+
+@needs_native
+def test_an_instruction_set_that_does_not_exist_is_refused_with_those_that_do(monkeypatch):
+    monkeypatch.setenv("OPTIM_ISA", "mmx")
+    names = ", ".join(native._native.isas())
+    optimizer = build(backend="native")
+    set_grads(optimizer.param_groups[0]["params"], 0)
+    with pytest.raises(ValueError, match=f"OPTIM_ISA=mmx: this machine has {names}"):
+        optimizer.step()
+
+
+@needs_native
+def test_the_best_instruction_set_is_the_default(monkeypatch):
+    assert native.isa() == native._native.isas()[-1]
+    monkeypatch.setenv("OPTIM_ISA", "baseline")
+    assert native.isa() == "baseline"
+
+
+def test_the_backend_is_no_option_of_a_group():
+    with pytest.raises(TypeError, match="backend"):
+        optim.build("sgd", [{"params": make_params(), "backend": "torch"}])
+    assert "backend" not in build().param_groups[0]
+
+
+# Where it is not built ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unbuilt")
+def test_without_the_module_auto_says_so_once_and_computes_on_torch():
+    with pytest.warns(RuntimeWarning, match=r"plain PyTorch.*not built \(No module named"):
+        optimizer = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build("adamw")
+    assert optimizer.backend == "torch"
+    plain = build(backend="torch")
+    for one in (optimizer, plain):
+        run(one, one.param_groups[0]["params"], range(2))
+    assert_same(optimizer.param_groups[0]["params"], plain.param_groups[0]["params"])
+
+
+@pytest.mark.usefixtures("unbuilt")
+def test_without_the_module_torch_is_no_reason_to_warn(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(backend="torch")
+        monkeypatch.setenv("OPTIM_BACKEND", "torch")
+        build()
+
+
+@pytest.mark.usefixtures("unbuilt")
+@pytest.mark.parametrize("environment", [None, "native"])
+def test_without_the_module_native_is_refused_with_the_reason(environment, monkeypatch):
+    if environment:
+        monkeypatch.setenv("OPTIM_BACKEND", environment)
+    with pytest.raises(RuntimeError, match=r"backend='native' cannot .*No module named .*compiler"):
+        build(backend="auto" if environment else "native")
+
+
+def test_the_package_imports_and_steps_where_the_module_cannot_be_loaded():
+    """In a process of its own, with an import that fails."""
+    code = """
+import sys
+sys.modules["optim._native"] = None
+import torch, optim
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+optimizer = optim.Adafactor8bit([p])
+optimizer.step()
+assert optimizer.backend == "torch" and (p < 1).all()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if not k.startswith("OPTIM_")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning: the optimizers run on plain PyTorch") == 1
+
+
+# What goes from one to the other ------------------------------------------------------------------
+
+
+@needs_native
+def test_batches_of_matrices_are_the_references_bit_for_bit():
+    runs = []
+    for chosen in ("torch", "native"):
+        params = make_params(torch.bfloat16, SHAPES)
+        groups = [{"params": params, "conv_view": "last2"}]
+        run(optim.build("adafactor8bit", groups, backend=chosen, beta1=0.9), params, range(3))
+        runs.append(params)
+    assert_same(*runs)
+
+
+@needs_native
+def test_groups_of_both_kinds_step_and_are_clipped_together():
+    runs = []
+    for chosen in ("torch", "native"):
+        params = make_params(shapes=SHAPES * 2)
+        groups = [{"params": params[:3], "conv_view": "last2"}, {"params": params[3:]}]
+        optimizer = optim.build("adafactor", groups, backend=chosen, max_grad_norm=0.1, eps=(1, 1))
+        run(optimizer, params, range(3))
+        assert all(int(optimizer.state[p]["step"]) == 3 for p in params)
+        runs.append(params)
+    for a, b in zip(*runs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+COPIERS = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("copier", COPIERS.values(), ids=COPIERS)
+@pytest.mark.parametrize("chosen", ["torch", pytest.param("native", marks=needs_native)])
+def test_a_copy_keeps_the_backend_and_leaves_the_original_alone(chosen, copier, monkeypatch):
+    optimizer = build("adamw8bit", backend=chosen)
+    params = optimizer.param_groups[0]["params"]
+    run(optimizer, params, range(2))
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")  # asked when an optimizer is made, not when copied
+    twin_params, twin = copier((params, optimizer))
+    assert twin.backend == chosen
+    before = [p.detach().clone() for p in params]
+    run(twin, twin_params, range(2, 4))
+    assert_same(params, before)
+    run(optimizer, params, range(2, 4))
+    assert_same(params, twin_params)
+
+
+@needs_native
+def test_a_copy_made_where_the_engine_is_built_runs_where_it_is_not(request):
+    optimizer = build(backend="native")
+    run(optimizer, optimizer.param_groups[0]["params"], range(1))
+    sent = pickle.dumps(optimizer)
+    request.getfixturevalue("unbuilt")
+    with pytest.warns(RuntimeWarning, match="plain PyTorch"):
+        arrived = pickle.loads(sent)
+    run(arrived, arrived.param_groups[0]["params"], range(1, 2))
+    assert arrived.backend == "torch"
+
+
+@needs_native
+@pytest.mark.parametrize(("first", "second"), [("torch", "native"), ("native", "torch")])
+@pytest.mark.parametrize("name", sorted(optim.FAMILY))
+def test_a_state_of_one_backend_goes_on_in_the_other(name, first, second):
+    straight, changed = make_params(shapes=SHAPES), make_params(shapes=SHAPES)
+    run(optim.build(name, straight, backend=first), straight, range(4))
+    start = optim.build(name, changed, backend=first)
+    run(start, changed, range(3))
+    file = io.BytesIO()
+    torch.save(start.state_dict(), file)
+    file.seek(0)
+    end = optim.build(name, changed, backend=second)
+    end.load_state_dict(torch.load(file, weights_only=True))
+    run(end, changed, range(3, 4))
+    assert end.backend == second
+    for a, b in zip(straight, changed, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# What is done between two steps -------------------------------------------------------------------
+
+
+def poison(x):
+    """What was here is not to be used any more."""
+    return x.detach().fill_(127 if x.dtype in (torch.int8, torch.uint8) else 9000)
+
+
+def moved_weights(optimizer, params):
+    for p in params:
+        old, p.data = p.data, p.data.clone() * 2
+        yield poison(old)
+
+
+def cast_weights(optimizer, params):
+    for p in params:
+        old, p.data = p.data, p.data.to(torch.bfloat16)
+        p.grad = None
+        yield poison(old)
+
+
+def transposed_weights(optimizer, params):
+    for p in params:
+        if p.ndim == 2:
+            old, p.data = p.data, p.data.clone().t().contiguous().t()
+            yield poison(old)
+
+
+def replaced_tensors(optimizer, params):
+    """As code does that moves states between devices."""
+    for state in optimizer.state.values():
+        for key, old in list(state.items()):
+            state[key] = old.clone()
+            yield poison(old)
+
+
+def replaced_data(optimizer, params):
+    for state in optimizer.state.values():
+        for x in state.values():
+            old, x.data = x.data, x.data.clone()
+            yield poison(old)
+
+
+def replaced_states(optimizer, params):
+    for p in params:
+        old = optimizer.state[p]
+        optimizer.state[p] = {key: x.clone() for key, x in old.items()}
+        yield [poison(x) for x in old.values()]
+
+
+def cleared_states(optimizer, params):
+    yield from (poison(x) for state in optimizer.state.values() for x in state.values())
+    optimizer.state.clear()
+
+
+def reloaded(optimizer, params):
+    yield [state for state in optimizer.state.values()]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def reloaded_in_another_layout(optimizer, params):
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        for key, x in state.items():
+            if x.ndim == 2:
+                state[key] = x.t().contiguous().t()
+    optimizer.load_state_dict(saved)
+    yield None
+
+
+def other_options(optimizer, params):
+    (group,) = optimizer.param_groups
+    group |= {"lr": 0.3, "weight_decay": 0.5, "seed": 4, "cautious": True, "grad_clip": 0.1}
+    if "betas" in group:
+        group["betas"] = (0.5, 0.6)
+    yield None
+
+
+def tensor_rate(optimizer, params):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    yield None
+
+
+def new_group(optimizer, params):
+    added = [Parameter(torch.full((7, 3), 0.5)), Parameter(torch.full((2, 2), 0.5))]
+    optimizer.add_param_group({"params": added, "lr": 0.2})
+    params += added
+    yield None
+
+
+def reordered(optimizer, params):
+    optimizer.param_groups[0]["params"].reverse()
+    yield None
+
+
+def appended(optimizer, params):
+    params.append(Parameter(torch.full((7, 3), 0.5)))
+    optimizer.param_groups[0]["params"].append(params[-1])
+    yield None
+
+
+def replaced_parameter(optimizer, params):
+    """By one of another shape: `params[0]` keeps its state but is no longer stepped."""
+    params[0] = optimizer.param_groups[0]["params"][0] = Parameter(torch.full((50, 60), 0.5))
+    yield None
+
+
+def split_groups(optimizer, params):
+    (group,) = optimizer.param_groups
+    rest = {**group, "params": group["params"][1:], "lr": 0.2}
+    group["params"] = group["params"][:1]
+    optimizer.param_groups.append(rest)
+    yield None
+
+
+def dropped_group(optimizer, params):
+    """The first, which is empty: all others have another number, and their parameters the same."""
+    optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": [], "lr": 77.0})
+    set_grads(params, 50)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    yield None
+
+
+SURGERY = [
+    moved_weights,
+    cast_weights,
+    transposed_weights,
+    replaced_tensors,
+    replaced_data,
+    replaced_states,
+    cleared_states,
+    reloaded,
+    reloaded_in_another_layout,
+    other_options,
+    tensor_rate,
+    new_group,
+    reordered,
+    appended,
+    replaced_parameter,
+    split_groups,
+    dropped_group,
+]
+
+
+@pytest.mark.parametrize("chosen", ["torch", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("surgery", SURGERY)
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_is_done_between_two_steps_is_seen(name, surgery, chosen):
+    """As by a fresh copy on plain PyTorch, which has kept nothing of what was."""
+
+    def prepared(backend):
+        params = make_params(shapes=SHAPES)
+        optimizer = optim.build(name, params, lr=0.01, weight_decay=0.1, backend=backend)
+        run(optimizer, params, range(2))
+        return params, optimizer, list(surgery(optimizer, params))
+
+    wanted, fresh = copy.deepcopy(prepared("torch")[:2])
+    params, optimizer, _kept = prepared(chosen)  # kept alive: nothing else takes its place
+    run(fresh, wanted, range(2, 4))
+    run(optimizer, params, range(2, 4))
+    assert all(x.isfinite().all() for x in wanted)
+    off = [(a.float() - b.float()).abs().max().item() for a, b in zip(wanted, params, strict=True)]
+    assert max(off) <= (0.02 if surgery is cast_weights else 2e-4), off
+
+
+@needs_native
+def test_an_option_that_needs_state_which_is_not_there_is_an_error():
+    """In a process of its own: an engine that follows a null address takes its process along."""
+    code = """
+import torch, optim
+for name, change in [
+    ("adafactor", {"growth_limit": 1.01}),
+    ("adafactor", {"clip_norm": "lagged"}),
+    ("adafactor", {"beta1": 0.9}),
+    ("adamw", {"storage": "8bit"}),
+]:
+    for backend in ("torch", "native"):
+        p = torch.nn.Parameter(torch.ones(3, 5))
+        p.grad = torch.ones(3, 5)
+        optimizer = optim.build(name, [p], backend=backend)
+        optimizer.step()
+        optimizer.param_groups[0].update(change)
+        try:
+            optimizer.step()
+        except (KeyError, ValueError):
+            pass
+        else:
+            print(name, backend, "steps with", change)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@needs_native
+def test_weights_of_another_size_than_their_state_are_refused():
+    for chosen in ("torch", "native"):
+        optimizer = build(backend=chosen)
+        params = optimizer.param_groups[0]["params"]
+        run(optimizer, params, range(1))
+        params[0].data = torch.ones(3, 5)
+        params[0].grad = torch.ones(3, 5)
+        with pytest.raises((ValueError, RuntimeError)):
+            optimizer.step()

@@ -1,0 +1,675 @@
+"""The native engine against its specification, `optim/reference.py`: from the same state and with
+the same gradients, one step of each, so that roundings do not add up.  Then its own promises: the
+same bits whoever computes, one launch a bucket, no full-size temporary, 64-bit offsets."""
+
+import copy
+import math
+import mmap
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from helpers import assert_same
+from torch.nn import Parameter
+
+import optim
+from optim import native, plan, rng
+from optim import state as states
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from bench import memory
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [FP32, BF16, FP16]
+STORAGES = ["fp32", "bf16", "8bit", "factored"]
+NAMES = sorted(optim.FAMILY)
+
+# (7, 1429) has no square view, so (97, 104) is padded: its last row is 19 elements long.
+SMALL = [(24, 40), (33, 3, 3, 3), (37,), (), (0,), (1, 5), (7, 1429), (5, 0)]
+MEDIUM = [(130, 700), (10007,), (33, 3, 3, 3), (), (0,)]  # (130, 700): tiles both ways
+LARGE = [
+    (2, 160001),  # (564, 568), padded and several tiles each way
+    (1, 10007),  # a prime: (97, 104)
+    (64, 1300),
+    (3, 5, 2, 7, 11),
+    *MEDIUM,
+]
+
+
+# The comparison -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the engine may be from the reference, which adds up in another order.
+
+    Every element may miss by `relative` of itself and `scale` of the largest one (of weights: of
+    what the step moved); and `share` of them, but one at least, by `places` neighbours more.
+    """
+
+    relative: float = 0.0
+    scale: float = 0.0
+    places: int = 0
+    share: float = 0.0
+
+
+TOLERANCES = {
+    "exact": Tolerance(),
+    "weight fp32": Tolerance(scale=3e-6, places=2, share=1.0),
+    "weight bf16": Tolerance(scale=3e-6, places=1, share=1e-3),
+    "weight fp16": Tolerance(scale=3e-6, places=1, share=3e-3),
+    "weight kahan": Tolerance(relative=2**-22, scale=3e-6, places=1, share=0.1),
+    "signed fp32": Tolerance(relative=1e-6, scale=5e-7),
+    "size fp32": Tolerance(relative=3e-6, scale=1e-7),  # of what may have cancelled
+    "squares fp32": Tolerance(relative=3e-6, scale=1e-9),
+    "moment bf16": Tolerance(scale=5e-7, places=1, share=1e-3),
+    "codes": Tolerance(places=1, share=1e-2),
+    "signs": Tolerance(places=1, share=1e-5),
+}
+WEIGHT = {FP32: "weight fp32", BF16: "weight bf16", FP16: "weight fp16"}
+
+
+def misses(what, wanted, found, *, largest=None, place=None):
+    """What is wrong with `found` by TOLERANCES[what]: a phrase, or nothing."""
+    tolerance = TOLERANCES[what]
+    x, y = wanted.double(), found.double()
+    error = (x - y).abs()
+    largest = x.abs().max() if largest is None and x.numel() else largest or 0.0
+    near = tolerance.relative * x.abs() + tolerance.scale * largest
+    place = spacing(wanted) if place is None else place
+    away = ~(error <= near)  # NaN is
+    far = ~(error <= near + tolerance.places * place)
+    if not far.any() and away.sum() <= max(tolerance.share * away.numel(), tolerance.places > 0):
+        return ""
+    worst = (error - near).nan_to_num(math.inf).argmax()
+    return (
+        f"{what}: {int(away.sum())} of {away.numel()} are off, {int(far.sum())} far; "
+        f"{y.flatten()[worst]:.9g} should be {x.flatten()[worst]:.9g}"
+    )
+
+
+def spacing(x):
+    """How far the neighbours of a stored number are from it, at most."""
+    if not x.dtype.is_floating_point:
+        return torch.ones(x.shape)
+    kind = torch.finfo(x.dtype)
+    return kind.eps * x.double().abs().clamp_min(kind.tiny)
+
+
+def state_misses(name, wanted, found):
+    """`misses` for one tensor of a state."""
+    moment, _, part = name.partition(".")
+    if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
+        return f"{found.dtype} {tuple(found.shape)}"
+    if part == "sign":
+        bits = torch.arange(8, dtype=torch.uint8)
+        return misses("signs", wanted[..., None] >> bits & 1, found[..., None] >> bits & 1)
+    if part.endswith("codes"):
+        return misses("codes", wanted, found)
+    if wanted.dtype == BF16:
+        return misses("moment bf16", wanted, found)
+    if wanted.dtype != FP32:
+        return misses("exact", wanted, found)
+    if moment not in ("exp_avg", "exp_avg_slow"):
+        return misses("squares fp32", wanted, found)
+    return misses("signed fp32" if part == "" else "size fp32", wanted, found)
+
+
+def param_misses(p, q, old, one, two):
+    """Whatever differs between a parameter p with state `one` and its twin q with `two`."""
+    assert one.keys() == two.keys()
+    a, b, moved = p.detach(), q.detach(), (p - old).abs().max().item() if p.numel() else 0.0
+    lines = {"weights": misses(WEIGHT[p.dtype], a, b, largest=moved)}
+    for key in one:
+        if key == "compensation":  # may be a place off itself, and makes up for the weights'
+            c, d = one[key].double(), two[key].double()
+            place, a, b = spacing(one[key]), a.double() + c, b.double() + d
+            lines[key] = misses("weight kahan", a, b, largest=moved, place=place)
+        else:
+            lines[key] = state_misses(key, one[key], two[key])
+    return [f"{tuple(p.shape)} {key}: {line}" for key, line in lines.items() if line]
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def step_misses(reference, engine):
+    """Step both from the reference's weights and state: -> whatever comes out differently."""
+    assert (reference.backend, engine.backend) == ("torch", "native")
+    params, twins = params_of(reference), params_of(engine)
+    before = [p.detach().clone() for p in params]
+    for p, q in zip(params, twins, strict=True):
+        q.data.copy_(p)
+    engine.load_state_dict(copy.deepcopy(reference.state_dict()))
+    reference.step()
+    engine.step()
+    lines = []
+    for p, q, old in zip(params, twins, before, strict=True):
+        lines += param_misses(p, q, old, reference.state[p], engine.state[q])
+    return lines
+
+
+def weights(shape, dtype, generator):
+    return (torch.randn(shape, generator=generator) * 0.1).to(dtype)
+
+
+def gradients(shape, dtype, generator, scale=0.01):
+    """Of many sizes, with some elements, rows and columns that are zero."""
+    g = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 3
+    if len(shape) > 1 and shape[0] > 2 and g.numel():
+        g *= torch.logspace(-3, 0, shape[0]).view(-1, *[1] * (len(shape) - 1))
+        g[1], g[:, 1] = 0, 0
+    g *= torch.rand(shape, generator=generator) > 0.01
+    return (g * scale).to(dtype)
+
+
+BAD = [math.nan, math.inf, -math.inf, 1e30]
+
+
+def spoil(g, step):
+    """Put unusable elements into a gradient, at other places in every step."""
+    if g.numel() > 4 * len(BAD):
+        for i, value in enumerate(BAD, start=1):
+            g.view(-1)[step + i * (g.numel() - 4) // (len(BAD) + 1)] = value
+
+
+def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0.01, **options):
+    """From the reference's state at each of some steps, the engine's step is the reference's.
+
+    Shapes are dealt out to the groups; every other step has unusable gradient elements.
+    """
+    options = {"lr": 0.01, "weight_decay": 0.1} | options
+    generator = torch.Generator().manual_seed(0)
+    tensors = [weights(shape, dtype, generator) for shape in shapes]
+
+    def build(backend):
+        made = [Parameter(w.clone()) for w in tensors]
+        dealt = [{"params": made[i :: len(groups)]} | g for i, g in enumerate(groups)]
+        return optim.build(name, dealt, backend=backend, **options)
+
+    reference, engine = build("torch"), build("native")
+    for step in range(steps):
+        for p, q in zip(params_of(reference), params_of(engine), strict=True):
+            g = gradients(p.shape, grad_dtype or dtype, generator, scale)
+            if step % 2 == 0:
+                spoil(g, step)
+            set_grad(p, g)
+            set_grad(q, g.clone())
+        assert step_misses(reference, engine) == [], f"step {step + 1}"
+
+
+def set_grad(param, grad):
+    """Attach a gradient of any dtype, as a model whose weights were cast after backward() has."""
+    if grad.dtype == param.dtype:
+        param.grad = grad
+        return
+    data = param.data
+    param.data = data.to(grad.dtype)
+    param.grad = grad
+    param.data = data
+
+
+# One step -----------------------------------------------------------------------------------------
+
+FEATURES = {
+    "growth_limit": {"growth_limit": 1.01},
+    "grad_clip": {"grad_clip": 1e-3},
+    "max_grad_norm": {"max_grad_norm": 1e-3},
+    "orthograd": {"orthograd": True},
+    "cautious": {"cautious": True},
+    "grams": {"grams": True},
+    "cautious decay": {"cautious_decay": True},
+    "nearest": {"rounding": "nearest"},
+    "kahan": {"rounding": "kahan"},
+    "seed": {"seed": -(2**40) - 3},
+}
+# Options of some rules; those of several optimizers have a row for each.
+OPTIONS = [
+    ("sgd", {"nesterov": True}),
+    ("sgd", {"nesterov": True, "storage": "factored"}),
+    ("sgd", {"momentum": 0.0}),
+    ("sgd", {"weight_decay": 0.0, "lr": 0.0}),
+    ("sgd", {"factor_1d": True, "storage": "factored"}),
+    ("adamw", {"atan2": True}),
+    ("adamw", {"betas": (0.0, 0.5), "eps": 1e-3}),
+    ("adamw8bit", {"atan2": True}),
+    ("adamw_factored", {"atan2": True}),
+    ("adamw_factored", {"factor_1d": True}),
+    ("ademamix", {"warmup_steps": 7}),
+    ("ademamix", {"alpha": 0.0, "betas": (0.0, 0.9, 0.99), "warmup_steps": 2}),
+    ("ademamix_factored", {"atan2": True, "warmup_steps": 7, "factor_1d": True}),
+    ("adopt", {"atan2": True}),
+    ("adopt", {"betas": (0.5, 0.9), "eps": 1e-2}),
+    ("adopt_factored", {"atan2": True, "factor_1d": True}),
+    ("adopt_factored_ademamix", {"warmup_steps": 2}),
+    ("lion", {"betas": (0.0, 0.5)}),
+    ("lion_factored", {"factor_1d": True}),
+    *(
+        (name, options)
+        for name in ("adafactor", "adafactor8bit")
+        for options in (
+            {"beta1": 0.9},
+            {"clip_norm": "lagged"},
+            {"clip_norm": "lagged", "beta1": 0.9, "growth_limit": 1.01, "clip_threshold": 0.3},
+            {"clip_threshold": None},
+            {"clip_threshold": 0.01},
+            {"relative_step": True, "scale_parameter": True, "lr": 0.9},
+            {"beta2": None},
+            {"beta2": None, "beta2_decay": -0.5, "eps": (1e-6, 0.5), "scale_parameter": True},
+        )
+    ),
+]
+# Several features in one step, in the order in which they act.
+TOGETHER = [
+    {"max_grad_norm": 0.1, "grad_clip": 1e-3, "orthograd": True, "growth_limit": 1.01},
+    {"orthograd": True, "cautious": True, "cautious_decay": True, "rounding": "kahan"},
+    {"grams": True, "cautious": True, "growth_limit": 1.5, "rounding": "nearest"},
+    {"grad_clip": 1e-3, "cautious": True, "cautious_decay": True, "storage": "bf16", "seed": 7},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_with_a_feature_is_the_references(name, feature, dtype):
+    if feature in optim.FAMILY[name].refuses:
+        pytest.skip("refused")
+    compare(name, SMALL, dtype, **FEATURES[feature])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    "name",  # one of those that differ in their default storage alone
+    ["sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"],
+)
+def test_a_step_with_any_storage_is_the_references(name, storage, dtype):
+    options = {"beta1": 0.9} if name == "adafactor" else {}
+    compare(name, LARGE, dtype, storage=storage, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_adafactor8bit_steps_like_the_reference_with_any_first_moment(storage, dtype):
+    compare("adafactor8bit", MEDIUM, dtype, storage=storage, beta1=0.9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+def test_a_step_with_a_rules_own_option_is_the_references(name, options, dtype):
+    compare(name, SMALL, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("options", TOGETHER, ids=str)
+@pytest.mark.parametrize(
+    "name", ["sgd", "adamw8bit", "adopt_factored", "ademamix", "adafactor8bit"]
+)
+def test_features_act_together_as_in_the_reference(name, options, dtype):
+    compare(name, [*SMALL, (130, 700)], dtype, **options)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor8bit", "adopt_factored"])
+def test_every_group_has_its_own_options(name):
+    groups = (
+        {"lr": 0.5, "max_grad_norm": 1e-2, "seed": 5},
+        {"weight_decay": 0.0, "grad_clip": 1e-3, "cautious": True},
+        {"lr": 0.0, "orthograd": True, "rounding": "kahan", "storage": "bf16"},
+    )
+    compare(name, SMALL[:3] * 3, BF16, groups)
+
+
+@pytest.mark.parametrize("grad_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["adamw_factored", "adamw8bit", "adafactor8bit", "sgd"])
+def test_a_gradient_may_have_another_dtype_than_its_weights(name, dtype, grad_dtype):
+    compare(name, SMALL[:4], dtype, grad_dtype=grad_dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1.0, 1e6, 1e13])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_any_size_step_like_the_reference(name, scale):
+    compare(name, SMALL[:3], FP32, scale=scale)
+
+
+# Layouts and edges --------------------------------------------------------------------------------
+
+
+def shifted(x):
+    """The same elements at an address that no vector unit likes."""
+    flat = torch.empty(x.numel() + 3, dtype=x.dtype)[3:]
+    return flat.view(x.shape).copy_(x)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "unaligned": shifted,
+}
+
+
+@pytest.mark.parametrize("of_grad", LAYOUTS)
+@pytest.mark.parametrize("of_weight", LAYOUTS)
+@pytest.mark.parametrize("name", ["adamw8bit", "adafactor", "adopt_factored"])
+def test_any_memory_layout_of_weights_and_gradients_gives_the_same_bits(name, of_weight, of_grad):
+    generator = torch.Generator().manual_seed(0)
+    start = weights((9, 7, 5, 3), BF16, generator)
+    plain, laid = Parameter(start.clone()), Parameter(LAYOUTS[of_weight](start.clone()))
+    one, two = (
+        optim.build(name, [p], lr=0.01, rounding="kahan", backend="native") for p in (plain, laid)
+    )
+    strides, address = laid.stride(), laid.data_ptr()
+    for _ in range(3):
+        plain.grad = gradients(start.shape, BF16, generator)
+        laid.grad = LAYOUTS[of_grad](plain.grad.clone())
+        one.step()
+        two.step()
+    assert (laid.stride(), laid.data_ptr()) == (strides, address)
+    assert torch.equal(plain, laid)
+    for key, value in one.state[plain].items():
+        assert torch.equal(value, two.state[laid][key]), key
+
+
+def test_an_expanded_gradient_is_read_as_what_it_stands_for():
+    param = Parameter(torch.zeros(5, 7))
+    param.sum().backward()
+    param.grad = torch.ones(()).expand(5, 7)
+    optim.build("sgd", [param], lr=0.5, momentum=0.0, backend="native").step()
+    assert torch.equal(param, torch.full((5, 7), -0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["sgd", "adamw", "ademamix", "adopt", "lion"])
+def test_an_unusable_element_leaves_its_weight_and_its_moments_bit_for_bit(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    param = Parameter(weights((21, 35), dtype, generator))
+    optimizer = optim.build(name, [param], weight_decay=0.1, backend="native")
+    for step in range(4):
+        old = param.detach().clone()
+        before = {k: x.clone() for k, x in optimizer.state[param].items()}
+        param.grad = gradients(param.shape, dtype, generator) + 0.01
+        spoil(param.grad, step)
+        bad = ~(param.grad.float().abs() <= 2.0**48)
+        optimizer.step()
+        if step:
+            assert torch.equal(param[bad], old[bad])
+            moments = [k for k in before if k.startswith("exp_avg")]
+            assert moments
+            for key in moments:
+                assert torch.equal(optimizer.state[param][key][bad], before[key][bad]), key
+        assert param.isfinite().all()
+    assert optimizer.nonfinite_count() == 4 * len(BAD)
+
+
+def test_two_to_the_48_is_the_largest_usable_element():
+    edge = torch.tensor(2.0**48)
+    grad = torch.stack([edge, -edge, edge.nextafter(edge * 2), -edge.nextafter(edge * 2), edge / 2])
+    for backend in ("torch", "native"):
+        param = Parameter(torch.zeros(5))
+        param.grad = grad.clone()
+        optimizer = optim.build("sgd", [param], lr=1.0, momentum=0.0, backend=backend)
+        optimizer.step()
+        assert optimizer.nonfinite_count() == 2
+        assert param.tolist() == [-(2.0**48), 2.0**48, 0.0, 0.0, -(2.0**47)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_element_is_zero_in_the_global_norm_and_seen_by_raise(dtype):
+    """In fp16 too, where 2^48 is infinite."""
+    moved = []
+    for backend in ("torch", "native"):
+        param = Parameter(torch.zeros(4, dtype=dtype))
+        param.grad = torch.tensor([3.0, math.inf, 4.0, math.nan], dtype=dtype)
+        options = {"lr": 1.0, "momentum": 0.0, "max_grad_norm": 2.5, "rounding": "nearest"}
+        optim.build("sgd", [param], backend=backend, **options).step()
+        moved.append(param.tolist())
+        with pytest.raises(FloatingPointError, match="2 of 4"):
+            optim.build("sgd", [param], backend=backend, on_nonfinite="raise").step()
+    assert moved == [[-1.5, 0.0, -2.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("agreeing", [0, 2, 50])
+def test_cautious_scales_up_a_few_agreeing_elements_by_a_thousand_at_most(agreeing):
+    ends = []
+    for backend in ("torch", "native"):
+        param = Parameter(torch.zeros(4096))
+        optimizer = optim.build("sgd", [param], lr=1.0, cautious=True, backend=backend)
+        for against in (1.0, -0.01):
+            param.grad = torch.full((4096,), against)
+            param.grad[:agreeing] = 1.0
+            optimizer.step()
+        ends.append(param.detach() + 1)
+    assert torch.allclose(*ends, rtol=1e-6)
+    moved = -ends[1][:agreeing] / 1.9
+    assert torch.allclose(moved, torch.full((agreeing,), min(4096 / max(agreeing, 1), 1000.0)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("decay", [0.0, 2.0**-10])  # which takes the largest bf16 towards the next
+def test_weights_are_written_as_torch_rounds_them(dtype, rounding, decay):
+    """At the ends of a dtype's range, where fp16 overflows, and in its subnormals."""
+    kind = torch.finfo(dtype)
+    ends = torch.tensor([kind.max, kind.tiny, kind.tiny * kind.eps * 5, 1.0])
+    ends = torch.cat([ends, -ends]).to(dtype).repeat_interleave(64)
+    grad = torch.linspace(-1.5, 1.5, 64).repeat(8) * spacing(ends).float()
+    moved = []
+    for backend in ("torch", "native"):
+        param = Parameter(ends.clone())
+        set_grad(param, grad.clamp(-(2.0**48), 2.0**48))
+        options = {"lr": 1.0, "momentum": 0.0, "rounding": rounding, "weight_decay": decay}
+        optim.build("sgd", [param], backend=backend, **options).step()
+        moved.append(param.detach())
+    assert torch.equal(*moved)
+
+
+# The same bits, whoever computes ------------------------------------------------------------------
+
+
+def trained(name, dtype, shapes=MEDIUM, steps=2, **options):
+    """-> weights and states after some steps from the same start."""
+    generator = torch.Generator().manual_seed(3)
+    params = [Parameter(weights(shape, dtype, generator)) for shape in shapes]
+    optimizer = optim.build(name, params, lr=0.01, backend="native", **options)
+    for _ in range(steps):
+        for p in params:
+            p.grad = gradients(p.shape, dtype, generator)
+        optimizer.step()
+    return [p.detach() for p in params] + [x for p in params for x in optimizer.state[p].values()]
+
+
+@pytest.fixture
+def with_threads():
+    """torch.set_num_threads, restored afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+VARIANTS = [
+    *((name, dtype, {}) for name in NAMES for dtype in (FP32, BF16)),
+    *(("adamw8bit", FP16, options) for options in TOGETHER),
+    *(("adafactor8bit", BF16, options) for options in TOGETHER),
+    ("adafactor", BF16, {"beta1": 0.9, "clip_norm": "lagged", "scale_parameter": True}),
+    ("adopt_factored", BF16, {"max_grad_norm": 1e-3, "growth_limit": 1.01, "atan2": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "options"), VARIANTS, ids=str)
+def test_runs_and_any_number_of_threads_give_the_same_bits(name, dtype, options, with_threads):
+    first = trained(name, dtype, **options)
+    for count in (1, 2, 3):
+        with_threads(count)
+        assert_same(first, trained(name, dtype, **options))
+
+
+@pytest.mark.parametrize(("name", "dtype", "options"), VARIANTS, ids=str)
+def test_every_instruction_set_gives_the_same_bits(name, dtype, options, monkeypatch):
+    first = trained(name, dtype, **options)
+    for isa in native._native.isas():
+        monkeypatch.setenv("OPTIM_ISA", isa)
+        assert_same(first, trained(name, dtype, **options))
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The number of tensors of each step's launch so far."""
+    real, seen = native._native, []
+
+    def launch(address, *rest):
+        seen.append(plan.Launch.from_address(address).num_tensors)
+        real.launch(address, *rest)
+
+    counting = SimpleNamespace(launch=launch, grad_sq=real.grad_sq, isas=real.isas)
+    monkeypatch.setattr(native, "_native", counting)
+    return seen
+
+
+def test_a_step_over_many_small_tensors_is_one_launch(launches):
+    trained("adamw", FP32, shapes=[(5, 3), (7,), (0,), ()] * 100, steps=2)
+    assert launches == [400, 400]
+
+
+def test_parameters_without_gradients_are_not_launched(launches):
+    params = [Parameter(torch.ones(3)) for _ in range(4)]
+    optimizer = optim.build("adamw", params, backend="native")
+    optimizer.step()
+    params[2].grad = torch.ones(3)
+    optimizer.step()
+    assert launches == [1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (10_000, [8]),
+        (1000, [3, 3, 2]),
+        (600, [1, 1, 3, 1, 1, 1]),  # the second is larger than a bucket may be
+        (1, [1] * 8),
+    ],
+)
+def test_large_steps_are_several_launches_and_bitwise_one(limit, expected, launches, monkeypatch):
+    shapes = [(0,), (490, 2), (10,), (430,), (), (499,), (491,), (489,)]
+    whole = trained("adamw8bit", BF16, shapes=shapes, steps=1)
+    launches.clear()
+    monkeypatch.setattr(native, "BUCKET_NUMEL", limit)
+    assert_same(whole, trained("adamw8bit", BF16, shapes=shapes, steps=1))
+    assert launches == expected
+
+
+@pytest.mark.parametrize(
+    ("bucket_bytes", "expected"),
+    [
+        (1, [1] * 6),  # each parameter as its gradient is complete; step() has nothing left
+        (45_000, [4, 2]),  # the last layer, then half of the 49 KB one before it fills the bucket
+        (64 << 20, [6]),  # all of it in step()
+    ],
+)
+def test_a_bucket_of_the_fused_backward_is_one_launch(bucket_bytes, expected, launches):
+    layers = [torch.nn.Linear(8, 24), torch.nn.Linear(24, 512), torch.nn.Linear(512, 1)]
+    model = torch.nn.Sequential(*layers)
+    optimizer = optim.build("adamw", model.parameters(), backend="native")
+    optim.fuse_backward(optimizer, bucket_bytes)
+    for _ in range(2):
+        launches.clear()
+        model(torch.ones(4, 8)).sum().backward()
+        optimizer.step()
+        assert launches == expected
+
+
+# Memory and 64 bits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adamw_factored", {}),
+        ("adafactor8bit", {}),
+        ("adamw8bit", {}),
+        ("adopt_factored", {"max_grad_norm": 1.0, "orthograd": True, "cautious": True}),
+    ],
+)
+def test_a_step_needs_no_full_size_temporary(name, options):
+    param = Parameter(torch.full((4096, 4096), 0.5, dtype=BF16))
+    param.grad = torch.full_like(param, 0.01)
+    optimizer = optim.build(name, [param], backend="native", **options)
+    optimizer.step()
+    peak = memory.peak_temporary(optimizer.step, param.device)
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert peak < 0.1 * param.numel() * param.element_size()
+
+
+def untouched(shape, dtype):
+    """A tensor of zeros that takes no memory where nobody writes."""
+    count = math.prod(shape)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory_map = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory_map, dtype=dtype, count=count).view(shape)
+
+
+def draws_at(key, elements):
+    """`rng.draws16` of some elements of one long row."""
+    words = rng.words32(elements // 32 * 16 + elements % 16, key).to(torch.int64)
+    return (words >> 16 * (elements // 16 % 2) & 0xFFFF).to(torch.int32)
+
+
+def rounded(x, draws):
+    return (x.view(torch.int32) + draws & -65536).view(FP32).to(BF16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there")
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "8bit"])
+def test_elements_beyond_32_bits_are_found_and_drawn_for(storage, monkeypatch):
+    """A tensor of 2^33 elements that exists where it is looked at: some tiles of it are stepped."""
+    numel, tile = 2**33 + 700, plan.TILE_ROWS * plan.TILE_COLS
+    starts = torch.tensor([0, 2**31, 2**32, 2**33 - tile, 2**33])
+
+    class SomeTiles(plan.Bucket):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.tiles = self.tiles[starts // tile].contiguous()
+            self.num_tiles, self.first_tile = len(starts), torch.tensor([0, len(starts)])
+
+    monkeypatch.setattr(plan, "Bucket", SomeTiles)
+    param = Parameter(untouched((numel,), BF16))
+    param.grad = untouched((numel,), BF16)
+    optimizer = optim.build("sgd", [param], lr=0.01, storage=storage, backend="native")
+    (group,) = optimizer.param_groups
+    blank = states.blank(
+        param, optimizer.codecs(param, group), group["rounding"], torch.device("meta")
+    )
+    optimizer.state[param] = state = {
+        key: untouched(x.shape, x.dtype) if x.is_meta else x for key, x in blank.items()
+    }
+    elements = (starts[:, None] + torch.arange(700)).flatten()
+    grad = torch.randn(len(elements), generator=torch.Generator().manual_seed(0)).to(BF16)
+    param.grad[elements] = grad
+    optimizer.step()
+
+    key, g = rng.mix(0, 0, 1), grad.float()
+    moved = rounded(g * -torch.tensor(0.01), draws_at(key, elements))
+    assert torch.equal(param.detach()[elements], moved)
+    draws = draws_at(rng.mix(key, 1), elements)
+    if storage == "fp32":
+        assert torch.equal(state["exp_avg"][elements], g)
+    elif storage == "bf16":
+        assert torch.equal(state["exp_avg"][elements], rounded(g, draws))
+    else:
+        scale = 127 / state["exp_avg.absmax"][elements // 256]
+        codes = torch.floor(g * scale + draws * 2.0**-16).clamp(-127, 127)
+        assert torch.equal(state["exp_avg.codes"][elements].float(), codes)
+        blocks = [b for part in g.view(-1, 700) for b in part.split(256)]
+        absmax = state["exp_avg.absmax"][(starts[:, None] // 256 + torch.arange(3)).flatten()]
+        assert absmax.tolist() == [b.abs().max().item() for b in blocks]
