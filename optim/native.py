@@ -88,6 +88,7 @@ class _Work:
         stamp: list[Any],
     ) -> None:
         self.members, self.stamp = torch.tensor(members), stamp
+        self.grad_dtypes: list[torch.dtype] = []
         self.launches: list[tuple[plan.Launch, plan.Bucket]] = []
         for chosen in _split(descriptors, members):
             shapes = [(descriptors[i].rows, descriptors[i].cols) for i in chosen]
@@ -132,10 +133,8 @@ class NativeEngine:
         self._descriptors = (plan.Descriptor * count)()
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
         self._params: list[Tensor | None] = [None] * count
-        self._dtypes: list[torch.dtype | None] = [None] * count
-        self._grad_dtypes: list[torch.dtype | None] = [None] * count
         self._numels = [-1] * count
-        self._gradients: list[Tensor] = []  # copies, alive until the next step
+        self._alive: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._work: dict[tuple[int, ...], _Work] = {}
         self._room = torch.empty(0, dtype=torch.uint8)
 
@@ -191,24 +190,29 @@ class NativeEngine:
         contiguous, to be copied back.
         """
         work = self._work_of(places)
-        addresses, weights = array("q"), []
-        self._gradients.clear()
-        for index, group, param in places:  # a UNet has 1680 of them: this loop is kept cheap
-            grad: Any = param.grad
-            weight = param
-            if param.dtype is not self._dtypes[index] or param.numel() != self._numels[index]:
-                self._describe(index, group, param)
-            if grad.dtype is not self._grad_dtypes[index] or not grad.is_contiguous():
-                grad = self._readable(index, grad)
-            if not param.is_contiguous():
-                weight = param.contiguous()
-                weights.append((param, weight))
-            addresses.append(weight.data_ptr())
-            addresses.append(grad.data_ptr())
+        # A UNet has 1680 tensors: what is asked of each is asked without a loop in Python.
+        weights: list[Any] = [param for _, _, param in places]
+        grads: list[Any] = [param.grad for param in weights]
+        copies: list[tuple[Tensor, Tensor]] = []
+        if [grad.dtype for grad in grads] != work.grad_dtypes:
+            grads = [grad if grad.dtype in plan.DTYPES else grad.float() for grad in grads]
+            for other in self._work.values():  # they share the descriptors
+                other.grad_dtypes = []
+            work.grad_dtypes = [grad.dtype for grad in grads]
+            for (index, _, _), grad in zip(places, grads, strict=True):
+                self._descriptors[index].grad_dtype = plan.DTYPES[grad.dtype]
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.contiguous() for grad in grads]
+        if not all(map(Tensor.is_contiguous, weights)):
+            readable = [weight.contiguous() for weight in weights]
+            copies = [(w, r) for w, r in zip(weights, readable, strict=True) if r is not w]
+            weights = readable
+        self._alive = (weights, grads)  # until the next step
         if places:
-            table = torch.frombuffer(addresses, dtype=torch.int64).view(-1, 2)
-            self._words[work.members, _WEIGHT : _GRAD + 1] = table
-        return work, weights
+            addresses = array("q", map(Tensor.data_ptr, chain(weights, grads)))
+            table = torch.frombuffer(addresses, dtype=torch.int64).view(2, -1)
+            self._words[work.members, _WEIGHT : _GRAD + 1] = table.t()
+        return work, copies
 
     def _work_of(self, places: "Sequence[Place]") -> _Work:
         """The work of these parameters: kept from an earlier step where nothing that descriptors
@@ -233,16 +237,14 @@ class NativeEngine:
             (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
         ]
         parts = chain.from_iterable([state[param].values() for _, _, param in places])
-        return [groups, [id(param) for _, _, param in places], list(map(Tensor.data_ptr, parts))]
-
-    def _readable(self, index: int, grad: Tensor) -> Tensor:
-        """A gradient as the engine reads it, and its dtype in the descriptor."""
-        known = grad if grad.dtype in plan.DTYPES else grad.float()
-        self._grad_dtypes[index] = known.dtype
-        self._descriptors[index].grad_dtype = plan.DTYPES[known.dtype]
-        readable = known.contiguous()
-        self._gradients.append(readable)
-        return readable
+        params = [param for _, _, param in places]
+        return [
+            groups,
+            list(map(id, params)),
+            [param.dtype for param in params],
+            list(map(Tensor.numel, params)),
+            list(map(Tensor.data_ptr, parts)),
+        ]
 
     def _describe(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Fill in the descriptor of one parameter, whose state is allocated if there is none."""
@@ -252,7 +254,7 @@ class NativeEngine:
                 f"{self._numels[index]} when its state was made; build a new optimizer"
             )
         self._params[index] = param
-        self._dtypes[index], self._numels[index] = param.dtype, param.numel()
+        self._numels[index] = param.numel()
         optimizer = self._optimizer
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
         optimizer.check_state(index, group, param)

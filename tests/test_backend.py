@@ -444,3 +444,22 @@ def test_weights_of_another_size_than_their_state_are_refused():
         params[0].grad = torch.ones(3, 5)
         with pytest.raises((ValueError, RuntimeError)):
             optimizer.step()
+
+
+def test_gradients_of_another_dtype_in_between_are_read_as_what_they_are():
+    """`step` and `step_param` share what the engine knows of a parameter."""
+    results = []
+    for chosen in ("native", "torch"):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 40).to(torch.bfloat16))
+        q = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        optimizer = optim.AdamW([p, q], backend=chosen)
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+            p.grad_dtype = None  # any
+            p.grad = torch.linspace(1, 2, 40).to(dtype)
+            q.grad = torch.ones_like(q)
+            if dtype == torch.float32:
+                optimizer.step_param(p)
+            else:
+                optimizer.step()
+        results.append(optimizer.state[p]["exp_avg"])
+    torch.testing.assert_close(*results)
