@@ -170,8 +170,9 @@ class NativeEngine:
     def _launch(self, function: Any, work: _Work, options: Any) -> list[Any]:
         results = []
         for launch, bucket in work.launches:
-            hypers = bucket.num_tensors * _SIZES["Hyper"]
-            sums = bucket.num_tiles * _SIZES["TileSums"]
+            # Each on a cache line of its own: the workspace is read and written by whole vectors.
+            hypers = _in_lines(bucket.num_tensors * _SIZES["Hyper"])
+            sums = _in_lines(bucket.num_tiles * _SIZES["TileSums"])
             size = hypers + sums + bucket.workspace_size * 4
             if self._room.numel() < size:
                 self._room = torch.empty(size, dtype=torch.uint8)
@@ -275,3 +276,8 @@ class NativeEngine:
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.TILE_ROWS + plan.TILE_COLS
             d.moments[plan.SLOTS.index(name)] = moment
+
+
+def _in_lines(size: int) -> int:
+    """`size` bytes up to the end of their last cache line of 64."""
+    return -(-size // 64) * 64

@@ -39,9 +39,10 @@ struct Block8Slot : Slot {
             if (Exec::leads()) absmax[b] = top;
         }
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            F dither = to_float(draws.next(col)) * 0x1p-16f;
-            F code = clamp(floor(values[i] * scale[col / kBlock] + dither), 127.f);
-            store_s8(codes + col, code, n);
+            // |values * scale| <= 127 + 2^-17: only the lower end can be passed.
+            F scaled = values[i] * scale[col / kBlock];
+            F dithered = fma(to_float(draws.next(col)), F(0x1p-16f), scaled);
+            store_s8(codes + col, floor_to_int(max(dithered, F(-127.f))), n);
         });
     }
     HD void begin() {}

@@ -33,11 +33,9 @@ struct Bf16Slot : Slot {
     }
     HD F load(int, int col, int n) {
         Exec::prefetch(at, cols, col);
-        return from_bf16(load_uint(at + col, n));
+        return load_bf16(at + col, n);
     }
-    HD void store(int, int col, int n, F x) {
-        store_uint(at + col, to_bf16(x, draws.next(col)), n);
-    }
+    HD void store(int, int col, int n, F x) { store_bf16(at + col, x, draws.next(col), n); }
     HD void end_row(int64_t, int) {}
     HD void begin() {}
     HD void end() {}

@@ -33,16 +33,14 @@ struct FactoredSlot : Slot {
     }
 
     HD void begin_row(int64_t row, int) {
-        row_factor = row_factors[row];
+        row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
         row_sum = F(0.f);
         if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col / 8;
     }
 
     HD F load(int, int col, int n) {
         F x = load_f32(col_factors + col, n) * row_factor;
-        if (!kSigned) return x;
-        return select(mask_of(Exec::load_bits(signs, col, n)), x,
-                      as_float(as_bits(x) ^ U(0x80000000u)));
+        return kSigned ? flipped(x, Exec::load_bits(signs, col, n)) : x;
     }
 
     HD void store(int i, int col, int n, F x) {

@@ -19,11 +19,11 @@ HD int32_t float8_base(int32_t exponent) { return exponent * 16 - 240; }
 
 HD U float8_encode(F x, U draws, int32_t base) {
     U cut = (as_bits(x) + (draws << 3)) >> 19;
-    U code = min(max(cut, U(base + 1u)) - U(uint32_t(base)), U(255u));
-    return select(x == F(0.f), U(0u), code);
+    U code = max(cut, U(base + 1u)) - U(uint32_t(base));
+    return only(x != F(0.f), code);
 }
 HD F float8_decode(U code, int32_t base) {
-    return as_float(select(code == U(0u), U(0u), (code + U(uint32_t(base))) << 19));
+    return as_float(only(code > U(0u), (code + U(uint32_t(base))) << 19));
 }
 
 struct Float8Slot : Slot {
@@ -59,7 +59,7 @@ struct Float8Slot : Slot {
         }
         Exec::each(width, [&](int i, int col, int n) INLINED {
             U code = float8_encode(values[i], draws.next(col), base[col / kFloat8Block]);
-            store_uint(codes + col, code, n);
+            store_saturated(codes + col, code, n);
         });
     }
     HD void begin() {}

@@ -23,14 +23,22 @@ HD F load_as(int32_t dtype, const char* at, int64_t cols, int col, int n) {
 struct Bf16Grad {
     const uint16_t *data, *at;
     int64_t cols, first_col;
+    bool known_clean;
 
-    HD Bf16Grad(const Place& p, F* = nullptr)
-        : data(pointer<uint16_t>(p.tensor.grad)), cols(p.cols()), first_col(p.tile.col) {}
+    HD Bf16Grad(const Place& p, F* = nullptr, bool known_clean = false)
+        : data(pointer<uint16_t>(p.tensor.grad)),
+          cols(p.cols()),
+          first_col(p.tile.col),
+          known_clean(known_clean) {}
 
     HD void begin_row(int64_t row, int) { at = data + row * cols + first_col; }
+    // Whether all elements of the row are usable.
+    HD bool clean(int width) const {
+        return known_clean || !any_beyond(at, width, kLargestGradBf16);
+    }
     HD F load(int, int col, int n) const {
         Exec::prefetch(at, cols, col);
-        return from_bf16(load_uint(at + col, n));
+        return load_bf16(at + col, n);
     }
 };
 
@@ -122,11 +130,9 @@ struct Bf16Weight {
     }
     HD F load(int, int col, int n) const {
         Exec::prefetch(at, cols, col);
-        return from_bf16(load_uint(at + col, n));
+        return load_bf16(at + col, n);
     }
-    HD void store(int, int col, int n, F w) {
-        store_uint(at + col, to_bf16(w, draws.next(col)), n);
-    }
+    HD void store(int, int col, int n, F w) { store_bf16(at + col, w, draws.next(col), n); }
     HD void end_row(int) {}
 };
 

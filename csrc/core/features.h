@@ -31,6 +31,7 @@ HD F conditioned(const Hyper& h, F g, F w) {
 
 // What a rule inherits when nothing happens between the limiter and the weights.
 struct Rule {
+    static constexpr int64_t kOwnFlags = 0;  // those that only this rule has
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
 };
 

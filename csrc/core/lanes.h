@@ -126,6 +126,7 @@ LANES_COMPARISON(F, <, _mm512_cmp_ps_mask, __m512, _CMP_LT_OQ)
 LANES_COMPARISON(F, <=, _mm512_cmp_ps_mask, __m512, _CMP_LE_OQ)
 LANES_COMPARISON(F, >, _mm512_cmp_ps_mask, __m512, _CMP_GT_OQ)
 LANES_COMPARISON(F, ==, _mm512_cmp_ps_mask, __m512, _CMP_EQ_OQ)
+LANES_COMPARISON(F, !=, _mm512_cmp_ps_mask, __m512, _CMP_NEQ_UQ)
 LANES_COMPARISON(U, <, _mm512_cmp_epu32_mask, __m512i, _MM_CMPINT_LT)
 LANES_COMPARISON(U, >, _mm512_cmp_epu32_mask, __m512i, _MM_CMPINT_NLE)
 LANES_COMPARISON(U, >=, _mm512_cmp_epu32_mask, __m512i, _MM_CMPINT_NLT)
@@ -161,6 +162,17 @@ HD F select(Mask mask, F yes, F no) {
 #endif
 }
 HD U select(Mask mask, U yes, U no) { return as_bits(select(mask, as_float(yes), as_float(no))); }
+
+// x where the mask is set, zero elsewhere.
+HD F only(Mask mask, F x) {
+#if defined(__AVX512F__)
+    x.r[0] = (FloatRegister)_mm512_maskz_mov_ps(mask.bits, (__m512)x.r[0]);
+    return x;
+#else
+    return as_float(map<U>([](auto m, auto x) INLINED { return m & (IntRegister)x; }, mask, x));
+#endif
+}
+HD U only(Mask mask, U x) { return as_bits(only(mask, as_float(x))); }
 
 #if defined(__AVX512F__)
 HD F fma(F a, F b, F c) {
@@ -250,6 +262,17 @@ HD F floor(F x) {  // |x| < 2^31
 #endif
 }
 
+HD U floor_to_int(F x) {  // |x| < 2^31
+#if defined(__AVX512F__)
+    U whole;
+    whole.r[0] = (UintRegister)_mm512_cvt_roundps_epi32((__m512)x.r[0],
+                                                        _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return whole;
+#else
+    return to_int(floor(x));
+#endif
+}
+
 // One bit a lane, lane 0 lowest, and back.
 HD uint32_t bits_of(Mask mask) {
 #if defined(__AVX512F__)
@@ -279,6 +302,23 @@ HD Mask mask_of(uint32_t bits) {
     });
 #endif
 }
+// x with the other sign in the lanes whose bit is set.
+HD F flipped(F x, uint32_t bits) {
+#if defined(__AVX512F__)
+    __m512i sign = _mm512_set1_epi32(int(0x80000000u)), lanes = (__m512i)x.r[0];
+    x.r[0] = (FloatRegister)_mm512_mask_xor_epi32(lanes, __mmask16(bits), lanes, sign);
+    return x;
+#elif defined(__AVX2__)
+    U top = generate<U>([bits](int i) INLINED {  // a lane's own bit comes to stand on top
+        IntRegister up;
+        for (int j = 0; j < kEach; ++j) up[j] = 31 - (i * kEach + j);
+        return _mm256_sllv_epi32(_mm256_set1_epi32(int(bits)), (__m256i)up);
+    });
+    return as_float(as_bits(x) ^ (top & U(0x80000000u)));
+#else
+    return as_float(as_bits(x) ^ only(mask_of(bits), U(0x80000000u)));
+#endif
+}
 HD bool all(Mask mask) {
 #if defined(__AVX512F__)
     return _kortestc_mask16_u8(mask.bits, mask.bits);
@@ -286,6 +326,16 @@ HD bool all(Mask mask) {
     return _mm256_movemask_ps((__m256)(mask.r[0] & mask.r[1])) == 0xFF;
 #else
     return bits_of(mask) == 0xFFFF;
+#endif
+}
+// Whether some lane has some bit of `bits`.
+HD bool any(U x, uint32_t bits) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)x.r[0], _mm512_set1_epi32(int(bits))) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)(x.r[0] | x.r[1]), _mm256_set1_epi32(int(bits)));
+#else
+    return !all((x & U(bits)) == U(0u));
 #endif
 }
 HD int count(Mask mask) { return __builtin_popcount(bits_of(mask)); }
@@ -459,16 +509,106 @@ HD void store_uint(T* to, U x, int n) {
     memcpy(to, lanes, size_t(n) * sizeof(T));
 }
 
+// Loads and stores of n 16-bit words as the upper halves of lanes, which is where bf16 has them.
+HD U load_upper(const uint16_t* from, int n) {
+    if (RARELY(n < kLanes)) return load_uint(from, n) << 16;
+#if defined(__AVX512F__)
+    const __m512i spread = (__m512i)(lane_index().r[0] << 16);
+    __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+    U x;
+    x.r[0] = (UintRegister)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, spread, words);
+    return x;
+#elif defined(__AVX2__)
+    __m256i words = _mm256_loadu_si256((const __m256i*)from), zero = _mm256_setzero_si256();
+    words = _mm256_permute4x64_epi64(words, 0xD8);
+    U x;
+    x.r[0] = (UintRegister)_mm256_unpacklo_epi16(zero, words);
+    x.r[1] = (UintRegister)_mm256_unpackhi_epi16(zero, words);
+    return x;
+#else
+    return load_narrow(from) << 16;
+#endif
+}
+HD void store_upper(uint16_t* to, U x, int n) {
+    if (RARELY(n < kLanes)) return store_uint(to, x >> 16, n);
+#if defined(__AVX512F__)
+    // The odd words, two to a lane; a permutation's indices are taken modulo 32.
+    const __m512i gather = (__m512i)(lane_index().r[0] * 0x00040004u + 0x00030001u);
+    __m512i words = _mm512_permutexvar_epi16(gather, (__m512i)x.r[0]);
+    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(words));
+#elif defined(__AVX2__)
+    __m256i words = _mm256_packus_epi32((__m256i)(x.r[0] >> 16), (__m256i)(x.r[1] >> 16));
+    _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(words, 0xD8));
+#else
+    store_narrow(to, x >> 16);
+#endif
+}
+
+// Whether some of n words, without its sign bit, is larger than `limit`.
+HD bool any_beyond(const uint16_t* from, int n, int16_t limit) {
+    typedef int16_t Words __attribute__((vector_size(kBytes), aligned(2), may_alias));
+    constexpr int kWords = kBytes / 2;
+    Words top = {};
+    auto add = [&](const void* at) INLINED {
+        Words x = *reinterpret_cast<const Words*>(at) & int16_t(0x7FFF);
+        top = x > top ? x : top;
+    };
+    int i = 0;
+    for (; i + kWords <= n; i += kWords) add(from + i);
+    if (i < n) {
+        uint16_t rest[kWords] = {};
+        memcpy(rest, from + i, size_t(n - i) * 2);
+        add(rest);
+    }
+#if defined(__AVX512F__)
+    return _mm512_cmpgt_epi16_mask((__m512i)top, _mm512_set1_epi16(limit)) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8((__m256i)(top > limit)) != 0;
+#else
+    auto beyond = top > limit;
+    uint64_t parts[kBytes / 8], some = 0;
+    memcpy(parts, &beyond, sizeof(parts));
+    for (uint64_t part : parts) some |= part;
+    return some != 0;
+#endif
+}
+
 // Signed bytes, as floats.
 HD F load_s8(const int8_t* from, int n) {
-    U bytes = load_uint(reinterpret_cast<const uint8_t*>(from), n);
-    auto each = [](auto x) INLINED {
-        return __builtin_convertvector((IntRegister)(x << 24) >> 24, FloatRegister);
-    };
-    return map<F>(each, bytes);
+    U bytes;
+#if defined(__AVX512F__)
+    if (!RARELY(n < kLanes)) {
+        bytes.r[0] = (UintRegister)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+        return to_float(bytes);
+    }
+#elif defined(__AVX2__)
+    if (!RARELY(n < kLanes)) {
+        for (int i = 0; i < kRegisters; ++i)
+            bytes.r[i] = (UintRegister)_mm256_cvtepi8_epi32(
+                _mm_loadl_epi64((const __m128i*)(from + i * kEach)));
+        return to_float(bytes);
+    }
+#endif
+    bytes = load_uint(reinterpret_cast<const uint8_t*>(from), n);
+    auto extend = [](auto x) INLINED { return (IntRegister)(x << 24) >> 24; };
+    return to_float(map<U>(extend, bytes));
 }
-HD void store_s8(int8_t* to, F x, int n) {  // |x| <= 127, whole
-    store_uint(reinterpret_cast<uint8_t*>(to), to_int(x), n);
+HD void store_s8(int8_t* to, U x, int n) {  // in two's complement
+    store_uint(reinterpret_cast<uint8_t*>(to), x, n);
+}
+// Bytes, 255 for what is larger; x < 2^15.
+HD void store_saturated(uint8_t* to, U x, int n) {
+    if (RARELY(n < kLanes)) return store_uint(to, min(x, U(255u)), n);
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8((__m512i)x.r[0]));
+#elif defined(__AVX2__)
+    __m256i words = _mm256_packus_epi32((__m256i)x.r[0], (__m256i)x.r[1]);
+    words = _mm256_permute4x64_epi64(words, 0xD8);
+    _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(_mm256_castsi256_si128(words),
+                                                    _mm256_extracti128_si256(words, 1)));
+#else
+    store_narrow(to, min(x, U(255u)));
+#endif
 }
 
 }  // namespace ENGINE_ISA

@@ -11,6 +11,7 @@ namespace ENGINE_ISA {
 
 // The largest usable gradient: the squares of 2^31 such elements still have a finite fp32 sum.
 constexpr float kLargestGrad = 281474976710656.f;  // 2^48
+constexpr int16_t kLargestGradBf16 = 0x5780;
 
 HD F abs(F x) { return as_float(as_bits(x) & U(0x7FFFFFFFu)); }
 HD F clamp(F x, float limit) { return max(min(x, F(limit)), F(-limit)); }
@@ -67,6 +68,7 @@ HD U to_fp16(F x) {
 }
 
 HD F from_bf16(U x) { return as_float(x << 16); }
+HD F load_bf16(const uint16_t* from, int n) { return as_float(load_upper(from, n)); }
 
 // fp32 -> bf16, to nearest even.
 HD U to_bf16(F x) {
@@ -77,14 +79,20 @@ HD U to_bf16(F x) {
 
 // fp32 -> bf16, up with probability (distance to the lower neighbour) / (spacing); draws are 16
 // bits. Infinities and NaN stay, and no finite value becomes infinite.
-HD U to_bf16(F x, U draws) {
+//
+// What is left in the lower halves is to be dropped.
+HD U rounded_bf16(F x, U draws) {
     U rounded = as_bits(x) + draws;
-    Mask ordinary = abs(x) < F(0x1.fep127f);  // one bf16 below the last finite one
-    if (RARELY(!all(ordinary))) {
+    if (RARELY(any(as_bits(x), 0x40000000u))) {   // |x| >= 2: have a closer look
+        Mask ordinary = abs(x) < F(0x1.fep127f);  // one bf16 below the last finite one
         U quiet = select(x == x, as_bits(x), as_bits(x) | U(0x400000u));
         rounded = select(ordinary, rounded, quiet);
     }
-    return rounded >> 16;
+    return rounded;
+}
+HD U to_bf16(F x, U draws) { return rounded_bf16(x, draws) >> 16; }
+HD void store_bf16(uint16_t* to, F x, U draws, int n) {
+    store_upper(to, rounded_bf16(x, draws), n);
 }
 
 }  // namespace ENGINE_ISA

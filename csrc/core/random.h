@@ -21,6 +21,7 @@ HD uint64_t mix(uint64_t a, uint64_t b, uint64_t c) { return chain(mix(a, b), c)
 struct Draws {
     uint32_t low, high;
     uint64_t row_base;  // counter of the row's first word
+    U start, link;      // what the words of a row have in common
     U words;
 
     HD Draws(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)), row_base(0) {}
@@ -28,24 +29,33 @@ struct Draws {
     // Columns are counted from first_col, a multiple of 32, in a row of `cols`.
     HD void begin_row(int64_t row, int64_t cols, int64_t first_col) {
         row_base = (uint64_t(row) * uint64_t((cols + 31) / 32) + uint64_t(first_col / 32)) * 16;
+        start = lane_index() * U(kStride) + U(uint32_t(row_base) * kStride + low);
+        link = linked(row_base);
     }
 
     // The draws of the lanes from column col on.  With sixteen lanes col is a multiple of 16, and
     // the first half of a block of 32 is asked for before the second.
     HD U next(int col) {
-        if (kLanes == 1 || !(col & 16))
-            words = hash(row_base + uint64_t(col / 32 * 16 + (col & 15)));
+        if (kLanes == 1 || !(col & 16)) words = hash(uint32_t(col / 32 * 16 + (col & 15)));
         return col & 16 ? words >> 16 : words & U(0xFFFFu);
     }
 
     // A 32-bit xorshift-multiply hash (constants: Wellons 2018, lowbias32) of the counters
-    // counter + lane, which do not cross 2^32.
-    HD U hash(uint64_t counter) const {
-        U x = lane_index() * U(0x9E3779B9u) + U(uint32_t(counter) * 0x9E3779B9u + low);
+    // row_base + offset + lane, of which the sixteen of a vector do not cross 2^32.
+    HD U hash(uint32_t offset) const {
+        U x = start + U(offset * kStride);
         x = (x ^ (x >> 16)) * U(0x7FEB352Du);
-        x = x ^ (x >> 15) ^ U(high ^ (uint32_t(counter >> 32) * 0x85EBCA6Bu));
+        bool crossed = uint32_t(row_base) + offset < offset;
+        x = x ^ (x >> 15) ^ (RARELY(crossed) ? linked(row_base + offset) : link);
         x = x * U(0x846CA68Bu);
         return x ^ (x >> 16);
+    }
+
+   private:
+    static constexpr uint32_t kStride = 0x9E3779B9u;
+
+    HD U linked(uint64_t counter) const {
+        return U(high ^ (uint32_t(counter >> 32) * 0x85EBCA6Bu));
     }
 };
 

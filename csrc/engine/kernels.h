@@ -15,36 +15,38 @@ using PlainAdafactor =
     PlainAccess<AdafactorMatrix, NoSlot, FactoredSlot<false, false>, false, kClean>;
 
 // Whether a tensor can be read by a PlainAccess.
+template <class RuleT>
 HD bool is_plain(const Tensor& t, const Hyper& h) {
     return t.weight_dtype == kBFloat16 && t.grad_dtype == kBFloat16 && !t.compensation &&
-           has(h, kStochastic) && !has(h, ~kPlainFlags) && !h.passive;
+           has(h, kStochastic) && !has(h, ~(kPlainFlags | RuleT::kOwnFlags)) && !h.passive;
 }
 
 // Calls f<Access>() with the fastest access that serves this tensor's tile.
 template <class Function>
 HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const Function& f) {
-    const bool plain = is_plain(t, h);
     const int32_t fast = t.moments[kFast].codec, square = t.moments[kSquare].codec;
-    const bool factored = plain && fast == kFactoredSign && square == kFactored;
+    const bool factored = fast == kFactoredSign && square == kFactored;
     switch (launch.rule) {
         case kSgd:
             return f.template operator()<AnyAccess<Sgd>>();
         case kAdam:
-            if (factored) return f.template operator()<PlainAdamFactored>();
-            if (plain && fast == kBlock8 && square == kFloat8)
+            if (factored && is_plain<Adam>(t, h)) return f.template operator()<PlainAdamFactored>();
+            if (is_plain<Adam>(t, h) && fast == kBlock8 && square == kFloat8)
                 return f.template operator()<PlainAdam8bit>();
             return f.template operator()<AnyAccess<Adam>>();
         case kAdopt:
-            if (factored) return f.template operator()<PlainAdoptFactored>();
+            if (factored && is_plain<Adopt>(t, h))
+                return f.template operator()<PlainAdoptFactored>();
             return f.template operator()<AnyAccess<Adopt>>();
         case kLion:
             return f.template operator()<AnyAccess<Lion>>();
         case kAdafactor:
             if (square != kFactored) return f.template operator()<AnyAccess<AdafactorVector>>();
-            if (plain && launch.sums[f.tile].nonfinite == 0)
+            if (!is_plain<AdafactorMatrix>(t, h))
+                return f.template operator()<AnyAccess<AdafactorMatrix, false>>();
+            if (launch.sums[f.tile].nonfinite == 0)
                 return f.template operator()<PlainAdafactor<true>>();
-            if (plain) return f.template operator()<PlainAdafactor<false>>();
-            return f.template operator()<AnyAccess<AdafactorMatrix, false>>();
+            return f.template operator()<PlainAdafactor<false>>();
     }
 }
 

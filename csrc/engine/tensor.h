@@ -121,7 +121,7 @@ struct Factors {
                 int n = int(end - at < kLanes ? end - at : kLanes);
                 U code = float8_encode(load_f32(from + at, n), draws.next(int(at - first)),
                                        float8_base(exponent));
-                store_uint(pointer<uint8_t>(to) + at, code, n);
+                store_saturated(pointer<uint8_t>(to) + at, code, n);
             }
         }
     }
@@ -139,22 +139,27 @@ HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotI
         return launch.workspace + launch.tiles[first + strip * chunks + chunk].partials +
                tensor.moments[slot].partials;
     };
-    for (int64_t i = 0; i < tensor.rows; ++i) {
-        double sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk)
-            sum += partials(i / kTileRows, chunk)[i % kTileRows];
-        row(i, sum / double(tensor.cols));
+    for (int64_t strip = 0; strip < strips; ++strip) {
+        const int64_t first_row = strip * kTileRows, left = tensor.rows - first_row;
+        const int rows = int(left < kTileRows ? left : kTileRows);
+        double sums[kTileRows] = {};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const float* from = partials(strip, chunk);
+            for (int i = 0; i < rows; ++i) sums[i] += from[i];
+        }
+        for (int i = 0; i < rows; ++i) row(first_row + i, sums[i] / double(tensor.cols));
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        for (int64_t j = 0; j < kTileCols && chunk * kTileCols + j < tensor.cols; j += kLanes) {
-            D sums(0.0);
+        const int64_t first_col = chunk * kTileCols, left = tensor.cols - first_col;
+        const int cols = int(left < kTileCols ? left : kTileCols);
+        double sums[kTileCols];
+        for (int j = 0; j < cols; j += kLanes) {
+            D sum(0.0);
             for (int64_t strip = 0; strip < strips; ++strip)
-                sums = sums + widen(load_f32(partials(strip, chunk) + kTileRows + j, kLanes));
-            double lanes[kLanes];
-            store_f64(lanes, sums);
-            for (int lane = 0; lane < kLanes && chunk * kTileCols + j + lane < tensor.cols; ++lane)
-                col(chunk * kTileCols + j + lane, lanes[lane] / double(tensor.rows));
+                sum = sum + widen(load_f32(partials(strip, chunk) + kTileRows + j, kLanes));
+            store_f64(sums + j, sum);
         }
+        for (int j = 0; j < cols; ++j) col(first_col + j, sums[j] / double(tensor.rows));
     }
 }
 

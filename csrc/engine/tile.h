@@ -10,6 +10,8 @@
 //   apply    moments and weights
 #pragma once
 
+#include <type_traits>
+
 #include "codecs/any.h"
 #include "codecs/tensors.h"
 
@@ -32,7 +34,7 @@ struct Scratch {
 template <class RuleT, bool kSquareStored = true>
 struct AnyAccess {
     using R = RuleT;
-    static constexpr bool kPlain = false, kClean = false;
+    static constexpr bool kPlain = false;
     static constexpr int64_t kFlags = ~int64_t(0);
     AnyGrad grad;
     AnyWeight weight;
@@ -50,8 +52,8 @@ struct AnyAccess {
 };
 
 // The flags that an element's arithmetic need not look at, or that a plain access allows.
-constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kClipLagged |
-                                kRelativeStep | kScaleParameter | kFixedBeta2 | kStochastic;
+constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativeStep |
+                                kScaleParameter | kFixedBeta2 | kStochastic;
 
 // The combinations that most runs consist of have a loop of their own: bf16 weights rounded
 // stochastically, bf16 gradients, no feature that changes the update element by element.
@@ -59,8 +61,8 @@ constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kClipLag
 template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false>
 struct PlainAccess {
     using R = RuleT;
-    static constexpr bool kPlain = true, kClean = kCleanTile;
-    static constexpr int64_t kFlags = kPlainFlags;
+    static constexpr bool kPlain = true;
+    static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = kSign;
     Bf16Grad grad;
     Bf16Weight weight;
@@ -69,7 +71,7 @@ struct PlainAccess {
     SquareT square;
 
     HD PlainAccess(const Place& p, Scratch& s)
-        : grad(p),
+        : grad(p, nullptr, kCleanTile),
           weight(p),
           fast(p, kFast, s.slots[kFast]),
           slow(p, kSlow, s.slots[kSlow]),
@@ -95,6 +97,16 @@ HD void begin_row(Access& a, int64_t row, int width) {
     a.square.begin_row(row, width);
 }
 
+// Calls f(clean) with a constant: whether all gradient elements of the row are known to be usable,
+// so that none of its vectors need be asked.
+template <class GradT, class Function>
+HD void with_row(const GradT& grad, int width, Function&& f) {
+    if constexpr (!std::is_same_v<GradT, AnyGrad>) {
+        if (grad.clean(width)) return f(std::true_type());
+    }
+    f(std::false_type());
+}
+
 // One vector of a row: its gradient as the rule sees it, its moments before and after, its update.
 struct Evaluation {
     F w, raw, g, direction, u;
@@ -103,11 +115,11 @@ struct Evaluation {
 };
 
 // kWeighs: whether the weights are needed, where the gradient does not depend on them.
-template <bool kWeighs, class Access>
+template <bool kWeighs, bool kClean = false, class Access>
 HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     Evaluation e;
     e.raw = a.grad.load(i, col, n);
-    if (!Access::kClean) e.raw = usable(e.raw, e.ok);
+    if (!kClean) e.raw = usable(e.raw, e.ok);
     if (kWeighs || !Access::kPlain) e.w = a.weight.load(i, col, n);
     e.g = Access::kPlain ? e.raw * h.coefficient : select(e.ok, conditioned(h, e.raw, e.w), F(0.f));
     e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n)};
@@ -118,7 +130,7 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     else
         e.u = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) *
               h.settled_scale;
-    if (a.factored_sign) e.u = select(e.raw == F(0.f), F(0.f), e.u);
+    if (a.factored_sign) e.u = only(e.raw != F(0.f), e.u);
     return e;
 }
 
@@ -164,16 +176,20 @@ HD void factor(const Launch& launch, int64_t index) {
         grad.begin_row(row, width);
         if (has(h, kOrthograd)) weight.begin_row(row, width);
         square.begin_row(row, width);
-        Exec::each(width, [&](int i, int col, int n) INLINED {
-            Mask ok;
-            F g = usable(grad.load(i, col, n), ok);
-            g = has(h, kOrthograd) ? conditioned(h, g, weight.load(i, col, n)) : g * h.coefficient;
-            F g2 = g * g;
-            if (RARELY(!all(ok))) {
-                nonfinite += kLanes - count(ok);
-                g2 = select(ok, g2, square.load(i, col, n));
-            }
-            square.store(i, col, n, g2);
+        with_row(grad, width, [&](auto clean) INLINED {
+            Exec::each(width, [&](int i, int col, int n) INLINED {
+                Mask ok;
+                F g = grad.load(i, col, n);
+                if (!clean) g = usable(g, ok);
+                g = has(h, kOrthograd) ? conditioned(h, g, weight.load(i, col, n))
+                                       : g * h.coefficient;
+                F g2 = g * g;
+                if (!clean && RARELY(!all(ok))) {
+                    nonfinite += kLanes - count(ok);
+                    g2 = select(ok, g2, square.load(i, col, n));
+                }
+                square.store(i, col, n, g2);
+            });
         });
         square.end_row(row, width);
     }
@@ -193,11 +209,13 @@ HD void norm(const Launch& launch, int64_t index) {
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         F sum(0.f);
         begin_row(a, row, p.width(row));
-        Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
-            Evaluation e = evaluate<false>(a, h, i, col, n);
-            F u = e.direction;
-            if (!Access::kClean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
-            sum = fma(u, u, sum);
+        with_row(a.grad, p.width(row), [&](auto clean) INLINED {
+            Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
+                Evaluation e = evaluate<false, clean>(a, h, i, col, n);
+                F u = e.direction;
+                if (!clean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
+                sum = fma(u, u, sum);
+            });
         });
         update_sq += Exec::total(sum);
     }
@@ -241,24 +259,26 @@ HD void apply(const Launch& launch, int64_t index) {
         int width = p.width(row);
         F sum(0.f);
         begin_row(a, row, width);
-        Exec::each(width, [&](int i, int col, int n) INLINED {
-            Evaluation e = evaluate<true>(a, h, i, col, n);
-            F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
-            F kept = Access::kPlain ? fma(F(-h.decay), e.w, e.w) : decayed(h, e.w, u);
-            F w = fma(F(-step), u, kept);
-            if (lagged) sum = fma(e.direction, e.direction, sum);
-            if (!Access::kClean && RARELY(!all(e.ok))) {
-                nonfinite += kLanes - count(e.ok);
-                w = select(e.ok, w, e.w);
-                e.after.fast = select(e.ok, e.after.fast, e.before.fast);
-                e.after.slow = select(e.ok, e.after.slow, e.before.slow);
-                e.after.square = select(e.ok, e.after.square, e.before.square);
-            }
-            a.fast.store(i, col, n, e.after.fast);
-            a.slow.store(i, col, n, e.after.slow);
-            a.square.store(i, col, n, e.after.square);
-            if (h.passive) w = e.w;  // not `?:`, whose reference would force both into memory
-            a.weight.store(i, col, n, w);
+        with_row(a.grad, width, [&](auto clean) INLINED {
+            Exec::each(width, [&](int i, int col, int n) INLINED {
+                Evaluation e = evaluate<true, clean>(a, h, i, col, n);
+                F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
+                F kept = Access::kPlain ? fma(F(-h.decay), e.w, e.w) : decayed(h, e.w, u);
+                F w = fma(F(-step), u, kept);
+                if (lagged) sum = fma(e.direction, e.direction, sum);
+                if (!clean && RARELY(!all(e.ok))) {
+                    nonfinite += kLanes - count(e.ok);
+                    w = select(e.ok, w, e.w);
+                    e.after.fast = select(e.ok, e.after.fast, e.before.fast);
+                    e.after.slow = select(e.ok, e.after.slow, e.before.slow);
+                    e.after.square = select(e.ok, e.after.square, e.before.square);
+                }
+                a.fast.store(i, col, n, e.after.fast);
+                a.slow.store(i, col, n, e.after.slow);
+                a.square.store(i, col, n, e.after.square);
+                if (h.passive) w = e.w;  // not `?:`, whose reference would force both into memory
+                a.weight.store(i, col, n, w);
+            });
         });
         a.fast.end_row(row, width);
         a.slow.end_row(row, width);

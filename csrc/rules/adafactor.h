@@ -9,6 +9,7 @@ namespace ENGINE_ISA {
 
 // A vector: the second moment is kept in full.
 struct AdafactorVector : Rule {
+    static constexpr int64_t kOwnFlags = kClipLagged;
     HD static void prepare(const Options& o, Hyper& h) {
         if (o.flags & kFixedBeta2) {
             h.inv_bias2 = 1 / (1 - ::pow(o.beta2, double(h.t)));
