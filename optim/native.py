@@ -237,8 +237,9 @@ class NativeEngine:
         groups = [
             (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
         ]
-        parts = chain.from_iterable([state[param].values() for _, _, param in places])
         params = [param for _, _, param in places]
+        # No list of views: so many new containers would wake the garbage collector at every step.
+        parts = chain.from_iterable(map(dict.values, map(state.__getitem__, params)))
         return [
             groups,
             list(map(id, params)),
