@@ -134,7 +134,6 @@ class NativeEngine:
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
         self._params: list[Tensor | None] = [None] * count
         self._numels = [-1] * count
-        self._alive: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._work: dict[tuple[int, ...], _Work] = {}
         self._room = torch.empty(0, dtype=torch.uint8)
 
@@ -153,19 +152,22 @@ class NativeEngine:
 
     def step(self, places: "Sequence[Place]", coefficients: dict[int, float]) -> None:
         """As `optim.backend.Engine`."""
-        work, weights = self._refresh(places)
+        work, weights, read = self._refresh(places)
         groups = self._optimizer.param_groups
         options = (plan.Options * len(groups))(
             *(plan.group_options(group, coefficients.get(id(group), 1.0)) for group in groups)
         )
         self._launch(_native.launch, work, options)
+        del read
         for param, copy in weights:
             param.copy_(copy)
 
     def grad_sq(self, places: "Sequence[Place]") -> float:
         """As `optim.backend.Engine`."""
-        work, _ = self._refresh(places)
-        return sum(self._launch(_native.grad_sq, work, None))
+        work, _, read = self._refresh(places)
+        total = sum(self._launch(_native.grad_sq, work, None))
+        del read
+        return total
 
     def _launch(self, function: Any, work: _Work, options: Any) -> list[Any]:
         results = []
@@ -184,11 +186,14 @@ class NativeEngine:
             results.append(function(ctypes.addressof(launch), self._isa, torch.get_num_threads()))
         return results
 
-    def _refresh(self, places: "Sequence[Place]") -> tuple[_Work, list[tuple[Tensor, Tensor]]]:
+    def _refresh(
+        self, places: "Sequence[Place]"
+    ) -> tuple[_Work, list[tuple[Tensor, Tensor]], list[Tensor]]:
         """Write the addresses of this step's weights and gradients into the descriptors.
 
-        Returns the work of these parameters, and contiguous copies of the weights that are not
-        contiguous, to be copied back.
+        Returns the work of these parameters; weights that are not contiguous, each with the
+        contiguous copy that is to be copied back; and the tensors to keep alive until the launch is
+        over, and no longer: a fused backward is about to free its gradients.
         """
         work = self._work_of(places)
         # A UNet has 1680 tensors: what is asked of each is asked without a loop in Python.
@@ -208,12 +213,11 @@ class NativeEngine:
             readable = [weight.contiguous() for weight in weights]
             copies = [(w, r) for w, r in zip(weights, readable, strict=True) if r is not w]
             weights = readable
-        self._alive = (weights, grads)  # until the next step
         if places:
             addresses = array("q", map(Tensor.data_ptr, chain(weights, grads)))
             table = torch.frombuffer(addresses, dtype=torch.int64).view(2, -1)
             self._words[work.members, _WEIGHT : _GRAD + 1] = table.t()
-        return work, copies
+        return work, copies, weights + grads
 
     def _work_of(self, places: "Sequence[Place]") -> _Work:
         """The work of these parameters: kept from an earlier step where nothing that descriptors

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -463,3 +464,14 @@ def test_gradients_of_another_dtype_in_between_are_read_as_what_they_are():
                 optimizer.step()
         results.append(optimizer.state[p]["exp_avg"])
     torch.testing.assert_close(*results)
+
+
+@needs_native
+def test_a_step_keeps_no_gradient_alive():
+    optimizer = build(backend="native")
+    params = optimizer.param_groups[0]["params"]
+    run(optimizer, params, range(2))
+    gradient = weakref.ref(params[0].grad)
+    assert gradient() is not None
+    params[0].grad = None
+    assert gradient() is None
