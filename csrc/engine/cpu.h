@@ -9,8 +9,8 @@ namespace engine {
 // result does not depend on who takes which.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     auto tensors = [&](Phase phase) {
-#pragma omp parallel for schedule(dynamic, 4) \
-    num_threads(num_threads) if (launch.num_tensors > 4 && num_threads > 1)
+#pragma omp parallel for schedule(dynamic, 1) \
+    num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
         for (int64_t i = 0; i < launch.num_tensors; ++i) isa.run_tensor(phase, launch, i);
     };
     auto tiles = [&](Phase phase) {
