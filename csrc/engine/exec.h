@@ -6,8 +6,8 @@
 // vectors.
 //
 //   kSpan                       vectors of a span that one thread holds
-//   each(width, f)              f(i, col, n) for every vector i: its first column and existing
-//   lanes largest<B>(values, b, width)  the largest |element| of the b-th block of B columns
+//   each(width, f)              f(i, col, n) for every vector i: its first column, its lanes
+//   largest<B>(values, b, width)  the largest |element| of the b-th block of B columns
 //   put_sum(to, x), total(x)    the sum over a span's lanes, stored or returned to the leader
 //   Columns                     sums over rows: begin(to, width), add(i, col, x), end(width)
 //   load_bits, store_bits       one bit a column, lowest first
