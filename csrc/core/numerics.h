@@ -4,7 +4,7 @@
 // roots and quotients are IEEE's; there is no call to a math library on tensor elements.
 #pragma once
 
-#include "core/lanes.h"
+#include "core/memory.h"
 
 namespace engine {
 namespace ENGINE_ISA {
