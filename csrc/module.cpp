@@ -88,4 +88,23 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("launch"), py::arg("isa"), py::arg("num_threads"),
         "The sum of the squares of the bucket's usable gradient elements.");
+
+    m.def(
+        "same_values",
+        [](const py::list& dicts, const py::list& values) {
+            if (dicts.size() != values.size()) return false;
+            for (size_t i = 0; i < dicts.size(); ++i) {
+                PyObject *dict = dicts[i].ptr(), *expected = values[i].ptr();
+                if (!PyDict_Check(dict) || !PyList_Check(expected)) return false;
+                if (PyDict_Size(dict) != PyList_GET_SIZE(expected)) return false;
+                PyObject *key, *value;
+                Py_ssize_t next = 0;
+                for (Py_ssize_t j = 0; PyDict_Next(dict, &next, &key, &value); ++j)
+                    if (value != PyList_GET_ITEM(expected, j)) return false;
+            }
+            return true;
+        },
+        py::arg("dicts"), py::arg("values"),
+        "Whether the values of each dict are, in its order, the very objects of the list beside "
+        "it.");
 }

@@ -98,7 +98,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step([place for place in self._places() if place[2].grad is not None])
+        places = self._places()
+        missing = [param.grad is None for _, _, param in places]
+        if any(missing):
+            places = [place for place, none in zip(places, missing, strict=True) if not none]
+        self._step(places)
         return loss
 
     @torch.compiler.disable
@@ -121,7 +125,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self, places: list[Place]) -> None:
         """Update these parameters, which have gradients."""
-        if any(p.grad.layout is not torch.strided for _, _, p in places):  # type: ignore[union-attr]
+        layouts = [param.grad.layout for _, _, param in places]  # type: ignore[union-attr]
+        if not all([layout is torch.strided for layout in layouts]):
             raise TypeError(
                 f"{type(self).__name__} does not take sparse gradients; "
                 "use nn.Embedding(sparse=False)"

@@ -75,19 +75,29 @@ _SIZES = _sizes() if _native is not None else {}
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 # The options of a group that say which moments there are and how they are stored.
 _SHAPING = ("storage", "factor_1d", "momentum", "beta1", "growth_limit", "clip_norm", "rounding")
+_ASKED = 256  # tensors of a state that are asked for their address at a step
 _WEIGHT, _GRAD = plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8
 
 
 class _Work:
-    """The buckets of a set of parameters, as launches; `stamp` is what they depend on."""
+    """The buckets of a set of parameters, as launches, and what they were made from."""
 
     def __init__(
         self,
         descriptors: "ctypes.Array[plan.Descriptor]",
         members: Sequence[int],
         stamp: list[Any],
+        states: list[dict[str, Tensor]],
     ) -> None:
         self.members, self.stamp = torch.tensor(members), stamp
+        self._parts = [list(state.values()) for state in states]
+        parts = list(chain.from_iterable(self._parts))
+        turns = max(1, -(-len(parts) // _ASKED))
+        self._samples = [parts[first::turns] for first in range(turns)]
+        self._addresses = [[x.data_ptr() for x in sample] for sample in self._samples]
+        # What is written to through an address stays alive as long as the address is here.
+        self._storages = [x.untyped_storage() for x in parts]
+        self._turn = 0
         self.grad_dtypes: list[torch.dtype] = []
         self.launches: list[tuple[plan.Launch, plan.Bucket]] = []
         for chosen in _split(descriptors, members):
@@ -104,6 +114,20 @@ class _Work:
                 num_tiles=bucket.num_tiles,
             )
             self.launches.append((launch, bucket))
+
+    def holds(self, states: list[dict[str, Tensor]]) -> bool:
+        """Whether these are the tensors, at their addresses, that the work was made from.
+
+        There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
+        at every step.  So all are looked at for being the same objects, and _ASKED of them, by
+        turns, for their addresses: whoever moves a state by assigning to `.data`, or by `set_()`,
+        moves all of its tensors, and is seen at once.
+        """
+        if not _native.same_values(states, self._parts):
+            return False
+        self._turn = (self._turn + 1) % len(self._samples)
+        addresses = [x.data_ptr() for x in self._samples[self._turn]]
+        return addresses == self._addresses[self._turn]
 
 
 def _split(descriptors: "ctypes.Array[plan.Descriptor]", members: Sequence[int]) -> list[list[int]]:
@@ -141,7 +165,7 @@ class NativeEngine:
         """The parameters that this engine steps, and those it leaves to the reference: on another
         device, or factored as batches of matrices."""
         batched = any(g.get("conv_view") == "last2" for g in self._optimizer.param_groups)
-        if not batched and all(param.is_cpu for _, _, param in places):
+        if not batched and all([param.is_cpu for _, _, param in places]):
             return places, []
         served: list[Place] = []
         rest: list[Place] = []
@@ -195,9 +219,10 @@ class NativeEngine:
         contiguous copy that is to be copied back; and the tensors to keep alive until the launch is
         over, and no longer: a fused backward is about to free its gradients.
         """
-        work = self._work_of(places)
-        # A UNet has 1680 tensors: what is asked of each is asked without a loop in Python.
+        # A UNet has 1680 tensors, so each question put to all of them is a list of its own: that is
+        # several times faster than a loop with all questions inside.
         weights: list[Any] = [param for _, _, param in places]
+        work = self._work_of(places, weights)
         grads: list[Any] = [param.grad for param in weights]
         copies: list[tuple[Tensor, Tensor]] = []
         if [grad.dtype for grad in grads] != work.grad_dtypes:
@@ -207,50 +232,45 @@ class NativeEngine:
             work.grad_dtypes = [grad.dtype for grad in grads]
             for (index, _, _), grad in zip(places, grads, strict=True):
                 self._descriptors[index].grad_dtype = plan.DTYPES[grad.dtype]
-        if not all(map(Tensor.is_contiguous, grads)):
+        if not all([grad.is_contiguous() for grad in grads]):
             grads = [grad.contiguous() for grad in grads]
-        if not all(map(Tensor.is_contiguous, weights)):
+        if not all([weight.is_contiguous() for weight in weights]):
             readable = [weight.contiguous() for weight in weights]
             copies = [(w, r) for w, r in zip(weights, readable, strict=True) if r is not w]
             weights = readable
         if places:
-            addresses = array("q", map(Tensor.data_ptr, chain(weights, grads)))
+            read = weights + grads
+            addresses = array("q", [x.data_ptr() for x in read])
             table = torch.frombuffer(addresses, dtype=torch.int64).view(2, -1)
             self._words[work.members, _WEIGHT : _GRAD + 1] = table.t()
         return work, copies, weights + grads
 
-    def _work_of(self, places: "Sequence[Place]") -> _Work:
+    def _work_of(self, places: "Sequence[Place]", params: list[Tensor]) -> _Work:
         """The work of these parameters: kept from an earlier step where nothing that descriptors
         depend on has changed since, which is looked at every time."""
         members = tuple([index for index, _, _ in places])
-        stamp = self._stamp(places)
+        stamp = self._stamp(params)
         work = self._work.get(members)
-        if work is None or work.stamp != stamp:
+        if work is None or work.stamp != stamp or not work.holds(self._states(params)):
             if len(self._work) > 4096:  # sets of parameters that do not come again
                 self._work.clear()
             for place in places:
                 self._describe(*place)
-            work = _Work(self._descriptors, members, self._stamp(places))
+            work = _Work(self._descriptors, members, stamp, self._states(params))
             self._work[members] = work
         return work
 
-    def _stamp(self, places: "Sequence[Place]") -> list[Any]:
-        """What the descriptors of these parameters depend on: which groups there are and how they
-        store moments, which parameters these are, and where each tensor of their state lies."""
-        state = self._optimizer.state
+    def _states(self, params: list[Tensor]) -> list[dict[str, Tensor]]:
+        return list(map(self._optimizer.state.__getitem__, params))
+
+    def _stamp(self, params: list[Tensor]) -> list[Any]:
+        """What the descriptors of these parameters depend on, but for their state: which groups
+        there are and how they store moments, and the weights' dtypes and sizes.  (Which parameters
+        there are is the optimizer's to watch: it drops this engine when they change.)"""
         groups = [
             (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
         ]
-        params = [param for _, _, param in places]
-        # No list of views: so many new containers would wake the garbage collector at every step.
-        parts = chain.from_iterable(map(dict.values, map(state.__getitem__, params)))
-        return [
-            groups,
-            list(map(id, params)),
-            [param.dtype for param in params],
-            list(map(Tensor.numel, params)),
-            list(map(Tensor.data_ptr, parts)),
-        ]
+        return [groups, [p.dtype for p in params], [p.numel() for p in params]]
 
     def _describe(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Fill in the descriptor of one parameter, whose state is allocated if there is none."""

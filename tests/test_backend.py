@@ -406,6 +406,24 @@ def test_whatever_is_done_between_two_steps_is_seen(name, surgery, chosen):
 
 
 @needs_native
+@pytest.mark.parametrize("asked", [1, 2, 5])
+def test_a_state_that_was_moved_is_seen_by_asking_few_tensors_of_many(asked, monkeypatch):
+    """After any number of steps, whichever tensors' turn it is."""
+    monkeypatch.setattr(native, "_ASKED", asked)
+    for steps in range(1, 8):
+        results = []
+        for chosen in ("torch", "native"):
+            params = make_params(shapes=SHAPES)
+            optimizer = optim.build("adamw_factored", params, lr=0.01, backend=chosen)
+            run(optimizer, params, range(steps))
+            _kept = list(replaced_data(optimizer, params))
+            run(optimizer, params, range(steps, steps + 2))
+            results.append(params)
+        for a, b in zip(*results, strict=True):
+            assert (a - b).abs().max() <= 2e-4
+
+
+@needs_native
 def test_an_option_that_needs_state_which_is_not_there_is_an_error():
     """In a process of its own: an engine that follows a null address takes its process along."""
     code = """

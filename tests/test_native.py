@@ -531,7 +531,8 @@ def launches(monkeypatch):
         seen.append(plan.Launch.from_address(address).num_tensors)
         real.launch(address, *rest)
 
-    counting = SimpleNamespace(launch=launch, grad_sq=real.grad_sq, isas=real.isas)
+    kept = {name: getattr(real, name) for name in ("grad_sq", "isas", "same_values")}
+    counting = SimpleNamespace(launch=launch, **kept)
     monkeypatch.setattr(native, "_native", counting)
     return seen
 

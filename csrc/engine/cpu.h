@@ -13,8 +13,12 @@ inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
         for (int64_t i = 0; i < launch.num_tensors; ++i) isa.run_tensor(phase, launch, i);
     };
+    // A stretch of neighbours to each thread: their rows of signs share cache lines, which two
+    // threads side by side would take from each other at every row.
+    const int64_t share = launch.num_tiles / (8 * num_threads);
+    const int64_t stretch = share < 1 ? 1 : share < 16 ? share : 16;
     auto tiles = [&](Phase phase) {
-#pragma omp parallel for schedule(dynamic, 1) \
+#pragma omp parallel for schedule(dynamic, stretch) \
     num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
         for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_tile(phase, launch, i);
     };
