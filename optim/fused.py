@@ -145,7 +145,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _shares(self, places: list[Place]) -> list[tuple[backend.Engine, list[Place]]]:
         """Which engine steps which parameters."""
         torch_engine = backend.TorchEngine(self)
-        if self.backend == "torch":
+        if self.backend == "torch" or not native.has_rule(type(self).rule):
             return [(torch_engine, places)]
         if "_native" not in self.__dict__:
             self._native = native.NativeEngine(self)
@@ -188,9 +188,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def engine(self) -> str:
         """Who steps parameters on a CPU, in words: the native engine's instruction set, or plain
         PyTorch and why."""
-        if self.backend == "native":
-            return f"the native engine ({native.isa()}) on a CPU, plain PyTorch elsewhere"
-        return f"plain PyTorch; {native.unavailable() or 'backend=torch was chosen'}"
+        if self.backend == "torch":
+            return f"plain PyTorch; {native.unavailable() or 'backend=torch was chosen'}"
+        if not native.has_rule(type(self).rule):
+            return f"plain PyTorch; {type(self).__name__} has no native kernel"
+        return f"the native engine ({native.isa()}) on a CPU, plain PyTorch elsewhere"
 
     def state_bytes(self) -> int:
         """Bytes of all state allocated so far."""

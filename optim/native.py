@@ -7,7 +7,7 @@ memory wherever the mathematics allows it.  `optim/reference.py` is what it comp
 import ctypes
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,11 @@ def unavailable() -> str | None:
     if _native is None:
         return f"the native engine is not built ({_reason}); it needs a C++ compiler at the install"
     return None
+
+
+def has_rule(rule: Callable[..., Any]) -> bool:
+    """Whether the engine computes this rule of `optim/reference.py`."""
+    return rule.__name__ in plan.RULES
 
 
 def isa() -> str:
