@@ -21,26 +21,27 @@ struct Block8Slot : Slot {
     HD void begin_row(int64_t row, int width) {
         codes = part<int8_t>(0) + row * cols + first_col;
         absmax = part<float>(1) + row * ((cols + kBlock - 1) / kBlock) + first_col / kBlock;
-        for (int b = 0; b * kBlock < width; ++b) scale[b] = absmax[b] / 127.f;
+        Exec::each_block<kBlock>(
+            width, [&](int at, int block) INLINED { scale[at] = absmax[block] / 127.f; });
         draws.begin_row(row, cols, first_col);
     }
 
-    HD F load(int, int col, int n) {
+    HD F load(int i, int col, int n) {
         Exec::prefetch(codes, cols, col);
-        return load_s8(codes + col, n) * scale[col / kBlock];
+        return load_s8(codes + col, n) * scale[Exec::block_of<kBlock>(i, col)];
     }
 
     HD void store(int i, int, int, F x) { values[i] = x; }
 
     HD void end_row(int64_t, int width) {
-        for (int b = 0; b * kBlock < width; ++b) {
-            float top = Exec::largest<kBlock>(values, b, width);
-            scale[b] = top > 1e-36f ? 127.f / top : 0.f;
-            if (Exec::leads()) absmax[b] = top;
-        }
+        Exec::each_block<kBlock>(width, [&](int at, int block) INLINED {
+            float top = Exec::largest<kBlock>(values, at, width);
+            scale[at] = top > 1e-36f ? 127.f / top : 0.f;
+            if (Exec::leads_block()) absmax[block] = top;
+        });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             // |values * scale| <= 127 + 2^-17: only the lower end can be passed.
-            F scaled = values[i] * scale[col / kBlock];
+            F scaled = values[i] * scale[Exec::block_of<kBlock>(i, col)];
             F dithered = fma(to_float(draws.next(col)), F(0x1p-16f), scaled);
             store_s8(codes + col, floor_to_int(max(dithered, F(-127.f))), n);
         });

@@ -14,27 +14,29 @@ namespace ENGINE_ISA {
 template <bool kSigned, bool kStored = true>
 struct FactoredSlot : Slot {
     const float *row_factors, *col_factors;
-    float* row_sums;
+    float* partials;
     typename Exec::Columns columns;
+    typename Exec::RowSums rows;
     uint8_t* signs;
     int64_t first_row;
     float row_factor;
-    F row_sum;
 
     HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s), first_row(p.tile.row) {
         row_factors = p.launch.workspace + p.launch.vectors[p.tile.tensor] + moment.vectors;
         col_factors = row_factors + padded(p.rows()) + first_col;
-        row_sums = p.launch.workspace + p.tile.partials + moment.partials;
+        partials = p.launch.workspace + p.tile.partials + moment.partials;
     }
 
     HD void begin() {
-        if (kStored) columns.begin(row_sums + kTileRows, width);
+        if (!kStored) return;
+        rows.begin(partials, int(moment.partials / kPartials));
+        columns.begin(partials + kTileRows, width);
     }
 
     HD void begin_row(int64_t row, int) {
         row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
-        row_sum = F(0.f);
+        if (kStored) rows.begin_row();
         if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col / 8;
     }
 
@@ -49,16 +51,18 @@ struct FactoredSlot : Slot {
             Exec::store_bits(signs, col, n, bits_of(x > F(0.f)));
             x = abs(x);
         }
-        row_sum = row_sum + x;
+        rows.add(i, x);
         columns.add(i, col, x);
     }
 
-    HD void end_row(int64_t row, int) {
-        if (kStored) Exec::put_sum(row_sums + (row - first_row), row_sum);
+    HD void end_row(int64_t row, int width) {
+        if (kStored) rows.end_row(int(row - first_row), width);
     }
 
     HD void end() {
-        if (kStored) columns.end(width);
+        if (!kStored) return;
+        rows.end();
+        columns.end(width);
     }
 };
 

@@ -40,25 +40,28 @@ struct Float8Slot : Slot {
         codes = part<uint8_t>(0) + row * cols + first_col;
         tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
                first_col / kFloat8Block;
-        for (int b = 0; b * kFloat8Block < width; ++b) base[b] = float8_base(tops[b] + 127);
+        Exec::each_block<kFloat8Block>(
+            width, [&](int at, int block) INLINED { base[at] = float8_base(tops[block] + 127); });
         draws.begin_row(row, cols, first_col);
     }
 
-    HD F load(int, int col, int n) {
+    HD F load(int i, int col, int n) {
         Exec::prefetch(codes, cols, col);
-        return float8_decode(load_uint(codes + col, n), base[col / kFloat8Block]);
+        int32_t grid = base[Exec::block_of<kFloat8Block>(i, col)];
+        return float8_decode(load_uint(codes + col, n), grid);
     }
 
     HD void store(int i, int, int, F x) { values[i] = x; }
 
     HD void end_row(int64_t, int width) {
-        for (int b = 0; b * kFloat8Block < width; ++b) {
-            int32_t exponent = float8_exponent(Exec::largest<kFloat8Block>(values, b, width));
-            base[b] = float8_base(exponent);
-            if (Exec::leads()) tops[b] = int8_t(exponent - 127);
-        }
+        Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
+            int32_t exponent = float8_exponent(Exec::largest<kFloat8Block>(values, at, width));
+            base[at] = float8_base(exponent);
+            if (Exec::leads_block()) tops[block] = int8_t(exponent - 127);
+        });
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            U code = float8_encode(values[i], draws.next(col), base[col / kFloat8Block]);
+            int32_t grid = base[Exec::block_of<kFloat8Block>(i, col)];
+            U code = float8_encode(values[i], draws.next(col), grid);
             store_saturated(codes + col, code, n);
         });
     }

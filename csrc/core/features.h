@@ -7,6 +7,12 @@
 namespace engine {
 namespace ENGINE_ISA {
 
+// A constant that a function can be given.
+template <bool kValue>
+struct Constant {
+    HD constexpr operator bool() const { return kValue; }
+};
+
 // A parameter's moments at some elements.
 struct Moments {
     F fast, slow, square;

@@ -4,7 +4,7 @@
 // roots and quotients are IEEE's; there is no call to a math library on tensor elements.
 #pragma once
 
-#include "core/memory.h"
+#include "core/lanes.h"
 
 namespace engine {
 namespace ENGINE_ISA {

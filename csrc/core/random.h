@@ -33,11 +33,14 @@ struct Draws {
         link = linked(row_base);
     }
 
-    // The draws of the lanes from column col on.  With sixteen lanes col is a multiple of 16, and
-    // the first half of a block of 32 is asked for before the second.
+    // The draws of the lanes from column col on; a pack of sixteen begins at a multiple of 16.
+    HD U at(int col) const { return half(words_at(col), col); }
+
+    // The same where the first half of a block of 32 columns is always asked for before the second:
+    // they share their words.
     HD U next(int col) {
-        if (kLanes == 1 || !(col & 16)) words = hash(uint32_t(col / 32 * 16 + (col & 15)));
-        return col & 16 ? words >> 16 : words & U(0xFFFFu);
+        if (!(col & 16)) words = words_at(col);
+        return half(words, col);
     }
 
     // A 32-bit xorshift-multiply hash (constants: Wellons 2018, lowbias32) of the counters
@@ -52,6 +55,9 @@ struct Draws {
     }
 
    private:
+    HD U words_at(int col) const { return hash(uint32_t(col / 32 * 16 + (col & 15))); }
+    HD static U half(U words, int col) { return col & 16 ? words >> 16 : words & U(0xFFFFu); }
+
     static constexpr uint32_t kStride = 0x9E3779B9u;
 
     HD U linked(uint64_t counter) const {

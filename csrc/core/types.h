@@ -4,7 +4,18 @@
 // pointers travel as 64-bit integers.  Nothing here owns memory.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // has no headers
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
 #include <stdint.h>
+#endif
 
 namespace engine {
 
@@ -13,6 +24,7 @@ namespace engine {
 // (they fix the order of every sum), so they are the same for every instruction set and device.
 constexpr int kTileRows = 64;
 constexpr int kTileCols = 512;
+constexpr int kPartials = kTileRows + kTileCols;  // of a factored moment in a tile: its sums
 constexpr int kVectorPad = 32;  // row and column vectors in the workspace are padded to this
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

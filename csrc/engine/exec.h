@@ -5,14 +5,27 @@
 // 16 lanes; on a GPU a block of threads runs it, every thread being one lane of kTileCols / threads
 // vectors.
 //
+// Of a tile:
 //   kSpan                       vectors of a span that one thread holds
-//   each(width, f)              f(i, col, n) for every vector i: its first column, its lanes
-//   largest<B>(values, b, width)  the largest |element| of the b-th block of B columns
-//   put_sum(to, x), total(x)    the sum over a span's lanes, stored or returned to the leader
+//   each(width, f)              f(i, col, n) for every vector i: its first column, its lanes that
+//                               exist; the halves of a block of 32 columns have i even and odd
+//   each_block<B>(width, f)     f(at, block) for every block of B columns; at: where one thread
+//                               keeps what belongs to it; block_of<B>(i, col) is that of a vector
+//   largest<B>(values, at, w)   the largest |element| of that block
 //   Columns                     sums over rows: begin(to, width), add(i, col, x), end(width)
+//   RowSums, RowTotals          sums of rows: begin, begin_row, add(i, x), end_row(row, width), end
 //   load_bits, store_bits       one bit a column, lowest first
 //   prefetch(row, cols, col)    a hint: column col of a later row will be read
-//   leads()                     whether this thread writes what exists once
+//   total(x)                    the sum over a span's lanes
+//
+// Of a tensor:
+//   each_index, each_pack       f(i), or f(at, n) for a pack of n lanes, of vectors of any length
+//   each_run, largest_of, each_pack_of_run   the same by blocks
+//   sum_of(length, f)           in fp64: 32 partial sums of every 32nd element, then these by
+//   halves
+//
+// leads() says whether this thread writes what exists once (of a block of columns: leads_block());
+// sync() makes what threads have written visible to each other.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)

@@ -24,6 +24,45 @@ struct Exec {
         HD void end(int) {}
     };
 
+    // The sum of every row of a tile: the two halves of a block of 32 columns are added first, then
+    // the blocks in order, then the lanes.
+    struct RowSums {
+        float* to;
+        F sum, half;
+
+        HD void begin(float* first, int) { to = first; }
+        HD void begin_row() { sum = F(0.f); }
+        HD void add(int i, F x) {
+            if (i % 2)
+                sum = sum + (half + x);
+            else
+                half = x;
+        }
+        HD void add_square(int i, F x) {
+            if (i % 2)
+                sum = sum + fma(x, x, half);
+            else
+                half = x * x;
+        }
+        HD void end_row(int row, int width) {
+            if ((width + kLanes - 1) / kLanes % 2) sum = sum + half;
+            to[row] = engine::ENGINE_ISA::sum(sum);
+        }
+        HD void end() {}
+    };
+
+    // The same, of which only the total is wanted.
+    struct RowTotals : RowSums {
+        float rows[kTileRows];
+
+        HD void begin() { to = rows; }
+        HD double total(int num_rows) const {
+            double sum = 0;
+            for (int row = 0; row < num_rows; ++row) sum += rows[row];
+            return sum;
+        }
+    };
+
     // Two vectors at a time, so that the halves of a block of 32 columns follow each other.
     template <class Function>
     HD static void each(int width, Function&& f) {
@@ -34,6 +73,15 @@ struct Exec {
         }
         for (; col < width; col += kLanes, ++i)
             f(i, col, width - col < kLanes ? width - col : kLanes);
+    }
+
+    template <int kBlock, class Function>
+    HD static void each_block(int width, Function&& f) {
+        for (int block = 0; block * kBlock < width; ++block) f(block, block);
+    }
+    template <int kBlock>
+    HD static int block_of(int, int col) {
+        return col / kBlock;
     }
 
     template <int kBlock>
@@ -61,11 +109,10 @@ struct Exec {
         __builtin_prefetch(row + 2 * cols + col, kForWriting, kToL1);
     }
 
-    HD static float total(F x) { return sum(x); }
     HD static double total(D x) { return sum(x); }
     HD static int64_t total(int64_t x) { return x; }
-    HD static void put_sum(float* to, F x) { *to = sum(x); }
     HD static bool leads() { return true; }
+    HD static bool leads_block() { return true; }
 
     HD static uint32_t load_bits(const uint8_t* from, int col, int n) {
         uint16_t bits = 0;
@@ -75,6 +122,51 @@ struct Exec {
     HD static void store_bits(uint8_t* to, int col, int n, uint32_t bits) {
         if (n < kLanes) bits &= (1u << n) - 1;
         memcpy(to + col / 8, &bits, n > 8 ? 2 : 1);
+    }
+
+    // What follows serves the phases of a tensor.
+
+    HD static void sync() {}
+    template <class Function>
+    HD static void each_index(int64_t length, Function&& f) {
+        for (int64_t i = 0; i < length; ++i) f(i);
+    }
+    template <class Function>
+    HD static void each_pack(int64_t length, Function&& f) {
+        for (int64_t at = 0; at < length; at += kLanes)
+            f(at, int(length - at < kLanes ? length - at : kLanes));
+    }
+    template <class Function>
+    HD static void each_lane(D x, int n, Function&& f) {
+        double lanes[kLanes];
+        store_f64(lanes, x);
+        for (int lane = 0; lane < n; ++lane) f(lane, lanes[lane]);
+    }
+    // Blocks of a vector, one after another: f(block, its first index, its length).
+    template <class Function>
+    HD static void each_run(int64_t length, int run, Function&& f) {
+        for (int64_t first = 0; first < length; first += run)
+            f(first / run, first, int(length - first < run ? length - first : run));
+    }
+    HD static float largest_of(const float* x, int length) {
+        float top = 0.f;
+        for (int i = 0; i < length; ++i) top = x[i] > top ? x[i] : top;
+        return top;
+    }
+    template <class Function>
+    HD static void each_pack_of_run(int length, Function&& f) {
+        each_pack(length, [&](int64_t at, int n) INLINED { f(int(at), n); });
+    }
+    template <class Function>
+    HD static double sum_of(int64_t length, Function&& f) {
+        double sums[32] = {};
+        int64_t first = 0;
+        for (; first + 32 <= length; first += 32)
+            for (int i = 0; i < 32; ++i) sums[i] += f(first + i);
+        for (int i = 0; first + i < length; ++i) sums[i] += f(first + i);
+        for (int half = 16; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+        return sums[0];
     }
 };
 

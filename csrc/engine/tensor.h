@@ -83,112 +83,106 @@ struct Factors {
     }
 
     HD static double mean(const float* x, int64_t length) {
-        double sum = 0;
-        for (int64_t i = 0; i < length; ++i) sum += x[i];
-        return sum / double(length);
+        return Exec::sum_of(length, [&](int64_t i) INLINED { return double(x[i]); }) /
+               double(length);
     }
 
     HD static void read(float* to, int64_t length, uint64_t from, uint64_t tops) {
-        for (int64_t at = 0; at < padded(length); at += kLanes) {
-            int n = int(length - at < kLanes ? (length > at ? length - at : 0) : kLanes);
+        Exec::each_pack(padded(length), [&](int64_t at, int lanes) INLINED {
+            const int64_t left = length - at;
+            const int n = left < 0 ? 0 : left < lanes ? int(left) : lanes;
             F x;
             if (tops) {
-                int32_t base =
-                    float8_base(n ? pointer<int8_t>(tops)[at / kFloat8Block] + 127 : 127);
-                x = float8_decode(load_uint(pointer<uint8_t>(from) + at, n), base);
+                int32_t top = n ? pointer<int8_t>(tops)[at / kFloat8Block] : 0;
+                x = float8_decode(load_uint(pointer<uint8_t>(from) + at, n),
+                                  float8_base(top + 127));
             } else {
                 x = load_f32(pointer<float>(from) + at, n);
             }
-            store_f32(to + at, x, kLanes);
-        }
+            store_f32(to + at, x, lanes);
+        });
     }
 
     HD static void write(const float* from, int64_t length, uint64_t to, uint64_t tops,
                          uint64_t key) {
         if (!tops) {
-            for (int64_t at = 0; at < length; ++at) pointer<float>(to)[at] = from[at];
+            Exec::each_index(length, [&](int64_t i) INLINED { pointer<float>(to)[i] = from[i]; });
             return;
         }
-        Draws draws(key);
-        for (int64_t first = 0; first < length; first += kFloat8Block) {
+        Exec::each_run(length, kFloat8Block, [&](int64_t block, int64_t first, int run) INLINED {
+            Draws draws(key);
             draws.begin_row(0, length, first);
-            int64_t end = first + kFloat8Block < length ? first + kFloat8Block : length;
-            float top = 0.f;
-            for (int64_t at = first; at < end; ++at) top = from[at] > top ? from[at] : top;
-            int32_t exponent = float8_exponent(top);
-            pointer<int8_t>(tops)[first / kFloat8Block] = int8_t(exponent - 127);
-            for (int64_t at = first; at < end; at += kLanes) {
-                int n = int(end - at < kLanes ? end - at : kLanes);
-                U code = float8_encode(load_f32(from + at, n), draws.next(int(at - first)),
+            const int32_t exponent = float8_exponent(Exec::largest_of(from + first, run));
+            if (Exec::leads_block()) pointer<int8_t>(tops)[block] = int8_t(exponent - 127);
+            Exec::each_pack_of_run(run, [&](int at, int n) INLINED {
+                U code = float8_encode(load_f32(from + first + at, n), draws.at(at),
                                        float8_base(exponent));
-                store_saturated(pointer<uint8_t>(to) + at, code, n);
-            }
-        }
+                store_saturated(pointer<uint8_t>(to) + first + at, code, n);
+            });
+        });
     }
 };
 
 // Adds the tiles' row and column sums of a factored moment: row(i, mean) and col(j, mean) receive
-// the means in order.
+// the means.
 template <class RowFunction, class ColFunction>
 HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotId slot,
                RowFunction&& row, ColFunction&& col) {
     const int64_t first = launch.first_tile[member];
     const int64_t chunks = (tensor.cols + kTileCols - 1) / kTileCols;
     const int64_t strips = (tensor.rows + kTileRows - 1) / kTileRows;
-    auto partials = [&](int64_t strip, int64_t chunk) {
+    auto partials = [&](int64_t strip, int64_t chunk) INLINED {
         return launch.workspace + launch.tiles[first + strip * chunks + chunk].partials +
                tensor.moments[slot].partials;
     };
-    for (int64_t strip = 0; strip < strips; ++strip) {
-        const int64_t first_row = strip * kTileRows, left = tensor.rows - first_row;
-        const int rows = int(left < kTileRows ? left : kTileRows);
-        double sums[kTileRows] = {};
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const float* from = partials(strip, chunk);
-            for (int i = 0; i < rows; ++i) sums[i] += from[i];
-        }
-        for (int i = 0; i < rows; ++i) row(first_row + i, sums[i] / double(tensor.cols));
-    }
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t first_col = chunk * kTileCols, left = tensor.cols - first_col;
-        const int cols = int(left < kTileCols ? left : kTileCols);
-        double sums[kTileCols];
-        for (int j = 0; j < cols; j += kLanes) {
-            D sum(0.0);
-            for (int64_t strip = 0; strip < strips; ++strip)
-                sum = sum + widen(load_f32(partials(strip, chunk) + kTileRows + j, kLanes));
-            store_f64(sums + j, sum);
-        }
-        for (int j = 0; j < cols; ++j) col(first_col + j, sums[j] / double(tensor.rows));
-    }
+    Exec::each_pack(tensor.rows, [&](int64_t at, int n) INLINED {
+        D sum(0.0);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+            sum = sum + widen(load_f32(partials(at / kTileRows, chunk) + at % kTileRows, kLanes));
+        Exec::each_lane(
+            sum, n, [&](int lane, double x) INLINED { row(at + lane, x / double(tensor.cols)); });
+    });
+    Exec::each_pack(tensor.cols, [&](int64_t at, int n) INLINED {
+        D sum(0.0);
+        const int64_t j = kTileRows + at % kTileCols;
+        for (int64_t strip = 0; strip < strips; ++strip)
+            sum = sum + widen(load_f32(partials(strip, at / kTileCols) + j, kLanes));
+        Exec::each_lane(
+            sum, n, [&](int lane, double x) INLINED { col(at + lane, x / double(tensor.rows)); });
+    });
+    Exec::sync();
 }
 
+// The sum over a tensor's tiles of what f(its sums) gives.
 template <class Function>
-HD TileSums total(const Launch& launch, int64_t member, Function&& add) {
-    TileSums sums{};
-    for (int64_t i = launch.first_tile[member]; i < launch.first_tile[member + 1]; ++i)
-        add(sums, launch.sums[i]);
-    return sums;
+HD double total(const Launch& launch, int64_t member, Function&& f) {
+    const int64_t first = launch.first_tile[member];
+    return Exec::sum_of(launch.first_tile[member + 1] - first,
+                        [&](int64_t i) INLINED { return double(f(launch.sums[first + i])); });
 }
 
 // Counts the step, derives its Hyper and decodes the factors, rows divided by their mean.
 HD void begin(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
-    int64_t t = ++*pointer<int64_t>(tensor.step);
-    Hyper& h = launch.hypers[member];
-    h = derive(launch.options[tensor.group], tensor, t, launch.rule);
+    if (Exec::leads()) {
+        const Options& o = launch.options[tensor.group];
+        int64_t t = ++*pointer<int64_t>(tensor.step);
+        Hyper& h = launch.hypers[member];
+        h = derive(o, tensor, t, launch.rule);
+        if (has(h, kClipLagged)) {
+            double ratio = *pointer<float>(tensor.update_rms) / o.clip_threshold;
+            if (ratio > 1) h.update_scale = float(1 / ratio);
+        }
+    }
     for (int slot = 0; slot < kSlots; ++slot) {
         if (!Factors::exist(tensor, SlotId(slot))) continue;
         Factors factors(launch, member, tensor, SlotId(slot));
         factors.read();
+        Exec::sync();
         double mean = Factors::mean(factors.row, factors.rows);
-        for (int64_t i = 0; i < factors.rows; ++i)
+        Exec::each_index(factors.rows, [&](int64_t i) INLINED {
             factors.row[i] = mean > 0 ? float(factors.row[i] / mean) : 0.f;
-    }
-    if (has(h, kClipLagged)) {
-        float previous = *pointer<float>(tensor.update_rms);
-        double ratio = previous / launch.options[tensor.group].clip_threshold;
-        if (ratio > 1) h.update_scale = float(1 / ratio);
+        });
     }
 }
 
@@ -204,27 +198,28 @@ HD void after_measure(const Launch& launch, int64_t member) {
     const Options& o = launch.options[tensor.group];
     Hyper& h = launch.hypers[member];
     if (!wants_measure(h)) return;
-    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) {
-        to.grad_sq += x.grad_sq;
-        to.weight_grad += x.weight_grad;
-        to.weight_sq += x.weight_sq;
-    });
+    auto sum = [&](double TileSums::*field) INLINED {
+        return total(launch, member, [=](const TileSums& x) INLINED { return x.*field; });
+    };
+    const double grad_sq = sum(&TileSums::grad_sq), weight_grad = sum(&TileSums::weight_grad),
+                 weight_sq = sum(&TileSums::weight_sq);
+    if (!Exec::leads()) return;
     double coefficient = o.coefficient;
     if (has(h, kGradClip)) {
-        double length = coefficient * ::sqrt(s.grad_sq);
+        double length = coefficient * ::sqrt(grad_sq);
         if (length > o.grad_clip) coefficient *= o.grad_clip / length;
     }
     if (has(h, kOrthograd)) {
         // What is left of a gradient parallel to w is rounding noise, and is not blown up.
-        double rho = s.weight_grad / (s.weight_sq + 1e-30);
-        double rest_sq = s.grad_sq - 2 * rho * s.weight_grad + rho * rho * s.weight_sq;
-        coefficient *= rest_sq > 1e-12 * s.grad_sq ? ::sqrt(s.grad_sq / rest_sq) : 0.0;
+        double rho = weight_grad / (weight_sq + 1e-30);
+        double rest_sq = grad_sq - 2 * rho * weight_grad + rho * rho * weight_sq;
+        coefficient *= rest_sq > 1e-12 * grad_sq ? ::sqrt(grad_sq / rest_sq) : 0.0;
         h.rho = float(rho);
         h.rho_low = float(rho - double(h.rho));
     }
     h.coefficient = float(coefficient);
     if (has(h, kScaleParameter) && tensor.numel > 0) {
-        double rms = ::sqrt(s.weight_sq / double(tensor.numel));
+        double rms = ::sqrt(weight_sq / double(tensor.numel));
         h.lr *= float(rms > o.eps_scale ? rms : o.eps_scale);
     }
 }
@@ -249,10 +244,13 @@ HD void after_factor(const Launch& launch, int64_t member) {
         });
     f.write(h);
     double row_mean = Factors::mean(f.row, f.rows) * h.inv_bias2 + o.eps;
-    for (int64_t i = 0; i < f.rows; ++i)
+    Exec::sync();
+    Exec::each_index(f.rows, [&](int64_t i) INLINED {
         f.row[i] = float(::sqrt(row_mean / (f.row[i] * h.inv_bias2 + o.eps)));
-    for (int64_t j = 0; j < f.cols; ++j)
+    });
+    Exec::each_index(f.cols, [&](int64_t j) INLINED {
         f.col[j] = float(1 / ::sqrt(f.col[j] * h.inv_bias2 + o.eps));
+    });
 }
 
 // Fira's limiter (Chen et al. 2024, arXiv 2410.01623), then Adafactor's clip on what it left.
@@ -261,9 +259,10 @@ HD void after_norm(const Launch& launch, int64_t member) {
     const Options& o = launch.options[tensor.group];
     Hyper& h = launch.hypers[member];
     if (!wants_norm(h)) return;
-    TileSums s =
-        total(launch, member, [](TileSums& to, const TileSums& x) { to.update_sq += x.update_sq; });
-    double length = double(h.unit) * ::sqrt(s.update_sq), scale = 1;
+    const double update_sq =
+        total(launch, member, [](const TileSums& x) INLINED { return x.update_sq; });
+    if (!Exec::leads()) return;
+    double length = double(h.unit) * ::sqrt(update_sq), scale = 1;
     if (has(h, kGrowthLimit)) {
         float& previous = *pointer<float>(tensor.update_norm);
         if (previous > 1e-6f && length > previous * o.growth_limit)
@@ -282,10 +281,10 @@ HD void after_align(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     Hyper& h = launch.hypers[member];
     if (!wants_align(h) || tensor.numel == 0) return;
-    TileSums s =
-        total(launch, member, [](TileSums& to, const TileSums& x) { to.aligned += x.aligned; });
-    double share = double(s.aligned) / double(tensor.numel);
-    h.cautious_scale = float(1 / (share > 1e-3 ? share : 1e-3));
+    const double aligned =
+        total(launch, member, [](const TileSums& x) INLINED { return x.aligned; });
+    double share = aligned / double(tensor.numel);
+    if (Exec::leads()) h.cautious_scale = float(1 / (share > 1e-3 ? share : 1e-3));
 }
 
 // The new factors of the moments, the count of unusable elements, and the RMS the next clip goes
@@ -304,14 +303,15 @@ HD void finish(const Launch& launch, int64_t member) {
             [&](int64_t j, double mean) { f.col[j] = float(mean); });
         f.write(h);
     }
-    TileSums s = total(launch, member, [](TileSums& to, const TileSums& x) {
-        to.nonfinite += x.nonfinite;
-        to.update_sq += x.update_sq;
-    });
-    *pointer<int64_t>(tensor.nonfinite) += s.nonfinite;
+    const double nonfinite =
+        total(launch, member, [](const TileSums& x) INLINED { return x.nonfinite; });
+    if (Exec::leads()) *pointer<int64_t>(tensor.nonfinite) += int64_t(nonfinite);
     if (has(h, kClipLagged) && tensor.numel > 0) {
-        double rms = ::sqrt(s.update_sq / double(tensor.numel));
-        *pointer<float>(tensor.update_rms) = float(double(h.unit) * h.growth_scale * rms);
+        const double update_sq =
+            total(launch, member, [](const TileSums& x) INLINED { return x.update_sq; });
+        double rms = ::sqrt(update_sq / double(tensor.numel));
+        if (Exec::leads())
+            *pointer<float>(tensor.update_rms) = float(double(h.unit) * h.growth_scale * rms);
     }
 }
 

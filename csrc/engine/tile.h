@@ -10,8 +10,6 @@
 //   apply    moments and weights
 #pragma once
 
-#include <type_traits>
-
 #include "codecs/any.h"
 #include "codecs/tensors.h"
 
@@ -101,10 +99,8 @@ HD void begin_row(Access& a, int64_t row, int width) {
 // so that none of its vectors need be asked.
 template <class GradT, class Function>
 HD void with_row(const GradT& grad, int width, Function&& f) {
-    if constexpr (!std::is_same_v<GradT, AnyGrad>) {
-        if (grad.clean(width)) return f(std::true_type());
-    }
-    f(std::false_type());
+    if (grad.clean(width)) return f(Constant<true>());
+    f(Constant<false>());
 }
 
 // One vector of a row: its gradient as the rule sees it, its moments before and after, its update.
@@ -205,20 +201,24 @@ HD void norm(const Launch& launch, int64_t index) {
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
-    double update_sq = 0;
+    typename Exec::RowTotals squares;
+    squares.begin();
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        F sum(0.f);
-        begin_row(a, row, p.width(row));
-        with_row(a.grad, p.width(row), [&](auto clean) INLINED {
-            Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
+        const int width = p.width(row);
+        begin_row(a, row, width);
+        squares.begin_row();
+        with_row(a.grad, width, [&](auto clean) INLINED {
+            Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<false, clean>(a, h, i, col, n);
                 F u = e.direction;
                 if (!clean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
-                sum = fma(u, u, sum);
+                squares.add_square(i, u);
             });
         });
-        update_sq += Exec::total(sum);
+        squares.end_row(int(row - tile.row), width);
     }
+    squares.end();
+    double update_sq = squares.total(int(p.end_row() - tile.row));
     if (Exec::leads()) launch.sums[index].update_sq = update_sq;
 }
 
@@ -249,7 +249,8 @@ HD void apply(const Launch& launch, int64_t index) {
     Scratch scratch;
     Access a(p, scratch);
     int64_t nonfinite = 0;
-    double update_sq = 0;
+    typename Exec::RowTotals squares;
+    squares.begin();
     a.fast.begin();
     a.slow.begin();
     a.square.begin();
@@ -257,15 +258,15 @@ HD void apply(const Launch& launch, int64_t index) {
     const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         int width = p.width(row);
-        F sum(0.f);
         begin_row(a, row, width);
+        if (lagged) squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<true, clean>(a, h, i, col, n);
                 F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
                 F kept = Access::kPlain ? fma(F(-h.decay), e.w, e.w) : decayed(h, e.w, u);
                 F w = fma(F(-step), u, kept);
-                if (lagged) sum = fma(e.direction, e.direction, sum);
+                if (lagged) squares.add_square(i, e.direction);
                 if (!clean && RARELY(!all(e.ok))) {
                     nonfinite += kLanes - count(e.ok);
                     w = select(e.ok, w, e.w);
@@ -284,12 +285,17 @@ HD void apply(const Launch& launch, int64_t index) {
         a.slow.end_row(row, width);
         a.square.end_row(row, width);
         if (!h.passive) a.weight.end_row(width);
-        if (lagged) update_sq += Exec::total(sum);
+        if (lagged) squares.end_row(int(row - tile.row), width);
     }
     a.fast.end();
     a.slow.end();
     a.square.end();
     nonfinite = Exec::total(nonfinite);
+    double update_sq = 0;
+    if (lagged) {
+        squares.end();
+        update_sq = squares.total(int(p.end_row() - tile.row));
+    }
     if (Exec::leads()) {
         launch.sums[index].nonfinite = nonfinite;
         if (lagged) launch.sums[index].update_sq = update_sq;

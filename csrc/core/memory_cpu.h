@@ -1,7 +1,7 @@
 // Lanes to and from memory: fp32, the narrow integers that codes are, and bf16.
 #pragma once
 
-#include "core/lanes.h"
+#include "core/lanes_cpu.h"
 
 namespace engine {
 namespace ENGINE_ISA {
