@@ -1,4 +1,4 @@
-"""Who computes a step: the native engine where it is built, plain PyTorch otherwise.
+"""Who computes a step: a fused engine where there is one for the device, plain PyTorch otherwise.
 
 An engine steps a list of parameters that have gradients; every engine computes the same.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from optim import features, native
+from optim import cuda, features, native
 from optim.codecs import FactoredSign, join, layout, split
 from optim.rng import mix, round_stochastic_bf16
 
@@ -32,12 +32,13 @@ def grad_of(param: Tensor) -> Tensor:
 class Engine(Protocol):
     """Steps parameters of one optimizer."""
 
-    def step(self, places: Sequence[Place], coefficients: dict[int, float]) -> None:
+    def step(self, places: Sequence[Place], coefficients: dict[int, float | Tensor]) -> None:
         """One step of these parameters; `coefficients` holds, by the id of a group, what its
         gradients are multiplied by (1 where it is absent)."""
 
-    def grad_sq(self, places: Sequence[Place]) -> float:
-        """The sum of the squares of the usable elements of these parameters' gradients."""
+    def grad_sq(self, places: Sequence[Place]) -> float | Tensor:
+        """The sum of the squares of the usable elements of these parameters' gradients; 0-d fp64
+        on their device where reading it would mean waiting for it."""
 
 
 class TorchEngine:
@@ -46,9 +47,9 @@ class TorchEngine:
     def __init__(self, optimizer: "FusedOptimizer") -> None:
         self._optimizer = optimizer
 
-    def step(self, places: Sequence[Place], coefficients: dict[int, float]) -> None:
+    def step(self, places: Sequence[Place], coefficients: dict[int, float | Tensor]) -> None:
         for index, group, param in places:
-            self._step(index, group, param, coefficients.get(id(group), 1.0))
+            self._step(index, group, param, float(coefficients.get(id(group), 1.0)))
 
     def grad_sq(self, places: Sequence[Place]) -> float:
         return sum(features.grad_sq(grad_of(param)) for _, _, param in places)
@@ -97,9 +98,27 @@ class TorchEngine:
                 state["compensation"].copy_(w - param.float())
 
 
-def resolve(choice: str) -> str:
-    """Who computes, for a `backend` argument: -> native or torch.  "auto" leaves it to
-    OPTIM_BACKEND, and then to what is built.
+def unavailable(device: str) -> str | None:
+    """Why devices of this type have no fused engine, or None where they have."""
+    if device == "cpu":
+        return native.unavailable()
+    if device == "cuda":
+        return cuda.unavailable()
+    return f"there is no fused engine for {device}"
+
+
+def fused_engine(optimizer: "FusedOptimizer", device: torch.device) -> Engine:
+    """The engine of a device that has one."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return cuda.CudaEngine(optimizer, torch.device("cuda", index))
+    return native.NativeEngine(optimizer)
+
+
+def resolve(choice: str, devices: set[str]) -> str:
+    """Who computes for parameters on these types of device, for a `backend` argument: -> native
+    (where a device has a fused engine) or torch.  "auto" leaves it to OPTIM_BACKEND, and then to
+    what there is.
 
     Raises ValueError for a name that does not exist, RuntimeError where "native" is asked for and
     cannot be had.  Falling back is said once.
@@ -108,15 +127,24 @@ def resolve(choice: str) -> str:
         choice = os.environ.get("OPTIM_BACKEND", "auto")
     if choice not in BACKENDS:
         raise ValueError(f"OPTIM_BACKEND={choice} is not one of {', '.join(BACKENDS)}")
+    return resolved(choice, devices, strict=choice == "native")
+
+
+def resolved(choice: str, devices: set[str], strict: bool) -> str:
+    """As `resolve`, of a choice that has been made; `strict` raises rather than fall back."""
     if choice == "torch":
         return "torch"
-    reason = native.unavailable()
-    if reason is None:
-        return "native"
-    if choice == "native":
-        raise RuntimeError(f"backend='native' cannot be had: {reason}")
+    missing = {device: unavailable(device) for device in sorted(devices or {"cpu"})}
+    for reason in filter(None, missing.values()):
+        if strict:
+            raise RuntimeError(f"backend='native' cannot be had: {reason}")
+        fall_back(reason)
+    return "torch" if all(missing.values()) else "native"
+
+
+def fall_back(reason: str) -> None:
+    """Say, once, that plain PyTorch serves instead of a fused engine."""
     _say_once(f"the optimizers run on plain PyTorch, which is slower; {reason}")
-    return "torch"
 
 
 def _say_once(message: str) -> None:

@@ -109,6 +109,13 @@ def orthogonal(w: Tensor, g: Tensor) -> Tensor:
     return (rest * scale).float()
 
 
+def shrinking(norm: float | Tensor, limit: float) -> float | Tensor:
+    """What gradients of this norm (a number, or 0-d) are multiplied by to have at most `limit`."""
+    if isinstance(norm, Tensor):
+        return (limit / norm).clamp(max=1.0)
+    return limit / norm if norm > limit else 1.0
+
+
 def grad_sq(g: Tensor) -> float:
     """The sum of the squares of g's usable elements, in fp64."""
     return float(torch.linalg.vector_norm(torch.where(usable(g), g, 0.0), dtype=torch.float64) ** 2)

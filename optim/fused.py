@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import backend, features, native, options
+from optim import backend, features, native, options, plan
 from optim import state as states
 from optim.backend import Place, grad_of
 from optim.codecs import Codec, Dense
@@ -19,6 +19,7 @@ Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters
 META = torch.device("meta")
+CPU = torch.device("cpu")
 # Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
 _NOT_OPTIONS = {"params", "param_names", "initial_lr"}
 
@@ -49,8 +50,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{type(self).__name__} cannot have {name}: {reason}")
         options.check(type(self).__name__, known, given)
         chosen = known | given
-        self.backend = backend.resolve(chosen.pop("backend"))
+        choice = chosen.pop("backend")
         super().__init__(params, chosen)
+        self.backend = backend.resolve(choice, self._device_types())
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:
@@ -133,37 +135,65 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         self._raise_on_nonfinite(places)
         shares = self._shares(places)
-        coefficients: dict[int, float] = {}
+        coefficients: dict[int, float | Tensor] = {}
         if self._needs_all_gradients():
             norm = sum(engine.grad_sq(share) for engine, share in shares) ** 0.5
             for group in self.param_groups:
-                if group["max_grad_norm"] is not None and norm > group["max_grad_norm"]:
-                    coefficients[id(group)] = group["max_grad_norm"] / norm
+                if group["max_grad_norm"] is not None:
+                    coefficients[id(group)] = features.shrinking(norm, group["max_grad_norm"])
         for engine, share in shares:
             engine.step(share, coefficients)
 
     def _shares(self, places: list[Place]) -> list[tuple[backend.Engine, list[Place]]]:
         """Which engine steps which parameters."""
         torch_engine = backend.TorchEngine(self)
-        if self.backend == "torch" or not native.has_rule(type(self).rule):
+        if self.backend == "torch" or not plan.has_rule(type(self).rule):
             return [(torch_engine, places)]
-        if "_native" not in self.__dict__:
-            self._native = native.NativeEngine(self)
-        served, rest = self._native.split(places)
-        return [(self._native, served), (torch_engine, rest)]
+        batched = any(group.get("conv_view") == "last2" for group in self.param_groups)
+        if not batched and all([param.is_cpu for _, _, param in places]):
+            return [(self._engine(CPU) or torch_engine, places)]
+        shares: dict[torch.device | None, list[Place]] = {}
+        for place in places:
+            last2 = place[1].get("conv_view") == "last2"  # batches of matrices: the reference's
+            shares.setdefault(None if last2 else place[2].device, []).append(place)
+        return [
+            ((device and self._engine(device)) or torch_engine, share)
+            for device, share in shares.items()
+        ]
+
+    def _engine(self, device: torch.device) -> backend.Engine | None:
+        """The fused engine of a device, if it has one."""
+        engines: dict[torch.device, backend.Engine | None] = self.__dict__.setdefault(
+            "_engines", {}
+        )
+        if device not in engines:
+            reason = backend.unavailable(device.type)
+            if reason:
+                backend.fall_back(reason)
+            engines[device] = None if reason else backend.fused_engine(self, device)
+        return engines[device]
+
+    def _counts_on(self, param: Tensor) -> torch.device:
+        """Where a parameter's step count lives: with who reads it."""
+        fused = self.backend == "native" and plan.has_rule(type(self).rule)
+        on_device = fused and param.is_cuda and backend.unavailable("cuda") is None
+        return param.device if on_device else CPU
+
+    def _device_types(self) -> set[str]:
+        return {param.device.type for group in self.param_groups for param in group["params"]}
 
     def _forget(self) -> None:
         """Drop what was derived from groups and state: they are about to change."""
-        for derived in ("_native", "_members"):
+        for derived in ("_engines", "_members"):
             self.__dict__.pop(derived, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if state["backend"] == "native" and native.unavailable():  # pickled on another machine
-            state = state | {"backend": backend.resolve("auto")}
         super().__setstate__(state)
+        if self.backend == "native":  # pickled on another machine, perhaps
+            self.backend = backend.resolved("native", self._device_types(), strict=False)
 
     def check_steps_alone(self, caller: str) -> None:
         """Raise ValueError where a parameter cannot be stepped before all gradients are there."""
@@ -188,11 +218,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     def engine(self) -> str:
         """Who steps parameters on a CPU, in words: the native engine's instruction set, or plain
         PyTorch and why."""
-        if self.backend == "torch":
-            return f"plain PyTorch; {native.unavailable() or 'backend=torch was chosen'}"
-        if not native.has_rule(type(self).rule):
-            return f"plain PyTorch; {type(self).__name__} has no native kernel"
-        return f"the native engine ({native.isa()}) on a CPU, plain PyTorch elsewhere"
+        if not plan.has_rule(type(self).rule):
+            return f"plain PyTorch; {type(self).__name__} has no fused kernel"
+        engines = []
+        for device in sorted(self._device_types() or {"cpu"}):
+            reason = "backend=torch was chosen" if self.backend == "torch" else None
+            reason = backend.unavailable(device) or reason
+            isa = f" ({native.isa()})" if device == "cpu" and not reason else ""
+            on = f"on {device.upper()}" if device != "cpu" else "on a CPU"
+            engines.append(
+                f"plain PyTorch {on}; {reason}" if reason else f"the native engine{isa} {on}"
+            )
+        return ", ".join(engines)
 
     def state_bytes(self) -> int:
         """Bytes of all state allocated so far."""
@@ -226,7 +263,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     key: x.detach()
                     .contiguous()
                     .clone()
-                    .to(param.device if blank[key].is_meta else "cpu")
+                    .to(param.device if blank[key].is_meta else self._counts_on(param))
                     for key, x in parts.items()
                 }
         self._forget()
@@ -280,7 +317,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _blank(
         self, param: Tensor, group: dict[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
-        return states.blank(param, self.codecs(param, group), group["rounding"], device)
+        counts_on = CPU if device == META else self._counts_on(param)
+        return states.blank(param, self.codecs(param, group), group["rounding"], device, counts_on)
 
     def _raise_on_nonfinite(self, places: list[Place]) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""

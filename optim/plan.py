@@ -6,6 +6,7 @@ of parameters that one launch steps; its tiles depend on shapes alone, so they a
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_double, c_int32, c_int64, c_uint64
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from optim.codecs import Bf16, Block8, Codec, Dense, Factored, FactoredSign, Float8, Parts
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
+PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
+HYPER_BYTES, TILE_SUMS_BYTES = 128, 48  # of structs that only the engine looks into
 SLOTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")  # SlotId
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
 RULES = {"sgd": 0, "adam": 1, "adopt": 2, "lion": 3, "adafactor": 4}  # RuleId
@@ -45,6 +48,11 @@ _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
     Factored: (5, ("row", "col")),
     FactoredSign: (6, ("row", "col", "", "", "sign")),
 }
+
+
+def has_rule(rule: Callable[..., Any]) -> bool:
+    """Whether the fused engines compute this rule of `optim/reference.py`."""
+    return rule.__name__ in RULES
 
 
 class Options(ctypes.Structure):
@@ -191,14 +199,13 @@ def matrix_of(view: tuple[int, int]) -> tuple[int, int]:
 class Bucket:
     """The work list of some parameters: tiles in tensor, row, column order, and the room they need.
 
-    `matrices` holds each member's matrix, `num_factored` how many of its moments are factored.
     `vectors` says where in the workspace the decoded factors of each member begin; the tiles'
     partial sums follow them.  Units are fp32 elements.
     """
 
-    def __init__(
-        self, members: list[int], matrices: list[tuple[int, int]], num_factored: list[int]
-    ) -> None:
+    def __init__(self, members: list[int], descriptors: "ctypes.Array[Descriptor]") -> None:
+        matrices = [(descriptors[i].rows, descriptors[i].cols) for i in members]
+        num_factored = [_num_factored(descriptors[i]) for i in members]
         self.members, self.num_tensors = torch.tensor(members, dtype=torch.int32), len(members)
         rows, cols = torch.tensor(matrices, dtype=torch.int64).reshape(-1, 2).unbind(1)
         factored = torch.tensor(num_factored, dtype=torch.int64)
@@ -212,7 +219,7 @@ class Bucket:
         self.vectors = vector_sizes.cumsum(0) - vector_sizes
         owner = torch.arange(len(members)).repeat_interleave(counts)
         within = torch.arange(self.num_tiles) - self.first_tile[owner]
-        partials = factored[owner] * (TILE_ROWS + TILE_COLS)
+        partials = factored[owner] * PARTIALS
         total_vectors = int(vector_sizes.sum())
         self.workspace_size = total_vectors + int(partials.sum())
 
@@ -225,7 +232,14 @@ class Bucket:
         self.tiles[:, 2] = total_vectors + partials.cumsum(0) - partials
 
 
-def num_factored(descriptor: Descriptor) -> int:
+def room_bytes(descriptor: Descriptor) -> int:
+    """Bytes that a parameter takes in the workspace: decoded factors and partial sums."""
+    rows, cols = descriptor.rows, descriptor.cols
+    tiles = -(-rows // TILE_ROWS) * -(-cols // TILE_COLS)
+    return _num_factored(descriptor) * 4 * (vector_size(rows, cols) + tiles * PARTIALS)
+
+
+def _num_factored(descriptor: Descriptor) -> int:
     """How many moments of a parameter are factored."""
     kinds = (_LAYOUT[Factored][0], _LAYOUT[FactoredSign][0])
     return sum(moment.codec in kinds for moment in descriptor.moments)

@@ -16,11 +16,15 @@ VERSION = 2
 
 
 def blank(
-    param: Tensor, codecs: dict[str, Codec], rounding: str, device: torch.device
+    param: Tensor,
+    codecs: dict[str, Codec],
+    rounding: str,
+    device: torch.device,
+    counts_on: torch.device,
 ) -> dict[str, Tensor]:
     """The state of a parameter that has made no step: everything zero."""
     state = {
-        "step": torch.zeros((), dtype=torch.int64),  # on the host, where it is read
+        "step": torch.zeros((), dtype=torch.int64, device=counts_on),
         "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
     }
     if rounding == "kahan" and param.dtype != torch.float32:

@@ -16,7 +16,7 @@ from helpers import assert_same, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
-from optim import backend, native
+from optim import backend, engine, native
 
 BUILT = native.unavailable() is None
 needs_native = pytest.mark.skipif(not BUILT, reason="it is not built")
@@ -409,7 +409,7 @@ def test_whatever_is_done_between_two_steps_is_seen(name, surgery, chosen):
 @pytest.mark.parametrize("asked", [1, 2, 5])
 def test_a_state_that_was_moved_is_seen_by_asking_few_tensors_of_many(asked, monkeypatch):
     """After any number of steps, whichever tensors' turn it is."""
-    monkeypatch.setattr(native, "_ASKED", asked)
+    monkeypatch.setattr(engine, "_ASKED", asked)
     for steps in range(1, 8):
         results = []
         for chosen in ("torch", "native"):

@@ -69,13 +69,16 @@ struct AnyGrad {
 struct AnyWeight {
     const Tensor& tensor;
     char *at, *compensation;
-    bool stochastic;
+    int32_t dtype;
+    bool compensated, stochastic;
     int64_t cols, first_col;
     F* values;
     Draws draws;
 
     HD AnyWeight(const Place& p, F* room)
         : tensor(p.tensor),
+          dtype(p.tensor.weight_dtype),
+          compensated(p.tensor.compensation != 0),
           stochastic(has(p.hyper, kStochastic)),
           cols(p.cols()),
           first_col(p.tile.col),
@@ -83,14 +86,13 @@ struct AnyWeight {
           draws(p.hyper.key) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
-        int64_t offset = (row * cols + first_col) * dtype_bytes(tensor.weight_dtype);
+        int64_t offset = (row * cols + first_col) * dtype_bytes(dtype);
         at = pointer<char>(tensor.weight) + offset;
-        compensation = tensor.compensation ? pointer<char>(tensor.compensation) + offset : nullptr;
+        compensation = pointer<char>(tensor.compensation) + offset;
         draws.begin_row(row, cols, first_col);
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            values[i] = load_as(tensor.weight_dtype, at, cols, col, n);
-            if (compensation)
-                values[i] = values[i] + load_as(tensor.weight_dtype, compensation, cols, col, n);
+            values[i] = load_as(dtype, at, cols, col, n);
+            if (compensated) values[i] = values[i] + load_as(dtype, compensation, cols, col, n);
         });
     }
     HD F load(int i, int, int) const { return values[i]; }
@@ -101,12 +103,11 @@ struct AnyWeight {
     }
 
     HD void write(F w, int col, int n) {
-        if (tensor.weight_dtype == kFloat32)
-            return store_f32(reinterpret_cast<float*>(at) + col, w, n);
-        const bool bf16 = tensor.weight_dtype == kBFloat16;
+        if (dtype == kFloat32) return store_f32(reinterpret_cast<float*>(at) + col, w, n);
+        const bool bf16 = dtype == kBFloat16;
         U code = !bf16 ? to_fp16(w) : stochastic ? to_bf16(w, draws.next(col)) : to_bf16(w);
         store_uint(reinterpret_cast<uint16_t*>(at) + col, code, n);
-        if (!compensation) return;
+        if (!compensated) return;
         F lost = w - (bf16 ? from_bf16(code) : from_fp16(code));
         U kept = bf16 ? to_bf16(lost) : to_fp16(lost);
         store_uint(reinterpret_cast<uint16_t*>(compensation) + col, kept, n);

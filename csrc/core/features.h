@@ -8,10 +8,15 @@ namespace engine {
 namespace ENGINE_ISA {
 
 // A constant that a function can be given.
-template <bool kValue>
+template <bool kValue_>
 struct Constant {
-    HD constexpr operator bool() const { return kValue; }
+    static constexpr bool kValue = kValue_;
 };
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
 
 // A parameter's moments at some elements.
 struct Moments {

@@ -28,7 +28,7 @@
 // sync() makes what threads have written visible to each other.
 #pragma once
 
-#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#if defined(ENGINE_CUDA)
 #include "engine/exec_cuda.h"
 #else
 #include "engine/exec_cpu.h"

@@ -28,11 +28,13 @@ struct Scratch {
     SlotScratch slots[kSlots];
 };
 
-// How a rule reaches its operands: any dtype, codec and feature.
+// How a rule reaches its operands: any dtype, codec and feature.  kPlain: nothing happens between
+// the rule and the weights.  kMoves: it is known that the step moves them.  kFlags: those that
+// there may be, or, where kFlagsKnown, those that there are.
 template <class RuleT, bool kSquareStored = true>
 struct AnyAccess {
     using R = RuleT;
-    static constexpr bool kPlain = false;
+    static constexpr bool kPlain = false, kMoves = false, kFlagsKnown = false;
     static constexpr int64_t kFlags = ~int64_t(0);
     AnyGrad grad;
     AnyWeight weight;
@@ -59,7 +61,7 @@ constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativ
 template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false>
 struct PlainAccess {
     using R = RuleT;
-    static constexpr bool kPlain = true;
+    static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
     static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = kSign;
     Bf16Grad grad;
@@ -81,8 +83,8 @@ struct PlainAccess {
 template <class Access>
 HD Hyper hyper_of(const Place& p) {
     Hyper h = p.hyper;
-    h.flags &= Access::kFlags;
-    if (Access::kPlain) h.passive = 0;
+    h.flags = Access::kFlagsKnown ? Access::kFlags : h.flags & Access::kFlags;
+    if (Access::kMoves) h.passive = 0;
     return h;
 }
 
@@ -156,11 +158,12 @@ HD void measure(const Launch& launch, int64_t index) {
 }
 
 // An element without a usable gradient contributes the average it has, and is counted.
-template <class GradT>
+template <class GradT, int64_t kFlags = ~int64_t(0)>
 HD void factor(const Launch& launch, int64_t index) {
     const Tile& tile = launch.tiles[index];
     Place p(launch, tile);
-    const Hyper h = p.hyper;
+    Hyper h = p.hyper;
+    h.flags &= kFlags;
     Scratch scratch;
     GradT grad(p, scratch.grad);
     AnyWeight weight(p, scratch.weight);
@@ -173,14 +176,15 @@ HD void factor(const Launch& launch, int64_t index) {
         if (has(h, kOrthograd)) weight.begin_row(row, width);
         square.begin_row(row, width);
         with_row(grad, width, [&](auto clean) INLINED {
+            constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Mask ok;
                 F g = grad.load(i, col, n);
-                if (!clean) g = usable(g, ok);
+                if (!kClean) g = usable(g, ok);
                 g = has(h, kOrthograd) ? conditioned(h, g, weight.load(i, col, n))
                                        : g * h.coefficient;
                 F g2 = g * g;
-                if (!clean && RARELY(!all(ok))) {
+                if (!kClean && RARELY(!all(ok))) {
                     nonfinite += kLanes - count(ok);
                     g2 = select(ok, g2, square.load(i, col, n));
                 }
@@ -208,10 +212,11 @@ HD void norm(const Launch& launch, int64_t index) {
         begin_row(a, row, width);
         squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
+            constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
-                Evaluation e = evaluate<false, clean>(a, h, i, col, n);
+                Evaluation e = evaluate<false, kClean>(a, h, i, col, n);
                 F u = e.direction;
-                if (!clean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
+                if (!kClean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
                 squares.add_square(i, u);
             });
         });
@@ -261,13 +266,14 @@ HD void apply(const Launch& launch, int64_t index) {
         begin_row(a, row, width);
         if (lagged) squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
+            constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
-                Evaluation e = evaluate<true, clean>(a, h, i, col, n);
+                Evaluation e = evaluate<true, kClean>(a, h, i, col, n);
                 F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
                 F kept = Access::kPlain ? fma(F(-h.decay), e.w, e.w) : decayed(h, e.w, u);
                 F w = fma(F(-step), u, kept);
                 if (lagged) squares.add_square(i, e.direction);
-                if (!clean && RARELY(!all(e.ok))) {
+                if (!kClean && RARELY(!all(e.ok))) {
                     nonfinite += kLanes - count(e.ok);
                     w = select(e.ok, w, e.w);
                     e.after.fast = select(e.ok, e.after.fast, e.before.fast);

@@ -1,0 +1,220 @@
+"""What the fused engines share: the descriptors of an optimizer's parameters, kept in step with it.
+
+An engine works on addresses (`optim/plan.py`), and whoever owns the optimizer may do anything
+between two steps: replace a state, a parameter, a dtype.  So everything that a descriptor was made
+from is looked at before every step, and is made anew when it has changed.
+"""
+
+import contextlib
+import ctypes
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optim import plan
+from optim.codecs import Factored, FactoredSign, layout, split
+
+if TYPE_CHECKING:
+    from optim.backend import Place
+    from optim.fused import FusedOptimizer
+
+Descriptors = ctypes.Array[plan.Descriptor]
+
+_ASKED = 256  # tensors of a state that are asked for their address at a step
+# The options of a group that say which moments there are and how they are stored, and which
+# kernels it takes.
+_SHAPING = ("storage", "factor_1d", "momentum", "beta1", "growth_limit", "clip_norm", "rounding")
+_WORDS = ctypes.sizeof(plan.Descriptor) // 8
+ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)
+
+
+class Work:
+    """The launches of a set of parameters, and what they were made from."""
+
+    def __init__(
+        self, members: Sequence[int], stamp: list[Any], states: list[dict[str, Tensor]]
+    ) -> None:
+        self.members, self.stamp = torch.tensor(members), stamp
+        self.launches: list[Any] = []  # the engine's own, like what else it notes down here
+        self.addresses: Tensor | None = None
+        self.on_device, self.pinned = self.members, self.members
+        self._parts = [list(state.values()) for state in states]
+        parts = list(chain.from_iterable(self._parts))
+        turns = max(1, -(-len(parts) // _ASKED))
+        self._samples = [parts[first::turns] for first in range(turns)]
+        self._addresses = [[x.data_ptr() for x in sample] for sample in self._samples]
+        # What is written to through an address stays alive as long as the address is here.
+        self._storages = [x.untyped_storage() for x in parts]
+        self._turn = 0
+
+    def holds(self, states: list[dict[str, Tensor]]) -> bool:
+        """Whether these are the tensors, at their addresses, that the work was made from.
+
+        There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
+        at every step.  So all are looked at for being the same objects, and _ASKED of them, by
+        turns, for their addresses: whoever moves a state by assigning to `.data`, or by `set_()`,
+        moves all of its tensors, and is seen at once.
+        """
+        if not _same_values(states, self._parts):
+            return False
+        self._turn = (self._turn + 1) % len(self._samples)
+        addresses = [x.data_ptr() for x in self._samples[self._turn]]
+        return addresses == self._addresses[self._turn]
+
+
+class DescriptorEngine:
+    """Steps parameters of one optimizer by launches over descriptors.
+
+    A subclass makes the launches of a set of parameters (`_make`), takes over their addresses
+    (`_put`), and runs them (`step`, `grad_sq`).
+    """
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+        self._rule = plan.RULES[type(optimizer).rule.__name__]
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        self._descriptors: Descriptors = (plan.Descriptor * count)()
+        self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
+        self._params: list[Tensor | None] = [None] * count
+        self._numels = [-1] * count
+        self._work: dict[tuple[int, ...], Work] = {}
+
+    def _make(self, work: Work, places: "Sequence[Place]") -> None:
+        """Fill in the launches of a new work, whose descriptors are complete but for addresses."""
+        raise NotImplementedError
+
+    def _put(self, work: Work, addresses: Tensor) -> None:
+        """Write the members' addresses, int64 (n, 2) of weight and gradient, to the descriptors."""
+        self._words[work.members, ADDRESSES] = addresses
+
+    def _refresh(
+        self, places: "Sequence[Place]"
+    ) -> tuple[Work, list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """Write the addresses of this step's weights and gradients into the descriptors.
+
+        Returns the work of these parameters; weights that are not contiguous, each with the
+        contiguous copy that is to be copied back; and the tensors to keep alive until the launch is
+        over, and no longer: a fused backward is about to free its gradients.
+        """
+        # A UNet has 1680 tensors, so each question put to all of them is a list of its own: that is
+        # several times faster than a loop with all questions inside.
+        weights: list[Any] = [param for _, _, param in places]
+        grads: list[Any] = [param.grad for param in weights]
+        dtypes = [grad.dtype for grad in grads]
+        if not plan.DTYPES.keys() >= set(dtypes):
+            grads = [grad if grad.dtype in plan.DTYPES else grad.float() for grad in grads]
+            dtypes = [grad.dtype for grad in grads]
+        work = self._work_of(places, weights, dtypes)
+        copies: list[tuple[Tensor, Tensor]] = []
+        if not all([grad.is_contiguous() for grad in grads]):
+            grads = [grad.contiguous() for grad in grads]
+        if not all([weight.is_contiguous() for weight in weights]):
+            readable = [weight.contiguous() for weight in weights]
+            copies = [(w, r) for w, r in zip(weights, readable, strict=True) if r is not w]
+            weights = readable
+        if places:
+            addresses = array("q", [x.data_ptr() for x in weights + grads])
+            self._put(work, torch.frombuffer(addresses, dtype=torch.int64).view(2, -1).t())
+        return work, copies, weights + grads
+
+    def _work_of(
+        self, places: "Sequence[Place]", params: list[Tensor], grad_dtypes: list[torch.dtype]
+    ) -> Work:
+        """The work of these parameters: kept from an earlier step where nothing that descriptors
+        depend on has changed since."""
+        members = tuple([index for index, _, _ in places])
+        stamp = self._stamp(params, grad_dtypes)
+        work = self._work.get(members)
+        if work is None or work.stamp != stamp or not work.holds(self._states(params)):
+            if len(self._work) > 4096:  # sets of parameters that do not come again
+                self._work.clear()
+            for place, grad_dtype in zip(places, grad_dtypes, strict=True):
+                self._describe(*place, grad_dtype)
+            work = Work(members, stamp, self._states(params))
+            self._make(work, places)
+            self._work[members] = work
+        return work
+
+    def _states(self, params: list[Tensor]) -> list[dict[str, Tensor]]:
+        return list(map(self._optimizer.state.__getitem__, params))
+
+    def _stamp(self, params: list[Tensor], grad_dtypes: list[torch.dtype]) -> list[Any]:
+        """What the descriptors of these parameters depend on, but for their state: which groups
+        there are and how they store moments, and the weights' dtypes and sizes.  (Which parameters
+        there are is the optimizer's to watch: it drops this engine when they change.)"""
+        groups = [
+            (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
+        ]
+        return [groups, [p.dtype for p in params], [p.numel() for p in params], grad_dtypes]
+
+    def _describe(
+        self, index: int, group: dict[str, Any], param: Tensor, grad_dtype: torch.dtype
+    ) -> None:
+        """Fill in the descriptor of one parameter, whose state is allocated if there is none."""
+        if self._params[index] is param and self._numels[index] != param.numel():
+            raise ValueError(
+                f"parameter {index} has {param.numel()} elements now and had "
+                f"{self._numels[index]} when its state was made; build a new optimizer"
+            )
+        self._params[index] = param
+        self._numels[index] = param.numel()
+        optimizer = self._optimizer
+        codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
+        optimizer.check_state(index, group, param)
+        rows, cols = plan.matrix_of(layout(codecs.values(), param.numel()))
+        d = self._descriptors[index]
+        d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
+        d.weight_dtype = plan.DTYPES[param.dtype]
+        if d.grad_dtype != plan.DTYPES[grad_dtype]:
+            self._work.clear()  # other sets may have this parameter too
+        d.grad_dtype = plan.DTYPES[grad_dtype]
+        d.group = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
+        for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
+            setattr(d, name, state[name].data_ptr() if name in state else 0)
+        vectors = partials = 0
+        for salt, (name, codec) in enumerate(codecs.items(), start=1):
+            if name not in plan.SLOTS:
+                continue
+            moment = plan.moment_of(codec, split(state, name), salt)
+            if isinstance(codec, (Factored, FactoredSign)):
+                moment.vectors, moment.partials = vectors, partials
+                vectors += plan.vector_size(rows, cols)
+                partials += plan.PARTIALS
+            d.moments[plan.SLOTS.index(name)] = moment
+
+
+def buckets(numels: Iterable[tuple[int, int]], limit: int) -> list[list[int]]:
+    """Members, given with their sizes, in buckets of at most `limit`, or a single larger one."""
+    filled: list[list[int]] = []
+    room = 0
+    for member, size in numels:
+        room -= size
+        if room < 0 or not filled:
+            filled.append([])
+            room = limit - size
+        filled[-1].append(member)
+    return filled
+
+
+def in_lines(size: int) -> int:
+    """`size` bytes up to the end of their last cache line of 64."""
+    return -(-size // 64) * 64
+
+
+def _same_values(dicts: list[dict[str, Tensor]], values: list[list[Tensor]]) -> bool:
+    """Whether the values of each dict are, in its order, the very tensors of the list beside it."""
+    if len(dicts) != len(values):
+        return False
+    return all(
+        len(state) == len(parts) and all(map(is_, state.values(), parts))
+        for state, parts in zip(dicts, values, strict=True)
+    )
+
+
+with contextlib.suppress(ImportError):  # the same, several times faster
+    from optim._native import same_values as _same_values  # type: ignore[no-redef]
