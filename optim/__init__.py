@@ -16,6 +16,7 @@ from optim.backward import fuse_backward
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.lion import Lion, Lion8bit, LionFactored
+from optim.lomo import AdaLomo, Lomo
 from optim.options import unknown
 from optim.sgd import SGD
 
@@ -34,6 +35,8 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
     "lion_factored": LionFactored,
     "adafactor": Adafactor,
     "adafactor8bit": Adafactor8bit,
+    "lomo": Lomo,
+    "adalomo": AdaLomo,
 }
 
 __all__ = [

@@ -25,7 +25,7 @@ Step = tuple[Tensor | None, Moments]
 
 def sgd(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Sutskever et al. 2013, as torch.optim.SGD without dampening writes it: m <- mu m + g."""
-    if h.momentum == 0:
+    if "exp_avg" not in s:  # no momentum
         return grown(h, g, s, {})
     m = torch.where(h.usable, h.momentum * s["exp_avg"] + g, s["exp_avg"])
     return grown(h, g + h.momentum * m if h.nesterov else m, s, {"exp_avg": m})

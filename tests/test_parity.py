@@ -7,7 +7,7 @@ import lion_pytorch
 import pytest
 import pytorch_optimizer
 import torch
-from helpers import make_params, run
+from helpers import make_params, run, set_grads
 
 import optim
 
@@ -33,6 +33,11 @@ THIRD_PARTIES = {
     "sgd nesterov": (
         {"lr": 0.1, "momentum": 0.9, "nesterov": True},
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        CONVOLUTION,
+    ),
+    "lomo": (
+        {"lr": 0.1},
+        lambda p: torch.optim.SGD(p, lr=0.1),
         CONVOLUTION,
     ),
     "adamw": (
@@ -109,6 +114,20 @@ def test_fp32_trajectory_equals_the_third_party(case):
     run(optim.build(case.split()[0], ours, **options), ours, range(60))
     run(make_other(theirs), theirs, range(60))
     assert distance(ours, theirs, shapes) <= 3e-5
+
+
+def test_adalomo_equals_the_one_of_pytorch_optimizer_where_both_mean_the_same():
+    """On matrices and vectors without weight decay.  Theirs cannot take a convolution, and decays
+    by lr times the RMS of the weights; it reads the gradients of a model, a step at a time."""
+    ours, theirs = make_params(shapes=MATRIX), make_params(shapes=MATRIX)
+    other = pytorch_optimizer.AdaLOMO(torch.nn.ParameterList(theirs), lr=1e-2, loss_scale=0.0)
+    optimizer = optim.build("adalomo", ours, lr=1e-2)
+    for step in range(60):
+        run(optimizer, ours, [step])
+        set_grads(theirs, step)
+        other.num_steps += 1
+        other.grad_func(None)
+    assert distance(ours, theirs, MATRIX) <= 3e-5
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from trainer.config import (
     choices_of,
     group_names,
     optimizer_schema,
+    peer_schema,
 )
 
 _HELP = """\
@@ -53,20 +54,28 @@ def register() -> None:
     for name in optim.FAMILY:
         store.store(group="schema/optim", name=name, node=optimizer_schema(name))
     store.store(group="schema/optim", name="external", node=ExternalConfig)
+    for name in choices_of("optim/peer"):
+        store.store(group="schema/optim/peer", name=name, node=peer_schema(f"peer/{name}"))
     page = _HELP.format(groups=_groups())
     help_node = {"app_name": "trainer", "header": "", "footer": "", "template": page}
     store.store(group="hydra/help", name="trainer", node=help_node)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
 
 
 def _run_dir(resume: str | None, name: str) -> str:
     """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
     if resume and (folder := run_folder_of(resume)):
         return str(folder)
-    fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{name}"
+    fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{_folder_name(name)}"
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
+
+
+def _folder_name(name: str) -> str:
+    """A run's name as one folder's: peer/hf_adafactor-full -> peer-hf_adafactor-full."""
+    return name.replace("/", "-")
 
 
 def _groups() -> str:

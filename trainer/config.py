@@ -107,6 +107,11 @@ class RuntimeConfig:
     threads: int | None  # CPU threads; null leaves torch's choice
     save_every: int  # steps between checkpoints; 0 saves only at the end
     keep_checkpoints: int  # older ones are deleted
+    # Step inside the backward pass, with a bucket of gradients alive instead of all of them: the
+    # same weights, bit for bit.  For this family's optimizers; a global norm to clip by cannot be
+    # had.  Under a finite loss, elements with a gradient that is not are left alone, and the others
+    # are stepped, where the step would be skipped otherwise.
+    fused_backward: bool
     max_skipped_steps: int  # steps in a row without a finite loss and gradient before the run stops
     allow_config_change: (
         bool  # let `resume` go on with a configuration that differs from the checkpoint's
@@ -142,7 +147,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     method: Any  # FullConfig | LoraConfig
-    optim: Any  # optimizer_schema(name), or ExternalConfig
+    optim: Any  # optimizer_schema(name), ExternalConfig, or peer_schema(choice)
     loss: Any  # MseConfig | HuberConfig
     schedule: Any  # ConstantConfig | LinearConfig | CosineConfig
     runtime: RuntimeConfig
@@ -157,6 +162,20 @@ class ExternalConfig:
     class_path: str  # for example torch.optim.RAdam
     lr: float
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the class
+
+
+@dataclass(kw_only=True)
+class PeerConfig(ExternalConfig):
+    """An optimizer of somebody else's package, with options under which it can be compared."""
+
+    package: str  # what pip installs; the run records its version
+
+
+def peer_schema(choice: str) -> type:
+    """PeerConfig for one file of conf/optim/peer, which is called by its choice:
+    peer/hf_adafactor."""
+    title = choice.replace("/", "_")
+    return make_dataclass(title, [("name", str, choice)], bases=(PeerConfig,), kw_only=True)
 
 
 def optimizer_schema(name: str) -> type:
@@ -190,8 +209,10 @@ def group_names() -> list[str]:
 
 
 def choices_of(group: str) -> list[str]:
-    """What a group offers."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    """What a group offers, subfolders included: adamw, peer/hf_adafactor."""
+    folder = conf_dir() / group
+    files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    return sorted(path.with_suffix("").as_posix() for path in files)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

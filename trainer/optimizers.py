@@ -2,8 +2,10 @@
 family or from anywhere."""
 
 import importlib
+import importlib.util
 import inspect
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 import optim
 from optim.options import unknown
-from trainer.config import ExternalConfig
+from trainer.config import ExternalConfig, PeerConfig
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ def build(config: Any, model: nn.Module, seed: int) -> torch.optim.Optimizer:
     """
     optimizer = _make(config, parameter_groups(model), seed)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # the peak that `set_lr` scales
+        group["initial_lr"] = float(group["lr"])  # the peak that `set_lr` scales
     if isinstance(optimizer, optim.FusedOptimizer):
         optimizer.init_state()  # out of memory now rather than at the first step
         log.info("  stepped by %s", optimizer.engine())
@@ -56,7 +58,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             for saved, options in zip(state["param_groups"], configured, strict=True)
         ]
         optimizer.load_state_dict(state | {"param_groups": groups})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"resume: the optimizer's state does not fit: {error}") from error
 
 
@@ -84,19 +86,33 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
     """Set every group's learning rate to its peak times `scale`; returns the first group's."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * scale
-    return optimizer.param_groups[0]["lr"]
+        lr = group["initial_lr"] * scale
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)  # torchao's compiled step reads this very tensor
+        else:
+            group["lr"] = lr
+    return optimizer.param_groups[0]["initial_lr"] * scale
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state, the family's or anyone's."""
+    """Bytes of memory behind the optimizer's state, the family's or anyone's.
+
+    What tensors share, as bitsandbytes' code books, counts once; a tensor that holds others, as
+    torchao's codes and scales, counts as these.
+    """
     states = optimizer.state.values()
-    return sum(
-        x.numel() * x.element_size()
-        for state in states
-        for x in state.values()
-        if isinstance(x, torch.Tensor)
-    )
+    tensors = (x for state in states for value in state.values() for x in _plain_tensors(value))
+    storages = {(x.device, s.data_ptr()): s.nbytes() for x in tensors if (s := x.untyped_storage())}
+    return sum(storages.values())
+
+
+def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors with memory of their own that a value of an optimizer's state is made of."""
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
 
 
 def _make(config: Any, groups: list[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
@@ -114,13 +130,13 @@ def _make(config: Any, groups: list[dict[str, Any]], seed: int) -> torch.optim.O
 
 
 def _make_external(config: ExternalConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    cls = _import(config.class_path)
+    cls, title = _import(config), _title(config)
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        raise UserError(f"optim.class_path={config.class_path} needs a closure, which is not given")
+        raise UserError(f"{title} needs a closure, which is not given")
     if issubclass(cls, optim.FusedOptimizer):
         name = next((n for n, c in optim.FAMILY.items() if c is cls), "NAME")
-        raise UserError(f"optim.class_path={config.class_path} is of the family; use optim={name}")
+        raise UserError(f"{title} is of the family; use optim={name}")
     known = inspect.signature(cls).parameters
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for option in config.options:
@@ -133,18 +149,31 @@ def _make_external(config: ExternalConfig, groups: list[dict[str, Any]]) -> torc
     try:
         return cls(groups, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"optim.class_path={config.class_path}: {error}") from error
+        raise UserError(f"{title}: {error}") from error
 
 
-def _import(class_path: str) -> type[torch.optim.Optimizer]:
-    module_name, _, class_name = class_path.rpartition(".")
+def _title(config: ExternalConfig) -> str:
+    """What the user has chosen, as it is chosen."""
+    if isinstance(config, PeerConfig):
+        return f"optim={config.name}"
+    return f"optim.class_path={config.class_path}"
+
+
+def _import(config: ExternalConfig) -> type[torch.optim.Optimizer]:
+    title = _title(config)
+    module_name, _, class_name = config.class_path.rpartition(".")
+    remedy = "is its package installed in this environment?"
+    if isinstance(config, PeerConfig):
+        remedy = f"another version may have it: pip install --upgrade {config.package}"
+        if importlib.util.find_spec(module_name.partition(".")[0]) is None:
+            raise UserError(
+                f"{title} needs {config.package}, which is not installed: "
+                f"pip install {config.package}"
+            )
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"optim.class_path={class_path} cannot be imported ({error}); "
-            "is its package installed in this environment?"
-        ) from error
+    except (ImportError, AttributeError, ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{title} cannot be imported ({error}); {remedy}") from error
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise UserError(f"optim.class_path={class_path} is not a torch.optim.Optimizer")
+        raise UserError(f"{title} is not a torch.optim.Optimizer")
     return cls

@@ -26,6 +26,8 @@ _PACKAGES = (
 
 def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     """Write config.yaml (resolved) and environment.json to the run's folder."""
+    peer = config["optim"].get("package")  # of an optimizer that is somebody else's
+    packages = dict.fromkeys([*_PACKAGES, *([peer] if peer else [])])
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
@@ -34,7 +36,7 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
         if device.type == "cuda"
         else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in packages},
         "git_revision": _git_revision(),
     }
     (folder / "environment.json").write_text(

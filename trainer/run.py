@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from torch import Tensor
 
 from trainer import (
     batches,
@@ -16,6 +15,7 @@ from trainer import (
     conditioning,
     console,
     data,
+    gradients,
     losses,
     memory,
     method,
@@ -115,7 +115,9 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
             batch_size=config.data.batch_size,
         ),
         optimizer=optimizer,
-        guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
+        guard=Guard(
+            config.runtime.max_skipped_steps, counters.skipped_steps, config.runtime.fused_backward
+        ),
         device=device,
         step=resumed.step if resumed else 0,
         seconds=counters.seconds,
@@ -127,6 +129,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
     config, unet = state.config, state.pipeline.unet
     parameters = [p for p in unet.parameters() if p.requires_grad]
+    taken = gradients.make(config, parameters, state.optimizer)
     if state.step == 0:
         state.eval_loss_before = evaluate(state, writer)
         sample(state, writer)
@@ -148,14 +151,13 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
             state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
         )
 
-        # Evaluate the loss and its gradients.
-        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
-        loss.backward()
-        grad_norm = _clip_gradients(parameters, config.method.max_grad_norm)
-
-        # Judge the step: unless loss and gradients are finite, leave everything as it was.
+        # Evaluate the loss and its gradients (the fused backward steps the optimizer inside).
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
+        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
+        grad_norm = taken.backward(loss)
+
+        # Judge the step: unless loss and gradients are finite, leave everything as it was.
         if state.guard.accepts(step, loss.item(), grad_norm):
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -289,11 +291,6 @@ def _report(
     )
     seconds_left = (state.config.schedule.steps - state.step) * seconds_per_step
     progress.show(state.step, values["loss"], images_per_second, seconds_left)
-
-
-def _clip_gradients(parameters: list[Tensor], max_norm: float | None) -> float:
-    """Clip the global gradient norm where a maximum is set; returns it as it was before."""
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")).item()
 
 
 def _due(every: int, state: State) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
+from optim import FAMILY
 from optim.options import unknown
 from trainer.config import DTYPES, PICTURE_SUFFIXES, Config, HuberConfig, LinearConfig, LoraConfig
 from trainer.errors import UserError
@@ -64,7 +65,9 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_paths(config)
     _check_device(config.runtime.device)
-    if getattr(config.optim, "on_nonfinite", "skip") == "raise":
+    if config.runtime.fused_backward:
+        _check_fused_backward(config)
+    elif getattr(config.optim, "on_nonfinite", "skip") == "raise":
         log.warning(
             "optim.on_nonfinite=raise has no effect here: a step whose gradient is not finite is "
             "skipped before the optimizer sees it (runtime.max_skipped_steps)"
@@ -77,6 +80,33 @@ def _check_names(config: Config) -> None:
         node = getattr(config, group)
         if node.name != type(node).name:
             raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
+
+
+def _check_fused_backward(config: Config) -> None:
+    """Gradients that are consumed as they arrive: refuse what needs all of them, or a step that
+    can be taken back."""
+    choice, without = "runtime.fused_backward=true", "runtime.fused_backward=false"
+    if config.optim.name not in FAMILY:
+        raise UserError(
+            f"{choice}: optim={config.optim.name} cannot step inside the backward pass, only this "
+            f"family's optimizers can ({', '.join(FAMILY)}); choose one, or {without}"
+        )
+    for key, norm in (
+        ("method.max_grad_norm", config.method.max_grad_norm),
+        ("optim.max_grad_norm", config.optim.max_grad_norm),
+    ):
+        if norm is not None:
+            raise UserError(
+                f"{choice}: {key}={norm:g} clips by the norm of all gradients, which are never "
+                f"there at once; set {key}=null (optim.grad_clip={norm:g} clips each tensor's own "
+                f"norm), or {without}"
+            )
+    if config.optim.on_nonfinite == "raise":
+        raise UserError(
+            f"{choice}: optim.on_nonfinite=raise stops before anything is updated, and parts of "
+            f"the step are done when a gradient is found that is not finite; set "
+            f"optim.on_nonfinite=skip, or {without}"
+        )
 
 
 def _check_paths(config: Config) -> None:

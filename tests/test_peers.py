@@ -1,0 +1,159 @@
+"""Other packages' optimizers as choices of the same sweep: they train, resume, and are named; what
+is not installed is one line."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from conftest import new_process
+from helpers import QUICK, assert_same_weights, make_params, rows, set_grads, weights
+from omegaconf import OmegaConf
+
+from trainer import config, optimizers
+from trainer.run import run
+
+PEERS = {  # choice: may a resumed run differ from an unbroken one with bf16 weights?
+    "peer/adafactor8bit": False,
+    "peer/adv_adopt": True,  # its loader rounds to bf16, and its random numbers begin again
+    "peer/bnb_adamw8bit": False,
+    "peer/bnb_lion8bit": False,
+    "peer/bnb_paged_adamw8bit": False,
+    "peer/hf_adafactor": True,  # torch's loader rounds its fp32 means to bf16
+    "peer/torch_adafactor": False,
+    "peer/torchao_adamw8bit": True,  # it rounds stochastically by torch's global generator
+}
+FILES = config.conf_dir() / "optim"
+SHAPES = [(64, 128), (8, 8, 3, 3), (128,), (5,), (96, 80)]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Skip where a peer's package is missing: installed("peer/hf_adafactor")."""
+
+    def need(choice):
+        written = OmegaConf.load(FILES / f"{choice}.yaml")
+        pytest.importorskip(written.class_path.split(".")[0])
+        if written.package == "torchao":  # its arithmetic, without minutes of compilation
+            monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    return need
+
+
+def test_every_peer_is_in_the_table_and_says_how_to_install_it():
+    assert set(PEERS) == {name for name in config.choices_of("optim") if "/" in name}
+    for choice in PEERS:
+        text = (FILES / f"{choice}.yaml").read_text()
+        package = OmegaConf.create(text).package
+        assert text.splitlines()[0].endswith(f": pip install {package}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", PEERS)
+def test_a_peer_trains_the_unet_and_resumes_bitwise(quick, composed, tmp_path, installed, choice):
+    installed(choice)
+    options = [f"optim={choice}", "schedule.steps=3", "log.eval_points=2"]
+    whole = quick("whole", *options, "runtime.save_every=2")
+    assert rows(whole)[0]["eval/loss"] != rows(whole)[-1]["eval/loss"]
+    assert all(row.get("train/skipped_steps", 0) == 0 for row in rows(whole))
+    checkpoint = whole / "checkpoints" / "step-000002"
+    run(composed(*QUICK, *options, f"resume={checkpoint}"), tmp_path / "resumed")
+    assert_same_weights(weights(whole, 3), weights(tmp_path / "resumed", 3))
+    packages = json.loads((whole / "environment.json").read_text())["packages"]
+    assert packages[OmegaConf.load(FILES / f"{choice}.yaml").package]
+    assert json.loads((whole / "summary.json").read_text())["name"] == f"{choice}-full"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("choice", PEERS)
+def test_a_peer_takes_its_own_state_back_from_a_file(composed, installed, choice, dtype):
+    installed(choice)
+    made = composed(f"optim={choice}").optim
+    optimizers.check(made)
+
+    def steps(params, optimizer, numbers):
+        for number in numbers:
+            optimizers.set_lr(optimizer, 0.5)
+            set_grads(params, number)
+            optimizer.step()
+
+    module = torch.nn.ParameterList(make_params(dtype, SHAPES))
+    whole = optimizers.build(made, module, seed=0)
+    steps(module, whole, range(3))
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+
+    copy = torch.nn.ParameterList(torch.nn.Parameter(p.detach().clone()) for p in module)
+    resumed = optimizers.build(made, copy, seed=0)
+    optimizers.restore(resumed, torch.load(file, weights_only=True))
+    before = [p.detach().clone() for p in copy]
+    steps(module, whole, range(3, 5))
+    steps(copy, resumed, range(3, 5))
+    assert any(not torch.equal(start, p) for start, p in zip(before, copy, strict=True))
+    for a, b in zip(module, copy, strict=True):
+        if dtype is torch.bfloat16 and PEERS[choice]:
+            assert (a - b).float().norm() <= 2**-8 * a.float().norm()  # bf16's rounding
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("choice", [name for name in PEERS if name != "peer/torch_adafactor"])
+def test_a_peer_that_is_not_installed_is_one_line_before_anything_is_loaded(
+    command, in_tmp, monkeypatch, choice
+):
+    written = OmegaConf.load(FILES / f"{choice}.yaml")
+    monkeypatch.setitem(sys.modules, written.class_path.split(".")[0], None)
+    status, out, err = command(f"optim={choice}")
+    assert status == 2
+    package = written.package
+    assert err.strip() == (
+        f"error: optim={choice} needs {package}, which is not installed: pip install {package}"
+    )
+    assert "model: loading" not in out
+    assert not list(in_tmp.glob("runs/*/*"))
+
+
+def test_a_peer_without_the_class_is_one_line(composed, monkeypatch):
+    made = composed("optim=peer/bnb_lion8bit").optim
+    made.class_path = "bitsandbytes.optim.Lion4bit"
+    says = r"optim=peer/bnb_lion8bit cannot be imported .*pip install --upgrade bitsandbytes"
+    with pytest.raises(optimizers.UserError, match=says):
+        optimizers.check(made)
+
+
+def test_an_eight_bit_peer_has_eight_bit_state(composed, installed):
+    """A byte an element and moment; code books, which all tensors share, once."""
+    for choice, moments in (("peer/bnb_adamw8bit", 2), ("peer/bnb_lion8bit", 1)):
+        module = torch.nn.ParameterList(make_params(shapes=[(128, 128)] * 3))
+        optimizer = optimizers.build(composed(f"optim={choice}").optim, module, seed=0)
+        set_grads(list(module), 0)
+        optimizer.step()
+        elements = 3 * 128 * 128
+        codes, scales, books = elements, elements // 256 * 4, 1024
+        assert optimizers.state_bytes(optimizer) == moments * (codes + scales + books)
+
+
+def test_state_bytes_of_a_tensor_that_holds_others_are_theirs(composed, installed):
+    installed("peer/torchao_adamw8bit")
+    module = torch.nn.ParameterList(make_params(shapes=[(128, 128)]))
+    optimizer = optimizers.build(composed("optim=peer/torchao_adamw8bit").optim, module, seed=0)
+    set_grads(list(module), 0)
+    optimizer.step()
+    codes, scales, book, step = 128 * 128, 64 * 4, 1024, 4
+    assert optimizers.state_bytes(optimizer) == 2 * (codes + scales + book) + step
+
+
+@pytest.mark.slow
+def test_a_sweep_over_family_and_peers_names_them(tmp_path):
+    choices = "optim=adafactor8bit,peer/hf_adafactor"
+    done = new_process("-m", *QUICK, choices, "schedule.steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert {line.split()[1] for line in table[2:]} == {
+        "optim=adafactor8bit",
+        "optim=peer/hf_adafactor",
+    }
+    (folder,) = tmp_path.glob("runs/sweep-*/1-*")
+    assert folder.name == "1-peer-hf_adafactor-full-seed0"
