@@ -12,7 +12,9 @@ from typing import Any, get_type_hints
 from optim.adafactor import Adafactor, Adafactor8bit
 from optim.adam import AdamW, AdamW8bit, AdamWFactored, AdEMAMix, AdEMAMixFactored
 from optim.adopt import Adopt, AdoptFactored, AdoptFactoredAdEMAMix
+from optim.apollo import Adafactor8bitApollo, Apollo, ApolloMini
 from optim.backward import fuse_backward
+from optim.came import CAME, CAME8bit
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.lion import Lion, Lion8bit, LionFactored
@@ -37,6 +39,11 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
     "adafactor8bit": Adafactor8bit,
     "lomo": Lomo,
     "adalomo": AdaLomo,
+    "came": CAME,
+    "came8bit": CAME8bit,
+    "apollo": Apollo,
+    "apollo_mini": ApolloMini,
+    "adafactor8bit_apollo": Adafactor8bitApollo,
 }
 
 __all__ = [

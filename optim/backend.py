@@ -61,7 +61,7 @@ class TorchEngine:
         state = optimizer.state_of(param, group)
         state["step"] += 1
         t, lr = int(state["step"]), float(group["lr"])
-        h = SimpleNamespace(**group | {"lr": lr, "t": t, "codec": codecs})
+        h = SimpleNamespace(**group | {"lr": lr, "t": t, "index": index, "codec": codecs})
         key = mix(group["seed"], index, t)
 
         w, raw = param.float(), grad_of(param).float()
@@ -90,7 +90,7 @@ class TorchEngine:
             moved = w - lr * (features.decayed(h, w, u) + u)
             w = torch.where(h.usable, moved, w)
             if h.rounding == "stochastic" and param.dtype == torch.bfloat16:
-                view = layout(codecs.values(), param.numel())
+                view = layout(codecs.values(), tuple(param.shape))
                 param.copy_(round_stochastic_bf16(w, key, view))
             else:
                 param.copy_(w)

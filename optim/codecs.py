@@ -262,13 +262,14 @@ def nonnegative(storage: str, shape: tuple[int, ...], view: tuple[int, int] | No
     return kinds.get(storage, Dense(shape))
 
 
-def layout(codecs: Iterable[Codec], numel: int) -> tuple[int, int]:
-    """The (R, C) matrix by which all of a parameter's draws are addressed: its codecs' view, of
-    which there is one at most, or a single row."""
-    views = {getattr(codec, "view", None) for codec in codecs}
+def layout(codecs: Iterable[Codec], shape: tuple[int, ...]) -> tuple[int, int]:
+    """The (R, C) matrix by which the draws of a parameter of this shape are addressed: the view of
+    its codecs, of which there is one at most, or a single row.  Moments of another shape (of a
+    projection) have views of their own."""
+    views = {getattr(codec, "view", None) for codec in codecs if codec.shape == shape}
     matrices = [view for view in views if view is not None and len(view) == 2]
     assert len(matrices) <= 1, matrices
-    return matrices[0] if matrices else (1, numel)
+    return matrices[0] if matrices else (1, prod(shape))
 
 
 def rank1(row: Tensor, col: Tensor) -> Tensor:

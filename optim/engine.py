@@ -166,7 +166,7 @@ class DescriptorEngine:
         optimizer = self._optimizer
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
         optimizer.check_state(index, group, param)
-        rows, cols = plan.matrix_of(layout(codecs.values(), param.numel()))
+        rows, cols = plan.matrix_of(layout(codecs.values(), tuple(param.shape)))
         d = self._descriptors[index]
         d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
         d.weight_dtype = plan.DTYPES[param.dtype]

@@ -37,7 +37,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
-    storage: ClassVar[str] = "fp32"  # of its moments, unless the option says otherwise
+    # What these features are unless the option says otherwise.
+    storage: ClassVar[str] = "fp32"
+    growth_limit: ClassVar[float | None] = None
     refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
@@ -59,7 +61,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Every option of this optimizer with its default: its signature's, then the features."""
         parameters = inspect.signature(cls).parameters.values()
         own = {p.name: p.default for p in parameters if p.name not in ("params", "features")}
-        shared = features.DEFAULTS | {"storage": cls.storage}
+        defaults = {"storage": cls.storage, "growth_limit": cls.growth_limit}
+        shared = features.DEFAULTS | defaults
         return own | {k: v for k, v in shared.items() if k not in cls.refuses}
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
@@ -180,7 +183,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return param.device if on_device else CPU
 
     def _device_types(self) -> set[str]:
-        return {param.device.type for group in self.param_groups for param in group["params"]}
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        return devices - {"meta"}  # only counts bytes
 
     def _forget(self) -> None:
         """Drop what was derived from groups and state: they are about to change."""

@@ -65,6 +65,11 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backend": _one_of("auto", "native", "torch"),
     "clip_norm": _one_of("exact", "lagged"),
     "conv_view": _one_of("flatten", "last2"),
+    "rank": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
+    "scale": (lambda x: x == "auto" or _positive(x), "a number > 0, or 'auto'"),
+    "scaling": _one_of("channel", "tensor"),
+    "update_gap": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
+    "projection": _one_of("gaussian", "sign"),
 }
 # What may be a number or several has its length from the class's default.
 _ALLOWED_TUPLE = {

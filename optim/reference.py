@@ -2,15 +2,17 @@
 
 This file is the specification.  A rule is a pure function of one parameter's fp32 values:
 
-    rule(h, w, g, s) -> (u, s')    w, g, u (*) like the parameter;  s, s' {name: moment (*)}
+    rule(h, w, g, s) -> (u, s')    w, g, u (*) like the parameter;  s, s' {name: moment}
 
-`h` holds the group's options, `t` (this step's number, from 1), `usable` (which elements of g
-count; g is 0 elsewhere) and `codec` (how each moment is stored).  The caller decays the weights,
-subtracts `lr * u` and stores s'; u = None leaves the weights alone.  Rules know nothing of storage,
-rounding or loops.
+A moment has the shape of its codec: the parameter's, a scalar's, or that of a projection.  `h`
+holds the group's options, `t` (this step's number, from 1), `index` (the parameter's), `usable`
+(which elements of g count; g is 0 elsewhere) and `codec` (how each moment is stored).  The caller
+decays the weights, subtracts `lr * u` and stores s'; u = None leaves the weights alone.  Rules know
+nothing of storage, rounding or loops.
 """
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from optim.codecs import Codec, Factored
 from optim.features import limited
+from optim.projection import channels, projected_shape, projection, unchanneled
 
 Moments = dict[str, Tensor]
 Step = tuple[Tensor | None, Moments]
@@ -70,19 +73,90 @@ def adafactor(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
     The first moment is of the clipped update, as in the paper.
     """
-    beta2 = h.beta2 if h.beta2 is not None else 1 - h.t**h.beta2_decay
-    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
-    correction = 1 - beta2**h.t if h.beta2 is not None else 1.0
-    divisor = damped(h.codec["exp_avg_sq"], v / correction, h.eps[0]).sqrt()
-    u, moments = grown(h, g / divisor, s, {"exp_avg_sq": v})
+    u, moments = normalized(h, g, s, h.eps[0])
+    u, moments = grown(h, u, s, moments)
     u, moments = shortened(h, u, s, moments)
-    if h.beta1 is not None:
-        moments["exp_avg"] = ema(h, s["exp_avg"], u, h.beta1)
-        u = moments["exp_avg"] / (1 - h.beta1**h.t)
+    u, moments = averaged(h, u, s, moments)
     if h.relative_step and h.lr > 0:
         u = u * min(1.0, h.t**-0.5 / h.lr)
     if h.scale_parameter:
         u = u * rms(w).clamp_min(h.eps[1])
+    return u, moments
+
+
+def came(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Luo et al. 2023 (CAME, arXiv 2307.02047), Alg. 2: Adafactor's clipped update, averaged, over
+    the root of its instability, the factored average of (u - m)^2.
+
+    None of the averages is corrected for having started at zero, as in the paper.  A tensor without
+    an instability (a vector) takes the average as it is.
+    """
+    beta1, beta2, beta3 = h.betas
+    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
+    u = g / damped(h.codec["exp_avg_sq"], v, h.eps[0]).sqrt()
+    u, moments = shortened(h, u, s, {"exp_avg_sq": v})
+    m = moments["exp_avg"] = ema(h, s["exp_avg"], u, beta1)
+    if "exp_avg_res" in s:
+        moments["exp_avg_res"] = ema(h, s["exp_avg_res"], (u - m).square(), beta3)
+        m = m / damped(h.codec["exp_avg_res"], moments["exp_avg_res"], h.eps[1]).sqrt()
+    return grown(h, m, s, moments)
+
+
+def apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Zhu et al. 2024 (APOLLO, arXiv 2412.05270), Alg. 1: the gradient, as long as Adam's
+    step for its projection is."""
+    if projected_shape(tuple(g.shape), h.rank) is None:
+        return adam(h, w, g, s)
+    return rescaled(h, g, s, lambda h, low: adam(h, w, low, s))
+
+
+def adafactor_apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """As `apollo`, with Adafactor's second moment for the projection.
+
+    There the clip is of the scaled gradient, and the first moment of the projection's step.
+    """
+
+    def low_step(h: SimpleNamespace, low: Tensor) -> tuple[Tensor, Moments]:
+        u, moments = normalized(h, low, s, h.eps)
+        return averaged(h, u, s, moments)
+
+    if projected_shape(tuple(g.shape), h.rank) is not None:
+        u, moments = rescaled(h, g, s, low_step)
+        return shortened(h, u, s, moments)
+    u, moments = normalized(h, g, s, h.eps)
+    u, moments = grown(h, u, s, moments)
+    u, moments = shortened(h, u, s, moments)
+    return averaged(h, u, s, moments)
+
+
+def rescaled(
+    h: SimpleNamespace,
+    g: Tensor,
+    s: Moments,
+    low_step: Callable[[SimpleNamespace, Tensor], Step],
+) -> tuple[Tensor, Moments]:
+    """A matrix gradient with the norms that `low_step(h, P g)` has relative to P g, under the
+    growth limiter: g, u (*), P g (r, L).
+
+    Zhu et al. 2024, Alg. 1: u = sqrt(scale) |N| / |P g| g, with norms of channels or of the tensor.
+    With `residual` only what lies outside the span of P is scaled (and limited), and N itself is
+    mapped back: Chen et al. 2024 (Fira, arXiv 2410.01623).  Nothing is scaled in a channel whose
+    projection has no length, and one without a usable element keeps its moments.
+    """
+    matrix, shape = channels(g), tuple(g.shape)
+    p = projection(h, matrix.shape[0], g.device)
+    low, share = p @ matrix, h.rank / matrix.shape[0]
+    usable = channels(h.usable).any(dim=0).expand_as(low)
+    own = {"usable": usable, "growth_limit": None}
+    n, moments = low_step(SimpleNamespace(**vars(h) | own), low)
+    assert n is not None
+    length, low_length = (norms(x, 0 if h.scaling == "channel" else None) for x in (n, low))
+    gain = (1 / share if h.scale == "auto" else h.scale) ** 0.5
+    factor = torch.where(low_length > 1e-30, length / low_length, 0.0).float() * gain
+    rest = matrix - share * (p.t() @ low) if h.residual else matrix
+    u, moments = grown(h, unchanneled(factor * rest, shape), s, moments)
+    if h.residual:
+        u = u + unchanneled(gain * share * (p.t() @ n), shape)
     return u, moments
 
 
@@ -114,6 +188,24 @@ def grown(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[
     u = torch.where(h.usable, u, 0.0)
     u, norm = limited(h, u, s["update_norm"])
     return u, moments | {"update_norm": norm}
+
+
+def normalized(h: SimpleNamespace, g: Tensor, s: Moments, eps: float) -> tuple[Tensor, Moments]:
+    """g over the root of its second moment, and that moment: Shazeer & Stern 2018, Alg. 4, lines
+    4-7."""
+    beta2 = h.beta2 if h.beta2 is not None else 1 - h.t**h.beta2_decay
+    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
+    correction = 1 - beta2**h.t if h.beta2 is not None else 1.0
+    divisor = damped(h.codec["exp_avg_sq"], v / correction, eps).sqrt()
+    return g / divisor, {"exp_avg_sq": v}
+
+
+def averaged(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[Tensor, Moments]:
+    """The bias-corrected average of u where there is a first moment, and the moments with it."""
+    if h.beta1 is None:
+        return u, moments
+    m = ema(h, s["exp_avg"], u, h.beta1)
+    return m / (1 - h.beta1**h.t), moments | {"exp_avg": m}
 
 
 def damped(codec: Codec, v: Tensor, eps: float) -> Tensor:
@@ -154,6 +246,12 @@ def arctan(numerator: Tensor, root: Tensor) -> Tensor:
     Everett et al. 2024 (arXiv 2407.05872); both arguments bias-corrected.
     """
     return 4 / math.pi * torch.atan2(numerator, root)
+
+
+def norms(x: Tensor, dim: int | None) -> Tensor:
+    """Euclidean norms along a dimension, or of the whole: x (R, C) -> fp64 (1, C), (R, 1) or
+    (1, 1)."""
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
 
 
 def rms(x: Tensor) -> Tensor:

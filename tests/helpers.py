@@ -4,9 +4,18 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import Parameter
 
+import optim
 from trainer import metrics
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
+
+# What makes an optimizer do on small tensors what it does on large ones.
+FOR_SMALL = {"apollo": {"rank": 4}, "adafactor8bit_apollo": {"rank": 4}}
+
+
+def build(name, params, **options):
+    """An optimizer of the family, for small tensors."""
+    return optim.build(name, params, **FOR_SMALL.get(name, {}) | options)
 
 
 def make_params(dtype=torch.float32, shapes=SHAPES):

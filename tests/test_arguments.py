@@ -35,6 +35,17 @@ BAD = [
     ("adafactor", {"clip_norm": "last"}, ValueError, "'exact' or 'lagged'"),
     ("adafactor", {"conv_view": "last"}, ValueError, "'flatten' or 'last2'"),
     ("ademamix", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
+    ("came", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
+    ("came", {"eps": 1e-30}, ValueError, "2 numbers"),
+    ("came8bit", {"factor_1d": True}, TypeError, "option of came8bit 'factor_1d'"),
+    ("apollo", {"rank": 0}, ValueError, "rank=0 is not possible; it must be an integer >= 1"),
+    ("apollo", {"rank": 2.0}, ValueError, "rank=2.0"),
+    ("apollo", {"scale": "width"}, ValueError, "it must be a number > 0, or 'auto'"),
+    ("apollo_mini", {"scale": 0}, ValueError, "scale=0"),
+    ("apollo", {"scaling": "row"}, ValueError, "'channel' or 'tensor'"),
+    ("apollo", {"update_gap": 0}, ValueError, "update_gap=0"),
+    ("apollo", {"projection": "svd"}, ValueError, "'gaussian' or 'sign'"),
+    ("adafactor8bit_apollo", {"betas": (0.9, 0.99)}, TypeError, "did you mean 'beta"),
     ("adamww", {}, ValueError, "did you mean 'adamw'"),
 ]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import build
 from torch import nn
 
 import optim
@@ -33,8 +34,8 @@ def train(model, optimizer, steps, seen=None):
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_and_unfused_weights_are_bitwise_equal(name, dtype, bucket_bytes):
     plain, fused = network(dtype), network(dtype)
-    train(plain, optim.build(name, plain.parameters()), 3)
-    optimizer = optim.build(name, fused.parameters())
+    train(plain, build(name, plain.parameters()), 3)
+    optimizer = build(name, fused.parameters())
     optim.fuse_backward(optimizer, bucket_bytes)
     train(fused, optimizer, 3)
     for a, b in zip(plain.parameters(), fused.parameters(), strict=True):

@@ -137,11 +137,12 @@ def test_a_nonnegative_moment_stays_so_in_bf16():
 
 def test_the_layout_is_the_one_view_that_the_codecs_share():
     shape, view = (6, 4, 3, 3), (6, 36)
-    assert layout([Dense(shape), Float8(shape)], 216) == (1, 216)
-    assert layout([Dense(()), Block8(shape, view), Factored(shape, view)], 216) == view
-    assert layout([Factored(shape, shape)], 216) == (1, 216)  # a batch of matrices is none
+    assert layout([Dense(shape), Float8(shape)], shape) == (1, 216)
+    assert layout([Dense(()), Block8(shape, view), Factored(shape, view)], shape) == view
+    assert layout([Factored(shape, shape)], shape) == (1, 216)  # a batch of matrices is none
+    assert layout([Block8((2, 36), (2, 36)), Dense(shape)], shape) == (1, 216)  # of a projection
     with pytest.raises(AssertionError):
-        layout([Block8(shape, view), Factored(shape, (18, 12))], 216)
+        layout([Block8(shape, view), Factored(shape, (18, 12))], shape)
 
 
 def test_block8_is_symmetric():

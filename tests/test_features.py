@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same, make_params, run, set_grads
+from helpers import assert_same, build, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
@@ -195,7 +195,7 @@ def test_refused_features_are_refused_by_name():
 def test_a_bad_gradient_element_changes_neither_its_weight_nor_other_training(name, bad):
     """Its weight stays; the rest goes on as if that element had had no gradient; it is counted."""
     params = make_params(shapes=[(12, 8), (9,)])
-    optimizer = optim.build(name, params)
+    optimizer = build(name, params)
     run(optimizer, params, range(3))
     set_grads(params, 3)
     for p in params:
@@ -248,7 +248,7 @@ def test_on_nonfinite_raise_raises_before_anything_changes():
 def test_tiny_and_huge_gradients_with_dead_rows_and_columns_stay_finite(name, scale):
     generator = torch.Generator().manual_seed(0)
     params = make_params(shapes=[(8, 8), (16, 3, 3, 3), (8,)])
-    optimizer = optim.build(name, params)
+    optimizer = build(name, params)
     for step in range(4):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator) * scale * 0.1**step

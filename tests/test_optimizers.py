@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import SHAPES, make_params, run, set_grads
+from helpers import SHAPES, build, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
@@ -43,6 +43,41 @@ def test_the_first_adafactor_step_is_as_long_as_lr(beta1):
         optimizer = optim.build(name, params, lr=0.01, beta1=beta1, clip_threshold=None)
         run(optimizer, params, range(1))
         assert (params[0] - start).square().mean().sqrt().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_cames_first_update_is_eleven_lr_in_a_matrix_and_a_tenth_in_a_vector():
+    """Luo et al. 2023, Alg. 2, corrects no average: (1 - b1) / (b1 sqrt(1 - b3)), and 1 - b1."""
+    shapes = [(64, 64), (4096,)]
+    params = make_params(shapes=shapes)
+    optimizer = optim.build("came", params, lr=0.01, growth_limit=1.01)
+    run(optimizer, params, range(1))
+    for p, start, size in zip(params, make_params(shapes=shapes), (0.111, 0.001), strict=True):
+        assert (p - start).square().mean().sqrt().item() == pytest.approx(size, rel=0.1)
+        limited = optimizer.state[p]["update_norm"].item()  # the limit is on the whole update
+        assert limited == pytest.approx((p - start).norm().item() / 0.01, rel=1e-4)
+
+
+def test_came_divides_by_the_factors_of_its_instability():
+    """Luo et al. 2023, Alg. 2, written out over two steps, with eps where the means are used."""
+    params, eps = make_params(shapes=[(6, 4, 2, 1)]), (0.1, 0.05)
+    w = params[0].detach().reshape(6, 8).clone()
+    optimizer = optim.build("came", params, lr=0.01, eps=eps, betas=(0.8, 0.9, 0.95))
+    v, m, s = torch.zeros(6, 8), torch.zeros(6, 8), torch.zeros(6, 8)
+
+    def factored(x, eps):
+        row, col = x.mean(1) + eps, x.mean(0) + eps
+        return torch.outer(row, col) / row.mean()
+
+    for step in range(2):
+        run(optimizer, params, [step])
+        g = params[0].grad.reshape(6, 8)
+        v = 0.9 * v + 0.1 * g.square()
+        u = g / factored(v, eps[0]).sqrt()
+        u = u / max(1.0, u.square().mean().sqrt().item())
+        m = 0.8 * m + 0.2 * u
+        s = 0.95 * s + 0.05 * (u - m).square()
+        w = w - 0.01 * m / factored(s, eps[1]).sqrt()
+    assert torch.allclose(params[0].reshape(6, 8), w, atol=1e-6)
 
 
 def test_clip_threshold_bounds_the_rms_of_an_update():
@@ -144,7 +179,7 @@ def test_a_factored_element_without_gradients_does_not_drift():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_descends(name):
     params = [Parameter(torch.full(shape, 1.0)) for shape in SHAPES]
-    optimizer = optim.build(name, params, lr=0.01)
+    optimizer = build(name, params, lr=0.01)
 
     def loss():
         return sum((p * p).sum() for p in params)

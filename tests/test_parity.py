@@ -3,6 +3,7 @@
 import adafactor8bit
 import adv_optm
 import bitsandbytes
+import came_pytorch
 import lion_pytorch
 import pytest
 import pytorch_optimizer
@@ -22,6 +23,11 @@ PAPER = {"beta2": None, "relative_step": True, "scale_parameter": True, "weight_
 #   1 - t^-0.8 is compared, which needs none.
 # - first moment: adafactor8bit averages the gradient where the paper (Alg. 4) averages the clipped
 #   update; not compared.
+# - eps: came_pytorch and pytorch_optimizer average eps with what it is added to, which shows
+#   nowhere but in rows without gradients.  They factor a convolution's last two dimensions: CAME is
+#   compared on matrices and vectors.
+# - pytorch_optimizer's APOLLO maps the scaled projection back, where the paper (Alg. 1) scales the
+#   gradient itself; not compared.  `test_apollo.py` has the peers that do as the paper does.
 # - lagged clip: adafactor8bit's `lag_norm` is in its CUDA kernels only; not compared.
 THIRD_PARTIES = {
     # name and variant: (our options, theirs, shapes)
@@ -94,6 +100,16 @@ THIRD_PARTIES = {
             use_cuda_kernel=False,
         ),
         CONVOLUTION,
+    ),
+    "came": (
+        {"lr": 1e-2, "betas": (0.8, 0.99, 0.995), "weight_decay": 0.1},
+        lambda p: came_pytorch.CAME(p, lr=1e-2, betas=(0.8, 0.99, 0.995), weight_decay=0.1),
+        MATRIX,
+    ),
+    "came pytorch-optimizer": (
+        {"lr": 1e-3, "clip_threshold": 0.5},
+        lambda p: pytorch_optimizer.CAME(p, lr=1e-3, clip_threshold=0.5),
+        MATRIX,
     ),
 }
 

@@ -25,6 +25,10 @@ EXTRA = {  # options that switch on a path which the defaults leave off
         "conv_view": "last2",
     },
     "adafactor8bit": {"beta1": 0.9, "beta2": None, "clip_norm": "lagged", "growth_limit": 1.1},
+    "came": {"growth_limit": 1.1, "storage": "bf16"},
+    "apollo": {"rank": 4, "update_gap": 3, "residual": True, "storage": "8bit"},
+    "apollo_mini": {"update_gap": 3, "projection": "sign"},
+    "adafactor8bit_apollo": {"rank": 4, "update_gap": 5, "beta1": 0.9, "scaling": "tensor"},
 }
 
 
@@ -73,6 +77,12 @@ def test_a_copy_goes_on_like_the_original(name, copier):
         ("lion_factored", {}, 340),
         ("adamw8bit", {}, 5250),
         ("adafactor", {"conv_view": "last2"}, 978),
+        ("came8bit", {}, 2621),
+        ("apollo", {"storage": "8bit"}, 1131),
+        ("apollo", {"storage": "factored"}, 102),
+        ("apollo_mini", {}, 16),
+        ("apollo_mini", {"storage": "8bit"}, 8),
+        ("adafactor8bit_apollo", {}, 9),
     ],
 )
 def test_state_on_the_sdxl_unet_fits(name, options, megabytes):

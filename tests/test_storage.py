@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import SHAPES, assert_same, make_params, run
+from helpers import SHAPES, assert_same, build, make_params, run
 from torch.nn import Parameter
 
 import optim
@@ -12,7 +12,9 @@ from optim.codecs import Bf16, Block8, Dense, Factored, FactoredSign
 
 NAMES = sorted(optim.FAMILY)
 STORAGES = ["fp32", "bf16", "8bit", "factored"]
-MOMENT = {"adafactor": {"beta1": 0.9}, "adafactor8bit": {"beta1": 0.9}}  # so that there is one
+MOMENT = {  # so that there is one
+    name: {"beta1": 0.9} for name in ("adafactor", "adafactor8bit", "adafactor8bit_apollo")
+}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_a_low_memory_class_is_its_base_with_another_default(name, base, storage
 def test_every_optimizer_descends_and_resumes_in_every_storage(name, storage):
     params = [Parameter(torch.full(shape, 1.0)) for shape in SHAPES]
     options = MOMENT.get(name, {}) | {"lr": 0.01, "storage": storage}
-    optimizer = optim.build(name, params, **options)
+    optimizer = build(name, params, **options)
 
     def loss():
         return sum((p * p).sum() for p in params)
@@ -59,7 +61,7 @@ def test_every_optimizer_descends_and_resumes_in_every_storage(name, storage):
     end = [p.detach().clone() for p in params]
     for p, x in zip(params, middle, strict=True):
         p.data.copy_(x)
-    resumed = optim.build(name, params, **MOMENT.get(name, {}))  # the saved storage wins
+    resumed = build(name, params, **MOMENT.get(name, {}))  # the saved storage wins
     resumed.load_state_dict(saved)
     train(resumed, 30)
     assert_same(params, end)
@@ -72,14 +74,18 @@ LION_TOLERANCE = {"bf16": 0.04, "8bit": 0.08}
 
 @pytest.mark.parametrize("storage", TOLERANCE)
 @pytest.mark.parametrize(
-    "name", ["sgd", "adamw", "ademamix", "adopt", "lion", "adafactor", "adafactor8bit"]
+    "name",
+    [
+        *("sgd", "adamw", "ademamix", "adopt", "lion", "adafactor", "adafactor8bit"),
+        *("came", "apollo", "adafactor8bit_apollo"),
+    ],
 )
 def test_rounded_moments_lead_where_fp32_moments_do(name, storage):
     shapes = [(64, 48), (16, 8, 3, 3), (100,)]
     exact, rounded = make_params(shapes=shapes), make_params(shapes=shapes)
     for params, kind in ((exact, "fp32"), (rounded, storage)):
         options = MOMENT.get(name, {}) | {"storage": kind}
-        run(optim.build(name, params, **options), params, range(30))
+        run(build(name, params, **options), params, range(30))
     tolerance = (LION_TOLERANCE if name == "lion" else TOLERANCE)[storage]
     for a, b, start in zip(exact, rounded, make_params(shapes=shapes), strict=True):
         assert (a - b).norm() <= tolerance * (a - start).norm()
@@ -90,7 +96,7 @@ def test_rounded_moments_lead_where_fp32_moments_do(name, storage):
     ("storage", "size"),
     [("fp32", 4), ("bf16", 2), ("8bit", 1 + 4 / 256), ("factored", 1 / 8 + 4 / 128)],
 )
-@pytest.mark.parametrize("name", ["sgd", "lion", "adafactor", "adafactor8bit"])
+@pytest.mark.parametrize("name", ["sgd", "lion", "adafactor", "adafactor8bit", "came"])
 def test_a_moment_takes_this_many_bytes_an_element(name, storage, size):
     params = make_params(shapes=[(256, 256)])
     optimizer = optim.build(name, params, storage=storage, **MOMENT.get(name, {}))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from helpers import assert_same, make_params, run, set_grads
+from helpers import assert_same, build, make_params, run, set_grads
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
@@ -21,10 +21,10 @@ NAMES = sorted(optim.FAMILY)
 def goes_on_alike(name, reload, tmp_path, **options):
     """Run 3 + 3 steps with the state sent through `reload` in between, against 6 in a row."""
     straight, stopped = make_params(torch.bfloat16), make_params(torch.bfloat16)
-    run(optim.build(name, straight, **options), straight, range(6))
-    first = optim.build(name, stopped, **options)
+    run(build(name, straight, **options), straight, range(6))
+    first = build(name, stopped, **options)
     run(first, stopped, range(3))
-    second = optim.build(name, stopped, **options)
+    second = build(name, stopped, **options)
     second.load_state_dict(reload(first, second, tmp_path))
     run(second, stopped, range(3, 6))
     assert_same(straight, stopped)

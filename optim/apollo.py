@@ -1,0 +1,180 @@
+"""APOLLO: moments of a random projection of the gradient, which only say how long a step is."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Unpack
+
+from torch import Tensor
+
+from optim import reference
+from optim.codecs import Codec, Dense, Factored, Float8, matrix_view, nonnegative, signed, smmf_view
+from optim.features import Features
+from optim.fused import FusedOptimizer
+from optim.projection import projected_shape
+
+
+class Apollo(FusedOptimizer):
+    """The gradient, scaled to the steps that Adam makes for a random projection of it (APOLLO).
+
+    State: 8 rank / min(R, C) bytes a parameter of an (R, C) matrix, a quarter of that with
+    storage="8bit".
+
+    The gradient's smaller dimension, of length D, is projected to `rank` numbers: P G is (rank, L)
+    where L is the larger one, as in the paper.  Convolutions are O x (I*kh*kw).  Adam's moments are
+    kept of P G alone; the weights follow G itself, of which every channel (of the L) is scaled by
+    how much longer or shorter Adam makes its projection.  P is drawn from counters at every step
+    (`optim/projection.py`) and is no part of the state.  1-D tensors, and matrices of which the
+    rank would save nothing (rank >= D), are stepped by AdamW with moments of the same `storage`.
+
+    growth_limit is 1.01 unless asked otherwise, as Fira has it.  It judges bias-corrected updates,
+    before weight decay.  Moments are kept where P changes, as in the paper.  An unusable element
+    counts as 0 in its projection, and a channel without any usable one keeps its moments.  A scaled
+    gradient points nowhere but along the gradient, so cautious and grams change something only in
+    tensors that are not projected, and with residual.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size.
+        rank: rows of the projection.
+        scale: an update is multiplied by sqrt(scale).  A projection of D to rank numbers makes
+            steps that are sqrt(rank / D) of AdamW's; "auto" is D / rank, which undoes that, so that
+            an update's RMS is about lr in layers of every width.  The paper has 1, and 128 for
+            APOLLO-Mini.
+        scaling: "channel" scales every channel by itself, "tensor" all by the ratio of whole norms.
+        update_gap: steps after which P is drawn anew.
+        projection: elements of P: "gaussian" (`optim.rng.normals`) or "sign" (-1 and 1, faster).
+        residual: map Adam's step for P G back to the weights, and scale only what is left of G
+            without its part in the rows of P, which are made orthonormal (Fira).  The growth limit
+            then acts on what is left.
+        betas: decay of the averages of P G and of its square.
+        eps: added to sqrt(v).
+        atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + eps): bounded, and without eps.
+        weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
+        features: options of every optimizer, `optim.features.Features`.
+
+    Source: Zhu et al. 2024 (arXiv 2412.05270), Alg. 1; Chen et al. 2024 (Fira, arXiv 2410.01623).
+    """
+
+    rule = staticmethod(reference.apollo)
+    growth_limit = 1.01
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        rank: int = 256,
+        scale: float | int | str = "auto",
+        scaling: str = "channel",
+        update_gap: int = 200,
+        projection: str = "gaussian",
+        residual: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        atan2: bool = False,
+        weight_decay: float = 0.0,
+        **features: Unpack[Features],
+    ) -> None:
+        super().__init__(params, locals())
+
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape, storage = tuple(param.shape), group["storage"]
+        view = smmf_view(storage, shape, group["factor_1d"])
+        if (sides := projected_shape(shape, group["rank"])) is not None:
+            shape = (group["rank"], sides[1])
+            view = matrix_view(shape)
+        return {
+            "exp_avg": signed(storage, shape, view),
+            "exp_avg_sq": nonnegative(storage, shape, view),
+        }
+
+
+class ApolloMini(Apollo):
+    """APOLLO with a single projected number a channel and one scale a tensor; moments in bf16.
+
+    State on the SDXL UNet: 15.1 MB, or 7.6 with storage="8bit".  What the projection says of one
+    channel is worth little at rank 1, so all of them together make one scale.  Arguments and source
+    are `Apollo`'s.
+    """
+
+    storage = "bf16"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        rank: int = 1,
+        scale: float | int | str = "auto",
+        scaling: str = "tensor",
+        update_gap: int = 200,
+        projection: str = "gaussian",
+        residual: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        atan2: bool = False,
+        weight_decay: float = 0.0,
+        **features: Unpack[Features],
+    ) -> None:
+        FusedOptimizer.__init__(self, params, locals())
+
+
+class Adafactor8bitApollo(Apollo):
+    """APOLLO over Adafactor: 8-bit row and column means of the squared projection, no first moment.
+
+    State on the SDXL UNet: 8.8 MB.  The projection P G (rank, L) is stepped as `Adafactor8bit`
+    steps a matrix, by rank + L means in 8-bit codes, and without a first moment; G itself, scaled
+    to that step, is limited in its growth and then clipped.  Where the projection has a single row
+    its second moment is kept in full, in the same codes.  beta1 keeps a first moment of the
+    projection's step (before the clip, which is of the whole update), in `storage`.  1-D tensors
+    and matrices of which the rank would save nothing are stepped by `Adafactor8bit`.
+
+    Args:
+        beta1: decay of a first moment of the projection's step; none (the default) keeps none.
+        beta2: fixed decay of the second moment, bias-corrected; none uses 1 - t^beta2_decay.
+        beta2_decay: exponent of that schedule; used only where beta2 is none.
+        eps: added to the second moment (to each of its factors) where it divides.
+        clip_threshold: largest RMS of a tensor's update before lr; none does not clip.
+
+    The other arguments are `Apollo`'s.
+
+    Source: `Apollo`'s; Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 and 5.
+    """
+
+    rule = staticmethod(reference.adafactor_apollo)
+    storage = "8bit"
+    refuses: ClassVar[dict[str, str]] = {
+        "factor_1d": "the second moment of a 1-D tensor has no factors here"
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        rank: int = 256,
+        scale: float | int | str = "auto",
+        scaling: str = "channel",
+        update_gap: int = 200,
+        projection: str = "gaussian",
+        residual: bool = False,
+        beta1: float | None = None,
+        beta2: float | None = 0.999,
+        beta2_decay: float = -0.8,
+        eps: float = 1e-30,
+        clip_threshold: float | None = 1.0,
+        weight_decay: float = 0.0,
+        **features: Unpack[Features],
+    ) -> None:
+        FusedOptimizer.__init__(self, params, locals())
+
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape = low = tuple(param.shape)
+        dense: Codec = Dense(shape)
+        if (sides := projected_shape(shape, group["rank"])) is not None:
+            low = (group["rank"], sides[1])
+            dense = Float8(low)
+        view = matrix_view(low)
+        codecs = {"exp_avg_sq": dense if view is None else Factored(low, view, float8=True)}
+        if group["beta1"] is not None:
+            codecs["exp_avg"] = signed(group["storage"], low, view)
+        return codecs
