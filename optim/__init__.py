@@ -20,7 +20,9 @@ from optim.fused import FusedOptimizer
 from optim.lion import Lion, Lion8bit, LionFactored
 from optim.lomo import AdaLomo, Lomo
 from optim.options import unknown
+from optim.prodigy import LionProdigy, Prodigy, ProdigyFactored
 from optim.sgd import SGD
+from optim.sophia import Sophia
 
 FAMILY: dict[str, type[FusedOptimizer]] = {
     "sgd": SGD,
@@ -44,6 +46,10 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
     "apollo": Apollo,
     "apollo_mini": ApolloMini,
     "adafactor8bit_apollo": Adafactor8bitApollo,
+    "prodigy": Prodigy,
+    "prodigy_factored": ProdigyFactored,
+    "lion_prodigy": LionProdigy,
+    "sophia": Sophia,
 }
 
 __all__ = [

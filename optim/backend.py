@@ -61,7 +61,9 @@ class TorchEngine:
         state = optimizer.state_of(param, group)
         state["step"] += 1
         t, lr = int(state["step"]), float(group["lr"])
-        h = SimpleNamespace(**group | {"lr": lr, "t": t, "index": index, "codec": codecs})
+        shared = {k: group[k].to(param.device, torch.float32) for k in optimizer.shared}
+        h = SimpleNamespace(**group | shared | {"lr": lr, "t": t, "index": index, "codec": codecs})
+        h.rate = optimizer.rate(h)
         key = mix(group["seed"], index, t)
 
         w, raw = param.float(), grad_of(param).float()
@@ -80,14 +82,15 @@ class TorchEngine:
             raise
         u, moments = type(optimizer).rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
-            parts = codecs[name].encode(moments[name], mix(key, salt))
-            for part, value in join({name: parts}).items():
-                state[part].copy_(value)
+            if name in moments:
+                parts = codecs[name].encode(moments[name], mix(key, salt))
+                for part, value in join({name: parts}).items():
+                    state[part].copy_(value)
         if u is not None:
             if any(isinstance(codec, FactoredSign) for codec in codecs.values()):
                 u = torch.where(raw == 0, 0.0, u)  # its momentum is its neighbours'
             u = features.aligned(h, u, g)
-            moved = w - lr * (features.decayed(h, w, u) + u)
+            moved = w - h.rate * (features.decayed(h, w, u) + u)
             w = torch.where(h.usable, moved, w)
             if h.rounding == "stochastic" and param.dtype == torch.bfloat16:
                 view = layout(codecs.values(), tuple(param.shape))

@@ -36,7 +36,7 @@ class Codec(Protocol):
         """x fp32 of `shape` -> parts.  `key` seeds the rounding."""
 
     def decode(self, parts: Parts) -> Tensor:
-        """parts -> fp32 of `shape`."""
+        """parts -> fp32 of `shape` (`Exact`: its dtype)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,26 @@ class Dense:
 
     def encode(self, x: Tensor, key: int) -> Parts:
         return {"": x}
+
+    def decode(self, parts: Parts) -> Tensor:
+        return parts[""]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Values that `dtype` can hold, as they are: a copy of weights in theirs, a sum in fp64.
+
+    Decoded in that dtype; what it cannot hold is rounded to the nearest.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def zeros(self, device: torch.device) -> Parts:
+        return {"": torch.zeros(self.shape, dtype=self.dtype, device=device)}
+
+    def encode(self, x: Tensor, key: int) -> Parts:
+        return {"": x.to(self.dtype)}
 
     def decode(self, parts: Parts) -> Tensor:
         return parts[""]

@@ -4,6 +4,7 @@ stored."""
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     storage: ClassVar[str] = "fp32"
     growth_limit: ClassVar[float | None] = None
     refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
+    common: ClassVar[tuple[str, ...]] = ()  # options that all groups must agree on
+    shared: ClassVar[tuple[str, ...]] = ()  # state of all groups together: group keys of tensors
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         """`arguments` are the subclass's own, as its `locals()`: its signature is the list of its
@@ -76,6 +79,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             codecs["update_norm"] = Dense(())
         return codecs
 
+    def rate(self, h: SimpleNamespace) -> float | Tensor:
+        """What updates and decay are multiplied by, of a group as its rule sees it: a number, or a
+        0-d tensor."""
+        return h.lr
+
+    def end_step(self) -> None:
+        """What `step()` does last, when every parameter has been stepped."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own options where given.
 
@@ -90,6 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(name, self.param_groups[-1])
+            _check_common(name, self.common, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -108,6 +120,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if any(missing):
             places = [place for place, none in zip(places, missing, strict=True) if not none]
         self._step(places)
+        self.end_step()
         return loss
 
     @torch.compiler.disable
@@ -115,9 +128,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step_param(self, *params: Tensor) -> None:
         """Update these parameters from their gradients, together, exactly as `step()` would.
 
-        For hooks that consume gradients inside the backward pass.  Raises ValueError for a tensor
-        that is not in any of the groups, or has no gradient, and where any group has a
-        `max_grad_norm`.
+        For hooks that consume gradients inside the backward pass; an ordinary `step()` ends the
+        round, with or without gradients left for it.  Raises ValueError for a tensor that is not in
+        any of the groups, or has no gradient, and where any group has a `max_grad_norm`.
         """
         self.check_steps_alone("step_param")
         places = [(*self._place_of(param), param) for param in params]
@@ -254,7 +267,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         state is not this optimizer's; then nothing changes.
         """
         name, groups = type(self).__name__, state_dict["param_groups"]
-        states.check_groups(name, self.param_groups, set(self.defaults), state_dict)
+        expected = {*self.defaults, *self.shared}
+        states.check_groups(name, self.param_groups, expected, state_dict)
         saved = [(index, group) for group in groups for index in group["params"]]
         state: dict[Tensor, dict[str, Tensor]] = {}
         for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
@@ -273,8 +287,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget()
         self.state.clear()
         self.state.update(state)
+        for key in self.shared:  # one tensor, in every group
+            self.param_groups[0][key].copy_(torch.as_tensor(groups[0][key]))
         for group, saved_group in zip(self.param_groups, groups, strict=True):
-            own = {key: group[key] for key in ("params", "param_names") if key in group}
+            own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
             group.update(saved_group | own)
 
     def _needs_all_gradients(self) -> bool:
@@ -357,6 +373,17 @@ def _check_group(optimizer: str, group: dict[str, Any]) -> None:
             raise TypeError(
                 f"{optimizer} updates dense fp32, bf16 and fp16 parameters; "
                 f"this one is {param.layout}, {param.dtype}, shape {shape}"
+            )
+
+
+def _check_common(optimizer: str, options: Iterable[str], groups: list[dict[str, Any]]) -> None:
+    """Refuse a last group that has another value of an option which is of all groups."""
+    for option in options:
+        first, last = groups[0][option], groups[-1][option]
+        if first != last:
+            raise ValueError(
+                f"{optimizer}: {option}={last!r} in one group and {first!r} in another is not "
+                "possible; it must be the same in all"
             )
 
 

@@ -4,11 +4,12 @@ This file is the specification.  A rule is a pure function of one parameter's fp
 
     rule(h, w, g, s) -> (u, s')    w, g, u (*) like the parameter;  s, s' {name: moment}
 
-A moment has the shape of its codec: the parameter's, a scalar's, or that of a projection.  `h`
-holds the group's options, `t` (this step's number, from 1), `index` (the parameter's), `usable`
-(which elements of g count; g is 0 elsewhere) and `codec` (how each moment is stored).  The caller
-decays the weights, subtracts `lr * u` and stores s'; u = None leaves the weights alone.  Rules know
-nothing of storage, rounding or loops.
+A moment has the shape of its codec: the parameter's, a scalar's, that of a projection or of a
+sample; one that s' lacks stays as it is.  `h` holds the group's options, `t` (this step's number,
+from 1), `index` (the parameter's), `usable` (which elements of g count; g is 0 elsewhere), `codec`
+(how each moment is stored) and `rate` (the learning rate, or what the optimizer makes of it).  The
+caller decays the weights, subtracts `rate * u` and stores s'; u = None leaves the weights alone.
+Rules know nothing of storage, rounding or loops.
 """
 
 import math
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from optim.codecs import Codec, Factored
@@ -65,6 +67,40 @@ def lion(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     beta1, beta2 = h.betas
     u = torch.lerp(s["exp_avg"], g, 1 - beta1).sign()
     return u, {"exp_avg": ema(h, s["exp_avg"], g, beta2)}
+
+
+def prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4: Adam on d g, with steps of d lr."""
+    beta1, beta2 = h.betas
+    m = ema(h, s["exp_avg"], h.d * g, beta1)
+    v = ema(h, s["exp_avg_sq"], (h.d * g).square(), beta2)
+    u = arctan(m, v.sqrt()) if h.atan2 else m / (v.sqrt() + h.d * h.eps)
+    return grown(h, u, s, {"exp_avg": m, "exp_avg_sq": v} | travelled(h, w, g, s))
+
+
+def lion_prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Lion on d g, with steps of d lr: both averages are of d g, so that momentum and gradient keep
+    their proportion while d grows."""
+    beta1, beta2 = h.betas
+    u = torch.lerp(s["exp_avg"], h.d * g, 1 - beta1).sign()
+    return u, {"exp_avg": ema(h, s["exp_avg"], h.d * g, beta2)} | travelled(h, w, g, s)
+
+
+def sophia(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Liu et al. 2023 (arXiv 2305.14342), Alg. 3, lines 6 and 14: the momentum over the curvature,
+    each element clipped at 1."""
+    m = ema(h, s["exp_avg"], g, h.betas[0])
+    u = (m / (h.rho * s["hessian"]).clamp_min(h.eps)).clamp(-1, 1)
+    return grown(h, u, s, {"exp_avg": m})
+
+
+def curved(h: SimpleNamespace, g: Tensor, s: Moments, scale: float) -> Moments:
+    """What an estimate of the curvature changes: g (*), the gradient of the sampled loss.
+
+    Liu et al. 2023, Alg. 2 (Gauss-Newton-Bartlett) and Alg. 3, line 9: scale * g^2 is the estimate
+    of the Gauss-Newton matrix's diagonal.
+    """
+    return {"hessian": ema(h, s["hessian"], scale * g.square(), h.betas[1])}
 
 
 def adafactor(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
@@ -160,6 +196,35 @@ def rescaled(
     return u, moments
 
 
+def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
+    """What one parameter tells of the distance d, from every `slice_p`-th of its elements (S of
+    them): the moments
+
+        start (S)  the weights before the first step
+        grad_sum (S) <- beta3 grad_sum + d/d0 rate g
+        numerator 0-d fp64 <- beta3 numerator + d/d0 rate <g, start - w>
+        denominator 0-d fp64 <- |grad_sum|_1
+
+    Mishchenko & Defazio 2023, Alg. 4, the lines of r and s.  Factors are d/d0, not d, lest the sums
+    underflow (their remark on implementation).  `safeguard_warmup` takes d for the rate in
+    grad_sum.  Where lr = 0 nothing moves, and nothing can be learned from that.
+    """
+    now, grad, usable = (x.flatten()[:: h.slice_p] for x in (w, g, h.usable))
+    start = {"start": now} if h.t == 1 else {}
+    if h.lr == 0:
+        return start
+    beta3 = h.beta3 if h.beta3 is not None else h.betas[1] ** 0.5
+    way = start.get("start", s["start"]).double() - now.double()
+    weight = h.d / h.d0 * (h.d if h.safeguard_warmup else h.rate)
+    total = torch.where(usable, beta3 * s["grad_sum"] + weight * grad, s["grad_sum"])
+    progress = h.d / h.d0 * h.rate * summed(grad.double() * way)
+    return start | {
+        "grad_sum": total,
+        "numerator": beta3 * s["numerator"] + progress,
+        "denominator": summed(total.abs()),
+    }
+
+
 def ema(h: SimpleNamespace, average: Tensor, x: Tensor, beta: float) -> Tensor:
     """beta * average + (1 - beta) * x; an element without a usable gradient keeps its average."""
     return torch.where(h.usable, torch.lerp(average, x, 1 - beta), average)
@@ -252,6 +317,13 @@ def norms(x: Tensor, dim: int | None) -> Tensor:
     """Euclidean norms along a dimension, or of the whole: x (R, C) -> fp64 (1, C), (R, 1) or
     (1, 1)."""
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of all elements in fp64: x (*) -> 0-d.  Rows of 1024 are summed first, so that the
+    number of threads has no say in the bits."""
+    rows = F.pad(x.flatten().double(), (0, -x.numel() % 1024)).view(-1, 1024)
+    return rows.sum(dim=1).sum()
 
 
 def rms(x: Tensor) -> Tensor:

@@ -13,9 +13,14 @@ SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
 FOR_SMALL = {"apollo": {"rank": 4}, "adafactor8bit_apollo": {"rank": 4}}
 
 
+# What finds its rate by itself, begun with one that is seen within a few steps.
+PRODIGIES = ("lion_prodigy", "prodigy", "prodigy_factored")
+SWIFT = {name: {"lr": 1.0, "d0": 1e-2} for name in PRODIGIES}
+
+
 def build(name, params, **options):
-    """An optimizer of the family, for small tensors."""
-    return optim.build(name, params, **FOR_SMALL.get(name, {}) | options)
+    """An optimizer of the family, for small tensors and few steps."""
+    return optim.build(name, params, **FOR_SMALL.get(name, {}) | options | SWIFT.get(name, {}))
 
 
 def make_params(dtype=torch.float32, shapes=SHAPES):

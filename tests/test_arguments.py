@@ -46,6 +46,15 @@ BAD = [
     ("apollo", {"update_gap": 0}, ValueError, "update_gap=0"),
     ("apollo", {"projection": "svd"}, ValueError, "'gaussian' or 'sign'"),
     ("adafactor8bit_apollo", {"betas": (0.9, 0.99)}, TypeError, "did you mean 'beta"),
+    ("prodigy", {"d0": 0.0}, ValueError, "d0=0.0"),
+    ("prodigy", {"d_coef": math.inf}, ValueError, "d_coef=inf"),
+    ("prodigy", {"growth_rate": 0.9}, ValueError, "a number >= 1, or inf"),
+    ("prodigy", {"growth_rate": math.nan}, ValueError, "growth_rate=nan"),
+    ("prodigy", {"slice_p": 0}, ValueError, "slice_p=0"),
+    ("prodigy", {"beta3": 1.0}, ValueError, "beta3=1.0"),
+    ("lion_prodigy", {"atan2": True}, TypeError, "option of lion_prodigy 'atan2'"),
+    ("sophia", {"rho": 0.0}, ValueError, "rho=0.0"),
+    ("sophia", {"hessian_every": 0.5}, ValueError, "hessian_every=0.5"),
     ("adamww", {}, ValueError, "did you mean 'adamw'"),
 ]
 
@@ -64,6 +73,17 @@ def test_groups_are_checked_like_arguments():
         optim.build("adamw", [{"params": params, "lr": -1}])
     with pytest.raises(ValueError, match="factor_1d=True with storage='8bit'"):
         optim.build("adamw_factored", [{"params": params, "storage": "8bit"}], factor_1d=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("prodigy", "d0", 1e-5), ("lion_prodigy", "slice_p", 1), ("sophia", "hessian_every", 3)],
+)
+def test_what_all_groups_share_is_refused_where_one_differs(name, option, value):
+    params = make_params()
+    groups = [{"params": params[:2]}, {"params": params[2:], option: value}]
+    with pytest.raises(ValueError, match=rf"{option}={value} in one group .* the same in all"):
+        optim.build(name, groups)
 
 
 @pytest.mark.parametrize(

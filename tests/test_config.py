@@ -84,6 +84,7 @@ MISTAKES = [
     (["+optim.lr=3"], ["optim.lr exists; set it without +"]),
     (["log.wandb.mode=online"], ["log.wandb", "choose its group first (log=wandb"]),
     (["-m", "seed=0,1", "optim.lrr=1,2"], ["optim.lrr", "did you mean 'lr'"]),
+    (["optim=sophia", "loss=huber"], ["optim=sophia", "loss=huber", "use loss=mse"]),
     (["optim=null"], ["optim has no choice"]),
     (["data.path=/a=b"], ["needs quotes", "'data.path=\"/a=b\"'"]),
     (["data.path="], ["data.path is empty"]),

@@ -121,7 +121,7 @@ def test_growth_limit_comes_before_adafactors_clip(pair):
     assert state["update_norm"].item() > 0.5 * math.sqrt(w.numel()) * 1.5
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adopt", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "adopt", "sgd", "sophia"])
 @pytest.mark.parametrize("feature", ["cautious", "grams"])
 def test_cautious_and_grams_act_on_the_update_and_never_on_the_moments(name, feature):
     plain, featured = (make_params(shapes=[(16, 16)]) for _ in range(2))
@@ -213,7 +213,7 @@ def test_a_bad_gradient_element_changes_neither_its_weight_nor_other_training(na
     assert all((p != old).all() for p, old in zip(params, before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adopt", "sgd", "ademamix"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "adopt", "sgd", "ademamix", "prodigy", "sophia"])
 def test_a_bad_element_keeps_its_moments_bitwise(name):
     params = make_params(shapes=[(12, 8)])
     optimizer = optim.build(name, params)

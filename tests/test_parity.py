@@ -5,6 +5,7 @@ import adv_optm
 import bitsandbytes
 import came_pytorch
 import lion_pytorch
+import prodigyopt
 import pytest
 import pytorch_optimizer
 import torch
@@ -28,6 +29,8 @@ PAPER = {"beta2": None, "relative_step": True, "scale_parameter": True, "weight_
 #   compared on matrices and vectors.
 # - pytorch_optimizer's APOLLO maps the scaled projection back, where the paper (Alg. 1) scales the
 #   gradient itself; not compared.  `test_apollo.py` has the peers that do as the paper does.
+# - d: prodigyopt multiplies eps, and nothing else, by the d of the step to come, so eps is tiny.
+# - curvature: sophia is in test_sophia.py, with estimates.
 # - lagged clip: adafactor8bit's `lag_norm` is in its CUDA kernels only; not compared.
 THIRD_PARTIES = {
     # name and variant: (our options, theirs, shapes)
@@ -77,6 +80,16 @@ THIRD_PARTIES = {
     "adamw grams": (
         {"lr": 1e-2, "grams": True, "weight_decay": 0.0},
         lambda p: pytorch_optimizer.Grams(p, lr=1e-2, weight_decay=0.0),
+        CONVOLUTION,
+    ),
+    "prodigy": (
+        {"d0": 1e-2, "slice_p": 1, "eps": 1e-12, "weight_decay": 0.1},
+        lambda p: prodigyopt.Prodigy(p, d0=1e-2, eps=1e-12, weight_decay=0.1),
+        CONVOLUTION,
+    ),
+    "prodigy slice": (
+        {"d0": 1e-2, "slice_p": 11, "eps": 1e-12, "bias_correction": True, "weight_decay": 0.0},
+        lambda p: prodigyopt.Prodigy(p, d0=1e-2, slice_p=11, eps=1e-12, use_bias_correction=True),
         CONVOLUTION,
     ),
     "adafactor": (

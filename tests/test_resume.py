@@ -1,6 +1,7 @@
 """A run that stopped goes on: bitwise, in the right folder, with what it began with."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,28 @@ def test_resume_in_a_new_process_is_bitwise_identical(tmp_path, method, dtype):
     ]
     for index, state in states[0]["state"].items():
         assert_same_weights(state, states[1]["state"][index])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optim=prodigy_factored", "model.dtype=bfloat16", "schedule.steps=6"],
+        ["optim=sophia", "optim.hessian_every=3", "optim.storage=8bit", "schedule.steps=6"],
+    ],
+    ids=lambda x: x[0],
+)
+def test_what_all_parameters_share_and_what_is_done_now_and_then_go_on_bitwise(
+    quick, composed, tmp_path, options
+):
+    """The learning rate that was found; the curvature, which is estimated in steps 1 and 4."""
+    whole = quick("whole", *options)
+    parts = quick("parts", *options, "runtime.save_every=2", "runtime.keep_checkpoints=9")
+    for step in (4, 6):
+        shutil.rmtree(parts / f"checkpoints/step-{step:06d}")
+    overrides = [*QUICK, *options, "runtime.save_every=2", "runtime.keep_checkpoints=9"]
+    run(composed(*overrides, f"resume={parts}"), parts)
+    assert_same_weights(weights(whole, 6), weights(parts, 6))
+    assert deterministic(whole) == deterministic(parts)
 
 
 def test_resume_moves_the_weights_and_counts_on(quick, composed, tmp_path):

@@ -74,6 +74,8 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
         "optim=lion",
         "optim=adafactor",
         "optim=adopt_factored",
+        "optim=lion_prodigy",
+        "optim=sophia",
         "optim=external optim.class_path=torch.optim.RAdam +optim.options.betas=[0.9,0.99]",
     ],
 )
@@ -98,6 +100,13 @@ def test_optimizers_see_the_same_data_noise_and_timesteps(quick):
     assert len({written[1]["train/loss"] for written in runs}) == 1
     assert len({written[1]["train/grad_norm"] for written in runs}) == 1
     assert len({written[4]["train/loss"] for written in runs}) == 3
+
+
+def test_the_rate_that_prodigy_finds_is_reported(quick):
+    folder = quick("run", "optim=prodigy", "schedule=constant", "schedule.steps=8")
+    found = [row["optim/d"] for row in rows(folder)[1:9]]
+    assert found == sorted(found)
+    assert found[-1] > 2 * found[0] == 2e-6
 
 
 def test_progress_lines_carry_loss_speed_and_eta(quick, capfd):

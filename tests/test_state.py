@@ -24,6 +24,7 @@ EXTRA = {  # options that switch on a path which the defaults leave off
         "scale_parameter": True,
         "conv_view": "last2",
     },
+    "prodigy": {"d0": 1e-3, "growth_rate": 1.5, "bias_correction": True, "slice_p": 2},
     "adafactor8bit": {"beta1": 0.9, "beta2": None, "clip_norm": "lagged", "growth_limit": 1.1},
     "came": {"growth_limit": 1.1, "storage": "bf16"},
     "apollo": {"rank": 4, "update_gap": 3, "residual": True, "storage": "8bit"},
@@ -83,6 +84,9 @@ def test_a_copy_goes_on_like_the_original(name, copier):
         ("apollo_mini", {}, 16),
         ("apollo_mini", {"storage": "8bit"}, 8),
         ("adafactor8bit_apollo", {}, 9),
+        ("prodigy_factored", {}, 1300),
+        ("lion_prodigy", {"storage": "factored"}, 1280),
+        ("sophia", {"storage": "factored"}, 355),
     ],
 )
 def test_state_on_the_sdxl_unet_fits(name, options, megabytes):

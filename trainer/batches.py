@@ -75,6 +75,13 @@ def sample_noise(like: Tensor, count: int) -> Tensor:
     return torch.stack([_normal(like, _EVAL_SEED, _EVAL_SEED, i) for i in range(count)])
 
 
+def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
+    """By which the sampled targets of this step's estimate of the curvature differ from the
+    prediction: like (4, h, w) -> (count, 4, h, w), on the CPU."""
+    draws = [_normal(like, seed, step, i, stream=Stream.CURVATURE) for i in range(count)]
+    return torch.stack(draws)
+
+
 def predict(unet: nn.Module, batch: Batch) -> Tensor:
     """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype."""
     device, dtype = unet.device, unet.dtype
@@ -109,6 +116,6 @@ def _batch(
     )
 
 
-def _normal(like: Tensor, seed: int, *counters: int) -> Tensor:
+def _normal(like: Tensor, seed: int, *counters: int, stream: Stream = Stream.NOISE) -> Tensor:
     """Standard normal noise for this seed and these counters, in the shape of `like`."""
-    return torch.randn(like.shape, generator=rng.generator(seed, Stream.NOISE, *counters))
+    return torch.randn(like.shape, generator=rng.generator(seed, stream, *counters))

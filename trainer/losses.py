@@ -15,6 +15,11 @@ def loss(config: Any, prediction: Tensor, target: Tensor) -> Tensor:
     target = target.to(prediction.device)
     if isinstance(config, HuberConfig):
         return F.huber_loss(prediction, target, delta=config.delta)
+    return squared_error(prediction, target)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean over all elements of the squared distance: (B, 4, h, w) twice -> 0-d."""
     return F.mse_loss(prediction, target)
 
 

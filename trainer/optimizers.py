@@ -47,7 +47,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     Raises UserError when the state is not of this optimizer, these parameters and these options
     (`storage` is one that shapes it).
     """
-    own = ("params", "param_names")
+    own = ("params", "param_names", *getattr(optimizer, "shared", ()))
     configured = [
         {key: value for key, value in group.items() if key not in own}
         for group in optimizer.param_groups
@@ -92,6 +92,13 @@ def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
         else:
             group["lr"] = lr
     return optimizer.param_groups[0]["initial_lr"] * scale
+
+
+def found_rate(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """`optim/d` of an optimizer that finds its learning rate: d, which multiplies lr; of others
+    nothing."""
+    group = optimizer.param_groups[0]
+    return {"optim/d": float(group["d"])} if "d" in group else {}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -14,6 +14,7 @@ from trainer import (
     checkpoint,
     conditioning,
     console,
+    curvature,
     data,
     gradients,
     losses,
@@ -151,7 +152,9 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
             state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
         )
 
-        # Evaluate the loss and its gradients (the fused backward steps the optimizer inside).
+        # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
+        # fused backward steps the optimizer inside).
+        curvature.estimate(state.optimizer, unet, batch, config.seed, step)
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
         loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
@@ -287,7 +290,8 @@ def _report(
             "perf/images_per_second": images_per_second,
             "memory/peak_bytes": memory.peak_bytes(state.device),
             "memory/optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
-        },
+        }
+        | optimizers.found_rate(state.optimizer),
     )
     seconds_left = (state.config.schedule.steps - state.step) * seconds_per_step
     progress.show(state.step, values["loss"], images_per_second, seconds_left)

@@ -11,3 +11,4 @@ class Stream(IntEnum):
     TIMESTEP = 3
     DROPOUT = 4  # of captions
     ADAPTER = 5  # initial weights of a LoRA
+    CURVATURE = 6  # sampled targets of an estimate

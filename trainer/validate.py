@@ -9,9 +9,17 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
-from optim import FAMILY
+import optim
 from optim.options import unknown
-from trainer.config import DTYPES, PICTURE_SUFFIXES, Config, HuberConfig, LinearConfig, LoraConfig
+from trainer.config import (
+    DTYPES,
+    PICTURE_SUFFIXES,
+    Config,
+    HuberConfig,
+    LinearConfig,
+    LoraConfig,
+    MseConfig,
+)
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -63,6 +71,7 @@ def check(config: Config) -> None:
             raise UserError(f"{key}={value} is out of range; it must be in [{low:g}, {high:g}]")
 
     _check_names(config)
+    _check_curvature(config)
     _check_paths(config)
     _check_device(config.runtime.device)
     if config.runtime.fused_backward:
@@ -86,10 +95,15 @@ def _check_fused_backward(config: Config) -> None:
     """Gradients that are consumed as they arrive: refuse what needs all of them, or a step that
     can be taken back."""
     choice, without = "runtime.fused_backward=true", "runtime.fused_backward=false"
-    if config.optim.name not in FAMILY:
+    if config.optim.name not in optim.FAMILY:
         raise UserError(
             f"{choice}: optim={config.optim.name} cannot step inside the backward pass, only this "
-            f"family's optimizers can ({', '.join(FAMILY)}); choose one, or {without}"
+            f"family's optimizers can ({', '.join(optim.FAMILY)}); choose one, or {without}"
+        )
+    if issubclass(optim.FAMILY[config.optim.name], optim.Sophia):
+        raise UserError(
+            f"{choice}: optim={config.optim.name} needs a second backward pass whose gradients are "
+            f"not to be stepped; choose another optimizer, or {without}"
         )
     for key, norm in (
         ("method.max_grad_norm", config.method.max_grad_norm),
@@ -106,6 +120,16 @@ def _check_fused_backward(config: Config) -> None:
             f"{choice}: optim.on_nonfinite=raise stops before anything is updated, and parts of "
             f"the step are done when a gradient is found that is not finite; set "
             f"optim.on_nonfinite=skip, or {without}"
+        )
+
+
+def _check_curvature(config: Config) -> None:
+    """Sophia's targets are sampled as a squared error has them (`trainer/curvature.py`)."""
+    is_sophia = issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia)
+    if is_sophia and not isinstance(config.loss, MseConfig):
+        raise UserError(
+            f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
+            f"{config.loss.name} is none; use loss=mse, or another optimizer"
         )
 
 

@@ -1,0 +1,119 @@
+"""Sophia: a momentum divided by an estimate of the loss's curvature, each element clipped."""
+
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from optim import features as every
+from optim import reference
+from optim.backend import grad_of
+from optim.codecs import Codec, join, nonnegative, signed, smmf_view, split
+from optim.features import Features
+from optim.fused import FusedOptimizer
+from optim.rng import mix
+
+_ESTIMATE = 1 << 32  # keeps an estimate's rounding apart from the steps'
+
+
+class Sophia(FusedOptimizer):
+    """Sophia-G: the momentum over the Gauss-Newton diagonal, elements clipped at 1; both in fp32.
+
+    State: 8 bytes a parameter.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size; the largest change of an element.
+        betas: decay of the averages of the gradient and of the curvature's estimates.
+        rho: multiplies the curvature; the larger it is, the fewer elements are clipped.
+        hessian_every: steps from one estimate of the curvature to the next, the first before the
+            first step.
+        eps: least value of rho * curvature that is divided by; where it is reached, the element is
+            clipped, or has hardly any gradient.
+        weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
+        features: options of every optimizer, `optim.features.Features`.
+
+    The training loop computes the estimates, because they need a backward pass of their own:
+
+        if optimizer.wants_hessian():
+            prediction = model(x)
+            noisy = prediction.detach() + torch.randn_like(prediction)  # a sampled target
+            F.mse_loss(prediction, noisy).backward()
+            optimizer.update_hessian(prediction.numel() / 2)  # before the loss's own backward()
+
+    Source: Liu et al. 2023 (arXiv 2305.14342), Alg. 2 and 3.
+    """
+
+    rule = staticmethod(reference.sophia)
+    common: ClassVar[tuple[str, ...]] = ("hessian_every",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04,
+        hessian_every: int = 10,
+        eps: float = 1e-12,
+        weight_decay: float = 0.1,
+        **features: Unpack[Features],
+    ) -> None:
+        super().__init__(params, locals())
+
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        shape, storage = tuple(param.shape), group["storage"]
+        view = smmf_view(storage, shape, group["factor_1d"])
+        return {
+            "exp_avg": signed(storage, shape, view),
+            "hessian": nonnegative(storage, shape, view),
+        }
+
+    def wants_hessian(self) -> bool:
+        """Whether an estimate is due before the next step: before the first, and after every
+        `hessian_every` steps.  It stays due until that step, whether there has been one or not."""
+        steps = max((int(state["step"]) for state in self.state.values()), default=0)
+        return steps % self.param_groups[0]["hessian_every"] == 0
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def update_hessian(self, scale: float, params: Sequence[Tensor] | None = None) -> None:
+        """Take the gradients of a sampled loss into the curvature, and clear them; no weight moves.
+
+        Of all parameters that have a gradient, or of `params`.  scale * grad^2 is the estimate.
+        For the mean of (f - y)^2 over n elements, with unit normal noise e, y = f + e and
+        f's Jacobian J: grad = -2/n J^T e, so the expected grad^2 is 4/n^2 diag(J^T J), and the
+        Gauss-Newton diagonal is 2/n diag(J^T J): the scale is n/2.  A loss that weights its terms
+        by c wants e / sqrt(c) for e; gradients that are accumulated over micro-batches, each of
+        them 1/m of the loss, want the n of them all.
+
+        With `fuse_backward`, whose hooks would step at once, let the backward pass happen inside
+        `hooks.handing_to(lambda *params: optimizer.update_hessian(scale, params))`.
+
+        Raises ValueError where no gradient is there.
+        """
+        if params is None:
+            params = [param for _, _, param in self._places() if param.grad is not None]
+        if not params:
+            raise ValueError(
+                "update_hessian: no parameter has a gradient; call backward() of the sampled loss "
+                "before it"
+            )
+        for param in params:
+            index, group = self._place_of(param)
+            self._estimate(index, group, param, scale)
+            param.grad = None
+
+    def _estimate(self, index: int, group: dict[str, Any], param: Tensor, scale: float) -> None:
+        """The estimate of one parameter: decode, average, encode."""
+        codec, state = self.codecs(param, group)["hessian"], self.state_of(param, group)
+        raw = grad_of(param).float()
+        h = SimpleNamespace(**group | {"usable": every.usable(raw)})
+        state["nonfinite"] += (~h.usable).sum()
+        moments = {"hessian": codec.decode(split(state, "hessian"))}
+        moments = reference.curved(h, torch.where(h.usable, raw, 0.0), moments, scale)
+        key = mix(group["seed"], index, int(state["step"]), _ESTIMATE)
+        for part, value in join({"hessian": codec.encode(moments["hessian"], key)}).items():
+            state[part].copy_(value)

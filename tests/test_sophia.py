@@ -1,0 +1,206 @@
+"""Sophia: its estimate is the Gauss-Newton diagonal of the loss, and when and how it is taken."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import pytorch_optimizer
+import torch
+import torch.nn.functional as F
+from helpers import assert_same, make_params, run, set_grads
+from torch import nn
+from torch.nn import Parameter
+
+import optim
+from trainer import batches, curvature, losses
+from trainer.config import MseConfig
+
+
+class Pointwise(nn.Module):
+    """A UNet that is linear in its weights: (B, 4, h, w), each pixel times a (4, 4) matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = Parameter(torch.zeros(4, 4))
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, noisy, timesteps, **conditions):
+        return SimpleNamespace(sample=torch.einsum("oc,bchw->bohw", self.matrix, noisy))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(3, 4, 5, 2, generator=generator) * torch.arange(1, 5).view(1, 4, 1, 1)
+    nothing = torch.zeros(3, 1)
+    return batches.Batch(
+        noisy=noisy,
+        target=torch.randn(3, 4, 5, 2, generator=generator),
+        timesteps=torch.zeros(3, dtype=torch.int64),
+        prompt=nothing,
+        pooled=nothing,
+        time_ids=nothing,
+    )
+
+
+def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(batch):
+    """Of a model that is linear, so that its Gauss-Newton matrix is its Hessian."""
+    unet, draws = Pointwise(), 1500
+    optimizer = optim.Sophia(unet.parameters(), betas=(0.9, 0.0))  # the curvature is the last one
+    total = torch.zeros(4, 4)
+    for step in range(draws):
+        curvature.estimate(optimizer, unet, batch, seed=0, step=step)
+        total += optimizer.state[unet.matrix]["hessian"]
+
+    def loss(matrix):
+        prediction = torch.einsum("oc,bchw->bohw", matrix, batch.noisy)
+        return losses.loss(MseConfig(), prediction, batch.target)
+
+    hessian = torch.autograd.functional.hessian(loss, unet.matrix.detach())
+    diagonal = hessian.view(16, 16).diagonal().view(4, 4)
+    ratio = total / draws / diagonal
+    assert ratio.mean().item() == pytest.approx(1, abs=0.03)  # four standard deviations
+    assert (ratio - 1).abs().max() < 0.17
+    assert torch.equal(unet.matrix, torch.zeros(4, 4))
+
+
+def test_a_weighted_loss_wants_noise_over_the_root_of_its_weights():
+    generator = torch.Generator().manual_seed(0)
+    x, c = torch.randn(6, 5, generator=generator), torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0, 9.0])
+    w, draws = Parameter(torch.zeros(5)), 4000
+    optimizer, total = optim.Sophia([w], betas=(0.9, 0.0)), torch.zeros(5)
+    for _ in range(draws):
+        prediction = x @ w
+        noise = torch.randn(6, generator=generator) / c.sqrt()
+        (c * (prediction - prediction.detach() - noise).square()).mean().backward()
+        optimizer.update_hessian(6 / 2)
+        total += optimizer.state[w]["hessian"]
+    exact = 2 / 6 * (c[:, None] * x.square()).sum(dim=0)
+    assert torch.allclose(total / draws, exact, rtol=0.1)
+
+
+def test_noise_of_an_estimate_depends_on_its_counters_and_is_not_the_batchs():
+    like = torch.zeros(4, 2, 2)
+    first, again = (batches.bartlett_noise(like, 3, 0, 7) for _ in range(2))
+    assert torch.equal(first, again)
+    others = [
+        batches.bartlett_noise(like, 3, 1, 7),
+        batches.bartlett_noise(like, 3, 0, 8),
+        torch.stack([batches._normal(like, 0, 7, i) for i in range(3)]),
+        first.roll(1, dims=0),
+    ]
+    assert all(not torch.equal(first, other) for other in others)
+
+
+def test_the_trajectory_is_sophia_h_of_pytorch_optimizer_given_the_same_curvature():
+    """clip(m / max(h, eps), p) with p = rho is rho times our clip(m / max(rho h, rho eps), 1)."""
+    shapes, rho, scale = [(24, 16), (24,)], 0.04, 3.0
+    ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
+    optimizer = optim.build("sophia", ours, lr=1e-2, rho=rho, eps=rho * 1e-3, weight_decay=0.1)
+    peer = pytorch_optimizer.SophiaH(
+        theirs,
+        lr=1e-2 / rho,
+        betas=(0.965, 0.99),
+        p=rho,
+        eps=1e-3,
+        weight_decay=0.1 * rho,
+        update_period=10**9,
+    )
+    peer.zero_hessian(peer.param_groups, peer.state)
+    clipped = 0
+    for step in range(60):
+        hessian = None
+        if step % 10 == 0:
+            assert optimizer.wants_hessian()
+            set_grads(ours, 1000 + step)
+            hessian = [scale * p.grad.square() for p in ours]
+            optimizer.update_hessian(scale)
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        before = [p.detach().clone() for p in ours]
+        optimizer.step()
+        peer.step(hessian=hessian)
+        for p, old in zip(ours, before, strict=True):
+            moved = p - old * (1 - 1e-2 * 0.1)
+            assert moved.abs().max() <= 1e-2 * 1.001
+            clipped += int((moved.abs() > 0.999e-2).sum())
+    assert 0 < clipped < 60 * (24 * 16 + 24)
+    for p, q, start in zip(ours, theirs, make_params(shapes=shapes), strict=True):
+        assert (p - q).norm() <= 3e-5 * (q - start).norm()
+
+
+def test_an_estimate_is_due_before_the_first_step_and_every_so_many():
+    params = make_params()
+    optimizer = optim.build("sophia", params, hessian_every=3)
+    due = []
+    for step in range(8):
+        due.append(optimizer.wants_hessian())
+        run(optimizer, params, [step])
+    assert due == [True, False, False, True, False, False, True, False]
+    twin = optim.build("sophia", params)
+    twin.load_state_dict(optimizer.state_dict())
+    assert not twin.wants_hessian()
+    run(twin, params, [8])
+    assert twin.wants_hessian()
+
+
+def test_an_estimate_moves_no_weight_skips_bad_elements_and_clears_the_gradients():
+    params = make_params(torch.bfloat16, [(12, 8), (9,)])
+    optimizer = optim.build("sophia", params)
+    run(optimizer, params, range(2))
+    before = [p.detach().clone() for p in params]
+    averages = [optimizer.state[p]["exp_avg"].clone() for p in params]
+    set_grads(params, 2)
+    params[0].grad[1, 1] = math.nan
+    optimizer.update_hessian(2.0)
+    assert_same(params, before)
+    assert_same([optimizer.state[p]["exp_avg"] for p in params], averages)
+    assert all(p.grad is None for p in params)
+    assert optimizer.nonfinite_count() == 1
+    hessian = optimizer.state[params[0]]["hessian"]
+    assert hessian[1, 1] == 0
+    assert (hessian > 0).sum() == 12 * 8 - 1
+    with pytest.raises(ValueError, match=r"no parameter has a gradient; call backward\(\)"):
+        optimizer.update_hessian(2.0)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 3000, 64 << 20])
+@pytest.mark.parametrize("storage", ["fp32", "8bit", "factored"])
+def test_an_estimate_inside_the_fused_backward_is_bitwise_the_same(storage, bucket_bytes):
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 8)).to(torch.bfloat16)
+        optimizer = optim.build("sophia", model.parameters(), storage=storage, hessian_every=2)
+        hooks = optim.fuse_backward(optimizer, bucket_bytes) if fused else None
+        generator = torch.Generator().manual_seed(1)
+        for step in range(6):
+            x = torch.randn(16, 12, generator=generator).to(torch.bfloat16)
+            noise = torch.randn(16, 8, generator=generator).to(torch.bfloat16)
+            if optimizer.wants_hessian():
+                assert step % 2 == 0
+                prediction = model(x)
+                sampled = F.mse_loss(prediction, prediction.detach() + noise)
+                if hooks:
+                    with hooks.handing_to(lambda *params: optimizer.update_hessian(64, params)):  # noqa: B023
+                        sampled.backward()
+                else:
+                    sampled.backward()
+                    optimizer.update_hessian(64)
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([*model.parameters()])
+        assert all((optimizer.state[p]["step"] == 6).all() for p in model.parameters())
+    assert_same(*weights)
+
+
+def test_curvature_that_is_known_shortens_steps_where_it_is_large():
+    """On a bowl that is steep one way and flat the other, only the flat one's step is clipped."""
+    p = Parameter(torch.ones(2))
+    optimizer = optim.Sophia([p], lr=0.1, betas=(0.0, 0.0), rho=1.0, weight_decay=0.0)
+    p.grad = torch.tensor([10.0, 0.1])  # squared: the curvature
+    optimizer.update_hessian(1.0)
+    p.grad = torch.tensor([10.0, 0.1])
+    optimizer.step()
+    assert torch.allclose(p, torch.tensor([1 - 0.1 * 0.1, 1 - 0.1]))

@@ -1,0 +1,29 @@
+"""The extra backward pass that Sophia asks for every few steps: its estimate of the curvature.
+
+Liu et al. 2023 (arXiv 2305.14342), Alg. 2 (Gauss-Newton-Bartlett), for a squared error: the target
+is sampled from the normal distribution of unit variance around the model's own prediction, and the
+squared gradient of that loss, scaled, is the diagonal of the Gauss-Newton matrix on average.
+"""
+
+from typing import Any
+
+from torch import nn
+
+import optim
+from trainer import batches, losses
+
+
+def estimate(optimizer: Any, unet: nn.Module, batch: batches.Batch, seed: int, step: int) -> None:
+    """Where `optimizer` wants an estimate before this step, make it from the step's batch; others
+    are left alone.
+
+    The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
+    elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.
+    """
+    if not (isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()):
+        return
+    prediction = batches.predict(unet, batch)
+    noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)
+    target = prediction.detach() + noise.to(prediction.device)
+    losses.squared_error(prediction, target).backward()
+    optimizer.update_hessian(prediction.numel() / 2)
