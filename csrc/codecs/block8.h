@@ -11,7 +11,7 @@ struct Block8Slot : Slot {
 
     int8_t* codes;
     float* absmax;
-    float* scale;
+    F* scale;
     F* values;
     Draws draws;
 
@@ -22,7 +22,7 @@ struct Block8Slot : Slot {
         codes = part<int8_t>(0) + row * cols + first_col;
         absmax = part<float>(1) + row * ((cols + kBlock - 1) / kBlock) + first_col / kBlock;
         Exec::each_block<kBlock>(
-            width, [&](int at, int block) INLINED { scale[at] = absmax[block] / 127.f; });
+            width, [&](int at, int block) INLINED { scale[at] = F(absmax[block] / 127.f); });
         draws.begin_row(row, cols, first_col);
     }
 
@@ -36,14 +36,14 @@ struct Block8Slot : Slot {
     HD void end_row(int64_t, int width) {
         Exec::each_block<kBlock>(width, [&](int at, int block) INLINED {
             float top = Exec::largest<kBlock>(values, at, width);
-            scale[at] = top > 1e-36f ? 127.f / top : 0.f;
+            scale[at] = F(top > 1e-36f ? 127.f / top : 0.f);
             if (Exec::leads_block()) absmax[block] = top;
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             // |values * scale| <= 127 + 2^-17: only the lower end can be passed.
             F scaled = values[i] * scale[Exec::block_of<kBlock>(i, col)];
             F dithered = fma(to_float(draws.next(col)), F(0x1p-16f), scaled);
-            store_s8(codes + col, floor_to_int(max(dithered, F(-127.f))), n);
+            store_floor_s8(codes + col, dithered, n);
         });
     }
     HD void begin() {}

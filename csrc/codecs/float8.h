@@ -15,21 +15,19 @@ HD int32_t float8_exponent(float largest) {
     int32_t exponent = int32_t((bits_of_float(largest) + 0x7FFFFu) >> 23);
     return exponent < 16 ? 16 : exponent > 254 ? 254 : exponent;
 }
-HD int32_t float8_base(int32_t exponent) { return exponent * 16 - 240; }
+HD uint32_t float8_base(int32_t exponent) { return uint32_t(exponent * 16 - 240); }
 
-HD U float8_encode(F x, U draws, int32_t base) {
+HD U float8_encode(F x, U draws, U base) {
     U cut = (as_bits(x) + (draws << 3)) >> 19;
-    U code = max(cut, U(base + 1u)) - U(uint32_t(base));
-    return only(x != F(0.f), code);
+    U code = max(cut, base + U(1u)) - base;
+    return min(code, as_bits(x));  // nothing but zero is smaller than its code
 }
-HD F float8_decode(U code, int32_t base) {
-    return as_float(only(code > U(0u), (code + U(uint32_t(base))) << 19));
-}
+HD F float8_decode(U code, U base) { return as_float(only(code > U(0u), (code + base) << 19)); }
 
 struct Float8Slot : Slot {
     uint8_t* codes;
     int8_t* tops;
-    int32_t* base;
+    U* base;
     F* values;
     Draws draws;
 
@@ -40,14 +38,15 @@ struct Float8Slot : Slot {
         codes = part<uint8_t>(0) + row * cols + first_col;
         tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
                first_col / kFloat8Block;
-        Exec::each_block<kFloat8Block>(
-            width, [&](int at, int block) INLINED { base[at] = float8_base(tops[block] + 127); });
+        Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
+            base[at] = U(float8_base(tops[block] + 127));
+        });
         draws.begin_row(row, cols, first_col);
     }
 
     HD F load(int i, int col, int n) {
         Exec::prefetch(codes, cols, col);
-        int32_t grid = base[Exec::block_of<kFloat8Block>(i, col)];
+        U grid = base[Exec::block_of<kFloat8Block>(i, col)];
         return float8_decode(load_uint(codes + col, n), grid);
     }
 
@@ -56,11 +55,11 @@ struct Float8Slot : Slot {
     HD void end_row(int64_t, int width) {
         Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
             int32_t exponent = float8_exponent(Exec::largest<kFloat8Block>(values, at, width));
-            base[at] = float8_base(exponent);
+            base[at] = U(float8_base(exponent));
             if (Exec::leads_block()) tops[block] = int8_t(exponent - 127);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            int32_t grid = base[Exec::block_of<kFloat8Block>(i, col)];
+            U grid = base[Exec::block_of<kFloat8Block>(i, col)];
             U code = float8_encode(values[i], draws.next(col), grid);
             store_saturated(codes + col, code, n);
         });

@@ -192,8 +192,28 @@ HD F load_s8(const int8_t* from, int n) {
     auto extend = [](auto x) INLINED { return (IntRegister)(x << 24) >> 24; };
     return to_float(map<U>(extend, bytes));
 }
-HD void store_s8(int8_t* to, U x, int n) {  // in two's complement
-    store_uint(reinterpret_cast<uint8_t*>(to), x, n);
+#if defined(__AVX2__)
+// The sixteen bytes that two packings of two registers have left in quarters.
+HD __m128i in_order(__m256i bytes) {
+    const __m256i quarters = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+    return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, quarters));
+}
+#endif
+// floor(x) as signed bytes, -127 for what is less and for NaN; x < 128.
+HD void store_floor_s8(int8_t* to, F x, int n) {
+#if defined(__AVX2__)
+    if (!RARELY(n < kLanes)) {
+        U whole = floor_to_int(x);
+#if defined(__AVX512F__)
+        __m128i bytes = _mm512_cvtsepi32_epi8((__m512i)whole.r[0]);
+#else
+        __m256i words = _mm256_packs_epi32((__m256i)whole.r[0], (__m256i)whole.r[1]);
+        __m128i bytes = in_order(_mm256_packs_epi16(words, words));
+#endif
+        return _mm_storeu_si128((__m128i*)to, _mm_max_epi8(bytes, _mm_set1_epi8(-127)));
+    }
+#endif
+    store_uint(reinterpret_cast<uint8_t*>(to), floor_to_int(max(x, F(-127.f))), n);
 }
 // Bytes, 255 for what is larger; x < 2^15.
 HD void store_saturated(uint8_t* to, U x, int n) {
@@ -202,9 +222,7 @@ HD void store_saturated(uint8_t* to, U x, int n) {
     _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8((__m512i)x.r[0]));
 #elif defined(__AVX2__)
     __m256i words = _mm256_packus_epi32((__m256i)x.r[0], (__m256i)x.r[1]);
-    words = _mm256_permute4x64_epi64(words, 0xD8);
-    _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(_mm256_castsi256_si128(words),
-                                                    _mm256_extracti128_si256(words, 1)));
+    _mm_storeu_si128((__m128i*)to, in_order(_mm256_packus_epi16(words, words)));
 #else
     store_narrow(to, min(x, U(255u)));
 #endif

@@ -21,7 +21,8 @@ HD uint64_t mix(uint64_t a, uint64_t b, uint64_t c) { return chain(mix(a, b), c)
 struct Draws {
     uint32_t low, high;
     uint64_t row_base;  // counter of the row's first word
-    U start, link;      // what the words of a row have in common
+    uint32_t last;      // offset from it of the last with the same upper half
+    U start, link;      // what the counters of the next words, or of all of the row, come to
     U words;
 
     HD Draws(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)), row_base(0) {}
@@ -34,32 +35,39 @@ struct Draws {
     }
 
     // The draws of the lanes from column col on; a pack of sixteen begins at a multiple of 16.
-    HD U at(int col) const { return half(words_at(col), col); }
+    HD U at(int col) const {
+        uint32_t offset = uint32_t(col / 32 * 16 + (col & 15));
+        return half(hash(start + U(offset * kStride), offset), col);
+    }
 
-    // The same where the first half of a block of 32 columns is always asked for before the second:
-    // they share their words.
+    // The same for a row whose columns are asked for in order: the halves of a block of 32 share
+    // their words.  (A thread of a GPU has some of the blocks; it counts anew in each.)
     HD U next(int col) {
-        if (!(col & 16)) words = words_at(col);
+        if (col & 16) return half(words, col);
+        const uint32_t offset = uint32_t(col / 32 * 16 + (col & 15));
+        if (kLanes == 1) {
+            words = hash(start + U(offset * kStride), offset);
+        } else {
+            words = hash(start, offset);
+            start = start + U(16 * kStride);
+        }
         return half(words, col);
     }
 
+   private:
+    static constexpr uint32_t kStride = 0x9E3779B9u;
+
+    HD static U half(U words, int col) { return col & 16 ? words >> 16 : words & U(0xFFFFu); }
+
     // A 32-bit xorshift-multiply hash (constants: Wellons 2018, lowbias32) of the counters
-    // row_base + offset + lane, of which the sixteen of a vector do not cross 2^32.
-    HD U hash(uint32_t offset) const {
-        U x = start + U(offset * kStride);
+    // row_base + offset + lane, which come to x and of which the sixteen of a vector do not cross
+    // 2^32.
+    HD U hash(U x, uint32_t offset) const {
         x = (x ^ (x >> 16)) * U(0x7FEB352Du);
-        bool crossed = uint32_t(row_base) + offset < offset;
-        x = x ^ (x >> 15) ^ (RARELY(crossed) ? linked(row_base + offset) : link);
+        x = x ^ (x >> 15) ^ (RARELY(offset > last) ? linked(row_base + offset) : link);
         x = x * U(0x846CA68Bu);
         return x ^ (x >> 16);
     }
-
-   private:
-    HD U words_at(int col) const { return hash(uint32_t(col / 32 * 16 + (col & 15))); }
-    HD static U half(U words, int col) { return col & 16 ? words >> 16 : words & U(0xFFFFu); }
-
-    static constexpr uint32_t kStride = 0x9E3779B9u;
-
     HD U linked(uint64_t counter) const {
         return U(high ^ (uint32_t(counter >> 32) * 0x85EBCA6Bu));
     }

@@ -7,6 +7,7 @@
 //
 // Of a tile:
 //   kSpan                       vectors of a span that one thread holds
+//   kWeightsLater               whether a row's weights are written in a loop of their own
 //   each(width, f)              f(i, col, n) for every vector i: its first column, its lanes that
 //                               exist; the halves of a block of 32 columns have i even and odd
 //   each_block<B>(width, f)     f(at, block) for every block of B columns; at: where one thread

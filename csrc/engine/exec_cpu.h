@@ -9,6 +9,9 @@ namespace ENGINE_ISA {
 
 struct Exec {
     static constexpr int kSpan = kTileCols / kLanes;
+    // A vector of AVX2 takes two of few registers: with its weights left for later, more of them
+    // fit into the processor's window, which is what hides the latency of roots and quotients.
+    static constexpr bool kWeightsLater = kRegisters > 1;
 
     // Sums over the rows of a tile, kept where they are wanted: a tile's columns stay in L1.
     struct Columns {
@@ -63,13 +66,14 @@ struct Exec {
         }
     };
 
-    // Two vectors at a time, so that the halves of a block of 32 columns follow each other.
+    // Two vectors at a time, so that the halves of a block of 32 columns follow each other; `|`
+    // lets the compiler see that they are of one block.
     template <class Function>
     HD static void each(int width, Function&& f) {
         int col = 0, i = 0;
         for (; col + 2 * kLanes <= width; col += 2 * kLanes, i += 2) {
             f(i, col, kLanes);
-            f(i + 1, col + kLanes, kLanes);
+            f(i + 1, col | kLanes, kLanes);
         }
         for (; col < width; col += kLanes, ++i)
             f(i, col, width - col < kLanes ? width - col : kLanes);

@@ -24,6 +24,7 @@ extern __shared__ float shared_room[];  // a RowSums::kRoom for each factored mo
 struct Exec {
     static constexpr int kSpan = kTileCols / kTileThreads;
     static constexpr int kWarpCols = kTileCols / (kTileThreads / 32);
+    static constexpr bool kWeightsLater = false;
     static constexpr unsigned kWarp = 0xFFFFFFFFu;
 
     HD static int warp() { return int(threadIdx.x) / 32; }

@@ -42,8 +42,8 @@ struct Place {
 // Room for one row of a moment: its values, those still to be encoded, and its blocks' grids.
 struct SlotScratch {
     F values[Exec::kSpan], encoded[Exec::kSpan];
-    float scale[kTileCols / 128];
-    int32_t base[kTileCols / 128];
+    F scale[kTileCols / 128];
+    U base[kTileCols / 128];
 };
 
 // What the slots of all codecs have in common.  A slot serves one moment over one tile: begin; for

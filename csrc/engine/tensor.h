@@ -95,7 +95,7 @@ struct Factors {
             if (tops) {
                 int32_t top = n ? pointer<int8_t>(tops)[at / kFloat8Block] : 0;
                 x = float8_decode(load_uint(pointer<uint8_t>(from) + at, n),
-                                  float8_base(top + 127));
+                                  U(float8_base(top + 127)));
             } else {
                 x = load_f32(pointer<float>(from) + at, n);
             }
@@ -116,7 +116,7 @@ struct Factors {
             if (Exec::leads_block()) pointer<int8_t>(tops)[block] = int8_t(exponent - 127);
             Exec::each_pack_of_run(run, [&](int at, int n) INLINED {
                 U code = float8_encode(load_f32(from + first + at, n), draws.at(at),
-                                       float8_base(exponent));
+                                       U(float8_base(exponent)));
                 store_saturated(pointer<uint8_t>(to) + first + at, code, n);
             });
         });

@@ -24,7 +24,7 @@ HD F usable(F g, Mask& ok) {
 
 // Room for one row of a tile.  It is apart from the slots so that those can live in registers.
 struct Scratch {
-    F grad[Exec::kSpan], weight[Exec::kSpan];
+    F grad[Exec::kSpan], weight[Exec::kSpan], update[Exec::kSpan];
     SlotScratch slots[kSlots];
 };
 
@@ -107,19 +107,20 @@ HD void with_row(const GradT& grad, int width, Function&& f) {
 
 // One vector of a row: its gradient as the rule sees it, its moments before and after, its update.
 struct Evaluation {
-    F w, raw, g, direction, u;
+    F raw, g, direction, u;
     Moments before, after;
     Mask ok;
 };
 
-// kWeighs: whether the weights are needed, where the gradient does not depend on them.
-template <bool kWeighs, bool kClean = false, class Access>
+template <bool kClean, class Access>
 HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     Evaluation e;
     e.raw = a.grad.load(i, col, n);
     if (!kClean) e.raw = usable(e.raw, e.ok);
-    if (kWeighs || !Access::kPlain) e.w = a.weight.load(i, col, n);
-    e.g = Access::kPlain ? e.raw * h.coefficient : select(e.ok, conditioned(h, e.raw, e.w), F(0.f));
+    if (Access::kPlain)
+        e.g = e.raw * h.coefficient;
+    else
+        e.g = select(e.ok, conditioned(h, e.raw, a.weight.load(i, col, n)), F(0.f));
     e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n)};
     e.after = e.before;
     e.direction = Access::R::direction(h, e.g, e.after);
@@ -214,7 +215,7 @@ HD void norm(const Launch& launch, int64_t index) {
         with_row(a.grad, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
-                Evaluation e = evaluate<false, kClean>(a, h, i, col, n);
+                Evaluation e = evaluate<kClean>(a, h, i, col, n);
                 F u = e.direction;
                 if (!kClean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
                 squares.add_square(i, u);
@@ -267,15 +268,25 @@ HD void apply(const Launch& launch, int64_t index) {
         if (lagged) squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
-            Exec::each(width, [&](int i, int col, int n) INLINED {
-                Evaluation e = evaluate<true, kClean>(a, h, i, col, n);
-                F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
-                F kept = Access::kPlain ? fma(F(-h.decay), e.w, e.w) : decayed(h, e.w, u);
+            // The step of a vector's weights, once its update is known.
+            auto write = [&](int i, int col, int n, F u) INLINED {
+                F before = a.weight.load(i, col, n);
+                F kept = Access::kPlain ? fma(F(-h.decay), before, before) : decayed(h, before, u);
                 F w = fma(F(-step), u, kept);
+                if (!kClean) {
+                    Mask ok;
+                    usable(a.grad.load(i, col, n), ok);
+                    w = select(ok, w, before);
+                }
+                if (h.passive) w = before;  // not `?:`, whose reference would force both to memory
+                a.weight.store(i, col, n, w);
+            };
+            Exec::each(width, [&](int i, int col, int n) INLINED {
+                Evaluation e = evaluate<kClean>(a, h, i, col, n);
+                F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
                 if (lagged) squares.add_square(i, e.direction);
                 if (!kClean && RARELY(!all(e.ok))) {
                     nonfinite += kLanes - count(e.ok);
-                    w = select(e.ok, w, e.w);
                     e.after.fast = select(e.ok, e.after.fast, e.before.fast);
                     e.after.slow = select(e.ok, e.after.slow, e.before.slow);
                     e.after.square = select(e.ok, e.after.square, e.before.square);
@@ -283,9 +294,14 @@ HD void apply(const Launch& launch, int64_t index) {
                 a.fast.store(i, col, n, e.after.fast);
                 a.slow.store(i, col, n, e.after.slow);
                 a.square.store(i, col, n, e.after.square);
-                if (h.passive) w = e.w;  // not `?:`, whose reference would force both into memory
-                a.weight.store(i, col, n, w);
+                if (Exec::kWeightsLater)
+                    scratch.update[i] = u;
+                else
+                    write(i, col, n, u);
             });
+            if (Exec::kWeightsLater)
+                Exec::each(width, [&](int i, int col, int n)
+                                      INLINED { write(i, col, n, scratch.update[i]); });
         });
         a.fast.end_row(row, width);
         a.slow.end_row(row, width);
