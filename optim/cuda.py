@@ -48,7 +48,6 @@ _SLOTS = (
     "FactoredSlot<false>",
     "FactoredSlot<true>",
 )  # by CodecId
-_STRUCTS = {"sgd": "Sgd", "adam": "Adam", "adopt": "Adopt", "lion": "Lion"}
 # The passes over tiles that some flag asks for, and the Phase of tensors that follows each.
 _PASSES = (
     ("measure", ("orthograd", "grad_clip", "scale_parameter"), 2),
@@ -107,7 +106,9 @@ class Kind(NamedTuple):
     def template(self) -> str:
         """Its name in C++ (`Kind` in csrc/engine/cuda.h)."""
         matrix = _SLOTS[self.codecs[2]].startswith("Factored")
-        rule = _STRUCTS.get(self.rule, "AdafactorMatrix" if matrix else "AdafactorVector")
+        rule = self.rule.capitalize()
+        if rule == "Adafactor":
+            rule += "Matrix" if matrix else "Vector"
         parts = [f"engine::cuda::{x}" for x in (rule, *(_SLOTS[codec] for codec in self.codecs))]
         return (
             f"engine::cuda::Kind<{', '.join(parts)}, {self.weight_dtype}, {self.grad_dtype}, "
