@@ -201,15 +201,11 @@ HD __m128i in_order(__m256i bytes) {
 #endif
 // floor(x) as signed bytes, -127 for what is less and for NaN; x < 128.
 HD void store_floor_s8(int8_t* to, F x, int n) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
     if (!RARELY(n < kLanes)) {
         U whole = floor_to_int(x);
-#if defined(__AVX512F__)
-        __m128i bytes = _mm512_cvtsepi32_epi8((__m512i)whole.r[0]);
-#else
         __m256i words = _mm256_packs_epi32((__m256i)whole.r[0], (__m256i)whole.r[1]);
         __m128i bytes = in_order(_mm256_packs_epi16(words, words));
-#endif
         return _mm_storeu_si128((__m128i*)to, _mm_max_epi8(bytes, _mm_set1_epi8(-127)));
     }
 #endif

@@ -66,14 +66,13 @@ struct Exec {
         }
     };
 
-    // Two vectors at a time, so that the halves of a block of 32 columns follow each other; `|`
-    // lets the compiler see that they are of one block.
+    // Two vectors at a time, so that the halves of a block of 32 columns follow each other.
     template <class Function>
     HD static void each(int width, Function&& f) {
         int col = 0, i = 0;
         for (; col + 2 * kLanes <= width; col += 2 * kLanes, i += 2) {
             f(i, col, kLanes);
-            f(i + 1, col | kLanes, kLanes);
+            f(i + 1, col + kLanes, kLanes);
         }
         for (; col < width; col += kLanes, ++i)
             f(i, col, width - col < kLanes ? width - col : kLanes);
