@@ -63,7 +63,8 @@ class AdaLomo(Adafactor):
     "grouped update normalization" is these two: the update is clipped to RMS 1 (clip_threshold),
     then multiplied by max(eps[1], RMS(weights)), a tensor at a time.  Two differences from the
     authors' code: weight decay here is by lr alone (there by lr times that RMS), and convolutions
-    are factored as matrices.  Arguments are `Adafactor`'s.
+    are factored as matrices.  lr is relative to the weights: 0.01 moves a tensor by at most about
+    1 % of its RMS.  Arguments are `Adafactor`'s.
 
     Source: Lv et al. 2023 (arXiv 2310.10195), Alg. 1.
     """
@@ -71,7 +72,7 @@ class AdaLomo(Adafactor):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float = 1e-2,
         *,
         beta1: float | None = None,
         beta2: float | None = None,

@@ -13,7 +13,8 @@ from optim.codecs import Bf16, Block8, Dense, Factored, FactoredSign
 NAMES = sorted(name for name in optim.FAMILY if "storage" in optim.options_of(name))
 STORAGES = ["fp32", "bf16", "8bit", "factored"]
 MOMENT = {  # so that there is one
-    name: {"beta1": 0.9} for name in ("adafactor", "adafactor8bit", "adafactor8bit_apollo")
+    name: {"beta1": 0.9}
+    for name in ("adafactor", "adafactor8bit", "adafactor8bit_apollo", "adalomo")
 }
 
 
