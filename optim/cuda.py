@@ -15,10 +15,11 @@ import ctypes
 import hashlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,6 +74,8 @@ def unavailable() -> str | None:
             f"the CUDA kernels are compiled with cuda-core and NVRTC ({error}); "
             "pip install 'low-memory-trainer[cuda]'"
         )
+    if torch.version.hip is not None:
+        return "its kernels are CUDA's, and this torch is ROCm's"
     if failed:
         return f"NVRTC does not answer ({failed})"
     if sources() is None:
@@ -165,10 +168,9 @@ class Gpu:
 
     def __init__(self, device: torch.device) -> None:
         from cuda.bindings import nvrtc
-        from cuda.core import Device
 
         self._device = device
-        Device(device.index).set_current()
+        self._threads = threading.local()
         major, minor = torch.cuda.get_device_capability(device)
         self._arch = f"sm_{major}{minor}"
         _, *version = nvrtc.nvrtcVersion()
@@ -180,20 +182,25 @@ class Gpu:
         self._sources = digest.hexdigest()
         self._loaded: dict[str, Any] = {}
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """torch's current stream, as cuda-core takes one."""
-        return 0, torch.cuda.current_stream(self._device).cuda_stream
-
     def launch(self, kernel: Any, grid: int, block: int, shared: int, address: int) -> None:
         """Enqueue kernel(address) on the current stream; `shared` is in bytes."""
         from cuda.core import LaunchConfig, launch
 
+        stream = _stream(torch.cuda.current_stream(self._device).cuda_stream)
         config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
-        launch(self, config, kernel, address)
+        launch(stream, config, kernel, address)
 
-    def here(self) -> AbstractContextManager[Any]:
-        """The device as torch's current one."""
-        return torch.cuda.device(self._device)
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """The device as torch's current one, with its context current in this thread: torch leaves
+        that to a thread's first allocation or kernel, and the first may be a launch of ours."""
+        from cuda.core import Device
+
+        with torch.cuda.device(self._device):
+            if not hasattr(self._threads, "ready"):
+                Device(self._device.index).set_current()
+                self._threads.ready = True
+            yield
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured."""
@@ -218,7 +225,7 @@ class Gpu:
                 *(len(fresh), self._arch, seconds, paths[fresh[0]].parent),
             )
         for name in missing:
-            self._loaded[name] = self._read(name, paths[name])
+            self._loaded[name] = self._read(paths[name])
         return self._loaded
 
     def _path(self, name: str) -> Path:
@@ -233,12 +240,19 @@ class Gpu:
         partial.write_bytes(_symbol(made, name) + b"\n" + made.code)
         partial.replace(path)
 
-    def _read(self, name: str, path: Path) -> Any:
+    def _read(self, path: Path) -> Any:
         from cuda.core import ObjectCode
 
         symbol, code = path.read_bytes().split(b"\n", 1)
-        loaded = ObjectCode.from_cubin(code, symbol_mapping={name: symbol.decode()})
-        return loaded.get_kernel(name)
+        return ObjectCode.from_cubin(code).get_kernel(symbol.decode())
+
+
+@cache
+def _stream(handle: int) -> Any:
+    """A stream of torch's as cuda-core's."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
 
 
 def _symbol(made: Any, name: str) -> bytes:
@@ -289,6 +303,7 @@ class CudaEngine(DescriptorEngine):
         self._options = torch.empty(shape, dtype=torch.float64, device=device)
         self._pinned_options = self._gpu.pinned(*shape, dtype=torch.float64)
         self._uploaded = b""  # the options that are on the device, if they came from the host
+        self._captured = False  # a graph's replays write there too, unseen: nothing is known
         self._room = torch.empty(0, dtype=torch.float64, device=device)
 
     def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
@@ -390,14 +405,16 @@ class CudaEngine(DescriptorEngine):
         one.tables = table
 
     def _put(self, work: Work, addresses: Tensor) -> None:
+        known = torch.equal(self._words[work.members, ADDRESSES], addresses)
         super()._put(work, addresses)
-        addresses = addresses.contiguous()
-        if work.addresses is not None and torch.equal(addresses, work.addresses):
+        capturing = self._gpu.capturing()
+        self._captured |= capturing
+        if known and not self._captured:  # the device's table is what `_words` is
             return
-        work.addresses = addresses
-        if self._gpu.capturing():  # a graph copies it again at every replay
+        if capturing:  # a graph copies it again at every replay
             addresses = work.pinned.copy_(addresses)
-        self._table[work.on_device, ADDRESSES] = addresses.to(self._device, non_blocking=True)
+        addresses = addresses.contiguous().to(self._device, non_blocking=True)
+        self._table[work.on_device, ADDRESSES] = addresses
 
     def _put_options(self, coefficients: dict[int, float | Tensor]) -> None:
         """Write the groups' options to the device: numbers where they have changed, tensors (a
@@ -414,7 +431,7 @@ class CudaEngine(DescriptorEngine):
             number = 1.0 if isinstance(coefficient, Tensor) else coefficient
             options.append(plan.group_options(numbers, number))
         raw = bytes((plan.Options * len(groups))(*options))
-        if raw != self._uploaded or tensors:
+        if raw != self._uploaded or tensors or self._captured:
             host = torch.frombuffer(bytearray(raw), dtype=torch.float64).view_as(self._options)
             if self._gpu.capturing():
                 host = self._pinned_options.copy_(host)

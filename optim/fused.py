@@ -153,7 +153,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         shares = self._shares(places)
         coefficients: dict[int, float | Tensor] = {}
         if self._needs_all_gradients():
-            norm = sum(engine.grad_sq(share) for engine, share in shares) ** 0.5
+            norm = features.summed([engine.grad_sq(share) for engine, share in shares]) ** 0.5
             for group in self.param_groups:
                 if group["max_grad_norm"] is not None:
                     coefficients[id(group)] = features.shrinking(norm, group["max_grad_norm"])

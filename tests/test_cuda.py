@@ -3,69 +3,29 @@ arithmetic, with the kernels compiled for the host instead, against the CPU engi
 
 import contextlib
 import copy
-import ctypes
 import io
+import os
 import re
 import subprocess
+import sys
 import sysconfig
 
 import pytest
 import torch
 from conftest import REPOSITORY
-from helpers import set_grads
-from torch.nn import Parameter
+from cuda_host import Host, on_host
 
-import optim
-from optim import backend, cuda, native, plan
-from optim.engine import DescriptorEngine
+from optim import cuda, native
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from bench.cases import CASES, kernels_of, make, set_grads
+
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
 needs_nvrtc = pytest.mark.skipif(cuda.unavailable() is not None, reason="no NVRTC")
+NOTHING = contextlib.nullcontext()
+
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
-
-# (name, dtype, options): together every rule, codec and feature, in the kinds that runs consist of.
-CASES = [
-    *((name, BF16, {}) for name in sorted(optim.FAMILY)),
-    ("adamw_factored", BF16, {"cautious": True, "orthograd": True, "grad_clip": 0.1}),
-    ("adamw_factored", FP32, {"factor_1d": True, "cautious_decay": True}),
-    ("adamw", FP16, {"storage": "bf16", "atan2": True, "grams": True}),
-    ("adamw8bit", BF16, {"rounding": "kahan", "growth_limit": 1.01}),
-    ("adopt", BF16, {"storage": "8bit", "atan2": True}),
-    ("ademamix", FP32, {"storage": "8bit", "warmup_steps": 3}),
-    ("lion", BF16, {"storage": "bf16", "rounding": "nearest"}),
-    ("sgd", FP16, {"nesterov": True, "storage": "factored"}),
-    ("adafactor8bit", BF16, {"clip_norm": "lagged", "relative_step": True}),
-    ("adafactor8bit", FP32, {"beta1": 0.9, "storage": "factored", "scale_parameter": True}),
-]
-CASES = [case for case in CASES if plan.has_rule(optim.FAMILY[case[0]].rule)]
-IDS = [f"{name}-{str(dtype)[6:]}-{'-'.join(options)}" for name, dtype, options in CASES]
-SHAPES = [(70, 1100), (33, 3, 3, 3), (37,), (), (0,), (5, 0), (1, 5), (7, 1429)]
-
-
-def make(name, dtype, options, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    params = [Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
-    return params, optim.build(name, params, lr=0.01, weight_decay=0.1, **options)
-
-
-def kinds_of(name, dtype, options):
-    """The kinds of tensors, with kernels each, that a run with these options has."""
-
-    class Describing(DescriptorEngine):
-        def _make(self, work, places):
-            self.kinds = {
-                cuda.kind_of(type(optimizer).rule.__name__, d, flags) for d in self._descriptors
-            }
-
-    params, optimizer = make(name, dtype, options)
-    flags = plan.group_options(optimizer.param_groups[0], 1.0).flags
-    set_grads(params, 0)
-    engine = Describing(optimizer)
-    engine._refresh(optimizer._places())
-    return engine.kinds
-
 
 # The compiler ------------------------------------------------------------------------------------
 
@@ -74,11 +34,10 @@ def kinds_of(name, dtype, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_and_keeps_everything_in_registers(arch):
-    kinds = set().union(*(kinds_of(*case) for case in CASES))
-    names = {name for kind in kinds for name, _ in kind.passes()} | {cuda.MEASURE}
+    names = kernels_of(CASES)
     log = io.StringIO()
-    made = cuda.compile_kernels(sorted(names), arch, log)
-    assert made.symbol_mapping.keys() == names
+    made = cuda.compile_kernels(names, arch, log)
+    assert made.symbol_mapping.keys() == set(names)
     report = log.getvalue()
     memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
     assert len(memory) >= len(names)
@@ -100,6 +59,50 @@ def test_a_kernel_is_compiled_once_and_then_taken_from_the_disk(tmp_path, monkey
     assert gpu._path(cuda.MEASURE) != path
 
 
+# In a process of its own, which finds the fake driver in place of the real one.
+LAUNCH = """
+import contextlib, pathlib, sys, threading, warnings
+from types import SimpleNamespace
+warnings.simplefilter("error", DeprecationWarning)
+import torch
+from optim import cuda
+torch.cuda.device = lambda device: contextlib.nullcontext()
+torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0xABC0)
+gpu = cuda.Gpu.__new__(cuda.Gpu)
+gpu._device, gpu._threads = torch.device("cuda", 1), threading.local()
+for _ in range(2):
+    with gpu.here():
+        kernel = gpu._read(pathlib.Path(sys.argv[1]))
+        gpu.launch(kernel, 70000, 64, 4352, 0x7FFF12345678)
+"""
+
+
+@needs_nvrtc
+@pytest.mark.skipif(sys.platform != "linux", reason="libcuda.so.1 is Linux's")
+def test_the_driver_is_asked_for_the_kernel_and_told_grid_stream_and_argument(tmp_path):
+    gpu = cuda.Gpu.__new__(cuda.Gpu)
+    gpu._arch = "sm_90"
+    gpu._compile(cuda.MEASURE, tmp_path / "kernel")
+    symbol = (tmp_path / "kernel").read_bytes().split(b"\n", 1)[0].decode()
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    source, library = REPOSITORY / "tests" / "fake_driver.c", tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-w", "-shared", "-fPIC", source, "-o", library], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, tmp_path / "kernel"],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    asked = ["load ELF", f"kernel {symbol} of 0x1111"]
+    asked += ["launch 0x2222 grid 70000 1 1 block 64 1 1 shared 4352 stream 0xabc0 argument "
+              "7fff12345678"]  # fmt: skip
+    context = ["context 0x3001"]  # once in a thread
+    assert done.stdout.splitlines() == [*context, *asked, *asked]
+
+
 def test_a_machine_without_cuda_core_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
     reason = cuda.unavailable.__wrapped__()
@@ -109,58 +112,9 @@ def test_a_machine_without_cuda_core_is_told_what_to_install(monkeypatch):
 # The arithmetic -----------------------------------------------------------------------------------
 
 
-class Host:
-    """In place of a GPU: kernels compiled for this machine, on its memory."""
-
-    def __init__(self, folder):
-        self.folder, self.loaded, self.launches = folder, {}, 0
-
-    def load(self, names):
-        missing = [name for name in dict.fromkeys(names) if name not in self.loaded]
-        if missing:
-            stem = self.folder / f"kernels{len(self.loaded)}"
-            lines = [
-                f'extern "C" void kernel{i}(const engine::Launch* launch, int grid, int threads) '
-                f"{{ cuda_on_host::run(grid, threads, [=] {{ {name}(launch); }}); }}"
-                for i, name in enumerate(missing)
-            ]
-            includes = '#include "cuda_on_host.h"\n#include "engine/cuda.h"\n'
-            stem.with_suffix(".cpp").write_text(includes + "\n".join(lines))
-            compiler = sysconfig.get_config_var("CXX").split()[0]
-            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off"]
-            paths = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests'}"]
-            files = [stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so")]
-            subprocess.run([compiler, *flags, *paths, *files], check=True)
-            library = ctypes.CDLL(str(stem.with_suffix(".so")))
-            for i, name in enumerate(missing):
-                self.loaded[name] = getattr(library, f"kernel{i}")
-        return self.loaded
-
-    def launch(self, kernel, grid, block, shared, address):
-        assert grid > 0
-        assert shared <= 1 << 16
-        self.launches += 1
-        kernel(ctypes.c_void_p(address), grid, block)
-
-    def here(self):
-        return contextlib.nullcontext()
-
-    def capturing(self):
-        return False
-
-    def pinned(self, *shape, dtype):
-        return torch.empty(shape, dtype=dtype)
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     return Host(tmp_path_factory.mktemp("kernels"))
-
-
-def on_host(host, monkeypatch):
-    monkeypatch.setattr(
-        backend, "fused_engine", lambda optimizer, device: cuda.CudaEngine(optimizer, device, host)
-    )
 
 
 def differences(optimizer, twin):
@@ -180,9 +134,9 @@ def differences(optimizer, twin):
 
 @needs_native
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype", "options"), CASES, ids=IDS)
-def test_the_kernels_give_the_bits_of_the_cpu_engine(name, dtype, options, host, monkeypatch):
-    params, optimizer = make(name, dtype, options)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernels_give_the_bits_of_the_cpu_engine(case, host):
+    params, optimizer = make(case)
     twins, twin = copy.deepcopy((params, optimizer))
     before = host.launches
     for step in range(3):
@@ -190,8 +144,25 @@ def test_the_kernels_give_the_bits_of_the_cpu_engine(name, dtype, options, host,
             set_grads(group, step)
             group[0].grad[3, 700] = torch.nan
         optimizer.step()
-        with monkeypatch.context() as patch:
-            on_host(host, patch)
+        with on_host(host):
             twin.step()
         assert not differences(optimizer, twin), f"step {step + 1}"
     assert host.launches > before
+
+
+@needs_native
+@pytest.mark.slow
+def test_gradients_are_found_after_another_set_of_parameters_has_moved_them(host):
+    params, optimizer = make(CASES[0])
+    twins, twin = copy.deepcopy((params, optimizer))
+    set_grads(params, 0)
+    set_grads(twins, 0)
+    for group, one, engine in ((params, optimizer, NOTHING), (twins, twin, on_host(host))):
+        usual, other = group[0].grad, torch.ones_like(group[0])
+        with engine:
+            one.step()
+            group[0].grad = other
+            one.step_param(group[0])
+            group[0].grad = usual
+            one.step()
+    assert not differences(optimizer, twin)

@@ -6,7 +6,6 @@ import copy
 import math
 import mmap
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +20,7 @@ from optim import state as states
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from bench import memory
+from bench.tolerances import param_misses, spacing
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
 
@@ -42,97 +42,6 @@ LARGE = [
 
 
 # The comparison -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far the engine may be from the reference, which adds up in another order.
-
-    Every element may miss by `relative` of itself and `scale` of the largest one (of weights: of
-    what the step moved); and `share` of them, but one at least, by `places` neighbours more.
-    """
-
-    relative: float = 0.0
-    scale: float = 0.0
-    places: int = 0
-    share: float = 0.0
-
-
-TOLERANCES = {
-    "exact": Tolerance(),
-    "weight fp32": Tolerance(scale=3e-6, places=2, share=1.0),
-    "weight bf16": Tolerance(scale=3e-6, places=1, share=1e-3),
-    "weight fp16": Tolerance(scale=3e-6, places=1, share=3e-3),
-    "weight kahan": Tolerance(relative=2**-22, scale=3e-6, places=1, share=0.1),
-    "signed fp32": Tolerance(relative=1e-6, scale=5e-7),
-    "size fp32": Tolerance(relative=3e-6, scale=1e-7),  # of what may have cancelled
-    "squares fp32": Tolerance(relative=3e-6, scale=1e-9),
-    "moment bf16": Tolerance(scale=5e-7, places=1, share=1e-3),
-    "codes": Tolerance(places=1, share=1e-2),
-    "signs": Tolerance(places=1, share=1e-5),
-}
-WEIGHT = {FP32: "weight fp32", BF16: "weight bf16", FP16: "weight fp16"}
-
-
-def misses(what, wanted, found, *, largest=None, place=None):
-    """What is wrong with `found` by TOLERANCES[what]: a phrase, or nothing."""
-    tolerance = TOLERANCES[what]
-    x, y = wanted.double(), found.double()
-    error = (x - y).abs()
-    largest = x.abs().max() if largest is None and x.numel() else largest or 0.0
-    near = tolerance.relative * x.abs() + tolerance.scale * largest
-    place = spacing(wanted) if place is None else place
-    away = ~(error <= near)  # NaN is
-    far = ~(error <= near + tolerance.places * place)
-    if not far.any() and away.sum() <= max(tolerance.share * away.numel(), tolerance.places > 0):
-        return ""
-    worst = (error - near).nan_to_num(math.inf).argmax()
-    return (
-        f"{what}: {int(away.sum())} of {away.numel()} are off, {int(far.sum())} far; "
-        f"{y.flatten()[worst]:.9g} should be {x.flatten()[worst]:.9g}"
-    )
-
-
-def spacing(x):
-    """How far the neighbours of a stored number are from it, at most."""
-    if not x.dtype.is_floating_point:
-        return torch.ones(x.shape)
-    kind = torch.finfo(x.dtype)
-    return kind.eps * x.double().abs().clamp_min(kind.tiny)
-
-
-def state_misses(name, wanted, found):
-    """`misses` for one tensor of a state."""
-    moment, _, part = name.partition(".")
-    if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
-        return f"{found.dtype} {tuple(found.shape)}"
-    if part == "sign":
-        bits = torch.arange(8, dtype=torch.uint8)
-        return misses("signs", wanted[..., None] >> bits & 1, found[..., None] >> bits & 1)
-    if part.endswith("codes"):
-        return misses("codes", wanted, found)
-    if wanted.dtype == BF16:
-        return misses("moment bf16", wanted, found)
-    if wanted.dtype != FP32:
-        return misses("exact", wanted, found)
-    if moment not in ("exp_avg", "exp_avg_slow"):
-        return misses("squares fp32", wanted, found)
-    return misses("signed fp32" if part == "" else "size fp32", wanted, found)
-
-
-def param_misses(p, q, old, one, two):
-    """Whatever differs between a parameter p with state `one` and its twin q with `two`."""
-    assert one.keys() == two.keys()
-    a, b, moved = p.detach(), q.detach(), (p - old).abs().max().item() if p.numel() else 0.0
-    lines = {"weights": misses(WEIGHT[p.dtype], a, b, largest=moved)}
-    for key in one:
-        if key == "compensation":  # may be a place off itself, and makes up for the weights'
-            c, d = one[key].double(), two[key].double()
-            place, a, b = spacing(one[key]), a.double() + c, b.double() + d
-            lines[key] = misses("weight kahan", a, b, largest=moved, place=place)
-        else:
-            lines[key] = state_misses(key, one[key], two[key])
-    return [f"{tuple(p.shape)} {key}: {line}" for key, line in lines.items() if line]
 
 
 def params_of(optimizer):

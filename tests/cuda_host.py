@@ -1,0 +1,66 @@
+"""A stand-in for a GPU: its kernels compiled for this machine (`cuda_on_host.h`)."""
+
+import contextlib
+import ctypes
+import subprocess
+import sysconfig
+
+import torch
+from conftest import REPOSITORY
+
+from optim import backend, cuda
+
+
+class Host:
+    """In place of a GPU: kernels compiled for this machine, on its memory."""
+
+    def __init__(self, folder):
+        self.folder, self.loaded, self.launches = folder, {}, 0
+
+    def load(self, names):
+        missing = [name for name in dict.fromkeys(names) if name not in self.loaded]
+        if missing:
+            stem = self.folder / f"kernels{len(self.loaded)}"
+            lines = [
+                f'extern "C" void kernel{i}(const engine::Launch* launch, int grid, int threads) '
+                f"{{ cuda_on_host::run(grid, threads, [=] {{ {name}(launch); }}); }}"
+                for i, name in enumerate(missing)
+            ]
+            includes = '#include "cuda_on_host.h"\n#include "engine/cuda.h"\n'
+            stem.with_suffix(".cpp").write_text(includes + "\n".join(lines))
+            compiler = sysconfig.get_config_var("CXX").split()[0]
+            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off"]
+            paths = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests'}"]
+            files = [stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so")]
+            subprocess.run([compiler, *flags, *paths, *files], check=True)
+            library = ctypes.CDLL(str(stem.with_suffix(".so")))
+            for i, name in enumerate(missing):
+                self.loaded[name] = getattr(library, f"kernel{i}")
+        return self.loaded
+
+    def launch(self, kernel, grid, block, shared, address):
+        assert grid > 0
+        assert shared <= 1 << 16
+        self.launches += 1
+        kernel(ctypes.c_void_p(address), grid, block)
+
+    def here(self):
+        return contextlib.nullcontext()
+
+    def capturing(self):
+        return False
+
+    def pinned(self, *shape, dtype):
+        return torch.empty(shape, dtype=dtype)
+
+
+@contextlib.contextmanager
+def on_host(host):
+    """What is stepped for the first time within, is stepped by the kernels of a GPU from then
+    on."""
+    whole = backend.fused_engine
+    backend.fused_engine = lambda optimizer, device: cuda.CudaEngine(optimizer, device, host)
+    try:
+        yield
+    finally:
+        backend.fused_engine = whole
