@@ -301,7 +301,8 @@ class CudaEngine(DescriptorEngine):
         self._table = torch.empty_like(self._words, device=device)
         shape = (len(optimizer.param_groups), ctypes.sizeof(plan.Options) // 8)
         self._options = torch.empty(shape, dtype=torch.float64, device=device)
-        self._pinned_options = self._gpu.pinned(*shape, dtype=torch.float64)
+        self._spares: dict[tuple[Any, ...], list[Tensor]] = {}  # pinned, for captures to come
+        self._of_graphs: list[Tensor] = []  # pinned, from which graphs copy
         self._uploaded = b""  # the options that are on the device, if they came from the host
         self._captured = False  # a graph's replays write there too, unseen: nothing is known
         self._room = torch.empty(0, dtype=torch.float64, device=device)
@@ -363,7 +364,6 @@ class CudaEngine(DescriptorEngine):
             self._send(one)
         self._table.copy_(self._words)
         work.on_device = work.members.to(self._device)
-        work.pinned = self._gpu.pinned(len(places), 2, dtype=torch.int64)
 
     @staticmethod
     def _words_needed(bucket: plan.Bucket) -> int:
@@ -411,10 +411,28 @@ class CudaEngine(DescriptorEngine):
         self._captured |= capturing
         if known and not self._captured:  # the device's table is what `_words` is
             return
-        if capturing:  # a graph copies it again at every replay
-            addresses = work.pinned.copy_(addresses)
-        addresses = addresses.contiguous().to(self._device, non_blocking=True)
+        addresses = self._readable(addresses.contiguous()).to(self._device, non_blocking=True)
         self._table[work.on_device, ADDRESSES] = addresses
+
+    def _readable(self, values: Tensor) -> Tensor:
+        """Host values where a copy to the device may read them: as they are; or, for a graph that
+        is being captured and copies again at every replay, in page-locked memory of its own.
+
+        None can be had during a capture, so the steps before it see to spares: two, because a step
+        with a global norm copies its addresses twice.
+        """
+        spares = self._spares.setdefault((*values.shape, values.dtype), [])
+        if not self._gpu.capturing():
+            while len(spares) < 2:
+                spares.append(self._gpu.pinned(*values.shape, dtype=values.dtype))
+            return values
+        if not spares:
+            raise RuntimeError(
+                "a CUDA graph of optimizer.step() wants an ordinary step() of the same parameters "
+                "before each capture"
+            )
+        self._of_graphs.append(spares.pop().copy_(values))
+        return self._of_graphs[-1]
 
     def _put_options(self, coefficients: dict[int, float | Tensor]) -> None:
         """Write the groups' options to the device: numbers where they have changed, tensors (a
@@ -433,9 +451,7 @@ class CudaEngine(DescriptorEngine):
         raw = bytes((plan.Options * len(groups))(*options))
         if raw != self._uploaded or tensors or self._captured:
             host = torch.frombuffer(bytearray(raw), dtype=torch.float64).view_as(self._options)
-            if self._gpu.capturing():
-                host = self._pinned_options.copy_(host)
-            self._options.copy_(host, non_blocking=True)
+            self._options.copy_(self._readable(host), non_blocking=True)
             self._uploaded = raw
         for position, word, value in tensors:
             self._options[position, word].copy_(value)

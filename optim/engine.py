@@ -41,7 +41,7 @@ class Work:
     ) -> None:
         self.members, self.stamp = torch.tensor(members), stamp
         self.launches: list[Any] = []  # the engine's own, like what else it notes down here
-        self.on_device, self.pinned = self.members, self.members
+        self.on_device = self.members
         self._parts = [list(state.values()) for state in states]
         parts = list(chain.from_iterable(self._parts))
         turns = max(1, -(-len(parts) // _ASKED))

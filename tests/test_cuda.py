@@ -166,3 +166,23 @@ def test_gradients_are_found_after_another_set_of_parameters_has_moved_them(host
             group[0].grad = usual
             one.step()
     assert not differences(optimizer, twin)
+
+
+def test_every_capture_has_memory_of_its_own_and_wants_a_step_before_it(host, monkeypatch):
+    params, optimizer = make(CASES[0])
+    set_grads(params, 0)
+    with on_host(host):
+        optimizer.step()
+    copied = optimizer._engine(torch.device("cpu"))._of_graphs
+    for captures in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "capturing", lambda: True)
+            optimizer.step()
+        assert len(copied) == 2 * captures  # the addresses and the options
+        optimizer.step()
+    assert len({x.data_ptr() for x in copied}) == 4
+    monkeypatch.setattr(host, "capturing", lambda: True)
+    optimizer.step()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"an ordinary step\(\)"):
+        optimizer.step()
