@@ -92,8 +92,12 @@ def peers(names: list[str] | None) -> tuple[list[Candidate], dict[str, str]]:
 
 
 def engine(optimizer: torch.optim.Optimizer) -> str:
-    """What runs the loop of one of ours: its backend."""
-    return str(getattr(optimizer, "backend", "torch"))
+    """What runs the loop of one of ours: native, or plain PyTorch where there is no kernel."""
+    from optim import plan
+
+    rule = getattr(type(optimizer), "rule", None)
+    fused = getattr(optimizer, "backend", "torch") == "native" and plan.has_rule(rule)
+    return "native" if fused else "plain PyTorch"
 
 
 def native_isa() -> str | None:
