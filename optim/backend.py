@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from optim import cuda, features, native
+from optim import cuda, features, gpu, native
 from optim.codecs import FactoredSign, join, layout, split
 from optim.rng import mix, round_stochastic_bf16
 
@@ -106,7 +106,7 @@ def unavailable(device: str) -> str | None:
     if device == "cpu":
         return native.unavailable()
     if device == "cuda":
-        return cuda.unavailable()
+        return gpu.unavailable()
     return f"there is no fused engine for {device}"
 
 

@@ -34,7 +34,7 @@ from bench.cases import CASES
 from bench.outcomes import Section, as_json, markdown, run, status
 from bench.subject import Subject
 
-from optim import cuda
+from optim import gpu
 
 SECONDS = 480.0
 NO_GPU = 2
@@ -100,7 +100,7 @@ def nothing_to_check() -> str | None:
     """Why this machine can show nothing, or None."""
     if not torch.cuda.is_available():
         return f"there is no GPU that torch {torch.__version__} can use; nothing was checked"
-    return cuda.unavailable()
+    return gpu.unavailable()
 
 
 def sections(subject: Subject, args: argparse.Namespace) -> list[Section]:

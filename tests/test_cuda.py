@@ -15,14 +15,14 @@ import torch
 from conftest import REPOSITORY
 from cuda_host import Host, on_host
 
-from optim import cuda, native
+from optim import gpu, native
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from bench.cases import CASES, kernels_of, make, set_grads
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
-needs_nvrtc = pytest.mark.skipif(cuda.unavailable() is not None, reason="no NVRTC")
+needs_nvrtc = pytest.mark.skipif(gpu.unavailable() is not None, reason="no NVRTC")
 NOTHING = contextlib.nullcontext()
 
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
@@ -36,7 +36,7 @@ needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="it i
 def test_every_kernel_compiles_and_keeps_everything_in_registers(arch):
     names = kernels_of(CASES)
     log = io.StringIO()
-    made = cuda.compile_kernels(names, arch, log)
+    made = gpu.compile_kernels(names, arch, log)
     assert made.symbol_mapping.keys() == set(names)
     report = log.getvalue()
     memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
@@ -48,15 +48,15 @@ def test_every_kernel_compiles_and_keeps_everything_in_registers(arch):
 @needs_nvrtc
 def test_a_kernel_is_compiled_once_and_then_taken_from_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTIM_CACHE", str(tmp_path / "kernels"))
-    gpu = cuda.Gpu.__new__(cuda.Gpu)
-    gpu._arch, gpu._sources, gpu._loaded = "sm_90", "x", {}
-    path = gpu._path(cuda.MEASURE)
-    gpu._compile(cuda.MEASURE, path)
+    card = gpu.Gpu.__new__(gpu.Gpu)
+    card._arch, card._sources, card._loaded = "sm_90", "x", {}
+    path = card._path(gpu.MEASURE)
+    card._compile(gpu.MEASURE, path)
     symbol, code = path.read_bytes().split(b"\n", 1)
     assert b"measure_kernel" in symbol
     assert code[:4] == b"\x7fELF"
-    gpu._sources = "y"  # other headers: another kernel
-    assert gpu._path(cuda.MEASURE) != path
+    card._sources = "y"  # other headers: another kernel
+    assert card._path(gpu.MEASURE) != path
 
 
 # In a process of its own, which finds the fake driver in place of the real one.
@@ -65,24 +65,24 @@ import contextlib, pathlib, sys, threading, warnings
 from types import SimpleNamespace
 warnings.simplefilter("error", DeprecationWarning)
 import torch
-from optim import cuda
+from optim import gpu
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0xABC0)
-gpu = cuda.Gpu.__new__(cuda.Gpu)
-gpu._device, gpu._threads = torch.device("cuda", 1), threading.local()
+card = gpu.Gpu.__new__(gpu.Gpu)
+card._device, card._threads = torch.device("cuda", 1), threading.local()
 for _ in range(2):
-    with gpu.here():
-        kernel = gpu._read(pathlib.Path(sys.argv[1]))
-        gpu.launch(kernel, 70000, 64, 4352, 0x7FFF12345678)
+    with card.here():
+        kernel = card._read(pathlib.Path(sys.argv[1]))
+        card.launch(kernel, 70000, 64, 4352, 0x7FFF12345678)
 """
 
 
 @needs_nvrtc
 @pytest.mark.skipif(sys.platform != "linux", reason="libcuda.so.1 is Linux's")
 def test_the_driver_is_asked_for_the_kernel_and_told_grid_stream_and_argument(tmp_path):
-    gpu = cuda.Gpu.__new__(cuda.Gpu)
-    gpu._arch = "sm_90"
-    gpu._compile(cuda.MEASURE, tmp_path / "kernel")
+    card = gpu.Gpu.__new__(gpu.Gpu)
+    card._arch = "sm_90"
+    card._compile(gpu.MEASURE, tmp_path / "kernel")
     symbol = (tmp_path / "kernel").read_bytes().split(b"\n", 1)[0].decode()
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     source, library = REPOSITORY / "tests" / "fake_driver.c", tmp_path / "libcuda.so.1"
@@ -105,7 +105,7 @@ def test_the_driver_is_asked_for_the_kernel_and_told_grid_stream_and_argument(tm
 
 def test_a_machine_without_cuda_core_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
-    reason = cuda.unavailable.__wrapped__()
+    reason = gpu.unavailable.__wrapped__()
     assert "pip install 'low-memory-trainer[cuda]'" in reason
 
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from cuda_host import Host, on_host
 
 import optim
-from optim import cuda, native
+from optim import cuda, gpu, native
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import gpu_check
@@ -50,7 +50,7 @@ def test_without_a_gpu_it_says_so_and_exits_with_2_from_anywhere(tmp_path):
 
 def test_a_gpu_without_what_compiles_its_kernels_is_no_pass(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "unavailable", lambda: "no cuda-core; pip install it")
+    monkeypatch.setattr(gpu, "unavailable", lambda: "no cuda-core; pip install it")
     assert gpu_check.main([]) == 2
     assert "pip install it" in capsys.readouterr().err
 

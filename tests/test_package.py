@@ -30,7 +30,7 @@ def test_the_optimizers_import_nothing_of_the_trainer():
     for path in python_files("optim"):
         roots = {name.split(".")[0] for name in imported(path)}
         known = {"optim", "torch", *sys.stdlib_module_names}
-        if path.name == "cuda.py":
+        if path.name == "gpu.py":
             known.add("cuda")  # cuda-core
         assert roots <= known, path
 

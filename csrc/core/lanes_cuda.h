@@ -1,7 +1,7 @@
 // The lane type of a GPU: one float, for every thread is a lane.
 //
 // Each function gives the bits that core/lanes_cpu.h gives in each of its lanes.  Quotients and
-// square roots are IEEE's as long as nobody asks the compiler for fast ones; optim/cuda.py does
+// square roots are IEEE's as long as nobody asks the compiler for fast ones; optim/gpu.py does
 // not, and forbids contraction.  Loads and stores take n = 1 where the element exists and 0 where
 // it does not, which reads as zero.
 #pragma once

@@ -1,4 +1,4 @@
-// The kernels of a GPU.  NVRTC compiles those that a run needs (optim/cuda.py), named by templates.
+// The kernels of a GPU.  NVRTC compiles those that a run needs (optim/gpu.py), named by templates.
 //
 // A bucket holds tensors of one kind: the same rule, codecs, dtypes and flags.  So these are
 // constants here, and what a run does not use is not in its kernels.

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 import optim
-from optim import cuda, plan
+from optim import gpu, plan
 from optim.engine import DescriptorEngine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -77,17 +77,17 @@ def set_grads(params: list[Parameter], step: int) -> None:
         param.grad = grad
 
 
-def kinds_of(case: Case) -> set[cuda.Kind]:
+def kinds_of(case: Case) -> set[gpu.Kind]:
     """The kinds of tensors, with kernels each, that a run of this case has."""
     params, optimizer = make(case, backend="torch")
     set_grads(params, 0)
     flags = plan.group_options(optimizer.param_groups[0], 1.0).flags
     rule = type(optimizer).rule.__name__
-    kinds: set[cuda.Kind] = set()
+    kinds: set[gpu.Kind] = set()
 
     class Describing(DescriptorEngine):
         def _make(self, work: Any, places: Any) -> None:
-            kinds.update(cuda.kind_of(rule, d, flags) for d in self._descriptors)
+            kinds.update(gpu.kind_of(rule, d, flags) for d in self._descriptors)
 
     Describing(optimizer)._refresh(optimizer._places())
     return kinds
@@ -96,4 +96,4 @@ def kinds_of(case: Case) -> set[cuda.Kind]:
 def kernels_of(cases: list[Case]) -> list[str]:
     """The names of all kernels that these cases run."""
     kinds = set().union(*map(kinds_of, cases))
-    return sorted({name for kind in kinds for name, _ in kind.passes()} | {cuda.MEASURE})
+    return sorted({name for kind in kinds for name, _ in kind.passes()} | {gpu.MEASURE})

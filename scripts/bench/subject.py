@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optim import cuda, native
+from optim import gpu, native
 
 
 class Subject:
@@ -20,11 +20,11 @@ class Subject:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.native = native.unavailable() is None
-        self.gpu: Any = cuda.gpu_of(device)
+        self.gpu: Any = gpu.gpu_of(device)
 
     def fresh(self) -> Any:
-        """A `cuda.Gpu` that has loaded nothing yet."""
-        return cuda.Gpu(self.device)
+        """A `gpu.Gpu` that has loaded nothing yet."""
+        return gpu.Gpu(self.device)
 
     def engines(self) -> AbstractContextManager[Any]:
         """Within it, optimizers that make their first step get this device's engine."""

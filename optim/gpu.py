@@ -1,0 +1,261 @@
+"""A GPU as the CUDA engine sees it: the driver, and the kernels of `csrc/`, compiled at first use
+for the card at hand.
+
+There is no nvcc and no toolkit: NVRTC, which comes with torch, compiles the very headers that the
+CPU engine is built from, through NVIDIA's cuda-core (`pip install 'low-memory-trainer[cuda]'`).
+What it makes is kept on disk by content, so a second run, or an upgrade that changes no kernel,
+compiles nothing.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim import plan
+
+_log = logging.getLogger(__name__)
+
+_HEADER = '#include "engine/cuda.h"\n'
+_SLOTS = (
+    "NoSlot",
+    "DenseSlot",
+    "Bf16Slot",
+    "Block8Slot",
+    "Float8Slot",
+    "FactoredSlot<false>",
+    "FactoredSlot<true>",
+)  # by CodecId
+# The passes over tiles that some flag asks for, and the Phase of tensors that follows each.
+_PASSES = (
+    ("measure", ("orthograd", "grad_clip", "scale_parameter"), 2),
+    ("factor", (), 4),  # asked for by a factored Adafactor
+    ("norm", ("growth_limit", "clip_exact"), 6),
+    ("align", ("cautious",), 8),
+)
+_BEGIN, _FINISH = 0, 10
+MEASURE = "engine::cuda::measure_kernel"
+
+
+@cache
+def unavailable() -> str | None:
+    """Why CUDA tensors cannot have the fused kernels, or None where they can."""
+    try:
+        from cuda.bindings import nvrtc
+        from cuda.core import Program
+
+        del Program
+        failed, *_ = nvrtc.nvrtcVersion()
+    except Exception as error:  # whatever a package that is not there, or a broken one, raises
+        return (
+            f"the CUDA kernels are compiled with cuda-core and NVRTC ({error}); "
+            "pip install 'low-memory-trainer[cuda]'"
+        )
+    if torch.version.hip is not None:
+        return "its kernels are CUDA's, and this torch is ROCm's"
+    if failed:
+        return f"NVRTC does not answer ({failed})"
+    if sources() is None:
+        return "csrc/ is not beside the package"
+    return None
+
+
+def sources() -> Path | None:
+    """The folder of the kernels' headers: in the package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next((p for p in (package / "csrc", package.parent / "csrc") if p.is_dir()), None)
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for."""
+
+    rule: str  # of optim/reference.py
+    codecs: tuple[int, int, int]  # CodecId of each slot
+    weight_dtype: int
+    grad_dtype: int
+    flags: int
+    compensated: bool
+
+    @property
+    def num_factored(self) -> int:
+        return sum(_SLOTS[codec].startswith("Factored") for codec in self.codecs)
+
+    def has(self, *flags: str) -> bool:
+        return any(self.flags >> plan.FLAGS.index(flag) & 1 for flag in flags)
+
+    def template(self) -> str:
+        """Its name in C++ (`Kind` in csrc/engine/cuda.h)."""
+        matrix = _SLOTS[self.codecs[2]].startswith("Factored")
+        rule = self.rule.capitalize()
+        if rule == "Adafactor":
+            rule += "Matrix" if matrix else "Vector"
+        parts = [f"engine::cuda::{x}" for x in (rule, *(_SLOTS[codec] for codec in self.codecs))]
+        return (
+            f"engine::cuda::Kind<{', '.join(parts)}, {self.weight_dtype}, {self.grad_dtype}, "
+            f"{self.flags}, {str(self.compensated).lower()}>"
+        )
+
+    def passes(self) -> list[tuple[str, bool]]:
+        """What a step runs for it, in order: (kernel, whether of tiles)."""
+        template, names = self.template(), [(_tensor_kernel(_BEGIN), False)]
+        factors = self.rule == "adafactor" and _SLOTS[self.codecs[2]].startswith("Factored")
+        for name, flags, after in _PASSES:
+            if self.has(*flags) or (name == "factor" and factors):
+                kernel = f"engine::cuda::{name}_kernel<{template}>"
+                names.append((MEASURE if name == "measure" else kernel, True))
+                names.append((_tensor_kernel(after), False))
+        names.append((f"engine::cuda::apply_kernel<{template}>", True))
+        return [*names, (_tensor_kernel(_FINISH), False)]
+
+
+def kind_of(rule: str, d: plan.Descriptor, flags: int) -> Kind:
+    """The kind of a described parameter, by its group's flags."""
+    fast, slow, square = (moment.codec for moment in d.moments)
+    codecs = (fast, slow, square)
+    return Kind(rule, codecs, d.weight_dtype, d.grad_dtype, flags, d.compensation != 0)
+
+
+def _tensor_kernel(phase: int) -> str:
+    return f"engine::cuda::tensor_kernel<{phase}>"
+
+
+def compile_kernels(names: Iterable[str], arch: str, log: Any = None) -> Any:
+    """Compile kernels for an architecture ("sm_90"): -> `cuda.core.ObjectCode`, a cubin with a
+    symbol for each name.  Needs no GPU.  Raises what NVRTC says of an error in the sources.
+
+    No contraction and no fast arithmetic: the bits are the CPU's.  `log` (a text file) receives
+    registers and spills.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        std="c++17",
+        arch=arch,
+        fma=False,
+        include_path=str(sources()),
+        ptxas_options=["-v"] if log is not None else None,
+    )
+    program = Program(_HEADER, code_type="c++", options=options)
+    return program.compile("cubin", name_expressions=tuple(names), logs=log)
+
+
+class Gpu:
+    """One device: its kernels, compiled or taken from the disk when first asked for, and what an
+    engine asks of the driver."""
+
+    def __init__(self, device: torch.device) -> None:
+        from cuda.bindings import nvrtc
+
+        self._device = device
+        self._threads = threading.local()
+        major, minor = torch.cuda.get_device_capability(device)
+        self._arch = f"sm_{major}{minor}"
+        _, *version = nvrtc.nvrtcVersion()
+        root = sources()
+        assert root is not None
+        digest = hashlib.sha256(f"{version} {self._arch}".encode())
+        for path in sorted(root.rglob("*.h")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+        self._sources = digest.hexdigest()
+        self._loaded: dict[str, Any] = {}
+
+    def launch(self, kernel: Any, grid: int, block: int, shared: int, address: int) -> None:
+        """Enqueue kernel(address) on the current stream; `shared` is in bytes."""
+        from cuda.core import LaunchConfig, launch
+
+        stream = _stream(torch.cuda.current_stream(self._device).cuda_stream)
+        config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
+        launch(stream, config, kernel, address)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """The device as torch's current one, with its context current in this thread: torch leaves
+        that to a thread's first allocation or kernel, and the first may be a launch of ours."""
+        from cuda.core import Device
+
+        with torch.cuda.device(self._device):
+            if not hasattr(self._threads, "ready"):
+                Device(self._device.index).set_current()
+                self._threads.ready = True
+            yield
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Page-locked host memory, from which a captured copy reads again at every replay."""
+        return torch.empty(shape, dtype=dtype).pin_memory()
+
+    def load(self, names: Iterable[str]) -> dict[str, Any]:
+        """These kernels, by name."""
+        missing = [name for name in dict.fromkeys(names) if name not in self._loaded]
+        paths = {name: self._path(name) for name in missing}
+        fresh = [name for name in missing if not paths[name].exists()]
+        if fresh:
+            began = time.perf_counter()
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda name: self._compile(name, paths[name]), fresh))
+            seconds = time.perf_counter() - began
+            _log.warning(
+                "compiled %d CUDA kernels for %s in %.1f s; they are kept in %s",
+                *(len(fresh), self._arch, seconds, paths[fresh[0]].parent),
+            )
+        for name in missing:
+            self._loaded[name] = self._read(paths[name])
+        return self._loaded
+
+    def _path(self, name: str) -> Path:
+        key = hashlib.sha256(f"{self._sources} {name}".encode()).hexdigest()[:32]
+        return cache_folder() / f"{key}.cubin"
+
+    def _compile(self, name: str, path: Path) -> None:
+        """To the disk: a line with the symbol, then the cubin."""
+        made = compile_kernels([name], self._arch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(_symbol(made, name) + b"\n" + made.code)
+        partial.replace(path)
+
+    def _read(self, path: Path) -> Any:
+        from cuda.core import ObjectCode
+
+        symbol, code = path.read_bytes().split(b"\n", 1)
+        return ObjectCode.from_cubin(code).get_kernel(symbol.decode())
+
+
+@cache
+def _stream(handle: int) -> Any:
+    """A stream of torch's as cuda-core's."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def _symbol(made: Any, name: str) -> bytes:
+    symbol = made.symbol_mapping[name]
+    return symbol if isinstance(symbol, bytes) else symbol.encode()
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: OPTIM_CACHE, or the user's cache folder."""
+    if "OPTIM_CACHE" in os.environ:
+        return Path(os.environ["OPTIM_CACHE"])
+    root = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(root).expanduser() / "low-memory-trainer" / "kernels"
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The one `Gpu` of a device that has an index."""
+    return Gpu(device)
