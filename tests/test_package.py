@@ -128,6 +128,7 @@ def test_a_wheel_built_with_a_compiler_steps_natively_elsewhere(tmp_path):
     site, environment = installed_wheel(tmp_path)
     (module,) = site.glob("optim/_native*")
     assert module.stat().st_size < 10e6
+    assert (site / "optim/csrc/engine/cuda.h").is_file()  # from which a GPU's kernels are compiled
     program = (
         "import torch, optim; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
         "o = optim.AdamW8bit([p], backend='native'); o.step(); print(o.backend, optim.__file__)"
