@@ -58,6 +58,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         choice = chosen.pop("backend")
         super().__init__(params, chosen)
         self.backend = backend.resolve(choice, self._device_types())
+        if self.backend == "native" and not plan.has_rule(type(self).rule):
+            backend.fall_back(f"{type(self).__name__} has no fused kernel")
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:
