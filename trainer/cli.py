@@ -35,7 +35,7 @@ A sweep, with a table of the runs at the end; and going on with the newest run, 
 Choices (group=choice):
 {groups}
 Options (key=value) and their values, for what was chosen: add `--cfg job`, or for one group
-`--cfg job --package optim`.  What an option means is written beside it in trainer/config.py, and
+`--cfg job --package optim`.  What an option means is written beside it in trainer/config/, and
 for optimizers in the docstrings of optim/.  A run writes its checkpoints, pictures, metrics.jsonl
 and the trained model to runs/DATE/TIME-NAME.
 """

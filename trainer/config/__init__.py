@@ -1,0 +1,41 @@
+"""The schema: one file for every configuration group, one dataclass for each of its choices.
+Types, bounds and meaning live here, values in `conf/`."""
+
+from trainer.config.data import PICTURE_SUFFIXES, DataConfig
+from trainer.config.files import ASSETS, choices_of, conf_dir, flatten, group_names
+from trainer.config.log import LogConfig, WandbConfig
+from trainer.config.loss import HuberConfig, MseConfig
+from trainer.config.method import FullConfig, LoraConfig
+from trainer.config.model import DTYPES, ModelConfig
+from trainer.config.optimizer import ExternalConfig, PeerConfig, optimizer_schema, peer_schema
+from trainer.config.root import ALTERNATIVES, Config
+from trainer.config.runtime import RuntimeConfig
+from trainer.config.schedule import ConstantConfig, CosineConfig, LinearConfig
+
+__all__ = [
+    "ALTERNATIVES",
+    "ASSETS",
+    "DTYPES",
+    "PICTURE_SUFFIXES",
+    "Config",
+    "ConstantConfig",
+    "CosineConfig",
+    "DataConfig",
+    "ExternalConfig",
+    "FullConfig",
+    "HuberConfig",
+    "LinearConfig",
+    "LogConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "MseConfig",
+    "PeerConfig",
+    "RuntimeConfig",
+    "WandbConfig",
+    "choices_of",
+    "conf_dir",
+    "flatten",
+    "group_names",
+    "optimizer_schema",
+    "peer_schema",
+]

@@ -1,0 +1,43 @@
+"""Options with bounds: what a value may be is written where the option is.
+
+    steps: int = within(1)               a number in [1, inf)
+    dtype: str = one_of("float32", ...)  one of these words
+
+`trainer.validate` refuses anything else by the option's name.  They have no default: values are in
+`conf/`.  Where the type allows None, None passes.
+"""
+
+import math
+from dataclasses import field, fields
+from typing import Any
+
+from optim.options import unknown
+
+
+def within(low: float, high: float = math.inf) -> Any:
+    """A number in [low, high], for a dataclass's field."""
+    return field(metadata={"range": (low, high)})
+
+
+def one_of(*choices: str) -> Any:
+    """One of these words, for a dataclass's field."""
+    return field(metadata={"choices": choices})
+
+
+def complaint(node: Any, prefix: str) -> str | None:
+    """What is wrong with the first value of this dataclass that its field does not allow."""
+    for option in fields(node):
+        key, value = f"{prefix}{option.name}", getattr(node, option.name)
+        if value is None:
+            continue
+        choices = option.metadata.get("choices")
+        if choices and value not in choices:
+            return f"{key}={value}: {unknown('choice', value, choices)}"
+        low, high = option.metadata.get("range", (-math.inf, math.inf))
+        if "range" in option.metadata and not low <= value <= high:
+            return f"{key}={value} is out of range; it must be {_interval(low, high)}"
+    return None
+
+
+def _interval(low: float, high: float) -> str:
+    return f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"

@@ -1,0 +1,39 @@
+"""The YAML files: where they are, and what they offer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).parents[1]
+ASSETS = _PACKAGE / "assets"
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package where it was installed from a wheel, beside it
+    in a source tree."""
+    packaged = _PACKAGE / "conf"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / "conf"
+
+
+def group_names() -> list[str]:
+    """The configuration's groups, as `conf/` has them."""
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+
+
+def choices_of(group: str) -> list[str]:
+    """What a group offers, subfolders included: adamw, peer/hf_adafactor."""
+    folder = conf_dir() / group
+    files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    return sorted(path.with_suffix("").as_posix() for path in files)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+    return flat

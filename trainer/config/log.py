@@ -1,0 +1,27 @@
+"""`log=`: what is reported, where and how often."""
+
+from dataclasses import dataclass
+
+from trainer.config.fields import one_of, within
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    project: str
+    mode: str = one_of("offline", "online", "disabled")
+    entity: str | None
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What is reported, and how often, in steps."""
+
+    every: int = within(1)
+    eval_every: int = within(0)  # 0 = only before the first step and after the last
+    # Fixed (picture, timestep, noise) triples that eval/loss is the mean of.
+    eval_points: int = within(1)
+    sample_every: int = within(0)  # 0 = only before and after
+    sample_count: int = within(0)  # pictures in a sample grid
+    sample_steps: int = within(1, 1000)
+    guidance_scale: float = within(0, 100)
+    wandb: WandbConfig | None

@@ -1,0 +1,44 @@
+"""`optim=`: the optimizer, of the family or from anywhere.
+
+The family's options are not written down here: they are its class's signature
+(`optim.options_of`), turned into a dataclass by `optimizer_schema`, so that a default has one home.
+"""
+
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any
+
+import optim
+
+
+@dataclass(kw_only=True)
+class ExternalConfig:
+    """Any torch optimizer, by dotted path."""
+
+    name: str = "external"
+    class_path: str  # for example torch.optim.RAdam
+    lr: float
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the class
+
+
+@dataclass(kw_only=True)
+class PeerConfig(ExternalConfig):
+    """An optimizer of somebody else's package, with options under which it can be compared."""
+
+    package: str  # what pip installs; the run records its version
+
+
+def peer_schema(choice: str) -> type:
+    """PeerConfig for one file of conf/optim/peer, which is called by its choice:
+    peer/hf_adafactor."""
+    title = choice.replace("/", "_")
+    return make_dataclass(title, [("name", str, choice)], bases=(PeerConfig,), kw_only=True)
+
+
+def optimizer_schema(name: str) -> type:
+    """A dataclass of this optimizer's options with the defaults of its class's signature, and its
+    name.
+
+    `seed` is left out: the rounding takes the run's.
+    """
+    options = [(k, *option) for k, option in optim.options_of(name).items() if k != "seed"]
+    return make_dataclass(f"{name}_options", [("name", str, name), *options], kw_only=True)

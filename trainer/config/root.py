@@ -1,0 +1,35 @@
+"""The whole configuration of a run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config.data import DataConfig
+from trainer.config.log import LogConfig
+from trainer.config.loss import HuberConfig, MseConfig
+from trainer.config.method import FullConfig, LoraConfig
+from trainer.config.model import ModelConfig
+from trainer.config.runtime import RuntimeConfig
+from trainer.config.schedule import ConstantConfig, CosineConfig, LinearConfig
+
+
+@dataclass(kw_only=True)
+class Config:
+    seed: int
+    name: str  # of the run, in its folder and in W&B
+    resume: str | None  # a checkpoint folder, a run folder, or latest
+    model: ModelConfig
+    data: DataConfig
+    method: Any  # FullConfig | LoraConfig
+    optim: Any  # optimizer_schema(name), ExternalConfig, or peer_schema(choice)
+    loss: Any  # MseConfig | HuberConfig
+    schedule: Any  # ConstantConfig | LinearConfig | CosineConfig
+    runtime: RuntimeConfig
+    log: LogConfig
+
+
+# Groups whose choices have different options; a YAML file names the schema that it fills in.
+ALTERNATIVES: dict[str, tuple[Any, ...]] = {
+    "method": (FullConfig, LoraConfig),
+    "loss": (MseConfig, HuberConfig),
+    "schedule": (ConstantConfig, LinearConfig, CosineConfig),
+}

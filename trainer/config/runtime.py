@@ -1,0 +1,24 @@
+"""`runtime=`: where the loop runs, what it keeps, and when it stops."""
+
+from dataclasses import dataclass
+
+from trainer.config.fields import within
+
+
+@dataclass(kw_only=True)
+class RuntimeConfig:
+    """Where the loop runs, what it keeps, and when it stops."""
+
+    device: str  # auto, cpu, cuda or cuda:N
+    threads: int | None = within(1, 1024)  # CPU threads; null leaves torch's choice
+    save_every: int = within(0)  # steps between checkpoints; 0 saves only at the end
+    keep_checkpoints: int = within(1)  # older ones are deleted
+    # Step inside the backward pass, with a bucket of gradients alive instead of all of them: the
+    # same weights, bit for bit.  For this family's optimizers; a global norm to clip by cannot be
+    # had.  Under a finite loss, elements with a gradient that is not are left alone, and the others
+    # are stepped, where the step would be skipped otherwise.
+    fused_backward: bool
+    # Steps in a row without a finite loss and gradient before the run stops.
+    max_skipped_steps: int = within(0)
+    # Let `resume` go on with a configuration that differs from the checkpoint's.
+    allow_config_change: bool

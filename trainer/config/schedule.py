@@ -1,0 +1,31 @@
+"""`schedule=`: the length of a run, and the learning rate along it."""
+
+from dataclasses import dataclass
+
+from trainer.config.fields import within
+
+
+@dataclass(kw_only=True)
+class ConstantConfig:
+    """Length of the run and the learning rate along it, in optimizer steps: warm up, then keep
+    it."""
+
+    name: str = "constant"
+    steps: int = within(1)
+    warmup_steps: int = within(0)
+
+
+@dataclass(kw_only=True)
+class LinearConfig(ConstantConfig):
+    """Warm up, hold, then decay in a straight line."""
+
+    name: str = "linear"
+    hold: float = within(0, 1)  # share of the run before the decay begins
+    final_scale: float = within(0, 1)  # the last step's learning rate as a share of the peak
+
+
+@dataclass(kw_only=True)
+class CosineConfig(LinearConfig):
+    """Warm up, hold, then decay along half a cosine."""
+
+    name: str = "cosine"
