@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 
 from trainer.config import DTYPES, ModelConfig
 from trainer.errors import UserError
@@ -38,24 +38,3 @@ def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusionX
         part.requires_grad_(False)
         part.eval()
     return pipeline
-
-
-def training_noise(pipeline: StableDiffusionXLPipeline) -> DDPMScheduler:
-    """The model's own noise schedule: betas, prediction type and terminal SNR as its scheduler's
-    config says.
-
-    Raises UserError for a prediction type that training does not know, or zero terminal SNR with
-    epsilon prediction, which has nothing to predict from at the last timestep.
-    """
-    noise = DDPMScheduler.from_config(pipeline.scheduler.config)
-    kind = noise.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"the model's scheduler predicts {kind!r}; epsilon and v_prediction can be trained"
-        )
-    if kind == "epsilon" and noise.config.rescale_betas_zero_snr:
-        raise UserError(
-            "the model's scheduler has zero terminal SNR with epsilon prediction; "
-            "it needs v_prediction"
-        )
-    return noise

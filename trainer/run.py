@@ -21,6 +21,7 @@ from trainer import (
     memory,
     method,
     metrics,
+    noise,
     optimizers,
     pictures,
     record,
@@ -31,7 +32,7 @@ from trainer import (
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.guard import Guard
-from trainer.model import load_pipeline, training_noise
+from trainer.model import load_pipeline
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 
@@ -84,7 +85,8 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
     pipeline = load_pipeline(config.model, device)
-    schedule = training_noise(pipeline)
+    noise.apply(config.noise, pipeline)
+    schedule = noise.training_schedule(pipeline.scheduler.config, config.noise)
     encoded = conditioning.encode(pipeline, samples)
 
     method.attach(config.method, pipeline, config.seed)
@@ -106,7 +108,11 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         data=encoded,
         fingerprint=fingerprint,
         eval_batches=batches.eval_batches(
-            encoded, schedule, config.log.eval_points, config.data.batch_size
+            range(len(samples)),
+            lambda rows: batches.gathered(encoded, rows, 0.0, config.seed, 0),
+            schedule,
+            config.log.eval_points,
+            config.data.batch_size,
         ),
         sampler=sampling.Sampler(
             pipeline=pipeline,
@@ -148,16 +154,19 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         indices = data.batch_indices(
             config.seed, step, config.data.batch_size, len(state.data.latents)
         )
-        batch = batches.training_batch(
-            state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
+        inputs = batches.gathered(
+            state.data, indices, config.data.caption_dropout, config.seed, step
         )
+        batch = batches.noised(inputs, state.schedule, config.noise, config.seed, step)
 
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).
-        curvature.estimate(state.optimizer, unet, batch, config.seed, step)
+        curvature.estimate(
+            state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
+        )
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
+        loss = losses.loss(config.loss, state.schedule, batches.predict(unet, batch), batch)
         grad_norm = taken.backward(loss)
 
         # Judge the step: unless loss and gradients are finite, leave everything as it was.
@@ -228,10 +237,10 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 
 def evaluate(state: State, writer: metrics.Metrics) -> float:
-    """The loss at the fixed eval points, written as eval/loss."""
-    value = losses.evaluate(state.pipeline.unet, state.eval_batches)
-    writer.write(state.step, {"eval/loss": value})
-    return value
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
+    found = losses.evaluate(state.pipeline.unet, state.schedule, state.eval_batches)
+    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
+    return found["loss"]
 
 
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
