@@ -17,6 +17,7 @@ from trainer.batches import (
     sample_noise,
 )
 from trainer.conditioning import Encoded
+from trainer.text import Text
 
 
 @pytest.fixture
@@ -24,11 +25,16 @@ def data():
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randn(6, 3, 8, generator=generator)
     prompt[-1] = 0
+
+    def read(captions):
+        rows = prompt[[-1 if caption is None else int(caption) for caption in captions]]
+        return Text(prompt=rows, pooled=rows[:, 0])
+
     return Encoded(
         latents=torch.randn(5, 4, 8, 8, generator=generator),
-        prompt=prompt,
-        pooled=prompt[:, 0].clone(),
+        captions=["0", "1", "2", "3", "4"],
         time_ids=torch.ones(5, 6),
+        read=read,
     )
 
 
@@ -69,7 +75,8 @@ def test_default_batches_and_eval_points_are_those_of_the_first_release(
     assert torch.allclose(batch.target.flatten()[:3], expected, atol=1e-6)
     expected = torch.tensor([0.06566241, 1.20923758, 2.34197640])
     assert torch.allclose(batch.noisy.flatten()[:3], expected, atol=1e-6)
-    points = eval_batches(range(5), lambda r: gathered(data, r, 0.0, 0, 0), v_schedule, 7, 3)
+    gather = lambda rows: gathered(data, rows, 0.0, 0, 0)  # noqa: E731
+    points = list(eval_batches(range(5), gather, v_schedule, 7, 3))
     assert [b.timesteps.tolist() for b in points] == [[309, 927, 545], [163, 781, 399], [17]]
     expected = torch.tensor([-0.25871280, -0.23751730, 0.24907050])
     assert torch.allclose(points[0].noisy.flatten()[:3], expected, atol=1e-6)
@@ -126,7 +133,7 @@ def test_weights_masks_and_half_precision_latents_pass_through_in_fp32(v_schedul
 def test_eval_points_are_fixed_and_cover_rows_and_timesteps(data, v_schedule):
     def points():
         gather = lambda rows: gathered(data, rows, 0.0, 0, 0)  # noqa: E731
-        batches = eval_batches(range(5), gather, v_schedule, 50, 16)
+        batches = list(eval_batches(range(5), gather, v_schedule, 50, 16))
         return torch.cat([b.timesteps for b in batches]), torch.cat([b.noisy for b in batches])
 
     timesteps, noisy = points()
@@ -144,9 +151,10 @@ def test_eval_points_use_only_their_rows_and_put_one_size_in_a_batch(data, v_sch
         asked.append(rows)
         return gathered(data, rows, 0.0, 0, 0)
 
-    batches = eval_batches([1, 3, 4], gather, v_schedule, 9, 4, size_of=lambda row: row == 3)
+    sizes = lambda row: row == 3  # noqa: E731
+    batches = list(eval_batches([1, 3, 4], gather, v_schedule, 9, 4, sizes))
     assert asked == [[1, 4, 1, 4], [1, 4], [3, 3, 3]]
-    in_order = eval_batches([1, 3, 4], gather, v_schedule, 9, 9)[0]
+    (in_order,) = eval_batches([1, 3, 4], gather, v_schedule, 9, 9)
     assert torch.equal(batches[2].noisy, in_order.noisy[1::3])
     assert torch.equal(batches[2].timesteps, in_order.timesteps[1::3])
 

@@ -18,7 +18,7 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_loads(quick, dtype):
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "model")
     trained = weights(folder, 4)
     for name, tensor in pipeline.unet.state_dict().items():
-        assert torch.equal(tensor.float(), trained[name].float()), name
+        assert torch.equal(tensor.float(), trained[f"unet.{name}"].float()), name
     grid = Image.open(folder / "samples/step-000004.png")
     assert grid.size == (64 + 2 * 96, 14 + 3 * 96 + 6)  # titles, two columns; original, before, now
     for name in ("config.yaml", "environment.json", "summary.json", "train.log"):
@@ -49,7 +49,7 @@ def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path):
     config = composed(*QUICK, *options, *more, "schedule=wsd", "log.sample_steps=2")
     state = assemble(config, tmp_path, None)
     assert state.schedule.config.prediction_type == "epsilon"
-    assert state.sampler.pipeline.scheduler.config.prediction_type == "epsilon"
+    assert state.model.sampling_schedule().config.prediction_type == "epsilon"
     writer = metrics.Metrics(tmp_path, config, 0)
     train(state, writer, [])
     finish(state, writer)
@@ -64,7 +64,7 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     composed, tmp_path, rank, alpha
 ):
     """alpha != rank included: a reader that lost alpha would draw another picture."""
-    from trainer.run import assemble, finish, train
+    from trainer.run import assemble, eval_batches, finish, train
 
     config = composed(
         *QUICK, "method=lora", f"method.rank={rank}", f"method.alpha={alpha}", "optim.lr=0.05"
@@ -75,13 +75,13 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     finish(state, writer)
 
     reader = StableDiffusionXLPipeline.from_pretrained(config.model.path).to(torch.float32)
-    batch = state.eval_batches[0]
+    batch = next(eval_batches(state))
     without = batches.predict(reader.unet, batch)
     reader.load_lora_weights(tmp_path / "lora")
-    state.pipeline.unet.eval()
+    state.model.unet.eval()
     with torch.no_grad():
         here, there = (
-            batches.predict(state.pipeline.unet, batch),
+            batches.predict(state.model.unet, batch),
             batches.predict(reader.unet, batch),
         )
     assert torch.allclose(here, there, atol=1e-5)

@@ -5,7 +5,7 @@ here draws from a global generator.  Two runs with one seed therefore train on t
 timesteps whatever their optimizer, and their losses can be compared point by point.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +50,17 @@ class Batch:
 
 def gathered(data: Encoded, indices: list[int], dropout: float, seed: int, number: int) -> Inputs:
     """These samples, a share `dropout` of them with the empty prompt, drawn for batch `number`."""
-    empty = len(data.latents)
-    texts = [
-        empty if rng.uniform(seed, Stream.DROPOUT, number, place) < dropout else index
-        for place, index in enumerate(indices)
+    dropped = [
+        rng.uniform(seed, Stream.DROPOUT, number, place) < dropout for place in range(len(indices))
     ]
+    captions = [
+        None if drop else data.captions[row] for drop, row in zip(dropped, indices, strict=True)
+    ]
+    text = data.read(captions)
     return Inputs(
         latents=data.latents[indices],
-        prompt=data.prompt[texts],
-        pooled=data.pooled[texts],
+        prompt=text.prompt,
+        pooled=text.pooled,
         time_ids=data.time_ids[indices],
     )
 
@@ -81,7 +83,7 @@ def eval_batches(
     points: int,
     batch_size: int,
     size_of: Callable[[int], object] = lambda row: None,
-) -> list[Batch]:
+) -> Iterator[Batch]:
     """Fixed (row, timestep, noise) triples: `points` of them, white noise over all timesteps, the
     same in every run whatever its noise options.
 
@@ -90,18 +92,16 @@ def eval_batches(
     evenly for any number of points and does not fall into step with the rows.
     """
     count = schedule.config.num_train_timesteps
-    by_size: dict[object, list[int]] = {}
+    by_size: dict[object, list[int]] = {}  # the points' numbers
     for point in range(points):
         by_size.setdefault(size_of(rows[point % len(rows)]), []).append(point)
-    batches = []
     for members in by_size.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
             inputs = gather([rows[point % len(rows)] for point in chosen])
             timesteps = torch.tensor([int((p + 0.5) * _GOLDEN % 1 * count) for p in chosen])
             drawn = torch.stack([_fixed(inputs.latents[0], point) for point in chosen])
-            batches.append(_batch(inputs, schedule, timesteps, drawn, drawn))
-    return batches
+            yield _batch(inputs, schedule, timesteps, drawn, drawn)
 
 
 def sample_noise(like: Tensor, count: int) -> Tensor:

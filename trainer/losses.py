@@ -14,6 +14,8 @@ equal micro-batches is the loss of all their samples together.  A batch that is 
 others has the mean over its own elements.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
@@ -98,7 +100,9 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(unet: nn.Module, schedule: DDPMScheduler, batches: list[Batch]) -> dict[str, float]:
+def evaluate(
+    unet: nn.Module, schedule: DDPMScheduler, batches: Iterable[Batch]
+) -> dict[str, float]:
     """Mean squared error over fixed eval batches: {"loss": ..., "loss_t000_250": ..., ...}, over
     all elements and over those in each quarter of the timesteps that has any.
 

@@ -68,16 +68,6 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def apply(config: NoiseConfig, pipeline: Any) -> None:
-    """Give a pipeline the scheduler that its model has after training, which draws its samples and
-    is exported with it.  Raises UserError as `scheduler_config`."""
-    model = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
-    after = scheduler_config(config, model)
-    if any(model.get(key) != value for key, value in after.items()):
-        scheduler = getattr(diffusers, after["_class_name"]).from_config(after)
-        pipeline.register_modules(scheduler=scheduler)
-
-
 def training_schedule(scheduler: Mapping[str, Any], config: NoiseConfig) -> DDPMScheduler:
     """The noise schedule of training: betas, prediction type and terminal SNR of this scheduler's
     configuration (`scheduler_config`).

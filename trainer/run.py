@@ -2,12 +2,12 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler
 
 from trainer import (
     batches,
@@ -26,13 +26,14 @@ from trainer import (
     pictures,
     record,
     report,
+    result,
     sampling,
     signals,
 )
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.guard import Guard
-from trainer.model import load_pipeline
+from trainer.model import Model
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 
@@ -45,11 +46,10 @@ class State:
 
     config: Config
     folder: Path
-    pipeline: StableDiffusionXLPipeline
+    model: Model
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
-    eval_batches: list[batches.Batch]
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -84,38 +84,34 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     device = _device(config.runtime.device)
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
-    pipeline = load_pipeline(config.model, device)
-    noise.apply(config.noise, pipeline)
-    schedule = noise.training_schedule(pipeline.scheduler.config, config.noise)
-    encoded = conditioning.encode(pipeline, samples)
+    model = Model(config.model, device)
+    model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
+    schedule = noise.training_schedule(model.scheduler, config.noise)
+    model.keep_text_encoders(config.method.train)
+    encoded = conditioning.encode(model, samples)
 
-    method.attach(config.method, pipeline, config.seed)
+    model.load_unet()
+    method.attach(config.method, model, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
-    optimizer = optimizers.build(config.optim, pipeline.unet, config.seed)
+    optimizer = optimizers.build(
+        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed
+    )
     fingerprint = data.fingerprint(samples)
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
-        method.restore(pipeline.unet, resumed.weights)
+        method.restore(model, resumed.weights)
         optimizers.restore(optimizer, resumed.optimizer)
         log.info("resumed after step %d", resumed.step)
-    pipeline.unet.train()
     counters = resumed.counters if resumed else checkpoint.Counters()
     return State(
         config=config,
         folder=folder,
-        pipeline=pipeline,
+        model=model,
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
-        eval_batches=batches.eval_batches(
-            range(len(samples)),
-            lambda rows: batches.gathered(encoded, rows, 0.0, config.seed, 0),
-            schedule,
-            config.log.eval_points,
-            config.data.batch_size,
-        ),
         sampler=sampling.Sampler(
-            pipeline=pipeline,
+            model=model,
             data=encoded,
             samples=samples,
             config=config.log,
@@ -134,8 +130,8 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
 
 def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
-    config, unet = state.config, state.pipeline.unet
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+    config, unet = state.config, state.model.unet
+    parameters = state.model.trained_parameters()
     taken = gradients.make(config, parameters, state.optimizer)
     if state.step == 0:
         state.eval_loss_before = evaluate(state, writer)
@@ -207,7 +203,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = method.export(state.config.method, state.pipeline, state.folder)
+    exported = result.export(state.config.method, state.model, state.folder)
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -238,9 +234,22 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 def evaluate(state: State, writer: metrics.Metrics) -> float:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
-    found = losses.evaluate(state.pipeline.unet, state.schedule, state.eval_batches)
+    found = losses.evaluate(state.model.unet, state.schedule, eval_batches(state))
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
     return found["loss"]
+
+
+def eval_batches(state: State) -> Iterator[batches.Batch]:
+    """The fixed eval points.  They are made anew each time: what is read of a caption changes where
+    text encoders are trained."""
+    config = state.config
+    return batches.eval_batches(
+        range(len(state.data.latents)),
+        lambda rows: batches.gathered(state.data, rows, 0.0, config.seed, 0),
+        state.schedule,
+        config.log.eval_points,
+        config.data.batch_size,
+    )
 
 
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
@@ -269,7 +278,7 @@ def save(state: State) -> None:
         state.folder / "checkpoints",
         checkpoint.Checkpoint(
             step=state.step,
-            weights=method.trained_tensors(state.pipeline.unet),
+            weights=method.trained_tensors(state.model),
             optimizer=state.optimizer.state_dict(),
             config=asdict(state.config),
             data=state.fingerprint,

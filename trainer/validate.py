@@ -14,6 +14,7 @@ import optim
 from optim.options import unknown
 from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, MseConfig
 from trainer.config.fields import complaint
+from trainer.config.method import PARTS
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def check(config: Config) -> None:
             f"[0, {config.schedule.steps}], the run's steps"
         )
     _check_names(config)
+    _check_trained(config.method.train)
     _check_curvature(config)
     _check_noise(config)
     _check_loss(config)
@@ -93,6 +95,14 @@ def _check_names(config: Config) -> None:
         node = getattr(config, group)
         if node.name != type(node).name:
             raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
+
+
+def _check_trained(parts: list[str]) -> None:
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
+    if not parts:
+        raise UserError("method.train=[] trains nothing; name unet, or text encoders")
 
 
 def _check_fused_backward(config: Config) -> None:
@@ -169,11 +179,6 @@ def _check_paths(config: Config) -> None:
     for key, path in (("model.path", config.model.path), ("data.path", config.data.path)):
         if not path.strip():
             raise UserError(f"{key} is empty; name a folder")
-    model = Path(config.model.path).expanduser()
-    if not (model / "model_index.json").is_file():
-        raise UserError(
-            f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
-        )
     if not Path(config.data.path).expanduser().is_dir():
         raise UserError(
             f"data.path={config.data.path} is not a folder; set data.path to a folder of pictures"
