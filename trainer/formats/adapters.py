@@ -15,6 +15,10 @@ from trainer.errors import UserError
 NAME = "default"  # PEFT's for an adapter that was given none
 
 
+class OtherModel(UserError):
+    """A LoRA of modules that this model does not have, or of other shapes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """up @ down * alpha / rank is added to a module's weight (Hu et al. 2021, eq. 3).

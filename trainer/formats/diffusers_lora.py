@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.formats.adapters import Adapter, Adapters, module_names, peft_config
+from trainer.formats.adapters import Adapter, Adapters, OtherModel, module_names, peft_config
 from trainer.formats.names import canonical
 from trainer.formats.weights import Weights
 
@@ -75,7 +75,7 @@ def decode(
         if what is None:
             raise UserError(f"{where}: {name} is of an unknown kind; LoRA and DoRA can be read")
         if base not in known:
-            raise UserError(
+            raise OtherModel(
                 f"{where}: {name} is of the {part}, which is not trained here; train it too"
                 if part in ("unet", "text_encoder", "text_encoder_2") and part not in models
                 else f"{where}: {base} is of no module of this model; the LoRA is another model's"

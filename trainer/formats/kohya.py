@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.formats.adapters import Adapter, Adapters, module_names
+from trainer.formats.adapters import Adapter, Adapters, OtherModel, module_names
 from trainer.formats.names import canonical, unet_name
 from trainer.formats.weights import Weights
 
@@ -77,7 +77,7 @@ def decode(weights: Weights, models: Mapping[str, nn.Module], where: str) -> Ada
                 + (f"of {kind}; LoRA and DoRA can be read" if kind else "of an unknown kind")
             )
         if base not in known:
-            raise UserError(f"{where}: {_stranger(base, models)}")
+            raise OtherModel(f"{where}: {_stranger(base, models)}")
         grouped.setdefault(base, {})[what] = lazy.read()
     adapters: Adapters = {}
     for base, tensors in grouped.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer import disk
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
-from trainer.formats.adapters import Adapter, Adapters, attach, of_models
+from trainer.formats.adapters import Adapter, Adapters, OtherModel, attach, of_models
 from trainer.formats.proof import NotProved
 from trainer.formats.weights import of_file, of_tensors
 
@@ -84,8 +84,24 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     if not kinds.is_lora(weights):
         raise UserError(f"{path} is no LoRA: it has {next(iter(weights), 'no tensor')}")
     if any(name.startswith(("lora_unet_", "lora_te")) for name in weights):
-        return kohya.decode(weights, models, where)
-    return diffusers_lora.decode(weights, described, models, where)
+        found = kohya.decode(weights, models, where)
+    else:
+        found = diffusers_lora.decode(weights, described, models, where)
+    for part, every in found.items():
+        for module, adapter in every.items():
+            _must_fit(f"{where}: {part}.{module}", adapter, models[part].get_submodule(module))
+    return found
+
+
+def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
+    weight = getattr(module, "base_layer", module).weight
+    shape = (adapter.up.shape[0], *adapter.down.shape[1:])
+    # A matrix may be written as a 1x1 convolution.
+    if adapter.up.shape[0] != weight.shape[0] or math.prod(shape) != weight.numel():
+        raise OtherModel(
+            f"{where} is for a weight of {shape}, and here it is {tuple(weight.shape)}; the LoRA "
+            "is another model's"
+        )
 
 
 def _prove(

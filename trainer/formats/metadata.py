@@ -29,7 +29,7 @@ _SPEC = {  # modelspec's architecture, and the side of the pictures it was train
     "sdxl": ("stable-diffusion-xl-v1-base", 1024),
     "sd15": ("stable-diffusion-v1", 512),
 }
-_BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
+BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
 
 
 def noise(scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +146,6 @@ def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
     }
     if kind not in _SPEC:
         return described
-    described |= {"ss_base_model_version": _BASE_VERSION[kind], "ss_v2": "False"}
+    described |= {"ss_base_model_version": BASE_VERSION[kind], "ss_v2": "False"}
     architecture, side = _SPEC[kind]
     return described | _modelspec(f"{architecture}/lora", title, side)
