@@ -14,6 +14,7 @@ import optim
 from optim.options import unknown
 from trainer.config import PICTURE_SUFFIXES, Config, MseConfig
 from trainer.config.fields import complaint
+from trainer.config.method import PARTS
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def check(config: Config) -> None:
             f"[0, {config.schedule.steps}], the run's steps"
         )
     _check_names(config)
+    _check_trained(config.method.train)
     _check_curvature(config)
     _check_paths(config)
     _check_device(config.runtime.device)
@@ -90,6 +92,14 @@ def _check_names(config: Config) -> None:
         node = getattr(config, group)
         if node.name != type(node).name:
             raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
+
+
+def _check_trained(parts: list[str]) -> None:
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
+    if not parts:
+        raise UserError("method.train=[] trains nothing; name unet, or text encoders")
 
 
 def _check_fused_backward(config: Config) -> None:
