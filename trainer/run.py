@@ -85,6 +85,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
     model = Model(config.model, device)
+    result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
@@ -203,7 +204,9 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = result.export(state.config.method, state.model, state.folder)
+    exported = result.export(
+        state.config, state.model, state.folder, state.step, len(state.data.latents)
+    )
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -222,7 +225,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     writer.close(summary)
     places = {
         "pictures": picture,
-        "model": exported,
+        "result": ", ".join(map(str, exported)),
         "metrics": writer.path,
         "checkpoints": state.folder / "checkpoints",
     }
