@@ -15,7 +15,7 @@ CONF = config.conf_dir()
 CHOICES = [f"{group}={name}" for group in config.group_names() for name in config.choices_of(group)]
 NEEDED = {  # what a choice leaves to the user
     "model=sdxl": [f"model.path={config.ASSETS}/tiny_sdxl"],
-    "model=sd15": [f"model.path={config.ASSETS}/tiny_sdxl"],
+    "model=sd15": ["model.path=owner/name"],
     "data=folder": [f"data.path={config.ASSETS}/emoji24"],
     "optim=external": ["optim.class_path=torch.optim.RAdam"],
 }
@@ -75,7 +75,8 @@ MISTAKES = [
     (["method=lora", "method.targets=[to_z]"], ["method.targets", "to_z"]),
     (["data=folder"], ["data.path has no value", "data.path=..."]),
     (["data.path=/nowhere"], ["data.path=/nowhere", "not a folder"]),
-    (["model.path=/nowhere"], ["model.path=/nowhere", "no folder"]),
+    (["model.path=/nowhere"], ["model.path=/nowhere", "does not exist"]),
+    (["model.path=/tmp"], ["model.path=/tmp", "model_index.json"]),
     (["model.dtype=fp8"], ["model.dtype=fp8", "bfloat16"]),
     (["runtime.device=gpu0"], ["runtime.device=gpu0", "cuda:N"]),
     (["data.caption_dropout=2"], ["data.caption_dropout=2", "[0, 1]"]),

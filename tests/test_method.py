@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import rows, weights
-from tiny_models import save_sd15
+from models import make_sd15
 
 from trainer import method
 from trainer.model import Model
@@ -64,14 +64,14 @@ def test_a_text_encoder_is_trained_where_it_is_asked_for(quick, chosen):
 
 
 def test_a_part_that_the_model_lacks_is_named(composed, tmp_path):
-    path = save_sd15(tmp_path / "sd15")
+    path = make_sd15(tmp_path / "sd15")
     config = composed("model=sd15", f"model.path={path}", "method.train=[text_encoder_2]")
     with pytest.raises(ValueError, match=r"method.train=.*has no text_encoder_2, but unet, text"):
         attached(config)
 
 
 def test_sd15_trains_samples_and_exports(quick, tmp_path):
-    path = save_sd15(tmp_path / "sd15")
+    path = make_sd15(tmp_path / "sd15")
     drawn = ["log.sample_count=2", "log.sample_steps=2"]
     folder = quick("run", "model=sd15", f"model.path={path}", "model.dtype=float32", *drawn)
     assert rows(folder)[0]["eval/loss"] != rows(folder)[-1]["eval/loss"]

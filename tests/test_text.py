@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from tiny_models import save_sd15
+from models import make_sd15
 
 from trainer.model import Model
 
@@ -14,7 +14,7 @@ LONG = " ".join(f"word{number}" for number in range(90))
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
-    return save_sd15(tmp_path_factory.mktemp("models") / "sd15")
+    return make_sd15(tmp_path_factory.mktemp("models") / "sd15")
 
 
 @torch.no_grad()

@@ -179,6 +179,7 @@ def _check_paths(config: Config) -> None:
     for key, path in (("model.path", config.model.path), ("data.path", config.data.path)):
         if not path.strip():
             raise UserError(f"{key} is empty; name a folder")
+    _check_model(config.model.path)
     if not Path(config.data.path).expanduser().is_dir():
         raise UserError(
             f"data.path={config.data.path} is not a folder; set data.path to a folder of pictures"
@@ -190,6 +191,21 @@ def _check_paths(config: Config) -> None:
         )
     if config.data.resolution % 8:
         raise UserError(f"data.resolution={config.data.resolution} must be a multiple of 8")
+
+
+def _check_model(path: str) -> None:
+    """A folder, a file, or what could be a hub repository's name."""
+    model = Path(path).expanduser()
+    if model.is_dir() and not (model / "model_index.json").is_file():
+        raise UserError(
+            f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
+        )
+    is_repository = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+    if not model.exists() and (not is_repository or model.suffix in (".safetensors", ".ckpt")):
+        raise UserError(
+            f"model.path={path} does not exist; name a folder in diffusers layout, a .safetensors "
+            "or .ckpt file, or a hub repository (owner/name)"
+        )
 
 
 def _check_device(device: str) -> None:
