@@ -1,5 +1,7 @@
 """Held-out pictures: which they are, and that no step trains on one."""
 
+import json
+
 import pytest
 from helpers import rows
 
@@ -65,4 +67,7 @@ def test_held_out_pictures_are_evaluated_and_never_trained_on(quick, monkeypatch
     for row in (rows(folder)[0], rows(folder)[-1]):
         assert row["eval/holdout_loss"] != row["eval/loss"]
         assert row["eval/holdout_loss_t000_250"] > 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["holdout_loss_after"] == rows(folder)[-1]["eval/holdout_loss"]
+    assert "held out" in (folder / "train.log").read_text()
     assert rows(folder)[2]["train/epoch"] == pytest.approx(2)  # of the seven

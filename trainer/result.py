@@ -1,6 +1,7 @@
 """What a run leaves for others: the trained model or adapter, in the formats that they read."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from peft import get_peft_model_state_dict
 from trainer import disk
 from trainer.config import LoraConfig
 from trainer.model import Model
+
+log = logging.getLogger(__name__)
 
 
 def export(config: Any, model: Model, folder: Path) -> Path:
@@ -35,6 +38,12 @@ def export(config: Any, model: Model, folder: Path) -> Path:
             unet_lora_layers=get_peft_model_state_dict(model.unet),
             unet_lora_adapter_metadata=adapter.to_dict(),
         )
+        if model.scheduler != model.origin.config("scheduler"):
+            model.sampling_schedule().save_pretrained(temporary / "scheduler")
+            log.warning(
+                "the adapter is for the scheduler in %s, which whoever loads it must use",
+                folder / "lora/scheduler",
+            )
     return folder / "lora"
 
 

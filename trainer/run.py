@@ -140,7 +140,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     parameters = state.model.trained_parameters()
     taken = gradients.make(config, parameters, state.optimizer)
     if state.step == 0:
-        state.eval_loss_before = evaluate(state, writer)
+        state.eval_loss_before = evaluate(state, writer)["loss"]
         sample(state, writer)
     progress = console.Progress(state.step, config.schedule.steps)
 
@@ -219,7 +219,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "seed": state.config.seed,
         "steps": state.step,
         "eval_loss_before": state.eval_loss_before,
-        "eval_loss_after": after,
+        "eval_loss_after": after["loss"],
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
         "images_per_second": state.step * state.config.data.batch_size / state.seconds,
@@ -227,6 +227,8 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
     }
+    if "holdout_loss" in after:
+        summary["holdout_loss_after"] = after["holdout_loss"]
     report.write_summary(state.folder, summary)
     writer.close(summary)
     places = {
@@ -238,12 +240,12 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if unsaved:
         raise unsaved
-    return after
+    return after["loss"]
 
 
-def evaluate(state: State, writer: metrics.Metrics) -> float:
+def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
-    of the pictures that are held out beside it."""
+    that of the pictures that are held out beside it, as eval/holdout_loss."""
     found = {}
     for prefix, rows in (("", state.split.training), ("holdout_", state.split.held_out)):
         if rows:
@@ -251,7 +253,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> float:
             losses_of = losses.evaluate(state.model.unet, state.schedule, points)
             found |= {prefix + key: value for key, value in losses_of.items()}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
-    return found["loss"]
+    return found
 
 
 def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
