@@ -4,23 +4,26 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from trainer.batches import eval_batches, training_batch
-from trainer.conditioning import Encoded
+from trainer.batches import Inputs, eval_batches, noised
 from trainer.losses import loss
 from trainer.schedule import lr_scale
 
 
 @pytest.fixture
 def data():
+    """The inputs of five samples."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randn(6, 3, 8, generator=generator)
-    prompt[-1] = 0
-    return Encoded(
+    prompt = torch.randn(5, 3, 8, generator=generator)
+    return Inputs(
         latents=torch.randn(5, 4, 8, 8, generator=generator),
         prompt=prompt,
         pooled=prompt[:, 0].clone(),
         time_ids=torch.ones(5, 6),
     )
+
+
+def of(data, rows):
+    return Inputs(**{name: x if x is None else x[list(rows)] for name, x in vars(data).items()})
 
 
 @pytest.fixture
@@ -36,21 +39,21 @@ def schedule():
 
 def test_batches_repeat_for_their_counters_and_differ_for_others(data, schedule):
     def batch(seed=0, step=3, indices=(0, 1, 2)):
-        return training_batch(data, schedule, list(indices), 0.1, seed, step)
+        return noised(of(data, indices), schedule, seed, step)
 
     torch.manual_seed(1)
     first = batch()
     torch.manual_seed(2)  # the global generator has no say
     again = batch()
     for name, value in vars(first).items():
-        assert torch.equal(value, getattr(again, name)), name
+        assert value is getattr(again, name) or torch.equal(value, getattr(again, name)), name
     assert not torch.equal(first.noisy, batch(step=4).noisy)
     assert not torch.equal(first.noisy, batch(seed=1).noisy)
 
 
 def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, schedule):
     """Salimans & Ho 2022, app. D: x_t = a x + s e, v = a e - s x; so x = a x_t - s v."""
-    batch = training_batch(data, schedule, [0, 1, 2, 3], 0.0, 0, 0)
+    batch = noised(of(data, range(4)), schedule, 0, 0)
     a = schedule.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1)
     s = (1 - schedule.alphas_cumprod[batch.timesteps]).sqrt().view(-1, 1, 1, 1)
     restored = a * batch.noisy - s * batch.target
@@ -60,27 +63,16 @@ def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, schedule):
 def test_timesteps_are_stratified_and_uniform(data, schedule):
     size = 8
     drawn = torch.stack(
-        [training_batch(data, schedule, [0] * size, 0.0, 0, t).timesteps for t in range(300)]
+        [noised(of(data, [0] * size), schedule, 0, t).timesteps for t in range(300)]
     )
     strata = torch.arange(size) * 1000 // size
     assert ((drawn >= strata) & (drawn < strata + 1000 // size)).all()
     assert drawn.float().mean().item() == pytest.approx(499.5, abs=8)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25, 1.0])
-def test_dropped_captions_are_the_empty_prompt(data, schedule, dropout):
-    dropped = torch.cat(
-        [
-            (training_batch(data, schedule, [0, 1, 2, 3], dropout, 0, t).prompt == 0).all((1, 2))
-            for t in range(300)
-        ]
-    )
-    assert dropped.float().mean().item() == pytest.approx(dropout, abs=0.04)
-
-
 def test_eval_points_are_fixed_and_cover_samples_and_timesteps(data, schedule):
     def points():
-        batches = eval_batches(data, schedule, 50, 16)
+        batches = eval_batches(range(5), lambda rows: of(data, rows), schedule, 50, 16)
         return torch.cat([b.timesteps for b in batches]), torch.cat([b.noisy for b in batches])
 
     timesteps, noisy = points()
@@ -88,6 +80,17 @@ def test_eval_points_are_fixed_and_cover_samples_and_timesteps(data, schedule):
     assert len(timesteps) == 50
     per_fifth = torch.histc(timesteps.float(), bins=5, min=0, max=1000)
     assert per_fifth.min() >= 9
+
+
+def test_eval_points_of_two_sizes_are_those_of_one_in_other_batches(data, schedule):
+    def points(**sizes):
+        made = eval_batches([4, 0, 2], lambda rows: of(data, rows), schedule, 7, 2, **sizes)
+        noisy = torch.cat([b.noisy for b in made])
+        return [len(b.noisy) for b in made], noisy[torch.cat([b.timesteps for b in made]).argsort()]
+
+    sizes, noisy = points(size_of=lambda row: row > 3)
+    assert sizes == [2, 1, 2, 2]  # points 0, 3 and 6 are sample 4's
+    assert torch.equal(noisy, points()[1])
 
 
 def test_losses_agree_where_errors_are_small(composed):

@@ -5,6 +5,7 @@ draws from a global generator.  Two runs with one seed therefore train on the sa
 timesteps whatever their optimizer, and their losses can be compared point by point.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,22 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from optim import rng
-from trainer.conditioning import Encoded
 from trainer.streams import Stream
 
 _GOLDEN = (5**0.5 - 1) / 2
 _EVAL_SEED = 20_260_101  # eval points are the same in every run, whatever its seed
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """What a batch is made of, before the noise; B rows of one size, on the CPU."""
+
+    latents: Tensor  # (B, 4, h, w), scaled by the VAE's scaling factor
+    prompt: Tensor  # (B, tokens, dim)
+    pooled: Tensor | None  # (B, dim), of models that have it (SDXL); so the next
+    time_ids: Tensor | None  # (B, 6)
+    loss_weights: Tensor | None = None  # (B,): how much each counts in the loss; None: all 1
+    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]: where the loss counts; None: everywhere
 
 
 @dataclass(kw_only=True)
@@ -27,45 +39,50 @@ class Batch:
     target: Tensor  # (B, 4, h, w): the noise, or v
     timesteps: Tensor  # (B,) int64
     prompt: Tensor  # (B, tokens, dim)
-    pooled: Tensor  # (B, dim)
-    time_ids: Tensor  # (B, 6)
+    pooled: Tensor | None  # (B, dim)
+    time_ids: Tensor | None  # (B, 6)
+    loss_weights: Tensor | None = None  # (B,)
+    mask: Tensor | None = None  # (B, 1, h, w)
 
 
-def training_batch(
-    data: Encoded, schedule: DDPMScheduler, indices: list[int], dropout: float, seed: int, step: int
-) -> Batch:
-    """The batch of `step`: these samples with fresh noise, timesteps and caption dropout."""
-    size = len(indices)
+def noised(inputs: Inputs, schedule: DDPMScheduler, seed: int, number: int) -> Batch:
+    """Batch `number` of training: these inputs with fresh noise at fresh timesteps."""
+    size = len(inputs.latents)
     num_timesteps = schedule.config.num_train_timesteps
     # Stratified: sample i of the batch draws from the i-th of B equal parts of the schedule, which
     # lowers the loss's variance.
-    shares = [(i + rng.uniform(seed, Stream.TIMESTEP, step, i)) / size for i in range(size)]
+    shares = [(i + rng.uniform(seed, Stream.TIMESTEP, number, i)) / size for i in range(size)]
     timesteps = torch.tensor([int(share * num_timesteps) for share in shares])
-    empty = len(data.latents)
-    texts = [
-        empty if rng.uniform(seed, Stream.DROPOUT, step, i) < dropout else index
-        for i, index in enumerate(indices)
-    ]
-    noise = torch.stack([_normal(data.latents[0], seed, step, i) for i in range(size)])
-    return _batch(data, schedule, indices, texts, timesteps, noise)
+    noise = torch.stack([_normal(inputs.latents[0], seed, number, i) for i in range(size)])
+    return _batch(inputs, schedule, timesteps, noise)
 
 
 def eval_batches(
-    data: Encoded, schedule: DDPMScheduler, points: int, batch_size: int
+    rows: Sequence[int],
+    gather: Callable[[list[int]], Inputs],
+    schedule: DDPMScheduler,
+    points: int,
+    batch_size: int,
+    size_of: Callable[[int], object] = lambda row: None,
 ) -> list[Batch]:
-    """Fixed (sample, timestep, noise) triples: `points` of them, no dropout, the same in every run.
+    """Fixed (row, timestep, noise) triples: `points` of them, the same in every run.
 
-    Samples take turns; timesteps follow the golden-ratio sequence, which covers the schedule evenly
-    for any number of points and does not fall into step with the samples.
+    `gather` gives the inputs of some rows, without any dropout; only rows of one `size_of` share a
+    batch.  Rows take turns; timesteps follow the golden-ratio sequence, which covers the schedule
+    evenly for any number of points and does not fall into step with the rows.
     """
+    by_size: dict[object, list[int]] = {}
+    for point in range(points):
+        by_size.setdefault(size_of(rows[point % len(rows)]), []).append(point)
     batches = []
-    for start in range(0, points, batch_size):
-        numbers = range(start, min(start + batch_size, points))
-        indices = [number % len(data.latents) for number in numbers]
-        shares = [(number + 0.5) * _GOLDEN % 1 for number in numbers]
-        timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
-        noise = torch.stack([_normal(data.latents[0], _EVAL_SEED, n) for n in numbers])
-        batches.append(_batch(data, schedule, indices, indices, timesteps, noise))
+    for members in by_size.values():
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            inputs = gather([rows[point % len(rows)] for point in chosen])
+            shares = [(point + 0.5) * _GOLDEN % 1 for point in chosen]
+            timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
+            noise = torch.stack([_normal(inputs.latents[0], _EVAL_SEED, n) for n in chosen])
+            batches.append(_batch(inputs, schedule, timesteps, noise))
     return batches
 
 
@@ -96,23 +113,18 @@ def predict(unet: nn.Module, batch: Batch) -> Tensor:
     ).sample.float()
 
 
-def _batch(
-    data: Encoded,
-    schedule: DDPMScheduler,
-    rows: list[int],
-    texts: list[int],
-    timesteps: Tensor,
-    noise: Tensor,
-) -> Batch:
-    latents = data.latents[rows]
+def _batch(inputs: Inputs, schedule: DDPMScheduler, timesteps: Tensor, noise: Tensor) -> Batch:
+    latents = inputs.latents
     predicts_v = schedule.config.prediction_type == "v_prediction"
     return Batch(
         noisy=schedule.add_noise(latents, noise, timesteps),
         target=schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
         timesteps=timesteps,
-        prompt=data.prompt[texts],
-        pooled=data.pooled[texts],
-        time_ids=data.time_ids[rows],
+        prompt=inputs.prompt,
+        pooled=inputs.pooled,
+        time_ids=inputs.time_ids,
+        loss_weights=inputs.loss_weights,
+        mask=inputs.mask,
     )
 
 

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,28 +70,35 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
             raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
         resumed = checkpoint.to_resume(config)
         record.write(folder, asdict(config), _device(config.runtime.device))
-        state = assemble(config, folder, resumed)
+        state = assemble(config, folder, resumed, stop)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
         return finish(state, writer, overrides)
 
 
-def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None) -> State:
+def assemble(
+    config: Config,
+    folder: Path,
+    resumed: checkpoint.Checkpoint | None,
+    stop: Sequence[int] = (),
+) -> State:
     """Load the model and the data, encode the data, build the optimizer; then put back what a
-    checkpoint holds, where one is given."""
+    checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
     memory.reset_peak(device)
-    samples = data.load_folder(config.data)
+    dataset = data.load(config.data)
     pipeline = load_pipeline(config.model, device)
     schedule = training_noise(pipeline)
-    encoded = conditioning.encode(pipeline, samples)
+    encoded = conditioning.encode(
+        pipeline, dataset, partial(conditioning.fingerprint, config.model), stop
+    )
 
     method.attach(config.method, pipeline, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     optimizer = optimizers.build(config.optim, pipeline.unet, config.seed)
-    fingerprint = data.fingerprint(samples)
+    fingerprint = dataset.fingerprint
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
         method.restore(pipeline.unet, resumed.weights)
@@ -106,12 +114,16 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         data=encoded,
         fingerprint=fingerprint,
         eval_batches=batches.eval_batches(
-            encoded, schedule, config.log.eval_points, config.data.batch_size
+            dataset.own,
+            encoded.plain,
+            schedule,
+            config.log.eval_points,
+            config.data.batch_size,
+            size_of=lambda row: dataset.samples[row].bucket,
         ),
         sampler=sampling.Sampler(
             pipeline=pipeline,
             data=encoded,
-            samples=samples,
             config=config.log,
             batch_size=config.data.batch_size,
         ),
@@ -145,12 +157,8 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
         # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
-        indices = data.batch_indices(
-            config.seed, step, config.data.batch_size, len(state.data.latents)
-        )
-        batch = batches.training_batch(
-            state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
-        )
+        inputs = state.data.gather(state.data.dataset.batch(config.seed, step))
+        batch = batches.noised(inputs, state.schedule, config.seed, step)
 
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).
@@ -208,7 +216,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "eval_loss_after": after,
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
-        "images_per_second": state.step * state.config.data.batch_size / state.seconds,
+        "images_per_second": _pictures_seen(state) / state.seconds,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
@@ -278,8 +286,8 @@ def _report(
     state: State, writer: metrics.Metrics, progress: console.Progress, values: dict[str, float]
 ) -> None:
     seconds_per_step = state.seconds / state.step
-    images_per_second = state.config.data.batch_size / seconds_per_step
-    epochs = state.step * state.config.data.batch_size / len(state.data.latents)
+    images_per_second = _pictures_seen(state) / state.seconds
+    epochs = state.step / state.data.dataset.plan.batches_per_epoch
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}
@@ -295,6 +303,10 @@ def _report(
     )
     seconds_left = (state.config.schedule.steps - state.step) * seconds_per_step
     progress.show(state.step, values["loss"], images_per_second, seconds_left)
+
+
+def _pictures_seen(state: State) -> int:
+    return state.data.dataset.plan.pictures_in(state.config.seed, state.step)
 
 
 def _due(every: int, state: State) -> bool:
