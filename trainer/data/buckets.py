@@ -1,7 +1,7 @@
 """Aspect buckets: pictures of like shape share a batch, at nearly their own shape and one area."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from trainer.config import DataConfig
@@ -16,7 +16,7 @@ class Fit:
     bucket: Size
     resized: Size
     crop: tuple[int, int]  # top, left
-    upscaled: bool
+    undersized: bool  # the picture is smaller than a bucket of its shape
 
 
 @lru_cache(maxsize=64)
@@ -43,9 +43,9 @@ def fit(size: Size, resolution: int, config: DataConfig) -> Fit:
     candidates = sizes(resolution, config.bucket_step, config.max_aspect)
     nearest = min(candidates, key=lambda b: (abs(math.log(b[1] / b[0]) - aspect), -b[0] * b[1], b))
     fitted = covering(size, nearest)
-    if config.upscale or not fitted.upscaled:
+    if config.upscale or not fitted.undersized:
         return fitted
-    return covering(size, _own(size, resolution, config))
+    return replace(covering(size, _own(size, resolution, config)), undersized=True)
 
 
 def covering(size: Size, bucket: Size) -> Fit:
@@ -53,7 +53,7 @@ def covering(size: Size, bucket: Size) -> Fit:
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     height, width = (max(b, round(s * scale)) for b, s in zip(bucket, size, strict=True))
     crop = ((height - bucket[0]) // 2, (width - bucket[1]) // 2)
-    return Fit(bucket=bucket, resized=(height, width), crop=crop, upscaled=scale > 1)
+    return Fit(bucket=bucket, resized=(height, width), crop=crop, undersized=scale > 1)
 
 
 def _own(size: Size, resolution: int, config: DataConfig) -> Size:

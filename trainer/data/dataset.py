@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -157,7 +156,7 @@ def report(found: Survey, dataset: Dataset) -> None:
         )
     if config.mask == "file" and len(masked) < len(found.usable):
         log.warning("%d pictures have no mask; all of them counts", len(found.usable) - len(masked))
-    small = [f.item.name for f in found.usable if undersized(f, config)]
+    small = [f.item.name for f in found.usable if any(fit.undersized for fit in f.fits)]
     if small:
         what = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
         log.warning(
@@ -167,17 +166,6 @@ def report(found: Survey, dataset: Dataset) -> None:
     where = ", ".join(source.path for source in all_sources(config))
     log.info(form, len(found.usable), where, len(found.unreadable), len(found.uncaptioned))
     log.info("data: %s", dataset.table())
-
-
-def undersized(found: Found, config: DataConfig) -> bool:
-    """Whether the picture has less than the area that is trained on at the largest resolution, or
-    is enlarged."""
-    side = max(config.resolutions or [config.resolution])
-    step = config.bucket_step if config.buckets else 0
-    shortest = min(found.size)
-    if not config.buckets:
-        return shortest < side
-    return any(f.upscaled for f in found.fits) or math.prod(found.size) < (side - step) ** 2
 
 
 def some(names: list[str]) -> str:

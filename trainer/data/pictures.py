@@ -71,12 +71,10 @@ def pixels(rgb: Image.Image, bucket: Size) -> Tensor:
     return torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def mask(grey: Image.Image, bucket: Size, scale: int = 8) -> Tensor:
-    """The same centre of a mask, averaged to the latent's size: -> fp32 (1, h / 8, w / 8) in
-    [0, 1]."""
+def mask(grey: Image.Image, bucket: Size) -> Tensor:
+    """The same part of a mask: -> fp32 (1, h, w) in [0, 1]."""
     resized = _centre(grey.convert("L"), bucket, Image.Resampling.BOX)  # no overshoot
-    shares = torch.from_numpy(np.array(resized, dtype=np.float32))[None, None] / 255
-    return torch.nn.functional.avg_pool2d(shares, scale)[0]
+    return torch.from_numpy(np.array(resized, dtype=np.float32))[None] / 255
 
 
 def decode_mask(content: bytes, size: Size, max_pixels: int) -> Image.Image:

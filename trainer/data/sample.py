@@ -49,7 +49,7 @@ class Sample:
         return self.read()[0]
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """Pixels, and where the loss is masked, the mask: fp32 (1, h / 8, w / 8) in [0, 1]."""
+        """Pixels, and where the loss is masked, the mask: fp32 (1, h, w) in [0, 1]."""
         config = self.config
         content = read(self.item, config)
         if content.digest != self.digest:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +35,6 @@ TextEncoder = Callable[[list[str]], list[Entry]]  # of prompt (tokens, dim) and 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CHUNK = 16  # captions encoded at a time
-_SCALE = 8  # pixels of a latent's element
 _REPORT_SECONDS = 60.0  # between two lines where there is no terminal
 
 
@@ -51,7 +51,7 @@ class Entries:
         if self.folder is None:
             return self.memory[key]
         try:
-            return load_file(_path(self.folder, key))
+            return _load(_path(self.folder, key))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the cache's {_path(self.folder, key)} was there when the run began and cannot be "
@@ -96,7 +96,10 @@ class Store:
                     "in half precision must run in float32, or be its fp16-fix version; if it "
                     "does not, look at the picture"
                 )
-            self._put(found, key, {"latent": latent} | ({} if mask is None else {"mask": mask}))
+            entry = {"latent": latent}
+            if mask is not None:
+                entry["mask"] = F.adaptive_avg_pool2d(mask, latent.shape[1:])
+            self._put(found, key, entry)
         self._report("pictures", len(set(keys.values())), len(missing))
         return found
 
@@ -158,7 +161,7 @@ class Store:
             if not path.is_file():
                 return "absent"
             try:
-                entry = load_file(path)
+                entry = _load(path)
             except (OSError, SafetensorError):
                 return "damaged"
             whole = all(t.dtype == self.dtype and t.isfinite().all() for t in entry.values())
@@ -171,7 +174,7 @@ class Store:
         return [key for key in keys if states[key] != "good"]
 
     def _put(self, found: Entries, key: str, entry: Entry) -> None:
-        kept = {name: t.to("cpu", self.dtype).contiguous() for name, t in entry.items()}
+        kept = {name: t.to("cpu", self.dtype, copy=True).contiguous() for name, t in entry.items()}
         if found.folder is None:
             found.memory[key] = kept
             return
@@ -193,6 +196,11 @@ class Store:
         log.info("data: %d %s encoded%s", encoded, what, where)
 
 
+def _load(path: Path) -> Entry:
+    """Read, not mapped: a mapped file that is cut short ends the process."""
+    return load(path.read_bytes())
+
+
 def _path(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
 
@@ -202,11 +210,13 @@ def _hash(*parts: str) -> str:
 
 
 def _is_latent(entry: Entry, sample: Sample) -> bool:
-    size = tuple(side // _SCALE for side in sample.bucket)
+    """Whether all sides are the bucket's, divided by one number: the VAE's."""
     names = {"latent"} | ({"mask"} if sample.config.mask != "none" else set())
-    return entry.keys() == names and all(
-        t.ndim == 3 and t.shape[1:] == size for t in entry.values()
-    )
+    if entry.keys() != names or any(tensor.ndim != 3 for tensor in entry.values()):
+        return False
+    sides = {size for t in entry.values() for size in zip(sample.bucket, t.shape[1:], strict=True)}
+    scales = {whole / part if part else 0 for whole, part in sides}
+    return len(scales) == 1 and all(scale >= 1 and scale.is_integer() for scale in scales)
 
 
 def _is_text(entry: Entry) -> bool:
