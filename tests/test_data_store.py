@@ -147,7 +147,7 @@ def test_a_damaged_entry_is_a_miss_and_is_replaced(encode, cache, caplog, damage
 def test_a_latent_that_is_not_finite_is_named_and_not_kept(load, cache):
     vae = Vae()
     vae.spoiled = 3
-    with pytest.raises(UserError, match=r"red\.png is not finite.*float32.*fp16-fix"):
+    with pytest.raises(UserError, match=r"red\.png is not finite.*vae_dtype=float32.*fp16-fix"):
         Store(str(cache), "float32").latents(load().samples, "vae", vae.make)
     assert len(entries(cache)) == 2
     vae.spoiled = None
@@ -178,6 +178,14 @@ def test_a_full_disk_is_named_with_the_remedy_and_leaves_no_litter(load, cache, 
     with pytest.raises(UserError, match=r"data\.cache=.*No space left.*data\.cache=null"):
         Store(str(cache), "float32").latents(load().samples, "vae", Vae().make)
     assert not [path for path in (cache / "latents").rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_is_refused_by_name(load, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache=.*file/x.*data\.cache=null"):
+        load(cache=str(tmp_path / "file" / "x"))
+    with pytest.raises(UserError, match=r"data\.cache=.*file/x.*data\.cache=null"):
+        Store(str(tmp_path / "file" / "x"), "float32")
 
 
 def test_captions_are_encoded_once_each_and_with_the_encoder_they_name(cache):
@@ -286,8 +294,8 @@ def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
     def refuse(*_):
         raise AssertionError("an encoder was made")
 
-    monkeypatch.setattr(conditioning, "picture_encoder", refuse)
-    monkeypatch.setattr(conditioning, "text_encoder", refuse)
+    monkeypatch.setattr(conditioning, "_picture_encoder", refuse)
+    monkeypatch.setattr(conditioning, "_text_encoder", refuse)
     again = quick("again", *options, f"data.cache={cache}")
     assert deterministic(memory) == deterministic(cached) == deterministic(again)
 

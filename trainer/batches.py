@@ -102,14 +102,15 @@ def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
 def predict(unet: nn.Module, batch: Batch) -> Tensor:
     """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype."""
     device, dtype = unet.device, unet.dtype
+    told = None
+    if batch.pooled is not None:
+        sizes = batch.time_ids.to(device)
+        told = {"text_embeds": batch.pooled.to(device, dtype), "time_ids": sizes}
     return unet(
         batch.noisy.to(device, dtype),
         batch.timesteps.to(device),
         encoder_hidden_states=batch.prompt.to(device, dtype),
-        added_cond_kwargs={
-            "text_embeds": batch.pooled.to(device, dtype),
-            "time_ids": batch.time_ids.to(device),
-        },
+        added_cond_kwargs=told,
     ).sample.float()
 
 

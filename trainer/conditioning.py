@@ -1,26 +1,31 @@
-"""What the UNet is told and what it must restore: captions and pictures through the frozen
-encoders, once.
+"""What the UNet is told and what it must restore: captions and pictures through the encoders.
 
-Encoders never change during a run, so every caption and picture is encoded before the first step
-and kept on the CPU or on the disk (`trainer.data.store`); the text encoders then leave the device.
+Frozen encoders give the same for the same input, so every caption and picture is encoded before the
+first step and kept on the CPU or on the disk (`trainer.data.store`).  Text encoders that are
+trained read the captions of each batch anew.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainer import text
 from trainer.batches import Inputs
-from trainer.config import ModelConfig
-from trainer.data import Dataset, Entries, Pick, Store
+from trainer.data import Dataset, Entries, Entry, Pick, Store
 from trainer.data.dataset import some
+from trainer.model import Model
+from trainer.text import Text
 
 log = logging.getLogger(__name__)
+
+Read = Callable[
+    [Sequence[str | None]], Text
+]  # captions -> what the UNet is told; None is no prompt
 
 
 @dataclass(kw_only=True)
@@ -29,19 +34,18 @@ class Encoded:
 
     dataset: Dataset
     latents: Entries  # by a sample's number: latent (4, h, w), scaled; mask (1, h, w) where wanted
-    texts: Entries  # by caption: prompt (tokens, dim), penultimate states; pooled (dim,)
-    empty: dict[str, Tensor]  # of the empty prompt
+    read: Read
 
     def gather(self, picks: Sequence[Pick]) -> Inputs:
-        """The inputs of a batch, on the CPU in fp32.  All picks have one bucket."""
+        """The inputs of a batch, in fp32.  All picks have one bucket."""
         samples = [self.dataset.samples[pick.sample] for pick in picks]
         latents = [self.latents[pick.sample] for pick in picks]
-        texts = [self.empty if p.caption is None else self.texts[p.caption] for p in picks]
+        told = self.read([pick.caption for pick in picks])
         weights = [sample.loss_weight for sample in samples]
         return Inputs(
             latents=_stacked(latents, "latent"),
-            prompt=_stacked(texts, "prompt"),
-            pooled=_stacked(texts, "pooled") if "pooled" in self.empty else None,
+            prompt=told.prompt,
+            pooled=told.pooled,
             time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
             loss_weights=None if set(weights) == {1.0} else torch.tensor(weights),
             mask=_stacked(latents, "mask") if "mask" in latents[0] else None,
@@ -49,94 +53,113 @@ class Encoded:
 
     def plain(self, rows: Sequence[int]) -> Inputs:
         """The inputs of these samples with their captions as they are written: none is dropped."""
-        captions = ((row, self.dataset.samples[row].caption) for row in rows)
+        captions = zip(rows, self.captions(rows), strict=True)
         return self.gather([Pick(sample=row, caption=caption) for row, caption in captions])
 
-    def texts_of(self, rows: Sequence[int], name: str) -> Tensor:
-        """`prompt` or `pooled` of these samples' own captions: (B, ...)."""
-        return _stacked([self.texts[self.dataset.samples[row].caption] for row in rows], name)
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        return [self.dataset.samples[row].caption for row in rows]
 
 
-def encode(
-    pipeline: StableDiffusionXLPipeline,
-    dataset: Dataset,
-    fingerprint: Callable[..., str],
-    stop: Sequence[int] = (),
-) -> Encoded:
-    """Encode what the store does not have of the captions and pictures, and the empty prompt as the
-    pipeline's own unconditional input.
+class Kept:
+    """Captions that were encoded once: looked up on the CPU or on the disk."""
 
-    `fingerprint(*parts)` names parts of the model; it is asked for where there is a cache.  Raises
-    UserError that names the picture when the VAE gives a latent that is not finite, and SystemExit
-    once `stop` holds a signal.
+    def __init__(self, texts: Entries) -> None:
+        self._texts = texts
+
+    def __call__(self, captions: Sequence[str | None]) -> Text:
+        found = [self._texts[caption] for caption in captions]
+        pooled = _stacked(found, "pooled") if "pooled" in found[0] else None
+        return Text(prompt=_stacked(found, "prompt"), pooled=pooled)
+
+
+def encode(model: Model, dataset: Dataset, stop: Sequence[int] = ()) -> Encoded:
+    """Encode what the store does not have of the captions and pictures; an encoder is loaded only
+    for that.
+
+    Raises UserError that names the picture when the VAE gives a latent that is not finite, and
+    SystemExit once `stop` holds a signal.
     """
-    captions = dataset.all_captions()
-    config = dataset.config
-    _report_cut_captions(pipeline, captions)
+    captions, config = dataset.all_captions(), dataset.config
+    _report_cut_captions(model, captions)
     store = Store(config.cache, config.cache_dtype)
-    names = {
-        "text": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-        "picture": ("vae",),
-    }
-    named = {k: fingerprint(*parts) if config.cache else "" for k, parts in names.items()}
-    texts = store.texts(captions, named["text"], lambda: text_encoder(pipeline), stop)
-    if pipeline.config.force_zeros_for_empty_prompt:
-        empty = {name: torch.zeros_like(x) for name, x in texts[captions[0]].items()}
-    else:
-        empty = store.texts([""], named["text"], lambda: text_encoder(pipeline), stop)[""]
-    pipeline.text_encoder.cpu()
-    pipeline.text_encoder_2.cpu()
-    latents = store.latents(
-        dataset.samples, named["picture"], lambda: picture_encoder(pipeline), stop
-    )
-    return Encoded(dataset=dataset, latents=latents, texts=texts, empty=empty)
+    of_text, of_pictures = fingerprints(model, config.cache) if config.cache else ("", "")
+    read: Read | None = model.text_encoder
+    if read is None:
+        every: list[str | None] = [None, *captions]
+        read = Kept(store.texts(every, of_text, lambda: _text_encoder(model), stop))
+    with ExitStack() as loaded:
+        latents = store.latents(
+            dataset.samples,
+            of_pictures,
+            lambda: loaded.enter_context(_picture_encoder(model)),
+            stop,
+        )
+    return Encoded(dataset=dataset, latents=latents, read=read)
 
 
-def text_encoder(
-    pipeline: StableDiffusionXLPipeline,
-) -> Callable[[list[str]], list[dict[str, Tensor]]]:
+def fingerprints(model: Model, cache: str) -> tuple[str, str]:
+    """Of all that decides how captions and how pictures are encoded: the cache's keys."""
+    config, origin, memo = model.config, model.origin, Path(cache).expanduser()
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in model.text_parts]
+    parts = [origin.fingerprint(part, memo) for part in (*model.text_parts, *tokenizers)]
+    how = (config.text_dtype, config.prompt_chunks, config.clip_skip, origin.zeros_for_empty)
+    return repr((parts, how)), repr((origin.fingerprint("vae", memo), config.vae_dtype))
+
+
+def scaled(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The VAE's latents as the UNet takes them."""
+    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def unscaled(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The UNet's latents as the VAE takes them."""
+    return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+
+
+def _text_encoder(model: Model) -> Callable[[list[str | None]], list[Entry]]:
     """Captions -> prompt (tokens, dim) and pooled (dim,) of each, on the CPU."""
+    encoder = model.load_text_encoders()
 
     @torch.no_grad()
-    def encode(captions: list[str]) -> list[dict[str, Tensor]]:
-        encoded = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
-        pairs = zip(encoded[0].cpu(), encoded[2].cpu(), strict=True)
-        return [{"prompt": prompt, "pooled": pooled} for prompt, pooled in pairs]
+    def encode(captions: list[str | None]) -> list[Entry]:
+        told = encoder(captions)
+        both = {"prompt": told.prompt.cpu()}
+        if told.pooled is not None:
+            both["pooled"] = told.pooled.cpu()
+        return [{name: x[row] for name, x in both.items()} for row in range(len(captions))]
 
     return encode
 
 
-def picture_encoder(pipeline: StableDiffusionXLPipeline) -> Callable[[Tensor], Tensor]:
+@contextmanager
+def _picture_encoder(model: Model) -> Iterator[Callable[[Tensor], Tensor]]:
     """Pixels (3, H, W) -> the mode of the VAE's posterior, scaled (4, h, w), on the CPU."""
-    vae = pipeline.vae
+    with model.vae() as vae:
 
-    @torch.no_grad()
-    def encode(pixels: Tensor) -> Tensor:
-        posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-        return (posterior.mode() * vae.config.scaling_factor)[0].cpu()
+        @torch.no_grad()
+        def encode(pixels: Tensor) -> Tensor:
+            posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+            return scaled(vae, posterior.mode())[0].float().cpu()
 
-    return encode
-
-
-def fingerprint(config: ModelConfig, *parts: str) -> str:
-    """A hash of the files of these parts of the model, by which a cache knows its encoders."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for path in sorted((Path(config.path).expanduser() / part).glob("*")):
-            digest.update(f"{part}/{path.name}".encode())
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+        yield encode
 
 
-def _stacked(entries: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+def _stacked(entries: Sequence[Entry], name: str) -> Tensor:
     return torch.stack([entry[name] for entry in entries]).float()
 
 
-def _report_cut_captions(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> None:
+def _report_cut_captions(model: Model, captions: list[str]) -> None:
     """Name the captions that are longer than the text encoders read."""
-    limit = pipeline.tokenizer.model_max_length
-    cut = [text for text in captions if len(pipeline.tokenizer(text).input_ids) > limit]
+    cut, room = cut_captions(model, captions)
     if cut:
-        names = some([f"{text[:40]}..." for text in cut])
-        log.warning("%d captions are cut at %d tokens: %s", len(cut), limit, names)
+        form = "%d captions are cut at %d tokens (model.prompt_chunks reads more): %s"
+        log.warning(form, len(cut), room, some([f"{caption[:40]}..." for caption in cut]))
+
+
+def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int]:
+    """The captions that are longer than the text encoders read, with their tokens; and how many
+    they read."""
+    tokenizer = text.tokenizer(model.origin, model.text_parts[0])
+    room = text.room(model.config, tokenizer)
+    counts = {caption: text.count_tokens(tokenizer, caption) for caption in captions}
+    return {caption: count for caption, count in counts.items() if count > room}, room

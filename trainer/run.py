@@ -4,11 +4,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler
 
 from trainer import (
     batches,
@@ -26,13 +25,14 @@ from trainer import (
     pictures,
     record,
     report,
+    result,
     sampling,
     signals,
 )
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.guard import Guard
-from trainer.model import load_pipeline, training_noise
+from trainer.model import Model, training_noise
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 
@@ -45,7 +45,7 @@ class State:
 
     config: Config
     folder: Path
-    pipeline: StableDiffusionXLPipeline
+    model: Model
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
@@ -89,27 +89,28 @@ def assemble(
     device = _device(config.runtime.device)
     memory.reset_peak(device)
     dataset = data.load(config.data)
-    pipeline = load_pipeline(config.model, device)
-    schedule = training_noise(pipeline)
-    encoded = conditioning.encode(
-        pipeline, dataset, partial(conditioning.fingerprint, config.model), stop
-    )
+    model = Model(config.model, device)
+    schedule = training_noise(model.origin.config("scheduler"))
+    model.keep_text_encoders(config.method.train)
+    encoded = conditioning.encode(model, dataset, stop)
 
-    method.attach(config.method, pipeline, config.seed)
+    model.load_unet()
+    method.attach(config.method, model, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
-    optimizer = optimizers.build(config.optim, pipeline.unet, config.seed)
+    optimizer = optimizers.build(
+        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed
+    )
     fingerprint = dataset.fingerprint
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
-        method.restore(pipeline.unet, resumed.weights)
+        method.restore(model, resumed.weights)
         optimizers.restore(optimizer, resumed.optimizer)
         log.info("resumed after step %d", resumed.step)
-    pipeline.unet.train()
     counters = resumed.counters if resumed else checkpoint.Counters()
     return State(
         config=config,
         folder=folder,
-        pipeline=pipeline,
+        model=model,
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
@@ -122,7 +123,7 @@ def assemble(
             size_of=lambda row: dataset.samples[row].bucket,
         ),
         sampler=sampling.Sampler(
-            pipeline=pipeline,
+            model=model,
             data=encoded,
             config=config.log,
             batch_size=config.data.batch_size,
@@ -140,8 +141,8 @@ def assemble(
 
 def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
-    config, unet = state.config, state.pipeline.unet
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+    config, unet = state.config, state.model.unet
+    parameters = state.model.trained_parameters()
     taken = gradients.make(config, parameters, state.optimizer)
     if state.step == 0:
         state.eval_loss_before = evaluate(state, writer)
@@ -206,7 +207,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = method.export(state.config.method, state.pipeline, state.folder)
+    exported = result.export(state.config.method, state.model, state.folder)
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -237,7 +238,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 def evaluate(state: State, writer: metrics.Metrics) -> float:
     """The loss at the fixed eval points, written as eval/loss."""
-    value = losses.evaluate(state.pipeline.unet, state.eval_batches)
+    value = losses.evaluate(state.model.unet, state.eval_batches)
     writer.write(state.step, {"eval/loss": value})
     return value
 
@@ -268,7 +269,7 @@ def save(state: State) -> None:
         state.folder / "checkpoints",
         checkpoint.Checkpoint(
             step=state.step,
-            weights=method.trained_tensors(state.pipeline.unet),
+            weights=method.trained_tensors(state.model),
             optimizer=state.optimizer.state_dict(),
             config=asdict(state.config),
             data=state.fingerprint,

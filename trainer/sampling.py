@@ -2,22 +2,26 @@
 the weights differ."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from torch import Tensor
 
 from trainer.batches import sample_noise
-from trainer.conditioning import Encoded
+from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
 from trainer.data import Sample
+from trainer.model import Model
 
 
 @dataclass(kw_only=True)
 class Sampler:
     """Draws the first `log.sample_count` captions of the data set, each at its picture's size."""
 
-    pipeline: StableDiffusionXLPipeline
+    model: Model
     data: Encoded
     config: LogConfig
     batch_size: int  # pictures drawn at a time
@@ -34,49 +38,66 @@ class Sampler:
     @torch.no_grad()
     def draw(self) -> list[Image.Image]:
         """One picture for each of the `count` captions."""
-        unet = self.pipeline.unet
+        unet = self.model.unet
         was_training = unet.training
         unet.eval()
-        by_bucket: dict[tuple[int, int], list[int]] = {}
-        for place, sample in enumerate(self._samples()):
-            by_bucket.setdefault(sample.bucket, []).append(place)
-        pictures = {}
-        for places in by_bucket.values():
-            for start in range(0, len(places), self.batch_size):
-                chunk = places[start : start + self.batch_size]
-                pictures |= dict(zip(chunk, self._draw(chunk), strict=True))
+        latents: dict[int, Tensor] = {}  # by the caption's place
+        for places in self._chunks():
+            latents |= dict(zip(places, self._denoise(places), strict=True))
         unet.train(was_training)
-        return [pictures[place] for place in range(self.count)]
+        with self.model.vae() as vae:
+            scaled = [unscaled(vae, latents[i].to(vae.dtype)) for i in range(self.count)]
+            pixels = [vae.decode(latent[None]).sample for latent in scaled]
+        return [VaeImageProcessor().postprocess(x)[0] for x in pixels]
 
-    def _draw(self, places: list[int]) -> list[Image.Image]:
-        """The pictures at these places of `rows`, which have one bucket."""
-        rows = [self.rows[place] for place in places]
+    def _chunks(self) -> list[list[int]]:
+        """Places of `rows` that are drawn together: at most `batch_size`, all of one size."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for place, sample in enumerate(self._samples()):
+            by_size.setdefault(sample.bucket, []).append(place)
+        size = self.batch_size
+        return [
+            group[i : i + size] for group in by_size.values() for i in range(0, len(group), size)
+        ]
+
+    def _denoise(self, places: list[int]) -> Tensor:
+        """-> latents (B, 4, h, w)."""
+        unet, rows = self.model.unet, [self.rows[place] for place in places]
         noise = sample_noise(self.data.latents[rows[0]]["latent"], self.count)[places]
-        # Prompts are encoded already, and diffusers would cast them to the text encoders' dtype.
-        parts = self.pipeline.components | {"text_encoder": None, "text_encoder_2": None}
-        denoiser = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-        denoiser.set_progress_bar_config(disable=True)
-        unet, vae = denoiser.unet, denoiser.vae
         height, width = self.data.dataset.samples[rows[0]].bucket
-        empty = {name: torch.stack([x] * len(rows)) for name, x in self.data.empty.items()}
+        prompt = self.data.read(self.data.captions(rows))
+        empty = self.data.read([None] * len(rows))
         inputs = {
-            "prompt_embeds": self.data.texts_of(rows, "prompt"),
-            "pooled_prompt_embeds": self.data.texts_of(rows, "pooled"),
-            "negative_prompt_embeds": empty["prompt"],
-            "negative_pooled_prompt_embeds": empty["pooled"],
+            "prompt_embeds": prompt.prompt,
+            "negative_prompt_embeds": empty.prompt,
+            "pooled_prompt_embeds": prompt.pooled,
+            "negative_pooled_prompt_embeds": empty.pooled,
             "latents": noise,
         }
-        latents = denoiser(
-            **{name: x.to(unet.device, unet.dtype) for name, x in inputs.items()},
+        given = {k: x.to(unet.device, unet.dtype) for k, x in inputs.items() if x is not None}
+        return self._denoiser(
+            **given,
             height=height,
             width=width,
             num_inference_steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
             output_type="latent",
         ).images
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-        pixels = torch.cat([vae.decode(latent[None]).sample for latent in scaled])
-        return denoiser.image_processor.postprocess(pixels)
+
+    @cached_property
+    def _denoiser(self) -> DiffusionPipeline:
+        """The model's pipeline around the UNet alone: prompts are encoded already, and latents are
+        decoded here."""
+        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        parts |= {"unet": self.model.unet, "scheduler": self.model.sampling_schedule()}
+        if self.model.unet.config.addition_embed_type == "text_time":
+            more = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+            denoiser = StableDiffusionXLPipeline(**parts, **more, add_watermarker=False)
+        else:
+            more = dict.fromkeys(("safety_checker", "feature_extractor"))
+            denoiser = StableDiffusionPipeline(**parts, **more, requires_safety_checker=False)
+        denoiser.set_progress_bar_config(disable=True)
+        return denoiser
 
     def originals(self) -> list[Image.Image]:
         """The pictures that those captions belong to, as the model sees them."""
@@ -85,7 +106,7 @@ class Sampler:
         return [Image.fromarray(array) for array in arrays]
 
     def captions(self) -> list[str]:
-        return [sample.caption for sample in self._samples()]
+        return self.data.captions(self.rows)
 
     def _samples(self) -> list[Sample]:
         return [self.data.dataset.samples[row] for row in self.rows]

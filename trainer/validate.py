@@ -15,6 +15,7 @@ import optim
 from optim.options import unknown
 from trainer.config import PICTURE_SUFFIXES, Config, DataConfig, MseConfig
 from trainer.config.fields import complaint
+from trainer.config.method import PARTS
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def check(config: Config) -> None:
             f"[0, {config.schedule.steps}], the run's steps"
         )
     _check_names(config)
+    _check_trained(config.method.train)
     _check_curvature(config)
     _check_data(config.data)
     _check_paths(config)
@@ -92,6 +94,14 @@ def _check_names(config: Config) -> None:
         node = getattr(config, group)
         if node.name != type(node).name:
             raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
+
+
+def _check_trained(parts: list[str]) -> None:
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
+    if not parts:
+        raise UserError("method.train=[] trains nothing; name unet, or text encoders")
 
 
 def _check_fused_backward(config: Config) -> None:
@@ -139,10 +149,21 @@ def _check_curvature(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     if not config.model.path.strip():
         raise UserError("model.path is empty; name a folder")
-    model = Path(config.model.path).expanduser()
-    if not (model / "model_index.json").is_file():
+    _check_model(config.model.path)
+
+
+def _check_model(path: str) -> None:
+    """A folder, a file, or what could be a hub repository's name."""
+    model = Path(path).expanduser()
+    if model.is_dir() and not (model / "model_index.json").is_file():
         raise UserError(
             f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
+        )
+    is_repository = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+    if not model.exists() and (not is_repository or model.suffix in (".safetensors", ".ckpt")):
+        raise UserError(
+            f"model.path={path} does not exist; name a folder in diffusers layout, a .safetensors "
+            "or .ckpt file, or a hub repository (owner/name)"
         )
 
 

@@ -1,26 +1,41 @@
-"""`method=`: which weights are trained."""
+"""`method=`: which weights are trained, and how the result is written."""
 
 from dataclasses import dataclass
 
 from trainer.config.fields import within
 
 TINY = 1e-12  # the smallest sensible value of what must be positive
+PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(kw_only=True)
-class FullConfig:
-    """Train every weight of the UNet."""
+class MethodConfig:
+    """What all methods share."""
 
-    name: str = "full"
+    # Parts that are trained: unet, text_encoder, text_encoder_2.  The captions of a trained text
+    # encoder are read anew in every step.
+    train: list[str]
     max_grad_norm: float | None = within(TINY)  # gradients' global norm is clipped; null does not
 
 
 @dataclass(kw_only=True)
-class LoraConfig:
-    """Train low-rank adapters on the UNet (PEFT)."""
+class FullConfig(MethodConfig):
+    """Train every weight."""
+
+    name: str = "full"
+
+
+@dataclass(kw_only=True)
+class LoraConfig(MethodConfig):
+    """Train low-rank adapters (PEFT)."""
 
     name: str = "lora"
-    max_grad_norm: float | None = within(TINY)
     rank: int = within(1)
     alpha: float = within(TINY)  # the adapter's output is scaled by alpha / rank
-    targets: list[str]  # names, or ends of names, of the UNet's modules that get an adapter
+    rslora: bool  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
+    # Train each output's magnitude apart from its direction (DoRA: Liu et al. 2024, 2402.09353).
+    dora: bool
+    # Modules that get an adapter, by the end of their names, as regular expressions: to_q, or
+    # down_blocks.*attn1.to_q, or conv[12].  One list for the UNet, one for text encoders.
+    targets: list[str]
+    text_targets: list[str]

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Entry = dict[str, Tensor]
 PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w), scaled
-TextEncoder = Callable[[list[str]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
+TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CHUNK = 16  # captions encoded at a time
@@ -68,6 +69,11 @@ class Store:
     def __init__(self, cache: str | None, dtype: str) -> None:
         self.folder = Path(cache).expanduser() if cache else None
         self.dtype = _DTYPES[dtype]
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._unwritable(self.folder, error) from error
 
     def latents(
         self,
@@ -92,9 +98,9 @@ class Store:
             latent = encode(pixels)
             if not latent.isfinite().all():
                 raise UserError(
-                    f"the VAE's latent of {by_key[key].name} is not finite; a VAE that overflows "
-                    "in half precision must run in float32, or be its fp16-fix version; if it "
-                    "does not, look at the picture"
+                    f"the VAE's latent of {by_key[key].name} is not finite; check the picture, or "
+                    "set model.vae_dtype=float32 (SDXL's VAE overflows in float16, its fp16-fix "
+                    "version does not)"
                 )
             entry = {"latent": latent}
             if mask is not None:
@@ -105,13 +111,13 @@ class Store:
 
     def texts(
         self,
-        captions: list[str],
+        captions: Sequence[str | None],
         fingerprint: str,
         make_encoder: Callable[[], TextEncoder],
         stop: Sequence[int] = (),
     ) -> Entries:
         """An entry of `prompt` (tokens, dim), and of `pooled` (dim,) where the model has it, for
-        each caption.  As `latents`; `fingerprint` names the text encoders."""
+        each caption; None is no prompt.  As `latents`; `fingerprint` names the text encoders."""
         keys = {text: self._text_key(text, fingerprint) for text in captions}
         found = self._entries("texts", keys)
         by_key = {key: text for text, key in keys.items()}
@@ -135,7 +141,7 @@ class Store:
         found = self._entries("latents", {key: key for key in by_key})
         return len(self._missing(found, lambda key, entry: _is_latent(entry, by_key[key])))
 
-    def missing_texts(self, captions: list[str], fingerprint: str) -> int:
+    def missing_texts(self, captions: Sequence[str | None], fingerprint: str) -> int:
         """How many captions `texts` would encode."""
         found = self._entries("texts", {t: self._text_key(t, fingerprint) for t in captions})
         return len(self._missing(found, lambda key, entry: _is_text(entry)))
@@ -143,7 +149,7 @@ class Store:
     def _latent_key(self, sample: Sample, fingerprint: str) -> str:
         return _hash(sample.digest, sample.transform, fingerprint, str(self.dtype))
 
-    def _text_key(self, caption: str, fingerprint: str) -> str:
+    def _text_key(self, caption: str | None, fingerprint: str) -> str:
         return _hash(caption, fingerprint, str(self.dtype))
 
     def _entries(self, kind: str, keys: dict[Any, str]) -> Entries:
@@ -185,11 +191,15 @@ class Store:
             save_file(kept, temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"data.cache={self.folder}: {path} cannot be written: {error}; make room there, "
-                "name another folder, or set data.cache=null"
-            ) from error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise self._unwritable(path, error) from error
+
+    def _unwritable(self, path: Path, error: Exception) -> UserError:
+        return UserError(
+            f"data.cache={self.folder}: {path} cannot be written: {error}; make room there, name "
+            "another folder, or set data.cache=null"
+        )
 
     def _report(self, what: str, count: int, encoded: int) -> None:
         where = f"; {count - encoded} found in {self.folder}" if self.folder else ""
@@ -205,7 +215,7 @@ def _path(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
 
 
-def _hash(*parts: str) -> str:
+def _hash(*parts: str | None) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
