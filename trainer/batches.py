@@ -1,18 +1,19 @@
-"""Batches: which latents, how noisy, towards which target, and what the UNet makes of them.
+"""Batches: what the UNet gets, which target it has, and what it makes of it.
 
-A training batch is a function of (seed, step, place in the batch) and of the data, and nothing here
-draws from a global generator.  Two runs with one seed therefore train on the same noise and
+A training batch is a function of (seed, number, place in the batch) and of the data, and nothing
+here draws from a global generator.  Two runs with one seed therefore train on the same noise and
 timesteps whatever their optimizer, and their losses can be compared point by point.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from optim import rng
+from trainer import noise
+from trainer.config import NoiseConfig
 from trainer.streams import Stream
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -45,16 +46,15 @@ class Batch:
     mask: Tensor | None = None  # (B, 1, h, w)
 
 
-def noised(inputs: Inputs, schedule: DDPMScheduler, seed: int, number: int) -> Batch:
+def noised(
+    inputs: Inputs, schedule: DDPMScheduler, config: NoiseConfig, seed: int, number: int
+) -> Batch:
     """Batch `number` of training: these inputs with fresh noise at fresh timesteps."""
-    size = len(inputs.latents)
-    num_timesteps = schedule.config.num_train_timesteps
-    # Stratified: sample i of the batch draws from the i-th of B equal parts of the schedule, which
-    # lowers the loss's variance.
-    shares = [(i + rng.uniform(seed, Stream.TIMESTEP, number, i)) / size for i in range(size)]
-    timesteps = torch.tensor([int(share * num_timesteps) for share in shares])
-    noise = torch.stack([_normal(inputs.latents[0], seed, number, i) for i in range(size)])
-    return _batch(inputs, schedule, timesteps, noise)
+    size, like = len(inputs.latents), inputs.latents[0]
+    steps = noise.timesteps(config, schedule.config.num_train_timesteps, seed, number, size)
+    drawn = [noise.draw(config, like, seed, number, place) for place in range(size)]
+    seen = [noise.perturbed(config, x, seed, number, place) for place, x in enumerate(drawn)]
+    return _batch(inputs, schedule, steps, torch.stack(drawn), torch.stack(seen))
 
 
 def eval_batches(
@@ -64,61 +64,69 @@ def eval_batches(
     points: int,
     batch_size: int,
     size_of: Callable[[int], object] = lambda row: None,
-) -> list[Batch]:
-    """Fixed (row, timestep, noise) triples: `points` of them, the same in every run.
+) -> Iterator[Batch]:
+    """Fixed (row, timestep, noise) triples: `points` of them, white noise over all timesteps, the
+    same in every run whatever its noise options.
 
     `gather` gives the inputs of some rows, without any dropout; only rows of one `size_of` share a
     batch.  Rows take turns; timesteps follow the golden-ratio sequence, which covers the schedule
     evenly for any number of points and does not fall into step with the rows.
     """
-    by_size: dict[object, list[int]] = {}
+    count = schedule.config.num_train_timesteps
+    by_size: dict[object, list[int]] = {}  # the points' numbers
     for point in range(points):
         by_size.setdefault(size_of(rows[point % len(rows)]), []).append(point)
-    batches = []
     for members in by_size.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
             inputs = gather([rows[point % len(rows)] for point in chosen])
-            shares = [(point + 0.5) * _GOLDEN % 1 for point in chosen]
-            timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
-            noise = torch.stack([_normal(inputs.latents[0], _EVAL_SEED, n) for n in chosen])
-            batches.append(_batch(inputs, schedule, timesteps, noise))
-    return batches
+            timesteps = torch.tensor([int((p + 0.5) * _GOLDEN % 1 * count) for p in chosen])
+            drawn = torch.stack([_fixed(inputs.latents[0], point) for point in chosen])
+            yield _batch(inputs, schedule, timesteps, drawn, drawn)
 
 
 def sample_noise(like: Tensor, count: int) -> Tensor:
     """The start noise of sample grids, the same in every run: like (4, h, w) -> (count, 4, h,
     w)."""
-    return torch.stack([_normal(like, _EVAL_SEED, _EVAL_SEED, i) for i in range(count)])
+    return torch.stack([_fixed(like, _EVAL_SEED, place) for place in range(count)])
 
 
 def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
     """By which the sampled targets of this step's estimate of the curvature differ from the
     prediction: like (4, h, w) -> (count, 4, h, w), on the CPU."""
-    draws = [_normal(like, seed, step, i, stream=Stream.CURVATURE) for i in range(count)]
+    draws = [noise.normal(like.shape, Stream.CURVATURE, seed, step, i) for i in range(count)]
     return torch.stack(draws)
 
 
 def predict(unet: nn.Module, batch: Batch) -> Tensor:
-    """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype."""
+    """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype.
+
+    A UNet that takes a pooled prompt and sizes (SDXL) gets them, one that does not (SD 1.5) gets
+    neither.
+    """
     device, dtype = unet.device, unet.dtype
-    told = None
-    if batch.pooled is not None:
-        sizes = batch.time_ids.to(device)
-        told = {"text_embeds": batch.pooled.to(device, dtype), "time_ids": sizes}
+    added = None
+    if batch.pooled is not None and batch.time_ids is not None:
+        added = {
+            "text_embeds": batch.pooled.to(device, dtype),
+            "time_ids": batch.time_ids.to(device),
+        }
     return unet(
         batch.noisy.to(device, dtype),
         batch.timesteps.to(device),
         encoder_hidden_states=batch.prompt.to(device, dtype),
-        added_cond_kwargs=told,
+        added_cond_kwargs=added,
     ).sample.float()
 
 
-def _batch(inputs: Inputs, schedule: DDPMScheduler, timesteps: Tensor, noise: Tensor) -> Batch:
-    latents = inputs.latents
+def _batch(
+    inputs: Inputs, schedule: DDPMScheduler, timesteps: Tensor, noise: Tensor, seen: Tensor
+) -> Batch:
+    """`seen` is the noise of the input, `noise` that of the target: both (B, 4, h, w)."""
+    latents = inputs.latents.float()
     predicts_v = schedule.config.prediction_type == "v_prediction"
     return Batch(
-        noisy=schedule.add_noise(latents, noise, timesteps),
+        noisy=schedule.add_noise(latents, seen, timesteps),
         target=schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
         timesteps=timesteps,
         prompt=inputs.prompt,
@@ -129,6 +137,6 @@ def _batch(inputs: Inputs, schedule: DDPMScheduler, timesteps: Tensor, noise: Te
     )
 
 
-def _normal(like: Tensor, seed: int, *counters: int, stream: Stream = Stream.NOISE) -> Tensor:
-    """Standard normal noise for this seed and these counters, in the shape of `like`."""
-    return torch.randn(like.shape, generator=rng.generator(seed, stream, *counters))
+def _fixed(like: Tensor, *counters: int) -> Tensor:
+    """White noise that no seed and no option changes, in the shape of `like`."""
+    return noise.normal(like.shape, Stream.NOISE, _EVAL_SEED, *counters)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from trainer import (
     memory,
     method,
     metrics,
+    noise,
     optimizers,
     pictures,
     record,
@@ -32,7 +33,7 @@ from trainer import (
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.guard import Guard
-from trainer.model import Model, training_noise
+from trainer.model import Model
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 
@@ -49,7 +50,6 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
-    eval_batches: list[batches.Batch]
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -90,7 +90,9 @@ def assemble(
     memory.reset_peak(device)
     dataset = data.load(config.data)
     model = Model(config.model, device)
-    schedule = training_noise(model.origin.config("scheduler"))
+    result.check(config.method, model)
+    model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
+    schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
     encoded = conditioning.encode(model, dataset, stop)
 
@@ -114,14 +116,6 @@ def assemble(
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
-        eval_batches=batches.eval_batches(
-            dataset.own,
-            encoded.plain,
-            schedule,
-            config.log.eval_points,
-            config.data.batch_size,
-            size_of=lambda row: dataset.samples[row].bucket,
-        ),
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
@@ -159,14 +153,16 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
 
         # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
         inputs = state.data.gather(state.data.dataset.batch(config.seed, step))
-        batch = batches.noised(inputs, state.schedule, config.seed, step)
+        batch = batches.noised(inputs, state.schedule, config.noise, config.seed, step)
 
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).
-        curvature.estimate(state.optimizer, unet, batch, config.seed, step)
+        curvature.estimate(
+            state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
+        )
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
+        loss = losses.loss(config.loss, state.schedule, batches.predict(unet, batch), batch)
         grad_norm = taken.backward(loss)
 
         # Judge the step: unless loss and gradients are finite, leave everything as it was.
@@ -207,7 +203,9 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = result.export(state.config.method, state.model, state.folder)
+    exported = result.export(
+        state.config, state.model, state.folder, state.step, len(state.data.dataset.samples)
+    )
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -226,7 +224,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     writer.close(summary)
     places = {
         "pictures": picture,
-        "model": exported,
+        "result": ", ".join(map(str, exported)),
         "metrics": writer.path,
         "checkpoints": state.folder / "checkpoints",
     }
@@ -237,10 +235,24 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 
 def evaluate(state: State, writer: metrics.Metrics) -> float:
-    """The loss at the fixed eval points, written as eval/loss."""
-    value = losses.evaluate(state.model.unet, state.eval_batches)
-    writer.write(state.step, {"eval/loss": value})
-    return value
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
+    found = losses.evaluate(state.model.unet, state.schedule, eval_batches(state))
+    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
+    return found["loss"]
+
+
+def eval_batches(state: State) -> Iterator[batches.Batch]:
+    """The fixed eval points.  They are made anew each time: what is read of a caption changes where
+    text encoders are trained."""
+    config, dataset = state.config, state.data.dataset
+    return batches.eval_batches(
+        dataset.own,
+        state.data.plain,
+        state.schedule,
+        config.log.eval_points,
+        config.data.batch_size,
+        size_of=lambda row: dataset.samples[row].bucket,
+    )
 
 
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
