@@ -4,10 +4,12 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from torch import Tensor
 
 from trainer import (
     batches,
@@ -56,6 +58,7 @@ class State:
     step: int
     seconds: float  # spent in training steps, over all sessions of the run
     eval_loss_before: float  # before the first step
+    grad_norm: float  # of the last step with a finite one
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
@@ -81,6 +84,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
+    memory.return_freed_blocks()
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
     pipeline = load_pipeline(config.model, device)
@@ -116,13 +120,12 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
             batch_size=config.data.batch_size,
         ),
         optimizer=optimizer,
-        guard=Guard(
-            config.runtime.max_skipped_steps, counters.skipped_steps, config.runtime.fused_backward
-        ),
+        guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
         device=device,
         step=resumed.step if resumed else 0,
         seconds=counters.seconds,
         eval_loss_before=counters.eval_loss_before,
+        grad_norm=counters.grad_norm,
     )
 
 
@@ -130,7 +133,8 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
     config, unet = state.config, state.pipeline.unet
     parameters = [p for p in unet.parameters() if p.requires_grad]
-    taken = gradients.make(config, parameters, state.optimizer)
+    taken = gradients.make(config, parameters, state.optimizer, state.grad_norm)
+    count = config.runtime.accumulation
     if state.step == 0:
         state.eval_loss_before = evaluate(state, writer)
         sample(state, writer)
@@ -144,24 +148,19 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         started = time.monotonic()
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
-        # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
-        indices = data.batch_indices(
-            config.seed, step, config.data.batch_size, len(state.data.latents)
-        )
-        batch = batches.training_batch(
-            state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
-        )
+        # Draw the batches, their noise and timesteps from counters: they depend on the step alone.
+        batch = draw(state, step * count)
 
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).
         curvature.estimate(state.optimizer, unet, batch, config.seed, step)
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
-        grad_norm = taken.backward(loss)
+        outcome = taken.backward(partial(loss_of, state, batch, step * count), [1 / count] * count)
+        state.grad_norm = taken.clip.last_norm
 
         # Judge the step: unless loss and gradients are finite, leave everything as it was.
-        if state.guard.accepts(step, loss.item(), grad_norm):
+        if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
@@ -170,7 +169,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
 
         # Report, evaluate, sample, save.
         if probe:
-            values = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norm}
+            values = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm}
             _report(state, writer, progress, values | {"update_ratio": probe.ratio()})
         if _due(config.log.eval_every, state):
             evaluate(state, writer)
@@ -182,6 +181,24 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
             except UserError as error:
                 log.warning("%s; training goes on", error)
     progress.close()
+
+
+def draw(state: State, number: int) -> batches.Batch:
+    """The micro-batch of this number, of those that the run trains on."""
+    config = state.config
+    indices = data.batch_indices(
+        config.seed, number, config.data.batch_size, len(state.data.latents)
+    )
+    return batches.training_batch(
+        state.data, state.schedule, indices, config.data.caption_dropout, config.seed, number
+    )
+
+
+def loss_of(state: State, first: batches.Batch, number: int, place: int) -> Tensor:
+    """The loss of a step's micro-batch at `place`; `first` is that at 0, whose number is given."""
+    batch = draw(state, number + place) if place else first
+    prediction = batches.predict(state.pipeline.unet, batch)
+    return losses.loss(state.config.loss, prediction, batch.target)
 
 
 def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ()) -> float:
@@ -208,7 +225,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "eval_loss_after": after,
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
-        "images_per_second": state.step * state.config.data.batch_size / state.seconds,
+        "images_per_second": state.step * _samples_per_step(state) / state.seconds,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
@@ -268,6 +285,7 @@ def save(state: State) -> None:
                 skipped_steps=state.guard.skipped,
                 seconds=state.seconds,
                 eval_loss_before=state.eval_loss_before,
+                grad_norm=state.grad_norm,
             ),
         ),
         keep=state.config.runtime.keep_checkpoints,
@@ -278,8 +296,8 @@ def _report(
     state: State, writer: metrics.Metrics, progress: console.Progress, values: dict[str, float]
 ) -> None:
     seconds_per_step = state.seconds / state.step
-    images_per_second = state.config.data.batch_size / seconds_per_step
-    epochs = state.step * state.config.data.batch_size / len(state.data.latents)
+    images_per_second = _samples_per_step(state) / seconds_per_step
+    epochs = state.step * _samples_per_step(state) / len(state.data.latents)
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}
@@ -295,6 +313,10 @@ def _report(
     )
     seconds_left = (state.config.schedule.steps - state.step) * seconds_per_step
     progress.show(state.step, values["loss"], images_per_second, seconds_left)
+
+
+def _samples_per_step(state: State) -> int:
+    return state.config.data.batch_size * state.config.runtime.accumulation
 
 
 def _due(every: int, state: State) -> bool:
