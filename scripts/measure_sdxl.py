@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from hydra import compose, initialize_config_dir
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import batches, cli, gradients, losses, memory, method, optimizers, validate
 from trainer.config import ASSETS, DTYPES, Config, conf_dir
@@ -121,11 +121,11 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     before = memory.resident_bytes()
     started = time.monotonic()
     unet = build_unet(arguments.unet, DTYPES[config.model.dtype], device)
-    method.attach(config.method, SimpleNamespace(unet=unet), config.seed)
-    unet.train()
+    model = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
+    method.attach(config.method, model, config.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     alive = AliveGradients(parameters)
-    optimizer = optimizers.build(config.optim, unet, config.seed)
+    optimizer = optimizers.build(config.optim, nn.ModuleDict(model.trained_parts), config.seed)
     taken = gradients.make(config, parameters, optimizer)
     batch = random_batch(unet, arguments.batch, arguments.latent)
     seconds_to_build = time.monotonic() - started

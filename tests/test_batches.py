@@ -8,18 +8,23 @@ from trainer.batches import eval_batches, training_batch
 from trainer.conditioning import Encoded
 from trainer.losses import loss
 from trainer.schedule import lr_scale
+from trainer.text import Text
 
 
 @pytest.fixture
 def data():
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randn(6, 3, 8, generator=generator)
-    prompt[-1] = 0
+    prompt = torch.randn(5, 3, 8, generator=generator)
+
+    def read(captions):
+        rows = [torch.zeros(3, 8) if c is None else prompt[int(c)] for c in captions]
+        return Text(prompt=torch.stack(rows), pooled=torch.stack(rows)[:, 0])
+
     return Encoded(
         latents=torch.randn(5, 4, 8, 8, generator=generator),
-        prompt=prompt,
-        pooled=prompt[:, 0].clone(),
+        captions=["0", "1", "2", "3", "4"],
         time_ids=torch.ones(5, 6),
+        read=read,
     )
 
 

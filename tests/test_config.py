@@ -15,6 +15,7 @@ CONF = config.conf_dir()
 CHOICES = [f"{group}={name}" for group in config.group_names() for name in config.choices_of(group)]
 NEEDED = {  # what a choice leaves to the user
     "model=sdxl": [f"model.path={config.ASSETS}/tiny_sdxl"],
+    "model=sd15": ["model.path=owner/name"],
     "data=folder": [f"data.path={config.ASSETS}/emoji24"],
     "optim=external": ["optim.class_path=torch.optim.RAdam"],
 }
@@ -69,12 +70,13 @@ MISTAKES = [
     (["optim.lr=abc"], ["optim.lr", "could not be converted to Float"]),
     (["optim.lr=-1"], ["optim=adafactor8bit", "lr=-1.0", "finite number >= 0"]),
     (["optim=adamw", "optim.betas=[0.9,2]"], ["betas", "2 numbers in [0, 1)"]),
-    (["method.rank=4"], ["method.rank", "max_grad_norm"]),
+    (["method.rank=4"], ["method.rank", "did you mean"]),
     (["method=lora", "method.rank=0"], ["method.rank=0", "out of range"]),
     (["method=lora", "method.targets=[to_z]"], ["method.targets", "to_z"]),
     (["data=folder"], ["data.path has no value", "data.path=..."]),
     (["data.path=/nowhere"], ["data.path=/nowhere", "not a folder"]),
-    (["model.path=/nowhere"], ["model.path=/nowhere", "model_index.json"]),
+    (["model.path=/nowhere"], ["model.path=/nowhere", "does not exist"]),
+    (["model.path=/tmp"], ["model.path=/tmp", "model_index.json"]),
     (["model.dtype=fp8"], ["model.dtype=fp8", "bfloat16"]),
     (["runtime.device=gpu0"], ["runtime.device=gpu0", "cuda:N"]),
     (["data.caption_dropout=2"], ["data.caption_dropout=2", "[0, 1]"]),

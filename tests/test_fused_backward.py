@@ -59,7 +59,7 @@ def test_lomo_and_adalomo_step_inside_the_backward_pass_without_further_options(
 def peak_gradient_bytes(config, folder):
     """The most bytes of gradients that are alive at once in a backward pass, and of them all."""
     state = assemble(config, folder, None)
-    parameters = list(state.pipeline.unet.parameters())
+    parameters = list(state.model.unet.parameters())
     seen = []
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(
@@ -100,7 +100,8 @@ def test_a_gradient_that_is_not_finite_leaves_its_elements_alone_and_is_counted(
     build, models = optimizers.build, []
 
     def remember(chosen, model, seed):
-        models.append((model.conv_in.weight, model.conv_in.weight.detach().clone()))
+        weight = model["unet"].conv_in.weight
+        models.append((weight, weight.detach().clone()))
         return build(chosen, model, seed)
 
     def spoiled(*arguments):
@@ -122,7 +123,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_elements_alone_and_is_counted(
 def test_the_hooks_do_not_keep_a_finished_runs_model_alive(composed, tmp_path):
     config = composed(*QUICK, UNCLIPPED, FUSED)
     state = assemble(config, tmp_path, None)
-    unet = state.pipeline.unet
+    unet = state.model.unet
     taken = gradients.make(config, list(unet.parameters()), state.optimizer)
     gone = weakref.ref(unet)
     del state, unet, taken

@@ -18,7 +18,7 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_loads(quick, dtype):
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "model")
     trained = weights(folder, 4)
     for name, tensor in pipeline.unet.state_dict().items():
-        assert torch.equal(tensor.float(), trained[name].float()), name
+        assert torch.equal(tensor.float(), trained[f"unet.{name}"].float()), name
     grid = Image.open(folder / "samples/step-000004.png")
     assert grid.size == (64 + 2 * 96, 14 + 3 * 96 + 6)  # titles, two columns; original, before, now
     for name in ("config.yaml", "environment.json", "summary.json", "train.log"):
@@ -57,10 +57,10 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     batch = state.eval_batches[0]
     without = batches.predict(reader.unet, batch)
     reader.load_lora_weights(tmp_path / "lora")
-    state.pipeline.unet.eval()
+    state.model.unet.eval()
     with torch.no_grad():
         here, there = (
-            batches.predict(state.pipeline.unet, batch),
+            batches.predict(state.model.unet, batch),
             batches.predict(reader.unet, batch),
         )
     assert torch.allclose(here, there, atol=1e-5)

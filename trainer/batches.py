@@ -27,7 +27,7 @@ class Batch:
     target: Tensor  # (B, 4, h, w): the noise, or v
     timesteps: Tensor  # (B,) int64
     prompt: Tensor  # (B, tokens, dim)
-    pooled: Tensor  # (B, dim)
+    pooled: Tensor | None  # (B, dim); None for a UNet that is told neither it nor sizes
     time_ids: Tensor  # (B, 6)
 
 
@@ -41,13 +41,12 @@ def training_batch(
     # lowers the loss's variance.
     shares = [(i + rng.uniform(seed, Stream.TIMESTEP, step, i)) / size for i in range(size)]
     timesteps = torch.tensor([int(share * num_timesteps) for share in shares])
-    empty = len(data.latents)
-    texts = [
-        empty if rng.uniform(seed, Stream.DROPOUT, step, i) < dropout else index
+    captions = [
+        None if rng.uniform(seed, Stream.DROPOUT, step, i) < dropout else data.captions[index]
         for i, index in enumerate(indices)
     ]
     noise = torch.stack([_normal(data.latents[0], seed, step, i) for i in range(size)])
-    return _batch(data, schedule, indices, texts, timesteps, noise)
+    return _batch(data, schedule, indices, captions, timesteps, noise)
 
 
 def eval_batches(
@@ -65,7 +64,8 @@ def eval_batches(
         shares = [(number + 0.5) * _GOLDEN % 1 for number in numbers]
         timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
         noise = torch.stack([_normal(data.latents[0], _EVAL_SEED, n) for n in numbers])
-        batches.append(_batch(data, schedule, indices, indices, timesteps, noise))
+        captions = [data.captions[index] for index in indices]
+        batches.append(_batch(data, schedule, indices, captions, timesteps, noise))
     return batches
 
 
@@ -85,14 +85,15 @@ def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
 def predict(unet: nn.Module, batch: Batch) -> Tensor:
     """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype."""
     device, dtype = unet.device, unet.dtype
+    told = None
+    if batch.pooled is not None:
+        sizes = batch.time_ids.to(device)
+        told = {"text_embeds": batch.pooled.to(device, dtype), "time_ids": sizes}
     return unet(
         batch.noisy.to(device, dtype),
         batch.timesteps.to(device),
         encoder_hidden_states=batch.prompt.to(device, dtype),
-        added_cond_kwargs={
-            "text_embeds": batch.pooled.to(device, dtype),
-            "time_ids": batch.time_ids.to(device),
-        },
+        added_cond_kwargs=told,
     ).sample.float()
 
 
@@ -100,18 +101,18 @@ def _batch(
     data: Encoded,
     schedule: DDPMScheduler,
     rows: list[int],
-    texts: list[int],
+    captions: list[str | None],
     timesteps: Tensor,
     noise: Tensor,
 ) -> Batch:
-    latents = data.latents[rows]
+    latents, text = data.latents[rows], data.read(captions)
     predicts_v = schedule.config.prediction_type == "v_prediction"
     return Batch(
         noisy=schedule.add_noise(latents, noise, timesteps),
         target=schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
         timesteps=timesteps,
-        prompt=data.prompt[texts],
-        pooled=data.pooled[texts],
+        prompt=text.prompt,
+        pooled=text.pooled,
         time_ids=data.time_ids[rows],
     )
 

@@ -13,6 +13,11 @@ import optim
 from trainer import batches, losses
 
 
+def is_due(optimizer: Any) -> bool:
+    """Whether `optimizer` wants an estimate before its next step."""
+    return isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()
+
+
 def estimate(optimizer: Any, unet: nn.Module, batch: batches.Batch, seed: int, step: int) -> None:
     """Where `optimizer` wants an estimate before this step, make it from the step's batch; others
     are left alone.
@@ -20,7 +25,7 @@ def estimate(optimizer: Any, unet: nn.Module, batch: batches.Batch, seed: int, s
     The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
     elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.
     """
-    if not (isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()):
+    if not is_due(optimizer):
         return
     prediction = batches.predict(unet, batch)
     noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)

@@ -34,6 +34,9 @@ def whole_folder(final: Path) -> Iterator[Path]:
         temporary.rename(final)
         _flush(final.parent)
         shutil.rmtree(old, ignore_errors=True)
+    except UserError:  # what was written is not what should have been
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap OSError
         written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         shutil.rmtree(temporary, ignore_errors=True)
@@ -43,6 +46,27 @@ def whole_folder(final: Path) -> Iterator[Path]:
             f"could not save {final}: {error} ({written / 1e6:.1f} MB written, "
             f"{_free_bytes(final.parent) / 1e6:.1f} MB free); what was saved before is intact"
         ) from error
+
+
+@contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; when the block ends well, it becomes `final` at once.
+
+    Raises UserError when the disk does not take it, or when the block does; nothing half-written
+    stays then, and an older `final` is as it was.
+    """
+    temporary = final.with_name(f".{final.stem}.tmp{final.suffix}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, final)
+        _flush(final.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free = _free_bytes(final.parent) / 1e6
+        raise UserError(f"could not save {final}: {error} ({free:.1f} MB free)") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

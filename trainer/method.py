@@ -1,52 +1,57 @@
-"""What is trained: every weight of the UNet (`full`) or adapters on it (`lora`), and how the result
-is written for others."""
+"""What is trained: every weight (`full`) or adapters (`lora`), of the UNet and, where asked for, of
+the text encoders."""
 
-from pathlib import Path
+import logging
+import re
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model_state_dict
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from optim import rng
-from trainer import disk
 from trainer.config import LoraConfig
+from trainer.config.method import PARTS
 from trainer.errors import UserError
+from trainer.model import Model
 from trainer.streams import Stream
 
+log = logging.getLogger(__name__)
 
-def attach(config: Any, pipeline: StableDiffusionXLPipeline, seed: int) -> None:
+_ADAPTED = (nn.Linear, nn.Conv2d)
+
+
+def attach(config: Any, model: Model, seed: int) -> None:
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
-    up-projections zero)."""
-    unet = pipeline.unet
-    if not isinstance(config, LoraConfig):
-        unet.requires_grad_(True)
-        return
-    names = [name for name, _ in unet.named_modules()]
-    for target in config.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(
-                f"method.targets={config.targets}: no module of the UNet is called {target}"
-            )
-    adapter = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets)
-    )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
-        torch.manual_seed(rng.mix(seed, Stream.ADAPTER) >> 1)
-        unet.add_adapter(adapter)
-    cast_training_params(unet, torch.float32)
+    up-projections zero).
+
+    Raises UserError for a part that the model lacks and a target that no module is called by.
+    """
+    for part in config.train:
+        module = model.trained_parts[part]
+        if isinstance(config, LoraConfig):
+            _add_adapters(config, part, module, seed)
+        else:
+            module.requires_grad_(True)
+        module.train()
+    if model.text_encoder:
+        model.text_encoder.freeze_unused()
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def trained_tensors(model: Model) -> dict[str, Tensor]:
+    """The parameters that training changes, by part and name: unet.conv_in.weight."""
+    return {
+        f"{part}.{name}": parameter.detach()
+        for part, module in model.trained_parts.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @torch.no_grad()
-def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def restore(model: Model, weights: dict[str, Tensor]) -> None:
     """Put checkpointed tensors back.  Raises UserError, before any is written, when names, shapes
     or dtypes differ."""
     own = trained_tensors(model)
@@ -63,21 +68,36 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
-def export(config: Any, pipeline: StableDiffusionXLPipeline, folder: Path) -> Path:
-    """Write the result in diffusers format: the whole pipeline to `folder/model`, or the adapter to
-    `folder/lora`.
+def _add_adapters(config: LoraConfig, part: str, module: nn.Module, seed: int) -> None:
+    key = "targets" if part == "unet" else "text_targets"
+    adapter = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        target_modules=_matching(module, part, key, getattr(config, key)),
+    )
+    number = () if part == "unet" else (PARTS.index(part),)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+        torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
+        inject_adapter_in_model(adapter, module)
+    cast_training_params(module, torch.float32)
 
-    The adapter's file carries rank and alpha, without which a reader would assume alpha = rank.
-    """
-    if not isinstance(config, LoraConfig):
-        with disk.whole_folder(folder / "model") as temporary:
-            pipeline.save_pretrained(temporary)
-        return folder / "model"
-    adapter = pipeline.unet.peft_config["default"]
-    with disk.whole_folder(folder / "lora") as temporary:
-        pipeline.save_lora_weights(
-            temporary,
-            unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
-            unet_lora_adapter_metadata=adapter.to_dict(),
-        )
-    return folder / "lora"
+
+def _matching(module: nn.Module, part: str, key: str, patterns: list[str]) -> list[str]:
+    """The linear and convolution layers whose name ends with what a pattern matches."""
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, _ADAPTED)]
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            end = re.compile(rf"(^|\.)({pattern})$")
+        except re.error as error:
+            raise UserError(f"method.{key}: {pattern} is no regular expression: {error}") from error
+        matched = [name for name in layers if end.search(name)]
+        if not matched:
+            raise UserError(
+                f"method.{key}={patterns}: no linear or convolution layer of the "
+                f"{part.replace('_', ' ')} is called {pattern}"
+            )
+        found.update(matched)
+    return sorted(found)

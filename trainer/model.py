@@ -1,53 +1,101 @@
-"""The pipeline that is fine-tuned: loaded from a diffusers folder, with everything but the UNet
-frozen."""
+"""The model that is fine-tuned: the UNet on its device, and the frozen parts when they are needed.
+
+All parts at once do not fit where the UNet alone does.  So a part is read when something wants it:
+the text encoders to encode captions and the VAE to encode pictures, each before the UNet is there,
+and the VAE again to draw samples.
+"""
 
 import logging
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, SchedulerMixin
+from torch import nn
 
+from trainer import origin, text
 from trainer.config import DTYPES, ModelConfig
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusionXLPipeline:
-    """Read the pipeline in `config.path`; UNet in `config.dtype`, the frozen parts in fp32.
-    Nothing is downloaded."""
-    folder = Path(config.path).expanduser()
-    log.info("model: loading %s", folder)
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.path={folder} cannot be loaded as a Stable Diffusion XL pipeline: {error}"
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.to(DTYPES[config.dtype])  # before it goes to the device
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.float()
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.to(device)
-        part.requires_grad_(False)
-        part.eval()
-    return pipeline
+class Model:
+    """The parts of a diffusion model.  `unet` is there after `load_unet`."""
+
+    unet: nn.Module
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        """Find the model; no weights are read yet.  Raises UserError where there is none."""
+        self.config, self.device = config, device
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        self.origin = origin.find(config)
+        self.text_parts = [part for part in text.PARTS if self.origin.has(part)]
+        self.text_encoder: text.Encoder | None = None  # where text encoders are trained
+
+    @property
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """What a method may train, by name: the UNet, and text encoders that it has asked for."""
+        encoders = self.text_encoder.encoders if self.text_encoder else {}
+        return {"unet": self.unet, **encoders}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training changes, part by part."""
+        parts = self.trained_parts.values()
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def keep_text_encoders(self, trained: list[str]) -> None:
+        """Have the text encoders stay where one of them is trained."""
+        missing = sorted(set(trained) - {"unet", *self.text_parts})
+        if missing:
+            raise UserError(
+                f"method.train={trained}: {self.origin} has no {missing[0]}, but "
+                f"{', '.join(['unet', *self.text_parts])}"
+            )
+        if set(trained) & set(self.text_parts):
+            self.text_encoder = self.load_text_encoders()
+
+    def load_unet(self) -> None:
+        """Read the UNet, in the configured dtype, onto the device."""
+        self.unet = self._load("unet", DTYPES[self.config.dtype])
+
+    def sampling_schedule(self) -> SchedulerMixin:
+        """The scheduler that the model's pipeline samples with."""
+        config = self.origin.config("scheduler")
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    def load_text_encoders(self) -> text.Encoder:
+        """The text encoders, on the device, in fp32 or as configured."""
+        dtype = DTYPES[self.config.text_dtype]
+        parts = {part: self._load(part, dtype) for part in self.text_parts}
+        return text.Encoder(self.config, self.origin, parts)
+
+    @contextmanager
+    def vae(self) -> Iterator[nn.Module]:
+        """The VAE on the device for as long as the block lasts."""
+        part = self._load("vae", DTYPES[self.config.vae_dtype])
+        yield part
+        part.to("cpu")
+
+    def _load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        log.info("model: loading the %s of %s", part.replace("_", " "), self.origin)
+        module = self.origin.load(part, dtype).to(self.device)
+        return module.requires_grad_(False).eval()
 
 
-def training_noise(pipeline: StableDiffusionXLPipeline) -> DDPMScheduler:
+def training_noise(config: dict[str, Any]) -> DDPMScheduler:
     """The model's own noise schedule: betas, prediction type and terminal SNR as its scheduler's
     config says.
 
     Raises UserError for a prediction type that training does not know, or zero terminal SNR with
     epsilon prediction, which has nothing to predict from at the last timestep.
     """
-    noise = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noise = DDPMScheduler.from_config(config)
     kind = noise.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from trainer import (
@@ -27,13 +27,14 @@ from trainer import (
     pictures,
     record,
     report,
+    result,
     sampling,
     signals,
 )
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.guard import Guard
-from trainer.model import load_pipeline, training_noise
+from trainer.model import Model, training_noise
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 
@@ -46,7 +47,7 @@ class State:
 
     config: Config
     folder: Path
-    pipeline: StableDiffusionXLPipeline
+    model: Model
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
@@ -87,25 +88,28 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     memory.return_freed_blocks()
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
-    pipeline = load_pipeline(config.model, device)
-    schedule = training_noise(pipeline)
-    encoded = conditioning.encode(pipeline, samples)
+    model = Model(config.model, device)
+    schedule = training_noise(model.origin.config("scheduler"))
+    model.keep_text_encoders(config.method.train)
+    encoded = conditioning.encode(model, samples)
 
-    method.attach(config.method, pipeline, config.seed)
+    model.load_unet()
+    method.attach(config.method, model, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
-    optimizer = optimizers.build(config.optim, pipeline.unet, config.seed)
+    optimizer = optimizers.build(
+        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed
+    )
     fingerprint = data.fingerprint(samples)
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
-        method.restore(pipeline.unet, resumed.weights)
+        method.restore(model, resumed.weights)
         optimizers.restore(optimizer, resumed.optimizer)
         log.info("resumed after step %d", resumed.step)
-    pipeline.unet.train()
     counters = resumed.counters if resumed else checkpoint.Counters()
     return State(
         config=config,
         folder=folder,
-        pipeline=pipeline,
+        model=model,
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
@@ -113,7 +117,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
             encoded, schedule, config.log.eval_points, config.data.batch_size
         ),
         sampler=sampling.Sampler(
-            pipeline=pipeline,
+            model=model,
             data=encoded,
             samples=samples,
             config=config.log,
@@ -131,8 +135,8 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
 
 def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
-    config, unet = state.config, state.pipeline.unet
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+    config, unet = state.config, state.model.unet
+    parameters = state.model.trained_parameters()
     taken = gradients.make(config, parameters, state.optimizer, state.grad_norm)
     count = config.runtime.accumulation
     if state.step == 0:
@@ -148,15 +152,14 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         started = time.monotonic()
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
-        # Draw the batches, their noise and timesteps from counters: they depend on the step alone.
-        batch = draw(state, step * count)
-
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
-        # fused backward steps the optimizer inside).
-        curvature.estimate(state.optimizer, unet, batch, config.seed, step)
+        # fused backward steps the optimizer inside).  Batches, noise and timesteps are drawn from
+        # counters: they depend on the step alone.
+        if curvature.is_due(state.optimizer):
+            curvature.estimate(state.optimizer, unet, draw(state, step * count), config.seed, step)
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        outcome = taken.backward(partial(loss_of, state, batch, step * count), [1 / count] * count)
+        outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
         state.grad_norm = taken.clip.last_norm
 
         # Judge the step: unless loss and gradients are finite, leave everything as it was.
@@ -194,10 +197,10 @@ def draw(state: State, number: int) -> batches.Batch:
     )
 
 
-def loss_of(state: State, first: batches.Batch, number: int, place: int) -> Tensor:
-    """The loss of a step's micro-batch at `place`; `first` is that at 0, whose number is given."""
-    batch = draw(state, number + place) if place else first
-    prediction = batches.predict(state.pipeline.unet, batch)
+def loss_of(state: State, first: int, place: int) -> Tensor:
+    """The loss of a step's micro-batch at `place`; `first` is the number of that at 0."""
+    batch = draw(state, first + place)
+    prediction = batches.predict(state.model.unet, batch)
     return losses.loss(state.config.loss, prediction, batch.target)
 
 
@@ -215,7 +218,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = method.export(state.config.method, state.pipeline, state.folder)
+    exported = result.export(state.config.method, state.model, state.folder)
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -246,7 +249,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 def evaluate(state: State, writer: metrics.Metrics) -> float:
     """The loss at the fixed eval points, written as eval/loss."""
-    value = losses.evaluate(state.pipeline.unet, state.eval_batches)
+    value = losses.evaluate(state.model.unet, state.eval_batches)
     writer.write(state.step, {"eval/loss": value})
     return value
 
@@ -277,7 +280,7 @@ def save(state: State) -> None:
         state.folder / "checkpoints",
         checkpoint.Checkpoint(
             step=state.step,
-            weights=method.trained_tensors(state.pipeline.unet),
+            weights=method.trained_tensors(state.model),
             optimizer=state.optimizer.state_dict(),
             config=asdict(state.config),
             data=state.fingerprint,

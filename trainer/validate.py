@@ -14,6 +14,7 @@ import optim
 from optim.options import unknown
 from trainer.config import PICTURE_SUFFIXES, Config, MseConfig
 from trainer.config.fields import complaint
+from trainer.config.method import PARTS
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def check(config: Config) -> None:
             f"[0, {config.schedule.steps}], the run's steps"
         )
     _check_names(config)
+    _check_trained(config.method.train)
     _check_curvature(config)
     _check_clip(config)
     _check_accumulation(config)
@@ -92,6 +94,14 @@ def _check_names(config: Config) -> None:
         node = getattr(config, group)
         if node.name != type(node).name:
             raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
+
+
+def _check_trained(parts: list[str]) -> None:
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
+    if not parts:
+        raise UserError("method.train=[] trains nothing; name unet, or text encoders")
 
 
 def _check_fused_backward(config: Config) -> None:
@@ -197,11 +207,7 @@ def _check_paths(config: Config) -> None:
     for key, path in (("model.path", config.model.path), ("data.path", config.data.path)):
         if not path.strip():
             raise UserError(f"{key} is empty; name a folder")
-    model = Path(config.model.path).expanduser()
-    if not (model / "model_index.json").is_file():
-        raise UserError(
-            f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
-        )
+    _check_model(config.model.path)
     if not Path(config.data.path).expanduser().is_dir():
         raise UserError(
             f"data.path={config.data.path} is not a folder; set data.path to a folder of pictures"
@@ -213,6 +219,21 @@ def _check_paths(config: Config) -> None:
         )
     if config.data.resolution % 8:
         raise UserError(f"data.resolution={config.data.resolution} must be a multiple of 8")
+
+
+def _check_model(path: str) -> None:
+    """A folder, a file, or what could be a hub repository's name."""
+    model = Path(path).expanduser()
+    if model.is_dir() and not (model / "model_index.json").is_file():
+        raise UserError(
+            f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
+        )
+    is_repository = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+    if not model.exists() and (not is_repository or model.suffix in (".safetensors", ".ckpt")):
+        raise UserError(
+            f"model.path={path} does not exist; name a folder in diffusers layout, a .safetensors "
+            "or .ckpt file, or a hub repository (owner/name)"
+        )
 
 
 def _check_device(device: str) -> None:

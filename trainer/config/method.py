@@ -1,19 +1,21 @@
-"""`method=`: which weights are trained."""
+"""`method=`: which weights are trained, and how the result is written."""
 
 from dataclasses import dataclass
 
 from trainer.config.fields import one_of, within
 
 TINY = 1e-12  # the smallest sensible value of what must be positive
-
-
+PARTS = ("unet", "text_encoder", "text_encoder_2")
 CLIPS = ("global", "exact", "lagged", "rms", "none")
 
 
 @dataclass(kw_only=True)
-class TrainedConfig:
-    """What every method has: what is done with the gradients of what is trained."""
+class MethodConfig:
+    """What all methods share."""
 
+    # Parts that are trained: unet, text_encoder, text_encoder_2.  The captions of a trained text
+    # encoder are read anew in every step.
+    train: list[str]
     # How gradients are clipped (`trainer/clipping.py`): global, by the norm of them all; exact, the
     # same with the fused backward, at the cost of a second pass; lagged, by the norm of the step
     # before; rms, each tensor by its share of the bound; none.
@@ -22,17 +24,23 @@ class TrainedConfig:
 
 
 @dataclass(kw_only=True)
-class FullConfig(TrainedConfig):
-    """Train every weight of the UNet."""
+class FullConfig(MethodConfig):
+    """Train every weight."""
 
     name: str = "full"
 
 
 @dataclass(kw_only=True)
-class LoraConfig(TrainedConfig):
-    """Train low-rank adapters on the UNet (PEFT)."""
+class LoraConfig(MethodConfig):
+    """Train low-rank adapters (PEFT)."""
 
     name: str = "lora"
     rank: int = within(1)
     alpha: float = within(TINY)  # the adapter's output is scaled by alpha / rank
-    targets: list[str]  # names, or ends of names, of the UNet's modules that get an adapter
+    rslora: bool  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
+    # Train each output's magnitude apart from its direction (DoRA: Liu et al. 2024, 2402.09353).
+    dora: bool
+    # Modules that get an adapter, by the end of their names, as regular expressions: to_q, or
+    # down_blocks.*attn1.to_q, or conv[12].  One list for the UNet, one for text encoders.
+    targets: list[str]
+    text_targets: list[str]

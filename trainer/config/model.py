@@ -4,14 +4,22 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.config.fields import one_of
+from trainer.config.fields import one_of, within
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """What is fine-tuned: a Stable Diffusion XL pipeline in diffusers layout."""
+    """What is fine-tuned: a pipeline with a UNet2DConditionModel, such as SDXL or Stable Diffusion
+    1.5."""
 
-    path: str  # folder with model_index.json
-    dtype: str = one_of(*DTYPES)  # of the UNet's weights and arithmetic
+    path: str  # a diffusers folder, a single .safetensors or .ckpt file, or a name on the hub
+    variant: str | None  # of a diffusers folder's files, such as fp16
+    dtype: str = one_of("float32", "bfloat16")  # of the UNet's weights and arithmetic
+    vae_dtype: str = one_of(*DTYPES)  # the original SDXL VAE overflows in float16
+    text_dtype: str = one_of(*DTYPES)  # of text encoders that are not trained
+    # A caption is read in this many chunks of 75 tokens; the rest of it is cut.
+    prompt_chunks: int = within(1, 16)
+    # Layers left out at the end of the text encoders; null as published (SDXL 1, SD 1.5 none).
+    clip_skip: int | None = within(0, 11)

@@ -1,0 +1,63 @@
+"""Small models for the tests of formats: the SDXL that ships, and a Stable Diffusion 1.5 of few
+weights."""
+
+import json
+import shutil
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from trainer.config import ASSETS
+
+TINY = ASSETS / "tiny_sdxl"
+
+
+def make_sd15(folder):
+    """Write a pipeline with one text encoder, attention by 1x1 convolutions and four levels."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=49408,
+            eos_token_id=49407,
+        )
+    )
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+        part.save_pretrained(folder / name)
+    shutil.copytree(TINY / "tokenizer", folder / "tokenizer")
+    shutil.copytree(TINY / "scheduler", folder / "scheduler")
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    plain = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | plain))
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -1,0 +1,79 @@
+"""What is trained: the parts and layers that are asked for, and nothing else."""
+
+import pytest
+import torch
+from helpers import rows, weights
+from models import make_sd15
+
+from trainer import method
+from trainer.model import Model
+
+CPU = torch.device("cpu")
+
+
+def attached(config, seed=0):
+    model = Model(config.model, CPU)
+    model.keep_text_encoders(config.method.train)
+    model.load_unet()
+    method.attach(config.method, model, seed)
+    return model
+
+
+def test_targets_are_patterns_at_the_end_of_layers_names(composed):
+    targets = r"['down_blocks.*attn1.to_[qk]', 'conv[12]']"
+    model = attached(composed("method=lora", f"method.targets={targets}"))
+    names = method.trained_tensors(model)
+    assert any("conv1.lora_A" in name for name in names)
+    for name in names:
+        assert ("attn1.to_" in name and "down_blocks" in name) or "conv" in name, name
+        assert "to_v" not in name
+
+
+def test_dora_trains_magnitudes_too_and_starts_as_the_base_model(composed):
+    plain, dora = (attached(composed("method=lora", f"method.dora={on}")) for on in (False, True))
+    more = method.trained_tensors(dora).keys() - method.trained_tensors(plain).keys()
+    assert more
+    assert all("lora_magnitude_vector" in name for name in more)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(composed):
+    model = attached(composed("method=lora", "method.rank=4", "method.rslora=true"))
+    layer = next(m for m in model.unet.modules() if hasattr(m, "scaling"))
+    assert layer.scaling["default"] == 16 / 2
+
+
+def test_adapters_start_from_the_seed(composed):
+    config = composed("method=lora", "method.train=[unet,text_encoder]")
+    first, again, other = (method.trained_tensors(attached(config, s)) for s in (0, 0, 1))
+    differing = [n for n in first if not torch.equal(first[n], other[n])]
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert {n.split(".")[0] for n in differing} == {"unet", "text_encoder"}
+
+
+@pytest.mark.parametrize(
+    "chosen", ["method=full", "method=lora method.text_targets=[q_proj,fc1]"], ids=["full", "lora"]
+)
+def test_a_text_encoder_is_trained_where_it_is_asked_for(quick, chosen):
+    options = [*chosen.split(), "method.train=[unet,text_encoder]", "schedule=constant"]
+    folder = quick("run", *options, "runtime.save_every=2", "runtime.keep_checkpoints=9")
+    before, after = weights(folder, 2), weights(folder, 4)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
+    # what the UNet does not read cannot move, and is not saved
+    assert not [name for name in before if "final_layer_norm" in name or "layers.1." in name]
+
+
+def test_a_part_that_the_model_lacks_is_named(composed, tmp_path):
+    path = make_sd15(tmp_path / "sd15")
+    config = composed("model=sd15", f"model.path={path}", "method.train=[text_encoder_2]")
+    with pytest.raises(ValueError, match=r"method.train=.*has no text_encoder_2, but unet, text"):
+        attached(config)
+
+
+def test_sd15_trains_samples_and_exports(quick, tmp_path):
+    path = make_sd15(tmp_path / "sd15")
+    drawn = ["log.sample_count=2", "log.sample_steps=2"]
+    folder = quick("run", "model=sd15", f"model.path={path}", "model.dtype=float32", *drawn)
+    assert rows(folder)[0]["eval/loss"] != rows(folder)[-1]["eval/loss"]
+    assert (folder / "samples/step-000004.png").exists()
+    assert (folder / "model/unet/config.json").exists()

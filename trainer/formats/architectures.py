@@ -1,0 +1,139 @@
+"""The published architectures, and modules made from a configuration without their weights.
+
+A single file says nothing of its architecture, so those of SDXL and Stable Diffusion 1.5 ship as
+small JSON files (no hub is asked).  The tokenizer of both is the one that ships with the tiny SDXL.
+"""
+
+import json
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from trainer.config import ASSETS
+from trainer.errors import UserError
+from trainer.formats.names import NOT_WEIGHTS, canonical
+from trainer.formats.weights import Weights
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = ("sdxl", "sd15")
+CLASSES: dict[str, type[nn.Module]] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+PARTS = tuple(CLASSES)
+# Keys of configurations that say who wrote them, or in which type.
+COMPUTES_NOTHING = (
+    "_diffusers_version", "_name_or_path", "transformers_version", "torch_dtype", "dtype",
+    "architectures",
+)  # fmt: skip
+
+
+def folder(kind: str) -> Path:
+    """Where a published architecture's configuration ships, laid out like a diffusers folder."""
+    return ASSETS / "architectures" / kind
+
+
+@cache
+def config(kind: str, part: str) -> dict[str, Any]:
+    """A published part's configuration (do not change it)."""
+    name = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}
+    path = folder(kind) / name.get(part, f"{part}/config.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tokenizer_folder(part: str) -> Path:
+    """CLIP's tokenizer: `tokenizer` pads with the end token, SDXL's `tokenizer_2` with "!"."""
+    return ASSETS / "tiny_sdxl" / part
+
+
+def empty(part: str, settings: dict[str, Any]) -> nn.Module:
+    """The module that `settings` describes, its parameters on the meta device."""
+    cls: Any = CLASSES[part]
+    with torch.device("meta"):
+        if part.startswith("text_encoder"):
+            return cls(CLIPTextConfig(**settings))
+        return cls.from_config(settings)
+
+
+def is_published(kind: str, part: str, settings: dict[str, Any]) -> bool:
+    """Whether `settings` describe the published part of this kind."""
+    return _complete(part, settings) == _complete(part, config(kind, part))
+
+
+def _complete(part: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the defaults that it leaves out, and without what computes nothing."""
+    described: Any = empty(part, settings).config
+    every = described.to_dict() if part.startswith("text_encoder") else dict(described)
+    return {key: _plain(value) for key, value in every.items() if key not in COMPUTES_NOTHING
+            and not key.startswith("_")}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shapes(part: str, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor that such a part has, by its name in a diffusers folder."""
+    state = empty(part, settings).state_dict()
+    return {canonical(part, name): tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], where: str) -> None:
+    """Raise UserError that names the first tensor which is missing, or has another shape, or which
+    the architecture does not have."""
+    for name, shape in wanted.items():
+        if name not in weights:
+            raise UserError(f"{where}: the {part} lacks {name}; the file is not whole")
+        if weights[name].shape != shape:
+            raise UserError(
+                f"{where}: {name} of the {part} is {weights[name].shape}, and {shape} in this "
+                "architecture; it is another model's"
+            )
+    spare = [name for name in weights if name not in wanted and not name.endswith(NOT_WEIGHTS)]
+    if spare and part == "unet":
+        raise UserError(
+            f"{where}: the unet has {spare[0]}, which this architecture does not; it is another "
+            "model's"
+        )
+    if spare:
+        log.warning("%s: %d tensors of the %s, such as %s, are not used", where, len(spare), part,
+                    spare[0])  # fmt: skip
+
+
+def filled(
+    part: str, settings: dict[str, Any], weights: Weights, dtype: torch.dtype, where: str
+) -> nn.Module:
+    """The part with `weights` in `dtype`, on the CPU, made a tensor at a time; in eval mode.
+
+    Raises UserError where `weights` (by their names in a diffusers folder) are not all of it.
+    """
+    module = empty(part, settings)
+    state = module.state_dict()
+    own = {canonical(part, name): name for name in state}
+    wanted = {name: tuple(state[own[name]].shape) for name in own}
+    compare(part, weights, wanted, where)
+    read = {}
+    for name in wanted:
+        # A copy: what a file is mapped to must not change under a module, nor the file by it.
+        read[own[name]] = weights[name].read().to(dtype, copy=True).contiguous()
+    module.load_state_dict(read, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:  # what a module computes itself and does not save
+            _restore_positions(module, name, buffer)
+    return module.eval()
+
+
+def _restore_positions(module: nn.Module, name: str, buffer: torch.Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    assert last == "position_ids", f"{name} is not known"
+    positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+    module.get_submodule(owner).register_buffer(last, positions, persistent=False)

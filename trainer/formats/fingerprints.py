@@ -1,0 +1,43 @@
+"""Hashes of weights that need not be computed twice: remembered by each file's size and time."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer import disk
+
+log = logging.getLogger(__name__)
+
+_MEMO = "fingerprints.json"
+
+
+def remembered(
+    what: dict[str, Any], files: list[Path], cache: Path | None, compute: Callable[[], str]
+) -> str:
+    """`compute()`, or what it gave when `what` and the files (path, size, time) were the same.
+
+    `cache` is the folder that remembers; None computes.
+    """
+    if cache is None:
+        return compute()
+    stats = [(str(path.resolve()), path.stat()) for path in files]
+    key = json.dumps(
+        [what, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]], sort_keys=True
+    )
+    memo = _read(cache / _MEMO)
+    if key not in memo:
+        memo[key] = compute()
+        cache.mkdir(parents=True, exist_ok=True)
+        disk.replace_text(cache / _MEMO, json.dumps(_read(cache / _MEMO) | memo, indent=0))
+    return memo[key]
+
+
+def _read(path: Path) -> dict[str, str]:
+    """What is remembered; a damaged or missing memo remembers nothing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}

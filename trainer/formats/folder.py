@@ -1,0 +1,67 @@
+"""A part's folder in diffusers layout: which files hold its weights."""
+
+import json
+import logging
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.formats.names import canonical
+from trainer.formats.weights import Weights, of_file
+
+log = logging.getLogger(__name__)
+
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
+def weights_name(part: str) -> str:
+    """What a part's file of weights is called."""
+    return f"{_STEMS.get(part, 'model')}.safetensors"
+
+
+def find_weights(folder: Path, part: str, variant: str | None) -> tuple[Weights, list[Path]]:
+    """A part's tensors by name, and the files that hold them.
+
+    The files of `variant` (such as fp16) are taken where there are any, and the plain ones
+    otherwise.  Raises UserError where there are none, or one is damaged.
+    """
+    files = _files(folder, part, variant)
+    if variant and not files:
+        files = _files(folder, part, None)
+        log.info("%s has no %s variant of the %s; its plain files are read", folder.parent, variant,
+                 part)  # fmt: skip
+    if not files:
+        others = sorted({path.name.split(".")[1] for path in folder.glob("*.*.safetensors")})
+        remedy = f"set model.variant={others[0]}" if others else "fetch or copy it again"
+        raise UserError(
+            f"model.path={folder.parent}: {part}/{weights_name(part)} is missing; {remedy}"
+        )
+    weights: Weights = {}
+    for path in files:
+        weights |= of_file(path)[0]
+    return {canonical(part, name): lazy for name, lazy in weights.items()}, files
+
+
+def _files(folder: Path, part: str, variant: str | None) -> list[Path]:
+    """The part's file, or those that its index lists; [] where neither is there."""
+    stem = _STEMS.get(part, "model")
+    pickled = "pytorch_model" if stem == "model" else stem
+    kind = f".{variant}" if variant else ""
+    for name, ending in ((stem, "safetensors"), (pickled, "bin")):
+        whole = folder / f"{name}{kind}.{ending}"
+        if whole.is_file():
+            return [whole]
+        for index in (f"{name}.{ending}.index{kind}.json", f"{name}{kind}.{ending}.index.json"):
+            if (folder / index).is_file():
+                return _listed(folder / index)
+    return []
+
+
+def _listed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read: {error}") from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} lists {name}, which is missing; fetch or copy it again")
+    return [index.parent / name for name in names]

@@ -1,0 +1,87 @@
+"""What a checkpoint file holds, told from the names and shapes of its tensors; what cannot be
+trained is named, with the remedy."""
+
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.formats.names import PREFIXES
+from trainer.formats.weights import Weights
+
+_CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+_BARE_UNET = (
+    "input_blocks.0.0.weight",
+    "conv_in.weight",
+    "diffusion_model.input_blocks.0.0.weight",
+)
+_OTHERS = {  # of which no other model has tensors
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "a Flux",
+    "double_blocks.": "a Flux",
+    "joint_blocks.": "a Stable Diffusion 3",
+    "cond_stage_model.model.": "a Stable Diffusion 2",
+    "control_model.": "a ControlNet",
+    "conditioner.embedders.0.model.": "the SDXL refiner",
+}
+_LORA = ("lora_unet_", "lora_te", "unet.", "text_encoder.", "text_encoder_2.", "base_model.model.")
+
+
+def is_lora(weights: Weights) -> bool:
+    """Whether the file holds adapters, and not a model."""
+    return any(name.startswith(_LORA) and "lora" in name.lower() for name in weights) or any(
+        name.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1"))
+        for name in weights
+    )
+
+
+def of_checkpoint(weights: Weights, where: Path) -> str:
+    """`sdxl` or `sd15`, by the text encoders that the file has.  Raises UserError for others."""
+    if is_lora(weights):
+        raise UserError(
+            f"{where} is a LoRA, not a model; name the checkpoint that it belongs to, an SDXL or "
+            "Stable Diffusion 1.5 one, as model.path"
+        )
+    for prefix, what in _OTHERS.items():
+        if any(name.startswith(prefix) for name in weights):
+            raise UserError(
+                f"{where} is {what} checkpoint; as a single file, SDXL (base) and Stable Diffusion "
+                "1.x can be read"
+            )
+    if _CONV_IN not in weights:
+        if any(name in weights for name in _BARE_UNET):
+            raise UserError(
+                f"{where} holds a UNet alone; put it into the unet folder of a model in diffusers "
+                "layout, and name that folder"
+            )
+        some = next(iter(weights), "no tensor")
+        raise UserError(
+            f"{where} is no Stable Diffusion checkpoint: it has {some}, but no {_CONV_IN}"
+        )
+    for kind, prefixes in PREFIXES.items():
+        if any(name.startswith(prefixes["text_encoder"]) for name in weights):
+            channels = weights[_CONV_IN].shape[1]
+            check_channels(channels, where)
+            _all_parts(weights, kind, where)
+            return kind
+    raise UserError(
+        f"{where} has a UNet but no text encoder (conditioner.embedders.0.transformer.* or "
+        "cond_stage_model.transformer.*); use the whole checkpoint, or a diffusers folder"
+    )
+
+
+def check_channels(channels: int, where: Path) -> None:
+    """Refuse a UNet that takes more than a noisy latent.  channels: of its first convolution."""
+    if channels != 4:
+        what = {9: "an inpainting model", 8: "an image-editing model"}.get(channels, "another kind")
+        raise UserError(
+            f"{where}: its UNet takes {channels} channels, so it is {what}; models that take a "
+            "latent of 4 channels can be trained: use the base model"
+        )
+
+
+def _all_parts(weights: Weights, kind: str, where: Path) -> None:
+    for part, prefix in PREFIXES[kind].items():
+        if not any(name.startswith(prefix) for name in weights):
+            raise UserError(
+                f"{where} has no {part} ({prefix}*); use the whole checkpoint, or a diffusers "
+                "folder"
+            )

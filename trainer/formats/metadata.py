@@ -1,0 +1,122 @@
+"""What files say about themselves: prediction type and terminal SNR, and the parts' configurations
+where they are not the published ones."""
+
+import json
+from collections.abc import Container
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.formats import architectures, stream
+
+CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
+V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
+
+
+_NOISE = {  # what of a scheduler's configuration decides the noise, and what it is by default
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+_SPEC = {  # modelspec's architecture, and the side of the pictures it was trained on
+    "sdxl": ("stable-diffusion-xl-v1-base", 1024),
+    "sd15": ("stable-diffusion-v1", 512),
+}
+
+
+def noise(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """What a scheduler's configuration says of the noise that a model is trained on."""
+    return {key: scheduler.get(key, default) for key, default in _NOISE.items()}
+
+
+def marks(scheduler: dict[str, Any]) -> list[str]:
+    """The empty tensors that say in a single file what its UNet predicts."""
+    of = noise(scheduler)
+    if of["prediction_type"] != "v_prediction":
+        return []
+    return [V_PRED, ZTSNR] if of["rescale_betas_zero_snr"] else [V_PRED]
+
+
+def marked_scheduler(
+    scheduler: dict[str, Any], names: Container[str], metadata: dict[str, str]
+) -> dict[str, Any]:
+    """`scheduler` with what a file's marks change in it.
+
+    `v_pred` and `ztsnr` are empty tensors; `modelspec.prediction_type` is `epsilon` or `v`.
+    """
+    kind = metadata.get("modelspec.prediction_type", "")
+    is_v = V_PRED in names or kind.startswith("v")
+    if not is_v:
+        return scheduler
+    return scheduler | predicting_v(scheduler, zero_snr=ZTSNR in names)
+
+
+def predicting_v(scheduler: dict[str, Any], zero_snr: bool) -> dict[str, Any]:
+    """The changes that make a scheduler's configuration one for v-prediction.
+
+    PNDM, which Stable Diffusion 1.5 was published with, knows no zero terminal SNR; DDIM does.
+    """
+    changes: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if not zero_snr:
+        return changes
+    changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if scheduler["_class_name"] == "PNDMScheduler":
+        changes |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    return changes
+
+
+def stored_configs(metadata: dict[str, str], where: Path) -> dict[str, dict[str, Any]]:
+    """The configurations that a file of ours carries; none in others."""
+    if CONFIGS not in metadata:
+        return {}
+    try:
+        found = json.loads(metadata[CONFIGS])
+        if not all(isinstance(found[part], dict) for part in found):
+            raise TypeError("no configurations by name")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: its metadata {CONFIGS} cannot be read: {error}") from error
+    return {
+        part: found[part] for part in found if part in (*architectures.PARTS, "scheduler", "index")
+    }
+
+
+def checkpoint(kind: str, configs: dict[str, dict[str, Any]], title: str) -> dict[str, str]:
+    """The metadata of a whole model in one file: modelspec 1.0.1, and the configurations that the
+    published ones do not say.  configs: of every part, `scheduler` and `index`.
+
+    https://github.com/Stability-AI/ModelSpec
+    """
+    other = {
+        part: settings
+        for part, settings in configs.items()
+        if part in architectures.PARTS and not architectures.is_published(kind, part, settings)
+    }
+    published = architectures.config(kind, "scheduler")
+    marked = marked_scheduler(published, marks(configs["scheduler"]), {})
+    if other or noise(marked) != noise(configs["scheduler"]):
+        other["scheduler"] = configs["scheduler"]
+    key = "force_zeros_for_empty_prompt"
+    if configs["index"].get(key, False) != architectures.config(kind, "index").get(key, False):
+        other["index"] = architectures.config(kind, "index") | {
+            key: configs["index"].get(key, False)
+        }
+    unet_size = configs["unet"].get("sample_size") or 0
+    levels = len(configs["vae"]["block_out_channels"]) - 1
+    side = unet_size * 2**levels or _SPEC[kind][1]
+    is_v = noise(configs["scheduler"])["prediction_type"] == "v_prediction"
+    described = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _SPEC[kind][0],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+        stream.HASH: "",
+    }
+    return described | ({CONFIGS: json.dumps(other)} if other else {})

@@ -1,0 +1,35 @@
+"""Reading back what was written: an export that differs from what was trained is an error, and not
+a file."""
+
+from collections.abc import Mapping
+
+import torch
+
+from trainer.errors import UserError
+from trainer.formats.weights import Weights, contents
+
+
+class NotProved(UserError):
+    """What was written is not what should have been; a full or failing disk can be the reason."""
+
+
+def same(written: Weights, wanted: Weights, dtypes: Mapping[str, torch.dtype], where: str) -> int:
+    """Compare names, shapes, types and every byte, a tensor at a time; returns how many.
+
+    `dtypes` are those that `wanted` was written in.  Raises NotProved that names the first tensor
+    which differs.
+    """
+    for name in (*wanted, *written):
+        if name not in written or name not in wanted:
+            lost = "is missing in" if name in wanted else "should not be in"
+            raise NotProved(f"{where}, read back: {name} {lost} it; it is not kept")
+    for name, lazy in wanted.items():
+        found, dtype = written[name], dtypes.get(name, lazy.dtype)
+        if (found.shape, found.dtype) != (lazy.shape, dtype):
+            raise NotProved(
+                f"{where}, read back: {name} is {found.dtype} {found.shape} in place of {dtype} "
+                f"{lazy.shape}; it is not kept"
+            )
+        if contents(found.read()) != contents(lazy.read().to(dtype)):
+            raise NotProved(f"{where}, read back: {name} has other values; it is not kept")
+    return len(wanted)

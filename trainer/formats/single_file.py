@@ -1,0 +1,70 @@
+"""One checkpoint file with all parts, as A1111, ComfyUI and kohya's scripts read it.
+
+The file's architecture is the published one of its kind, unless its metadata says another: where we
+write a model of another architecture, the configurations of its parts travel under `CONFIGS`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.errors import UserError
+from trainer.formats import architectures, kinds, metadata, names
+from trainer.formats.weights import Weights, of_file
+
+
+class SingleFile:
+    """A checkpoint file that is open; its tensors are read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError where it is damaged, or not an SDXL or SD 1.x checkpoint."""
+        self.path = path
+        self.all, self.metadata = of_file(path)
+        self.kind = kinds.of_checkpoint(self.all, path)
+        self._configs = metadata.stored_configs(self.metadata, path)
+
+    def config(self, part: str) -> dict[str, Any]:
+        """A part's configuration; the scheduler's says what the file's marks say."""
+        found = self._configs.get(part) or architectures.config(self.kind, part)
+        if part == "scheduler":
+            return metadata.marked_scheduler(found, self.all, self.metadata)
+        return found
+
+    def parts(self) -> tuple[str, ...]:
+        return tuple(names.PREFIXES[self.kind])
+
+    def weights(self, part: str) -> Weights:
+        """A part's tensors by their names in a diffusers folder; complete, or UserError."""
+        prefix = names.PREFIXES[self.kind][part]
+        found = self._modern(part, prefix)
+        wanted = architectures.shapes(part, self.config(part))
+        entries = names.table(part, wanted, self.config(part))
+        for entry in entries:
+            if prefix + entry.single not in found:
+                raise UserError(
+                    f"{self.path} lacks {prefix}{entry.single}; it is damaged, or of another "
+                    "architecture"
+                )
+        known = {prefix + entry.single for entry in entries}
+        if part == "unet" and (spare := [name for name in found if name not in known]):
+            raise UserError(
+                f"{self.path} has {spare[0]}, which its architecture does not; its UNet is another "
+                "model's"
+            )
+        own = names.to_own(found, entries, prefix)
+        architectures.compare(part, own, wanted, str(self.path))
+        return own
+
+    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        return architectures.filled(
+            part, self.config(part), self.weights(part), dtype, str(self.path)
+        )
+
+    def _modern(self, part: str, prefix: str) -> Weights:
+        """The part's tensors; a text encoder of 2022, without the level `text_model`, has it."""
+        found = {name: lazy for name, lazy in self.all.items() if name.startswith(prefix)}
+        if part != "text_encoder":
+            return found
+        return {prefix + names.canonical(part, n[len(prefix) :]): x for n, x in found.items()}

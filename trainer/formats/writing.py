@@ -1,0 +1,165 @@
+"""Writing a whole model, as a diffusers folder or as one file: the trained parts from memory, the
+others from where they came, a tensor at a time; and every one is read back."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from trainer import disk
+from trainer.errors import UserError
+from trainer.formats import architectures, metadata, names, proof, stream
+from trainer.formats.folder import find_weights, weights_name
+from trainer.formats.single_file import SingleFile
+from trainer.formats.weights import Weights, of_module, of_tensors
+
+log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """What `trainer.origin` gives: where the parts that were not trained come from."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def index(self) -> dict[str, Any]: ...
+    def has(self, part: str) -> bool: ...
+    def config(self, part: str) -> dict[str, Any]: ...
+    def weights(self, part: str) -> Weights: ...
+    def folder(self, part: str) -> Path: ...
+
+
+def save_folder(
+    target: Path,
+    origin: Source,
+    parts: Mapping[str, nn.Module],
+    scheduler: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a pipeline in diffusers layout to `target`.
+
+    parts: the trained modules by name; what is not among them is carried over from `origin`.
+    scheduler: its configuration, where it is not the origin's.  dtype: of all weights but the
+    VAE's, which keep their own; None leaves every part in its own.
+    Raises UserError where it cannot be written, or does not read back equal.
+    """
+    scheduler = scheduler or origin.config("scheduler")
+    sources = _sources(origin, parts)
+    count = 0
+    with disk.whole_folder(target) as temporary:
+        for part, weights in sources.items():
+            folder = temporary / part
+            folder.mkdir()
+            kinds = _dtypes(part, weights, dtype)
+            stream.write(folder / weights_name(part), weights, {}, kinds)
+            config = origin.config(part)
+            if part.startswith("text_encoder"):
+                config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+                floating = next(iter(kinds.values()))
+                config["dtype"] = str(floating).removeprefix("torch.")
+            _write_json(folder / "config.json", config)
+            count += proof.same(find_weights(folder, part, None)[0], weights, kinds, str(target))
+        (temporary / "scheduler").mkdir()
+        _write_json(temporary / "scheduler/scheduler_config.json", scheduler)
+        index = origin.index | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+        _write_json(temporary / "model_index.json", _carry_over(origin, index, temporary))
+    log.info("%s: %d tensors read back, all equal", target, count)
+    return target
+
+
+def save_single_file(
+    target: Path,
+    origin: Source,
+    parts: Mapping[str, nn.Module],
+    dtype: torch.dtype | None = None,
+    scheduler: dict[str, Any] | None = None,
+    more_metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the model as one .safetensors file, with the names that A1111, ComfyUI and kohya's
+    scripts read.  Arguments and errors are those of `save_folder`.
+
+    more_metadata: added to what the file says of itself (`modelspec.*`, where it is not the
+    published architecture the parts' configurations, and for v-prediction the tensors that ComfyUI
+    looks for).
+    """
+    if origin.kind not in names.PREFIXES:
+        raise UserError(
+            f"{target}: a single file can hold SDXL or Stable Diffusion 1.x; write this model as a "
+            "diffusers folder"
+        )
+    scheduler = scheduler or origin.config("scheduler")
+    prefixes = names.PREFIXES[origin.kind]
+    sources = _sources(origin, parts)
+    single: Weights = {}
+    kinds: dict[str, torch.dtype] = {}
+    for part, weights in sources.items():
+        entries = names.table(part, weights, origin.config(part))
+        renamed = names.to_single(weights, entries, prefixes[part])
+        single |= renamed
+        kinds |= _dtypes(part, renamed, dtype)
+    single |= of_tensors({name: torch.zeros(0) for name in metadata.marks(scheduler)})
+    configs = {part: origin.config(part) for part in sources} | {"scheduler": scheduler}
+    configs["index"] = origin.index
+    described = metadata.checkpoint(origin.kind, configs, target.stem) | dict(more_metadata or {})
+    with disk.whole_file(target) as temporary:
+        stream.write(temporary, single, described, kinds)
+        written = SingleFile(temporary)
+        count = sum(
+            proof.same(written.weights(part), weights, _dtypes(part, weights, dtype), str(target))
+            for part, weights in sources.items()
+        )
+        if metadata.noise(written.config("scheduler")) != metadata.noise(scheduler):
+            raise proof.NotProved(f"{target}, read back: it has another noise schedule")
+    log.info("%s: %d tensors read back, all equal", target, count)
+    return target
+
+
+def _sources(origin: Source, parts: Mapping[str, nn.Module]) -> dict[str, Weights]:
+    """Every part's tensors by their names in a diffusers folder: the trained modules', and else the
+    origin's."""
+    found = {}
+    for part in architectures.PARTS:
+        if part in parts:
+            own = of_module(parts[part])
+            found[part] = {names.canonical(part, name): lazy for name, lazy in own.items()}
+        elif origin.has(part):
+            wanted = architectures.shapes(part, origin.config(part))
+            weights = origin.weights(part)
+            architectures.compare(part, weights, wanted, str(origin))
+            found[part] = {name: weights[name] for name in wanted}
+    return found
+
+
+def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The type that each tensor is written in.
+
+    A VAE keeps its own: SDXL's overflows in fp16, and which one this is cannot be seen.
+    """
+    keeps = dtype is None or part == "vae"
+    return {
+        name: lazy.dtype if keeps or not lazy.dtype.is_floating_point else dtype
+        for name, lazy in weights.items()
+    }
+
+
+def _carry_over(origin: Source, index: dict[str, Any], target: Path) -> dict[str, Any]:
+    """Copy tokenizers and what else the pipeline has; returns `index` without what is not there."""
+    found = dict(index)
+    for part, entry in index.items():
+        if (target / part).exists() or not isinstance(entry, list) or entry[-1] is None:
+            continue
+        folder = origin.folder(part)
+        if folder.is_dir():
+            shutil.copytree(folder, target / part)
+        else:  # a safety checker that the hub has and training did not fetch
+            found[part] = [None, None]
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

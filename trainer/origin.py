@@ -1,0 +1,257 @@
+"""Where a model's parts come from: a diffusers folder, one checkpoint file, or the hub.
+
+Parts are read one at a time and in the dtype that they will have, because all of them at once, in
+fp32, do not fit where the UNet alone does.
+"""
+
+import hashlib
+import json
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError
+from trainer.formats import architectures, fingerprints, kinds
+from trainer.formats.folder import find_weights
+from trainer.formats.single_file import SingleFile
+from trainer.formats.weights import Weights, digest
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["sdxl", "sd15", "other"]
+
+
+class Folder:
+    """A pipeline in diffusers layout: model_index.json, and a folder for each part."""
+
+    def __init__(self, path: Path, variant: str | None = None) -> None:
+        """Raises UserError where it is no pipeline whose UNet can be trained."""
+        self.path, self.variant = path, variant
+        self.index = self._json(path / "model_index.json")
+        if not self.has("unet"):
+            raise UserError(
+                f"model.path={path} is a {self.index.get('_class_name')} without a UNet; a "
+                "pipeline with a UNet2DConditionModel can be trained"
+            )
+        for part, cls in architectures.CLASSES.items():
+            if self.has(part) and self.index[part][1] != cls.__name__:
+                raise UserError(
+                    f"model.path={path}: its {part} is a {self.index[part][1]}; it must be a "
+                    f"{cls.__name__} (Stable Diffusion 1.x, 2.x and XL have one)"
+                )
+        if self.has("text_encoder_2") and not self.has("text_encoder"):
+            raise UserError(
+                f"model.path={path} is the SDXL refiner, or another model without a first text "
+                "encoder; use the base model"
+            )
+        kinds.check_channels(self.config("unet").get("in_channels", 4), path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def kind(self) -> Kind:
+        """`sdxl`: two text encoders, of whatever size; `sd15`: one, of Stable Diffusion 1."""
+        if self.has("text_encoder_2"):
+            return "sdxl" if self.config("unet").get("addition_embed_type") else "other"
+        if not self.has("text_encoder"):
+            return "other"
+        # Stable Diffusion 2's encoder is OpenCLIP's, which activates by gelu.
+        acts = self.config("text_encoder").get("hidden_act", "quick_gelu")
+        return "sd15" if acts == "quick_gelu" else "other"
+
+    @property
+    def zeros_for_empty(self) -> bool:
+        """Whether the pipeline takes zeros, and not the encoded "", as the empty prompt."""
+        return bool(self.index.get("force_zeros_for_empty_prompt", False))
+
+    def has(self, part: str) -> bool:
+        """Whether the pipeline has this part (unet, vae, text_encoder, tokenizer, ...)."""
+        entry = self.index.get(part)
+        return isinstance(entry, list) and entry[-1] is not None
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The part's config.json, or the scheduler's."""
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return self._json(self.path / part / name)
+
+    def weights(self, part: str) -> Weights:
+        """The part's tensors by their names in a diffusers folder, to be read one at a time."""
+        return find_weights(self.path / part, part, self.variant)[0]
+
+    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """The part with its weights, on the CPU, in eval mode.
+
+        Raises UserError where its folder is damaged or its weights are not those of its config.
+        """
+        return architectures.filled(
+            part, self.config(part), self.weights(part), dtype, f"model.path={self.path}"
+        )
+
+    def folder(self, part: str) -> Path:
+        """Where the part's files are (or would be)."""
+        return self.path / part
+
+    def tokenizer(self, part: str) -> Any:
+        """`tokenizer` or `tokenizer_2`."""
+        return _tokenizer(self.path / part, f"model.path={self.path}")
+
+    def fingerprint(self, part: str, cache: Path | None = None) -> str:
+        """sha256 of what decides the part's outputs: weights and configuration, or a tokenizer's
+        files.  `cache`: a folder that remembers it as long as the files do not change."""
+        if part.startswith("tokenizer"):
+            return _hash_of_files(self.folder(part))
+        config = _computing(self.config(part))
+        files = find_weights(self.path / part, part, self.variant)[1]
+        return fingerprints.remembered(
+            {"part": part, "config": config},
+            files,
+            cache,
+            lambda: _fingerprint(config, self.weights(part)),
+        )
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.path={self.path}: {path.relative_to(self.path)} cannot be read: {error}"
+            ) from error
+        if not isinstance(found, dict):
+            raise UserError(f"model.path={self.path}: {path.relative_to(self.path)} is no object")
+        return found
+
+
+class File:
+    """One .safetensors or .ckpt file with all parts.  Its interface is Folder's."""
+
+    variant = None
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError where it is damaged, or not an SDXL or SD 1.x checkpoint."""
+        self.path = path
+        self.file = SingleFile(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def kind(self) -> Kind:
+        return "sdxl" if self.file.kind == "sdxl" else "sd15"
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """What would be model_index.json."""
+        index = self.file.config("index")
+        return index | {"scheduler": ["diffusers", self.config("scheduler")["_class_name"]]}
+
+    @property
+    def zeros_for_empty(self) -> bool:
+        return bool(self.index.get("force_zeros_for_empty_prompt", False))
+
+    def has(self, part: str) -> bool:
+        entry = self.index.get(part)
+        return isinstance(entry, list) and entry[-1] is not None
+
+    def config(self, part: str) -> dict[str, Any]:
+        return self.file.config(part)
+
+    def weights(self, part: str) -> Weights:
+        return self.file.weights(part)
+
+    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        return self.file.load(part, dtype)
+
+    def folder(self, part: str) -> Path:
+        """Of a tokenizer; a file holds no other part's folder."""
+        return architectures.tokenizer_folder(part)
+
+    def tokenizer(self, part: str) -> Any:
+        return _tokenizer(self.folder(part), str(self.path))
+
+    def fingerprint(self, part: str, cache: Path | None = None) -> str:
+        if part.startswith("tokenizer"):
+            return _hash_of_files(self.folder(part))
+        config = _computing(self.config(part))
+        return fingerprints.remembered(
+            {"part": part, "config": config},
+            [self.path],
+            cache,
+            lambda: _fingerprint(config, self.weights(part)),
+        )
+
+
+Origin = Folder | File
+
+
+def find(config: ModelConfig) -> Origin:
+    """What `model.path` names: a folder, a file, or a hub repository.
+
+    Raises UserError where it names nothing that can be loaded.
+    """
+    return at(config.path, config.variant)
+
+
+def at(name: str, variant: str | None = None) -> Origin:
+    """`find` by a path or a hub name alone."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if variant:
+            log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
+        return File(path)
+    return Folder(path if path.is_dir() else _from_hub(name, variant), variant)
+
+
+def _tokenizer(folder: Path, where: str) -> Any:
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{where}: {folder.name} cannot be loaded: {error}") from error
+
+
+def _computing(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes nothing that is computed."""
+    silent = architectures.COMPUTES_NOTHING
+    return {key: value for key, value in config.items() if key not in silent}
+
+
+def _fingerprint(config: dict[str, Any], weights: Weights) -> str:
+    settings = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(f"{settings} {digest(weights, weights)}".encode()).hexdigest()
+
+
+def _hash_of_files(folder: Path) -> str:
+    sha = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        sha.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
+def _from_hub(name: str, variant: str | None) -> Path:
+    """The folder of a hub repository's snapshot, downloaded unless it is there.
+
+    Only what training reads: no ONNX or Flax files, and not the single files beside the folders.
+    """
+    from huggingface_hub import snapshot_download
+
+    kind = f".{variant}" if variant else ""
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+    for part in architectures.PARTS:
+        files = (f"*{kind}.safetensors", f"*.safetensors.index{kind}.json", "config.json")
+        wanted += [f"{part}/{pattern}" for pattern in files]
+    wrong = [] if variant else ["*.fp16.*", "*.non_ema.*"]
+    try:
+        log.info("model: %s from the hub, or its cache", name)
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path={name} is no folder and no file here, and the hub does not give it "
+            f"({reason}); name a diffusers folder, or a .safetensors file"
+        ) from error
