@@ -20,20 +20,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from trainer import batches, cli, gradients, losses, memory, method, optimizers, validate
+from trainer import (
+    batches,
+    cli,
+    gradients,
+    losses,
+    memory,
+    method,
+    noise,
+    optimizers,
+    validate,
+)
 from trainer.config import ASSETS, DTYPES, Config, conf_dir
 from trainer.report import format_bytes
 
 UNET = ASSETS / "architectures" / "sdxl" / "unet" / "config.json"
+SCHEDULER = ASSETS / "architectures" / "sdxl" / "scheduler" / "scheduler_config.json"
 # As a user with little memory would train; arguments come after these.
 OPTIONS = (
     "model.dtype=bfloat16",
@@ -76,18 +88,16 @@ def build_unet(path: Path, dtype: torch.dtype, device: torch.device) -> UNet2DCo
     return unet
 
 
-def random_batch(unet: UNet2DConditionModel, size: int, latent: tuple[int, int]) -> batches.Batch:
-    """A batch of noise in the shapes that this UNet takes."""
+def random_inputs(unet: UNet2DConditionModel, size: int, latent: tuple[int, int]) -> batches.Inputs:
+    """Random numbers in the shapes that this UNet takes."""
     generator, config = torch.Generator().manual_seed(1), unet.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(size, *shape, generator=generator)
 
-    return batches.Batch(
-        noisy=normal(config.in_channels, *latent),
-        target=normal(config.out_channels, *latent),
-        timesteps=torch.arange(size) * 1000 // size,
+    return batches.Inputs(
+        latents=normal(config.in_channels, *latent),
         prompt=normal(77, config.cross_attention_dim),
         pooled=normal(pooled),
         time_ids=torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]] * size),
@@ -117,23 +127,32 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    memory.return_freed_blocks()
     before = memory.resident_bytes()
     started = time.monotonic()
     unet = build_unet(arguments.unet, DTYPES[config.model.dtype], device)
+    memory.return_freed_blocks(sum(p.nbytes for p in unet.parameters()))
     model = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
     method.attach(config.method, model, config.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     alive = AliveGradients(parameters)
     optimizer = optimizers.build(config.optim, nn.ModuleDict(model.trained_parts), config.seed)
     taken = gradients.make(config, parameters, optimizer)
-    batch = random_batch(unet, arguments.batch, arguments.latent)
+    inputs = random_inputs(unet, arguments.batch, arguments.latent)
+    scheduler = json.loads(SCHEDULER.read_text(encoding="utf-8"))
+    schedule = noise.training_schedule(
+        noise.scheduler_config(config.noise, scheduler), config.noise
+    )
     seconds_to_build = time.monotonic() - started
     memory.reset_peak(device)
 
-    steps = [
-        one_step(config, unet, optimizer, taken, batch, device) for _ in range(arguments.steps)
-    ]
+    count, steps = config.runtime.accumulation, []
+    for step in range(arguments.steps):
+        drawn = [
+            batches.noised(inputs, schedule, config.noise, config.seed, step * count + place)
+            for place in range(count)
+        ]
+        losses_of = partial(loss_of, config, unet, schedule, drawn)
+        steps.append(one_step(losses_of, count, optimizer, taken, device))
     alive.remove()
     kept = {
         "weights": sum(p.nbytes for p in unet.parameters()),
@@ -164,27 +183,38 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def one_step(
+def loss_of(
     config: Config,
     unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    drawn: list[batches.Batch],
+    place: int,
+) -> Tensor:
+    """The loss of a step's micro-batch at `place`."""
+    prediction = batches.predict(unet, drawn[place])
+    return losses.loss(config.loss, schedule, prediction, drawn[place])
+
+
+def one_step(
+    losses_of: gradients.LossOf,
+    count: int,
     optimizer: torch.optim.Optimizer,
     taken: Any,
-    batch: batches.Batch,
     device: torch.device,
 ) -> dict[str, float]:
-    """One optimizer step, as a run makes it: its loss, gradient norm and seconds."""
+    """One optimizer step of `count` micro-batches, as a run makes it: its loss, gradient norm and
+    seconds."""
     forward = 0.0
 
-    def loss_of(place: int) -> Tensor:
+    def timed(place: int) -> Tensor:
         nonlocal forward
         begun = now(device)
-        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
+        loss = losses_of(place)
         forward += now(device) - begun
         return loss
 
     begun = now(device)
-    count = config.runtime.accumulation
-    outcome = taken.backward(loss_of, [1 / count] * count)
+    outcome = taken.backward(timed, [1 / count] * count)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     total = now(device) - begun

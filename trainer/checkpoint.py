@@ -167,7 +167,7 @@ def to_resume(config: Config) -> Checkpoint | None:
     found = load_newest(find(config.resume))
     here, there = flatten(asdict(config)), flatten(found.config)
     learned = (
-        *("seed", "model.", "data.", "method.", "optim.", "loss.", "schedule."),
+        *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
         "runtime.accumulation",
     )
     keys = [key for key in sorted(here.keys() | there.keys()) if key.startswith(learned)]

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from trainer import (
     memory,
     method,
     metrics,
+    noise,
     optimizers,
     pictures,
     record,
@@ -34,7 +35,7 @@ from trainer import (
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.guard import Guard
-from trainer.model import Model, training_noise
+from trainer.model import Model
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 
@@ -51,7 +52,6 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
-    eval_batches: list[batches.Batch]
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -85,15 +85,16 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
-    memory.return_freed_blocks()
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
     model = Model(config.model, device)
-    schedule = training_noise(model.origin.config("scheduler"))
+    model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
+    schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
     encoded = conditioning.encode(model, samples)
 
     model.load_unet()
+    memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
     method.attach(config.method, model, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     optimizer = optimizers.build(
@@ -113,9 +114,6 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
-        eval_batches=batches.eval_batches(
-            encoded, schedule, config.log.eval_points, config.data.batch_size
-        ),
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
@@ -156,7 +154,10 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         # fused backward steps the optimizer inside).  Batches, noise and timesteps are drawn from
         # counters: they depend on the step alone.
         if curvature.is_due(state.optimizer):
-            curvature.estimate(state.optimizer, unet, draw(state, step * count), config.seed, step)
+            batch = draw(state, step * count)
+            curvature.estimate(
+                state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
+            )
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
         outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
@@ -192,16 +193,15 @@ def draw(state: State, number: int) -> batches.Batch:
     indices = data.batch_indices(
         config.seed, number, config.data.batch_size, len(state.data.latents)
     )
-    return batches.training_batch(
-        state.data, state.schedule, indices, config.data.caption_dropout, config.seed, number
-    )
+    inputs = batches.gathered(state.data, indices, config.data.caption_dropout, config.seed, number)
+    return batches.noised(inputs, state.schedule, config.noise, config.seed, number)
 
 
 def loss_of(state: State, first: int, place: int) -> Tensor:
     """The loss of a step's micro-batch at `place`; `first` is the number of that at 0."""
     batch = draw(state, first + place)
     prediction = batches.predict(state.model.unet, batch)
-    return losses.loss(state.config.loss, prediction, batch.target)
+    return losses.loss(state.config.loss, state.schedule, prediction, batch)
 
 
 def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ()) -> float:
@@ -248,10 +248,23 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 
 def evaluate(state: State, writer: metrics.Metrics) -> float:
-    """The loss at the fixed eval points, written as eval/loss."""
-    value = losses.evaluate(state.model.unet, state.eval_batches)
-    writer.write(state.step, {"eval/loss": value})
-    return value
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
+    found = losses.evaluate(state.model.unet, state.schedule, eval_batches(state))
+    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
+    return found["loss"]
+
+
+def eval_batches(state: State) -> Iterator[batches.Batch]:
+    """The fixed eval points.  They are made anew each time: what is read of a caption changes where
+    text encoders are trained."""
+    config = state.config
+    return batches.eval_batches(
+        range(len(state.data.latents)),
+        lambda rows: batches.gathered(state.data, rows, 0.0, config.seed, 0),
+        state.schedule,
+        config.log.eval_points,
+        config.data.batch_size,
+    )
 
 
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
