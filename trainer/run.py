@@ -98,7 +98,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     method.attach(config.method, model, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     optimizer = optimizers.build(
-        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed
+        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
     )
     fingerprint = data.fingerprint(samples)
     if resumed:

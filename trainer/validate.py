@@ -16,6 +16,7 @@ from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, MseConfig
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
 from trainer.errors import UserError
+from trainer.groups import check_rules
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def check(config: Config) -> None:
     _check_trained(config.method.train)
     _check_curvature(config)
     _check_clip(config)
+    check_rules(config.method.rules)
     _check_accumulation(config)
     _check_noise(config)
     _check_loss(config)

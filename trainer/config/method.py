@@ -1,6 +1,7 @@
 """`method=`: which weights are trained, and how the result is written."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config.fields import one_of, within
 
@@ -21,6 +22,10 @@ class MethodConfig:
     # before; rms, each tensor by its share of the bound; none.
     clip: str = one_of(*CLIPS)
     max_grad_norm: float | None = within(TINY)  # the bound on the gradients' norm; null: no clip
+    # Options for some parameters, by their names: [{pattern: attn2, lr_scale: 0.1}, {pattern:
+    # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.
+    # The first whose pattern (a regular expression) is found in a name decides: trainer/groups.py.
+    rules: list[dict[str, Any]]
 
 
 @dataclass(kw_only=True)
