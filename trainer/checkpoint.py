@@ -36,6 +36,7 @@ class Counters:
     skipped_steps: int = 0
     seconds: float = 0.0  # spent in training steps
     eval_loss_before: float = math.nan  # before the first step
+    grad_norm: float = math.nan  # of the last step, by which method.clip=lagged clips the next
 
 
 @dataclass(kw_only=True)
@@ -165,7 +166,10 @@ def to_resume(config: Config) -> Checkpoint | None:
         return None
     found = load_newest(find(config.resume))
     here, there = flatten(asdict(config)), flatten(found.config)
-    learned = ("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule.")
+    learned = (
+        *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
+        "runtime.accumulation",
+    )
     keys = [key for key in sorted(here.keys() | there.keys()) if key.startswith(learned)]
     changed = {
         k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)
