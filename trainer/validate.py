@@ -168,7 +168,7 @@ def _check_noise(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:
+    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:  # its value in conf/loss
         log.warning(
             "loss.gamma has no effect here: it is of loss.weighting=min_snr, and loss.weighting="
             f"{config.loss.weighting}"
