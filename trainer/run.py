@@ -90,6 +90,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     names = [sample.path.relative_to(root).as_posix() for sample in samples]
     split = holdout.split(names, config.data.holdout)
     model = Model(config.model, device)
+    result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
@@ -212,7 +213,9 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = result.export(state.config.method, state.model, state.folder)
+    exported = result.export(
+        state.config, state.model, state.folder, state.step, len(state.data.latents)
+    )
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -233,7 +236,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     writer.close(summary)
     places = {
         "pictures": picture,
-        "model": exported,
+        "result": ", ".join(map(str, exported)),
         "metrics": writer.path,
         "checkpoints": state.folder / "checkpoints",
     }

@@ -2,6 +2,7 @@
 where they are not the published ones."""
 
 import json
+from collections import Counter
 from collections.abc import Container
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.formats import architectures, stream
+from trainer.formats.adapters import Adapters
 
 CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
@@ -27,6 +29,7 @@ _SPEC = {  # modelspec's architecture, and the side of the pictures it was train
     "sdxl": ("stable-diffusion-xl-v1-base", 1024),
     "sd15": ("stable-diffusion-v1", 512),
 }
+BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
 
 
 def noise(scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -109,14 +112,40 @@ def checkpoint(kind: str, configs: dict[str, dict[str, Any]], title: str) -> dic
     levels = len(configs["vae"]["block_out_channels"]) - 1
     side = unet_size * 2**levels or _SPEC[kind][1]
     is_v = noise(configs["scheduler"])["prediction_type"] == "v_prediction"
-    described = {
+    described = _modelspec(_SPEC[kind][0], title, side)
+    described["modelspec.prediction_type"] = "v" if is_v else "epsilon"
+    return described | ({CONFIGS: json.dumps(other)} if other else {})
+
+
+def _modelspec(architecture: str, title: str, side: int) -> dict[str, str]:
+    return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": _SPEC[kind][0],
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
         stream.HASH: "",
     }
-    return described | ({CONFIGS: json.dumps(other)} if other else {})
+
+
+def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
+    """The metadata of a LoRA: modelspec, and of kohya's `ss_` keys those that programs sort by.
+    What was trained on (`ss_tag_frequency`) is not told."""
+    every = [adapter for found in adapters.values() for adapter in found.values()]
+    rank = Counter(adapter.rank for adapter in every).most_common(1)[0][0]
+    alpha = Counter(adapter.alpha for adapter in every).most_common(1)[0][0]
+    is_dora = any(adapter.magnitude is not None for adapter in every)
+    described = {
+        "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True"} if is_dora else {}),
+        "ss_output_name": title,
+        stream.SSHS: "",
+    }
+    if kind not in _SPEC:
+        return described
+    described |= {"ss_base_model_version": BASE_VERSION[kind], "ss_v2": "False"}
+    architecture, side = _SPEC[kind]
+    return described | _modelspec(f"{architecture}/lora", title, side)

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from trainer.errors import UserError
 from trainer.formats.weights import DTYPES, Weights, contents
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NO_HASH = "0x" + 64 * "0"
-HASH = "modelspec.hash_sha256"  # of the tensors' bytes; as wide before it is known as after
+# Of the tensors' bytes, as modelspec and as A1111 write it; as wide before it is known as after.
+HASH = "modelspec.hash_sha256"
+SSHS = "sshs_model_hash"
+_FORMS = {HASH: "0x{}", SSHS: "{}"}
 
 
 def write(
@@ -28,24 +31,38 @@ def write(
 ) -> None:
     """Write `weights`, each in its type of `dtypes` where it has one there.
 
-    If metadata has HASH, its value becomes the sha256 of everything after the header.
+    If metadata has HASH or SSHS, its value becomes the sha256 of everything after the header.
     """
     kinds = {name: (dtypes or {}).get(name, lazy.dtype) for name, lazy in weights.items()}
-    if HASH in metadata:
-        metadata = metadata | {HASH: _NO_HASH}
-    header = _header(weights, kinds, metadata)
+    header = _header(weights, kinds, metadata | _hashes(metadata, 64 * "0"))
     sha = hashlib.sha256()
     with open(path, "wb") as file:
         file.write(header)
         for name in tqdm(_order(kinds), desc=path.name, unit="tensor", disable=None, leave=False):
             tensor = weights[name].read()
             assert tuple(tensor.shape) == weights[name].shape, name
-            data = contents(tensor.to(kinds[name]))
+            data = contents(_rounded(name, tensor, kinds[name]))
             sha.update(data)
             file.write(data)
-        if HASH in metadata:
-            file.seek(0)
-            file.write(_header(weights, kinds, metadata | {HASH: f"0x{sha.hexdigest()}"}))
+        file.seek(0)
+        file.write(_header(weights, kinds, metadata | _hashes(metadata, sha.hexdigest())))
+
+
+def _hashes(metadata: dict[str, str], digest: str) -> dict[str, str]:
+    return {key: form.format(digest) for key, form in _FORMS.items() if key in metadata}
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Raises UserError where a finite number does not fit `dtype`."""
+    rounded = tensor.to(dtype)
+    if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point:
+        lost = tensor.isfinite() & ~rounded.isfinite()
+        if lost.any():
+            raise UserError(
+                f"{name} has values up to {tensor[lost].abs().max():.3g}, which "
+                f"{str(dtype).removeprefix('torch.')} does not hold; write another type"
+            )
+    return rounded
 
 
 def _order(kinds: dict[str, torch.dtype]) -> list[str]:

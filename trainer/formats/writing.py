@@ -37,13 +37,14 @@ class Source(Protocol):
 def save_folder(
     target: Path,
     origin: Source,
-    parts: Mapping[str, nn.Module],
+    parts: Mapping[str, nn.Module | Weights],
     scheduler: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a pipeline in diffusers layout to `target`.
 
-    parts: the trained modules by name; what is not among them is carried over from `origin`.
+    parts: what was trained, by name: modules, or their tensors as a diffusers folder names them;
+    what is not among them is carried over from `origin`.
     scheduler: its configuration, where it is not the origin's.  dtype: of all weights but the
     VAE's, which keep their own; None leaves every part in its own.
     Raises UserError where it cannot be written, or does not read back equal.
@@ -75,7 +76,7 @@ def save_folder(
 def save_single_file(
     target: Path,
     origin: Source,
-    parts: Mapping[str, nn.Module],
+    parts: Mapping[str, nn.Module | Weights],
     dtype: torch.dtype | None = None,
     scheduler: dict[str, Any] | None = None,
     more_metadata: Mapping[str, str] | None = None,
@@ -119,19 +120,21 @@ def save_single_file(
     return target
 
 
-def _sources(origin: Source, parts: Mapping[str, nn.Module]) -> dict[str, Weights]:
-    """Every part's tensors by their names in a diffusers folder: the trained modules', and else the
-    origin's."""
+def _sources(origin: Source, parts: Mapping[str, nn.Module | Weights]) -> dict[str, Weights]:
+    """Every part's tensors by their names in a diffusers folder: what was trained, and else the
+    origin's.  Raises UserError where they are not those of the part's architecture."""
     found = {}
     for part in architectures.PARTS:
-        if part in parts:
-            own = of_module(parts[part])
-            found[part] = {names.canonical(part, name): lazy for name, lazy in own.items()}
-        elif origin.has(part):
-            wanted = architectures.shapes(part, origin.config(part))
+        if not origin.has(part):
+            continue
+        given = parts.get(part)
+        weights = of_module(given) if isinstance(given, nn.Module) else given
+        if weights is None:
             weights = origin.weights(part)
-            architectures.compare(part, weights, wanted, str(origin))
-            found[part] = {name: weights[name] for name in wanted}
+        weights = {names.canonical(part, name): lazy for name, lazy in weights.items()}
+        wanted = architectures.shapes(part, origin.config(part))
+        architectures.compare(part, weights, wanted, str(origin))
+        found[part] = {name: weights[name] for name in wanted}
     return found
 
 

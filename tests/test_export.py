@@ -1,0 +1,292 @@
+"""Writing whole models, and the command that converts: every form and back, proved and never over
+what exists."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from models import TINY, make_sd15
+from peft import LoraConfig
+from safetensors import safe_open
+
+from trainer import export, formats, origin
+from trainer.errors import UserError
+from trainer.formats import adapters, architectures, lora, names, stream
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    return make_sd15(tmp_path_factory.mktemp("models") / "sd15")
+
+
+def run(capsys, *arguments):
+    """The command in this process: (exit status, stdout, stderr)."""
+    try:
+        status = export.main([str(argument) for argument in arguments])
+    except SystemExit as leaving:  # argparse
+        status = leaving.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_same_weights(a, b, dtype=None):
+    for part in architectures.PARTS:
+        assert a.has(part) == b.has(part)
+        if not a.has(part):
+            continue
+        one, two = a.weights(part), b.weights(part)
+        assert one.keys() == two.keys()
+        for name, lazy in one.items():
+            wanted = lazy.read() if dtype is None or part == "vae" else lazy.read().to(dtype)
+            assert two[name].dtype == wanted.dtype, name
+            assert torch.equal(two[name].read(), wanted), name
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_folder_to_file_to_folder_gives_the_same_model(kind, sd15, tmp_path, capsys):
+    folder = {"sdxl": TINY, "sd15": sd15}[kind]
+    first = run(capsys, folder, tmp_path / "model.safetensors")
+    assert first[0] == 0, first
+    second = run(capsys, tmp_path / "model.safetensors", tmp_path / "back")
+    assert second[0] == 0, second
+    for path in (tmp_path / "model.safetensors", tmp_path / "back"):
+        assert_same_weights(origin.at(str(folder)), origin.at(str(path)))
+    for part in ("scheduler", "unet", "vae", "text_encoder"):
+        assert origin._computing(origin.at(str(folder)).config(part)) == origin._computing(
+            origin.at(str(tmp_path / "back")).config(part)
+        )
+
+
+def test_trained_parts_replace_the_origins_and_the_others_are_carried_over(tmp_path):
+    found = origin.at(str(TINY))
+    unet = found.load("unet", torch.bfloat16)
+    text = found.load("text_encoder_2", torch.float32)
+    with torch.no_grad():
+        for p in (*unet.parameters(), *text.parameters()):
+            p += 1
+    parts = {"unet": unet, "text_encoder_2": text}
+    formats.save_folder(tmp_path / "folder", found, parts)
+    formats.save_single_file(tmp_path / "file.safetensors", found, parts)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tmp_path / "folder", torch_dtype=torch.bfloat16
+    )
+    assert torch.equal(pipeline.unet.conv_in.weight, unet.conv_in.weight)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.tokenizer_2.pad_token == "!"
+    for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        again = origin.at(str(path))
+        assert torch.equal(again.load("unet", torch.bfloat16).conv_out.bias, unet.conv_out.bias)
+        assert again.load("text_encoder_2", torch.float32).state_dict().keys() == (
+            text.state_dict().keys()
+        )
+        for name, p in again.load("text_encoder_2", torch.float32).state_dict().items():
+            assert torch.equal(p, text.state_dict()[name]), name
+        assert again.fingerprint("vae") == found.fingerprint("vae")
+        assert again.fingerprint("text_encoder") == found.fingerprint("text_encoder")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_weights_are_written_in_the_wanted_type_but_a_vae_keeps_its_own(dtype, tmp_path, capsys):
+    source = tmp_path / "source"
+    found = origin.at(str(TINY))
+    formats.save_folder(source, found, {"vae": found.load("vae", torch.float32)})
+    for target in (tmp_path / "a.safetensors", tmp_path / "b"):
+        assert run(capsys, source, target, "--dtype", dtype)[0] == 0
+        again = origin.at(str(target))
+        assert_same_weights(origin.at(str(source)), again, getattr(torch, dtype))
+        assert {lazy.dtype for lazy in again.weights("vae").values()} == {torch.float32}
+
+
+def test_a_single_file_says_what_it_is(tmp_path):
+    found = origin.at(str(TINY))
+    path = formats.save_single_file(
+        tmp_path / "emoji.safetensors", found, {}, more_metadata={"mine": "1"}
+    )
+    with safe_open(path, "pt") as file:
+        described, keys = file.metadata(), set(file.keys())
+    assert {"v_pred", "ztsnr"} <= keys
+    assert described["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert described["modelspec.prediction_type"] == "v"
+    assert described["modelspec.resolution"] == "64x64"
+    assert described["modelspec.title"] == "emoji"
+    assert described["mine"] == "1"
+    plain = found.config("scheduler") | {
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+    }
+    path = formats.save_single_file(tmp_path / "plain.safetensors", found, {}, scheduler=plain)
+    with safe_open(path, "pt") as file:
+        assert not {"v_pred", "ztsnr"} & set(file.keys())
+        assert file.metadata()["modelspec.prediction_type"] == "epsilon"
+    assert origin.at(str(path)).config("scheduler")["prediction_type"] == "epsilon"
+
+
+def test_zero_terminal_snr_gets_a_scheduler_that_knows_it(sd15, tmp_path):
+    """Stable Diffusion 1.5's own, PNDM, does not."""
+    from trainer.formats.metadata import marked_scheduler
+
+    published = architectures.config("sd15", "scheduler")
+    assert published["_class_name"] == "PNDMScheduler"
+    changed = marked_scheduler(published, ["v_pred", "ztsnr"], {})
+    formats.save_folder(tmp_path / "v", origin.at(str(sd15)), {}, scheduler=changed)
+    index = json.loads((tmp_path / "v/model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert origin.at(str(tmp_path / "v")).config("scheduler")["rescale_betas_zero_snr"] is True
+
+
+def test_an_export_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_path, monkeypatch):
+    found = origin.at(str(TINY))
+    whole = stream._rounded
+
+    def careless(name, tensor, dtype):
+        rounded = whole(name, tensor, dtype)
+        return rounded + 1 if "conv_out.bias" in name or name.endswith("out.2.bias") else rounded
+
+    monkeypatch.setattr(stream, "_rounded", careless)
+    with pytest.raises(UserError, match=r"conv_out\.bias has other values; it is not kept"):
+        formats.save_folder(tmp_path / "a", found, {})
+    with pytest.raises(UserError, match=r"conv_out\.bias has other values; it is not kept"):
+        formats.save_single_file(tmp_path / "a.safetensors", found, {})
+    monkeypatch.setattr(stream, "_rounded", whole)
+    table = names.table
+
+    def mistaken(part, every, config):  # two resnets' biases change places
+        entries = table(part, every, config)
+        if part == "unet" and len(list(tmp_path.iterdir())) == 0:
+            i, j = (
+                [e.single for e in entries].index(f"middle_block.{k}.out_layers.3.bias")
+                for k in (0, 2)
+            )
+            a, b = entries[i], entries[j]
+            entries[i] = names.Entry(single=b.single, own=a.own)
+            entries[j] = names.Entry(single=a.single, own=b.own)
+        return entries
+
+    monkeypatch.setattr(names, "table", mistaken)
+    with pytest.raises(UserError, match=r"mid_block\.resnets\.\d\.conv2\.bias has other values"):
+        formats.save_single_file(tmp_path / "a.safetensors", found, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_with_adapters_in_it_is_not_written_as_a_whole_one(tmp_path):
+    found = origin.at(str(TINY))
+    unet = found.load("unet", torch.float32)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(UserError, match=r"to_q\.weight"):
+        formats.save_folder(tmp_path / "a", found, {"unet": unet})
+
+
+def lora_file(tmp_path):
+    unet = origin.at(str(TINY)).load("unet", torch.float32)
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "conv1"]))
+    for name, p in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    formats.save_lora(tmp_path / "a.safetensors", "kohya", {"unet": unet}, "sdxl")
+    return tmp_path / "a.safetensors", adapters.of_models({"unet": unet})["unet"]
+
+
+def test_a_lora_is_converted_either_way(tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    path, wanted = lora_file(tmp_path)
+    steps = [path, tmp_path / "diffusers.safetensors", tmp_path / "kohya.safetensors"]
+    for source, target in itertools.pairwise(steps):
+        status, _, error = run(capsys, source, target, "--base", TINY)
+        assert (status, error) == (0, ""), error
+        assert "adapters read back" in caplog.text
+        models = {"unet": architectures.empty("unet", origin.at(str(TINY)).config("unet"))}
+        found = lora.read(target, models)["unet"]
+        assert found.keys() == wanted.keys()
+        for name in found:
+            torch.testing.assert_close(found[name].delta(), wanted[name].delta())
+    keys = [set(safe_open(p, "pt").keys()) for p in steps]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):
+    path, _ = lora_file(tmp_path)
+    status, _, error = run(capsys, path, tmp_path / "b.safetensors")
+    assert status == 2
+    assert "--base=MODEL" in error
+    of = {
+        "sdxl": ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k", 640, 2048),
+        "sd15": ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", 640, 768),
+    }
+    for kind, (base, rows, columns) in of.items():
+        tensors = {
+            f"{base}.lora_down.weight": torch.ones(2, columns),
+            f"{base}.lora_up.weight": torch.ones(rows, 2),
+            f"{base}.alpha": torch.tensor(1.0),
+        }
+        stream.write(tmp_path / f"{kind}.safetensors", formats.weights.of_tensors(tensors), {})
+        status, _, error = run(
+            capsys, tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-d.safetensors"
+        )
+        assert status == 0, error
+        written = list(safe_open(tmp_path / f"{kind}-d.safetensors", "pt").keys())
+        assert written[0].startswith("unet.down_blocks."), written
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_runs_checkpoint_and_folder_are_exported(quick, tmp_path, capsys, method):
+    more = ["method.rank=4", "method.alpha=2", "optim.lr=0.01"] if method == "lora" else []
+    folder = quick("run", f"method={method}", *more)
+    checkpoint = folder / "checkpoints/step-000004"
+    for source, name in ((checkpoint, "c.safetensors"), (folder, "f.safetensors")):
+        form = [] if method == "full" else ["--format", "kohya", "--base", TINY]
+        status, _, error = run(capsys, source, tmp_path / name, *form)
+        assert status == 0, error
+    if method == "full":
+        written = [origin.at(str(tmp_path / name)) for name in ("c.safetensors", "f.safetensors")]
+        assert_same_weights(*written)
+        assert_same_weights(written[0], origin.at(str(folder / "model")))
+        assert written[0].fingerprint("unet") != origin.at(str(TINY)).fingerprint("unet")
+        return
+    models = {"unet": architectures.empty("unet", origin.at(str(TINY)).config("unet"))}
+    found = [lora.read(tmp_path / n, models)["unet"] for n in ("c.safetensors", "f.safetensors")]
+    assert found[0].keys() == found[1].keys()
+    assert {adapter.alpha for adapter in found[0].values()} == {2.0}
+    assert any(adapter.delta().abs().max() > 0 for adapter in found[0].values())
+    for name, adapter in found[0].items():
+        torch.testing.assert_close(adapter.delta(), found[1][name].delta())
+
+
+def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
+    (tmp_path / "there.safetensors").write_text("mine")
+    path, _ = lora_file(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    cases = (
+        ([TINY, tmp_path / "there.safetensors"], "there.safetensors exists"),
+        ([tmp_path / "none.safetensors", tmp_path / "b"], "none.safetensors"),
+        ([TINY, tmp_path / "b", "--format", "file"], "must end in .safetensors"),
+        ([TINY, tmp_path / "b", "--format", "kohya"], "use folder or file"),
+        ([path, tmp_path / "b", "--format", "folder", "--base", TINY], "use kohya or diffusers"),
+        ([TINY, tmp_path / "b", "--base", "sdxl"], "--base=sdxl has no effect"),
+        ([tmp_path, tmp_path / "b"], "model_index.json"),
+    )
+    for arguments, said in cases:
+        status, _, error = run(capsys, *arguments)
+        assert status == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert said in error
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+    assert run(capsys, TINY, tmp_path / "b", "--dtype", "int4")[0] == 2
+
+
+def test_the_command_explains_itself():
+    shown = subprocess.run(
+        [sys.executable, "-m", "trainer.export", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    for words in ("SOURCE", "TARGET", "--dtype", "--format", "--base", "Exit status", "kohya"):
+        assert words in shown

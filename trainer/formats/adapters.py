@@ -1,0 +1,158 @@
+"""Low-rank adapters as numbers: what one adds to a module's weight, taken from PEFT's modules and
+put back into them."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from trainer.errors import UserError
+
+NAME = "default"  # PEFT's for an adapter that was given none
+
+
+class OtherModel(UserError):
+    """A LoRA of modules that this model does not have, or of other shapes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """up @ down * alpha / rank is added to a module's weight (Hu et al. 2021, eq. 3).
+
+    alpha is the one of readers that divide by the rank; where training divided by its root (rank
+    stabilised, Kalajdzievski 2023) it is alpha * sqrt(rank), which gives the same scale.
+    """
+
+    down: Tensor  # (rank, in), of a convolution (rank, in, kh, kw)
+    up: Tensor  # (out, rank), of a convolution (out, rank, 1, 1)
+    alpha: float
+    magnitude: Tensor | None = None  # (out,): DoRA's norms of the weight's rows
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """What is added to the weight, before DoRA normalises it, in fp32: (out, in[, kh, kw])."""
+        up, down = self.up.detach().float().flatten(1), self.down.detach().float().flatten(1)
+        return (self.scale * (up @ down)).reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+Adapters = dict[str, dict[str, Adapter]]  # part -> the module's name in it -> adapter
+
+
+def of_models(models: Mapping[str, nn.Module], name: str = NAME) -> Adapters:
+    """The adapters called `name` in PEFT's modules, at the scale they are applied with.
+
+    Raises UserError for what no LoRA file can say (an adapter with a bias, or of an embedding).
+    """
+    return {
+        part: {
+            path: _of_layer(f"{part}.{path}", layer, name)
+            for path, layer in model.named_modules()
+            if isinstance(layer, LoraLayer) and name in layer.r
+        }
+        for part, model in models.items()
+    }
+
+
+def _of_layer(path: str, layer: LoraLayer, name: str) -> Adapter:
+    if name not in layer.lora_A:
+        raise UserError(f"the adapter of {path} is of an embedding, which LoRA files cannot hold")
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    if getattr(up, "bias", None) is not None:
+        raise UserError(f"the adapter of {path} has a bias, which LoRA files cannot hold")
+    is_dora = name in layer.lora_magnitude_vector
+    return Adapter(
+        down=down.weight.detach(),
+        up=up.weight.detach(),
+        alpha=float(layer.scaling[name]) * layer.r[name],
+        magnitude=layer.lora_magnitude_vector[name].weight.detach().flatten() if is_dora else None,
+    )
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """The names of a model's Linear and convolution modules, whether adapters wrap them or not."""
+    names = []
+    for name, module in model.named_modules():
+        inside = ".base_layer" in name or ".lora_" in name
+        if not inside and isinstance(module, nn.Linear | nn.Conv2d | LoraLayer):
+            names.append(name)
+    return names
+
+
+def attach(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
+    """Add PEFT modules of these adapters' ranks and scales to models that have none, and fill them.
+
+    Parameters are fp32 and require gradients.
+    """
+    for part, found in adapters.items():
+        if found:
+            inject_adapter_in_model(peft_config(found), models[part], adapter_name=NAME)
+    fill(models, adapters)
+
+
+@torch.no_grad()
+def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
+    """Put adapters' values into the PEFT modules that are there.
+
+    Raises UserError, before any is changed, where modules, ranks, scales or DoRA differ.
+    """
+    own = of_models({part: models[part] for part in adapters})
+    for part, found in adapters.items():
+        for path in sorted(found.keys() | own[part].keys()):
+            here, there = (
+                f"rank {a.rank}, alpha {a.alpha:g}{', DoRA' * (a.magnitude is not None)}"
+                if a is not None
+                else "absent"
+                for a in (own[part].get(path), found.get(path))
+            )
+            if here != there:
+                raise UserError(
+                    f"the LoRA does not fit the run: {part}.{path} is {there} in the file and "
+                    f"{here} here"
+                )
+    for part, found in adapters.items():
+        layers = dict(models[part].named_modules())
+        for path, adapter in found.items():
+            layer = layers[path]
+            for target, value in (
+                (layer.lora_A[NAME].weight, adapter.down),
+                (layer.lora_B[NAME].weight, adapter.up),
+            ):
+                target.data = target.data.float()
+                target.copy_(value.reshape(target.shape))
+            if adapter.magnitude is not None:
+                magnitude = layer.lora_magnitude_vector[NAME].weight
+                magnitude.data = magnitude.data.float()
+                magnitude.copy_(adapter.magnitude.reshape(magnitude.shape))
+
+
+def peft_config(found: dict[str, Adapter]) -> LoraConfig:
+    """PEFT's description of a part's adapters, each module by its whole name.
+
+    Raises UserError where only some are DoRA, which PEFT cannot hold together.
+    """
+    is_dora = {adapter.magnitude is not None for adapter in found.values()}
+    if len(is_dora) > 1:
+        raise UserError(
+            "some of the LoRA's modules are DoRA and others not; they cannot be trained"
+        )
+    rank = Counter(adapter.rank for adapter in found.values()).most_common(1)[0][0]
+    alpha = Counter(adapter.alpha for adapter in found.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
+        rank_pattern={n: a.rank for n, a in found.items() if a.rank != rank},
+        alpha_pattern={n: a.alpha for n, a in found.items() if a.alpha != alpha},
+        target_modules=sorted(found),
+        use_dora=is_dora.pop(),
+    )

@@ -1,0 +1,159 @@
+"""LoRA files: written from PEFT's modules and proved, and read back into them."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer import disk
+from trainer.errors import UserError
+from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
+from trainer.formats.adapters import Adapter, Adapters, OtherModel, attach, of_models
+from trainer.formats.proof import NotProved
+from trainer.formats.weights import of_file, of_tensors
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["kohya", "diffusers"]
+
+
+def save_lora(
+    target: Path,
+    kind: Kind,
+    models: Mapping[str, nn.Module],
+    base: str,
+    dtype: torch.dtype | None = None,
+    more_metadata: Mapping[str, str] | None = None,
+    adapters: Adapters | None = None,
+) -> Path:
+    """Write the adapters of `models` to the .safetensors file `target`.
+
+    models: unet, text_encoder, text_encoder_2, those that have adapters.  base: `sdxl` or `sd15`,
+    the model they were trained on (`Origin.kind`; any where kind is `diffusers`).  dtype: of the
+    matrices (None: as trained); alphas are fp32.  adapters: in place of those in the models.
+    Raises UserError where it cannot be written, or does not read back as what was trained.
+    """
+    adapters = of_models(models) if adapters is None else adapters
+    adapters = {part: found for part, found in adapters.items() if found}
+    if not adapters:
+        raise UserError(f"{target}: none of {', '.join(models)} has an adapter to be written")
+    if kind == "kohya":
+        if base not in kohya.PREFIXES:
+            raise UserError(
+                f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; use diffusers'"
+            )
+        unet = models.get("unet")
+        tensors = kohya.encode(adapters, base, None if unet is None else unet.config)  # type: ignore[arg-type]
+        described: dict[str, str] = {}
+    else:
+        tensors, described = diffusers_lora.encode(adapters)
+    described |= metadata.lora(base, adapters, target.stem) | dict(more_metadata or {})
+    kept = (".alpha",)  # an exact number, whatever the matrices' type
+    kinds_of = {
+        name: tensor.dtype if dtype is None or name.endswith(kept) else dtype
+        for name, tensor in tensors.items()
+    }
+    with disk.whole_file(target) as temporary:
+        stream.write(temporary, of_tensors(tensors), described, kinds_of)
+        count, rounding = _prove(read(temporary, models), adapters, dtype, target)
+    form = "%s: %d adapters read back, each adds what was trained"
+    log.info(form + (" (rounded to %s: %.1e)" if dtype else ""), target, count,
+             *((str(dtype).removeprefix("torch."), rounding) if dtype else ()))  # fmt: skip
+    return target
+
+
+def load_lora(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
+    """Add the adapters of a LoRA file to models that have none, as PEFT modules with its values;
+    training goes on from there.  Raises UserError for a file that does not fit."""
+    found = read(path, models)
+    attach(models, found)
+    return found
+
+
+def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
+    """The adapters of a LoRA file, of kohya's kind or diffusers', by the models' own module names.
+
+    Raises UserError for a damaged file, another kind of adapter, or modules that the models lack.
+    """
+    weights, described = of_file(path)
+    where = str(path)
+    if not kinds.is_lora(weights):
+        raise UserError(f"{path} is no LoRA: it has {next(iter(weights), 'no tensor')}")
+    if any(name.startswith(("lora_unet_", "lora_te")) for name in weights):
+        found = kohya.decode(weights, models, where)
+    else:
+        found = diffusers_lora.decode(weights, described, models, where)
+    for part, every in found.items():
+        for module, adapter in every.items():
+            _must_fit(f"{where}: {part}.{module}", adapter, models[part].get_submodule(module))
+    return found
+
+
+def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
+    weight = getattr(module, "base_layer", module).weight
+    shape = (adapter.up.shape[0], *adapter.down.shape[1:])
+    # A matrix may be written as a 1x1 convolution.
+    if adapter.up.shape[0] != weight.shape[0] or math.prod(shape) != weight.numel():
+        raise OtherModel(
+            f"{where} is for a weight of {shape}, and here it is {tuple(weight.shape)}; the LoRA "
+            "is another model's"
+        )
+
+
+def _prove(
+    written: Adapters, trained: Adapters, dtype: torch.dtype | None, target: Path
+) -> tuple[int, float]:
+    """Compare what each adapter adds to its module's weight with what the trained one does.
+
+    Returns how many there are, and the largest relative change that rounding to `dtype` made.
+    Raises NotProved that names the first module which differs otherwise.
+    """
+    count, rounding = 0, 0.0
+    for part in sorted(written.keys() | trained.keys()):
+        here, there = written.get(part, {}), trained.get(part, {})
+        for path in sorted(here.keys() | there.keys()):
+            if path not in here or path not in there:
+                lost = "is missing in" if path in there else "should not be in"
+                raise NotProved(f"{target}, read back: {part}.{path} {lost} it; it is not kept")
+            rounded = _rounded(there[path], dtype)
+            if why := _difference(here[path], rounded):
+                raise NotProved(f"{target}, read back: {part}.{path} {why}; it is not kept")
+            if dtype is not None:
+                rounding = max(rounding, _relative(rounded.delta(), there[path].delta()))
+            count += 1
+    return count, rounding
+
+
+def _rounded(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
+    def to(tensor: Any) -> Any:
+        return None if tensor is None else tensor.to("cpu", dtype)
+
+    return Adapter(
+        down=to(adapter.down),
+        up=to(adapter.up),
+        alpha=adapter.alpha,
+        magnitude=to(adapter.magnitude),
+    )
+
+
+def _difference(written: Adapter, wanted: Adapter) -> str | None:
+    error = _relative(written.delta(), wanted.delta())
+    if error > 1e-6:  # alpha is fp32 in the file
+        return f"adds something else (relative error {error:.1e})"
+    if (written.magnitude is None) != (wanted.magnitude is None):
+        return "has lost its DoRA scale, or gained one"
+    if written.magnitude is not None and not torch.equal(written.magnitude, wanted.magnitude):  # type: ignore[arg-type]
+        return "has another DoRA scale"
+    return None
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|; 0 where they are equal, infinite where one is not finite."""
+    if torch.equal(found, wanted.to(found.device)):
+        return 0.0
+    error = float((found - wanted.to(found.device)).norm() / wanted.norm())
+    return error if math.isfinite(error) else math.inf
