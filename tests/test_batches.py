@@ -8,40 +8,52 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from trainer.batches import (
-    Inputs,
-    eval_batches,
-    noised,
-    predict,
-    sample_noise,
-)
+from trainer.batches import Inputs, eval_batches, noised, predict, sample_noise
+from trainer.conditioning import Encoded
+from trainer.data import Dataset, Entries, Pick
+from trainer.text import Text
 
 
 @pytest.fixture
 def data():
-    """The inputs of five samples."""
+    """Five samples, whose captions are their numbers."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randn(6, 3, 8, generator=generator)[:5]
-    return Inputs(
-        latents=torch.randn(5, 4, 8, 8, generator=generator),
-        prompt=prompt,
-        pooled=prompt[:, 0].clone(),
-        time_ids=torch.ones(5, 6),
+    prompt = torch.randn(6, 3, 8, generator=generator)
+    prompt[-1] = 0
+
+    def read(captions):
+        rows = prompt[[-1 if caption is None else int(caption) for caption in captions]]
+        return Text(prompt=rows, pooled=rows[:, 0])
+
+    latents = torch.randn(5, 4, 8, 8, generator=generator)
+    samples = [
+        SimpleNamespace(caption=str(i), captions=(str(i),), time_ids=(1,) * 6, loss_weight=1.0)
+        for i in range(5)
+    ]
+    return Encoded(
+        dataset=Dataset(samples=samples, plan=None, config=SimpleNamespace(caption_dropout=0.0)),
+        latents=Entries(
+            keys={i: str(i) for i in range(5)},
+            memory={str(i): {"latent": latent} for i, latent in enumerate(latents)},
+        ),
+        read=read,
+    )
+
+
+def gathered(data, rows, dropout, seed, number):
+    """The inputs of batch `number`, if these samples make it up."""
+    data.dataset.config.caption_dropout = dropout
+    captions = [data.dataset.caption(r, seed, number, place) for place, r in enumerate(rows)]
+    return data.gather(
+        [Pick(sample=r, caption=caption) for r, caption in zip(rows, captions, strict=True)]
     )
 
 
 @pytest.fixture
-def gather(data):
-    """Some rows of them."""
-    return lambda rows: Inputs(
-        **{name: x if x is None else x[list(rows)] for name, x in vars(data).items()}
-    )
-
-
-@pytest.fixture
-def training_batch(gather, v_schedule, noise_config):
-    def make(rows=(0, 1, 2), seed=0, number=3):
-        return noised(gather(rows), v_schedule, noise_config(), seed, number)
+def training_batch(data, v_schedule, noise_config):
+    def make(indices=(0, 1, 2), dropout=0.1, seed=0, number=3):
+        inputs = gathered(data, list(indices), dropout, seed, number)
+        return noised(inputs, v_schedule, noise_config(), seed, number)
 
     return make
 
@@ -58,21 +70,23 @@ def test_batches_repeat_for_their_counters_and_differ_for_others(training_batch)
 
 
 def test_default_batches_and_eval_points_are_those_of_the_first_release(
-    data, gather, v_schedule, training_batch
+    data, v_schedule, training_batch
 ):
     """Their bits, as version 0.1 drew them: a run of that version can be compared with one now."""
 
     def digest(tensor):
         return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
-    batch = training_batch((3, 1, 4), seed=7, number=11)
+    batch = training_batch((3, 1, 4), dropout=0.5, seed=7, number=11)
     assert batch.timesteps.tolist() == [92, 638, 673]
-    noise = sample_noise(data.latents[0], 2)
+    assert digest(batch.prompt) == "946930e401b17d36"
+    noise = sample_noise(data.latents[0]["latent"], 2)
     assert digest(noise) == "cb4d9c46196fbcb8"
     expected = torch.tensor([0.35303795, -0.77099437, -0.24690765])
     assert torch.allclose(batch.target.flatten()[:3], expected, atol=1e-6)
     expected = torch.tensor([0.06566241, 1.20923758, 2.34197640])
     assert torch.allclose(batch.noisy.flatten()[:3], expected, atol=1e-6)
+    gather = lambda rows: gathered(data, rows, 0.0, 0, 0)  # noqa: E731
     points = list(eval_batches(range(5), gather, v_schedule, 7, 3))
     assert [b.timesteps.tolist() for b in points] == [[309, 927, 545], [163, 781, 399], [17]]
     expected = torch.tensor([-0.25871280, -0.23751730, 0.24907050])
@@ -85,17 +99,31 @@ def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, v_schedule, trai
     a = v_schedule.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1)
     s = (1 - v_schedule.alphas_cumprod[batch.timesteps]).sqrt().view(-1, 1, 1, 1)
     restored = a * batch.noisy - s * batch.target
-    assert torch.allclose(restored, data.latents[:4], atol=1e-4)
+    latents = torch.stack([data.latents[i]["latent"] for i in range(4)])
+    assert torch.allclose(restored, latents, atol=1e-4)
 
 
-def test_a_samples_noise_does_not_depend_on_its_neighbours(gather, v_schedule, noise_config):
+def test_a_samples_noise_does_not_depend_on_its_neighbours(data, v_schedule, noise_config):
     kinds = noise_config(offset=0.1, pyramid=0.5, input_perturbation=0.1)
-    together = noised(gather([0, 1, 2, 3]), v_schedule, kinds, 0, 3)
+    inputs = gathered(data, [0, 1, 2, 3], 0.0, 0, 3)
+    alone = gathered(data, [0], 0.0, 0, 3)
+    together = noised(inputs, v_schedule, kinds, 0, 3)
     timestep = together.timesteps[0].item()  # a batch of one would draw it from all of them
     kinds.timestep_low, kinds.timestep_high = timestep, timestep + 1
-    single = noised(gather([0]), v_schedule, kinds, 0, 3)
+    single = noised(alone, v_schedule, kinds, 0, 3)
     assert torch.equal(single.noisy, together.noisy[:1])
     assert torch.equal(single.target, together.target[:1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25, 1.0])
+def test_dropped_captions_are_the_empty_prompt(training_batch, dropout):
+    dropped = torch.cat(
+        [
+            (training_batch((0, 1, 2, 3), dropout, number=t).prompt == 0).all((1, 2))
+            for t in range(300)
+        ]
+    )
+    assert dropped.float().mean().item() == pytest.approx(dropout, abs=0.04)
 
 
 def test_weights_masks_and_half_precision_latents_pass_through_in_fp32(v_schedule, noise_config):
@@ -114,8 +142,9 @@ def test_weights_masks_and_half_precision_latents_pass_through_in_fp32(v_schedul
     assert batch.noisy.dtype == batch.target.dtype == torch.float32
 
 
-def test_eval_points_are_fixed_and_cover_rows_and_timesteps(gather, v_schedule):
+def test_eval_points_are_fixed_and_cover_rows_and_timesteps(data, v_schedule):
     def points():
+        gather = lambda rows: gathered(data, rows, 0.0, 0, 0)  # noqa: E731
         batches = list(eval_batches(range(5), gather, v_schedule, 50, 16))
         return torch.cat([b.timesteps for b in batches]), torch.cat([b.noisy for b in batches])
 
@@ -126,16 +155,16 @@ def test_eval_points_are_fixed_and_cover_rows_and_timesteps(gather, v_schedule):
     assert per_fifth.min() >= 9
 
 
-def test_eval_points_use_only_their_rows_and_put_one_size_in_a_batch(gather, v_schedule):
+def test_eval_points_use_only_their_rows_and_put_one_size_in_a_batch(data, v_schedule):
     """Rows 1, 3 and 4, of which 3 has another size than the others."""
     asked = []
 
-    def watched(rows):
+    def gather(rows):
         asked.append(rows)
-        return gather(rows)
+        return gathered(data, rows, 0.0, 0, 0)
 
     sizes = lambda row: row == 3  # noqa: E731
-    batches = list(eval_batches([1, 3, 4], watched, v_schedule, 9, 4, sizes))
+    batches = list(eval_batches([1, 3, 4], gather, v_schedule, 9, 4, sizes))
     assert asked == [[1, 4, 1, 4], [1, 4], [3, 3, 3]]
     (in_order,) = eval_batches([1, 3, 4], gather, v_schedule, 9, 9)
     assert torch.equal(batches[2].noisy, in_order.noisy[1::3])

@@ -204,7 +204,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     after = evaluate(state, writer)
     picture = sample(state, writer)
     exported = result.export(
-        state.config, state.model, state.folder, state.step, len(state.data.latents)
+        state.config, state.model, state.folder, state.step, len(state.data.dataset.samples)
     )
     summary = {
         "name": state.config.name,

@@ -53,7 +53,7 @@ class Dataset:
         """Batch `number` (from 0): a function of these two alone.  All its picks have one bucket;
         it is smaller than `batch_size` where a bucket's last pictures train as a short batch."""
         return [
-            Pick(sample=index, caption=self._caption(index, seed, number, place))
+            Pick(sample=index, caption=self.caption(index, seed, number, place))
             for place, index in enumerate(self.plan.batch(seed, number))
         ]
 
@@ -80,7 +80,8 @@ class Dataset:
         total = f"{len(plan.buckets)} buckets, batches of {plan.batch_size}, "
         return "\n".join([f"{total}{plan.batches_per_epoch:g} an epoch:", *lines])
 
-    def _caption(self, index: int, seed: int, number: int, place: int) -> str | None:
+    def caption(self, index: int, seed: int, number: int, place: int) -> str | None:
+        """What a sample is called at this place of batch `number`; None where it is dropped."""
         if rng.uniform(seed, Stream.DROPOUT, number, place) < self.config.caption_dropout:
             return None
         drawn = self.samples[index].captions

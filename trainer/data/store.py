@@ -99,8 +99,8 @@ class Store:
             if not latent.isfinite().all():
                 raise UserError(
                     f"the VAE's latent of {by_key[key].name} is not finite; check the picture, or "
-                    "set model.vae_dtype=float32 (SDXL's VAE overflows in float16, its fp16-fix "
-                    "version does not)"
+                    "set model.vae_dtype=float32 or model.vae to another VAE (SDXL's overflows in "
+                    "float16, its fp16-fix version does not)"
                 )
             entry = {"latent": latent}
             if mask is not None:
