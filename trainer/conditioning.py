@@ -103,7 +103,7 @@ def fingerprints(model: Model, cache: str) -> tuple[str, str]:
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in model.text_parts]
     parts = [origin.fingerprint(part, memo) for part in (*model.text_parts, *tokenizers)]
     how = (config.text_dtype, config.prompt_chunks, config.clip_skip, origin.zeros_for_empty)
-    return repr((parts, how)), repr((origin.fingerprint("vae", memo), config.vae_dtype))
+    return repr((parts, how)), repr((model.vae_origin.fingerprint("vae", memo), config.vae_dtype))
 
 
 def scaled(vae: nn.Module, latents: Tensor) -> Tensor:

@@ -231,7 +231,10 @@ def _check_noise(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:
+    """Options of the loss that something else must ask for."""
+    if config.loss.unmasked_weight and config.data.mask == "none":
+        log.warning("loss.unmasked_weight has no effect here: data.mask=none")
+    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:  # its value in conf/loss
         log.warning(
             "loss.gamma has no effect here: it is of loss.weighting=min_snr, and loss.weighting="
             f"{config.loss.weighting}"

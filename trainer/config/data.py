@@ -69,11 +69,11 @@ class DataConfig:
     # goes on into the next epoch.)
     batch_size: int = within(1)
     short_batches: str = one_of("train", "repeat")
+    # Pictures that are never trained on; eval/holdout_loss is their loss.
+    holdout: int = within(0)
 
     # Reading.
     max_unreadable: int = within(0)  # pictures skipped as unreadable before the run stops
-    # Pictures that are never trained on; eval/holdout_loss is their loss.
-    holdout: int = within(0)
     max_pixels: int = within(1)  # of a file; one with more is not decoded (a decompression bomb)
     # A folder for latents and text embeddings, which other runs find there; null: in memory.
     cache: str | None
