@@ -48,8 +48,8 @@ def decode(content: bytes, max_pixels: int, background: str = "white") -> Pictur
                 f"it has {file.width} x {file.height} pixels, more than "
                 f"data.max_pixels={max_pixels}"
             )
-        notes = ["more than one frame; the first is used"] if _frames(file) > 1 else []
-        kind, image = file.format, ImageOps.exif_transpose(file)
+        notes = ["more than one frame; the first is used"] if _is_animated(file) else []
+        kind, image = file.format, _upright(file, notes)
     image = _eight_bits(image, kind)
     alpha = None
     if image.mode in _ALPHA or "transparency" in image.info:
@@ -103,8 +103,18 @@ def _centre(image: Image.Image, bucket: Size, how: Image.Resampling) -> Image.Im
     return image.resize((bucket[1], bucket[0]), how, box=box)
 
 
-def _frames(file: Image.Image) -> int:
-    return getattr(file, "n_frames", 1)
+def _is_animated(file: Image.Image) -> bool:
+    """Or has pages.  The second frame of an MPO is what phones keep beside a photograph."""
+    return getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
+
+
+def _upright(file: Image.Image, notes: list[str]) -> Image.Image:
+    file.load()
+    try:
+        return ImageOps.exif_transpose(file)
+    except Exception:  # its parser raises whatever damaged bytes lead it to
+        notes.append("EXIF data that cannot be read; they are not turned")
+        return file.copy()
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
