@@ -139,7 +139,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     parameters = state.model.trained_parameters()
     taken = gradients.make(config, parameters, state.optimizer)
     if state.step == 0:
-        state.eval_loss_before = evaluate(state, writer)
+        state.eval_loss_before = evaluate(state, writer)["loss"]
         sample(state, writer)
     progress = console.Progress(state.step, config.schedule.steps)
 
@@ -212,7 +212,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "seed": state.config.seed,
         "steps": state.step,
         "eval_loss_before": state.eval_loss_before,
-        "eval_loss_after": after,
+        "eval_loss_after": after["loss"],
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
         "images_per_second": _pictures_seen(state) / state.seconds,
@@ -220,6 +220,8 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
     }
+    if "holdout_loss" in after:
+        summary["holdout_loss_after"] = after["holdout_loss"]
     report.write_summary(state.folder, summary)
     writer.close(summary)
     places = {
@@ -231,27 +233,33 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if unsaved:
         raise unsaved
-    return after
+    return after["loss"]
 
 
-def evaluate(state: State, writer: metrics.Metrics) -> float:
-    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
-    found = losses.evaluate(state.model.unet, state.schedule, eval_batches(state))
+def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
+    that of the pictures that are held out beside it, as eval/holdout_loss."""
+    found, dataset = {}, state.data.dataset
+    for prefix, rows in (("", dataset.training), ("holdout_", dataset.held_out)):
+        if rows:
+            points = eval_batches(state, rows)
+            losses_of = losses.evaluate(state.model.unet, state.schedule, points)
+            found |= {prefix + key: value for key, value in losses_of.items()}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
-    return found["loss"]
+    return found
 
 
-def eval_batches(state: State) -> Iterator[batches.Batch]:
-    """The fixed eval points.  They are made anew each time: what is read of a caption changes where
-    text encoders are trained."""
-    config, dataset = state.config, state.data.dataset
+def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
+    """The fixed eval points, of these rows.  They are made anew each time: what is read of a
+    caption changes where text encoders are trained."""
+    config, samples = state.config, state.data.dataset.samples
     return batches.eval_batches(
-        dataset.own,
+        rows,
         state.data.plain,
         state.schedule,
         config.log.eval_points,
         config.data.batch_size,
-        size_of=lambda row: dataset.samples[row].bucket,
+        size_of=lambda row: samples[row].bucket,
     )
 
 

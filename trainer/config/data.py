@@ -70,6 +70,9 @@ class DataConfig:
     batch_size: int = within(1)
     short_batches: str = one_of("train", "repeat")
 
+    # Pictures that are never trained on; eval/holdout_loss is their loss.
+    holdout: int = within(0)
+
     # Reading.
     max_unreadable: int = within(0)  # pictures skipped as unreadable before the run stops
     max_pixels: int = within(1)  # of a file; one with more is not decoded (a decompression bomb)

@@ -4,10 +4,12 @@ import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from optim import rng
+from trainer import holdout
 from trainer.config import DataConfig
-from trainer.data import captions
+from trainer.data import captions, sources
 from trainer.data.buckets import Size
 from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
@@ -28,10 +30,19 @@ class Dataset:
 
     @property
     def own(self) -> list[int]:
-        """The samples that the run is about: for eval points and sample grids.  All but those of
-        `prior` sources, or all where there are no others."""
+        """The samples that the run is about, whose captions are drawn.  All but those of `prior`
+        sources, or all where there are no others."""
         found = [i for i, sample in enumerate(self.samples) if not sample.prior]
         return found or list(range(len(self.samples)))
+
+    @property
+    def training(self) -> list[int]:
+        """Of those, the ones that are trained on."""
+        return [i for i in self.own if not self.samples[i].held_out]
+
+    @property
+    def held_out(self) -> list[int]:
+        return [i for i in self.own if self.samples[i].held_out]
 
     @property
     def fingerprint(self) -> str:
@@ -97,16 +108,19 @@ def load(config: DataConfig) -> Dataset:
 
 
 def build(usable: list[Found], config: DataConfig) -> Dataset:
-    """Samples and plan of these pictures."""
+    """Samples and plan of these pictures.  Raises UserError where all of them are held out."""
     usable = sorted(usable, key=lambda found: found.source.prior)  # stable
+    names = [_place(found) for found in usable if not found.source.prior]
+    held_out = set(holdout.split(names, config.holdout).held_out)  # the first are not prior
     samples: list[Sample] = []
     members: dict[Size, list[int]] = {}
     for turn in range(max(len(config.resolutions), 1)):  # all pictures at one resolution, then next
-        for found in usable:
+        for number, found in enumerate(usable):
             if turn < len(found.fits):
-                sample = _sample(found, turn, config)
-                places = members.setdefault(sample.bucket, [])
-                places += [len(samples)] * found.source.repeats
+                sample = _sample(found, turn, config, number in held_out)
+                if not sample.held_out:
+                    places = members.setdefault(sample.bucket, [])
+                    places += [len(samples)] * found.source.repeats
                 samples.append(sample)
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
     return Dataset(samples=samples, plan=plan, config=config)
@@ -175,7 +189,13 @@ def some(names: list[str]) -> str:
     return ", ".join(counted[:5]) + (", ..." if len(counted) > 5 else "")
 
 
-def _sample(found: Found, turn: int, config: DataConfig) -> Sample:
+def _place(found: Found) -> str:
+    """A picture's name in its source."""
+    root = sources.shown(Path(found.source.path).expanduser())
+    return found.item.name.removeprefix(root).lstrip("/")
+
+
+def _sample(found: Found, turn: int, config: DataConfig, held_out: bool) -> Sample:
     fitted, frame = found.fits[turn], not found.source.prior
     target = fitted.bucket
     first, crop = {
@@ -196,5 +216,6 @@ def _sample(found: Found, turn: int, config: DataConfig) -> Sample:
         time_ids=(*first, *crop, *target),
         loss_weight=found.source.weight * found.item.weight,
         prior=found.source.prior,
+        held_out=held_out,
         config=config,
     )
