@@ -1,5 +1,6 @@
 """The store: what is encoded once is never encoded again, and nothing stale or damaged is used."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -169,6 +170,13 @@ def test_a_signal_ends_the_encoding_and_keeps_what_there_is(load, cache):
         store.latents(load().samples, "vae", lambda: encode, stop)
     assert leaving.value.code == 128 + signal.SIGTERM
     assert len(entries(cache)) == vae.encoded == 1
+
+
+def test_a_signal_ends_the_reading_of_pictures_too(options, cache):
+    with pytest.raises(SystemExit) as leaving:
+        data.load(dataclasses.replace(options, cache=str(cache)), [signal.SIGINT])
+    assert leaving.value.code == 128 + signal.SIGINT
+    assert (cache / "pictures.json").is_file()  # what is read is not read again
 
 
 def test_a_full_disk_is_named_with_the_remedy_and_leaves_no_litter(load, cache, monkeypatch):

@@ -140,7 +140,8 @@ def _cache_line(model: Any, made: dataset.Dataset) -> str:
     from trainer import conditioning
 
     store = Store(config.cache, config.cache_dtype)
-    of_text, of_pictures = conditioning.fingerprints(model, config.cache)
+    of_text = conditioning.text_fingerprint(model, config.cache)
+    of_pictures = conditioning.picture_fingerprint(model, config.cache)
     pictures, total = store.missing_latents(samples, of_pictures), len(samples)
     texts = store.missing_texts(captions, of_text)
     return (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from trainer.data.buckets import Size
@@ -42,7 +42,11 @@ def decode(content: bytes, max_pixels: int, background: str = "white") -> Pictur
     """
     if not content:
         raise ValueError("the file is empty")
-    with Image.open(io.BytesIO(content)) as file:
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise ValueError("it is no picture of a kind that Pillow reads") from None
+    with opened as file:
         if file.width * file.height > max_pixels:
             raise ValueError(
                 f"it has {file.width} x {file.height} pixels, more than "

@@ -37,6 +37,7 @@ PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w)
 TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
 _CHUNK = 16  # captions encoded at a time
 _REPORT_SECONDS = 60.0  # between two lines where there is no terminal
 
@@ -241,7 +242,7 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def _hash(*parts: str | None) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()
 
 
 def _is_latent(entry: Entry, sample: Sample) -> bool:
