@@ -298,9 +298,9 @@ def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures,
     ]
     dataset = load(path=None, sources=sources, holdout=3, resolutions=[64, 56])
     assert len(dataset.held_out) == 6  # three pictures, twice
-    assert len(dataset.training) == 2
+    assert len(dataset.own) == 2  # the fourth, twice
     seen = {pick.sample for number in range(60) for pick in dataset.batch(0, number)}
-    assert seen == {*dataset.training, 4, 9}
+    assert seen == {*dataset.own, 4, 9}
     alone = load(holdout=3)
     held_out = [alone.samples[i].name for i in alone.held_out]
     assert held_out == [dataset.samples[i].name for i in dataset.held_out[:3]]

@@ -33,7 +33,7 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
         pen.text((left + 2, top), _fit(pen, caption, font), fill="black", font=font)
         for row, pictures in enumerate(rows.values()):
             sheet.paste(
-                ImageOps.pad(pictures[number], (_TILE, _TILE), color="white"),
+                ImageOps.pad(pictures[number], (_TILE, _TILE), Image.Resampling.BICUBIC, "white"),
                 (left, top + _LABEL + row * _TILE),
             )
     for band in range(bands):

@@ -239,8 +239,8 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
     that of the pictures that are held out beside it, as eval/holdout_loss."""
-    found, dataset = {}, state.data.dataset
-    for prefix, rows in (("", dataset.training), ("holdout_", dataset.held_out)):
+    dataset, found = state.data.dataset, {}
+    for prefix, rows in (("", dataset.own), ("holdout_", dataset.held_out)):
         if rows:
             points = eval_batches(state, rows)
             losses_of = losses.evaluate(state.model.unet, state.schedule, points)
@@ -252,14 +252,14 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
 def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
     """The fixed eval points, of these rows.  They are made anew each time: what is read of a
     caption changes where text encoders are trained."""
-    config, samples = state.config, state.data.dataset.samples
+    config, dataset = state.config, state.data.dataset
     return batches.eval_batches(
         rows,
         state.data.plain,
         state.schedule,
         config.log.eval_points,
         config.data.batch_size,
-        size_of=lambda row: samples[row].bucket,
+        size_of=lambda row: dataset.samples[row].bucket,
     )
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optim import rng
-from trainer import holdout
 from trainer.config import DataConfig
-from trainer.data import captions, sources
+from trainer.data import captions, holdout, sources
 from trainer.data.buckets import Size
 from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
@@ -26,24 +25,17 @@ class Dataset:
     """All samples, regularisation pictures last."""
 
     samples: list[Sample]
+    held_out: list[int]  # samples that are in no batch
     plan: Plan
     config: DataConfig
 
     @property
     def own(self) -> list[int]:
-        """The samples that the run is about, whose captions are drawn.  All but those of `prior`
-        sources, or all where there are no others."""
-        found = [i for i, sample in enumerate(self.samples) if not sample.prior]
-        return found or list(range(len(self.samples)))
-
-    @property
-    def training(self) -> list[int]:
-        """Of those, the ones that are trained on."""
-        return [i for i in self.own if not self.samples[i].held_out]
-
-    @property
-    def held_out(self) -> list[int]:
-        return [i for i in self.own if self.samples[i].held_out]
+        """The samples that the run is about: for eval points and sample grids.  All that are
+        trained on but those of `prior` sources, or these too where there are no others."""
+        held_out = set(self.held_out)
+        trained = [i for i in range(len(self.samples)) if i not in held_out]
+        return [i for i in trained if not self.samples[i].prior] or trained
 
     @property
     def fingerprint(self) -> str:
@@ -112,20 +104,24 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
 def build(usable: list[Found], config: DataConfig) -> Dataset:
     """Samples and plan of these pictures.  Raises UserError where all of them are held out."""
     usable = sorted(usable, key=lambda found: found.source.prior)  # stable
-    names = [_place(found) for found in usable if not found.source.prior]
-    held_out = set(holdout.split(names, config.holdout).held_out)  # the first are not prior
+    own = [_place(found) for found in usable if not found.source.prior]
+    kept_back = set(holdout.held_out(own, config.holdout))  # the first are not prior
     samples: list[Sample] = []
+    held_out: list[int] = []
     members: dict[Size, list[int]] = {}
     for turn in range(max(len(config.resolutions), 1)):  # all pictures at one resolution, then next
         for number, found in enumerate(usable):
-            if turn < len(found.fits):
-                sample = _sample(found, turn, config, number in held_out)
-                if not sample.held_out:
-                    places = members.setdefault(sample.bucket, [])
-                    places += [len(samples)] * found.source.repeats
-                samples.append(sample)
+            if turn >= len(found.fits):
+                continue
+            sample = _sample(found, turn, config)
+            if number in kept_back:
+                held_out.append(len(samples))
+            else:
+                places = members.setdefault(sample.bucket, [])
+                places += [len(samples)] * found.source.repeats
+            samples.append(sample)
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
-    return Dataset(samples=samples, plan=plan, config=config)
+    return Dataset(samples=samples, held_out=held_out, plan=plan, config=config)
 
 
 def refuse(found: Survey, config: DataConfig) -> None:
@@ -182,6 +178,9 @@ def report(found: Survey, dataset: Dataset) -> None:
     form = "data: %d pictures in %s, %d unreadable, %d without a caption"
     where = ", ".join(source.path for source in all_sources(config))
     log.info(form, len(found.usable), where, len(found.unreadable), len(found.uncaptioned))
+    if dataset.held_out:
+        names = [dataset.samples[i].name for i in dataset.held_out]
+        log.info("data: %d pictures are held out: %s", len(set(names)), some(names))
     log.info("data: %s", dataset.table())
 
 
@@ -197,7 +196,7 @@ def _place(found: Found) -> str:
     return found.item.name.removeprefix(root).lstrip("/")
 
 
-def _sample(found: Found, turn: int, config: DataConfig, held_out: bool) -> Sample:
+def _sample(found: Found, turn: int, config: DataConfig) -> Sample:
     fitted, frame = found.fits[turn], not found.source.prior
     target = fitted.bucket
     first, crop = {
@@ -218,6 +217,5 @@ def _sample(found: Found, turn: int, config: DataConfig, held_out: bool) -> Samp
         time_ids=(*first, *crop, *target),
         loss_weight=found.source.weight * found.item.weight,
         prior=found.source.prior,
-        held_out=held_out,
         config=config,
     )
