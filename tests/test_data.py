@@ -286,3 +286,23 @@ def test_dropout_of_none_and_of_all_captions(load, dropout):
     dataset = load(caption_dropout=dropout, batch_size=4)
     dropped = {p.caption is None for n in range(50) for p in dataset.batch(0, n)}
     assert dropped == {dropout == 1.0}
+
+
+def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures, tmp_path):
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    Image.new("RGB", (64, 64), "gray").save(prior / "a.png")
+    sources = [
+        SourceConfig(path=f"{pictures}/", repeats=2),
+        SourceConfig(path=str(prior), prior=True),
+    ]
+    dataset = load(path=None, sources=sources, holdout=3, resolutions=[64, 56])
+    assert len(dataset.held_out) == 6  # three pictures, twice
+    assert len(dataset.own) == 2  # the fourth, twice
+    seen = {pick.sample for number in range(60) for pick in dataset.batch(0, number)}
+    assert seen == {*dataset.own, 4, 9}
+    alone = load(holdout=3)
+    held_out = [alone.samples[i].name for i in alone.held_out]
+    assert held_out == [dataset.samples[i].name for i in dataset.held_out[:3]]
+    with pytest.raises(UserError, match=r"data\.holdout=4: there are 4 different pictures"):
+        load(holdout=4)

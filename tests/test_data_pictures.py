@@ -1,6 +1,7 @@
 """A picture's pixels: every kind of file becomes the RGB it stands for, or is refused."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -138,6 +139,21 @@ def test_the_first_frame_of_an_animation_is_taken_and_noted(kind):
     assert picture.notes == ["more than one frame; the first is used"]
 
 
+def test_the_second_frame_of_a_phones_photograph_is_no_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    assert not decode(encoded(frames[0], "mpo", save_all=True, append_images=frames[1:])).notes
+
+
+def test_exif_that_cannot_be_read_is_noted_and_the_picture_kept(monkeypatch):
+    def damaged(image):
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", damaged)
+    picture = decode(GOLDEN["rgb"][0])
+    assert np.asarray(picture.rgb).tolist() == [GOLDEN["rgb"][1]]
+    assert picture.notes == ["EXIF data that cannot be read; they are not turned"]
+
+
 JPEG = encoded(Image.effect_noise((200, 200), 80).convert("RGB"), "jpeg")
 REFUSED = {
     "nothing": b"",
@@ -164,9 +180,16 @@ def test_what_is_no_whole_picture_is_skipped_by_name_and_never_silently(
         (folder / "good.png").read_bytes()
     ]
     assert "skipped unreadable picture" in caplog.text
+    assert "BytesIO" not in caplog.text
     assert "bad.png" in caplog.text
     with pytest.raises(UserError, match=r"1 unreadable pictures.*bad\.png.*max_unreadable=1"):
         load(**changes, max_unreadable=0)
+
+
+def test_a_kind_of_picture_that_cannot_be_read_is_named(load, pictures, caplog):
+    (pictures / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    assert len(load().samples) == 4
+    assert "phone.heic: it is no picture of a kind that Pillow reads" in caplog.text
 
 
 def test_pixels_are_the_centre_antialiased():

@@ -1,17 +1,20 @@
 """The store: what is encoded once is never encoded again, and nothing stale or damaged is used."""
 
+import dataclasses
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import QUICK, deterministic
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from trainer import data
+from trainer import conditioning, data
 from trainer.data import Store
 from trainer.errors import UserError
+from trainer.run import run
 
 
 class Vae:
@@ -169,6 +172,13 @@ def test_a_signal_ends_the_encoding_and_keeps_what_there_is(load, cache):
     assert len(entries(cache)) == vae.encoded == 1
 
 
+def test_a_signal_ends_the_reading_of_pictures_too(options, cache):
+    with pytest.raises(SystemExit) as leaving:
+        data.load(dataclasses.replace(options, cache=str(cache)), [signal.SIGINT])
+    assert leaving.value.code == 128 + signal.SIGINT
+    assert (cache / "pictures.json").is_file()  # what is read is not read again
+
+
 def test_a_full_disk_is_named_with_the_remedy_and_leaves_no_litter(load, cache, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"part")
@@ -186,6 +196,18 @@ def test_a_cache_that_cannot_be_is_refused_by_name(load, tmp_path):
         load(cache=str(tmp_path / "file" / "x"))
     with pytest.raises(UserError, match=r"data\.cache=.*file/x.*data\.cache=null"):
         Store(str(tmp_path / "file" / "x"), "float32")
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_fills_it(load, monkeypatch, cache):
+    monkeypatch.setattr(data.store, "_free_bytes", lambda: 3.5 * 4 * 64 * 4)
+    vae = Vae()
+    with pytest.raises(UserError, match=r"4 encoded pictures need .* GB.*data\.cache="):
+        Store(None, "float32").latents(load().samples, "", vae.make)
+    assert vae.encoded == 1
+    Store(None, "bfloat16").latents(load().samples, "", vae.make)
+    Store(str(cache), "float32").latents(load().samples, "", vae.make)
+    monkeypatch.undo()
+    assert data.store._free_bytes() > 1e6
 
 
 def test_captions_are_encoded_once_each_and_with_the_encoder_they_name(cache):
@@ -220,52 +242,43 @@ def test_a_picture_that_was_whole_once_is_not_decoded_again_to_know_it(load, cac
     assert len(decoded) == 4
 
 
-PROGRAM = """
-import os, sys, torch
-from pathlib import Path
-from trainer.data import store
-from trainer.data.sample import Sample
-wanted, kill_after, folder = 12, int(sys.argv[1]), sys.argv[2]
-calls = 0
-replace = os.replace
-def dying(*paths):
-    global calls
-    calls += 1
-    if calls == kill_after:
-        os._exit(9)
-    replace(*paths)
-os.replace = dying
-def make():
-    def encode(texts):
-        prompts = [torch.full((50, 60), float(text)) for text in texts]
-        return [{"prompt": prompt, "pooled": prompt[0]} for prompt in prompts]
-    return encode
-texts = [str(i) for i in range(wanted)]
-found = store.Store(folder, "float32").texts(texts, "clip", make)
-assert all((found[t]["prompt"] == float(t)).all() for t in texts)
-print(calls)
-"""
+def encode_and_leave(cache, kill_at):
+    """In a process of its own: encode twelve captions, dying at a rename; leave with the number of
+    entries that were written."""
+    renames, replace = [], os.replace
+
+    def dying(*paths):
+        renames.append(paths)
+        if len(renames) == kill_at:
+            os._exit(99)
+        replace(*paths)
+
+    os.replace = dying
+    texts = [f"text {'x' * i}" for i in range(12)]
+    found = Store(str(cache), "float32").texts(texts, "clip", Clip().make)
+    right = all((found[text]["prompt"] == len(text)).all() for text in texts)
+    os._exit(len(renames) if right else 98)
 
 
-@pytest.mark.slow
 def test_a_killed_process_loses_one_entry_and_two_processes_may_share_a_folder(cache):
-    def start(kill_after):
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(kill_after), str(cache)],
-            stdout=subprocess.PIPE,
-            text=True,
+    def start(kill_at):
+        process = multiprocessing.get_context("fork").Process(
+            target=encode_and_leave, args=(cache, kill_at)
         )
+        process.start()
+        return process
 
-    killed = start(5)
-    assert killed.wait() == 9
+    def ends(process):
+        process.join(60)
+        return process.exitcode
+
+    assert ends(start(5)) == 99
     assert len(entries(cache, "texts")) == 4
     two = [start(0), start(0)]
-    written = [int(process.communicate()[0]) for process in two]
-    assert [process.returncode for process in two] == [0, 0]
+    written = [ends(process) for process in two]
     assert max(written) <= 8 <= sum(written)  # what was there is not encoded again
     assert len(entries(cache, "texts")) == 12
-    last = start(0)
-    assert last.communicate()[0].strip() == "0"
+    assert ends(start(0)) == 0
 
 
 @pytest.mark.parametrize("gone", ["deleted", "damaged"])
@@ -278,18 +291,46 @@ def test_an_entry_that_vanishes_during_the_run_is_named(load, cache, gone):
         latents[0]
 
 
+def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
+    composed, pictures, cache, tmp_path, monkeypatch
+):
+    from contextlib import contextmanager
+
+    encoded = []
+
+    @contextmanager
+    def encoder(model):
+        def encode(pixels):
+            encoded.append(pixels)
+            if len(encoded) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return torch.zeros(4, *(side // 4 for side in pixels.shape[1:]))
+
+        yield encode
+
+    monkeypatch.setattr(conditioning, "_picture_encoder", encoder)
+    options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64",
+               "data.bucket_step=8", f"data.cache={cache}"]  # fmt: skip
+    with pytest.raises(SystemExit) as leaving:
+        run(composed(*options), tmp_path / "run")
+    assert leaving.value.code == 128 + signal.SIGTERM
+    assert len(entries(cache)) == 2
+    run(composed(*options, "schedule.steps=1"), tmp_path / "run")
+    assert len(encoded) == 4
+
+
 def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
     quick, composed, pictures, cache, monkeypatch
 ):
     """In buckets, with shuffled captions and masks."""
-    from helpers import deterministic
-
     (pictures / "red.txt").write_text("a, b, c")
     options = ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.bucket_step=8",
                "data.shuffle_tags=true", "data.mask=alpha", "data.batch_size=2"]  # fmt: skip
-    memory = quick("memory", *options)
+    sampled = ["log.sample_count=4", "log.sample_steps=1"]
+    memory = quick("memory", *options, *sampled)
+    drawn = [Image.open(memory / f"samples/step-000004/{i:02d}.png").size for i in range(4)]
+    assert drawn == [(72, 56), (72, 56), (72, 56), (80, 48)]
     cached = quick("cached", *options, f"data.cache={cache}")
-    from trainer import conditioning
 
     def refuse(*_):
         raise AssertionError("an encoder was made")

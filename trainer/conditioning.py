@@ -82,11 +82,12 @@ def encode(model: Model, dataset: Dataset, stop: Sequence[int] = ()) -> Encoded:
     captions, config = dataset.all_captions(), dataset.config
     _report_cut_captions(model, captions)
     store = Store(config.cache, config.cache_dtype)
-    of_text, of_pictures = fingerprints(model, config.cache) if config.cache else ("", "")
     read: Read | None = model.text_encoder
     if read is None:
+        of_text = text_fingerprint(model, config.cache) if config.cache else ""
         every: list[str | None] = [None, *captions]
         read = Kept(store.texts(every, of_text, lambda: _text_encoder(model), stop))
+    of_pictures = picture_fingerprint(model, config.cache) if config.cache else ""
     with ExitStack() as loaded:
         latents = store.latents(
             dataset.samples,
@@ -97,13 +98,20 @@ def encode(model: Model, dataset: Dataset, stop: Sequence[int] = ()) -> Encoded:
     return Encoded(dataset=dataset, latents=latents, read=read)
 
 
-def fingerprints(model: Model, cache: str) -> tuple[str, str]:
-    """Of all that decides how captions and how pictures are encoded: the cache's keys."""
-    config, origin, memo = model.config, model.origin, Path(cache).expanduser()
+def text_fingerprint(model: Model, cache: str) -> str:
+    """Of all that decides how captions are encoded; `cache` remembers what takes long."""
+    config, origin = model.config, model.origin
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in model.text_parts]
+    memo = Path(cache).expanduser()
     parts = [origin.fingerprint(part, memo) for part in (*model.text_parts, *tokenizers)]
     how = (config.text_dtype, config.prompt_chunks, config.clip_skip, origin.zeros_for_empty)
-    return repr((parts, how)), repr((model.vae_origin.fingerprint("vae", memo), config.vae_dtype))
+    return repr((parts, how))
+
+
+def picture_fingerprint(model: Model, cache: str) -> str:
+    """Of all that decides how pictures are encoded."""
+    memo = Path(cache).expanduser()
+    return repr((model.vae_origin.fingerprint("vae", memo), model.config.vae_dtype))
 
 
 def scaled(vae: nn.Module, latents: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import yaml
 
-from trainer import cli, conditioning
+from trainer import cli
 from trainer.config import Config
 from trainer.data import Store, dataset
 from trainer.data.survey import Survey, survey
 from trainer.errors import UserError
-from trainer.model import Model
 from trainer.validate import to_dataclasses
 
 _HELP = """\
@@ -73,6 +72,8 @@ def examine(config: Config, images_per_second: float | None = None, shown: int =
         raise UserError(f"of {found.count} pictures none can be used; {name}: {why}")
     made = dataset.build(found.usable, config.data)
     print(f"{found.count} pictures, of which {len(found.usable)} can be used")
+    from trainer.model import Model  # now that there is something to examine: it takes seconds
+
     model = Model(config.model, torch.device("cpu"))
     findings = _findings(found) + _caption_findings(model, made)
     for finding in findings:
@@ -118,15 +119,17 @@ def _findings(found: Survey) -> list[Finding]:
     return [Finding(what=what, names=names) for what, names in findings.items() if names]
 
 
-def _caption_findings(model: Model, made: dataset.Dataset) -> list[Finding]:
+def _caption_findings(model: Any, made: dataset.Dataset) -> list[Finding]:
     """Captions that the model's text encoders read only the beginning of."""
+    from trainer import conditioning
+
     cut, room = conditioning.cut_captions(model, made.all_captions())
     long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
     what = f"captions are cut at {room} tokens (model.prompt_chunks reads more)"
     return [Finding(what=what, names=long)] if long else []
 
 
-def _cache_line(model: Model, made: dataset.Dataset) -> str:
+def _cache_line(model: Any, made: dataset.Dataset) -> str:
     captions, samples, config = [None, *made.all_captions()], made.samples, made.config
     if config.cache is None:
         pictures = len({(s.digest, s.transform) for s in samples})
@@ -134,8 +137,11 @@ def _cache_line(model: Model, made: dataset.Dataset) -> str:
             f"no cache (data.cache=null): every run encodes {pictures} pictures and "
             f"{len(captions)} captions"
         )
+    from trainer import conditioning
+
     store = Store(config.cache, config.cache_dtype)
-    of_text, of_pictures = conditioning.fingerprints(model, config.cache)
+    of_text = conditioning.text_fingerprint(model, config.cache)
+    of_pictures = conditioning.picture_fingerprint(model, config.cache)
     pictures, total = store.missing_latents(samples, of_pictures), len(samples)
     texts = store.missing_texts(captions, of_text)
     return (

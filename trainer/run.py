@@ -91,7 +91,7 @@ def assemble(
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
     memory.reset_peak(device)
-    dataset = data.load(config.data)
+    dataset = data.load(config.data, stop)
     model = Model(config.model, device)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)

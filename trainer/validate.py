@@ -305,6 +305,12 @@ def _check_data(config: DataConfig) -> None:
             )
     if not config.tag_separator:
         raise UserError("data.tag_separator is empty; it is what tags end with, such as ','")
+    if config.keep_tokens and not (config.shuffle_tags or config.tag_dropout):
+        log.warning(
+            "data.keep_tokens has no effect here: it is of data.shuffle_tags and data.tag_dropout"
+        )
+    if config.upscale and not config.buckets:
+        log.warning("data.upscale has no effect here: it is of data.buckets=true")
     try:
         ImageColor.getrgb(config.background)
     except ValueError:

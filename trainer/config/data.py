@@ -6,7 +6,11 @@ from typing import Any
 
 from trainer.config.fields import one_of, within
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# Some of which not every Pillow can read: such a picture is named, and not passed over in silence.
+PICTURE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jp2", ".jxl"),
+}
 
 
 @dataclass(kw_only=True)

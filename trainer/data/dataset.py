@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optim import rng
@@ -89,13 +90,14 @@ class Dataset:
         return drawn[int(share * len(drawn))]
 
 
-def load(config: DataConfig) -> Dataset:
+def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
     """Look at all pictures and captions and lay out the batches.  What is skipped is named.
 
     Raises UserError where there are no pictures, more than `max_unreadable` cannot be read, a
-    caption cannot be decoded, or one is missing and that is an error.
+    caption cannot be decoded, or one is missing and that is an error; SystemExit once `stop` holds
+    a signal.
     """
-    found = survey(config, config.max_unreadable)
+    found = survey(config, config.max_unreadable, stop)
     refuse(found, config)
     dataset = build(found.usable, config)
     report(found, dataset)
@@ -103,7 +105,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 def build(usable: list[Found], config: DataConfig) -> Dataset:
-    """Samples and plan of these pictures."""
+    """Samples and plan of these pictures.  Raises UserError where all of them are held out."""
     usable = sorted(usable, key=lambda found: found.source.prior)  # stable
     held_out = holdout([found.digest for found in usable if not found.source.prior], config.holdout)
     samples: list[Sample] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from trainer.data.buckets import Size
@@ -42,14 +42,18 @@ def decode(content: bytes, max_pixels: int, background: str = "white") -> Pictur
     """
     if not content:
         raise ValueError("the file is empty")
-    with Image.open(io.BytesIO(content)) as file:
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise ValueError("it is no picture of a kind that Pillow reads") from None
+    with opened as file:
         if file.width * file.height > max_pixels:
             raise ValueError(
                 f"it has {file.width} x {file.height} pixels, more than "
                 f"data.max_pixels={max_pixels}"
             )
-        notes = ["more than one frame; the first is used"] if _frames(file) > 1 else []
-        kind, image = file.format, ImageOps.exif_transpose(file)
+        notes = ["more than one frame; the first is used"] if _is_animated(file) else []
+        kind, image = file.format, _upright(file, notes)
     image = _eight_bits(image, kind)
     alpha = None
     if image.mode in _ALPHA or "transparency" in image.info:
@@ -103,8 +107,18 @@ def _centre(image: Image.Image, bucket: Size, how: Image.Resampling) -> Image.Im
     return image.resize((bucket[1], bucket[0]), how, box=box)
 
 
-def _frames(file: Image.Image) -> int:
-    return getattr(file, "n_frames", 1)
+def _is_animated(file: Image.Image) -> bool:
+    """Or has pages.  The second frame of an MPO is what phones keep beside a photograph."""
+    return getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
+
+
+def _upright(file: Image.Image, notes: list[str]) -> Image.Image:
+    file.load()
+    try:
+        return ImageOps.exif_transpose(file)
+    except Exception:  # its parser raises whatever damaged bytes lead it to
+        notes.append("EXIF data that cannot be read; they are not turned")
+        return file.copy()
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:

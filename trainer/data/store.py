@@ -9,7 +9,9 @@ while it encodes loses one of them, and two may share a folder.
 
 import hashlib
 import logging
+import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +37,7 @@ PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w)
 TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
 _CHUNK = 16  # captions encoded at a time
 _REPORT_SECONDS = 60.0  # between two lines where there is no terminal
 
@@ -105,7 +108,7 @@ class Store:
             entry = {"latent": latent}
             if mask is not None:
                 entry["mask"] = F.adaptive_avg_pool2d(mask, latent.shape[1:])
-            self._put(found, key, entry)
+            self._put(found, key, entry, len(missing))
         self._report("pictures", len(set(keys.values())), len(missing))
         return found
 
@@ -131,7 +134,7 @@ class Store:
                         f"the text encoders' embedding of {by_key[key]!r} is not finite; run them "
                         "in float32, or look at their weights"
                     )
-                self._put(found, key, entry)
+                self._put(found, key, entry, len(missing))
         self._report("captions", len(keys), len(missing))
         return found
 
@@ -179,13 +182,16 @@ class Store:
             log.warning("cache: %d damaged entries in %s", damaged, folder)
         return [key for key in keys if states[key] != "good"]
 
-    def _put(self, found: Entries, key: str, entry: Entry) -> None:
+    def _put(self, found: Entries, key: str, entry: Entry, total: int) -> None:
+        """Keep an entry, of `total` like it."""
         kept = {name: t.to("cpu", self.dtype, copy=True).contiguous() for name, t in entry.items()}
         if found.folder is None:
+            if not found.memory:
+                _check_room(kept, total)
             found.memory[key] = kept
             return
         path = _path(found.folder, key)
-        temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(kept, temporary)
@@ -206,6 +212,26 @@ class Store:
         log.info("data: %d %s encoded%s", encoded, what, where)
 
 
+def _check_room(entry: Entry, total: int) -> None:
+    """Raises UserError where so many entries would not fit in memory."""
+    needed, free = total * sum(t.nbytes for t in entry.values()), _free_bytes()
+    if needed > free:
+        raise UserError(
+            f"{total} encoded {'captions' if 'prompt' in entry else 'pictures'} need "
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; name a folder for "
+            "them: data.cache=... (data.cache_dtype=bfloat16 needs half)"
+        )
+
+
+def _free_bytes() -> float:
+    """Memory that a process may still take; without an answer, any."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
 def _load(path: Path) -> Entry:
     """Read, not mapped: a mapped file that is cut short ends the process."""
     return load(path.read_bytes())
@@ -216,7 +242,7 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def _hash(*parts: str | None) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()
 
 
 def _is_latent(entry: Entry, sample: Sample) -> bool:

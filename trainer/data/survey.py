@@ -4,7 +4,7 @@ cannot, and what is strange about it."""
 import json
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,11 +46,13 @@ class Survey:
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def survey(config: DataConfig, max_unreadable: int | None = None) -> Survey:
+def survey(
+    config: DataConfig, max_unreadable: int | None = None, stop: Sequence[int] = ()
+) -> Survey:
     """Read every caption, then every picture, in the order of the sources and their paths.
 
     Stops early, with what it has, where more than `max_unreadable` pictures cannot be read.  Raises
-    UserError for a source that cannot be read at all.
+    UserError for a source that cannot be read at all, and SystemExit once `stop` holds a signal.
     """
     found = Survey()
     captioned = []
@@ -70,9 +72,26 @@ def survey(config: DataConfig, max_unreadable: int | None = None) -> Survey:
             if texts or config.on_missing_caption != "skip":
                 captioned.append((source, item, texts or [""]))
     checked = _Checked(config.cache)
+    try:
+        _look_at_all(found, captioned, config, checked, max_unreadable, stop)
+    finally:
+        checked.save()
+    return found
+
+
+def _look_at_all(
+    found: Survey,
+    captioned: list[tuple[SourceConfig, Item, list[str]]],
+    config: DataConfig,
+    checked: "_Checked",
+    max_unreadable: int | None,
+    stop: Sequence[int],
+) -> None:
     looks = ahead(lambda one: _look(one[1], config, checked), captioned)
     bar = tqdm(looks, "reading pictures", len(captioned), disable=None, leave=False)
     for (source, item, texts), look in zip(captioned, bar, strict=False):
+        if stop:
+            raise SystemExit(128 + stop[0])
         if isinstance(look, Exception):
             found.unreadable[item.name] = str(look) or type(look).__name__
             if max_unreadable is not None and len(found.unreadable) > max_unreadable:
@@ -86,8 +105,6 @@ def survey(config: DataConfig, max_unreadable: int | None = None) -> Survey:
         )
         found.usable.append(usable)
     looks.close()
-    checked.save()
-    return found
 
 
 def all_sources(config: DataConfig) -> list[SourceConfig]:
