@@ -176,7 +176,7 @@ def test_a_model_with_adapters_in_it_is_not_written_as_a_whole_one(tmp_path):
     found = origin.at(str(TINY))
     unet = found.load("unet", torch.float32)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(UserError, match=r"to_q\.weight"):
+    with pytest.raises(UserError, match="the unet has adapters in it"):
         formats.save_folder(tmp_path / "a", found, {"unet": unet})
 
 

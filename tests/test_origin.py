@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import single_file_utils
 from models import TINY, make_sd15
 from safetensors.torch import load_file, save_file
 
@@ -396,3 +397,40 @@ def test_a_published_model_has_the_published_names(kind, count):
         "first_stage_model.encoder.norm_out.weight",
     ]
     assert set(expected) <= set(single)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_diffusers_converts_a_published_models_names_as_we_do(kind):
+    """Every tensor of the real UNet and VAE, on the meta device; each is known by its identity."""
+    converters = {
+        "unet": single_file_utils.convert_ldm_unet_checkpoint,
+        "vae": single_file_utils.convert_ldm_vae_checkpoint,
+    }
+    for part, convert in converters.items():
+        settings = architectures.config(kind, part)
+        shapes = architectures.shapes(part, settings)
+        own = of_tensors({n: torch.empty(s, device="meta") for n, s in shapes.items()})
+        entries = names.table(part, own, settings)
+        single = names.to_single(own, entries, names.PREFIXES[kind][part])
+        given = {name: torch.empty(lazy.shape, device="meta") for name, lazy in single.items()}
+        full = dict(architectures.empty(part, settings).config)
+        converted = convert(dict(given), full)
+        assert converted.keys() == shapes.keys()
+        for entry in entries:
+            theirs = converted[entry.own[0]]
+            if entry.form == "same":
+                assert theirs is given[names.PREFIXES[kind][part] + entry.single], entry
+            assert theirs.shape == shapes[entry.own[0]], entry
+
+
+def test_what_a_file_has_beside_its_weights_is_carried_over(files, tmp_path):
+    tensors = load_file(files["sdxl"]) | {
+        "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.ones(1, 77),
+    }
+    path = tmp_path / "more.safetensors"
+    stream.write(path, of_tensors(tensors), origin.at(str(files["sdxl"])).file.metadata)
+    written = formats.save_single_file(tmp_path / "again.safetensors", origin.at(str(path)), {})
+    again = load_file(written)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())

@@ -31,6 +31,7 @@ class Source(Protocol):
     def has(self, part: str) -> bool: ...
     def config(self, part: str) -> dict[str, Any]: ...
     def weights(self, part: str) -> Weights: ...
+    def unused(self) -> Weights: ...
     def folder(self, part: str) -> Path: ...
 
 
@@ -103,6 +104,7 @@ def save_single_file(
         renamed = names.to_single(weights, entries, prefixes[part])
         single |= renamed
         kinds |= _dtypes(part, renamed, dtype)
+    single |= origin.unused()
     single |= of_tensors({name: torch.zeros(0) for name in metadata.marks(scheduler)})
     configs = {part: origin.config(part) for part in sources} | {"scheduler": scheduler}
     configs["index"] = origin.index
@@ -129,6 +131,8 @@ def _sources(origin: Source, parts: Mapping[str, nn.Module | Weights]) -> dict[s
             continue
         given = parts.get(part)
         weights = of_module(given) if isinstance(given, nn.Module) else given
+        if weights and any(".lora_A." in name for name in weights):
+            raise UserError(f"the {part} has adapters in it; write them as a LoRA, or merge them")
         if weights is None:
             weights = origin.weights(part)
         weights = {names.canonical(part, name): lazy for name, lazy in weights.items()}
