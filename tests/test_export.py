@@ -89,7 +89,7 @@ def test_trained_parts_replace_the_origins_and_the_others_are_carried_over(tmp_p
         assert again.fingerprint("text_encoder") == found.fingerprint("text_encoder")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_are_written_in_the_wanted_type_but_a_vae_keeps_its_own(dtype, tmp_path, capsys):
     source = tmp_path / "source"
     found = origin.at(str(TINY))
@@ -235,8 +235,9 @@ def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_runs_checkpoint_and_folder_are_exported(quick, tmp_path, capsys, method):
     more = ["method.rank=4", "method.alpha=2", "optim.lr=0.01"] if method == "lora" else []
-    folder = quick("run", f"method={method}", *more)
-    checkpoint = folder / "checkpoints/step-000004"
+    short = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1")
+    folder = quick("run", f"method={method}", *short, *more)
+    checkpoint = folder / "checkpoints/step-000001"
     for source, name in ((checkpoint, "c.safetensors"), (folder, "f.safetensors")):
         form = [] if method == "full" else ["--format", "kohya", "--base", TINY]
         status, _, error = run(capsys, source, tmp_path / name, *form)

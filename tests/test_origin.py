@@ -268,6 +268,10 @@ REFUSED = {  # what is done to a whole file, and what is said of it
         lambda t: t.update({"cond_stage_model.model.ln_final.bias": torch.zeros(1)}),
         ["Stable Diffusion 2"],
     ),
+    "edm": (
+        lambda t: t.update({"edm_vpred.sigma_max": torch.zeros(1)}),
+        ["EDM"],
+    ),
     "bare unet": (
         lambda t: [
             t.update({k.removeprefix("model.diffusion_model."): t.pop(k)})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def _fits(path: Path, kind: str) -> bool:
     return True
 
 
+@cache
 def _empty_published(kind: str) -> dict[str, nn.Module]:
     return {
         part: architectures.empty(part, architectures.config(kind, part))
