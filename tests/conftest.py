@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from helpers import QUICK
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from PIL import Image
 
 from trainer import cli, config, validate
@@ -53,6 +55,46 @@ def quick(composed, tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def noise_config():
+    """The noise group with some options changed: noise_config(offset=0.1) -> NoiseConfig."""
+    return lambda **options: _group("noise/default", config.NoiseConfig, options)
+
+
+@pytest.fixture
+def loss_config():
+    """loss_config("huber", delta=0.1) -> HuberConfig, with the other values of its file."""
+    nodes = {node.name: node for node in config.ALTERNATIVES["loss"]}
+    return lambda name="mse", **options: _group(f"loss/{name}", nodes[name], options)
+
+
+@pytest.fixture
+def schedule_config():
+    """schedule_config("wsd", steps=100) -> WsdConfig, with the other values of its file."""
+    nodes = {node.name: node for node in config.ALTERNATIVES["schedule"]}
+    return lambda name, **options: _group(f"schedule/{name}", nodes[name], options)
+
+
+def _group(path, node, options):
+    """One group's dataclass from its YAML file, a hundred times faster than all of them by
+    Hydra."""
+    values = dict(OmegaConf.load(config.conf_dir() / f"{path}.yaml"))
+    values.pop("defaults", None)
+    return node(**(values | options))
+
+
+@pytest.fixture
+def make_schedule():
+    """SDXL's noise schedule, with some of its configuration changed."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return lambda **options: DDPMScheduler(**betas | options)
+
+
+@pytest.fixture
+def v_schedule(make_schedule):
+    return make_schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
 
 def compose_raw(*overrides):

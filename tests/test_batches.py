@@ -1,24 +1,34 @@
-"""Training batches: functions of (seed, step, sample), with the targets the literature defines."""
+"""Batches: functions of (seed, number, place), with the targets the literature defines."""
+
+import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import UNet2DConditionModel
+from torch import nn
 
-from trainer.batches import eval_batches, training_batch
+from trainer.batches import (
+    Inputs,
+    eval_batches,
+    gathered,
+    noised,
+    predict,
+    sample_noise,
+)
 from trainer.conditioning import Encoded
-from trainer.losses import loss
-from trainer.schedule import lr_scale
 from trainer.text import Text
 
 
 @pytest.fixture
 def data():
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randn(5, 3, 8, generator=generator)
+    prompt = torch.randn(6, 3, 8, generator=generator)
+    prompt[-1] = 0
 
     def read(captions):
-        rows = [torch.zeros(3, 8) if c is None else prompt[int(c)] for c in captions]
-        return Text(prompt=torch.stack(rows), pooled=torch.stack(rows)[:, 0])
+        rows = prompt[[-1 if caption is None else int(caption) for caption in captions]]
+        return Text(prompt=rows, pooled=rows[:, 0])
 
     return Encoded(
         latents=torch.randn(5, 4, 8, 8, generator=generator),
@@ -29,63 +39,101 @@ def data():
 
 
 @pytest.fixture
-def schedule():
-    return DDPMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-    )
+def training_batch(data, v_schedule, noise_config):
+    def make(indices=(0, 1, 2), dropout=0.1, seed=0, number=3):
+        inputs = gathered(data, list(indices), dropout, seed, number)
+        return noised(inputs, v_schedule, noise_config(), seed, number)
+
+    return make
 
 
-def test_batches_repeat_for_their_counters_and_differ_for_others(data, schedule):
-    def batch(seed=0, step=3, indices=(0, 1, 2)):
-        return training_batch(data, schedule, list(indices), 0.1, seed, step)
-
+def test_batches_repeat_for_their_counters_and_differ_for_others(training_batch):
     torch.manual_seed(1)
-    first = batch()
+    first = training_batch()
     torch.manual_seed(2)  # the global generator has no say
-    again = batch()
-    for name, value in vars(first).items():
-        assert torch.equal(value, getattr(again, name)), name
-    assert not torch.equal(first.noisy, batch(step=4).noisy)
-    assert not torch.equal(first.noisy, batch(seed=1).noisy)
+    again = training_batch()
+    for name in ("noisy", "target", "timesteps", "prompt", "pooled", "time_ids"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+    assert not torch.equal(first.noisy, training_batch(number=4).noisy)
+    assert not torch.equal(first.noisy, training_batch(seed=1).noisy)
 
 
-def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, schedule):
+def test_default_batches_and_eval_points_are_those_of_the_first_release(
+    data, v_schedule, training_batch
+):
+    """Their bits, as version 0.1 drew them: a run of that version can be compared with one now."""
+
+    def digest(tensor):
+        return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+
+    batch = training_batch((3, 1, 4), dropout=0.5, seed=7, number=11)
+    assert batch.timesteps.tolist() == [92, 638, 673]
+    assert digest(batch.prompt) == "946930e401b17d36"
+    noise = sample_noise(data.latents[0], 2)
+    assert digest(noise) == "cb4d9c46196fbcb8"
+    expected = torch.tensor([0.35303795, -0.77099437, -0.24690765])
+    assert torch.allclose(batch.target.flatten()[:3], expected, atol=1e-6)
+    expected = torch.tensor([0.06566241, 1.20923758, 2.34197640])
+    assert torch.allclose(batch.noisy.flatten()[:3], expected, atol=1e-6)
+    gather = lambda rows: gathered(data, rows, 0.0, 0, 0)  # noqa: E731
+    points = list(eval_batches(range(5), gather, v_schedule, 7, 3))
+    assert [b.timesteps.tolist() for b in points] == [[309, 927, 545], [163, 781, 399], [17]]
+    expected = torch.tensor([-0.25871280, -0.23751730, 0.24907050])
+    assert torch.allclose(points[0].noisy.flatten()[:3], expected, atol=1e-6)
+
+
+def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, v_schedule, training_batch):
     """Salimans & Ho 2022, app. D: x_t = a x + s e, v = a e - s x; so x = a x_t - s v."""
-    batch = training_batch(data, schedule, [0, 1, 2, 3], 0.0, 0, 0)
-    a = schedule.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1)
-    s = (1 - schedule.alphas_cumprod[batch.timesteps]).sqrt().view(-1, 1, 1, 1)
+    batch = training_batch((0, 1, 2, 3))
+    a = v_schedule.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1)
+    s = (1 - v_schedule.alphas_cumprod[batch.timesteps]).sqrt().view(-1, 1, 1, 1)
     restored = a * batch.noisy - s * batch.target
     assert torch.allclose(restored, data.latents[:4], atol=1e-4)
 
 
-def test_timesteps_are_stratified_and_uniform(data, schedule):
-    size = 8
-    drawn = torch.stack(
-        [training_batch(data, schedule, [0] * size, 0.0, 0, t).timesteps for t in range(300)]
-    )
-    strata = torch.arange(size) * 1000 // size
-    assert ((drawn >= strata) & (drawn < strata + 1000 // size)).all()
-    assert drawn.float().mean().item() == pytest.approx(499.5, abs=8)
+def test_a_samples_noise_does_not_depend_on_its_neighbours(data, v_schedule, noise_config):
+    kinds = noise_config(offset=0.1, pyramid=0.5, input_perturbation=0.1)
+    inputs = gathered(data, [0, 1, 2, 3], 0.0, 0, 3)
+    alone = gathered(data, [0], 0.0, 0, 3)
+    together = noised(inputs, v_schedule, kinds, 0, 3)
+    timestep = together.timesteps[0].item()  # a batch of one would draw it from all of them
+    kinds.timestep_low, kinds.timestep_high = timestep, timestep + 1
+    single = noised(alone, v_schedule, kinds, 0, 3)
+    assert torch.equal(single.noisy, together.noisy[:1])
+    assert torch.equal(single.target, together.target[:1])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25, 1.0])
-def test_dropped_captions_are_the_empty_prompt(data, schedule, dropout):
+def test_dropped_captions_are_the_empty_prompt(training_batch, dropout):
     dropped = torch.cat(
         [
-            (training_batch(data, schedule, [0, 1, 2, 3], dropout, 0, t).prompt == 0).all((1, 2))
+            (training_batch((0, 1, 2, 3), dropout, number=t).prompt == 0).all((1, 2))
             for t in range(300)
         ]
     )
     assert dropped.float().mean().item() == pytest.approx(dropout, abs=0.04)
 
 
-def test_eval_points_are_fixed_and_cover_samples_and_timesteps(data, schedule):
+def test_weights_masks_and_half_precision_latents_pass_through_in_fp32(v_schedule, noise_config):
+    weights, mask = torch.tensor([1.0, 0.3]), torch.rand(2, 1, 8, 8)
+    inputs = Inputs(
+        latents=torch.randn(2, 4, 8, 8).half(),
+        prompt=torch.zeros(2, 3, 8),
+        pooled=None,
+        time_ids=None,
+        loss_weights=weights,
+        mask=mask,
+    )
+    batch = noised(inputs, v_schedule, noise_config(), 0, 0)
+    assert batch.loss_weights is weights
+    assert batch.mask is mask
+    assert batch.noisy.dtype == batch.target.dtype == torch.float32
+
+
+def test_eval_points_are_fixed_and_cover_rows_and_timesteps(data, v_schedule):
     def points():
-        batches = eval_batches(data, schedule, 50, 16)
+        gather = lambda rows: gathered(data, rows, 0.0, 0, 0)  # noqa: E731
+        batches = list(eval_batches(range(5), gather, v_schedule, 50, 16))
         return torch.cat([b.timesteps for b in batches]), torch.cat([b.noisy for b in batches])
 
     timesteps, noisy = points()
@@ -95,32 +143,51 @@ def test_eval_points_are_fixed_and_cover_samples_and_timesteps(data, schedule):
     assert per_fifth.min() >= 9
 
 
-def test_losses_agree_where_errors_are_small(composed):
-    prediction, target = torch.zeros(2, 4, 8, 8), torch.full((2, 4, 8, 8), 0.1)
-    mse = loss(composed("loss=mse").loss, prediction, target)
-    huber = loss(composed("loss=huber", "loss.delta=0.5").loss, prediction, target)
-    assert mse.item() == pytest.approx(0.01)
-    assert huber.item() == pytest.approx(0.005)  # half a square below delta
-    far = loss(composed("loss=huber", "loss.delta=0.5").loss, prediction, target * 20)
-    assert far.item() == pytest.approx(0.5 * (2 - 0.25))
+def test_eval_points_use_only_their_rows_and_put_one_size_in_a_batch(data, v_schedule):
+    """Rows 1, 3 and 4, of which 3 has another size than the others."""
+    asked = []
+
+    def gather(rows):
+        asked.append(rows)
+        return gathered(data, rows, 0.0, 0, 0)
+
+    sizes = lambda row: row == 3  # noqa: E731
+    batches = list(eval_batches([1, 3, 4], gather, v_schedule, 9, 4, sizes))
+    assert asked == [[1, 4, 1, 4], [1, 4], [3, 3, 3]]
+    (in_order,) = eval_batches([1, 3, 4], gather, v_schedule, 9, 9)
+    assert torch.equal(batches[2].noisy, in_order.noisy[1::3])
+    assert torch.equal(batches[2].timesteps, in_order.timesteps[1::3])
 
 
-@pytest.mark.parametrize(
-    ("choice", "step", "scale"),
-    [
-        ("constant", 0, 0.5),
-        ("constant", 1, 1.0),
-        ("constant", 99, 1.0),
-        ("linear", 49, 1.0),
-        ("linear", 99, 0.1),
-        ("linear", 74, 0.1 + 0.9 * (1 - 24 / 49)),
-        ("cosine", 50, 1.0),
-        ("cosine", 99, 0.1),
-    ],
-)
-def test_learning_rate_warms_up_holds_and_decays(composed, choice, step, scale):
-    decay = [] if choice == "constant" else ["schedule.hold=0.5", "schedule.final_scale=0.1"]
-    made = composed(
-        f"schedule={choice}", "schedule.steps=100", "schedule.warmup_steps=1", *decay
-    ).schedule
-    assert lr_scale(made, step) == pytest.approx(scale)
+def test_a_unet_without_pooled_prompt_and_sizes_is_predicted_by(v_schedule, noise_config):
+    """The layout of SD 1.5's UNet: cross attention to the prompt, nothing else."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    prompt = torch.randn(2, 3, 8)
+    inputs = Inputs(latents=torch.randn(2, 4, 8, 8), prompt=prompt, pooled=None, time_ids=None)
+    batch = noised(inputs, v_schedule, noise_config(), 0, 0)
+    expected = unet(batch.noisy, batch.timesteps, encoder_hidden_states=prompt).sample
+    assert torch.equal(predict(unet, batch), expected)
+
+
+def test_a_unet_with_pooled_prompt_and_sizes_gets_them_in_its_dtype(training_batch):
+    class Unet(nn.Module):
+        device, dtype = torch.device("cpu"), torch.bfloat16
+
+        def forward(self, noisy, timesteps, encoder_hidden_states, added_cond_kwargs):
+            self.added = added_cond_kwargs
+            return SimpleNamespace(sample=noisy)
+
+    unet, batch = Unet(), training_batch()
+    assert predict(unet, batch).dtype == torch.float32
+    assert torch.equal(unet.added["text_embeds"], batch.pooled.bfloat16())
+    assert torch.equal(unet.added["time_ids"], batch.time_ids)  # sizes beyond 256 need fp32

@@ -27,7 +27,8 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_loads(quick, dtype):
 
 def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
     written = rows(quick("metrics", "optim=adamw"))
-    assert written[0].keys() == {"step", "eval/loss"}
+    quarters = {f"eval/loss_t{q}" for q in ("000_250", "250_500", "500_750", "750_1000")}
+    assert written[0].keys() == {"step", "eval/loss", *quarters}
     assert written[0]["step"] == 0
     expected = {"loss", "lr", "grad_norm", "update_ratio", "epoch", "skipped_steps"}
     for row in written[1:5]:
@@ -35,7 +36,27 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
         assert row["memory/optimizer_state_bytes"] == 8 * 2_743_620 + 330 * 16
         assert row["perf/images_per_second"] > 0
         assert 0 < row["train/update_ratio"] < 1
-    assert written[-1].keys() == {"step", "eval/loss"}
+    assert written[-1].keys() == written[0].keys()
+
+
+def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path):
+    """The tiny model predicts v with zero terminal SNR; after training for epsilon its scheduler
+    says so, to the run's own samples and to whoever loads the model."""
+    from trainer.run import assemble, finish, train
+
+    options = ["noise.prediction=epsilon", "noise.zero_terminal_snr=false", "loss=huber"]
+    more = ["loss.weighting=min_snr", "noise.offset=0.05", "noise.timesteps=logit_normal"]
+    config = composed(*QUICK, *options, *more, "schedule=wsd", "log.sample_steps=2")
+    state = assemble(config, tmp_path, None)
+    assert state.schedule.config.prediction_type == "epsilon"
+    assert state.model.sampling_schedule().config.prediction_type == "epsilon"
+    writer = metrics.Metrics(tmp_path, config, 0)
+    train(state, writer, [])
+    finish(state, writer)
+    scheduler = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model").scheduler
+    assert scheduler.config.prediction_type == "epsilon"
+    assert not scheduler.config.rescale_betas_zero_snr
+    assert scheduler.config.timestep_spacing == "trailing"  # the model's own
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 16.0)])
@@ -43,7 +64,7 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     composed, tmp_path, rank, alpha
 ):
     """alpha != rank included: a reader that lost alpha would draw another picture."""
-    from trainer.run import assemble, finish, train
+    from trainer.run import assemble, eval_batches, finish, train
 
     config = composed(
         *QUICK, "method=lora", f"method.rank={rank}", f"method.alpha={alpha}", "optim.lr=0.05"
@@ -54,9 +75,9 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     finish(state, writer)
 
     reader = StableDiffusionXLPipeline.from_pretrained(config.model.path).to(torch.float32)
-    batch = state.eval_batches[0]
+    batch = next(eval_batches(state))
     without = batches.predict(reader.unet, batch)
-    reader.load_lora_weights(tmp_path / "lora")
+    reader.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     state.model.unet.eval()
     with torch.no_grad():
         here, there = (

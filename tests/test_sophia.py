@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import Parameter
 
 import optim
-from trainer import batches, curvature, losses
-from trainer.config import MseConfig
+from trainer import batches, curvature, losses, noise
+from trainer.streams import Stream
 
 
 class Pointwise(nn.Module):
@@ -43,18 +43,28 @@ def batch():
     )
 
 
-def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(batch):
-    """Of a model that is linear, so that its Gauss-Newton matrix is its Hessian."""
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
+    batch, loss_config, make_schedule, weighted
+):
+    """Of a model that is linear, so that its Gauss-Newton matrix is its Hessian; with weights of
+    samples, timesteps and places or without."""
+    config, schedule = loss_config(), make_schedule()
+    if weighted:
+        config.weighting, batch.timesteps = "min_snr", torch.tensor([0, 400, 999])
+        batch.loss_weights = torch.tensor([4.0, 0.0, 1.0])
+        batch.mask = torch.ones(3, 1, 5, 2)
+        batch.mask[:, :, 2:] = 0
     unet, draws = Pointwise(), 1500
     optimizer = optim.Sophia(unet.parameters(), betas=(0.9, 0.0))  # the curvature is the last one
     total = torch.zeros(4, 4)
     for step in range(draws):
-        curvature.estimate(optimizer, unet, batch, seed=0, step=step)
+        curvature.estimate(optimizer, unet, batch, config, schedule, seed=0, step=step)
         total += optimizer.state[unet.matrix]["hessian"]
 
     def loss(matrix):
         prediction = torch.einsum("oc,bchw->bohw", matrix, batch.noisy)
-        return losses.loss(MseConfig(), prediction, batch.target)
+        return losses.loss(config, schedule, prediction, batch)
 
     hessian = torch.autograd.functional.hessian(loss, unet.matrix.detach())
     diagonal = hessian.view(16, 16).diagonal().view(4, 4)
@@ -86,7 +96,7 @@ def test_noise_of_an_estimate_depends_on_its_counters_and_is_not_the_batchs():
     others = [
         batches.bartlett_noise(like, 3, 1, 7),
         batches.bartlett_noise(like, 3, 0, 8),
-        torch.stack([batches._normal(like, 0, 7, i) for i in range(3)]),
+        torch.stack([noise.normal(like.shape, Stream.NOISE, 0, 7, i) for i in range(3)]),
         first.roll(1, dims=0),
     ]
     assert all(not torch.equal(first, other) for other in others)

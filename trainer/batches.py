@@ -1,10 +1,11 @@
-"""Batches: which latents, how noisy, towards which target, and what the UNet makes of them.
+"""Batches: what the UNet gets, which target it has, and what it makes of it.
 
-A training batch is a function of (seed, step, place in the batch) and of the data, and nothing here
-draws from a global generator.  Two runs with one seed therefore train on the same noise and
+A training batch is a function of (seed, number, place in the batch) and of the data, and nothing
+here draws from a global generator.  Two runs with one seed therefore train on the same noise and
 timesteps whatever their optimizer, and their losses can be compared point by point.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,25 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from optim import rng
+from trainer import noise
 from trainer.conditioning import Encoded
+from trainer.config import NoiseConfig
 from trainer.streams import Stream
 
 _GOLDEN = (5**0.5 - 1) / 2
 _EVAL_SEED = 20_260_101  # eval points are the same in every run, whatever its seed
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """What a batch is made of, before the noise; B rows of one size, on the CPU."""
+
+    latents: Tensor  # (B, 4, h, w), scaled by the VAE's scaling factor
+    prompt: Tensor  # (B, tokens, dim)
+    pooled: Tensor | None  # (B, dim), of models that have it (SDXL); so the next
+    time_ids: Tensor | None  # (B, 6)
+    loss_weights: Tensor | None = None  # (B,): how much each counts in the loss; None: all 1
+    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]: where the loss counts; None: everywhere
 
 
 @dataclass(kw_only=True)
@@ -27,96 +42,120 @@ class Batch:
     target: Tensor  # (B, 4, h, w): the noise, or v
     timesteps: Tensor  # (B,) int64
     prompt: Tensor  # (B, tokens, dim)
-    pooled: Tensor | None  # (B, dim); None for a UNet that is told neither it nor sizes
-    time_ids: Tensor  # (B, 6)
+    pooled: Tensor | None  # (B, dim)
+    time_ids: Tensor | None  # (B, 6)
+    loss_weights: Tensor | None = None  # (B,)
+    mask: Tensor | None = None  # (B, 1, h, w)
 
 
-def training_batch(
-    data: Encoded, schedule: DDPMScheduler, indices: list[int], dropout: float, seed: int, step: int
-) -> Batch:
-    """The batch of `step`: these samples with fresh noise, timesteps and caption dropout."""
-    size = len(indices)
-    num_timesteps = schedule.config.num_train_timesteps
-    # Stratified: sample i of the batch draws from the i-th of B equal parts of the schedule, which
-    # lowers the loss's variance.
-    shares = [(i + rng.uniform(seed, Stream.TIMESTEP, step, i)) / size for i in range(size)]
-    timesteps = torch.tensor([int(share * num_timesteps) for share in shares])
-    captions = [
-        None if rng.uniform(seed, Stream.DROPOUT, step, i) < dropout else data.captions[index]
-        for i, index in enumerate(indices)
+def gathered(data: Encoded, indices: list[int], dropout: float, seed: int, number: int) -> Inputs:
+    """These samples, a share `dropout` of them with the empty prompt, drawn for batch `number`."""
+    dropped = [
+        rng.uniform(seed, Stream.DROPOUT, number, place) < dropout for place in range(len(indices))
     ]
-    noise = torch.stack([_normal(data.latents[0], seed, step, i) for i in range(size)])
-    return _batch(data, schedule, indices, captions, timesteps, noise)
+    captions = [
+        None if drop else data.captions[row] for drop, row in zip(dropped, indices, strict=True)
+    ]
+    text = data.read(captions)
+    return Inputs(
+        latents=data.latents[indices],
+        prompt=text.prompt,
+        pooled=text.pooled,
+        time_ids=data.time_ids[indices],
+    )
+
+
+def noised(
+    inputs: Inputs, schedule: DDPMScheduler, config: NoiseConfig, seed: int, number: int
+) -> Batch:
+    """Batch `number` of training: these inputs with fresh noise at fresh timesteps."""
+    size, like = len(inputs.latents), inputs.latents[0]
+    steps = noise.timesteps(config, schedule.config.num_train_timesteps, seed, number, size)
+    drawn = [noise.draw(config, like, seed, number, place) for place in range(size)]
+    seen = [noise.perturbed(config, x, seed, number, place) for place, x in enumerate(drawn)]
+    return _batch(inputs, schedule, steps, torch.stack(drawn), torch.stack(seen))
 
 
 def eval_batches(
-    data: Encoded, schedule: DDPMScheduler, points: int, batch_size: int
-) -> list[Batch]:
-    """Fixed (sample, timestep, noise) triples: `points` of them, no dropout, the same in every run.
+    rows: Sequence[int],
+    gather: Callable[[list[int]], Inputs],
+    schedule: DDPMScheduler,
+    points: int,
+    batch_size: int,
+    size_of: Callable[[int], object] = lambda row: None,
+) -> Iterator[Batch]:
+    """Fixed (row, timestep, noise) triples: `points` of them, white noise over all timesteps, the
+    same in every run whatever its noise options.
 
-    Samples take turns; timesteps follow the golden-ratio sequence, which covers the schedule evenly
-    for any number of points and does not fall into step with the samples.
+    `gather` gives the inputs of some rows, without any dropout; only rows of one `size_of` share a
+    batch.  Rows take turns; timesteps follow the golden-ratio sequence, which covers the schedule
+    evenly for any number of points and does not fall into step with the rows.
     """
-    batches = []
-    for start in range(0, points, batch_size):
-        numbers = range(start, min(start + batch_size, points))
-        indices = [number % len(data.latents) for number in numbers]
-        shares = [(number + 0.5) * _GOLDEN % 1 for number in numbers]
-        timesteps = torch.tensor([int(s * schedule.config.num_train_timesteps) for s in shares])
-        noise = torch.stack([_normal(data.latents[0], _EVAL_SEED, n) for n in numbers])
-        captions = [data.captions[index] for index in indices]
-        batches.append(_batch(data, schedule, indices, captions, timesteps, noise))
-    return batches
+    count = schedule.config.num_train_timesteps
+    by_size: dict[object, list[int]] = {}  # the points' numbers
+    for point in range(points):
+        by_size.setdefault(size_of(rows[point % len(rows)]), []).append(point)
+    for members in by_size.values():
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            inputs = gather([rows[point % len(rows)] for point in chosen])
+            timesteps = torch.tensor([int((p + 0.5) * _GOLDEN % 1 * count) for p in chosen])
+            drawn = torch.stack([_fixed(inputs.latents[0], point) for point in chosen])
+            yield _batch(inputs, schedule, timesteps, drawn, drawn)
 
 
 def sample_noise(like: Tensor, count: int) -> Tensor:
     """The start noise of sample grids, the same in every run: like (4, h, w) -> (count, 4, h,
     w)."""
-    return torch.stack([_normal(like, _EVAL_SEED, _EVAL_SEED, i) for i in range(count)])
+    return torch.stack([_fixed(like, _EVAL_SEED, place) for place in range(count)])
 
 
 def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
     """By which the sampled targets of this step's estimate of the curvature differ from the
     prediction: like (4, h, w) -> (count, 4, h, w), on the CPU."""
-    draws = [_normal(like, seed, step, i, stream=Stream.CURVATURE) for i in range(count)]
+    draws = [noise.normal(like.shape, Stream.CURVATURE, seed, step, i) for i in range(count)]
     return torch.stack(draws)
 
 
 def predict(unet: nn.Module, batch: Batch) -> Tensor:
-    """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype."""
+    """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype.
+
+    A UNet that takes a pooled prompt and sizes (SDXL) gets them, one that does not (SD 1.5) gets
+    neither.
+    """
     device, dtype = unet.device, unet.dtype
-    told = None
-    if batch.pooled is not None:
-        sizes = batch.time_ids.to(device)
-        told = {"text_embeds": batch.pooled.to(device, dtype), "time_ids": sizes}
+    added = None
+    if batch.pooled is not None and batch.time_ids is not None:
+        added = {
+            "text_embeds": batch.pooled.to(device, dtype),
+            "time_ids": batch.time_ids.to(device),
+        }
     return unet(
         batch.noisy.to(device, dtype),
         batch.timesteps.to(device),
         encoder_hidden_states=batch.prompt.to(device, dtype),
-        added_cond_kwargs=told,
+        added_cond_kwargs=added,
     ).sample.float()
 
 
 def _batch(
-    data: Encoded,
-    schedule: DDPMScheduler,
-    rows: list[int],
-    captions: list[str | None],
-    timesteps: Tensor,
-    noise: Tensor,
+    inputs: Inputs, schedule: DDPMScheduler, timesteps: Tensor, noise: Tensor, seen: Tensor
 ) -> Batch:
-    latents, text = data.latents[rows], data.read(captions)
+    """`seen` is the noise of the input, `noise` that of the target: both (B, 4, h, w)."""
+    latents = inputs.latents.float()
     predicts_v = schedule.config.prediction_type == "v_prediction"
     return Batch(
-        noisy=schedule.add_noise(latents, noise, timesteps),
+        noisy=schedule.add_noise(latents, seen, timesteps),
         target=schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
         timesteps=timesteps,
-        prompt=text.prompt,
-        pooled=text.pooled,
-        time_ids=data.time_ids[rows],
+        prompt=inputs.prompt,
+        pooled=inputs.pooled,
+        time_ids=inputs.time_ids,
+        loss_weights=inputs.loss_weights,
+        mask=inputs.mask,
     )
 
 
-def _normal(like: Tensor, seed: int, *counters: int, stream: Stream = Stream.NOISE) -> Tensor:
-    """Standard normal noise for this seed and these counters, in the shape of `like`."""
-    return torch.randn(like.shape, generator=rng.generator(seed, stream, *counters))
+def _fixed(like: Tensor, *counters: int) -> Tensor:
+    """White noise that no seed and no option changes, in the shape of `like`."""
+    return noise.normal(like.shape, Stream.NOISE, _EVAL_SEED, *counters)

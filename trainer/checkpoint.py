@@ -165,7 +165,7 @@ def to_resume(config: Config) -> Checkpoint | None:
         return None
     found = load_newest(find(config.resume))
     here, there = flatten(asdict(config)), flatten(found.config)
-    learned = ("seed", "model.", "data.", "method.", "optim.", "loss.", "schedule.")
+    learned = ("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule.")
     keys = [key for key in sorted(here.keys() | there.keys()) if key.startswith(learned)]
     changed = {
         k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)

@@ -7,23 +7,39 @@ squared gradient of that loss, scaled, is the diagonal of the Gauss-Newton matri
 
 from typing import Any
 
+from diffusers import DDPMScheduler
 from torch import nn
 
 import optim
 from trainer import batches, losses
+from trainer.config import LossConfig
 
 
-def estimate(optimizer: Any, unet: nn.Module, batch: batches.Batch, seed: int, step: int) -> None:
+def estimate(
+    optimizer: Any,
+    unet: nn.Module,
+    batch: batches.Batch,
+    config: LossConfig,
+    schedule: DDPMScheduler,
+    seed: int,
+    step: int,
+) -> None:
     """Where `optimizer` wants an estimate before this step, make it from the step's batch; others
     are left alone.
 
     The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
-    elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.
+    elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.  Where an element's
+    squared error counts f times (`losses.factor`), its target has the variance 1 / f; the gradient
+    of that is the plain squared error's with noise of sqrt(f) times the unit, which a factor of 0
+    has as well.
     """
     if not (isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()):
         return
     prediction = batches.predict(unet, batch)
     noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)
+    factor = losses.factor(config, schedule, batch)
+    if factor is not None:
+        noise = noise * factor.sqrt()
     target = prediction.detach() + noise.to(prediction.device)
     losses.squared_error(prediction, target).backward()
     optimizer.update_hessian(prediction.numel() / 2)

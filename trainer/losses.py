@@ -1,21 +1,97 @@
-"""The training loss: how far the UNet's prediction is from its target."""
+"""The training loss: how far the UNet's prediction is from its target, and how much that counts.
 
-from typing import Any
+The loss of a batch is the mean over all of its elements of `factor * distance`, in fp32.  The
+factor of an element is the product of
+
+- its sample's `loss_weights` (Ruiz et al. 2022, arXiv 2208.12242: the weight of prior
+  preservation, on the samples that preserve it),
+- the weight of its sample's timestep (`timestep_weights`),
+- its place's mask, lifted: unmasked_weight + (1 - unmasked_weight) * mask.
+
+Nothing is divided by the sum of factors.  So a mask of ones is no mask, a picture half of which is
+masked out pulls with its other half as hard as that half does without a mask, and the mean over
+equal micro-batches is the loss of all their samples together.  A batch that is shorter than the
+others has the mean over its own elements.
+"""
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from trainer import noise
 from trainer.batches import Batch, predict
-from trainer.config import HuberConfig
+from trainer.config import HuberConfig, LossConfig
+
+_PARTS = 4  # of the timesteps that evaluation reports apart
 
 
-def loss(config: Any, prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean over all elements of the configured distance: (B, 4, h, w) twice -> 0-d."""
-    target = target.to(prediction.device)
+def loss(config: LossConfig, schedule: DDPMScheduler, prediction: Tensor, batch: Batch) -> Tensor:
+    """The mean over all elements of the configured distance times its factor: prediction fp32
+    (B, 4, h, w) -> 0-d."""
+    target = batch.target.to(prediction.device)
     if isinstance(config, HuberConfig):
-        return F.huber_loss(prediction, target, delta=config.delta)
-    return squared_error(prediction, target)
+        distance = _huber(config, schedule, prediction, target, batch.timesteps)
+    else:
+        distance = F.mse_loss(prediction, target, reduction="none")
+    weights = factor(config, schedule, batch)
+    if weights is not None:
+        distance = distance * weights.to(prediction.device)
+    return distance.mean()
+
+
+def factor(config: LossConfig, schedule: DDPMScheduler, batch: Batch) -> Tensor | None:
+    """How much each element counts: -> fp32, to be broadcast to (B, 4, h, w); None for 1."""
+    factors = []
+    if batch.loss_weights is not None:
+        factors.append(batch.loss_weights.float().view(-1, 1, 1, 1))
+    if config.weighting != "none":
+        factors.append(timestep_weights(config, schedule, batch.timesteps).view(-1, 1, 1, 1))
+    if batch.mask is not None:
+        inside = batch.mask.float()
+        factors.append(config.unmasked_weight + (1 - config.unmasked_weight) * inside)
+    if not factors:
+        return None
+    product = factors[0]
+    for one in factors[1:]:
+        product = product * one
+    return product
+
+
+def timestep_weights(config: LossConfig, schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """The weight of each sample's squared error by its timestep's SNR: int64 (B,) -> fp32 (B,).
+
+    The papers weight the error of the noise e; the error of v is (SNR + 1) / SNR times that of e
+    (Salimans & Ho 2022, arXiv 2202.00512, app. D), so its weight is the same times SNR / (SNR + 1).
+
+        min_snr   e: min(SNR, gamma) / SNR    v: min(SNR, gamma) / (SNR + 1)
+        debiased  e: 1 / sqrt(SNR)            v: sqrt(SNR) / (SNR + 1)
+
+    Hang et al. 2023 (arXiv 2303.09556); Yu et al. 2023 (arXiv 2310.08442).  At zero
+    terminal SNR, which only v-prediction has, both are 0.
+    """
+    ratio = noise.snr(schedule, timesteps)
+    if schedule.config.prediction_type == "v_prediction":
+        wanted = ratio.clamp(max=config.gamma) if config.weighting == "min_snr" else ratio.sqrt()
+        return wanted / (ratio + 1)
+    if config.weighting == "min_snr":
+        return (config.gamma / ratio).clamp(max=1)
+    return ratio.rsqrt()
+
+
+def huber_deltas(config: HuberConfig, schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """Where each sample's distance becomes linear: int64 (B,) -> fp32 (B,).
+
+    Khrapov et al. 2024 (arXiv 2403.16728): from 1 where there is no noise to `delta` where there is
+    nothing else, exponentially in the timestep (delta^(t / T)), or with sigma^2 = 1 / SNR as
+    (1 - delta) / (1 + sigma)^2 + delta.  They schedule the pseudo-Huber loss; here it is Huber's.
+    """
+    if config.schedule == "exponential":
+        return config.delta ** (timesteps.float() / schedule.config.num_train_timesteps)
+    root = noise.snr(schedule, timesteps).sqrt()  # 1 / sigma
+    return (1 - config.delta) * (root / (root + 1)).square() + config.delta
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -24,12 +100,45 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(unet: nn.Module, batches: list[Batch]) -> float:
-    """Mean squared error over fixed eval batches.  Always the plain MSE, so that runs with any loss
-    can be compared."""
-    total, count = 0.0, 0
+def evaluate(
+    unet: nn.Module, schedule: DDPMScheduler, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Mean squared error over fixed eval batches: {"loss": ..., "loss_t000_250": ..., ...}, over
+    all elements and over those in each quarter of the timesteps that has any.
+
+    Always the plain MSE, without weights and masks, so that runs with any loss can be compared.
+    """
+    count = schedule.config.num_train_timesteps
+    total, elements = 0.0, 0
+    sums, sizes = [0.0] * _PARTS, [0] * _PARTS
     for batch in batches:
         error = predict(unet, batch) - batch.target.to(unet.device)
-        total += error.double().square().sum().item()
-        count += error.numel()
-    return total / count
+        squares = error.double().square()
+        total += squares.sum().item()
+        elements += squares.numel()
+        per_sample = zip(batch.timesteps.tolist(), squares.flatten(1).sum(1).tolist(), strict=True)
+        for timestep, value in per_sample:
+            sums[timestep * _PARTS // count] += value
+            sizes[timestep * _PARTS // count] += squares[0].numel()
+    edges = [part * count // _PARTS for part in range(_PARTS + 1)]
+    parts = {
+        f"loss_t{edges[part]:03d}_{edges[part + 1]:03d}": sums[part] / sizes[part]
+        for part in range(_PARTS)
+        if sizes[part]
+    }
+    return {"loss": total / elements} | parts
+
+
+def _huber(
+    config: HuberConfig,
+    schedule: DDPMScheduler,
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+) -> Tensor:
+    """Huber's distance of each element: (B, 4, h, w)."""
+    if config.schedule == "constant":
+        return F.huber_loss(prediction, target, reduction="none", delta=config.delta)
+    delta = huber_deltas(config, schedule, timesteps).view(-1, 1, 1, 1).to(prediction.device)
+    error = (prediction - target).abs()
+    return torch.where(error <= delta, error.square() / 2, delta * (error - delta / 2))

@@ -8,12 +8,11 @@ and the VAE again to draw samples.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import nn
 
 from trainer import origin, text
@@ -35,8 +34,10 @@ class Model:
             library.set_verbosity_error()
             library.disable_progress_bar()
         self.origin = origin.find(config)
+        self.vae_origin = origin.vae(config.vae) if config.vae else self.origin
         self.text_parts = [part for part in text.PARTS if self.origin.has(part)]
         self.text_encoder: text.Encoder | None = None  # where text encoders are trained
+        self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it
 
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
@@ -66,8 +67,7 @@ class Model:
 
     def sampling_schedule(self) -> SchedulerMixin:
         """The scheduler that the model's pipeline samples with."""
-        config = self.origin.config("scheduler")
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
 
     def load_text_encoders(self) -> text.Encoder:
         """The text encoders, on the device, in fp32 or as configured."""
@@ -78,32 +78,14 @@ class Model:
     @contextmanager
     def vae(self) -> Iterator[nn.Module]:
         """The VAE on the device for as long as the block lasts."""
-        part = self._load("vae", DTYPES[self.config.vae_dtype])
+        part = self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
         yield part
         part.to("cpu")
 
-    def _load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        log.info("model: loading the %s of %s", part.replace("_", " "), self.origin)
-        module = self.origin.load(part, dtype).to(self.device)
+    def _load(
+        self, part: str, dtype: torch.dtype, source: origin.Origin | None = None
+    ) -> nn.Module:
+        source = source or self.origin
+        log.info("model: loading the %s of %s", part.replace("_", " "), source)
+        module = source.load(part, dtype).to(self.device)
         return module.requires_grad_(False).eval()
-
-
-def training_noise(config: dict[str, Any]) -> DDPMScheduler:
-    """The model's own noise schedule: betas, prediction type and terminal SNR as its scheduler's
-    config says.
-
-    Raises UserError for a prediction type that training does not know, or zero terminal SNR with
-    epsilon prediction, which has nothing to predict from at the last timestep.
-    """
-    noise = DDPMScheduler.from_config(config)
-    kind = noise.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"the model's scheduler predicts {kind!r}; epsilon and v_prediction can be trained"
-        )
-    if kind == "epsilon" and noise.config.rescale_betas_zero_snr:
-        raise UserError(
-            "the model's scheduler has zero terminal SNR with epsilon prediction; "
-            "it needs v_prediction"
-        )
-    return noise

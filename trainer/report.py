@@ -9,7 +9,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
+def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     """Where everything is and what it cost."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     cost = (

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from trainer import (
     memory,
     method,
     metrics,
+    noise,
     optimizers,
     pictures,
     record,
@@ -32,7 +33,7 @@ from trainer import (
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.guard import Guard
-from trainer.model import Model, training_noise
+from trainer.model import Model
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 
@@ -49,7 +50,6 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
-    eval_batches: list[batches.Batch]
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -85,7 +85,9 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
     model = Model(config.model, device)
-    schedule = training_noise(model.origin.config("scheduler"))
+    result.check(config.method, model)
+    model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
+    schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
     encoded = conditioning.encode(model, samples)
 
@@ -109,9 +111,6 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
-        eval_batches=batches.eval_batches(
-            encoded, schedule, config.log.eval_points, config.data.batch_size
-        ),
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
@@ -152,16 +151,19 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         indices = data.batch_indices(
             config.seed, step, config.data.batch_size, len(state.data.latents)
         )
-        batch = batches.training_batch(
-            state.data, state.schedule, indices, config.data.caption_dropout, config.seed, step
+        inputs = batches.gathered(
+            state.data, indices, config.data.caption_dropout, config.seed, step
         )
+        batch = batches.noised(inputs, state.schedule, config.noise, config.seed, step)
 
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).
-        curvature.estimate(state.optimizer, unet, batch, config.seed, step)
+        curvature.estimate(
+            state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
+        )
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        loss = losses.loss(config.loss, batches.predict(unet, batch), batch.target)
+        loss = losses.loss(config.loss, state.schedule, batches.predict(unet, batch), batch)
         grad_norm = taken.backward(loss)
 
         # Judge the step: unless loss and gradients are finite, leave everything as it was.
@@ -202,7 +204,9 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = result.export(state.config.method, state.model, state.folder)
+    exported = result.export(
+        state.config, state.model, state.folder, state.step, len(state.data.latents)
+    )
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -221,7 +225,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     writer.close(summary)
     places = {
         "pictures": picture,
-        "model": exported,
+        "result": ", ".join(map(str, exported)),
         "metrics": writer.path,
         "checkpoints": state.folder / "checkpoints",
     }
@@ -232,10 +236,23 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 
 def evaluate(state: State, writer: metrics.Metrics) -> float:
-    """The loss at the fixed eval points, written as eval/loss."""
-    value = losses.evaluate(state.model.unet, state.eval_batches)
-    writer.write(state.step, {"eval/loss": value})
-    return value
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
+    found = losses.evaluate(state.model.unet, state.schedule, eval_batches(state))
+    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
+    return found["loss"]
+
+
+def eval_batches(state: State) -> Iterator[batches.Batch]:
+    """The fixed eval points.  They are made anew each time: what is read of a caption changes where
+    text encoders are trained."""
+    config = state.config
+    return batches.eval_batches(
+        range(len(state.data.latents)),
+        lambda rows: batches.gathered(state.data, rows, 0.0, config.seed, 0),
+        state.schedule,
+        config.log.eval_points,
+        config.data.batch_size,
+    )
 
 
 def sample(state: State, writer: metrics.Metrics) -> Path | None:

@@ -1,9 +1,10 @@
-"""The learning rate along a run: a pure function of the step, so that a resumed run needs no
-scheduler state."""
+"""The learning rate along a run: a pure function of the optimizer's step, so that a resumed run
+needs no scheduler state."""
 
 import math
+from typing import Any
 
-from trainer.config import ConstantConfig, CosineConfig, LinearConfig
+from trainer.config import ConstantConfig, CosineRestartsConfig, PolynomialConfig, WsdConfig
 
 
 def lr_scale(config: ConstantConfig, step: int) -> float:
@@ -11,13 +12,32 @@ def lr_scale(config: ConstantConfig, step: int) -> float:
     decay."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    if not isinstance(config, LinearConfig):
+    if type(config) is ConstantConfig:
         return 1.0
-    hold_until = max(config.warmup_steps, round(config.hold * config.steps))
-    done = (step - hold_until) / max(
-        config.steps - 1 - hold_until, 1
-    )  # 0 when the decay begins, 1 at the last step
-    done = min(max(done, 0.0), 1.0)
-    is_cosine = isinstance(config, CosineConfig)
-    shape = (1 + math.cos(math.pi * done)) / 2 if is_cosine else 1 - done
-    return config.final_scale + (1 - config.final_scale) * shape
+    return config.final_scale + (1 - config.final_scale) * _shape(config, _decayed(config, step))
+
+
+def _decayed(config: Any, step: int) -> float:
+    """How far into the decay a step is: 0 until it begins, 1 at the last step."""
+    hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
+    hold_until = max(config.warmup_steps, round(hold * config.steps))
+    done = (step - hold_until) / max(config.steps - 1 - hold_until, 1)
+    return min(max(done, 0.0), 1.0)
+
+
+def _shape(config: Any, done: float) -> float:
+    """What is left of the learning rate, from 1 to 0, when a share `done` of the decay is over.
+
+    Restarts: Loshchilov & Hutter 2017 (arXiv 1608.03983), with cycles of one length; the
+    last step ends a cycle.  wsd: Hu et al. 2024 (arXiv 2404.06395); its sqrt: 1 - sqrt(done),
+    Haegele et al. 2024 (arXiv 2405.18392).
+    """
+    name = config.shape if isinstance(config, WsdConfig) else config.name
+    if isinstance(config, CosineRestartsConfig) and done < 1:
+        done = done * config.cycles % 1
+    if name in ("cosine", "cosine_restarts"):
+        return (1 + math.cos(math.pi * done)) / 2
+    if name == "sqrt":
+        return 1 - math.sqrt(done)
+    power = config.power if isinstance(config, PolynomialConfig) else 1
+    return (1 - done) ** power

@@ -12,3 +12,6 @@ class Stream(IntEnum):
     DROPOUT = 4  # of captions
     ADAPTER = 5  # initial weights of a LoRA
     CURVATURE = 6  # sampled targets of an estimate
+    OFFSET = 20  # a channel's shift of its noise
+    PYRAMID = 21  # coarser levels of noise
+    PERTURBATION = 22  # what is added to the input alone

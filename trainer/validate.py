@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import optim
 from optim.options import unknown
-from trainer.config import PICTURE_SUFFIXES, Config, MseConfig
+from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, MseConfig
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
 from trainer.errors import UserError
@@ -25,7 +25,8 @@ def to_dataclasses(composed: Any) -> Config:
 
     Raises UserError that names the key and the remedy.
     """
-    for group in ("model", "data", "method", "optim", "loss", "schedule", "runtime", "log"):
+    groups = sorted({*ALTERNATIVES, "model", "data", "optim", "noise", "runtime", "log"})
+    for group in groups:
         if OmegaConf.select(composed, group) is None:
             raise UserError(f"{group} has no choice; `python -m trainer --help` lists them")
     missing = sorted(OmegaConf.missing_keys(composed))
@@ -75,6 +76,8 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_trained(config.method.train)
     _check_curvature(config)
+    _check_noise(config)
+    _check_loss(config)
     _check_paths(config)
     _check_device(config.runtime.device)
     if config.runtime.fused_backward:
@@ -141,6 +144,34 @@ def _check_curvature(config: Config) -> None:
         raise UserError(
             f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
             f"{config.loss.name} is none; use loss=mse, or another optimizer"
+        )
+
+
+def _check_noise(config: Config) -> None:
+    """What the noise options exclude of each other (`noise.scheduler_config` knows the model)."""
+    noise = config.noise
+    if noise.prediction == "epsilon" and noise.zero_terminal_snr:
+        raise UserError(
+            "noise.zero_terminal_snr=true leaves epsilon prediction nothing to predict from at the "
+            "last timestep; set noise.prediction=v_prediction, or noise.zero_terminal_snr=false"
+        )
+    if noise.timestep_high is not None and noise.timestep_low >= noise.timestep_high:
+        raise UserError(
+            f"noise.timestep_low={noise.timestep_low} must be below noise.timestep_high="
+            f"{noise.timestep_high}; the timesteps of training are [low, high)"
+        )
+    if noise.timesteps != "logit_normal" and (noise.logit_mean, noise.logit_std) != (0, 1):
+        log.warning(
+            "noise.logit_mean and noise.logit_std have no effect here: they are of "
+            "noise.timesteps=logit_normal"
+        )
+
+
+def _check_loss(config: Config) -> None:
+    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:
+        log.warning(
+            "loss.gamma has no effect here: it is of loss.weighting=min_snr, and loss.weighting="
+            f"{config.loss.weighting}"
         )
 
 

@@ -4,13 +4,21 @@ Types, bounds and meaning live here, values in `conf/`."""
 from trainer.config.data import PICTURE_SUFFIXES, DataConfig
 from trainer.config.files import ASSETS, choices_of, conf_dir, flatten, group_names
 from trainer.config.log import LogConfig, WandbConfig
-from trainer.config.loss import HuberConfig, MseConfig
+from trainer.config.loss import HuberConfig, LossConfig, MseConfig
 from trainer.config.method import FullConfig, LoraConfig
 from trainer.config.model import DTYPES, ModelConfig
+from trainer.config.noise import NoiseConfig
 from trainer.config.optimizer import ExternalConfig, PeerConfig, optimizer_schema, peer_schema
 from trainer.config.root import ALTERNATIVES, Config
 from trainer.config.runtime import RuntimeConfig
-from trainer.config.schedule import ConstantConfig, CosineConfig, LinearConfig
+from trainer.config.schedule import (
+    ConstantConfig,
+    CosineConfig,
+    CosineRestartsConfig,
+    LinearConfig,
+    PolynomialConfig,
+    WsdConfig,
+)
 
 __all__ = [
     "ALTERNATIVES",
@@ -20,6 +28,7 @@ __all__ = [
     "Config",
     "ConstantConfig",
     "CosineConfig",
+    "CosineRestartsConfig",
     "DataConfig",
     "ExternalConfig",
     "FullConfig",
@@ -27,11 +36,15 @@ __all__ = [
     "LinearConfig",
     "LogConfig",
     "LoraConfig",
+    "LossConfig",
     "ModelConfig",
     "MseConfig",
+    "NoiseConfig",
     "PeerConfig",
+    "PolynomialConfig",
     "RuntimeConfig",
     "WandbConfig",
+    "WsdConfig",
     "choices_of",
     "conf_dir",
     "flatten",

@@ -1,16 +1,34 @@
-"""`loss=`: how far a prediction is from its target."""
+"""`loss=`: how far a prediction is from its target, and how much each sample and timestep counts.
+`trainer/losses.py` has the definitions and their sources."""
 
 from dataclasses import dataclass
 
-from trainer.config.fields import within
+from trainer.config.fields import one_of, within
 
 
 @dataclass(kw_only=True)
-class MseConfig:
+class LossConfig:
+    """What every loss has."""
+
+    # By the signal-to-noise ratio of a sample's timestep.
+    weighting: str = one_of("none", "min_snr", "debiased")
+    gamma: float = within(1e-12)  # of min_snr: the ratio above which a timestep counts less
+    # How much the error outside of a picture's mask counts; pictures without a mask count fully.
+    unmasked_weight: float = within(0, 1)
+
+
+@dataclass(kw_only=True)
+class MseConfig(LossConfig):
+    """The squared error."""
+
     name: str = "mse"
 
 
 @dataclass(kw_only=True)
-class HuberConfig:
+class HuberConfig(LossConfig):
+    """Half the squared error below delta, linear above."""
+
     name: str = "huber"
-    delta: float = within(1e-12)  # quadratic below this error, linear above
+    delta: float = within(1e-12)  # where it begins to be linear (under a schedule: at most noise)
+    # How delta goes to 1 with less noise: by the timestep, or by the signal-to-noise ratio.
+    schedule: str = one_of("constant", "exponential", "snr")

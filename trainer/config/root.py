@@ -8,8 +8,16 @@ from trainer.config.log import LogConfig
 from trainer.config.loss import HuberConfig, MseConfig
 from trainer.config.method import FullConfig, LoraConfig
 from trainer.config.model import ModelConfig
+from trainer.config.noise import NoiseConfig
 from trainer.config.runtime import RuntimeConfig
-from trainer.config.schedule import ConstantConfig, CosineConfig, LinearConfig
+from trainer.config.schedule import (
+    ConstantConfig,
+    CosineConfig,
+    CosineRestartsConfig,
+    LinearConfig,
+    PolynomialConfig,
+    WsdConfig,
+)
 
 
 @dataclass(kw_only=True)
@@ -22,7 +30,8 @@ class Config:
     method: Any  # FullConfig | LoraConfig
     optim: Any  # optimizer_schema(name), ExternalConfig, or peer_schema(choice)
     loss: Any  # MseConfig | HuberConfig
-    schedule: Any  # ConstantConfig | LinearConfig | CosineConfig
+    noise: NoiseConfig
+    schedule: Any  # one of ALTERNATIVES["schedule"]
     runtime: RuntimeConfig
     log: LogConfig
 
@@ -31,5 +40,12 @@ class Config:
 ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "method": (FullConfig, LoraConfig),
     "loss": (MseConfig, HuberConfig),
-    "schedule": (ConstantConfig, LinearConfig, CosineConfig),
+    "schedule": (
+        ConstantConfig,
+        LinearConfig,
+        CosineConfig,
+        PolynomialConfig,
+        CosineRestartsConfig,
+        WsdConfig,
+    ),
 }

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.fields import within
+from trainer.config.fields import one_of, within
 
 
 @dataclass(kw_only=True)
@@ -29,3 +29,29 @@ class CosineConfig(LinearConfig):
     """Warm up, hold, then decay along half a cosine."""
 
     name: str = "cosine"
+
+
+@dataclass(kw_only=True)
+class PolynomialConfig(LinearConfig):
+    """Warm up, hold, then decay as a power of the share of the decay that is left."""
+
+    name: str = "polynomial"
+    power: float = within(1e-3, 100)  # 1 is linear; above, fast at first
+
+
+@dataclass(kw_only=True)
+class CosineRestartsConfig(LinearConfig):
+    """Warm up, hold, then decay along half a cosine again and again, each time from the peak."""
+
+    name: str = "cosine_restarts"
+    cycles: int = within(1)
+
+
+@dataclass(kw_only=True)
+class WsdConfig(ConstantConfig):
+    """Warm up, stay, decay at the end."""
+
+    name: str = "wsd"
+    decay: float = within(0, 1)  # share of the run that the decay takes
+    shape: str = one_of("linear", "cosine", "sqrt")
+    final_scale: float = within(0, 1)  # the last step's learning rate as a share of the peak

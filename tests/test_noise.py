@@ -1,0 +1,242 @@
+"""Noise: timesteps and noises have the distributions of their sources; what a scheduler's
+configuration becomes."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_snr,
+)
+
+from trainer import noise
+from trainer.batches import Inputs, noised
+from trainer.errors import UserError
+
+LIKE = torch.zeros(4, 16, 24)
+
+
+def drawn_timesteps(config, size=8, batches=300):
+    return torch.stack([noise.timesteps(config, 1000, 0, t, size) for t in range(batches)])
+
+
+def draws(config, count=200, like=LIKE):
+    return torch.stack([noise.draw(config, like, 0, number, 0) for number in range(count)])
+
+
+def test_timesteps_are_stratified_and_uniform(noise_config):
+    size = 8
+    drawn = drawn_timesteps(noise_config(), size)
+    strata = torch.arange(size) * 1000 // size
+    assert ((drawn >= strata) & (drawn < strata + 1000 // size)).all()
+    assert drawn.float().mean().item() == pytest.approx(499.5, abs=8)
+
+
+def test_a_range_of_timesteps_is_covered_evenly_and_not_left(noise_config):
+    drawn = drawn_timesteps(noise_config(timestep_low=200, timestep_high=300), batches=600)
+    assert drawn.min() == 200
+    assert drawn.max() == 299
+    counts = torch.bincount(drawn.flatten() - 200, minlength=100)
+    assert counts.min() > 24  # 48 on average
+    assert counts.max() < 80
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 1.0), (1.0, 0.6)])
+def test_logit_normal_timesteps_are_distributed_as_diffusers_draws_them(noise_config, mean, std):
+    config = noise_config(timesteps="logit_normal", logit_mean=mean, logit_std=std)
+    ours = drawn_timesteps(config, batches=1000).flatten()
+    theirs = compute_density_for_timestep_sampling(
+        "logit_normal",
+        8000,
+        logit_mean=mean,
+        logit_std=std,
+        generator=torch.Generator().manual_seed(0),
+    )
+    quantiles = torch.linspace(0.02, 0.98, 25)
+    distance = (ours / 1000).quantile(quantiles) - theirs.quantile(quantiles)
+    assert distance.abs().max() < 0.02
+
+
+def test_logit_normal_timesteps_are_stratified_too(noise_config):
+    drawn = drawn_timesteps(noise_config(timesteps="logit_normal"))
+    assert (drawn.diff(dim=1) >= 0).all()
+
+
+def test_draws_at_the_ends_are_timesteps_still(noise_config, monkeypatch):
+    for value in (0.0, 1 - 2.0**-53):
+        monkeypatch.setattr(noise.rng, "uniform", lambda *counters, value=value: value)
+        for kind in ("uniform", "logit_normal"):
+            config = noise_config(timesteps=kind, logit_std=10.0)
+            drawn = noise.timesteps(config, 1000, 0, 0, 16)
+            assert drawn.min() >= 0
+            assert drawn.max() <= 999
+
+
+def test_offset_noise_is_white_noise_and_a_constant_for_each_channel(noise_config):
+    shift = draws(noise_config(offset=0.2)) - draws(noise_config())
+    constant = shift.mean(dim=(2, 3))
+    assert torch.allclose(shift, constant[:, :, None, None].expand_as(shift), atol=1e-6)
+    assert constant.std().item() == pytest.approx(0.2, rel=0.1)
+    assert constant.mean().item() == pytest.approx(0, abs=0.03)
+    assert abs(torch.corrcoef(constant.T) - torch.eye(4)).max() < 0.3
+
+
+def spectrum(noises):
+    """The power at each distance from the constant, in rings of one unit."""
+    side = noises.shape[-1]
+    power = torch.fft.fft2(noises).abs().square().mean(dim=(0, 1)) / side**2
+    frequency = torch.fft.fftfreq(side) * side
+    radius = (frequency[:, None].square() + frequency.square()).sqrt().round().long().flatten()
+    return torch.zeros(side).index_add_(0, radius, power.flatten()) / torch.bincount(
+        radius, minlength=side
+    )
+
+
+def test_pyramid_noise_has_more_power_at_coarse_scales_and_unit_deviation(noise_config):
+    like = torch.zeros(4, 32, 32)
+    white = draws(noise_config(), 100, like)
+    flat, strong = (draws(noise_config(pyramid=d), 100, like) for d in (0.0, 0.8))
+    assert torch.allclose(strong.std(dim=(1, 2, 3)), torch.ones(100), atol=1e-5)
+    assert torch.allclose(flat, white / white.std(dim=(1, 2, 3), keepdim=True), atol=1e-6)
+    power = spectrum(strong)
+    assert power[1] > 3 * power[4] > 3 * power[12]
+    assert spectrum(white)[1:12].max() < 1.3
+
+
+def test_pyramid_noise_fits_any_shape(noise_config):
+    for shape in ((4, 1, 7), (4, 3, 2), (4, 5, 128)):
+        drawn = noise.draw(noise_config(pyramid=0.5), torch.zeros(shape), 0, 0, 0)
+        assert drawn.shape == shape
+        assert drawn.isfinite().all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_input_perturbation_is_in_the_input_and_not_in_the_target(
+    noise_config, make_schedule, prediction
+):
+    """Ning et al. 2023: y = a x + s (e + gamma xi), and e is still what is wanted."""
+    schedule = make_schedule(prediction_type=prediction)
+    generator = torch.Generator().manual_seed(0)
+    inputs = Inputs(
+        latents=torch.randn(8, 4, 16, 16, generator=generator),
+        prompt=torch.zeros(8, 1, 1),
+        pooled=None,
+        time_ids=None,
+    )
+    plain, perturbed = (
+        noised(inputs, schedule, noise_config(input_perturbation=gamma), 0, 0)
+        for gamma in (0.0, 0.1)
+    )
+    assert torch.equal(plain.target, perturbed.target)
+    s = (1 - schedule.alphas_cumprod[plain.timesteps]).sqrt().view(-1, 1, 1, 1)
+    added = (perturbed.noisy - plain.noisy) / s
+    assert added.std().item() == pytest.approx(0.1, rel=0.05)
+    drawn = torch.stack([noise.draw(noise_config(), LIKE[:, :, :16], 0, 0, i) for i in range(8)])
+    assert abs(torch.corrcoef(torch.stack([added.flatten(), drawn.flatten()]))[0, 1]) < 0.05
+
+
+def test_every_kind_of_draw_has_a_stream_of_its_own(noise_config):
+    numbers = [int(stream) for stream in noise.Stream]
+    assert len(set(numbers)) == len(numbers)
+    kinds = noise_config(offset=0.3, input_perturbation=1.0)
+    white = draws(noise_config(), 3)
+    assert torch.equal(draws(kinds, 3), draws(noise_config(offset=0.3), 3))
+    more = torch.stack([noise.perturbed(kinds, x, 0, n, 0) for n, x in enumerate(white)]) - white
+    assert not torch.allclose(more, white, atol=0.1)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_snr_is_that_of_diffusers_where_it_is_not_zero(make_schedule, terminal):
+    schedule = make_schedule(rescale_betas_zero_snr=terminal)
+    timesteps = torch.arange(1000)
+    ratio = noise.snr(schedule, timesteps)
+    assert torch.allclose(ratio, compute_snr(schedule, timesteps), rtol=1e-4, atol=1e-9)
+    assert (ratio[-1] == 0) == terminal
+    assert ratio.isfinite().all()
+
+
+SDXL = {  # of its scheduler_config.json
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+
+
+def test_without_options_the_scheduler_stays_as_it_is(noise_config):
+    assert noise.scheduler_config(noise_config(), SDXL) == SDXL
+    older = {k: v for k, v in SDXL.items() if k != "prediction_type"}  # which meant epsilon
+    assert noise.scheduler_config(noise_config(), older) == older
+
+
+def test_zero_terminal_snr_is_written_for_whoever_draws_with_the_model(noise_config):
+    options = noise_config(prediction="v_prediction", zero_terminal_snr=True)
+    written = noise.scheduler_config(options, SDXL)
+    changed = {k: v for k, v in written.items() if SDXL.get(k) != v}
+    assert changed == {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    schedule = noise.training_schedule(written, options)
+    assert schedule.alphas_cumprod[-1] == 0
+    euler = EulerDiscreteScheduler.from_config(written)
+    euler.set_timesteps(10)
+    assert euler.timesteps[0] == 999  # where there is no signal at all
+    assert torch.allclose(euler.alphas_cumprod[:-1], schedule.alphas_cumprod[:-1])
+
+
+def test_zero_terminal_snr_can_be_taken_off(noise_config):
+    model = SDXL | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    options = noise_config(prediction="epsilon", zero_terminal_snr=False)
+    written = noise.scheduler_config(options, model)
+    schedule = noise.training_schedule(written, options)
+    plain = DDPMScheduler.from_config(SDXL)
+    assert torch.equal(schedule.alphas_cumprod, plain.alphas_cumprod)
+    assert schedule.config.prediction_type == "epsilon"
+
+
+def test_a_scheduler_that_cannot_rescale_its_betas_becomes_one_that_can(noise_config):
+    model = {"_class_name": "PNDMScheduler"} | dict(
+        PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").config
+    )
+    options = noise_config(prediction="v_prediction", zero_terminal_snr=True)
+    written = noise.scheduler_config(options, model)
+    scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
+    assert scheduler.alphas_cumprod[-1] == 0
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps[0] == 999
+
+
+REFUSED = [
+    # options, the model's, parts of the message
+    ({"zero_terminal_snr": True}, {}, ["noise.prediction=v_prediction", "zero_terminal_snr=false"]),
+    (
+        {"prediction": "epsilon"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        ["noise.zero_terminal_snr=false"],
+    ),
+    ({}, {"rescale_betas_zero_snr": True}, ["noise.prediction=v_prediction"]),
+    ({}, {"prediction_type": "sample"}, ["'sample'", "noise.prediction=v_prediction"]),
+]
+
+
+@pytest.mark.parametrize(("options", "model", "says"), REFUSED)
+def test_what_cannot_be_trained_is_refused_with_the_remedy(noise_config, options, model, says):
+    with pytest.raises(UserError) as refused:
+        noise.scheduler_config(noise_config(**options), SDXL | model)
+    for part in says:
+        assert part in str(refused.value)
+
+
+def test_timesteps_that_the_model_does_not_have_are_refused(noise_config):
+    for options in ({"timestep_high": 1001}, {"timestep_low": 1000}):
+        (key,) = options
+        with pytest.raises(UserError, match=rf"noise\.{key}=.*\[0, 1000\)"):
+            noise.training_schedule(SDXL, noise_config(**options))
+    noise.training_schedule(SDXL, noise_config(timestep_low=999, timestep_high=1000))

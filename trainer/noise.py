@@ -1,0 +1,155 @@
+"""The noise: what the model predicts of it, at which timesteps it is trained, and how it is drawn.
+
+Every draw is a function of (seed, batch number, place in the batch), made on the CPU, so that a
+sample's noise depends neither on its neighbours nor on the device.
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from optim import rng
+from trainer.config import NoiseConfig
+from trainer.errors import UserError
+from trainer.streams import Stream
+
+log = logging.getLogger(__name__)
+
+# What diffusers keeps of options that were not given, which another class would take from itself.
+_MARKS = "_use_default_values"
+
+
+def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the model's scheduler after training: `model`, as its
+    scheduler_config.json has it, with the options that change it.  Without any it is the same.
+
+    Zero terminal SNR as Lin et al. 2023 (arXiv 2305.08891): betas rescaled, a model that
+    predicts v, sampling from the last timestep on ("trailing").  A class of
+    scheduler that cannot rescale becomes DDIM, which they use.
+
+    Raises UserError for a prediction type that training does not know, or zero terminal SNR with
+    epsilon prediction, which has nothing to predict from at the last timestep.
+    """
+    changes: dict[str, Any] = {}
+    if config.prediction != "model":
+        changes["prediction_type"] = config.prediction
+    if config.zero_terminal_snr is not None:
+        changes["rescale_betas_zero_snr"] = config.zero_terminal_snr
+    if config.zero_terminal_snr:
+        changes["timestep_spacing"] = "trailing"
+        scheduler = getattr(diffusers, model["_class_name"])
+        if "rescale_betas_zero_snr" not in inspect.signature(scheduler).parameters:
+            changes["_class_name"] = "DDIMScheduler"
+    model = {k: v for k, v in model.items() if k != _MARKS}
+    result = {**model, **changes}
+    prediction = result.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"the model's scheduler predicts {prediction!r}; epsilon and v_prediction can be "
+            "trained: set noise.prediction=v_prediction"
+        )
+    if prediction == "epsilon" and result.get("rescale_betas_zero_snr"):
+        raise UserError(
+            "epsilon prediction has nothing to predict from at zero terminal SNR; set "
+            "noise.prediction=v_prediction, or noise.zero_terminal_snr=false"
+        )
+    for key, value in changes.items():
+        if model.get(key) != value:
+            log.info("noise: the scheduler's %s: %s -> %s", key, model.get(key), value)
+    return result
+
+
+def training_schedule(scheduler: Mapping[str, Any], config: NoiseConfig) -> DDPMScheduler:
+    """The noise schedule of training: betas, prediction type and terminal SNR of this scheduler's
+    configuration (`scheduler_config`).
+
+    Raises UserError for timesteps that it does not have.
+    """
+    schedule = DDPMScheduler.from_config(dict(scheduler))
+    count = schedule.config.num_train_timesteps
+    for key in ("timestep_low", "timestep_high"):
+        if (value := getattr(config, key)) is not None and value > count - (key == "timestep_low"):
+            raise UserError(f"noise.{key}={value}: the model has timesteps in [0, {count})")
+    return schedule
+
+
+def snr(schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """The signal-to-noise ratio a^2 / s^2 of x_t = a x + s e: (B,) -> fp32 (B,), from 0."""
+    signal = schedule.alphas_cumprod[timesteps]
+    return signal / (1 - signal)
+
+
+def timesteps(config: NoiseConfig, count: int, seed: int, number: int, size: int) -> Tensor:
+    """The timesteps of a batch of `size`, out of `count` that the model has: -> int64 (size,).
+
+    Stratified, which lowers the loss's variance: place i draws from the i-th of `size` equally
+    likely parts of the distribution.  logit_normal: the share of the range is the logistic function
+    of a normal variable (Esser et al. 2024, arXiv 2403.03206).
+    """
+    high = count if config.timestep_high is None else config.timestep_high
+    width = high - config.timestep_low
+    drawn = []
+    for place in range(size):
+        share = (place + rng.uniform(seed, Stream.TIMESTEP, number, place)) / size
+        if config.timesteps == "logit_normal":
+            # Not 0 or 1 exactly, where the normal distribution has no quantile.
+            inner = min(max(share, 2.0**-54), 1 - 2.0**-53)
+            logit = NormalDist(config.logit_mean, config.logit_std).inv_cdf(inner)
+            share = 1 / (1 + math.exp(-logit))
+        drawn.append(config.timestep_low + min(int(share * width), width - 1))
+    return torch.tensor(drawn)
+
+
+def draw(config: NoiseConfig, like: Tensor, seed: int, number: int, place: int) -> Tensor:
+    """The noise of one sample, which its target is made of: like (C, h, w) -> fp32 (C, h, w)."""
+    noise = normal(like.shape, Stream.NOISE, seed, number, place)
+    if config.pyramid is not None:
+        noise = _pyramid(noise, config.pyramid, seed, number, place)
+    if config.offset:
+        # Guttenberg 2023, "Diffusion with Offset Noise" (crosslabs.org).
+        shift = normal((like.shape[0], 1, 1), Stream.OFFSET, seed, number, place)
+        noise = noise + config.offset * shift
+    return noise
+
+
+def perturbed(config: NoiseConfig, noise: Tensor, seed: int, number: int, place: int) -> Tensor:
+    """The noise that one sample's input gets: (C, h, w) -> (C, h, w), that of its target and, for
+    input perturbation, some more (Ning et al. 2023, arXiv 2301.11706)."""
+    if not config.input_perturbation:
+        return noise
+    more = normal(noise.shape, Stream.PERTURBATION, seed, number, place)
+    return noise + config.input_perturbation * more
+
+
+def normal(shape: tuple[int, ...], stream: Stream, seed: int, *counters: int) -> Tensor:
+    """Standard normal draws for these counters: -> fp32 of this shape, on the CPU."""
+    return torch.randn(shape, generator=rng.generator(seed, stream, *counters))
+
+
+def _pyramid(noise: Tensor, discount: float, seed: int, number: int, place: int) -> Tensor:
+    """Noise with coarser noise added: (C, h, w) -> (C, h, w), of standard deviation 1.
+
+    Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training": level k is smaller by the
+    k-th power of a factor drawn from [2, 4), is enlarged (bilinear), and counts discount^k, until a
+    side is one element.
+    """
+    height, width = noise.shape[-2:]
+    level, total = 0, noise
+    while min(height, width) > 1:
+        level += 1
+        generator = rng.generator(seed, Stream.PYRAMID, number, place, level)
+        factor = (2 + 2 * torch.rand((), generator=generator).item()) ** level
+        height, width = (max(1, int(side / factor)) for side in noise.shape[-2:])
+        coarse = torch.randn(1, noise.shape[0], height, width, generator=generator)
+        enlarged = F.interpolate(coarse, size=noise.shape[-2:], mode="bilinear")[0]
+        total = total + discount**level * enlarged
+    return total / total.std()
