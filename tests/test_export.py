@@ -101,6 +101,19 @@ def test_weights_are_written_in_the_wanted_type_but_a_vae_keeps_its_own(dtype, t
         assert {lazy.dtype for lazy in again.weights("vae").values()} == {torch.float32}
 
 
+def test_another_models_part_comes_with_its_configuration(tmp_path):
+    found = origin.at(str(TINY))
+    vae = found.load("vae", torch.float32)
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    other = origin.vae(str(tmp_path / "vae"))
+    formats.save_folder(tmp_path / "folder", found, {"vae": other})
+    formats.save_single_file(tmp_path / "file.safetensors", found, {"vae": other})
+    for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        assert origin.at(str(path)).config("vae")["scaling_factor"] == 0.5
+        assert origin.at(str(path)).fingerprint("vae") == other.fingerprint("vae")
+
+
 def test_a_single_file_says_what_it_is(tmp_path):
     found = origin.at(str(TINY))
     path = formats.save_single_file(
@@ -236,6 +249,8 @@ def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):
 def test_a_runs_checkpoint_and_folder_are_exported(quick, tmp_path, capsys, method):
     more = ["method.rank=4", "method.alpha=2", "optim.lr=0.01"] if method == "lora" else []
     short = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1")
+    if method == "full":  # the result's scheduler is not the one that the run began with
+        short += ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
     folder = quick("run", f"method={method}", *short, *more)
     checkpoint = folder / "checkpoints/step-000001"
     for source, name in ((checkpoint, "c.safetensors"), (folder, "f.safetensors")):
@@ -246,6 +261,8 @@ def test_a_runs_checkpoint_and_folder_are_exported(quick, tmp_path, capsys, meth
         written = [origin.at(str(tmp_path / name)) for name in ("c.safetensors", "f.safetensors")]
         assert_same_weights(*written)
         assert_same_weights(written[0], origin.at(str(folder / "model")))
+        for found in written:
+            assert found.config("scheduler")["prediction_type"] == "epsilon"
         assert written[0].fingerprint("unet") != origin.at(str(TINY)).fingerprint("unet")
         return
     models = {"unet": architectures.empty("unet", origin.at(str(TINY)).config("unet"))}

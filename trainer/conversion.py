@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import formats, origin
+from trainer import formats, noise, origin
 from trainer.checkpoint import completed
+from trainer.config import NoiseConfig
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, kinds, lora
+from trainer.formats import adapters, architectures, kinds, lora, writing
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.names import canonical
 from trainer.formats.weights import PICKLED, Weights, of_file
@@ -70,9 +71,10 @@ def _is_lora(path: Path) -> bool:
 def _write_model(
     target: Path,
     found: origin.Origin,
-    parts: dict[str, Weights],
+    parts: dict[str, writing.Given],
     form: str | None,
     dtype: torch.dtype | None,
+    scheduler: dict[str, Any] | None = None,
 ) -> None:
     if form in ("kohya", "diffusers"):
         raise UserError(
@@ -81,10 +83,10 @@ def _write_model(
     form = form or ("file" if target.suffix == ".safetensors" else "folder")
     log.info("%s -> %s (a %s)", found, target, {"file": "single file", "folder": "folder"}[form])
     if form == "folder":
-        formats.save_folder(target, found, parts, dtype=dtype)
+        formats.save_folder(target, found, parts, scheduler, dtype)
         return
     _must_be_safetensors(target)
-    formats.save_single_file(target, found, parts, dtype=dtype)
+    formats.save_single_file(target, found, parts, dtype, scheduler)
 
 
 def _must_be_safetensors(target: Path) -> None:
@@ -170,6 +172,7 @@ def _export_checkpoint(
     try:
         config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
         began, method = config["model"], config["method"]
+        noising = NoiseConfig(**config["noise"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     found = origin.at(began["path"], began.get("variant"))
@@ -179,11 +182,14 @@ def _export_checkpoint(
         held = _adapters_of(trained, method)
         _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held)
         return
-    parts = {
+    parts: dict[str, writing.Given] = {
         part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
         for part, weights in trained.items()
     }
-    _write_model(target, found, parts, form, dtype)
+    if began.get("vae"):
+        parts["vae"] = origin.vae(began["vae"])
+    scheduler = noise.scheduler_config(noising, found.config("scheduler"))
+    _write_model(target, found, parts, form, dtype, scheduler)
 
 
 def _by_part(weights: Weights) -> dict[str, Weights]:
