@@ -22,6 +22,8 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
         f"{'eval/loss':<12}{before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
         f"{'cost':<12}{cost}",
     ]
+    if "holdout_loss_after" in summary:
+        lines.insert(1, f"{'held out':<12}{summary['holdout_loss_after']:.4f}")
     return "\n".join(lines + [f"{title:<12}{path}" for title, path in places.items()])
 
 

@@ -5,14 +5,17 @@ Each file is read back and compared with what was trained before it counts as wr
 """
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer import formats
+from trainer import disk, formats
 from trainer.config import DTYPES, Config, LoraConfig
 from trainer.errors import UserError
 from trainer.model import Model
+
+log = logging.getLogger(__name__)
 
 
 def check(method: Any, model: Model) -> None:
@@ -60,7 +63,18 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
             target = folder / "model"
             formats.save_folder(target, model.origin, parts, model.scheduler, dtype)
         written.append(target)
+    if isinstance(method, LoraConfig) and model.scheduler != model.origin.config("scheduler"):
+        written.append(_write_scheduler(model, folder / "lora/scheduler"))
     return written
+
+
+def _write_scheduler(model: Model, folder: Path) -> Path:
+    """What an adapter was trained with, which its own formats cannot say."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(model.scheduler, indent=2) + "\n"
+    disk.replace_text(folder / "scheduler_config.json", text)
+    log.warning("the adapter is for the scheduler in %s, which whoever loads it must use", folder)
+    return folder
 
 
 def _described(config: Config, step: int, num_images: int) -> dict[str, str]:

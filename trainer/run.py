@@ -17,6 +17,7 @@ from trainer import (
     curvature,
     data,
     gradients,
+    holdout,
     losses,
     memory,
     method,
@@ -50,6 +51,7 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
+    split: holdout.Split  # of the data's rows
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -84,6 +86,9 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     device = _device(config.runtime.device)
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
+    root = Path(config.data.path).expanduser()
+    names = [sample.path.relative_to(root).as_posix() for sample in samples]
+    split = holdout.split(names, config.data.holdout)
     model = Model(config.model, device)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
@@ -111,6 +116,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
+        split=split,
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
@@ -135,7 +141,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     parameters = state.model.trained_parameters()
     taken = gradients.make(config, parameters, state.optimizer)
     if state.step == 0:
-        state.eval_loss_before = evaluate(state, writer)
+        state.eval_loss_before = evaluate(state, writer)["loss"]
         sample(state, writer)
     progress = console.Progress(state.step, config.schedule.steps)
 
@@ -148,11 +154,14 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
         # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
-        indices = data.batch_indices(
-            config.seed, step, config.data.batch_size, len(state.data.latents)
-        )
+        rows = state.split.training
+        places = data.batch_indices(config.seed, step, config.data.batch_size, len(rows))
         inputs = batches.gathered(
-            state.data, indices, config.data.caption_dropout, config.seed, step
+            state.data,
+            [rows[place] for place in places],
+            config.data.caption_dropout,
+            config.seed,
+            step,
         )
         batch = batches.noised(inputs, state.schedule, config.noise, config.seed, step)
 
@@ -213,7 +222,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "seed": state.config.seed,
         "steps": state.step,
         "eval_loss_before": state.eval_loss_before,
-        "eval_loss_after": after,
+        "eval_loss_after": after["loss"],
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
         "images_per_second": state.step * state.config.data.batch_size / state.seconds,
@@ -221,6 +230,8 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
     }
+    if "holdout_loss" in after:
+        summary["holdout_loss_after"] = after["holdout_loss"]
     report.write_summary(state.folder, summary)
     writer.close(summary)
     places = {
@@ -232,22 +243,28 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if unsaved:
         raise unsaved
-    return after
+    return after["loss"]
 
 
-def evaluate(state: State, writer: metrics.Metrics) -> float:
-    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
-    found = losses.evaluate(state.model.unet, state.schedule, eval_batches(state))
+def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
+    that of the pictures that are held out beside it, as eval/holdout_loss."""
+    found = {}
+    for prefix, rows in (("", state.split.training), ("holdout_", state.split.held_out)):
+        if rows:
+            points = eval_batches(state, rows)
+            losses_of = losses.evaluate(state.model.unet, state.schedule, points)
+            found |= {prefix + key: value for key, value in losses_of.items()}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
-    return found["loss"]
+    return found
 
 
-def eval_batches(state: State) -> Iterator[batches.Batch]:
-    """The fixed eval points.  They are made anew each time: what is read of a caption changes where
-    text encoders are trained."""
+def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
+    """The fixed eval points, of these rows.  They are made anew each time: what is read of a
+    caption changes where text encoders are trained."""
     config = state.config
     return batches.eval_batches(
-        range(len(state.data.latents)),
+        rows,
         lambda rows: batches.gathered(state.data, rows, 0.0, config.seed, 0),
         state.schedule,
         config.log.eval_points,
@@ -300,7 +317,7 @@ def _report(
 ) -> None:
     seconds_per_step = state.seconds / state.step
     images_per_second = state.config.data.batch_size / seconds_per_step
-    epochs = state.step * state.config.data.batch_size / len(state.data.latents)
+    epochs = state.step * state.config.data.batch_size / len(state.split.training)
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}
