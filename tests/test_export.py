@@ -259,10 +259,11 @@ def exported(capsys, folder, *more):
     return paths
 
 
-def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, capsys):
-    """With the noise of the run, which is not the one that it began with."""
+def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path, capsys):
+    """Of a run from a single file, with the noise of the run, which is not the file's."""
+    began = formats.save_single_file(tmp_path / "began.safetensors", origin.at(str(TINY)), {})
     changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
-    folder = quick("run", *ONE_STEP, *changes)
+    folder = quick("run", f"model.path={began}", *ONE_STEP, *changes)
     one, two = (origin.at(str(path)) for path in exported(capsys, folder))
     assert_same_weights(one, two)
     assert_same_weights(one, origin.at(str(folder / "model")))
