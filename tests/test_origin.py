@@ -187,19 +187,36 @@ def test_marks_of_v_prediction_and_zero_terminal_snr_are_honoured(
     assert found == expected
 
 
-def test_a_ckpt_is_read_and_one_with_code_in_it_is_not(files, tmp_path):
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "of before torch 1.6"])
+def test_a_ckpt_is_read_with_the_names_of_2022_too(sd15, files, tmp_path, monkeypatch, is_zip):
+    """A .ckpt says nothing of its architecture; here the small model's is the published one."""
+    folder = origin.at(str(sd15))
+    monkeypatch.setattr(architectures, "config", lambda kind, part: folder.config(part))
+    old = {
+        name.replace("transformer.text_model.", "transformer."): tensor
+        for name, tensor in load_file(files["sd15"]).items()
+    }
+    assert "cond_stage_model.transformer.final_layer_norm.bias" in old
     path = tmp_path / "model.ckpt"
-    tensors = {"state_dict": load_file(files["sd15"]), "global_step": 3}
-    torch.save(tensors, path)
-    architecture = json.loads(
-        origin.at(str(files["sd15"])).file.metadata["low_memory_trainer.configs"]
-    )
-    with pytest.raises(UserError, match=r"another model's|lacks"):  # it is not the published size
-        origin.at(str(path)).load("unet", FP32)
-    assert architecture["unet"]["block_out_channels"] == [8, 8, 16, 16]
-    torch.save(tensors | {"callback": shutil.rmtree}, path)
+    held = {"state_dict": old, "global_step": 3}
+    torch.save(held, path, _use_new_zipfile_serialization=is_zip)
+    found = origin.at(str(path))
+    for part in ("unet", "vae", "text_encoder"):
+        assert_equal_modules(found.load(part, FP32), folder.load(part, FP32))
+
+
+def test_a_ckpt_with_code_in_it_is_not_loaded(files, tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": load_file(files["sd15"]), "callback": shutil.rmtree}, path)
     with pytest.raises(UserError, match="can run any code"):
         origin.at(str(path))
+
+
+def test_a_file_of_another_size_than_the_published_one_is_named(files, tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_file(load_file(files["sd15"]), path)  # without what its metadata said of it
+    with pytest.raises(UserError, match=r"small\.safetensors lacks model\..*another architecture"):
+        origin.at(str(path)).load("unet", FP32)
 
 
 def test_the_fingerprint_is_of_one_part_whatever_holds_it_and_is_remembered(tiny, files, tmp_path):
