@@ -17,7 +17,6 @@ from trainer import (
     curvature,
     data,
     gradients,
-    holdout,
     losses,
     memory,
     method,
@@ -51,7 +50,6 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
-    split: holdout.Split  # of the data's rows
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -72,29 +70,31 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
             raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
         resumed = checkpoint.to_resume(config)
         record.write(folder, asdict(config), _device(config.runtime.device))
-        state = assemble(config, folder, resumed)
+        state = assemble(config, folder, resumed, stop)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
         return finish(state, writer, overrides)
 
 
-def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None) -> State:
+def assemble(
+    config: Config,
+    folder: Path,
+    resumed: checkpoint.Checkpoint | None,
+    stop: Sequence[int] = (),
+) -> State:
     """Load the model and the data, encode the data, build the optimizer; then put back what a
-    checkpoint holds, where one is given."""
+    checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
     memory.reset_peak(device)
-    samples = data.load_folder(config.data)
-    root = Path(config.data.path).expanduser()
-    names = [sample.path.relative_to(root).as_posix() for sample in samples]
-    split = holdout.split(names, config.data.holdout)
+    dataset = data.load(config.data)
     model = Model(config.model, device)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
-    encoded = conditioning.encode(model, samples)
+    encoded = conditioning.encode(model, dataset, stop)
 
     model.load_unet()
     method.attach(config.method, model, config.seed)
@@ -102,7 +102,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     optimizer = optimizers.build(
         config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed
     )
-    fingerprint = data.fingerprint(samples)
+    fingerprint = dataset.fingerprint
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
         method.restore(model, resumed.weights)
@@ -116,11 +116,9 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
-        split=split,
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
-            samples=samples,
             config=config.log,
             batch_size=config.data.batch_size,
         ),
@@ -154,15 +152,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
         # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
-        rows = state.split.training
-        places = data.batch_indices(config.seed, step, config.data.batch_size, len(rows))
-        inputs = batches.gathered(
-            state.data,
-            [rows[place] for place in places],
-            config.data.caption_dropout,
-            config.seed,
-            step,
-        )
+        inputs = state.data.gather(state.data.dataset.batch(config.seed, step))
         batch = batches.noised(inputs, state.schedule, config.noise, config.seed, step)
 
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
@@ -214,7 +204,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     after = evaluate(state, writer)
     picture = sample(state, writer)
     exported = result.export(
-        state.config, state.model, state.folder, state.step, len(state.data.latents)
+        state.config, state.model, state.folder, state.step, len(state.data.dataset.samples)
     )
     summary = {
         "name": state.config.name,
@@ -225,7 +215,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "eval_loss_after": after["loss"],
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
-        "images_per_second": state.step * state.config.data.batch_size / state.seconds,
+        "images_per_second": _pictures_seen(state) / state.seconds,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
@@ -249,8 +239,8 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
     that of the pictures that are held out beside it, as eval/holdout_loss."""
-    found = {}
-    for prefix, rows in (("", state.split.training), ("holdout_", state.split.held_out)):
+    dataset, found = state.data.dataset, {}
+    for prefix, rows in (("", dataset.own), ("holdout_", dataset.held_out)):
         if rows:
             points = eval_batches(state, rows)
             losses_of = losses.evaluate(state.model.unet, state.schedule, points)
@@ -262,13 +252,14 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
 def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
     """The fixed eval points, of these rows.  They are made anew each time: what is read of a
     caption changes where text encoders are trained."""
-    config = state.config
+    config, dataset = state.config, state.data.dataset
     return batches.eval_batches(
         rows,
-        lambda rows: batches.gathered(state.data, rows, 0.0, config.seed, 0),
+        state.data.plain,
         state.schedule,
         config.log.eval_points,
         config.data.batch_size,
+        size_of=lambda row: dataset.samples[row].bucket,
     )
 
 
@@ -316,8 +307,8 @@ def _report(
     state: State, writer: metrics.Metrics, progress: console.Progress, values: dict[str, float]
 ) -> None:
     seconds_per_step = state.seconds / state.step
-    images_per_second = state.config.data.batch_size / seconds_per_step
-    epochs = state.step * state.config.data.batch_size / len(state.split.training)
+    images_per_second = _pictures_seen(state) / state.seconds
+    epochs = state.step / state.data.dataset.plan.batches_per_epoch
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}
@@ -333,6 +324,10 @@ def _report(
     )
     seconds_left = (state.config.schedule.steps - state.step) * seconds_per_step
     progress.show(state.step, values["loss"], images_per_second, seconds_left)
+
+
+def _pictures_seen(state: State) -> int:
+    return state.data.dataset.plan.pictures_in(state.config.seed, state.step)
 
 
 def _due(every: int, state: State) -> bool:

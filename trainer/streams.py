@@ -16,3 +16,5 @@ class Stream(IntEnum):
     OFFSET = 30  # a channel's shift of its noise
     PYRAMID = 31  # coarser levels of noise
     PERTURBATION = 32  # what is added to the input alone
+    CAPTION = 40  # which of a picture's captions
+    VARIANT = 41  # order and choice of a caption's tags; no seed goes with it

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
+from PIL import ImageColor
 
 import optim
 from optim.options import unknown
-from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, MseConfig
+from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, DataConfig, MseConfig
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
 from trainer.errors import UserError
@@ -78,6 +79,7 @@ def check(config: Config) -> None:
     _check_curvature(config)
     _check_noise(config)
     _check_loss(config)
+    _check_data(config.data)
     _check_paths(config)
     _check_device(config.runtime.device)
     if config.runtime.fused_backward:
@@ -176,21 +178,9 @@ def _check_loss(config: Config) -> None:
 
 
 def _check_paths(config: Config) -> None:
-    for key, path in (("model.path", config.model.path), ("data.path", config.data.path)):
-        if not path.strip():
-            raise UserError(f"{key} is empty; name a folder")
+    if not config.model.path.strip():
+        raise UserError("model.path is empty; name a folder")
     _check_model(config.model.path)
-    if not Path(config.data.path).expanduser().is_dir():
-        raise UserError(
-            f"data.path={config.data.path} is not a folder; set data.path to a folder of pictures"
-        )
-    extension = config.data.caption_extension
-    if not extension.startswith(".") or len(extension) < 2 or extension in PICTURE_SUFFIXES:
-        raise UserError(
-            f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
-        )
-    if config.data.resolution % 8:
-        raise UserError(f"data.resolution={config.data.resolution} must be a multiple of 8")
 
 
 def _check_model(path: str) -> None:
@@ -206,6 +196,58 @@ def _check_model(path: str) -> None:
             f"model.path={path} does not exist; name a folder in diffusers layout, a .safetensors "
             "or .ckpt file, or a hub repository (owner/name)"
         )
+
+
+def _check_data(config: DataConfig) -> None:
+    """Sources that are there, and sizes that the VAE and the buckets allow."""
+    if config.path is None and not config.sources:
+        raise UserError(
+            "data.path has no value; set it on the command line: data.path=... "
+            "(or several: data.sources=[{path: ...}, {path: ...}])"
+        )
+    if config.path is not None and config.sources:
+        raise UserError(
+            "data.path and data.sources are both set; set data.path=null, or no sources"
+        )
+    named = [("data.path", config.path)] if config.path is not None else []
+    named += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    for key, path in named:
+        if not path.strip():
+            raise UserError(f"{key} is empty; name a folder")
+        if not Path(path).expanduser().exists():
+            raise UserError(
+                f"{key}={path} is not a folder (or .tar, .parquet or .arrow file); name one that "
+                "holds pictures"
+            )
+    given = config.caption_extension
+    for extension in [given] if isinstance(given, str) else given or [""]:
+        if (
+            not isinstance(extension, str)
+            or not re.fullmatch(r"\.[^./\\]+", extension)
+            or extension in PICTURE_SUFFIXES
+        ):
+            raise UserError(
+                f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
+            )
+    if config.bucket_step % 8:
+        raise UserError(f"data.bucket_step={config.bucket_step} must be a multiple of 8")
+    for side in (config.resolution, *config.resolutions):
+        if side % 8 or side < 8:
+            raise UserError(f"data.resolution={side} must be a multiple of 8")
+        if config.buckets and side < config.bucket_step:
+            raise UserError(
+                f"data.resolution={side} is less than data.bucket_step={config.bucket_step}; "
+                "choose a smaller step, or data.buckets=false"
+            )
+    if not config.tag_separator:
+        raise UserError("data.tag_separator is empty; it is what tags end with, such as ','")
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError:
+        raise UserError(
+            f"data.background={config.background} is not a colour; use a name, such as white, or "
+            "#rrggbb"
+        ) from None
 
 
 def _check_device(device: str) -> None:

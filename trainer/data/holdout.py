@@ -2,21 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from trainer.errors import UserError
 
 
-@dataclass(kw_only=True)
-class Split:
-    """Row numbers of a data set, each in its order."""
-
-    training: list[int]
-    held_out: list[int]
-
-
-def split(names: Sequence[str], count: int) -> Split:
-    """Hold out the last `count` of these names in the order of their hashes.
+def held_out(names: Sequence[str], count: int) -> list[int]:
+    """The places of the last `count` of these names in the order of their hashes.
 
     The order does not depend on the seed or on what else there is: every run holds out the same
     pictures, and one that is added to the folder puts at most itself in another's place.
@@ -29,12 +20,7 @@ def split(names: Sequence[str], count: int) -> Split:
             f"train on; hold out at most {len(names) - 1}"
         )
     by_hash = sorted(range(len(names)), key=lambda row: (_digest(names[row]), row))
-    held_out = set(by_hash[len(names) - count :])
-    rows = range(len(names))
-    return Split(
-        training=[row for row in rows if row not in held_out],
-        held_out=[row for row in rows if row in held_out],
-    )
+    return sorted(by_hash[len(names) - count :])
 
 
 def _digest(name: str) -> bytes:
