@@ -110,12 +110,14 @@ def unavailable(device: str) -> str | None:
     return f"there is no fused engine for {device}"
 
 
-def fused_engine(optimizer: "FusedOptimizer", device: torch.device) -> Engine:
-    """The engine of a device that has one."""
+def fused_engine(
+    optimizer: "FusedOptimizer", device: torch.device, rule: str | None = None
+) -> Engine:
+    """The engine of a device that has one, for the optimizer's steps or for another rule of its."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        return cuda.CudaEngine(optimizer, torch.device("cuda", index))
-    return native.NativeEngine(optimizer)
+        return cuda.CudaEngine(optimizer, torch.device("cuda", index), rule)
+    return native.NativeEngine(optimizer, rule)
 
 
 def resolve(choice: str, devices: set[str]) -> str:

@@ -73,9 +73,10 @@ class DescriptorEngine:
     (`_put`), and runs them (`step`, `grad_sq`).
     """
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: "FusedOptimizer", rule: str | None = None) -> None:
+        """`rule` is what is computed, if it is not the optimizer's step."""
         self._optimizer = optimizer
-        self._rule = plan.RULES[type(optimizer).rule.__name__]
+        self._rule = rule or type(optimizer).rule.__name__
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         self._descriptors: Descriptors = (plan.Descriptor * count)()
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
@@ -179,12 +180,14 @@ class DescriptorEngine:
         for salt, (name, codec) in enumerate(codecs.items(), start=1):
             if name not in plan.SLOTS:
                 continue
+            if self._rule == plan.ESTIMATE and name not in plan.ESTIMATED:
+                continue
             moment = plan.moment_of(codec, split(state, name), salt)
             if isinstance(codec, (Factored, FactoredSign)):
                 moment.vectors, moment.partials = vectors, partials
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.PARTIALS
-            d.moments[plan.SLOTS.index(name)] = moment
+            d.moments[plan.SLOTS[name]] = moment
 
 
 def buckets(numels: Iterable[tuple[int, int]], limit: int) -> list[list[int]]:

@@ -162,34 +162,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         for engine, share in shares:
             engine.step(share, coefficients)
 
-    def _shares(self, places: list[Place]) -> list[tuple[backend.Engine, list[Place]]]:
-        """Which engine steps which parameters."""
+    def _shares(
+        self, places: list[Place], rule: str | None = None
+    ) -> list[tuple[backend.Engine, list[Place]]]:
+        """Which engine steps which parameters, or computes another rule for them."""
         torch_engine = backend.TorchEngine(self)
         if self.backend == "torch" or not plan.has_rule(type(self).rule):
             return [(torch_engine, places)]
         batched = any(group.get("conv_view") == "last2" for group in self.param_groups)
         if not batched and all([param.is_cpu for _, _, param in places]):
-            return [(self._engine(CPU) or torch_engine, places)]
+            return [(self._engine(CPU, rule) or torch_engine, places)]
         shares: dict[torch.device | None, list[Place]] = {}
         for place in places:
             last2 = place[1].get("conv_view") == "last2"  # batches of matrices: the reference's
             shares.setdefault(None if last2 else place[2].device, []).append(place)
         return [
-            ((device and self._engine(device)) or torch_engine, share)
+            ((device and self._engine(device, rule)) or torch_engine, share)
             for device, share in shares.items()
         ]
 
-    def _engine(self, device: torch.device) -> backend.Engine | None:
+    def _engine(self, device: torch.device, rule: str | None = None) -> backend.Engine | None:
         """The fused engine of a device, if it has one."""
-        engines: dict[torch.device, backend.Engine | None] = self.__dict__.setdefault(
-            "_engines", {}
-        )
-        if device not in engines:
+        engines: dict[tuple[torch.device, str | None], backend.Engine | None]
+        engines = self.__dict__.setdefault("_engines", {})
+        key = (device, rule)
+        if key not in engines:
             reason = backend.unavailable(device.type)
             if reason:
                 backend.fall_back(reason)
-            engines[device] = None if reason else backend.fused_engine(self, device)
-        return engines[device]
+            engines[key] = None if reason else backend.fused_engine(self, device, rule)
+        return engines[key]
 
     def _counts_on(self, param: Tensor) -> torch.device:
         """Where a parameter's step count lives: with who reads it."""

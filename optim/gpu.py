@@ -96,7 +96,7 @@ class Kind(NamedTuple):
     def template(self) -> str:
         """Its name in C++ (`Kind` in csrc/engine/cuda.h)."""
         matrix = _SLOTS[self.codecs[2]].startswith("Factored")
-        rule = self.rule.capitalize()
+        rule = "".join(map(str.capitalize, self.rule.split("_")))
         if rule == "Adafactor":
             rule += "Matrix" if matrix else "Vector"
         parts = [f"engine::cuda::{x}" for x in (rule, *(_SLOTS[codec] for codec in self.codecs))]

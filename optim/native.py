@@ -76,8 +76,8 @@ if _native is not None:
 class NativeEngine(DescriptorEngine):
     """Steps the CPU parameters of one optimizer."""
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
-        super().__init__(optimizer)
+    def __init__(self, optimizer: "FusedOptimizer", rule: str | None = None) -> None:
+        super().__init__(optimizer, rule)
         self._isa = isa()
         self._room = torch.empty(0, dtype=torch.uint8)
 
@@ -86,7 +86,10 @@ class NativeEngine(DescriptorEngine):
         work, weights, read = self._refresh(places)
         groups = self._optimizer.param_groups
         options = (plan.Options * len(groups))(
-            *(plan.group_options(g, float(coefficients.get(id(g), 1.0))) for g in groups)
+            *(
+                plan.group_options(g, float(coefficients.get(id(g), 1.0)), self._rule)
+                for g in groups
+            )
         )
         self._launch(_native.launch, work, options)
         del read
@@ -112,7 +115,7 @@ class NativeEngine(DescriptorEngine):
                 vectors=bucket.vectors.data_ptr(),
                 num_tensors=bucket.num_tensors,
                 num_tiles=bucket.num_tiles,
-                rule=self._rule,
+                rule=plan.RULES[self._rule],
             )
             work.launches.append((launch, bucket))
 

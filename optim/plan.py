@@ -18,9 +18,20 @@ from optim.codecs import Bf16, Block8, Codec, Dense, Factored, FactoredSign, Flo
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
 HYPER_BYTES, TILE_SUMS_BYTES = 128, 48  # of structs that only the engine looks into
-SLOTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")  # SlotId
+NUM_SLOTS = 3
+SLOTS = {"exp_avg": 0, "exp_avg_slow": 1, "exp_avg_sq": 2, "hessian": 2}  # SlotId
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
-RULES = {"sgd": 0, "adam": 1, "adopt": 2, "lion": 3, "adafactor": 4}  # RuleId
+RULES = {  # RuleId
+    "sgd": 0,
+    "adam": 1,
+    "adopt": 2,
+    "lion": 3,
+    "adafactor": 4,
+    "sophia": 5,
+    "curved": 6,
+}
+# What an estimate of the curvature touches; it has no features.
+ESTIMATE, ESTIMATED = "curved", ("hessian",)
 FLAGS = (  # Flag, from bit 0
     "nesterov",
     "atan2",
@@ -72,6 +83,7 @@ class Options(ctypes.Structure):
         ("grad_clip", c_double),
         ("growth_limit", c_double),
         ("clip_threshold", c_double),
+        ("rho", c_double),
         ("coefficient", c_double),
         ("flags", c_int64),
         ("seed", c_uint64),
@@ -108,7 +120,7 @@ class Descriptor(ctypes.Structure):
         ("cols", c_int64),
         ("index", c_int64),
         ("group", c_int64),
-        ("moments", Moment * len(SLOTS)),
+        ("moments", Moment * NUM_SLOTS),
     ]
 
 
@@ -131,8 +143,9 @@ class Launch(ctypes.Structure):
     ]
 
 
-def group_options(group: dict[str, Any], coefficient: float) -> Options:
-    """One group's options as the engine reads them; `coefficient` multiplies every gradient."""
+def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Options:
+    """One group's options as the engine reads them for a rule; `coefficient` multiplies every
+    gradient."""
     betas = tuple(group.get("betas", ()))
     beta1 = group.get("momentum", group.get("beta1", betas[0] if betas else None))
     beta2 = group.get("beta2", betas[1] if len(betas) > 1 else None)
@@ -171,8 +184,9 @@ def group_options(group: dict[str, Any], coefficient: float) -> Options:
         grad_clip=group["grad_clip"] or 0.0,
         growth_limit=group.get("growth_limit") or 0.0,
         clip_threshold=group.get("clip_threshold") or 0.0,
+        rho=group.get("rho", 0.0),
         coefficient=coefficient,
-        flags=sum(1 << bit for bit, name in enumerate(FLAGS) if flags[name]),
+        flags=sum(1 << bit for bit, name in enumerate(FLAGS) if flags[name] and rule != ESTIMATE),
         seed=group["seed"] % (1 << 64),
     )
 

@@ -48,7 +48,16 @@ def params_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def step_misses(reference, engine):
+def step(optimizer):
+    optimizer.step()
+
+
+def estimate(optimizer):
+    """Sophia's, of its curvature."""
+    optimizer.update_hessian(3.0)
+
+
+def step_misses(reference, engine, act=step):
     """Step both from the reference's weights and state: -> whatever comes out differently."""
     assert (reference.backend, engine.backend) == ("torch", "native")
     params, twins = params_of(reference), params_of(engine)
@@ -56,8 +65,8 @@ def step_misses(reference, engine):
     for p, q in zip(params, twins, strict=True):
         q.data.copy_(p)
     engine.load_state_dict(copy.deepcopy(reference.state_dict()))
-    reference.step()
-    engine.step()
+    act(reference)
+    act(engine)
     lines = []
     for p, q, old in zip(params, twins, before, strict=True):
         lines += param_misses(p, q, old, reference.state[p], engine.state[q])
@@ -88,12 +97,16 @@ def spoil(g, step):
             g.view(-1)[step + i * (g.numel() - 4) // (len(BAD) + 1)] = value
 
 
+# With which no difference of nearly equal numbers is divided by next to nothing.
+CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}}
+
+
 def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0.01, **options):
     """From the reference's state at each of some steps, the engine's step is the reference's.
 
     Shapes are dealt out to the groups; every other step has unusable gradient elements.
     """
-    options = {"lr": 0.01, "weight_decay": 0.1} | options
+    options = {"lr": 0.01, "weight_decay": 0.1} | CONDITIONED.get(name, {}) | options
     generator = torch.Generator().manual_seed(0)
     tensors = [weights(shape, dtype, generator) for shape in shapes]
 
@@ -103,14 +116,16 @@ def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0
         return optim.build(name, dealt, backend=backend, **options)
 
     reference, engine = build("torch"), build("native")
-    for step in range(steps):
-        for p, q in zip(params_of(reference), params_of(engine), strict=True):
-            g = gradients(p.shape, grad_dtype or dtype, generator, scale)
-            if step % 2 == 0:
-                spoil(g, step)
-            set_grad(p, g)
-            set_grad(q, g.clone())
-        assert step_misses(reference, engine) == [], f"step {step + 1}"
+    for number in range(steps):
+        for act in (estimate, step) if name == "sophia" else (step,):
+            for p, q in zip(params_of(reference), params_of(engine), strict=True):
+                g = gradients(p.shape, grad_dtype or dtype, generator, scale)
+                if number % 2 == 0:
+                    spoil(g, number)
+                set_grad(p, g)
+                set_grad(q, g.clone())
+            misses = step_misses(reference, engine, act)
+            assert misses == [], f"{act.__name__} {number + 1}"
 
 
 def set_grad(param, grad):
@@ -159,6 +174,9 @@ OPTIONS = [
     ("adopt_factored_ademamix", {"warmup_steps": 2}),
     ("lion", {"betas": (0.0, 0.5)}),
     ("lion_factored", {"factor_1d": True}),
+    ("sophia", {"betas": (0.5, 0.5), "rho": 1e4, "eps": 1e-3}),
+    ("sophia", {"factor_1d": True, "storage": "factored"}),
+    ("sophia", {"orthograd": True, "grad_clip": 1e-3}),  # of which an estimate knows nothing
     *(
         (name, options)
         for name in ("adafactor", "adafactor8bit")
@@ -196,7 +214,10 @@ def test_a_step_with_a_feature_is_the_references(name, feature, dtype):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
     "name",  # one of those that differ in their default storage alone
-    ["sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"],
+    [
+        *("sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"),
+        "sophia",
+    ],
 )
 def test_a_step_with_any_storage_is_the_references(name, storage, dtype):
     options = {"beta1": 0.9} if name == "adafactor" else {}
@@ -296,7 +317,7 @@ def test_an_expanded_gradient_is_read_as_what_it_stands_for():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["sgd", "adamw", "ademamix", "adopt", "lion"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "ademamix", "adopt", "lion", "sophia"])
 def test_an_unusable_element_leaves_its_weight_and_its_moments_bit_for_bit(name, dtype):
     generator = torch.Generator().manual_seed(0)
     param = Parameter(weights((21, 35), dtype, generator))
@@ -389,9 +410,10 @@ def trained(name, dtype, shapes=MEDIUM, steps=2, **options):
     params = [Parameter(weights(shape, dtype, generator)) for shape in shapes]
     optimizer = optim.build(name, params, lr=0.01, backend="native", **options)
     for _ in range(steps):
-        for p in params:
-            p.grad = gradients(p.shape, dtype, generator)
-        optimizer.step()
+        for act in (estimate, step) if name == "sophia" else (step,):
+            for p in params:
+                p.grad = gradients(p.shape, dtype, generator)
+            act(optimizer)
     return [p.detach() for p in params] + [x for p in params for x in optimizer.state[p].values()]
 
 

@@ -40,9 +40,11 @@ HD F conditioned(const Hyper& h, F g, F w) {
     return g * h.coefficient;
 }
 
-// What a rule inherits when nothing happens between the limiter and the weights.
+// What a rule inherits: every moment it has is written anew, and nothing happens between the
+// limiter and the weights.
 struct Rule {
-    static constexpr int64_t kOwnFlags = 0;  // those that only this rule has
+    static constexpr int64_t kOwnFlags = 0;      // those that only this rule has
+    static constexpr bool kSquareStored = true;  // otherwise apply() only reads it
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
 };
 

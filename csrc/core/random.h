@@ -32,6 +32,7 @@ struct Draws {
         row_base = (uint64_t(row) * uint64_t((cols + 31) / 32) + uint64_t(first_col / 32)) * 16;
         start = lane_index() * U(kStride) + U(uint32_t(row_base) * kStride + low);
         link = linked(row_base);
+        last = ~uint32_t(row_base);
     }
 
     // The draws of the lanes from column col on; a pack of sixteen begins at a multiple of 16.

@@ -29,7 +29,15 @@ constexpr int kVectorPad = 32;  // row and column vectors in the workspace are p
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-enum RuleId : int32_t { kSgd = 0, kAdam = 1, kAdopt = 2, kLion = 3, kAdafactor = 4 };
+enum RuleId : int32_t {
+    kSgd = 0,
+    kAdam = 1,
+    kAdopt = 2,
+    kLion = 3,
+    kAdafactor = 4,
+    kSophia = 5,
+    kCurved = 6,  // no step: Sophia's estimate of the curvature
+};
 
 enum CodecId : int32_t {
     kAbsent = 0,
@@ -41,7 +49,7 @@ enum CodecId : int32_t {
     kFactoredSign = 6,  // parts: row, col, -, -, sign
 };
 
-// Which moment a slot holds.
+// Which moment a slot holds; kSquare is also Sophia's curvature.
 enum SlotId : int { kFast = 0, kSlow = 1, kSquare = 2, kSlots = 3 };
 
 enum Flag : int64_t {
@@ -71,6 +79,7 @@ struct Options {
     double eps, eps_scale;  // eps_scale: floor of RMS(w) for kScaleParameter
     double alpha, warmup_steps;
     double grad_clip, growth_limit, clip_threshold;
+    double rho;          // Sophia's
     double coefficient;  // of every gradient: what global clipping came to
     int64_t flags;
     uint64_t seed;
@@ -118,9 +127,9 @@ struct Hyper {
     int64_t t, flags;
     uint64_t key;                     // of this step's rounding
     double beta2, inv_bias2;          // Adafactor's, of this step
-    double col_mean;                  // Adafactor's: mean of the decoded column means
     float weight1, weight2, weight3;  // 1 - beta
     float momentum, eps, alpha, limit;
+    float curvature;           // Sophia's: what multiplies it
     float tilt, square_scale;  // atan2: of the numerator; Adafactor: of the second moment
     float unit,
         settled_scale;   // the update is settled_scale settled(update_scale unit direction())

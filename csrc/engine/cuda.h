@@ -14,7 +14,7 @@ namespace engine {
 namespace cuda {
 
 // optim/plan.py mirrors these.
-static_assert(sizeof(Options) == 128 && sizeof(Tensor) == 296 && sizeof(Launch) == 96 &&
+static_assert(sizeof(Options) == 136 && sizeof(Tensor) == 296 && sizeof(Launch) == 96 &&
                   sizeof(Hyper) == 128 && sizeof(TileSums) == 48,
               "optim/plan.py has other structs");
 
@@ -86,7 +86,7 @@ struct Kind {
     WeightOf<kWeightDtype, kCompensated, (kFlags_ & kStochastic) != 0> weight;
     Staged<FastT, true> fast;
     Staged<SlowT, true> slow;
-    Staged<SquareT, !is_same<RuleT, AdafactorMatrix>> square;
+    Staged<SquareT, RuleT::kSquareStored> square;
 
     HD Kind(const Place& p, Scratch& s)
         : grad(p, s.grad),

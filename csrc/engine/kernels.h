@@ -43,10 +43,14 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
         case kAdafactor:
             if (square != kFactored) return f.template operator()<AnyAccess<AdafactorVector>>();
             if (!is_plain<AdafactorMatrix>(t, h))
-                return f.template operator()<AnyAccess<AdafactorMatrix, false>>();
+                return f.template operator()<AnyAccess<AdafactorMatrix>>();
             if (launch.sums[f.tile].nonfinite == 0)
                 return f.template operator()<PlainAdafactor<true>>();
             return f.template operator()<PlainAdafactor<false>>();
+        case kSophia:
+            return f.template operator()<AnyAccess<Sophia>>();
+        case kCurved:
+            return f.template operator()<AnyAccess<Curved>>();
     }
 }
 

@@ -10,6 +10,7 @@
 #include "rules/adopt.h"
 #include "rules/lion.h"
 #include "rules/sgd.h"
+#include "rules/sophia.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -43,6 +44,12 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
             break;
         case kAdafactor:
             AdafactorVector::prepare(o, h);
+            break;
+        case kSophia:
+            Sophia::prepare(o, h);
+            break;
+        case kCurved:
+            Curved::prepare(o, h);
             break;
     }
     if (has(h, kRelativeStep) && o.lr > 0) {
@@ -161,14 +168,16 @@ HD double total(const Launch& launch, int64_t member, Function&& f) {
                         [&](int64_t i) INLINED { return double(f(launch.sums[first + i])); });
 }
 
-// Counts the step, derives its Hyper and decodes the factors, rows divided by their mean.
+// Counts the step (an estimate is none), derives its Hyper and decodes the factors, rows divided by
+// their mean.
 HD void begin(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     if (Exec::leads()) {
         const Options& o = launch.options[tensor.group];
-        int64_t t = ++*pointer<int64_t>(tensor.step);
+        int64_t& step = *pointer<int64_t>(tensor.step);
+        if (launch.rule != kCurved) ++step;
         Hyper& h = launch.hypers[member];
-        h = derive(o, tensor, t, launch.rule);
+        h = derive(o, tensor, step, launch.rule);
         if (has(h, kClipLagged)) {
             double ratio = *pointer<float>(tensor.update_rms) / o.clip_threshold;
             if (ratio > 1) h.update_scale = float(1 / ratio);
@@ -189,6 +198,11 @@ HD void begin(const Launch& launch, int64_t member) {
 HD bool wants_measure(const Hyper& h) { return has(h, kOrthograd | kGradClip | kScaleParameter); }
 HD bool wants_factor(const Tensor& tensor, int32_t rule) {
     return rule == kAdafactor && Factors::exist(tensor, kSquare);
+}
+// Whether a factored moment's new factors are made of what `apply` has stored.
+HD bool wants_new_factors(const Tensor& tensor, SlotId slot, int32_t rule) {
+    return Factors::exist(tensor, slot) &&
+           !(slot == kSquare && (rule == kAdafactor || rule == kSophia));
 }
 HD bool wants_norm(const Hyper& h) { return !h.passive && has(h, kGrowthLimit | kClipExact); }
 HD bool wants_align(const Hyper& h) { return !h.passive && has(h, kCautious); }
@@ -293,9 +307,7 @@ HD void finish(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];
     for (int slot = 0; slot < kSlots; ++slot) {
-        if (!Factors::exist(tensor, SlotId(slot)) ||
-            (slot == kSquare && wants_factor(tensor, launch.rule)))
-            continue;
+        if (!wants_new_factors(tensor, SlotId(slot), launch.rule)) continue;
         Factors f(launch, member, tensor, SlotId(slot));
         reduce(
             launch, member, tensor, SlotId(slot),

@@ -31,7 +31,7 @@ struct Scratch {
 // How a rule reaches its operands: any dtype, codec and feature.  kPlain: nothing happens between
 // the rule and the weights.  kMoves: it is known that the step moves them.  kFlags: those that
 // there may be, or, where kFlagsKnown, those that there are.
-template <class RuleT, bool kSquareStored = true>
+template <class RuleT>
 struct AnyAccess {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = false, kFlagsKnown = false;
@@ -46,7 +46,7 @@ struct AnyAccess {
           weight(p, s.weight),
           fast(p, kFast, s.slots[kFast], true),
           slow(p, kSlow, s.slots[kSlow], true),
-          square(p, kSquare, s.slots[kSquare], kSquareStored) {
+          square(p, kSquare, s.slots[kSquare], RuleT::kSquareStored) {
         factored_sign = fast.codec == kFactoredSign || slow.codec == kFactoredSign;
     }
 };

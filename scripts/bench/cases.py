@@ -32,7 +32,7 @@ class Case(NamedTuple):
         """Whether every device gives the same bits: it uses no `pow` or `log`, which each device's
         library rounds its own way, and no sum of doubles that a GPU takes in another order."""
         measures = {"orthograd", "grad_clip", "scale_parameter", "max_grad_norm"}
-        return optim.FAMILY[self.name].rule.__name__ in {"sgd", "lion"} and not (
+        return optim.FAMILY[self.name].rule.__name__ in {"sgd", "lion", "sophia"} and not (
             measures & self.options.keys()
         )
 
@@ -46,6 +46,8 @@ _ALL = [
     Case("adopt", BF16, {"storage": "8bit", "atan2": True}),
     Case("ademamix", FP32, {"storage": "8bit", "warmup_steps": 3}),
     Case("lion", BF16, {"storage": "bf16", "rounding": "nearest"}),
+    Case("sophia", FP32, {"storage": "factored", "grad_clip": 0.1}),
+    Case("sophia", BF16, {"storage": "8bit", "rounding": "kahan", "cautious": True}),
     Case("sgd", FP16, {"nesterov": True, "storage": "factored"}),
     Case("adafactor8bit", BF16, {"clip_norm": "lagged", "relative_step": True}),
     Case("adafactor8bit", FP32, {"beta1": 0.9, "storage": "factored", "scale_parameter": True}),
@@ -77,19 +79,27 @@ def set_grads(params: list[Parameter], step: int) -> None:
         param.grad = grad
 
 
+def prepare(params: list[Parameter], optimizer: optim.FusedOptimizer, step: int) -> None:
+    """What some optimizers want before a step: an estimate of the curvature."""
+    if isinstance(optimizer, optim.Sophia):
+        set_grads(params, 100 + step)
+        optimizer.update_hessian(2.0)
+
+
 def kinds_of(case: Case) -> set[gpu.Kind]:
     """The kinds of tensors, with kernels each, that a run of this case has."""
     params, optimizer = make(case, backend="torch")
     set_grads(params, 0)
-    flags = plan.group_options(optimizer.param_groups[0], 1.0).flags
-    rule = type(optimizer).rule.__name__
     kinds: set[gpu.Kind] = set()
 
     class Describing(DescriptorEngine):
         def _make(self, work: Any, places: Any) -> None:
-            kinds.update(gpu.kind_of(rule, d, flags) for d in self._descriptors)
+            flags = plan.group_options(optimizer.param_groups[0], 1.0, self._rule).flags
+            kinds.update(gpu.kind_of(self._rule, d, flags) for d in self._descriptors)
 
     Describing(optimizer)._refresh(optimizer._places())
+    if isinstance(optimizer, optim.Sophia):
+        Describing(optimizer, plan.ESTIMATE)._refresh(optimizer._places())
     return kinds
 
 

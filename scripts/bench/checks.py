@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optim
-from bench.cases import CASES, Case, gradients, kernels_of, make, set_grads
+from bench.cases import CASES, Case, gradients, kernels_of, make, prepare, set_grads
 from bench.outcomes import Finding, Skip
 from bench.subject import Subject
 from bench.tolerances import param_misses
@@ -86,6 +86,9 @@ def _parity(subject: Subject, case: Case) -> tuple[list[str], int, int]:
     wrong, differing, compared = [], 0, 0
     for step in range(STEPS):
         before = [p.detach().clone() for p in params]
+        prepare(params, reference, step)
+        with subject.engines():
+            prepare(twins, twin, step)
         for group in (params, twins):
             set_grads(group, step)
             _grad(group[0])[3, 700] = torch.nan
