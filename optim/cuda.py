@@ -193,10 +193,12 @@ class CudaEngine(DescriptorEngine):
     def _put_options(self, coefficients: dict[int, float | Tensor]) -> None:
         """Write the groups' options to the device: numbers where they have changed, tensors (a
         learning rate, what a global norm makes of the gradients) always, from the device."""
-        groups = self._optimizer.param_groups
+        groups = self._groups(self._device)
         options, tensors = [], []
-        for position, group in enumerate(groups):
-            lr, coefficient = group["lr"], coefficients.get(id(group), 1.0)
+        for position, (own, group) in enumerate(
+            zip(self._optimizer.param_groups, groups, strict=True)
+        ):
+            lr, coefficient = group["lr"], coefficients.get(id(own), 1.0)
             for field, value in (("lr", lr), ("coefficient", coefficient)):
                 if isinstance(value, Tensor) and value.is_cuda:
                     word = getattr(plan.Options, field).offset // 8

@@ -24,6 +24,7 @@ try:
 except ImportError as error:
     _native, _reason = None, str(error)
 
+CPU = torch.device("cpu")
 # Parameters are stepped in buckets of at most so many elements: 64 MB of bf16 gradients.
 BUCKET_NUMEL = 32 << 20
 
@@ -84,12 +85,10 @@ class NativeEngine(DescriptorEngine):
     def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
         work, weights, read = self._refresh(places)
-        groups = self._optimizer.param_groups
+        own = [float(coefficients.get(id(g), 1.0)) for g in self._optimizer.param_groups]
+        groups = self._groups(CPU)
         options = (plan.Options * len(groups))(
-            *(
-                plan.group_options(g, float(coefficients.get(id(g), 1.0)), self._rule)
-                for g in groups
-            )
+            *(plan.group_options(g, c, self._rule) for g, c in zip(groups, own, strict=True))
         )
         self._launch(_native.launch, work, options)
         del read

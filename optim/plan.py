@@ -17,7 +17,7 @@ from optim.codecs import Bf16, Block8, Codec, Dense, Factored, FactoredSign, Flo
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
-HYPER_BYTES, TILE_SUMS_BYTES = 128, 48  # of structs that only the engine looks into
+HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # of structs that only the engine looks into
 NUM_SLOTS = 3
 SLOTS = {"exp_avg": 0, "exp_avg_slow": 1, "exp_avg_sq": 2, "hessian": 2}  # SlotId
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
@@ -29,6 +29,8 @@ RULES = {  # RuleId
     "adafactor": 4,
     "sophia": 5,
     "curved": 6,
+    "prodigy": 7,
+    "lion_prodigy": 8,
 }
 # What an estimate of the curvature touches; it has no features.
 ESTIMATE, ESTIMATED = "curved", ("hessian",)
@@ -49,6 +51,8 @@ FLAGS = (  # Flag, from bit 0
     "stochastic",
     "first_moment",
     "slow_moment",
+    "safeguard_warmup",
+    "bias_correction",
 )
 # CodecId, and which part is which; 0 is an absent moment.
 _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
@@ -84,9 +88,12 @@ class Options(ctypes.Structure):
         ("growth_limit", c_double),
         ("clip_threshold", c_double),
         ("rho", c_double),
+        ("d0", c_double),
         ("coefficient", c_double),
         ("flags", c_int64),
         ("seed", c_uint64),
+        ("slice", c_int64),
+        ("distance", c_uint64),
     ]
 
 
@@ -99,6 +106,17 @@ class Moment(ctypes.Structure):
         ("parts", c_uint64 * 5),
         ("vectors", c_int64),
         ("partials", c_int64),
+    ]
+
+
+class Samples(ctypes.Structure):
+    """What Prodigy keeps of some elements of a parameter."""
+
+    _fields_ = [
+        ("start", c_uint64),
+        ("sum", Moment),
+        ("numerator", c_uint64),
+        ("denominator", c_uint64),
     ]
 
 
@@ -121,6 +139,7 @@ class Descriptor(ctypes.Structure):
         ("index", c_int64),
         ("group", c_int64),
         ("moments", Moment * NUM_SLOTS),
+        ("samples", Samples),
     ]
 
 
@@ -149,6 +168,9 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
     betas = tuple(group.get("betas", ()))
     beta1 = group.get("momentum", group.get("beta1", betas[0] if betas else None))
     beta2 = group.get("beta2", betas[1] if len(betas) > 1 else None)
+    beta3 = group.get("beta3", betas[2] if len(betas) > 2 else None)
+    if "d" in group and beta3 is None:
+        beta3 = betas[1] ** 0.5
     eps = group.get("eps", 0.0)
     eps, eps_scale = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
     clips = group.get("clip_threshold") is not None
@@ -168,14 +190,16 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
         "fixed_beta2": beta2 is not None,
         "stochastic": group["rounding"] == "stochastic",
         "first_moment": group.get("beta1") is not None,
-        "slow_moment": len(betas) > 2,
+        "slow_moment": "alpha" in group,
+        "safeguard_warmup": group.get("safeguard_warmup"),
+        "bias_correction": group.get("bias_correction"),
     }
     return Options(
         lr=float(group["lr"]),
         weight_decay=group["weight_decay"],
         beta1=beta1 or 0.0,
         beta2=beta2 or 0.0,
-        beta3=betas[2] if len(betas) > 2 else 0.0,
+        beta3=beta3 or 0.0,
         beta2_decay=group.get("beta2_decay", 0.0),
         eps=eps,
         eps_scale=eps_scale,
@@ -185,9 +209,12 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
         growth_limit=group.get("growth_limit") or 0.0,
         clip_threshold=group.get("clip_threshold") or 0.0,
         rho=group.get("rho", 0.0),
+        d0=group.get("d0", 0.0),
         coefficient=coefficient,
         flags=sum(1 << bit for bit, name in enumerate(FLAGS) if flags[name] and rule != ESTIMATE),
         seed=group["seed"] % (1 << 64),
+        slice=group.get("slice_p", 1),
+        distance=group["d"].data_ptr() if "d" in group else 0,
     )
 
 

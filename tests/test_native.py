@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY
-from helpers import assert_same
+from helpers import SWIFT, assert_same
 from torch.nn import Parameter
 
 import optim
@@ -98,7 +98,7 @@ def spoil(g, step):
 
 
 # With which no difference of nearly equal numbers is divided by next to nothing.
-CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}}
+CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}} | SWIFT
 
 
 def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0.01, **options):
@@ -174,6 +174,20 @@ OPTIONS = [
     ("adopt_factored_ademamix", {"warmup_steps": 2}),
     ("lion", {"betas": (0.0, 0.5)}),
     ("lion_factored", {"factor_1d": True}),
+    *(
+        (name, options)
+        for name in ("prodigy", "lion_prodigy")
+        for options in (
+            {"slice_p": 1, "beta3": 0.5},
+            {"slice_p": 600, "lr": 0.3},
+            {"safeguard_warmup": True, "d0": 1e-6, "storage": "bf16"},
+            {"lr": 0.0},
+            {"growth_rate": 1.1, "betas": (0.0, 0.5)},
+        )
+    ),
+    ("prodigy", {"bias_correction": True, "eps": 1e-3}),
+    ("prodigy", {"atan2": True, "slice_p": 3}),
+    ("prodigy_factored", {"factor_1d": True}),
     ("sophia", {"betas": (0.5, 0.5), "rho": 1e4, "eps": 1e-3}),
     ("sophia", {"factor_1d": True, "storage": "factored"}),
     ("sophia", {"orthograd": True, "grad_clip": 1e-3}),  # of which an estimate knows nothing
@@ -216,7 +230,7 @@ def test_a_step_with_a_feature_is_the_references(name, feature, dtype):
     "name",  # one of those that differ in their default storage alone
     [
         *("sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"),
-        "sophia",
+        *("sophia", "prodigy", "lion_prodigy"),
     ],
 )
 def test_a_step_with_any_storage_is_the_references(name, storage, dtype):
@@ -239,7 +253,8 @@ def test_a_step_with_a_rules_own_option_is_the_references(name, options, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("options", TOGETHER, ids=str)
 @pytest.mark.parametrize(
-    "name", ["sgd", "adamw8bit", "adopt_factored", "ademamix", "adafactor8bit"]
+    "name",
+    ["sgd", "adamw8bit", "adopt_factored", "ademamix", "adafactor8bit", "prodigy_factored"],
 )
 def test_features_act_together_as_in_the_reference(name, options, dtype):
     compare(name, [*SMALL, (130, 700)], dtype, **options)
@@ -265,7 +280,8 @@ def test_a_gradient_may_have_another_dtype_than_its_weights(name, dtype, grad_dt
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1.0, 1e6, 1e13])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_any_size_step_like_the_reference(name, scale):
-    compare(name, SMALL[:3], FP32, scale=scale)
+    options = {"slice_p": 1} if name in SWIFT else {}  # of few, none may be large beside its terms
+    compare(name, SMALL[:3], FP32, scale=scale, **options)
 
 
 # Layouts and edges --------------------------------------------------------------------------------
@@ -408,7 +424,8 @@ def trained(name, dtype, shapes=MEDIUM, steps=2, **options):
     """-> weights and states after some steps from the same start."""
     generator = torch.Generator().manual_seed(3)
     params = [Parameter(weights(shape, dtype, generator)) for shape in shapes]
-    optimizer = optim.build(name, params, lr=0.01, backend="native", **options)
+    options = {"lr": 0.01} | CONDITIONED.get(name, {}) | options
+    optimizer = optim.build(name, params, backend="native", **options)
     for _ in range(steps):
         for act in (estimate, step) if name == "sophia" else (step,):
             for p in params:
@@ -431,6 +448,7 @@ VARIANTS = [
     *(("adafactor8bit", BF16, options) for options in TOGETHER),
     ("adafactor", BF16, {"beta1": 0.9, "clip_norm": "lagged", "scale_parameter": True}),
     ("adopt_factored", BF16, {"max_grad_norm": 1e-3, "growth_limit": 1.01, "atan2": True}),
+    *(("prodigy", dtype, {"slice_p": 1, "storage": "8bit"}) for dtype in DTYPES),
 ]
 
 
@@ -530,6 +548,8 @@ def test_a_bucket_of_the_fused_backward_is_one_launch(bucket_bytes, expected, la
         ("adafactor8bit", {}),
         ("adamw8bit", {}),
         ("adopt_factored", {"max_grad_norm": 1.0, "orthograd": True, "cautious": True}),
+        ("prodigy_factored", {}),
+        ("sophia", {"storage": "8bit"}),
     ],
 )
 def test_a_step_needs_no_full_size_temporary(name, options):

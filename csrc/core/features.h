@@ -45,6 +45,7 @@ HD F conditioned(const Hyper& h, F g, F w) {
 struct Rule {
     static constexpr int64_t kOwnFlags = 0;      // those that only this rule has
     static constexpr bool kSquareStored = true;  // otherwise apply() only reads it
+    static constexpr bool kSampled = false;      // something is kept of some elements (samples.h)
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
 };
 

@@ -55,6 +55,18 @@ struct Draws {
         return half(words, col);
     }
 
+    // The draws of lanes from any column on.
+    HD U anywhere(int col) const {
+        const U cols = lane_index() + U(uint32_t(col));
+        const U offsets = ((cols >> 5) << 4) | (cols & U(15u));
+        U links = link;
+        if (RARELY(uint32_t(col + kLanes) / 2 + 16 > last))
+            links = select(offsets > U(last), linked(row_base + last + 1), link);
+        const U x = offsets * U(kStride) + U(uint32_t(row_base) * kStride + low);
+        const U drawn = scrambled(x, links);
+        return select((cols & U(16u)) == U(0u), drawn & U(0xFFFFu), drawn >> 16);
+    }
+
    private:
     static constexpr uint32_t kStride = 0x9E3779B9u;
 
@@ -64,8 +76,11 @@ struct Draws {
     // row_base + offset + lane, which come to x and of which the sixteen of a vector do not cross
     // 2^32.
     HD U hash(U x, uint32_t offset) const {
+        return scrambled(x, RARELY(offset > last) ? linked(row_base + offset) : link);
+    }
+    HD static U scrambled(U x, U link) {
         x = (x ^ (x >> 16)) * U(0x7FEB352Du);
-        x = x ^ (x >> 15) ^ (RARELY(offset > last) ? linked(row_base + offset) : link);
+        x = x ^ (x >> 15) ^ link;
         x = x * U(0x846CA68Bu);
         return x ^ (x >> 16);
     }

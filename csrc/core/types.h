@@ -37,6 +37,8 @@ enum RuleId : int32_t {
     kAdafactor = 4,
     kSophia = 5,
     kCurved = 6,  // no step: Sophia's estimate of the curvature
+    kProdigy = 7,
+    kLionProdigy = 8,
 };
 
 enum CodecId : int32_t {
@@ -69,6 +71,8 @@ enum Flag : int64_t {
     kStochastic = 1 << 13,   // bf16 weights are rounded stochastically
     kFirstMoment = 1 << 14,  // Adafactor keeps one
     kSlowMoment = 1 << 15,   // AdEMAMix
+    kSafeguardWarmup = 1 << 16,
+    kBiasCorrection = 1 << 17,  // Prodigy's choice
 };
 
 // The options of one parameter group, as numbers.
@@ -80,9 +84,12 @@ struct Options {
     double alpha, warmup_steps;
     double grad_clip, growth_limit, clip_threshold;
     double rho;          // Sophia's
+    double d0;           // Prodigy's; its beta3 decays sums
     double coefficient;  // of every gradient: what global clipping came to
     int64_t flags;
     uint64_t seed;
+    int64_t slice;      // Prodigy looks at every so many'th element
+    uint64_t distance;  // Prodigy's d, fp64
 };
 
 // How one moment of one parameter is stored.
@@ -92,6 +99,13 @@ struct Moment {
     uint64_t parts[5];
     int64_t vectors;   // factored: where in its tensor's vectors its decoded row and column lie
     int64_t partials;  // factored: where in a tile's partials its row and column sums lie
+};
+
+// What Prodigy keeps of some elements of a parameter: of every Options::slice'th, in memory order.
+struct Samples {
+    uint64_t start;                   // the weights before the first step, in their dtype
+    Moment sum;                       // of gradients: fp32 or bf16
+    uint64_t numerator, denominator;  // of d: this parameter's shares, fp64 each
 };
 
 // One parameter: where everything is.
@@ -104,6 +118,7 @@ struct Tensor {
     int64_t index;              // of the parameter in the optimizer: seeds its rounding
     int64_t group;              // which Options
     Moment moments[kSlots];
+    Samples samples;
 };
 
 // The work list of a bucket.
@@ -119,6 +134,7 @@ struct TileSums {
     double grad_sq, weight_grad, weight_sq;
     double update_sq;
     int64_t aligned, nonfinite;
+    double progress, distance;  // of samples: <g, start - w> and |sum of gradients|_1
 };
 
 // What a tensor's step is made of, derived from its Options and its step count; written once a
@@ -141,6 +157,10 @@ struct Hyper {
     float lr,
         decay;  // lr: with relative step and parameter scale; decay: lr * weight_decay without
     int32_t passive;  // the weights stay as they are in this step
+    float d;          // Prodigy's: of the gradient
+    float sum_decay, sum_weight;
+    int32_t learns;  // lr > 0: something is learned of d
+    double progress_weight;
 };
 
 // The phases of a step, in order; those between are of a tensor, `measure` to `apply` of a tile.

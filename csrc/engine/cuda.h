@@ -14,8 +14,8 @@ namespace engine {
 namespace cuda {
 
 // optim/plan.py mirrors these.
-static_assert(sizeof(Options) == 136 && sizeof(Tensor) == 296 && sizeof(Launch) == 96 &&
-                  sizeof(Hyper) == 128 && sizeof(TileSums) == 48,
+static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) == 96 &&
+                  sizeof(Hyper) == 152 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
 // A moment whose row is loaded at once and stored at once, so that a thread's eight elements are
@@ -79,7 +79,8 @@ struct Kind {
         kWeightDtype == kBFloat16 && kGradDtype == kBFloat16 && !kCompensated &&
         (kFlags & kStochastic) != 0 && (kFlags & ~(kPlainFlags | RuleT::kOwnFlags)) == 0 &&
         ((is_same<RuleT, Adam> && (kFactoredPair || kCodes)) ||
-         (is_same<RuleT, Adopt> && kFactoredPair) || is_same<RuleT, AdafactorMatrix>);
+         ((is_same<RuleT, Adopt> || is_same<RuleT, Prodigy>) && kFactoredPair) ||
+         is_same<RuleT, AdafactorMatrix>);
     static constexpr bool factored_sign =
         is_same<FastT, FactoredSlot<true>> || is_same<SlowT, FactoredSlot<true>>;
     Grad grad;

@@ -9,6 +9,7 @@ namespace ENGINE_ISA {
 
 using PlainAdamFactored = PlainAccess<Adam, FactoredSlot<true>, FactoredSlot<false>, true>;
 using PlainAdam8bit = PlainAccess<Adam, Block8Slot, Float8Slot, false>;
+using PlainProdigyFactored = PlainAccess<Prodigy, FactoredSlot<true>, FactoredSlot<false>, true>;
 using PlainAdoptFactored = PlainAccess<Adopt, FactoredSlot<true>, FactoredSlot<false>, true>;
 template <bool kClean>
 using PlainAdafactor =
@@ -51,6 +52,12 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
             return f.template operator()<AnyAccess<Sophia>>();
         case kCurved:
             return f.template operator()<AnyAccess<Curved>>();
+        case kProdigy:
+            if (factored && is_plain<Prodigy>(t, h))
+                return f.template operator()<PlainProdigyFactored>();
+            return f.template operator()<AnyAccess<Prodigy>>();
+        case kLionProdigy:
+            return f.template operator()<AnyAccess<LionProdigy>>();
     }
 }
 

@@ -9,6 +9,7 @@
 #include "rules/adam.h"
 #include "rules/adopt.h"
 #include "rules/lion.h"
+#include "rules/prodigy.h"
 #include "rules/sgd.h"
 #include "rules/sophia.h"
 
@@ -29,6 +30,7 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
     h.coefficient = float(o.coefficient);
     h.lr = float(o.lr);
     h.decay = float(o.lr * o.weight_decay);
+    if (o.distance) h.d = float(*pointer<double>(o.distance));
     switch (rule) {
         case kSgd:
             Sgd::prepare(o, h);
@@ -50,6 +52,12 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
             break;
         case kCurved:
             Curved::prepare(o, h);
+            break;
+        case kProdigy:
+            Prodigy::prepare(o, h);
+            break;
+        case kLionProdigy:
+            LionProdigy::prepare(o, h);
             break;
     }
     if (has(h, kRelativeStep) && o.lr > 0) {
@@ -301,8 +309,8 @@ HD void after_align(const Launch& launch, int64_t member) {
     if (Exec::leads()) h.cautious_scale = float(1 / (share > 1e-3 ? share : 1e-3));
 }
 
-// The new factors of the moments, the count of unusable elements, and the RMS the next clip goes
-// by.
+// The new factors of the moments, the count of unusable elements, the tensor's shares of d, and the
+// RMS the next clip goes by.
 HD void finish(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];
@@ -318,6 +326,18 @@ HD void finish(const Launch& launch, int64_t member) {
     const double nonfinite =
         total(launch, member, [](const TileSums& x) INLINED { return x.nonfinite; });
     if (Exec::leads()) *pointer<int64_t>(tensor.nonfinite) += int64_t(nonfinite);
+    if (tensor.samples.numerator && h.learns) {
+        const double progress =
+            total(launch, member, [](const TileSums& x) INLINED { return x.progress; });
+        const double distance =
+            total(launch, member, [](const TileSums& x) INLINED { return x.distance; });
+        double& numerator = *pointer<double>(tensor.samples.numerator);
+        if (Exec::leads()) {
+            numerator =
+                launch.options[tensor.group].beta3 * numerator + h.progress_weight * progress;
+            *pointer<double>(tensor.samples.denominator) = distance;
+        }
+    }
     if (has(h, kClipLagged) && tensor.numel > 0) {
         const double update_sq =
             total(launch, member, [](const TileSums& x) INLINED { return x.update_sq; });

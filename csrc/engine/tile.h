@@ -12,15 +12,10 @@
 
 #include "codecs/any.h"
 #include "codecs/tensors.h"
+#include "engine/samples.h"
 
 namespace engine {
 namespace ENGINE_ISA {
-
-// Unusable elements of a gradient (NaN, infinite, too large to be squared) count as zero.
-HD F usable(F g, Mask& ok) {
-    ok = abs(g) <= F(kLargestGrad);
-    return RARELY(!all(ok)) ? select(ok, g, F(0.f)) : g;
-}
 
 // Room for one row of a tile.  It is apart from the slots so that those can live in registers.
 struct Scratch {
@@ -260,11 +255,13 @@ HD void apply(const Launch& launch, int64_t index) {
     a.fast.begin();
     a.slow.begin();
     a.square.begin();
+    SamplesOf<Access::R::kSampled> samples(p);
     const bool lagged = has(h, kClipLagged);
     const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         int width = p.width(row);
         begin_row(a, row, width);
+        samples.row(h, row, width, a.grad, a.weight);
         if (lagged) squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
@@ -312,6 +309,7 @@ HD void apply(const Launch& launch, int64_t index) {
     a.fast.end();
     a.slow.end();
     a.square.end();
+    samples.end(launch.sums[index]);
     nonfinite = Exec::total(nonfinite);
     double update_sq = 0;
     if (lagged) {

@@ -46,6 +46,9 @@ _ALL = [
     Case("adopt", BF16, {"storage": "8bit", "atan2": True}),
     Case("ademamix", FP32, {"storage": "8bit", "warmup_steps": 3}),
     Case("lion", BF16, {"storage": "bf16", "rounding": "nearest"}),
+    Case("prodigy", FP32, {"slice_p": 1, "storage": "8bit", "atan2": True, "orthograd": True}),
+    Case("prodigy", FP16, {"slice_p": 3, "bias_correction": True, "rounding": "kahan"}),
+    Case("lion_prodigy", FP32, {"storage": "factored", "factor_1d": True}),
     Case("sophia", FP32, {"storage": "factored", "grad_clip": 0.1}),
     Case("sophia", BF16, {"storage": "8bit", "rounding": "kahan", "cautious": True}),
     Case("sgd", FP16, {"nesterov": True, "storage": "factored"}),
@@ -64,6 +67,8 @@ def make(
     numbers = [torch.randn(shape, generator=generator).to(case.dtype) for shape in SHAPES]
     params = [Parameter(x.to(device)) for x in numbers]
     chosen = {"lr": 0.01, "weight_decay": 0.1} | case.options | options
+    if "prodigy" in case.name:  # begun with a rate that is seen within a few steps
+        chosen |= {"lr": 1.0, "d0": 1e-2}
     return params, optim.build(case.name, params, **chosen)
 
 

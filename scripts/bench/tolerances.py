@@ -38,6 +38,7 @@ TOLERANCES = {
     "signed fp32": Tolerance(relative=1e-6, scale=5e-7),
     "size fp32": Tolerance(relative=3e-6, scale=1e-7),  # of what may have cancelled
     "squares fp32": Tolerance(relative=3e-6, scale=1e-9),
+    "shares fp64": Tolerance(relative=1e-6),  # of d
     "moment bf16": Tolerance(scale=5e-7, places=1, share=1e-3),
     "codes": Tolerance(places=1, share=1e-2),
     "signs": Tolerance(places=1, share=1e-5),
@@ -91,9 +92,11 @@ def state_misses(name: str, wanted: Tensor, found: Tensor) -> str:
         return misses("codes", wanted, found)
     if wanted.dtype == BF16:
         return misses("moment bf16", wanted, found)
+    if wanted.dtype == torch.float64:
+        return misses("shares fp64", wanted, found)
     if wanted.dtype != FP32:
         return misses("exact", wanted, found)
-    if moment not in ("exp_avg", "exp_avg_slow"):
+    if moment not in ("exp_avg", "exp_avg_slow", "grad_sum"):
         return misses("squares fp32", wanted, found)
     return misses("signed fp32" if part == "" else "size fp32", wanted, found)
 
