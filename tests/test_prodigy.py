@@ -302,5 +302,5 @@ def test_another_slice_p_than_the_states_is_refused():
     optimizer = optim.build("prodigy", params, slice_p=5)
     find(optimizer, params, range(2))
     optimizer.param_groups[0]["slice_p"] = 2
-    with pytest.raises(ValueError, match=r"'start' is .*\(8,\).* should be .*\(20,\)"):
+    with pytest.raises(ValueError, match=r"'grad_sum' is .*\(8,\).* should be .*\(20,\)"):
         find(optimizer, params, range(1))
