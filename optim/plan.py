@@ -19,7 +19,13 @@ TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
 HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # of structs that only the engine looks into
 NUM_SLOTS = 3
-SLOTS = {"exp_avg": 0, "exp_avg_slow": 1, "exp_avg_sq": 2, "hessian": 2}  # SlotId
+SLOTS = {  # SlotId
+    "exp_avg": 0,
+    "exp_avg_slow": 1,
+    "exp_avg_res": 1,
+    "exp_avg_sq": 2,
+    "hessian": 2,
+}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
 RULES = {  # RuleId
     "sgd": 0,
@@ -31,6 +37,7 @@ RULES = {  # RuleId
     "curved": 6,
     "prodigy": 7,
     "lion_prodigy": 8,
+    "came": 9,
 }
 # What an estimate of the curvature touches; it has no features.
 ESTIMATE, ESTIMATED = "curved", ("hessian",)
@@ -53,6 +60,7 @@ FLAGS = (  # Flag, from bit 0
     "slow_moment",
     "safeguard_warmup",
     "bias_correction",
+    "growth_settled",
 )
 # CodecId, and which part is which; 0 is an absent moment.
 _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
@@ -174,6 +182,7 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
     eps = group.get("eps", 0.0)
     eps, eps_scale = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
     clips = group.get("clip_threshold") is not None
+    clip_norm, limits = group.get("clip_norm", "exact"), group.get("growth_limit") is not None
     flags = {
         "nesterov": group.get("nesterov"),
         "atan2": group.get("atan2"),
@@ -182,9 +191,9 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
         "cautious_decay": group["cautious_decay"],
         "orthograd": group["orthograd"],
         "grad_clip": group["grad_clip"] is not None,
-        "growth_limit": group.get("growth_limit") is not None,
-        "clip_exact": clips and group["clip_norm"] == "exact",
-        "clip_lagged": clips and group["clip_norm"] == "lagged",
+        "growth_limit": limits and rule != "came",
+        "clip_exact": clips and clip_norm == "exact",
+        "clip_lagged": clips and clip_norm == "lagged",
         "relative_step": group.get("relative_step"),
         "scale_parameter": group.get("scale_parameter"),
         "fixed_beta2": beta2 is not None,
@@ -193,6 +202,7 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
         "slow_moment": "alpha" in group,
         "safeguard_warmup": group.get("safeguard_warmup"),
         "bias_correction": group.get("bias_correction"),
+        "growth_settled": limits and rule == "came",
     }
     return Options(
         lr=float(group["lr"]),

@@ -192,9 +192,9 @@ def test_groups_of_both_kinds_step_and_are_clipped_together():
 @needs_native
 def test_an_optimizer_without_a_kernel_says_who_steps_it(monkeypatch):
     monkeypatch.setattr(backend, "_said", set())
-    with pytest.warns(RuntimeWarning, match="plain PyTorch, which is slower; CAME has no fused"):
-        optimizer = optim.build("came", make_params())
-    assert optimizer.engine() == "plain PyTorch; CAME has no fused kernel"
+    with pytest.warns(RuntimeWarning, match="plain PyTorch, which is slower; Apollo has no fused"):
+        optimizer = optim.build("apollo", make_params())
+    assert optimizer.engine() == "plain PyTorch; Apollo has no fused kernel"
 
 
 COPIERS = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}

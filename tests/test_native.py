@@ -188,6 +188,15 @@ OPTIONS = [
     ("prodigy", {"bias_correction": True, "eps": 1e-3}),
     ("prodigy", {"atan2": True, "slice_p": 3}),
     ("prodigy_factored", {"factor_1d": True}),
+    *(
+        (name, options)
+        for name in ("came", "came8bit")
+        for options in (
+            {"betas": (0.5, 0.9, 0.9), "eps": (1e-6, 1e-3)},
+            {"clip_threshold": None, "growth_limit": 1.01},
+            {"clip_threshold": 0.01},
+        )
+    ),
     ("sophia", {"betas": (0.5, 0.5), "rho": 1e4, "eps": 1e-3}),
     ("sophia", {"factor_1d": True, "storage": "factored"}),
     ("sophia", {"orthograd": True, "grad_clip": 1e-3}),  # of which an estimate knows nothing
@@ -230,7 +239,7 @@ def test_a_step_with_a_feature_is_the_references(name, feature, dtype):
     "name",  # one of those that differ in their default storage alone
     [
         *("sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"),
-        *("sophia", "prodigy", "lion_prodigy"),
+        *("sophia", "prodigy", "lion_prodigy", "came", "came8bit"),
     ],
 )
 def test_a_step_with_any_storage_is_the_references(name, storage, dtype):
@@ -254,7 +263,10 @@ def test_a_step_with_a_rules_own_option_is_the_references(name, options, dtype):
 @pytest.mark.parametrize("options", TOGETHER, ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["sgd", "adamw8bit", "adopt_factored", "ademamix", "adafactor8bit", "prodigy_factored"],
+    [
+        *("sgd", "adamw8bit", "adopt_factored", "ademamix", "adafactor8bit", "prodigy_factored"),
+        "came8bit",
+    ],
 )
 def test_features_act_together_as_in_the_reference(name, options, dtype):
     compare(name, [*SMALL, (130, 700)], dtype, **options)
@@ -549,6 +561,7 @@ def test_a_bucket_of_the_fused_backward_is_one_launch(bucket_bytes, expected, la
         ("adamw8bit", {}),
         ("adopt_factored", {"max_grad_norm": 1.0, "orthograd": True, "cautious": True}),
         ("prodigy_factored", {}),
+        ("came8bit", {"growth_limit": 1.01}),
         ("sophia", {"storage": "8bit"}),
     ],
 )

@@ -39,6 +39,7 @@ enum RuleId : int32_t {
     kCurved = 6,  // no step: Sophia's estimate of the curvature
     kProdigy = 7,
     kLionProdigy = 8,
+    kCame = 9,
 };
 
 enum CodecId : int32_t {
@@ -51,7 +52,7 @@ enum CodecId : int32_t {
     kFactoredSign = 6,  // parts: row, col, -, -, sign
 };
 
-// Which moment a slot holds; kSquare is also Sophia's curvature.
+// Which moment a slot holds; kSquare is also Sophia's curvature, kSlow CAME's instability.
 enum SlotId : int { kFast = 0, kSlow = 1, kSquare = 2, kSlots = 3 };
 
 enum Flag : int64_t {
@@ -73,6 +74,7 @@ enum Flag : int64_t {
     kSlowMoment = 1 << 15,   // AdEMAMix
     kSafeguardWarmup = 1 << 16,
     kBiasCorrection = 1 << 17,  // Prodigy's choice
+    kGrowthSettled = 1 << 18,   // Fira's limiter on what a rule makes of its clipped update
 };
 
 // The options of one parameter group, as numbers.
@@ -80,7 +82,7 @@ struct Options {
     double lr, weight_decay;
     double beta1, beta2, beta3;  // beta1 is SGD's momentum
     double beta2_decay;
-    double eps, eps_scale;  // eps_scale: floor of RMS(w) for kScaleParameter
+    double eps, eps_scale;  // eps_scale: floor of RMS(w) for kScaleParameter; CAME's second eps
     double alpha, warmup_steps;
     double grad_clip, growth_limit, clip_threshold;
     double rho;          // Sophia's
@@ -172,6 +174,10 @@ enum Phase : int {
     kAfterFactor,
     kNorm,
     kAfterNorm,
+    kResidual,
+    kAfterResidual,
+    kLimit,
+    kAfterLimit,
     kAlign,
     kAfterAlign,
     kApply,

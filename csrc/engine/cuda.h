@@ -86,7 +86,7 @@ struct Kind {
     Grad grad;
     WeightOf<kWeightDtype, kCompensated, (kFlags_ & kStochastic) != 0> weight;
     Staged<FastT, true> fast;
-    Staged<SlowT, true> slow;
+    Staged<SlowT, RuleT::kSlowStored> slow;
     Staged<SquareT, RuleT::kSquareStored> square;
 
     HD Kind(const Place& p, Scratch& s)
@@ -109,7 +109,15 @@ __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* l
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
     if (wants_norm(launch->hypers[launch->tiles[blockIdx.x].tensor]))
-        norm<KindT>(*launch, blockIdx.x);
+        norm<KindT, false>(*launch, blockIdx.x);
+}
+template <class KindT>
+__global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
+    residual<KindT>(*launch, blockIdx.x);
+}
+template <class KindT>
+__global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
+    norm<KindT, true>(*launch, blockIdx.x);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
@@ -129,6 +137,8 @@ __global__ __launch_bounds__(kTensorThreads, 1) void tensor_kernel(const Launch*
     if (kPhase == kAfterMeasure) return after_measure(*launch, member);
     if (kPhase == kAfterFactor) return after_factor(*launch, member);
     if (kPhase == kAfterNorm) return after_norm(*launch, member);
+    if (kPhase == kAfterResidual) return after_residual(*launch, member);
+    if (kPhase == kAfterLimit) return after_limit(*launch, member);
     if (kPhase == kAfterAlign) return after_align(*launch, member);
     if (kPhase == kFinish) return finish(*launch, member);
 }

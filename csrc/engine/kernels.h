@@ -58,6 +58,9 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
             return f.template operator()<AnyAccess<Prodigy>>();
         case kLionProdigy:
             return f.template operator()<AnyAccess<LionProdigy>>();
+        case kCame:
+            if (square != kFactored) return f.template operator()<AnyAccess<CameVector>>();
+            return f.template operator()<AnyAccess<CameMatrix>>();
     }
 }
 
@@ -66,7 +69,24 @@ struct Norm {
     int64_t tile;
     template <class Access>
     void operator()() const {
-        norm<Access>(launch, tile);
+        norm<Access, false>(launch, tile);
+    }
+};
+struct Residual {
+    const Launch& launch;
+    int64_t tile;
+    template <class Access>
+    void operator()() const {
+        if constexpr (Access::R::kHasResidual) residual<Access>(launch, tile);
+    }
+};
+struct Limit {
+    const Launch& launch;
+    int64_t tile;
+    template <class Access>
+    void operator()() const {
+        if constexpr (is_same<Access, AnyAccess<typename Access::R>>)
+            norm<Access, true>(launch, tile);
     }
 };
 struct Align {
@@ -104,6 +124,12 @@ inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
         case kNorm:
             if (wants_norm(h)) with_access(launch, t, h, Norm{launch, tile});
             return;
+        case kResidual:
+            if (wants_residual(t, launch.rule)) with_access(launch, t, h, Residual{launch, tile});
+            return;
+        case kLimit:
+            if (wants_limit(h)) with_access(launch, t, h, Limit{launch, tile});
+            return;
         case kAlign:
             if (wants_align(h)) with_access(launch, t, h, Align{launch, tile});
             return;
@@ -123,6 +149,10 @@ inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
             return after_factor(launch, member);
         case kAfterNorm:
             return after_norm(launch, member);
+        case kAfterResidual:
+            return after_residual(launch, member);
+        case kAfterLimit:
+            return after_limit(launch, member);
         case kAfterAlign:
             return after_align(launch, member);
         default:
@@ -135,10 +165,12 @@ inline bool wanted(Phase phase, const Launch& launch) {
     if (phase == kApply) return true;
     for (int64_t member = 0; member < launch.num_tensors; ++member) {
         const Hyper& h = launch.hypers[member];
+        const Tensor& t = launch.tensors[launch.members[member]];
         if (phase == kMeasure && wants_measure(h)) return true;
-        if (phase == kFactor && wants_factor(launch.tensors[launch.members[member]], launch.rule))
-            return true;
+        if (phase == kFactor && wants_factor(t, launch.rule)) return true;
         if (phase == kNorm && wants_norm(h)) return true;
+        if (phase == kResidual && wants_residual(t, launch.rule)) return true;
+        if (phase == kLimit && wants_limit(h)) return true;
         if (phase == kAlign && wants_align(h)) return true;
     }
     return false;

@@ -46,6 +46,8 @@ _ALL = [
     Case("adopt", BF16, {"storage": "8bit", "atan2": True}),
     Case("ademamix", FP32, {"storage": "8bit", "warmup_steps": 3}),
     Case("lion", BF16, {"storage": "bf16", "rounding": "nearest"}),
+    Case("came", FP32, {"storage": "factored", "growth_limit": 1.01, "orthograd": True}),
+    Case("came8bit", FP16, {"clip_threshold": None, "growth_limit": 1.01, "cautious": True}),
     Case("prodigy", FP32, {"slice_p": 1, "storage": "8bit", "atan2": True, "orthograd": True}),
     Case("prodigy", FP16, {"slice_p": 3, "bias_correction": True, "rounding": "kahan"}),
     Case("lion_prodigy", FP32, {"storage": "factored", "factor_1d": True}),
