@@ -35,6 +35,7 @@ _SLOTS = (
     "Float8Slot",
     "FactoredSlot<false>",
     "FactoredSlot<true>",
+    "GivenSlot",
 )  # by CodecId
 # The passes over tiles that some flag asks for, and the Phase of tensors that follows each.
 _PASSES = (

@@ -74,6 +74,13 @@ if _native is not None:
     _check_sizes()
 
 
+def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """`optim.rng.normals` on a CPU, in the same bits, without its temporaries: -> fp32 (R, C)."""
+    drawn = torch.empty(shape, device=device)
+    _native.draw_normals(drawn.data_ptr(), drawn.numel(), key, isa())
+    return drawn
+
+
 class NativeEngine(DescriptorEngine):
     """Steps the CPU parameters of one optimizer."""
 

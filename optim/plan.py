@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.codecs import Bf16, Block8, Codec, Dense, Factored, FactoredSign, Float8, Parts
+from optim.codecs import (
+    Bf16,
+    Block8,
+    Codec,
+    Dense,
+    Factored,
+    FactoredSign,
+    Float8,
+    Given,
+    Parts,
+)
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
@@ -25,6 +35,7 @@ SLOTS = {  # SlotId
     "exp_avg_res": 1,
     "exp_avg_sq": 2,
     "hessian": 2,
+    "scales": 2,
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
 RULES = {  # RuleId
@@ -38,7 +49,10 @@ RULES = {  # RuleId
     "prodigy": 7,
     "lion_prodigy": 8,
     "came": 9,
+    "scaled": 10,
 }
+# Rules whose matrices are projected, and what steps the projection and the others.
+PROJECTED = {"apollo": "adam", "adafactor_apollo": "adafactor"}
 # What an estimate of the curvature touches; it has no features.
 ESTIMATE, ESTIMATED = "curved", ("hessian",)
 FLAGS = (  # Flag, from bit 0
@@ -70,12 +84,13 @@ _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
     Float8: (4, ("codes", "top")),
     Factored: (5, ("row", "col")),
     FactoredSign: (6, ("row", "col", "", "", "sign")),
+    Given: (7, ("row", "col")),
 }
 
 
 def has_rule(rule: Callable[..., Any]) -> bool:
     """Whether the fused engines compute this rule of `optim/reference.py`."""
-    return rule.__name__ in RULES
+    return rule.__name__ in RULES or rule.__name__ in PROJECTED
 
 
 class Options(ctypes.Structure):

@@ -40,6 +40,7 @@ enum RuleId : int32_t {
     kProdigy = 7,
     kLionProdigy = 8,
     kCame = 9,
+    kScaled = 10,  // no count: APOLLO's, whose projection's step has counted
 };
 
 enum CodecId : int32_t {
@@ -50,6 +51,7 @@ enum CodecId : int32_t {
     kFloat8 = 4,        // parts: codes, top
     kFactored = 5,      // parts: row, col, row_top, col_top (tops null: row and col are fp32)
     kFactoredSign = 6,  // parts: row, col, -, -, sign
+    kGiven = 7,         // parts: row or col: fp32 factors that are only read
 };
 
 // Which moment a slot holds; kSquare is also Sophia's curvature, kSlow CAME's instability.

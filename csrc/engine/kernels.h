@@ -61,6 +61,8 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
         case kCame:
             if (square != kFactored) return f.template operator()<AnyAccess<CameVector>>();
             return f.template operator()<AnyAccess<CameMatrix>>();
+        case kScaled:
+            return f.template operator()<AnyAccess<Scaled>>();
     }
 }
 
@@ -158,6 +160,12 @@ inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
         default:
             return finish(launch, member);
     }
+}
+
+// `optim.rng.normals` of this many elements.
+inline void draw_normals(float* to, int64_t count, uint64_t key) {
+    Exec::each_pack(count,
+                    [&](int64_t at, int n) INLINED { store_f32(to + at, normals(key, at), n); });
 }
 
 // Whether any tensor of the bucket needs this pass over the tiles.

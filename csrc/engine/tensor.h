@@ -11,6 +11,7 @@
 #include "rules/came.h"
 #include "rules/lion.h"
 #include "rules/prodigy.h"
+#include "rules/scaled.h"
 #include "rules/sgd.h"
 #include "rules/sophia.h"
 
@@ -62,6 +63,9 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
             break;
         case kCame:
             CameVector::prepare(o, h);
+            break;
+        case kScaled:
+            Scaled::prepare(o, h);
             break;
     }
     if (has(h, kRelativeStep) && o.lr > 0) {
@@ -180,14 +184,14 @@ HD double total(const Launch& launch, int64_t member, Function&& f) {
                         [&](int64_t i) INLINED { return double(f(launch.sums[first + i])); });
 }
 
-// Counts the step (an estimate is none), derives its Hyper and decodes the factors, rows divided by
-// their mean.
+// Counts the step (where the rule is one by itself), derives its Hyper and decodes the factors,
+// rows divided by their mean.
 HD void begin(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     if (Exec::leads()) {
         const Options& o = launch.options[tensor.group];
         int64_t& step = *pointer<int64_t>(tensor.step);
-        if (launch.rule != kCurved) ++step;
+        if (launch.rule != kCurved && launch.rule != kScaled) ++step;
         Hyper& h = launch.hypers[member];
         h = derive(o, tensor, step, launch.rule);
         if (has(h, kClipLagged)) {

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 import optim
 from optim import gpu, plan
 from optim.engine import DescriptorEngine
+from optim.projected import ProjectedEngine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -28,6 +29,10 @@ class Case(NamedTuple):
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.name}-{str(self.dtype)[6:]}" + (f"-{options}" if options else "")
 
+    def is_projected(self) -> bool:
+        """Whether a step begins with a matrix product of torch's."""
+        return optim.FAMILY[self.name].rule.__name__ in plan.PROJECTED
+
     def is_bitwise(self) -> bool:
         """Whether every device gives the same bits: it uses no `pow` or `log`, which each device's
         library rounds its own way, and no sum of doubles that a GPU takes in another order."""
@@ -46,6 +51,9 @@ _ALL = [
     Case("adopt", BF16, {"storage": "8bit", "atan2": True}),
     Case("ademamix", FP32, {"storage": "8bit", "warmup_steps": 3}),
     Case("lion", BF16, {"storage": "bf16", "rounding": "nearest"}),
+    Case("apollo", FP32, {"storage": "factored", "scaling": "tensor", "orthograd": True}),
+    Case("apollo", FP16, {"storage": "8bit", "cautious": True, "rounding": "kahan"}),
+    Case("adafactor8bit_apollo", FP32, {"beta1": 0.9, "growth_limit": None, "rank": 1}),
     Case("came", FP32, {"storage": "factored", "growth_limit": 1.01, "orthograd": True}),
     Case("came8bit", FP16, {"clip_threshold": None, "growth_limit": 1.01, "cautious": True}),
     Case("prodigy", FP32, {"slice_p": 1, "storage": "8bit", "atan2": True, "orthograd": True}),
@@ -71,6 +79,8 @@ def make(
     chosen = {"lr": 0.01, "weight_decay": 0.1} | case.options | options
     if "prodigy" in case.name:  # begun with a rate that is seen within a few steps
         chosen |= {"lr": 1.0, "d0": 1e-2}
+    if "apollo" in case.name:  # the smallest matrix has 7 rows
+        chosen = {"rank": 1 if case.name == "apollo_mini" else 4} | chosen
     return params, optim.build(case.name, params, **chosen)
 
 
@@ -101,12 +111,21 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
 
     class Describing(DescriptorEngine):
         def _make(self, work: Any, places: Any) -> None:
-            flags = plan.group_options(optimizer.param_groups[0], 1.0, self._rule).flags
-            kinds.update(gpu.kind_of(self._rule, d, flags) for d in self._descriptors)
+            groups = self._optimizer.param_groups
+            flags = [plan.group_options(group, 1.0, self._rule).flags for group in groups]
+            described = [self._descriptors[index] for index, _, _ in places]
+            kinds.update(gpu.kind_of(self._rule, d, flags[d.group]) for d in described)
 
-    Describing(optimizer)._refresh(optimizer._places())
+        def step(self, places: Any, coefficients: Any) -> None:
+            self._refresh(places)
+
+    rule = type(optimizer).rule.__name__
+    if rule in plan.PROJECTED:
+        ProjectedEngine(optimizer, plan.PROJECTED[rule], Describing).step(optimizer._places(), {})
+    else:
+        Describing(optimizer).step(optimizer._places(), {})
     if isinstance(optimizer, optim.Sophia):
-        Describing(optimizer, plan.ESTIMATE)._refresh(optimizer._places())
+        Describing(optimizer, plan.ESTIMATE).step(optimizer._places(), {})
     return kinds
 
 
