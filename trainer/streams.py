@@ -15,3 +15,4 @@ class Stream(IntEnum):
     OFFSET = 20  # a channel's shift of its noise
     PYRAMID = 21  # coarser levels of noise
     PERTURBATION = 22  # what is added to the input alone
+    EMA = 40  # rounding of averaged weights
