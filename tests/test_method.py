@@ -77,3 +77,40 @@ def test_sd15_trains_samples_and_exports(quick, tmp_path):
     assert rows(folder)[0]["eval/loss"] != rows(folder)[-1]["eval/loss"]
     assert (folder / "samples/step-000004.png").exists()
     assert (folder / "model/unet/config.json").exists()
+
+
+def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
+    """Values are the file's; the run's rank, alpha and targets must be."""
+    options = ["method=lora", "method.rank=4", "method.alpha=2"]
+    folder = quick("first", *options)
+    trained = weights(folder, 4)
+    for name in ("adafactor8bit-lora", "pytorch_lora_weights"):
+        file = folder / f"lora/{name}.safetensors"
+        model = attached(composed(*options, f"method.start_from={file}"))
+        for key, tensor in method.trained_tensors(model).items():
+            assert torch.equal(tensor, trained[key]), key
+        other = composed("method=lora", "method.rank=8", f"method.start_from={file}")
+        with pytest.raises(ValueError, match=r"is rank 4, alpha 2 in the file and rank 8"):
+            attached(other)
+
+
+def test_a_full_fine_tune_is_exported_as_a_single_file_that_trains_on(quick, composed):
+    folder = quick("first", "method.export=[single_file]", "method.export_dtype=float16")
+    file = folder / "adafactor8bit-full.safetensors"
+    trained = weights(folder, 4)
+    unet = attached(composed(f"model.path={file}")).unet
+    for name, tensor in unet.named_parameters():
+        assert torch.equal(tensor, trained[f"unet.{name}"].half().float()), name
+
+
+def test_another_vae_encodes_and_is_exported(quick, tmp_path, composed):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(f"{composed().model.path}/vae")
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(0.9)
+    vae.save_pretrained(tmp_path / "vae")
+    plain, other = quick("plain"), quick("other", f"model.vae={tmp_path}/vae")
+    assert rows(plain)[0]["eval/loss"] != rows(other)[0]["eval/loss"]
+    written = AutoencoderKL.from_pretrained(other / "model/vae")
+    assert torch.equal(written.encoder.conv_in.weight, vae.encoder.conv_in.weight)

@@ -41,8 +41,15 @@ def test_resume_in_a_new_process_is_bitwise_identical(tmp_path, method, dtype):
 @pytest.mark.parametrize(
     "options",
     [
-        ["optim=prodigy_factored", "model.dtype=bfloat16", "optim.growth_rate=1.5"],
-        ["optim=sophia", "optim.hessian_every=3", "optim.storage=8bit"],
+        [
+            *("optim=prodigy_factored", "model.dtype=bfloat16", "optim.growth_rate=1.5"),
+            *("noise.offset=0.1", "noise.pyramid=0.5", "noise.input_perturbation=0.1"),
+            *("noise.timesteps=logit_normal", "loss=huber", "loss.schedule=snr"),
+        ],
+        [
+            *("optim=sophia", "optim.hessian_every=3", "optim.storage=8bit"),
+            *("loss.weighting=min_snr", "data.holdout=8"),
+        ],
     ],
     ids=lambda x: x[0],
 )

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from PIL import Image
 
@@ -39,21 +39,25 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
     assert written[-1].keys() == written[0].keys()
 
 
-def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path):
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, method):
     """The tiny model predicts v with zero terminal SNR; after training for epsilon its scheduler
     says so, to the run's own samples and to whoever loads the model."""
     from trainer.run import assemble, finish, train
 
     options = ["noise.prediction=epsilon", "noise.zero_terminal_snr=false", "loss=huber"]
     more = ["loss.weighting=min_snr", "noise.offset=0.05", "noise.timesteps=logit_normal"]
-    config = composed(*QUICK, *options, *more, "schedule=wsd", "log.sample_steps=2")
+    config = composed(*QUICK, *options, *more, "schedule=wsd", f"method={method}")
     state = assemble(config, tmp_path, None)
     assert state.schedule.config.prediction_type == "epsilon"
     assert state.model.sampling_schedule().config.prediction_type == "epsilon"
     writer = metrics.Metrics(tmp_path, config, 0)
     train(state, writer, [])
     finish(state, writer)
-    scheduler = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model").scheduler
+    if method == "full":
+        scheduler = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model").scheduler
+    else:
+        scheduler = DDIMScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
     assert scheduler.config.prediction_type == "epsilon"
     assert not scheduler.config.rescale_betas_zero_snr
     assert scheduler.config.timestep_spacing == "trailing"  # the model's own
@@ -75,9 +79,9 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     finish(state, writer)
 
     reader = StableDiffusionXLPipeline.from_pretrained(config.model.path).to(torch.float32)
-    batch = next(eval_batches(state))
+    batch = next(eval_batches(state, state.split.training))
     without = batches.predict(reader.unet, batch)
-    reader.load_lora_weights(tmp_path / "lora")
+    reader.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     state.model.unet.eval()
     with torch.no_grad():
         here, there = (

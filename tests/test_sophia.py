@@ -74,6 +74,24 @@ def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
     assert torch.equal(unet.matrix, torch.zeros(4, 4))
 
 
+def test_an_estimate_leaves_the_graph_of_trained_text_encoders_to_the_loss(
+    batch, loss_config, make_schedule
+):
+    class Prompted(Pointwise):
+        def forward(self, noisy, timesteps, encoder_hidden_states, **conditions):
+            told = super().forward(noisy, timesteps).sample
+            return SimpleNamespace(sample=told + encoder_hidden_states.view(-1, 1, 1, 1))
+
+    unet, weight = Prompted(), Parameter(torch.ones(3, 1))
+    batch.prompt = weight.square()  # keeps the weight for its derivative
+    optimizer = optim.Sophia([*unet.parameters(), weight])
+    config, schedule = loss_config(), make_schedule()
+    curvature.estimate(optimizer, unet, batch, config, schedule, seed=0, step=0)
+    assert optimizer.state[weight]["hessian"].sum() > 0
+    losses.loss(config, schedule, batches.predict(unet, batch), batch).backward()
+    assert weight.grad.abs().min() > 0
+
+
 def test_a_weighted_loss_wants_noise_over_the_root_of_its_weights():
     generator = torch.Generator().manual_seed(0)
     x, c = torch.randn(6, 5, generator=generator), torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0, 9.0])

@@ -77,7 +77,7 @@ def _encode_pictures(vae: nn.Module, samples: list[Sample]) -> Tensor:
         if not latent.isfinite().all():
             raise UserError(
                 f"the VAE's latent of {sample.path} is not finite; check the picture, or set "
-                "model.vae_dtype=float32"
+                "model.vae_dtype=float32 or model.vae to another VAE"
             )
         latents.append(latent.float().cpu())
     return torch.cat(latents)

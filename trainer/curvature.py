@@ -46,5 +46,7 @@ def estimate(
     if factor is not None:
         noise = noise * factor.sqrt()
     target = prediction.detach() + noise.to(prediction.device)
-    losses.squared_error(prediction, target).backward()
+    # Trained text encoders have a graph behind the batch's prompt, which the loss wants again.
+    graph_is_shared = batch.prompt.requires_grad
+    losses.squared_error(prediction, target).backward(retain_graph=graph_is_shared)
     optimizer.update_hessian(prediction.numel() / 2)

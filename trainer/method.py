@@ -3,6 +3,7 @@ the text encoders."""
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from optim import rng
 from trainer.config import LoraConfig
 from trainer.config.method import PARTS
 from trainer.errors import UserError
+from trainer.formats import adapters, lora
 from trainer.model import Model
 from trainer.streams import Stream
 
@@ -38,12 +40,19 @@ def attach(config: Any, model: Model, seed: int) -> None:
         module.train()
     if model.text_encoder:
         model.text_encoder.freeze_unused()
+    if isinstance(config, LoraConfig) and config.start_from:
+        _start_from(Path(config.start_from).expanduser(), model, config.train)
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
-    """The parameters that training changes, by part and name: unet.conv_in.weight."""
+    """The weights that training changes, by part and name: unet.conv_in.weight."""
+    return {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+
+
+def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by part and name."""
     return {
-        f"{part}.{name}": parameter.detach()
+        f"{part}.{name}": parameter
         for part, module in model.trained_parts.items()
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
@@ -70,7 +79,7 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
 
 def _add_adapters(config: LoraConfig, part: str, module: nn.Module, seed: int) -> None:
     key = "targets" if part == "unet" else "text_targets"
-    adapter = PeftLoraConfig(
+    peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.rslora,
@@ -80,8 +89,22 @@ def _add_adapters(config: LoraConfig, part: str, module: nn.Module, seed: int) -
     number = () if part == "unet" else (PARTS.index(part),)
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
-        inject_adapter_in_model(adapter, module)
+        inject_adapter_in_model(peft_config, module)
     cast_training_params(module, torch.float32)
+
+
+def _start_from(path: Path, model: Model, trained: list[str]) -> None:
+    """Give the adapters the values of a LoRA file, which must be of their ranks and scales."""
+    if not path.is_file():
+        raise UserError(f"method.start_from={path} does not exist; name a LoRA's .safetensors file")
+    found = lora.read(path, model.trained_parts)
+    if missing := sorted(found.keys() - set(trained)):
+        raise UserError(
+            f"method.start_from={path} has adapters of the {missing[0]}, which method.train="
+            f"{trained} leaves out"
+        )
+    adapters.fill({part: model.trained_parts[part] for part in trained}, found)
+    log.info("adapters start from %s", path)
 
 
 def _matching(module: nn.Module, part: str, key: str, patterns: list[str]) -> list[str]:

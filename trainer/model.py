@@ -34,6 +34,7 @@ class Model:
             library.set_verbosity_error()
             library.disable_progress_bar()
         self.origin = origin.find(config)
+        self.vae_origin = origin.vae(config.vae) if config.vae else self.origin
         self.text_parts = [part for part in text.PARTS if self.origin.has(part)]
         self.text_encoder: text.Encoder | None = None  # where text encoders are trained
         self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it
@@ -77,11 +78,14 @@ class Model:
     @contextmanager
     def vae(self) -> Iterator[nn.Module]:
         """The VAE on the device for as long as the block lasts."""
-        part = self._load("vae", DTYPES[self.config.vae_dtype])
+        part = self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
         yield part
         part.to("cpu")
 
-    def _load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        log.info("model: loading the %s of %s", part.replace("_", " "), self.origin)
-        module = self.origin.load(part, dtype).to(self.device)
+    def _load(
+        self, part: str, dtype: torch.dtype, source: origin.Origin | None = None
+    ) -> nn.Module:
+        source = source or self.origin
+        log.info("model: loading the %s of %s", part.replace("_", " "), source)
+        module = source.load(part, dtype).to(self.device)
         return module.requires_grad_(False).eval()

@@ -79,11 +79,11 @@ class Folder:
     def config(self, part: str) -> dict[str, Any]:
         """The part's config.json, or the scheduler's."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return self._json(self.path / part / name)
+        return self._json(self.folder(part) / name)
 
     def weights(self, part: str) -> Weights:
         """The part's tensors by their names in a diffusers folder, to be read one at a time."""
-        return find_weights(self.path / part, part, self.variant)[0]
+        return find_weights(self.folder(part), part, self.variant)[0]
 
     def load(self, part: str, dtype: torch.dtype) -> nn.Module:
         """The part with its weights, on the CPU, in eval mode.
@@ -100,7 +100,7 @@ class Folder:
 
     def tokenizer(self, part: str) -> Any:
         """`tokenizer` or `tokenizer_2`."""
-        return _tokenizer(self.path / part, f"model.path={self.path}")
+        return _tokenizer(self.folder(part), f"model.path={self.path}")
 
     def fingerprint(self, part: str, cache: Path | None = None) -> str:
         """sha256 of what decides the part's outputs: weights and configuration, or a tokenizer's
@@ -108,7 +108,7 @@ class Folder:
         if part.startswith("tokenizer"):
             return _hash_of_files(self.folder(part))
         config = _computing(self.config(part))
-        files = find_weights(self.path / part, part, self.variant)[1]
+        files = find_weights(self.folder(part), part, self.variant)[1]
         return fingerprints.remembered(
             {"part": part, "config": config},
             files,
@@ -126,6 +126,17 @@ class Folder:
         if not isinstance(found, dict):
             raise UserError(f"model.path={self.path}: {path.relative_to(self.path)} is no object")
         return found
+
+
+class Vae(Folder):
+    """A VAE's own folder: config.json and its weights, such as that of sdxl-vae-fp16-fix."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.variant = path, None
+        self.index = {"vae": ["diffusers", "AutoencoderKL"]}
+
+    def folder(self, part: str) -> Path:
+        return self.path
 
 
 class File:
@@ -206,6 +217,19 @@ def at(name: str, variant: str | None = None) -> Origin:
             log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
         return File(path)
     return Folder(path if path.is_dir() else _from_hub(name, variant), variant)
+
+
+def vae(name: str) -> Origin:
+    """Where another VAE comes from: its own folder, or a model that has it.
+
+    Raises UserError where there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "model_index.json").exists():
+        if not (path / "config.json").exists():
+            raise UserError(f"model.vae={path} is no folder of a VAE: it has no config.json")
+        return Vae(path)
+    return at(name)
 
 
 def _tokenizer(folder: Path, where: str) -> Any:

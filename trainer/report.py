@@ -9,7 +9,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
+def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     """Where everything is and what it cost."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     cost = (
@@ -22,6 +22,8 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Path]) -> str:
         f"{'eval/loss':<12}{before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
         f"{'cost':<12}{cost}",
     ]
+    if "holdout_loss_after" in summary:
+        lines.insert(1, f"{'held out':<12}{summary['holdout_loss_after']:.4f}")
     return "\n".join(lines + [f"{title:<12}{path}" for title, path in places.items()])
 
 

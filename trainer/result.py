@@ -1,46 +1,96 @@
-"""What a run leaves for others: the trained model or adapter, in the formats that they read."""
+"""What a run leaves for others: the trained model or adapter, in the formats that they read.
+
+Each file is read back and compared with what was trained before it counts as written
+(`trainer.formats`).
+"""
 
 import json
-import shutil
+import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionXLPipeline
-from peft import get_peft_model_state_dict
-
-from trainer import disk
-from trainer.config import LoraConfig
+from trainer import disk, formats
+from trainer.config import DTYPES, Config, LoraConfig
+from trainer.errors import UserError
 from trainer.model import Model
 
+log = logging.getLogger(__name__)
 
-def export(config: Any, model: Model, folder: Path) -> Path:
-    """Write the result in diffusers format: the whole pipeline to `folder/model`, or the adapter to
-    `folder/lora`.
 
-    The adapter's file carries rank and alpha, without which a reader would assume alpha = rank.
+def check(method: Any, model: Model) -> None:
+    """Refuse, before anything is trained, a format that the result cannot be written in."""
+    for kind in method.export:
+        if kind in ("kohya", "single_file") and model.origin.kind == "other":
+            raise UserError(
+                f"method.export={method.export}: {kind} is for SDXL and Stable Diffusion 1.x, and "
+                f"{model.origin} is another model; set method.export=[diffusers]"
+            )
+
+
+def export(config: Config, model: Model, folder: Path, step: int, num_images: int) -> list[Path]:
+    """Write the result as `method.export` says; returns the files and folders written.
+
+    A full fine-tune: `diffusers`, the whole pipeline in `folder/model`; `single_file`,
+    `folder/NAME.safetensors`.  A LoRA: `kohya`, `folder/lora/NAME.safetensors`; `diffusers`,
+    `folder/lora/pytorch_lora_weights.safetensors`.  Raises UserError where one cannot be written,
+    or does not read back equal.
     """
-    if not isinstance(config, LoraConfig):
-        with disk.whole_folder(folder / "model") as temporary:
-            shutil.copytree(model.origin.path, temporary, dirs_exist_ok=True)
-            for part, module in model.trained_parts.items():
-                shutil.rmtree(temporary / part)
-                module.save_pretrained(temporary / part)
-            if model.scheduler != model.origin.config("scheduler"):
-                _write_scheduler(model, temporary)
-        return folder / "model"
-    adapter = model.unet.peft_config["default"]
-    with disk.whole_folder(folder / "lora") as temporary:
-        StableDiffusionXLPipeline.save_lora_weights(
-            temporary,
-            unet_lora_layers=get_peft_model_state_dict(model.unet),
-            unet_lora_adapter_metadata=adapter.to_dict(),
-        )
-    return folder / "lora"
+    method = config.method
+    dtype = None if method.export_dtype is None else DTYPES[method.export_dtype]
+    parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
+    if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
+        parts["vae"] = model.vae_origin.weights("vae")
+    name = config.name.replace("/", "-")
+    described = _described(config, step, num_images)
+    written = []
+    for kind in method.export:
+        if isinstance(method, LoraConfig):
+            stem = name if kind == "kohya" else "pytorch_lora_weights"
+            target = folder / "lora" / f"{stem}.safetensors"
+            formats.save_lora(target, kind, parts, model.origin.kind, dtype, described)
+        elif kind == "single_file":
+            target = folder / f"{name}.safetensors"
+            formats.save_single_file(
+                target,
+                model.origin,
+                parts,
+                dtype,
+                model.scheduler,
+                {"trainer": described["trainer"]},
+            )
+        else:
+            target = folder / "model"
+            formats.save_folder(target, model.origin, parts, model.scheduler, dtype)
+        written.append(target)
+    if isinstance(method, LoraConfig) and model.scheduler != model.origin.config("scheduler"):
+        written.append(_write_scheduler(model, folder / "lora/scheduler"))
+    return written
 
 
-def _write_scheduler(model: Model, folder: Path) -> None:
-    """Put the scheduler that the noise options ask for into a pipeline's folder."""
-    model.sampling_schedule().save_pretrained(folder / "scheduler")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    index["scheduler"] = ["diffusers", model.scheduler["_class_name"]]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+def _write_scheduler(model: Model, folder: Path) -> Path:
+    """What an adapter was trained with, which its own formats cannot say."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(model.scheduler, indent=2) + "\n"
+    disk.replace_text(folder / "scheduler_config.json", text)
+    log.warning("the adapter is for the scheduler in %s, which whoever loads it must use", folder)
+    return folder
+
+
+def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
+    """How it was trained, by the keys of kohya's scripts, which model managers show; and the whole
+    configuration under a key of our own."""
+    lr = getattr(config.optim, "lr", "")
+    known: dict[str, Any] = {
+        "ss_steps": step,
+        "ss_optimizer": config.optim.name,
+        "ss_learning_rate": lr,
+        "ss_lr_scheduler": config.schedule.name,
+        "ss_seed": config.seed,
+        "ss_resolution": f"{config.data.resolution}x{config.data.resolution}",
+        "ss_num_train_images": num_images,
+        "ss_batch_size_per_device": config.data.batch_size,
+        "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
+        "trainer": json.dumps({"config": asdict(config), "step": step}),
+    }
+    return {key: str(value) for key, value in known.items()}

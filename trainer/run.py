@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer import (
     curvature,
     data,
     gradients,
+    holdout,
     losses,
     memory,
     method,
@@ -33,6 +35,7 @@ from trainer import (
     signals,
 )
 from trainer.config import Config
+from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.guard import Guard
 from trainer.model import Model
@@ -52,6 +55,7 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
+    split: holdout.Split  # of the data's rows
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -60,6 +64,11 @@ class State:
     seconds: float  # spent in training steps, over all sessions of the run
     eval_loss_before: float  # before the first step
     grad_norm: float  # of the last step with a finite one
+    ema: Ema | None
+
+    def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """The model with averaged weights, where there are some and they are wanted."""
+        return self.ema.in_place() if self.ema and wanted else nullcontext()
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
@@ -87,7 +96,11 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     device = _device(config.runtime.device)
     memory.reset_peak(device)
     samples = data.load_folder(config.data)
+    root = Path(config.data.path).expanduser()
+    names = [sample.path.relative_to(root).as_posix() for sample in samples]
+    split = holdout.split(names, config.data.holdout)
     model = Model(config.model, device)
+    result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
@@ -107,6 +120,11 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         optimizers.restore(optimizer, resumed.optimizer)
         log.info("resumed after step %d", resumed.step)
     counters = resumed.counters if resumed else checkpoint.Counters()
+    average = None
+    if config.method.ema:
+        saved = resumed.average if resumed else {}
+        named = method.trained_parameters(model)
+        average = Ema(config.method.ema, named, config.seed, saved, resumed.step if resumed else 0)
     return State(
         config=config,
         folder=folder,
@@ -114,6 +132,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
+        split=split,
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
@@ -128,6 +147,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         seconds=counters.seconds,
         eval_loss_before=counters.eval_loss_before,
         grad_norm=counters.grad_norm,
+        ema=average,
     )
 
 
@@ -138,7 +158,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     taken = gradients.make(config, parameters, state.optimizer, state.grad_norm)
     count = config.runtime.accumulation
     if state.step == 0:
-        state.eval_loss_before = evaluate(state, writer)
+        state.eval_loss_before = evaluate(state, writer)["loss"]
         sample(state, writer)
     progress = console.Progress(state.step, config.schedule.steps)
 
@@ -167,6 +187,8 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        if state.ema:
+            state.ema.update(step + 1)
         state.step = step + 1
         state.seconds += time.monotonic() - started
         progress.advance()
@@ -189,11 +211,15 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
 
 def draw(state: State, number: int) -> batches.Batch:
     """The micro-batch of this number, of those that the run trains on."""
-    config = state.config
-    indices = data.batch_indices(
-        config.seed, number, config.data.batch_size, len(state.data.latents)
+    config, rows = state.config, state.split.training
+    places = data.batch_indices(config.seed, number, config.data.batch_size, len(rows))
+    inputs = batches.gathered(
+        state.data,
+        [rows[place] for place in places],
+        config.data.caption_dropout,
+        config.seed,
+        number,
     )
-    inputs = batches.gathered(state.data, indices, config.data.caption_dropout, config.seed, number)
     return batches.noised(inputs, state.schedule, config.noise, config.seed, number)
 
 
@@ -218,14 +244,17 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = result.export(state.config.method, state.model, state.folder)
+    with state.averaged(state.ema is not None and state.ema.config.export == "average"):
+        exported = result.export(
+            state.config, state.model, state.folder, state.step, len(state.data.latents)
+        )
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
         "seed": state.config.seed,
         "steps": state.step,
         "eval_loss_before": state.eval_loss_before,
-        "eval_loss_after": after,
+        "eval_loss_after": after["loss"],
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
         "images_per_second": state.step * _samples_per_step(state) / state.seconds,
@@ -233,33 +262,56 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
     }
+    for key in ("holdout_loss", "ema_loss"):
+        if key in after:
+            summary[f"{key}_after"] = after[key]
     report.write_summary(state.folder, summary)
     writer.close(summary)
     places = {
         "pictures": picture,
-        "model": exported,
+        "result": ", ".join(map(str, exported)),
         "metrics": writer.path,
         "checkpoints": state.folder / "checkpoints",
     }
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if unsaved:
         raise unsaved
-    return after
+    return after["loss"]
 
 
-def evaluate(state: State, writer: metrics.Metrics) -> float:
-    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps."""
-    found = losses.evaluate(state.model.unet, state.schedule, eval_batches(state))
+def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
+    that of the pictures that are held out beside it, as eval/holdout_loss; and those of averaged
+    weights, as eval/ema_loss and eval/ema_holdout_loss."""
+    found = _losses(state)
+    if state.ema:
+        with state.averaged():
+            averaged = _losses(state)
+        found |= {
+            f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
+        }
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
-    return found["loss"]
+    return found
 
 
-def eval_batches(state: State) -> Iterator[batches.Batch]:
-    """The fixed eval points.  They are made anew each time: what is read of a caption changes where
-    text encoders are trained."""
+def _losses(state: State) -> dict[str, float]:
+    """The model's losses at the eval points, of the pictures that it trains on and of those that
+    are held out."""
+    found = {}
+    for prefix, rows in (("", state.split.training), ("holdout_", state.split.held_out)):
+        if rows:
+            points = eval_batches(state, rows)
+            losses_of = losses.evaluate(state.model.unet, state.schedule, points)
+            found |= {prefix + key: value for key, value in losses_of.items()}
+    return found
+
+
+def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
+    """The fixed eval points, of these rows.  They are made anew each time: what is read of a
+    caption changes where text encoders are trained."""
     config = state.config
     return batches.eval_batches(
-        range(len(state.data.latents)),
+        rows,
         lambda rows: batches.gathered(state.data, rows, 0.0, config.seed, 0),
         state.schedule,
         config.log.eval_points,
@@ -275,7 +327,8 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     sampler = state.sampler
     if not sampler.count:
         return None
-    drawn = sampler.draw()
+    with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
+        drawn = sampler.draw()
     samples = state.folder / "samples"
     pictures.save(samples / f"step-{state.step:06d}", drawn)
     rows = {"original": sampler.originals()}
@@ -295,6 +348,7 @@ def save(state: State) -> None:
             step=state.step,
             weights=method.trained_tensors(state.model),
             optimizer=state.optimizer.state_dict(),
+            average=state.ema.state() if state.ema else {},
             config=asdict(state.config),
             data=state.fingerprint,
             counters=checkpoint.Counters(
@@ -313,7 +367,7 @@ def _report(
 ) -> None:
     seconds_per_step = state.seconds / state.step
     images_per_second = _samples_per_step(state) / seconds_per_step
-    epochs = state.step * _samples_per_step(state) / len(state.data.latents)
+    epochs = state.step * _samples_per_step(state) / len(state.split.training)
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}

@@ -1,8 +1,9 @@
 """The counter streams: every kind of draw has its own, so that no two ever share a number."""
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 
+@unique
 class Stream(IntEnum):
     """Goes between the seed and the step in `optim.rng`.  A number once given is never reused."""
 
@@ -12,7 +13,7 @@ class Stream(IntEnum):
     DROPOUT = 4  # of captions
     ADAPTER = 5  # initial weights of a LoRA
     CURVATURE = 6  # sampled targets of an estimate
-    OFFSET = 20  # a channel's shift of its noise
-    PYRAMID = 21  # coarser levels of noise
-    PERTURBATION = 22  # what is added to the input alone
+    OFFSET = 30  # a channel's shift of its noise
+    PYRAMID = 31  # coarser levels of noise
+    PERTURBATION = 32  # what is added to the input alone
     EMA = 40  # rounding of averaged weights

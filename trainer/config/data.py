@@ -22,3 +22,5 @@ class DataConfig:
     # empty: train with the empty caption; skip: leave the picture out.
     on_missing_caption: str = one_of("error", "empty", "skip")
     max_unreadable: int = within(0)  # pictures skipped as unreadable before the run stops
+    # Pictures that are never trained on; eval/holdout_loss is their loss.
+    holdout: int = within(0)

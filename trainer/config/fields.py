@@ -20,7 +20,7 @@ def within(low: float, high: float = math.inf) -> Any:
 
 
 def one_of(*choices: str) -> Any:
-    """One of these words, for a dataclass's field."""
+    """One of these words, or a list of some of them, for a dataclass's field."""
     return field(metadata={"choices": choices})
 
 
@@ -31,8 +31,9 @@ def complaint(node: Any, prefix: str) -> str | None:
         if value is None:
             continue
         choices = option.metadata.get("choices")
-        if choices and value not in choices:
-            return f"{key}={value}: {unknown('choice', value, choices)}"
+        for one in value if isinstance(value, list) else [value]:
+            if choices and one not in choices:
+                return f"{key}={value}: {unknown('choice', one, choices)}"
         low, high = option.metadata.get("range", (-math.inf, math.inf))
         if "range" in option.metadata and not low <= value <= high:
             return f"{key}={value} is out of range; it must be {_interval(low, high)}"

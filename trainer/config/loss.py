@@ -29,6 +29,7 @@ class HuberConfig(LossConfig):
     """Half the squared error below delta, linear above."""
 
     name: str = "huber"
-    delta: float = within(1e-12)  # where it begins to be linear (under a schedule: at most noise)
-    # How delta goes to 1 with less noise: by the timestep, or by the signal-to-noise ratio.
+    # The error above which it is linear; under a schedule, where there is nothing but noise.
+    delta: float = within(1e-12)
+    # How that goes to 1 with less noise: by the timestep, or by the signal-to-noise ratio.
     schedule: str = one_of("constant", "exponential", "snr")

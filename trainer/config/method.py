@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.fields import one_of, within
+from trainer.config.model import DTYPES
 
 TINY = 1e-12  # the smallest sensible value of what must be positive
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -48,6 +49,9 @@ class FullConfig(MethodConfig):
     """Train every weight."""
 
     name: str = "full"
+    # How the result is written: diffusers (a folder), single_file (what A1111 and ComfyUI read).
+    export: list[str] = one_of("diffusers", "single_file")
+    export_dtype: str | None = one_of(*DTYPES)  # of what is written; null: as trained
 
 
 @dataclass(kw_only=True)
@@ -64,3 +68,9 @@ class LoraConfig(MethodConfig):
     # down_blocks.*attn1.to_q, or conv[12].  One list for the UNet, one for text encoders.
     targets: list[str]
     text_targets: list[str]
+    # A LoRA file, of kohya's kind or diffusers', that training starts from: of this rank, alpha and
+    # these targets.  Null starts from nothing.
+    start_from: str | None
+    # How the result is written: kohya (what A1111 and ComfyUI read), diffusers.
+    export: list[str] = one_of("kohya", "diffusers")
+    export_dtype: str | None = one_of(*DTYPES)  # of what is written; null: as trained

@@ -17,6 +17,8 @@ class ModelConfig:
     path: str  # a diffusers folder, a single .safetensors or .ckpt file, or a name on the hub
     variant: str | None  # of a diffusers folder's files, such as fp16
     dtype: str = one_of("float32", "bfloat16")  # of the UNet's weights and arithmetic
+    # Another VAE, exported with the result: its folder, or a model that has it.
+    vae: str | None
     vae_dtype: str = one_of(*DTYPES)  # the original SDXL VAE overflows in float16
     text_dtype: str = one_of(*DTYPES)  # of text encoders that are not trained
     # A caption is read in this many chunks of 75 tokens; the rest of it is cut.
