@@ -19,6 +19,7 @@ from trainer import (
     console,
     curvature,
     data,
+    execution,
     gradients,
     holdout,
     losses,
@@ -82,7 +83,8 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
             raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
         resumed = checkpoint.to_resume(config)
         record.write(folder, asdict(config), _device(config.runtime.device))
-        state = assemble(config, folder, resumed)
+        with memory.explained(config, "before the first step"):
+            state = assemble(config, folder, resumed)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
         return finish(state, writer, overrides)
@@ -113,6 +115,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
     optimizer = optimizers.build(
         config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
     )
+    execution.prepare(config, model.trained_parts, device)
     fingerprint = data.fingerprint(samples)
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
@@ -173,22 +176,23 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).  Batches, noise and timesteps are drawn from
         # counters: they depend on the step alone.
-        if curvature.is_due(state.optimizer):
-            batch = draw(state, step * count)
-            curvature.estimate(
-                state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
-            )
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
-        state.grad_norm = taken.clip.last_norm
+        with memory.explained(config, f"in step {step + 1}"):
+            if curvature.is_due(state.optimizer):
+                batch = draw(state, step * count)
+                curvature.estimate(
+                    state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
+                )
+            outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
+            state.grad_norm = taken.clip.last_norm
 
-        # Judge the step: unless loss and gradients are finite, leave everything as it was.
-        if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
-            state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.ema:
-            state.ema.update(step + 1)
+            # Judge the step: unless loss and gradients are finite, leave everything as it was.
+            if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
+                state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            if state.ema:
+                state.ema.update(step + 1)
         state.step = step + 1
         state.seconds += time.monotonic() - started
         progress.advance()

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import optim
 from optim.options import unknown
-from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, MseConfig
+from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, ModelConfig, MseConfig
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
 from trainer.errors import UserError
@@ -80,6 +80,7 @@ def check(config: Config) -> None:
     _check_clip(config)
     check_rules(config.method.rules)
     _check_accumulation(config)
+    _check_compute(config.model)
     _check_noise(config)
     _check_loss(config)
     _check_paths(config)
@@ -195,6 +196,15 @@ def _check_accumulation(config: Config) -> None:
             "micro-batches, in their dtype, which runtime.fused_backward=true alone would not; the "
             "last backward pass frees them",
             config.runtime.accumulation,
+        )
+
+
+def _check_compute(model: ModelConfig) -> None:
+    if model.compute == model.dtype:
+        log.warning(
+            "model.compute=%s has no effect with model.dtype=%s, whose products are of that dtype",
+            model.compute,
+            model.dtype,
         )
 
 
