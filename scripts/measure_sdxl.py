@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from trainer import (
     batches,
     cli,
+    execution,
     gradients,
     losses,
     memory,
@@ -136,6 +137,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     parameters = [p for p in unet.parameters() if p.requires_grad]
     alive = AliveGradients(parameters)
     optimizer = optimizers.build(config.optim, nn.ModuleDict(model.trained_parts), config.seed)
+    execution.prepare(config, model.trained_parts, device)
     taken = gradients.make(config, parameters, optimizer)
     inputs = random_inputs(unet, arguments.batch, arguments.latent)
     scheduler = json.loads(SCHEDULER.read_text(encoding="utf-8"))
@@ -172,6 +174,10 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         "clip": config.method.clip,
         "fused_backward": config.runtime.fused_backward,
         "accumulation": config.runtime.accumulation,
+        "gradient_checkpointing": config.runtime.gradient_checkpointing,
+        "channels_last": config.runtime.channels_last,
+        "compile": config.runtime.compile,
+        "compute": config.model.compute,
         "batch": arguments.batch,
         "latent": list(arguments.latent),
         "bytes": kept | {"activations_and_rest": peak - sum(kept.values()), "peak": peak},

@@ -1,9 +1,10 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (the trained tensors),
-`optimizer.pt` and `checkpoint.json` (step, counters, configuration, checksums).  A folder of that
-name is complete or does not exist (`trainer.disk`).  There is no RNG state: all randomness is a
-function of (seed, step, place in the batch).
+`average.safetensors` (their averages, where there are some), `optimizer.pt` and `checkpoint.json`
+(step, counters, configuration, checksums).  A folder of that name is complete or does not exist
+(`trainer.disk`).  There is no RNG state: all randomness is a function of (seed, step, place in the
+batch).
 """
 
 import hashlib
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 # Of a group that decides what is learned, what does not.
 _ANYWHERE = {"data.cache", "data.max_unreadable", "data.max_pixels"}
-_FILES = ("weights.safetensors", "optimizer.pt")
+_FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
+_AVERAGE = "average.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -48,6 +50,7 @@ class Checkpoint:
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
+    average: dict[str, Tensor]  # of the weights; empty without method.ema
     config: dict[str, Any]
     data: str  # fingerprint of the samples
     counters: Counters
@@ -65,12 +68,16 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
         save_file(weights, temporary / "weights.safetensors")
         torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+        if checkpoint.average:
+            averages = {name: tensor.contiguous() for name, tensor in checkpoint.average.items()}
+            save_file(averages, temporary / _AVERAGE)
+        files = (*_FILES, _AVERAGE) if checkpoint.average else _FILES
         record = {
             "step": checkpoint.step,
             "counters": asdict(checkpoint.counters),
             "config": checkpoint.config,
             "data": checkpoint.data,
-            "sha256": {name: _sha256_file(temporary / name) for name in _FILES},
+            "sha256": {name: _sha256_file(temporary / name) for name in files},
         }
         record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
         (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
@@ -86,7 +93,8 @@ def load(folder: Path) -> Checkpoint:
     try:
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         digests = dict(record["sha256"])
-        found = {name: _sha256_file(folder / name) for name in _FILES}
+        files = (*_FILES, _AVERAGE) if _AVERAGE in digests else _FILES
+        found = {name: _sha256_file(folder / name) for name in files}
         own = digests.pop("checkpoint.json")
         found["checkpoint.json"] = _sha256(_canonical(record | {"sha256": digests}))
         for name, digest in {**digests, "checkpoint.json": own}.items():
@@ -96,6 +104,7 @@ def load(folder: Path) -> Checkpoint:
             step=record["step"],
             weights=load_file(folder / "weights.safetensors"),
             optimizer=torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"),
+            average=load_file(folder / _AVERAGE) if _AVERAGE in digests else {},
             config=record["config"],
             data=record["data"],
             counters=Counters(**record["counters"]),

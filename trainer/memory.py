@@ -1,11 +1,18 @@
-"""How much memory a run took, measured; and that freed memory is given back."""
+"""How much memory a run took, measured; that freed memory is given back; and what to do where it is
+too little."""
 
 import ctypes
 import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+import optim
+from trainer.config import Config, FullConfig
+from trainer.errors import UserError
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -66,3 +73,45 @@ def _status(field: str) -> int:
     found = re.search(rf"{field}:\s*(\d+) kB", _STATUS.read_text())
     assert found, f"Linux reports {field} for every process"
     return int(found[1]) * 1024
+
+
+@contextmanager
+def explained(config: Config, when: str) -> Iterator[None]:
+    """Within it, running out of memory is a UserError that says what to switch on.
+
+    Nothing is saved then: a fused backward may have stepped some of the weights.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):  # the CPU's allocator
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"out of memory {when}; the last checkpoint is from before. Try "
+            f"{'; '.join(advice(config))} ({reason})"
+        ) from error
+
+
+def advice(config: Config) -> list[str]:
+    """What would take less memory than this configuration, the least costly first."""
+    runtime, method, is_family = config.runtime, config.method, config.optim.name in optim.FAMILY
+    samples = config.data.batch_size * runtime.accumulation
+    chances = {
+        "runtime.fused_backward=true, which frees gradients as they are used": (
+            is_family and not runtime.fused_backward and runtime.accumulation == 1
+        ),
+        "model.dtype=bfloat16, which halves the weights": config.model.dtype == "float32",
+        "runtime.gradient_checkpointing=true, which computes activations again": (
+            not runtime.gradient_checkpointing
+        ),
+        f"data.batch_size=1 runtime.accumulation={samples}": config.data.batch_size > 1,
+        "method.ema.device=cpu": method.ema is not None and method.ema.device != "cpu",
+        "optim=adafactor8bit, which keeps next to nothing": (
+            config.optim.name not in ("adafactor8bit", "adafactor8bit_apollo", "lomo")
+        ),
+        "method=lora, which trains few weights": isinstance(method, FullConfig),
+        "a smaller data.resolution": True,
+    }
+    return [remedy for remedy, helps in chances.items() if helps]

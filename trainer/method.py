@@ -45,9 +45,14 @@ def attach(config: Any, model: Model, seed: int) -> None:
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
-    """The parameters that training changes, by part and name: unet.conv_in.weight."""
+    """The weights that training changes, by part and name: unet.conv_in.weight."""
+    return {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+
+
+def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by part and name."""
     return {
-        f"{part}.{name}": parameter.detach()
+        f"{part}.{name}": parameter
         for part, module in model.trained_parts.items()
         for name, parameter in module.named_parameters()
         if parameter.requires_grad

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer import (
     console,
     curvature,
     data,
+    execution,
     gradients,
     losses,
     memory,
@@ -33,6 +35,7 @@ from trainer import (
     signals,
 )
 from trainer.config import Config
+from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.guard import Guard
 from trainer.model import Model
@@ -60,6 +63,11 @@ class State:
     seconds: float  # spent in training steps, over all sessions of the run
     eval_loss_before: float  # before the first step
     grad_norm: float  # of the last step with a finite one
+    ema: Ema | None
+
+    def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """The model with averaged weights, where there are some and they are wanted."""
+        return self.ema.in_place() if self.ema and wanted else nullcontext()
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
@@ -73,7 +81,8 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
             raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
         resumed = checkpoint.to_resume(config)
         record.write(folder, asdict(config), _device(config.runtime.device))
-        state = assemble(config, folder, resumed, stop)
+        with memory.explained(config, "before the first step"):
+            state = assemble(config, folder, resumed, stop)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
         return finish(state, writer, overrides)
@@ -106,6 +115,7 @@ def assemble(
     optimizer = optimizers.build(
         config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
     )
+    execution.prepare(config, model.trained_parts, device)
     fingerprint = dataset.fingerprint
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
@@ -113,6 +123,11 @@ def assemble(
         optimizers.restore(optimizer, resumed.optimizer)
         log.info("resumed after step %d", resumed.step)
     counters = resumed.counters if resumed else checkpoint.Counters()
+    average = None
+    if config.method.ema:
+        saved = resumed.average if resumed else {}
+        named = method.trained_parameters(model)
+        average = Ema(config.method.ema, named, config.seed, saved, resumed.step if resumed else 0)
     return State(
         config=config,
         folder=folder,
@@ -133,6 +148,7 @@ def assemble(
         seconds=counters.seconds,
         eval_loss_before=counters.eval_loss_before,
         grad_norm=counters.grad_norm,
+        ema=average,
     )
 
 
@@ -158,20 +174,23 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).  Batches, noise and timesteps are drawn from
         # counters: they depend on the step alone.
-        if curvature.is_due(state.optimizer):
-            batch = draw(state, step * count)
-            curvature.estimate(
-                state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
-            )
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
-        state.grad_norm = taken.clip.last_norm
+        with memory.explained(config, f"in step {step + 1}"):
+            if curvature.is_due(state.optimizer):
+                batch = draw(state, step * count)
+                curvature.estimate(
+                    state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
+                )
+            outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
+            state.grad_norm = taken.clip.last_norm
 
-        # Judge the step: unless loss and gradients are finite, leave everything as it was.
-        if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
-            state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+            # Judge the step: unless loss and gradients are finite, leave everything as it was.
+            if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
+                state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            if state.ema:
+                state.ema.update(step + 1)
         state.step = step + 1
         state.seconds += time.monotonic() - started
         progress.advance()
@@ -220,9 +239,10 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         log.error("%s", error)
     after = evaluate(state, writer)
     picture = sample(state, writer)
-    exported = result.export(
-        state.config, state.model, state.folder, state.step, len(state.data.dataset.samples)
-    )
+    with state.averaged(state.ema is not None and state.ema.config.export == "average"):
+        exported = result.export(
+            state.config, state.model, state.folder, state.step, len(state.data.dataset.samples)
+        )
     summary = {
         "name": state.config.name,
         "overrides": list(overrides),
@@ -237,8 +257,9 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
     }
-    if "holdout_loss" in after:
-        summary["holdout_loss_after"] = after["holdout_loss"]
+    for key in ("holdout_loss", "ema_loss"):
+        if key in after:
+            summary[f"{key}_after"] = after[key]
     report.write_summary(state.folder, summary)
     writer.close(summary)
     places = {
@@ -255,14 +276,28 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
 
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
-    that of the pictures that are held out beside it, as eval/holdout_loss."""
+    that of the pictures that are held out beside it, as eval/holdout_loss; and those of averaged
+    weights, as eval/ema_loss and eval/ema_holdout_loss."""
+    found = _losses(state)
+    if state.ema:
+        with state.averaged():
+            averaged = _losses(state)
+        found |= {
+            f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
+        }
+    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
+    return found
+
+
+def _losses(state: State) -> dict[str, float]:
+    """The model's losses at the eval points, of the pictures that it trains on and of those that
+    are held out."""
     dataset, found = state.data.dataset, {}
     for prefix, rows in (("", dataset.own), ("holdout_", dataset.held_out)):
         if rows:
             points = eval_batches(state, rows)
             losses_of = losses.evaluate(state.model.unet, state.schedule, points)
             found |= {prefix + key: value for key, value in losses_of.items()}
-    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
     return found
 
 
@@ -288,7 +323,8 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     sampler = state.sampler
     if not sampler.count:
         return None
-    drawn = sampler.draw()
+    with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
+        drawn = sampler.draw()
     samples = state.folder / "samples"
     pictures.save(samples / f"step-{state.step:06d}", drawn)
     rows = {"original": sampler.originals()}
@@ -308,6 +344,7 @@ def save(state: State) -> None:
             step=state.step,
             weights=method.trained_tensors(state.model),
             optimizer=state.optimizer.state_dict(),
+            average=state.ema.state() if state.ema else {},
             config=asdict(state.config),
             data=state.fingerprint,
             counters=checkpoint.Counters(

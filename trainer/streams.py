@@ -18,3 +18,4 @@ class Stream(IntEnum):
     OFFSET = 30  # a channel's shift of its noise
     PYRAMID = 31  # coarser levels of noise
     PERTURBATION = 32  # what is added to the input alone
+    EMA = 40  # rounding of averaged weights

@@ -13,7 +13,14 @@ from PIL import ImageColor
 
 import optim
 from optim.options import unknown
-from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, DataConfig, MseConfig
+from trainer.config import (
+    ALTERNATIVES,
+    PICTURE_SUFFIXES,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MseConfig,
+)
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
 from trainer.errors import UserError
@@ -81,6 +88,7 @@ def check(config: Config) -> None:
     _check_clip(config)
     check_rules(config.method.rules)
     _check_accumulation(config)
+    _check_compute(config.model)
     _check_noise(config)
     _check_loss(config)
     _check_data(config.data)
@@ -197,6 +205,15 @@ def _check_accumulation(config: Config) -> None:
             "micro-batches, in their dtype, which runtime.fused_backward=true alone would not; the "
             "last backward pass frees them",
             config.runtime.accumulation,
+        )
+
+
+def _check_compute(model: ModelConfig) -> None:
+    if model.compute == model.dtype:
+        log.warning(
+            "model.compute=%s has no effect with model.dtype=%s, whose products are of that dtype",
+            model.compute,
+            model.dtype,
         )
 
 

@@ -5,7 +5,7 @@ from trainer.config.data import PICTURE_SUFFIXES, DataConfig, SourceConfig
 from trainer.config.files import ASSETS, choices_of, conf_dir, flatten, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
-from trainer.config.method import FullConfig, LoraConfig
+from trainer.config.method import EmaConfig, FullConfig, LoraConfig
 from trainer.config.model import DTYPES, ModelConfig
 from trainer.config.noise import NoiseConfig
 from trainer.config.optimizer import ExternalConfig, PeerConfig, optimizer_schema, peer_schema
@@ -30,6 +30,7 @@ __all__ = [
     "CosineConfig",
     "CosineRestartsConfig",
     "DataConfig",
+    "EmaConfig",
     "ExternalConfig",
     "FullConfig",
     "HuberConfig",

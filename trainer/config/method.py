@@ -12,6 +12,20 @@ CLIPS = ("global", "exact", "lagged", "rms", "none")
 
 
 @dataclass(kw_only=True)
+class EmaConfig:
+    """An average of the trained weights, in checkpoints beside them; eval/ema_loss is its loss."""
+
+    decay: float = within(0, 1)  # of the average, for every optimizer step
+    warmup: bool  # begin with an average of fewer steps: decay at most (1 + step) / (10 + step)
+    every: int = within(1)  # steps from one update to the next, which counts for all of them
+    dtype: str = one_of("bfloat16", "float32")  # bfloat16 is written with stochastic rounding
+    # same: as the weights; cpu: no memory of the GPU, and a transfer at every update.
+    device: str = one_of("same", "cpu")
+    sample: str = one_of("average", "last")  # whose pictures are drawn: the average's, or the last
+    export: str = one_of("average", "last")  # which weights are the run's result
+
+
+@dataclass(kw_only=True)
 class MethodConfig:
     """What all methods share."""
 
@@ -27,6 +41,7 @@ class MethodConfig:
     # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.
     # The first whose pattern (a regular expression) is found in a name decides: trainer/groups.py.
     rules: list[dict[str, Any]]
+    ema: EmaConfig | None  # chosen with ema=bf16 or ema=fp32
 
 
 @dataclass(kw_only=True)

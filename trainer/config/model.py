@@ -16,7 +16,9 @@ class ModelConfig:
 
     path: str  # a diffusers folder, a single .safetensors or .ckpt file, or a name on the hub
     variant: str | None  # of a diffusers folder's files, such as fp16
-    dtype: str = one_of("float32", "bfloat16")  # of the UNet's weights and arithmetic
+    dtype: str = one_of("float32", "bfloat16")  # of the UNet's weights
+    # Of its matrix products: as the weights, or bf16 with fp32 weights (autocast).
+    compute: str = one_of("same", "bfloat16")
     # Another VAE, exported with the result: its folder, or a model that has it.
     vae: str | None
     vae_dtype: str = one_of(*DTYPES)  # the original SDXL VAE overflows in float16

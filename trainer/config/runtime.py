@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.fields import within
+from trainer.config.fields import one_of, within
 
 
 @dataclass(kw_only=True)
@@ -22,6 +22,12 @@ class RuntimeConfig:
     # mean over them.  Schedules count optimizer steps.  Gradients are added up in the weights'
     # dtype; with the fused backward they are all kept until the last micro-batch.
     accumulation: int = within(1)
+    # Compute activations inside a block again in the backward pass instead of keeping them: the
+    # same bits, less memory, about a third more time.
+    gradient_checkpointing: bool
+    channels_last: bool  # activations pixel by pixel, which a GPU's convolutions like
+    # torch.compile of the repeated transformer blocks: a while for the first steps, then faster.
+    compile: str = one_of("none", "regional")
     # Steps in a row without a finite loss and gradient before the run stops.
     max_skipped_steps: int = within(0)
     # Let `resume` go on with a configuration that differs from the checkpoint's.

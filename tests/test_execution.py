@@ -1,0 +1,215 @@
+"""How the UNet is executed: each option has its effect, and no other result; and what is said where
+memory is not enough."""
+
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from helpers import QUICK, assert_same_weights
+from torch import nn
+
+from trainer import execution, gradients, losses, memory, method, noise, optimizers
+from trainer.batches import noised
+from trainer.config import ASSETS, DTYPES
+from trainer.errors import UserError
+from trainer.run import run
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import measure_sdxl
+
+TINY = ASSETS / "tiny_sdxl" / "unet" / "config.json"
+COMMON = ("method.clip=none", "method.max_grad_norm=null", "optim=adamw", "optim.lr=1e-3")
+CPU = torch.device("cpu")
+
+
+def small(composed, *options, look=lambda unet: None):
+    """A small UNet, set up as configured, trained for two steps: its weights, and its losses."""
+    config = composed(*COMMON, *options)
+    unet = measure_sdxl.build_unet(TINY, DTYPES[config.model.dtype], CPU)
+    model = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
+    method.attach(config.method, model, config.seed)
+    optimizer = optimizers.build(config.optim, nn.ModuleDict(model.trained_parts), config.seed)
+    execution.prepare(config, model.trained_parts, CPU)
+    look(unet)
+    names = list(unet.state_dict())
+    taken = gradients.make(config, [p for p in unet.parameters() if p.requires_grad], optimizer)
+    inputs = measure_sdxl.random_inputs(unet, 2, (8, 8))
+    scheduler = measure_sdxl.json.loads(measure_sdxl.SCHEDULER.read_text())
+    schedule = noise.training_schedule(
+        noise.scheduler_config(config.noise, scheduler), config.noise
+    )
+    seen = []
+    for step in range(2):
+        batch = noised(inputs, schedule, config.noise, config.seed, step)
+        losses_of = partial(measure_sdxl.loss_of, config, unet, schedule, [batch])
+        seen.append(taken.backward(losses_of).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert list(unet.state_dict()) == names
+    return {name: p.detach() for name, p in unet.named_parameters()}, seen
+
+
+CHECKPOINTING = "runtime.gradient_checkpointing=true"
+OPTIONS = {  # and whether the bits are those of the run without it
+    CHECKPOINTING: True,
+    "runtime.channels_last=true": False,
+    "runtime.compile=regional": False,
+    "model.compute=bfloat16": False,
+    f"{CHECKPOINTING} model.dtype=bfloat16 runtime.channels_last=true": False,
+}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Everything of torch.compile but the C++ compiler, which takes a minute."""
+    monkeypatch.setattr(execution, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_fused_backward_has_the_same_bits_with_every_option(composed, compiler, options):
+    off, losses_off = small(composed, *options.split())
+    on, losses_on = small(composed, *options.split(), "runtime.fused_backward=true")
+    assert_same_weights(off, on)
+    assert losses_off == losses_on
+    plain, losses_plain = small(composed)
+    if OPTIONS[options]:
+        assert_same_weights(plain, on)
+    assert losses_on == pytest.approx(losses_plain, rel=3e-2 if "bfloat16" in options else 1e-4)
+
+
+def saved_bytes(composed, *options):
+    """Bytes of activations that a forward pass keeps."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def look(unet):
+        inputs = measure_sdxl.random_inputs(unet, 2, (8, 8))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            _predict(unet, inputs)
+
+    small(composed, *options, look=look)
+    return sum(kept.values())
+
+
+def _predict(unet, inputs):
+    conditions = {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
+    return unet(
+        inputs.latents,
+        torch.tensor([10, 500]),
+        encoder_hidden_states=inputs.prompt,
+        added_cond_kwargs=conditions,
+    ).sample
+
+
+def test_gradient_checkpointing_keeps_fewer_activations(composed):
+    assert saved_bytes(composed, CHECKPOINTING) < 0.7 * saved_bytes(composed)
+
+
+def test_channels_last_is_the_layout_of_convolutions_outputs_and_of_no_weight(composed):
+    seen = {}
+
+    def look(unet):
+        after_attention = unet.mid_block.resnets[1].conv1
+        after_attention.register_forward_hook(lambda *call: seen.update(out=call[2]))
+        for p in unet.parameters():
+            assert p.is_contiguous()
+
+    small(composed, "runtime.channels_last=true", look=look)
+    assert seen["out"].is_contiguous(memory_format=torch.channels_last)
+    assert not seen["out"].is_contiguous()
+
+
+def test_autocast_multiplies_in_bf16_and_gives_fp32_back(composed):
+    seen = {}
+
+    def look(unet):
+        unet.mid_block.attentions[0].proj_in.register_forward_hook(
+            lambda *call: seen.update(inner=call[2].dtype)
+        )
+        with torch.no_grad():
+            seen["outer"] = _predict(unet, measure_sdxl.random_inputs(unet, 2, (8, 8))).dtype
+        assert unet.dtype == torch.float32
+
+    small(composed, "model.compute=bfloat16", look=look)
+    assert seen == {"inner": torch.bfloat16, "outer": torch.float32}
+
+
+def test_regional_compilation_compiles_the_transformer_blocks_and_nothing_else(composed):
+    unet = measure_sdxl.build_unet(TINY, torch.float32, CPU)
+    execution.prepare(composed("runtime.compile=regional"), {"unet": unet}, CPU)
+    compiled = {type(m).__name__ for m in unet.modules() if m._compiled_call_impl is not None}
+    assert compiled == {"BasicTransformerBlock"}
+
+
+def test_products_in_the_weights_own_dtype_are_no_choice(composed, caplog):
+    composed("model.dtype=bfloat16", "model.compute=bfloat16")
+    assert "model.compute=bfloat16 has no effect" in caplog.text
+
+
+ERRORS = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    "cpu": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    ),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
+    config = composed("optim=adamw", "ema=fp32")
+    with pytest.raises(UserError) as raised, memory.explained(config, "in step 3"):
+        raise ERRORS[kind]
+    text = str(raised.value)
+    assert text.startswith("out of memory in step 3; the last checkpoint is from before. Try ")
+    for remedy in (
+        *("runtime.fused_backward=true", "model.dtype=bfloat16", "gradient_checkpointing=true"),
+        *(
+            "data.batch_size=1 runtime.accumulation=16",
+            "method.ema.device=cpu",
+            "optim=adafactor8bit",
+        ),
+        "method=lora",
+    ):
+        assert remedy in text
+    assert "\n" not in text
+
+
+def test_what_is_switched_on_is_not_advised(composed):
+    config = composed(
+        *("optim=lomo", "model.dtype=bfloat16", "method=lora", "method.max_grad_norm=null"),
+        *(CHECKPOINTING, "data.batch_size=1"),
+    )
+    assert memory.advice(config) == ["a smaller data.resolution"]
+
+
+def test_other_errors_pass(composed):
+    with pytest.raises(RuntimeError, match="shapes differ"), memory.explained(composed(), "now"):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_step_without_memory_ends_the_run_and_saves_nothing_half_done(
+    composed, tmp_path, monkeypatch
+):
+    calls, original = [], losses.loss
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(losses, "loss", full)
+    options = ["runtime.save_every=1", "runtime.keep_checkpoints=9", "log.eval_points=2"]
+    with pytest.raises(UserError, match="out of memory in step 3"):
+        run(composed(*QUICK, *options), tmp_path / "run")
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == ["step-000001", "step-000002"]

@@ -1,0 +1,127 @@
+"""The exponential moving average of the trained weights (`method.ema`).
+
+    average <- decay * average + (1 - decay) * weights
+
+A bf16 average cannot follow slow weights when it is rounded to the nearest: its spacing is 1/256 of
+a value, and a decay of 0.9999 moves it by a ten-thousandth of the difference.  It is written with
+stochastic rounding, by the optimizers' own engine: the average is a parameter with the gradient
+average - weights, which SGD moves at the rate 1 - decay.  Its draws are functions of (seed, tensor,
+number of the update), so that a resumed average is the same bit for bit.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import optim
+from optim import rng
+from trainer.config import DTYPES, EmaConfig
+from trainer.streams import Stream
+
+log = logging.getLogger(__name__)
+
+_BUCKET_BYTES = 16 << 20  # of differences that exist at once
+
+
+def decay_at(config: EmaConfig, step: int) -> float:
+    """The decay of the update after step `step`, from 1, for the `every` steps that it stands for.
+
+    With `warmup` at most (1 + step) / (10 + step), as TensorFlow's moving average begins.
+    """
+    decay = min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay
+    return decay**config.every
+
+
+class Ema:
+    """The averages of some parameters, by name, in a dtype and on a device of their own."""
+
+    def __init__(
+        self,
+        config: EmaConfig,
+        parameters: Mapping[str, Parameter],
+        seed: int,
+        saved: Mapping[str, Tensor] | None = None,
+        step: int = 0,
+    ) -> None:
+        """Begin with the parameters as they are, or with the `saved` averages of a run that has
+        made `step` steps."""
+        self.config = config
+        self._weights = dict(parameters)
+        start = saved or {name: p.detach() for name, p in self._weights.items()}
+        self.averages = {
+            name: Parameter(start[name].to(self._device(p), DTYPES[config.dtype], copy=True))
+            for name, p in self._weights.items()
+        }
+        self._optimizer = optim.build(
+            "sgd",
+            list(self.averages.values()),
+            momentum=0.0,
+            weight_decay=0.0,
+            seed=rng.mix(seed, Stream.EMA) >> 1,
+        )
+        self._optimizer.init_state()
+        for state in self._optimizer.state.values():
+            state["step"].fill_(step // config.every)
+        count = sum(a.nbytes for a in self.averages.values())
+        log.info("  average of the weights: %.1f MB in %s", count / 1e6, config.dtype)
+
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step`, from 1, where an update is due."""
+        if step % self.config.every:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = 1 - decay_at(self.config, step)
+        bucket: list[Parameter] = []
+        for name, average in self.averages.items():
+            weights = self._weights[name].detach().to(average.device)
+            average.grad = (average.detach() - weights).to(average.dtype)
+            bucket.append(average)
+            if sum(a.nbytes for a in bucket) >= _BUCKET_BYTES:
+                self._take(bucket)
+        self._take(bucket)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages, to be saved."""
+        return {name: average.detach() for name, average in self.averages.items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, the model has the averages for weights.
+
+        Where they have its dtype and device they change places and nothing is copied; elsewhere the
+        weights are kept, on the averages' device, and put back.
+        """
+        aside = {name: self._put(name) for name in self.averages}
+        try:
+            yield
+        finally:
+            for name, parameter in self._weights.items():
+                if aside[name].device == parameter.device:
+                    parameter.data = aside[name]
+                else:
+                    parameter.data.copy_(aside[name])
+
+    def _put(self, name: str) -> Tensor:
+        """Give a parameter its average; returns its own weights."""
+        parameter, average = self._weights[name], self.averages[name].detach()
+        own = parameter.data
+        if average.device == own.device:
+            parameter.data = average.to(own.dtype)
+            return own
+        own = own.to(average.device, copy=True)
+        parameter.data.copy_(average)
+        return own
+
+    def _take(self, bucket: list[Parameter]) -> None:
+        if bucket:
+            self._optimizer.step_param(*bucket)
+        for average in bucket:
+            average.grad = None
+        bucket.clear()
+
+    def _device(self, parameter: Parameter) -> torch.device:
+        return torch.device("cpu") if self.config.device == "cpu" else parameter.device

@@ -1,0 +1,73 @@
+"""How the UNet is executed: what memory or time it saves without another result but for rounding.
+
+runtime.gradient_checkpointing  activations inside a block are computed again in the backward
+                                pass instead of kept: the same bits, a third more time
+runtime.channels_last           convolutions read pictures pixel by pixel.  Only activations: the
+                                weights stay as they are, because the optimizers' engine reads
+                                them row by row and would copy others at every step
+runtime.compile=regional        torch.compile of the transformer block, once for all of them
+model.compute=bfloat16          fp32 weights, bf16 matrix products (autocast)
+"""
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import Config
+
+log = logging.getLogger(__name__)
+
+COMPILER = "inductor"  # torch.compile's backend
+
+
+def prepare(config: Config, parts: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Set up the parts that are trained as configured."""
+    runtime, unet = config.runtime, parts["unet"]
+    if runtime.gradient_checkpointing:
+        for name, part in parts.items():
+            if not any(p.requires_grad for p in part.parameters()):
+                continue
+            if name == "unet":
+                part.enable_gradient_checkpointing()
+            else:
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+    if runtime.channels_last:
+        for module in unet.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(_to_channels_last)
+    if runtime.compile == "regional":
+        unet.compile_repeated_blocks(backend=COMPILER)
+    if config.model.compute == "bfloat16":
+        _autocast(unet, device.type)
+    kinds = {type(processor).__name__ for processor in unet.attn_processors.values()}
+    fused = kinds <= {"AttnProcessor2_0"}
+    log.info(
+        "  attention: %s",
+        "torch's scaled_dot_product_attention" if fused else ", ".join(sorted(kinds)),
+    )
+
+
+def _to_channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A convolution's input in the layout that its output then has too; attention loses it."""
+    return (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+
+
+def _autocast(unet: nn.Module, device_type: str) -> None:
+    """Have every forward pass of the UNet, in training and in sampling, compute in bf16; its result
+    is of the weights' dtype."""
+    forward, dtype = unet.forward, unet.dtype
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, dtype=torch.bfloat16):
+            output = forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            return tuple(x.to(dtype) for x in output)
+        output.sample = output.sample.to(dtype)
+        return output
+
+    unet.forward = call
