@@ -1,8 +1,10 @@
 """What several tests need: a small picture folder, composed configurations, the command line."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
-from trainer import cli, config, validate
+from trainer import cli, config, data, validate
 from trainer.run import run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +35,23 @@ def pictures(tmp_path):
         Image.new("RGB", (80 + 10 * index, 70), colour).save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"a {colour} card\n")
     return folder
+
+
+@cache
+def _folder_options():
+    return validate.to_dataclasses(compose_raw("data=folder", "data.path=/")).data
+
+
+@pytest.fixture
+def options(pictures):
+    """What `data=folder` has, for central squares of 64 pixels of the small picture folder."""
+    return dataclasses.replace(_folder_options(), path=str(pictures), resolution=64, buckets=False)
+
+
+@pytest.fixture
+def load(options):
+    """The data set of these options with some changed: load(batch_size=4)."""
+    return lambda **changes: data.load(dataclasses.replace(options, **changes))
 
 
 @pytest.fixture

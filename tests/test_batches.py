@@ -8,20 +8,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from trainer.batches import (
-    Inputs,
-    eval_batches,
-    gathered,
-    noised,
-    predict,
-    sample_noise,
-)
+from trainer.batches import Inputs, eval_batches, noised, predict, sample_noise
 from trainer.conditioning import Encoded
+from trainer.data import Dataset, Entries, Pick
 from trainer.text import Text
 
 
 @pytest.fixture
 def data():
+    """Five samples, whose captions are their numbers."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randn(6, 3, 8, generator=generator)
     prompt[-1] = 0
@@ -30,11 +25,27 @@ def data():
         rows = prompt[[-1 if caption is None else int(caption) for caption in captions]]
         return Text(prompt=rows, pooled=rows[:, 0])
 
+    latents = torch.randn(5, 4, 8, 8, generator=generator)
+    samples = [
+        SimpleNamespace(caption=str(i), captions=(str(i),), time_ids=(1,) * 6, loss_weight=1.0)
+        for i in range(5)
+    ]
     return Encoded(
-        latents=torch.randn(5, 4, 8, 8, generator=generator),
-        captions=["0", "1", "2", "3", "4"],
-        time_ids=torch.ones(5, 6),
+        dataset=Dataset(samples=samples, plan=None, config=SimpleNamespace(caption_dropout=0.0)),
+        latents=Entries(
+            keys={i: str(i) for i in range(5)},
+            memory={str(i): {"latent": latent} for i, latent in enumerate(latents)},
+        ),
         read=read,
+    )
+
+
+def gathered(data, rows, dropout, seed, number):
+    """The inputs of batch `number`, if these samples make it up."""
+    data.dataset.config.caption_dropout = dropout
+    captions = [data.dataset.caption(r, seed, number, place) for place, r in enumerate(rows)]
+    return data.gather(
+        [Pick(sample=r, caption=caption) for r, caption in zip(rows, captions, strict=True)]
     )
 
 
@@ -69,7 +80,7 @@ def test_default_batches_and_eval_points_are_those_of_the_first_release(
     batch = training_batch((3, 1, 4), dropout=0.5, seed=7, number=11)
     assert batch.timesteps.tolist() == [92, 638, 673]
     assert digest(batch.prompt) == "946930e401b17d36"
-    noise = sample_noise(data.latents[0], 2)
+    noise = sample_noise(data.latents[0]["latent"], 2)
     assert digest(noise) == "cb4d9c46196fbcb8"
     expected = torch.tensor([0.35303795, -0.77099437, -0.24690765])
     assert torch.allclose(batch.target.flatten()[:3], expected, atol=1e-6)
@@ -88,7 +99,8 @@ def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, v_schedule, trai
     a = v_schedule.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1)
     s = (1 - v_schedule.alphas_cumprod[batch.timesteps]).sqrt().view(-1, 1, 1, 1)
     restored = a * batch.noisy - s * batch.target
-    assert torch.allclose(restored, data.latents[:4], atol=1e-4)
+    latents = torch.stack([data.latents[i]["latent"] for i in range(4)])
+    assert torch.allclose(restored, latents, atol=1e-4)
 
 
 def test_a_samples_noise_does_not_depend_on_its_neighbours(data, v_schedule, noise_config):

@@ -1,147 +1,308 @@
-"""Pictures and captions: what is read, what is refused, and which samples make a batch."""
+"""Data sets: what is found, what is refused by name, and what of it a step is given."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 
-from trainer.data import batch_indices, fingerprint, load_folder, read_pixels
+from trainer.config import SourceConfig
+from trainer.data import captions
 from trainer.errors import UserError
 
 
-@pytest.fixture
-def options(composed, pictures):
-    return composed("data=folder", f"data.path={pictures}", "data.resolution=64").data
+def names(dataset):
+    return [sample.name.rpartition("/")[2] for sample in dataset.samples]
 
 
-def load(options, **changes):
-    return load_folder(dataclasses.replace(options, **changes))
-
-
-def test_pictures_come_in_the_order_of_their_names_with_captions(options):
-    samples = load(options)
+def test_pictures_come_in_the_order_of_their_names_with_captions(load):
+    samples = load().samples
     assert [s.caption for s in samples] == [
         "a blue card",
         "a green card",
         "a red card",
         "a yellow card",
     ]
-    red = read_pixels(samples[2])
+    red = samples[2].read_pixels()
     assert red.shape == (3, 64, 64)
     assert torch.equal(red[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
 
 
 @pytest.mark.parametrize(
     ("time_ids", "expected"),
-    [("original", (70, 100, 0, 13, 64, 64)), ("resized", (64, 91, 0, 13, 64, 64))],
+    [
+        ("original", (70, 100, 0, 13, 64, 64)),
+        ("resized", (64, 91, 0, 13, 64, 64)),
+        ("bucket", (64, 64, 0, 0, 64, 64)),
+    ],
 )
-def test_time_ids_are_height_width_crop_target(options, time_ids, expected):
-    blue = load(options, time_ids=time_ids)[0]  # 100 x 70
+def test_time_ids_are_height_width_crop_target(load, time_ids, expected):
+    blue = load(time_ids=time_ids).samples[0]  # 100 x 70
     assert blue.time_ids == expected
 
 
-def test_exif_rotation_and_transparency_are_applied(options, pictures):
-    turned = Image.new("RGB", (64, 64), "red")
-    turned.paste("blue", (0, 0, 64, 8))  # blue at the top of the file, which EXIF 6 turns right
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    turned.save(pictures / "a.png", exif=exif)
-    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(pictures / "b.png")
-    for name in "ab":
-        (pictures / f"{name}.txt").write_text(name)
-    first, second = load(options)[:2]
-    assert torch.equal(read_pixels(first)[:, 32, 63], torch.tensor([-1.0, -1.0, 1.0]))
-    assert (read_pixels(second) == 1).all()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "red.txt").write_text("another"),
+        lambda folder: Image.new("RGB", (80, 70), "pink").save(folder / "red.png"),
+        lambda folder: (folder / "red.png").rename(folder / "z.png"),
+        lambda folder: (folder / "metadata.jsonl").write_text('{"file_name":"red.png","weight":2}'),
+    ],
+    ids=["caption", "pixels", "order", "weight"],
+)
+def test_the_fingerprint_knows_pictures_captions_order_and_weights(load, pictures, change):
+    before = load().fingerprint
+    assert load().fingerprint == before
+    assert load(resolution=56).fingerprint != before
+    change(pictures)
+    assert load().fingerprint != before
 
 
-def ramp(mode):
-    """A picture of this mode that goes from black at the left to white at the right."""
-    grey = Image.linear_gradient("L").rotate(90)  # 256 x 256
-    if mode == "I;16":
-        import numpy as np
-
-        return Image.fromarray(np.asarray(grey).astype("uint16") * 257)
-    return grey.convert("RGB").convert(mode)
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "I;16", "1"])
-def test_every_pixel_format_keeps_black_black_and_white_white(options, tmp_path, mode):
-    folder = tmp_path / "modes"
-    folder.mkdir()
-    ending = "tiff" if mode == "CMYK" else "png"
-    ramp(mode).save(folder / f"ramp.{ending}")
-    (sample,) = load(options, path=str(folder), resolution=256)
-    pixels = read_pixels(sample)
-    assert pixels[:, :, :4].mean() < -0.9
-    assert pixels[:, :, -4:].mean() > 0.9
-    assert pixels.mean().item() == pytest.approx(0, abs=0.05)
-
-
-def test_pixels_without_a_defined_range_are_refused_by_name(options, tmp_path):
-    folder = tmp_path / "floats"
-    folder.mkdir()
-    Image.new("F", (64, 64), 0.5).save(folder / "x.tiff")
-    with pytest.raises(UserError, match=r"x\.tiff.*no defined range"):
-        load(options, path=str(folder), max_unreadable=0)
-
-
-def test_the_fingerprint_knows_names_captions_and_sizes(options, pictures):
-    before = fingerprint(load(options))
-    assert fingerprint(load(options)) == before
-    (pictures / "red.txt").write_text("another")
-    assert fingerprint(load(options)) != before
-
-
-def test_an_unreadable_picture_is_named_counted_and_skipped_up_to_the_limit(
-    options, pictures, caplog
-):
+def test_an_unreadable_picture_is_named_counted_and_skipped_up_to_the_limit(load, pictures, caplog):
     (pictures / "broken.png").write_bytes(b"<html>not a picture</html>")
     (pictures / "short.png").write_bytes((pictures / "red.png").read_bytes()[:60])
+    (pictures / "gone.png").symlink_to(pictures / "nowhere.png")
     caplog.set_level("INFO")
-    assert len(load(options, max_unreadable=2)) == 4
-    assert "broken.png" in caplog.text
-    assert "short.png" in caplog.text
-    assert "2 unreadable" in caplog.text
+    assert len(load(max_unreadable=3).samples) == 4
+    for said in ("broken.png", "short.png", "gone.png", "3 unreadable"):
+        assert said in caplog.text
     with pytest.raises(UserError, match=r"data\.max_unreadable=2"):
-        load(options, max_unreadable=1)
+        load(max_unreadable=1)
 
 
-def test_a_missing_caption_is_named_and_handled_as_chosen(options, pictures, caplog):
+def test_a_missing_caption_is_named_and_handled_as_chosen(load, pictures, caplog):
     (pictures / "red.txt").unlink()
-    with pytest.raises(UserError, match=r"1 pictures have no \.txt.*red\.png"):
-        load(options, on_missing_caption="error")
-    assert [s.caption for s in load(options, on_missing_caption="empty")][2] == ""
+    with pytest.raises(UserError, match=r"1 pictures have no \.txt or \.caption.*red\.png"):
+        load(on_missing_caption="error")
+    assert [s.caption for s in load(on_missing_caption="empty").samples][2] == ""
     assert "red.png" in caplog.text
-    assert len(load(options, on_missing_caption="skip")) == 3
+    assert len(load(on_missing_caption="skip").samples) == 3
 
 
-def test_an_empty_folder_and_a_folder_of_nothing_usable_are_refused(options, tmp_path):
+def test_an_empty_folder_and_a_folder_of_nothing_usable_are_refused(load, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="has no pictures"):
-        load(options, path=str(empty))
+        load(path=str(empty))
     (empty / "x.png").write_bytes(b"")
     with pytest.raises(UserError, match="none can be used"):
-        load(options, path=str(empty), on_missing_caption="empty")
+        load(path=str(empty))
 
 
-def test_a_caption_that_is_not_utf8_is_named(options, pictures):
-    (pictures / "red.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"red\.txt is not UTF-8"):
-        load(options)
+CAPTIONS = [
+    # bytes, what they say or a part of the complaint
+    ("ein rötes\nKarte 🟥".encode(), "ein rötes Karte 🟥"),
+    ("\ufeffein rötes\r\nКарточка 🟥".encode(), "ein rötes Карточка 🟥"),
+    ("\ufeffzwei\r\nZeilen 🟥".encode("utf-16-le"), "zwei Zeilen 🟥"),
+    ("\ufeffzwei\nZeilen".encode("utf-16-be"), "zwei Zeilen"),
+    (b"", ""),
+    (b" \r\n", ""),
+    (b"word " * 10_000, ("word " * 10_000).strip()),
+    (b"caf\xe9", r"red\.txt is not UTF-8.*at byte 3"),
+    (b"a\x92b", r"red\.txt is not UTF-8.*at byte 1"),
+    ("é\0b".encode(), r"red\.txt has a NUL character at byte 2"),
+    ("no mark".encode("utf-16-le"), r"red\.txt has a NUL character at byte 1"),
+    (b"\xff\xfea", r"red\.txt is not UTF-16.*at byte 2"),
+]
 
 
-def test_captions_survive_byte_order_marks_line_breaks_and_other_alphabets(options, pictures):
-    (pictures / "red.txt").write_bytes("\ufeffein rötes\r\nКарточка 🟥".encode())
-    assert load(options)[2].caption == "ein rötes Карточка 🟥"
+@pytest.mark.parametrize(("content", "says"), CAPTIONS, ids=lambda x: repr(x)[:24])
+def test_captions_are_read_as_what_they_are_or_refused_by_name(load, pictures, content, says):
+    (pictures / "red.txt").write_bytes(content)
+    if says.startswith("red"):
+        with pytest.raises(UserError, match=says):
+            load()
+    else:
+        assert load().samples[2].caption == says
 
 
-def test_every_sample_is_seen_once_an_epoch_and_batches_depend_on_the_step_alone():
-    seen = [i for step in range(7) for i in batch_indices(3, step, 5, 7)]  # 5 epochs of 7
-    for epoch in range(5):
-        assert Counter(seen[epoch * 7 : epoch * 7 + 7]) == Counter(range(7))
-    assert seen[:7] != seen[7:14]
-    assert batch_indices(3, 4, 5, 7) == seen[20:25]
-    assert batch_indices(4, 4, 5, 7) != seen[20:25]
+def test_captions_and_names_do_not_depend_on_the_locale(tmp_path):
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "höhe 名.png")
+    (tmp_path / "höhe 名.txt").write_bytes("ein Bär 🐻".encode())
+    program = (
+        "import sys; from trainer.data import sources; from pathlib import Path; "
+        "(item,) = sources.items(Path(sys.argv[1]), ['.txt']); "
+        "print(item.captions()[0].encode(), len(item.read()), item.name.encode())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    size = (tmp_path / "höhe 名.png").stat().st_size
+    name = str(tmp_path / "höhe 名.png").encode()
+    assert done.stdout.strip() == f"{'ein Bär 🐻'.encode()} {size} {name}"
+
+
+def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
+    folder = tmp_path / "straße \n x"
+    (folder / ("d" * 200)).mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    picture = Image.new("RGB", (64, 64), "red")
+    for place in ("ä\n1.png", f"{'d' * 200}/{'p' * 200}.png", "A.PNG", "a.png"):
+        picture.save(folder / place, format="png")
+    for hidden in ("._a.png", ".hidden/x.png"):
+        (folder / hidden).write_bytes(b"no picture")
+    (folder / "loop").symlink_to(folder)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    picture.save(outside / "o.png")
+    (folder / "link").symlink_to(outside)
+    caplog.set_level("INFO")
+    dataset = load(path=str(folder), max_unreadable=0)
+    assert len(dataset.samples) == 5
+    assert names(dataset) == ["A.PNG", "a.png", f"{'p' * 200}.png", "o.png", "ä\\n1.png"]
+    assert "passed over" in caplog.text
+    assert "link to a folder above" in caplog.text
+
+
+def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictures, caplog):
+    (pictures / "red.txt").rename(pictures / "red.caption")
+    (pictures / "blue.caption").write_text("unread")
+    assert [s.caption for s in load().samples] == [
+        "a blue card",
+        "a green card",
+        "a red card",
+        "a yellow card",
+    ]
+    assert "blue.txt has .caption too" in caplog.text
+    chosen = load(caption_extension=".caption", on_missing_caption="skip")
+    assert [s.caption for s in chosen.samples] == ["unread", "a red card"]
+
+
+def test_metadata_gives_captions_weights_and_masks(load, pictures):
+    Image.new("L", (80, 70), 0).save(pictures / "m.mask.png")
+    lines = [
+        {"file_name": "red.png", "text": "one\nline", "weight": 0.5, "mask": "m.mask.png"},
+        {"file_name": "blue.png", "captions": ["first", "second"]},
+        {"file_name": "green.png", "caption": ""},
+    ]
+    text = "\n\n".join(json.dumps(line) for line in lines)
+    (pictures / "metadata.jsonl").write_text(text)
+    blue, green, red, yellow = load(mask="file").samples
+    assert blue.captions == ("first", "second")
+    assert (green.caption, red.caption, yellow.caption) == ("", "one line", "a yellow card")
+    assert (red.loss_weight, blue.loss_weight) == (0.5, 1.0)
+    assert (red.read()[1] == 0).all()
+    assert (blue.read()[1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", r"metadata\.jsonl, line 2: it is not JSON"),
+        ("[]", r"line 2: it has no \"file_name\""),
+        ('{"file_name": "red.png", "text": 3}', r"red\.png: its caption is 3"),
+        ('{"file_name": "red.png", "weight": -1}', r"red\.png: its weight is -1"),
+        ('{"file_name": "red.png", "mask": 1}', r"line 2: \"mask\" is not the name"),
+    ],
+)
+def test_bad_metadata_is_refused_by_its_line(load, pictures, line, says):
+    (pictures / "metadata.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=says):
+        load()
+
+
+def test_a_picture_that_only_metadata_knows_is_unreadable(load, pictures, caplog):
+    (pictures / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
+    assert len(load().samples) == 4
+    assert "gone.png" in caplog.text
+
+
+def test_several_sources_have_repeats_weights_and_captions_of_their_own(load, pictures, tmp_path):
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    for name in "ab":
+        Image.new("RGB", (64, 64), "gray").save(prior / f"{name}.png")
+    (prior / "a.txt").write_text("a dog")
+    dataset = load(
+        path=None,
+        sources=[
+            SourceConfig(path=str(prior), weight=0.5, prior=True, caption="any"),
+            SourceConfig(path=str(pictures), repeats=3),
+        ],
+        caption_prefix="sks,",
+        caption_suffix="!",
+    )
+    assert [s.caption for s in dataset.samples] == [
+        *(f"sks, a {colour} card !" for colour in ("blue", "green", "red", "yellow")),
+        "a dog",
+        "any",
+    ]
+    assert [s.loss_weight for s in dataset.samples] == [1, 1, 1, 1, 0.5, 0.5]
+    assert dataset.own == [0, 1, 2, 3]
+    epoch = Counter(p.sample for n in range(14) for p in dataset.batch(0, n))
+    assert epoch == {0: 3, 1: 3, 2: 3, 3: 3, 4: 1, 5: 1}
+
+
+def test_shuffled_and_thinned_captions_keep_their_first_tags_and_need_no_seed(options):
+    config = dataclasses.replace(
+        options, shuffle_tags=True, tag_dropout=0.3, keep_tokens=2, caption_variants=1000
+    )
+    tags = ["1girl", "solo", "hat", "dress", "sky", "sea"]
+    drawn = captions.variants(", ".join(tags), config, frame=True)
+    assert drawn == captions.variants(", ".join(tags), config, frame=False)
+    assert len(drawn) == 1000
+    lists = [text.split(", ") for text in drawn]
+    assert all(found[:2] == tags[:2] and len({*found}) == len(found) for found in lists)
+    kept = Counter(tag for found in lists for tag in found[2:])
+    for tag in tags[2:]:
+        assert kept[tag] / 1000 == pytest.approx(0.7, abs=0.05)
+    assert len({tuple(found) for found in lists if len(found) == 6}) == 24  # all orders
+    unchanged = dataclasses.replace(config, shuffle_tags=False, tag_dropout=0.0)
+    assert captions.variants("a,  b", unchanged, frame=False) == ["a,  b"]
+
+
+def test_a_step_draws_captions_of_which_all_were_announced(load, pictures):
+    (pictures / "red.txt").write_text("a, b, c, d, e")
+    line = {"file_name": "blue.png", "captions": ["first", "second"]}
+    (pictures / "metadata.jsonl").write_text(json.dumps(line))
+    dataset = load(shuffle_tags=True, caption_variants=5, caption_dropout=0.25, batch_size=4)
+    announced = dataset.all_captions()
+    assert len(announced) == len({*announced})
+    picks = [pick for number in range(300) for pick in dataset.batch(7, number)]
+    drawn = Counter(pick.caption for pick in picks)
+    assert drawn[None] / len(picks) == pytest.approx(0.25, abs=0.04)
+    assert {*drawn} - {None} <= {*announced}
+    assert drawn["first"] == pytest.approx(drawn["second"], abs=40)
+    reds = {pick.caption for pick in picks if pick.sample == 2 and pick.caption}
+    assert reds == {*dataset.samples[2].captions}
+    assert len(reds) > 3
+    assert dataset.batch(7, 5) == dataset.batch(7, 5) == picks[20:24]
+    assert dataset.batch(8, 5) != picks[20:24]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropout_of_none_and_of_all_captions(load, dropout):
+    dataset = load(caption_dropout=dropout, batch_size=4)
+    dropped = {p.caption is None for n in range(50) for p in dataset.batch(0, n)}
+    assert dropped == {dropout == 1.0}
+
+
+def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures, tmp_path):
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    Image.new("RGB", (64, 64), "gray").save(prior / "a.png")
+    sources = [
+        SourceConfig(path=f"{pictures}/", repeats=2),
+        SourceConfig(path=str(prior), prior=True),
+    ]
+    dataset = load(path=None, sources=sources, holdout=3, resolutions=[64, 56])
+    assert len(dataset.held_out) == 6  # three pictures, twice
+    assert len(dataset.own) == 2  # the fourth, twice
+    seen = {pick.sample for number in range(60) for pick in dataset.batch(0, number)}
+    assert seen == {*dataset.own, 4, 9}
+    alone = load(holdout=3)
+    held_out = [alone.samples[i].name for i in alone.held_out]
+    assert held_out == [dataset.samples[i].name for i in dataset.held_out[:3]]
+    with pytest.raises(UserError, match=r"data\.holdout=4: there are 4 different pictures"):
+        load(holdout=4)

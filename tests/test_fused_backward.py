@@ -99,10 +99,10 @@ def test_a_gradient_that_is_not_finite_leaves_its_elements_alone_and_is_counted(
     config = composed(*QUICK, "optim=lomo", "schedule.steps=1")
     build, models = optimizers.build, []
 
-    def remember(chosen, model, seed):
+    def remember(chosen, model, *more):
         weight = model["unet"].conv_in.weight
         models.append((weight, weight.detach().clone()))
-        return build(chosen, model, seed)
+        return build(chosen, model, *more)
 
     def spoiled(*arguments):
         """One element's part of the loss is 0, and its derivative infinite."""

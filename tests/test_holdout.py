@@ -6,39 +6,31 @@ import pytest
 from helpers import rows
 
 from trainer import batches
+from trainer.data.holdout import holdout
 from trainer.errors import UserError
-from trainer.holdout import split
 
-NAMES = [f"{number:02d}.png" for number in range(30)]
+DIGESTS = [f"{number:064x}" for number in range(30)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 29])
-def test_a_split_is_of_all_rows_in_their_order(count):
-    made = split(NAMES, count)
-    assert len(made.held_out) == count
-    assert sorted(made.training + made.held_out) == list(range(30))
-    assert made.training == sorted(made.training)
-    assert made.held_out == sorted(made.held_out)
+def test_as_many_as_are_wanted_are_held_out(count):
+    assert len(holdout(DIGESTS, count)) == count
 
 
 def test_what_is_held_out_does_not_depend_on_the_order_and_hardly_on_what_is_added():
-    def held_out(names, count=7):
-        return {names[row] for row in split(names, count).held_out}
-
-    assert held_out(NAMES[::-1]) == held_out(NAMES)
+    assert holdout(DIGESTS[::-1], 7) == holdout(DIGESTS, 7)
     for number in range(50):
-        more = held_out([*NAMES, f"new-{number}.png"])
-        assert len(more - held_out(NAMES)) <= 1
-    assert held_out(NAMES, 6) < held_out(NAMES, 7)
+        assert len(holdout([*DIGESTS, f"new-{number}"], 7) - holdout(DIGESTS, 7)) <= 1
+    assert holdout(DIGESTS, 6) < holdout(DIGESTS, 7)
 
 
-def test_names_that_are_equal_are_told_apart():
-    assert len(split(["a.png"] * 5, 2).held_out) == 2
+def test_equal_pictures_are_held_out_together():
+    assert len(holdout([*DIGESTS, *DIGESTS], 7)) == 7
 
 
 def test_nothing_to_train_on_is_refused():
-    with pytest.raises(UserError, match=r"data\.holdout=30: there are 30 pictures.*at most 29"):
-        split(NAMES, 30)
+    with pytest.raises(UserError, match=r"data\.holdout=30: there are 30 diff.*at most 29"):
+        holdout(DIGESTS * 2, 30)
 
 
 def test_held_out_pictures_are_evaluated_and_never_trained_on(quick, monkeypatch):

@@ -79,7 +79,7 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     finish(state, writer)
 
     reader = StableDiffusionXLPipeline.from_pretrained(config.model.path).to(torch.float32)
-    batch = next(eval_batches(state, state.split.training))
+    batch = next(eval_batches(state, state.data.dataset.own))
     without = batches.predict(reader.unet, batch)
     reader.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     state.model.unet.eval()

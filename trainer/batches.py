@@ -12,9 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from optim import rng
 from trainer import noise
-from trainer.conditioning import Encoded
 from trainer.config import NoiseConfig
 from trainer.streams import Stream
 
@@ -46,23 +44,6 @@ class Batch:
     time_ids: Tensor | None  # (B, 6)
     loss_weights: Tensor | None = None  # (B,)
     mask: Tensor | None = None  # (B, 1, h, w)
-
-
-def gathered(data: Encoded, indices: list[int], dropout: float, seed: int, number: int) -> Inputs:
-    """These samples, a share `dropout` of them with the empty prompt, drawn for batch `number`."""
-    dropped = [
-        rng.uniform(seed, Stream.DROPOUT, number, place) < dropout for place in range(len(indices))
-    ]
-    captions = [
-        None if drop else data.captions[row] for drop, row in zip(dropped, indices, strict=True)
-    ]
-    text = data.read(captions)
-    return Inputs(
-        latents=data.latents[indices],
-        prompt=text.prompt,
-        pooled=text.pooled,
-        time_ids=data.time_ids[indices],
-    )
 
 
 def noised(

@@ -27,6 +27,8 @@ from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Of a group that decides what is learned, what does not.
+_ANYWHERE = {"data.cache", "data.max_unreadable", "data.max_pixels"}
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
 _AVERAGE = "average.safetensors"
 
@@ -179,7 +181,8 @@ def to_resume(config: Config) -> Checkpoint | None:
         *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
         "runtime.accumulation",
     )
-    keys = [key for key in sorted(here.keys() | there.keys()) if key.startswith(learned)]
+    keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))
+    keys = [key for key in keys if key not in _ANYWHERE]
     changed = {
         k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)
     }

@@ -3,9 +3,12 @@
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 
 import optim
 from trainer.checkpoint import run_folder_of
@@ -15,10 +18,12 @@ from trainer.config import (
     Config,
     ExternalConfig,
     choices_of,
+    conf_dir,
     group_names,
     optimizer_schema,
     peer_schema,
 )
+from trainer.explain import explain
 
 _HELP = """\
 Fine-tune SDXL, full or LoRA, with low-memory optimizers.
@@ -64,6 +69,20 @@ def register() -> None:
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
 
 
+def composed(overrides: list[str]) -> DictConfig:
+    """The configuration that the command line would compose, for the commands beside the run.
+
+    A wrong override is one line and status 2.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("config", overrides=overrides)
+    except Exception as error:  # Hydra and OmegaConf raise many kinds
+        fail(explain(error, overrides))
+
+
 def _run_dir(resume: str | None, name: str) -> str:
     """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
     if resume and (folder := run_folder_of(resume)):
@@ -82,7 +101,7 @@ def _groups() -> str:
     return "".join(f"  {group:<11}{', '.join(choices_of(group))}\n" for group in group_names())
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print an error for the user and leave with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

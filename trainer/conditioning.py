@@ -1,27 +1,27 @@
 """What the UNet is told and what it must restore: captions and pictures through the encoders.
 
 Frozen encoders give the same for the same input, so every caption and picture is encoded before the
-first step and kept on the CPU.  Text encoders that are trained read the captions of each batch
-anew.
+first step and kept on the CPU or on the disk (`trainer.data.store`).  Text encoders that are
+trained read the captions of each batch anew.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from trainer import text
-from trainer.data import Sample, read_pixels
-from trainer.errors import UserError
+from trainer.batches import Inputs
+from trainer.data import Dataset, Entries, Entry, Pick, Store
+from trainer.data.dataset import some
 from trainer.model import Model
 from trainer.text import Text
 
 log = logging.getLogger(__name__)
-
-_CHUNK = 16  # captions encoded at a time
 
 Read = Callable[
     [Sequence[str | None]], Text
@@ -30,57 +30,88 @@ Read = Callable[
 
 @dataclass(kw_only=True)
 class Encoded:
-    """A data set as the UNet sees it.  Row i belongs to sample i."""
+    """A data set as the UNet sees it."""
 
-    latents: Tensor  # (N, 4, h, w), scaled by the VAE's scaling factor
-    captions: list[str]
-    time_ids: Tensor  # (N, 6)
+    dataset: Dataset
+    latents: Entries  # by a sample's number: latent (4, h, w), scaled; mask (1, h, w) where wanted
     read: Read
+
+    def gather(self, picks: Sequence[Pick]) -> Inputs:
+        """The inputs of a batch, in fp32.  All picks have one bucket."""
+        samples = [self.dataset.samples[pick.sample] for pick in picks]
+        latents = [self.latents[pick.sample] for pick in picks]
+        told = self.read([pick.caption for pick in picks])
+        weights = [sample.loss_weight for sample in samples]
+        return Inputs(
+            latents=_stacked(latents, "latent"),
+            prompt=told.prompt,
+            pooled=told.pooled,
+            time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
+            loss_weights=None if set(weights) == {1.0} else torch.tensor(weights),
+            mask=_stacked(latents, "mask") if "mask" in latents[0] else None,
+        )
+
+    def plain(self, rows: Sequence[int]) -> Inputs:
+        """The inputs of these samples with their captions as they are written: none is dropped."""
+        captions = zip(rows, self.captions(rows), strict=True)
+        return self.gather([Pick(sample=row, caption=caption) for row, caption in captions])
+
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        return [self.dataset.samples[row].caption for row in rows]
 
 
 class Kept:
-    """Captions that were encoded once: looked up on the CPU."""
+    """Captions that were encoded once: looked up on the CPU or on the disk."""
 
-    def __init__(self, encoder: text.Encoder, captions: Sequence[str]) -> None:
-        every = [None, *dict.fromkeys(captions)]
-        self._row = {caption: row for row, caption in enumerate(every)}
-        chunks = [every[i : i + _CHUNK] for i in range(0, len(every), _CHUNK)]
-        with torch.no_grad():
-            encoded = [encoder(chunk) for chunk in chunks]
-        prompt = torch.cat([x.prompt.cpu() for x in encoded])
-        pooled = [x.pooled.cpu() for x in encoded if x.pooled is not None]
-        self._text = Text(prompt=prompt, pooled=torch.cat(pooled) if pooled else None)
+    def __init__(self, texts: Entries) -> None:
+        self._texts = texts
 
     def __call__(self, captions: Sequence[str | None]) -> Text:
-        return self._text[[self._row[caption] for caption in captions]]
+        found = [self._texts[caption] for caption in captions]
+        pooled = _stacked(found, "pooled") if "pooled" in found[0] else None
+        return Text(prompt=_stacked(found, "prompt"), pooled=pooled)
 
 
-def encode(model: Model, samples: list[Sample]) -> Encoded:
-    """Encode every sample.  Raises UserError that names the picture when the VAE gives a latent
-    that is not finite."""
-    _report_cut_captions(model, samples)
-    captions = [sample.caption for sample in samples]
-    read = model.text_encoder or Kept(model.load_text_encoders(), captions)
-    with model.vae() as vae:
-        latents = _encode_pictures(vae, samples)
-    time_ids = torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32)
-    return Encoded(latents=latents, captions=captions, time_ids=time_ids, read=read)
+def encode(model: Model, dataset: Dataset, stop: Sequence[int] = ()) -> Encoded:
+    """Encode what the store does not have of the captions and pictures; an encoder is loaded only
+    for that.
+
+    Raises UserError that names the picture when the VAE gives a latent that is not finite, and
+    SystemExit once `stop` holds a signal.
+    """
+    captions, config = dataset.all_captions(), dataset.config
+    _report_cut_captions(model, captions)
+    store = Store(config.cache, config.cache_dtype)
+    read: Read | None = model.text_encoder
+    if read is None:
+        of_text = text_fingerprint(model, config.cache) if config.cache else ""
+        every: list[str | None] = [None, *captions]
+        read = Kept(store.texts(every, of_text, lambda: _text_encoder(model), stop))
+    of_pictures = picture_fingerprint(model, config.cache) if config.cache else ""
+    with ExitStack() as loaded:
+        latents = store.latents(
+            dataset.samples,
+            of_pictures,
+            lambda: loaded.enter_context(_picture_encoder(model)),
+            stop,
+        )
+    return Encoded(dataset=dataset, latents=latents, read=read)
 
 
-@torch.no_grad()
-def _encode_pictures(vae: nn.Module, samples: list[Sample]) -> Tensor:
-    """The mode of the VAE's posterior, scaled: -> (N, 4, h, w).  One picture at a time."""
-    latents = []
-    for sample in tqdm(samples, desc="encoding pictures", disable=None, leave=False):
-        pixels = read_pixels(sample)[None].to(vae.device, vae.dtype)
-        latent = scaled(vae, vae.encode(pixels).latent_dist.mode())
-        if not latent.isfinite().all():
-            raise UserError(
-                f"the VAE's latent of {sample.path} is not finite; check the picture, or set "
-                "model.vae_dtype=float32 or model.vae to another VAE"
-            )
-        latents.append(latent.float().cpu())
-    return torch.cat(latents)
+def text_fingerprint(model: Model, cache: str) -> str:
+    """Of all that decides how captions are encoded; `cache` remembers what takes long."""
+    config, origin = model.config, model.origin
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in model.text_parts]
+    memo = Path(cache).expanduser()
+    parts = [origin.fingerprint(part, memo) for part in (*model.text_parts, *tokenizers)]
+    how = (config.text_dtype, config.prompt_chunks, config.clip_skip, origin.zeros_for_empty)
+    return repr((parts, how))
+
+
+def picture_fingerprint(model: Model, cache: str) -> str:
+    """Of all that decides how pictures are encoded."""
+    memo = Path(cache).expanduser()
+    return repr((model.vae_origin.fingerprint("vae", memo), model.config.vae_dtype))
 
 
 def scaled(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -93,16 +124,50 @@ def unscaled(vae: nn.Module, latents: Tensor) -> Tensor:
     return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
 
 
-def _report_cut_captions(model: Model, samples: list[Sample]) -> None:
+def _text_encoder(model: Model) -> Callable[[list[str | None]], list[Entry]]:
+    """Captions -> prompt (tokens, dim) and pooled (dim,) of each, on the CPU."""
+    encoder = model.load_text_encoders()
+
+    @torch.no_grad()
+    def encode(captions: list[str | None]) -> list[Entry]:
+        told = encoder(captions)
+        both = {"prompt": told.prompt.cpu()}
+        if told.pooled is not None:
+            both["pooled"] = told.pooled.cpu()
+        return [{name: x[row] for name, x in both.items()} for row in range(len(captions))]
+
+    return encode
+
+
+@contextmanager
+def _picture_encoder(model: Model) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Pixels (3, H, W) -> the mode of the VAE's posterior, scaled (4, h, w), on the CPU."""
+    with model.vae() as vae:
+
+        @torch.no_grad()
+        def encode(pixels: Tensor) -> Tensor:
+            posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+            return scaled(vae, posterior.mode())[0].float().cpu()
+
+        yield encode
+
+
+def _stacked(entries: Sequence[Entry], name: str) -> Tensor:
+    return torch.stack([entry[name] for entry in entries]).float()
+
+
+def _report_cut_captions(model: Model, captions: list[str]) -> None:
     """Name the captions that are longer than the text encoders read."""
+    cut, room = cut_captions(model, captions)
+    if cut:
+        form = "%d captions are cut at %d tokens (model.prompt_chunks reads more): %s"
+        log.warning(form, len(cut), room, some([f"{caption[:40]}..." for caption in cut]))
+
+
+def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int]:
+    """The captions that are longer than the text encoders read, with their tokens; and how many
+    they read."""
     tokenizer = text.tokenizer(model.origin, model.text_parts[0])
     room = text.room(model.config, tokenizer)
-    cut = [s for s in samples if text.count_tokens(tokenizer, s.caption) > room]
-    if cut:
-        names = ", ".join(s.path.name for s in cut[:5]) + (", ..." if len(cut) > 5 else "")
-        log.warning(
-            "%d captions are cut at %d tokens (model.prompt_chunks reads more): %s",
-            len(cut),
-            room,
-            names,
-        )
+    counts = {caption: text.count_tokens(tokenizer, caption) for caption in captions}
+    return {caption: count for caption, count in counts.items() if count > room}, room

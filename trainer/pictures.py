@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _TILE, _LABEL, _MARGIN, _COLUMNS = 96, 14, 64, 8  # pixels; pictures a band
 
@@ -33,7 +33,7 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
         pen.text((left + 2, top), _fit(pen, caption, font), fill="black", font=font)
         for row, pictures in enumerate(rows.values()):
             sheet.paste(
-                pictures[number].resize((_TILE, _TILE), Image.Resampling.BICUBIC),
+                ImageOps.pad(pictures[number], (_TILE, _TILE), Image.Resampling.BICUBIC, "white"),
                 (left, top + _LABEL + row * _TILE),
             )
     for band in range(bands):

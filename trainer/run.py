@@ -21,7 +21,6 @@ from trainer import (
     data,
     execution,
     gradients,
-    holdout,
     losses,
     memory,
     method,
@@ -56,7 +55,6 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
-    split: holdout.Split  # of the data's rows
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -84,29 +82,31 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         resumed = checkpoint.to_resume(config)
         record.write(folder, asdict(config), _device(config.runtime.device))
         with memory.explained(config, "before the first step"):
-            state = assemble(config, folder, resumed)
+            state = assemble(config, folder, resumed, stop)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
         return finish(state, writer, overrides)
 
 
-def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None) -> State:
+def assemble(
+    config: Config,
+    folder: Path,
+    resumed: checkpoint.Checkpoint | None,
+    stop: Sequence[int] = (),
+) -> State:
     """Load the model and the data, encode the data, build the optimizer; then put back what a
-    checkpoint holds, where one is given."""
+    checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = _device(config.runtime.device)
     memory.reset_peak(device)
-    samples = data.load_folder(config.data)
-    root = Path(config.data.path).expanduser()
-    names = [sample.path.relative_to(root).as_posix() for sample in samples]
-    split = holdout.split(names, config.data.holdout)
+    dataset = data.load(config.data, stop)
     model = Model(config.model, device)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
-    encoded = conditioning.encode(model, samples)
+    encoded = conditioning.encode(model, dataset, stop)
 
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
@@ -116,7 +116,7 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
     )
     execution.prepare(config, model.trained_parts, device)
-    fingerprint = data.fingerprint(samples)
+    fingerprint = dataset.fingerprint
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
         method.restore(model, resumed.weights)
@@ -135,11 +135,9 @@ def assemble(config: Config, folder: Path, resumed: checkpoint.Checkpoint | None
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
-        split=split,
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
-            samples=samples,
             config=config.log,
             batch_size=config.data.batch_size,
         ),
@@ -184,7 +182,8 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
                 curvature.estimate(
                     state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
                 )
-            outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
+            micro_losses = partial(loss_of, state, step * count)
+            outcome = taken.backward(micro_losses, shares(state, step * count))
             state.grad_norm = taken.clip.last_norm
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.
@@ -215,16 +214,17 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
 
 def draw(state: State, number: int) -> batches.Batch:
     """The micro-batch of this number, of those that the run trains on."""
-    config, rows = state.config, state.split.training
-    places = data.batch_indices(config.seed, number, config.data.batch_size, len(rows))
-    inputs = batches.gathered(
-        state.data,
-        [rows[place] for place in places],
-        config.data.caption_dropout,
-        config.seed,
-        number,
-    )
+    config = state.config
+    inputs = state.data.gather(state.data.dataset.batch(config.seed, number))
     return batches.noised(inputs, state.schedule, config.noise, config.seed, number)
+
+
+def shares(state: State, first: int) -> list[float]:
+    """How much of a step's samples each of its micro-batches is, from number `first` on: every
+    sample counts alike, those of a short batch too."""
+    numbers = range(first, first + state.config.runtime.accumulation)
+    sizes = [len(state.data.dataset.plan.batch(state.config.seed, number)) for number in numbers]
+    return [size / sum(sizes) for size in sizes]
 
 
 def loss_of(state: State, first: int, place: int) -> Tensor:
@@ -250,7 +250,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
     picture = sample(state, writer)
     with state.averaged(state.ema is not None and state.ema.config.export == "average"):
         exported = result.export(
-            state.config, state.model, state.folder, state.step, len(state.data.latents)
+            state.config, state.model, state.folder, state.step, len(state.data.dataset.samples)
         )
     summary = {
         "name": state.config.name,
@@ -261,7 +261,7 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "eval_loss_after": after["loss"],
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
-        "images_per_second": state.step * _samples_per_step(state) / state.seconds,
+        "images_per_second": _pictures_seen(state) / state.seconds,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": memory.peak_bytes(state.device),
         "skipped_steps": state.guard.skipped,
@@ -301,8 +301,8 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
 def _losses(state: State) -> dict[str, float]:
     """The model's losses at the eval points, of the pictures that it trains on and of those that
     are held out."""
-    found = {}
-    for prefix, rows in (("", state.split.training), ("holdout_", state.split.held_out)):
+    dataset, found = state.data.dataset, {}
+    for prefix, rows in (("", dataset.own), ("holdout_", dataset.held_out)):
         if rows:
             points = eval_batches(state, rows)
             losses_of = losses.evaluate(state.model.unet, state.schedule, points)
@@ -313,13 +313,14 @@ def _losses(state: State) -> dict[str, float]:
 def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
     """The fixed eval points, of these rows.  They are made anew each time: what is read of a
     caption changes where text encoders are trained."""
-    config = state.config
+    config, dataset = state.config, state.data.dataset
     return batches.eval_batches(
         rows,
-        lambda rows: batches.gathered(state.data, rows, 0.0, config.seed, 0),
+        state.data.plain,
         state.schedule,
         config.log.eval_points,
         config.data.batch_size,
+        size_of=lambda row: dataset.samples[row].bucket,
     )
 
 
@@ -370,8 +371,8 @@ def _report(
     state: State, writer: metrics.Metrics, progress: console.Progress, values: dict[str, float]
 ) -> None:
     seconds_per_step = state.seconds / state.step
-    images_per_second = _samples_per_step(state) / seconds_per_step
-    epochs = state.step * _samples_per_step(state) / len(state.split.training)
+    images_per_second = _pictures_seen(state) / state.seconds
+    epochs = _micro_batches(state) / state.data.dataset.plan.batches_per_epoch
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}
@@ -389,8 +390,13 @@ def _report(
     progress.show(state.step, values["loss"], images_per_second, seconds_left)
 
 
-def _samples_per_step(state: State) -> int:
-    return state.config.data.batch_size * state.config.runtime.accumulation
+def _pictures_seen(state: State) -> int:
+    return state.data.dataset.plan.pictures_in(state.config.seed, _micro_batches(state))
+
+
+def _micro_batches(state: State) -> int:
+    """How many have been trained on."""
+    return state.step * state.config.runtime.accumulation
 
 
 def _due(every: int, state: State) -> bool:

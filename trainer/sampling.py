@@ -13,44 +13,59 @@ from torch import Tensor
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
-from trainer.data import Sample, read_pixels
+from trainer.data import Sample
 from trainer.model import Model
 
 
 @dataclass(kw_only=True)
 class Sampler:
-    """Draws the first `log.sample_count` captions of the data set."""
+    """Draws the first `log.sample_count` captions of the data set, each at its picture's size."""
 
     model: Model
     data: Encoded
-    samples: list[Sample]
     config: LogConfig
     batch_size: int  # pictures drawn at a time
 
     @property
+    def rows(self) -> list[int]:
+        """The samples whose captions are drawn."""
+        return self.data.dataset.own[: self.config.sample_count]
+
+    @property
     def count(self) -> int:
-        return min(self.config.sample_count, len(self.samples))
+        return len(self.rows)
 
     @torch.no_grad()
     def draw(self) -> list[Image.Image]:
-        """One picture for each of the first `count` captions."""
+        """One picture for each of the `count` captions."""
         unet = self.model.unet
         was_training = unet.training
         unet.eval()
-        noise = sample_noise(self.data.latents[0], self.count)
-        size = self.batch_size
-        chunks = [range(i, min(i + size, self.count)) for i in range(0, self.count, size)]
-        latents = torch.cat([self._denoise(rows, noise[rows]) for rows in chunks])
+        latents: dict[int, Tensor] = {}  # by the caption's place
+        for places in self._chunks():
+            latents |= dict(zip(places, self._denoise(places), strict=True))
         unet.train(was_training)
         with self.model.vae() as vae:
-            scaled = unscaled(vae, latents.to(vae.dtype))
-            pixels = torch.cat([vae.decode(latent[None]).sample for latent in scaled])
-        return VaeImageProcessor().postprocess(pixels)
+            scaled = [unscaled(vae, latents[i].to(vae.dtype)) for i in range(self.count)]
+            pixels = [vae.decode(latent[None]).sample for latent in scaled]
+        return [VaeImageProcessor().postprocess(x)[0] for x in pixels]
 
-    def _denoise(self, rows: range, noise: Tensor) -> Tensor:
+    def _chunks(self) -> list[list[int]]:
+        """Places of `rows` that are drawn together: at most `batch_size`, all of one size."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for place, sample in enumerate(self._samples()):
+            by_size.setdefault(sample.bucket, []).append(place)
+        size = self.batch_size
+        return [
+            group[i : i + size] for group in by_size.values() for i in range(0, len(group), size)
+        ]
+
+    def _denoise(self, places: list[int]) -> Tensor:
         """-> latents (B, 4, h, w)."""
-        unet, side = self.model.unet, self.samples[0].side
-        prompt = self.data.read([self.data.captions[row] for row in rows])
+        unet, rows = self.model.unet, [self.rows[place] for place in places]
+        noise = sample_noise(self.data.latents[rows[0]]["latent"], self.count)[places]
+        height, width = self.data.dataset.samples[rows[0]].bucket
+        prompt = self.data.read(self.data.captions(rows))
         empty = self.data.read([None] * len(rows))
         inputs = {
             "prompt_embeds": prompt.prompt,
@@ -62,8 +77,8 @@ class Sampler:
         given = {k: x.to(unet.device, unet.dtype) for k, x in inputs.items() if x is not None}
         return self._denoiser(
             **given,
-            height=side,
-            width=side,
+            height=height,
+            width=width,
             num_inference_steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
             output_type="latent",
@@ -86,9 +101,12 @@ class Sampler:
 
     def originals(self) -> list[Image.Image]:
         """The pictures that those captions belong to, as the model sees them."""
-        pixels = (read_pixels(sample) for sample in self.samples[: self.count])
+        pixels = (sample.read_pixels() for sample in self._samples())
         arrays = (((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for x in pixels)
         return [Image.fromarray(array) for array in arrays]
 
     def captions(self) -> list[str]:
-        return [sample.caption for sample in self.samples[: self.count]]
+        return self.data.captions(self.rows)
+
+    def _samples(self) -> list[Sample]:
+        return [self.data.dataset.samples[row] for row in self.rows]

@@ -9,10 +9,18 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
+from PIL import ImageColor
 
 import optim
 from optim.options import unknown
-from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, ModelConfig, MseConfig
+from trainer.config import (
+    ALTERNATIVES,
+    PICTURE_SUFFIXES,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MseConfig,
+)
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
 from trainer.errors import UserError
@@ -83,6 +91,7 @@ def check(config: Config) -> None:
     _check_compute(config.model)
     _check_noise(config)
     _check_loss(config)
+    _check_data(config.data)
     _check_paths(config)
     _check_device(config.runtime.device)
     if config.runtime.fused_backward:
@@ -239,7 +248,10 @@ def _check_noise(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:
+    """Options of the loss that something else must ask for."""
+    if config.loss.unmasked_weight and config.data.mask == "none":
+        log.warning("loss.unmasked_weight has no effect here: data.mask=none")
+    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:  # its value in conf/loss
         log.warning(
             "loss.gamma has no effect here: it is of loss.weighting=min_snr, and loss.weighting="
             f"{config.loss.weighting}"
@@ -247,21 +259,9 @@ def _check_loss(config: Config) -> None:
 
 
 def _check_paths(config: Config) -> None:
-    for key, path in (("model.path", config.model.path), ("data.path", config.data.path)):
-        if not path.strip():
-            raise UserError(f"{key} is empty; name a folder")
+    if not config.model.path.strip():
+        raise UserError("model.path is empty; name a folder")
     _check_model(config.model.path)
-    if not Path(config.data.path).expanduser().is_dir():
-        raise UserError(
-            f"data.path={config.data.path} is not a folder; set data.path to a folder of pictures"
-        )
-    extension = config.data.caption_extension
-    if not extension.startswith(".") or len(extension) < 2 or extension in PICTURE_SUFFIXES:
-        raise UserError(
-            f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
-        )
-    if config.data.resolution % 8:
-        raise UserError(f"data.resolution={config.data.resolution} must be a multiple of 8")
 
 
 def _check_model(path: str) -> None:
@@ -277,6 +277,64 @@ def _check_model(path: str) -> None:
             f"model.path={path} does not exist; name a folder in diffusers layout, a .safetensors "
             "or .ckpt file, or a hub repository (owner/name)"
         )
+
+
+def _check_data(config: DataConfig) -> None:
+    """Sources that are there, and sizes that the VAE and the buckets allow."""
+    if config.path is None and not config.sources:
+        raise UserError(
+            "data.path has no value; set it on the command line: data.path=... "
+            "(or several: data.sources=[{path: ...}, {path: ...}])"
+        )
+    if config.path is not None and config.sources:
+        raise UserError(
+            "data.path and data.sources are both set; set data.path=null, or no sources"
+        )
+    named = [("data.path", config.path)] if config.path is not None else []
+    named += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    for key, path in named:
+        if not path.strip():
+            raise UserError(f"{key} is empty; name a folder")
+        if not Path(path).expanduser().exists():
+            raise UserError(
+                f"{key}={path} is not a folder (or .tar, .parquet or .arrow file); name one that "
+                "holds pictures"
+            )
+    given = config.caption_extension
+    for extension in [given] if isinstance(given, str) else given or [""]:
+        if (
+            not isinstance(extension, str)
+            or not re.fullmatch(r"\.[^./\\]+", extension)
+            or extension in PICTURE_SUFFIXES
+        ):
+            raise UserError(
+                f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
+            )
+    if config.bucket_step % 8:
+        raise UserError(f"data.bucket_step={config.bucket_step} must be a multiple of 8")
+    for side in (config.resolution, *config.resolutions):
+        if side % 8 or side < 8:
+            raise UserError(f"data.resolution={side} must be a multiple of 8")
+        if config.buckets and side < config.bucket_step:
+            raise UserError(
+                f"data.resolution={side} is less than data.bucket_step={config.bucket_step}; "
+                "choose a smaller step, or data.buckets=false"
+            )
+    if not config.tag_separator:
+        raise UserError("data.tag_separator is empty; it is what tags end with, such as ','")
+    if config.keep_tokens and not (config.shuffle_tags or config.tag_dropout):
+        log.warning(
+            "data.keep_tokens has no effect here: it is of data.shuffle_tags and data.tag_dropout"
+        )
+    if config.upscale and not config.buckets:
+        log.warning("data.upscale has no effect here: it is of data.buckets=true")
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError:
+        raise UserError(
+            f"data.background={config.background} is not a colour; use a name, such as white, or "
+            "#rrggbb"
+        ) from None
 
 
 def _check_device(device: str) -> None:

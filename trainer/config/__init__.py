@@ -1,7 +1,7 @@
 """The schema: one file for every configuration group, one dataclass for each of its choices.
 Types, bounds and meaning live here, values in `conf/`."""
 
-from trainer.config.data import PICTURE_SUFFIXES, DataConfig
+from trainer.config.data import PICTURE_SUFFIXES, DataConfig, SourceConfig
 from trainer.config.files import ASSETS, choices_of, conf_dir, flatten, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
@@ -44,6 +44,7 @@ __all__ = [
     "PeerConfig",
     "PolynomialConfig",
     "RuntimeConfig",
+    "SourceConfig",
     "WandbConfig",
     "WsdConfig",
     "choices_of",

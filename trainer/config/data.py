@@ -1,26 +1,84 @@
-"""`data=`: pictures and their captions."""
+"""`data=`: pictures, their captions, and how batches are made of them."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.config.fields import one_of, within
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# Some of which not every Pillow can read: such a picture is named, and not passed over in silence.
+PICTURE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jp2", ".jxl"),
+}
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One of several places that pictures come from: data.sources=[{path: /a, repeats: 2}, ...]."""
+
+    path: str  # as data.path
+    # How often an epoch shows each picture.
+    repeats: int = field(default=1, metadata={"range": (1, math.inf)})
+    # By which the loss of its pictures is multiplied.
+    weight: float = field(default=1.0, metadata={"range": (0, math.inf)})
+    # Regularisation pictures: no caption_prefix or _suffix, and never an eval point or a sample.
+    prior: bool = False
+    caption: str | None = None  # of its pictures that have none
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """A folder of pictures, each with a text file of the same name beside it."""
+    """Pictures and their captions: a folder (pictures with text files beside them or with a
+    metadata.jsonl; webdataset .tar files; the .parquet or .arrow files of a Hugging Face dataset),
+    or one such file."""
 
-    path: str
-    # Pixels; pictures are resized on the short side and centre-cropped to a square.
-    resolution: int = within(8, 16384)
-    batch_size: int = within(1)
-    caption_extension: str
+    path: str | None
+    sources: list[SourceConfig]  # several in place of `path`
+
+    # Captions.  Endings of the text files beside pictures, one or a list; the first found counts.
+    caption_extension: Any
+    on_missing_caption: str = one_of("error", "empty", "skip")  # skip: leave the picture out
+    caption_prefix: str  # before every caption, such as a trigger word; never shuffled
+    caption_suffix: str
     caption_dropout: float = within(0, 1)  # share of samples trained with the empty prompt
-    # SDXL size conditioning: the size of the file, or the size after resizing.
-    time_ids: str = one_of("original", "resized")
-    # empty: train with the empty caption; skip: leave the picture out.
-    on_missing_caption: str = one_of("error", "empty", "skip")
-    max_unreadable: int = within(0)  # pictures skipped as unreadable before the run stops
+    tag_separator: str  # what tags end with, for the next three
+    shuffle_tags: bool
+    tag_dropout: float = within(0, 1)  # share of tags left out
+    keep_tokens: int = within(0)  # tags at the beginning that are neither shuffled nor left out
+    # Shuffled captions are drawn in advance, so that all of them can be encoded before training:
+    # this many of each caption, where tags are shuffled or dropped.
+    caption_variants: int = within(1)
+
+    # Pixels.  An area of resolution^2, or of each of `resolutions` where any are given: every
+    # picture is then trained on at all of them.
+    resolution: int = within(8, 16384)
+    resolutions: list[int]
+    # Buckets of that area and many shapes; false: the central square.
+    buckets: bool
+    bucket_step: int = within(8)  # pixels; the sides of a bucket are multiples
+    max_aspect: float = within(1, 16)  # of a bucket; what is longer is cropped
+    # Without it a picture smaller than its bucket goes to one of its own size, down to the step.
+    upscale: bool
+    background: str  # behind transparent pixels: a colour's name, or #rrggbb
+    # Of the loss: alpha (the transparent does not count), file (NAME.mask.png beside a picture, or
+    # `mask` in metadata.jsonl: white counts, black does not).
+    mask: str = one_of("none", "alpha", "file")
+    # SDXL size conditioning: the size of the file, the size after resizing, or that of the bucket
+    # (with no crop).
+    time_ids: str = one_of("original", "resized", "bucket")
+
+    # Batches.  A bucket's last pictures of an epoch that do not fill a batch: train them as a
+    # smaller one, or repeat others of the bucket.  (A single bucket has none left over: a batch
+    # goes on into the next epoch.)
+    batch_size: int = within(1)
+    short_batches: str = one_of("train", "repeat")
     # Pictures that are never trained on; eval/holdout_loss is their loss.
     holdout: int = within(0)
+
+    # Reading.
+    max_unreadable: int = within(0)  # pictures skipped as unreadable before the run stops
+    max_pixels: int = within(1)  # of a file; one with more is not decoded (a decompression bomb)
+    # A folder for latents and text embeddings, which other runs find there; null: in memory.
+    cache: str | None
+    cache_dtype: str = one_of("float32", "bfloat16")  # of both, in memory and on the disk

@@ -1,0 +1,154 @@
+"""Files that hold many pictures: webdataset shards, and tables of Hugging Face datasets."""
+
+import builtins
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from trainer.errors import UserError
+
+
+def png(colour, kind="png"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+MEMBERS = {
+    "b/0002.jpg": png("red", "jpeg"),
+    "b/0002.json": json.dumps({"caption": "from json", "weight": 0.5}).encode(),
+    "a/0001.webp": png("blue", "webp"),
+    "a/0001.caption": "ein Bär".encode(),
+    "a/0001.txt": b"first\nchoice",
+    "ä.png": png("lime"),
+    "ä.txt": b"\xef\xbb\xbfmark",
+    "m.png": png("gray"),
+    "m.txt": b"masked",
+    "m.mask.png": png("black"),
+    "alone.txt": b"no picture",
+    "._m.png": b"of a Mac",
+}
+
+
+def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog):
+    tar(tmp_path / "shard-0.tar", MEMBERS)
+    dataset = load(path=str(tmp_path / "shard-0.tar"), mask="file", max_unreadable=0)
+    captions = ["from json", "first choice", "mark", "masked"]
+    assert [s.caption for s in dataset.samples] == captions
+    assert [s.loss_weight for s in dataset.samples] == [0.5, 1, 1, 1]
+    assert [s.name.rpartition("tar:")[2] for s in dataset.samples][2] == "ä.png"
+    assert (dataset.samples[3].read()[1] == 0).all()
+    assert (dataset.samples[2].read_pixels()[:, 0, 0].tolist()) == [-1, 1, -1]
+    assert "1 samples of" in caplog.text
+    assert load(path=str(tmp_path / "shard-0.tar")).fingerprint != dataset.fingerprint
+
+
+def test_a_folder_may_hold_shards_beside_pictures(load, pictures):
+    tar(pictures / "c.tar", {"x.png": png("white"), "x.txt": b"in a shard"})
+    assert [s.caption for s in load().samples][1:3] == ["in a shard", "a green card"]
+
+
+def gzipped(path):
+    members = {"x.png": png("red")}
+    tar(path, members, "w:gz")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (gzipped, "uncompressed tar"),
+        (lambda path: path.write_bytes(b"<html>" * 1000), "uncompressed tar"),
+        (lambda path: tar(path, {"x.png": png("red"), "x.json": b"{"}), r"x\.png: its \.json"),
+        (lambda path: tar(path, {"x.png": png("red"), "x.txt": b"\xe9"}), r"x\.png is not UTF-8"),
+        (lambda path: tar(path, {}), "has no pictures"),
+    ],
+    ids=["gzip", "html", "json", "caption", "empty"],
+)
+def test_a_bad_shard_is_refused_by_name(load, tmp_path, damage, says):
+    path = tmp_path / "shard.tar"
+    damage(path)
+    with pytest.raises(UserError, match=says):
+        load(path=str(path))
+
+
+def test_a_shard_that_was_cut_short_is_refused_by_name(load, tmp_path):
+    path = tmp_path / "shard.tar"
+    noise = io.BytesIO()
+    Image.effect_noise((200, 200), 80).save(noise, "png")
+    tar(path, {f"{i}.png": noise.getvalue() for i in range(5)})
+    path.write_bytes(path.read_bytes()[: len(noise.getvalue()) * 5 // 2])
+    with pytest.raises(
+        UserError, match=r"shard\.tar.*(cannot be read|unreadable)|unreadable.*shard"
+    ):
+        load(path=str(path), max_unreadable=0)
+
+
+def rows(count=5):
+    cells = [{"bytes": png((50 * i, 0, 0)), "path": f"{i}.png"} for i in range(count)]
+    texts = [f"row {i}" for i in range(count - 1)] + [None]
+    return {"image": cells, "text": texts, "weight": [1.0, 2.0, *[None] * (count - 2)]}
+
+
+def write_parquet(path, columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+
+
+def write_arrow(path, columns):
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table(columns)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+
+
+WRITERS = {"t.parquet": write_parquet, "t.arrow": write_arrow}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_hugging_face_table_is_read_row_by_row(load, tmp_path, name):
+    WRITERS[name](tmp_path / name, rows())
+    samples = load(path=str(tmp_path / name)).samples
+    assert [s.caption for s in samples] == ["row 0", "row 1", "row 2", "row 3", ""]
+    assert [s.loss_weight for s in samples] == [1, 2, 1, 1, 1]
+    reds = [round(s.read_pixels()[0, 0, 0].item() * 127.5 + 127.5) for s in samples]
+    assert reds == [0, 50, 100, 150, 200]
+
+
+def test_other_columns_of_pictures_and_captions_are_found_or_named(load, tmp_path):
+    path = tmp_path / "t.parquet"
+    write_parquet(path, {"jpg": [png("red")], "captions": [["one", "two"]]})
+    assert load(path=str(path)).samples[0].captions == ("one", "two")
+    for columns in ({"text": ["x"]}, {"image": [png("red")], "label": [1]}):
+        write_parquet(path, columns)
+        with pytest.raises(UserError, match=f"has the columns {', '.join(columns)};"):
+            load(path=str(path))
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
+        load(path=str(path))
+
+
+def test_a_table_without_pyarrow_says_what_to_install(load, tmp_path, monkeypatch):
+    (tmp_path / "t.parquet").write_bytes(b"")
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        load(path=str(tmp_path))

@@ -1,0 +1,352 @@
+"""The store: what is encoded once is never encoded again, and nothing stale or damaged is used."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from helpers import QUICK, deterministic
+from PIL import Image
+from safetensors.torch import load, save_file
+
+from trainer import conditioning, data
+from trainer.data import Store
+from trainer.errors import UserError
+from trainer.run import run
+
+
+class Vae:
+    """An encoder that counts: the means of 8 x 8 pixels, and of all, in four channels."""
+
+    def __init__(self):
+        self.made = self.encoded = 0
+        self.spoiled = None  # number of the picture whose latent is not finite
+
+    def make(self):
+        self.made += 1
+        return self
+
+    def __call__(self, pixels):
+        self.encoded += 1
+        means = torch.nn.functional.avg_pool2d(pixels, 8)
+        latent = torch.cat([means, means.mean(dim=0, keepdim=True)])
+        return latent * (float("nan") if self.encoded == self.spoiled else 1)
+
+
+class Clip:
+    def __init__(self):
+        self.captions = []
+        self.calls = 0
+
+    def make(self):
+        return self
+
+    def __call__(self, captions):
+        self.calls += 1
+        self.captions += captions
+        rows = [torch.full((3, 4), float(len(caption))) for caption in captions]
+        return [{"prompt": row, "pooled": row[0]} for row in rows]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def encode(load, cache):
+    """Encode the picture folder with these changes -> (latents, how many were encoded)."""
+
+    def run(fingerprint="vae", dtype="float32", folder=cache, **changes):
+        vae = Vae()
+        samples = load(**changes).samples
+        latents = Store(folder and str(folder), dtype).latents(samples, fingerprint, vae.make)
+        assert vae.made == (vae.encoded > 0), "an encoder without work"
+        return [latents[i] for i in range(len(samples))], vae.encoded
+
+    return run
+
+
+def entries(cache, kind="latents"):
+    return sorted((cache / kind).rglob("*.safetensors"))
+
+
+def test_what_has_not_changed_is_never_encoded_twice(encode, pictures, cache):
+    first, count = encode()
+    assert count == 4
+    again, count = encode()
+    assert count == 0
+    in_memory, count = encode(folder=None)
+    assert count == 4
+    for a, b, c in zip(first, again, in_memory, strict=True):
+        assert torch.equal(a["latent"], b["latent"])
+        assert torch.equal(a["latent"], c["latent"])
+        assert a["latent"].shape == (4, 8, 8)
+    (pictures / "red.png").rename(pictures / "elsewhere.png")
+    assert encode()[1] == 0
+
+
+CHANGES = {
+    # what changes -> how many of the four are encoded anew
+    "a picture's pixels": (lambda p: Image.new("RGB", (80, 70), "pink").save(p / "red.png"), {}, 1),
+    "resolution": (None, {"resolution": 56}, 4),
+    "crop": (None, {"buckets": True, "bucket_step": 8}, 4),
+    "vae": (None, {"fingerprint": "another"}, 4),
+    "dtype": (None, {"dtype": "bfloat16"}, 4),
+    "background": (None, {"background": "black"}, 4),
+    "mask": (None, {"mask": "alpha"}, 4),
+    "a new picture": (lambda p: Image.new("RGB", (64, 64)).save(p / "new.png"), {}, 1),
+    "captions": (lambda p: (p / "red.txt").write_text("other"), {"caption_prefix": "x"}, 0),
+    "batch size": (None, {"batch_size": 7}, 0),
+    "time_ids": (None, {"time_ids": "bucket"}, 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_a_miss_and_what_has_not_is_a_hit(encode, pictures, change):
+    encode()
+    edit, options, missing = CHANGES[change]
+    if edit:
+        edit(pictures)
+    assert encode(**options)[1] == missing
+    assert encode(**options)[1] == 0
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def replaced(change):
+    return lambda path: save_file(
+        {k: change(v).contiguous() for k, v in load(path.read_bytes()).items()}, path
+    )
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "another shape": replaced(lambda x: x[:, 1:]),
+    "another dtype": replaced(lambda x: x.half()),
+    "not finite": replaced(lambda x: x / 0),
+    "another name": lambda path: save_file({"x": load(path.read_bytes())["latent"]}, path),
+    "a folder's worth of text": lambda path: path.write_text("{}" * 1000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_a_miss_and_is_replaced(encode, cache, caplog, damage):
+    first, _ = encode()
+    DAMAGE[damage](entries(cache)[1])
+    again, count = encode()
+    assert count == 1
+    assert "1 damaged entries" in caplog.text
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a["latent"], b["latent"])
+    assert encode()[1] == 0
+
+
+def test_a_latent_that_is_not_finite_is_named_and_not_kept(load, cache):
+    vae = Vae()
+    vae.spoiled = 3
+    with pytest.raises(UserError, match=r"red\.png is not finite.*vae_dtype=float32.*fp16-fix"):
+        Store(str(cache), "float32").latents(load().samples, "vae", vae.make)
+    assert len(entries(cache)) == 2
+    vae.spoiled = None
+    Store(str(cache), "float32").latents(load().samples, "vae", vae.make)
+    assert vae.encoded == 3 + 2
+
+
+def test_a_signal_ends_the_encoding_and_keeps_what_there_is(load, cache):
+    vae, stop = Vae(), []
+    store = Store(str(cache), "float32")
+
+    def encode(pixels):
+        stop.append(signal.SIGTERM)
+        return vae(pixels)
+
+    with pytest.raises(SystemExit) as leaving:
+        store.latents(load().samples, "vae", lambda: encode, stop)
+    assert leaving.value.code == 128 + signal.SIGTERM
+    assert len(entries(cache)) == vae.encoded == 1
+
+
+def test_a_signal_ends_the_reading_of_pictures_too(options, cache):
+    with pytest.raises(SystemExit) as leaving:
+        data.load(dataclasses.replace(options, cache=str(cache)), [signal.SIGINT])
+    assert leaving.value.code == 128 + signal.SIGINT
+    assert (cache / "pictures.json").is_file()  # what is read is not read again
+
+
+def test_a_full_disk_is_named_with_the_remedy_and_leaves_no_litter(load, cache, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.data.store.save_file", full)
+    with pytest.raises(UserError, match=r"data\.cache=.*No space left.*data\.cache=null"):
+        Store(str(cache), "float32").latents(load().samples, "vae", Vae().make)
+    assert not [path for path in (cache / "latents").rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_is_refused_by_name(load, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache=.*file/x.*data\.cache=null"):
+        load(cache=str(tmp_path / "file" / "x"))
+    with pytest.raises(UserError, match=r"data\.cache=.*file/x.*data\.cache=null"):
+        Store(str(tmp_path / "file" / "x"), "float32")
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_fills_it(load, monkeypatch, cache):
+    monkeypatch.setattr(data.store, "_free_bytes", lambda: 3.5 * 4 * 64 * 4)
+    vae = Vae()
+    with pytest.raises(UserError, match=r"4 encoded pictures need .* GB.*data\.cache="):
+        Store(None, "float32").latents(load().samples, "", vae.make)
+    assert vae.encoded == 1
+    Store(None, "bfloat16").latents(load().samples, "", vae.make)
+    Store(str(cache), "float32").latents(load().samples, "", vae.make)
+    monkeypatch.undo()
+    assert data.store._free_bytes() > 1e6
+
+
+def test_captions_are_encoded_once_each_and_with_the_encoder_they_name(cache):
+    store, clip = Store(str(cache), "float32"), Clip()
+    captions = [f"caption {'x' * i}" for i in range(20)]
+    texts = store.texts(captions, "clip", clip.make)
+    assert clip.calls == 2
+    assert texts[captions[3]]["prompt"].shape == (3, 4)
+    assert texts[captions[3]]["pooled"][0] == len(captions[3])
+    store.texts([*captions, "one more"], "clip", clip.make)
+    assert clip.captions == [*captions, "one more"]
+    store.texts(captions[:2], "another clip", clip.make)
+    assert len(clip.captions) == 23
+    replaced(lambda x: x / 0)(entries(cache, "texts")[0])
+    store.texts([*captions, "one more"], "clip", clip.make)
+    store.texts(captions[:2], "another clip", clip.make)
+    assert len(clip.captions) == 24
+
+
+def test_a_picture_that_was_whole_once_is_not_decoded_again_to_know_it(load, cache, monkeypatch):
+    load(cache=str(cache))
+    decoded = []
+    original = data.survey.pictures.decode
+    monkeypatch.setattr(
+        data.survey.pictures, "decode", lambda *a: decoded.append(a) or original(*a)
+    )
+    dataset = load(cache=str(cache))
+    assert not decoded
+    assert [s.size for s in dataset.samples] == [(70, 100), (70, 90), (70, 80), (70, 110)]
+    (cache / "pictures.json").write_text("[1")
+    assert len(load(cache=str(cache)).samples) == 4
+    assert len(decoded) == 4
+
+
+def encode_and_leave(cache, kill_at):
+    """In a process of its own: encode twelve captions, dying at a rename; leave with the number of
+    entries that were written."""
+    renames, replace = [], os.replace
+
+    def dying(*paths):
+        renames.append(paths)
+        if len(renames) == kill_at:
+            os._exit(99)
+        replace(*paths)
+
+    os.replace = dying
+    texts = [f"text {'x' * i}" for i in range(12)]
+    found = Store(str(cache), "float32").texts(texts, "clip", Clip().make)
+    right = all((found[text]["prompt"] == len(text)).all() for text in texts)
+    os._exit(len(renames) if right else 98)
+
+
+def test_a_killed_process_loses_one_entry_and_two_processes_may_share_a_folder(cache):
+    def start(kill_at):
+        process = multiprocessing.get_context("fork").Process(
+            target=encode_and_leave, args=(cache, kill_at)
+        )
+        process.start()
+        return process
+
+    def ends(process):
+        process.join(60)
+        return process.exitcode
+
+    assert ends(start(5)) == 99
+    assert len(entries(cache, "texts")) == 4
+    two = [start(0), start(0)]
+    written = [ends(process) for process in two]
+    assert max(written) <= 8 <= sum(written)  # what was there is not encoded again
+    assert len(entries(cache, "texts")) == 12
+    assert ends(start(0)) == 0
+
+
+@pytest.mark.parametrize("gone", ["deleted", "damaged"])
+def test_an_entry_that_vanishes_during_the_run_is_named(load, cache, gone):
+    samples = load().samples
+    latents = Store(str(cache), "float32").latents(samples, "vae", Vae().make)
+    for path in entries(cache):
+        path.unlink() if gone == "deleted" else truncate(path)
+    with pytest.raises(UserError, match=r"latents/.*cannot be read now.*resume"):
+        latents[0]
+
+
+def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
+    composed, pictures, cache, tmp_path, monkeypatch
+):
+    from contextlib import contextmanager
+
+    encoded = []
+
+    @contextmanager
+    def encoder(model):
+        def encode(pixels):
+            encoded.append(pixels)
+            if len(encoded) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return torch.zeros(4, *(side // 4 for side in pixels.shape[1:]))
+
+        yield encode
+
+    monkeypatch.setattr(conditioning, "_picture_encoder", encoder)
+    options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64",
+               "data.bucket_step=8", f"data.cache={cache}"]  # fmt: skip
+    with pytest.raises(SystemExit) as leaving:
+        run(composed(*options), tmp_path / "run")
+    assert leaving.value.code == 128 + signal.SIGTERM
+    assert len(entries(cache)) == 2
+    run(composed(*options, "schedule.steps=1"), tmp_path / "run")
+    assert len(encoded) == 4
+
+
+def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
+    quick, composed, pictures, cache, monkeypatch
+):
+    """In buckets, with shuffled captions and masks."""
+    (pictures / "red.txt").write_text("a, b, c")
+    options = ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.bucket_step=8",
+               "data.shuffle_tags=true", "data.mask=alpha", "data.batch_size=2"]  # fmt: skip
+    sampled = ["log.sample_count=4", "log.sample_steps=1"]
+    memory = quick("memory", *options, *sampled)
+    drawn = [Image.open(memory / f"samples/step-000004/{i:02d}.png").size for i in range(4)]
+    assert drawn == [(72, 56), (72, 56), (72, 56), (80, 48)]
+    cached = quick("cached", *options, f"data.cache={cache}")
+
+    def refuse(*_):
+        raise AssertionError("an encoder was made")
+
+    monkeypatch.setattr(conditioning, "_picture_encoder", refuse)
+    monkeypatch.setattr(conditioning, "_text_encoder", refuse)
+    again = quick("again", *options, f"data.cache={cache}")
+    assert deterministic(memory) == deterministic(cached) == deterministic(again)
+
+
+def test_a_mask_is_averaged_to_the_latent_and_kept_with_it(encode, pictures):
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 64))
+    image.save(pictures / "red.png")
+    for _ in range(2):
+        latents, _ = encode(mask="alpha")
+        assert torch.equal(latents[2]["mask"], torch.tensor([0.5] + [1.0] * 7).expand(1, 8, 8))
+        assert (latents[0]["mask"] == 1).all()
+    assert "mask" not in encode()[0][2]

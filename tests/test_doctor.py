@@ -1,0 +1,139 @@
+"""`python -m trainer.doctor`: what it finds, and the exit status that a script reads."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+
+from trainer import doctor
+from trainer.config import ASSETS
+
+
+@pytest.fixture
+def examine(in_tmp, monkeypatch, capfd):
+    """The command in this process: examine("data=folder") -> (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trainer.doctor", *arguments])
+        with pytest.raises(SystemExit) as leaving:
+            doctor.main()
+        captured = capfd.readouterr()
+        return leaving.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def folder(pictures):
+    return ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.bucket_step=8"]
+
+
+def test_the_shipped_pictures_have_no_problems(examine):
+    status, out, err = examine("data.batch_size=8")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "24 pictures, of which 24 can be used"
+    assert "one bucket of 64 x 64, batches of 8, 3 an epoch" in lines
+    assert "every run encodes 24 pictures and 25 captions" in out
+    assert "an epoch: 24 pictures, 3 batches; how long it takes is not known" in out
+    assert lines[-1] == "no problems"
+
+
+def test_every_problem_is_counted_and_named(examine, pictures, folder):
+    (pictures / "broken.png").write_bytes(b"<html>")
+    (pictures / "broken.txt").write_text("a broken card")
+    (pictures / "red.txt").unlink()
+    (pictures / "blue.txt").write_text(" \n")
+    (pictures / "green.txt").write_text("word " * 100)
+    (pictures / "yellow.txt").write_bytes(b"\xe9")
+    shutil.copy(pictures / "red.png", pictures / "twin.png")
+    Image.new("RGB", (40, 40)).save(pictures / "small.png")
+    frames = [Image.new("RGB", (80, 80), colour) for colour in ("red", "blue")]
+    frames[0].save(pictures / "moving.gif", save_all=True, append_images=frames[1:])
+    for name in ("twin", "small", "moving"):
+        (pictures / f"{name}.txt").write_text("a card")
+    status, out, _ = examine(*folder)
+    assert status == 1
+    assert "8 pictures, of which 6 can be used" in out
+    for problem, name in {
+        "1 pictures cannot be read": "broken.png: it is no picture",
+        "1 captions cannot be decoded": "yellow.txt is not UTF-8",
+        "1 pictures have no caption": "red.png",
+        "1 captions are empty": "blue.png",
+        "1 pictures are the same bytes as others": "red.png = ",
+        "1 pictures are smaller than their bucket": "small.png: 40 x 40",
+        "1 pictures have more than one frame": "moving.gif",
+        "1 captions are cut at 75 tokens": "tokens: word word",
+    }.items():
+        assert f"PROBLEM: {problem}" in out
+        assert name in out.split(problem)[1].splitlines()[1]
+    assert out.splitlines()[-1] == "8 kinds of problems"
+
+
+def test_only_so_many_names_are_shown(examine, pictures, folder):
+    for path in pictures.glob("*.txt"):
+        path.unlink()
+    status, out, _ = examine(*folder, "--names", "1")
+    assert status == 1
+    assert "    ... and 3 more (--names)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["data=folder", "data.path=/nowhere"], "data.path=/nowhere is not a folder"),
+        (["data.pth=/x"], "data.pth"),
+        (["data=folder", "data.path={empty}"], "has no pictures"),
+        (["data=folder", "data.path={broken}"], "of 1 pictures none can be used; "),
+        (["--images-per-second", "fast"], "invalid float value"),
+    ],
+)
+def test_what_cannot_be_read_is_status_2_and_one_line(examine, tmp_path, arguments, says):
+    for name in ("empty", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"")
+    paths = {name: tmp_path / name for name in ("empty", "broken")}
+    status, out, err = examine(*(a.format(**paths) for a in arguments))
+    assert status == 2
+    assert says in err.splitlines()[-1]
+    assert not out
+
+
+def test_it_says_what_the_cache_still_needs(examine, quick, pictures, folder, tmp_path):
+    cached = [*folder, f"data.cache={tmp_path / 'cache'}"]
+    assert "4 of 4 pictures, 5 of 5 captions" in examine(*cached)[1]
+    quick("run", *cached, "schedule.steps=1")
+    assert "0 of 4 pictures, 0 of 5 captions" in examine(*cached)[1]
+    Image.new("RGB", (80, 70), "pink").save(pictures / "red.png")
+    (pictures / "blue.txt").write_text("another")
+    assert "1 of 4 pictures, 1 of 5 captions" in examine(*cached)[1]
+    assert "4 of 4 pictures, 1 of 5 captions" in examine(*cached, "data.resolution=56")[1]
+
+
+def test_it_tells_how_long_an_epoch_takes_where_a_speed_is_known(examine, in_tmp):
+    _, out, _ = examine("--images-per-second", "0.2")
+    assert "an epoch: 24 pictures, 1.5 batches, 2 min 0 s at 0.2 images/s (as given)" in out
+
+    def run(name, path, speed):
+        folder = in_tmp / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"images_per_second": speed}))
+        config = {
+            "model": {"path": path},
+            "method": {"name": "full"},
+            "data": {"resolution": 64, "resolutions": [], "batch_size": 16},
+        }
+        (folder / "config.yaml").write_text(json.dumps(config))
+
+    run("same", f"{ASSETS}/tiny_sdxl", 2.0)
+    run("newer, of another model", "/models/sdxl", 9.0)
+    assert "0 min 12 s at 2 images/s (runs/same/summary.json)" in examine()[1]
+
+
+def test_it_has_a_help_page_that_tells_the_exit_statuses(examine):
+    status, out, _ = examine("--help")
+    assert status == 0
+    assert "Exit status: 0, nothing is wrong; 1, there are" in out
+    assert "data=folder data.path=/pictures" in out

@@ -1,0 +1,8 @@
+"""Pictures and captions: where they come from, what is read of them, which make up a batch."""
+
+from trainer.data.dataset import Dataset, load
+from trainer.data.plan import Pick
+from trainer.data.sample import Sample
+from trainer.data.store import Entries, Entry, Store
+
+__all__ = ["Dataset", "Entries", "Entry", "Pick", "Sample", "Store", "load"]

@@ -1,0 +1,70 @@
+"""Aspect buckets: pictures of like shape share a batch, at nearly their own shape and one area."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from trainer.config import DataConfig
+
+Size = tuple[int, int]  # height, width, in pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a picture becomes one of its bucket's size: resized to cover it, then cropped."""
+
+    bucket: Size
+    resized: Size
+    crop: tuple[int, int]  # top, left
+    undersized: bool  # the picture is smaller than a bucket of its shape
+
+
+@lru_cache(maxsize=64)
+def sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
+    """All buckets: sides are multiples of `step`, aspects within [1 / max_aspect, max_aspect], and
+    areas as near to resolution^2 as that allows, never above: the square needs the most memory."""
+    area = resolution * resolution
+    found = set()
+    for side in range(step, int(resolution * math.sqrt(max_aspect)) + 1, step):
+        other = area // side // step * step
+        if other and max(side, other) <= max_aspect * min(side, other):
+            found |= {(side, other), (other, side)}
+    return tuple(sorted(found))
+
+
+def fit(size: Size, resolution: int, config: DataConfig) -> Fit:
+    """The bucket of a picture of this size: the nearest in the logarithm of the aspect.
+
+    Raises ValueError for a picture that is smaller than one step and must not be enlarged.
+    """
+    if not config.buckets:
+        return covering(size, (resolution, resolution))
+    aspect = math.log(size[1] / size[0])
+    candidates = sizes(resolution, config.bucket_step, config.max_aspect)
+    nearest = min(candidates, key=lambda b: (abs(math.log(b[1] / b[0]) - aspect), -b[0] * b[1], b))
+    fitted = covering(size, nearest)
+    if config.upscale or not fitted.undersized:
+        return fitted
+    return replace(covering(size, _own(size, resolution, config)), undersized=True)
+
+
+def covering(size: Size, bucket: Size) -> Fit:
+    """Resize so that the picture just covers the bucket, and crop its centre."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    height, width = (max(b, round(s * scale)) for b, s in zip(bucket, size, strict=True))
+    crop = ((height - bucket[0]) // 2, (width - bucket[1]) // 2)
+    return Fit(bucket=bucket, resized=(height, width), crop=crop, undersized=scale > 1)
+
+
+def _own(size: Size, resolution: int, config: DataConfig) -> Size:
+    """The largest bucket that this picture covers without being enlarged."""
+    step, longest = config.bucket_step, config.max_aspect
+    short, long = (side // step * step for side in sorted(size))
+    if not short:
+        raise ValueError(
+            f"it is {size[1]} x {size[0]} pixels, smaller than a step of the buckets "
+            f"(data.bucket_step={step}); data.upscale=true would enlarge it"
+        )
+    limit = min(short * longest, resolution * resolution / short)
+    long = min(long, int(limit) // step * step)
+    return (long, short) if size[0] > size[1] else (short, long)

@@ -1,0 +1,214 @@
+"""The data set of a run: samples in their buckets, and who makes up which batch."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optim import rng
+from trainer.config import DataConfig
+from trainer.data import captions
+from trainer.data.buckets import Size
+from trainer.data.holdout import holdout
+from trainer.data.plan import Pick, Plan
+from trainer.data.sample import Sample
+from trainer.data.survey import Found, Survey, all_sources, endings, survey
+from trainer.errors import UserError
+from trainer.streams import Stream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Dataset:
+    """All samples, regularisation pictures last."""
+
+    samples: list[Sample]
+    plan: Plan
+    config: DataConfig
+
+    @property
+    def own(self) -> list[int]:
+        """The samples that the run is about: for eval points and sample grids.  All that are
+        trained on but those of `prior` sources, or with them where there are no others."""
+        trained = [i for i, sample in enumerate(self.samples) if not sample.held_out]
+        return [i for i in trained if not self.samples[i].prior] or trained
+
+    @property
+    def held_out(self) -> list[int]:
+        """The samples that are never trained on."""
+        return [i for i, sample in enumerate(self.samples) if sample.held_out]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what is trained on: pictures, sizes, captions and how often, in order."""
+        digest = hashlib.sha256()
+        for s in self.samples:
+            known = (s.digest, s.transform, s.time_ids, s.caption, s.captions, s.loss_weight)
+            digest.update(repr(known).encode())
+        digest.update(repr((self.plan.buckets, self.plan.members)).encode())
+        return digest.hexdigest()
+
+    def batch(self, seed: int, number: int) -> list[Pick]:
+        """Batch `number` (from 0): a function of these two alone.  All its picks have one bucket;
+        it is smaller than `batch_size` where a bucket's last pictures train as a short batch."""
+        return [
+            Pick(sample=index, caption=self.caption(index, seed, number, place))
+            for place, index in enumerate(self.plan.batch(seed, number))
+        ]
+
+    def all_captions(self) -> list[str]:
+        """Every caption that a batch or an eval point may have, each once."""
+        texts = (text for s in self.samples for text in (s.caption, *s.captions))
+        return list(dict.fromkeys(texts))
+
+    def table(self) -> str:
+        """Buckets with their pictures and batches, a line each."""
+        plan = self.plan
+        if len(plan.buckets) == 1:
+            ((height, width),) = plan.buckets
+            return (
+                f"one bucket of {width} x {height}, batches of {plan.batch_size}, "
+                f"{plan.batches_per_epoch:g} an epoch"
+            )
+        lines = ["  width x height  pictures  batches an epoch"]
+        for (height, width), members in zip(plan.buckets, plan.members, strict=True):
+            batches, rest = plan.batches_of(len(members)), len(members) % plan.batch_size
+            how = "filled by repeating" if plan.repeats_short else f"of {rest}"
+            note = f", the last {how}" if rest else ""
+            lines.append(f"{width:>7} x {height:<6}{len(members):>10}{batches:>9}{note}")
+        total = f"{len(plan.buckets)} buckets, batches of {plan.batch_size}, "
+        return "\n".join([f"{total}{plan.batches_per_epoch:g} an epoch:", *lines])
+
+    def caption(self, index: int, seed: int, number: int, place: int) -> str | None:
+        """What a sample is called at this place of batch `number`; None where it is dropped."""
+        if rng.uniform(seed, Stream.DROPOUT, number, place) < self.config.caption_dropout:
+            return None
+        drawn = self.samples[index].captions
+        share = rng.uniform(seed, Stream.CAPTION, number, place)
+        return drawn[int(share * len(drawn))]
+
+
+def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
+    """Look at all pictures and captions and lay out the batches.  What is skipped is named.
+
+    Raises UserError where there are no pictures, more than `max_unreadable` cannot be read, a
+    caption cannot be decoded, or one is missing and that is an error; SystemExit once `stop` holds
+    a signal.
+    """
+    found = survey(config, config.max_unreadable, stop)
+    refuse(found, config)
+    dataset = build(found.usable, config)
+    report(found, dataset)
+    return dataset
+
+
+def build(usable: list[Found], config: DataConfig) -> Dataset:
+    """Samples and plan of these pictures.  Raises UserError where all of them are held out."""
+    usable = sorted(usable, key=lambda found: found.source.prior)  # stable
+    held_out = holdout([found.digest for found in usable if not found.source.prior], config.holdout)
+    samples: list[Sample] = []
+    members: dict[Size, list[int]] = {}
+    for turn in range(max(len(config.resolutions), 1)):  # all pictures at one resolution, then next
+        for found in usable:
+            if turn < len(found.fits):
+                sample = _sample(found, turn, config, found.digest in held_out)
+                if not sample.held_out:
+                    places = members.setdefault(sample.bucket, [])
+                    places += [len(samples)] * found.source.repeats
+                samples.append(sample)
+    plan = Plan(members, config.batch_size, config.short_batches == "repeat")
+    return Dataset(samples=samples, plan=plan, config=config)
+
+
+def refuse(found: Survey, config: DataConfig) -> None:
+    """Raise UserError for what a run does not go on with; warn of the rest."""
+    where = ", ".join(source.path for source in all_sources(config))
+    if not found.count:
+        raise UserError(f"data.path={where} has no pictures")
+    if found.undecodable:
+        more = len(found.undecodable) - 1
+        raise UserError(found.undecodable[0] + (f" (and {more} more like it)" if more else ""))
+    if found.uncaptioned:
+        extensions = " or ".join(endings(config))
+        message = (
+            f"{len(found.uncaptioned)} pictures have no {extensions} file beside them: "
+            f"{some(found.uncaptioned)}"
+        )
+        if config.on_missing_caption == "error":
+            raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
+        skipped = config.on_missing_caption == "skip"
+        log.warning("%s; %s", message, "skipped" if skipped else "trained without a caption")
+    for name, reason in found.unreadable.items():
+        log.warning("skipped unreadable picture %s: %s", name, reason)
+    if len(found.unreadable) > config.max_unreadable:
+        name, reason = list(found.unreadable.items())[-1]
+        raise UserError(
+            f"{len(found.unreadable)} unreadable pictures, the last {name} ({reason}); remove "
+            f"them, or allow more with data.max_unreadable={len(found.unreadable)}"
+        )
+    if not found.usable:
+        raise UserError(
+            f"data.path={where}: of {found.count} pictures none can be used; see the warnings above"
+        )
+
+
+def report(found: Survey, dataset: Dataset) -> None:
+    """Say what will be trained on, and what of it is not as one might think."""
+    config = dataset.config
+    for note, names in found.notes.items():
+        log.warning("%d pictures have %s: %s", len(names), note, some(names))
+    masked = [f.item.name for f in found.usable if f.item.read_mask]
+    if masked and config.mask != "file":
+        log.warning(
+            "%d pictures have a mask that data.mask=%s does not read: %s",
+            *(len(masked), config.mask, some(masked)),
+        )
+    if config.mask == "file" and len(masked) < len(found.usable):
+        log.warning("%d pictures have no mask; all of them counts", len(found.usable) - len(masked))
+    small = [f.item.name for f in found.usable if any(fit.undersized for fit in f.fits)]
+    if small:
+        what = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
+        log.warning(
+            "%d pictures are smaller than their bucket, %s: %s", len(small), what, some(small)
+        )
+    form = "data: %d pictures in %s, %d unreadable, %d without a caption"
+    where = ", ".join(source.path for source in all_sources(config))
+    log.info(form, len(found.usable), where, len(found.unreadable), len(found.uncaptioned))
+    if config.holdout:
+        held_out = [dataset.samples[i].name for i in dataset.held_out]
+        log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
+    log.info("data: %s", dataset.table())
+
+
+def some(names: list[str]) -> str:
+    """The first few of these names."""
+    counted = list(Counter(names))
+    return ", ".join(counted[:5]) + (", ..." if len(counted) > 5 else "")
+
+
+def _sample(found: Found, turn: int, config: DataConfig, is_held_out: bool) -> Sample:
+    fitted, frame = found.fits[turn], not found.source.prior
+    target = fitted.bucket
+    first, crop = {
+        "original": (found.size, fitted.crop),
+        "resized": (fitted.resized, fitted.crop),
+        "bucket": (target, (0, 0)),
+    }[config.time_ids]
+    first_caption = found.captions[0]
+    return Sample(
+        item=found.item,
+        digest=found.digest,
+        caption=captions.framed(first_caption, config) if frame else first_caption,
+        captions=tuple(
+            variant for text in found.captions for variant in captions.variants(text, config, frame)
+        ),
+        size=found.size,
+        fit=fitted,
+        time_ids=(*first, *crop, *target),
+        loss_weight=found.source.weight * found.item.weight,
+        prior=found.source.prior,
+        held_out=is_held_out,
+        config=config,
+    )

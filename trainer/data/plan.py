@@ -1,0 +1,86 @@
+"""The order of batches: which samples, with which captions, make up batch number n.
+
+A batch depends on (seed, n) alone, so a resumed run needs no sampler state, and runs that differ in
+the optimizer see the same batches.  With one bucket the epochs' permutations form an endless row,
+of which batch n takes the next `batch_size` places.  With several, an epoch is a list of batches,
+each of one bucket, in an order drawn for the epoch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from optim import rng
+from trainer.data.buckets import Size
+from trainer.streams import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """One place of a batch."""
+
+    sample: int
+    caption: str | None  # None: dropped, the empty prompt
+
+
+class Plan:
+    """Batches over `members`: {bucket: its samples, one as often as an epoch shows it}."""
+
+    def __init__(self, members: dict[Size, list[int]], batch_size: int, repeats_short: bool):
+        self.members = [members[bucket] for bucket in sorted(members)]
+        self.buckets = sorted(members)
+        self.batch_size = batch_size
+        self.repeats_short = repeats_short
+        self._order = lru_cache(maxsize=8)(self._permutation)
+        self._epoch = lru_cache(maxsize=2)(self._batches)
+
+    @property
+    def pictures_per_epoch(self) -> int:
+        return sum(map(len, self.members))
+
+    @property
+    def batches_per_epoch(self) -> float:
+        """A whole number where there are several buckets."""
+        if len(self.members) == 1:
+            return len(self.members[0]) / self.batch_size
+        return sum(self.batches_of(len(m)) for m in self.members)
+
+    def batches_of(self, count: int) -> int:
+        """How many batches a bucket of `count` pictures has in an epoch."""
+        return -(-count // self.batch_size)
+
+    def pictures_in(self, seed: int, batches: int) -> int:
+        """How many pictures the first `batches` batches have."""
+        if len(self.members) == 1:
+            return batches * self.batch_size
+        epochs, rest = divmod(batches, int(self.batches_per_epoch))
+        whole = sum(map(len, self._epoch(seed, 0))) if epochs else 0
+        return epochs * whole + sum(len(b) for b in self._epoch(seed, epochs)[:rest])
+
+    def batch(self, seed: int, number: int) -> list[int]:
+        """The samples of batch `number` (from 0); all of them have one bucket."""
+        if len(self.members) > 1:
+            epoch, place = divmod(number, int(self.batches_per_epoch))
+            return self._epoch(seed, epoch)[place]
+        (members,) = self.members
+        count = len(members)
+        places = range(number * self.batch_size, (number + 1) * self.batch_size)
+        return [members[self._order(seed, p // count, 0)[p % count]] for p in places]
+
+    def _batches(self, seed: int, epoch: int) -> list[list[int]]:
+        """All batches of an epoch, in its order."""
+        batches, size = [], self.batch_size
+        for bucket, members in enumerate(self.members):
+            order = [members[i] for i in self._order(seed, epoch, bucket)]
+            if self.repeats_short:
+                order += [order[i % len(order)] for i in range(-len(order) % size)]
+            batches += [order[i : i + size] for i in range(0, len(order), size)]
+        counters = (seed, Stream.EPOCH, epoch, len(self.members), 0)
+        order = torch.randperm(len(batches), generator=rng.generator(*counters)).tolist()
+        return [batches[i] for i in order]
+
+    def _permutation(self, seed: int, epoch: int, bucket: int) -> list[int]:
+        counters = (seed, Stream.EPOCH, epoch, *([bucket] if bucket else []))
+        count = len(self.members[bucket])
+        return torch.randperm(count, generator=rng.generator(*counters)).tolist()

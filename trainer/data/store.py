@@ -1,0 +1,293 @@
+"""What the frozen encoders make of pictures and captions, kept in memory or on the disk.
+
+An entry's name is a hash of all that decides it: the picture's bytes, how it is cropped and
+resized, the VAE, the dtype; the caption, the text encoders, the dtype.  So an entry is never stale:
+with an edited picture or another resolution the name is another, and what has not changed is never
+encoded twice, in whichever run.  Entries are written beside and renamed: a process that is killed
+while it encodes loses one of them, and two may share a folder.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.data.sample import Sample
+from trainer.data.survey import ahead
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Entry = dict[str, Tensor]
+PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w), scaled
+TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
+_CHUNK = 16  # captions encoded at a time
+_REPORT_SECONDS = 60.0  # between two lines where there is no terminal
+
+
+@dataclass(kw_only=True)
+class Entries:
+    """Encoded samples by their numbers, or captions by themselves."""
+
+    keys: dict[Any, str]
+    memory: dict[str, Entry] = field(default_factory=dict)
+    folder: Path | None = None  # entries are read from here each time they are asked for
+
+    def __getitem__(self, name: Hashable) -> Entry:
+        key = self.keys[name]
+        if self.folder is None:
+            return self.memory[key]
+        try:
+            return _load(_path(self.folder, key))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the cache's {_path(self.folder, key)} was there when the run began and cannot be "
+                f"read now: {error}; resume the run, and it is made again"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Store:
+    """Where entries are kept: `data.cache`, or memory where that is null."""
+
+    def __init__(self, cache: str | None, dtype: str) -> None:
+        self.folder = Path(cache).expanduser() if cache else None
+        self.dtype = _DTYPES[dtype]
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._unwritable(self.folder, error) from error
+
+    def latents(
+        self,
+        samples: list[Sample],
+        fingerprint: str,
+        make_encoder: Callable[[], PictureEncoder],
+        stop: Sequence[int] = (),
+    ) -> Entries:
+        """An entry of `latent` (4, h, w), and of `mask` (1, h, w) where the loss is masked, for the
+        number of each sample.
+
+        `make_encoder` is called only where an entry is missing; `fingerprint` names the VAE.
+        Raises UserError for a latent that is not finite, and SystemExit once `stop` holds a signal.
+        """
+        keys = {i: self._latent_key(s, fingerprint) for i, s in enumerate(samples)}
+        found = self._entries("latents", keys)
+        by_key = {key: samples[i] for i, key in keys.items()}
+        missing = self._missing(found, lambda key, entry: _is_latent(entry, by_key[key]))
+        encode = make_encoder() if missing else None
+        reads = ahead(_read, [by_key[key] for key in missing])
+        for key, (pixels, mask) in _progress(zip(missing, reads, strict=True), missing, stop):
+            latent = encode(pixels)
+            if not latent.isfinite().all():
+                raise UserError(
+                    f"the VAE's latent of {by_key[key].name} is not finite; check the picture, or "
+                    "set model.vae_dtype=float32 or model.vae to another VAE (SDXL's overflows in "
+                    "float16, its fp16-fix version does not)"
+                )
+            entry = {"latent": latent}
+            if mask is not None:
+                entry["mask"] = F.adaptive_avg_pool2d(mask, latent.shape[1:])
+            self._put(found, key, entry, len(missing))
+        self._report("pictures", len(set(keys.values())), len(missing))
+        return found
+
+    def texts(
+        self,
+        captions: Sequence[str | None],
+        fingerprint: str,
+        make_encoder: Callable[[], TextEncoder],
+        stop: Sequence[int] = (),
+    ) -> Entries:
+        """An entry of `prompt` (tokens, dim), and of `pooled` (dim,) where the model has it, for
+        each caption; None is no prompt.  As `latents`; `fingerprint` names the text encoders."""
+        keys = {text: self._text_key(text, fingerprint) for text in captions}
+        found = self._entries("texts", keys)
+        by_key = {key: text for text, key in keys.items()}
+        missing = self._missing(found, lambda key, entry: _is_text(entry))
+        chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
+        encode = make_encoder() if missing else None
+        for chunk in _progress(chunks, chunks, stop, "encoding captions"):
+            for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
+                if not all(tensor.isfinite().all() for tensor in entry.values()):
+                    raise UserError(
+                        f"the text encoders' embedding of {by_key[key]!r} is not finite; run them "
+                        "in float32, or look at their weights"
+                    )
+                self._put(found, key, entry, len(missing))
+        self._report("captions", len(keys), len(missing))
+        return found
+
+    def missing_latents(self, samples: list[Sample], fingerprint: str) -> int:
+        """How many pictures `latents` would encode."""
+        by_key = {self._latent_key(s, fingerprint): s for s in samples}
+        found = self._entries("latents", {key: key for key in by_key})
+        return len(self._missing(found, lambda key, entry: _is_latent(entry, by_key[key])))
+
+    def missing_texts(self, captions: Sequence[str | None], fingerprint: str) -> int:
+        """How many captions `texts` would encode."""
+        found = self._entries("texts", {t: self._text_key(t, fingerprint) for t in captions})
+        return len(self._missing(found, lambda key, entry: _is_text(entry)))
+
+    def _latent_key(self, sample: Sample, fingerprint: str) -> str:
+        return _hash(sample.digest, sample.transform, fingerprint, str(self.dtype))
+
+    def _text_key(self, caption: str | None, fingerprint: str) -> str:
+        return _hash(caption, fingerprint, str(self.dtype))
+
+    def _entries(self, kind: str, keys: dict[Any, str]) -> Entries:
+        return Entries(keys=keys, folder=self.folder / kind if self.folder else None)
+
+    def _missing(self, found: Entries, is_good: Callable[[str, Entry], bool]) -> list[str]:
+        """The keys without an entry, in order; one that is damaged is none."""
+        keys = list(dict.fromkeys(found.keys.values()))
+        folder = found.folder
+        if folder is None or not folder.is_dir():
+            return keys
+
+        def state(key: str) -> str:
+            path = _path(folder, key)
+            if not path.is_file():
+                return "absent"
+            try:
+                entry = _load(path)
+            except (OSError, SafetensorError):
+                return "damaged"
+            whole = all(t.dtype == self.dtype and t.isfinite().all() for t in entry.values())
+            return "good" if whole and is_good(key, entry) else "damaged"
+
+        states = dict(zip(keys, ahead(state, keys), strict=True))
+        damaged = sum(s == "damaged" for s in states.values())
+        if damaged:
+            log.warning("cache: %d damaged entries in %s", damaged, folder)
+        return [key for key in keys if states[key] != "good"]
+
+    def _put(self, found: Entries, key: str, entry: Entry, total: int) -> None:
+        """Keep an entry, of `total` like it."""
+        kept = {name: t.to("cpu", self.dtype, copy=True).contiguous() for name, t in entry.items()}
+        if found.folder is None:
+            if not found.memory:
+                _check_room(kept, total)
+            found.memory[key] = kept
+            return
+        path = _path(found.folder, key)
+        temporary = path.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(kept, temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise self._unwritable(path, error) from error
+
+    def _unwritable(self, path: Path, error: Exception) -> UserError:
+        return UserError(
+            f"data.cache={self.folder}: {path} cannot be written: {error}; make room there, name "
+            "another folder, or set data.cache=null"
+        )
+
+    def _report(self, what: str, count: int, encoded: int) -> None:
+        where = f"; {count - encoded} found in {self.folder}" if self.folder else ""
+        log.info("data: %d %s encoded%s", encoded, what, where)
+
+
+def _check_room(entry: Entry, total: int) -> None:
+    """Raises UserError where so many entries would not fit in memory."""
+    needed, free = total * sum(t.nbytes for t in entry.values()), _free_bytes()
+    if needed > free:
+        raise UserError(
+            f"{total} encoded {'captions' if 'prompt' in entry else 'pictures'} need "
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; name a folder for "
+            "them: data.cache=... (data.cache_dtype=bfloat16 needs half)"
+        )
+
+
+def _free_bytes() -> float:
+    """Memory that a process may still take; without an answer, any."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def _load(path: Path) -> Entry:
+    """Read, not mapped: a mapped file that is cut short ends the process."""
+    return load(path.read_bytes())
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def _hash(*parts: str | None) -> str:
+    return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()
+
+
+def _is_latent(entry: Entry, sample: Sample) -> bool:
+    """Whether all sides are the bucket's, divided by one number: the VAE's."""
+    names = {"latent"} | ({"mask"} if sample.config.mask != "none" else set())
+    if entry.keys() != names or any(tensor.ndim != 3 for tensor in entry.values()):
+        return False
+    sides = {size for t in entry.values() for size in zip(sample.bucket, t.shape[1:], strict=True)}
+    scales = {whole / part if part else 0 for whole, part in sides}
+    return len(scales) == 1 and all(scale >= 1 and scale.is_integer() for scale in scales)
+
+
+def _is_text(entry: Entry) -> bool:
+    dims = {name: tensor.ndim for name, tensor in entry.items()}
+    return dims in ({"prompt": 2}, {"prompt": 2, "pooled": 1})
+
+
+def _read(sample: Sample) -> tuple[Tensor, Tensor | None]:
+    try:
+        return sample.read()
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many kinds
+        raise UserError(
+            f"{sample.name} could be read when the run began and cannot be now: {error}"
+        ) from error
+
+
+def _progress(
+    things: Iterable[Any], total: list[Any], stop: Sequence[int], what: str = "encoding pictures"
+) -> Iterator[Any]:
+    """The things with a bar and an ETA; in a log file, a line a minute.  Ends the process once
+    `stop` holds a signal: what is encoded is kept where there is a cache."""
+    started = reported = time.monotonic()
+    with tqdm(total=len(total), desc=what, disable=None, leave=False) as bar:
+        for number, thing in enumerate(things, 1):
+            if stop:
+                log.info("stopped while %s", what)
+                raise SystemExit(128 + stop[0])
+            yield thing
+            bar.update()
+            now = time.monotonic()
+            if bar.disable and now - reported >= _REPORT_SECONDS:
+                reported = now
+                seconds = round((now - started) / number * (len(total) - number))
+                log.info(
+                    "%s: %d of %d, ETA %d:%02d", what, number, len(total), *divmod(seconds, 60)
+                )

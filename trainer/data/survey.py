@@ -1,0 +1,190 @@
+"""A look at everything that a configuration names, before any of it is used: what can be read, what
+cannot, and what is strange about it."""
+
+import json
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trainer import disk
+from trainer.config import DataConfig, SourceConfig
+from trainer.data import pictures, sample, sources
+from trainer.data.buckets import Fit, Size, fit
+from trainer.data.sources import Item
+from trainer.errors import UserError
+
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(kw_only=True)
+class Found:
+    """A picture that can be used."""
+
+    item: Item
+    source: SourceConfig
+    captions: list[str]  # as they are written
+    digest: str
+    size: Size
+    fits: list[Fit]  # one for each of the resolutions; none twice
+
+
+@dataclass(kw_only=True)
+class Survey:
+    """What was found, by the names that messages show."""
+
+    count: int = 0  # of all pictures
+    usable: list[Found] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)  # and why
+    undecodable: list[str] = field(default_factory=list)  # what is wrong with which caption
+    uncaptioned: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def survey(
+    config: DataConfig, max_unreadable: int | None = None, stop: Sequence[int] = ()
+) -> Survey:
+    """Read every caption, then every picture, in the order of the sources and their paths.
+
+    Stops early, with what it has, where more than `max_unreadable` pictures cannot be read.  Raises
+    UserError for a source that cannot be read at all, and SystemExit once `stop` holds a signal.
+    """
+    found = Survey()
+    captioned = []
+    for source in all_sources(config):
+        path = Path(source.path).expanduser()
+        for item in sources.items(path, endings(config)):
+            found.count += 1
+            try:
+                texts = item.captions()
+            except (UserError, OSError) as error:
+                found.undecodable.append(str(error))
+                continue
+            if not texts and source.caption is not None:
+                texts = [source.caption]
+            if not texts:
+                found.uncaptioned.append(item.name)
+            if texts or config.on_missing_caption != "skip":
+                captioned.append((source, item, texts or [""]))
+    checked = _Checked(config.cache)
+    try:
+        _look_at_all(found, captioned, config, checked, max_unreadable, stop)
+    finally:
+        checked.save()
+    return found
+
+
+def _look_at_all(
+    found: Survey,
+    captioned: list[tuple[SourceConfig, Item, list[str]]],
+    config: DataConfig,
+    checked: "_Checked",
+    max_unreadable: int | None,
+    stop: Sequence[int],
+) -> None:
+    looks = ahead(lambda one: _look(one[1], config, checked), captioned)
+    bar = tqdm(looks, "reading pictures", len(captioned), disable=None, leave=False)
+    for (source, item, texts), look in zip(captioned, bar, strict=False):
+        if stop:
+            raise SystemExit(128 + stop[0])
+        if isinstance(look, Exception):
+            found.unreadable[item.name] = str(look) or type(look).__name__
+            if max_unreadable is not None and len(found.unreadable) > max_unreadable:
+                break
+            continue
+        digest, size, notes, fits = look
+        for note in notes:
+            found.notes[note].append(item.name)
+        usable = Found(
+            item=item, source=source, captions=texts, digest=digest, size=size, fits=fits
+        )
+        found.usable.append(usable)
+    looks.close()
+
+
+def all_sources(config: DataConfig) -> list[SourceConfig]:
+    return config.sources or [SourceConfig(path=str(config.path))]
+
+
+def endings(config: DataConfig) -> list[str]:
+    """data.caption_extension as a list."""
+    given = config.caption_extension
+    return [given] if isinstance(given, str) else list(given)
+
+
+def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[Any]:
+    """`map` in threads, a few things ahead of the caller: decoders release Python's lock."""
+    pool = ThreadPoolExecutor(_WORKERS)
+    waiting: deque[Any] = deque()
+    try:
+        for thing in things:
+            waiting.append(pool.submit(function, thing))
+            if len(waiting) > 2 * _WORKERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
+    """-> digest, size, notes and fits of a picture, or the error that reading it raised.
+
+    Decoders raise whatever hostile bytes lead them to, so every exception is one.
+    """
+    try:
+        content = sample.read(item, config)
+        if known := checked.get(content.digest, config):
+            size, notes = known
+        else:
+            picture = pictures.decode(content.picture, config.max_pixels)
+            if content.mask is not None:
+                pictures.decode_mask(content.mask, picture.size, config.max_pixels)
+            size, notes = picture.size, picture.notes
+            checked.add(content.digest, size, notes)
+        fits = [fit(size, side, config) for side in config.resolutions or [config.resolution]]
+        unique = list({fitted.bucket: fitted for fitted in fits}.values())
+        return content.digest, size, notes, unique
+    except Exception as error:
+        return error
+
+
+class _Checked:
+    """Pictures that have been decoded once, by their bytes: where there is a cache, the next run
+    need not decode them to know that they are whole."""
+
+    def __init__(self, cache: str | None) -> None:
+        self.path = Path(cache).expanduser() / "pictures.json" if cache else None
+        self.known: dict[str, Any] = {}
+        self.new: dict[str, Any] = {}
+        if self.path and self.path.is_file():
+            try:
+                self.known = dict(json.loads(self.path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
+                self.known = {}  # it only saves time
+
+    def get(self, digest: str, config: DataConfig) -> tuple[Size, list[str]] | None:
+        try:
+            height, width, notes = self.known[digest]
+            return ((height, width), notes) if height * width <= config.max_pixels else None
+        except (KeyError, ValueError, TypeError):
+            return None
+
+    def add(self, digest: str, size: Size, notes: list[str]) -> None:
+        self.new[digest] = [*size, notes]
+
+    def save(self) -> None:
+        if self.path and self.new:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                disk.replace_text(self.path, json.dumps(self.known | self.new))
+            except OSError as error:
+                raise UserError(
+                    f"data.cache={self.path.parent} cannot be written: {error}; name another "
+                    "folder, or set data.cache=null"
+                ) from error

@@ -1,0 +1,106 @@
+"""Hugging Face datasets on the disk: .parquet files, and the .arrow files of `save_to_disk`.
+
+The picture is in a column `image`, or in the first that holds bytes; captions are in `captions`,
+`text` or `caption`; `weight` and `mask` may be there.  Pictures are read when they are needed.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from trainer.data.sources import Item, item, shown
+from trainer.errors import UserError
+
+_WORDS = ("captions", "text", "caption", "weight")
+
+
+def items(path: Path, extensions: list[str]) -> Iterator[Item]:
+    """One item for each row.  Raises UserError where pyarrow is missing, or the file is damaged or
+    has no pictures or no captions."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise UserError(
+            f"{shown(path)} needs the package pyarrow to be read: pip install pyarrow"
+        ) from None
+    try:
+        names, image = _columns(path)
+        words = [name for name in _WORDS if name in names]
+        if image is None or not {*words} - {"weight"}:
+            raise UserError(
+                f"{shown(path)} has the columns {', '.join(names)}; one that holds pictures is "
+                "needed, and captions in captions, text or caption"
+            )
+        for number, (group, row, record) in enumerate(_records(path, words)):
+            place = (path, group, row)
+            mask = partial(_read, *place, "mask") if "mask" in names else None
+            yield item(f"{path}:{number}", partial(_read, *place, image), record, mask)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{shown(path)} cannot be read: {error}") from error
+
+
+def _columns(path: Path) -> tuple[list[str], str | None]:
+    """All columns, and the one that pictures are in."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(path) if path.suffix.lower() == ".parquet" else _arrow(path).schema
+
+    def holds_bytes(name: str) -> bool:
+        kind = schema.field(name).type
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    found = [name for name in schema.names if name != "mask" and holds_bytes(name)]
+    return schema.names, "image" if "image" in found else next(iter(found), None)
+
+
+def _records(path: Path, words: list[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(row group, row in it, its small values) of every row."""
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() == ".arrow":
+        for row, record in enumerate(_arrow(path).select(words).to_pylist()):
+            yield 0, row, record
+        return
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            for row, record in enumerate(file.read_row_group(group, words).to_pylist()):
+                yield group, row, record
+
+
+def _read(path: Path, group: int, row: int, column: str) -> bytes:
+    """The bytes in one cell, or in the file beside the table that it names."""
+    if path.suffix.lower() == ".arrow":
+        cell = _arrow(path).column(column)[row].as_py()
+    else:
+        cell = _group(path, group, column)[row].as_py()
+    if isinstance(cell, dict):
+        if cell.get("bytes") is None and cell.get("path"):
+            return (path.parent / cell["path"]).read_bytes()
+        cell = cell.get("bytes")
+    if cell is None:
+        raise OSError(f"the column {column} is empty here")
+    return cell
+
+
+@lru_cache(maxsize=4)  # row groups are read whole, and rows are asked for in their order
+def _group(path: Path, group: int, column: str) -> Any:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, [column]).column(column)
+
+
+@lru_cache(maxsize=16)
+def _arrow(path: Path) -> Any:
+    """An arrow file, stream or random access, mapped into memory."""
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        return pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source).read_all()

@@ -1,0 +1,93 @@
+"""Webdataset shards: .tar files in which the members of one sample share a stem.
+
+The stem is a member's path up to the first dot of its name: a/0001.jpg, a/0001.txt, a/0001.json
+and a/0001.mask.png are one sample.  A shard is indexed once and its members are read by offset.
+"""
+
+import json
+import logging
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from trainer.data import captions
+from trainer.data.sources import Item, is_picture, item, shown
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Place = tuple[int, int]  # offset and length, in bytes
+
+
+def items(path: Path, extensions: list[str]) -> Iterator[Item]:
+    """The pictures of a shard in their order, with captions from .txt, .caption or .json members.
+
+    Raises UserError for a damaged or compressed archive.
+    """
+    samples: dict[str, dict[str, Place]] = {}
+    for name, place in _members(path):
+        folder, _, base = name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        if stem:
+            samples.setdefault(f"{folder}/{stem}", {})[f".{ending.lower()}"] = place
+    alone = 0
+    for stem, members in samples.items():
+        pictures = [ending for ending in members if is_picture(f"x{ending}")]
+        alone += not pictures
+        for ending in pictures:
+            yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, extensions)
+    if alone:
+        log.warning("data: %d samples of %s have no picture", alone, shown(path))
+
+
+def _members(path: Path) -> Iterator[tuple[str, Place]]:
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8") as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(
+            f"{shown(path)} cannot be read as an uncompressed tar archive: {error}"
+        ) from error
+
+
+def _item(
+    path: Path, name: str, members: dict[str, Place], ending: str, extensions: list[str]
+) -> Item:
+    where = f"{path}:{name}"
+    record = {}
+    if ".json" in members:
+        try:
+            record = json.loads(_read(path, members[".json"]))
+        except ValueError as error:
+            raise UserError(f"{shown(where)}: its .json is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{shown(where)}: its .json holds no object")
+        record.pop("mask", None)
+    text = next((members[e] for e in extensions if e in members), None)
+    mask = members.get(".mask.png")
+    return item(
+        where,
+        partial(_read, path, members[ending]),
+        record,
+        partial(_read, path, mask) if mask else None,
+        partial(_caption, path, text, where),
+    )
+
+
+def _caption(path: Path, place: Place | None, where: str) -> list[str]:
+    if place is None:
+        return []
+    return [captions.one_line(captions.decode(_read(path, place), shown(where)))]
+
+
+def _read(path: Path, place: Place) -> bytes:
+    offset, length = place
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(length)
+    if len(content) < length:
+        raise OSError(f"the archive ends after {len(content)} of its {length} bytes")
+    return content

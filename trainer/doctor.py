@@ -1,0 +1,193 @@
+"""`python -m trainer.doctor`: what is wrong with a data set, before a run finds out.
+
+It takes the trainer's own options, reads every caption and picture, and trains nothing.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trainer import cli
+from trainer.config import Config
+from trainer.data import Store, dataset
+from trainer.data.survey import Survey, survey
+from trainer.errors import UserError
+from trainer.validate import to_dataclasses
+
+_HELP = """\
+Read every picture and caption of a data set and say what is wrong with it; train nothing.
+
+  python -m trainer.doctor data=folder data.path=/pictures
+  python -m trainer.doctor model=sdxl model.path=/models/sdxl data=folder data.path=/pictures \\
+      data.cache=/cache data.batch_size=4
+
+It takes the options of `python -m trainer`.  Exit status: 0, nothing is wrong; 1, there are
+problems, each of which is named; 2, the data cannot be read, or an option is wrong."""
+
+
+@dataclass(kw_only=True)
+class Finding:
+    """One kind of problem."""
+
+    what: str
+    names: list[str]  # of the pictures, captions or files it is about
+
+
+def main() -> None:
+    """The command line; leaves with 0, 1 or 2."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("trainer.doctor", description=_HELP, formatter_class=form)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
+    parser.add_argument("--images-per-second", type=float, help="to tell how long an epoch takes")
+    parser.add_argument("--names", type=int, default=10, help="shown of each problem (default 10)")
+    given = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    try:
+        config = to_dataclasses(cli.composed(given.overrides))
+        problems = examine(config, given.images_per_second, given.names)
+    except (UserError, OSError) as error:
+        cli.fail(str(error))
+    sys.exit(1 if problems else 0)
+
+
+def examine(config: Config, images_per_second: float | None = None, shown: int = 10) -> int:
+    """Print a report on the data; returns how many kinds of problems it has.
+
+    Raises UserError for data that cannot be read at all.
+    """
+    found = survey(config.data)
+    if not found.count:
+        where = ", ".join(s.path for s in dataset.all_sources(config.data))
+        raise UserError(f"data.path={where} has no pictures")
+    if not found.usable and not found.undecodable:
+        name, why = next(iter(found.unreadable.items()), (found.uncaptioned[0], "no caption"))
+        raise UserError(f"of {found.count} pictures none can be used; {name}: {why}")
+    made = dataset.build(found.usable, config.data)
+    print(f"{found.count} pictures, of which {len(found.usable)} can be used")
+    from trainer.model import Model  # now that there is something to examine: it takes seconds
+
+    model = Model(config.model, torch.device("cpu"))
+    findings = _findings(found) + _caption_findings(model, made)
+    for finding in findings:
+        print(f"PROBLEM: {len(finding.names)} {finding.what}")
+        for name in finding.names[:shown]:
+            print(f"    {name}")
+        if len(finding.names) > shown:
+            print(f"    ... and {len(finding.names) - shown} more (--names)")
+    if made.samples:
+        print(made.table())
+        print(_cache_line(model, made))
+        print(_epoch_line(config, made, images_per_second))
+    print(f"{len(findings)} kinds of problems" if findings else "no problems")
+    return len(findings)
+
+
+def _findings(found: Survey) -> list[Finding]:
+    """What is wrong with pictures, and with captions as they are written."""
+    by_bytes = defaultdict(list)
+    for picture in found.usable:
+        by_bytes[picture.digest].append(picture.item.name)
+    empty = [
+        f.item.name
+        for f in found.usable
+        if not all(f.captions) and f.item.name not in {*found.uncaptioned}
+    ]
+    small = [
+        f"{f.item.name}: {f.size[1]} x {f.size[0]}"
+        for f in found.usable
+        if any(fit.undersized for fit in f.fits)
+    ]
+    findings = {
+        "pictures cannot be read": [f"{k}: {v}" for k, v in found.unreadable.items()],
+        "captions cannot be decoded": found.undecodable,
+        "pictures have no caption": found.uncaptioned,
+        "captions are empty": empty,
+        "pictures are the same bytes as others": [
+            " = ".join(names) for names in by_bytes.values() if len(names) > 1
+        ],
+        "pictures are smaller than their bucket": small,
+    }
+    findings |= {f"pictures have {note}": names for note, names in found.notes.items()}
+    return [Finding(what=what, names=names) for what, names in findings.items() if names]
+
+
+def _caption_findings(model: Any, made: dataset.Dataset) -> list[Finding]:
+    """Captions that the model's text encoders read only the beginning of."""
+    from trainer import conditioning
+
+    cut, room = conditioning.cut_captions(model, made.all_captions())
+    long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
+    what = f"captions are cut at {room} tokens (model.prompt_chunks reads more)"
+    return [Finding(what=what, names=long)] if long else []
+
+
+def _cache_line(model: Any, made: dataset.Dataset) -> str:
+    captions, samples, config = [None, *made.all_captions()], made.samples, made.config
+    if config.cache is None:
+        pictures = len({(s.digest, s.transform) for s in samples})
+        return (
+            f"no cache (data.cache=null): every run encodes {pictures} pictures and "
+            f"{len(captions)} captions"
+        )
+    from trainer import conditioning
+
+    store = Store(config.cache, config.cache_dtype)
+    of_text = conditioning.text_fingerprint(model, config.cache)
+    of_pictures = conditioning.picture_fingerprint(model, config.cache)
+    pictures, total = store.missing_latents(samples, of_pictures), len(samples)
+    texts = store.missing_texts(captions, of_text)
+    return (
+        f"to be encoded, as the cache in {config.cache} has the others: {pictures} of {total} "
+        f"pictures, {texts} of {len(captions)} captions (one of them is the empty prompt)"
+    )
+
+
+def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float | None) -> str:
+    plan, source = made.plan, "as given"
+    if images_per_second is None:
+        images_per_second, source = _measured_speed(config)
+    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {plan.batches_per_epoch:g} batches"
+    if not images_per_second:
+        return f"{epoch}; how long it takes is not known (--images-per-second)"
+    minutes, seconds = divmod(round(plan.pictures_per_epoch / images_per_second), 60)
+    return f"{epoch}, {minutes} min {seconds} s at {images_per_second:g} images/s ({source})"
+
+
+def _measured_speed(config: Config) -> tuple[float | None, str]:
+    """Of the newest run under ./runs that had this model, method and resolution, and where it is
+    said."""
+    summaries = sorted(Path("runs").glob("**/summary.json"), key=lambda p: -p.stat().st_mtime)
+    for path in summaries:
+        try:
+            speed = json.loads(path.read_text(encoding="utf-8"))["images_per_second"]
+            then = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+            if _traits(then) == _traits(
+                {
+                    "model": vars(config.model),
+                    "data": vars(config.data),
+                    "method": vars(config.method),
+                }
+            ):
+                return float(speed), str(path)
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            continue  # a run that failed, or one of another version
+    return None, ""
+
+
+def _traits(config: dict[str, Any]) -> tuple[Any, ...]:
+    """What a speed depends on most."""
+    data = config["data"]
+    named = (config["model"]["path"], config["method"]["name"])
+    return (*named, data["resolution"], data["resolutions"], data["batch_size"])
+
+
+if __name__ == "__main__":
+    main()
