@@ -182,7 +182,8 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
                 curvature.estimate(
                     state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
                 )
-            outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
+            micro_losses = partial(loss_of, state, step * count)
+            outcome = taken.backward(micro_losses, shares(state, step * count))
             state.grad_norm = taken.clip.last_norm
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.
@@ -216,6 +217,14 @@ def draw(state: State, number: int) -> batches.Batch:
     config = state.config
     inputs = state.data.gather(state.data.dataset.batch(config.seed, number))
     return batches.noised(inputs, state.schedule, config.noise, config.seed, number)
+
+
+def shares(state: State, first: int) -> list[float]:
+    """How much of a step's samples each of its micro-batches is, from number `first` on: every
+    sample counts alike, those of a short batch too."""
+    numbers = range(first, first + state.config.runtime.accumulation)
+    sizes = [len(state.data.dataset.plan.batch(state.config.seed, number)) for number in numbers]
+    return [size / sum(sizes) for size in sizes]
 
 
 def loss_of(state: State, first: int, place: int) -> Tensor:
