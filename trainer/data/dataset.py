@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optim import rng
 from trainer.config import DataConfig
-from trainer.data import captions, holdout, sources
+from trainer.data import captions, holdout, items
 from trainer.data.buckets import Size
 from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
@@ -192,7 +192,7 @@ def some(names: list[str]) -> str:
 
 def _place(found: Found) -> str:
     """A picture's name in its source."""
-    root = sources.shown(Path(found.source.path).expanduser())
+    root = items.shown(Path(found.source.path).expanduser())
     return found.item.name.removeprefix(root).lstrip("/")
 
 

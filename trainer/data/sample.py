@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.config import DataConfig
 from trainer.data import pictures
 from trainer.data.buckets import Fit, Size
-from trainer.data.sources import Item
+from trainer.data.items import Item
 from trainer.errors import UserError
 
 

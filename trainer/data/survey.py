@@ -16,7 +16,7 @@ from trainer import disk
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
-from trainer.data.sources import Item
+from trainer.data.items import Item
 from trainer.errors import UserError
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -58,7 +58,7 @@ def survey(
     captioned = []
     for source in all_sources(config):
         path = Path(source.path).expanduser()
-        for item in sources.items(path, endings(config)):
+        for item in sources.find(path, endings(config)):
             found.count += 1
             try:
                 texts = item.captions()
@@ -98,7 +98,7 @@ def _look_at_all(
                 break
             continue
         digest, size, notes, fits = look
-        for note in notes:
+        for note in (*item.notes, *notes):
             found.notes[note].append(item.name)
         usable = Found(
             item=item, source=source, captions=texts, digest=digest, size=size, fits=fits
