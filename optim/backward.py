@@ -21,6 +21,7 @@ class FusedBackward:
         self._bucket_bytes = bucket_bytes
         self._waiting: list[Tensor] = []
         self._waiting_bytes = 0
+        self._holds = False
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._handles = [p.register_post_accumulate_grad_hook(self._collect) for p in params]
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._free()))
@@ -44,8 +45,20 @@ class FusedBackward:
             self._consume = stepping
             self._free()
 
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within it, gradients are left where they are, to add up over several backward passes; the
+        next pass outside of it steps with their sum."""
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._holds = False
+
     def _collect(self, param: Tensor) -> None:
         assert param.grad is not None
+        if self._holds:
+            return
         self._waiting.append(param)
         self._waiting_bytes += param.grad.numel() * param.grad.element_size()
         if self._waiting_bytes >= self._bucket_bytes:
@@ -62,10 +75,10 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     """Let `optimizer` step inside every backward pass from now on.
 
     The training loop keeps its form: set the learning rate, call `backward()`, then `step()`, which
-    steps what is left in the last bucket.  The weights are bitwise those of the unfused loop.  What
-    needs all gradients at once (a global norm, accumulation over several backward passes) cannot be
-    had this way.  Raises ValueError where `bucket_bytes` is not positive or a group has a
-    `max_grad_norm`.
+    steps what is left in the last bucket.  The weights are bitwise those of the unfused loop.  A
+    global norm, which needs all gradients at once, cannot be had this way; several backward passes
+    add up inside `holding()`, which keeps the gradients.  Raises ValueError where `bucket_bytes` is
+    not positive or a group has a `max_grad_norm`.
     """
     optimizer.check_steps_alone("fuse_backward")
     if bucket_bytes <= 0:

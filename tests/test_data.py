@@ -304,7 +304,7 @@ def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures,
     alone = load(holdout=3)
     held_out = [alone.samples[i].name for i in alone.held_out]
     assert held_out == [dataset.samples[i].name for i in dataset.held_out[:3]]
-    with pytest.raises(UserError, match=r"data\.holdout=4: there are 4 pictures"):
+    with pytest.raises(UserError, match=r"data\.holdout=4: there are 4 different pictures"):
         load(holdout=4)
 
 

@@ -6,35 +6,31 @@ import pytest
 from helpers import rows
 
 from trainer import batches
-from trainer.data.holdout import held_out
+from trainer.data.holdout import holdout
 from trainer.errors import UserError
 
-NAMES = [f"{number:02d}.png" for number in range(30)]
+DIGESTS = [f"{number:064x}" for number in range(30)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 29])
-def test_so_many_are_held_out(count):
-    assert len(set(held_out(NAMES, count))) == count
+def test_as_many_as_are_wanted_are_held_out(count):
+    assert len(holdout(DIGESTS, count)) == count
 
 
 def test_what_is_held_out_does_not_depend_on_the_order_and_hardly_on_what_is_added():
-    def chosen(names, count=7):
-        return {names[row] for row in held_out(names, count)}
-
-    assert chosen(NAMES[::-1]) == chosen(NAMES)
+    assert holdout(DIGESTS[::-1], 7) == holdout(DIGESTS, 7)
     for number in range(50):
-        more = chosen([*NAMES, f"new-{number}.png"])
-        assert len(more - chosen(NAMES)) <= 1
-    assert chosen(NAMES, 6) < chosen(NAMES, 7)
+        assert len(holdout([*DIGESTS, f"new-{number}"], 7) - holdout(DIGESTS, 7)) <= 1
+    assert holdout(DIGESTS, 6) < holdout(DIGESTS, 7)
 
 
-def test_names_that_are_equal_are_told_apart():
-    assert len(set(held_out(["a.png"] * 5, 2))) == 2
+def test_equal_pictures_are_held_out_together():
+    assert len(holdout([*DIGESTS, *DIGESTS], 7)) == 7
 
 
 def test_nothing_to_train_on_is_refused():
-    with pytest.raises(UserError, match=r"data\.holdout=30: there are 30 pictures.*at most 29"):
-        held_out(NAMES, 30)
+    with pytest.raises(UserError, match=r"data\.holdout=30: there are 30 diff.*at most 29"):
+        holdout(DIGESTS * 2, 30)
 
 
 def test_held_out_pictures_are_evaluated_and_never_trained_on(quick, monkeypatch):
@@ -55,11 +51,11 @@ def test_held_out_pictures_are_evaluated_and_never_trained_on(quick, monkeypatch
     monkeypatch.setattr(batches, "noised", watch_training)
     monkeypatch.setattr(batches, "eval_batches", watch_evaluation)
     folder = quick("run", "data.holdout=17", "data.batch_size=7")
-    own, left_out = evaluated[:2]
+    own, held_out = evaluated[:2]
     assert trained == own
     assert len(own) == 7
-    assert len(left_out) == 17
-    assert not own & left_out
+    assert len(held_out) == 17
+    assert not own & held_out
     for row in (rows(folder)[0], rows(folder)[-1]):
         assert row["eval/holdout_loss"] != row["eval/loss"]
         assert row["eval/holdout_loss_t000_250"] > 0

@@ -37,7 +37,7 @@ def train(composed: DictConfig) -> float:
     folder = Path(context.runtime.output_dir)
     try:
         checked = to_dataclasses(composed)
-        optimizers.check(checked.optim)
+        optimizers.check(checked.optim, checked.method.rules)
         from trainer.run import run  # now that the configuration is good: diffusers takes seconds
 
         return run(checked, folder, context.overrides.task)

@@ -38,6 +38,7 @@ class Counters:
     skipped_steps: int = 0
     seconds: float = 0.0  # spent in training steps
     eval_loss_before: float = math.nan  # before the first step
+    grad_norm: float = math.nan  # of the last step, by which method.clip=lagged clips the next
 
 
 @dataclass(kw_only=True)
@@ -167,7 +168,10 @@ def to_resume(config: Config) -> Checkpoint | None:
         return None
     found = load_newest(find(config.resume))
     here, there = flatten(asdict(config)), flatten(found.config)
-    learned = ("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule.")
+    learned = (
+        *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
+        "runtime.accumulation",
+    )
     keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))
     keys = [key for key in keys if key not in _ANYWHERE]
     changed = {

@@ -111,7 +111,7 @@ def text_fingerprint(model: Model, cache: str) -> str:
 def picture_fingerprint(model: Model, cache: str) -> str:
     """Of all that decides how pictures are encoded."""
     memo = Path(cache).expanduser()
-    return repr((model.origin.fingerprint("vae", memo), model.config.vae_dtype))
+    return repr((model.vae_origin.fingerprint("vae", memo), model.config.vae_dtype))
 
 
 def scaled(vae: nn.Module, latents: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ from trainer import batches, losses
 from trainer.config import LossConfig
 
 
+def is_due(optimizer: Any) -> bool:
+    """Whether `optimizer` wants an estimate before its next step."""
+    return isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()
+
+
 def estimate(
     optimizer: Any,
     unet: nn.Module,
@@ -33,7 +38,7 @@ def estimate(
     of that is the plain squared error's with noise of sqrt(f) times the unit, which a factor of 0
     has as well.
     """
-    if not (isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()):
+    if not is_due(optimizer):
         return
     prediction = batches.predict(unet, batch)
     noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)

@@ -1,73 +1,164 @@
-"""From a loss to gradients: all of them first, or each consumed as it arrives
+"""From losses to gradients, clipped: all of them first, or each consumed as it arrives
 (`runtime.fused_backward`).
 
-What needs all gradients before a step (a global norm to clip by, the guard's judgement of it) can
-only be had in the first way; `trainer.validate` refuses it in the second.  The norm is reported in
-both, and is the same.
+A step's gradient is that of the mean over its micro-batches (`runtime.accumulation`).  Its norm,
+before any clip (`trainer.clipping`), is reported in both ways, and is the same.
 """
 
+import logging
 import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import optim
+from trainer.clipping import Clip
 from trainer.config import Config
 
-_BUCKET_BYTES = 64 << 20  # of gradients alive at once, or this share of them all if that is less:
+log = logging.getLogger(__name__)
+
+# Of gradients alive at once, by the type of device (a GPU's launches want more to do), or this
+# share of them all if that is less:
+_BUCKET_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 _BUCKET_SHARE = 16
+
+# The forward pass of a micro-batch, by its place in the step; it may be asked for twice.
+LossOf = Callable[[int], Tensor]
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What the backward passes of a step came to."""
+
+    loss: float  # the mean over the step's micro-batches
+    grad_norm: float  # of all gradients, before a clip; NaN where a loss is not finite
+    begun: bool  # whether the optimizer has stepped some tensors already
 
 
 def make(
-    config: Config, parameters: list[Tensor], optimizer: torch.optim.Optimizer
+    config: Config,
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    last_norm: float = math.nan,
 ) -> "Gathered | Consumed":
-    """The way that the configuration chooses."""
-    if config.runtime.fused_backward:
-        assert isinstance(optimizer, optim.FusedOptimizer)
-        return Consumed(parameters, optimizer)
-    return Gathered(parameters, config.method.max_grad_norm)
+    """The way that the configuration chooses; `last_norm` is the gradients' norm in the step
+    before, where there was one."""
+    clip = Clip(config.method.clip, config.method.max_grad_norm, parameters, last_norm)
+    if not config.runtime.fused_backward:
+        return Gathered(parameters, clip)
+    assert isinstance(optimizer, optim.FusedOptimizer)
+    return Consumed(parameters, optimizer, clip)
 
 
 class Gathered:
-    """A backward pass that keeps all gradients for the step that follows."""
+    """Backward passes that keep all gradients for the step that follows."""
 
-    def __init__(self, parameters: list[Tensor], max_norm: float | None) -> None:
-        self._parameters, self._max_norm = parameters, max_norm
+    def __init__(self, parameters: list[Tensor], clip: Clip) -> None:
+        self._parameters, self.clip = parameters, clip
 
-    def backward(self, loss: Tensor) -> float:
-        """Evaluate the gradients, clip their global norm where a maximum is set; returns it as it
-        was before."""
-        loss.backward()
-        max_norm = self._max_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm).item()
+    def backward(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
+        """Evaluate the gradient of the sum of share * loss over micro-batches, and clip it.
+
+        `shares` says how much of the step's samples each micro-batch is; they sum to 1.
+        """
+        total = 0.0
+        for place, share in enumerate(shares):
+            loss = _weighted(loss_of, place, share)
+            loss.backward()
+            total += loss.item()
+        clip = self.clip
+        clip.forget()
+        clip.measure(*(p for p in self._parameters if p.grad is not None))
+        norm = clip.norm()
+        bounding = norm if clip.needs_this_norm() else clip.last_norm
+        for parameter in self._parameters:
+            if clip.measured(parameter):
+                clip.scale(parameter, bounding)
+        clip.end_step(norm)
+        return Outcome(loss=total, grad_norm=norm, begun=False)
 
 
 class Consumed:
-    """A backward pass inside which the optimizer steps and frees the gradients, a bucket at a time.
+    """Backward passes of which the last steps inside and frees the gradients, a bucket at a time.
 
     A loss that is not finite gets no backward pass, so that it changes nothing.  A gradient that is
-    not finite under a finite loss is found too late for that: the optimizer leaves its elements
-    alone (`on_nonfinite=skip`), and steps the others.
+    not finite under a finite loss is found too late for that, unless a pass before has measured the
+    norm: the optimizer leaves its elements alone (`on_nonfinite=skip`), and steps the others.
+
+    Micro-batches but the last only add to the gradients, which are all alive until then.
     """
 
-    def __init__(self, parameters: list[Tensor], optimizer: optim.FusedOptimizer) -> None:
-        self._parameters = parameters
-        self._norms: dict[Tensor, Tensor] = {}
+    def __init__(
+        self, parameters: list[Tensor], optimizer: optim.FusedOptimizer, clip: Clip
+    ) -> None:
+        self._parameters, self.clip = parameters, clip
+        self._bounding = math.nan  # the norm that this step is clipped by
+        self._takes = False  # whether a gradient that arrives is complete, and is to be used
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
-            parameter.register_post_accumulate_grad_hook(self._measure)
+            parameter.register_post_accumulate_grad_hook(self._arrived)
         total_bytes = sum(p.numel() * p.element_size() for p in parameters)
-        optim.fuse_backward(optimizer, max(1, min(_BUCKET_BYTES, total_bytes // _BUCKET_SHARE)))
+        largest = max(_BUCKET_BYTES[p.device.type] for p in parameters)
+        bucket_bytes = max(1, min(largest, total_bytes // _BUCKET_SHARE))
+        self._hooks = optim.fuse_backward(optimizer, bucket_bytes)
 
-    def backward(self, loss: Tensor) -> float:
-        """Evaluate the gradients and step all but the last bucket, which the optimizer's `step`
-        takes; returns the global norm, NaN where there was no backward pass."""
-        self._norms.clear()
-        if not math.isfinite(loss.item()):
-            return math.nan
-        loss.backward()
-        norms = [self._norms[p] for p in self._parameters if p in self._norms]
-        return torch.linalg.vector_norm(torch.stack(norms)).item()
+    def backward(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
+        """Evaluate the gradient of the sum of share * loss over micro-batches, and step all but the
+        last bucket, which the optimizer's `step` takes.
 
-    def _measure(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._norms[parameter] = torch.linalg.vector_norm(parameter.grad)
+        `shares` as in `Gathered.backward`.
+        """
+        self._bounding = self.clip.last_norm
+        if self.clip.needs_this_norm():
+            if len(shares) > 1:  # all gradients are alive anyway: nothing to gain by a second pass
+                with self._hooks.holding():
+                    return Gathered(self._parameters, self.clip).backward(loss_of, shares)
+            first = self._measure(loss_of)
+            if not math.isfinite(first.grad_norm):
+                return first
+            self._bounding = first.grad_norm
+        return self._step(loss_of, shares)
+
+    def _measure(self, loss_of: LossOf) -> Outcome:
+        """A backward pass that only measures the gradients, a bucket at a time."""
+        loss = loss_of(0)
+        value, norm = loss.item(), math.nan
+        if math.isfinite(value):
+            self.clip.forget()
+            with self._hooks.handing_to(self.clip.measure):
+                loss.backward()
+            norm = self.clip.norm()
+        return Outcome(loss=value, grad_norm=norm, begun=False)
+
+    def _step(self, loss_of: LossOf, shares: Sequence[float]) -> Outcome:
+        """The backward passes, the last of which consumes the gradients."""
+        clip, total = self.clip, 0.0
+        clip.forget()
+        for place, share in enumerate(shares):
+            loss = _weighted(loss_of, place, share)
+            total += loss.item()
+            if not math.isfinite(total):
+                return Outcome(loss=total, grad_norm=math.nan, begun=False)
+            self._takes = place == len(shares) - 1
+            with nullcontext() if self._takes else self._hooks.holding():
+                loss.backward()
+        self._takes = False
+        for parameter in self._parameters:  # whom only earlier micro-batches reached
+            if parameter.grad is not None and not clip.measured(parameter):
+                clip.measure(parameter)
+                clip.scale(parameter, self._bounding)
+        norm = clip.norm()
+        clip.end_step(norm)
+        return Outcome(loss=total, grad_norm=norm, begun=True)
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if self._takes:
+            self.clip.measure(parameter)
+            self.clip.scale(parameter, self._bounding)
+
+
+def _weighted(loss_of: LossOf, place: int, share: float) -> Tensor:
+    loss = loss_of(place)
+    return loss * share if share != 1 else loss

@@ -12,19 +12,18 @@ log = logging.getLogger(__name__)
 class Guard:
     """Counts skipped steps, and stops a run that only skips.
 
-    `skipped` is the number so far.  Up to `max_in_a_row` may follow each other.  In a `fused`
-    backward pass a gradient is known only when parts of the step are done: such a step goes on
-    where its loss is finite (the optimizer leaves the elements alone whose gradient is not), and
-    counts as skipped all the same.
+    `skipped` is the number so far.  Up to `max_in_a_row` may follow each other.  In a fused
+    backward pass a gradient is known only when parts of the step are done: a step that has begun
+    so goes on (the optimizer leaves the elements alone whose gradient is not finite), and counts as
+    skipped all the same.
     """
 
-    def __init__(self, max_in_a_row: int, skipped: int = 0, fused: bool = False) -> None:
+    def __init__(self, max_in_a_row: int, skipped: int = 0) -> None:
         self.max_in_a_row = max_in_a_row
         self.skipped = skipped
-        self.fused = fused
         self._in_a_row = 0
 
-    def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
+    def accepts(self, step: int, loss: float, grad_norm: float, begun: bool = False) -> bool:
         """Whether this step may update the weights, or end what it has begun.  Raises UserError
         after too many in a row that are not whole."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -32,9 +31,8 @@ class Guard:
             return True
         self.skipped += 1
         self._in_a_row += 1
-        is_begun = self.fused and math.isfinite(loss)
         done, left = "skipped", "weights and optimizer are unchanged"
-        if is_begun:
+        if begun:
             done, left = "stepped in part", "elements without a finite gradient are unchanged"
         log.warning("step %d %s: loss %g, gradient norm %g; %s", step, done, loss, grad_norm, left)
         if self._in_a_row > self.max_in_a_row:
@@ -43,4 +41,4 @@ class Guard:
                 "the last checkpoint is from before. Lower optim.lr, or check the model's VAE and "
                 "the data (runtime.max_skipped_steps allows more)"
             )
-        return is_begun
+        return begun

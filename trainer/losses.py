@@ -14,6 +14,7 @@ equal micro-batches is the loss of all their samples together.  A batch that is 
 others has the mean over its own elements.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -54,10 +55,7 @@ def factor(config: LossConfig, schedule: DDPMScheduler, batch: Batch) -> Tensor 
         factors.append(config.unmasked_weight + (1 - config.unmasked_weight) * inside)
     if not factors:
         return None
-    product = factors[0]
-    for one in factors[1:]:
-        product = product * one
-    return product
+    return math.prod(factors[1:], start=factors[0])
 
 
 def timestep_weights(config: LossConfig, schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
     """The configuration of the model's scheduler after training: `model`, as its
     scheduler_config.json has it, with the options that change it.  Without any it is the same.
 
-    Zero terminal SNR as Lin et al. 2023 (arXiv 2305.08891): betas rescaled, a model that
-    predicts v, sampling from the last timestep on ("trailing").  A class of
-    scheduler that cannot rescale becomes DDIM, which they use.
+    Zero terminal SNR as Lin et al. 2023 (arXiv 2305.08891): betas rescaled, a model that predicts
+    v, sampling from the last timestep on ("trailing").  A class of scheduler that cannot rescale
+    becomes DDIM, which can.
 
     Raises UserError for a prediction type that training does not know, or zero terminal SNR with
     epsilon prediction, which has nothing to predict from at the last timestep.

@@ -1,11 +1,10 @@
-"""The optimizer of a run: which parameters decay, and the class that `optim=` names, from the
-family or from anywhere."""
+"""The optimizer of a run: the class that `optim=` names, from the family or from anywhere."""
 
 import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,19 +13,23 @@ from torch import nn
 
 import optim
 from optim.options import unknown
+from trainer import groups
 from trainer.config import ExternalConfig, PeerConfig
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def build(config: Any, model: nn.Module, seed: int) -> torch.optim.Optimizer:
-    """The configured optimizer over the trainable parameters of `model`.
+def build(
+    config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
+) -> torch.optim.Optimizer:
+    """The configured optimizer over the trainable parameters of `model`, in the groups that `rules`
+    make of them.
 
-    Raises UserError for a class that cannot be imported and for options it does not have or values
-    it refuses.
+    Raises UserError for a class that cannot be imported, for options it does not have or values
+    it refuses, and for a rule that matches nothing.
     """
-    optimizer = _make(config, parameter_groups(model), seed)
+    optimizer = _make(config, groups.parameter_groups(model, config.lr, rules), seed)
     for group in optimizer.param_groups:
         group["initial_lr"] = float(group["lr"])  # the peak that `set_lr` scales
     if isinstance(optimizer, optim.FusedOptimizer):
@@ -35,10 +38,20 @@ def build(config: Any, model: nn.Module, seed: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def check(config: Any) -> None:
-    """Refuse a wrong optimizer or option before a model is loaded, by building it for one small
-    matrix."""
-    _make(config, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], seed=0)
+def check(config: Any, rules: Sequence[groups.Rule] = ()) -> None:
+    """Refuse a wrong optimizer, option or rule before a model is loaded, by building it for one
+    small matrix, and one for each rule."""
+
+    def small(**options: Any) -> dict[str, Any]:
+        return {"params": [nn.Parameter(torch.zeros(2, 2))], **options}
+
+    _make(config, [small()], seed=0)
+    for number, rule in enumerate(rules):
+        options = groups.options_of(rule, config.lr)
+        try:
+            _make(config, [small(), small(**options)], seed=0)
+        except UserError as error:
+            raise UserError(f"method.rules[{number}] ({rule['pattern']}): {error}") from error
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -53,34 +66,13 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         for group in optimizer.param_groups
     ]
     try:
-        groups = [
+        merged = [
             saved | options
             for saved, options in zip(state["param_groups"], configured, strict=True)
         ]
-        optimizer.load_state_dict(state | {"param_groups": groups})
+        optimizer.load_state_dict(state | {"param_groups": merged})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"resume: the optimizer's state does not fit: {error}") from error
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: matrices and convolutions decay; biases, norms and embeddings have weight_decay
-    0."""
-    decays, spared = [], []
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad:
-                is_spared = parameter.ndim < 2 or isinstance(module, nn.Embedding)
-                (spared if is_spared else decays).append(parameter)
-    groups = []
-    for title, group, options in (
-        ("with weight decay", decays, {}),
-        ("without (biases, norms, embeddings)", spared, {"weight_decay": 0.0}),
-    ):
-        if group:
-            count = sum(parameter.numel() for parameter in group)
-            log.info("  %d tensors, %s parameters %s", len(group), f"{count:,}", title)
-            groups.append({"params": group, **options})
-    return groups
 
 
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
@@ -122,21 +114,21 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value
 
 
-def _make(config: Any, groups: list[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
+def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
     if isinstance(config, ExternalConfig):
-        return _make_external(config, groups)
+        return _make_external(config, chosen)
     values = {
         key: tuple(v) if isinstance(v, list) else v
         for key, v in asdict(config).items()
         if key != "name"
     }
     try:
-        return optim.build(config.name, groups, seed=seed, **values)
+        return optim.build(config.name, chosen, seed=seed, **values)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim={config.name}: {error}") from error
 
 
-def _make_external(config: ExternalConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torch.optim.Optimizer:
     cls, title = _import(config), _title(config)
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -151,10 +143,15 @@ def _make_external(config: ExternalConfig, groups: list[dict[str, Any]]) -> torc
             reason = unknown(f"option of {config.class_path}", option, known)
             raise UserError(f"optim.options.{option}: {reason}")
     if "weight_decay" not in known:
-        groups = [{"params": group["params"]} for group in groups]
+        spared = {"weight_decay": 0.0}  # is none
+        chosen = [{k: v for k, v in g.items() if (k, v) not in spared.items()} for g in chosen]
+    for group in chosen:  # torch takes any key, and uses those it knows
+        for option in group.keys() - {"params"}:
+            if option not in known and not accepts_any:
+                raise UserError(unknown(f"option of {config.class_path}", option, known))
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.options.items()}
     try:
-        return cls(groups, lr=config.lr, **options)
+        return cls(chosen, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{title}: {error}") from error
 

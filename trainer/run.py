@@ -4,10 +4,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
+from torch import Tensor
 
 from trainer import (
     batches,
@@ -57,6 +59,7 @@ class State:
     step: int
     seconds: float  # spent in training steps, over all sessions of the run
     eval_loss_before: float  # before the first step
+    grad_norm: float  # of the last step with a finite one
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
@@ -97,10 +100,11 @@ def assemble(
     encoded = conditioning.encode(model, dataset, stop)
 
     model.load_unet()
+    memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
     method.attach(config.method, model, config.seed)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     optimizer = optimizers.build(
-        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed
+        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
     )
     fingerprint = dataset.fingerprint
     if resumed:
@@ -123,13 +127,12 @@ def assemble(
             batch_size=config.data.batch_size,
         ),
         optimizer=optimizer,
-        guard=Guard(
-            config.runtime.max_skipped_steps, counters.skipped_steps, config.runtime.fused_backward
-        ),
+        guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
         device=device,
         step=resumed.step if resumed else 0,
         seconds=counters.seconds,
         eval_loss_before=counters.eval_loss_before,
+        grad_norm=counters.grad_norm,
     )
 
 
@@ -137,7 +140,8 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
     config, unet = state.config, state.model.unet
     parameters = state.model.trained_parameters()
-    taken = gradients.make(config, parameters, state.optimizer)
+    taken = gradients.make(config, parameters, state.optimizer, state.grad_norm)
+    count = config.runtime.accumulation
     if state.step == 0:
         state.eval_loss_before = evaluate(state, writer)["loss"]
         sample(state, writer)
@@ -151,22 +155,21 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         started = time.monotonic()
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
-        # Draw the batch, its noise and its timesteps from counters: they depend on the step alone.
-        inputs = state.data.gather(state.data.dataset.batch(config.seed, step))
-        batch = batches.noised(inputs, state.schedule, config.noise, config.seed, step)
-
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
-        # fused backward steps the optimizer inside).
-        curvature.estimate(
-            state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
-        )
+        # fused backward steps the optimizer inside).  Batches, noise and timesteps are drawn from
+        # counters: they depend on the step alone.
+        if curvature.is_due(state.optimizer):
+            batch = draw(state, step * count)
+            curvature.estimate(
+                state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
+            )
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        loss = losses.loss(config.loss, state.schedule, batches.predict(unet, batch), batch)
-        grad_norm = taken.backward(loss)
+        outcome = taken.backward(partial(loss_of, state, step * count), [1 / count] * count)
+        state.grad_norm = taken.clip.last_norm
 
         # Judge the step: unless loss and gradients are finite, leave everything as it was.
-        if state.guard.accepts(step, loss.item(), grad_norm):
+        if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
@@ -175,7 +178,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
 
         # Report, evaluate, sample, save.
         if probe:
-            values = {"loss": loss.item(), "lr": lr, "grad_norm": grad_norm}
+            values = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm}
             _report(state, writer, progress, values | {"update_ratio": probe.ratio()})
         if _due(config.log.eval_every, state):
             evaluate(state, writer)
@@ -187,6 +190,20 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
             except UserError as error:
                 log.warning("%s; training goes on", error)
     progress.close()
+
+
+def draw(state: State, number: int) -> batches.Batch:
+    """The micro-batch of this number, of those that the run trains on."""
+    config = state.config
+    inputs = state.data.gather(state.data.dataset.batch(config.seed, number))
+    return batches.noised(inputs, state.schedule, config.noise, config.seed, number)
+
+
+def loss_of(state: State, first: int, place: int) -> Tensor:
+    """The loss of a step's micro-batch at `place`; `first` is the number of that at 0."""
+    batch = draw(state, first + place)
+    prediction = batches.predict(state.model.unet, batch)
+    return losses.loss(state.config.loss, state.schedule, prediction, batch)
 
 
 def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ()) -> float:
@@ -297,6 +314,7 @@ def save(state: State) -> None:
                 skipped_steps=state.guard.skipped,
                 seconds=state.seconds,
                 eval_loss_before=state.eval_loss_before,
+                grad_norm=state.grad_norm,
             ),
         ),
         keep=state.config.runtime.keep_checkpoints,
@@ -308,7 +326,7 @@ def _report(
 ) -> None:
     seconds_per_step = state.seconds / state.step
     images_per_second = _pictures_seen(state) / state.seconds
-    epochs = state.step / state.data.dataset.plan.batches_per_epoch
+    epochs = _micro_batches(state) / state.data.dataset.plan.batches_per_epoch
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}
@@ -327,7 +345,12 @@ def _report(
 
 
 def _pictures_seen(state: State) -> int:
-    return state.data.dataset.plan.pictures_in(state.config.seed, state.step)
+    return state.data.dataset.plan.pictures_in(state.config.seed, _micro_batches(state))
+
+
+def _micro_batches(state: State) -> int:
+    """How many have been trained on."""
+    return state.step * state.config.runtime.accumulation
 
 
 def _due(every: int, state: State) -> bool:

@@ -13,8 +13,8 @@ class Stream(IntEnum):
     DROPOUT = 4  # of captions
     ADAPTER = 5  # initial weights of a LoRA
     CURVATURE = 6  # sampled targets of an estimate
+    CAPTION = 20  # which of a picture's captions
+    VARIANT = 21  # order and choice of a caption's tags; no seed goes with it
     OFFSET = 30  # a channel's shift of its noise
     PYRAMID = 31  # coarser levels of noise
     PERTURBATION = 32  # what is added to the input alone
-    CAPTION = 40  # which of a picture's captions
-    VARIANT = 41  # order and choice of a caption's tags; no seed goes with it

@@ -17,6 +17,7 @@ from trainer.config import ALTERNATIVES, PICTURE_SUFFIXES, Config, DataConfig, M
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
 from trainer.errors import UserError
+from trainer.groups import check_rules
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,9 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_trained(config.method.train)
     _check_curvature(config)
+    _check_clip(config)
+    check_rules(config.method.rules)
+    _check_accumulation(config)
     _check_noise(config)
     _check_loss(config)
     _check_data(config.data)
@@ -121,21 +125,78 @@ def _check_fused_backward(config: Config) -> None:
             f"{choice}: optim={config.optim.name} needs a second backward pass whose gradients are "
             f"not to be stepped; choose another optimizer, or {without}"
         )
-    for key, norm in (
-        ("method.max_grad_norm", config.method.max_grad_norm),
-        ("optim.max_grad_norm", config.optim.max_grad_norm),
+    clips = config.method.clip == "global" and config.method.max_grad_norm is not None
+    for key, norm, remedy in (
+        (
+            "method.max_grad_norm",
+            config.method.max_grad_norm if clips else None,
+            "set method.clip=exact (a second backward pass), lagged (by the norm of the step "
+            "before) or rms (each tensor by itself), or method.max_grad_norm=null",
+        ),
+        (
+            "optim.max_grad_norm",
+            config.optim.max_grad_norm,
+            "set optim.max_grad_norm=null (method.clip=exact and lagged can do without them)",
+        ),
     ):
         if norm is not None:
             raise UserError(
                 f"{choice}: {key}={norm:g} clips by the norm of all gradients, which are never "
-                f"there at once; set {key}=null (optim.grad_clip={norm:g} clips each tensor's own "
-                f"norm), or {without}"
+                f"there at once; {remedy}, or {without}"
             )
     if config.optim.on_nonfinite == "raise":
         raise UserError(
             f"{choice}: optim.on_nonfinite=raise stops before anything is updated, and parts of "
             f"the step are done when a gradient is found that is not finite; set "
             f"optim.on_nonfinite=skip, or {without}"
+        )
+
+
+def _check_clip(config: Config) -> None:
+    """A clip needs a bound; one that repeats, or undoes, what the optimizer does is said once."""
+    clip, bound = config.method.clip, config.method.max_grad_norm
+    if bound is None:
+        if clip not in ("global", "none"):
+            raise UserError(
+                f"method.clip={clip} needs a bound: set method.max_grad_norm, or method.clip=none"
+            )
+        return
+    if clip == "none":
+        log.warning("method.max_grad_norm=%g has no effect with method.clip=none", bound)
+        return
+    own = _own_clip(config.optim)
+    if own and (clip != "global" or "optim." in own):  # beside any other, the default is harmless
+        log.warning(
+            "method.clip=%s, and optim=%s %s; one of them is enough", clip, config.optim.name, own
+        )
+
+
+def _own_clip(options: Any) -> str | None:
+    """What the optimizer itself does about large gradients, in words, where it does something."""
+    cls = optim.FAMILY.get(options.name)
+    for option in ("max_grad_norm", "grad_clip"):
+        if getattr(options, option, None) is not None:
+            return f"clips them again by optim.{option}"
+    if cls is None:
+        return None
+    if getattr(options, "clip_threshold", None) is not None:
+        return "bounds the RMS of each tensor's update, whatever the size of its gradient"
+    if cls.rule in (optim.Lion.rule, optim.LionProdigy.rule):
+        return "uses the sign of an average of gradients, whose size hardly matters"
+    if getattr(options, "atan2", False):
+        return "has atan2, which bounds every update, whatever the size of its gradient"
+    return None
+
+
+def _check_accumulation(config: Config) -> None:
+    """Gradients that wait for the last micro-batch are what the fused backward is there to
+    avoid."""
+    if config.runtime.accumulation > 1 and config.runtime.fused_backward:
+        log.warning(
+            "runtime.accumulation=%d keeps the gradients of all trained weights between "
+            "micro-batches, in their dtype, which runtime.fused_backward=true alone would not; the "
+            "last backward pass frees them",
+            config.runtime.accumulation,
         )
 
 
@@ -170,7 +231,10 @@ def _check_noise(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:
+    """Options of the loss that something else must ask for."""
+    if config.loss.unmasked_weight and config.data.mask == "none":
+        log.warning("loss.unmasked_weight has no effect here: data.mask=none")
+    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:  # its value in conf/loss
         log.warning(
             "loss.gamma has no effect here: it is of loss.weighting=min_snr, and loss.weighting="
             f"{config.loss.weighting}"

@@ -73,7 +73,6 @@ class DataConfig:
     # goes on into the next epoch.)
     batch_size: int = within(1)
     short_batches: str = one_of("train", "repeat")
-
     # Pictures that are never trained on; eval/holdout_loss is their loss.
     holdout: int = within(0)
 

@@ -1,12 +1,14 @@
 """`method=`: which weights are trained, and how the result is written."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config.fields import one_of, within
 from trainer.config.model import DTYPES
 
 TINY = 1e-12  # the smallest sensible value of what must be positive
 PARTS = ("unet", "text_encoder", "text_encoder_2")
+CLIPS = ("global", "exact", "lagged", "rms", "none")
 
 
 @dataclass(kw_only=True)
@@ -16,7 +18,15 @@ class MethodConfig:
     # Parts that are trained: unet, text_encoder, text_encoder_2.  The captions of a trained text
     # encoder are read anew in every step.
     train: list[str]
-    max_grad_norm: float | None = within(TINY)  # gradients' global norm is clipped; null does not
+    # How gradients are clipped (`trainer/clipping.py`): global, by the norm of them all; exact, the
+    # same with the fused backward, at the cost of a second pass; lagged, by the norm of the step
+    # before; rms, each tensor by its share of the bound; none.
+    clip: str = one_of(*CLIPS)
+    max_grad_norm: float | None = within(TINY)  # the bound on the gradients' norm; null: no clip
+    # Options for some parameters, by their names: [{pattern: attn2, lr_scale: 0.1}, {pattern:
+    # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.
+    # The first whose pattern (a regular expression) is found in a name decides: trainer/groups.py.
+    rules: list[dict[str, Any]]
 
 
 @dataclass(kw_only=True)

@@ -14,10 +14,14 @@ class RuntimeConfig:
     save_every: int = within(0)  # steps between checkpoints; 0 saves only at the end
     keep_checkpoints: int = within(1)  # older ones are deleted
     # Step inside the backward pass, with a bucket of gradients alive instead of all of them: the
-    # same weights, bit for bit.  For this family's optimizers; a global norm to clip by cannot be
-    # had.  Under a finite loss, elements with a gradient that is not are left alone, and the others
-    # are stepped, where the step would be skipped otherwise.
+    # same weights, bit for bit.  For this family's optimizers.  Under a finite loss, elements with
+    # a gradient that is not are left alone, and the others are stepped, where the step would be
+    # skipped otherwise.
     fused_backward: bool
+    # Micro-batches of data.batch_size samples for one optimizer step, whose gradient is that of the
+    # mean over them.  Schedules count optimizer steps.  Gradients are added up in the weights'
+    # dtype; with the fused backward they are all kept until the last micro-batch.
+    accumulation: int = within(1)
     # Steps in a row without a finite loss and gradient before the run stops.
     max_skipped_steps: int = within(0)
     # Let `resume` go on with a configuration that differs from the checkpoint's.

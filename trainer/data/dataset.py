@@ -5,12 +5,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from optim import rng
 from trainer.config import DataConfig
-from trainer.data import captions, holdout, items
+from trainer.data import captions
 from trainer.data.buckets import Size
+from trainer.data.holdout import holdout
 from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
 from trainer.data.survey import Found, Survey, all_sources, endings, survey
@@ -25,17 +25,20 @@ class Dataset:
     """All samples, regularisation pictures last."""
 
     samples: list[Sample]
-    held_out: list[int]  # samples that are in no batch
     plan: Plan
     config: DataConfig
 
     @property
     def own(self) -> list[int]:
         """The samples that the run is about: for eval points and sample grids.  All that are
-        trained on but those of `prior` sources, or these too where there are no others."""
-        held_out = set(self.held_out)
-        trained = [i for i in range(len(self.samples)) if i not in held_out]
+        trained on but those of `prior` sources, or with them where there are no others."""
+        trained = [i for i, sample in enumerate(self.samples) if not sample.held_out]
         return [i for i in trained if not self.samples[i].prior] or trained
+
+    @property
+    def held_out(self) -> list[int]:
+        """The samples that are never trained on."""
+        return [i for i, sample in enumerate(self.samples) if sample.held_out]
 
     @property
     def fingerprint(self) -> str:
@@ -104,24 +107,19 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
 def build(usable: list[Found], config: DataConfig) -> Dataset:
     """Samples and plan of these pictures.  Raises UserError where all of them are held out."""
     usable = sorted(usable, key=lambda found: found.source.prior)  # stable
-    own = [_place(found) for found in usable if not found.source.prior]
-    kept_back = set(holdout.held_out(own, config.holdout))  # the first are not prior
+    held_out = holdout([found.digest for found in usable if not found.source.prior], config.holdout)
     samples: list[Sample] = []
-    held_out: list[int] = []
     members: dict[Size, list[int]] = {}
     for turn in range(max(len(config.resolutions), 1)):  # all pictures at one resolution, then next
-        for number, found in enumerate(usable):
-            if turn >= len(found.fits):
-                continue
-            sample = _sample(found, turn, config)
-            if number in kept_back:
-                held_out.append(len(samples))
-            else:
-                places = members.setdefault(sample.bucket, [])
-                places += [len(samples)] * found.source.repeats
-            samples.append(sample)
+        for found in usable:
+            if turn < len(found.fits):
+                sample = _sample(found, turn, config, found.digest in held_out)
+                if not sample.held_out:
+                    places = members.setdefault(sample.bucket, [])
+                    places += [len(samples)] * found.source.repeats
+                samples.append(sample)
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
-    return Dataset(samples=samples, held_out=held_out, plan=plan, config=config)
+    return Dataset(samples=samples, plan=plan, config=config)
 
 
 def refuse(found: Survey, config: DataConfig) -> None:
@@ -178,9 +176,9 @@ def report(found: Survey, dataset: Dataset) -> None:
     form = "data: %d pictures in %s, %d unreadable, %d without a caption"
     where = ", ".join(source.path for source in all_sources(config))
     log.info(form, len(found.usable), where, len(found.unreadable), len(found.uncaptioned))
-    if dataset.held_out:
-        names = [dataset.samples[i].name for i in dataset.held_out]
-        log.info("data: %d pictures are held out: %s", len(set(names)), some(names))
+    if config.holdout:
+        held_out = [dataset.samples[i].name for i in dataset.held_out]
+        log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
     log.info("data: %s", dataset.table())
 
 
@@ -190,13 +188,7 @@ def some(names: list[str]) -> str:
     return ", ".join(counted[:5]) + (", ..." if len(counted) > 5 else "")
 
 
-def _place(found: Found) -> str:
-    """A picture's name in its source."""
-    root = items.shown(Path(found.source.path).expanduser())
-    return found.item.name.removeprefix(root).lstrip("/")
-
-
-def _sample(found: Found, turn: int, config: DataConfig) -> Sample:
+def _sample(found: Found, turn: int, config: DataConfig, is_held_out: bool) -> Sample:
     fitted, frame = found.fits[turn], not found.source.prior
     target = fitted.bucket
     first, crop = {
@@ -217,5 +209,6 @@ def _sample(found: Found, turn: int, config: DataConfig) -> Sample:
         time_ids=(*first, *crop, *target),
         loss_weight=found.source.weight * found.item.weight,
         prior=found.source.prior,
+        held_out=is_held_out,
         config=config,
     )

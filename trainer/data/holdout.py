@@ -1,27 +1,30 @@
 """Pictures that are never trained on, by which memorising can be told from learning."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from trainer.errors import UserError
 
 
-def held_out(names: Sequence[str], count: int) -> list[int]:
-    """The places of the last `count` of these names in the order of their hashes.
+def holdout(digests: Collection[str], count: int) -> set[str]:
+    """The `count` pictures to hold out, of those with these digests: the last in the order of a
+    hash of them.
 
-    The order does not depend on the seed or on what else there is: every run holds out the same
-    pictures, and one that is added to the folder puts at most itself in another's place.
+    The order depends neither on the seed, on names, nor on what else there is: every run holds out
+    the same pictures, and one that is added puts at most itself in another's place.  Pictures that
+    are equal byte for byte are one.  The hash is salted, so that another choice by the same digests
+    is not this one.
 
     Raises UserError where nothing would be left to train on.
     """
-    if count and count >= len(names):
+    different = set(digests)
+    if count and count >= len(different):
         raise UserError(
-            f"data.holdout={count}: there are {len(names)} pictures, and none would be left to "
-            f"train on; hold out at most {len(names) - 1}"
+            f"data.holdout={count}: there are {len(different)} different pictures, and none would "
+            f"be left to train on; hold out at most {len(different) - 1}"
         )
-    by_hash = sorted(range(len(names)), key=lambda row: (_digest(names[row]), row))
-    return sorted(by_hash[len(names) - count :])
+    return set(sorted(different, key=_order)[len(different) - count :])
 
 
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+def _order(digest: str) -> bytes:
+    return hashlib.sha256(f"holdout {digest}".encode()).digest()

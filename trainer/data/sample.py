@@ -27,6 +27,7 @@ class Sample:
     time_ids: tuple[int, int, int, int, int, int]  # original h, w; crop top, left; target h, w
     loss_weight: float
     prior: bool  # of a source for regularisation
+    held_out: bool  # never trained on
     config: DataConfig
 
     @property

@@ -1,0 +1,95 @@
+"""What bounds a step's gradients: `method.clip`, with `method.max_grad_norm` as the bound.
+
+    global  the whole gradient is scaled to a norm of at most the bound.  Needs all gradients at
+            once, so not with the fused backward.
+    exact   the same, bit for bit, with the fused backward too: a first backward pass only measures
+            the norm, a second one steps.  Costs a forward and a backward pass.
+    lagged  as `global`, with the norm of the step before in place of this one's; the first step of
+            a run, which has none before it, is clipped exactly.  Costs nothing; a sudden spike is
+            clipped one step late.
+    rms     each tensor on its own: its root mean square is at most bound / sqrt(N), with N the
+            number of trained elements, which keeps the whole gradient's norm within the bound
+            too.  Changes the gradient's direction; needs nothing of other tensors.
+
+All scale the gradients themselves, in their own dtype, as `torch.nn.utils.clip_grad_norm_` does:
+whoever steps, and whenever, sees the same bits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # elements that are summed at a time: a bf16 tensor's fp32 copy stays small
+_TINY = 1e-6  # as `clip_grad_norm_` adds it to the norm that it divides by
+
+
+class Clip:
+    """What each gradient of a step is multiplied by, and the norms that decide it.
+
+    `last_norm` is that of the last step with a finite one, NaN before it.
+    """
+
+    def __init__(
+        self, mode: str, limit: float | None, parameters: list[Tensor], last_norm: float = math.nan
+    ) -> None:
+        self.mode = mode if limit else "none"
+        self.limit = limit or math.inf
+        self.last_norm = last_norm
+        self._parameters = parameters
+        self._numel = sum(p.numel() for p in parameters)
+        self._norms: dict[Tensor, Tensor] = {}  # 0-d fp32, on the parameter's device
+
+    def needs_this_norm(self) -> bool:
+        """Whether no gradient may be used before all of them are measured."""
+        if self.mode == "lagged":
+            return not math.isfinite(self.last_norm)
+        return self.mode in ("global", "exact")
+
+    def measure(self, *parameters: Tensor) -> None:
+        """Take note of these gradients' norms."""
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self._norms[parameter] = norm_of(parameter.grad)
+
+    def measured(self, parameter: Tensor) -> bool:
+        return parameter in self._norms
+
+    def forget(self) -> None:
+        """Begin anew with measuring."""
+        self._norms.clear()
+
+    def norm(self) -> float:
+        """The norm of all gradients that were measured."""
+        norms = [self._norms[p] for p in self._parameters if p in self._norms]
+        if not norms:
+            return 0.0
+        device = norms[0].device
+        return torch.linalg.vector_norm(torch.stack([x.to(device) for x in norms])).item()
+
+    def scale(self, parameter: Tensor, norm: float) -> None:
+        """Clip one measured gradient in place; `norm` is that of them all, where the mode asks for
+        one."""
+        assert parameter.grad is not None
+        if self.mode == "rms":
+            share = (parameter.numel() / self._numel) ** 0.5
+            parameter.grad.mul_(_coefficient(self._norms[parameter], self.limit * share))
+        elif self.mode != "none" and norm + _TINY > self.limit:
+            parameter.grad.mul_(_coefficient(torch.tensor(norm), self.limit).item())
+
+    def end_step(self, norm: float) -> None:
+        """Keep this step's norm for the next one, unless it is no number."""
+        if math.isfinite(norm):
+            self.last_norm = norm
+
+
+def norm_of(grad: Tensor) -> Tensor:
+    """The Euclidean norm, in fp32 whatever the dtype: (*) -> 0-d."""
+    chunks = grad.flatten().split(_CHUNK) if grad.numel() > _CHUNK else (grad,)
+    norms = [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _coefficient(norm: Tensor, limit: float) -> Tensor:
+    """What a gradient of this norm is multiplied by to have at most `limit`: 0-d -> 0-d."""
+    return (limit / (norm + _TINY)).clamp(max=1.0)

@@ -1,0 +1,140 @@
+"""The optimizer's parameter groups: who decays, and who has options of their own (`method.rules`).
+
+A rule is a mapping with a `pattern`, a regular expression that is searched for in the parameters'
+names (unet.down_blocks.1.attentions.0.proj_in.weight), and what they get: `lr`, or `lr_scale` times
+optim.lr; `trainable: false`; and any option of the optimizer by its name.  The first rule whose
+pattern is found decides.  Weight decay is 0 for biases, norms and embeddings, unless a rule sets
+it.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Rule = Mapping[str, Any]
+
+_OWN = ("pattern", "lr_scale", "trainable")  # what a rule has besides options of the optimizer
+
+
+def check_rules(rules: Sequence[Rule]) -> None:
+    """Refuse rules that say nothing sensible, whatever the model and the optimizer."""
+    for number, rule in enumerate(rules):
+        title = f"method.rules[{number}]"
+        pattern = rule.get("pattern")
+        if not isinstance(pattern, str):
+            raise UserError(f"{title} has no pattern; write {{pattern: attn2, lr_scale: 0.1}}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{title}: {pattern} is no regular expression: {error}") from error
+        rest = [key for key in rule if key != "pattern"]
+        if not rest:
+            raise UserError(f"{title} ({pattern}) says nothing; give it lr_scale, or trainable")
+        if "lr" in rule and "lr_scale" in rule:
+            raise UserError(f"{title} ({pattern}) has lr and lr_scale; keep one of them")
+        scale = rule.get("lr_scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or scale < 0:
+            raise UserError(f"{title} ({pattern}): lr_scale={scale} must be a number >= 0")
+        if not isinstance(rule.get("trainable", True), bool):
+            raise UserError(f"{title} ({pattern}): trainable must be true or false")
+        if rule.get("trainable") is False and len(rest) > 1:
+            raise UserError(
+                f"{title} ({pattern}): what is not trained has no other options; keep trainable"
+            )
+
+
+def options_of(rule: Rule, lr: float) -> dict[str, Any]:
+    """What a rule's parameters get, as keys of a parameter group; `lr` is everybody else's."""
+    options = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in rule.items()
+        if key not in _OWN
+    }
+    return options | ({"lr": lr * rule["lr_scale"]} if "lr_scale" in rule else {})
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, rules: Sequence[Rule] = ()
+) -> list[dict[str, Any]]:
+    """The groups: those that no rule is about, then each rule's; and the table of them is logged.
+
+    Parameters that a rule does not train stop to require gradients.  Raises UserError for a rule
+    that matches nothing which an earlier one has not, and where nothing is left to train.
+    """
+    members: list[list[tuple[nn.Parameter, bool]]] = [[] for _ in range(1 + len(rules))]
+    patterns = [re.compile(rule["pattern"]) for rule in rules]
+    for name, parameter, is_spared in _trained(model):
+        found = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), -1)
+        members[found + 1].append((parameter, is_spared))
+    groups = _split(members[0], {})
+    table = [_row("", group) for group in groups]
+    for number, (rule, chosen) in enumerate(zip(rules, members[1:], strict=True)):
+        if not chosen:
+            raise UserError(
+                f"method.rules[{number}]: {rule['pattern']} matches no parameter that is trained "
+                "and not taken by a rule before it; correct it or leave it out"
+            )
+        if rule.get("trainable") is False:
+            for parameter, _ in chosen:
+                parameter.requires_grad_(False)
+            table.append(_row(rule["pattern"], {"params": [p for p, _ in chosen]}, "not trained"))
+            continue
+        own = _split(chosen, options_of(rule, lr))
+        table += [_row(rule["pattern"], group) for group in own]
+        groups += own
+    if not groups:
+        raise UserError("method.rules leave nothing to train; one of them must match less")
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for pattern, tensors, count, options in table:
+        start = f"  {pattern:<{widths[0]}}  " if rules else "  "
+        log.info(
+            "%s%s tensors, %s parameters  %s",
+            start,
+            tensors.rjust(widths[1]),
+            count.rjust(widths[2]),
+            options,
+        )
+    return groups
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Every trained parameter once, with its name and whether it is spared weight decay."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield name, parameter, parameter.ndim < 2 or isinstance(module, nn.Embedding)
+
+
+def _split(
+    members: list[tuple[nn.Parameter, bool]], options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One group for those that decay and one for those that are spared it; one group for all where
+    the options say what they do."""
+    if "weight_decay" in options:
+        parts = [([parameter for parameter, _ in members], options)]
+    else:
+        parts = [
+            ([p for p, is_spared in members if not is_spared], options),
+            ([p for p, is_spared in members if is_spared], options | {"weight_decay": 0.0}),
+        ]
+    return [{"params": params, **own} for params, own in parts if params]
+
+
+def _row(pattern: str, group: dict[str, Any], note: str = "") -> tuple[str, str, str, str]:
+    """A group's line in the table: pattern, tensors, parameters, options."""
+    params = group["params"]
+    options = {key: value for key, value in group.items() if key != "params"}
+    if not note and options == {"weight_decay": 0.0}:
+        note = "without weight decay (biases, norms, embeddings)"
+    words = note or ", ".join(f"{key} {value}" for key, value in options.items())
+    total = sum(parameter.numel() for parameter in params)
+    return pattern or "others", str(len(params)), f"{total:,}", words
