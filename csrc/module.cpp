@@ -90,6 +90,17 @@ PYBIND11_MODULE(_native, m) {
         "The sum of the squares of the bucket's usable gradient elements.");
 
     m.def(
+        "draw_normals",
+        [](uint64_t to, int64_t count, uint64_t key, const std::string& isa) {
+            const Isa& chosen = find(isa);
+            py::gil_scoped_release unlocked;
+            chosen.draw_normals(reinterpret_cast<float*>(to), count, key);
+        },
+        py::arg("to"), py::arg("count"), py::arg("key"), py::arg("isa"),
+        "The first `count` numbers that optim.rng.normals draws for this key, as fp32 at an "
+        "address.");
+
+    m.def(
         "same_values",
         [](const py::list& dicts, const py::list& values) {
             if (dicts.size() != values.size()) return false;

@@ -1,6 +1,7 @@
 """APOLLO: moments of a random projection of the gradient, which only say how long a step is."""
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
@@ -44,7 +45,7 @@ class Apollo(FusedOptimizer):
         projection: elements of P: "gaussian" (`optim.rng.normals`) or "sign" (-1 and 1, faster).
         residual: map Adam's step for P G back to the weights, and scale only what is left of G
             without its part in the rows of P, which are made orthonormal (Fira).  The growth limit
-            then acts on what is left.
+            then acts on what is left.  It runs on the torch backend.
         betas: decay of the averages of P G and of its square.
         eps: added to sqrt(v).
         atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + eps): bounded, and without eps.
@@ -81,11 +82,17 @@ class Apollo(FusedOptimizer):
         view = smmf_view(storage, shape, group["factor_1d"])
         if (sides := projected_shape(shape, group["rank"])) is not None:
             shape = (group["rank"], sides[1])
-            view = matrix_view(shape)
+            view = matrix_view(shape) if storage == "factored" else None
         return {
             "exp_avg": signed(storage, shape, view),
             "exp_avg_sq": nonnegative(storage, shape, view),
         }
+
+    def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
+        shape = tuple(param.shape)
+        if projected_shape(shape, group["rank"]) is None:
+            return super().layout(param, group)
+        return shape[0], prod(shape[1:])
 
 
 class ApolloMini(Apollo):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from optim import cuda, features, gpu, native
-from optim.codecs import FactoredSign, join, layout, split
+from optim import cuda, features, gpu, native, plan
+from optim.codecs import FactoredSign, join, split
+from optim.projected import ProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class TorchEngine:
             moved = w - h.rate * (features.decayed(h, w, u) + u)
             w = torch.where(h.usable, moved, w)
             if h.rounding == "stochastic" and param.dtype == torch.bfloat16:
-                view = layout(codecs.values(), tuple(param.shape))
+                view = optimizer.layout(param, group)
                 param.copy_(round_stochastic_bf16(w, key, view))
             else:
                 param.copy_(w)
@@ -110,12 +111,26 @@ def unavailable(device: str) -> str | None:
     return f"there is no fused engine for {device}"
 
 
-def fused_engine(optimizer: "FusedOptimizer", device: torch.device) -> Engine:
-    """The engine of a device that has one."""
+def fused_engine(
+    optimizer: "FusedOptimizer", device: torch.device, rule: str | None = None
+) -> Engine:
+    """The engine of a device that has one, for the optimizer's steps or for another rule of its."""
+    own = type(optimizer).rule.__name__
+    if rule is None and own in plan.PROJECTED:
+        return ProjectedEngine(
+            optimizer,
+            plan.PROJECTED[own],
+            lambda owner, rule: descriptor_engine(owner, device, rule),
+        )
+    return descriptor_engine(optimizer, device, rule)
+
+
+def descriptor_engine(optimizer: Any, device: torch.device, rule: str | None) -> Engine:
+    """What launches one rule for the tensors of an optimizer, or of a part of one."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        return cuda.CudaEngine(optimizer, torch.device("cuda", index))
-    return native.NativeEngine(optimizer)
+        return cuda.CudaEngine(optimizer, torch.device("cuda", index), rule)
+    return native.NativeEngine(optimizer, rule)
 
 
 def resolve(choice: str, devices: set[str]) -> str:

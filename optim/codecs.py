@@ -262,6 +262,25 @@ class FactoredSign:
         return Factored(self.shape, self.view)
 
 
+@dataclass(frozen=True)
+class Given:
+    """A factor for each row ("row") or each column ("col") of the view, which a step is given and
+    only reads: no state.  The engines decode it."""
+
+    shape: tuple[int, ...]
+    view: tuple[int, int]
+
+    def zeros(self, device: torch.device) -> Parts:
+        return {}
+
+    def encode(self, x: Tensor, key: int) -> Parts:
+        return {}
+
+    def decode(self, parts: Parts) -> Tensor:
+        factors = parts["row"][:, None] if "row" in parts else parts["col"][None]
+        return _from_view(factors.expand(self.view), self.shape)
+
+
 def signed(storage: str, shape: tuple[int, ...], view: tuple[int, int] | None = None) -> Codec:
     """The codec of a moment of either sign.
 

@@ -45,9 +45,13 @@ class CudaEngine(DescriptorEngine):
     """Steps the parameters of one optimizer that are on one GPU."""
 
     def __init__(
-        self, optimizer: "FusedOptimizer", device: torch.device, gpu: Gpu | None = None
+        self,
+        optimizer: "FusedOptimizer",
+        device: torch.device,
+        rule: str | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, rule)
         self._device = device
         self._gpu = gpu or gpu_of(device)
         self._table = torch.empty_like(self._words, device=device)
@@ -93,14 +97,14 @@ class CudaEngine(DescriptorEngine):
 
     def _flags(self) -> list[int]:
         groups = self._optimizer.param_groups
-        return [plan.group_options(group | {"lr": 0.0}, 1.0).flags for group in groups]
+        return [plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags for group in groups]
 
     def _make(self, work: Work, places: "Sequence[Place]") -> None:
         by_kind: dict[Kind, list[int]] = {}
         flags = self._flags()
         for index, _, _ in places:
             d = self._descriptors[index]
-            kind = kind_of(type(self._optimizer).rule.__name__, d, flags[d.group])
+            kind = kind_of(self._rule, d, flags[d.group])
             by_kind.setdefault(kind, []).append(index)
         kernels = self._gpu.load(name for kind in by_kind for name, _ in kind.passes())
         for kind, members in by_kind.items():
@@ -150,7 +154,7 @@ class CudaEngine(DescriptorEngine):
             workspace=sums + bucket.num_tiles * plan.TILE_SUMS_BYTES,
             num_tensors=bucket.num_tensors,
             num_tiles=bucket.num_tiles,
-            rule=self._rule,
+            rule=plan.RULES[self._rule],
         )
         head = torch.frombuffer(bytearray(launch), dtype=torch.uint8)
         table.copy_(torch.cat([head, *raw]))
@@ -189,17 +193,19 @@ class CudaEngine(DescriptorEngine):
     def _put_options(self, coefficients: dict[int, float | Tensor]) -> None:
         """Write the groups' options to the device: numbers where they have changed, tensors (a
         learning rate, what a global norm makes of the gradients) always, from the device."""
-        groups = self._optimizer.param_groups
+        groups = self._groups(self._device)
         options, tensors = [], []
-        for position, group in enumerate(groups):
-            lr, coefficient = group["lr"], coefficients.get(id(group), 1.0)
+        for position, (own, group) in enumerate(
+            zip(self._optimizer.param_groups, groups, strict=True)
+        ):
+            lr, coefficient = group["lr"], coefficients.get(id(own), 1.0)
             for field, value in (("lr", lr), ("coefficient", coefficient)):
                 if isinstance(value, Tensor) and value.is_cuda:
                     word = getattr(plan.Options, field).offset // 8
                     tensors.append((position, word, value))
             numbers = group | {"lr": 0.0 if isinstance(lr, Tensor) and lr.is_cuda else lr}
             number = 1.0 if isinstance(coefficient, Tensor) else coefficient
-            options.append(plan.group_options(numbers, number))
+            options.append(plan.group_options(numbers, number, self._rule))
         raw = bytes((plan.Options * len(groups))(*options))
         if raw != self._uploaded or tensors or self._captured:
             host = torch.frombuffer(bytearray(raw), dtype=torch.float64).view_as(self._options)

@@ -28,7 +28,10 @@ Descriptors = ctypes.Array[plan.Descriptor]
 _ASKED = 256  # tensors of a state that are asked for their address at a step
 # The options of a group that say which moments there are and how they are stored, and which
 # kernels it takes.
-_SHAPING = ("storage", "factor_1d", "momentum", "beta1", "growth_limit", "clip_norm", "rounding")
+_SHAPING = (
+    *("storage", "factor_1d", "momentum", "beta1", "growth_limit", "clip_norm", "rounding"),
+    "slice_p",
+)
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)
 
@@ -73,9 +76,10 @@ class DescriptorEngine:
     (`_put`), and runs them (`step`, `grad_sq`).
     """
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: "FusedOptimizer", rule: str | None = None) -> None:
+        """`rule` is what is computed, if it is not the optimizer's step."""
         self._optimizer = optimizer
-        self._rule = plan.RULES[type(optimizer).rule.__name__]
+        self._rule = rule or type(optimizer).rule.__name__
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         self._descriptors: Descriptors = (plan.Descriptor * count)()
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
@@ -86,6 +90,16 @@ class DescriptorEngine:
     def _make(self, work: Work, places: "Sequence[Place]") -> None:
         """Fill in the launches of a new work, whose descriptors are complete but for addresses."""
         raise NotImplementedError
+
+    def _groups(self, device: torch.device) -> list[dict[str, Any]]:
+        """The groups, with the tensors that they share where this device can read them."""
+        shared = self._optimizer.shared
+        return [
+            group | {name: group[name].to(device) for name in shared}
+            if any(group[name].device != device for name in shared)
+            else group
+            for group in self._optimizer.param_groups
+        ]
 
     def _put(self, work: Work, addresses: Tensor) -> None:
         """Write the members' addresses, int64 (n, 2) of weight and gradient, to the descriptors."""
@@ -175,16 +189,22 @@ class DescriptorEngine:
         d.group = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
         for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
             setattr(d, name, state[name].data_ptr() if name in state else 0)
+        for name in ("start", "numerator", "denominator"):
+            setattr(d.samples, name, state[name].data_ptr() if name in state else 0)
         vectors = partials = 0
         for salt, (name, codec) in enumerate(codecs.items(), start=1):
+            if name == "grad_sum":
+                d.samples.sum = plan.moment_of(codec, split(state, name), salt)
             if name not in plan.SLOTS:
+                continue
+            if self._rule == plan.ESTIMATE and name not in plan.ESTIMATED:
                 continue
             moment = plan.moment_of(codec, split(state, name), salt)
             if isinstance(codec, (Factored, FactoredSign)):
                 moment.vectors, moment.partials = vectors, partials
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.PARTIALS
-            d.moments[plan.SLOTS.index(name)] = moment
+            d.moments[plan.SLOTS[name]] = moment
 
 
 def buckets(numels: Iterable[tuple[int, int]], limit: int) -> list[list[int]]:

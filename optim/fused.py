@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from optim import backend, features, native, options, plan
 from optim import state as states
 from optim.backend import Place, grad_of
-from optim.codecs import Codec, Dense
+from optim.codecs import Codec, Dense, layout
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
@@ -80,6 +80,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group.get("growth_limit") is not None:
             codecs["update_norm"] = Dense(())
         return codecs
+
+    def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
+        """The (R, C) matrix by which the draws of a parameter's rounding are addressed."""
+        return layout(self.codecs(param, group).values(), tuple(param.shape))
 
     def rate(self, h: SimpleNamespace) -> float | Tensor:
         """What updates and decay are multiplied by, of a group as its rule sees it: a number, or a
@@ -162,34 +166,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         for engine, share in shares:
             engine.step(share, coefficients)
 
-    def _shares(self, places: list[Place]) -> list[tuple[backend.Engine, list[Place]]]:
-        """Which engine steps which parameters."""
+    def _shares(
+        self, places: list[Place], rule: str | None = None
+    ) -> list[tuple[backend.Engine, list[Place]]]:
+        """Which engine steps which parameters, or computes another rule for them."""
         torch_engine = backend.TorchEngine(self)
         if self.backend == "torch" or not plan.has_rule(type(self).rule):
             return [(torch_engine, places)]
-        batched = any(group.get("conv_view") == "last2" for group in self.param_groups)
-        if not batched and all([param.is_cpu for _, _, param in places]):
-            return [(self._engine(CPU) or torch_engine, places)]
+        if not any(map(_is_torchs, self.param_groups)) and all(
+            [param.is_cpu for _, _, param in places]
+        ):
+            return [(self._engine(CPU, rule) or torch_engine, places)]
         shares: dict[torch.device | None, list[Place]] = {}
         for place in places:
-            last2 = place[1].get("conv_view") == "last2"  # batches of matrices: the reference's
-            shares.setdefault(None if last2 else place[2].device, []).append(place)
+            shares.setdefault(None if _is_torchs(place[1]) else place[2].device, []).append(place)
         return [
-            ((device and self._engine(device)) or torch_engine, share)
+            ((device and self._engine(device, rule)) or torch_engine, share)
             for device, share in shares.items()
         ]
 
-    def _engine(self, device: torch.device) -> backend.Engine | None:
+    def _engine(self, device: torch.device, rule: str | None = None) -> backend.Engine | None:
         """The fused engine of a device, if it has one."""
-        engines: dict[torch.device, backend.Engine | None] = self.__dict__.setdefault(
-            "_engines", {}
-        )
-        if device not in engines:
+        engines: dict[tuple[torch.device, str | None], backend.Engine | None]
+        engines = self.__dict__.setdefault("_engines", {})
+        key = (device, rule)
+        if key not in engines:
             reason = backend.unavailable(device.type)
             if reason:
                 backend.fall_back(reason)
-            engines[device] = None if reason else backend.fused_engine(self, device)
-        return engines[device]
+            engines[key] = None if reason else backend.fused_engine(self, device, rule)
+        return engines[key]
 
     def _counts_on(self, param: Tensor) -> torch.device:
         """Where a parameter's step count lives: with who reads it."""
@@ -354,6 +360,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{bad} of {param.numel()} gradient elements of parameter {index} "
                         f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
                     )
+
+
+def _is_torchs(group: dict[str, Any]) -> bool:
+    """Whether a group's options are of those that only plain PyTorch computes: batches of small
+    matrices, and updates that are mapped back from a projection."""
+    return group.get("conv_view") == "last2" or bool(group.get("residual"))
 
 
 def _check_group(optimizer: str, group: dict[str, Any]) -> None:

@@ -35,15 +35,19 @@ _SLOTS = (
     "Float8Slot",
     "FactoredSlot<false>",
     "FactoredSlot<true>",
+    "GivenSlot",
 )  # by CodecId
 # The passes over tiles that some flag asks for, and the Phase of tensors that follows each.
 _PASSES = (
     ("measure", ("orthograd", "grad_clip", "scale_parameter"), 2),
-    ("factor", (), 4),  # asked for by a factored Adafactor
+    ("factor", (), 4),  # asked for by a factored second moment of Adafactor or CAME
     ("norm", ("growth_limit", "clip_exact"), 6),
-    ("align", ("cautious",), 8),
+    ("residual", (), 8),  # asked for by a factored instability of CAME
+    ("limit", ("growth_settled",), 10),
+    ("align", ("cautious",), 12),
 )
-_BEGIN, _FINISH = 0, 10
+_BEGIN, _FINISH = 0, 14
+_FACTORING = ("adafactor", "came")  # rules that are two: of a matrix and of a vector
 MEASURE = "engine::cuda::measure_kernel"
 
 
@@ -96,8 +100,8 @@ class Kind(NamedTuple):
     def template(self) -> str:
         """Its name in C++ (`Kind` in csrc/engine/cuda.h)."""
         matrix = _SLOTS[self.codecs[2]].startswith("Factored")
-        rule = self.rule.capitalize()
-        if rule == "Adafactor":
+        rule = "".join(map(str.capitalize, self.rule.split("_")))
+        if self.rule in _FACTORING:
             rule += "Matrix" if matrix else "Vector"
         parts = [f"engine::cuda::{x}" for x in (rule, *(_SLOTS[codec] for codec in self.codecs))]
         return (
@@ -108,9 +112,10 @@ class Kind(NamedTuple):
     def passes(self) -> list[tuple[str, bool]]:
         """What a step runs for it, in order: (kernel, whether of tiles)."""
         template, names = self.template(), [(_tensor_kernel(_BEGIN), False)]
-        factors = self.rule == "adafactor" and _SLOTS[self.codecs[2]].startswith("Factored")
+        factors = self.rule in _FACTORING and _SLOTS[self.codecs[2]].startswith("Factored")
+        asked = {"factor": factors, "residual": factors and self.rule == "came"}
         for name, flags, after in _PASSES:
-            if self.has(*flags) or (name == "factor" and factors):
+            if self.has(*flags) or asked.get(name):
                 kernel = f"engine::cuda::{name}_kernel<{template}>"
                 names.append((MEASURE if name == "measure" else kernel, True))
                 names.append((_tensor_kernel(after), False))

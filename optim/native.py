@@ -24,6 +24,7 @@ try:
 except ImportError as error:
     _native, _reason = None, str(error)
 
+CPU = torch.device("cpu")
 # Parameters are stepped in buckets of at most so many elements: 64 MB of bf16 gradients.
 BUCKET_NUMEL = 32 << 20
 
@@ -73,20 +74,28 @@ if _native is not None:
     _check_sizes()
 
 
+def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """`optim.rng.normals` on a CPU, in the same bits, without its temporaries: -> fp32 (R, C)."""
+    drawn = torch.empty(shape, device=device)
+    _native.draw_normals(drawn.data_ptr(), drawn.numel(), key, isa())
+    return drawn
+
+
 class NativeEngine(DescriptorEngine):
     """Steps the CPU parameters of one optimizer."""
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
-        super().__init__(optimizer)
+    def __init__(self, optimizer: "FusedOptimizer", rule: str | None = None) -> None:
+        super().__init__(optimizer, rule)
         self._isa = isa()
         self._room = torch.empty(0, dtype=torch.uint8)
 
     def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
         work, weights, read = self._refresh(places)
-        groups = self._optimizer.param_groups
+        own = [float(coefficients.get(id(g), 1.0)) for g in self._optimizer.param_groups]
+        groups = self._groups(CPU)
         options = (plan.Options * len(groups))(
-            *(plan.group_options(g, float(coefficients.get(id(g), 1.0))) for g in groups)
+            *(plan.group_options(g, c, self._rule) for g, c in zip(groups, own, strict=True))
         )
         self._launch(_native.launch, work, options)
         del read
@@ -112,7 +121,7 @@ class NativeEngine(DescriptorEngine):
                 vectors=bucket.vectors.data_ptr(),
                 num_tensors=bucket.num_tensors,
                 num_tiles=bucket.num_tiles,
-                rule=self._rule,
+                rule=plan.RULES[self._rule],
             )
             work.launches.append((launch, bucket))
 

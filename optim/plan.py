@@ -13,14 +13,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.codecs import Bf16, Block8, Codec, Dense, Factored, FactoredSign, Float8, Parts
+from optim.codecs import (
+    Bf16,
+    Block8,
+    Codec,
+    Dense,
+    Factored,
+    FactoredSign,
+    Float8,
+    Given,
+    Parts,
+)
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
-HYPER_BYTES, TILE_SUMS_BYTES = 128, 48  # of structs that only the engine looks into
-SLOTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")  # SlotId
+HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # of structs that only the engine looks into
+NUM_SLOTS = 3
+SLOTS = {  # SlotId
+    "exp_avg": 0,
+    "exp_avg_slow": 1,
+    "exp_avg_res": 1,
+    "exp_avg_sq": 2,
+    "hessian": 2,
+    "scales": 2,
+}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
-RULES = {"sgd": 0, "adam": 1, "adopt": 2, "lion": 3, "adafactor": 4}  # RuleId
+RULES = {  # RuleId
+    "sgd": 0,
+    "adam": 1,
+    "adopt": 2,
+    "lion": 3,
+    "adafactor": 4,
+    "sophia": 5,
+    "curved": 6,
+    "prodigy": 7,
+    "lion_prodigy": 8,
+    "came": 9,
+    "scaled": 10,
+}
+# Rules whose matrices are projected, and what steps the projection and the others.
+PROJECTED = {"apollo": "adam", "adafactor_apollo": "adafactor"}
+# What an estimate of the curvature touches; it has no features.
+ESTIMATE, ESTIMATED = "curved", ("hessian",)
 FLAGS = (  # Flag, from bit 0
     "nesterov",
     "atan2",
@@ -38,6 +72,9 @@ FLAGS = (  # Flag, from bit 0
     "stochastic",
     "first_moment",
     "slow_moment",
+    "safeguard_warmup",
+    "bias_correction",
+    "growth_settled",
 )
 # CodecId, and which part is which; 0 is an absent moment.
 _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
@@ -47,12 +84,13 @@ _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
     Float8: (4, ("codes", "top")),
     Factored: (5, ("row", "col")),
     FactoredSign: (6, ("row", "col", "", "", "sign")),
+    Given: (7, ("row", "col")),
 }
 
 
 def has_rule(rule: Callable[..., Any]) -> bool:
     """Whether the fused engines compute this rule of `optim/reference.py`."""
-    return rule.__name__ in RULES
+    return rule.__name__ in RULES or rule.__name__ in PROJECTED
 
 
 class Options(ctypes.Structure):
@@ -72,9 +110,13 @@ class Options(ctypes.Structure):
         ("grad_clip", c_double),
         ("growth_limit", c_double),
         ("clip_threshold", c_double),
+        ("rho", c_double),
+        ("d0", c_double),
         ("coefficient", c_double),
         ("flags", c_int64),
         ("seed", c_uint64),
+        ("slice", c_int64),
+        ("distance", c_uint64),
     ]
 
 
@@ -87,6 +129,17 @@ class Moment(ctypes.Structure):
         ("parts", c_uint64 * 5),
         ("vectors", c_int64),
         ("partials", c_int64),
+    ]
+
+
+class Samples(ctypes.Structure):
+    """What Prodigy keeps of some elements of a parameter."""
+
+    _fields_ = [
+        ("start", c_uint64),
+        ("sum", Moment),
+        ("numerator", c_uint64),
+        ("denominator", c_uint64),
     ]
 
 
@@ -108,7 +161,8 @@ class Descriptor(ctypes.Structure):
         ("cols", c_int64),
         ("index", c_int64),
         ("group", c_int64),
-        ("moments", Moment * len(SLOTS)),
+        ("moments", Moment * NUM_SLOTS),
+        ("samples", Samples),
     ]
 
 
@@ -131,14 +185,19 @@ class Launch(ctypes.Structure):
     ]
 
 
-def group_options(group: dict[str, Any], coefficient: float) -> Options:
-    """One group's options as the engine reads them; `coefficient` multiplies every gradient."""
+def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Options:
+    """One group's options as the engine reads them for a rule; `coefficient` multiplies every
+    gradient."""
     betas = tuple(group.get("betas", ()))
     beta1 = group.get("momentum", group.get("beta1", betas[0] if betas else None))
     beta2 = group.get("beta2", betas[1] if len(betas) > 1 else None)
+    beta3 = group.get("beta3", betas[2] if len(betas) > 2 else None)
+    if "d" in group and beta3 is None:
+        beta3 = betas[1] ** 0.5
     eps = group.get("eps", 0.0)
     eps, eps_scale = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
     clips = group.get("clip_threshold") is not None
+    clip_norm, limits = group.get("clip_norm", "exact"), group.get("growth_limit") is not None
     flags = {
         "nesterov": group.get("nesterov"),
         "atan2": group.get("atan2"),
@@ -147,22 +206,25 @@ def group_options(group: dict[str, Any], coefficient: float) -> Options:
         "cautious_decay": group["cautious_decay"],
         "orthograd": group["orthograd"],
         "grad_clip": group["grad_clip"] is not None,
-        "growth_limit": group.get("growth_limit") is not None,
-        "clip_exact": clips and group["clip_norm"] == "exact",
-        "clip_lagged": clips and group["clip_norm"] == "lagged",
+        "growth_limit": limits and rule != "came",
+        "clip_exact": clips and clip_norm == "exact",
+        "clip_lagged": clips and clip_norm == "lagged",
         "relative_step": group.get("relative_step"),
         "scale_parameter": group.get("scale_parameter"),
         "fixed_beta2": beta2 is not None,
         "stochastic": group["rounding"] == "stochastic",
         "first_moment": group.get("beta1") is not None,
-        "slow_moment": len(betas) > 2,
+        "slow_moment": "alpha" in group,
+        "safeguard_warmup": group.get("safeguard_warmup"),
+        "bias_correction": group.get("bias_correction"),
+        "growth_settled": limits and rule == "came",
     }
     return Options(
         lr=float(group["lr"]),
         weight_decay=group["weight_decay"],
         beta1=beta1 or 0.0,
         beta2=beta2 or 0.0,
-        beta3=betas[2] if len(betas) > 2 else 0.0,
+        beta3=beta3 or 0.0,
         beta2_decay=group.get("beta2_decay", 0.0),
         eps=eps,
         eps_scale=eps_scale,
@@ -171,9 +233,13 @@ def group_options(group: dict[str, Any], coefficient: float) -> Options:
         grad_clip=group["grad_clip"] or 0.0,
         growth_limit=group.get("growth_limit") or 0.0,
         clip_threshold=group.get("clip_threshold") or 0.0,
+        rho=group.get("rho", 0.0),
+        d0=group.get("d0", 0.0),
         coefficient=coefficient,
-        flags=sum(1 << bit for bit, name in enumerate(FLAGS) if flags[name]),
+        flags=sum(1 << bit for bit, name in enumerate(FLAGS) if flags[name] and rule != ESTIMATE),
         seed=group["seed"] % (1 << 64),
+        slice=group.get("slice_p", 1),
+        distance=group["d"].data_ptr() if "d" in group else 0,
     )
 
 

@@ -8,6 +8,7 @@ P has the same bits everywhere as it is drawn.  The product P G is torch's matmu
 depend on the device and may depend on the number of threads: a run repeats itself on one machine.
 """
 
+from collections.abc import Callable
 from math import prod
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from optim.rng import mix, normals, signs
 
-_DRAWS = {"gaussian": normals, "sign": signs}
+Draw = Callable[[int, tuple[int, int], torch.device], Tensor]
 
 
 def projected_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int] | None:
@@ -39,18 +40,27 @@ def unchanneled(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (matrix.t() if shape[0] >= prod(shape[1:]) else matrix).reshape(shape)
 
 
-def projection(h: SimpleNamespace, width: int, device: torch.device) -> Tensor:
+def projection(
+    h: SimpleNamespace, width: int, device: torch.device, normals: Draw = normals
+) -> Tensor:
     """P fp32 (rank, width) with elements of mean 0 and variance 1 / rank, so that |P x| is |x| on
     average.
 
     It is a function of (seed, parameter, how many times `update_gap` steps have passed), in the
     same bits on every device.  With `residual` its rows are then made orthogonal and of one length,
     by Cholesky's factor of P P^T in fp64 (to rounding the same everywhere), so that
-    rank / width * P^T P projects.
+    rank / width * P^T P projects.  `normals` draws like `optim.rng.normals`.
     """
     key = mix(h.seed, h.index, (h.t - 1) // h.update_gap, ord("P"))
-    p = _DRAWS[h.projection](key, (h.rank, width), device)
-    return orthonormal_rows(p) * (width / h.rank) ** 0.5 if h.residual else p * h.rank**-0.5
+    draw = normals if h.projection == "gaussian" else signs
+    p = draw(key, (h.rank, width), device)
+    return orthonormal_rows(p) * (width / h.rank) ** 0.5 if h.residual else p.mul_(h.rank**-0.5)
+
+
+def gain(h: SimpleNamespace, width: int) -> float:
+    """What scaled gradients are multiplied by: the root of `scale`, which "auto" makes width /
+    rank."""
+    return float(width / h.rank if h.scale == "auto" else h.scale) ** 0.5
 
 
 def orthonormal_rows(p: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.codecs import Codec, Factored
+from optim.codecs import Codec, Factored, FactoredSign
 from optim.features import limited
-from optim.projection import channels, projected_shape, projection, unchanneled
+from optim.projection import channels, gain, projected_shape, projection, unchanneled
 
 Moments = dict[str, Tensor]
 Step = tuple[Tensor | None, Moments]
@@ -177,7 +177,7 @@ def rescaled(
     Zhu et al. 2024, Alg. 1: u = sqrt(scale) |N| / |P g| g, with norms of channels or of the tensor.
     With `residual` only what lies outside the span of P is scaled (and limited), and N itself is
     mapped back: Chen et al. 2024 (Fira, arXiv 2410.01623).  Nothing is scaled in a channel whose
-    projection has no length, and one without a usable element keeps its moments.
+    projection has no length, and one without a usable element keeps its moments and has no step.
     """
     matrix, shape = channels(g), tuple(g.shape)
     p = projection(h, matrix.shape[0], g.device)
@@ -186,13 +186,16 @@ def rescaled(
     own = {"usable": usable, "growth_limit": None}
     n, moments = low_step(SimpleNamespace(**vars(h) | own), low)
     assert n is not None
+    n = torch.where(usable, n, 0.0)
+    if any(isinstance(codec, FactoredSign) for codec in h.codec.values()):
+        n = torch.where(low == 0, 0.0, n)  # as everywhere where signs know no zero
     length, low_length = (norms(x, 0 if h.scaling == "channel" else None) for x in (n, low))
-    gain = (1 / share if h.scale == "auto" else h.scale) ** 0.5
-    factor = torch.where(low_length > 1e-30, length / low_length, 0.0).float() * gain
+    factor = torch.where(low_length > 1e-30, length / low_length, 0.0).float()
+    factor = factor * gain(h, matrix.shape[0])
     rest = matrix - share * (p.t() @ low) if h.residual else matrix
     u, moments = grown(h, unchanneled(factor * rest, shape), s, moments)
     if h.residual:
-        u = u + unchanneled(gain * share * (p.t() @ n), shape)
+        u = u + unchanneled(gain(h, matrix.shape[0]) * share * (p.t() @ n), shape)
     return u, moments
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from optim import features as every
-from optim import reference
-from optim.backend import grad_of
+from optim import plan, reference
+from optim.backend import Place, TorchEngine, grad_of
 from optim.codecs import Codec, join, nonnegative, signed, smmf_view, split
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.rng import mix
 
-_ESTIMATE = 1 << 32  # keeps an estimate's rounding apart from the steps'
+_ESTIMATE = 1 << 32  # keeps an estimate's rounding apart from the steps'; csrc/rules/sophia.h
 
 
 class Sophia(FusedOptimizer):
@@ -48,6 +48,8 @@ class Sophia(FusedOptimizer):
 
     rule = staticmethod(reference.sophia)
     common: ClassVar[tuple[str, ...]] = ("hessian_every",)
+    _num_steps: int | None = None  # the largest step count, where it is known without asking
+    _has_moved = False  # since `step()`
 
     def __init__(
         self,
@@ -74,8 +76,24 @@ class Sophia(FusedOptimizer):
     def wants_hessian(self) -> bool:
         """Whether an estimate is due before the next step: before the first, and after every
         `hessian_every` steps.  It stays due until that step, whether there has been one or not."""
-        steps = max((int(state["step"]) for state in self.state.values()), default=0)
+        steps = self._num_steps
+        if steps is None:  # it waits for a GPU: once, and not at every step
+            steps = max((int(state["step"]) for state in self.state.values()), default=0)
+            self._num_steps = None if self._has_moved else steps
         return steps % self.param_groups[0]["hessian_every"] == 0
+
+    def end_step(self) -> None:
+        if self._num_steps is not None and self._has_moved:
+            self._num_steps += 1
+        self._has_moved = False
+
+    def _step(self, places: list[Place]) -> None:
+        super()._step(places)
+        self._has_moved = self._has_moved or bool(places)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._num_steps = None
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -101,19 +119,26 @@ class Sophia(FusedOptimizer):
                 "update_hessian: no parameter has a gradient; call backward() of the sampled loss "
                 "before it"
             )
+        places = [(*self._place_of(param), param) for param in params]
+        coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
+        for engine, share in self._shares(places, plan.ESTIMATE):
+            if isinstance(engine, TorchEngine):
+                for place in share:
+                    self._estimate(*place, scale)
+            else:
+                engine.step(share, coefficients)
         for param in params:
-            index, group = self._place_of(param)
-            self._estimate(index, group, param, scale)
             param.grad = None
 
     def _estimate(self, index: int, group: dict[str, Any], param: Tensor, scale: float) -> None:
         """The estimate of one parameter: decode, average, encode."""
-        codec, state = self.codecs(param, group)["hessian"], self.state_of(param, group)
+        codecs, state = self.codecs(param, group), self.state_of(param, group)
+        codec, salt = codecs["hessian"], [*codecs].index("hessian") + 1
         raw = grad_of(param).float()
         h = SimpleNamespace(**group | {"usable": every.usable(raw)})
         state["nonfinite"] += (~h.usable).sum()
         moments = {"hessian": codec.decode(split(state, "hessian"))}
         moments = reference.curved(h, torch.where(h.usable, raw, 0.0), moments, scale)
-        key = mix(group["seed"], index, int(state["step"]), _ESTIMATE)
+        key = mix(mix(mix(group["seed"], index, int(state["step"])), _ESTIMATE), salt)
         for part, value in join({"hessian": codec.encode(moments["hessian"], key)}).items():
             state[part].copy_(value)

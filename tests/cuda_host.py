@@ -58,9 +58,11 @@ class Host:
 def on_host(host):
     """What is stepped for the first time within, is stepped by the kernels of a GPU from then
     on."""
-    whole = backend.fused_engine
-    backend.fused_engine = lambda optimizer, device: cuda.CudaEngine(optimizer, device, host)
+    whole = backend.descriptor_engine
+    backend.descriptor_engine = lambda optimizer, device, rule: cuda.CudaEngine(
+        optimizer, device, rule, host
+    )
     try:
         yield
     finally:
-        backend.fused_engine = whole
+        backend.descriptor_engine = whole

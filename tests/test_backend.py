@@ -21,7 +21,10 @@ from optim import backend, engine, native
 BUILT = native.unavailable() is None
 needs_native = pytest.mark.skipif(not BUILT, reason="it is not built")
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,)]
-NAMES = ["adamw", "adamw8bit", "adopt_factored", "adafactor8bit"]
+NAMES = [
+    *("adamw", "adamw8bit", "adopt_factored", "adafactor8bit"),
+    *("apollo_mini", "sophia"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -192,9 +195,15 @@ def test_groups_of_both_kinds_step_and_are_clipped_together():
 @needs_native
 def test_an_optimizer_without_a_kernel_says_who_steps_it(monkeypatch):
     monkeypatch.setattr(backend, "_said", set())
-    with pytest.warns(RuntimeWarning, match="plain PyTorch, which is slower; CAME has no fused"):
-        optimizer = optim.build("came", make_params())
-    assert optimizer.engine() == "plain PyTorch; CAME has no fused kernel"
+
+    class Averaged(optim.SGD):
+        rule = staticmethod(lambda h, w, g, s: (g, {}))
+
+    with pytest.warns(
+        RuntimeWarning, match="plain PyTorch, which is slower; Averaged has no fused"
+    ):
+        optimizer = Averaged(make_params())
+    assert optimizer.engine() == "plain PyTorch; Averaged has no fused kernel"
 
 
 COPIERS = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}

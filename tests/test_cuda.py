@@ -18,7 +18,7 @@ from cuda_host import Host, on_host
 from optim import gpu, native
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from bench.cases import CASES, kernels_of, make, set_grads
+from bench.cases import CASES, kernels_of, make, prepare, set_grads
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
@@ -140,6 +140,9 @@ def test_the_kernels_give_the_bits_of_the_cpu_engine(case, host):
     twins, twin = copy.deepcopy((params, optimizer))
     before = host.launches
     for step in range(3):
+        prepare(params, optimizer, step)
+        with on_host(host):
+            prepare(twins, twin, step)
         for group in (params, twins):
             set_grads(group, step)
             group[0].grad[3, 700] = torch.nan

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import single_file_utils
 from models import TINY, make_sd15
 from safetensors.torch import load_file, save_file
 
@@ -186,19 +187,36 @@ def test_marks_of_v_prediction_and_zero_terminal_snr_are_honoured(
     assert found == expected
 
 
-def test_a_ckpt_is_read_and_one_with_code_in_it_is_not(files, tmp_path):
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "of before torch 1.6"])
+def test_a_ckpt_is_read_with_the_names_of_2022_too(sd15, files, tmp_path, monkeypatch, is_zip):
+    """A .ckpt says nothing of its architecture; here the small model's is the published one."""
+    folder = origin.at(str(sd15))
+    monkeypatch.setattr(architectures, "config", lambda kind, part: folder.config(part))
+    old = {
+        name.replace("transformer.text_model.", "transformer."): tensor
+        for name, tensor in load_file(files["sd15"]).items()
+    }
+    assert "cond_stage_model.transformer.final_layer_norm.bias" in old
     path = tmp_path / "model.ckpt"
-    tensors = {"state_dict": load_file(files["sd15"]), "global_step": 3}
-    torch.save(tensors, path)
-    architecture = json.loads(
-        origin.at(str(files["sd15"])).file.metadata["low_memory_trainer.configs"]
-    )
-    with pytest.raises(UserError, match=r"another model's|lacks"):  # it is not the published size
-        origin.at(str(path)).load("unet", FP32)
-    assert architecture["unet"]["block_out_channels"] == [8, 8, 16, 16]
-    torch.save(tensors | {"callback": shutil.rmtree}, path)
+    held = {"state_dict": old, "global_step": 3}
+    torch.save(held, path, _use_new_zipfile_serialization=is_zip)
+    found = origin.at(str(path))
+    for part in ("unet", "vae", "text_encoder"):
+        assert_equal_modules(found.load(part, FP32), folder.load(part, FP32))
+
+
+def test_a_ckpt_with_code_in_it_is_not_loaded(files, tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": load_file(files["sd15"]), "callback": shutil.rmtree}, path)
     with pytest.raises(UserError, match="can run any code"):
         origin.at(str(path))
+
+
+def test_a_file_of_another_size_than_the_published_one_is_named(files, tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_file(load_file(files["sd15"]), path)  # without what its metadata said of it
+    with pytest.raises(UserError, match=r"small\.safetensors lacks model\..*another architecture"):
+        origin.at(str(path)).load("unet", FP32)
 
 
 def test_the_fingerprint_is_of_one_part_whatever_holds_it_and_is_remembered(tiny, files, tmp_path):
@@ -266,6 +284,10 @@ REFUSED = {  # what is done to a whole file, and what is said of it
     "sd2": (
         lambda t: t.update({"cond_stage_model.model.ln_final.bias": torch.zeros(1)}),
         ["Stable Diffusion 2"],
+    ),
+    "edm": (
+        lambda t: t.update({"edm_vpred.sigma_max": torch.zeros(1)}),
+        ["EDM"],
     ),
     "bare unet": (
         lambda t: [
@@ -396,3 +418,40 @@ def test_a_published_model_has_the_published_names(kind, count):
         "first_stage_model.encoder.norm_out.weight",
     ]
     assert set(expected) <= set(single)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_diffusers_converts_a_published_models_names_as_we_do(kind):
+    """Every tensor of the real UNet and VAE, on the meta device; each is known by its identity."""
+    converters = {
+        "unet": single_file_utils.convert_ldm_unet_checkpoint,
+        "vae": single_file_utils.convert_ldm_vae_checkpoint,
+    }
+    for part, convert in converters.items():
+        settings = architectures.config(kind, part)
+        shapes = architectures.shapes(part, settings)
+        own = of_tensors({n: torch.empty(s, device="meta") for n, s in shapes.items()})
+        entries = names.table(part, own, settings)
+        single = names.to_single(own, entries, names.PREFIXES[kind][part])
+        given = {name: torch.empty(lazy.shape, device="meta") for name, lazy in single.items()}
+        full = dict(architectures.empty(part, settings).config)
+        converted = convert(dict(given), full)
+        assert converted.keys() == shapes.keys()
+        for entry in entries:
+            theirs = converted[entry.own[0]]
+            if entry.form == "same":
+                assert theirs is given[names.PREFIXES[kind][part] + entry.single], entry
+            assert theirs.shape == shapes[entry.own[0]], entry
+
+
+def test_what_a_file_has_beside_its_weights_is_carried_over(files, tmp_path):
+    tensors = load_file(files["sdxl"]) | {
+        "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.ones(1, 77),
+    }
+    path = tmp_path / "more.safetensors"
+    stream.write(path, of_tensors(tensors), origin.at(str(files["sdxl"])).file.metadata)
+    written = formats.save_single_file(tmp_path / "again.safetensors", origin.at(str(path)), {})
+    again = load_file(written)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())

@@ -295,3 +295,12 @@ def test_a_group_added_later_takes_part_in_the_one_d():
     first, second = (group["d"] for group in optimizer.param_groups)
     assert first is second
     assert d_of(optimizer) > 1e-6
+
+
+def test_another_slice_p_than_the_states_is_refused():
+    params = make_params(shapes=[(40,)])
+    optimizer = optim.build("prodigy", params, slice_p=5)
+    find(optimizer, params, range(2))
+    optimizer.param_groups[0]["slice_p"] = 2
+    with pytest.raises(ValueError, match=r"'grad_sum' is .*\(8,\).* should be .*\(20,\)"):
+        find(optimizer, params, range(1))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import assert_same, make_params, run, set_grads
 from torch import nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from trainer import batches, curvature, losses, noise
@@ -232,3 +233,26 @@ def test_curvature_that_is_known_shortens_steps_where_it_is_large():
     p.grad = torch.tensor([10.0, 0.1])
     optimizer.step()
     assert torch.allclose(p, torch.tensor([1 - 0.1 * 0.1, 1 - 0.1]))
+
+
+class NoReading(TorchDispatchMode):
+    """Forbids what would wait for a device: a number read by the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a number is read"
+        return function(*args, **kwargs or {})
+
+
+def test_when_an_estimate_is_due_is_asked_of_no_device_at_every_step():
+    params = make_params()
+    optimizer = optim.build("sophia", params, hessian_every=3)
+    run(optimizer, params, range(2))
+    with pytest.raises(AssertionError, match="a number is read"), NoReading():
+        optimizer.wants_hessian()
+    assert not optimizer.wants_hessian()
+    for step in range(2, 6):
+        run(optimizer, params, [step])
+        optimizer.zero_grad()
+        optimizer.step()  # makes none
+        with NoReading():
+            assert optimizer.wants_hessian() == (step in (2, 5))

@@ -34,7 +34,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         temporary.rename(final)
         _flush(final.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except UserError:  # what was written is not what should have been
+    except (UserError, KeyboardInterrupt):  # it is not what should have been, or not all of it
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap OSError

@@ -5,27 +5,13 @@ written is read back before it is called by its name.
 """
 
 import argparse
-import json
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from trainer import formats, origin
-from trainer.checkpoint import completed
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, kinds, lora
-from trainer.formats.metadata import BASE_VERSION
-from trainer.formats.names import canonical
-from trainer.formats.weights import PICKLED, Weights, of_file
 
-log = logging.getLogger(__name__)
-
-DTYPES = ("float16", "bfloat16", "float32")
-_LORA_NAME = "pytorch_lora_weights.safetensors"  # of a folder that diffusers saved
 _EPILOG = """\
 SOURCE is one of
   a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub repository (owner/name)
@@ -45,9 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from trainer import conversion  # now that the command is good: diffusers takes seconds
+
     try:
-        export(options.source, Path(options.target), options.format, dtype, options)
+        conversion.convert(
+            options.source,
+            Path(options.target),
+            form=options.format,
+            dtype=options.dtype,
+            base=options.base,
+            variant=options.variant,
+        )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         ".safetensors is a file); of a LoRA: kohya's or diffusers' (the one that SOURCE is not)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; a VAE keeps its own (all do, by default)"
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="of the weights; a VAE keeps its own (all do, by default)",
     )
     parser.add_argument(
         "--base",
@@ -82,188 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--variant", help="of a diffusers folder's files, such as fp16")
     return parser
-
-
-def export(
-    source: str, target: Path, form: str | None, dtype: torch.dtype | None, options: Any
-) -> None:
-    """Convert `source` to `target`.  Raises UserError for what cannot be."""
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists; name another target, or remove it")
-    path = _in_run(Path(source).expanduser())
-    if (path / "checkpoint.json").is_file():
-        _export_checkpoint(path, target, form, dtype)
-    elif (path / _LORA_NAME).is_file():
-        _export_lora(path / _LORA_NAME, target, form, dtype, options.base)
-    elif path.is_file() and _is_lora(path):
-        _export_lora(path, target, form, dtype, options.base)
-    else:
-        if options.base:
-            raise UserError(f"--base={options.base} has no effect: {path} is a model, not a LoRA")
-        found = origin.at(str(path) if path.exists() else source, options.variant)
-        _write_model(target, found, {}, form, dtype)
-
-
-def _in_run(path: Path) -> Path:
-    """What is meant by a run's folder: its model, its LoRA, or its last checkpoint."""
-    if not path.is_dir() or (path / "model_index.json").is_file():
-        return path
-    if (path / "model/model_index.json").is_file():
-        return path / "model"
-    if files := sorted((path / "lora").glob("*.safetensors")):
-        return files[0]
-    return (completed(path / "checkpoints") or [path])[-1]
-
-
-def _is_lora(path: Path) -> bool:
-    return path.suffix not in PICKLED and kinds.is_lora(of_file(path)[0])
-
-
-def _write_model(
-    target: Path,
-    found: origin.Origin,
-    parts: dict[str, Weights],
-    form: str | None,
-    dtype: torch.dtype | None,
-) -> None:
-    if form in ("kohya", "diffusers"):
-        raise UserError(
-            f"--format={form} is of LoRA files, and {found} is a model: use folder or file"
-        )
-    form = form or ("file" if target.suffix == ".safetensors" else "folder")
-    log.info("%s -> %s (a %s)", found, target, {"file": "single file", "folder": "folder"}[form])
-    if form == "folder":
-        formats.save_folder(target, found, parts, dtype=dtype)
-        return
-    _must_be_safetensors(target)
-    formats.save_single_file(target, found, parts, dtype=dtype)
-
-
-def _must_be_safetensors(target: Path) -> None:
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target} must end in .safetensors, as what is written")
-
-
-def _export_lora(
-    path: Path, target: Path, form: str | None, dtype: torch.dtype | None, base: str | None
-) -> None:
-    name, models = _base_of(path, base)
-    found = lora.read(path, models)
-    is_kohya = any(key.startswith("lora_") for key in of_file(path)[0])
-    form = form or ("diffusers" if is_kohya else "kohya")
-    _write_lora(path, target, form, dtype, name, models, found)
-
-
-def _write_lora(
-    source: Path,
-    target: Path,
-    form: str,
-    dtype: torch.dtype | None,
-    base: str,
-    models: dict[str, nn.Module],
-    found: adapters.Adapters,
-) -> None:
-    if form not in ("kohya", "diffusers"):
-        raise UserError(
-            f"--format={form} is of models, and {source} is a LoRA: use kohya or diffusers"
-        )
-    _must_be_safetensors(target)
-    log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    formats.save_lora(target, form, models, base, dtype, adapters=found)  # type: ignore[arg-type]
-
-
-def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
-    """The kind of model that a LoRA is of, and that model without weights."""
-    if base is None:
-        told = of_file(path)[1].get("ss_base_model_version", "")
-        kinds_told = [kind for kind, version in BASE_VERSION.items() if told.startswith(version)]
-        fits = [kind for kind in kinds_told or BASE_VERSION if _fits(path, kind)]
-        if len(fits) != 1:
-            raise UserError(
-                f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "
-                "name the model that it is of: --base=MODEL"
-            )
-        base = fits[0]
-    if base in architectures.PUBLISHED:
-        return base, _empty_published(base)
-    found = origin.at(base)
-    return found.kind, _empty(found)
-
-
-def _fits(path: Path, kind: str) -> bool:
-    try:
-        lora.read(path, _empty_published(kind))
-    except adapters.OtherModel:
-        return False
-    return True
-
-
-def _empty_published(kind: str) -> dict[str, nn.Module]:
-    return {
-        part: architectures.empty(part, architectures.config(kind, part))
-        for part in architectures.PARTS
-        if part in architectures.config(kind, "index") and part != "vae"
-    }
-
-
-def _empty(found: origin.Origin) -> dict[str, nn.Module]:
-    return {
-        part: architectures.empty(part, found.config(part))
-        for part in architectures.PARTS
-        if found.has(part) and part != "vae"
-    }
-
-
-def _export_checkpoint(
-    folder: Path, target: Path, form: str | None, dtype: torch.dtype | None
-) -> None:
-    """A run's checkpoint: the model that it began with and the trained tensors in it, or a LoRA."""
-    try:
-        config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
-        began, method = config["model"], config["method"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
-    found = origin.at(began["path"], began.get("variant"))
-    trained = _by_part(of_file(folder / "weights.safetensors")[0])
-    if method["name"] == "lora":
-        models = _empty(found)
-        held = _adapters_of(trained, method)
-        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held)
-        return
-    parts = {
-        part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
-        for part, weights in trained.items()
-    }
-    _write_model(target, found, parts, form, dtype)
-
-
-def _by_part(weights: Weights) -> dict[str, Weights]:
-    """A checkpoint's tensors (`unet.conv_in.weight`), part by part."""
-    parts: dict[str, Weights] = {}
-    for name, lazy in weights.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = lazy
-    return parts
-
-
-def _adapters_of(parts: dict[str, Weights], method: dict[str, Any]) -> adapters.Adapters:
-    """PEFT's parameters (`PATH.lora_A.default.weight`) and the run's options -> adapters."""
-    ending = f".{adapters.NAME}.weight"
-    held: adapters.Adapters = {}
-    for part, weights in parts.items():
-        for name, lazy in weights.items():
-            if not name.endswith(f".lora_A{ending}"):
-                continue
-            path = name.removesuffix(f".lora_A{ending}")
-            rank = lazy.shape[0]
-            magnitude = weights.get(f"{path}.lora_magnitude_vector{ending}")
-            held.setdefault(part, {})[path] = adapters.Adapter(
-                down=lazy.read(),
-                up=weights[f"{path}.lora_B{ending}"].read(),
-                alpha=method["alpha"] * (rank**0.5 if method.get("rslora") else 1.0),
-                magnitude=None if magnitude is None else magnitude.read().flatten(),
-            )
-    return held
 
 
 if __name__ == "__main__":

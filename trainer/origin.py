@@ -85,6 +85,10 @@ class Folder:
         """The part's tensors by their names in a diffusers folder, to be read one at a time."""
         return find_weights(self.folder(part), part, self.variant)[0]
 
+    def unused(self) -> Weights:
+        """What only a single file has: nothing."""
+        return {}
+
     def load(self, part: str, dtype: torch.dtype) -> nn.Module:
         """The part with its weights, on the CPU, in eval mode.
 
@@ -175,6 +179,11 @@ class File:
 
     def weights(self, part: str) -> Weights:
         return self.file.weights(part)
+
+    def unused(self) -> Weights:
+        """What a single file has beside its parts' weights, by its names there: CLIP's position_ids
+        and logit_scale, which nothing reads."""
+        return self.file.unused()
 
     def load(self, part: str, dtype: torch.dtype) -> nn.Module:
         return self.file.load(part, dtype)

@@ -40,7 +40,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     dtype = None if method.export_dtype is None else DTYPES[method.export_dtype]
     parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
     if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
-        parts["vae"] = model.vae_origin.weights("vae")
+        parts["vae"] = model.vae_origin
     name = config.name.replace("/", "-")
     described = _described(config, step, num_images)
     written = []

@@ -6,6 +6,7 @@
 #include "codecs/dense.h"
 #include "codecs/factored.h"
 #include "codecs/float8.h"
+#include "codecs/given.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -20,6 +21,7 @@ struct AnySlot {
     Float8Slot float8;
     FactoredSlot<false> factored;
     FactoredSlot<true> factored_sign;
+    GivenSlot given;
 
     // Where `stored` is false the moment is only read.
     HD_CALL AnySlot(const Place& p, SlotId slot, SlotScratch& s, bool stored)
@@ -31,7 +33,8 @@ struct AnySlot {
           block8(p, slot, s),
           float8(p, slot, s),
           factored(p, slot, s),
-          factored_sign(p, slot, s) {}
+          factored_sign(p, slot, s),
+          given(p, slot, s) {}
 
     // Calls f with the slot of the codec that is there, if any.
     template <class Function>
@@ -49,6 +52,8 @@ struct AnySlot {
                 return f(factored);
             case kFactoredSign:
                 return f(factored_sign);
+            case kGiven:
+                return f(given);
             default:
                 return;
         }

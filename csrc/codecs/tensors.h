@@ -20,6 +20,19 @@ HD F load_as(int32_t dtype, const char* at, int64_t cols, int col, int n) {
     return dtype == kBFloat16 ? from_bf16(raw) : from_fp16(raw);
 }
 
+// To the nearest.
+HD void store_as(int32_t dtype, char* at, int col, F x, int n) {
+    if (dtype == kFloat32) return store_f32(reinterpret_cast<float*>(at) + col, x, n);
+    U code = dtype == kBFloat16 ? to_bf16(x) : to_fp16(x);
+    store_uint(reinterpret_cast<uint16_t*>(at) + col, code, n);
+}
+
+// Unusable elements of a gradient (NaN, infinite, too large to be squared) count as zero.
+HD F usable(F g, Mask& ok) {
+    ok = abs(g) <= F(kLargestGrad);
+    return RARELY(!all(ok)) ? select(ok, g, F(0.f)) : g;
+}
+
 struct Bf16Grad {
     const uint16_t *data, *at;
     int64_t cols, first_col;

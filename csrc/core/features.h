@@ -40,9 +40,14 @@ HD F conditioned(const Hyper& h, F g, F w) {
     return g * h.coefficient;
 }
 
-// What a rule inherits when nothing happens between the limiter and the weights.
+// What a rule inherits: every moment it has is written anew, and nothing happens between the
+// limiter and the weights.
 struct Rule {
-    static constexpr int64_t kOwnFlags = 0;  // those that only this rule has
+    static constexpr int64_t kOwnFlags = 0;      // those that only this rule has
+    static constexpr bool kSlowStored = true;    // otherwise apply() only reads it
+    static constexpr bool kSquareStored = true;  // the same
+    static constexpr bool kHasResidual = false;  // the slow moment is of what residual() gives
+    static constexpr bool kSampled = false;      // something is kept of some elements (samples.h)
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
 };
 

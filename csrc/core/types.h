@@ -29,7 +29,19 @@ constexpr int kVectorPad = 32;  // row and column vectors in the workspace are p
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-enum RuleId : int32_t { kSgd = 0, kAdam = 1, kAdopt = 2, kLion = 3, kAdafactor = 4 };
+enum RuleId : int32_t {
+    kSgd = 0,
+    kAdam = 1,
+    kAdopt = 2,
+    kLion = 3,
+    kAdafactor = 4,
+    kSophia = 5,
+    kCurved = 6,  // no step: Sophia's estimate of the curvature
+    kProdigy = 7,
+    kLionProdigy = 8,
+    kCame = 9,
+    kScaled = 10,  // no count: APOLLO's, whose projection's step has counted
+};
 
 enum CodecId : int32_t {
     kAbsent = 0,
@@ -39,9 +51,10 @@ enum CodecId : int32_t {
     kFloat8 = 4,        // parts: codes, top
     kFactored = 5,      // parts: row, col, row_top, col_top (tops null: row and col are fp32)
     kFactoredSign = 6,  // parts: row, col, -, -, sign
+    kGiven = 7,         // parts: row or col: fp32 factors that are only read
 };
 
-// Which moment a slot holds.
+// Which moment a slot holds; kSquare is also Sophia's curvature, kSlow CAME's instability.
 enum SlotId : int { kFast = 0, kSlow = 1, kSquare = 2, kSlots = 3 };
 
 enum Flag : int64_t {
@@ -61,6 +74,9 @@ enum Flag : int64_t {
     kStochastic = 1 << 13,   // bf16 weights are rounded stochastically
     kFirstMoment = 1 << 14,  // Adafactor keeps one
     kSlowMoment = 1 << 15,   // AdEMAMix
+    kSafeguardWarmup = 1 << 16,
+    kBiasCorrection = 1 << 17,  // Prodigy's choice
+    kGrowthSettled = 1 << 18,   // Fira's limiter on what a rule makes of its clipped update
 };
 
 // The options of one parameter group, as numbers.
@@ -68,12 +84,16 @@ struct Options {
     double lr, weight_decay;
     double beta1, beta2, beta3;  // beta1 is SGD's momentum
     double beta2_decay;
-    double eps, eps_scale;  // eps_scale: floor of RMS(w) for kScaleParameter
+    double eps, eps_scale;  // eps_scale: floor of RMS(w) for kScaleParameter; CAME's second eps
     double alpha, warmup_steps;
     double grad_clip, growth_limit, clip_threshold;
+    double rho;          // Sophia's
+    double d0;           // Prodigy's; its beta3 decays sums
     double coefficient;  // of every gradient: what global clipping came to
     int64_t flags;
     uint64_t seed;
+    int64_t slice;      // Prodigy looks at every so many'th element
+    uint64_t distance;  // Prodigy's d, fp64
 };
 
 // How one moment of one parameter is stored.
@@ -83,6 +103,13 @@ struct Moment {
     uint64_t parts[5];
     int64_t vectors;   // factored: where in its tensor's vectors its decoded row and column lie
     int64_t partials;  // factored: where in a tile's partials its row and column sums lie
+};
+
+// What Prodigy keeps of some elements of a parameter: of every Options::slice'th, in memory order.
+struct Samples {
+    uint64_t start;                   // the weights before the first step, in their dtype
+    Moment sum;                       // of gradients: fp32 or bf16
+    uint64_t numerator, denominator;  // of d: this parameter's shares, fp64 each
 };
 
 // One parameter: where everything is.
@@ -95,6 +122,7 @@ struct Tensor {
     int64_t index;              // of the parameter in the optimizer: seeds its rounding
     int64_t group;              // which Options
     Moment moments[kSlots];
+    Samples samples;
 };
 
 // The work list of a bucket.
@@ -110,6 +138,7 @@ struct TileSums {
     double grad_sq, weight_grad, weight_sq;
     double update_sq;
     int64_t aligned, nonfinite;
+    double progress, distance;  // of samples: <g, start - w> and |sum of gradients|_1
 };
 
 // What a tensor's step is made of, derived from its Options and its step count; written once a
@@ -118,9 +147,9 @@ struct Hyper {
     int64_t t, flags;
     uint64_t key;                     // of this step's rounding
     double beta2, inv_bias2;          // Adafactor's, of this step
-    double col_mean;                  // Adafactor's: mean of the decoded column means
     float weight1, weight2, weight3;  // 1 - beta
     float momentum, eps, alpha, limit;
+    float curvature;           // Sophia's: what multiplies it
     float tilt, square_scale;  // atan2: of the numerator; Adafactor: of the second moment
     float unit,
         settled_scale;   // the update is settled_scale settled(update_scale unit direction())
@@ -132,6 +161,10 @@ struct Hyper {
     float lr,
         decay;  // lr: with relative step and parameter scale; decay: lr * weight_decay without
     int32_t passive;  // the weights stay as they are in this step
+    float d;          // Prodigy's: of the gradient
+    float sum_decay, sum_weight;
+    int32_t learns;  // lr > 0: something is learned of d
+    double progress_weight;
 };
 
 // The phases of a step, in order; those between are of a tensor, `measure` to `apply` of a tile.
@@ -143,6 +176,10 @@ enum Phase : int {
     kAfterFactor,
     kNorm,
     kAfterNorm,
+    kResidual,
+    kAfterResidual,
+    kLimit,
+    kAfterLimit,
     kAlign,
     kAfterAlign,
     kApply,

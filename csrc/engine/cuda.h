@@ -14,8 +14,8 @@ namespace engine {
 namespace cuda {
 
 // optim/plan.py mirrors these.
-static_assert(sizeof(Options) == 128 && sizeof(Tensor) == 296 && sizeof(Launch) == 96 &&
-                  sizeof(Hyper) == 128 && sizeof(TileSums) == 48,
+static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) == 96 &&
+                  sizeof(Hyper) == 152 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
 // A moment whose row is loaded at once and stored at once, so that a thread's eight elements are
@@ -79,14 +79,15 @@ struct Kind {
         kWeightDtype == kBFloat16 && kGradDtype == kBFloat16 && !kCompensated &&
         (kFlags & kStochastic) != 0 && (kFlags & ~(kPlainFlags | RuleT::kOwnFlags)) == 0 &&
         ((is_same<RuleT, Adam> && (kFactoredPair || kCodes)) ||
-         (is_same<RuleT, Adopt> && kFactoredPair) || is_same<RuleT, AdafactorMatrix>);
+         ((is_same<RuleT, Adopt> || is_same<RuleT, Prodigy>) && kFactoredPair) ||
+         is_same<RuleT, AdafactorMatrix>);
     static constexpr bool factored_sign =
         is_same<FastT, FactoredSlot<true>> || is_same<SlowT, FactoredSlot<true>>;
     Grad grad;
     WeightOf<kWeightDtype, kCompensated, (kFlags_ & kStochastic) != 0> weight;
     Staged<FastT, true> fast;
-    Staged<SlowT, true> slow;
-    Staged<SquareT, !is_same<RuleT, AdafactorMatrix>> square;
+    Staged<SlowT, RuleT::kSlowStored> slow;
+    Staged<SquareT, RuleT::kSquareStored> square;
 
     HD Kind(const Place& p, Scratch& s)
         : grad(p, s.grad),
@@ -108,7 +109,15 @@ __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* l
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
     if (wants_norm(launch->hypers[launch->tiles[blockIdx.x].tensor]))
-        norm<KindT>(*launch, blockIdx.x);
+        norm<KindT, false>(*launch, blockIdx.x);
+}
+template <class KindT>
+__global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
+    residual<KindT>(*launch, blockIdx.x);
+}
+template <class KindT>
+__global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
+    norm<KindT, true>(*launch, blockIdx.x);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
@@ -128,6 +137,8 @@ __global__ __launch_bounds__(kTensorThreads, 1) void tensor_kernel(const Launch*
     if (kPhase == kAfterMeasure) return after_measure(*launch, member);
     if (kPhase == kAfterFactor) return after_factor(*launch, member);
     if (kPhase == kAfterNorm) return after_norm(*launch, member);
+    if (kPhase == kAfterResidual) return after_residual(*launch, member);
+    if (kPhase == kAfterLimit) return after_limit(*launch, member);
     if (kPhase == kAfterAlign) return after_align(*launch, member);
     if (kPhase == kFinish) return finish(*launch, member);
 }

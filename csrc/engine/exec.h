@@ -18,6 +18,8 @@
 //   load_bits, store_bits       one bit a column, lowest first
 //   prefetch(row, cols, col)    a hint: column col of a later row will be read
 //   total(x)                    the sum over a span's lanes
+//   each_sample(first, every, width, grad, weight, f)   some elements of a row: f(at, col, n, g, w)
+//   Spread                      sums of those over a tile: add(col, every, n, x), total()
 //
 // Of a tensor:
 //   each_index, each_pack       f(i), or f(at, n) for a pack of n lanes, of vectors of any length

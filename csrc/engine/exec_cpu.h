@@ -112,6 +112,44 @@ struct Exec {
         __builtin_prefetch(row + 2 * cols + col, kForWriting, kToL1);
     }
 
+    // Every every'th element of a row, from column `first` on: f(at, col, n, g, w) for n of them,
+    // the at-th and those that follow, of which the first is in column col.
+    template <class GradT, class WeightT, class Function>
+    HD static void each_sample(int first, int every, int width, const GradT& grad,
+                               const WeightT& weight, Function&& f) {
+        float g[kTileCols], w[kTileCols];
+        each(width, [&](int i, int col, int n) INLINED {
+            store_f32(g + col, grad.load(i, col, n), kLanes);
+            store_f32(w + col, weight.load(i, col, n), kLanes);
+        });
+        int count = 0;
+        for (int col = first; col < width; col += every, ++count)
+            g[count] = g[col], w[count] = w[col];
+        for (int at = 0; at < count; at += kLanes) {
+            const int n = count - at < kLanes ? count - at : kLanes;
+            f(at, first + at * every, n, load_f32(g + at, n), load_f32(w + at, n));
+        }
+    }
+
+    // A sum over some elements of a tile, in the order of a GPU, whose threads have columns of
+    // their own.
+    struct Spread {
+        double of_thread[64] = {};
+
+        HD void add(int col, int every, int n, D x) {
+            double lanes[kLanes];
+            store_f64(lanes, x);
+            for (int lane = 0; lane < n; ++lane, col += every)
+                of_thread[col / 256 * 32 + col / 32 % 2 * 16 + col % 16] += lanes[lane];
+        }
+        HD double total() {
+            for (double* warp : {of_thread, of_thread + 32})
+                for (int half = 16; half > 0; half /= 2)
+                    for (int i = 0; i < half; ++i) warp[i] += warp[i + half];
+            return of_thread[0] + of_thread[32];
+        }
+    };
+
     HD static double total(D x) { return sum(x); }
     HD static int64_t total(int64_t x) { return x; }
     HD static bool leads() { return true; }

@@ -153,6 +153,21 @@ struct Exec {
         return of_warps[0] + of_warps[1];
     }
 
+    template <class GradT, class WeightT, class Function>
+    HD static void each_sample(int first, int every, int width, const GradT& grad,
+                               const WeightT& weight, Function&& f) {
+        each(width, [&](int i, int col, int n) {
+            if (n && col >= first && unsigned(col - first) % unsigned(every) == 0)
+                f((col - first) / every, col, n, grad.load(i, col, n), weight.load(i, col, n));
+        });
+    }
+    struct Spread {
+        double sum = 0;
+
+        HD void add(int, int, int, D x) { sum = sum + x; }
+        HD double total() { return Exec::total(sum); }
+    };
+
     HD static uint32_t load_bits(const uint8_t* from, int col, int n) {
         return n ? from[col / 8] >> col % 8 & 1u : 0u;
     }

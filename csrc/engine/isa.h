@@ -11,6 +11,7 @@ struct Isa {
     bool (*wanted)(Phase, const Launch&);
     void (*run_tensor)(Phase, const Launch&, int64_t member);
     void (*run_tile)(Phase, const Launch&, int64_t tile);
+    void (*draw_normals)(float* to, int64_t count, uint64_t key);
 };
 
 extern const Isa kBaseline;

@@ -9,6 +9,7 @@ namespace ENGINE_ISA {
 
 using PlainAdamFactored = PlainAccess<Adam, FactoredSlot<true>, FactoredSlot<false>, true>;
 using PlainAdam8bit = PlainAccess<Adam, Block8Slot, Float8Slot, false>;
+using PlainProdigyFactored = PlainAccess<Prodigy, FactoredSlot<true>, FactoredSlot<false>, true>;
 using PlainAdoptFactored = PlainAccess<Adopt, FactoredSlot<true>, FactoredSlot<false>, true>;
 template <bool kClean>
 using PlainAdafactor =
@@ -43,10 +44,25 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
         case kAdafactor:
             if (square != kFactored) return f.template operator()<AnyAccess<AdafactorVector>>();
             if (!is_plain<AdafactorMatrix>(t, h))
-                return f.template operator()<AnyAccess<AdafactorMatrix, false>>();
+                return f.template operator()<AnyAccess<AdafactorMatrix>>();
             if (launch.sums[f.tile].nonfinite == 0)
                 return f.template operator()<PlainAdafactor<true>>();
             return f.template operator()<PlainAdafactor<false>>();
+        case kSophia:
+            return f.template operator()<AnyAccess<Sophia>>();
+        case kCurved:
+            return f.template operator()<AnyAccess<Curved>>();
+        case kProdigy:
+            if (factored && is_plain<Prodigy>(t, h))
+                return f.template operator()<PlainProdigyFactored>();
+            return f.template operator()<AnyAccess<Prodigy>>();
+        case kLionProdigy:
+            return f.template operator()<AnyAccess<LionProdigy>>();
+        case kCame:
+            if (square != kFactored) return f.template operator()<AnyAccess<CameVector>>();
+            return f.template operator()<AnyAccess<CameMatrix>>();
+        case kScaled:
+            return f.template operator()<AnyAccess<Scaled>>();
     }
 }
 
@@ -55,7 +71,24 @@ struct Norm {
     int64_t tile;
     template <class Access>
     void operator()() const {
-        norm<Access>(launch, tile);
+        norm<Access, false>(launch, tile);
+    }
+};
+struct Residual {
+    const Launch& launch;
+    int64_t tile;
+    template <class Access>
+    void operator()() const {
+        if constexpr (Access::R::kHasResidual) residual<Access>(launch, tile);
+    }
+};
+struct Limit {
+    const Launch& launch;
+    int64_t tile;
+    template <class Access>
+    void operator()() const {
+        if constexpr (is_same<Access, AnyAccess<typename Access::R>>)
+            norm<Access, true>(launch, tile);
     }
 };
 struct Align {
@@ -93,6 +126,12 @@ inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
         case kNorm:
             if (wants_norm(h)) with_access(launch, t, h, Norm{launch, tile});
             return;
+        case kResidual:
+            if (wants_residual(t, launch.rule)) with_access(launch, t, h, Residual{launch, tile});
+            return;
+        case kLimit:
+            if (wants_limit(h)) with_access(launch, t, h, Limit{launch, tile});
+            return;
         case kAlign:
             if (wants_align(h)) with_access(launch, t, h, Align{launch, tile});
             return;
@@ -112,6 +151,10 @@ inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
             return after_factor(launch, member);
         case kAfterNorm:
             return after_norm(launch, member);
+        case kAfterResidual:
+            return after_residual(launch, member);
+        case kAfterLimit:
+            return after_limit(launch, member);
         case kAfterAlign:
             return after_align(launch, member);
         default:
@@ -119,15 +162,23 @@ inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
     }
 }
 
+// `optim.rng.normals` of this many elements.
+inline void draw_normals(float* to, int64_t count, uint64_t key) {
+    Exec::each_pack(count,
+                    [&](int64_t at, int n) INLINED { store_f32(to + at, normals(key, at), n); });
+}
+
 // Whether any tensor of the bucket needs this pass over the tiles.
 inline bool wanted(Phase phase, const Launch& launch) {
     if (phase == kApply) return true;
     for (int64_t member = 0; member < launch.num_tensors; ++member) {
         const Hyper& h = launch.hypers[member];
+        const Tensor& t = launch.tensors[launch.members[member]];
         if (phase == kMeasure && wants_measure(h)) return true;
-        if (phase == kFactor && wants_factor(launch.tensors[launch.members[member]], launch.rule))
-            return true;
+        if (phase == kFactor && wants_factor(t, launch.rule)) return true;
         if (phase == kNorm && wants_norm(h)) return true;
+        if (phase == kResidual && wants_residual(t, launch.rule)) return true;
+        if (phase == kLimit && wants_limit(h)) return true;
         if (phase == kAlign && wants_align(h)) return true;
     }
     return false;

@@ -8,8 +8,12 @@
 #include "rules/adafactor.h"
 #include "rules/adam.h"
 #include "rules/adopt.h"
+#include "rules/came.h"
 #include "rules/lion.h"
+#include "rules/prodigy.h"
+#include "rules/scaled.h"
 #include "rules/sgd.h"
+#include "rules/sophia.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -28,6 +32,7 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
     h.coefficient = float(o.coefficient);
     h.lr = float(o.lr);
     h.decay = float(o.lr * o.weight_decay);
+    if (o.distance) h.d = float(*pointer<double>(o.distance));
     switch (rule) {
         case kSgd:
             Sgd::prepare(o, h);
@@ -43,6 +48,24 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
             break;
         case kAdafactor:
             AdafactorVector::prepare(o, h);
+            break;
+        case kSophia:
+            Sophia::prepare(o, h);
+            break;
+        case kCurved:
+            Curved::prepare(o, h);
+            break;
+        case kProdigy:
+            Prodigy::prepare(o, h);
+            break;
+        case kLionProdigy:
+            LionProdigy::prepare(o, h);
+            break;
+        case kCame:
+            CameVector::prepare(o, h);
+            break;
+        case kScaled:
+            Scaled::prepare(o, h);
             break;
     }
     if (has(h, kRelativeStep) && o.lr > 0) {
@@ -161,14 +184,16 @@ HD double total(const Launch& launch, int64_t member, Function&& f) {
                         [&](int64_t i) INLINED { return double(f(launch.sums[first + i])); });
 }
 
-// Counts the step, derives its Hyper and decodes the factors, rows divided by their mean.
+// Counts the step (where the rule is one by itself), derives its Hyper and decodes the factors,
+// rows divided by their mean.
 HD void begin(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     if (Exec::leads()) {
         const Options& o = launch.options[tensor.group];
-        int64_t t = ++*pointer<int64_t>(tensor.step);
+        int64_t& step = *pointer<int64_t>(tensor.step);
+        if (launch.rule != kCurved && launch.rule != kScaled) ++step;
         Hyper& h = launch.hypers[member];
-        h = derive(o, tensor, t, launch.rule);
+        h = derive(o, tensor, step, launch.rule);
         if (has(h, kClipLagged)) {
             double ratio = *pointer<float>(tensor.update_rms) / o.clip_threshold;
             if (ratio > 1) h.update_scale = float(1 / ratio);
@@ -188,9 +213,19 @@ HD void begin(const Launch& launch, int64_t member) {
 
 HD bool wants_measure(const Hyper& h) { return has(h, kOrthograd | kGradClip | kScaleParameter); }
 HD bool wants_factor(const Tensor& tensor, int32_t rule) {
-    return rule == kAdafactor && Factors::exist(tensor, kSquare);
+    return (rule == kAdafactor || rule == kCame) && Factors::exist(tensor, kSquare);
+}
+HD bool wants_residual(const Tensor& tensor, int32_t rule) {
+    return rule == kCame && Factors::exist(tensor, kSlow);
+}
+// Whether a factored moment's new factors are made of what `apply` has stored.
+HD bool wants_new_factors(const Tensor& tensor, SlotId slot, int32_t rule) {
+    return Factors::exist(tensor, slot) &&
+           !(slot == kSquare && (rule == kSophia || wants_factor(tensor, rule))) &&
+           !(slot == kSlow && wants_residual(tensor, rule));
 }
 HD bool wants_norm(const Hyper& h) { return !h.passive && has(h, kGrowthLimit | kClipExact); }
+HD bool wants_limit(const Hyper& h) { return has(h, kGrowthSettled); }
 HD bool wants_align(const Hyper& h) { return !h.passive && has(h, kCautious); }
 
 HD void after_measure(const Launch& launch, int64_t member) {
@@ -224,36 +259,60 @@ HD void after_measure(const Launch& launch, int64_t member) {
     }
 }
 
-// Adafactor's new means, and of them the factors of 1 / sqrt(v).
-HD void after_factor(const Launch& launch, int64_t member) {
+// The new means of a factored moment that was summed in a pass of its own, and of them the factors
+// of 1 / sqrt of what it is over its bias correction.
+HD void average(const Launch& launch, int64_t member, SlotId slot, double beta, double inv_bias,
+                double eps) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
-    if (!wants_factor(tensor, launch.rule)) return;
-    const Options& o = launch.options[tensor.group];
-    Hyper& h = launch.hypers[member];
-    Factors f(launch, member, tensor, kSquare);
+    Factors f(launch, member, tensor, slot);
     // The decoded moment's own row means: its columns' mean is not exactly its rows' where they are
     // codes.
     double col_mean = Factors::mean(f.col, f.cols), any = Factors::mean(f.row, f.rows) > 0 ? 1 : 0;
     reduce(
-        launch, member, tensor, kSquare,
+        launch, member, tensor, slot,
         [&](int64_t i, double mean) {
-            f.row[i] = float(h.beta2 * col_mean * f.row[i] + (1 - h.beta2) * mean);
+            f.row[i] = float(beta * col_mean * f.row[i] + (1 - beta) * mean);
         },
         [&](int64_t j, double mean) {
-            f.col[j] = float(h.beta2 * any * f.col[j] + (1 - h.beta2) * mean);
+            f.col[j] = float(beta * any * f.col[j] + (1 - beta) * mean);
         });
-    f.write(h);
-    double row_mean = Factors::mean(f.row, f.rows) * h.inv_bias2 + o.eps;
+    f.write(launch.hypers[member]);
+    double row_mean = Factors::mean(f.row, f.rows) * inv_bias + eps;
     Exec::sync();
     Exec::each_index(f.rows, [&](int64_t i) INLINED {
-        f.row[i] = float(::sqrt(row_mean / (f.row[i] * h.inv_bias2 + o.eps)));
+        f.row[i] = float(::sqrt(row_mean / (f.row[i] * inv_bias + eps)));
     });
     Exec::each_index(f.cols, [&](int64_t j) INLINED {
-        f.col[j] = float(1 / ::sqrt(f.col[j] * h.inv_bias2 + o.eps));
+        f.col[j] = float(1 / ::sqrt(f.col[j] * inv_bias + eps));
     });
 }
 
-// Fira's limiter (Chen et al. 2024, arXiv 2410.01623), then Adafactor's clip on what it left.
+HD void after_factor(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    if (!wants_factor(tensor, launch.rule)) return;
+    const Hyper& h = launch.hypers[member];
+    average(launch, member, kSquare, h.beta2, h.inv_bias2, launch.options[tensor.group].eps);
+}
+
+HD void after_residual(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    if (!wants_residual(tensor, launch.rule)) return;
+    const Options& o = launch.options[tensor.group];
+    average(launch, member, kSlow, o.beta3, 1, o.eps_scale);
+}
+
+// Fira's limiter (Chen et al. 2024, arXiv 2410.01623): what an update of this length is multiplied
+// by.
+HD double limited(const Tensor& tensor, const Options& o, double length) {
+    float& previous = *pointer<float>(tensor.update_norm);
+    double scale = 1;
+    if (previous > 1e-6f && length > previous * o.growth_limit)
+        scale = previous * o.growth_limit / length;
+    previous = float(length * scale);
+    return scale;
+}
+
+// The limiter, then Adafactor's clip on what it left.
 HD void after_norm(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     const Options& o = launch.options[tensor.group];
@@ -264,10 +323,7 @@ HD void after_norm(const Launch& launch, int64_t member) {
     if (!Exec::leads()) return;
     double length = double(h.unit) * ::sqrt(update_sq), scale = 1;
     if (has(h, kGrowthLimit)) {
-        float& previous = *pointer<float>(tensor.update_norm);
-        if (previous > 1e-6f && length > previous * o.growth_limit)
-            scale = previous * o.growth_limit / length;
-        previous = float(length * scale);
+        scale = limited(tensor, o, length);
         h.growth_scale = float(scale);
     }
     if (has(h, kClipExact) && tensor.numel > 0) {
@@ -275,6 +331,17 @@ HD void after_norm(const Launch& launch, int64_t member) {
         if (ratio > 1) scale /= ratio;
     }
     h.update_scale *= float(scale);
+}
+
+// The limiter, of a settled update.
+HD void after_limit(const Launch& launch, int64_t member) {
+    const Tensor& tensor = launch.tensors[launch.members[member]];
+    Hyper& h = launch.hypers[member];
+    if (!wants_limit(h)) return;
+    const double update_sq =
+        total(launch, member, [](const TileSums& x) INLINED { return x.update_sq; });
+    if (Exec::leads())
+        h.settled_scale *= float(limited(tensor, launch.options[tensor.group], ::sqrt(update_sq)));
 }
 
 HD void after_align(const Launch& launch, int64_t member) {
@@ -287,15 +354,13 @@ HD void after_align(const Launch& launch, int64_t member) {
     if (Exec::leads()) h.cautious_scale = float(1 / (share > 1e-3 ? share : 1e-3));
 }
 
-// The new factors of the moments, the count of unusable elements, and the RMS the next clip goes
-// by.
+// The new factors of the moments, the count of unusable elements, the tensor's shares of d, and the
+// RMS the next clip goes by.
 HD void finish(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];
     for (int slot = 0; slot < kSlots; ++slot) {
-        if (!Factors::exist(tensor, SlotId(slot)) ||
-            (slot == kSquare && wants_factor(tensor, launch.rule)))
-            continue;
+        if (!wants_new_factors(tensor, SlotId(slot), launch.rule)) continue;
         Factors f(launch, member, tensor, SlotId(slot));
         reduce(
             launch, member, tensor, SlotId(slot),
@@ -306,6 +371,18 @@ HD void finish(const Launch& launch, int64_t member) {
     const double nonfinite =
         total(launch, member, [](const TileSums& x) INLINED { return x.nonfinite; });
     if (Exec::leads()) *pointer<int64_t>(tensor.nonfinite) += int64_t(nonfinite);
+    if (tensor.samples.numerator && h.learns) {
+        const double progress =
+            total(launch, member, [](const TileSums& x) INLINED { return x.progress; });
+        const double distance =
+            total(launch, member, [](const TileSums& x) INLINED { return x.distance; });
+        double& numerator = *pointer<double>(tensor.samples.numerator);
+        if (Exec::leads()) {
+            numerator =
+                launch.options[tensor.group].beta3 * numerator + h.progress_weight * progress;
+            *pointer<double>(tensor.samples.denominator) = distance;
+        }
+    }
     if (has(h, kClipLagged) && tensor.numel > 0) {
         const double update_sq =
             total(launch, member, [](const TileSums& x) INLINED { return x.update_sq; });

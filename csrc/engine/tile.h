@@ -1,26 +1,23 @@
 // The only loops over elements.
 //
-// A step is up to five passes over a bucket's tiles, each a loop over the rows of a tile and the
+// A step is up to seven passes over a bucket's tiles, each a loop over the rows of a tile and the
 // vectors of a row.  The later passes evaluate the rule again rather than keep what it gave:
 //
 //   measure  sums of g^2, w g, w^2     where clipping, OrthoGrad or parameter scaling ask for them
 //   factor   row and column sums of g^2   where the rule needs its new factors before its update
 //   norm     sum of u^2                where the growth limiter or the RMS clip ask for it
+//   residual row and column sums of what the clipped update has left   where the rule has such
+//   limit    sum of u^2 once more      where the growth limiter asks for the settled update's
 //   align    how many u agree with g   where `cautious` asks for it
 //   apply    moments and weights
 #pragma once
 
 #include "codecs/any.h"
 #include "codecs/tensors.h"
+#include "engine/samples.h"
 
 namespace engine {
 namespace ENGINE_ISA {
-
-// Unusable elements of a gradient (NaN, infinite, too large to be squared) count as zero.
-HD F usable(F g, Mask& ok) {
-    ok = abs(g) <= F(kLargestGrad);
-    return RARELY(!all(ok)) ? select(ok, g, F(0.f)) : g;
-}
 
 // Room for one row of a tile.  It is apart from the slots so that those can live in registers.
 struct Scratch {
@@ -31,7 +28,7 @@ struct Scratch {
 // How a rule reaches its operands: any dtype, codec and feature.  kPlain: nothing happens between
 // the rule and the weights.  kMoves: it is known that the step moves them.  kFlags: those that
 // there may be, or, where kFlagsKnown, those that there are.
-template <class RuleT, bool kSquareStored = true>
+template <class RuleT>
 struct AnyAccess {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = false, kFlagsKnown = false;
@@ -45,8 +42,8 @@ struct AnyAccess {
         : grad(p, s.grad),
           weight(p, s.weight),
           fast(p, kFast, s.slots[kFast], true),
-          slow(p, kSlow, s.slots[kSlow], true),
-          square(p, kSquare, s.slots[kSquare], kSquareStored) {
+          slow(p, kSlow, s.slots[kSlow], RuleT::kSlowStored),
+          square(p, kSquare, s.slots[kSquare], RuleT::kSquareStored) {
         factored_sign = fast.codec == kFactoredSign || slow.codec == kFactoredSign;
     }
 };
@@ -107,7 +104,7 @@ HD void with_row(const GradT& grad, int width, Function&& f) {
 
 // One vector of a row: its gradient as the rule sees it, its moments before and after, its update.
 struct Evaluation {
-    F raw, g, direction, u;
+    F raw, g, direction, settled, u;
     Moments before, after;
     Mask ok;
 };
@@ -125,11 +122,12 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     e.after = e.before;
     e.direction = Access::R::direction(h, e.g, e.after);
     if (Access::kPlain)
-        e.u = e.direction;  // its scale waits for the step size: nothing in between depends on it
+        e.settled =
+            e.direction;  // its scale waits for the step size: nothing in between depends on it
     else
-        e.u = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) *
-              h.settled_scale;
-    if (a.factored_sign) e.u = only(e.raw != F(0.f), e.u);
+        e.settled = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) *
+                    h.settled_scale;
+    e.u = a.factored_sign ? only(e.raw != F(0.f), e.settled) : e.settled;
     return e;
 }
 
@@ -199,7 +197,32 @@ HD void factor(const Launch& launch, int64_t index) {
     if (Exec::leads()) launch.sums[index].nonfinite = nonfinite;
 }
 
+// As `factor`, of the rule's residual and the slow moment.
 template <class Access>
+HD void residual(const Launch& launch, int64_t index) {
+    const Tile& tile = launch.tiles[index];
+    Place p(launch, tile);
+    const Hyper h = hyper_of<Access>(p);
+    Scratch scratch;
+    Access a(p, scratch);
+    FactoredSlot<false> average(p, kSlow, scratch.slots[kSlow]);
+    average.begin();
+    for (int64_t row = tile.row; row < p.end_row(); ++row) {
+        const int width = p.width(row);
+        begin_row(a, row, width);
+        average.begin_row(row, width);
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            Evaluation e = evaluate<false>(a, h, i, col, n);
+            F x = Access::R::residual(e.direction * (h.unit * h.update_scale), e.after);
+            average.store(i, col, n, select(e.ok, x, e.before.slow));
+        });
+        average.end_row(row, width);
+    }
+    average.end();
+}
+
+// kSettled: of the settled update.
+template <class Access, bool kSettled>
 HD void norm(const Launch& launch, int64_t index) {
     const Tile& tile = launch.tiles[index];
     Place p(launch, tile);
@@ -216,7 +239,7 @@ HD void norm(const Launch& launch, int64_t index) {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
-                F u = e.direction;
+                F u = kSettled ? e.settled : e.direction;
                 if (!kClean && RARELY(!all(e.ok))) u = select(e.ok, u, F(0.f));
                 squares.add_square(i, u);
             });
@@ -260,11 +283,13 @@ HD void apply(const Launch& launch, int64_t index) {
     a.fast.begin();
     a.slow.begin();
     a.square.begin();
+    SamplesOf<Access::R::kSampled> samples(p);
     const bool lagged = has(h, kClipLagged);
     const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
     for (int64_t row = tile.row; row < p.end_row(); ++row) {
         int width = p.width(row);
         begin_row(a, row, width);
+        samples.row(h, row, width, a.grad, a.weight);
         if (lagged) squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
@@ -312,6 +337,7 @@ HD void apply(const Launch& launch, int64_t index) {
     a.fast.end();
     a.slow.end();
     a.square.end();
+    samples.end(launch.sums[index]);
     nonfinite = Exec::total(nonfinite);
     double update_sq = 0;
     if (lagged) {

@@ -38,6 +38,7 @@ struct AdafactorVector : Rule {
 // A matrix: its row and column means were updated in a pass of their own (engine/tensor.h), and
 // `square` is 1 / sqrt(v) from them; v's floor is the smallest normal number.
 struct AdafactorMatrix : AdafactorVector {
+    static constexpr bool kSquareStored = false;
     HD static F direction(const Hyper&, F g, Moments& s) { return g * min(s.square, F(0x1p63f)); }
 };
 

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 import optim
 from optim import gpu, plan
 from optim.engine import DescriptorEngine
+from optim.projected import ProjectedEngine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -28,11 +29,15 @@ class Case(NamedTuple):
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.name}-{str(self.dtype)[6:]}" + (f"-{options}" if options else "")
 
+    def is_projected(self) -> bool:
+        """Whether a step begins with a matrix product of torch's."""
+        return optim.FAMILY[self.name].rule.__name__ in plan.PROJECTED
+
     def is_bitwise(self) -> bool:
         """Whether every device gives the same bits: it uses no `pow` or `log`, which each device's
         library rounds its own way, and no sum of doubles that a GPU takes in another order."""
         measures = {"orthograd", "grad_clip", "scale_parameter", "max_grad_norm"}
-        return optim.FAMILY[self.name].rule.__name__ in {"sgd", "lion"} and not (
+        return optim.FAMILY[self.name].rule.__name__ in {"sgd", "lion", "sophia"} and not (
             measures & self.options.keys()
         )
 
@@ -46,6 +51,16 @@ _ALL = [
     Case("adopt", BF16, {"storage": "8bit", "atan2": True}),
     Case("ademamix", FP32, {"storage": "8bit", "warmup_steps": 3}),
     Case("lion", BF16, {"storage": "bf16", "rounding": "nearest"}),
+    Case("apollo", FP32, {"storage": "factored", "scaling": "tensor", "orthograd": True}),
+    Case("apollo", FP16, {"storage": "8bit", "cautious": True, "rounding": "kahan"}),
+    Case("adafactor8bit_apollo", FP32, {"beta1": 0.9, "growth_limit": None, "rank": 1}),
+    Case("came", FP32, {"storage": "factored", "growth_limit": 1.01, "orthograd": True}),
+    Case("came8bit", FP16, {"clip_threshold": None, "growth_limit": 1.01, "cautious": True}),
+    Case("prodigy", FP32, {"slice_p": 1, "storage": "8bit", "atan2": True, "orthograd": True}),
+    Case("prodigy", FP16, {"slice_p": 3, "bias_correction": True, "rounding": "kahan"}),
+    Case("lion_prodigy", FP32, {"storage": "factored", "factor_1d": True}),
+    Case("sophia", FP32, {"storage": "factored", "grad_clip": 0.1}),
+    Case("sophia", BF16, {"storage": "8bit", "rounding": "kahan", "cautious": True}),
     Case("sgd", FP16, {"nesterov": True, "storage": "factored"}),
     Case("adafactor8bit", BF16, {"clip_norm": "lagged", "relative_step": True}),
     Case("adafactor8bit", FP32, {"beta1": 0.9, "storage": "factored", "scale_parameter": True}),
@@ -62,6 +77,10 @@ def make(
     numbers = [torch.randn(shape, generator=generator).to(case.dtype) for shape in SHAPES]
     params = [Parameter(x.to(device)) for x in numbers]
     chosen = {"lr": 0.01, "weight_decay": 0.1} | case.options | options
+    if "prodigy" in case.name:  # begun with a rate that is seen within a few steps
+        chosen |= {"lr": 1.0, "d0": 1e-2}
+    if "apollo" in case.name:  # the smallest matrix has 7 rows
+        chosen = {"rank": 1 if case.name == "apollo_mini" else 4} | chosen
     return params, optim.build(case.name, params, **chosen)
 
 
@@ -77,19 +96,36 @@ def set_grads(params: list[Parameter], step: int) -> None:
         param.grad = grad
 
 
+def prepare(params: list[Parameter], optimizer: optim.FusedOptimizer, step: int) -> None:
+    """What some optimizers want before a step: an estimate of the curvature."""
+    if isinstance(optimizer, optim.Sophia):
+        set_grads(params, 100 + step)
+        optimizer.update_hessian(2.0)
+
+
 def kinds_of(case: Case) -> set[gpu.Kind]:
     """The kinds of tensors, with kernels each, that a run of this case has."""
     params, optimizer = make(case, backend="torch")
     set_grads(params, 0)
-    flags = plan.group_options(optimizer.param_groups[0], 1.0).flags
-    rule = type(optimizer).rule.__name__
     kinds: set[gpu.Kind] = set()
 
     class Describing(DescriptorEngine):
         def _make(self, work: Any, places: Any) -> None:
-            kinds.update(gpu.kind_of(rule, d, flags) for d in self._descriptors)
+            groups = self._optimizer.param_groups
+            flags = [plan.group_options(group, 1.0, self._rule).flags for group in groups]
+            described = [self._descriptors[index] for index, _, _ in places]
+            kinds.update(gpu.kind_of(self._rule, d, flags[d.group]) for d in described)
 
-    Describing(optimizer)._refresh(optimizer._places())
+        def step(self, places: Any, coefficients: Any) -> None:
+            self._refresh(places)
+
+    rule = type(optimizer).rule.__name__
+    if rule in plan.PROJECTED:
+        ProjectedEngine(optimizer, plan.PROJECTED[rule], Describing).step(optimizer._places(), {})
+    else:
+        Describing(optimizer).step(optimizer._places(), {})
+    if isinstance(optimizer, optim.Sophia):
+        Describing(optimizer, plan.ESTIMATE).step(optimizer._places(), {})
     return kinds
 
 

@@ -38,6 +38,7 @@ TOLERANCES = {
     "signed fp32": Tolerance(relative=1e-6, scale=5e-7),
     "size fp32": Tolerance(relative=3e-6, scale=1e-7),  # of what may have cancelled
     "squares fp32": Tolerance(relative=3e-6, scale=1e-9),
+    "shares fp64": Tolerance(relative=1e-6),  # of d
     "moment bf16": Tolerance(scale=5e-7, places=1, share=1e-3),
     "codes": Tolerance(places=1, share=1e-2),
     "signs": Tolerance(places=1, share=1e-5),
@@ -52,13 +53,14 @@ def misses(
     *,
     largest: float | Tensor | None = None,
     place: Tensor | None = None,
+    slack: float = 1.0,
 ) -> str:
-    """What is wrong with `found` by TOLERANCES[what]: a phrase, or nothing."""
+    """What is wrong with `found` by TOLERANCES[what], `slack` times as wide: a phrase, or ""."""
     tolerance = TOLERANCES[what]
     x, y = wanted.double(), found.double()
     error = (x - y).abs()
     largest = x.abs().max() if largest is None and x.numel() else largest or 0.0
-    near = tolerance.relative * x.abs() + tolerance.scale * largest
+    near = slack * (tolerance.relative * x.abs() + tolerance.scale * largest)
     place = spacing(wanted) if place is None else place
     away = ~(error <= near)  # NaN is
     far = ~(error <= near + tolerance.places * place)
@@ -79,37 +81,46 @@ def spacing(x: Tensor) -> Tensor:
     return kind.eps * x.double().abs().clamp_min(kind.tiny)
 
 
-def state_misses(name: str, wanted: Tensor, found: Tensor) -> str:
+def state_misses(name: str, wanted: Tensor, found: Tensor, slack: float = 1.0) -> str:
     """`misses` for one tensor of a state."""
     moment, _, part = name.partition(".")
     if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
         return f"{found.dtype} {tuple(found.shape)}"
     if part == "sign":
         bits = torch.arange(8, dtype=torch.uint8)
-        return misses("signs", wanted[..., None] >> bits & 1, found[..., None] >> bits & 1)
+        return misses(
+            "signs", wanted[..., None] >> bits & 1, found[..., None] >> bits & 1, slack=slack
+        )
     if part.endswith("codes"):
-        return misses("codes", wanted, found)
+        return misses("codes", wanted, found, slack=slack)
     if wanted.dtype == BF16:
-        return misses("moment bf16", wanted, found)
+        return misses("moment bf16", wanted, found, slack=slack)
+    if wanted.dtype == torch.float64:
+        return misses("shares fp64", wanted, found, slack=slack)
     if wanted.dtype != FP32:
-        return misses("exact", wanted, found)
-    if moment not in ("exp_avg", "exp_avg_slow"):
-        return misses("squares fp32", wanted, found)
-    return misses("signed fp32" if part == "" else "size fp32", wanted, found)
+        return misses("exact", wanted, found, slack=slack)
+    if moment not in ("exp_avg", "exp_avg_slow", "grad_sum"):
+        return misses("squares fp32", wanted, found, slack=slack)
+    return misses("signed fp32" if part == "" else "size fp32", wanted, found, slack=slack)
 
 
 def param_misses(
-    p: Parameter, q: Parameter, old: Tensor, one: dict[str, Tensor], two: dict[str, Tensor]
+    p: Parameter,
+    q: Parameter,
+    old: Tensor,
+    one: dict[str, Tensor],
+    two: dict[str, Tensor],
+    slack: float = 1.0,
 ) -> list[str]:
     """Whatever differs between a parameter p with state `one` and its twin q with `two`."""
     assert one.keys() == two.keys()
     a, b, moved = p.detach(), q.detach(), (p - old).abs().max().item() if p.numel() else 0.0
-    lines = {"weights": misses(WEIGHT[p.dtype], a, b, largest=moved)}
+    lines = {"weights": misses(WEIGHT[p.dtype], a, b, largest=moved, slack=slack)}
     for key in one:
         if key == "compensation":  # may be a place off itself, and makes up for the weights'
             c, d = one[key].double(), two[key].double()
             place, a, b = spacing(one[key]), a.double() + c, b.double() + d
-            lines[key] = misses("weight kahan", a, b, largest=moved, place=place)
+            lines[key] = misses("weight kahan", a, b, largest=moved, place=place, slack=slack)
         else:
-            lines[key] = state_misses(key, one[key], two[key])
+            lines[key] = state_misses(key, one[key], two[key], slack)
     return [f"{tuple(p.shape)} {key}: {line}" for key, line in lines.items() if line]

@@ -66,7 +66,12 @@ def empty(part: str, settings: dict[str, Any]) -> nn.Module:
 
 def is_published(kind: str, part: str, settings: dict[str, Any]) -> bool:
     """Whether `settings` describe the published part of this kind."""
-    return _complete(part, settings) == _complete(part, config(kind, part))
+    return _complete(part, settings) == _published(kind, part)
+
+
+@cache
+def _published(kind: str, part: str) -> dict[str, Any]:
+    return _complete(part, config(kind, part))
 
 
 def _complete(part: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +88,12 @@ def _plain(value: Any) -> Any:
 
 def shapes(part: str, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor that such a part has, by its name in a diffusers folder."""
-    state = empty(part, settings).state_dict()
+    return dict(_shapes(part, json.dumps(settings)))
+
+
+@cache
+def _shapes(part: str, settings: str) -> dict[str, tuple[int, ...]]:
+    state = empty(part, json.loads(settings)).state_dict()
     return {canonical(part, name): tuple(tensor.shape) for name, tensor in state.items()}
 
 

@@ -20,6 +20,7 @@ _OTHERS = {  # of which no other model has tensors
     "joint_blocks.": "a Stable Diffusion 3",
     "cond_stage_model.model.": "a Stable Diffusion 2",
     "control_model.": "a ControlNet",
+    "edm_": "an SDXL of EDM's parametrisation (CosXL, Playground 2.5)",
     "conditioner.embedders.0.model.": "the SDXL refiner",
 }
 _LORA = ("lora_unet_", "lora_te", "unet.", "text_encoder.", "text_encoder_2.", "base_model.model.")

@@ -29,6 +29,8 @@ _SPEC = {  # modelspec's architecture, and the side of the pictures it was train
     "sdxl": ("stable-diffusion-xl-v1-base", 1024),
     "sd15": ("stable-diffusion-v1", 512),
 }
+# As LyCORIS's arguments say it: a scale for each row of the weight.
+_DORA = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
 BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
 
 
@@ -140,7 +142,7 @@ def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
         "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True"} if is_dora else {}),
+        "ss_network_args": json.dumps(_DORA if is_dora else {}),
         "ss_output_name": title,
         stream.SSHS: "",
     }

@@ -4,6 +4,7 @@ a file."""
 from collections.abc import Mapping
 
 import torch
+from tqdm import tqdm
 
 from trainer.errors import UserError
 from trainer.formats.weights import Weights, contents
@@ -23,13 +24,14 @@ def same(written: Weights, wanted: Weights, dtypes: Mapping[str, torch.dtype], w
         if name not in written or name not in wanted:
             lost = "is missing in" if name in wanted else "should not be in"
             raise NotProved(f"{where}, read back: {name} {lost} it; it is not kept")
-    for name, lazy in wanted.items():
+    bar = tqdm(wanted.items(), desc="reading back", unit="tensor", disable=None, leave=False)
+    for name, lazy in bar:
         found, dtype = written[name], dtypes.get(name, lazy.dtype)
         if (found.shape, found.dtype) != (lazy.shape, dtype):
             raise NotProved(
                 f"{where}, read back: {name} is {found.dtype} {found.shape} in place of {dtype} "
                 f"{lazy.shape}; it is not kept"
             )
-        if contents(found.read()) != contents(lazy.read().to(dtype)):
+        if not torch.equal(contents(found.read()), contents(lazy.read().to(dtype))):
             raise NotProved(f"{where}, read back: {name} has other values; it is not kept")
     return len(wanted)

@@ -32,9 +32,6 @@ class SingleFile:
             return metadata.marked_scheduler(found, self.all, self.metadata)
         return found
 
-    def parts(self) -> tuple[str, ...]:
-        return tuple(names.PREFIXES[self.kind])
-
     def weights(self, part: str) -> Weights:
         """A part's tensors by their names in a diffusers folder; complete, or UserError."""
         prefix = names.PREFIXES[self.kind][part]
@@ -56,6 +53,15 @@ class SingleFile:
         own = names.to_own(found, entries, prefix)
         architectures.compare(part, own, wanted, str(self.path))
         return own
+
+    def unused(self) -> Weights:
+        """The file's own tensors that are no weights, by their names in it."""
+        prefixes = tuple(names.PREFIXES[self.kind].values())
+        return {
+            name: lazy
+            for name, lazy in self.all.items()
+            if name.startswith(prefixes) and name.endswith(names.NOT_WEIGHTS)
+        }
 
     def load(self, part: str, dtype: torch.dtype) -> nn.Module:
         return architectures.filled(

@@ -35,15 +35,16 @@ def write(
     """
     kinds = {name: (dtypes or {}).get(name, lazy.dtype) for name, lazy in weights.items()}
     header = _header(weights, kinds, metadata | _hashes(metadata, 64 * "0"))
-    sha = hashlib.sha256()
+    sha, is_hashed = hashlib.sha256(), bool(_hashes(metadata, ""))
     with open(path, "wb") as file:
         file.write(header)
         for name in tqdm(_order(kinds), desc=path.name, unit="tensor", disable=None, leave=False):
             tensor = weights[name].read()
             assert tuple(tensor.shape) == weights[name].shape, name
-            data = contents(_rounded(name, tensor, kinds[name]))
-            sha.update(data)
+            data = memoryview(contents(_rounded(name, tensor, kinds[name])).numpy())
             file.write(data)
+            if is_hashed:
+                sha.update(data)
         file.seek(0)
         file.write(_header(weights, kinds, metadata | _hashes(metadata, sha.hexdigest())))
 

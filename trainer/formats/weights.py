@@ -121,10 +121,9 @@ def of_module(module: nn.Module) -> Weights:
     return of_tensors(module.state_dict(keep_vars=True))
 
 
-def contents(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, in the order of its elements."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+def contents(tensor: Tensor) -> Tensor:
+    """A tensor's bytes (n,) uint8 on the CPU, in the order of its elements."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def digest(weights: Weights, names: Iterable[str]) -> str:
@@ -133,5 +132,5 @@ def digest(weights: Weights, names: Iterable[str]) -> str:
     for name in sorted(names):
         lazy = weights[name]
         sha.update(f"{name} {lazy.dtype} {lazy.shape}\n".encode())
-        sha.update(contents(lazy.read()))
+        sha.update(contents(lazy.read()).numpy())
     return sha.hexdigest()

@@ -31,26 +31,31 @@ class Source(Protocol):
     def has(self, part: str) -> bool: ...
     def config(self, part: str) -> dict[str, Any]: ...
     def weights(self, part: str) -> Weights: ...
+    def unused(self) -> Weights: ...
     def folder(self, part: str) -> Path: ...
+
+
+Given = nn.Module | Weights | Source  # a part: a module, its tensors, or another model's part
 
 
 def save_folder(
     target: Path,
     origin: Source,
-    parts: Mapping[str, nn.Module | Weights],
+    parts: Mapping[str, Given],
     scheduler: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a pipeline in diffusers layout to `target`.
 
-    parts: what was trained, by name: modules, or their tensors as a diffusers folder names them;
-    what is not among them is carried over from `origin`.
+    parts: what was trained, by name: modules, or their tensors as a diffusers folder names them, or
+    another origin, whose part (a VAE, say) this model is to have.  What is not among them is
+    carried over from `origin`.
     scheduler: its configuration, where it is not the origin's.  dtype: of all weights but the
     VAE's, which keep their own; None leaves every part in its own.
     Raises UserError where it cannot be written, or does not read back equal.
     """
     scheduler = scheduler or origin.config("scheduler")
-    sources = _sources(origin, parts)
+    sources, configs = _sources(origin, parts)
     count = 0
     with disk.whole_folder(target) as temporary:
         for part, weights in sources.items():
@@ -58,7 +63,7 @@ def save_folder(
             folder.mkdir()
             kinds = _dtypes(part, weights, dtype)
             stream.write(folder / weights_name(part), weights, {}, kinds)
-            config = origin.config(part)
+            config = configs[part]
             if part.startswith("text_encoder"):
                 config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
                 floating = next(iter(kinds.values()))
@@ -76,7 +81,7 @@ def save_folder(
 def save_single_file(
     target: Path,
     origin: Source,
-    parts: Mapping[str, nn.Module | Weights],
+    parts: Mapping[str, Given],
     dtype: torch.dtype | None = None,
     scheduler: dict[str, Any] | None = None,
     more_metadata: Mapping[str, str] | None = None,
@@ -95,17 +100,17 @@ def save_single_file(
         )
     scheduler = scheduler or origin.config("scheduler")
     prefixes = names.PREFIXES[origin.kind]
-    sources = _sources(origin, parts)
+    sources, configs = _sources(origin, parts)
     single: Weights = {}
     kinds: dict[str, torch.dtype] = {}
     for part, weights in sources.items():
-        entries = names.table(part, weights, origin.config(part))
+        entries = names.table(part, weights, configs[part])
         renamed = names.to_single(weights, entries, prefixes[part])
         single |= renamed
         kinds |= _dtypes(part, renamed, dtype)
+    single |= origin.unused()
     single |= of_tensors({name: torch.zeros(0) for name in metadata.marks(scheduler)})
-    configs = {part: origin.config(part) for part in sources} | {"scheduler": scheduler}
-    configs["index"] = origin.index
+    configs |= {"scheduler": scheduler, "index": origin.index}
     described = metadata.checkpoint(origin.kind, configs, target.stem) | dict(more_metadata or {})
     with disk.whole_file(target) as temporary:
         stream.write(temporary, single, described, kinds)
@@ -120,22 +125,33 @@ def save_single_file(
     return target
 
 
-def _sources(origin: Source, parts: Mapping[str, nn.Module | Weights]) -> dict[str, Weights]:
-    """Every part's tensors by their names in a diffusers folder: what was trained, and else the
-    origin's.  Raises UserError where they are not those of the part's architecture."""
-    found = {}
+def _sources(
+    origin: Source, parts: Mapping[str, Given]
+) -> tuple[dict[str, Weights], dict[str, dict[str, Any]]]:
+    """Every part's tensors by their names in a diffusers folder, and its configuration.
+
+    Raises UserError where the tensors are not those of the configuration.
+    """
+    sources, configs = {}, {}
     for part in architectures.PARTS:
         if not origin.has(part):
             continue
-        given = parts.get(part)
-        weights = of_module(given) if isinstance(given, nn.Module) else given
-        if weights is None:
-            weights = origin.weights(part)
+        given = parts.get(part, origin)
+        config = origin.config(part)
+        if isinstance(given, nn.Module):
+            weights = of_module(given)
+        elif isinstance(given, dict):
+            weights = given
+        else:
+            weights, config = given.weights(part), given.config(part)
+        if any(".lora_A." in name for name in weights):
+            raise UserError(f"the {part} has adapters in it; write them as a LoRA, or merge them")
         weights = {names.canonical(part, name): lazy for name, lazy in weights.items()}
-        wanted = architectures.shapes(part, origin.config(part))
+        wanted = architectures.shapes(part, config)
         architectures.compare(part, weights, wanted, str(origin))
-        found[part] = {name: weights[name] for name in wanted}
-    return found
+        sources[part] = {name: weights[name] for name in wanted}
+        configs[part] = config
+    return sources, configs
 
 
 def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

@@ -7,5 +7,6 @@
 #include "engine/isa.h"
 #include "engine/kernels.h"
 
-#define ENGINE_KERNELS(name) \
-    {name, engine::ENGINE_ISA::wanted, engine::ENGINE_ISA::run_tensor, engine::ENGINE_ISA::run_tile}
+#define ENGINE_KERNELS(name)                                           \
+    {name, engine::ENGINE_ISA::wanted, engine::ENGINE_ISA::run_tensor, \
+     engine::ENGINE_ISA::run_tile, engine::ENGINE_ISA::draw_normals}

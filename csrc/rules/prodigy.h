@@ -1,0 +1,57 @@
+// Prodigy -- Mishchenko & Defazio 2023, https://arxiv.org/abs/2306.06101, Alg. 4: Adam, or Lion, on
+// d g with steps of d lr.  d is that of the steps before; optim/prodigy.py moves it.
+#pragma once
+
+#include "core/features.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+struct DistanceAdapted : Rule {
+    static constexpr int64_t kOwnFlags = kSafeguardWarmup | kBiasCorrection;
+    static constexpr bool kSampled = true;
+
+    HD static void prepare(const Options& o, Hyper& h) {
+        double correction = 1;
+        if (has(h, kBiasCorrection))
+            correction =
+                ::sqrt(1 - ::pow(o.beta2, double(h.t))) / (1 - ::pow(o.beta1, double(h.t)));
+        h.lr = h.d * float(o.lr * correction);
+        h.decay = float(double(h.lr) * o.weight_decay);
+        h.eps = float(double(h.d) * o.eps);
+        // d / d0 where the paper has d, lest sums underflow: its remark on implementation.
+        const float growth = h.d / float(o.d0);
+        h.learns = o.lr > 0;
+        h.sum_decay = float(o.beta3);
+        h.sum_weight = growth * (has(h, kSafeguardWarmup) ? h.d : h.lr);
+        h.progress_weight = growth * h.lr;
+    }
+};
+
+struct Prodigy : DistanceAdapted {
+    HD static void prepare(const Options& o, Hyper& h) {
+        DistanceAdapted::prepare(o, h);
+        if (has(h, kAtan2)) h.unit = kFourOverPi;
+    }
+
+    HD static F direction(const Hyper& h, F g, Moments& s) {
+        const F dg = g * h.d;
+        s.fast = lerp(s.fast, dg, h.weight1);
+        s.square = lerp(s.square, dg * dg, h.weight2);
+        const F root = sqrt(s.square);
+        return has(h, kAtan2) ? atan2(s.fast, root) : s.fast / (root + h.eps);
+    }
+};
+
+// Both averages are of d g, so that momentum and gradient keep their proportion while d grows.
+struct LionProdigy : DistanceAdapted {
+    HD static F direction(const Hyper& h, F g, Moments& s) {
+        const F dg = g * h.d;
+        const F u = sign(lerp(s.fast, dg, h.weight1));
+        s.fast = lerp(s.fast, dg, h.weight2);
+        return u;
+    }
+};
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

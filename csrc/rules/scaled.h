@@ -1,0 +1,17 @@
+// APOLLO -- Zhu et al. 2024, https://arxiv.org/abs/2412.05270, Alg. 1, the last two lines: the
+// gradient, each of its channels by a factor that optim/projected.py has found.
+#pragma once
+
+#include "core/features.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+
+struct Scaled : Rule {
+    static constexpr bool kSquareStored = false;
+    HD static void prepare(const Options&, Hyper&) {}
+    HD static F direction(const Hyper&, F g, Moments& s) { return g * s.square; }
+};
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

@@ -1,0 +1,294 @@
+"""How the fused engines step APOLLO: two ordinary steps, one of projections and one of weights.
+
+A matrix gradient is projected by torch's matmul, a chunk at a time.  The projection P G (r, L) is
+then a parameter of its own to an engine: Adam or Adafactor steps it from zero with a learning rate
+of -1, so that what its "weight" becomes is the step N.  The ratio of the lengths of N and P G is a
+number for each channel, and with these the engine steps the weights along G itself (the rule
+"scaled").  What is not projected is stepped by Adam or Adafactor as it is.
+
+P G and N are alive for as many tensors at once as fit into LOW_BYTES, or for a single larger one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optim import features, native, rng
+from optim.codecs import Codec, Given
+from optim.projection import channels, gain, projected_shape, projection
+from optim.reference import norms
+
+if TYPE_CHECKING:
+    from optim.backend import Engine, Place
+    from optim.fused import FusedOptimizer
+
+LOW_BYTES = 32 << 20
+CHUNK, CPU_CHUNK = 1 << 22, 1 << 16  # gradient elements that are fp32 at once
+
+# What the step of a projection has of its group's options.
+_BARE: dict[str, Any] = {
+    **{"lr": -1.0, "weight_decay": 0.0, "rounding": "nearest", "clip_threshold": None},
+    **{"growth_limit": None, "grad_clip": None, "max_grad_norm": None},
+    **dict.fromkeys(("orthograd", "cautious", "grams", "cautious_decay"), False),
+}
+
+
+class ProjectedEngine:
+    """Steps the parameters of an APOLLO on one device, by engines that `make(owner, rule)` gives
+    for the steps of `dense` (a rule's name) and for "scaled"."""
+
+    def __init__(
+        self, optimizer: "FusedOptimizer", dense: str, make: Callable[[Any, str], "Engine"]
+    ) -> None:
+        self._low, self._scaled = LowSteps(optimizer), ScaledSteps(optimizer)
+        self._dense_engine = make(optimizer, dense)
+        self._low_engine, self._scaled_engine = make(self._low, dense), make(self._scaled, "scaled")
+
+    def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
+        """As `optim.backend.Engine`."""
+        wide, others = _parted(places)
+        if others:
+            self._dense_engine.step(others, coefficients)
+        if not wide:
+            return
+        self._low.refresh()
+        for some in _portions(wide):
+            lows = [self._low.place(place, coefficients) for place in some]
+            self._low_engine.step(lows, {})
+            for place, (_, _, low) in zip(some, lows, strict=True):
+                self._scaled.put(place, low)
+                low.grad, low.data = None, low.data.new_empty(0)
+        self._scaled_engine.step(wide, coefficients)
+
+    def grad_sq(self, places: "Sequence[Place]") -> float | Tensor:
+        """As `optim.backend.Engine`."""
+        wide, others = _parted(places)
+        for place in wide:
+            self._scaled.factors_of(place)
+        return features.summed(
+            [self._scaled_engine.grad_sq(wide), self._dense_engine.grad_sq(others)]
+        )
+
+
+class LowSteps:
+    """What an engine asks of an optimizer, of the projections in place of the parameters."""
+
+    shared: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+        self.param_groups = [dict(group) for group in optimizer.param_groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._tensors: dict[int, Tensor] = {}
+        self._counts: dict[int, tuple[Tensor, int]] = {}
+
+    def refresh(self) -> None:
+        """Take over the options as they are now."""
+        for group, own in zip(self._optimizer.param_groups, self.param_groups, strict=True):
+            own.update(group | {name: x for name, x in _BARE.items() if name in group})
+
+    def place(
+        self, place: "Place", coefficients: dict[int, float | Tensor]
+    ) -> "tuple[int, dict[str, Any], Tensor]":
+        """The projection of a parameter's gradient, as the gradient of a tensor (r, L) of zeros."""
+        index, group, param = place
+        sides = projected_shape(tuple(param.shape), group["rank"])
+        assert sides is not None
+        state = self._optimizer.state_of(param, group)
+        t = self._count(index, state["step"]) + 1
+        h = SimpleNamespace(**group | {"index": index, "t": t})
+        low = self._tensors.get(index)
+        if low is None or low.device != param.device:
+            low = self._tensors[index] = torch.empty(0, device=param.device)
+            self.state[low] = {}
+        low.data = torch.zeros((group["rank"], sides[1]), device=param.device)
+        low.grad = _projected(h, param, state, coefficients.get(id(group), 1.0))
+        own = self.state[low]
+        moments = {k: x for k, x in state.items() if k == "step" or k.startswith("exp_avg")}
+        if "nonfinite" not in own or own["nonfinite"].device != param.device:
+            own["nonfinite"] = torch.zeros((), dtype=torch.int64, device=param.device)
+        self.state[low] = {"nonfinite": own["nonfinite"]} | moments
+        number = next(i for i, g in enumerate(self._optimizer.param_groups) if g is group)
+        return index, self.param_groups[number], low
+
+    def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        """Those of the parameter's moments."""
+        index = next(i for i, x in self._tensors.items() if x is low)
+        _, own, param = self._optimizer._places()[index]
+        return self._optimizer.moments(param, own)
+
+    def state_of(self, low: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's moments and step count."""
+        return self.state[low]
+
+    def check_state(self, index: int, group: dict[str, Any], low: Tensor) -> None:
+        """Raise ValueError where the parameter's state is not what its options ask for."""
+        _, own, param = self._optimizer._places()[index]
+        self._optimizer.check_state(index, own, param)
+
+    def _count(self, index: int, step: Tensor) -> int:
+        """A step count on the host.  On a GPU it is read once and then counted along."""
+        if not step.is_cuda:
+            return int(step)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__}.step() cannot be captured in a CUDA graph: its "
+                "projections are drawn from a step count on the host"
+            )
+        known = self._counts.get(index)
+        count = known[1] if known is not None and known[0] is step else int(step)
+        self._counts[index] = (step, count + 1)
+        return count
+
+
+class ScaledSteps:
+    """What an engine asks of an optimizer, of weights that follow a gradient by its channels."""
+
+    shared: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._factors: dict[int, Tensor] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's."""
+        return self._optimizer.param_groups
+
+    def factors_of(self, place: "Place") -> Tensor:
+        """Where the factors of a parameter's channels are: fp32 (L,)."""
+        index, group, param = place
+        sides = projected_shape(tuple(param.shape), group["rank"])
+        assert sides is not None
+        factors = self._factors.get(index)
+        if factors is None or factors.device != param.device or factors.numel() != sides[1]:
+            factors = self._factors[index] = torch.zeros(sides[1], device=param.device)
+        state = self._optimizer.state_of(param, group)
+        kept = {k: x for k, x in state.items() if not k.startswith("exp_avg")}
+        side = "row" if param.shape[0] >= param.numel() // param.shape[0] else "col"
+        self.state[param] = kept | {f"scales.{side}": factors}
+        return factors
+
+    def put(self, place: "Place", low: Tensor) -> None:
+        """The factors from the step N that a projection has become, low (r, L), and from its
+        gradient P G, whose channels without a usable element are NaN."""
+        _, group, param = place
+        assert low.grad is not None
+        dim = 0 if group["scaling"] == "channel" else None
+        step, before = low.detach(), low.grad.nan_to_num(0.0)
+        length, low_length = norms(step, dim), norms(before, dim)
+        width = param.numel() // low.shape[1]
+        factor = torch.where(low_length > 1e-30, length / low_length, 0.0).float()
+        factor = factor * gain(SimpleNamespace(**group), width)
+        self.factors_of(place).copy_(factor.flatten().expand(low.shape[1]))
+
+    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        """The factors, in place of the moments."""
+        shape = tuple(param.shape)
+        codecs = self._optimizer.codecs(param, group)
+        others = {k: codec for k, codec in codecs.items() if not k.startswith("exp_avg")}
+        return {"scales": Given(shape, (shape[0], prod(shape[1:])))} | others
+
+    def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's state but for its moments, and the factors."""
+        return self.state[param]
+
+    def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
+        """Raise ValueError where the parameter's state is not what its options ask for."""
+        self._optimizer.check_state(index, group, param)
+
+
+def _parted(places: "Sequence[Place]") -> "tuple[list[Place], list[Place]]":
+    """Those that are projected, and the others."""
+    wide: list[Place] = []
+    others: list[Place] = []
+    for place in places:
+        is_wide = projected_shape(tuple(place[2].shape), place[1]["rank"]) is not None
+        (wide if is_wide else others).append(place)
+    return wide, others
+
+
+def _portions(places: "Sequence[Place]") -> "Iterator[list[Place]]":
+    """Places whose projections and their steps are at most LOW_BYTES together, or one alone."""
+    some: list[Place] = []
+    room = LOW_BYTES
+    for place in places:
+        sides = projected_shape(tuple(place[2].shape), place[1]["rank"])
+        assert sides is not None
+        size = 8 * place[1]["rank"] * sides[1]
+        if some and size > room:
+            yield some
+            some, room = [], LOW_BYTES
+        some.append(place)
+        room -= size
+    yield some
+
+
+def _projected(
+    h: SimpleNamespace, param: Tensor, state: dict[str, Tensor], coefficient: float | Tensor
+) -> Tensor:
+    """P G (r, L) of the gradient as the features leave it, NaN where a channel has no usable
+    element."""
+    assert param.grad is not None
+    grad, weight = channels(param.grad), channels(param.detach())
+    lost = channels(state["compensation"]) if "compensation" in state else None
+    draw = native.normals if param.is_cpu and native.unavailable() is None else rng.normals
+    p = projection(h, grad.shape[0], param.device, draw)
+    width = max(1, (CPU_CHUNK if param.is_cpu else CHUNK) // grad.shape[0])
+    spans = [slice(at, at + width) for at in range(0, grad.shape[1], width)]
+
+    def weights(span: slice) -> Tensor:
+        w = weight[:, span].double()
+        return w if lost is None else w + lost[:, span].double()
+
+    rho: float | Tensor = 0.0
+    if h.orthograd or h.grad_clip is not None:
+        coefficient, rho = _conditioning(h, grad, weights, spans, coefficient)
+    low = torch.empty((h.rank, grad.shape[1]), device=param.device)
+    for span in spans:
+        g = grad[:, span].float()
+        clean = g.is_cpu and bool(torch.linalg.vector_norm(g, torch.inf) <= features.LARGEST_GRAD)
+        if clean and not h.orthograd:
+            torch.matmul(p, g, out=low[:, span])
+            continue
+        ok = features.usable(g)
+        g = torch.where(ok, g, 0.0)
+        if h.orthograd:
+            g = torch.where(ok, (g.double() - rho * weights(span)).float(), 0.0)
+        torch.matmul(p, g, out=low[:, span])
+        low[:, span].masked_fill_(~ok.any(dim=0), torch.nan)
+    return low.mul_(coefficient)
+
+
+def _conditioning(
+    h: SimpleNamespace,
+    grad: Tensor,
+    weights: Callable[[slice], Tensor],
+    spans: list[slice],
+    coefficient: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(c, rho), 0-d: the gradient that is projected is c (g - rho w).
+
+    `features.clipped` and `features.orthogonal`, of sums over all spans."""
+    sums = torch.zeros(3, dtype=torch.float64, device=grad.device)
+    for span in spans:
+        g = grad[:, span].double()
+        g = torch.where(features.usable(grad[:, span]), g, 0.0)
+        w = weights(span) if h.orthograd else g
+        sums += torch.stack([g.square().sum(), (w * g).sum(), w.square().sum()])
+    grad_sq, weight_grad, weight_sq = sums
+    c = torch.as_tensor(coefficient, dtype=torch.float64, device=grad.device)
+    if h.grad_clip is not None:
+        c = c * (h.grad_clip / (c * grad_sq.sqrt()).clamp_min(1e-30)).clamp_max(1.0)
+    rho = torch.zeros_like(c)
+    if h.orthograd:
+        rho = weight_grad / (weight_sq + 1e-30)
+        rest_sq = grad_sq - 2 * rho * weight_grad + rho * rho * weight_sq
+        something = rest_sq > 1e-12 * grad_sq
+        c = c * torch.where(something, (grad_sq / rest_sq.clamp_min(1e-300)).sqrt(), 0.0)
+    return c.float(), rho
