@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -80,6 +81,10 @@ def test_a_missing_caption_is_named_and_handled_as_chosen(load, pictures, caplog
     (pictures / "red.txt").unlink()
     with pytest.raises(UserError, match=r"1 pictures have no \.txt or \.caption.*red\.png"):
         load(on_missing_caption="error")
+    (pictures / "blue.png").write_bytes(b"")  # which is not even looked at before
+    with pytest.raises(UserError, match=r"1 pictures have no \.txt"):
+        load(on_missing_caption="error", max_unreadable=0)
+    shutil.copy(pictures / "green.png", pictures / "blue.png")
     assert [s.caption for s in load(on_missing_caption="empty").samples][2] == ""
     assert "red.png" in caplog.text
     assert len(load(on_missing_caption="skip").samples) == 3
