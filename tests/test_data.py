@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -80,6 +81,10 @@ def test_a_missing_caption_is_named_and_handled_as_chosen(load, pictures, caplog
     (pictures / "red.txt").unlink()
     with pytest.raises(UserError, match=r"1 pictures have no \.txt or \.caption.*red\.png"):
         load(on_missing_caption="error")
+    (pictures / "blue.png").write_bytes(b"")  # which is not even looked at before
+    with pytest.raises(UserError, match=r"1 pictures have no \.txt"):
+        load(on_missing_caption="error", max_unreadable=0)
+    shutil.copy(pictures / "green.png", pictures / "blue.png")
     assert [s.caption for s in load(on_missing_caption="empty").samples][2] == ""
     assert "red.png" in caplog.text
     assert len(load(on_missing_caption="skip").samples) == 3
@@ -128,7 +133,7 @@ def test_captions_and_names_do_not_depend_on_the_locale(tmp_path):
     (tmp_path / "höhe 名.txt").write_bytes("ein Bär 🐻".encode())
     program = (
         "import sys; from trainer.data import sources; from pathlib import Path; "
-        "(item,) = sources.items(Path(sys.argv[1]), ['.txt']); "
+        "(item,) = sources.find(Path(sys.argv[1]), ['.txt']); "
         "print(item.captions()[0].encode(), len(item.read()), item.name.encode())"
     )
     done = subprocess.run(
@@ -174,7 +179,7 @@ def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictu
         "a red card",
         "a yellow card",
     ]
-    assert "blue.txt has .caption too" in caplog.text
+    assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
     chosen = load(caption_extension=".caption", on_missing_caption="skip")
     assert [s.caption for s in chosen.samples] == ["unread", "a red card"]
 
@@ -306,3 +311,12 @@ def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures,
     assert held_out == [dataset.samples[i].name for i in dataset.held_out[:3]]
     with pytest.raises(UserError, match=r"data\.holdout=4: there are 4 different pictures"):
         load(holdout=4)
+
+
+def test_options_without_effect_are_warned_of(composed, caplog):
+    composed("data.keep_tokens=2", "data.upscale=true")
+    assert "data.keep_tokens has no effect here" in caplog.text
+    assert "data.upscale has no effect here" in caplog.text
+    caplog.clear()
+    composed("data.keep_tokens=2", "data.tag_dropout=0.1", "data.buckets=true", "data.upscale=true")
+    assert "no effect" not in caplog.text

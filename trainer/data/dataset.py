@@ -97,7 +97,7 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
     caption cannot be decoded, or one is missing and that is an error; SystemExit once `stop` holds
     a signal.
     """
-    found = survey(config, config.max_unreadable, stop)
+    found = survey(config, for_run=True, stop=stop)
     refuse(found, config)
     dataset = build(found.usable, config)
     report(found, dataset)
@@ -166,7 +166,9 @@ def report(found: Survey, dataset: Dataset) -> None:
             *(len(masked), config.mask, some(masked)),
         )
     if config.mask == "file" and len(masked) < len(found.usable):
-        log.warning("%d pictures have no mask; all of them counts", len(found.usable) - len(masked))
+        log.warning(
+            "%d pictures have no mask; the whole of each counts", len(found.usable) - len(masked)
+        )
     small = [f.item.name for f in found.usable if any(fit.undersized for fit in f.fits)]
     if small:
         what = "enlarged" if config.upscale or not config.buckets else "trained at their own size"

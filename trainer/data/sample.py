@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.config import DataConfig
 from trainer.data import pictures
 from trainer.data.buckets import Fit, Size
-from trainer.data.sources import Item
+from trainer.data.items import Item
 from trainer.errors import UserError
 
 
@@ -80,5 +80,5 @@ class Content:
 
 
 def read(item: Item, config: DataConfig) -> Content:
-    wants_mask = config.mask == "file" and item.read_mask is not None
-    return Content(picture=item.read(), mask=item.read_mask() if wants_mask else None)
+    read_mask = item.read_mask if config.mask == "file" else None
+    return Content(picture=item.read(), mask=read_mask() if read_mask else None)

@@ -2,36 +2,23 @@
 
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.config import PICTURE_SUFFIXES
-from trainer.data import captions
+from trainer.data import captions, tables, tars
+from trainer.data.items import Item, is_picture, item, shown
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
 METADATA = "metadata.jsonl"
+_HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}
 
 
-@dataclass(kw_only=True)
-class Item:
-    """One picture, wherever it is; nothing of it has been read."""
-
-    name: str  # as messages show it
-    read: Callable[[], bytes]
-    # [] where there is none.  Raises UserError for text that cannot be decoded.
-    captions: Callable[[], list[str]]
-    weight: float = 1.0
-    read_mask: Callable[[], bytes] | None = None
-
-
-def items(path: Path, extensions: list[str]) -> Iterator[Item]:
+def find(path: Path, extensions: list[str]) -> Iterator[Item]:
     """Everything in a folder, in the order of the paths, or in one file.
 
     Hidden files and folders (.name) are left alone.  Raises UserError for what cannot be read at
@@ -48,50 +35,8 @@ def items(path: Path, extensions: list[str]) -> Iterator[Item]:
     for file in sorted({*files, *listed}):
         if file in listed or is_picture(file.name):
             yield _picture(file, listed.get(file, {}), extensions)
-        elif file.suffix.lower() in _holders() and not file.name.startswith("cache-"):
+        elif file.suffix.lower() in _HOLDERS and not file.name.startswith("cache-"):
             yield from _expand(file, extensions)
-
-
-def is_picture(name: str) -> bool:
-    """By the ending; NAME.mask.png is a mask and no picture."""
-    stem, suffix = os.path.splitext(name)
-    return suffix.lower() in PICTURE_SUFFIXES and not stem.lower().endswith(".mask")
-
-
-def item(
-    name: str,
-    read: Callable[[], bytes],
-    record: dict[str, Any],
-    read_mask: Callable[[], bytes] | None,
-    otherwise: Callable[[], list[str]] = list,
-) -> Item:
-    """A picture whose `record` may hold its captions (`captions`, `text` or `caption`, a string or
-    a list) and the weight of its loss; captions come from `otherwise` where it does not."""
-    words = (record.get(key) for key in ("captions", "text", "caption"))
-    given = next((word for word in words if word is not None), None)
-    texts = [given] if isinstance(given, str) else given
-    if texts is not None and not (
-        isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    ):
-        raise UserError(f"{name}: its caption is {given!r}, neither text nor a list of texts")
-    weight = record.get("weight")
-    weight = 1.0 if weight is None else weight
-    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise UserError(f"{name}: its weight is {weight!r}; it must be a number >= 0")
-    lines = [captions.one_line(text) for text in texts or []]
-    return Item(
-        name=shown(name),
-        read=read,
-        captions=(lambda: lines) if texts is not None else otherwise,
-        weight=weight,
-        read_mask=read_mask,
-    )
-
-
-def shown(name: object) -> str:
-    """A name on one line, whatever characters it has."""
-    printable = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in printable)
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
@@ -116,22 +61,24 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 def _picture(path: Path, record: dict[str, Any], extensions: list[str]) -> Item:
     """A picture file, with what metadata.jsonl says of it and what lies beside it."""
-    beside = path.with_name(f"{path.stem}.mask.png")
-    mask = path.parent / record["mask"] if record.get("mask") else beside
-    has_mask = "mask" in record or mask.is_file()
-    texts = partial(_sidecar, path, extensions)
-    return item(str(path), path.read_bytes, record, mask.read_bytes if has_mask else None, texts)
+    usual = path.with_name(f"{path.stem}.mask.png")
+    mask = path.parent / record["mask"] if record.get("mask") else usual
+    has_mask = bool(record.get("mask")) or mask.is_file()
+    beside = [file for e in extensions if (file := path.with_suffix(e)).is_file()]
+    made = item(
+        str(path),
+        path.read_bytes,
+        record,
+        mask.read_bytes if has_mask else None,
+        partial(_caption, beside[:1]),
+    )
+    if len(beside) > 1:
+        made.notes.append(f"a {beside[1].suffix} beside their {beside[0].suffix}; it is not read")
+    return made
 
 
-def _sidecar(path: Path, extensions: list[str]) -> list[str]:
-    """The caption in the first of the text files beside a picture."""
-    found = [file for e in extensions if (file := path.with_suffix(e)).is_file()]
-    if len(found) > 1:
-        form = "data: %s has %s too, which is not read"
-        log.warning(form, shown(found[0]), ", ".join(file.suffix for file in found[1:]))
-    return [
-        captions.one_line(captions.decode(file.read_bytes(), shown(file))) for file in found[:1]
-    ]
+def _caption(files: list[Path]) -> list[str]:
+    return [captions.one_line(captions.decode(file.read_bytes(), shown(file))) for file in files]
 
 
 def _metadata(path: Path) -> dict[Path, dict[str, Any]]:
@@ -155,15 +102,9 @@ def _metadata(path: Path) -> dict[Path, dict[str, Any]]:
 
 def _expand(path: Path, extensions: list[str]) -> Iterator[Item]:
     """The pictures inside one file."""
-    reader = _holders().get(path.suffix.lower())
+    reader = _HOLDERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
-            f"{shown(path)} is no folder and no file of pictures ({', '.join(_holders())})"
+            f"{shown(path)} is no folder and no file of pictures ({', '.join(_HOLDERS)})"
         )
     return reader(path, extensions)
-
-
-def _holders() -> dict[str, Callable[[Path, list[str]], Iterator[Item]]]:
-    from trainer.data import tables, tars  # they make Items
-
-    return {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}

@@ -4,7 +4,7 @@ cannot, and what is strange about it."""
 import json
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from trainer import disk
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
-from trainer.data.sources import Item
+from trainer.data.items import Item
 from trainer.errors import UserError
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -46,19 +46,18 @@ class Survey:
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def survey(
-    config: DataConfig, max_unreadable: int | None = None, stop: Sequence[int] = ()
-) -> Survey:
+def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) -> Survey:
     """Read every caption, then every picture, in the order of the sources and their paths.
 
-    Stops early, with what it has, where more than `max_unreadable` pictures cannot be read.  Raises
-    UserError for a source that cannot be read at all, and SystemExit once `stop` holds a signal.
+    With `for_run` it stops early, with what it has, at what no run goes on with: a caption that is
+    missing or cannot be decoded, or more than `max_unreadable` pictures.  Raises UserError for a
+    source that cannot be read at all, and SystemExit once `stop` holds a signal.
     """
     found = Survey()
     captioned = []
     for source in all_sources(config):
         path = Path(source.path).expanduser()
-        for item in sources.items(path, endings(config)):
+        for item in sources.find(path, endings(config)):
             found.count += 1
             try:
                 texts = item.captions()
@@ -71,9 +70,13 @@ def survey(
                 found.uncaptioned.append(item.name)
             if texts or config.on_missing_caption != "skip":
                 captioned.append((source, item, texts or [""]))
+    missing = found.uncaptioned and config.on_missing_caption == "error"
+    if for_run and (found.undecodable or missing):
+        return found
+    limit = config.max_unreadable if for_run else len(captioned)
     checked = _Checked(config.cache)
     try:
-        _look_at_all(found, captioned, config, checked, max_unreadable, stop)
+        _look_at_all(found, captioned, config, checked, limit, stop)
     finally:
         checked.save()
     return found
@@ -84,7 +87,7 @@ def _look_at_all(
     captioned: list[tuple[SourceConfig, Item, list[str]]],
     config: DataConfig,
     checked: "_Checked",
-    max_unreadable: int | None,
+    max_unreadable: int,
     stop: Sequence[int],
 ) -> None:
     looks = ahead(lambda one: _look(one[1], config, checked), captioned)
@@ -94,11 +97,11 @@ def _look_at_all(
             raise SystemExit(128 + stop[0])
         if isinstance(look, Exception):
             found.unreadable[item.name] = str(look) or type(look).__name__
-            if max_unreadable is not None and len(found.unreadable) > max_unreadable:
+            if len(found.unreadable) > max_unreadable:
                 break
             continue
         digest, size, notes, fits = look
-        for note in notes:
+        for note in (*item.notes, *notes):
             found.notes[note].append(item.name)
         usable = Found(
             item=item, source=source, captions=texts, digest=digest, size=size, fits=fits
@@ -117,7 +120,7 @@ def endings(config: DataConfig) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[Any]:
+def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Generator[Any, None, None]:
     """`map` in threads, a few things ahead of the caller: decoders release Python's lock."""
     pool = ThreadPoolExecutor(_WORKERS)
     waiting: deque[Any] = deque()

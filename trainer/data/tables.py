@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from trainer.data.sources import Item, item, shown
+from trainer.data.items import Item, item, shown
 from trainer.errors import UserError
 
 _WORDS = ("captions", "text", "caption", "weight")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.data import captions
-from trainer.data.sources import Item, is_picture, item, shown
+from trainer.data.items import Item, is_picture, item, shown
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,66 @@
+"""A picture wherever it is: in a file, in an archive, in a row of a table."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.config import PICTURE_SUFFIXES
+from trainer.data import captions
+from trainer.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Item:
+    """One picture, wherever it is; nothing of it has been read."""
+
+    name: str  # as messages show it
+    read: Callable[[], bytes]
+    # [] where there is none.  Raises UserError for text that cannot be decoded.
+    captions: Callable[[], list[str]]
+    weight: float = 1.0
+    read_mask: Callable[[], bytes] | None = None
+    notes: list[str] = field(default_factory=list)  # what of it is not used
+
+
+def is_picture(name: str) -> bool:
+    """By the ending; NAME.mask.png is a mask and no picture."""
+    stem, suffix = os.path.splitext(name)
+    return suffix.lower() in PICTURE_SUFFIXES and not stem.lower().endswith(".mask")
+
+
+def item(
+    name: str,
+    read: Callable[[], bytes],
+    record: dict[str, Any],
+    read_mask: Callable[[], bytes] | None,
+    otherwise: Callable[[], list[str]] = list,
+) -> Item:
+    """A picture whose `record` may hold its captions (`captions`, `text` or `caption`, a string or
+    a list) and the weight of its loss; captions come from `otherwise` where it does not."""
+    words = (record.get(key) for key in ("captions", "text", "caption"))
+    given = next((word for word in words if word is not None), None)
+    texts = [given] if isinstance(given, str) else given
+    if texts is not None and not (
+        isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    ):
+        raise UserError(f"{name}: its caption is {given!r}, neither text nor a list of texts")
+    weight = record.get("weight")
+    weight = 1.0 if weight is None else weight
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise UserError(f"{name}: its weight is {weight!r}; it must be a number >= 0")
+    lines = [captions.one_line(text) for text in texts or []]
+    return Item(
+        name=shown(name),
+        read=read,
+        captions=(lambda: lines) if texts is not None else otherwise,
+        weight=weight,
+        read_mask=read_mask,
+    )
+
+
+def shown(name: object) -> str:
+    """A name on one line, whatever characters it has."""
+    printable = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in printable)
