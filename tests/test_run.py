@@ -25,6 +25,16 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_loads(quick, dtype):
         assert (folder / name).stat().st_size > 0
 
 
+def test_prompts_are_drawn_in_place_of_captions(quick):
+    prompts = "log.prompts=[a red frog, two hearts]"
+    folder = quick("run", prompts, "log.sample_count=9", "log.sample_steps=2", "optim.lr=0.1")
+    grid = Image.open(folder / "samples/step-000004.png")
+    assert grid.size == (64 + 2 * 96, 14 + 2 * 96 + 6)  # two prompts; before and now, no original
+    first, last = (Image.open(folder / f"samples/step-00000{n}/01.png") for n in (0, 4))
+    assert first.size == (64, 64)
+    assert first.tobytes() != last.tobytes()
+
+
 def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
     written = rows(quick("metrics", "optim=adamw"))
     quarters = {f"eval/loss_t{q}" for q in ("000_250", "250_500", "500_750", "750_1000")}

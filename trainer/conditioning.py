@@ -72,14 +72,17 @@ class Kept:
         return Text(prompt=_stacked(found, "prompt"), pooled=pooled)
 
 
-def encode(model: Model, dataset: Dataset, stop: Sequence[int] = ()) -> Encoded:
-    """Encode what the store does not have of the captions and pictures; an encoder is loaded only
-    for that.
+def encode(
+    model: Model, dataset: Dataset, prompts: Sequence[str] = (), stop: Sequence[int] = ()
+) -> Encoded:
+    """Encode what the store does not have of the captions, of prompts beside them and of the
+    pictures; an encoder is loaded only for that.
 
     Raises UserError that names the picture when the VAE gives a latent that is not finite, and
     SystemExit once `stop` holds a signal.
     """
-    captions, config = dataset.all_captions(), dataset.config
+    captions = list(dict.fromkeys([*dataset.all_captions(), *prompts]))
+    config = dataset.config
     _report_cut_captions(model, captions)
     store = Store(config.cache, config.cache_dtype)
     read: Read | None = model.text_encoder

@@ -106,7 +106,7 @@ def assemble(
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
-    encoded = conditioning.encode(model, dataset, stop)
+    encoded = conditioning.encode(model, dataset, config.log.prompts, stop)
 
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))

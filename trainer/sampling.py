@@ -14,26 +14,36 @@ from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
 from trainer.data import Sample
+from trainer.data.buckets import Size
 from trainer.model import Model
 
 
 @dataclass(kw_only=True)
 class Sampler:
-    """Draws the first `log.sample_count` captions of the data set, each at its picture's size."""
+    """Draws `log.prompts`, or else the first `log.sample_count` captions of the data set, each at
+    its picture's size."""
 
     model: Model
     data: Encoded
     config: LogConfig
     batch_size: int  # pictures drawn at a time
 
-    @property
-    def rows(self) -> list[int]:
-        """The samples whose captions are drawn."""
-        return self.data.dataset.own[: self.config.sample_count]
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """The samples whose captions are drawn; none where there are prompts."""
+        dataset = self.data.dataset
+        count = 0 if self.config.prompts else self.config.sample_count
+        return [dataset.samples[row] for row in dataset.own[:count]]
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """Of what is drawn, in pixels: height and width."""
+        side = self.data.dataset.config.resolution
+        return [sample.bucket for sample in self.samples] or [(side, side)] * self.count
 
     @property
     def count(self) -> int:
-        return len(self.rows)
+        return len(self.captions())
 
     @torch.no_grad()
     def draw(self) -> list[Image.Image]:
@@ -51,22 +61,24 @@ class Sampler:
         return [VaeImageProcessor().postprocess(x)[0] for x in pixels]
 
     def _chunks(self) -> list[list[int]]:
-        """Places of `rows` that are drawn together: at most `batch_size`, all of one size."""
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for place, sample in enumerate(self._samples()):
-            by_size.setdefault(sample.bucket, []).append(place)
-        size = self.batch_size
+        """Places of what is drawn together: at most `batch_size`, all of one size."""
+        by_size: dict[Size, list[int]] = {}
+        for place, size in enumerate(self.sizes):
+            by_size.setdefault(size, []).append(place)
+        count = self.batch_size
         return [
-            group[i : i + size] for group in by_size.values() for i in range(0, len(group), size)
+            group[i : i + count] for group in by_size.values() for i in range(0, len(group), count)
         ]
 
     def _denoise(self, places: list[int]) -> Tensor:
         """-> latents (B, 4, h, w)."""
-        unet, rows = self.model.unet, [self.rows[place] for place in places]
-        noise = sample_noise(self.data.latents[rows[0]]["latent"], self.count)[places]
-        height, width = self.data.dataset.samples[rows[0]].bucket
-        prompt = self.data.read(self.data.captions(rows))
-        empty = self.data.read([None] * len(rows))
+        unet, (height, width) = self.model.unet, self.sizes[places[0]]
+        known = self.data.latents[0]["latent"]
+        pixels = self.data.dataset.samples[0].bucket[0] // known.shape[-2]  # of a latent's element
+        like = known.new_zeros(known.shape[0], height // pixels, width // pixels)
+        noise = sample_noise(like, self.count)[places]
+        prompt = self.data.read([self.captions()[place] for place in places])
+        empty = self.data.read([None] * len(places))
         inputs = {
             "prompt_embeds": prompt.prompt,
             "negative_prompt_embeds": empty.prompt,
@@ -100,13 +112,11 @@ class Sampler:
         return denoiser
 
     def originals(self) -> list[Image.Image]:
-        """The pictures that those captions belong to, as the model sees them."""
-        pixels = (sample.read_pixels() for sample in self._samples())
+        """The pictures that the captions belong to, as the model sees them; none of prompts."""
+        pixels = (sample.read_pixels() for sample in self.samples)
         arrays = (((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for x in pixels)
         return [Image.fromarray(array) for array in arrays]
 
     def captions(self) -> list[str]:
-        return self.data.captions(self.rows)
-
-    def _samples(self) -> list[Sample]:
-        return [self.data.dataset.samples[row] for row in self.rows]
+        """What is drawn."""
+        return self.config.prompts or [sample.caption for sample in self.samples]

@@ -21,7 +21,9 @@ class LogConfig:
     # Fixed (picture, timestep, noise) triples that eval/loss is the mean of.
     eval_points: int = within(1)
     sample_every: int = within(0)  # 0 = only before and after
-    sample_count: int = within(0)  # pictures in a sample grid
+    sample_count: int = within(0)  # pictures in a sample grid: the first captions of the data
+    # What is drawn instead, at data.resolution, as often as there are prompts.
+    prompts: list[str]
     sample_steps: int = within(1, 1000)
     guidance_scale: float = within(0, 100)
     wandb: WandbConfig | None
