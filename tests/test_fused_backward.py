@@ -9,7 +9,8 @@ import pytest
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 
 from trainer import gradients, losses, optimizers
-from trainer.run import assemble, run
+from trainer.run import run
+from trainer.state import assemble
 
 UNCLIPPED = "method.max_grad_norm=null"
 FUSED = "runtime.fused_backward=true"

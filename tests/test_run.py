@@ -53,7 +53,8 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
 def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, method):
     """The tiny model predicts v with zero terminal SNR; after training for epsilon its scheduler
     says so, to the run's own samples and to whoever loads the model."""
-    from trainer.run import assemble, finish, train
+    from trainer.run import finish, train
+    from trainer.state import assemble
 
     options = ["noise.prediction=epsilon", "noise.zero_terminal_snr=false", "loss=huber"]
     more = ["loss.weighting=min_snr", "noise.offset=0.05", "noise.timesteps=logit_normal"]
@@ -78,7 +79,9 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     composed, tmp_path, rank, alpha
 ):
     """alpha != rank included: a reader that lost alpha would draw another picture."""
-    from trainer.run import assemble, eval_batches, finish, train
+    from trainer.evaluation import eval_batches
+    from trainer.run import finish, train
+    from trainer.state import assemble
 
     config = composed(
         *QUICK, "method=lora", f"method.rank={rank}", f"method.alpha={alpha}", "optim.lr=0.05"

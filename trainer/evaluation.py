@@ -1,0 +1,69 @@
+"""What is seen of a model in training: losses at fixed points, and pictures of fixed prompts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer import batches, losses, metrics, pictures
+from trainer.state import State
+
+
+def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
+    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
+    that of the pictures that are held out beside it, as eval/holdout_loss; and those of averaged
+    weights, as eval/ema_loss and eval/ema_holdout_loss."""
+    found = _losses(state)
+    if state.ema:
+        with state.averaged():
+            averaged = _losses(state)
+        found |= {
+            f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
+        }
+    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
+    return found
+
+
+def _losses(state: State) -> dict[str, float]:
+    """The model's losses at the eval points, of the pictures that it trains on and of those that
+    are held out."""
+    dataset, found = state.data.dataset, {}
+    for prefix, rows in (("", dataset.own), ("holdout_", dataset.held_out)):
+        if rows:
+            points = eval_batches(state, rows)
+            losses_of = losses.evaluate(state.model.unet, state.schedule, points)
+            found |= {prefix + key: value for key, value in losses_of.items()}
+    return found
+
+
+def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
+    """The fixed eval points, of these rows.  They are made anew each time: what is read of a
+    caption changes where text encoders are trained."""
+    config, dataset = state.config, state.data.dataset
+    return batches.eval_batches(
+        rows,
+        state.data.plain,
+        state.schedule,
+        config.log.eval_points,
+        config.data.batch_size,
+        size_of=lambda row: dataset.samples[row].bucket,
+    )
+
+
+def sample(state: State, writer: metrics.Metrics) -> Path | None:
+    """Draw the fixed prompts; write each picture, and a grid of original, before and now.
+
+    Returns the grid's path, or None where no pictures are wanted (log.sample_count=0).
+    """
+    sampler = state.sampler
+    if not sampler.count:
+        return None
+    with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
+        drawn = sampler.draw()
+    samples = state.folder / "samples"
+    pictures.save(samples / f"step-{state.step:06d}", drawn)
+    rows = {"original": sampler.originals()}
+    if state.step:
+        rows["before"] = pictures.load(samples / f"step-{0:06d}", sampler.count)
+    is_last = state.step == state.config.schedule.steps
+    rows["after" if is_last else f"step {state.step}"] = drawn
+    grid = pictures.grid({k: row for k, row in rows.items() if row}, sampler.captions())
+    return writer.write_picture(state.step, grid)

@@ -1,0 +1,161 @@
+"""A run between two steps: everything that a step changes or reads, assembled and saved."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+
+from trainer import (
+    checkpoint,
+    conditioning,
+    data,
+    execution,
+    memory,
+    method,
+    noise,
+    optimizers,
+    result,
+    sampling,
+)
+from trainer.config import Config
+from trainer.ema import Ema
+from trainer.guard import Guard
+from trainer.model import Model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything that a step changes or reads; `step` counts the steps done."""
+
+    config: Config
+    folder: Path
+    model: Model
+    schedule: DDPMScheduler
+    data: conditioning.Encoded
+    fingerprint: str  # of the data
+    sampler: sampling.Sampler
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    device: torch.device
+    step: int
+    seconds: float  # spent in training steps, over all sessions of the run
+    eval_loss_before: float  # before the first step
+    grad_norm: float  # of the last step with a finite one
+    ema: Ema | None
+
+    def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """The model with averaged weights, where there are some and they are wanted."""
+        return self.ema.in_place() if self.ema and wanted else nullcontext()
+
+    @property
+    def micro_batches(self) -> int:
+        """How many have been trained on."""
+        return self.step * self.config.runtime.accumulation
+
+    @property
+    def pictures_seen(self) -> int:
+        """How many pictures have been trained on, each time counted."""
+        return self.data.dataset.plan.pictures_in(self.config.seed, self.micro_batches)
+
+    @property
+    def epochs(self) -> float:
+        return self.micro_batches / self.data.dataset.plan.batches_per_epoch
+
+
+def assemble(
+    config: Config,
+    folder: Path,
+    resumed: checkpoint.Checkpoint | None,
+    stop: Sequence[int] = (),
+) -> State:
+    """Load the model and the data, encode the data, build the optimizer; then put back what a
+    checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    device = device_of(config.runtime.device)
+    memory.reset_peak(device)
+    dataset = data.load(config.data, stop)
+    model = Model(config.model, device)
+    result.check(config.method, model)
+    model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
+    schedule = noise.training_schedule(model.scheduler, config.noise)
+    model.keep_text_encoders(config.method.train)
+    encoded = conditioning.encode(model, dataset, config.log.prompts, stop)
+
+    model.load_unet()
+    memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
+    method.attach(config.method, model, config.seed)
+    log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
+    optimizer = optimizers.build(
+        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
+    )
+    execution.prepare(config, model.trained_parts, device)
+    fingerprint = dataset.fingerprint
+    if resumed:
+        checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
+        method.restore(model, resumed.weights)
+        optimizers.restore(optimizer, resumed.optimizer)
+        log.info("resumed after step %d", resumed.step)
+    counters = resumed.counters if resumed else checkpoint.Counters()
+    average = None
+    if config.method.ema:
+        saved = resumed.average if resumed else {}
+        named = method.trained_parameters(model)
+        average = Ema(config.method.ema, named, config.seed, saved, resumed.step if resumed else 0)
+    return State(
+        config=config,
+        folder=folder,
+        model=model,
+        schedule=schedule,
+        data=encoded,
+        fingerprint=fingerprint,
+        sampler=sampling.Sampler(
+            model=model,
+            data=encoded,
+            config=config.log,
+            batch_size=config.data.batch_size,
+        ),
+        optimizer=optimizer,
+        guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
+        device=device,
+        step=resumed.step if resumed else 0,
+        seconds=counters.seconds,
+        eval_loss_before=counters.eval_loss_before,
+        grad_norm=counters.grad_norm,
+        ema=average,
+    )
+
+
+def save(state: State) -> None:
+    """Write a checkpoint after this step."""
+    checkpoint.save(
+        state.folder / "checkpoints",
+        checkpoint.Checkpoint(
+            step=state.step,
+            weights=method.trained_tensors(state.model),
+            optimizer=state.optimizer.state_dict(),
+            average=state.ema.state() if state.ema else {},
+            config=asdict(state.config),
+            data=state.fingerprint,
+            counters=checkpoint.Counters(
+                skipped_steps=state.guard.skipped,
+                seconds=state.seconds,
+                eval_loss_before=state.eval_loss_before,
+                grad_norm=state.grad_norm,
+            ),
+        ),
+        keep=state.config.runtime.keep_checkpoints,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `runtime.device` means: auto is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
