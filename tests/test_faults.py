@@ -53,7 +53,7 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
 
     target = {
         "torch.save": "torch.save",
-        "safetensors": "trainer.checkpoint.save_file",
+        "safetensors": "trainer.formats.stream.write",
         "rename": "pathlib.Path.rename",
     }[failing]
     monkeypatch.setattr(target, full)

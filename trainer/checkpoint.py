@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer import disk
 from trainer.config import Config, flatten
 from trainer.errors import UserError
+from trainer.formats import stream
+from trainer.formats.weights import of_tensors
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +67,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     if final.exists():
         return final  # a finished run that was resumed
     with disk.whole_folder(final) as temporary:
-        weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
-        save_file(weights, temporary / "weights.safetensors")
+        stream.write(temporary / "weights.safetensors", of_tensors(checkpoint.weights), {})
         torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
         if checkpoint.average:
-            averages = {name: tensor.contiguous() for name, tensor in checkpoint.average.items()}
-            save_file(averages, temporary / _AVERAGE)
+            stream.write(temporary / _AVERAGE, of_tensors(checkpoint.average), {})
         files = (*_FILES, _AVERAGE) if checkpoint.average else _FILES
         record = {
             "step": checkpoint.step,
