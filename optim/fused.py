@@ -13,12 +13,12 @@ from torch.nn import Parameter
 
 from optim import backend, features, native, options, plan
 from optim import state as states
-from optim.backend import Place, grad_of
+from optim.backend import grad_of
 from optim.codecs import Codec, Dense
+from optim.share import DTYPES, Places, Share, Trait, same_objects
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters
 META = torch.device("meta")
 CPU = torch.device("cpu")
 # Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
@@ -117,10 +117,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places = self._places()
-        missing = [param.grad is None for _, _, param in places]
-        if any(missing):
-            places = [place for place, none in zip(places, missing, strict=True) if not none]
+        places = Share(self._places())
+        if Trait.MISSING in places.traits:
+            there = [place for place in places if place[2].grad is not None]
+            places = Share(Places(there))
         self._step(places)
         self.end_step()
         return loss
@@ -141,12 +141,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"step_param: parameter {index} {tuple(param.shape)} has no gradient"
                 )
-        self._step(places)
+        self._step(Share(Places(places)))
 
-    def _step(self, places: list[Place]) -> None:
+    def _step(self, places: Share) -> None:
         """Update these parameters, which have gradients."""
-        layouts = [param.grad.layout for _, _, param in places]  # type: ignore[union-attr]
-        if not all([layout is torch.strided for layout in layouts]):
+        if Trait.SPARSE in places.traits:
             raise TypeError(
                 f"{type(self).__name__} does not take sparse gradients; "
                 "use nn.Embedding(sparse=False)"
@@ -162,20 +161,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         for engine, share in shares:
             engine.step(share, coefficients)
 
-    def _shares(self, places: list[Place]) -> list[tuple[backend.Engine, list[Place]]]:
+    def _shares(self, places: Share) -> list[tuple[backend.Engine, Share]]:
         """Which engine steps which parameters."""
         torch_engine = backend.TorchEngine(self)
         if self.backend == "torch" or not plan.has_rule(type(self).rule):
             return [(torch_engine, places)]
         batched = any(group.get("conv_view") == "last2" for group in self.param_groups)
-        if not batched and all([param.is_cpu for _, _, param in places]):
+        if not batched and Trait.ELSEWHERE not in places.traits:
             return [(self._engine(CPU) or torch_engine, places)]
-        shares: dict[torch.device | None, list[Place]] = {}
+        shares: dict[torch.device | None, Places] = {}
         for place in places:
             last2 = place[1].get("conv_view") == "last2"  # batches of matrices: the reference's
-            shares.setdefault(None if last2 else place[2].device, []).append(place)
+            shares.setdefault(None if last2 else place[2].device, Places()).append(place)
         return [
-            ((device and self._engine(device)) or torch_engine, share)
+            (
+                (device and self._engine(device)) or torch_engine,
+                Share(share) if len(shares) > 1 else places,
+            )
             for device, share in shares.items()
         ]
 
@@ -312,13 +314,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
         return self._place_by_id[id(param)]
 
-    def _places(self) -> list[Place]:
+    def _places(self) -> Places:
         """Every parameter with its index and group, as a list that is kept until they change."""
-        members = [(id(group), *map(id, group["params"])) for group in self.param_groups]
-        if members != self.__dict__.get("_members"):
+        members: list[list[Any]] = [
+            self.param_groups,
+            *(group["params"] for group in self.param_groups),
+        ]
+        known: list[list[Any]] = self.__dict__.get("_members", [])
+        if len(members) != len(known) or not all(map(same_objects, members, known)):
             self._forget()
-            self._members = members
-            self._all_places: list[Place] = list(self._indexed_params())
+            self._members = [list(each) for each in members]
+            self._all_places = Places(self._indexed_params())
             self._place_by_id = {id(p): (index, g) for index, g, p in self._all_places}
         return self._all_places
 
@@ -342,7 +348,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         counts_on = CPU if device == META else self._counts_on(param)
         return states.blank(param, self.codecs(param, group), group["rounding"], device, counts_on)
 
-    def _raise_on_nonfinite(self, places: list[Place]) -> None:
+    def _raise_on_nonfinite(self, places: Share) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
         if not any(group["on_nonfinite"] == "raise" for group in self.param_groups):
             return

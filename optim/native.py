@@ -6,7 +6,6 @@ memory wherever the mathematics allows it.  `optim/reference.py` is what it comp
 
 import ctypes
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from optim import plan
 from optim.engine import DescriptorEngine, Work, buckets, in_lines
+from optim.share import Share
 
 if TYPE_CHECKING:
-    from optim.backend import Place
     from optim.fused import FusedOptimizer
 
 try:
@@ -81,7 +80,7 @@ class NativeEngine(DescriptorEngine):
         self._isa = isa()
         self._room = torch.empty(0, dtype=torch.uint8)
 
-    def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
         work, weights, read = self._refresh(places)
         groups = self._optimizer.param_groups
@@ -93,14 +92,14 @@ class NativeEngine(DescriptorEngine):
         for param, copy in weights:
             param.copy_(copy)
 
-    def grad_sq(self, places: "Sequence[Place]") -> float:
+    def grad_sq(self, places: Share) -> float:
         """As `optim.backend.Engine`."""
         work, _, read = self._refresh(places)
         total = sum(self._launch(_native.grad_sq, work, None))
         del read
         return total
 
-    def _make(self, work: Work, places: "Sequence[Place]") -> None:
+    def _make(self, work: Work, places: Share) -> None:
         sizes = [(index, param.numel()) for index, _, param in places]
         for chosen in buckets(sizes, BUCKET_NUMEL):
             bucket = plan.Bucket(chosen, self._descriptors)

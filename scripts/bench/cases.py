@@ -9,6 +9,7 @@ from torch.nn import Parameter
 import optim
 from optim import gpu, plan
 from optim.engine import DescriptorEngine
+from optim.share import Share
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -89,7 +90,7 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
         def _make(self, work: Any, places: Any) -> None:
             kinds.update(gpu.kind_of(rule, d, flags) for d in self._descriptors)
 
-    Describing(optimizer)._refresh(optimizer._places())
+    Describing(optimizer)._refresh(Share(optimizer._places()))
     return kinds
 
 
