@@ -25,6 +25,8 @@ except ImportError as error:
 
 # Parameters are stepped in buckets of at most so many elements: 64 MB of bf16 gradients.
 BUCKET_NUMEL = 32 << 20
+# A parameter of at most so many tiles is stepped by one thread, while its cache holds it.
+FEW_TILES = 4
 
 
 def unavailable() -> str | None:
@@ -100,9 +102,13 @@ class NativeEngine(DescriptorEngine):
         return total
 
     def _make(self, work: Work, places: Share) -> None:
-        sizes = [(index, param.numel()) for index, _, param in places]
-        for chosen in buckets(sizes, BUCKET_NUMEL):
-            bucket = plan.Bucket(chosen, self._descriptors)
+        sizes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        for index, _, param in places:
+            few = plan.num_tiles(self._descriptors[index]) <= FEW_TILES
+            sizes[few].append((index, param.numel()))
+        chosen = [(few, each) for few in sizes for each in buckets(sizes[few], BUCKET_NUMEL)]
+        for few, members in chosen:
+            bucket = plan.Bucket(members, self._descriptors, alone=few)
             launch = plan.Launch(
                 tensors=ctypes.addressof(self._descriptors),
                 members=bucket.members.data_ptr(),
@@ -112,21 +118,22 @@ class NativeEngine(DescriptorEngine):
                 num_tensors=bucket.num_tensors,
                 num_tiles=bucket.num_tiles,
                 rule=self._rule,
+                alone=bucket.alone,
             )
             work.launches.append((launch, bucket))
 
     def _launch(self, function: Any, work: Work, options: Any) -> list[Any]:
-        results = []
+        results, threads = [], torch.get_num_threads()
         for launch, bucket in work.launches:
             # Each on a cache line of its own: the workspace is read and written by whole vectors.
             hypers = in_lines(bucket.num_tensors * plan.HYPER_BYTES)
             sums = in_lines(bucket.num_tiles * plan.TILE_SUMS_BYTES)
-            size = hypers + sums + bucket.workspace_size * 4
+            size = hypers + sums + (bucket.workspace_size + bucket.alone * threads) * 4
             if self._room.numel() < size:
                 self._room = torch.empty(size, dtype=torch.uint8)
             launch.hypers = self._room.data_ptr()
             launch.sums = launch.hypers + hypers
             launch.workspace = launch.sums + sums
             launch.options = ctypes.addressof(options) if options is not None else 0
-            results.append(function(ctypes.addressof(launch), self._isa, torch.get_num_threads()))
+            results.append(function(ctypes.addressof(launch), self._isa, threads))
         return results

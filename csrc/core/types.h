@@ -163,6 +163,8 @@ struct Launch {
     float* workspace;           // vectors and partials
     int64_t num_tensors, num_tiles;
     int32_t rule;
+    int32_t alone;  // workspace of a thread that takes one tensor after another through all phases;
+                    // 0: phase after phase, all of the bucket's tensors in each
 };
 
 }  // namespace engine
