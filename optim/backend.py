@@ -82,7 +82,7 @@ class TorchEngine:
         u, moments = type(optimizer).rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
             if name in moments:
-                parts = codecs[name].encode(moments[name], mix(key, salt))
+                parts = codecs[name].encode(moments[name], key, salt)
                 for part, value in join({name: parts}).items():
                     state[part].copy_(value)
         if u is not None:
