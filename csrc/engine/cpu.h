@@ -1,5 +1,5 @@
-// The CPU's driver: phases one after another, tensors or tiles of a phase side by side; or tensors
-// one after another, where they are small.
+// The CPU's driver: tensors one after another, where they are small or there is one thread; else
+// phases one after another, tensors or tiles of a phase side by side.
 #pragma once
 
 #include <omp.h>
@@ -14,8 +14,9 @@ inline int64_t stretch_of(int64_t count, int num_threads) {
     return share < 1 ? 1 : share < 16 ? share : 16;
 }
 
-// Small tensors: a thread takes one through all phases while its cache holds it, in a workspace
-// that its cache holds too.  The results are those of `run`: a phase looks at one tensor only.
+// A thread takes one tensor after another through all phases, while its cache holds it; in a
+// workspace of its own, which its cache holds too, where the launch is of small tensors.  A phase
+// looks at one tensor only, so the results are those of phases one after another.
 inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
     const int64_t stretch = stretch_of(launch.num_tensors, num_threads);
 #pragma omp parallel num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
@@ -37,7 +38,7 @@ inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
 // One step of a bucket.  Threads take tiles as they come; every tile has sums of its own, so the
 // result does not depend on who takes which.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
-    if (launch.alone) return run_alone(isa, launch, num_threads);
+    if (launch.alone || num_threads == 1) return run_alone(isa, launch, num_threads);
     auto tensors = [&](Phase phase) {
 #pragma omp parallel for schedule(dynamic, 1) \
     num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
