@@ -87,17 +87,18 @@ struct Exec {
         return col / kBlock;
     }
 
-    template <int kBlock>
+    template <int kBlock, bool kSigned = true>
     HD static float largest(const F* values, int block, int width) {
+        auto magnitude = [](F x) INLINED { return kSigned ? abs(x) : x; };
         int first = block * (kBlock / kLanes), end = (width + kLanes - 1) / kLanes;
         if (end > first + kBlock / kLanes) end = first + kBlock / kLanes;
         F top(0.f), other(0.f);  // two, because a maximum takes several cycles
         int i = first;
         for (; i + 2 <= end; i += 2) {
-            top = max(abs(values[i]), top);
-            other = max(abs(values[i + 1]), other);
+            top = max(magnitude(values[i]), top);
+            other = max(magnitude(values[i + 1]), other);
         }
-        if (i < end) top = max(abs(values[i]), top);
+        if (i < end) top = max(magnitude(values[i]), top);
         return engine::ENGINE_ISA::largest(max(top, other));
     }
 

@@ -126,11 +126,12 @@ struct Exec {
     HD static int block_of(int i, int) {
         return i * 32 / kBlock;
     }
-    template <int kBlock>
+    template <int kBlock, bool kSigned = true>
     HD static float largest(const F* values, int at, int width) {
         float top = 0.f;
         UNROLLED for (int i = 0; i < kSpan; ++i) {
-            if (i * 32 / kBlock == at && column(i) < width) top = max(abs(values[i]), top);
+            if (i * 32 / kBlock == at && column(i) < width)
+                top = max(kSigned ? abs(values[i]) : values[i], top);
         }
         return largest_of_warp(top);
     }

@@ -8,7 +8,8 @@ namespace engine {
 namespace ENGINE_ISA {
 
 using PlainAdamFactored = PlainAccess<Adam, FactoredSlot<true>, FactoredSlot<false>, true>;
-using PlainAdam8bit = PlainAccess<Adam, Block8Slot, Float8Slot, false>;
+using PlainAdam8bit =
+    PlainAccess<Adam, Block8<SharedDraws>, Float8<SharedDraws>, false, false, true>;
 using PlainProdigyFactored = PlainAccess<Prodigy, FactoredSlot<true>, FactoredSlot<false>, true>;
 using PlainAdoptFactored = PlainAccess<Adopt, FactoredSlot<true>, FactoredSlot<false>, true>;
 template <bool kClean>
@@ -121,7 +122,7 @@ inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
             return measure(launch, tile);
         case kFactor:
             if (!wants_factor(t, launch.rule)) return;
-            if (t.grad_dtype == kBFloat16) return factor<Bf16Grad>(launch, tile);
+            if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>>(launch, tile);
             return factor<AnyGrad>(launch, tile);
         case kNorm:
             if (wants_norm(h)) with_access(launch, t, h, Norm{launch, tile});

@@ -23,6 +23,7 @@ namespace ENGINE_ISA {
 struct Scratch {
     F grad[Exec::kSpan], weight[Exec::kSpan], update[Exec::kSpan];
     SlotScratch slots[kSlots];
+    U words[Exec::kSpan / 2];
 };
 
 // How a rule reaches its operands: any dtype, codec and feature.  kPlain: nothing happens between
@@ -54,25 +55,33 @@ constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativ
 
 // The combinations that most runs consist of have a loop of their own: bf16 weights rounded
 // stochastically, bf16 gradients, no feature that changes the update element by element.
-// kCleanTile: an earlier pass has seen that all gradient elements of the tile are usable.
-template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false>
+// kCleanTile: an earlier pass has seen that all gradient elements of the tile are usable.  kCodes:
+// the moments are codes, which round by the weights' words; their tensor is flat, so that a row
+// follows the other in memory and the hardware sees it coming.
+template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false,
+          bool kCodes = false>
 struct PlainAccess {
     using R = RuleT;
     static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
     static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = kSign;
-    Bf16Grad grad;
-    Bf16Weight weight;
+    Bf16Grad<!kCodes> grad;
+    Bf16Weight<!kCodes, kCodes> weight;
     FastT fast;
     NoSlot slow;
     SquareT square;
 
     HD PlainAccess(const Place& p, Scratch& s)
         : grad(p, nullptr, kCleanTile),
-          weight(p),
-          fast(p, kFast, s.slots[kFast]),
-          slow(p, kSlow, s.slots[kSlow]),
-          square(p, kSquare, s.slots[kSquare]) {}
+          weight(p, s.words),
+          fast(p, kFast, shared(s, kFast)),
+          slow(p, kSlow, shared(s, kSlow)),
+          square(p, kSquare, shared(s, kSquare)) {}
+
+    HD static SlotScratch& shared(Scratch& s, SlotId slot) {
+        s.slots[slot].words = s.words;
+        return s.slots[slot];
+    }
 };
 
 // What the loops over elements know of a tensor's step.  A plain access tells the compiler which
