@@ -53,6 +53,7 @@ struct Bf16Grad {
         Exec::prefetch(at, cols, col);
         return load_bf16(at + col, n);
     }
+    HD float element(int col) const { return float_of_bf16(at[col]); }
 };
 
 // A gradient of any dtype.
@@ -76,6 +77,7 @@ struct AnyGrad {
     }
     HD bool clean(int) const { return false; }
     HD F load(int i, int, int) const { return values[i]; }
+    HD float element(int col) const { return Exec::element(values, col); }
 };
 
 // Weights of any dtype and rounding, with what Kahan compensation kept of them.
@@ -109,6 +111,7 @@ struct AnyWeight {
         });
     }
     HD F load(int i, int, int) const { return values[i]; }
+    HD float element(int col) const { return Exec::element(values, col); }
     HD void store(int i, int, int, F w) { values[i] = w; }
 
     HD_CALL void end_row(int width) {
@@ -147,6 +150,7 @@ struct Bf16Weight {
         Exec::prefetch(at, cols, col);
         return load_bf16(at + col, n);
     }
+    HD float element(int col) const { return float_of_bf16(at[col]); }
     HD void store(int, int col, int n, F w) { store_bf16(at + col, w, draws.next(col), n); }
     HD void end_row(int) {}
 };
