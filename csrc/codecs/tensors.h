@@ -55,6 +55,7 @@ struct Bf16Grad {
         if (kAhead) Exec::prefetch(at, cols, col);
         return load_bf16(at + col, n);
     }
+    HD float element(int col) const { return float_of_bf16(at[col]); }
 };
 
 // A gradient of any dtype.
@@ -78,6 +79,7 @@ struct AnyGrad {
     }
     HD bool clean(int) const { return false; }
     HD F load(int i, int, int) const { return values[i]; }
+    HD float element(int col) const { return Exec::element(values, col); }
 };
 
 // Weights of any dtype and rounding, with what Kahan compensation kept of them.
@@ -111,6 +113,7 @@ struct AnyWeight {
         });
     }
     HD F load(int i, int, int) const { return values[i]; }
+    HD float element(int col) const { return Exec::element(values, col); }
     HD void store(int i, int, int, F w) { values[i] = w; }
 
     HD_CALL void end_row(int width) {
@@ -154,6 +157,7 @@ struct Bf16Weight {
         if (kAhead) Exec::prefetch(at, cols, col);
         return load_bf16(at + col, n);
     }
+    HD float element(int col) const { return float_of_bf16(at[col]); }
     HD void store(int i, int col, int n, F w) {
         if (!(col & 16)) {
             block = words.next(col);

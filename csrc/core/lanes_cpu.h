@@ -400,6 +400,12 @@ HD D widen(F x) {
 }
 HD void store_f64(double *to, D x) { memcpy(to, &x.r, sizeof(x)); }
 
+HD float float_of_bf16(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 HD uint32_t bits_of_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);

@@ -25,6 +25,7 @@ using Mask = bool;
 
 HD U as_bits(F x) { return __float_as_uint(x); }
 HD F as_float(U bits) { return __uint_as_float(bits); }
+HD float float_of_bf16(uint16_t x) { return as_float(uint32_t(x) << 16); }
 HD uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
 HD F select(Mask mask, F yes, F no) { return mask ? yes : no; }

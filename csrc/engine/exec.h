@@ -19,7 +19,8 @@
 //   prefetch(row, cols, col)    a hint: column col of a later row will be read
 //   total(x)                    the sum over a span's lanes
 //   each_sample(first, every, width, grad, weight, f)   some elements of a row: f(at, col, n, g, w)
-//   Spread                      sums of those over a tile: add(col, every, n, x), total()
+//   Spread                      two sums of those over a tile: add(col, every, n, x, y), total(x,
+//   y)
 //
 // Of a tensor:
 //   each_index, each_pack       f(i), or f(at, n) for a pack of n lanes, of vectors of any length

@@ -162,11 +162,19 @@ struct Exec {
                 f((col - first) / every, col, n, grad.load(i, col, n), weight.load(i, col, n));
         });
     }
-    struct Spread {
-        double sum = 0;
+    HD static float element(const F* values, int) { return *values; }  // a thread's own
 
-        HD void add(int, int, int, D x) { sum = sum + x; }
-        HD double total() { return Exec::total(sum); }
+    struct Spread {
+        double first = 0, second = 0;
+
+        HD void add(int, int, int, D x, D y) {
+            first = first + x;
+            second = second + y;
+        }
+        HD void total(double& x, double& y) {
+            x = Exec::total(first);
+            y = Exec::total(second);
+        }
     };
 
     HD static uint32_t load_bits(const uint8_t* from, int col, int n) {

@@ -15,7 +15,7 @@ struct SampleRows {
     const Samples& kept;
     int64_t every, first_col;
     FlatDraws draws;
-    typename Exec::Spread progress, distance;
+    typename Exec::Spread sums;  // of progress and distance
 
     HD SampleRows(const Place& p)
         : tensor(p.tensor),
@@ -42,14 +42,14 @@ struct SampleRows {
                 F before = load_sum(from + at, n);
                 F after = select(ok, fma(F(h.sum_decay), before, g * h.sum_weight), before);
                 store_sum(from + at, after, n);
-                progress.add(col, step, n, widen(g) * (widen(start) - widen(w)));
-                distance.add(col, step, n, widen(abs(after)));
+                sums.add(col, step, n, widen(g) * (widen(start) - widen(w)), widen(abs(after)));
             });
     }
 
-    HD void end(TileSums& sums) {
-        const double moved = progress.total(), size = distance.total();
-        if (Exec::leads()) sums.progress = moved, sums.distance = size;
+    HD void end(TileSums& to) {
+        double progress, distance;
+        sums.total(progress, distance);
+        if (Exec::leads()) to.progress = progress, to.distance = distance;
     }
 
    private:
