@@ -103,6 +103,8 @@ PYBIND11_MODULE(_native, m) {
 
     m.def("parameters", &survey::parameters, py::arg("params"), py::arg("exchange"),
           "Parameters and their gradients, seen through torch's table of DLPack functions.");
+    m.def("addresses", &survey::addresses, py::arg("tensors"), py::arg("exchange"),
+          "Where tensors are, through the same table.");
     m.def("same_state", &survey::same_state, py::arg("state"), py::arg("params"), py::arg("parts"),
           py::arg("counts"), "Whether a state still consists of these tensors.");
     m.def("same_objects", &survey::same_objects, py::arg("a"), py::arg("b"),

@@ -117,6 +117,22 @@ inline py::object parameters(const py::list& params, const py::object& capsule) 
     return py::make_tuple(grads, kinds, addresses, traits);
 }
 
+// Where these tensors are, uint64 each, or None where one of them cannot be seen.
+inline py::object addresses(const py::list& tensors, const py::object& capsule) {
+    const Exchange* exchange = exchange_of(capsule);
+    if (!exchange) return py::none();
+    auto found = py::reinterpret_steal<py::bytes>(
+        PyBytes_FromStringAndSize(nullptr, Py_ssize_t(tensors.size() * sizeof(uint64_t))));
+    if (!found) throw py::error_already_set();
+    auto* address = reinterpret_cast<uint64_t*>(PyBytes_AS_STRING(found.ptr()));
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        Kind kind;
+        if (!look(*exchange, PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i)), kind, address[i]))
+            return py::none();
+    }
+    return found;
+}
+
 // Asks for the memory of the dicts to come among a dict's values: first their objects, then the
 // tables that those point to.
 struct Ahead {

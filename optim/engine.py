@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optim import plan
 from optim.codecs import Factored, FactoredSign, layout, split
-from optim.share import Share, Trait, addresses_of, pairs, same_state
+from optim.share import Share, Trait, addresses_of, pairs, same_state, where
 
 if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
@@ -49,7 +49,7 @@ class Work:
         self._counts = array("i", map(len, states)).tobytes()
         turns = max(1, -(-len(self._parts) // _ASKED))
         self._samples = [self._parts[first::turns] for first in range(turns)]
-        self._addresses = [[x.data_ptr() for x in sample] for sample in self._samples]
+        self._addresses = [where(sample) for sample in self._samples]
         # What is written to through an address stays alive as long as the address is here.
         self._storages = [x.untyped_storage() for x in self._parts]
         self._turn = 0
@@ -66,8 +66,7 @@ class Work:
         if not same_state(state, params, self._parts, self._counts):
             return False
         self._turn = (self._turn + 1) % len(self._samples)
-        addresses = [x.data_ptr() for x in self._samples[self._turn]]
-        return addresses == self._addresses[self._turn]
+        return where(self._samples[self._turn]) == self._addresses[self._turn]
 
 
 class DescriptorEngine:

@@ -86,6 +86,12 @@ def addresses_of(params: Iterable[Tensor], grads: Iterable[Tensor]) -> array:
     return array("q", [x.data_ptr() for both in zip(params, grads, strict=True) for x in both])
 
 
+def where(tensors: list[Tensor]) -> bytes:
+    """The addresses of tensors, int64 each."""
+    seen = _native.addresses(tensors, _EXCHANGE) if _native else None
+    return seen or array("q", [x.data_ptr() for x in tensors]).tobytes()
+
+
 def seen_in_python(params: list[Tensor]) -> tuple[list[Any], Any, array, Trait]:
     """What `_native.parameters` gives, of tensors of any kind: gradients, kinds, addresses and
     traits."""

@@ -65,6 +65,9 @@ def test_addresses_are_those_of_each_parameter_and_its_gradient(look):
     expected = [[p.data_ptr(), p.grad.data_ptr()] for p in params]
     assert look(params).addresses.tolist() == expected
     assert look([]).addresses.shape == (0, 2)
+    tensors = [base, base[3:], torch.ones(3, dtype=torch.uint8), torch.ones(())]
+    found = torch.frombuffer(bytearray(share.where(tensors)), dtype=torch.int64).tolist()
+    assert found == [x.data_ptr() for x in tensors]
 
 
 @pytest.mark.parametrize(
