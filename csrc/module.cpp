@@ -1,5 +1,5 @@
 // The Python module optim._native: integers in, nothing out.  It does not link torch and owns no
-// memory; optim/native.py is its only caller.
+// memory; optim/native.py is its only caller, and optim/share.py of what is in survey.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/cpu.h"
+#include "survey.h"
 
 namespace py = pybind11;
 using namespace engine;
@@ -100,22 +101,12 @@ PYBIND11_MODULE(_native, m) {
         "The first `count` numbers that optim.rng.normals draws for this key, as fp32 at an "
         "address.");
 
-    m.def(
-        "same_values",
-        [](const py::list& dicts, const py::list& values) {
-            if (dicts.size() != values.size()) return false;
-            for (size_t i = 0; i < dicts.size(); ++i) {
-                PyObject *dict = dicts[i].ptr(), *expected = values[i].ptr();
-                if (!PyDict_Check(dict) || !PyList_Check(expected)) return false;
-                if (PyDict_Size(dict) != PyList_GET_SIZE(expected)) return false;
-                PyObject *key, *value;
-                Py_ssize_t next = 0;
-                for (Py_ssize_t j = 0; PyDict_Next(dict, &next, &key, &value); ++j)
-                    if (value != PyList_GET_ITEM(expected, j)) return false;
-            }
-            return true;
-        },
-        py::arg("dicts"), py::arg("values"),
-        "Whether the values of each dict are, in its order, the very objects of the list beside "
-        "it.");
+    m.def("parameters", &survey::parameters, py::arg("params"), py::arg("exchange"),
+          "Parameters and their gradients, seen through torch's table of DLPack functions.");
+    m.def("addresses", &survey::addresses, py::arg("tensors"), py::arg("exchange"),
+          "Where tensors are, through the same table.");
+    m.def("same_state", &survey::same_state, py::arg("state"), py::arg("params"), py::arg("parts"),
+          py::arg("counts"), "Whether a state still consists of these tensors.");
+    m.def("same_objects", &survey::same_objects, py::arg("a"), py::arg("b"),
+          "Whether two lists hold the very same objects.");
 }

@@ -5,7 +5,6 @@ An engine steps a list of parameters that have gradients; every engine computes 
 
 import os
 import warnings
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,12 +15,12 @@ from optim import cuda, features, gpu, native, plan
 from optim.codecs import FactoredSign, join, split
 from optim.projected import ProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
+from optim.share import Share
 
 if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
 
 BACKENDS = ("auto", "native", "torch")
-Place = tuple[int, dict[str, Any], Tensor]  # a parameter with its index and its group
 
 
 def grad_of(param: Tensor) -> Tensor:
@@ -33,11 +32,11 @@ def grad_of(param: Tensor) -> Tensor:
 class Engine(Protocol):
     """Steps parameters of one optimizer."""
 
-    def step(self, places: Sequence[Place], coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """One step of these parameters; `coefficients` holds, by the id of a group, what its
         gradients are multiplied by (1 where it is absent)."""
 
-    def grad_sq(self, places: Sequence[Place]) -> float | Tensor:
+    def grad_sq(self, places: Share) -> float | Tensor:
         """The sum of the squares of the usable elements of these parameters' gradients; 0-d fp64
         on their device where reading it would mean waiting for it."""
 
@@ -48,11 +47,11 @@ class TorchEngine:
     def __init__(self, optimizer: "FusedOptimizer") -> None:
         self._optimizer = optimizer
 
-    def step(self, places: Sequence[Place], coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         for index, group, param in places:
             self._step(index, group, param, float(coefficients.get(id(group), 1.0)))
 
-    def grad_sq(self, places: Sequence[Place]) -> float:
+    def grad_sq(self, places: Share) -> float:
         return sum(features.grad_sq(grad_of(param)) for _, _, param in places)
 
     def _step(self, index: int, group: dict[str, Any], param: Tensor, coefficient: float) -> None:
@@ -84,7 +83,7 @@ class TorchEngine:
         u, moments = type(optimizer).rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
             if name in moments:
-                parts = codecs[name].encode(moments[name], mix(key, salt))
+                parts = codecs[name].encode(moments[name], key, salt)
                 for part, value in join({name: parts}).items():
                     state[part].copy_(value)
         if u is not None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.rng import draws16, mix, round_stochastic_bf16
+from optim.rng import draws, mix, round_stochastic_bf16
 
 Parts = dict[str, Tensor]
 
@@ -32,8 +32,9 @@ class Codec(Protocol):
     def zeros(self, device: torch.device) -> Parts:
         """The stored form of an all-zero moment."""
 
-    def encode(self, x: Tensor, key: int) -> Parts:
-        """x fp32 of `shape` -> parts.  `key` seeds the rounding."""
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
+        """x fp32 of `shape` -> parts.  `key` seeds the rounding; moments of one
+        parameter share it and have a salt each, from 1 (`optim/rng.py`)."""
 
     def decode(self, parts: Parts) -> Tensor:
         """parts -> fp32 of `shape` (`Exact`: its dtype)."""
@@ -48,7 +49,7 @@ class Dense:
     def zeros(self, device: torch.device) -> Parts:
         return {"": torch.zeros(self.shape, dtype=torch.float32, device=device)}
 
-    def encode(self, x: Tensor, key: int) -> Parts:
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
         return {"": x}
 
     def decode(self, parts: Parts) -> Tensor:
@@ -68,7 +69,7 @@ class Exact:
     def zeros(self, device: torch.device) -> Parts:
         return {"": torch.zeros(self.shape, dtype=self.dtype, device=device)}
 
-    def encode(self, x: Tensor, key: int) -> Parts:
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
         return {"": x.to(self.dtype)}
 
     def decode(self, parts: Parts) -> Tensor:
@@ -89,8 +90,8 @@ class Bf16:
     def zeros(self, device: torch.device) -> Parts:
         return {"": torch.zeros(self.shape, dtype=torch.bfloat16, device=device)}
 
-    def encode(self, x: Tensor, key: int) -> Parts:
-        return {"": round_stochastic_bf16(x, key, self.view or (1, x.numel()))}
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
+        return {"": round_stochastic_bf16(x, key, self.view or (1, x.numel()), salt)}
 
     def decode(self, parts: Parts) -> Tensor:
         return parts[""].float()
@@ -102,8 +103,9 @@ class Block8:
     bytes an element.
 
     code = 127 x / absmax, rounded to an integer in [-127, 127]: symmetric, so a moment and its
-    negative are stored alike, and 0 is exact.  A block whose maximum is below 1e-36, where 127 /
-    absmax would overflow, is zero.
+    negative are stored alike, and 0 is exact.  It is rounded in two steps, neither of which has a
+    bias: to the nearest 1/65536 of a code, and from there by a draw of that many steps.  A block
+    whose maximum is below 1e-31, where 127 * 65536 / absmax would overflow, is zero.
     """
 
     shape: tuple[int, ...]
@@ -117,12 +119,14 @@ class Block8:
             "absmax": torch.zeros(rows * -(-cols // self.block), device=device),
         }
 
-    def encode(self, x: Tensor, key: int) -> Parts:
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
         blocks = _blocks(x, self._view(), self.block)
-        draws = _blocks(draws16(key, self._view(), x.numel(), x.device), self._view(), self.block)
+        drawn = draws(key, self._view(), x.numel(), x.device, salt)
         absmax = blocks.abs().amax(dim=1, keepdim=True)
-        scale = torch.where(absmax > 1e-36, 127 / absmax, 0.0)
-        codes = torch.floor(blocks * scale + draws * 2.0**-16).clamp_(-127, 127).to(torch.int8)
+        scale = torch.where(absmax > 1e-31, 127 / absmax * 65536, 0.0)
+        # At most 127 + 2^-17 codes, which is rounded to 127 * 65536.
+        fixed = torch.round(blocks * scale).to(torch.int32)
+        codes = ((fixed + _blocks(drawn, self._view(), self.block)) >> 16).to(torch.int8)
         return {
             "codes": _unblocked(codes, self._view(), (x.numel(),)),
             "absmax": absmax.flatten(),
@@ -161,14 +165,14 @@ class Float8:
             "top": torch.full((-(-numel // self.block),), -111, dtype=torch.int8, device=device),
         }
 
-    def encode(self, x: Tensor, key: int) -> Parts:
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
         view = (1, x.numel())
         blocks = _blocks(x, view, self.block)
         bits = blocks.view(torch.int32)
-        draws = _blocks(draws16(key, view, x.numel(), x.device), view, self.block)
+        drawn = _blocks(draws(key, view, x.numel(), x.device, salt, bits=19), view, self.block)
         # The largest may round up, past its octave.
         exponent = ((bits.amax(dim=1, keepdim=True) + 0x7FFFF) >> 23).clamp(16, 254)
-        codes = (((bits + (draws << 3)) >> 19) - (exponent * 16 - 240)).clamp(1, 255)
+        codes = (((bits + drawn) >> 19) - (exponent * 16 - 240)).clamp(1, 255)
         codes = torch.where(blocks == 0, 0, codes).to(torch.uint8)
         return {
             "codes": _unblocked(codes, view, (x.numel(),)),
@@ -200,11 +204,12 @@ class Factored:
     def zeros(self, device: torch.device) -> Parts:
         return join({name: codec.zeros(device) for name, codec in self._vectors().items()})
 
-    def encode(self, x: Tensor, key: int) -> Parts:
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
         means = dict(zip(("row", "col"), self.means(x), strict=True))
+        own = mix(key, salt)
         return join(
             {
-                name: codec.encode(means[name], mix(key, ord(name[0])))
+                name: codec.encode(means[name], mix(own, ord(name[0])))
                 for name, codec in self._vectors().items()
             }
         )
@@ -248,8 +253,8 @@ class FactoredSign:
         sign = torch.zeros((rows, -(-cols // 8)), dtype=torch.uint8, device=device)
         return self._magnitude().zeros(device) | {"sign": sign}
 
-    def encode(self, x: Tensor, key: int) -> Parts:
-        return self._magnitude().encode(x.abs(), key) | {
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
+        return self._magnitude().encode(x.abs(), key, salt) | {
             "sign": _pack_bits(_to_view(x, self.view) > 0)
         }
 
@@ -273,7 +278,7 @@ class Given:
     def zeros(self, device: torch.device) -> Parts:
         return {}
 
-    def encode(self, x: Tensor, key: int) -> Parts:
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
         return {}
 
     def decode(self, parts: Parts) -> Tensor:

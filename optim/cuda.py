@@ -7,7 +7,6 @@ CUDA graph.
 """
 
 import ctypes
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +17,8 @@ from optim.engine import ADDRESSES, DescriptorEngine, Work, buckets
 from optim.gpu import MEASURE, Gpu, Kind, gpu_of, kind_of
 
 if TYPE_CHECKING:
-    from optim.backend import Place
     from optim.fused import FusedOptimizer
+    from optim.share import Share
 
 ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
 TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: csrc/engine/exec_cuda.h
@@ -63,7 +62,7 @@ class CudaEngine(DescriptorEngine):
         self._captured = False  # a graph's replays write there too, unseen: nothing is known
         self._room = torch.empty(0, dtype=torch.float64, device=device)
 
-    def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, places: "Share", coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
         with self._gpu.here():
             work, weights, read = self._refresh(places)
@@ -75,7 +74,7 @@ class CudaEngine(DescriptorEngine):
             for param, copy in weights:
                 param.copy_(copy)
 
-    def grad_sq(self, places: "Sequence[Place]") -> Tensor:
+    def grad_sq(self, places: "Share") -> Tensor:
         """As `optim.backend.Engine`."""
         with self._gpu.here():
             work, _, read = self._refresh(places)
@@ -92,14 +91,14 @@ class CudaEngine(DescriptorEngine):
             del read
         return total
 
-    def _stamp(self, params: list[Tensor], grad_dtypes: list[torch.dtype]) -> list[Any]:
-        return [*super()._stamp(params, grad_dtypes), self._flags()]
+    def _stamp(self, places: "Share") -> list[Any]:
+        return [*super()._stamp(places), self._flags()]
 
     def _flags(self) -> list[int]:
         groups = self._optimizer.param_groups
         return [plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags for group in groups]
 
-    def _make(self, work: Work, places: "Sequence[Place]") -> None:
+    def _make(self, work: Work, places: "Share") -> None:
         by_kind: dict[Kind, list[int]] = {}
         flags = self._flags()
         for index, _, _ in places:

@@ -5,12 +5,10 @@ between two steps: replace a state, a parameter, a dtype.  So everything that a 
 from is looked at before every step, and is made anew when it has changed.
 """
 
-import contextlib
 import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +16,9 @@ from torch import Tensor
 
 from optim import plan
 from optim.codecs import Factored, FactoredSign, layout, split
+from optim.share import Share, Trait, addresses_of, pairs, same_state, where
 
 if TYPE_CHECKING:
-    from optim.backend import Place
     from optim.fused import FusedOptimizer
 
 Descriptors = ctypes.Array[plan.Descriptor]
@@ -45,28 +43,30 @@ class Work:
         self.members, self.stamp = torch.tensor(members), stamp
         self.launches: list[Any] = []  # the engine's own, like what else it notes down here
         self.on_device = self.members
-        self._parts = [list(state.values()) for state in states]
-        parts = list(chain.from_iterable(self._parts))
-        turns = max(1, -(-len(parts) // _ASKED))
-        self._samples = [parts[first::turns] for first in range(turns)]
-        self._addresses = [[x.data_ptr() for x in sample] for sample in self._samples]
+        words = torch.arange(ADDRESSES.start, ADDRESSES.stop)
+        self.addresses = self.members[:, None] * _WORDS + words  # where they are in the table
+        self._parts = list(chain.from_iterable(state.values() for state in states))
+        self._counts = array("i", map(len, states)).tobytes()
+        turns = max(1, -(-len(self._parts) // _ASKED))
+        self._samples = [self._parts[first::turns] for first in range(turns)]
+        self._addresses = [where(sample) for sample in self._samples]
         # What is written to through an address stays alive as long as the address is here.
-        self._storages = [x.untyped_storage() for x in parts]
+        self._storages = [x.untyped_storage() for x in self._parts]
         self._turn = 0
 
-    def holds(self, states: list[dict[str, Tensor]]) -> bool:
-        """Whether these are the tensors, at their addresses, that the work was made from.
+    def holds(self, state: dict[Tensor, dict[str, Tensor]], params: list[Tensor]) -> bool:
+        """Whether these parameters have the tensors, at their addresses, that the work was made
+        from.
 
         There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
         at every step.  So all are looked at for being the same objects, and _ASKED of them, by
         turns, for their addresses: whoever moves a state by assigning to `.data`, or by `set_()`,
         moves all of its tensors, and is seen at once.
         """
-        if not _same_values(states, self._parts):
+        if not same_state(state, params, self._parts, self._counts):
             return False
         self._turn = (self._turn + 1) % len(self._samples)
-        addresses = [x.data_ptr() for x in self._samples[self._turn]]
-        return addresses == self._addresses[self._turn]
+        return where(self._samples[self._turn]) == self._addresses[self._turn]
 
 
 class DescriptorEngine:
@@ -87,7 +87,7 @@ class DescriptorEngine:
         self._numels = [-1] * count
         self._work: dict[tuple[int, ...], Work] = {}
 
-    def _make(self, work: Work, places: "Sequence[Place]") -> None:
+    def _make(self, work: Work, places: Share) -> None:
         """Fill in the launches of a new work, whose descriptors are complete but for addresses."""
         raise NotImplementedError
 
@@ -103,67 +103,57 @@ class DescriptorEngine:
 
     def _put(self, work: Work, addresses: Tensor) -> None:
         """Write the members' addresses, int64 (n, 2) of weight and gradient, to the descriptors."""
-        self._words[work.members, ADDRESSES] = addresses
+        self._words.view(-1).put_(work.addresses, addresses)
 
     def _refresh(
-        self, places: "Sequence[Place]"
-    ) -> tuple[Work, list[tuple[Tensor, Tensor]], list[Tensor]]:
+        self, places: Share
+    ) -> tuple[Work, list[tuple[Tensor, Tensor]], tuple[list[Tensor], list[Tensor]]]:
         """Write the addresses of this step's weights and gradients into the descriptors.
 
         Returns the work of these parameters; weights that are not contiguous, each with the
         contiguous copy that is to be copied back; and the tensors to keep alive until the launch is
         over, and no longer: a fused backward is about to free its gradients.
         """
-        # A UNet has 1680 tensors, so each question put to all of them is a list of its own: that is
-        # several times faster than a loop with all questions inside.
-        weights: list[Any] = [param for _, _, param in places]
-        grads: list[Any] = [param.grad for param in weights]
-        dtypes = [grad.dtype for grad in grads]
-        if not plan.DTYPES.keys() >= set(dtypes):
+        weights, grads, addresses = places.params, places.grads, places.addresses
+        if Trait.FOREIGN in places.traits:
             grads = [grad if grad.dtype in plan.DTYPES else grad.float() for grad in grads]
-            dtypes = [grad.dtype for grad in grads]
-        work = self._work_of(places, weights, dtypes)
+        work = self._work_of(places, grads)
         copies: list[tuple[Tensor, Tensor]] = []
-        if not all([grad.is_contiguous() for grad in grads]):
+        if Trait.SCATTERED in places.traits:
             grads = [grad.contiguous() for grad in grads]
-        if not all([weight.is_contiguous() for weight in weights]):
             readable = [weight.contiguous() for weight in weights]
             copies = [(w, r) for w, r in zip(weights, readable, strict=True) if r is not w]
             weights = readable
-        if places:
-            addresses = array("q", [x.data_ptr() for x in weights + grads])
-            self._put(work, torch.frombuffer(addresses, dtype=torch.int64).view(2, -1).t())
-        return work, copies, weights + grads
+        if places.traits & (Trait.FOREIGN | Trait.SCATTERED):
+            addresses = pairs(addresses_of(weights, grads))
+        if len(places):
+            self._put(work, addresses)
+        return work, copies, (weights, grads)
 
-    def _work_of(
-        self, places: "Sequence[Place]", params: list[Tensor], grad_dtypes: list[torch.dtype]
-    ) -> Work:
+    def _work_of(self, places: Share, grads: list[Tensor]) -> Work:
         """The work of these parameters: kept from an earlier step where nothing that descriptors
         depend on has changed since."""
-        members = tuple([index for index, _, _ in places])
-        stamp = self._stamp(params, grad_dtypes)
+        members, stamp = places.places.members, self._stamp(places)
+        state = self._optimizer.state
         work = self._work.get(members)
-        if work is None or work.stamp != stamp or not work.holds(self._states(params)):
+        if work is None or work.stamp != stamp or not work.holds(state, places.params):
             if len(self._work) > 4096:  # sets of parameters that do not come again
                 self._work.clear()
-            for place, grad_dtype in zip(places, grad_dtypes, strict=True):
-                self._describe(*place, grad_dtype)
-            work = Work(members, stamp, self._states(params))
+            for place, grad in zip(places, grads, strict=True):
+                self._describe(*place, grad.dtype)
+            work = Work(members, stamp, [state[param] for param in places.params])
             self._make(work, places)
             self._work[members] = work
         return work
 
-    def _states(self, params: list[Tensor]) -> list[dict[str, Tensor]]:
-        return list(map(self._optimizer.state.__getitem__, params))
-
-    def _stamp(self, params: list[Tensor], grad_dtypes: list[torch.dtype]) -> list[Any]:
+    def _stamp(self, places: Share) -> list[Any]:
         """What the descriptors of these parameters depend on, but for their state: which groups
-        there are and how they store moments, and the weights' dtypes and sizes.  (Which parameters
+        there are and how they store moments, and what weights and gradients are.  (Which parameters
         there are is the optimizer's to watch: it drops this engine when they change.)"""
         groups = [
             (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
         ]
-        return [groups, [p.dtype for p in params], [p.numel() for p in params], grad_dtypes]
+        return [groups, places.kinds]
 
     def _describe(
         self, index: int, group: dict[str, Any], param: Tensor, grad_dtype: torch.dtype
@@ -223,17 +213,3 @@ def buckets(numels: Iterable[tuple[int, int]], limit: int) -> list[list[int]]:
 def in_lines(size: int) -> int:
     """`size` bytes up to the end of their last cache line of 64."""
     return -(-size // 64) * 64
-
-
-def _same_values(dicts: list[dict[str, Tensor]], values: list[list[Tensor]]) -> bool:
-    """Whether the values of each dict are, in its order, the very tensors of the list beside it."""
-    if len(dicts) != len(values):
-        return False
-    return all(
-        len(state) == len(parts) and all(map(is_, state.values(), parts))
-        for state, parts in zip(dicts, values, strict=True)
-    )
-
-
-with contextlib.suppress(ImportError):  # the same, several times faster
-    from optim._native import same_values as _same_values  # type: ignore[no-redef]

@@ -13,12 +13,12 @@ from torch.nn import Parameter
 
 from optim import backend, features, native, options, plan
 from optim import state as states
-from optim.backend import Place, grad_of
+from optim.backend import grad_of
 from optim.codecs import Codec, Dense, layout
+from optim.share import DTYPES, Places, Share, Trait, same_objects
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters
 META = torch.device("meta")
 CPU = torch.device("cpu")
 # Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
@@ -121,10 +121,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places = self._places()
-        missing = [param.grad is None for _, _, param in places]
-        if any(missing):
-            places = [place for place, none in zip(places, missing, strict=True) if not none]
+        places = Share(self._places())
+        if Trait.MISSING in places.traits:
+            there = [place for place in places if place[2].grad is not None]
+            places = Share(Places(there))
         self._step(places)
         self.end_step()
         return loss
@@ -145,16 +145,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"step_param: parameter {index} {tuple(param.shape)} has no gradient"
                 )
-        self._step(places)
+        self._step(Share(Places(places)))
 
-    def _step(self, places: list[Place]) -> None:
+    def _step(self, places: Share) -> None:
         """Update these parameters, which have gradients."""
-        layouts = [param.grad.layout for _, _, param in places]  # type: ignore[union-attr]
-        if not all([layout is torch.strided for layout in layouts]):
-            raise TypeError(
-                f"{type(self).__name__} does not take sparse gradients; "
-                "use nn.Embedding(sparse=False)"
-            )
+        self._refuse_sparse(places)
         self._raise_on_nonfinite(places)
         shares = self._shares(places)
         coefficients: dict[int, float | Tensor] = {}
@@ -166,22 +161,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         for engine, share in shares:
             engine.step(share, coefficients)
 
-    def _shares(
-        self, places: list[Place], rule: str | None = None
-    ) -> list[tuple[backend.Engine, list[Place]]]:
+    def _refuse_sparse(self, places: Share) -> None:
+        """Raise TypeError where a gradient is sparse."""
+        if Trait.SPARSE in places.traits:
+            raise TypeError(
+                f"{type(self).__name__} does not take sparse gradients; "
+                "use nn.Embedding(sparse=False)"
+            )
+
+    def _shares(self, places: Share, rule: str | None = None) -> list[tuple[backend.Engine, Share]]:
         """Which engine steps which parameters, or computes another rule for them."""
         torch_engine = backend.TorchEngine(self)
         if self.backend == "torch" or not plan.has_rule(type(self).rule):
             return [(torch_engine, places)]
-        if not any(map(_is_torchs, self.param_groups)) and all(
-            [param.is_cpu for _, _, param in places]
-        ):
+        if not any(map(_is_torchs, self.param_groups)) and Trait.ELSEWHERE not in places.traits:
             return [(self._engine(CPU, rule) or torch_engine, places)]
-        shares: dict[torch.device | None, list[Place]] = {}
+        shares: dict[torch.device | None, Places] = {}
         for place in places:
-            shares.setdefault(None if _is_torchs(place[1]) else place[2].device, []).append(place)
+            device = None if _is_torchs(place[1]) else place[2].device
+            shares.setdefault(device, Places()).append(place)
         return [
-            ((device and self._engine(device, rule)) or torch_engine, share)
+            (
+                (device and self._engine(device, rule)) or torch_engine,
+                Share(share) if len(shares) > 1 else places,
+            )
             for device, share in shares.items()
         ]
 
@@ -318,13 +321,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
         return self._place_by_id[id(param)]
 
-    def _places(self) -> list[Place]:
+    def _places(self) -> Places:
         """Every parameter with its index and group, as a list that is kept until they change."""
-        members = [(id(group), *map(id, group["params"])) for group in self.param_groups]
-        if members != self.__dict__.get("_members"):
+        members: list[list[Any]] = [
+            self.param_groups,
+            *(group["params"] for group in self.param_groups),
+        ]
+        known: list[list[Any]] = self.__dict__.get("_members", [])
+        if len(members) != len(known) or not all(map(same_objects, members, known)):
             self._forget()
-            self._members = members
-            self._all_places: list[Place] = list(self._indexed_params())
+            self._members = [list(each) for each in members]
+            self._all_places = Places(self._indexed_params())
             self._place_by_id = {id(p): (index, g) for index, g, p in self._all_places}
         return self._all_places
 
@@ -348,7 +355,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         counts_on = CPU if device == META else self._counts_on(param)
         return states.blank(param, self.codecs(param, group), group["rounding"], device, counts_on)
 
-    def _raise_on_nonfinite(self, places: list[Place]) -> None:
+    def _raise_on_nonfinite(self, places: Share) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
         if not any(group["on_nonfinite"] == "raise" for group in self.param_groups):
             return

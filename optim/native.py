@@ -6,7 +6,6 @@ memory wherever the mathematics allows it.  `optim/reference.py` is what it comp
 
 import ctypes
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from optim import plan
 from optim.engine import DescriptorEngine, Work, buckets, in_lines
+from optim.share import Share
 
 if TYPE_CHECKING:
-    from optim.backend import Place
     from optim.fused import FusedOptimizer
 
 try:
@@ -27,6 +26,8 @@ except ImportError as error:
 CPU = torch.device("cpu")
 # Parameters are stepped in buckets of at most so many elements: 64 MB of bf16 gradients.
 BUCKET_NUMEL = 32 << 20
+# A parameter of at most so many tiles is stepped by one thread, while its cache holds it.
+FEW_TILES = 4
 
 
 def unavailable() -> str | None:
@@ -89,7 +90,7 @@ class NativeEngine(DescriptorEngine):
         self._isa = isa()
         self._room = torch.empty(0, dtype=torch.uint8)
 
-    def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
         work, weights, read = self._refresh(places)
         own = [float(coefficients.get(id(g), 1.0)) for g in self._optimizer.param_groups]
@@ -102,17 +103,21 @@ class NativeEngine(DescriptorEngine):
         for param, copy in weights:
             param.copy_(copy)
 
-    def grad_sq(self, places: "Sequence[Place]") -> float:
+    def grad_sq(self, places: Share) -> float:
         """As `optim.backend.Engine`."""
         work, _, read = self._refresh(places)
         total = sum(self._launch(_native.grad_sq, work, None))
         del read
         return total
 
-    def _make(self, work: Work, places: "Sequence[Place]") -> None:
-        sizes = [(index, param.numel()) for index, _, param in places]
-        for chosen in buckets(sizes, BUCKET_NUMEL):
-            bucket = plan.Bucket(chosen, self._descriptors)
+    def _make(self, work: Work, places: Share) -> None:
+        sizes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        for index, _, param in places:
+            few = plan.num_tiles(self._descriptors[index]) <= FEW_TILES
+            sizes[few].append((index, param.numel()))
+        chosen = [(few, each) for few in sizes for each in buckets(sizes[few], BUCKET_NUMEL)]
+        for few, members in chosen:
+            bucket = plan.Bucket(members, self._descriptors, alone=few)
             launch = plan.Launch(
                 tensors=ctypes.addressof(self._descriptors),
                 members=bucket.members.data_ptr(),
@@ -122,21 +127,22 @@ class NativeEngine(DescriptorEngine):
                 num_tensors=bucket.num_tensors,
                 num_tiles=bucket.num_tiles,
                 rule=plan.RULES[self._rule],
+                alone=bucket.alone,
             )
             work.launches.append((launch, bucket))
 
     def _launch(self, function: Any, work: Work, options: Any) -> list[Any]:
-        results = []
+        results, threads = [], torch.get_num_threads()
         for launch, bucket in work.launches:
             # Each on a cache line of its own: the workspace is read and written by whole vectors.
             hypers = in_lines(bucket.num_tensors * plan.HYPER_BYTES)
             sums = in_lines(bucket.num_tiles * plan.TILE_SUMS_BYTES)
-            size = hypers + sums + bucket.workspace_size * 4
+            size = hypers + sums + (bucket.workspace_size + bucket.alone * threads) * 4
             if self._room.numel() < size:
                 self._room = torch.empty(size, dtype=torch.uint8)
             launch.hypers = self._room.data_ptr()
             launch.sums = launch.hypers + hypers
             launch.workspace = launch.sums + sums
             launch.options = ctypes.addressof(options) if options is not None else 0
-            results.append(function(ctypes.addressof(launch), self._isa, torch.get_num_threads()))
+            results.append(function(ctypes.addressof(launch), self._isa, threads))
         return results

@@ -182,6 +182,7 @@ class Launch(ctypes.Structure):
         ("num_tensors", c_int64),
         ("num_tiles", c_int64),
         ("rule", c_int32),
+        ("alone", c_int32),
     ]
 
 
@@ -266,10 +267,13 @@ class Bucket:
     """The work list of some parameters: tiles in tensor, row, column order, and the room they need.
 
     `vectors` says where in the workspace the decoded factors of each member begin; the tiles'
-    partial sums follow them.  Units are fp32 elements.
+    partial sums follow them.  Units are fp32 elements.  There is one workspace for all members; or,
+    where each is stepped `alone`, one for each thread, of that many elements.
     """
 
-    def __init__(self, members: list[int], descriptors: "ctypes.Array[Descriptor]") -> None:
+    def __init__(
+        self, members: list[int], descriptors: "ctypes.Array[Descriptor]", alone: bool = False
+    ) -> None:
         matrices = [(descriptors[i].rows, descriptors[i].cols) for i in members]
         num_factored = [_num_factored(descriptors[i]) for i in members]
         self.members, self.num_tensors = torch.tensor(members, dtype=torch.int32), len(members)
@@ -282,12 +286,19 @@ class Bucket:
         self.num_tiles = int(self.first_tile[-1])
 
         vector_sizes = factored * (_padded(rows) + _padded(cols))
-        self.vectors = vector_sizes.cumsum(0) - vector_sizes
         owner = torch.arange(len(members)).repeat_interleave(counts)
         within = torch.arange(self.num_tiles) - self.first_tile[owner]
         partials = factored[owner] * PARTIALS
-        total_vectors = int(vector_sizes.sum())
-        self.workspace_size = total_vectors + int(partials.sum())
+        if alone:
+            room = _padded(vector_sizes + counts * factored * PARTIALS)
+            self.alone, self.workspace_size = max(VECTOR_PAD, int(room.max())), 0
+            self.vectors = torch.zeros_like(room)
+            first_partials = vector_sizes[owner] + within * partials
+        else:
+            total_vectors = int(vector_sizes.sum())
+            self.alone, self.workspace_size = 0, total_vectors + int(partials.sum())
+            self.vectors = vector_sizes.cumsum(0) - vector_sizes
+            first_partials = total_vectors + partials.cumsum(0) - partials
 
         # Tile: int32 tensor, row, col, unused; int64 partials
         self.tiles = torch.zeros((self.num_tiles, 3), dtype=torch.int64)
@@ -295,14 +306,18 @@ class Bucket:
         words[:, 0] = owner.to(torch.int32)
         words[:, 1] = (within // chunks[owner] * TILE_ROWS).to(torch.int32)
         words[:, 2] = (within % chunks[owner] * TILE_COLS).to(torch.int32)
-        self.tiles[:, 2] = total_vectors + partials.cumsum(0) - partials
+        self.tiles[:, 2] = first_partials
+
+
+def num_tiles(descriptor: Descriptor) -> int:
+    """How many tiles a parameter has."""
+    return -(-descriptor.rows // TILE_ROWS) * -(-descriptor.cols // TILE_COLS)
 
 
 def room_bytes(descriptor: Descriptor) -> int:
     """Bytes that a parameter takes in the workspace: decoded factors and partial sums."""
-    rows, cols = descriptor.rows, descriptor.cols
-    tiles = -(-rows // TILE_ROWS) * -(-cols // TILE_COLS)
-    return _num_factored(descriptor) * 4 * (vector_size(rows, cols) + tiles * PARTIALS)
+    vectors = vector_size(descriptor.rows, descriptor.cols)
+    return _num_factored(descriptor) * 4 * (vectors + num_tiles(descriptor) * PARTIALS)
 
 
 def _num_factored(descriptor: Descriptor) -> int:

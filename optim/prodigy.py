@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from optim import reference
-from optim.backend import Place
 from optim.codecs import Bf16, Codec, Dense, Exact, nonnegative, signed, smmf_view
 from optim.features import Features
 from optim.fused import FusedOptimizer
+from optim.share import Share
 
 
 class DistanceAdapted(FusedOptimizer):
@@ -84,7 +84,7 @@ class DistanceAdapted(FusedOptimizer):
         d.copy_(torch.where(known, torch.minimum(largest, free * group["growth_rate"]), d))
         d_max.copy_(torch.where(known, largest, d_max))
 
-    def _step(self, places: list[Place]) -> None:
+    def _step(self, places: Share) -> None:
         super()._step(places)
         self._has_moved = self._has_moved or bool(places)
 

@@ -9,7 +9,7 @@ number for each channel, and with these the engine steps the weights along G its
 P G and N are alive for as many tensors at once as fit into LOW_BYTES, or for a single larger one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import prod
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,10 @@ from optim import features, native, rng
 from optim.codecs import Codec, Given
 from optim.projection import channels, gain, projected_shape, projection
 from optim.reference import norms
+from optim.share import Place, Places, Share
 
 if TYPE_CHECKING:
-    from optim.backend import Engine, Place
+    from optim.backend import Engine
     from optim.fused import FusedOptimizer
 
 LOW_BYTES = 32 << 20
@@ -48,29 +49,29 @@ class ProjectedEngine:
         self._dense_engine = make(optimizer, dense)
         self._low_engine, self._scaled_engine = make(self._low, dense), make(self._scaled, "scaled")
 
-    def step(self, places: "Sequence[Place]", coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
         wide, others = _parted(places)
         if others:
-            self._dense_engine.step(others, coefficients)
+            self._dense_engine.step(Share(others), coefficients)
         if not wide:
             return
         self._low.refresh()
         for some in _portions(wide):
-            lows = [self._low.place(place, coefficients) for place in some]
-            self._low_engine.step(lows, {})
+            lows = Places(self._low.place(place, coefficients) for place in some)
+            self._low_engine.step(Share(lows), {})
             for place, (_, _, low) in zip(some, lows, strict=True):
                 self._scaled.put(place, low)
                 low.grad, low.data = None, low.data.new_empty(0)
-        self._scaled_engine.step(wide, coefficients)
+        self._scaled_engine.step(Share(wide), coefficients)
 
-    def grad_sq(self, places: "Sequence[Place]") -> float | Tensor:
+    def grad_sq(self, places: Share) -> float | Tensor:
         """As `optim.backend.Engine`."""
         wide, others = _parted(places)
         for place in wide:
             self._scaled.factors_of(place)
         return features.summed(
-            [self._scaled_engine.grad_sq(wide), self._dense_engine.grad_sq(others)]
+            [self._scaled_engine.grad_sq(Share(wide)), self._dense_engine.grad_sq(Share(others))]
         )
 
 
@@ -91,9 +92,7 @@ class LowSteps:
         for group, own in zip(self._optimizer.param_groups, self.param_groups, strict=True):
             own.update(group | {name: x for name, x in _BARE.items() if name in group})
 
-    def place(
-        self, place: "Place", coefficients: dict[int, float | Tensor]
-    ) -> "tuple[int, dict[str, Any], Tensor]":
+    def place(self, place: Place, coefficients: dict[int, float | Tensor]) -> Place:
         """The projection of a parameter's gradient, as the gradient of a tensor (r, L) of zeros."""
         index, group, param = place
         sides = projected_shape(tuple(param.shape), group["rank"])
@@ -160,7 +159,7 @@ class ScaledSteps:
         """The optimizer's."""
         return self._optimizer.param_groups
 
-    def factors_of(self, place: "Place") -> Tensor:
+    def factors_of(self, place: Place) -> Tensor:
         """Where the factors of a parameter's channels are: fp32 (L,)."""
         index, group, param = place
         sides = projected_shape(tuple(param.shape), group["rank"])
@@ -174,7 +173,7 @@ class ScaledSteps:
         self.state[param] = kept | {f"scales.{side}": factors}
         return factors
 
-    def put(self, place: "Place", low: Tensor) -> None:
+    def put(self, place: Place, low: Tensor) -> None:
         """The factors from the step N that a projection has become, low (r, L), and from its
         gradient P G, whose channels without a usable element are NaN."""
         _, group, param = place
@@ -203,17 +202,16 @@ class ScaledSteps:
         self._optimizer.check_state(index, group, param)
 
 
-def _parted(places: "Sequence[Place]") -> "tuple[list[Place], list[Place]]":
+def _parted(places: Share) -> tuple[Places, Places]:
     """Those that are projected, and the others."""
-    wide: list[Place] = []
-    others: list[Place] = []
+    wide, others = Places(), Places()
     for place in places:
         is_wide = projected_shape(tuple(place[2].shape), place[1]["rank"]) is not None
         (wide if is_wide else others).append(place)
     return wide, others
 
 
-def _portions(places: "Sequence[Place]") -> "Iterator[list[Place]]":
+def _portions(places: Places) -> Iterator[list[Place]]:
     """Places whose projections and their steps are at most LOW_BYTES together, or one alone."""
     some: list[Place] = []
     room = LOW_BYTES

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
+_FACTOR = 0x16AB7965
 
 
 def mix(*words: int) -> int:
@@ -57,18 +58,35 @@ def words32(counters: Tensor, key: int) -> Tensor:
     return x
 
 
-def draws16(key: int, view: tuple[int, int], numel: int, device: torch.device) -> Tensor:
-    """One 16-bit draw for each of the first `numel` elements of an (R, C) matrix, row-major:
-    -> int32 (numel,) in 0..65535.
+def draws(
+    key: int,
+    view: tuple[int, int],
+    numel: int,
+    device: torch.device,
+    salt: int = 0,
+    bits: int = 16,
+) -> Tensor:
+    """One draw of 16 to 31 bits for each of the first `numel` elements of an (R, C) matrix,
+    row-major: -> int32 (numel,) in 0..2^bits - 1.
 
-    Each row is cut into blocks of 32 columns.  A block takes 16 words: column j % 32 = 16 h + w has
-    half h (0 = low) of word w, so that sixteen lanes of a vector unit use a word each, twice.
+    Each row begins at a multiple of 256 words, and is cut into blocks of 32 columns.  A block takes
+    16 words: column j % 32 = 16 h + w has the lowest (h = 0) or the highest bits of word w, so that
+    sixteen lanes of a vector unit use a word each, twice.
+
+    Draws with other salts are of the same words, each multiplied by 0x16AB7965^salt.  An odd factor
+    permutes the 2^32 words, so every draw is still exactly uniform, which is all that unbiased
+    rounding needs; and one hash serves a weight and its moments, for which hashes were a third of
+    the work.  Two salts' draws are not independent, but nearly uncorrelated: below 0.001 (the
+    factor was searched for good lattices of its first four powers, modulo 2^16, 2^19 and 2^32).
     """
     rows, cols = view
     blocks = -(-cols // 32)
-    counters = torch.arange(rows * blocks * 16, device=device, dtype=torch.int64)
-    drawn = words32(counters, key).view(rows, blocks, 16)
-    halves = torch.stack([drawn & 0xFFFF, (drawn >> 16) & 0xFFFF], dim=2)
+    starts = torch.arange(rows, device=device, dtype=torch.int64) * (-(-cols // 512) * 256)
+    counters = starts[:, None] + torch.arange(blocks * 16, device=device, dtype=torch.int64)
+    drawn = words32(counters.flatten(), key) * _int32(pow(_FACTOR, salt, 1 << 32))
+    mask = (1 << bits) - 1
+    drawn = drawn.view(rows, blocks, 16)
+    halves = torch.stack([drawn & mask, (drawn >> (32 - bits)) & mask], dim=2)
     return halves.view(rows, blocks * 32)[:, :cols].flatten()[:numel]
 
 
@@ -100,18 +118,18 @@ def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
     return ((total - 1530).float() * 65535**-0.5).view(shape)
 
 
-def round_stochastic_bf16(x: Tensor, key: int, view: tuple[int, int]) -> Tensor:
+def round_stochastic_bf16(x: Tensor, key: int, view: tuple[int, int], salt: int = 0) -> Tensor:
     """Round fp32 to bf16 without bias: up with probability (distance to the lower neighbour) /
     (spacing).
 
-    x fp32 (*) -> bf16 (*); `view` is the matrix its draws are addressed by.  Adding a uniform
-    16-bit integer below the mantissa cut and truncating does exactly that.  NaN, infinities and the
-    top of the finite range are passed on as round-toward-zero would, so that no finite weight
-    becomes infinite and no NaN becomes a number.
+    x fp32 (*) -> bf16 (*); `view` is the matrix its draws are addressed by, `salt` as in `draws`.
+    Adding a uniform 16-bit integer below the mantissa cut and truncating does exactly that.  NaN,
+    infinities and the top of the finite range are passed on as round-toward-zero would, so that no
+    finite weight becomes infinite and no NaN becomes a number.
     """
     cut = -65536  # 0xFFFF0000: the half of an fp32 that is a bf16
     raw = x.contiguous().view(torch.int32)
-    dither = draws16(key, view, x.numel(), x.device).reshape(x.shape)
+    dither = draws(key, view, x.numel(), x.device, salt).reshape(x.shape)
     rounded = ((raw + dither) & cut).view(torch.float32)
     truncated = (raw & cut).view(torch.float32)
     return torch.where(

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from optim import features as every
 from optim import plan, reference
-from optim.backend import Place, TorchEngine, grad_of
+from optim.backend import TorchEngine, grad_of
 from optim.codecs import Codec, join, nonnegative, signed, smmf_view, split
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.rng import mix
+from optim.share import Places, Share, Trait
 
 _ESTIMATE = 1 << 32  # keeps an estimate's rounding apart from the steps'; csrc/rules/sophia.h
 
@@ -87,7 +88,7 @@ class Sophia(FusedOptimizer):
             self._num_steps += 1
         self._has_moved = False
 
-    def _step(self, places: list[Place]) -> None:
+    def _step(self, places: Share) -> None:
         super()._step(places)
         self._has_moved = self._has_moved or bool(places)
 
@@ -114,12 +115,13 @@ class Sophia(FusedOptimizer):
         """
         if params is None:
             params = [param for _, _, param in self._places() if param.grad is not None]
-        if not params:
+        places = Share(Places((*self._place_of(param), param) for param in params))
+        if not params or Trait.MISSING in places.traits:
+            which = "a parameter has no" if params else "no parameter has a"
             raise ValueError(
-                "update_hessian: no parameter has a gradient; call backward() of the sampled loss "
-                "before it"
+                f"update_hessian: {which} gradient; call backward() of the sampled loss before it"
             )
-        places = [(*self._place_of(param), param) for param in params]
+        self._refuse_sparse(places)
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
         for engine, share in self._shares(places, plan.ESTIMATE):
             if isinstance(engine, TorchEngine):
@@ -139,6 +141,6 @@ class Sophia(FusedOptimizer):
         state["nonfinite"] += (~h.usable).sum()
         moments = {"hessian": codec.decode(split(state, "hessian"))}
         moments = reference.curved(h, torch.where(h.usable, raw, 0.0), moments, scale)
-        key = mix(mix(mix(group["seed"], index, int(state["step"])), _ESTIMATE), salt)
-        for part, value in join({"hessian": codec.encode(moments["hessian"], key)}).items():
+        key = mix(mix(group["seed"], index, int(state["step"])), _ESTIMATE)
+        for part, value in join({"hessian": codec.encode(moments["hessian"], key, salt)}).items():
             state[part].copy_(value)

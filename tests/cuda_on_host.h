@@ -136,4 +136,4 @@ inline float __uint_as_float(uint32_t bits) {
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __int2float_rn(int x) { return float(x); }
-inline int __float2int_rd(float x) { return int(floorf(x)); }
+inline int __float2int_rn(float x) { return int(rintf(x)); }

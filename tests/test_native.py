@@ -20,6 +20,7 @@ from optim import state as states
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from bench import memory
+from bench.checks import PROJECTED_SLACK
 from bench.tolerances import param_misses, spacing
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
@@ -67,9 +68,11 @@ def step_misses(reference, engine, act=step):
     engine.load_state_dict(copy.deepcopy(reference.state_dict()))
     act(reference)
     act(engine)
+    # A sum of products that has cancelled, in chunks and as a whole.
+    slack = PROJECTED_SLACK if type(reference).rule.__name__ in plan.PROJECTED else 1.0
     lines = []
     for p, q, old in zip(params, twins, before, strict=True):
-        lines += param_misses(p, q, old, reference.state[p], engine.state[q])
+        lines += param_misses(p, q, old, reference.state[p], engine.state[q], slack)
     return lines
 
 
@@ -494,6 +497,18 @@ def test_every_instruction_set_gives_the_same_bits(name, dtype, options, monkeyp
         assert_same(first, trained(name, dtype, **options))
 
 
+@pytest.mark.parametrize(("name", "dtype", "options"), VARIANTS[::3], ids=str)
+def test_a_tensor_gets_the_same_bits_alone_and_among_others(name, dtype, options, monkeypatch):
+    """max_grad_norm adds up buckets, which are others then, so its sum may differ in a last bit."""
+    options = {key: value for key, value in options.items() if key != "max_grad_norm"}
+    results = []
+    for few in (0, native.FEW_TILES, 1 << 20):
+        monkeypatch.setattr(native, "FEW_TILES", few)
+        results.append(trained(name, dtype, [*MEDIUM, (64, 1300)], **options))
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
 # Launches -----------------------------------------------------------------------------------------
 
 
@@ -506,7 +521,7 @@ def launches(monkeypatch):
         seen.append(plan.Launch.from_address(address).num_tensors)
         real.launch(address, *rest)
 
-    names = ("draw_normals", "grad_sq", "isas", "same_values")
+    names = ("draw_normals", "grad_sq", "isas")
     kept = {name: getattr(real, name) for name in names}
     counting = SimpleNamespace(launch=launch, **kept)
     monkeypatch.setattr(native, "_native", counting)
@@ -600,9 +615,10 @@ def untouched(shape, dtype):
     return torch.frombuffer(memory_map, dtype=dtype, count=count).view(shape)
 
 
-def draws_at(key, elements):
-    """`rng.draws16` of some elements of one long row."""
-    words = rng.words32(elements // 32 * 16 + elements % 16, key).to(torch.int64)
+def draws_at(key, elements, salt=0):
+    """`rng.draws` of some elements of one long row."""
+    words = rng.words32(elements // 32 * 16 + elements % 16, key) * 0x16AB7965**salt
+    words = words.to(torch.int64)
     return (words >> 16 * (elements // 16 % 2) & 0xFFFF).to(torch.int32)
 
 
@@ -618,8 +634,8 @@ def test_elements_beyond_32_bits_are_found_and_drawn_for(storage, monkeypatch):
     starts = torch.tensor([0, 2**31, 2**32, 2**33 - tile, 2**33])
 
     class SomeTiles(plan.Bucket):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             self.tiles = self.tiles[starts // tile].contiguous()
             self.num_tiles, self.first_tile = len(starts), torch.tensor([0, len(starts)])
 
@@ -643,15 +659,15 @@ def test_elements_beyond_32_bits_are_found_and_drawn_for(storage, monkeypatch):
     key, g = rng.mix(0, 0, 1), grad.float()
     moved = rounded(g * -torch.tensor(0.01), draws_at(key, elements))
     assert torch.equal(param.detach()[elements], moved)
-    draws = draws_at(rng.mix(key, 1), elements)
+    draws = draws_at(key, elements, salt=1)
     if storage == "fp32":
         assert torch.equal(state["exp_avg"][elements], g)
     elif storage == "bf16":
         assert torch.equal(state["exp_avg"][elements], rounded(g, draws))
     else:
-        scale = 127 / state["exp_avg.absmax"][elements // 256]
-        codes = torch.floor(g * scale + draws * 2.0**-16).clamp(-127, 127)
-        assert torch.equal(state["exp_avg.codes"][elements].float(), codes)
+        scale = 127 / state["exp_avg.absmax"][elements // 256] * 65536
+        codes = (torch.round(g * scale).to(torch.int32) + draws) >> 16
+        assert torch.equal(state["exp_avg.codes"][elements].int(), codes)
         blocks = [b for part in g.view(-1, 700) for b in part.split(256)]
         absmax = state["exp_avg.absmax"][(starts[:, None] // 256 + torch.arange(3)).flatten()]
         assert absmax.tolist() == [b.abs().max().item() for b in blocks]

@@ -27,7 +27,7 @@ def word(counter, key):
 
 def test_the_hash_is_pinned_so_that_old_checkpoints_resume():
     assert rng.mix(0, 1, 2) == 0xF4F373571B7FEB84
-    assert rng.draws16(rng.mix(7), (1, 4), 4, CPU).tolist() == [18274, 23704, 24071, 62578]
+    assert rng.draws(rng.mix(7), (1, 4), 4, CPU).tolist() == [18274, 23704, 24071, 62578]
 
 
 @pytest.mark.parametrize("counter", [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 5 * 2**32, 2**50])
@@ -37,21 +37,24 @@ def test_words_count_in_64_bits(counter):
         assert drawn & 0xFFFFFFFF == word(counter, key)
 
 
+@pytest.mark.parametrize(("salt", "bits"), [(0, 16), (1, 16), (2, 19), (7, 31)])
 @pytest.mark.parametrize(
-    ("view", "numel"), [((3, 70), 210), ((5, 33), 163), ((40, 2), 80), ((1, 100), 100), ((1, 0), 0)]
+    ("view", "numel"),
+    [((3, 70), 210), ((5, 33), 163), ((40, 2), 80), ((2, 600), 1200), ((1, 0), 0)],
 )
-def test_the_draws_of_an_element_are_a_function_of_its_row_and_column(view, numel):
+def test_the_draws_of_an_element_are_a_function_of_its_row_and_column(view, numel, salt, bits):
     key, (rows, cols) = rng.mix(4), view
     expected = []
     for i in range(rows):
         for j in range(cols):
-            block = i * -(-cols // 32) + j // 32
-            expected.append(word(block * 16 + j % 16, key) >> 16 * (j // 16 % 2) & 0xFFFF)
-    assert rng.draws16(key, view, numel, CPU).tolist() == expected[:numel]
+            counter = i * -(-cols // 512) * 256 + j // 32 * 16 + j % 16
+            drawn = word(counter, key) * 0x16AB7965**salt % (1 << 32)
+            expected.append(drawn >> (32 - bits) if j // 16 % 2 else drawn % (1 << bits))
+    assert rng.draws(key, view, numel, CPU, salt, bits).tolist() == expected[:numel]
 
 
 def test_elementwise_draws_are_uniform_in_every_bit():
-    draws = rng.draws16(rng.mix(3), (256, 256), 1 << 16, CPU)
+    draws = rng.draws(rng.mix(3), (256, 256), 1 << 16, CPU)
     assert draws.min() >= 0
     assert draws.max() < 1 << 16
     for bit in range(16):
@@ -60,7 +63,7 @@ def test_elementwise_draws_are_uniform_in_every_bit():
 
 def test_neighbouring_keys_elements_halves_and_rows_are_uncorrelated():
     one, two = (
-        rng.draws16(rng.mix(key), (512, 128), 1 << 16, CPU).float().view(512, 128) for key in (1, 2)
+        rng.draws(rng.mix(key), (512, 128), 1 << 16, CPU).float().view(512, 128) for key in (1, 2)
     )
     pairs = [
         (one, two),
@@ -70,6 +73,19 @@ def test_neighbouring_keys_elements_halves_and_rows_are_uncorrelated():
     ]
     for a, b in pairs:
         assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.02
+
+
+@pytest.mark.parametrize(("bits", "other"), [(16, 16), (16, 19), (19, 16), (19, 19)])
+@pytest.mark.parametrize(("salt", "from_it"), [(0, 1), (0, 2), (0, 3), (0, 4), (1, 3)])
+def test_draws_of_two_salts_fill_the_square_and_are_uncorrelated(salt, from_it, bits, other):
+    """Each 64th of either, together with each 64th of the other, is drawn as often as the rest."""
+    count = 1 << 20
+    a = rng.draws(rng.mix(6), (1, count), count, CPU, salt, bits)
+    b = rng.draws(rng.mix(6), (1, count), count, CPU, salt + from_it, other)
+    assert torch.corrcoef(torch.stack([a, b]).double())[0, 1].abs() < 0.005
+    drawn = torch.bincount((a >> (bits - 6)) * 64 + (b >> (other - 6)), minlength=4096)
+    mean = count / 4096
+    assert (drawn - mean).abs().max() < 6 * mean**0.5
 
 
 def test_stochastic_rounding_is_unbiased_and_hits_only_neighbours():

@@ -6,17 +6,23 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-struct Block8Slot : Slot {
+// DrawsT: where its random bits come from.
+template <class DrawsT>
+struct Block8 : Slot {
     static constexpr int kBlock = 256;
+    static constexpr float kOne = 65536.f;  // of codes with as many more bits as a draw has
 
     int8_t* codes;
     float* absmax;
     F* scale;
     F* values;
-    Draws draws;
+    DrawsT draws;
 
-    HD Block8Slot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), scale(s.scale), values(s.encoded), draws(key) {}
+    HD Block8(const Place& p, SlotId slot, SlotScratch& s)
+        : Slot(p, slot, s),
+          scale(s.scale),
+          values(s.encoded),
+          draws(p.hyper.key, moment.salt, s.words) {}
 
     HD void begin_row(int64_t row, int width) {
         codes = part<int8_t>(0) + row * cols + first_col;
@@ -27,7 +33,6 @@ struct Block8Slot : Slot {
     }
 
     HD F load(int i, int col, int n) {
-        Exec::prefetch(codes, cols, col);
         return load_s8(codes + col, n) * scale[Exec::block_of<kBlock>(i, col)];
     }
 
@@ -36,19 +41,19 @@ struct Block8Slot : Slot {
     HD void end_row(int64_t, int width) {
         Exec::each_block<kBlock>(width, [&](int at, int block) INLINED {
             float top = Exec::largest<kBlock>(values, at, width);
-            scale[at] = F(top > 1e-36f ? 127.f / top : 0.f);
+            scale[at] = F(top > 1e-31f ? 127.f / top * kOne : 0.f);
             if (Exec::leads_block()) absmax[block] = top;
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            // |values * scale| <= 127 + 2^-17: only the lower end can be passed.
-            F scaled = values[i] * scale[Exec::block_of<kBlock>(i, col)];
-            F dithered = fma(to_float(draws.next(col)), F(0x1p-16f), scaled);
-            store_floor_s8(codes + col, dithered, n);
+            // |values * scale| <= (127 + 2^-17) kOne, which is rounded to 127 kOne.
+            U scaled = round_to_int(values[i] * scale[Exec::block_of<kBlock>(i, col)]);
+            store_s8(codes + col, shifted_down(scaled + draws.next(i, col), 16), n);
         });
     }
     HD void begin() {}
     HD void end() {}
 };
+using Block8Slot = Block8<Draws>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -26,7 +26,8 @@ struct Bf16Slot : Slot {
     uint16_t* at;
     Draws draws;
 
-    HD Bf16Slot(const Place& p, SlotId slot, SlotScratch& s) : Slot(p, slot, s), draws(key) {}
+    HD Bf16Slot(const Place& p, SlotId slot, SlotScratch& s)
+        : Slot(p, slot, s), draws(p.hyper.key, moment.salt) {}
     HD void begin_row(int64_t row, int) {
         at = part<uint16_t>(0) + row * cols + first_col;
         draws.begin_row(row, cols, first_col);
@@ -35,7 +36,7 @@ struct Bf16Slot : Slot {
         Exec::prefetch(at, cols, col);
         return load_bf16(at + col, n);
     }
-    HD void store(int, int col, int n, F x) { store_bf16(at + col, x, draws.next(col), n); }
+    HD void store(int i, int col, int n, F x) { store_bf16(at + col, x, draws.next(i, col), n); }
     HD void end_row(int64_t, int) {}
     HD void begin() {}
     HD void end() {}

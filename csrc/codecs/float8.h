@@ -17,22 +17,31 @@ HD int32_t float8_exponent(float largest) {
 }
 HD uint32_t float8_base(int32_t exponent) { return uint32_t(exponent * 16 - 240); }
 
+constexpr int kFloat8Cut = 19;  // bits of an fp32 that are cut off, and of a draw
+
 HD U float8_encode(F x, U draws, U base) {
-    U cut = (as_bits(x) + (draws << 3)) >> 19;
+    U cut = (as_bits(x) + draws) >> kFloat8Cut;
     U code = max(cut, base + U(1u)) - base;
     return min(code, as_bits(x));  // nothing but zero is smaller than its code
 }
-HD F float8_decode(U code, U base) { return as_float(only(code > U(0u), (code + base) << 19)); }
+HD F float8_decode(U code, U base) {
+    return as_float(only(code > U(0u), (code + base) << kFloat8Cut));
+}
 
-struct Float8Slot : Slot {
+// DrawsT: where its random bits come from.
+template <class DrawsT>
+struct Float8 : Slot {
     uint8_t* codes;
     int8_t* tops;
     U* base;
     F* values;
-    Draws draws;
+    DrawsT draws;
 
-    HD Float8Slot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), base(s.base), values(s.encoded), draws(key) {}
+    HD Float8(const Place& p, SlotId slot, SlotScratch& s)
+        : Slot(p, slot, s),
+          base(s.base),
+          values(s.encoded),
+          draws(p.hyper.key, moment.salt, s.words) {}
 
     HD void begin_row(int64_t row, int width) {
         codes = part<uint8_t>(0) + row * cols + first_col;
@@ -45,7 +54,6 @@ struct Float8Slot : Slot {
     }
 
     HD F load(int i, int col, int n) {
-        Exec::prefetch(codes, cols, col);
         U grid = base[Exec::block_of<kFloat8Block>(i, col)];
         return float8_decode(load_uint(codes + col, n), grid);
     }
@@ -54,19 +62,21 @@ struct Float8Slot : Slot {
 
     HD void end_row(int64_t, int width) {
         Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
-            int32_t exponent = float8_exponent(Exec::largest<kFloat8Block>(values, at, width));
+            int32_t exponent =
+                float8_exponent(Exec::largest<kFloat8Block, false>(values, at, width));
             base[at] = U(float8_base(exponent));
             if (Exec::leads_block()) tops[block] = int8_t(exponent - 127);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             U grid = base[Exec::block_of<kFloat8Block>(i, col)];
-            U code = float8_encode(values[i], draws.next(col), grid);
-            store_saturated(codes + col, code, n);
+            U draw = draws.template next<kFloat8Cut>(i, col);
+            store_saturated(codes + col, float8_encode(values[i], draw, grid), n);
         });
     }
     HD void begin() {}
     HD void end() {}
 };
+using Float8Slot = Float8<Draws>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -33,6 +33,8 @@ HD F usable(F g, Mask& ok) {
     return RARELY(!all(ok)) ? select(ok, g, F(0.f)) : g;
 }
 
+// kAhead: columns of rows to come are asked for.
+template <bool kAhead = true>
 struct Bf16Grad {
     const uint16_t *data, *at;
     int64_t cols, first_col;
@@ -50,9 +52,10 @@ struct Bf16Grad {
         return known_clean || !any_beyond(at, width, kLargestGradBf16);
     }
     HD F load(int, int col, int n) const {
-        Exec::prefetch(at, cols, col);
+        if (kAhead) Exec::prefetch(at, cols, col);
         return load_bf16(at + col, n);
     }
+    HD float element(int col) const { return float_of_bf16(at[col]); }
 };
 
 // A gradient of any dtype.
@@ -76,6 +79,7 @@ struct AnyGrad {
     }
     HD bool clean(int) const { return false; }
     HD F load(int i, int, int) const { return values[i]; }
+    HD float element(int col) const { return Exec::element(values, col); }
 };
 
 // Weights of any dtype and rounding, with what Kahan compensation kept of them.
@@ -96,7 +100,7 @@ struct AnyWeight {
           cols(p.cols()),
           first_col(p.tile.col),
           values(room),
-          draws(p.hyper.key) {}
+          draws(p.hyper.key, 0) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
         int64_t offset = (row * cols + first_col) * dtype_bytes(dtype);
@@ -109,16 +113,17 @@ struct AnyWeight {
         });
     }
     HD F load(int i, int, int) const { return values[i]; }
+    HD float element(int col) const { return Exec::element(values, col); }
     HD void store(int i, int, int, F w) { values[i] = w; }
 
     HD_CALL void end_row(int width) {
-        Exec::each(width, [&](int i, int col, int n) INLINED { write(values[i], col, n); });
+        Exec::each(width, [&](int i, int col, int n) INLINED { write(values[i], i, col, n); });
     }
 
-    HD void write(F w, int col, int n) {
+    HD void write(F w, int i, int col, int n) {
         if (dtype == kFloat32) return store_f32(reinterpret_cast<float*>(at) + col, w, n);
         const bool bf16 = dtype == kBFloat16;
-        U code = !bf16 ? to_fp16(w) : stochastic ? to_bf16(w, draws.next(col)) : to_bf16(w);
+        U code = !bf16 ? to_fp16(w) : stochastic ? to_bf16(w, draws.next(i, col)) : to_bf16(w);
         store_uint(reinterpret_cast<uint16_t*>(at) + col, code, n);
         if (!compensated) return;
         F lost = w - (bf16 ? from_bf16(code) : from_fp16(code));
@@ -127,27 +132,39 @@ struct AnyWeight {
     }
 };
 
-// bf16 weights with stochastic rounding: what nearly every run has.
+// bf16 weights with stochastic rounding: what nearly every run has.  kShared: the words of their
+// draws are left for the moments'.
+template <bool kAhead = true, bool kShared = false>
 struct Bf16Weight {
     uint16_t *data, *at;
     int64_t cols, first_col;
-    Draws draws;
+    Words words;
+    U block;
+    U* kept;
 
-    HD Bf16Weight(const Place& p)
+    HD Bf16Weight(const Place& p, U* kept)
         : data(pointer<uint16_t>(p.tensor.weight)),
           cols(p.cols()),
           first_col(p.tile.col),
-          draws(p.hyper.key) {}
+          words(p.hyper.key),
+          kept(kept) {}
 
     HD void begin_row(int64_t row, int) {
         at = data + row * cols + first_col;
-        draws.begin_row(row, cols, first_col);
+        words.begin_row(row, cols, first_col);
     }
     HD F load(int, int col, int n) const {
-        Exec::prefetch(at, cols, col);
+        if (kAhead) Exec::prefetch(at, cols, col);
         return load_bf16(at + col, n);
     }
-    HD void store(int, int col, int n, F w) { store_bf16(at + col, w, draws.next(col), n); }
+    HD float element(int col) const { return float_of_bf16(at[col]); }
+    HD void store(int i, int col, int n, F w) {
+        if (!(col & 16)) {
+            block = words.next(col);
+            if (kShared) kept[i / 2] = block;
+        }
+        store_bf16(at + col, w, draws_of<16>(block, col), n);
+    }
     HD void end_row(int) {}
 };
 

@@ -252,27 +252,24 @@ HD F to_float(U x) {  // of lanes in two's complement
 HD U to_int(F x) {  // towards zero, |x| < 2^31, in two's complement
     return map<U>([](auto x) INLINED { return __builtin_convertvector(x, IntRegister); }, x);
 }
-HD F floor(F x) {  // |x| < 2^31
+HD U round_to_int(F x) {  // to nearest even, |x| < 2^31, in two's complement
+    auto round = [](auto x) INLINED {
 #if defined(__AVX512F__)
-    x.r[0] = (FloatRegister)_mm512_roundscale_ps((__m512)x.r[0], _MM_FROUND_FLOOR);
-    return x;
+        return _mm512_cvtps_epi32((__m512)x);
 #elif defined(__AVX2__)
-    return map<F>([](auto x) INLINED { return _mm256_floor_ps((__m256)x); }, x);
+        return _mm256_cvtps_epi32((__m256)x);
+#elif defined(__SSE2__)
+        return _mm_cvtps_epi32((__m128)x);
 #else
-    F whole = to_float(to_int(x));
-    return whole - select(whole > x, F(1.f), F(0.f));
+        IntRegister whole;
+        for (int j = 0; j < kEach; ++j) whole[j] = int32_t(__builtin_rintf(x[j]));
+        return whole;
 #endif
+    };
+    return map<U>(round, x);
 }
-
-HD U floor_to_int(F x) {  // |x| < 2^31
-#if defined(__AVX512F__)
-    U whole;
-    whole.r[0] = (UintRegister)_mm512_cvt_roundps_epi32((__m512)x.r[0],
-                                                        _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    return whole;
-#else
-    return to_int(floor(x));
-#endif
+HD U shifted_down(U x, int by) {  // in two's complement
+    return map<U>([by](auto x) INLINED { return (IntRegister)x >> by; }, x);
 }
 
 // One bit a lane, lane 0 lowest, and back.
@@ -403,6 +400,12 @@ HD D widen(F x) {
 }
 HD void store_f64(double *to, D x) { memcpy(to, &x.r, sizeof(x)); }
 
+HD float float_of_bf16(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 HD uint32_t bits_of_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);

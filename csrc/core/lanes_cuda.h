@@ -25,6 +25,7 @@ using Mask = bool;
 
 HD U as_bits(F x) { return __float_as_uint(x); }
 HD F as_float(U bits) { return __uint_as_float(bits); }
+HD float float_of_bf16(uint16_t x) { return as_float(uint32_t(x) << 16); }
 HD uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
 HD F select(Mask mask, F yes, F no) { return mask ? yes : no; }
@@ -39,6 +40,8 @@ HD F max(F a, F b) { return a > b ? a : b; }
 HD U min(U a, U b) { return a < b ? a : b; }
 HD U max(U a, U b) { return a > b ? a : b; }
 HD F to_float(U x) { return __int2float_rn(int(x)); }
+HD U round_to_int(F x) { return U(__float2int_rn(x)); }
+HD U shifted_down(U x, int by) { return U(int(x) >> by); }
 
 HD uint32_t bits_of(Mask mask) { return mask; }
 HD F flipped(F x, uint32_t bits) { return as_float(as_bits(x) ^ (bits << 31)); }
@@ -63,8 +66,8 @@ HD void store_uint(T* to, U x, int n) {
 HD U load_upper(const uint16_t* from, int n) { return load_uint(from, n) << 16; }
 HD void store_upper(uint16_t* to, U x, int n) { store_uint(to, x >> 16, n); }
 HD F load_s8(const int8_t* from, int n) { return n ? F(*from) : 0.f; }
-HD void store_floor_s8(int8_t* to, F x, int n) {
-    if (n) *to = int8_t(__float2int_rd(max(x, -127.f)));
+HD void store_s8(int8_t* to, U x, int n) {
+    if (n) *to = int8_t(x);
 }
 HD void store_saturated(uint8_t* to, U x, int n) { store_uint(to, min(x, 255u), n); }
 

@@ -199,17 +199,16 @@ HD __m128i in_order(__m256i bytes) {
     return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, quarters));
 }
 #endif
-// floor(x) as signed bytes, -127 for what is less and for NaN; x < 128.
-HD void store_floor_s8(int8_t* to, F x, int n) {
+// Integers of -128 to 127 in two's complement, as bytes.
+HD void store_s8(int8_t* to, U x, int n) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     if (!RARELY(n < kLanes)) {
-        U whole = floor_to_int(x);
-        __m256i words = _mm256_packs_epi32((__m256i)whole.r[0], (__m256i)whole.r[1]);
+        __m256i words = _mm256_packs_epi32((__m256i)x.r[0], (__m256i)x.r[1]);
         __m128i bytes = in_order(_mm256_packs_epi16(words, words));
-        return _mm_storeu_si128((__m128i*)to, _mm_max_epi8(bytes, _mm_set1_epi8(-127)));
+        return _mm_storeu_si128((__m128i*)to, bytes);
     }
 #endif
-    store_uint(reinterpret_cast<uint8_t*>(to), floor_to_int(max(x, F(-127.f))), n);
+    store_uint(reinterpret_cast<uint8_t*>(to), x, n);
 }
 // Bytes, 255 for what is larger; x < 2^15.
 HD void store_saturated(uint8_t* to, U x, int n) {

@@ -47,64 +47,113 @@ HD F normals(uint64_t key, int64_t first) {
     return (to_float(total) - F(1530.f)) * F(0x1.0000800060004p-8f);
 }
 
-// The rounding draws of one row of a matrix view: 16 bits an element, two of them in a hash word.
-// A block of 32 columns takes 16 words: its first 16 columns their low halves, the rest their high.
-struct Draws {
+// The hash words of one row of a matrix view, of which an element has a half.  A block of 32
+// columns takes 16 words: its first 16 columns their low halves, the rest their high.  A row begins
+// at a multiple of 256, so the counters of a tile's span have their upper half in common.
+struct Words {
     uint32_t low, high;
-    uint64_t row_base;  // counter of the row's first word
-    uint32_t last;      // offset from it of the last with the same upper half
-    U start, link;      // what the counters of the next words, or of all of the row, come to
-    U words;
+    U start, link;  // what the counters of the next words, or of all of the row, come to
 
-    HD Draws(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)), row_base(0) {}
+    HD Words(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)) {}
 
     // Columns are counted from first_col, a multiple of 32, in a row of `cols`.
     HD void begin_row(int64_t row, int64_t cols, int64_t first_col) {
-        row_base = (uint64_t(row) * uint64_t((cols + 31) / 32) + uint64_t(first_col / 32)) * 16;
-        start = lane_index() * U(kStride) + U(uint32_t(row_base) * kStride + low);
-        link = linked(row_base, high);
-        last = ~uint32_t(row_base);
+        const uint64_t first =
+            uint64_t(row) * uint64_t((cols + 511) / 512 * 256) + uint64_t(first_col / 32 * 16);
+        start = lane_index() * U(kStride) + U(uint32_t(first) * kStride + low);
+        link = linked(first, high);
     }
 
-    // The draws of the lanes from column col on; a pack of sixteen begins at a multiple of 16.
+    // Those of the lanes from column col on; a pack of sixteen begins at a multiple of 16.
     HD U at(int col) const {
-        uint32_t offset = uint32_t(col / 32 * 16 + (col & 15));
-        return half(hash(start + U(offset * kStride), offset), col);
+        return hash(start + U(uint32_t(col / 32 * 16 + (col & 15)) * kStride));
     }
 
-    // The same for a row whose columns are asked for in order: the halves of a block of 32 share
-    // their words.  (A thread of a GPU has some of the blocks; it counts anew in each.)
+    // The same for a row whose blocks of 32 columns are asked for in order, once each.  (A thread
+    // of a GPU has some of the blocks; it counts anew in each.)
     HD U next(int col) {
-        if (col & 16) return half(words, col);
-        const uint32_t offset = uint32_t(col / 32 * 16 + (col & 15));
-        if (kLanes == 1) {
-            words = hash(start + U(offset * kStride), offset);
-        } else {
-            words = hash(start, offset);
-            start = start + U(16 * kStride);
-        }
-        return half(words, col);
-    }
-
-    // The draws of lanes from any column on.
-    HD U anywhere(int col) const {
-        const U cols = lane_index() + U(uint32_t(col));
-        const U offsets = ((cols >> 5) << 4) | (cols & U(15u));
-        U links = link;
-        if (RARELY(uint32_t(col + kLanes) / 2 + 16 > last))
-            links = select(offsets > U(last), linked(row_base + last + 1, high), link);
-        const U x = offsets * U(kStride) + U(uint32_t(row_base) * kStride + low);
-        const U drawn = scrambled(x, links);
-        return select((cols & U(16u)) == U(0u), drawn & U(0xFFFFu), drawn >> 16);
+        if (kLanes == 1) return at(col);
+        U words = hash(start);
+        start = start + U(16 * kStride);
+        return words;
     }
 
    private:
-    HD static U half(U words, int col) { return col & 16 ? words >> 16 : words & U(0xFFFFu); }
+    HD U hash(U x) const { return scrambled(x, link); }  // of the counters that come to x
+};
 
-    // Of the counters row_base + offset + lane, which come to x and of which the sixteen of a
-    // vector do not cross 2^32.
-    HD U hash(U x, uint32_t offset) const {
-        return scrambled(x, RARELY(offset > last) ? linked(row_base + offset, high) : link);
+// What words are multiplied by for the draws of the moment with this salt: optim/rng.py says why.
+HD uint32_t factor_of(int32_t salt) {
+    uint32_t factor = 1;
+    for (int32_t i = 0; i < salt; ++i) factor *= 0x16AB7965u;
+    return factor;
+}
+
+// The lowest kBits of the words of a block's first 16 columns, the highest of the rest's.
+template <int kBits>
+HD U draws_of(U words, int col) {
+    return col & 16 ? words >> (32 - kBits) : words & U((1u << kBits) - 1);
+}
+
+// The rounding draws of one row of a moment, or of the weights (salt 0).
+struct Draws {
+    Words words;
+    uint32_t factor;
+    U block;  // the words of the block of 32 columns that was asked for last, multiplied
+
+    HD Draws(uint64_t key, int32_t salt, const U* = nullptr)
+        : words(key), factor(factor_of(salt)) {}
+
+    HD void begin_row(int64_t row, int64_t cols, int64_t first_col) {
+        words.begin_row(row, cols, first_col);
+    }
+    template <int kBits = 16>
+    HD U at(int col) const {
+        return draws_of<kBits>(words.at(col) * U(factor), col);
+    }
+    // The same for a row whose columns are asked for in order: the halves of a block share their
+    // words.
+    template <int kBits = 16>
+    HD U next(int, int col) {
+        if (!(col & 16)) block = words.next(col) * U(factor);
+        return draws_of<kBits>(block, col);
+    }
+};
+
+// The same, where the words were made for the weights, which left them in `kept`.
+struct SharedDraws {
+    const U* kept;
+    uint32_t factor;
+    U block;
+
+    HD SharedDraws(uint64_t, int32_t salt, const U* kept) : kept(kept), factor(factor_of(salt)) {}
+
+    HD void begin_row(int64_t, int64_t, int64_t) {}
+    template <int kBits = 16>
+    HD U next(int i, int col) {
+        if (!(col & 16)) block = kept[i / 2] * U(factor);
+        return draws_of<kBits>(block, col);
+    }
+};
+
+// The rounding draws of a moment whose elements are a single row, from any of them on.
+struct FlatDraws {
+    uint64_t key;
+    uint32_t factor;
+
+    HD FlatDraws(uint64_t key, int32_t salt) : key(key), factor(factor_of(salt)) {}
+
+    HD U from(int64_t first) const {
+        const U cols = lane_index() + U(uint32_t(first % 32));
+        const U offsets = ((cols >> 5) << 4) | (cols & U(15u));
+        const uint64_t base = uint64_t(first / 32) * 16;
+        U links = linked(base, uint32_t(key >> 32));
+        if (RARELY(uint32_t(base) > ~31u))  // some upper halves are the next
+            links =
+                select(offsets > U(~uint32_t(base)), linked(base + 31, uint32_t(key >> 32)), links);
+        const U x = (offsets + U(uint32_t(base))) * U(kStride) + U(uint32_t(key));
+        const U drawn = scrambled(x, links) * U(factor);
+        return select((cols & U(16u)) == U(0u), draws_of<16>(drawn, 0), draws_of<16>(drawn, 16));
     }
 };
 

@@ -99,7 +99,7 @@ struct Options {
 // How one moment of one parameter is stored.
 struct Moment {
     int32_t codec;
-    int32_t salt;  // of its rounding: key = mix(key of the step, salt)
+    int32_t salt;  // of its rounding, whose key is the step's
     uint64_t parts[5];
     int64_t vectors;   // factored: where in its tensor's vectors its decoded row and column lie
     int64_t partials;  // factored: where in a tile's partials its row and column sums lie
@@ -200,6 +200,8 @@ struct Launch {
     float* workspace;           // vectors and partials
     int64_t num_tensors, num_tiles;
     int32_t rule;
+    int32_t alone;  // workspace of a thread that takes one tensor after another through all phases;
+                    // 0: phase after phase, all of the bucket's tensors in each
 };
 
 }  // namespace engine

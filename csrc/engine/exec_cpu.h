@@ -87,17 +87,18 @@ struct Exec {
         return col / kBlock;
     }
 
-    template <int kBlock>
+    template <int kBlock, bool kSigned = true>
     HD static float largest(const F* values, int block, int width) {
+        auto magnitude = [](F x) INLINED { return kSigned ? abs(x) : x; };
         int first = block * (kBlock / kLanes), end = (width + kLanes - 1) / kLanes;
         if (end > first + kBlock / kLanes) end = first + kBlock / kLanes;
         F top(0.f), other(0.f);  // two, because a maximum takes several cycles
         int i = first;
         for (; i + 2 <= end; i += 2) {
-            top = max(abs(values[i]), top);
-            other = max(abs(values[i + 1]), other);
+            top = max(magnitude(values[i]), top);
+            other = max(magnitude(values[i + 1]), other);
         }
-        if (i < end) top = max(abs(values[i]), top);
+        if (i < end) top = max(magnitude(values[i]), top);
         return engine::ENGINE_ISA::largest(max(top, other));
     }
 
@@ -118,35 +119,43 @@ struct Exec {
     HD static void each_sample(int first, int every, int width, const GradT& grad,
                                const WeightT& weight, Function&& f) {
         float g[kTileCols], w[kTileCols];
-        each(width, [&](int i, int col, int n) INLINED {
-            store_f32(g + col, grad.load(i, col, n), kLanes);
-            store_f32(w + col, weight.load(i, col, n), kLanes);
-        });
         int count = 0;
         for (int col = first; col < width; col += every, ++count)
-            g[count] = g[col], w[count] = w[col];
+            g[count] = grad.element(col), w[count] = weight.element(col);
         for (int at = 0; at < count; at += kLanes) {
             const int n = count - at < kLanes ? count - at : kLanes;
             f(at, first + at * every, n, load_f32(g + at, n), load_f32(w + at, n));
         }
     }
+    // One of a row's elements.
+    HD static float element(const F* values, int col) {
+        float x;
+        memcpy(&x, reinterpret_cast<const char*>(values) + col * sizeof(float), sizeof(float));
+        return x;
+    }
 
-    // A sum over some elements of a tile, in the order of a GPU, whose threads have columns of
+    // Two sums over some elements of a tile, in the order of a GPU, whose threads have columns of
     // their own.
     struct Spread {
-        double of_thread[64] = {};
+        double of_thread[64][2] = {};
 
-        HD void add(int col, int every, int n, D x) {
-            double lanes[kLanes];
-            store_f64(lanes, x);
-            for (int lane = 0; lane < n; ++lane, col += every)
-                of_thread[col / 256 * 32 + col / 32 % 2 * 16 + col % 16] += lanes[lane];
+        HD void add(int col, int every, int n, D x, D y) {
+            double first[kLanes], second[kLanes];
+            store_f64(first, x);
+            store_f64(second, y);
+            for (int lane = 0; lane < n; ++lane, col += every) {
+                double* sums = of_thread[col / 256 * 32 + col / 32 % 2 * 16 + col % 16];
+                sums[0] += first[lane];
+                sums[1] += second[lane];
+            }
         }
-        HD double total() {
-            for (double* warp : {of_thread, of_thread + 32})
+        HD void total(double& x, double& y) {
+            for (int warp = 0; warp < 64; warp += 32)
                 for (int half = 16; half > 0; half /= 2)
-                    for (int i = 0; i < half; ++i) warp[i] += warp[i + half];
-            return of_thread[0] + of_thread[32];
+                    for (int i = warp; i < warp + half; ++i)
+                        for (int j = 0; j < 2; ++j) of_thread[i][j] += of_thread[i + half][j];
+            x = of_thread[0][0] + of_thread[32][0];
+            y = of_thread[0][1] + of_thread[32][1];
         }
     };
 

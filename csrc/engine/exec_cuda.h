@@ -126,11 +126,12 @@ struct Exec {
     HD static int block_of(int i, int) {
         return i * 32 / kBlock;
     }
-    template <int kBlock>
+    template <int kBlock, bool kSigned = true>
     HD static float largest(const F* values, int at, int width) {
         float top = 0.f;
         UNROLLED for (int i = 0; i < kSpan; ++i) {
-            if (i * 32 / kBlock == at && column(i) < width) top = max(abs(values[i]), top);
+            if (i * 32 / kBlock == at && column(i) < width)
+                top = max(kSigned ? abs(values[i]) : values[i], top);
         }
         return largest_of_warp(top);
     }
@@ -161,11 +162,19 @@ struct Exec {
                 f((col - first) / every, col, n, grad.load(i, col, n), weight.load(i, col, n));
         });
     }
-    struct Spread {
-        double sum = 0;
+    HD static float element(const F* values, int) { return *values; }  // a thread's own
 
-        HD void add(int, int, int, D x) { sum = sum + x; }
-        HD double total() { return Exec::total(sum); }
+    struct Spread {
+        double first = 0, second = 0;
+
+        HD void add(int, int, int, D x, D y) {
+            first = first + x;
+            second = second + y;
+        }
+        HD void total(double& x, double& y) {
+            x = Exec::total(first);
+            y = Exec::total(second);
+        }
     };
 
     HD static uint32_t load_bits(const uint8_t* from, int col, int n) {

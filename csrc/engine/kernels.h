@@ -8,14 +8,20 @@ namespace engine {
 namespace ENGINE_ISA {
 
 using PlainAdamFactored = PlainAccess<Adam, FactoredSlot<true>, FactoredSlot<false>, true>;
-using PlainAdam8bit = PlainAccess<Adam, Block8Slot, Float8Slot, false>;
+using PlainAdam8bit =
+    PlainAccess<Adam, Block8<SharedDraws>, Float8<SharedDraws>, false, false, true>;
 using PlainProdigyFactored = PlainAccess<Prodigy, FactoredSlot<true>, FactoredSlot<false>, true>;
 using PlainAdoptFactored = PlainAccess<Adopt, FactoredSlot<true>, FactoredSlot<false>, true>;
 template <bool kClean>
 using PlainAdafactor =
     PlainAccess<AdafactorMatrix, NoSlot, FactoredSlot<false, false>, false, kClean>;
 
-// Whether a tensor can be read by a PlainAccess.
+template <bool kClean>
+using PlainCameNorm = PlainAccess<CameMatrix, NoSlot, FactoredSlot<false, false>, false, kClean>;
+using PlainCame = SettlingAccess<CameMatrix, DenseSlot>;
+using PlainCame8bit = SettlingAccess<CameMatrix, Block8Slot>;
+
+// Whether a tensor can be read by a PlainAccess or a SettlingAccess.
 template <class RuleT>
 HD bool is_plain(const Tensor& t, const Hyper& h) {
     return t.weight_dtype == kBFloat16 && t.grad_dtype == kBFloat16 && !t.compensation &&
@@ -60,13 +66,26 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
             return f.template operator()<AnyAccess<LionProdigy>>();
         case kCame:
             if (square != kFactored) return f.template operator()<AnyAccess<CameVector>>();
+            if constexpr (Function::kDirectionAlone) {
+                if (!is_plain<CameMatrix>(t, h))
+                    return f.template operator()<AnyAccess<CameMatrix>>();
+                if (launch.sums[f.tile].nonfinite == 0)
+                    return f.template operator()<PlainCameNorm<true>>();
+                return f.template operator()<PlainCameNorm<false>>();
+            }
+            if (is_plain<CameMatrix>(t, h) && fast == kDense)
+                return f.template operator()<PlainCame>();
+            if (is_plain<CameMatrix>(t, h) && fast == kBlock8)
+                return f.template operator()<PlainCame8bit>();
             return f.template operator()<AnyAccess<CameMatrix>>();
         case kScaled:
             return f.template operator()<AnyAccess<Scaled>>();
     }
 }
 
+// kDirectionAlone: it asks for nothing but the rule's direction, which is of fewer moments.
 struct Norm {
+    static constexpr bool kDirectionAlone = true;
     const Launch& launch;
     int64_t tile;
     template <class Access>
@@ -75,23 +94,25 @@ struct Norm {
     }
 };
 struct Residual {
+    static constexpr bool kDirectionAlone = false;
     const Launch& launch;
     int64_t tile;
     template <class Access>
     void operator()() const {
-        if constexpr (Access::R::kHasResidual) residual<Access>(launch, tile);
+        if constexpr (Access::R::kHasResidual && !Access::kPlain) residual<Access>(launch, tile);
     }
 };
 struct Limit {
+    static constexpr bool kDirectionAlone = false;
     const Launch& launch;
     int64_t tile;
     template <class Access>
     void operator()() const {
-        if constexpr (is_same<Access, AnyAccess<typename Access::R>>)
-            norm<Access, true>(launch, tile);
+        if constexpr (!Access::kPlain) norm<Access, true>(launch, tile);
     }
 };
 struct Align {
+    static constexpr bool kDirectionAlone = false;
     const Launch& launch;
     int64_t tile;
     template <class Access>
@@ -100,6 +121,7 @@ struct Align {
     }
 };
 struct Apply {
+    static constexpr bool kDirectionAlone = false;
     const Launch& launch;
     int64_t tile;
     template <class Access>
@@ -121,7 +143,7 @@ inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
             return measure(launch, tile);
         case kFactor:
             if (!wants_factor(t, launch.rule)) return;
-            if (t.grad_dtype == kBFloat16) return factor<Bf16Grad>(launch, tile);
+            if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>>(launch, tile);
             return factor<AnyGrad>(launch, tile);
         case kNorm:
             if (wants_norm(h)) with_access(launch, t, h, Norm{launch, tile});

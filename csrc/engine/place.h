@@ -44,6 +44,7 @@ struct SlotScratch {
     F values[Exec::kSpan], encoded[Exec::kSpan];
     F scale[kTileCols / 128];
     U base[kTileCols / 128];
+    const U* words = nullptr;  // of SharedDraws
 };
 
 // What the slots of all codecs have in common.  A slot serves one moment over one tile: begin; for
@@ -53,14 +54,9 @@ struct Slot {
     const Moment& moment;
     int64_t cols, first_col;
     int width;
-    uint64_t key;
 
     HD Slot(const Place& p, SlotId slot, SlotScratch&)
-        : moment(p.tensor.moments[slot]),
-          cols(p.cols()),
-          first_col(p.tile.col),
-          width(p.width()),
-          key(mix(p.hyper.key, uint64_t(moment.salt))) {}
+        : moment(p.tensor.moments[slot]), cols(p.cols()), first_col(p.tile.col), width(p.width()) {}
 
     template <class T>
     HD T* part(int index) const {

@@ -13,17 +13,16 @@ namespace ENGINE_ISA {
 struct SampleRows {
     const Tensor& tensor;
     const Samples& kept;
-    int64_t every, count, first_col;
-    Draws draws;
-    typename Exec::Spread progress, distance;
+    int64_t every, first_col;
+    FlatDraws draws;
+    typename Exec::Spread sums;  // of progress and distance
 
     HD SampleRows(const Place& p)
         : tensor(p.tensor),
           kept(p.tensor.samples),
           every(p.launch.options[p.tensor.group].slice),
-          count((p.tensor.numel + every - 1) / every),
           first_col(p.tile.col),
-          draws(mix(p.hyper.key, uint64_t(kept.sum.salt))) {}
+          draws(p.hyper.key, kept.sum.salt) {}
 
     template <class GradT, class WeightT>
     HD void row(const Hyper& h, int64_t row, int width, const GradT& grad, const WeightT& weight) {
@@ -31,7 +30,6 @@ struct SampleRows {
         const int64_t first = from * every - begin;  // its column in the tile
         if (first >= width || !(h.learns || h.t == 1)) return;
         const int step = every < kTileCols ? int(every) : kTileCols;
-        draws.begin_row(0, count, from / 32 * 32);
         char* starts = pointer<char>(kept.start) + from * dtype_bytes(tensor.weight_dtype);
         Exec::each_sample(
             int(first), step, width, grad, weight, [&](int at, int col, int n, F raw, F w) INLINED {
@@ -43,15 +41,15 @@ struct SampleRows {
                 F start = load_as(tensor.weight_dtype, starts, 0, at, n);
                 F before = load_sum(from + at, n);
                 F after = select(ok, fma(F(h.sum_decay), before, g * h.sum_weight), before);
-                store_sum(from + at, after, int(from % 32) + at, n);
-                progress.add(col, step, n, widen(g) * (widen(start) - widen(w)));
-                distance.add(col, step, n, widen(abs(after)));
+                store_sum(from + at, after, n);
+                sums.add(col, step, n, widen(g) * (widen(start) - widen(w)), widen(abs(after)));
             });
     }
 
-    HD void end(TileSums& sums) {
-        const double moved = progress.total(), size = distance.total();
-        if (Exec::leads()) sums.progress = moved, sums.distance = size;
+    HD void end(TileSums& to) {
+        double progress, distance;
+        sums.total(progress, distance);
+        if (Exec::leads()) to.progress = progress, to.distance = distance;
     }
 
    private:
@@ -59,10 +57,10 @@ struct SampleRows {
         if (kept.sum.codec == kDense) return load_f32(pointer<float>(kept.sum.parts[0]) + at, n);
         return load_bf16(pointer<uint16_t>(kept.sum.parts[0]) + at, n);
     }
-    HD void store_sum(int64_t at, F x, int col, int n) const {
+    HD void store_sum(int64_t at, F x, int n) const {
         if (kept.sum.codec == kDense)
             return store_f32(pointer<float>(kept.sum.parts[0]) + at, x, n);
-        store_bf16(pointer<uint16_t>(kept.sum.parts[0]) + at, x, draws.anywhere(col), n);
+        store_bf16(pointer<uint16_t>(kept.sum.parts[0]) + at, x, draws.from(at), n);
     }
 };
 

@@ -133,12 +133,12 @@ struct Factors {
             return;
         }
         Exec::each_run(length, kFloat8Block, [&](int64_t block, int64_t first, int run) INLINED {
-            Draws draws(key);
+            Draws draws(key, 0);
             draws.begin_row(0, length, first);
             const int32_t exponent = float8_exponent(Exec::largest_of(from + first, run));
             if (Exec::leads_block()) pointer<int8_t>(tops)[block] = int8_t(exponent - 127);
             Exec::each_pack_of_run(run, [&](int at, int n) INLINED {
-                U code = float8_encode(load_f32(from + first + at, n), draws.at(at),
+                U code = float8_encode(load_f32(from + first + at, n), draws.at<kFloat8Cut>(at),
                                        U(float8_base(exponent)));
                 store_saturated(pointer<uint8_t>(to) + first + at, code, n);
             });

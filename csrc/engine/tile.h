@@ -23,6 +23,7 @@ namespace ENGINE_ISA {
 struct Scratch {
     F grad[Exec::kSpan], weight[Exec::kSpan], update[Exec::kSpan];
     SlotScratch slots[kSlots];
+    U words[Exec::kSpan / 2];
 };
 
 // How a rule reaches its operands: any dtype, codec and feature.  kPlain: nothing happens between
@@ -54,22 +55,50 @@ constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativ
 
 // The combinations that most runs consist of have a loop of their own: bf16 weights rounded
 // stochastically, bf16 gradients, no feature that changes the update element by element.
-// kCleanTile: an earlier pass has seen that all gradient elements of the tile are usable.
-template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false>
+// kCleanTile: an earlier pass has seen that all gradient elements of the tile are usable.  kCodes:
+// the moments are codes, which round by the weights' words; their tensor is flat, so that a row
+// follows the other in memory and the hardware sees it coming.
+template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false,
+          bool kCodes = false>
 struct PlainAccess {
     using R = RuleT;
     static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
     static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = kSign;
-    Bf16Grad grad;
-    Bf16Weight weight;
+    Bf16Grad<!kCodes> grad;
+    Bf16Weight<!kCodes, kCodes> weight;
     FastT fast;
     NoSlot slow;
     SquareT square;
 
     HD PlainAccess(const Place& p, Scratch& s)
         : grad(p, nullptr, kCleanTile),
-          weight(p),
+          weight(p, s.words),
+          fast(p, kFast, shared(s, kFast)),
+          slow(p, kSlow, shared(s, kSlow)),
+          square(p, kSquare, shared(s, kSquare)) {}
+
+    HD static SlotScratch& shared(Scratch& s, SlotId slot) {
+        s.slots[slot].words = s.words;
+        return s.slots[slot];
+    }
+};
+
+// The same for a rule that makes something of its update first, and reads two factored moments.
+template <class RuleT, class FastT>
+struct SettlingAccess {
+    using R = RuleT;
+    static constexpr bool kPlain = false, kMoves = true, kFlagsKnown = false;
+    static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
+    static constexpr bool factored_sign = false;
+    Bf16Grad<> grad;
+    Bf16Weight<> weight;
+    FastT fast;
+    FactoredSlot<false, false> slow, square;
+
+    HD SettlingAccess(const Place& p, Scratch& s)
+        : grad(p),
+          weight(p, s.words),
           fast(p, kFast, s.slots[kFast]),
           slow(p, kSlow, s.slots[kSlow]),
           square(p, kSquare, s.slots[kSquare]) {}
@@ -117,7 +146,8 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     if (Access::kPlain)
         e.g = e.raw * h.coefficient;
     else
-        e.g = select(e.ok, conditioned(h, e.raw, a.weight.load(i, col, n)), F(0.f));
+        e.g = conditioned(h, e.raw, a.weight.load(i, col, n));
+    if (!Access::kPlain && !kClean) e.g = select(e.ok, e.g, F(0.f));
     e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n)};
     e.after = e.before;
     e.direction = Access::R::direction(h, e.g, e.after);
@@ -211,10 +241,14 @@ HD void residual(const Launch& launch, int64_t index) {
         const int width = p.width(row);
         begin_row(a, row, width);
         average.begin_row(row, width);
-        Exec::each(width, [&](int i, int col, int n) INLINED {
-            Evaluation e = evaluate<false>(a, h, i, col, n);
-            F x = Access::R::residual(e.direction * (h.unit * h.update_scale), e.after);
-            average.store(i, col, n, select(e.ok, x, e.before.slow));
+        with_row(a.grad, width, [&](auto clean) INLINED {
+            constexpr bool kClean = decltype(clean)::kValue;
+            Exec::each(width, [&](int i, int col, int n) INLINED {
+                Evaluation e = evaluate<kClean>(a, h, i, col, n);
+                F x = Access::R::residual(e.direction * (h.unit * h.update_scale), e.after);
+                if (!kClean && RARELY(!all(e.ok))) x = select(e.ok, x, e.before.slow);
+                average.store(i, col, n, x);
+            });
         });
         average.end_row(row, width);
     }

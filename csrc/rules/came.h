@@ -25,6 +25,7 @@ struct CameVector : Rule {
 // A matrix: both factored averages were updated in passes of their own (engine/tensor.h), and
 // `square` and `slow` are 1 / sqrt of them.
 struct CameMatrix : CameVector {
+    static constexpr int64_t kOwnFlags = kGrowthSettled;
     static constexpr bool kSlowStored = false, kSquareStored = false, kHasResidual = true;
 
     HD static F direction(const Hyper&, F g, Moments& s) { return g * min(s.square, F(0x1p63f)); }

@@ -10,6 +10,7 @@ import optim
 from optim import gpu, plan
 from optim.engine import DescriptorEngine
 from optim.projected import ProjectedEngine
+from optim.share import Share
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -119,13 +120,13 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
         def step(self, places: Any, coefficients: Any) -> None:
             self._refresh(places)
 
-    rule = type(optimizer).rule.__name__
+    rule, share = type(optimizer).rule.__name__, Share(optimizer._places())
     if rule in plan.PROJECTED:
-        ProjectedEngine(optimizer, plan.PROJECTED[rule], Describing).step(optimizer._places(), {})
+        ProjectedEngine(optimizer, plan.PROJECTED[rule], Describing).step(share, {})
     else:
-        Describing(optimizer).step(optimizer._places(), {})
+        Describing(optimizer).step(share, {})
     if isinstance(optimizer, optim.Sophia):
-        Describing(optimizer, plan.ESTIMATE).step(optimizer._places(), {})
+        Describing(optimizer, plan.ESTIMATE).step(share, {})
     return kinds
 
 

@@ -1,0 +1,137 @@
+"""The parameters that a step is about, and what it has to know of them and their gradients.
+
+A UNet has 1680 parameters.  A question put to each of them in Python takes 0.1 ms or more, and a
+step has a dozen: where a weight is, how large, of which dtype, whether contiguous, and the same of
+its gradient.  So all are asked in one pass, in `csrc/survey.h` where torch lets itself be asked
+there; and at every step, whatever was the case at the last one.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator
+from enum import IntFlag
+from functools import cached_property
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from optim import _native  # type: ignore[attr-defined]
+except ImportError:
+    _native = None
+
+Place = tuple[int, dict[str, Any], Tensor]  # a parameter with its index and its group
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters
+_EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # of torch 2.10 and later
+
+
+class Trait(IntFlag):
+    """What some of the parameters and gradients of a share are (`Trait` in `csrc/survey.h`)."""
+
+    MISSING = 1  # a parameter has no gradient
+    SCATTERED = 2  # a tensor is not contiguous
+    ELSEWHERE = 4  # a tensor is not on the CPU
+    FOREIGN = 8  # a tensor has a dtype that parameters cannot have
+    SPARSE = 16  # a gradient is sparse
+
+
+class Places(list[Place]):
+    """Parameters in order, which do not change any more."""
+
+    @cached_property
+    def params(self) -> list[Tensor]:
+        return [param for _, _, param in self]
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """The parameters' indices."""
+        return tuple([index for index, _, _ in self])
+
+
+class Share:
+    """Parameters that are stepped together, as they and their gradients are now.
+
+    `kinds` is what they are, apart from where: equal for two shares of the same parameters where no
+    size, dtype, device or contiguity has changed.  `addresses` are int64 (n, 2), of each parameter
+    and its gradient.  Where `traits` has MISSING or SPARSE, nothing else is to be relied upon.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.params: list[Any] = places.params
+        self.grads: list[Any]
+        seen = _native.parameters(self.params, _EXCHANGE) if _native else None
+        self.grads, self.kinds, addresses, traits = seen or seen_in_python(self.params)
+        self.addresses = pairs(addresses)
+        self.traits = Trait(traits)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self.places)
+
+
+def pairs(addresses: array | bytearray) -> Tensor:
+    """Addresses of a parameter, its gradient, the next parameter, ...: -> int64 (n, 2)."""
+    if not addresses:
+        return torch.empty((0, 2), dtype=torch.int64)
+    return torch.frombuffer(addresses, dtype=torch.int64).view(-1, 2)
+
+
+def addresses_of(params: Iterable[Tensor], grads: Iterable[Tensor]) -> array:
+    """As `pairs` takes them."""
+    return array("q", [x.data_ptr() for both in zip(params, grads, strict=True) for x in both])
+
+
+def where(tensors: list[Tensor]) -> bytes:
+    """The addresses of tensors, int64 each."""
+    seen = _native.addresses(tensors, _EXCHANGE) if _native else None
+    return seen or array("q", [x.data_ptr() for x in tensors]).tobytes()
+
+
+def seen_in_python(params: list[Tensor]) -> tuple[list[Any], Any, array, Trait]:
+    """What `_native.parameters` gives, of tensors of any kind: gradients, kinds, addresses and
+    traits."""
+    grads: list[Any] = [param.grad for param in params]
+    if any([grad is None for grad in grads]):
+        return grads, None, array("q"), Trait.MISSING
+    if not all([grad.layout is torch.strided for grad in grads]):
+        return grads, None, array("q"), Trait.SPARSE
+    # A list for each question: several times faster than a loop with all questions inside.
+    both = params + grads
+    numels, dtypes = [x.numel() for x in both], [x.dtype for x in both]
+    devices, contiguous = [x.device.type for x in both], [x.is_contiguous() for x in both]
+    traits = Trait(0)
+    if not all(contiguous):
+        traits |= Trait.SCATTERED
+    if set(devices) - {"cpu"}:
+        traits |= Trait.ELSEWHERE
+    if not set(DTYPES) >= set(dtypes):
+        traits |= Trait.FOREIGN
+    return grads, (numels, dtypes, devices, contiguous), addresses_of(params, grads), traits
+
+
+def same_objects_in_python(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def same_state_in_python(
+    state: dict[Tensor, dict[str, Tensor]],
+    params: list[Tensor],
+    parts: list[Tensor],
+    counts: bytes,
+) -> bool:
+    """Whether `state` holds for these parameters the very tensors of `parts`: those of all
+    parameters in order, int32 `counts` of them each."""
+    states = [state.get(param, {}) for param in params]
+    return array("i", map(len, states)).tobytes() == counts and same_objects_in_python(
+        [x for each in states for x in each.values()], parts
+    )
+
+
+same_objects = _native.same_objects if _native else same_objects_in_python
+same_state = _native.same_state if _native else same_state_in_python
