@@ -18,9 +18,10 @@ constexpr bool is_same = false;
 template <class A>
 constexpr bool is_same<A, A> = true;
 
-// A parameter's moments at some elements.
+// A parameter's moments at some elements.  root: that of `square` as it was before the step, for
+// the rules that ask for it.
 struct Moments {
-    F fast, slow, square;
+    F fast, slow, square, root;
 };
 
 constexpr float kFourOverPi = 1.27323954f;  // makes atan2(x, x) a unit step
@@ -43,6 +44,7 @@ HD F conditioned(const Hyper& h, F g, F w) {
 // What a rule inherits when nothing happens between the limiter and the weights.
 struct Rule {
     static constexpr int64_t kOwnFlags = 0;  // those that only this rule has
+    static constexpr bool kRoot = false;     // whether it asks for Moments::root
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
 };
 
