@@ -59,6 +59,9 @@ struct AnySlot {
         }
     }
 
+    HD void begin_roots() {
+        if (codec == kFactored) factored.begin_roots();
+    }
     HD void begin() {
         if (stored) visit([&](auto& slot) { slot.begin(); });
     }
@@ -71,6 +74,10 @@ struct AnySlot {
         });
     }
     HD F load(int i, int, int) { return codec == kAbsent ? F(0.f) : values[i]; }
+    HD F root(int i, F x) {
+        if (codec == kFactored) return factored.root(i, x);
+        return sqrt(x);
+    }
     HD void store(int i, int, int, F x) { values[i] = x; }
     HD_CALL void end_row(int64_t row, int width) {
         if (!stored) return;

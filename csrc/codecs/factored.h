@@ -20,12 +20,20 @@ struct FactoredSlot : Slot {
     uint8_t* signs;
     int64_t first_row;
     float row_factor;
+    F row_root, *col_roots;
 
     HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), first_row(p.tile.row) {
+        : Slot(p, slot, s), first_row(p.tile.row), col_roots(s.encoded) {
         row_factors = p.launch.workspace + p.launch.vectors[p.tile.tensor] + moment.vectors;
         col_factors = row_factors + padded(p.rows()) + first_col;
         partials = p.launch.workspace + p.tile.partials + moment.partials;
+    }
+
+    // The root of a product is that of its factors: one a row and one a column in place of one an
+    // element.
+    HD void begin_roots() {
+        Exec::each(width, [&](int i, int col, int n)
+                              INLINED { col_roots[i] = sqrt(load_f32(col_factors + col, n)); });
     }
 
     HD void begin() {
@@ -36,6 +44,7 @@ struct FactoredSlot : Slot {
 
     HD void begin_row(int64_t row, int) {
         row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
+        row_root = sqrt(F(row_factors[row]));
         if (kStored) rows.begin_row();
         if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col / 8;
     }
@@ -44,6 +53,8 @@ struct FactoredSlot : Slot {
         F x = load_f32(col_factors + col, n) * row_factor;
         return kSigned ? flipped(x, Exec::load_bits(signs, col, n)) : x;
     }
+
+    HD F root(int i, F) { return row_root * col_roots[i]; }
 
     HD void store(int i, int col, int n, F x) {
         if (!kStored) return;

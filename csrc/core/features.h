@@ -18,9 +18,10 @@ constexpr bool is_same = false;
 template <class A>
 constexpr bool is_same<A, A> = true;
 
-// A parameter's moments at some elements.
+// A parameter's moments at some elements.  root: that of `square` as it was before the step, for
+// the rules that ask for it.
 struct Moments {
-    F fast, slow, square;
+    F fast, slow, square, root;
 };
 
 constexpr float kFourOverPi = 1.27323954f;  // makes atan2(x, x) a unit step
@@ -48,6 +49,7 @@ struct Rule {
     static constexpr bool kSquareStored = true;  // the same
     static constexpr bool kHasResidual = false;  // the slow moment is of what residual() gives
     static constexpr bool kSampled = false;      // something is kept of some elements (samples.h)
+    static constexpr bool kRoot = false;         // whether it asks for Moments::root
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
 };
 

@@ -26,6 +26,7 @@ struct Staged {
     F values[Exec::kSpan];
 
     HD Staged(const Place& p, SlotId id, SlotScratch& s) : slot(p, id, s) {}
+    HD void begin_roots() { slot.begin_roots(); }
     HD void begin() {
         if (kStored) slot.begin();
     }
@@ -34,6 +35,7 @@ struct Staged {
         Exec::each(width, [&](int i, int col, int n) { values[i] = slot.load(i, col, n); });
     }
     HD F load(int i, int, int) { return values[i]; }
+    HD F root(int i, F x) { return slot.root(i, x); }
     HD void store(int i, int, int, F x) { values[i] = x; }
     HD void end_row(int64_t row, int width) {
         if (!kStored) return;
@@ -94,7 +96,9 @@ struct Kind {
           weight(p, s.weight),
           fast(p, kFast, s.slots[kFast]),
           slow(p, kSlow, s.slots[kSlow]),
-          square(p, kSquare, s.slots[kSquare]) {}
+          square(p, kSquare, s.slots[kSquare]) {
+        if constexpr (R::kRoot) square.begin_roots();
+    }
 };
 
 // The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers

@@ -49,7 +49,8 @@ struct SlotScratch {
 
 // What the slots of all codecs have in common.  A slot serves one moment over one tile: begin; for
 // each row begin_row, load and store for each vector i (n of its lanes exist), end_row; end.  A
-// pass that only reads leaves out begin, store, end_row and end.
+// pass that only reads leaves out begin, store, end_row and end.  A rule that asks for the
+// root of its second moment gets root(i, what load gave), after begin_roots before the rows.
 struct Slot {
     const Moment& moment;
     int64_t cols, first_col;
@@ -57,6 +58,9 @@ struct Slot {
 
     HD Slot(const Place& p, SlotId slot, SlotScratch&)
         : moment(p.tensor.moments[slot]), cols(p.cols()), first_col(p.tile.col), width(p.width()) {}
+
+    HD void begin_roots() {}
+    HD F root(int, F x) { return sqrt(x); }
 
     template <class T>
     HD T* part(int index) const {

@@ -46,6 +46,7 @@ struct AnyAccess {
           slow(p, kSlow, s.slots[kSlow], RuleT::kSlowStored),
           square(p, kSquare, s.slots[kSquare], RuleT::kSquareStored) {
         factored_sign = fast.codec == kFactoredSign || slow.codec == kFactoredSign;
+        if constexpr (R::kRoot) square.begin_roots();
     }
 };
 
@@ -76,7 +77,9 @@ struct PlainAccess {
           weight(p, s.words),
           fast(p, kFast, shared(s, kFast)),
           slow(p, kSlow, shared(s, kSlow)),
-          square(p, kSquare, shared(s, kSquare)) {}
+          square(p, kSquare, shared(s, kSquare)) {
+        if constexpr (R::kRoot) square.begin_roots();
+    }
 
     HD static SlotScratch& shared(Scratch& s, SlotId slot) {
         s.slots[slot].words = s.words;
@@ -148,7 +151,8 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     else
         e.g = conditioned(h, e.raw, a.weight.load(i, col, n));
     if (!Access::kPlain && !kClean) e.g = select(e.ok, e.g, F(0.f));
-    e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n)};
+    e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n), F(0.f)};
+    if constexpr (Access::R::kRoot) e.before.root = a.square.root(i, e.before.square);
     e.after = e.before;
     e.direction = Access::R::direction(h, e.g, e.after);
     if (Access::kPlain)

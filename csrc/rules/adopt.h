@@ -9,6 +9,8 @@ namespace engine {
 namespace ENGINE_ISA {
 
 struct Adopt : Rule {
+    static constexpr bool kRoot = true;
+
     HD static void prepare(const Options& o, Hyper& h) {
         prepare_slow(o, h);
         h.limit = float(::pow(double(h.t - 1), 0.25));
@@ -20,9 +22,8 @@ struct Adopt : Rule {
             s.square = g * g;
             return F(0.f);
         }
-        F root = sqrt(s.square);
-        F n =
-            has(h, kAtan2) ? atan2(g, root) * kFourOverPi : clamp(g / max(root, F(h.eps)), h.limit);
+        F n = has(h, kAtan2) ? atan2(g, s.root) * kFourOverPi
+                             : clamp(g / max(s.root, F(h.eps)), h.limit);
         s.fast = lerp(s.fast, n, h.weight1);
         F numerator = mixed(h, s.fast, n, s);
         s.square = lerp(s.square, g * g, h.weight2);
