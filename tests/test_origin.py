@@ -1,7 +1,9 @@
 """Where models come from: folders, variants, single files, the hub; and what is refused."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer import formats, origin
 from trainer.errors import UserError
-from trainer.formats import architectures, names, stream
+from trainer.formats import architectures, names, stream, weights
 from trainer.formats.weights import of_tensors
 
 FP32 = torch.float32
@@ -455,3 +457,29 @@ def test_what_a_file_has_beside_its_weights_is_carried_over(files, tmp_path):
     again = load_file(written)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+
+
+def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path, monkeypatch):
+    """A checkpoint's pages count as the process's memory for as long as it is mapped."""
+
+    def mapped_bytes():
+        found = re.search(r"RssFile:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
+
+    file = tmp_path / "large.safetensors"
+    save_file({f"{n}": torch.full((1 << 20,), float(n)) for n in range(32)}, file)  # 4 MB each
+    monkeypatch.setattr(weights, "_WINDOW_BYTES", 8 << 20)
+    lazies, _ = weights.of_file(file)
+    before = mapped_bytes()
+    for name, lazy in lazies.items():
+        assert lazy.read().sum().item() == float(name) * (1 << 20)
+    assert mapped_bytes() - before < 32 << 20  # of 128
+
+
+def test_a_file_that_changes_while_it_is_used_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(3)}, file)
+    lazies, _ = weights.of_file(file)
+    save_file({"y": torch.ones(3)}, file)
+    with pytest.raises(UserError, match=r"model\.safetensors was changed while it was in use"):
+        lazies["x"].read()

@@ -135,6 +135,6 @@ def _row(pattern: str, group: dict[str, Any], note: str = "") -> tuple[str, str,
     options = {key: value for key, value in group.items() if key != "params"}
     if not note and options == {"weight_decay": 0.0}:
         note = "without weight decay (biases, norms, embeddings)"
-    words = note or ", ".join(f"{key} {value}" for key, value in options.items())
+    words = note or ", ".join(f"{key} {value}" for key, value in options.items()) or "as optim="
     total = sum(parameter.numel() for parameter in params)
     return pattern or "others", str(len(params)), f"{total:,}", words

@@ -1,7 +1,8 @@
 """A safetensors file that is written one tensor at a time.
 
-The safetensors package takes all tensors at once, twice in memory.  The format allows better: eight
-bytes of length, a JSON header with each tensor's type, shape and place, then the tensors' bytes.
+The safetensors package takes all tensors at once, which of a checkpoint that is converted, or whose
+weights are on a GPU, would all have to be in memory.  The format asks for less: eight bytes of
+length, a JSON header with each tensor's type, shape and place, then the tensors' bytes.
 https://github.com/huggingface/safetensors#format
 """
 

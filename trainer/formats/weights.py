@@ -7,7 +7,9 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +31,7 @@ DTYPES = {  # as safetensors writes them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_WINDOW_BYTES = 256 << 20
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -61,6 +64,7 @@ def of_file(path: Path) -> tuple[Weights, dict[str, str]]:
 
 def _of_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
     try:
+        mapped = _Mapped(path)
         file = safe_open(path, framework="pt")
         metadata = dict(file.metadata() or {})
         weights = {}
@@ -72,7 +76,7 @@ def _of_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
             weights[name] = Lazy(
                 shape=tuple(tensor.get_shape()),
                 dtype=DTYPES[kind],
-                read=lambda name=name: file.get_tensor(name),
+                read=partial(mapped.read, name),
             )
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -80,6 +84,30 @@ def _of_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
             "fetch or copy it again"
         ) from error
     return weights, metadata
+
+
+class _Mapped:
+    """Tensors of a safetensors file, through a mapping that lasts for `_WINDOW_BYTES` of them.
+
+    What has been read of a mapping counts as the process's memory until the mapping ends, and would
+    come to the whole checkpoint beside the model that was made of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+        self._bytes = 0  # read through this mapping
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file.  Raises UserError where it is not what it was when it was opened."""
+        try:
+            if self._file is None or self._bytes > _WINDOW_BYTES:
+                self._file, self._bytes = safe_open(self._path, framework="pt"), 0
+            tensor = self._file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._path} was changed while it was in use: {error}") from error
+        self._bytes += tensor.nbytes
+        return tensor
 
 
 def _of_pickle(path: Path) -> Weights:
