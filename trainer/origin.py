@@ -7,6 +7,7 @@ fp32, do not fit where the UNet alone does.
 import hashlib
 import json
 import logging
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,83 @@ log = logging.getLogger(__name__)
 Kind = Literal["sdxl", "sd15", "other"]
 
 
-class Folder:
+class Origin(ABC):
+    """Where a model's parts are, by their names in a pipeline: unet, vae, text_encoder, ..."""
+
+    path: Path
+    index: dict[str, Any]  # model_index.json, or what would be it
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def zeros_for_empty(self) -> bool:
+        """Whether the pipeline takes zeros, and not the encoded "", as the empty prompt."""
+        return bool(self.index.get("force_zeros_for_empty_prompt", False))
+
+    def has(self, part: str) -> bool:
+        """Whether the pipeline has this part (unet, vae, text_encoder, tokenizer, ...)."""
+        entry = self.index.get(part)
+        return isinstance(entry, list) and entry[-1] is not None
+
+    @abstractmethod
+    def config(self, part: str) -> dict[str, Any]:
+        """The part's configuration, or the scheduler's."""
+
+    @abstractmethod
+    def weights(self, part: str) -> Weights:
+        """The part's tensors by their names in a diffusers folder, to be read one at a time."""
+
+    @abstractmethod
+    def folder(self, part: str) -> Path:
+        """Where the part's files are (or would be); of a single file, a tokenizer's."""
+
+    @abstractmethod
+    def unused(self) -> Weights:
+        """What a single file has beside its parts' weights, by its names there: CLIP's position_ids
+        and logit_scale, which nothing reads."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """`sdxl`: two text encoders, of whatever size; `sd15`: one, of Stable Diffusion 1."""
+
+    @abstractmethod
+    def _files(self, part: str) -> list[Path]:
+        """The files that the part's weights are in."""
+
+    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """The part with its weights, on the CPU, in eval mode.
+
+        Raises UserError where its files are damaged or its weights are not those of its config.
+        """
+        return architectures.filled(
+            part, self.config(part), self.weights(part), dtype, f"model.path={self.path}"
+        )
+
+    def tokenizer(self, part: str) -> Any:
+        """`tokenizer` or `tokenizer_2`."""
+        folder = self.folder(part)
+        try:
+            return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"model.path={self.path}: {part} cannot be loaded: {error}") from error
+
+    def fingerprint(self, part: str, cache: Path | None = None) -> str:
+        """sha256 of what decides the part's outputs: weights and configuration, or a tokenizer's
+        files.  `cache`: a folder that remembers it as long as the files do not change."""
+        if part.startswith("tokenizer"):
+            return _hash_of_files(self.folder(part))
+        config = _computing(self.config(part))
+        return fingerprints.remembered(
+            {"part": part, "config": config},
+            self._files(part),
+            cache,
+            lambda: _fingerprint(config, self.weights(part)),
+        )
+
+
+class Folder(Origin):
     """A pipeline in diffusers layout: model_index.json, and a folder for each part."""
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
@@ -52,12 +129,8 @@ class Folder:
             )
         kinds.check_channels(self.config("unet").get("in_channels", 4), path)
 
-    def __str__(self) -> str:
-        return str(self.path)
-
     @property
     def kind(self) -> Kind:
-        """`sdxl`: two text encoders, of whatever size; `sd15`: one, of Stable Diffusion 1."""
         if self.has("text_encoder_2"):
             return "sdxl" if self.config("unet").get("addition_embed_type") else "other"
         if not self.has("text_encoder"):
@@ -66,59 +139,22 @@ class Folder:
         acts = self.config("text_encoder").get("hidden_act", "quick_gelu")
         return "sd15" if acts == "quick_gelu" else "other"
 
-    @property
-    def zeros_for_empty(self) -> bool:
-        """Whether the pipeline takes zeros, and not the encoded "", as the empty prompt."""
-        return bool(self.index.get("force_zeros_for_empty_prompt", False))
-
-    def has(self, part: str) -> bool:
-        """Whether the pipeline has this part (unet, vae, text_encoder, tokenizer, ...)."""
-        entry = self.index.get(part)
-        return isinstance(entry, list) and entry[-1] is not None
-
     def config(self, part: str) -> dict[str, Any]:
-        """The part's config.json, or the scheduler's."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return self._json(self.folder(part) / name)
 
     def weights(self, part: str) -> Weights:
-        """The part's tensors by their names in a diffusers folder, to be read one at a time."""
         return find_weights(self.folder(part), part, self.variant)[0]
 
     def unused(self) -> Weights:
         """What only a single file has: nothing."""
         return {}
 
-    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """The part with its weights, on the CPU, in eval mode.
-
-        Raises UserError where its folder is damaged or its weights are not those of its config.
-        """
-        return architectures.filled(
-            part, self.config(part), self.weights(part), dtype, f"model.path={self.path}"
-        )
-
     def folder(self, part: str) -> Path:
-        """Where the part's files are (or would be)."""
         return self.path / part
 
-    def tokenizer(self, part: str) -> Any:
-        """`tokenizer` or `tokenizer_2`."""
-        return _tokenizer(self.folder(part), f"model.path={self.path}")
-
-    def fingerprint(self, part: str, cache: Path | None = None) -> str:
-        """sha256 of what decides the part's outputs: weights and configuration, or a tokenizer's
-        files.  `cache`: a folder that remembers it as long as the files do not change."""
-        if part.startswith("tokenizer"):
-            return _hash_of_files(self.folder(part))
-        config = _computing(self.config(part))
-        files = find_weights(self.folder(part), part, self.variant)[1]
-        return fingerprints.remembered(
-            {"part": part, "config": config},
-            files,
-            cache,
-            lambda: _fingerprint(config, self.weights(part)),
-        )
+    def _files(self, part: str) -> list[Path]:
+        return find_weights(self.folder(part), part, self.variant)[1]
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
@@ -143,18 +179,13 @@ class Vae(Folder):
         return self.path
 
 
-class File:
-    """One .safetensors or .ckpt file with all parts.  Its interface is Folder's."""
-
-    variant = None
+class File(Origin):
+    """One .safetensors or .ckpt file with all parts."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where it is damaged, or not an SDXL or SD 1.x checkpoint."""
         self.path = path
         self.file = SingleFile(path)
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     @property
     def kind(self) -> Kind:
@@ -162,17 +193,8 @@ class File:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """What would be model_index.json."""
         index = self.file.config("index")
         return index | {"scheduler": ["diffusers", self.config("scheduler")["_class_name"]]}
-
-    @property
-    def zeros_for_empty(self) -> bool:
-        return bool(self.index.get("force_zeros_for_empty_prompt", False))
-
-    def has(self, part: str) -> bool:
-        entry = self.index.get(part)
-        return isinstance(entry, list) and entry[-1] is not None
 
     def config(self, part: str) -> dict[str, Any]:
         return self.file.config(part)
@@ -181,33 +203,13 @@ class File:
         return self.file.weights(part)
 
     def unused(self) -> Weights:
-        """What a single file has beside its parts' weights, by its names there: CLIP's position_ids
-        and logit_scale, which nothing reads."""
         return self.file.unused()
 
-    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        return self.file.load(part, dtype)
-
     def folder(self, part: str) -> Path:
-        """Of a tokenizer; a file holds no other part's folder."""
         return architectures.tokenizer_folder(part)
 
-    def tokenizer(self, part: str) -> Any:
-        return _tokenizer(self.folder(part), str(self.path))
-
-    def fingerprint(self, part: str, cache: Path | None = None) -> str:
-        if part.startswith("tokenizer"):
-            return _hash_of_files(self.folder(part))
-        config = _computing(self.config(part))
-        return fingerprints.remembered(
-            {"part": part, "config": config},
-            [self.path],
-            cache,
-            lambda: _fingerprint(config, self.weights(part)),
-        )
-
-
-Origin = Folder | File
+    def _files(self, part: str) -> list[Path]:
+        return [self.path]
 
 
 def find(config: ModelConfig) -> Origin:
@@ -239,13 +241,6 @@ def vae(name: str) -> Origin:
             raise UserError(f"model.vae={path} is no folder of a VAE: it has no config.json")
         return Vae(path)
     return at(name)
-
-
-def _tokenizer(folder: Path, where: str) -> Any:
-    try:
-        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{where}: {folder.name} cannot be loaded: {error}") from error
 
 
 def _computing(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,6 @@ write a model of another architecture, the configurations of its parts travel un
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from trainer.errors import UserError
 from trainer.formats import architectures, kinds, metadata, names
 from trainer.formats.weights import Weights, of_file
@@ -62,11 +59,6 @@ class SingleFile:
             for name, lazy in self.all.items()
             if name.startswith(prefixes) and name.endswith(names.NOT_WEIGHTS)
         }
-
-    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        return architectures.filled(
-            part, self.config(part), self.weights(part), dtype, str(self.path)
-        )
 
     def _modern(self, part: str, prefix: str) -> Weights:
         """The part's tensors; a text encoder of 2022, without the level `text_model`, has it."""
