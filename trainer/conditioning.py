@@ -23,9 +23,8 @@ from trainer.text import Text
 
 log = logging.getLogger(__name__)
 
-Read = Callable[
-    [Sequence[str | None]], Text
-]  # captions -> what the UNet is told; None is no prompt
+# Captions -> what the UNet is told of them; None is no prompt.
+Read = Callable[[Sequence[str | None]], Text]
 
 
 @dataclass(kw_only=True)

@@ -94,13 +94,8 @@ def parameter_groups(
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     for pattern, tensors, count, options in table:
         start = f"  {pattern:<{widths[0]}}  " if rules else "  "
-        log.info(
-            "%s%s tensors, %s parameters  %s",
-            start,
-            tensors.rjust(widths[1]),
-            count.rjust(widths[2]),
-            options,
-        )
+        numbers = f"{tensors.rjust(widths[1])} tensors, {count.rjust(widths[2])} parameters"
+        log.info("%s", f"{start}{numbers}  {options}".rstrip())
     return groups
 
 
@@ -135,6 +130,6 @@ def _row(pattern: str, group: dict[str, Any], note: str = "") -> tuple[str, str,
     options = {key: value for key, value in group.items() if key != "params"}
     if not note and options == {"weight_decay": 0.0}:
         note = "without weight decay (biases, norms, embeddings)"
-    words = note or ", ".join(f"{key} {value}" for key, value in options.items()) or "as optim="
+    words = note or ", ".join(f"{key} {value}" for key, value in options.items())
     total = sum(parameter.numel() for parameter in params)
     return pattern or "others", str(len(params)), f"{total:,}", words

@@ -98,9 +98,8 @@ def _known(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
                 continue
             for prefixes in PREFIXES.values():
                 if part in prefixes:
-                    whole = canonical(
-                        part, path
-                    )  # some writers drop the level that transformers 5 has
+                    whole = canonical(part, path)
+                    # Some writers drop this level.
                     for name in (whole, whole.removeprefix("text_model.")):
                         known[prefixes[part] + name.replace(".", "_")] = (part, path)
     return known
