@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import QUICK, assert_same_weights, rows, weights
 
-from trainer import checkpoint, losses
+from trainer import checkpoint, losses, sampling
+from trainer.errors import UserError
 from trainer.run import run
 
 
@@ -139,6 +140,26 @@ def test_a_step_without_a_finite_loss_changes_nothing(quick, composed, tmp_path,
     written = [row for row in rows(folder) if "train/loss" in row]
     assert [row["train/skipped_steps"] for row in written] == [0, 1, 1, 1]
     assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), UserError("the file is gone")], ids=["oom", "gone"]
+)
+def test_pictures_that_cannot_be_drawn_are_named_and_training_goes_on(quick, monkeypatch, error):
+    drawn = ["log.sample_count=2", "log.sample_steps=2", "optim=adamw"]
+    whole = quick("whole", *drawn)
+    original = sampling.Sampler._denoise
+
+    def failing(self, places):
+        monkeypatch.setattr(sampling.Sampler, "_denoise", original)  # the first time only
+        raise error
+
+    monkeypatch.setattr(sampling.Sampler, "_denoise", failing)
+    folder = quick("failing", *drawn)
+    assert f"no pictures of step 0 ({error})" in (folder / "train.log").read_text()
+    assert not (folder / "samples/step-000000.png").exists()
+    assert (folder / "samples/step-000004.png").exists()
+    assert_same_weights(weights(folder, 4), weights(whole, 4))
 
 
 def test_a_run_that_only_skips_stops_with_the_reason(composed, tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """What is seen of a model in training: losses at fixed points, and pictures of fixed prompts."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer import batches, losses, metrics, pictures
+from trainer import batches, losses, memory, metrics, pictures
+from trainer.errors import UserError
 from trainer.state import State
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
@@ -51,13 +55,20 @@ def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
     """Draw the fixed prompts; write each picture, and a grid of original, before and now.
 
-    Returns the grid's path, or None where no pictures are wanted (log.sample_count=0).
+    Returns the grid's path, or None where no pictures are wanted (log.sample_count=0), or where
+    they cannot be drawn: memory ran out, or the model's file is gone.  That is no reason to end.
     """
     sampler = state.sampler
     if not sampler.count:
         return None
-    with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
-        drawn = sampler.draw()
+    try:
+        with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
+            drawn = sampler.draw()
+    except Exception as error:
+        if not isinstance(error, UserError) and not memory.ran_out(error):
+            raise
+        log.warning("no pictures of step %d (%s); training goes on", state.step, error)
+        return None
     samples = state.folder / "samples"
     pictures.save(samples / f"step-{state.step:06d}", drawn)
     rows = {"original": sampler.originals()}

@@ -75,6 +75,13 @@ def _status(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether an error is that memory ran out: the GPU's, Python's, or torch's on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 @contextmanager
 def explained(config: Config, when: str) -> Iterator[None]:
     """Within it, running out of memory is a UserError that says what to switch on.
@@ -83,9 +90,8 @@ def explained(config: Config, when: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and "can't allocate memory" not in str(error):  # the CPU's allocator
+    except Exception as error:
+        if not ran_out(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

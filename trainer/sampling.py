@@ -52,9 +52,11 @@ class Sampler:
         was_training = unet.training
         unet.eval()
         latents: dict[int, Tensor] = {}  # by the caption's place
-        for places in self._chunks():
-            latents |= dict(zip(places, self._denoise(places), strict=True))
-        unet.train(was_training)
+        try:
+            for places in self._chunks():
+                latents |= dict(zip(places, self._denoise(places), strict=True))
+        finally:
+            unet.train(was_training)
         with self.model.vae() as vae:
             scaled = [unscaled(vae, latents[i].to(vae.dtype)) for i in range(self.count)]
             pixels = [vae.decode(latent[None]).sample for latent in scaled]
