@@ -25,11 +25,11 @@ struct Block8 : Slot {
           draws(p.hyper.key, moment.salt, s.words) {}
 
     HD void begin_row(int64_t row, int width) {
-        codes = part<int8_t>(0) + row * cols + first_col;
-        absmax = part<float>(1) + row * ((cols + kBlock - 1) / kBlock) + first_col / kBlock;
+        codes = part<int8_t>(0) + row * cols + first_col();
+        absmax = part<float>(1) + row * ((cols + kBlock - 1) / kBlock) + first_col() / kBlock;
         Exec::each_block<kBlock>(
             width, [&](int at, int block) INLINED { scale[at] = F(absmax[block] / 127.f); });
-        draws.begin_row(row, cols, first_col);
+        draws.begin_row(row, cols, first_col());
     }
 
     HD F load(int i, int col, int n) {

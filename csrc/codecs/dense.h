@@ -10,7 +10,7 @@ struct DenseSlot : Slot {
     float* at;
 
     HD DenseSlot(const Place& p, SlotId slot, SlotScratch& s) : Slot(p, slot, s) {}
-    HD void begin_row(int64_t row, int) { at = part<float>(0) + row * cols + first_col; }
+    HD void begin_row(int64_t row, int) { at = part<float>(0) + row * cols + first_col(); }
     HD F load(int, int col, int n) {
         Exec::prefetch(at, cols, col);
         return load_f32(at + col, n);
@@ -29,8 +29,8 @@ struct Bf16Slot : Slot {
     HD Bf16Slot(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s), draws(p.hyper.key, moment.salt) {}
     HD void begin_row(int64_t row, int) {
-        at = part<uint16_t>(0) + row * cols + first_col;
-        draws.begin_row(row, cols, first_col);
+        at = part<uint16_t>(0) + row * cols + first_col();
+        draws.begin_row(row, cols, first_col());
     }
     HD F load(int, int col, int n) {
         Exec::prefetch(at, cols, col);

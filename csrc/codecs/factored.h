@@ -14,39 +14,47 @@ namespace ENGINE_ISA {
 template <bool kSigned, bool kStored = true>
 struct FactoredSlot : Slot {
     const float *row_factors, *col_factors;
-    float* partials;
     typename Exec::Columns columns;
     typename Exec::RowSums rows;
     uint8_t* signs;
-    int64_t first_row;
     float row_factor;
-    F row_root, *col_roots;
+    F row_root, *roots, *col_roots;
 
     HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), first_row(p.tile.row), col_roots(s.encoded) {
-        row_factors = p.launch.workspace + p.launch.vectors[p.tile.tensor] + moment.vectors;
-        col_factors = row_factors + padded(p.rows()) + first_col;
-        partials = p.launch.workspace + p.tile.partials + moment.partials;
+        : Slot(p, slot, s), roots(s.roots) {
+        row_factors = p.launch.workspace + p.launch.vectors[p.first->tensor] + moment.vectors;
+    }
+
+    HD float* partials() const {
+        return place.launch.workspace + place.tile->partials + moment.partials;
+    }
+    HD void find_cols() {
+        col_factors = row_factors + padded(place.rows()) + first_col();
+        col_roots = roots + place.at() * Exec::kSpan;
     }
 
     // The root of a product is that of its factors: one a row and one a column in place of one an
     // element.
     HD void begin_roots() {
-        Exec::each(width, [&](int i, int col, int n)
-                              INLINED { col_roots[i] = sqrt(load_f32(col_factors + col, n)); });
+        find_cols();
+        Exec::each(place.width(), [&](int i, int col, int n) INLINED {
+            col_roots[i] = sqrt(load_f32(col_factors + col, n));
+        });
     }
 
     HD void begin() {
         if (!kStored) return;
-        rows.begin(partials, int(moment.partials / kPartials));
-        columns.begin(partials + kTileRows, width);
+        rows.begin(int(moment.partials / kPartials));
+        columns.begin(partials() + kTileRows, place.width());
     }
 
     HD void begin_row(int64_t row, int) {
+        find_cols();
         row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
         row_root = sqrt(F(row_factors[row]));
-        if (kStored) rows.begin_row();
-        if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col / 8;
+        if (kStored) rows.begin_row(partials());
+        if (kStored) columns.begin_row(partials() + kTileRows);
+        if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col() / 8;
     }
 
     HD F load(int, int col, int n) {
@@ -67,13 +75,13 @@ struct FactoredSlot : Slot {
     }
 
     HD void end_row(int64_t row, int width) {
-        if (kStored) rows.end_row(int(row - first_row), width);
+        if (kStored) rows.end_row(int(row - place.first_row()), width);
     }
 
     HD void end() {
         if (!kStored) return;
         rows.end();
-        columns.end(width);
+        columns.end(place.width());
     }
 };
 

@@ -44,13 +44,13 @@ struct Float8 : Slot {
           draws(p.hyper.key, moment.salt, s.words) {}
 
     HD void begin_row(int64_t row, int width) {
-        codes = part<uint8_t>(0) + row * cols + first_col;
+        codes = part<uint8_t>(0) + row * cols + first_col();
         tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
-               first_col / kFloat8Block;
+               first_col() / kFloat8Block;
         Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
             base[at] = U(float8_base(tops[block] + 127));
         });
-        draws.begin_row(row, cols, first_col);
+        draws.begin_row(row, cols, first_col());
     }
 
     HD F load(int i, int col, int n) {

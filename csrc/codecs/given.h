@@ -15,7 +15,7 @@ struct GivenSlot : Slot {
 
     HD void begin_row(int64_t row, int) { row_factor = row_factors ? row_factors[row] : 1.f; }
     HD F load(int, int col, int n) {
-        return col_factors ? load_f32(col_factors + first_col + col, n) : F(row_factor);
+        return col_factors ? load_f32(col_factors + first_col() + col, n) : F(row_factor);
     }
     HD void store(int, int, int, F) {}
     HD void end_row(int64_t, int) {}

@@ -36,17 +36,18 @@ HD F usable(F g, Mask& ok) {
 // kAhead: columns of rows to come are asked for.
 template <bool kAhead = true>
 struct Bf16Grad {
+    const Place& place;
     const uint16_t *data, *at;
-    int64_t cols, first_col;
+    int64_t cols;
     bool known_clean;
 
     HD Bf16Grad(const Place& p, F* = nullptr, bool known_clean = false)
-        : data(pointer<uint16_t>(p.tensor.grad)),
+        : place(p),
+          data(pointer<uint16_t>(p.tensor.grad)),
           cols(p.cols()),
-          first_col(p.tile.col),
           known_clean(known_clean) {}
 
-    HD void begin_row(int64_t row, int) { at = data + row * cols + first_col; }
+    HD void begin_row(int64_t row, int) { at = data + row * cols + place.tile->col; }
     // Whether all elements of the row are usable.
     HD bool clean(int width) const {
         return known_clean || !any_beyond(at, width, kLargestGradBf16);
@@ -60,20 +61,21 @@ struct Bf16Grad {
 
 // A gradient of any dtype.
 struct AnyGrad {
+    const Place& place;
     const char* data;
     int32_t dtype;
-    int64_t cols, first_col;
+    int64_t cols;
     F* values;
 
     HD AnyGrad(const Place& p, F* room)
-        : data(pointer<char>(p.tensor.grad)),
+        : place(p),
+          data(pointer<char>(p.tensor.grad)),
           dtype(p.tensor.grad_dtype),
           cols(p.cols()),
-          first_col(p.tile.col),
           values(room) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
-        const char* at = data + (row * cols + first_col) * dtype_bytes(dtype);
+        const char* at = data + (row * cols + place.tile->col) * dtype_bytes(dtype);
         Exec::each(width, [&](int i, int col, int n)
                               INLINED { values[i] = load_as(dtype, at, cols, col, n); });
     }
@@ -84,25 +86,27 @@ struct AnyGrad {
 
 // Weights of any dtype and rounding, with what Kahan compensation kept of them.
 struct AnyWeight {
+    const Place& place;
     const Tensor& tensor;
     char *at, *compensation;
     int32_t dtype;
     bool compensated, stochastic;
-    int64_t cols, first_col;
+    int64_t cols;
     F* values;
     Draws draws;
 
     HD AnyWeight(const Place& p, F* room)
-        : tensor(p.tensor),
+        : place(p),
+          tensor(p.tensor),
           dtype(p.tensor.weight_dtype),
           compensated(p.tensor.compensation != 0),
           stochastic(has(p.hyper, kStochastic)),
           cols(p.cols()),
-          first_col(p.tile.col),
           values(room),
           draws(p.hyper.key, 0) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
+        const int64_t first_col = place.tile->col;
         int64_t offset = (row * cols + first_col) * dtype_bytes(dtype);
         at = pointer<char>(tensor.weight) + offset;
         compensation = pointer<char>(tensor.compensation) + offset;
@@ -136,20 +140,22 @@ struct AnyWeight {
 // draws are left for the moments'.
 template <bool kAhead = true, bool kShared = false>
 struct Bf16Weight {
+    const Place& place;
     uint16_t *data, *at;
-    int64_t cols, first_col;
+    int64_t cols;
     Words words;
     U block;
     U* kept;
 
     HD Bf16Weight(const Place& p, U* kept)
-        : data(pointer<uint16_t>(p.tensor.weight)),
+        : place(p),
+          data(pointer<uint16_t>(p.tensor.weight)),
           cols(p.cols()),
-          first_col(p.tile.col),
           words(p.hyper.key),
           kept(kept) {}
 
     HD void begin_row(int64_t row, int) {
+        const int64_t first_col = place.tile->col;
         at = data + row * cols + first_col;
         words.begin_row(row, cols, first_col);
     }

@@ -28,7 +28,7 @@ inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
             isa.run_tensor(kBegin, own, i);
             for (int phase = kMeasure; phase <= kApply; phase += 2) {
                 for (int64_t tile = own.first_tile[i]; tile < own.first_tile[i + 1]; ++tile)
-                    isa.run_tile(Phase(phase), own, tile);
+                    isa.run_strip(Phase(phase), own, tile);
                 isa.run_tensor(Phase(phase + 1), own, i);
             }
         }
@@ -50,7 +50,7 @@ inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     auto tiles = [&](Phase phase) {
 #pragma omp parallel for schedule(dynamic, stretch) \
     num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
-        for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_tile(phase, launch, i);
+        for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_strip(phase, launch, i);
     };
     tensors(kBegin);
     for (int phase = kMeasure; phase <= kApply; phase += 2) {
@@ -64,7 +64,7 @@ inline void run(const Isa& isa, const Launch& launch, int num_threads) {
 inline double grad_sq(const Isa& isa, const Launch& launch, int num_threads) {
 #pragma omp parallel for schedule(dynamic, 1) \
     num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
-    for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_tile(kMeasureAlone, launch, i);
+    for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_strip(kMeasureAlone, launch, i);
     double sum = 0;
     for (int64_t i = 0; i < launch.num_tiles; ++i) sum += launch.sums[i].grad_sq;
     return sum;

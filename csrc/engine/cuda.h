@@ -91,7 +91,7 @@ struct Kind {
     Staged<SlowT, RuleT::kSlowStored> slow;
     Staged<SquareT, RuleT::kSquareStored> square;
 
-    HD Kind(const Place& p, Scratch& s)
+    HD Kind(Place& p, Scratch& s)
         : grad(p, s.grad),
           weight(p, s.weight),
           fast(p, kFast, s.slots[kFast]),

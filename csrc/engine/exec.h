@@ -7,20 +7,23 @@
 //
 // Of a tile:
 //   kSpan                       vectors of a span that one thread holds
+//   kStripTiles                 tiles side by side that a pass takes together, row by row
 //   kWeightsLater               whether a row's weights are written in a loop of their own
 //   each(width, f)              f(i, col, n) for every vector i: its first column, its lanes that
 //                               exist; the halves of a block of 32 columns have i even and odd
 //   each_block<B>(width, f)     f(at, block) for every block of B columns; at: where one thread
 //                               keeps what belongs to it; block_of<B>(i, col) is that of a vector
 //   largest<B, signed>(values, at, w)   the largest |element| of that block
-//   Columns                     sums over rows: begin(to, width), add(i, col, x), end(width)
-//   RowSums, RowTotals          sums of rows: begin, begin_row, add(i, x), end_row(row, width), end
-//   load_bits, store_bits       one bit a column, lowest first
-//   prefetch(row, cols, col)    a hint: column col of a later row will be read
-//   total(x)                    the sum over a span's lanes
-//   each_sample(first, every, width, grad, weight, f)   some elements of a row: f(at, col, n, g, w)
-//   Spread                      two sums of those over a tile: add(col, every, n, x, y), total(x,
-//   y)
+//   Columns                     sums over a tile's rows: begin(to, width) and end(width) once a
+//   tile,
+//                               begin_row(to) and add(i, col, x) once a row
+//   RowSums                     sums of a tile's rows: begin_row(to), add(i, x), end_row(row,
+//   width) RowTotals, Count            what a tile adds to: begin(total); end_row or add;
+//   end(total) load_bits, store_bits       one bit a column, lowest first prefetch(row, cols, col)
+//   a hint: column col of a row to come will be read total(x)                    the sum over a
+//   span's lanes each_sample(first, every, width, grad, weight, f)   some elements of a row: f(at,
+//   col, n, g, w) Spread                      two sums of those over a tile: add(col, every, n, x,
+//   y), total(x, y)
 //
 // Of a tensor:
 //   each_index, each_pack       f(i), or f(at, n) for a pack of n lanes, of vectors of any length

@@ -9,6 +9,7 @@ namespace ENGINE_ISA {
 
 struct Exec {
     static constexpr int kSpan = kTileCols / kLanes;
+    static constexpr int kStripTiles = 8;  // more gain nothing (docs/LOG.md), and cost sums' cache
     // A vector of AVX2 takes two of few registers: with its weights left for later, more of them
     // fit into the processor's window, which is what hides the latency of roots and quotients.
     static constexpr bool kWeightsLater = kRegisters > 1;
@@ -18,9 +19,9 @@ struct Exec {
         float* at;
 
         HD void begin(float* to, int width) {
-            at = to;
-            for (int col = 0; col < width; col += kLanes) store_f32(at + col, F(0.f), kLanes);
+            for (int col = 0; col < width; col += kLanes) store_f32(to + col, F(0.f), kLanes);
         }
+        HD void begin_row(float* to) { at = to; }
         HD void add(int, int col, F x) {
             store_f32(at + col, load_f32(at + col, kLanes) + x, kLanes);
         }
@@ -33,8 +34,11 @@ struct Exec {
         float* to;
         F sum, half;
 
-        HD void begin(float* first, int) { to = first; }
-        HD void begin_row() { sum = F(0.f); }
+        HD void begin(int) {}
+        HD void begin_row(float* first) {
+            to = first;
+            sum = F(0.f);
+        }
         HD void add(int i, F x) {
             if (i % 2)
                 sum = sum + (half + x);
@@ -54,16 +58,24 @@ struct Exec {
         HD void end() {}
     };
 
-    // The same, of which only the total is wanted.
+    // The same, of which only the tile's total is wanted.
     struct RowTotals : RowSums {
-        float rows[kTileRows];
+        float row_sum;
 
-        HD void begin() { to = rows; }
-        HD double total(int num_rows) const {
-            double sum = 0;
-            for (int row = 0; row < num_rows; ++row) sum += rows[row];
-            return sum;
+        HD void begin(double& total) { total = 0; }
+        HD void begin_row() { RowSums::begin_row(&row_sum); }
+        HD void end_row(double& total, int, int width) {
+            RowSums::end_row(0, width);
+            total += row_sum;
         }
+        HD void end(double&, int) {}
+    };
+
+    // A count over a tile.
+    struct Count {
+        HD void begin(int64_t& total) { total = 0; }
+        HD void add(int64_t& total, int64_t n) { total += n; }
+        HD void end(int64_t&) {}
     };
 
     // Two vectors at a time, so that the halves of a block of 32 columns follow each other.
@@ -102,15 +114,14 @@ struct Exec {
         return engine::ENGINE_ISA::largest(max(top, other));
     }
 
-    // Asks for column col of rows to come, to be written.  The pieces of rows that a tile is made
-    // of lie apart in memory and are too short for the hardware to see them coming: without this, a
-    // pass that does little else than read takes twice as long.
+    // Asks for column col of a row to come.  Strips are walked as they lie in memory, but the
+    // hardware looks no further than a page.  To the second cache only: the first has room for few
+    // requests under way, and waiting for one of them holds up the loads.
     template <class T>
     HD static void prefetch(const T* row, int64_t cols, int col) {
-        constexpr int kForWriting = 1, kToL1 = 3, kToL2 = 2;
-        if (col % (64 / int(sizeof(T))) != 0) return;
-        __builtin_prefetch(row + 8 * cols + col, kForWriting, kToL2);
-        __builtin_prefetch(row + 2 * cols + col, kForWriting, kToL1);
+        constexpr int kToRead = 0, kToL2 = 2;
+        if (col % (64 / int(sizeof(T))) == 0)
+            __builtin_prefetch(row + 8 * cols + col, kToRead, kToL2);
     }
 
     // Every every'th element of a row, from column `first` on: f(at, col, n, g, w) for n of them,
@@ -160,7 +171,6 @@ struct Exec {
     };
 
     HD static double total(D x) { return sum(x); }
-    HD static int64_t total(int64_t x) { return x; }
     HD static bool leads() { return true; }
     HD static bool leads_block() { return true; }
 

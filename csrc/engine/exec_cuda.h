@@ -23,6 +23,7 @@ extern __shared__ float shared_room[];  // a RowSums::kRoom for each factored mo
 
 struct Exec {
     static constexpr int kSpan = kTileCols / kTileThreads;
+    static constexpr int kStripTiles = 1;
     static constexpr int kWarpCols = kTileCols / (kTileThreads / 32);
     static constexpr bool kWeightsLater = false;
     static constexpr unsigned kWarp = 0xFFFFFFFFu;
@@ -41,6 +42,7 @@ struct Exec {
             to = first;
             UNROLLED for (int i = 0; i < kSpan; ++i) sums[i] = 0.f;
         }
+        HD void begin_row(float*) {}
         HD void add(int i, int, F x) { sums[i] = sums[i] + x; }
         HD void end(int width) {
             UNROLLED for (int i = 0; i < kSpan; ++i) if (column(i) < width) to[column(i)] = sums[i];
@@ -58,15 +60,15 @@ struct Exec {
         int last;
         float pairs[kSpan / 2];
 
-        HD void begin(float* first, int factored) {
-            begin_in(first, shared_room + factored * kRoom);
-        }
-        HD void begin_in(float* first, float* where) {
-            to = first;
+        HD void begin(int factored) { begin_in(shared_room + factored * kRoom); }
+        HD void begin_in(float* where) {
             room = where;
             last = -1;
         }
-        HD void begin_row() { UNROLLED for (int j = 0; j < kSpan / 2; ++j) pairs[j] = 0.f; }
+        HD void begin_row(float* first) {
+            to = first;
+            UNROLLED for (int j = 0; j < kSpan / 2; ++j) pairs[j] = 0.f;
+        }
         HD void add(int i, F x) { pairs[i / 2] = i % 2 ? pairs[i / 2] + x : x; }
         HD void add_square(int i, F x) { pairs[i / 2] = i % 2 ? fma(x, x, pairs[i / 2]) : x * x; }
         HD void end_row(int row, int) {
@@ -96,14 +98,31 @@ struct Exec {
     };
 
     struct RowTotals : RowSums {
-        HD void begin() {
-            __shared__ float rows[kTileRows], room[kRoom];
-            begin_in(rows, room);
+        float* rows;
+
+        HD void begin(double&) {
+            __shared__ float of_tile[kTileRows], room[kRoom];
+            rows = of_tile;
+            begin_in(room);
         }
-        HD double total(int num_rows) const {
+        HD void begin_row() { RowSums::begin_row(rows); }
+        HD void end_row(double&, int row, int width) { RowSums::end_row(row, width); }
+        HD void end(double& total, int num_rows) {
+            RowSums::end();
             double sum = 0;
-            for (int row = 0; row < num_rows; ++row) sum += to[row];
-            return sum;
+            for (int row = 0; row < num_rows; ++row) sum += rows[row];
+            if (leads()) total = sum;
+        }
+    };
+
+    struct Count {
+        int64_t of_thread;
+
+        HD void begin(int64_t&) { of_thread = 0; }
+        HD void add(int64_t&, int64_t n) { of_thread += n; }
+        HD void end(int64_t& total) {
+            of_thread = Exec::total(of_thread);
+            if (leads()) total = of_thread;
         }
     };
 

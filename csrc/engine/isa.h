@@ -10,7 +10,7 @@ struct Isa {
     const char* name;
     bool (*wanted)(Phase, const Launch&);
     void (*run_tensor)(Phase, const Launch&, int64_t member);
-    void (*run_tile)(Phase, const Launch&, int64_t tile);
+    void (*run_strip)(Phase, const Launch&, int64_t tile);
     void (*draw_normals)(float* to, int64_t count, uint64_t key);
 };
 

@@ -28,7 +28,7 @@ HD bool is_plain(const Tensor& t, const Hyper& h) {
            has(h, kStochastic) && !has(h, ~(kPlainFlags | RuleT::kOwnFlags)) && !h.passive;
 }
 
-// Calls f<Access>() with the fastest access that serves this tensor's tile.
+// Calls f<Access>() with the fastest access that serves this tensor's strip.
 template <class Function>
 HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const Function& f) {
     const int32_t fast = t.moments[kFast].codec, square = t.moments[kSquare].codec;
@@ -51,8 +51,7 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
             if (square != kFactored) return f.template operator()<AnyAccess<AdafactorVector>>();
             if (!is_plain<AdafactorMatrix>(t, h))
                 return f.template operator()<AnyAccess<AdafactorMatrix>>();
-            if (launch.sums[f.tile].nonfinite == 0)
-                return f.template operator()<PlainAdafactor<true>>();
+            if (f.clean()) return f.template operator()<PlainAdafactor<true>>();
             return f.template operator()<PlainAdafactor<false>>();
         case kSophia:
             return f.template operator()<AnyAccess<Sophia>>();
@@ -69,8 +68,7 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
             if constexpr (Function::kDirectionAlone) {
                 if (!is_plain<CameMatrix>(t, h))
                     return f.template operator()<AnyAccess<CameMatrix>>();
-                if (launch.sums[f.tile].nonfinite == 0)
-                    return f.template operator()<PlainCameNorm<true>>();
+                if (f.clean()) return f.template operator()<PlainCameNorm<true>>();
                 return f.template operator()<PlainCameNorm<false>>();
             }
             if (is_plain<CameMatrix>(t, h) && fast == kDense)
@@ -83,55 +81,57 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
     }
 }
 
-// kDirectionAlone: it asks for nothing but the rule's direction, which is of fewer moments.
-struct Norm {
+// A pass over the strip that begins with this tile.  kDirectionAlone: it asks for nothing but the
+// rule's direction, which is of fewer moments.
+struct Pass {
+    static constexpr bool kDirectionAlone = false;
+    const Launch& launch;
+    int64_t first_tile;
+
+    // Whether an earlier pass has seen that all gradient elements are usable.
+    bool clean() const {
+        bool is_clean = true;
+        Place p(launch, first_tile);
+        p.each_tile([&] { is_clean = is_clean && p.sums().nonfinite == 0; });
+        return is_clean;
+    }
+};
+struct Norm : Pass {
     static constexpr bool kDirectionAlone = true;
-    const Launch& launch;
-    int64_t tile;
     template <class Access>
     void operator()() const {
-        norm<Access, false>(launch, tile);
+        norm<Access, false>(launch, first_tile);
     }
 };
-struct Residual {
-    static constexpr bool kDirectionAlone = false;
-    const Launch& launch;
-    int64_t tile;
+struct Residual : Pass {
     template <class Access>
     void operator()() const {
-        if constexpr (Access::R::kHasResidual && !Access::kPlain) residual<Access>(launch, tile);
+        if constexpr (Access::R::kHasResidual && !Access::kPlain)
+            residual<Access>(launch, first_tile);
     }
 };
-struct Limit {
-    static constexpr bool kDirectionAlone = false;
-    const Launch& launch;
-    int64_t tile;
+struct Limit : Pass {
     template <class Access>
     void operator()() const {
-        if constexpr (!Access::kPlain) norm<Access, true>(launch, tile);
+        if constexpr (!Access::kPlain) norm<Access, true>(launch, first_tile);
     }
 };
-struct Align {
-    static constexpr bool kDirectionAlone = false;
-    const Launch& launch;
-    int64_t tile;
+struct Align : Pass {
     template <class Access>
     void operator()() const {
-        align<Access>(launch, tile);
+        align<Access>(launch, first_tile);
     }
 };
-struct Apply {
-    static constexpr bool kDirectionAlone = false;
-    const Launch& launch;
-    int64_t tile;
+struct Apply : Pass {
     template <class Access>
     void operator()() const {
-        apply<Access>(launch, tile);
+        apply<Access>(launch, first_tile);
     }
 };
 
-// One tile in one phase.
-inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
+// One phase of the strip that begins with this tile, if one does.
+inline void run_strip(Phase phase, const Launch& launch, int64_t tile) {
+    if (!begins_strip(launch.tiles[tile])) return;
     const int64_t member = launch.tiles[tile].tensor;
     const Tensor& t = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];
@@ -146,19 +146,19 @@ inline void run_tile(Phase phase, const Launch& launch, int64_t tile) {
             if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>>(launch, tile);
             return factor<AnyGrad>(launch, tile);
         case kNorm:
-            if (wants_norm(h)) with_access(launch, t, h, Norm{launch, tile});
+            if (wants_norm(h)) with_access(launch, t, h, Norm{{launch, tile}});
             return;
         case kResidual:
-            if (wants_residual(t, launch.rule)) with_access(launch, t, h, Residual{launch, tile});
+            if (wants_residual(t, launch.rule)) with_access(launch, t, h, Residual{{launch, tile}});
             return;
         case kLimit:
-            if (wants_limit(h)) with_access(launch, t, h, Limit{launch, tile});
+            if (wants_limit(h)) with_access(launch, t, h, Limit{{launch, tile}});
             return;
         case kAlign:
-            if (wants_align(h)) with_access(launch, t, h, Align{launch, tile});
+            if (wants_align(h)) with_access(launch, t, h, Align{{launch, tile}});
             return;
         default:
-            return with_access(launch, t, h, Apply{launch, tile});
+            return with_access(launch, t, h, Apply{{launch, tile}});
     }
 }
 

@@ -1,4 +1,9 @@
 // Where a tile is: what every codec needs to find its elements.
+//
+// A pass takes the tiles of a strip together: those side by side, up to Exec::kStripTiles of them,
+// row by row across all.  On a CPU that is how they lie in memory, so that the hardware sees the
+// next row coming; a tile by itself is pieces of rows that lie apart.  The sums are of tiles all
+// the same, so that a strip's length is no part of the result.
 #pragma once
 
 #include "core/features.h"
@@ -14,50 +19,87 @@ HD T* pointer(uint64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Whether a strip begins with this tile.
+HD bool begins_strip(const Tile& tile) { return tile.col % (Exec::kStripTiles * kTileCols) == 0; }
+
 struct Place {
     const Launch& launch;
-    const Tile& tile;
+    const Tile* const first;  // of the strip
     const Tensor& tensor;
     const Hyper& hyper;
+    const Tile* tile;  // the one at hand,
+    int number;        // and its number in the strip
 
-    HD Place(const Launch& l, const Tile& t)
-        : launch(l), tile(t), tensor(l.tensors[l.members[t.tensor]]), hyper(l.hypers[t.tensor]) {}
+    HD Place(const Launch& l, int64_t first_tile)
+        : launch(l),
+          first(l.tiles + first_tile),
+          tensor(l.tensors[l.members[first->tensor]]),
+          hyper(l.hypers[first->tensor]),
+          tile(first),
+          number(0) {}
+
+    // Calls f() with each tile of the strip at hand.
+    template <class Function>
+    HD void each_tile(Function&& f) {
+        if constexpr (Exec::kStripTiles == 1) return f();
+        const int64_t left = (cols() - first->col + kTileCols - 1) / kTileCols;
+        const int count = left < Exec::kStripTiles ? int(left) : Exec::kStripTiles;
+        for (number = 0; number < count; ++number) {
+            tile = first + number;
+            f();
+        }
+    }
+    // Calls f(row, its width) with each row of the strip's tiles at hand: row by row.
+    template <class Function>
+    HD void each_row(Function&& f) {
+        for (int64_t row = first_row(); row < end_row(); ++row)
+            each_tile([&]() INLINED { f(row, width(row)); });
+    }
+
+    // `number`, which is a constant where a strip is one tile.
+    HD int at() const { return Exec::kStripTiles == 1 ? 0 : number; }
 
     HD int64_t rows() const { return tensor.rows; }
     HD int64_t cols() const { return tensor.cols; }
+    HD int64_t first_row() const { return first->row; }
     HD int64_t end_row() const {
-        return tile.row + kTileRows < rows() ? tile.row + kTileRows : rows();
+        return first_row() + kTileRows < rows() ? first_row() + kTileRows : rows();
     }
+    HD int num_rows() const { return int(end_row() - first_row()); }
+    HD TileSums& sums() const { return launch.sums[tile - launch.tiles]; }
 
     // Columns of the tile, and of those the ones a row has: the last row may end early.
     HD int width() const {
-        return int(cols() - tile.col < kTileCols ? cols() - tile.col : kTileCols);
+        return int(cols() - tile->col < kTileCols ? cols() - tile->col : kTileCols);
     }
     HD int width(int64_t row) const {
-        int64_t left = tensor.numel - row * cols() - tile.col;
+        int64_t left = tensor.numel - row * cols() - tile->col;
         return left >= width() ? width() : left > 0 ? int(left) : 0;
     }
 };
 
 // Room for one row of a moment: its values, those still to be encoded, and its blocks' grids.
 struct SlotScratch {
-    F values[Exec::kSpan], encoded[Exec::kSpan];
+    F values[Exec::kSpan], encoded[Exec::kSpan], roots[Exec::kStripTiles * Exec::kSpan];
     F scale[kTileCols / 128];
     U base[kTileCols / 128];
     const U* words = nullptr;  // of SharedDraws
 };
 
-// What the slots of all codecs have in common.  A slot serves one moment over one tile: begin; for
-// each row begin_row, load and store for each vector i (n of its lanes exist), end_row; end.  A
-// pass that only reads leaves out begin, store, end_row and end.  A rule that asks for the
-// root of its second moment gets root(i, what load gave), after begin_roots before the rows.
+// What the slots of all codecs have in common.  A slot serves one moment over one strip: begin for
+// each tile; for each row of one begin_row, load and store for each vector i (n of its lanes
+// exist), end_row; end for each tile.  A pass that only reads leaves out begin, store, end_row and
+// end.  A rule that asks for the root of its second moment gets root(i, what load gave), after
+// begin_roots for each tile before the rows.
 struct Slot {
+    const Place& place;
     const Moment& moment;
-    int64_t cols, first_col;
-    int width;
+    int64_t cols;
 
     HD Slot(const Place& p, SlotId slot, SlotScratch&)
-        : moment(p.tensor.moments[slot]), cols(p.cols()), first_col(p.tile.col), width(p.width()) {}
+        : place(p), moment(p.tensor.moments[slot]), cols(p.cols()) {}
+
+    HD int64_t first_col() const { return place.tile->col; }
 
     HD void begin_roots() {}
     HD F root(int, F x) { return sqrt(x); }

@@ -11,22 +11,24 @@ namespace engine {
 namespace ENGINE_ISA {
 
 struct SampleRows {
+    const Place& place;
     const Tensor& tensor;
     const Samples& kept;
-    int64_t every, first_col;
+    int64_t every;
     FlatDraws draws;
-    typename Exec::Spread sums;  // of progress and distance
+    typename Exec::Spread sums[Exec::kStripTiles];  // of progress and distance
 
     HD SampleRows(const Place& p)
-        : tensor(p.tensor),
+        : place(p),
+          tensor(p.tensor),
           kept(p.tensor.samples),
           every(p.launch.options[p.tensor.group].slice),
-          first_col(p.tile.col),
           draws(p.hyper.key, kept.sum.salt) {}
 
     template <class GradT, class WeightT>
     HD void row(const Hyper& h, int64_t row, int width, const GradT& grad, const WeightT& weight) {
-        const int64_t begin = row * tensor.cols + first_col, from = (begin + every - 1) / every;
+        const int64_t begin = row * tensor.cols + place.tile->col,
+                      from = (begin + every - 1) / every;
         const int64_t first = from * every - begin;  // its column in the tile
         if (first >= width || !(h.learns || h.t == 1)) return;
         const int step = every < kTileCols ? int(every) : kTileCols;
@@ -42,13 +44,15 @@ struct SampleRows {
                 F before = load_sum(from + at, n);
                 F after = select(ok, fma(F(h.sum_decay), before, g * h.sum_weight), before);
                 store_sum(from + at, after, n);
-                sums.add(col, step, n, widen(g) * (widen(start) - widen(w)), widen(abs(after)));
+                sums[place.at()].add(col, step, n, widen(g) * (widen(start) - widen(w)),
+                                     widen(abs(after)));
             });
     }
 
-    HD void end(TileSums& to) {
+    HD void end() {
         double progress, distance;
-        sums.total(progress, distance);
+        sums[place.at()].total(progress, distance);
+        TileSums& to = place.sums();
         if (Exec::leads()) to.progress = progress, to.distance = distance;
     }
 
@@ -69,7 +73,7 @@ struct NoSamples {
     HD NoSamples(const Place&) {}
     template <class GradT, class WeightT>
     HD void row(const Hyper&, int64_t, int, const GradT&, const WeightT&) {}
-    HD void end(TileSums&) {}
+    HD void end() {}
 };
 
 template <bool kSampled>

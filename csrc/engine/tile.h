@@ -1,7 +1,8 @@
 // The only loops over elements.
 //
-// A step is up to seven passes over a bucket's tiles, each a loop over the rows of a tile and the
-// vectors of a row.  The later passes evaluate the rule again rather than keep what it gave:
+// A step is up to seven passes over a bucket's tiles, each a loop over the rows of a strip of them
+// (engine/place.h), the tiles of a row and the vectors of a tile's row.  The later passes evaluate
+// the rule again rather than keep what it gave:
 //
 //   measure  sums of g^2, w g, w^2     where clipping, OrthoGrad or parameter scaling ask for them
 //   factor   row and column sums of g^2   where the rule needs its new factors before its update
@@ -39,14 +40,14 @@ struct AnyAccess {
     AnySlot fast, slow, square;
     bool factored_sign;  // some moment's signs are bits, which know no zero
 
-    HD AnyAccess(const Place& p, Scratch& s)
+    HD AnyAccess(Place& p, Scratch& s)
         : grad(p, s.grad),
           weight(p, s.weight),
           fast(p, kFast, s.slots[kFast], true),
           slow(p, kSlow, s.slots[kSlow], RuleT::kSlowStored),
           square(p, kSquare, s.slots[kSquare], RuleT::kSquareStored) {
         factored_sign = fast.codec == kFactoredSign || slow.codec == kFactoredSign;
-        if constexpr (R::kRoot) square.begin_roots();
+        if constexpr (R::kRoot) p.each_tile([&]() INLINED { square.begin_roots(); });
     }
 };
 
@@ -72,13 +73,13 @@ struct PlainAccess {
     NoSlot slow;
     SquareT square;
 
-    HD PlainAccess(const Place& p, Scratch& s)
+    HD PlainAccess(Place& p, Scratch& s)
         : grad(p, nullptr, kCleanTile),
           weight(p, s.words),
           fast(p, kFast, shared(s, kFast)),
           slow(p, kSlow, shared(s, kSlow)),
           square(p, kSquare, shared(s, kSquare)) {
-        if constexpr (R::kRoot) square.begin_roots();
+        if constexpr (R::kRoot) p.each_tile([&]() INLINED { square.begin_roots(); });
     }
 
     HD static SlotScratch& shared(Scratch& s, SlotId slot) {
@@ -99,7 +100,7 @@ struct SettlingAccess {
     FastT fast;
     FactoredSlot<false, false> slow, square;
 
-    HD SettlingAccess(const Place& p, Scratch& s)
+    HD SettlingAccess(Place& p, Scratch& s)
         : grad(p),
           weight(p, s.words),
           fast(p, kFast, s.slots[kFast]),
@@ -165,46 +166,52 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     return e;
 }
 
-HD void measure(const Launch& launch, int64_t index) {
-    const Tile& tile = launch.tiles[index];
-    Place p(launch, tile);
+HD void measure(const Launch& launch, int64_t first_tile) {
+    Place p(launch, first_tile);
     Scratch scratch;
     AnyGrad grad(p, scratch.grad);
     AnyWeight weight(p, scratch.weight);
-    D gg(0.0), wg(0.0), ww(0.0);
-    for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        const int width = p.width(row);
+    struct {
+        D gg = D(0.0), wg = D(0.0), ww = D(0.0);
+    } of_tiles[Exec::kStripTiles];
+    p.each_row([&](int64_t row, int width) INLINED {
+        auto sums = of_tiles[p.at()];
         grad.begin_row(row, width);
         weight.begin_row(row, width);
         Exec::each(width, [&](int i, int col, int n) INLINED {
             Mask ok;
             D g = widen(usable(grad.load(i, col, n), ok)), w = widen(weight.load(i, col, n));
-            gg = gg + g * g;
-            wg = wg + w * g;
-            ww = ww + w * w;
+            sums.gg = sums.gg + g * g;
+            sums.wg = sums.wg + w * g;
+            sums.ww = sums.ww + w * w;
         });
-    }
-    TileSums& sums = launch.sums[index];
-    double grad_sq = Exec::total(gg), weight_grad = Exec::total(wg), weight_sq = Exec::total(ww);
-    if (Exec::leads())
-        sums.grad_sq = grad_sq, sums.weight_grad = weight_grad, sums.weight_sq = weight_sq;
+        of_tiles[p.at()] = sums;
+    });
+    p.each_tile([&]() INLINED {
+        const auto& sums = of_tiles[p.at()];
+        const double gg = Exec::total(sums.gg), wg = Exec::total(sums.wg),
+                     ww = Exec::total(sums.ww);
+        TileSums& to = p.sums();
+        if (Exec::leads()) to.grad_sq = gg, to.weight_grad = wg, to.weight_sq = ww;
+    });
 }
 
 // An element without a usable gradient contributes the average it has, and is counted.
 template <class GradT, int64_t kFlags = ~int64_t(0)>
-HD void factor(const Launch& launch, int64_t index) {
-    const Tile& tile = launch.tiles[index];
-    Place p(launch, tile);
+HD void factor(const Launch& launch, int64_t first_tile) {
+    Place p(launch, first_tile);
     Hyper h = p.hyper;
     h.flags &= kFlags;
     Scratch scratch;
     GradT grad(p, scratch.grad);
     AnyWeight weight(p, scratch.weight);
     FactoredSlot<false> square(p, kSquare, scratch.slots[kSquare]);
-    square.begin();
-    int64_t nonfinite = 0;
-    for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        const int width = p.width(row);
+    typename Exec::Count nonfinite;
+    p.each_tile([&]() INLINED {
+        nonfinite.begin(p.sums().nonfinite);
+        square.begin();
+    });
+    p.each_row([&](int64_t row, int width) INLINED {
         grad.begin_row(row, width);
         if (has(h, kOrthograd)) weight.begin_row(row, width);
         square.begin_row(row, width);
@@ -218,31 +225,30 @@ HD void factor(const Launch& launch, int64_t index) {
                                        : g * h.coefficient;
                 F g2 = g * g;
                 if (!kClean && RARELY(!all(ok))) {
-                    nonfinite += kLanes - count(ok);
+                    nonfinite.add(p.sums().nonfinite, kLanes - count(ok));
                     g2 = select(ok, g2, square.load(i, col, n));
                 }
                 square.store(i, col, n, g2);
             });
         });
         square.end_row(row, width);
-    }
-    square.end();
-    nonfinite = Exec::total(nonfinite);
-    if (Exec::leads()) launch.sums[index].nonfinite = nonfinite;
+    });
+    p.each_tile([&]() INLINED {
+        square.end();
+        nonfinite.end(p.sums().nonfinite);
+    });
 }
 
 // As `factor`, of the rule's residual and the slow moment.
 template <class Access>
-HD void residual(const Launch& launch, int64_t index) {
-    const Tile& tile = launch.tiles[index];
-    Place p(launch, tile);
+HD void residual(const Launch& launch, int64_t first_tile) {
+    Place p(launch, first_tile);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
     FactoredSlot<false> average(p, kSlow, scratch.slots[kSlow]);
-    average.begin();
-    for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        const int width = p.width(row);
+    p.each_tile([&]() INLINED { average.begin(); });
+    p.each_row([&](int64_t row, int width) INLINED {
         begin_row(a, row, width);
         average.begin_row(row, width);
         with_row(a.grad, width, [&](auto clean) INLINED {
@@ -255,22 +261,20 @@ HD void residual(const Launch& launch, int64_t index) {
             });
         });
         average.end_row(row, width);
-    }
-    average.end();
+    });
+    p.each_tile([&]() INLINED { average.end(); });
 }
 
 // kSettled: of the settled update.
 template <class Access, bool kSettled>
-HD void norm(const Launch& launch, int64_t index) {
-    const Tile& tile = launch.tiles[index];
-    Place p(launch, tile);
+HD void norm(const Launch& launch, int64_t first_tile) {
+    Place p(launch, first_tile);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
     typename Exec::RowTotals squares;
-    squares.begin();
-    for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        const int width = p.width(row);
+    p.each_tile([&]() INLINED { squares.begin(p.sums().update_sq); });
+    p.each_row([&](int64_t row, int width) INLINED {
         begin_row(a, row, width);
         squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
@@ -282,50 +286,50 @@ HD void norm(const Launch& launch, int64_t index) {
                 squares.add_square(i, u);
             });
         });
-        squares.end_row(int(row - tile.row), width);
-    }
-    squares.end();
-    double update_sq = squares.total(int(p.end_row() - tile.row));
-    if (Exec::leads()) launch.sums[index].update_sq = update_sq;
+        squares.end_row(p.sums().update_sq, int(row - p.first_row()), width);
+    });
+    p.each_tile([&]() INLINED { squares.end(p.sums().update_sq, p.num_rows()); });
 }
 
 template <class Access>
-HD void align(const Launch& launch, int64_t index) {
-    const Tile& tile = launch.tiles[index];
-    Place p(launch, tile);
+HD void align(const Launch& launch, int64_t first_tile) {
+    Place p(launch, first_tile);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
-    int64_t aligned = 0;
-    for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        begin_row(a, row, p.width(row));
-        Exec::each(p.width(row), [&](int i, int col, int n) INLINED {
+    typename Exec::Count aligned;
+    p.each_tile([&]() INLINED { aligned.begin(p.sums().aligned); });
+    p.each_row([&](int64_t row, int width) INLINED {
+        int64_t of_row = 0;
+        begin_row(a, row, width);
+        Exec::each(width, [&](int i, int col, int n) INLINED {
             Evaluation e = evaluate<false>(a, h, i, col, n);
-            aligned += count(agrees(e.u, e.g));
+            of_row += count(agrees(e.u, e.g));
         });
-    }
-    aligned = Exec::total(aligned);
-    if (Exec::leads()) launch.sums[index].aligned = aligned;
+        aligned.add(p.sums().aligned, of_row);
+    });
+    p.each_tile([&]() INLINED { aligned.end(p.sums().aligned); });
 }
 
 template <class Access>
-HD void apply(const Launch& launch, int64_t index) {
-    const Tile& tile = launch.tiles[index];
-    Place p(launch, tile);
+HD void apply(const Launch& launch, int64_t first_tile) {
+    Place p(launch, first_tile);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
-    int64_t nonfinite = 0;
+    typename Exec::Count nonfinite;
     typename Exec::RowTotals squares;
-    squares.begin();
-    a.fast.begin();
-    a.slow.begin();
-    a.square.begin();
     SamplesOf<Access::R::kSampled> samples(p);
     const bool lagged = has(h, kClipLagged);
     const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
-    for (int64_t row = tile.row; row < p.end_row(); ++row) {
-        int width = p.width(row);
+    p.each_tile([&]() INLINED {
+        nonfinite.begin(p.sums().nonfinite);
+        if (lagged) squares.begin(p.sums().update_sq);
+        a.fast.begin();
+        a.slow.begin();
+        a.square.begin();
+    });
+    p.each_row([&](int64_t row, int width) INLINED {
         begin_row(a, row, width);
         samples.row(h, row, width, a.grad, a.weight);
         if (lagged) squares.begin_row();
@@ -349,7 +353,7 @@ HD void apply(const Launch& launch, int64_t index) {
                 F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
                 if (lagged) squares.add_square(i, e.direction);
                 if (!kClean && RARELY(!all(e.ok))) {
-                    nonfinite += kLanes - count(e.ok);
+                    nonfinite.add(p.sums().nonfinite, kLanes - count(e.ok));
                     e.after.fast = select(e.ok, e.after.fast, e.before.fast);
                     e.after.slow = select(e.ok, e.after.slow, e.before.slow);
                     e.after.square = select(e.ok, e.after.square, e.before.square);
@@ -370,22 +374,16 @@ HD void apply(const Launch& launch, int64_t index) {
         a.slow.end_row(row, width);
         a.square.end_row(row, width);
         if (!h.passive) a.weight.end_row(width);
-        if (lagged) squares.end_row(int(row - tile.row), width);
-    }
-    a.fast.end();
-    a.slow.end();
-    a.square.end();
-    samples.end(launch.sums[index]);
-    nonfinite = Exec::total(nonfinite);
-    double update_sq = 0;
-    if (lagged) {
-        squares.end();
-        update_sq = squares.total(int(p.end_row() - tile.row));
-    }
-    if (Exec::leads()) {
-        launch.sums[index].nonfinite = nonfinite;
-        if (lagged) launch.sums[index].update_sq = update_sq;
-    }
+        if (lagged) squares.end_row(p.sums().update_sq, int(row - p.first_row()), width);
+    });
+    p.each_tile([&]() INLINED {
+        a.fast.end();
+        a.slow.end();
+        a.square.end();
+        samples.end();
+        nonfinite.end(p.sums().nonfinite);
+        if (lagged) squares.end(p.sums().update_sq, p.num_rows());
+    });
 }
 
 }  // namespace ENGINE_ISA

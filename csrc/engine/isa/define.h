@@ -9,4 +9,4 @@
 
 #define ENGINE_KERNELS(name)                                           \
     {name, engine::ENGINE_ISA::wanted, engine::ENGINE_ISA::run_tensor, \
-     engine::ENGINE_ISA::run_tile, engine::ENGINE_ISA::draw_normals}
+     engine::ENGINE_ISA::run_strip, engine::ENGINE_ISA::draw_normals}
