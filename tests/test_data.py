@@ -201,6 +201,32 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
     assert (blue.read()[1] == 1).all()
 
 
+def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):
+    Image.new("L", (80, 70), 0).save(pictures / "m.mask.png")
+    (pictures / "metadata.csv").write_text(
+        'file_name,text,weight,mask\r\nred.png,"one, two",0.5,m.mask.png\r\nblue.png,three,,\r\n'
+    )
+    blue, _, red, yellow = load(mask="file").samples
+    assert (blue.caption, red.caption, yellow.caption) == ("three", "one, two", "a yellow card")
+    assert (blue.loss_weight, red.loss_weight) == (1.0, 0.5)
+    assert (red.read()[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("file_name,text\nred.png,a, b", r"metadata\.csv, line 2: it has more cells .* quotes"),
+        ("name,text\nred.png,a", r"line 2: it has no \"file_name\""),
+        ("file_name,weight\nred.png,much", r"red\.png: its weight is 'much'"),
+        ("file_name\nred.png\nred.png", r"red\.png is listed for the second time"),
+    ],
+)
+def test_a_bad_metadata_csv_is_refused_by_its_line(load, pictures, text, says):
+    (pictures / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=says):
+        load()
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -29,9 +29,9 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Pictures and their captions: a folder (pictures with text files beside them or with a
-    metadata.jsonl; webdataset .tar files; the .parquet or .arrow files of a Hugging Face dataset),
-    or one such file."""
+    """Pictures and their captions: a folder (pictures with text files beside them, or with a
+    metadata.jsonl or metadata.csv; webdataset .tar files; the .parquet or .arrow files of a Hugging
+    Face dataset), or one such file."""
 
     path: str | None
     sources: list[SourceConfig]  # several in place of `path`
@@ -62,7 +62,7 @@ class DataConfig:
     upscale: bool
     background: str  # behind transparent pixels: a colour's name, or #rrggbb
     # Of the loss: alpha (the transparent does not count), file (NAME.mask.png beside a picture, or
-    # `mask` in metadata.jsonl: white counts, black does not).
+    # `mask` in metadata: white counts, black does not).
     mask: str = one_of("none", "alpha", "file")
     # SDXL size conditioning: the size of the file, the size after resizing, or that of the bucket
     # (with no crop).

@@ -1,9 +1,12 @@
 """Where pictures come from: a folder of files, or a file that holds many."""
 
+import csv
+import io
 import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
-METADATA = "metadata.jsonl"
 _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}
 
 
@@ -30,8 +32,12 @@ def find(path: Path, extensions: list[str]) -> Iterator[Item]:
     files = sorted(_walk(path, ()))
     listed: dict[Path, dict[str, Any]] = {}
     for file in files:
-        if file.name == METADATA:
-            listed |= _metadata(file)
+        for picture, record in _metadata(file):
+            if picture in listed:
+                raise UserError(
+                    f"{shown(file)}: {record['file_name']} is listed for the second time"
+                )
+            listed[picture] = record
     for file in sorted({*files, *listed}):
         if file in listed or is_picture(file.name):
             yield _picture(file, listed.get(file, {}), extensions)
@@ -60,7 +66,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 
 def _picture(path: Path, record: dict[str, Any], extensions: list[str]) -> Item:
-    """A picture file, with what metadata.jsonl says of it and what lies beside it."""
+    """A picture file, with what a metadata file says of it and what lies beside it."""
     usual = path.with_name(f"{path.stem}.mask.png")
     mask = path.parent / record["mask"] if record.get("mask") else usual
     has_mask = bool(record.get("mask")) or mask.is_file()
@@ -81,23 +87,50 @@ def _caption(files: list[Path]) -> list[str]:
     return [captions.one_line(captions.decode(file.read_bytes(), shown(file))) for file in files]
 
 
-def _metadata(path: Path) -> dict[Path, dict[str, Any]]:
-    """The records of a metadata.jsonl by the files that they are about."""
-    records = {}
-    for number, line in enumerate(captions.decode(path.read_bytes(), path).split("\n"), 1):
-        if not line.strip():
-            continue
+def _metadata(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What a metadata.jsonl or metadata.csv says, by the files that it is about; any other file
+    says nothing."""
+    reader = _METADATA.get(path.name)
+    for number, record in reader(path) if reader else ():
         where = f"{shown(path)}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: it is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
             raise UserError(f'{where}: it has no "file_name"')
         if not isinstance(record.get("mask", ""), str | None):
             raise UserError(f'{where}: "mask" is not the name of a file')
-        records[path.parent / record["file_name"]] = record
-    return records
+        yield path.parent / record["file_name"], record
+
+
+def _lines_of_json(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(captions.decode(path.read_bytes(), path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{shown(path)}, line {number}: it is not JSON: {error}") from error
+
+
+def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows below the header; an empty cell is as good as none, and a weight is a number."""
+    text = captions.decode(path.read_bytes(), path)
+    rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST)
+    for row in rows:
+        if _REST in row:
+            raise UserError(
+                f"{shown(path)}, line {rows.line_num}: it has more cells than the header; put a "
+                "caption that has commas in double quotes"
+            )
+        record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
+        if "weight" in record:
+            with suppress(
+                ValueError
+            ):  # what is no number is refused where all weights are looked at
+                record["weight"] = float(record["weight"])
+        yield rows.line_num, record
+
+
+_METADATA = {"metadata.jsonl": _lines_of_json, "metadata.csv": _rows_of_csv}
+_REST = "more cells than the header has"
 
 
 def _expand(path: Path, extensions: list[str]) -> Iterator[Item]:
