@@ -1,6 +1,7 @@
 """What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -160,6 +161,27 @@ def test_pictures_that_cannot_be_drawn_are_named_and_training_goes_on(quick, mon
     assert not (folder / "samples/step-000000.png").exists()
     assert (folder / "samples/step-000004.png").exists()
     assert_same_weights(weights(folder, 4), weights(whole, 4))
+
+
+def test_memory_that_runs_out_in_an_evaluation_costs_its_loss_and_nothing_else(quick, monkeypatch):
+    whole = quick("whole", "log.eval_every=2")
+    original, calls = losses.evaluate, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) in (2, 3):  # after step 2 and after the last, step 4
+            raise torch.OutOfMemoryError("no room")
+        return original(*args)
+
+    monkeypatch.setattr(losses, "evaluate", failing)
+    folder = quick("failing", "log.eval_every=2")
+    said = (folder / "train.log").read_text()
+    for step in (2, 4):
+        assert f"no eval/loss of step {step} (no room)" in said
+    assert [row["step"] for row in rows(folder) if "eval/loss" in row] == [0]
+    assert math.isnan(json.loads((folder / "summary.json").read_text())["eval_loss_after"])
+    assert_same_weights(weights(folder, 4), weights(whole, 4))
+    assert (folder / "model/model_index.json").exists()  # what was trained is not lost
 
 
 def test_a_run_that_only_skips_stops_with_the_reason(composed, tmp_path, monkeypatch):

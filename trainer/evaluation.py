@@ -1,6 +1,7 @@
 """What is seen of a model in training: losses at fixed points, and pictures of fixed prompts."""
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +15,23 @@ log = logging.getLogger(__name__)
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
     that of the pictures that are held out beside it, as eval/holdout_loss; and those of averaged
-    weights, as eval/ema_loss and eval/ema_holdout_loss."""
-    found = _losses(state)
-    if state.ema:
-        with state.averaged():
-            averaged = _losses(state)
-        found |= {
-            f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
-        }
+    weights, as eval/ema_loss and eval/ema_holdout_loss.
+
+    Where memory runs out nothing is written and the loss is nan.  That is no reason to end.
+    """
+    try:
+        found = _losses(state)
+        if state.ema:
+            with state.averaged():
+                averaged = _losses(state)
+            found |= {
+                f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
+            }
+    except Exception as error:
+        if not memory.ran_out(error):
+            raise
+        log.warning("no eval/loss of step %d (%s); training goes on", state.step, error)
+        return {"loss": math.nan}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
     return found
 
