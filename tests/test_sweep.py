@@ -41,15 +41,30 @@ def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+NUMBERS = {
+    "eval_loss_before": 1.0,
+    "seconds_per_step": 0.1,
+    "optimizer_state_bytes": 10,
+    "peak_memory_bytes": 10,
+    "skipped_steps": 0,
+}
+
+
 def test_a_diverged_run_comes_after_the_finite_ones():
-    numbers = {
-        "eval_loss_before": 1.0,
-        "seconds_per_step": 0.1,
-        "optimizer_state_bytes": 10,
-        "peak_memory_bytes": 10,
-        "skipped_steps": 0,
-    }
     losses = {"a": math.nan, "b": 0.5, "c": 0.1}
-    runs = [numbers | {"overrides": [k], "eval_loss_after": v} for k, v in losses.items()]
+    runs = [NUMBERS | {"overrides": [k], "eval_loss_after": v} for k, v in losses.items()]
     names = [line.split()[1] for line in sweep_table(runs).splitlines()[2:]]
     assert names == ["c", "b", "a"]
+
+
+def test_losses_that_only_some_runs_have_get_a_column_where_one_has_them():
+    plain = NUMBERS | {"overrides": ["a"], "eval_loss_after": 0.2}
+    failed = {"overrides": ["b"], "error": "no"}
+    assert "held out" not in sweep_table([plain, failed])
+    assert "failed: no" in sweep_table([failed])
+    table = sweep_table([plain, failed, plain | {"overrides": ["c"], "holdout_loss_after": 0.25}])
+    header, _, first, second, last = [
+        [cell.strip() for cell in line.split("|")] for line in table.splitlines()
+    ]
+    at = header.index("held out")
+    assert (first[at], second[at], last[at]) == ("", "0.2500", "")

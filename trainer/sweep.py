@@ -14,11 +14,14 @@ _COLUMNS = (
     # title, key in summary.json, format
     ("eval before", "eval_loss_before", "{:.4f}"),
     ("eval after", "eval_loss_after", "{:.4f}"),
+    ("held out", "holdout_loss_after", "{:.4f}"),
+    ("of averaged weights", "ema_loss_after", "{:.4f}"),
     ("s/step", "seconds_per_step", "{:.3f}"),
     ("optimizer state", "optimizer_state_bytes", "bytes"),
     ("peak memory", "peak_memory_bytes", "bytes"),
     ("skipped", "skipped_steps", "{}"),
 )
+_NOT_IN_ALL = {"holdout_loss_after", "ema_loss_after"}
 
 
 class SweepTable(Callback):
@@ -42,17 +45,20 @@ class SweepTable(Callback):
 def sweep_table(runs: list[dict[str, Any]]) -> str:
     """A Markdown table of run summaries, lowest final eval loss first, failed runs last.
 
-    A run is called by the overrides that not all of them have.
+    A run is called by the overrides that not all of them have.  Held-out and
+    averaged losses have a column where some run has them.
     """
     common = set.intersection(*(set(run["overrides"]) for run in runs))
-    rows = [["run", *(title for title, _, _ in _COLUMNS)]]
+    there = {key for run in runs for key in run} | {key for _, key, _ in _COLUMNS} - _NOT_IN_ALL
+    columns = [column for column in _COLUMNS if column[1] in there]
+    rows = [["run", *(title for title, _, _ in columns)]]
     for run in sorted(runs, key=_rank):
         name = " ".join(o for o in run["overrides"] if o not in common) or "default"
         if "error" in run:
             reason = f"failed: {run['error'].splitlines()[0][:60]}"
-            rows.append([name, reason, *([""] * (len(_COLUMNS) - 1))])
+            rows.append([name, reason, *([""] * (len(columns) - 1))])
         else:
-            rows.append([name, *(_cell(run[key], form) for _, key, form in _COLUMNS)])
+            rows.append([name, *(_cell(run.get(key), form) for _, key, form in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
@@ -69,4 +75,6 @@ def _rank(run: dict[str, Any]) -> float:
 
 
 def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return ""
     return format_bytes(value) if form == "bytes" else form.format(value)
