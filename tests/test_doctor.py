@@ -132,6 +132,24 @@ def test_it_tells_how_long_an_epoch_takes_where_a_speed_is_known(examine, in_tmp
     assert "0 min 12 s at 2 images/s (runs/same/summary.json)" in examine()[1]
 
 
+def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder, tmp_path):
+    wide = Image.new("RGB", (300, 100), "white")
+    wide.paste("red", (0, 0, 60, 100))  # what a square bucket crops away
+    wide.save(pictures / "aside.png")
+    (pictures / "aside.txt").write_text("a card aside")
+    sheet = tmp_path / "out/sheet.png"
+    status, out, _ = examine(*folder, "data.max_aspect=1", f"--sheet={sheet}")
+    assert status == 0
+    assert f"{sheet}: 5 pictures as a run would see them" in out
+    drawn = Image.open(sheet)
+    tile = drawn.crop((64, 14, 64 + 96, 14 + 96))  # the first of them
+    assert tile.getextrema() == ((255, 255),) * 3
+    blue = drawn.getpixel((64 + 96 + 48, 14 + 48))
+    assert blue[2] > 200 > 60 > blue[0]
+    status, _, err = examine(*folder, "--sheet=sheet")
+    assert (status, err) == (2, "error: --sheet sheet: call it .png, .jpg or .webp\n")
+
+
 def test_it_has_a_help_page_that_tells_the_exit_statuses(examine):
     status, out, _ = examine("--help")
     assert status == 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from trainer import cli
+from trainer import cli, pictures
 from trainer.config import Config
 from trainer.data import Store, dataset
 from trainer.data.survey import Survey, survey
@@ -33,6 +33,9 @@ It takes the options of `python -m trainer`.  Exit status: 0, nothing is wrong; 
 problems, each of which is named; 2, the data cannot be read, or an option is wrong."""
 
 
+_SHEET = 64  # pictures at most
+
+
 @dataclass(kw_only=True)
 class Finding:
     """One kind of problem."""
@@ -47,19 +50,31 @@ def main() -> None:
     parser = argparse.ArgumentParser("trainer.doctor", description=_HELP, formatter_class=form)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument("--images-per-second", type=float, help="to tell how long an epoch takes")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="draw pictures as a run would see them"
+    )
     parser.add_argument("--names", type=int, default=10, help="shown of each problem (default 10)")
     given = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
         config = to_dataclasses(cli.composed(given.overrides))
-        problems = examine(config, given.images_per_second, given.names)
+        if given.sheet and given.sheet.suffix.lower() not in (".png", ".jpg", ".webp"):
+            raise UserError(f"--sheet {given.sheet}: call it .png, .jpg or .webp")
+        problems = examine(config, given.images_per_second, given.names, given.sheet)
     except (UserError, OSError) as error:
         cli.fail(str(error))
     sys.exit(1 if problems else 0)
 
 
-def examine(config: Config, images_per_second: float | None = None, shown: int = 10) -> int:
+def examine(
+    config: Config,
+    images_per_second: float | None = None,
+    shown: int = 10,
+    sheet: Path | None = None,
+) -> int:
     """Print a report on the data; returns how many kinds of problems it has.
+
+    `sheet`: where to draw what a run would see of the data.
 
     Raises UserError for data that cannot be read at all.
     """
@@ -86,6 +101,8 @@ def examine(config: Config, images_per_second: float | None = None, shown: int =
         print(made.table())
         print(_cache_line(model, made))
         print(_epoch_line(config, made, images_per_second))
+        if sheet:
+            print(_draw(made, sheet))
     print(f"{len(findings)} kinds of problems" if findings else "no problems")
     return len(findings)
 
@@ -127,6 +144,18 @@ def _caption_findings(model: Any, made: dataset.Dataset) -> list[Finding]:
     long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
     what = f"captions are cut at {room} tokens (model.prompt_chunks reads more)"
     return [Finding(what=what, names=long)] if long else []
+
+
+def _draw(made: dataset.Dataset, path: Path) -> str:
+    """Pictures of all parts of the data, cropped and scaled as a run would see them, with their
+    captions."""
+    every = -(-len(made.samples) // _SHEET)
+    chosen = made.samples[::every]
+    drawn = [pictures.of_pixels(sample.read_pixels()) for sample in chosen]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures.grid({"as seen": drawn}, [sample.caption for sample in chosen]).save(path)
+    which = "" if every == 1 else f", every {every}th"
+    return f"{path}: {len(drawn)} pictures as a run would see them{which}"
 
 
 def _cache_line(model: Any, made: dataset.Dataset) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 _TILE, _LABEL, _MARGIN, _COLUMNS = 96, 14, 64, 8  # pixels; pictures a band
 
@@ -18,6 +19,11 @@ def load(folder: Path, count: int) -> list[Image.Image]:
     """What `save` wrote; empty when there are not `count` pictures."""
     paths = [folder / f"{number:02d}.png" for number in range(count)]
     return [Image.open(p).convert("RGB") for p in paths] if all(p.exists() for p in paths) else []
+
+
+def of_pixels(pixels: Tensor) -> Image.Image:
+    """fp32 (3, h, w) in [-1, 1] -> a picture."""
+    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image:
