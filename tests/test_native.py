@@ -32,7 +32,8 @@ NAMES = sorted(name for name, cls in optim.FAMILY.items() if plan.has_rule(cls.r
 
 # (7, 1429) has no square view, so (97, 104) is padded: its last row is 19 elements long.
 SMALL = [(24, 40), (33, 3, 3, 3), (37,), (), (0,), (1, 5), (7, 1429), (5, 0)]
-MEDIUM = [(130, 700), (10007,), (33, 3, 3, 3), (), (0,)]  # (130, 700): tiles both ways
+# (130, 700): tiles both ways; (3, 4700): more tiles side by side than a strip has.
+MEDIUM = [(130, 700), (3, 4700), (10007,), (33, 3, 3, 3), (), (0,)]
 LARGE = [
     (2, 160001),  # (564, 568), padded and several tiles each way
     (1, 10007),  # a prime: (97, 104)
