@@ -121,11 +121,8 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 "caption that has commas in double quotes"
             )
         record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
-        if "weight" in record:
-            with suppress(
-                ValueError
-            ):  # what is no number is refused where all weights are looked at
-                record["weight"] = float(record["weight"])
+        with suppress(KeyError, ValueError):  # what is no number is refused with all bad weights
+            record["weight"] = float(record["weight"])
         yield rows.line_num, record
 
 
