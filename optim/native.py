@@ -24,8 +24,9 @@ except ImportError as error:
     _native, _reason = None, str(error)
 
 CPU = torch.device("cpu")
-# Parameters are stepped in buckets of at most so many elements: 64 MB of bf16 gradients.
-BUCKET_NUMEL = 32 << 20
+# Parameters are stepped in buckets of at most so many elements: 16 MB of bf16 gradients, which the
+# last cache holds from one pass of several threads to the next.
+BUCKET_NUMEL = 8 << 20
 # A parameter of at most so many tiles is stepped by one thread, while its cache holds it.
 FEW_TILES = 4
 
