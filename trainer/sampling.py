@@ -10,6 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from trainer import pictures
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
@@ -115,9 +116,7 @@ class Sampler:
 
     def originals(self) -> list[Image.Image]:
         """The pictures that the captions belong to, as the model sees them; none of prompts."""
-        pixels = (sample.read_pixels() for sample in self.samples)
-        arrays = (((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for x in pixels)
-        return [Image.fromarray(array) for array in arrays]
+        return [pictures.of_pixels(sample.read_pixels()) for sample in self.samples]
 
     def captions(self) -> list[str]:
         """What is drawn."""

@@ -45,12 +45,12 @@ class SweepTable(Callback):
 def sweep_table(runs: list[dict[str, Any]]) -> str:
     """A Markdown table of run summaries, lowest final eval loss first, failed runs last.
 
-    A run is called by the overrides that not all of them have.  Held-out and
-    averaged losses have a column where some run has them.
+    A run is called by the overrides that not all of them have.  Held-out and averaged losses have a
+    column where some run has them.
     """
     common = set.intersection(*(set(run["overrides"]) for run in runs))
-    there = {key for run in runs for key in run} | {key for _, key, _ in _COLUMNS} - _NOT_IN_ALL
-    columns = [column for column in _COLUMNS if column[1] in there]
+    absent = _NOT_IN_ALL - {key for run in runs for key in run}
+    columns = [column for column in _COLUMNS if column[1] not in absent]
     rows = [["run", *(title for title, _, _ in columns)]]
     for run in sorted(runs, key=_rank):
         name = " ".join(o for o in run["overrides"] if o not in common) or "default"

@@ -52,8 +52,10 @@ struct FactoredSlot : Slot {
         find_cols();
         row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
         row_root = sqrt(F(row_factors[row]));
-        if (kStored) rows.begin_row(partials());
-        if (kStored) columns.begin_row(partials() + kTileRows);
+        if (kStored) {
+            rows.begin_row(partials());
+            columns.begin_row(partials() + kTileRows);
+        }
         if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col() / 8;
     }
 

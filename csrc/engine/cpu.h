@@ -35,8 +35,8 @@ inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
     }
 }
 
-// One step of a bucket.  Threads take tiles as they come; every tile has sums of its own, so the
-// result does not depend on who takes which.
+// One step of a bucket.  Threads take tiles as they come, each with the strip that it begins, if it
+// begins one; every tile has sums of its own, so the result does not depend on who takes which.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     if (launch.alone || num_threads == 1) return run_alone(isa, launch, num_threads);
     auto tensors = [&](Phase phase) {

@@ -78,7 +78,8 @@ struct Place {
     }
 };
 
-// Room for one row of a moment: its values, those still to be encoded, and its blocks' grids.
+// Room for a tile's row of a moment: its values, those still to be encoded, and its blocks' grids;
+// and for the roots of a strip's column factors.
 struct SlotScratch {
     F values[Exec::kSpan], encoded[Exec::kSpan], roots[Exec::kStripTiles * Exec::kSpan];
     F scale[kTileCols / 128];
