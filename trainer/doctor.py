@@ -154,7 +154,7 @@ def _draw(made: dataset.Dataset, path: Path) -> str:
     drawn = [pictures.of_pixels(sample.read_pixels()) for sample in chosen]
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures.grid({"as seen": drawn}, [sample.caption for sample in chosen]).save(path)
-    which = "" if every == 1 else f", every {every}th"
+    which = "" if every == 1 else f", one in {every}"
     return f"{path}: {len(drawn)} pictures as a run would see them{which}"
 
 

@@ -30,7 +30,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     except Exception as error:
         if not memory.ran_out(error):
             raise
-        log.warning("no eval/loss of step %d (%s); training goes on", state.step, error)
+        log.warning("no eval/loss of step %d (%s); the run goes on", state.step, error)
         return {"loss": math.nan}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
     return found
@@ -77,7 +77,7 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     except Exception as error:
         if not isinstance(error, UserError) and not memory.ran_out(error):
             raise
-        log.warning("no pictures of step %d (%s); training goes on", state.step, error)
+        log.warning("no pictures of step %d (%s); the run goes on", state.step, error)
         return None
     samples = state.folder / "samples"
     pictures.save(samples / f"step-{state.step:06d}", drawn)
