@@ -24,8 +24,7 @@ except ImportError as error:
     _native, _reason = None, str(error)
 
 CPU = torch.device("cpu")
-# Parameters are stepped in buckets of at most so many elements: 16 MB of bf16 gradients, which the
-# last cache holds from one pass of several threads to the next.
+# Parameters are stepped in buckets of at most so many elements, whose partial sums share one room.
 BUCKET_NUMEL = 8 << 20
 # A parameter of at most so many tiles is stepped by one thread, while its cache holds it.
 FEW_TILES = 4

@@ -38,9 +38,6 @@ TINY_TARGET = 0.5
 # ... and, with --threads 2 or more, how many times faster than one thread they are at least.
 SCALING_TARGET = 1.6
 
-SMALL_PARAMS = (
-    8.2e6  # of the set that threads are compared on: steps short enough to be undisturbed
-)
 QUICK_PARAMS, QUICK_ROUNDS, QUICK_EVERY = 1e6, 2, 28
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -145,12 +142,9 @@ def set_up(args: argparse.Namespace) -> "Bench":
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device: use --device cpu, or a CUDA build of torch")
     torch.set_num_threads(args.threads)
-    scales = args.threads > 1 and device.type == "cpu"
-    small = min(SMALL_PARAMS, args.params)
     return Bench(
         slice=Workload(shapes.sample(args.params), dtype, device),
         tiny=Workload(shapes.tiny(QUICK_EVERY if args.quick else 1), dtype, device),
-        small=Workload(shapes.sample(small), dtype, device) if scales else None,
         clock=Clock(device, args.threads),
         stream=Stream(device, args.quick),
         threads=args.threads,

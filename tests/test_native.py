@@ -490,6 +490,19 @@ def test_runs_and_any_number_of_threads_give_the_same_bits(name, dtype, options,
         assert_same(first, trained(name, dtype, **options))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("adafactor8bit", {}), ("adamw_factored", {"cautious": True}), ("came", {"grad_clip": 0.1})],
+)
+def test_threads_that_are_at_different_tensors_give_the_same_bits(name, options, with_threads):
+    """More tiles than go through their passes together, and each pass waits for the one before."""
+    shapes = [(1200, 1500), (2048, 1100), (70, 9000), (1100, 700), (640, 640), (9000, 70)]
+    first = trained(name, BF16, shapes, **options)
+    for count in (2, 3):
+        with_threads(count)
+        assert_same(first, trained(name, BF16, shapes, **options))
+
+
 @pytest.mark.parametrize(("name", "dtype", "options"), VARIANTS, ids=str)
 def test_every_instruction_set_gives_the_same_bits(name, dtype, options, monkeypatch):
     first = trained(name, dtype, **options)

@@ -1,70 +1,146 @@
 // The CPU's driver: tensors one after another, where they are small or there is one thread; else
-// phases one after another, tensors or tiles of a phase side by side.
+// the strips of a few tensors at a time, pass after pass, by whichever thread is free.
 #pragma once
 
 #include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
 
 #include "engine/isa.h"
 
 namespace engine {
 
-// How many neighbours of `count` a thread takes at a time.
-inline int64_t stretch_of(int64_t count, int num_threads) {
-    const int64_t share = count / (8 * num_threads);
-    return share < 1 ? 1 : share < 16 ? share : 16;
+// Tensors of about so many tiles together go through their passes together: several, so that a
+// thread has another one's tiles to do while the last of one are under way; few, so that a cache
+// holds their gradients from one pass to the next.
+constexpr int64_t kWaveTiles = 128;
+
+// A pass over these tiles, which are whole strips of one tensor.
+inline void run_strips(const Isa& isa, Phase pass, const Launch& launch, int64_t tile,
+                       int64_t end) {
+    for (; tile < end; ++tile)
+        if (launch.tiles[tile].col % (isa.strip_tiles * kTileCols) == 0)
+            isa.run_strip(pass, launch, tile);
+}
+
+// The end of what a thread takes at a time, from this tile of a tensor on: strips, of as many tiles
+// together as a long one has.
+inline int64_t end_of_share(const Isa& isa, const Launch& launch, int64_t tile) {
+    const int64_t end = launch.first_tile[launch.tiles[tile].tensor + 1];
+    for (int64_t share = isa.strip_tiles; tile < end; --share, ++tile)
+        if (share <= 0 && launch.tiles[tile].col % (isa.strip_tiles * kTileCols) == 0) break;
+    return tile;
 }
 
 // A thread takes one tensor after another through all phases, while its cache holds it; in a
 // workspace of its own, which its cache holds too, where the launch is of small tensors.  A phase
 // looks at one tensor only, so the results are those of phases one after another.
 inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
-    const int64_t stretch = stretch_of(launch.num_tensors, num_threads);
+    const int64_t neighbours = std::clamp<int64_t>(launch.num_tensors / (8 * num_threads), 1, 16);
 #pragma omp parallel num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
     {
         Launch own = launch;
         own.workspace += int64_t(omp_get_thread_num()) * launch.alone;
-#pragma omp for schedule(dynamic, stretch)
+#pragma omp for schedule(dynamic, neighbours)
         for (int64_t i = 0; i < own.num_tensors; ++i) {
             isa.run_tensor(kBegin, own, i);
-            for (int phase = kMeasure; phase <= kApply; phase += 2) {
-                for (int64_t tile = own.first_tile[i]; tile < own.first_tile[i + 1]; ++tile)
-                    isa.run_strip(Phase(phase), own, tile);
-                isa.run_tensor(Phase(phase + 1), own, i);
+            for (int pass = kMeasure; pass <= kApply; pass += 2) {
+                if (!isa.wants(Phase(pass), own, i)) continue;
+                run_strips(isa, Phase(pass), own, own.first_tile[i], own.first_tile[i + 1]);
+                isa.run_tensor(Phase(pass + 1), own, i);
             }
         }
     }
 }
 
-// One step of a bucket.  Threads take tiles as they come, each with the strip that it begins, if it
-// begins one; every tile has sums of its own, so the result does not depend on who takes which.
+// Threads walk the same sequence of items, each doing those that it is the first to ask for.
+class Turns {
+   public:
+    explicit Turns(std::atomic<int64_t>& taken) : taken_(taken), mine_(taken++) {}
+
+    // Whether the item at hand is this thread's; done(), once it is done, asks for the next.
+    bool mine() { return at_++ == mine_; }
+    void done() { mine_ = taken_++; }
+
+   private:
+    std::atomic<int64_t>& taken_;
+    int64_t mine_, at_ = 0;
+};
+
+// How far a tensor is in its step.
+struct alignas(64) Progress {
+    std::atomic<int64_t> tiles_left{0};  // of the pass at hand
+    std::atomic<int> phase{-1};          // the last one that is complete
+
+    void wait_for(int wanted) const {
+        for (int tries = 0; phase.load(std::memory_order_acquire) < wanted; ++tries)
+            if (tries >= 1000) std::this_thread::yield();
+    }
+};
+
+// One step of a bucket of large tensors.  Threads take shares as they come, and who completes a
+// pass over a tensor does what follows it.  Every tile has sums of its own, so the result does not
+// depend on who takes which.  An item waits for earlier ones only, so that there is always one that
+// does not wait.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     if (launch.alone || num_threads == 1) return run_alone(isa, launch, num_threads);
-    auto tensors = [&](Phase phase) {
-#pragma omp parallel for schedule(dynamic, 1) \
-    num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
-        for (int64_t i = 0; i < launch.num_tensors; ++i) isa.run_tensor(phase, launch, i);
+    std::vector<Progress> progress(launch.num_tensors);
+    std::atomic<int64_t> taken{0};
+
+    // The phase of a tensor as a whole, when what it needs is there.
+    auto complete = [&](int64_t i, Phase phase) {
+        isa.run_tensor(phase, launch, i);
+        progress[i].tiles_left = launch.first_tile[i + 1] - launch.first_tile[i];
+        progress[i].phase.store(phase, std::memory_order_release);
     };
-    // A stretch of neighbours to each thread: their rows of signs share cache lines, which two
-    // threads side by side would take from each other at every row.
-    const int64_t stretch = stretch_of(launch.num_tiles, num_threads);
-    auto tiles = [&](Phase phase) {
-#pragma omp parallel for schedule(dynamic, stretch) \
-    num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
-        for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_strip(phase, launch, i);
+    auto pass_over = [&](int64_t i, Phase pass, Turns& turns) {
+        if (!isa.wants(pass, launch, i)) return;
+        int before = pass - 2;
+        while (before >= kMeasure && !isa.wants(Phase(before), launch, i)) before -= 2;
+        for (int64_t tile = launch.first_tile[i], end; tile < launch.first_tile[i + 1];
+             tile = end) {
+            end = end_of_share(isa, launch, tile);
+            if (!turns.mine()) continue;
+            progress[i].wait_for(before + 1);
+            run_strips(isa, pass, launch, tile, end);
+            if ((progress[i].tiles_left -= end - tile) == 0) complete(i, Phase(pass + 1));
+            turns.done();
+        }
     };
-    tensors(kBegin);
-    for (int phase = kMeasure; phase <= kApply; phase += 2) {
-        if (!isa.wanted(Phase(phase), launch)) continue;
-        tiles(Phase(phase));
-        tensors(Phase(phase + 1));
+#pragma omp parallel num_threads(num_threads)
+    {
+        Turns turns(taken);
+        for (int64_t first = 0, end; first < launch.num_tensors; first = end) {
+            for (end = first + 1; end < launch.num_tensors; ++end)
+                if (launch.first_tile[end + 1] - launch.first_tile[first] > kWaveTiles) break;
+            for (int64_t i = first; i < end; ++i)
+                if (turns.mine()) {
+                    complete(i, kBegin);
+                    turns.done();
+                }
+            for (int64_t i = first; i < end; ++i) progress[i].wait_for(kBegin);
+            for (int pass = kMeasure; pass <= kApply; pass += 2)
+                for (int64_t i = first; i < end; ++i) pass_over(i, Phase(pass), turns);
+        }
     }
 }
 
 // The sum of squares of a bucket's gradients, for a norm over all of them.
 inline double grad_sq(const Isa& isa, const Launch& launch, int num_threads) {
-#pragma omp parallel for schedule(dynamic, 1) \
-    num_threads(num_threads) if (launch.num_tiles > 1 && num_threads > 1)
-    for (int64_t i = 0; i < launch.num_tiles; ++i) isa.run_strip(kMeasureAlone, launch, i);
+    std::atomic<int64_t> taken{0};
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        Turns turns(taken);
+        for (int64_t tile = 0, next; tile < launch.num_tiles; tile = next) {
+            next = end_of_share(isa, launch, tile);
+            if (!turns.mine()) continue;
+            run_strips(isa, kMeasureAlone, launch, tile, next);
+            turns.done();
+        }
+    }
     double sum = 0;
     for (int64_t i = 0; i < launch.num_tiles; ++i) sum += launch.sums[i].grad_sq;
     return sum;

@@ -14,22 +14,23 @@
 //   each_block<B>(width, f)     f(at, block) for every block of B columns; at: where one thread
 //                               keeps what belongs to it; block_of<B>(i, col) is that of a vector
 //   largest<B, signed>(values, at, w)   the largest |element| of that block
-//   Columns                     sums over a tile's rows: begin(to, width) and end(width) once a
-//   tile,
-//                               begin_row(to) and add(i, col, x) once a row
-//   RowSums                     sums of a tile's rows: begin_row(to), add(i, x), end_row(row,
-//   width) RowTotals, Count            what a tile adds to: begin(total); end_row or add;
-//   end(total) load_bits, store_bits       one bit a column, lowest first prefetch(row, cols, col)
-//   a hint: column col of a row to come will be read total(x)                    the sum over a
-//   span's lanes each_sample(first, every, width, grad, weight, f)   some elements of a row: f(at,
-//   col, n, g, w) Spread                      two sums of those over a tile: add(col, every, n, x,
-//   y), total(x, y)
+//   Columns                     sums over a tile's rows: once a tile begin(to, width), end(width),
+//                               once a row begin_row(to), add(i, col, x)
+//   RowSums                     sums of a tile's rows: begin_row(to), add(i, x),
+//                               end_row(row, width)
+//   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total)
+//   load_bits, store_bits       one bit a column, lowest first
+//   prefetch(row, cols, col)    a hint: column col of a row to come will be read
+//   total(x)                    the sum over a span's lanes
+//   each_sample(first, every, width, grad, weight, f)
+//                               some elements of a row: f(at, col, n, g, w)
+//   Spread                      two sums of those over a tile: add(col, every, n, x, y),
+//                               total(x, y)
 //
 // Of a tensor:
 //   each_index, each_pack       f(i), or f(at, n) for a pack of n lanes, of vectors of any length
 //   each_run, largest_of, each_pack_of_run   the same by blocks
-//   sum_of(length, f)           in fp64: 32 partial sums of every 32nd element, then these by
-//   halves
+//   sum_of(length, f)           in fp64: 32 partial sums of every 32nd element, then by halves
 //
 // leads() says whether this thread writes what exists once (of a block of columns: leads_block());
 // sync() makes what threads have written visible to each other.

@@ -8,9 +8,10 @@ namespace engine {
 // The engine as compiled for one instruction set.
 struct Isa {
     const char* name;
-    bool (*wanted)(Phase, const Launch&);
+    int strip_tiles;  // that run_strip takes together, at most
+    bool (*wants)(Phase pass, const Launch&, int64_t member);
     void (*run_tensor)(Phase, const Launch&, int64_t member);
-    void (*run_strip)(Phase, const Launch&, int64_t tile);
+    void (*run_strip)(Phase pass, const Launch&, int64_t tile);
     void (*draw_normals)(float* to, int64_t count, uint64_t key);
 };
 

@@ -129,34 +129,48 @@ struct Apply : Pass {
     }
 };
 
-// One phase of the strip that begins with this tile, if one does.
-inline void run_strip(Phase phase, const Launch& launch, int64_t tile) {
-    if (!begins_strip(launch.tiles[tile])) return;
+// Whether a tensor needs this pass over its tiles.
+inline bool wants(Phase pass, const Launch& launch, int64_t member) {
+    const Tensor& t = launch.tensors[launch.members[member]];
+    const Hyper& h = launch.hypers[member];
+    switch (pass) {
+        case kMeasure:
+            return wants_measure(h);
+        case kFactor:
+            return wants_factor(t, launch.rule);
+        case kNorm:
+            return wants_norm(h);
+        case kResidual:
+            return wants_residual(t, launch.rule);
+        case kLimit:
+            return wants_limit(h);
+        case kAlign:
+            return wants_align(h);
+        default:
+            return true;
+    }
+}
+
+// A pass over the strip that begins with this tile, of a tensor that wants it.
+inline void run_strip(Phase pass, const Launch& launch, int64_t tile) {
     const int64_t member = launch.tiles[tile].tensor;
     const Tensor& t = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];
-    switch (phase) {
+    switch (pass) {
         case kMeasure:
-            if (wants_measure(h)) measure(launch, tile);
-            return;
         case kMeasureAlone:
             return measure(launch, tile);
         case kFactor:
-            if (!wants_factor(t, launch.rule)) return;
             if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>>(launch, tile);
             return factor<AnyGrad>(launch, tile);
         case kNorm:
-            if (wants_norm(h)) with_access(launch, t, h, Norm{{launch, tile}});
-            return;
+            return with_access(launch, t, h, Norm{{launch, tile}});
         case kResidual:
-            if (wants_residual(t, launch.rule)) with_access(launch, t, h, Residual{{launch, tile}});
-            return;
+            return with_access(launch, t, h, Residual{{launch, tile}});
         case kLimit:
-            if (wants_limit(h)) with_access(launch, t, h, Limit{{launch, tile}});
-            return;
+            return with_access(launch, t, h, Limit{{launch, tile}});
         case kAlign:
-            if (wants_align(h)) with_access(launch, t, h, Align{{launch, tile}});
-            return;
+            return with_access(launch, t, h, Align{{launch, tile}});
         default:
             return with_access(launch, t, h, Apply{{launch, tile}});
     }
@@ -188,22 +202,6 @@ inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
 inline void draw_normals(float* to, int64_t count, uint64_t key) {
     Exec::each_pack(count,
                     [&](int64_t at, int n) INLINED { store_f32(to + at, normals(key, at), n); });
-}
-
-// Whether any tensor of the bucket needs this pass over the tiles.
-inline bool wanted(Phase phase, const Launch& launch) {
-    if (phase == kApply) return true;
-    for (int64_t member = 0; member < launch.num_tensors; ++member) {
-        const Hyper& h = launch.hypers[member];
-        const Tensor& t = launch.tensors[launch.members[member]];
-        if (phase == kMeasure && wants_measure(h)) return true;
-        if (phase == kFactor && wants_factor(t, launch.rule)) return true;
-        if (phase == kNorm && wants_norm(h)) return true;
-        if (phase == kResidual && wants_residual(t, launch.rule)) return true;
-        if (phase == kLimit && wants_limit(h)) return true;
-        if (phase == kAlign && wants_align(h)) return true;
-    }
-    return false;
 }
 
 }  // namespace ENGINE_ISA

@@ -19,9 +19,6 @@ HD T* pointer(uint64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Whether a strip begins with this tile.
-HD bool begins_strip(const Tile& tile) { return tile.col % (Exec::kStripTiles * kTileCols) == 0; }
-
 struct Place {
     const Launch& launch;
     const Tile* const first;  // of the strip

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 
-QUIET_SLEEP = 0.018  # seconds of sleep after which a scheduler grants an undisturbed slice
 STREAM_NUMBERS = 1 << 25  # fp32; two arrays of 128 MiB, larger than caches
 
 
@@ -51,20 +50,6 @@ class Stream:
 
     def __call__(self) -> None:
         self._d.add_(self._a)
-
-
-def quiet_seconds(call: Callable[[], object], tries: int, budget: float) -> float:
-    """The least wall time in `tries` calls, each after a short sleep; at least two, and no new one
-    after `budget` seconds."""
-    best, started = float("inf"), time.perf_counter()
-    for count in range(tries):
-        if count >= 2 and time.perf_counter() - started > budget:
-            break
-        time.sleep(QUIET_SLEEP)
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _event_seconds(call: Callable[[], object]) -> float:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from bench.candidates import Candidate, engine
-from bench.clock import Clock, Stream, quiet_seconds
+from bench.clock import Clock, Stream
 from bench.memory import peak_temporary, state_bytes
 from bench.workload import Workload
 
 SLOW = 5.0  # times the reference: from here on `slow_rounds` are enough
-SCALING_TRIES = 30  # steps in one block; two blocks with one thread, two with all
-SCALING_BUDGET = 4.0  # seconds a block
+SCALING_BLOCKS = 12  # of steps on one thread, each followed by one of steps on all
+SCALING_STEPS = 3  # that are timed in a block
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Row:
     stream_share: float  # of the bandwidth of the in-place stream in the same rounds
     temporary_bytes: int | None
     tiny_ratio: float | None = None  # as `ratio`, on the tiny tensors
-    scaling: float | None = None  # one thread's time / all threads' time, quiet wall minima
+    scaling: float | None = None  # median over pairs of blocks: one thread's time / all threads'
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,6 @@ class Bench:
 
     slice: Workload
     tiny: Workload
-    small: Workload | None  # for scaling; none does not measure it
     clock: Clock
     stream: Stream
     threads: int
@@ -84,7 +83,8 @@ class Bench:
         del optimizer
         gc.collect()
         row.tiny_ratio = self._tiny_ratio(candidate)
-        if candidate.ours or candidate.name == "torch/adamw-fused":
+        on_threads = self.threads > 1 and self.clock.device.type == "cpu"
+        if on_threads and (candidate.ours or candidate.name == "torch/adamw-fused"):
             row.scaling = self._scaling(candidate)
         gc.collect()
         return row
@@ -116,22 +116,22 @@ class Bench:
         steps, references, _ = self._rounds(optimizer, self.tiny)
         return _ratio(steps, references)
 
-    def _scaling(self, candidate: Candidate) -> float | None:
+    def _scaling(self, candidate: Candidate) -> float:
         """How many times faster all threads are than one.
 
-        In blocks, because a change of the number makes the thread pool anew; two of each, so that
-        one busy spell does not decide.
+        In blocks, because a change of the number makes the thread pool anew: threads that have just
+        woken up are not those that a backward pass leaves behind.
         """
-        if self.small is None:
-            return None
-        optimizer = candidate.build(self.small.params)
-        best = dict.fromkeys((1, self.threads), float("inf"))
-        for threads in (*best, *best):
+        optimizer = candidate.build(self.slice.params)
+
+        def block(threads: int) -> float:
             torch.set_num_threads(threads)
-            self.small.settle(optimizer)
-            seconds = quiet_seconds(optimizer.step, SCALING_TRIES, SCALING_BUDGET)
-            best[threads] = min(best[threads], seconds)
-        return best[1] / best[self.threads]
+            self.slice.settle(optimizer)
+            return statistics.median(
+                self._seconds(self.slice, optimizer) for _ in range(SCALING_STEPS)
+            )
+
+        return statistics.median(block(1) / block(self.threads) for _ in range(SCALING_BLOCKS))
 
 
 def measure(
