@@ -250,7 +250,7 @@ def _projected(
     low = torch.empty((h.rank, grad.shape[1]), device=param.device)
     for span in spans:
         g = grad[:, span].float()
-        clean = g.is_cpu and bool(torch.linalg.vector_norm(g, torch.inf) <= features.LARGEST_GRAD)
+        clean = g.is_cpu and _all_usable(g)
         if clean and not h.orthograd:
             torch.matmul(p, g, out=low[:, span])
             continue
@@ -261,6 +261,12 @@ def _projected(
         torch.matmul(p, g, out=low[:, span])
         low[:, span].masked_fill_(~ok.any(dim=0), torch.nan)
     return low.mul_(coefficient)
+
+
+def _all_usable(g: Tensor) -> bool:
+    """Whether all elements of a gradient are (`features.usable`); NaN is in both extremes."""
+    least, largest = torch.aminmax(g)
+    return bool(least >= -features.LARGEST_GRAD) and bool(largest <= features.LARGEST_GRAD)
 
 
 def _conditioning(

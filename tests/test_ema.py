@@ -112,6 +112,25 @@ def test_the_model_has_the_averages_inside_and_its_own_weights_after(dtype, devi
     assert_same_weights(ema.state(), averages)
 
 
+def test_memory_that_runs_out_among_the_averages_leaves_the_models_own_weights(monkeypatch):
+    parameters = weights()
+    ema = Ema(config(), parameters, seed=0)
+    move(parameters, 1)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    put, calls = Ema._put, []
+
+    def failing(self, name):
+        calls.append(name)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return put(self, name)
+
+    monkeypatch.setattr(Ema, "_put", failing)
+    with pytest.raises(torch.OutOfMemoryError), ema.in_place():
+        pass
+    assert_same_weights({name: p.detach() for name, p in parameters.items()}, before)
+
+
 @pytest.mark.slow
 def test_a_run_with_everything_that_lasts_resumes_bitwise(quick, composed):
     """An average in bf16, a lagged clip, accumulation, rules, and the fused backward."""

@@ -273,6 +273,24 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path,
     assert one.fingerprint("vae") == origin.at(str(TINY)).fingerprint("vae")
 
 
+def test_a_checkpoint_is_exported_as_its_averages(quick, capsys):
+    folder = quick("run", "ema=bf16", "method.ema.decay=0.5", *ONE_STEP)
+    one, two = (origin.at(str(path)) for path in exported(capsys, folder))
+    assert_same_weights(one, two)
+
+
+def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
+    rules = "method.rules=[{pattern: lora_A, trainable: false}]"
+    folder = quick("run", "method=lora", rules, *ONE_STEP)
+    paths = exported(capsys, folder, "--format", "kohya", "--base", TINY)
+    tiny = origin.at(str(TINY))
+    models = {"unet": architectures.empty("unet", tiny.config("unet"))}
+    one, two = (lora.read(path, models)["unet"] for path in paths)
+    for name, adapter in one.items():
+        assert torch.equal(adapter.down, two[name].down)
+        torch.testing.assert_close(adapter.delta(), two[name].delta())
+
+
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
     """DoRA, rank stabilised, of a text encoder too."""
     options = ("rank=4", "alpha=2", "dora=true", "rslora=true", "train=[unet,text_encoder]")

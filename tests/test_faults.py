@@ -1,7 +1,6 @@
 """What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -41,6 +40,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(quick, caplog
     loaded = checkpoint.load_newest(checkpoint.find(str(folder)))
     assert loaded.step == 2
     assert f"{newest} is damaged: " in caplog.text
+
+
+def test_a_run_writes_the_checkpoint_anew_that_was_damaged(quick, composed):
+    folder = quick("run", "runtime.save_every=2")
+    newest = folder / "checkpoints/step-000004"
+    flip_last_bit(newest / "weights.safetensors")
+    damaged = (newest / "weights.safetensors").read_bytes()
+    run(composed(*QUICK, "runtime.save_every=2", f"resume={folder}"), folder)
+    assert checkpoint.load(newest).step == 4
+    aside = folder / "checkpoints/damaged-step-000004/weights.safetensors"
+    assert aside.read_bytes() == damaged
+
+
+def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_written(quick):
+    with pytest.raises(ValueError, match="it is of no use"):
+        quick("run", "optim=sgd", "optim.lr=1e9", "schedule=constant")
+
+
+def test_pictures_that_are_gone_cost_the_grids_first_row_and_nothing_else(
+    composed, pictures, tmp_path, monkeypatch
+):
+    from trainer.sampling import Sampler
+
+    def gone(self):
+        raise FileNotFoundError("red.png")
+
+    monkeypatch.setattr(Sampler, "originals", gone)
+    folder = tmp_path / "run"
+    options = ["data=folder", f"data.path={pictures}", "data.resolution=64"]
+    run(composed(*QUICK, *options, "log.sample_count=1", "log.sample_steps=1"), folder)
+    assert "the grid of step 4 has no originals: red.png" in (folder / "train.log").read_text()
+    assert (folder / "samples/step-000004.png").exists()
+    assert (folder / "model/model_index.json").exists()
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "safetensors", "rename"])
@@ -179,7 +211,7 @@ def test_memory_that_runs_out_in_an_evaluation_costs_its_loss_and_nothing_else(q
     for step in (2, 4):
         assert f"no eval/loss of step {step} (no room)" in said
     assert [row["step"] for row in rows(folder) if "eval/loss" in row] == [0]
-    assert math.isnan(json.loads((folder / "summary.json").read_text())["eval_loss_after"])
+    assert json.loads((folder / "summary.json").read_text())["eval_loss_after"] is None
     assert_same_weights(weights(folder, 4), weights(whole, 4))
     assert (folder / "model/model_index.json").exists()  # what was trained is not lost
 

@@ -137,6 +137,54 @@ def test_resume_latest_takes_the_newest_run(command, in_tmp):
     assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
 
 
+def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
+    status, _, err = command(*QUICK, "optim=lion", "optim.lr=1e-4", "runtime.save_every=2")
+    assert status == 0, err
+    (folder,) = in_tmp.glob("runs/*/*")
+    (folder / "checkpoints/step-000004").rename(in_tmp / "later")
+    status, out, err = command("resume=latest")
+    assert status == 0, err
+    assert "resumed after step 2" in out
+    assert (folder / "checkpoints/step-000004").exists()
+    status, _, err = command("resume=latest", "optim.lr=1e-3")
+    assert status == 2
+    assert "optim.lr: 0.0001 -> 0.001" in err
+
+
+def test_a_run_is_not_resumed_from_an_older_checkpoint_into_its_own_folder(quick, composed):
+    folder = quick("run", "runtime.save_every=2")
+    older = folder / "checkpoints/step-000002"
+    with pytest.raises(ValueError, match="would write over"):
+        run(composed(*QUICK, "runtime.save_every=2", f"resume={older}"), folder)
+
+
+def test_the_checkpoint_of_a_resumed_run_is_gone_when_training_begins(quick, composed, monkeypatch):
+    import gc
+    import weakref
+
+    import trainer.run
+
+    folder, loaded, seen = quick("run", "schedule.steps=2"), [], []
+    load, train = checkpoint.load, trainer.run.train
+
+    def load_and_note(path):
+        found = load(path)
+        loaded.extend(weakref.ref(x) for x in found.weights.values())
+        return found
+
+    def note_and_train(*args):
+        gc.collect()
+        seen.append(sum(ref() is not None for ref in loaded))
+        train(*args)
+
+    monkeypatch.setattr(checkpoint, "load", load_and_note)
+    monkeypatch.setattr(trainer.run, "train", note_and_train)
+    more = ["schedule.steps=3", f"resume={folder}", "runtime.allow_config_change=true"]
+    run(composed(*QUICK, *more), folder)
+    assert loaded
+    assert seen == [0]
+
+
 def test_a_fresh_run_in_a_used_folder_is_refused(quick, composed):
     folder = quick("run")
     with pytest.raises(ValueError, match=f"{folder} holds a run"):

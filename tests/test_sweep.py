@@ -31,7 +31,8 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3
     assert table[-1].startswith("| optim.lr=-1 ")
-    assert "failed: " in table[-1]
+    assert table[-1].split("|")[2].strip() == "failed"
+    assert "- optim.lr=-1 failed: optim.lr=-1" in done.stdout
 
 
 def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
@@ -61,10 +62,10 @@ def test_losses_that_only_some_runs_have_get_a_column_where_one_has_them():
     plain = NUMBERS | {"overrides": ["a"], "eval_loss_after": 0.2}
     failed = {"overrides": ["b"], "error": "no"}
     assert "held out" not in sweep_table([plain, failed])
-    assert "failed: no" in sweep_table([failed])
+    assert sweep_table([failed]).endswith("\n\n- default failed: no")
     table = sweep_table([plain, failed, plain | {"overrides": ["c"], "holdout_loss_after": 0.25}])
     header, _, first, second, last = [
-        [cell.strip() for cell in line.split("|")] for line in table.splitlines()
+        [cell.strip() for cell in line.split("|")] for line in table.splitlines()[:5]
     ]
     at = header.index("held out")
     assert (first[at], second[at], last[at]) == ("", "0.2500", "")

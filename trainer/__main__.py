@@ -65,6 +65,7 @@ def main() -> None:
     """Run Hydra's command line; a user's mistake becomes one line and status 2."""
     _runs_begun.clear()
     cli.register()
+    sys.argv[1:] = cli.with_resumed(sys.argv[1:])
     try:
         train()
     except Exception as error:  # of the composition; Hydra and OmegaConf raise many kinds

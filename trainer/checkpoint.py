@@ -7,11 +7,14 @@ A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (t
 batch).
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,11 @@ from trainer.formats.weights import of_tensors
 log = logging.getLogger(__name__)
 
 # Of a group that decides what is learned, what does not.
-_ANYWHERE = {"data.cache", "data.max_unreadable", "data.max_pixels"}
+_ANYWHERE = {
+    *("data.cache", "data.max_unreadable", "data.max_pixels"),
+    *("method.export", "method.export_dtype"),
+    *("method.ema.device", "method.ema.sample", "method.ema.export"),
+}
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
 _AVERAGE = "average.safetensors"
 
@@ -54,6 +61,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     average: dict[str, Tensor]  # of the weights; empty without method.ema
     config: dict[str, Any]
+    overrides: list[str]  # of the command line that gave it
     data: str  # fingerprint of the samples
     counters: Counters
 
@@ -76,6 +84,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "step": checkpoint.step,
             "counters": asdict(checkpoint.counters),
             "config": checkpoint.config,
+            "overrides": checkpoint.overrides,
             "data": checkpoint.data,
             "sha256": {name: _sha256_file(temporary / name) for name in files},
         }
@@ -106,6 +115,7 @@ def load(folder: Path) -> Checkpoint:
             optimizer=torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"),
             average=load_file(folder / _AVERAGE) if _AVERAGE in digests else {},
             config=record["config"],
+            overrides=record.get("overrides", []),
             data=record["data"],
             counters=Counters(**record["counters"]),
         )
@@ -115,16 +125,40 @@ def load(folder: Path) -> Checkpoint:
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:
-    """The last of these that is undamaged; each damaged one is named and passed over."""
+    """The last of these that is undamaged; each damaged one is named and passed over, and then
+    renamed, since the run will come to that step again."""
+    damaged: list[Path] = []
     for folder in reversed(folders):
         try:
             loaded = load(folder)
         except UserError as error:
             log.warning("%s; trying the one before", error)
+            damaged.append(folder)
             continue
+        for other in damaged:
+            _set_aside(other)
         log.info("resuming from %s", folder)
         return loaded
     raise UserError("there is no undamaged checkpoint to resume from")
+
+
+def _set_aside(folder: Path) -> None:
+    """Give a damaged checkpoint a name that no run asks for: step-000400 -> damaged-step-000400."""
+    aside = next(
+        path
+        for path in (folder.with_name(f"damaged-{folder.name}{end}") for end in _endings())
+        if not path.exists()
+    )
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder} is damaged and cannot be renamed ({error})") from error
+    log.warning("%s is now %s", folder, aside.name)
+
+
+def _endings() -> Iterator[str]:
+    yield ""
+    yield from (f"-{number}" for number in itertools.count(2))
 
 
 def completed(folder: Path) -> list[Path]:
@@ -155,6 +189,19 @@ def find(resume: str) -> list[Path]:
         f"resume={resume}: there is no checkpoint there; "
         "name a run's folder, a checkpoint's, or latest"
     )
+
+
+def overrides_of(resume: str) -> list[str]:
+    """The command line's options of the run that `resume=` means; none where nobody can tell, which
+    is for `to_resume` to say."""
+    try:
+        for folder in reversed(find(resume)):
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+                return list(record.get("overrides", []))
+    except UserError:
+        pass
+    return []
 
 
 def run_folder_of(resume: str) -> Path | None:
@@ -195,7 +242,7 @@ def to_resume(config: Config) -> Checkpoint | None:
     if changed and not config.runtime.allow_config_change:
         raise UserError(
             "resume: the checkpoint was made with another configuration "
-            f"({', '.join(changed.values())}); give the same options, or set "
+            f"({', '.join(changed.values())}); leave these options out, or set "
             "runtime.allow_config_change=true"
         )
     if changed:

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 import optim
-from trainer.checkpoint import run_folder_of
+from trainer.checkpoint import overrides_of, run_folder_of
 from trainer.config import (
     ALTERNATIVES,
     ASSETS,
@@ -35,7 +35,7 @@ Your own model and pictures:
   python -m trainer model=sdxl model.path=/models/sdxl data=folder data.path=/pictures optim.lr=1e-5
 What is wrong with the pictures, before a run finds out:
   python -m trainer.doctor data=folder data.path=/pictures
-A sweep, with a table of the runs at the end; and going on with the newest run, bit for bit:
+A sweep, with a table of the runs at the end; and going on with the newest run and its options:
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
   python -m trainer resume=latest
 
@@ -69,6 +69,21 @@ def register() -> None:
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+
+
+def with_resumed(arguments: list[str]) -> list[str]:
+    """The command line, and before it the options of the run that it resumes, but for those that it
+    gives itself."""
+    given = {_key(a): a.partition("=")[2] for a in arguments if not a.startswith("-")}
+    resume = given.get("resume", "").strip("'\"")
+    if resume in ("", "null"):
+        return arguments
+    return [a for a in overrides_of(resume) if _key(a) not in given] + arguments
+
+
+def _key(override: str) -> str:
+    """+optim.lr=1e-4 -> optim.lr"""
+    return override.lstrip("+~").partition("=")[0]
 
 
 def composed(overrides: list[str]) -> DictConfig:

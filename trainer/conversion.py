@@ -49,7 +49,7 @@ def convert(
     else:
         if base:
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
-        found = origin.at(str(path) if path.exists() else source, variant)
+        found = origin.at(str(path) if path.exists() else source, variant, "SOURCE")
         _write_model(target, found, {}, form, kind)
 
 
@@ -136,7 +136,7 @@ def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
         base = fits[0]
     if base in architectures.PUBLISHED:
         return base, _empty_published(base)
-    found = origin.at(base)
+    found = origin.at(base, option="--base")
     return found.kind, _empty(found)
 
 
@@ -176,7 +176,7 @@ def _export_checkpoint(
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     found = origin.at(began["path"], began.get("variant"))
-    trained = _by_part(of_file(folder / "weights.safetensors")[0])
+    trained = _by_part(_exported_weights(folder, method.get("ema")))
     if method["name"] == "lora":
         models = _empty(found)
         held = _adapters_of(trained, method)
@@ -190,6 +190,17 @@ def _export_checkpoint(
         parts["vae"] = origin.vae(began["vae"])
     scheduler = noise.scheduler_config(noising, found.config("scheduler"))
     _write_model(target, found, parts, form, dtype, scheduler)
+
+
+def _exported_weights(folder: Path, ema: dict[str, Any] | None) -> Weights:
+    """A checkpoint's tensors as its run would export them: averages where there are some and they
+    are wanted (`method.ema.export`), in the dtype of the weights."""
+    weights = of_file(folder / "weights.safetensors")[0]
+    if not ema or ema["export"] != "average":
+        return weights
+    log.info("the weights' averages are exported (method.ema.export)")
+    averages = of_file(folder / "average.safetensors")[0]
+    return weights | {name: lazy.to(weights[name].dtype) for name, lazy in averages.items()}
 
 
 def _by_part(weights: Weights) -> dict[str, Weights]:

@@ -5,6 +5,7 @@ is sampled from the normal distribution of unit variance around the model's own 
 squared gradient of that loss, scaled, is the diagonal of the Gauss-Newton matrix on average.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import DDPMScheduler
@@ -15,22 +16,17 @@ from trainer import batches, losses
 from trainer.config import LossConfig
 
 
-def is_due(optimizer: Any) -> bool:
-    """Whether `optimizer` wants an estimate before its next step."""
-    return isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()
-
-
 def estimate(
     optimizer: Any,
     unet: nn.Module,
-    batch: batches.Batch,
+    draw: Callable[[], batches.Batch],
     config: LossConfig,
     schedule: DDPMScheduler,
     seed: int,
     step: int,
 ) -> None:
-    """Where `optimizer` wants an estimate before this step, make it from the step's batch; others
-    are left alone.
+    """Where `optimizer` wants an estimate before this step, make it from the batch that `draw`
+    gives; else nothing is drawn.
 
     The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
     elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.  Where an element's
@@ -38,15 +34,14 @@ def estimate(
     of that is the plain squared error's with noise of sqrt(f) times the unit, which a factor of 0
     has as well.
     """
-    if not is_due(optimizer):
+    if not isinstance(optimizer, optim.Sophia) or not optimizer.wants_hessian():
         return
+    batch = draw()
     prediction = batches.predict(unet, batch)
     noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)
     factor = losses.factor(config, schedule, batch)
     if factor is not None:
         noise = noise * factor.sqrt()
     target = prediction.detach() + noise.to(prediction.device)
-    # Trained text encoders have a graph behind the batch's prompt, which the loss wants again.
-    graph_is_shared = batch.prompt.requires_grad
-    losses.squared_error(prediction, target).backward(retain_graph=graph_is_shared)
+    losses.squared_error(prediction, target).backward()
     optimizer.update_hessian(prediction.numel() / 2)

@@ -95,15 +95,18 @@ class Ema:
         Where they have its dtype and device they change places and nothing is copied; elsewhere the
         weights are kept, on the averages' device, and put back.
         """
-        aside = {name: self._put(name) for name in self.averages}
+        aside: dict[str, Tensor] = {}
         try:
+            for name in self.averages:  # memory may run out in the middle
+                aside[name] = self._put(name)
             yield
         finally:
-            for name, parameter in self._weights.items():
-                if aside[name].device == parameter.device:
-                    parameter.data = aside[name]
+            for name, own in aside.items():
+                parameter = self._weights[name]
+                if own.device == parameter.device:
+                    parameter.data = own
                 else:
-                    parameter.data.copy_(aside[name])
+                    parameter.data.copy_(own)
 
     def _put(self, name: str) -> Tensor:
         """Give a parameter its average; returns its own weights."""

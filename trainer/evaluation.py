@@ -1,9 +1,10 @@
 """What is seen of a model in training: losses at fixed points, and pictures of fixed prompts."""
 
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
+
+from PIL.Image import Image
 
 from trainer import batches, losses, memory, metrics, pictures
 from trainer.errors import UserError
@@ -17,7 +18,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     that of the pictures that are held out beside it, as eval/holdout_loss; and those of averaged
     weights, as eval/ema_loss and eval/ema_holdout_loss.
 
-    Where memory runs out nothing is written and the loss is nan.  That is no reason to end.
+    Where memory runs out there are none, and nothing is written.  That is no reason to end.
     """
     try:
         found = _losses(state)
@@ -31,7 +32,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
         if not memory.ran_out(error):
             raise
         log.warning("no eval/loss of step %d (%s); the run goes on", state.step, error)
-        return {"loss": math.nan}
+        return {}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
     return found
 
@@ -66,22 +67,30 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     """Draw the fixed prompts; write each picture, and a grid of original, before and now.
 
     Returns the grid's path, or None where no pictures are wanted (log.sample_count=0), or where
-    they cannot be drawn: memory ran out, or the model's file is gone.  That is no reason to end.
+    there can be none: memory or the disk ran out, or a file is gone.  That is no reason to end.
     """
-    sampler = state.sampler
-    if not sampler.count:
+    if not state.sampler.count:
         return None
     try:
         with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
-            drawn = sampler.draw()
+            drawn = state.sampler.draw()
+        return _show(state, drawn, writer)
     except Exception as error:
-        if not isinstance(error, UserError) and not memory.ran_out(error):
+        if not isinstance(error, UserError | OSError) and not memory.ran_out(error):
             raise
         log.warning("no pictures of step %d (%s); the run goes on", state.step, error)
         return None
-    samples = state.folder / "samples"
+
+
+def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
+    """Write the pictures drawn at this step, and the grid."""
+    sampler, samples = state.sampler, state.folder / "samples"
     pictures.save(samples / f"step-{state.step:06d}", drawn)
-    rows = {"original": sampler.originals()}
+    rows: dict[str, list[Image]] = {}
+    try:
+        rows["original"] = sampler.originals()
+    except (UserError, OSError) as error:  # a file that is read again here
+        log.warning("the grid of step %d has no originals: %s", state.step, error)
     if state.step:
         rows["before"] = pictures.load(samples / f"step-{0:06d}", sampler.count)
     is_last = state.step == state.config.schedule.steps

@@ -29,11 +29,9 @@ def prepare(config: Config, parts: Mapping[str, nn.Module], device: torch.device
     runtime, unet = config.runtime, parts["unet"]
     if runtime.gradient_checkpointing:
         for name, part in parts.items():
-            if not any(p.requires_grad for p in part.parameters()):
-                continue
-            if name == "unet":
+            if name == "unet":  # trained or not: text encoders' gradients come through it
                 part.enable_gradient_checkpointing()
-            else:
+            elif any(p.requires_grad for p in part.parameters()):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
     if runtime.channels_last:
         for module in unet.modules():

@@ -41,8 +41,16 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         if key in group_names() and not override.value():
             return f"{key} has no choice; there is {', '.join(choices_of(key))}"
         if parent in _valid_keys([]):
-            return f"{key}: {parent} is not set here; choose its group first (log=wandb has one)"
+            return f"{key}: {parent} is not set here; choose its group first ({_where(parent)})"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _where(node: str) -> str:
+    """Which choice sets what is null by default: ema=bf16 for method.ema."""
+    name = node.rpartition(".")[2]
+    if name in group_names():
+        return " or ".join(f"{name}={choice}" for choice in choices_of(name) if choice != "none")
+    return "log=wandb has one"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -38,7 +38,7 @@ class Guard:
         if self._in_a_row > self.max_in_a_row:
             raise UserError(
                 f"{self._in_a_row} steps in a row without a finite loss and gradient; "
-                "the last checkpoint is from before. Lower optim.lr, or check the model's VAE and "
-                "the data (runtime.max_skipped_steps allows more)"
+                "lower optim.lr, or check the model's VAE and the data (runtime.max_skipped_steps "
+                "allows more)"
             )
         return begun

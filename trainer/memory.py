@@ -95,7 +95,7 @@ def explained(config: Config, when: str) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"out of memory {when}; the last checkpoint is from before. Try "
+            f"out of memory {when}, of which nothing is saved. Try "
             f"{'; '.join(advice(config))} ({reason})"
         ) from error
 

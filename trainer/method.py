@@ -45,8 +45,17 @@ def attach(config: Any, model: Model, seed: int) -> None:
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
-    """The weights that training changes, by part and name: unet.conv_in.weight."""
-    return {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+    """The weights that a checkpoint holds, by part and name (unet.conv_in.weight): those that
+    training changes, and what belongs to them of an adapter, half of which `method.rules` may keep
+    as it was."""
+    trained = trained_parameters(model)
+    adapted = {_adapted(name) for name in trained} - {None}
+    return {
+        f"{part}.{name}": parameter.detach()
+        for part, module in model.trained_parts.items()
+        for name, parameter in module.named_parameters()
+        if f"{part}.{name}" in trained or _adapted(f"{part}.{name}") in adapted
+    }
 
 
 def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
@@ -57,6 +66,12 @@ def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _adapted(name: str) -> str | None:
+    """The layer that a parameter adapts: unet.to_q.lora_A.default.weight -> unet.to_q."""
+    layer, is_adapter, _ = name.partition(".lora_")
+    return layer if is_adapter else None
 
 
 @torch.no_grad()
@@ -95,8 +110,6 @@ def _add_adapters(config: LoraConfig, part: str, module: nn.Module, seed: int) -
 
 def _start_from(path: Path, model: Model, trained: list[str]) -> None:
     """Give the adapters the values of a LoRA file, which must be of their ranks and scales."""
-    if not path.is_file():
-        raise UserError(f"method.start_from={path} does not exist; name a LoRA's .safetensors file")
     found = lora.read(path, model.trained_parts)
     if missing := sorted(found.keys() - set(trained)):
         raise UserError(
@@ -112,10 +125,7 @@ def _matching(module: nn.Module, part: str, key: str, patterns: list[str]) -> li
     layers = [name for name, layer in module.named_modules() if isinstance(layer, _ADAPTED)]
     found: set[str] = set()
     for pattern in patterns:
-        try:
-            end = re.compile(rf"(^|\.)({pattern})$")
-        except re.error as error:
-            raise UserError(f"method.{key}: {pattern} is no regular expression: {error}") from error
+        end = re.compile(rf"(^|\.)({pattern})$")
         matched = [name for name in layers if end.search(name)]
         if not matched:
             raise UserError(

@@ -33,7 +33,7 @@ class Metrics:
         """One line: {"step": step, **values}.  Keys look like `train/loss`; NaN becomes null."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **_as_json(values)}) + "\n")
+                file.write(json.dumps({"step": step, **as_json(values)}) + "\n")
         except OSError as error:  # a full disk must not end the training
             log.warning("metrics of step %d are lost: %s", step, error)
         if self._wandb:
@@ -117,9 +117,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _as_json(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN and no infinity."""
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
 
 
 def _wandb_id(folder: Path) -> str:

@@ -45,11 +45,6 @@ class Model:
         encoders = self.text_encoder.encoders if self.text_encoder else {}
         return {"unet": self.unet, **encoders}
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters that training changes, part by part."""
-        parts = self.trained_parts.values()
-        return [p for part in parts for p in part.parameters() if p.requires_grad]
-
     def keep_text_encoders(self, trained: list[str]) -> None:
         """Have the text encoders stay where one of them is trained."""
         missing = sorted(set(trained) - {"unet", *self.text_parts})

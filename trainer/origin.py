@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from trainer.config import ModelConfig
+from trainer.config.model import is_repository
 from trainer.errors import UserError
 from trainer.formats import architectures, fingerprints, kinds
 from trainer.formats.folder import find_weights
@@ -220,14 +221,14 @@ def find(config: ModelConfig) -> Origin:
     return at(config.path, config.variant)
 
 
-def at(name: str, variant: str | None = None) -> Origin:
-    """`find` by a path or a hub name alone."""
+def at(name: str, variant: str | None = None, option: str = "model.path") -> Origin:
+    """`find` by a path or a hub name alone, which `option` gave."""
     path = Path(name).expanduser()
     if path.is_file():
         if variant:
             log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
         return File(path)
-    return Folder(path if path.is_dir() else _from_hub(name, variant), variant)
+    return Folder(path if path.is_dir() else _from_hub(name, variant, option), variant)
 
 
 def vae(name: str) -> Origin:
@@ -240,7 +241,7 @@ def vae(name: str) -> Origin:
         if not (path / "config.json").exists():
             raise UserError(f"model.vae={path} is no folder of a VAE: it has no config.json")
         return Vae(path)
-    return at(name)
+    return at(name, option="model.vae")
 
 
 def _computing(config: dict[str, Any]) -> dict[str, Any]:
@@ -261,13 +262,19 @@ def _hash_of_files(folder: Path) -> str:
     return sha.hexdigest()
 
 
-def _from_hub(name: str, variant: str | None) -> Path:
-    """The folder of a hub repository's snapshot, downloaded unless it is there.
+def _from_hub(name: str, variant: str | None, option: str) -> Path:
+    """The folder of the snapshot of a hub repository that `option` names, downloaded unless it is
+    there.
 
     Only what training reads: no ONNX or Flax files, and not the single files beside the folders.
     """
     from huggingface_hub import snapshot_download
 
+    if not is_repository(name):
+        raise UserError(
+            f"{option}={name} does not exist; name a folder in diffusers layout, a .safetensors or "
+            ".ckpt file, or a hub repository (owner/name)"
+        )
     kind = f".{variant}" if variant else ""
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for part in architectures.PARTS:
@@ -280,6 +287,6 @@ def _from_hub(name: str, variant: str | None) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.path={name} is no folder and no file here, and the hub does not give it "
+            f"{option}={name} is no folder and no file here, and the hub does not give it "
             f"({reason}); name a diffusers folder, or a .safetensors file"
         ) from error

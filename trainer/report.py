@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.metrics import as_json
+
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    """Write summary.json; a number that is not finite becomes null."""
+    text = json.dumps(as_json(summary), indent=2) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
 
 
 def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:

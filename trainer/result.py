@@ -81,6 +81,7 @@ def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
     """How it was trained, by the keys of kohya's scripts, which model managers show; and the whole
     configuration under a key of our own."""
     lr = getattr(config.optim, "lr", "")
+    computes_bf16 = "bfloat16" in (config.model.dtype, config.model.compute)
     known: dict[str, Any] = {
         "ss_steps": step,
         "ss_optimizer": config.optim.name,
@@ -90,7 +91,7 @@ def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
         "ss_resolution": f"{config.data.resolution}x{config.data.resolution}",
         "ss_num_train_images": num_images,
         "ss_batch_size_per_device": config.data.batch_size,
-        "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
+        "ss_mixed_precision": "bf16" if computes_bf16 else "no",
         "trainer": json.dumps({"config": asdict(config), "step": step}),
     }
     return {key: str(value) for key, value in known.items()}

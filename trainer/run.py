@@ -1,12 +1,14 @@
 """One run: assemble, then one linear loop of named phases."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from trainer import (
@@ -18,6 +20,7 @@ from trainer import (
     gradients,
     losses,
     memory,
+    method,
     metrics,
     optimizers,
     record,
@@ -33,33 +36,55 @@ from trainer.state import State, assemble, device_of, save
 
 log = logging.getLogger(__name__)
 
+_THREADS = torch.get_num_threads()  # as torch chose
+
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Train as configured, writing everything to `folder`; returns the last eval loss.
 
-    `overrides` are the command line's, by which a sweep's table tells its runs apart.
+    `overrides` are the command line's: a sweep's table tells its runs apart by them, and a run that
+    is resumed has them again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with console.logging_to(folder / "train.log"), signals.stop_signals() as stop:
-        if not config.resume and checkpoint.completed(folder / "checkpoints"):
-            raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
-        resumed = checkpoint.to_resume(config)
-        record.write(folder, asdict(config), device_of(config.runtime.device))
-        with memory.explained(config, "before the first step"):
-            state = assemble(config, folder, resumed, stop)
+        if checkpoint.completed(folder / "checkpoints"):
+            if not config.resume:
+                raise UserError(
+                    f"{folder} holds a run; go on with resume={folder}, or name another"
+                )
+            if checkpoint.run_folder_of(config.resume) != folder.resolve():
+                raise UserError(
+                    f"{folder} holds a run that resume={config.resume} would write over; leave "
+                    "hydra.run.dir out, or name another folder"
+                )
+        state = begin(config, folder, stop, overrides)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer, stop)
-        return finish(state, writer, overrides)
+        return finish(state, writer)
+
+
+def begin(
+    config: Config, folder: Path, stop: Sequence[int] = (), overrides: Sequence[str] = ()
+) -> State:
+    """Everything in its place for the first step, or for the next of the run that is resumed.
+
+    The checkpoint that it is resumed from ends here: it is as large as the model.
+    """
+    torch.set_num_threads(config.runtime.threads or _THREADS)
+    resumed = checkpoint.to_resume(config)
+    record.write(folder, asdict(config), device_of(config.runtime.device))
+    with memory.explained(config, "before the first step"):
+        return assemble(config, folder, resumed, stop, overrides)
 
 
 def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
     config, unet = state.config, state.model.unet
-    parameters = state.model.trained_parameters()
+    parameters = list(method.trained_parameters(state.model).values())
     taken = gradients.make(config, parameters, state.optimizer, state.grad_norm)
     count = config.runtime.accumulation
     if state.step == 0:
-        state.eval_loss_before = evaluation.evaluate(state, writer)["loss"]
+        state.eval_loss_before = evaluation.evaluate(state, writer).get("loss", math.nan)
         evaluation.sample(state, writer)
     progress = console.Progress(state.step, config.schedule.steps)
 
@@ -77,22 +102,23 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
         with memory.explained(config, f"in step {step + 1}"):
-            if curvature.is_due(state.optimizer):
-                batch = draw(state, step * count)
-                curvature.estimate(
-                    state.optimizer, unet, batch, config.loss, state.schedule, config.seed, step
-                )
+            first_batch = partial(draw, state, step * count)
+            curvature.estimate(
+                state.optimizer, unet, first_batch, config.loss, state.schedule, config.seed, step
+            )
             micro_losses = partial(loss_of, state, step * count)
             outcome = taken.backward(micro_losses, shares(state, step * count))
             state.grad_norm = taken.clip.last_norm
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.
-            if state.guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
+            if state.guard.accepts(step + 1, outcome.loss, outcome.grad_norm, outcome.begun):
                 state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema:
                 state.ema.update(step + 1)
         state.step = step + 1
+        if reports and state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)  # what a step queued belongs to its seconds
         state.seconds += time.monotonic() - started
         progress.advance()
 
@@ -134,31 +160,36 @@ def loss_of(state: State, first: int, place: int) -> Tensor:
     return losses.loss(state.config.loss, state.schedule, prediction, batch)
 
 
-def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ()) -> float:
-    """Save, evaluate, draw and export; then say where everything is and what it cost.
+def finish(state: State, writer: metrics.Metrics) -> float:
+    """Save, evaluate, export and draw; then say where everything is and what it cost.
 
-    A last checkpoint that cannot be saved does not keep the trained model from being exported; the
-    UserError is raised at the end.
+    A last checkpoint that cannot be saved does not keep the trained model from being exported, nor
+    does a loss that is not finite; the UserError is raised at the end.
     """
-    unsaved = None
+    failure = None
     try:
         save(state)
     except UserError as error:
-        unsaved = error
+        failure = error
         log.error("%s", error)
     after = evaluation.evaluate(state, writer)
-    picture = evaluation.sample(state, writer)
+    if not math.isfinite(after.get("loss", 0.0)):
+        failure = UserError(
+            f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
+            "look at train/loss in metrics.jsonl for the step where it went wrong"
+        )
     with state.averaged(state.ema is not None and state.ema.config.export == "average"):
         exported = result.export(
-            state.config, state.model, state.folder, state.step, len(state.data.dataset.samples)
+            state.config, state.model, state.folder, state.step, state.data.dataset.num_pictures
         )
+    picture = evaluation.sample(state, writer)
     summary = {
         "name": state.config.name,
-        "overrides": list(overrides),
+        "overrides": list(state.overrides),
         "seed": state.config.seed,
         "steps": state.step,
         "eval_loss_before": state.eval_loss_before,
-        "eval_loss_after": after["loss"],
+        "eval_loss_after": after.get("loss", math.nan),
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / state.step,
         "images_per_second": state.pictures_seen / state.seconds,
@@ -178,9 +209,9 @@ def finish(state: State, writer: metrics.Metrics, overrides: Sequence[str] = ())
         "checkpoints": state.folder / "checkpoints",
     }
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
-    if unsaved:
-        raise unsaved
-    return after["loss"]
+    if failure:
+        raise failure
+    return after.get("loss", math.nan)
 
 
 def _report(

@@ -47,6 +47,7 @@ class State:
     seconds: float  # spent in training steps, over all sessions of the run
     eval_loss_before: float  # before the first step
     grad_norm: float  # of the last step with a finite one
+    overrides: Sequence[str]  # the command line's
     ema: Ema | None
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
@@ -73,11 +74,10 @@ def assemble(
     folder: Path,
     resumed: checkpoint.Checkpoint | None,
     stop: Sequence[int] = (),
+    overrides: Sequence[str] = (),
 ) -> State:
     """Load the model and the data, encode the data, build the optimizer; then put back what a
     checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
     device = device_of(config.runtime.device)
     memory.reset_peak(device)
     dataset = data.load(config.data, stop)
@@ -128,6 +128,7 @@ def assemble(
         seconds=counters.seconds,
         eval_loss_before=counters.eval_loss_before,
         grad_norm=counters.grad_norm,
+        overrides=overrides,
         ema=average,
     )
 
@@ -142,6 +143,7 @@ def save(state: State) -> None:
             optimizer=state.optimizer.state_dict(),
             average=state.ema.state() if state.ema else {},
             config=asdict(state.config),
+            overrides=list(state.overrides),
             data=state.fingerprint,
             counters=checkpoint.Counters(
                 skipped_steps=state.guard.skipped,

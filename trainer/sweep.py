@@ -45,18 +45,19 @@ class SweepTable(Callback):
 def sweep_table(runs: list[dict[str, Any]]) -> str:
     """A Markdown table of run summaries, lowest final eval loss first, failed runs last.
 
-    A run is called by the overrides that not all of them have.  Held-out and averaged losses have a
+    A run is called by the overrides that not all of them have; why runs failed is said below the
+    table.  Held-out and averaged losses have a
     column where some run has them.
     """
     common = set.intersection(*(set(run["overrides"]) for run in runs))
     absent = _NOT_IN_ALL - {key for run in runs for key in run}
     columns = [column for column in _COLUMNS if column[1] not in absent]
-    rows = [["run", *(title for title, _, _ in columns)]]
+    rows, reasons = [["run", *(title for title, _, _ in columns)]], []
     for run in sorted(runs, key=_rank):
         name = " ".join(o for o in run["overrides"] if o not in common) or "default"
         if "error" in run:
-            reason = f"failed: {run['error'].splitlines()[0][:60]}"
-            rows.append([name, reason, *([""] * (len(columns) - 1))])
+            rows.append([name, "failed", *([""] * (len(columns) - 1))])
+            reasons.append(f"- {name} failed: {run['error'].splitlines()[0]}")
         else:
             rows.append([name, *(_cell(run.get(key), form) for _, key, form in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -65,13 +66,13 @@ def sweep_table(runs: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join([lines[0], rule, *lines[1:], *([""] if reasons else []), *reasons])
 
 
 def _rank(run: dict[str, Any]) -> float:
     """The final eval loss; a run that failed or diverged comes last."""
-    value = run.get("eval_loss_after", math.inf)
-    return value if math.isfinite(value) else math.inf
+    value = run.get("eval_loss_after")
+    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def _cell(value: Any, form: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig
+from trainer.errors import UserError
 from trainer.origin import Origin
 
 PARTS = ("text_encoder", "text_encoder_2")
@@ -45,6 +46,13 @@ class Encoder:
         self._is_pair = len(encoders) > 1
         self._skip = int(self._is_pair) if config.clip_skip is None else config.clip_skip
         self._zeros_for_empty = origin.zeros_for_empty
+        for part, encoder in encoders.items():
+            layers = len(_tower(encoder).encoder.layers)
+            if self._skip >= layers:
+                raise UserError(
+                    f"model.clip_skip={self._skip}: the {part.replace('_', ' ')} has {layers} "
+                    f"layers; skip at most {layers - 1}"
+                )
 
     def __call__(self, captions: Sequence[str | None]) -> Text:
         """Encode; None is the empty prompt as the model's pipeline takes it: zeros, or ""."""

@@ -18,11 +18,13 @@ from trainer.config import (
     PICTURE_SUFFIXES,
     Config,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     MseConfig,
 )
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
+from trainer.config.model import is_repository
 from trainer.errors import UserError
 from trainer.groups import check_rules
 
@@ -83,10 +85,12 @@ def check(config: Config) -> None:
             f"[0, {config.schedule.steps}], the run's steps"
         )
     _check_names(config)
-    _check_trained(config.method.train)
+    _check_trained(config)
     _check_curvature(config)
     _check_clip(config)
     check_rules(config.method.rules)
+    if isinstance(config.method, LoraConfig):
+        _check_adapters(config.method)
     _check_accumulation(config)
     _check_compute(config.model)
     _check_noise(config)
@@ -105,18 +109,42 @@ def check(config: Config) -> None:
 
 def _check_names(config: Config) -> None:
     """The `name` inside a group says what was chosen; setting it by hand would choose nothing."""
+    if not config.name.strip():
+        raise UserError("name is empty; files are called by it")
     for group in ("method", "optim", "loss", "schedule"):
         node = getattr(config, group)
         if node.name != type(node).name:
             raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
 
 
-def _check_trained(parts: list[str]) -> None:
+def _check_trained(config: Config) -> None:
+    parts = config.method.train
     for part in parts:
         if part not in PARTS:
             raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
     if not parts:
         raise UserError("method.train=[] trains nothing; name unet, or text encoders")
+    if set(parts) - {"unet"} and config.model.text_dtype == "float16":
+        raise UserError(
+            f"method.train={parts}: text encoders cannot be trained in float16, in which small "
+            "updates are lost; use model.text_dtype=bfloat16 or float32"
+        )
+
+
+def _check_adapters(config: LoraConfig) -> None:
+    """What is wrong with a LoRA whatever the model."""
+    for key in ("targets", "text_targets"):
+        for pattern in getattr(config, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"method.{key}: {pattern} is no regular expression: {error}"
+                ) from error
+    if config.start_from and not Path(config.start_from).expanduser().is_file():
+        raise UserError(
+            f"method.start_from={config.start_from} does not exist; name a LoRA's .safetensors file"
+        )
 
 
 def _check_fused_backward(config: Config) -> None:
@@ -262,19 +290,24 @@ def _check_paths(config: Config) -> None:
     if not config.model.path.strip():
         raise UserError("model.path is empty; name a folder")
     _check_model(config.model.path)
+    if config.model.vae:
+        _check_there("model.vae", config.model.vae)
 
 
 def _check_model(path: str) -> None:
-    """A folder, a file, or what could be a hub repository's name."""
     model = Path(path).expanduser()
     if model.is_dir() and not (model / "model_index.json").is_file():
         raise UserError(
             f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
         )
-    is_repository = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
-    if not model.exists() and (not is_repository or model.suffix in (".safetensors", ".ckpt")):
+    _check_there("model.path", path)
+
+
+def _check_there(option: str, path: str) -> None:
+    """A folder, a file, or what could be a hub repository's name."""
+    if not Path(path).expanduser().exists() and not is_repository(path):
         raise UserError(
-            f"model.path={path} does not exist; name a folder in diffusers layout, a .safetensors "
+            f"{option}={path} does not exist; name a folder in diffusers layout, a .safetensors "
             "or .ckpt file, or a hub repository (owner/name)"
         )
 

@@ -1,5 +1,6 @@
 """`model=`: what is fine-tuned."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,12 @@ import torch
 from trainer.config.fields import one_of, within
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def is_repository(name: str) -> bool:
+    """Whether this could be a hub repository: owner/name, and no file's."""
+    is_pair = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    return bool(is_pair) and not name.endswith((".safetensors", ".ckpt"))
 
 
 @dataclass(kw_only=True)
@@ -22,7 +29,7 @@ class ModelConfig:
     # Another VAE, exported with the result: its folder, or a model that has it.
     vae: str | None
     vae_dtype: str = one_of(*DTYPES)  # the original SDXL VAE overflows in float16
-    text_dtype: str = one_of(*DTYPES)  # of text encoders that are not trained
+    text_dtype: str = one_of(*DTYPES)  # of the text encoders; trained ones cannot be in float16
     # A caption is read in this many chunks of 75 tokens; the rest of it is cut.
     prompt_chunks: int = within(1, 16)
     # Layers left out at the end of the text encoders; null as published (SDXL 1, SD 1.5 none).

@@ -41,6 +41,11 @@ class Dataset:
         return [i for i, sample in enumerate(self.samples) if sample.held_out]
 
     @property
+    def num_pictures(self) -> int:
+        """Different pictures that are trained on, whatever their resolutions and repeats."""
+        return len({sample.digest for sample in self.samples if not sample.held_out})
+
+    @property
     def fingerprint(self) -> str:
         """A hash of what is trained on: pictures, sizes, captions and how often, in order."""
         digest = hashlib.sha256()

@@ -4,6 +4,7 @@ The picture is in a column `image`, or in the first that holds bytes; captions a
 `text` or `caption`; `weight` and `mask` may be there.  Pictures are read when they are needed.
 """
 
+import threading
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from trainer.data.items import Item, item, shown
 from trainer.errors import UserError
 
+_one_reads = threading.Lock()  # of the threads that read ahead
 _WORDS = ("captions", "text", "caption", "weight")
 
 
@@ -86,8 +88,13 @@ def _read(path: Path, group: int, row: int, column: str) -> bytes:
     return cell
 
 
-@lru_cache(maxsize=4)  # row groups are read whole, and rows are asked for in their order
 def _group(path: Path, group: int, column: str) -> Any:
+    with _one_reads:  # the others wait, and then find it
+        return _read_group(path, group, column)
+
+
+@lru_cache(maxsize=2)  # row groups are read whole, and rows are asked for in their order
+def _read_group(path: Path, group: int, column: str) -> Any:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -43,6 +43,10 @@ class Lazy:
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
+    def to(self, dtype: torch.dtype) -> "Lazy":
+        """The same, cast when it is read."""
+        return Lazy(shape=self.shape, dtype=dtype, read=lambda: self.read().to(dtype))
+
 
 Weights = dict[str, Lazy]
 
