@@ -108,15 +108,23 @@ def predict(unet: nn.Module, batch: Batch) -> Tensor:
     added = None
     if batch.pooled is not None and batch.time_ids is not None:
         added = {
-            "text_embeds": batch.pooled.to(device, dtype),
-            "time_ids": batch.time_ids.to(device),
+            "text_embeds": on_device(batch.pooled.to(dtype), device),
+            "time_ids": on_device(batch.time_ids, device),
         }
     return unet(
-        batch.noisy.to(device, dtype),
-        batch.timesteps.to(device),
-        encoder_hidden_states=batch.prompt.to(device, dtype),
+        on_device(batch.noisy.to(dtype), device),
+        on_device(batch.timesteps, device),
+        encoder_hidden_states=on_device(batch.prompt.to(dtype), device),
         added_cond_kwargs=added,
     ).sample.float()
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """x where it is computed with; to a GPU through pinned memory, so that the host does not wait
+    until the GPU has done what it was asked for before."""
+    if device.type == "cuda" and x.is_cpu:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _batch(

@@ -7,6 +7,7 @@ and adds it.
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -15,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from optim.options import unknown
+from trainer import config
 from trainer.config import choices_of, conf_dir, flatten, group_names
 
 
@@ -27,6 +29,16 @@ def explain(error: BaseException, arguments: list[str]) -> str:
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = found.groups()
         return f"{group}={choice}: {unknown(f'{group} choice', choice, choices_of(group))}"
+    if found := re.search(r"Multiple values for (?:schema/)?(\w+)", text):
+        return f"{found[1]} takes one choice; for a run with each, a sweep, {found[1]}=A,B and -m"
+    if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text):
+        key, value = found.groups()
+        return f"{key}={value}: for a run with each, a sweep, add -m; as a list, {key}=[{value}]"
+    if found := re.search(r"Could not override '([^']+)'.*Key '(\w+)' not in '(\w+)'", text, re.S):
+        key, name, node = found.groups()
+        if name not in key.split(".") and hasattr(config, node):  # of an item of a list
+            siblings = [option.name for option in fields(getattr(config, node))]
+            return f"{key}: {unknown(f'option of {key}', name, siblings)}"
     if found := re.search(r"Could not (?:override|append|delete|add)[^']*'([^']+)'", text):
         return _wrong_key(found[1], overrides)
     if found := re.search(r"(.*)\n\s*full_key: ([\w.\[\]]+)", text):

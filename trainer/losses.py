@@ -23,7 +23,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from trainer import noise
-from trainer.batches import Batch, predict
+from trainer.batches import Batch, on_device, predict
 from trainer.config import HuberConfig, LossConfig
 
 _PARTS = 4  # of the timesteps that evaluation reports apart
@@ -32,14 +32,14 @@ _PARTS = 4  # of the timesteps that evaluation reports apart
 def loss(config: LossConfig, schedule: DDPMScheduler, prediction: Tensor, batch: Batch) -> Tensor:
     """The mean over all elements of the configured distance times its factor: prediction fp32
     (B, 4, h, w) -> 0-d."""
-    target = batch.target.to(prediction.device)
+    target = on_device(batch.target, prediction.device)
     if isinstance(config, HuberConfig):
         distance = _huber(config, schedule, prediction, target, batch.timesteps)
     else:
         distance = F.mse_loss(prediction, target, reduction="none")
     weights = factor(config, schedule, batch)
     if weights is not None:
-        distance = distance * weights.to(prediction.device)
+        distance = distance * on_device(weights, prediction.device)
     return distance.mean()
 
 
