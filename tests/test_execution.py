@@ -113,6 +113,14 @@ def test_gradient_checkpointing_keeps_fewer_activations(composed):
     assert saved_bytes(composed, CHECKPOINTING) < 0.7 * saved_bytes(composed)
 
 
+def test_gradient_checkpointing_is_of_a_frozen_unet_too(composed):
+    """Where text encoders alone are trained, its activations are nearly all there are."""
+    config = composed(CHECKPOINTING)
+    unet = measure_sdxl.build_unet(TINY, DTYPES[config.model.dtype], CPU).requires_grad_(False)
+    execution.prepare(config, {"unet": unet}, CPU)
+    assert unet.is_gradient_checkpointing
+
+
 def test_channels_last_is_the_layout_of_convolutions_outputs_and_of_no_weight(composed):
     seen = {}
 

@@ -141,8 +141,8 @@ struct TileSums {
     double progress, distance;  // of samples: <g, start - w> and |sum of gradients|_1
 };
 
-// What a tensor's step is made of, derived from its Options and its step count; written once a
-// phase by the thread that owns the tensor, read by every tile.
+// What a tensor's step is made of, derived from its Options and its step count; written in its
+// phases as a whole, read by every tile.
 struct Hyper {
     int64_t t, flags;
     uint64_t key;                     // of this step's rounding
@@ -201,7 +201,7 @@ struct Launch {
     int64_t num_tensors, num_tiles;
     int32_t rule;
     int32_t alone;  // workspace of a thread that takes one tensor after another through all phases;
-                    // 0: phase after phase, all of the bucket's tensors in each
+                    // 0: all of the bucket's tensors share one
 };
 
 }  // namespace engine

@@ -26,11 +26,17 @@ inline void run_strips(const Isa& isa, Phase pass, const Launch& launch, int64_t
             isa.run_strip(pass, launch, tile);
 }
 
-// The end of what a thread takes at a time, from this tile of a tensor on: strips, of as many tiles
-// together as a long one has.
-inline int64_t end_of_share(const Isa& isa, const Launch& launch, int64_t tile) {
+// How many tiles a thread takes at a time: as many as a long strip has, or fewer where there would
+// be too few shares for all threads.
+inline int64_t share_of(const Isa& isa, const Launch& launch, int num_threads) {
+    return std::clamp<int64_t>(launch.num_tiles / (4 * num_threads), 1, isa.strip_tiles);
+}
+
+// The end of the share that begins with this tile: whole strips of one tensor, together of at least
+// `share` tiles where there are so many.
+inline int64_t end_of_share(const Isa& isa, const Launch& launch, int64_t tile, int64_t share) {
     const int64_t end = launch.first_tile[launch.tiles[tile].tensor + 1];
-    for (int64_t share = isa.strip_tiles; tile < end; --share, ++tile)
+    for (; tile < end; --share, ++tile)
         if (share <= 0 && launch.tiles[tile].col % (isa.strip_tiles * kTileCols) == 0) break;
     return tile;
 }
@@ -76,35 +82,41 @@ struct alignas(64) Progress {
     std::atomic<int> phase{-1};          // the last one that is complete
 
     void wait_for(int wanted) const {
-        for (int tries = 0; phase.load(std::memory_order_acquire) < wanted; ++tries)
-            if (tries >= 1000) std::this_thread::yield();
+        for (int tries = 0; phase.load(std::memory_order_acquire) < wanted;)
+            if (tries < 1000)
+                ++tries;
+            else
+                std::this_thread::yield();
     }
 };
 
-// One step of a bucket of large tensors.  Threads take shares as they come, and who completes a
-// pass over a tensor does what follows it.  Every tile has sums of its own, so the result does not
-// depend on who takes which.  An item waits for earlier ones only, so that there is always one that
-// does not wait.
+// One step of a bucket of large tensors, each of which has tiles.  Threads take shares as they
+// come, and who completes a pass over a tensor does what follows it.  Every tile has sums of its
+// own, so the result does not depend on who takes which.  An item waits for earlier ones only, so
+// that there is always one that does not wait.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     if (launch.alone || num_threads == 1) return run_alone(isa, launch, num_threads);
     std::vector<Progress> progress(launch.num_tensors);
     std::atomic<int64_t> taken{0};
+    const int64_t share = share_of(isa, launch, num_threads);
+    const int64_t wave = std::max<int64_t>(kWaveTiles, 2 * isa.strip_tiles * num_threads);
 
-    // The phase of a tensor as a whole, when what it needs is there.
+    // The phase of a tensor as a whole, when what it needs is there.  Passes that the tensor does
+    // not want are complete with the one before them.
     auto complete = [&](int64_t i, Phase phase) {
         isa.run_tensor(phase, launch, i);
         progress[i].tiles_left = launch.first_tile[i + 1] - launch.first_tile[i];
-        progress[i].phase.store(phase, std::memory_order_release);
+        int done = phase;
+        while (done < kFinish && !isa.wants(Phase(done + 1), launch, i)) done += 2;
+        progress[i].phase.store(done, std::memory_order_release);
     };
     auto pass_over = [&](int64_t i, Phase pass, Turns& turns) {
         if (!isa.wants(pass, launch, i)) return;
-        int before = pass - 2;
-        while (before >= kMeasure && !isa.wants(Phase(before), launch, i)) before -= 2;
         for (int64_t tile = launch.first_tile[i], end; tile < launch.first_tile[i + 1];
              tile = end) {
-            end = end_of_share(isa, launch, tile);
+            end = end_of_share(isa, launch, tile, share);
             if (!turns.mine()) continue;
-            progress[i].wait_for(before + 1);
+            progress[i].wait_for(pass - 1);
             run_strips(isa, pass, launch, tile, end);
             if ((progress[i].tiles_left -= end - tile) == 0) complete(i, Phase(pass + 1));
             turns.done();
@@ -115,7 +127,7 @@ inline void run(const Isa& isa, const Launch& launch, int num_threads) {
         Turns turns(taken);
         for (int64_t first = 0, end; first < launch.num_tensors; first = end) {
             for (end = first + 1; end < launch.num_tensors; ++end)
-                if (launch.first_tile[end + 1] - launch.first_tile[first] > kWaveTiles) break;
+                if (launch.first_tile[end + 1] - launch.first_tile[first] > wave) break;
             for (int64_t i = first; i < end; ++i)
                 if (turns.mine()) {
                     complete(i, kBegin);
@@ -131,11 +143,12 @@ inline void run(const Isa& isa, const Launch& launch, int num_threads) {
 // The sum of squares of a bucket's gradients, for a norm over all of them.
 inline double grad_sq(const Isa& isa, const Launch& launch, int num_threads) {
     std::atomic<int64_t> taken{0};
+    const int64_t share = share_of(isa, launch, num_threads);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
         Turns turns(taken);
         for (int64_t tile = 0, next; tile < launch.num_tiles; tile = next) {
-            next = end_of_share(isa, launch, tile);
+            next = end_of_share(isa, launch, tile, share);
             if (!turns.mine()) continue;
             run_strips(isa, kMeasureAlone, launch, tile, next);
             turns.done();
