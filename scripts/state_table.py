@@ -1,10 +1,13 @@
-"""Print what each optimizer keeps between steps for the SDXL UNet: `python scripts/state_table.py`.
+"""Print what each optimizer keeps between steps for the SDXL UNet, and what its step takes beside
+torch's: `python scripts/state_table.py`.
 
 The state is laid out, not estimated: every optimizer allocates it (on torch's meta device, which
-holds shapes and no numbers) for the UNet's 1680 bf16 tensors, at its default options.
+holds shapes and no numbers) for the UNet's 1680 bf16 tensors, at its default options.  What a step
+takes is not measured here but taken from the first table of docs/benchmarks.md.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -12,7 +15,9 @@ from torch.nn import Parameter
 
 import optim
 
-SHAPES = Path(__file__).parents[1] / "tests" / "data" / "sdxl_unet_shapes.json"
+REPOSITORY = Path(__file__).parents[1]
+SHAPES = REPOSITORY / "tests" / "data" / "sdxl_unet_shapes.json"
+BENCHMARKS = REPOSITORY / "docs" / "benchmarks.md"
 
 
 def state_bytes(name: str) -> int:
@@ -24,13 +29,26 @@ def state_bytes(name: str) -> int:
     return optimizer.state_bytes()
 
 
+def ratios() -> dict[str, str]:
+    """What a step takes, in steps of torch's fused AdamW: on one thread, with AVX-512."""
+    table = BENCHMARKS.read_text(encoding="utf-8").split("### One thread, AVX-512")[1]
+    found = re.findall(r"^\| \*\*([\w ]+)\*\* \| native \| ([\d.]+) \|", table, re.MULTILINE)
+    return dict(reversed(found))  # of two tables the first counts
+
+
 def table() -> str:
     """A Markdown table, smallest state first."""
-    rows = ["| `optim=` | class | state on the SDXL UNet | what is kept |", "|---|---|--:|---|"]
+    steps = ratios()
+    rows = [
+        "| `optim=` | class | state on the SDXL UNet | step, x torch fused AdamW | what is kept |",
+        "|---|---|--:|--:|---|",
+    ]
     for size, name in sorted((state_bytes(name), name) for name in optim.FAMILY):
         cls = optim.FAMILY[name]
         kept = (cls.__doc__ or "").splitlines()[0]
-        rows.append(f"| `{name}` | `{cls.__name__}` | {size / 1e6:,.1f} MB | {kept} |")
+        rows.append(
+            f"| `{name}` | `{cls.__name__}` | {size / 1e6:,.1f} MB | {steps[name]} | {kept} |"
+        )
     return "\n".join(rows)
 
 
