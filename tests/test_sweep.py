@@ -32,7 +32,7 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
     assert len(table) == 2 + 3
     assert table[-1].startswith("| optim.lr=-1 ")
     assert table[-1].split("|")[2].strip() == "failed"
-    assert "- optim.lr=-1 failed: optim.lr=-1" in done.stdout
+    assert "- optim.lr=-1 failed: optim=adafactor8bit: Adafactor8bit: lr=-1.0" in done.stdout
 
 
 def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
