@@ -54,11 +54,11 @@ def test_the_shipped_model_is_small_and_the_pictures_have_captions():
     assert all(path.with_suffix(".txt").read_text().strip() for path in pictures)
 
 
-def test_the_readme_has_the_measured_state_table():
+def test_the_readme_has_the_table_of_optimizers():
     sys.path.insert(0, str(REPOSITORY / "scripts"))
-    import state_table
+    import optimizer_table
 
-    assert state_table.table() in (REPOSITORY / "README.md").read_text()
+    assert optimizer_table.table() in (REPOSITORY / "README.md").read_text()
 
 
 def test_links_in_the_documents_lead_somewhere():

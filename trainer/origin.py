@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from trainer.config import ModelConfig
-from trainer.config.model import is_repository
+from trainer.config.model import nothing_there
 from trainer.errors import UserError
 from trainer.formats import architectures, fingerprints, kinds
 from trainer.formats.folder import find_weights
@@ -270,11 +270,8 @@ def _from_hub(name: str, variant: str | None, option: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if not is_repository(name):
-        raise UserError(
-            f"{option}={name} does not exist; name a folder in diffusers layout, a .safetensors or "
-            ".ckpt file, or a hub repository (owner/name)"
-        )
+    if found := nothing_there(option, name):
+        raise UserError(found)
     kind = f".{variant}" if variant else ""
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for part in architectures.PARTS:

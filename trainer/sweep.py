@@ -46,8 +46,7 @@ def sweep_table(runs: list[dict[str, Any]]) -> str:
     """A Markdown table of run summaries, lowest final eval loss first, failed runs last.
 
     A run is called by the overrides that not all of them have; why runs failed is said below the
-    table.  Held-out and averaged losses have a
-    column where some run has them.
+    table.  Held-out and averaged losses have a column where some run has them.
     """
     common = set.intersection(*(set(run["overrides"]) for run in runs))
     absent = _NOT_IN_ALL - {key for run in runs for key in run}

@@ -24,7 +24,7 @@ from trainer.config import (
 )
 from trainer.config.fields import complaint
 from trainer.config.method import PARTS
-from trainer.config.model import is_repository
+from trainer.config.model import nothing_there
 from trainer.errors import UserError
 from trainer.groups import check_rules
 
@@ -108,7 +108,8 @@ def check(config: Config) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """The `name` inside a group says what was chosen; setting it by hand would choose nothing."""
+    """The run has a name.  The `name` inside a group says what was chosen; setting it by hand would
+    choose nothing."""
     if not config.name.strip():
         raise UserError("name is empty; files are called by it")
     for group in ("method", "optim", "loss", "schedule"):
@@ -290,8 +291,8 @@ def _check_paths(config: Config) -> None:
     if not config.model.path.strip():
         raise UserError("model.path is empty; name a folder")
     _check_model(config.model.path)
-    if config.model.vae:
-        _check_there("model.vae", config.model.vae)
+    if config.model.vae and (found := nothing_there("model.vae", config.model.vae)):
+        raise UserError(found)
 
 
 def _check_model(path: str) -> None:
@@ -300,16 +301,8 @@ def _check_model(path: str) -> None:
         raise UserError(
             f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
         )
-    _check_there("model.path", path)
-
-
-def _check_there(option: str, path: str) -> None:
-    """A folder, a file, or what could be a hub repository's name."""
-    if not Path(path).expanduser().exists() and not is_repository(path):
-        raise UserError(
-            f"{option}={path} does not exist; name a folder in diffusers layout, a .safetensors "
-            "or .ckpt file, or a hub repository (owner/name)"
-        )
+    if found := nothing_there("model.path", path):
+        raise UserError(found)
 
 
 def _check_data(config: DataConfig) -> None:

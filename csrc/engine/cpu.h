@@ -18,12 +18,15 @@ namespace engine {
 // holds their gradients from one pass to the next.
 constexpr int64_t kWaveTiles = 128;
 
+inline bool begins_strip(const Isa& isa, const Launch& launch, int64_t tile) {
+    return launch.tiles[tile].col % (isa.strip_tiles * kTileCols) == 0;
+}
+
 // A pass over these tiles, which are whole strips of one tensor.
 inline void run_strips(const Isa& isa, Phase pass, const Launch& launch, int64_t tile,
                        int64_t end) {
     for (; tile < end; ++tile)
-        if (launch.tiles[tile].col % (isa.strip_tiles * kTileCols) == 0)
-            isa.run_strip(pass, launch, tile);
+        if (begins_strip(isa, launch, tile)) isa.run_strip(pass, launch, tile);
 }
 
 // How many tiles a thread takes at a time: as many as a long strip has, or fewer where there would
@@ -37,7 +40,7 @@ inline int64_t share_of(const Isa& isa, const Launch& launch, int num_threads) {
 inline int64_t end_of_share(const Isa& isa, const Launch& launch, int64_t tile, int64_t share) {
     const int64_t end = launch.first_tile[launch.tiles[tile].tensor + 1];
     for (; tile < end; --share, ++tile)
-        if (share <= 0 && launch.tiles[tile].col % (isa.strip_tiles * kTileCols) == 0) break;
+        if (share <= 0 && begins_strip(isa, launch, tile)) break;
     return tile;
 }
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,10 +11,16 @@ from trainer.config.fields import one_of, within
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def is_repository(name: str) -> bool:
-    """Whether this could be a hub repository: owner/name, and no file's."""
+def nothing_there(option: str, name: str) -> str | None:
+    """What to say where `name` is neither on the disk nor what a hub repository may be called."""
     is_pair = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    return bool(is_pair) and not name.endswith((".safetensors", ".ckpt"))
+    is_repository = is_pair and not name.endswith((".safetensors", ".ckpt"))
+    if is_repository or Path(name).expanduser().exists():
+        return None
+    return (
+        f"{option}={name} does not exist; name a folder in diffusers layout, a .safetensors or "
+        ".ckpt file, or a hub repository (owner/name)"
+    )
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,5 @@
 """Print what each optimizer keeps between steps for the SDXL UNet, and what its step takes beside
-torch's: `python scripts/state_table.py`.
+torch's: `python scripts/optimizer_table.py`.
 
 The state is laid out, not estimated: every optimizer allocates it (on torch's meta device, which
 holds shapes and no numbers) for the UNet's 1680 bf16 tensors, at its default options.  What a step
@@ -31,9 +31,9 @@ def state_bytes(name: str) -> int:
 
 def ratios() -> dict[str, str]:
     """What a step takes, in steps of torch's fused AdamW: on one thread, with AVX-512."""
-    table = BENCHMARKS.read_text(encoding="utf-8").split("### One thread, AVX-512")[1]
-    found = re.findall(r"^\| \*\*([\w ]+)\*\* \| native \| ([\d.]+) \|", table, re.MULTILINE)
-    return dict(reversed(found))  # of two tables the first counts
+    text = BENCHMARKS.read_text(encoding="utf-8")
+    table = text.split("### One thread, AVX-512")[1].split("###")[0]
+    return dict(re.findall(r"^\| \*\*([\w ]+)\*\* \| native \| ([\d.]+) \|", table, re.MULTILINE))
 
 
 def table() -> str:
