@@ -49,7 +49,7 @@ engine = Pybind11Extension(
     include_dirs=["csrc"],
     cxx_std=17,
     # The same bits everywhere: only the written fused multiply-adds.  An errno of sqrt would keep
-    # loops scalar; Python's own -fwrapv, indices unlike addresses (a sixth of Adafactor's step).
+    # loops scalar; Python's own -fwrapv, indices unlike addresses (an eighth of Adafactor's step).
     extra_compile_args=[
         *("-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-wrapv", "-Wno-psabi")
     ],

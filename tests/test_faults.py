@@ -47,15 +47,20 @@ def test_a_run_writes_the_checkpoint_anew_that_was_damaged(quick, composed):
     newest = folder / "checkpoints/step-000004"
     flip_last_bit(newest / "weights.safetensors")
     damaged = (newest / "weights.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another configuration"):
+        run(composed(*QUICK, f"resume={folder}", "optim.lr=1"), folder)
+    assert newest.exists()  # what is refused changes nothing
     run(composed(*QUICK, "runtime.save_every=2", f"resume={folder}"), folder)
     assert checkpoint.load(newest).step == 4
     aside = folder / "checkpoints/damaged-step-000004/weights.safetensors"
     assert aside.read_bytes() == damaged
 
 
-def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_written(quick):
+def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_written(quick, tmp_path):
     with pytest.raises(ValueError, match="it is of no use"):
         quick("run", "optim=sgd", "optim.lr=1e9", "schedule=constant")
+    for path in ("summary.json", "model/model_index.json", "checkpoints/step-000004"):
+        assert (tmp_path / "run" / path).exists()
 
 
 def test_pictures_that_are_gone_cost_the_grids_first_row_and_nothing_else(

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,40 +124,28 @@ def load(folder: Path) -> Checkpoint:
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:
-    """The last of these that is undamaged; each damaged one is named and passed over, and then
-    renamed, since the run will come to that step again."""
-    damaged: list[Path] = []
+    """The last of these that is undamaged; each damaged one is named and passed over."""
     for folder in reversed(folders):
         try:
             loaded = load(folder)
         except UserError as error:
             log.warning("%s; trying the one before", error)
-            damaged.append(folder)
             continue
-        for other in damaged:
-            _set_aside(other)
         log.info("resuming from %s", folder)
         return loaded
     raise UserError("there is no undamaged checkpoint to resume from")
 
 
-def _set_aside(folder: Path) -> None:
-    """Give a damaged checkpoint a name that no run asks for: step-000400 -> damaged-step-000400."""
-    aside = next(
-        path
-        for path in (folder.with_name(f"damaged-{folder.name}{end}") for end in _endings())
-        if not path.exists()
-    )
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        raise UserError(f"{folder} is damaged and cannot be renamed ({error})") from error
-    log.warning("%s is now %s", folder, aside.name)
-
-
-def _endings() -> Iterator[str]:
-    yield ""
-    yield from (f"-{number}" for number in itertools.count(2))
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step` in a run's `checkpoints` folder, which are damaged where
+    the run goes on from there: step-000400 -> damaged-step-000400.  It will come to them again."""
+    for newer in completed(folder):
+        if int(newer.name[5:]) <= step:
+            continue
+        names = (f"damaged-{newer.name}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+        aside = next(path for path in map(folder.joinpath, names) if not path.exists())
+        newer.rename(aside)
+        log.warning("%s is now %s", newer, aside.name)
 
 
 def completed(folder: Path) -> list[Path]:

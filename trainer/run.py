@@ -72,6 +72,8 @@ def begin(
     """
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = checkpoint.to_resume(config)
+    if resumed:
+        checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
     record.write(folder, asdict(config), device_of(config.runtime.device))
     with memory.explained(config, "before the first step"):
         return assemble(config, folder, resumed, stop, overrides)
