@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
 TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: csrc/engine/exec_cuda.h
-ROW_SUMS_BYTES = 8 * 16 * 17 * 4  # shared memory of a factored moment: RowSums::kRoom
+MOMENT_BYTES = (8 * 16 * 17 + 512) * 4  # shared memory of a factored moment: Exec::kShared
 
 
 class _Launches:
@@ -31,7 +31,7 @@ class _Launches:
     def __init__(self, kind: Kind, bucket: plan.Bucket, kernels: dict[str, Any]) -> None:
         self.bucket = bucket
         self.tables = torch.empty(0)  # on the device: its Launch, then its lists
-        shared = kind.num_factored * ROW_SUMS_BYTES
+        shared = kind.num_shared * MOMENT_BYTES
         self.steps: list[tuple[Any, int, int, int]] = []
         for name, of_tiles in kind.passes():
             if not of_tiles:

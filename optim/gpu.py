@@ -91,8 +91,9 @@ class Kind(NamedTuple):
     compensated: bool
 
     @property
-    def num_factored(self) -> int:
-        return sum(_SLOTS[codec].startswith("Factored") for codec in self.codecs)
+    def num_shared(self) -> int:
+        """Moments that keep something in shared memory."""
+        return sum(_SLOTS[codec].startswith(("Factored", "Given")) for codec in self.codecs)
 
     def has(self, *flags: str) -> bool:
         return any(self.flags >> plan.FLAGS.index(flag) & 1 for flag in flags)

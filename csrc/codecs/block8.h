@@ -12,21 +12,26 @@ struct Block8 : Slot {
     static constexpr int kBlock = 256;
     static constexpr float kOne = 65536.f;  // of codes with as many more bits as a draw has
 
+    int8_t* const first;
     Exec::Row<int8_t> codes;
-    float* absmax;
+    float *const tops, *absmax;
     F* scale;
     F* values;
     DrawsT draws;
 
     HD Block8(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s),
+          first(part<int8_t>(0)),
+          tops(part<float>(1)),
           scale(s.scale),
           values(s.encoded),
-          draws(p.hyper.key, moment.salt, s.words) {}
+          draws(p.hyper.key, moment.salt, s.words) {
+        codes.start(p, first + p.first_row() * cols + first_col());
+    }
 
     HD void begin_row(int64_t row, int width) {
-        codes.begin(part<int8_t>(0) + row * cols + first_col(), cols, width, place.whole);
-        absmax = part<float>(1) + row * ((cols + kBlock - 1) / kBlock) + first_col() / kBlock;
+        codes.begin(place, first + row * cols + first_col(), row, width);
+        absmax = tops + row * ((cols + kBlock - 1) / kBlock) + first_col() / kBlock;
         Exec::each_block<kBlock>(
             width, [&](int at, int block) INLINED { scale[at] = F(absmax[block] / 127.f); });
         draws.begin_row(row, cols, first_col());

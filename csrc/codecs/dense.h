@@ -7,11 +7,15 @@ namespace engine {
 namespace ENGINE_ISA {
 
 struct DenseSlot : Slot {
+    float* const first;
     Exec::Row<float> at;
 
-    HD DenseSlot(const Place& p, SlotId slot, SlotScratch& s) : Slot(p, slot, s) {}
+    HD DenseSlot(const Place& p, SlotId slot, SlotScratch& s)
+        : Slot(p, slot, s), first(part<float>(0)) {
+        at.start(p, first + p.first_row() * cols + first_col());
+    }
     HD void begin_row(int64_t row, int width) {
-        at.begin(part<float>(0) + row * cols + first_col(), cols, width, place.whole);
+        at.begin(place, first + row * cols + first_col(), row, width);
     }
     HD F load(int i, int col, int n) { return at.f32(i, col, n); }
     HD void store(int i, int col, int n, F x) { at.put_f32(i, col, n, x); }
@@ -22,13 +26,16 @@ struct DenseSlot : Slot {
 
 // Written with stochastic rounding: an average moves by less than a bf16's spacing a step.
 struct Bf16Slot : Slot {
+    uint16_t* const first;
     Exec::Row<uint16_t> at;
     Draws draws;
 
     HD Bf16Slot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), draws(p.hyper.key, moment.salt) {}
+        : Slot(p, slot, s), first(part<uint16_t>(0)), draws(p.hyper.key, moment.salt) {
+        at.start(p, first + p.first_row() * cols + first_col());
+    }
     HD void begin_row(int64_t row, int width) {
-        at.begin(part<uint16_t>(0) + row * cols + first_col(), cols, width, place.whole);
+        at.begin(place, first + row * cols + first_col(), row, width);
         draws.begin_row(row, cols, first_col());
     }
     HD F load(int i, int col, int n) { return at.bf16(i, col, n); }

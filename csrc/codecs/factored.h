@@ -14,6 +14,8 @@ namespace ENGINE_ISA {
 template <bool kSigned, bool kStored = true>
 struct FactoredSlot : Slot {
     const float* row_factors;
+    float* const workspace;
+    uint8_t* const sign_bits;
     Exec::AlongColumns col_factors;
     Exec::Columns columns;
     Exec::RowSums rows;
@@ -22,14 +24,20 @@ struct FactoredSlot : Slot {
     F row_root, *roots, *col_roots;
 
     HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), roots(s.roots) {
+        : Slot(p, slot, s),
+          workspace(p.launch.workspace + moment.partials),
+          sign_bits(part<uint8_t>(4)),
+          roots(s.roots) {
         row_factors = p.launch.workspace + p.launch.vectors[p.first->tensor] + moment.vectors;
-        col_factors.begin_tile(cols_from(), p.width(), p.whole);
+        col_factors.begin_tile(cols_from(), p.width(), p.whole, number());
+        if (kSigned) signs.start(p, signs_of(p.first_row()));
+    }
+    HD int number() const { return int(moment.partials / kPartials); }  // of the factored ones
+    HD uint8_t* signs_of(int64_t row) const {
+        return sign_bits + row * ((cols + 7) / 8) + first_col() / 8;
     }
 
-    HD float* partials() const {
-        return place.launch.workspace + place.tile->partials + moment.partials;
-    }
+    HD float* partials() const { return workspace + place.partials; }
     HD const float* cols_from() const { return row_factors + padded(place.rows()) + first_col(); }
     HD void find_cols() {
         col_factors.begin_row(cols_from());
@@ -47,7 +55,7 @@ struct FactoredSlot : Slot {
 
     HD void begin() {
         if (!kStored) return;
-        rows.begin(int(moment.partials / kPartials));
+        rows.begin(number());
         columns.begin(partials() + kTileRows, place.width());
     }
 
@@ -59,9 +67,7 @@ struct FactoredSlot : Slot {
             rows.begin_row(partials());
             columns.begin_row(partials() + kTileRows);
         }
-        if (kSigned)
-            signs.begin(part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col() / 8, width,
-                        place.whole);
+        if (kSigned) signs.begin(place, signs_of(row), row, width);
     }
 
     HD F load(int i, int col, int n) {

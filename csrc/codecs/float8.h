@@ -31,21 +31,26 @@ HD F float8_decode(U code, U base) {
 // DrawsT: where its random bits come from.
 template <class DrawsT>
 struct Float8 : Slot {
+    uint8_t* const first;
     Exec::Row<uint8_t> codes;
-    int8_t* tops;
+    int8_t *const all_tops, *tops;
     U* base;
     F* values;
     DrawsT draws;
 
     HD Float8(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s),
+          first(part<uint8_t>(0)),
+          all_tops(part<int8_t>(1)),
           base(s.base),
           values(s.encoded),
-          draws(p.hyper.key, moment.salt, s.words) {}
+          draws(p.hyper.key, moment.salt, s.words) {
+        codes.start(p, first + p.first_row() * cols + first_col());
+    }
 
     HD void begin_row(int64_t row, int width) {
-        codes.begin(part<uint8_t>(0) + row * cols + first_col(), cols, width, place.whole);
-        tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
+        codes.begin(place, first + row * cols + first_col(), row, width);
+        tops = all_tops + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
                first_col() / kFloat8Block;
         Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
             base[at] = U(float8_base(tops[block] + 127));

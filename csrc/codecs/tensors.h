@@ -21,22 +21,32 @@ HD void store_as(int32_t dtype, char* at, int col, F x, int n) {
     store_uint(reinterpret_cast<uint16_t*>(at) + col, code, n);
 }
 
-// f(i, x) for all vectors x of a tile's row, which begins at `at`.
-template <class Function>
-HD void each_of_row(const Place& p, int32_t dtype, const char* at, int width, Function&& f) {
-    if (dtype == kFloat32) {
-        Exec::Row<const float> row;
-        row.begin(reinterpret_cast<const float*>(at), p.cols(), width, p.whole);
-        return Exec::each(width,
-                          [&](int i, int col, int n) INLINED { f(i, row.f32(i, col, n)); });
+// Decodes a tile's rows, of any dtype.
+struct RowsOf {
+    Exec::Row<const float> wide;
+    Exec::Row<const uint16_t> narrow;
+
+    HD void start(const Place& p, int32_t dtype, const char* at) {
+        if (dtype == kFloat32) return wide.start(p, reinterpret_cast<const float*>(at));
+        narrow.start(p, reinterpret_cast<const uint16_t*>(at));
     }
-    Exec::Row<const uint16_t> row;
-    row.begin(reinterpret_cast<const uint16_t*>(at), p.cols(), width, p.whole);
-    if (dtype == kBFloat16)
-        return Exec::each(width,
-                          [&](int i, int col, int n) INLINED { f(i, row.bf16(i, col, n)); });
-    Exec::each(width, [&](int i, int col, int n) INLINED { f(i, from_fp16(row.uint(i, col, n))); });
-}
+    // f(i, x) for all vectors x of a row, of which the tile's columns begin at `at`.
+    template <class Function>
+    HD void each(const Place& p, int32_t dtype, const char* at, int64_t row, int width,
+                 Function&& f) {
+        if (dtype == kFloat32) {
+            wide.begin(p, reinterpret_cast<const float*>(at), row, width);
+            return Exec::each(width,
+                              [&](int i, int col, int n) INLINED { f(i, wide.f32(i, col, n)); });
+        }
+        narrow.begin(p, reinterpret_cast<const uint16_t*>(at), row, width);
+        if (dtype == kBFloat16)
+            return Exec::each(width,
+                              [&](int i, int col, int n) INLINED { f(i, narrow.bf16(i, col, n)); });
+        Exec::each(width,
+                   [&](int i, int col, int n) INLINED { f(i, from_fp16(narrow.uint(i, col, n))); });
+    }
+};
 
 // Unusable elements of a gradient (NaN, infinite, too large to be squared) count as zero.
 HD F usable(F g, Mask& ok) {
@@ -77,17 +87,23 @@ struct AnyGrad {
     int32_t dtype;
     int64_t cols;
     F* values;
+    RowsOf rows;
 
     HD AnyGrad(const Place& p, F* room)
         : place(p),
           data(pointer<char>(p.tensor.grad)),
           dtype(p.tensor.grad_dtype),
           cols(p.cols()),
-          values(room) {}
+          values(room) {
+        rows.start(p, dtype, part_of(p.first_row()));
+    }
+    HD const char* part_of(int64_t row) const {
+        return data + (row * cols + place.col) * dtype_bytes(dtype);
+    }
 
     HD_CALL void begin_row(int64_t row, int width) {
-        const char* at = data + (row * cols + place.col) * dtype_bytes(dtype);
-        each_of_row(place, dtype, at, width, [&](int i, F x) INLINED { values[i] = x; });
+        const char* at = part_of(row);
+        rows.each(place, dtype, at, row, width, [&](int i, F x) INLINED { values[i] = x; });
     }
     HD bool clean(int) const { return false; }
     HD F load(int i, int, int) const { return values[i]; }
@@ -103,6 +119,7 @@ struct AnyWeight {
     bool compensated, stochastic;
     int64_t cols;
     F* values;
+    RowsOf rows, lost_rows;
     Draws draws;
 
     HD AnyWeight(const Place& p, F* room)
@@ -113,7 +130,11 @@ struct AnyWeight {
           stochastic(has(p.hyper, kStochastic)),
           cols(p.cols()),
           values(room),
-          draws(p.hyper.key, 0) {}
+          draws(p.hyper.key, 0) {
+        const int64_t offset = (p.first_row() * cols + p.col) * dtype_bytes(dtype);
+        rows.start(p, dtype, pointer<char>(tensor.weight) + offset);
+        if (compensated) lost_rows.start(p, dtype, pointer<char>(tensor.compensation) + offset);
+    }
 
     HD_CALL void begin_row(int64_t row, int width) {
         const int64_t first_col = place.col;
@@ -121,10 +142,10 @@ struct AnyWeight {
         at = pointer<char>(tensor.weight) + offset;
         compensation = pointer<char>(tensor.compensation) + offset;
         draws.begin_row(row, cols, first_col);
-        each_of_row(place, dtype, at, width, [&](int i, F x) INLINED { values[i] = x; });
+        rows.each(place, dtype, at, row, width, [&](int i, F x) INLINED { values[i] = x; });
         if (compensated)
-            each_of_row(place, dtype, compensation, width,
-                        [&](int i, F x) INLINED { values[i] = values[i] + x; });
+            lost_rows.each(place, dtype, compensation, row, width,
+                           [&](int i, F x) INLINED { values[i] = values[i] + x; });
     }
     HD F load(int i, int, int) const { return values[i]; }
     HD float element(int col) const { return Exec::element(values, col); }
@@ -133,14 +154,14 @@ struct AnyWeight {
     HD_CALL void end_row(int width) {
         if (dtype == kFloat32) {
             Exec::Row<float> row;
-            row.open(reinterpret_cast<float*>(at), cols, width, place.whole);
-            Exec::each(width, [&](int i, int col, int n)
-                                  INLINED { row.put_f32(i, col, n, values[i]); });
+            row.open(place, reinterpret_cast<float*>(at), width);
+            Exec::each(width,
+                       [&](int i, int col, int n) INLINED { row.put_f32(i, col, n, values[i]); });
             return row.end();
         }
         Exec::Row<uint16_t> row, lost;
-        row.open(reinterpret_cast<uint16_t*>(at), cols, width, place.whole);
-        lost.open(reinterpret_cast<uint16_t*>(compensation), cols, width, place.whole);
+        row.open(place, reinterpret_cast<uint16_t*>(at), width);
+        lost.open(place, reinterpret_cast<uint16_t*>(compensation), width);
         const bool bf16 = dtype == kBFloat16;
         Exec::each(width, [&](int i, int col, int n) INLINED {
             const F w = values[i];

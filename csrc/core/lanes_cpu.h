@@ -20,6 +20,7 @@
 #define INLINED __attribute__((always_inline))    // of a lambda
 #define HD_CALL inline __attribute__((noinline))  // compiled once, called once a row
 #define UNROLLED
+#define UNROLLED_BY_8
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -204,6 +205,8 @@ HD_CALL F fma(F a, F b, F c) {  // there is no instruction: a call to the C libr
     return c;
 }
 #endif
+
+HD F abs(F x) { return as_float(as_bits(x) & U(0x7FFFFFFFu)); }
 
 HD F sqrt(F x) {
     auto root = [](auto x) INLINED {

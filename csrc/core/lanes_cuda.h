@@ -12,6 +12,7 @@
 #define INLINED
 #define HD_CALL __device__ __forceinline__
 #define UNROLLED _Pragma("unroll")
+#define UNROLLED_BY_8 _Pragma("unroll 8")  // so that as many loads are under way
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -38,8 +39,10 @@ HD To map(Function f, const From&... from) {
     return to;
 }
 
-#define LANES_OPERATOR(To, T, op) \
-    HD To operator op(T a, T b) { return map<To>([](auto x, auto y) { return x op y; }, a, b); }
+#define LANES_OPERATOR(To, T, op)                                    \
+    HD To operator op(T a, T b) {                                    \
+        return map<To>([](auto x, auto y) { return x op y; }, a, b); \
+    }
 LANES_OPERATOR(F, F, +)
 LANES_OPERATOR(F, F, -)
 LANES_OPERATOR(F, F, *)
@@ -93,6 +96,10 @@ HD U only(Mask mask, U x) { return select(mask, x, U(0u)); }
 
 HD F fma(F a, F b, F c) {
     return map<F>([](float a, float b, float c) { return __fmaf_rn(a, b, c); }, a, b, c);
+}
+
+HD F abs(F x) {
+    return map<F>([](float x) { return ::fabsf(x); }, x);
 }
 
 // a < b ? a : b and a > b ? a : b, NaN included.

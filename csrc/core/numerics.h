@@ -13,7 +13,6 @@ namespace ENGINE_ISA {
 constexpr float kLargestGrad = 281474976710656.f;  // 2^48
 constexpr int16_t kLargestGradBf16 = 0x5780;
 
-HD F abs(F x) { return as_float(as_bits(x) & U(0x7FFFFFFFu)); }
 HD F clamp(F x, float limit) { return max(min(x, F(limit)), F(-limit)); }
 
 // magnitude >= 0 with the sign bit of `from`.

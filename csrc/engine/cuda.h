@@ -18,24 +18,68 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) 
                   sizeof(Hyper) == 152 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
-// Gradients and weights of a known dtype and rounding.
+// Gradients and weights of a known dtype and rounding.  Elements are decoded when asked for: that
+// takes an instruction, and keeping them a register each.
 template <int32_t kDtype>
-struct GradOf : AnyGrad {
-    HD GradOf(const Place& p, F* room) : AnyGrad(p, room) { dtype = kDtype; }
+struct Elements {
+    static constexpr bool kWide = kDtype == kFloat32;
+    using T = Choice<kWide, const float, const uint16_t>;
+    const Place& place;
+    T* const data;
+    Exec::Row<T> row;
 
+    HD Elements(const Place& p, uint64_t address, bool exist = true)
+        : place(p), data(pointer<T>(address)) {
+        if (exist) row.start(p, part_of(p.first_row()));
+    }
+    HD T* part_of(int64_t at) const { return data + at * place.cols() + place.col; }
+    HD void begin(int64_t at, int width) { row.begin(place, part_of(at), at, width); }
+    HD F load(int i, int col, int n) const {
+        if constexpr (kWide)
+            return row.f32(i, col, n);
+        else if constexpr (kDtype == kBFloat16)
+            return row.bf16(i, col, n);
+        else
+            return from_fp16(row.uint(i, col, n));
+    }
+};
+template <int32_t kDtype>
+struct GradOf {
+    Elements<kDtype> elements;
+
+    HD GradOf(const Place& p, F*) : elements(p, p.tensor.grad) {}
+    HD void begin_row(int64_t row, int width) { elements.begin(row, width); }
+    HD F load(int i, int col, int n) const { return elements.load(i, col, n); }
     // Of the thread's elements: a usable sum has no unusable part.
     HD bool clean(int) const {
         F of_lanes(0.f);
-        UNROLLED for (int i = 0; i < Exec::kSpan; ++i) of_lanes = of_lanes + abs(values[i]);
+        UNROLLED for (int i = 0; i < Exec::kSpan; ++i) of_lanes =
+            of_lanes + abs(load(i, Exec::column(i), kLanes));
         return sum(of_lanes) <= kLargestGrad;
     }
 };
 template <int32_t kDtype, bool kCompensated, bool kRoundsByDraws>
 struct WeightOf : AnyWeight {
-    HD WeightOf(const Place& p, F* room) : AnyWeight(p, room) {
+    Elements<kDtype> elements, lost;
+
+    HD WeightOf(const Place& p, F* room)
+        : AnyWeight(p, room),
+          elements(p, p.tensor.weight),
+          lost(p, p.tensor.compensation, kCompensated) {
         dtype = kDtype;
         compensated = kCompensated;
         stochastic = kRoundsByDraws;
+    }
+    HD void begin_row(int64_t row, int width) {
+        at = (char*)elements.part_of(row);
+        compensation = (char*)lost.part_of(row);
+        draws.begin_row(row, cols, place.col);
+        elements.begin(row, width);
+        if (kCompensated) lost.begin(row, width);
+    }
+    HD F load(int i, int col, int n) const {
+        const F x = elements.load(i, col, n);
+        return kCompensated ? x + lost.load(i, col, n) : x;
     }
 };
 
@@ -60,6 +104,8 @@ struct Kind {
     using R = RuleT;
     using Grad = GradOf<kGradDtype>;
     static constexpr bool kMoves = false, kFlagsKnown = true;
+    // Of a multiprocessor, at least: where a few registers less make room for one more.
+    static constexpr int kBlocks = RuleT::kRoot ? 6 : 1;
     static constexpr int64_t kFlags = kFlags_;
     // Those that have a loop of their own on a CPU (engine/kernels.h): the same arithmetic here.
     static constexpr bool kFactoredPair =
@@ -99,37 +145,37 @@ HD const Hyper& hyper_of_tile(const Launch& launch) {
     return launch.hypers[launch.tiles[blockIdx.x].tensor];
 }
 
-// The passes over a bucket's tiles, a block to each.
-__global__ __launch_bounds__(kTileThreads, kTileBlocks) void measure_kernel(const Launch* launch) {
+// The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
+// rather than memory.
+__global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
     with_tile(*launch, [&](auto whole) { measure(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, kTileBlocks) void factor_kernel(const Launch* launch) {
+__global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {
     with_tile(*launch, [&](auto whole) {
         factor<typename KindT::Grad, KindT::kFlags>(*launch, blockIdx.x, whole.kValue);
     });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, kTileBlocks) void norm_kernel(const Launch* launch) {
+__global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
     if (!wants_norm(hyper_of_tile(*launch))) return;
-    with_tile(*launch,
-              [&](auto whole) { norm<KindT, false>(*launch, blockIdx.x, whole.kValue); });
+    with_tile(*launch, [&](auto whole) { norm<KindT, false>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, kTileBlocks) void residual_kernel(const Launch* launch) {
+__global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
     with_tile(*launch, [&](auto whole) { residual<KindT>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, kTileBlocks) void limit_kernel(const Launch* launch) {
+__global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
     with_tile(*launch, [&](auto whole) { norm<KindT, true>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, kTileBlocks) void align_kernel(const Launch* launch) {
+__global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
     if (!wants_align(hyper_of_tile(*launch))) return;
     with_tile(*launch, [&](auto whole) { align<KindT>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, kTileBlocks) void apply_kernel(const Launch* launch) {
+__global__ __launch_bounds__(kTileThreads, KindT::kBlocks) void apply_kernel(const Launch* launch) {
     with_tile(*launch, [&](auto whole) { apply<KindT>(*launch, blockIdx.x, whole.kValue); });
 }
 

@@ -20,12 +20,16 @@ struct Exec {
         T* at;
         int64_t cols;
 
-        HD void open(T* row, int64_t row_cols, int, bool) {
-            at = row;
-            cols = row_cols;
+        template <class PlaceT>
+        HD void start(const PlaceT&, T*) {}
+        template <class PlaceT>
+        HD void open(const PlaceT& place, T* first, int) {
+            at = first;
+            cols = place.cols();
         }
-        HD void begin(T* row, int64_t row_cols, int width, bool whole) {
-            open(row, row_cols, width, whole);
+        template <class PlaceT>
+        HD void begin(const PlaceT& place, T* first, int64_t, int width) {
+            open(place, first, width);
         }
         HD void end() {}
 
@@ -60,7 +64,12 @@ struct Exec {
     struct Bits {
         uint8_t* at;
 
-        HD void begin(uint8_t* row, int, bool) { at = row; }
+        template <class PlaceT>
+        HD void start(const PlaceT&, uint8_t*) {}
+        template <class PlaceT>
+        HD void begin(const PlaceT&, uint8_t* first, int64_t, int) {
+            at = first;
+        }
         HD uint32_t load(int, int col, int n) const {
             uint16_t bits = 0;
             memcpy(&bits, at + col / 8, n > 8 ? 2 : 1);
@@ -77,7 +86,7 @@ struct Exec {
     struct AlongColumns {
         const float* at;
 
-        HD void begin_tile(const float*, int, bool) {}
+        HD void begin_tile(const float*, int, bool, int) {}
         HD void begin_row(const float* from) { at = from; }
         HD F load(int, int col, int n) const { return load_f32(at + col, n); }
     };

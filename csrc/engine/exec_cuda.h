@@ -16,13 +16,9 @@ namespace ENGINE_ISA {
 
 constexpr int kTileThreads = 64;     // of a block that runs a tile
 constexpr int kTensorThreads = 256;  // of a block that runs a tensor's phase
-#if !defined(TILE_BLOCKS)
-#define TILE_BLOCKS 1
-#endif
-constexpr int kTileBlocks = TILE_BLOCKS;
 
 #if !defined(shared_room)
-extern __shared__ float shared_room[];  // a RowSums::kRoom for each factored moment
+extern __shared__ float shared_room[];  // Exec::kShared for each factored moment
 #endif
 
 struct Exec {
@@ -43,38 +39,52 @@ struct Exec {
         return left < 0 ? 0 : left < kLanes ? left : kLanes;
     }
 
-    // A thread's elements of a row in memory: all are on their way before the first is asked for,
-    // and stored when all have been put.
+    HD static float4 four(F x) { return make_float4(x.r[0], x.r[1], x.r[2], x.r[3]); }
+
+    // A thread's elements of the rows of a tile in memory.  Those of a row are stored when all have
+    // been put; those of a whole tile's next row are under way while one is computed.
     template <class T>
     struct Row {
         static constexpr int kWords = int(sizeof(T)), kEach = 4 / kWords;  // elements of a word
         static constexpr int kBits = 8 * kWords;
+        using Words = uint32_t[kSpan][kWords];
 
         T* at;
         int width;
         bool whole;
-        uint32_t read[kSpan][kWords], written[kSpan][kWords];
+        Words read, ahead, written;
+
+        // Once a tile: where its first row is.
+        template <class PlaceT>
+        HD void start(const PlaceT& place, T* first) {
+            if (place.whole) ask(first, place.width());
+        }
 
         // To be put.
-        HD void open(T* row, int64_t, int row_width, bool is_whole) {
-            at = row;
+        template <class PlaceT>
+        HD void open(const PlaceT& place, T* first, int row_width) {
+            at = first;
             width = row_width;
-            whole = is_whole;
+            whole = place.whole;
         }
-        // To be read.
-        HD void begin(T* row, int64_t cols, int row_width, bool is_whole) {
-            open(row, cols, row_width, is_whole);
-            UNROLLED for (int i = 0; i < kSpan; ++i) {
-                UNROLLED for (int j = 0; j < kWords; ++j) read[i][j] = 0;
-                if (whole) {
-                    if (column(i) < width) load_words(at + column(i), read[i]);
-                    continue;
+        // To be read: row `row`, whose tile's columns begin at `first`.
+        template <class PlaceT>
+        HD void begin(const PlaceT& place, T* first, int64_t row, int row_width) {
+            open(place, first, row_width);
+            if (!whole) {
+                UNROLLED for (int i = 0; i < kSpan; ++i) {
+                    UNROLLED for (int j = 0; j < kWords; ++j) read[i][j] = 0;
+                    UNROLLED for (int k = 0; k < kLanes; ++k) {
+                        const int col = column(i) + k;
+                        if (col < width) read[i][k / kEach] |= bits_at(col) << k % kEach * kBits;
+                    }
                 }
-                UNROLLED for (int k = 0; k < kLanes; ++k) {
-                    const int col = column(i) + k;
-                    if (col < width) read[i][k / kEach] |= bits_at(col) << k % kEach * kBits;
-                }
+                return;
             }
+            UNROLLED for (int i = 0; i < kSpan; ++i) {
+                UNROLLED for (int j = 0; j < kWords; ++j) read[i][j] = ahead[i][j];
+            }
+            if (row + 1 < place.end_row()) ask(first + place.cols(), width);
         }
         HD void end() {
             UNROLLED for (int i = 0; i < kSpan; ++i) {
@@ -120,11 +130,15 @@ struct Exec {
                 upper_halves(x.r[k], x.r[k + 1]);
         }
         HD void put_s8(int i, int col, int n, U x) { put_uint(i, col, n, x & U(255u)); }
-        HD void put_saturated(int i, int col, int n, U x) {
-            put_uint(i, col, n, min(x, U(255u)));
-        }
+        HD void put_saturated(int i, int col, int n, U x) { put_uint(i, col, n, min(x, U(255u))); }
 
        private:
+        HD void ask(T* first, int row_width) {
+            UNROLLED for (int i = 0; i < kSpan; ++i) {
+                UNROLLED for (int j = 0; j < kWords; ++j) ahead[i][j] = 0;
+                if (column(i) < row_width) load_words(first + column(i), ahead[i]);
+            }
+        }
         HD uint32_t bits_at(int col) const {
             if constexpr (kWords == 4)
                 return __float_as_uint(at[col]);
@@ -145,19 +159,25 @@ struct Exec {
     struct Bits {
         uint8_t* at;
         int width;
-        uint32_t read, written;  // the packs' from bits 0 and 16 on
+        uint32_t read, ahead, written;  // the packs' from bits 0 and 16 on
 
-        HD void begin(uint8_t* row, int row_width, bool whole) {
-            at = row;
+        template <class PlaceT>
+        HD void start(const PlaceT& place, uint8_t* first) {
+            if (place.whole) ask(first, place.width());
+        }
+        template <class PlaceT>
+        HD void begin(const PlaceT& place, uint8_t* first, int64_t row, int row_width) {
+            at = first;
             width = row_width;
             written = 0;
             uint32_t word = 0;
-            const int first = 4 * block();
-            if (whole) {
-                if (8 * first < width) word = *reinterpret_cast<const uint32_t*>(at + first);
+            if (place.whole) {
+                word = ahead;
+                if (row + 1 < place.end_row()) ask(first + place.cols() / 8, width);
             } else {
                 UNROLLED for (int j = 0; j < 4; ++j) {
-                    if (8 * (first + j) < width) word |= uint32_t(at[first + j]) << 8 * j;
+                    const int byte = 4 * block() + j;
+                    if (8 * byte < width) word |= uint32_t(at[byte]) << 8 * j;
                 }
             }
             read = word >> thread() % 4 * kLanes;
@@ -170,38 +190,12 @@ struct Exec {
                 __shfl_xor_sync(kWarp, word, apart);
             if (8 * thread() < width) at[thread()] = uint8_t(word >> 8 * (thread() % 4));
         }
-    };
 
-    // A vector that runs along the columns: a tile's part of it, read once.
-    struct AlongColumns {
-        F values[kSpan];
-        bool whole;
-
-        HD void begin_tile(const float* from, int width, bool is_whole) {
-            whole = is_whole;
-            UNROLLED for (int i = 0; i < kSpan; ++i) values[i] =
-                load_f32(from + column(i), lanes(i, width));
-        }
-        HD void begin_row(const float*) {}
-        // The last row may end early.
-        HD F load(int i, int, int n) const {
-            return whole ? values[i] : select(lane_index() < U(uint32_t(n)), values[i], F(0.f));
-        }
-    };
-
-    struct Columns {
-        float* to;
-        F sums[kSpan];
-
-        HD void begin(float* first, int) {
-            to = first;
-            UNROLLED for (int i = 0; i < kSpan; ++i) sums[i] = F(0.f);
-        }
-        HD void begin_row(float*) {}
-        HD void add(int i, int, F x) { sums[i] = sums[i] + x; }
-        HD void end(int width) {
-            UNROLLED for (int i = 0; i < kSpan; ++i)
-                store_f32(to + column(i), sums[i], lanes(i, width));
+       private:
+        HD void ask(const uint8_t* first, int row_width) {
+            ahead = 0;
+            if (32 * block() < row_width)
+                ahead = *reinterpret_cast<const uint32_t*>(first + 4 * block());
         }
     };
 
@@ -216,7 +210,7 @@ struct Exec {
         int last;
         F pairs;
 
-        HD void begin(int factored) { begin_in(shared_room + factored * kRoom); }
+        HD void begin(int moment) { begin_in(shared_room + moment * (kRoom + kTileCols)); }
         HD void begin_in(float* where) {
             room = where;
             last = -1;
@@ -228,8 +222,7 @@ struct Exec {
         HD void add(int i, F x) { pairs = i ? pairs + x : x; }
         HD void add_square(int i, F x) { pairs = i ? fma(x, x, pairs) : x * x; }
         HD void end_row(int row, int) {
-            float4* four = reinterpret_cast<float4*>(room + row % kRows * kPitch) + thread();
-            *four = make_float4(pairs.r[0], pairs.r[1], pairs.r[2], pairs.r[3]);
+            reinterpret_cast<float4*>(room + row % kRows * kPitch)[thread()] = four(pairs);
             last = row;
             if (row % kRows == kRows - 1) flush();
         }
@@ -253,6 +246,49 @@ struct Exec {
             }
             if (thread() % 8 == 0 && row <= last) to[row] = sum[0] + sum[1];
             __syncthreads();
+        }
+    };
+
+    // What a factored moment has of shared memory, in floats: room for its rows' sums, and for what
+    // runs along the columns.
+    static constexpr int kShared = RowSums::kRoom + kTileCols;
+
+    // A vector that runs along the columns: a tile's part of it, read once.  Each thread keeps its
+    // own elements in shared memory, for registers are what limits the number of warps.
+    struct AlongColumns {
+        float4* room;
+        bool whole;
+
+        HD void begin_tile(const float* from, int width, bool is_whole, int moment) {
+            whole = is_whole;
+            room = reinterpret_cast<float4*>(shared_room + moment * kShared + RowSums::kRoom) +
+                   thread();
+            UNROLLED for (int i = 0; i < kSpan; ++i) room[i * kTileThreads] =
+                four(load_f32(from + column(i), lanes(i, width)));
+        }
+        HD void begin_row(const float*) {}
+        // The last row may end early.
+        HD F load(int i, int, int n) const {
+            const float4 four = room[i * kTileThreads];
+            F x;
+            x.r[0] = four.x, x.r[1] = four.y, x.r[2] = four.z, x.r[3] = four.w;
+            return whole ? x : select(lane_index() < U(uint32_t(n)), x, F(0.f));
+        }
+    };
+
+    struct Columns {
+        float* to;
+        F sums[kSpan];
+
+        HD void begin(float* first, int) {
+            to = first;
+            UNROLLED for (int i = 0; i < kSpan; ++i) sums[i] = F(0.f);
+        }
+        HD void begin_row(float*) {}
+        HD void add(int i, int, F x) { sums[i] = sums[i] + x; }
+        HD void end(int width) {
+            UNROLLED for (int i = 0; i < kSpan; ++i)
+                store_f32(to + column(i), sums[i], lanes(i, width));
         }
     };
 
@@ -404,7 +440,7 @@ struct Exec {
         __shared__ double result;
         if (warp() == 0) {
             double sum = 0;
-            for (int64_t i = threadIdx.x; i < length; i += 32) sum += f(i);
+            UNROLLED_BY_8 for (int64_t i = threadIdx.x; i < length; i += 32) sum += f(i);
             UNROLLED for (int apart = 16; apart > 0; apart /= 2) sum +=
                 __shfl_xor_sync(kWarp, sum, apart);
             if (leads()) result = sum;

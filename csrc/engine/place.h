@@ -27,7 +27,7 @@ struct Place {
     const int64_t num_rows_all, num_cols, numel;  // the tensor's, where no store can change them
     const int64_t from_row, to_row;               // the strip's
     const Tile* tile;                             // the one at hand,
-    int64_t col;                                  // its first column,
+    int64_t col, partials;                        // its first column, its place in the workspace,
     int number;                                   // and its number in the strip
     const bool whole;                             // whether Exec::Row may use vectors
 
@@ -43,6 +43,7 @@ struct Place {
           to_row(from_row + kTileRows < num_rows_all ? from_row + kTileRows : num_rows_all),
           tile(first),
           col(first->col),
+          partials(first->partials),
           number(0),
           whole(is_whole) {}
 
@@ -55,6 +56,7 @@ struct Place {
         for (number = 0; number < count; ++number) {
             tile = first + number;
             col = tile->col;
+            partials = tile->partials;
             f();
         }
     }
@@ -82,10 +84,10 @@ struct Place {
         int64_t left = numel - row * cols() - col;
         return left >= width() ? width() : left > 0 ? int(left) : 0;
     }
-
 };
 
-// Whether all rows of a tile are whole blocks of 32 columns and begin where vectors of any width do.
+// Whether all rows of a tile are whole blocks of 32 columns and begin where vectors of any width
+// do.
 HD bool is_whole(const Launch& launch, int64_t tile) {
     const Place p(launch, tile, false);
     uint64_t places = p.tensor.weight | p.tensor.grad | p.tensor.compensation;

@@ -27,8 +27,7 @@ struct SampleRows {
 
     template <class GradT, class WeightT>
     HD void row(const Hyper& h, int64_t row, int width, const GradT& grad, const WeightT& weight) {
-        const int64_t begin = row * tensor.cols + place.col,
-                      from = (begin + every - 1) / every;
+        const int64_t begin = row * tensor.cols + place.col, from = (begin + every - 1) / every;
         const int64_t first = from * every - begin;  // its column in the tile
         if (first >= width || !(h.learns || h.t == 1)) return;
         const int step = every < kTileCols ? int(every) : kTileCols;

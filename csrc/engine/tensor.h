@@ -160,16 +160,16 @@ HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotI
     };
     Exec::each_pack(tensor.rows, [&](int64_t at, int n) INLINED {
         D sum(0.0);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk)
-            sum = sum + widen(load_f32(partials(at / kTileRows, chunk) + at % kTileRows, kLanes));
+        UNROLLED_BY_8 for (int64_t chunk = 0; chunk < chunks; ++chunk) sum =
+            sum + widen(load_f32(partials(at / kTileRows, chunk) + at % kTileRows, kLanes));
         Exec::each_lane(
             sum, n, [&](int lane, double x) INLINED { row(at + lane, x / double(tensor.cols)); });
     });
     Exec::each_pack(tensor.cols, [&](int64_t at, int n) INLINED {
         D sum(0.0);
         const int64_t j = kTileRows + at % kTileCols;
-        for (int64_t strip = 0; strip < strips; ++strip)
-            sum = sum + widen(load_f32(partials(strip, at / kTileCols) + j, kLanes));
+        UNROLLED_BY_8 for (int64_t strip = 0; strip < strips; ++strip) sum =
+            sum + widen(load_f32(partials(strip, at / kTileCols) + j, kLanes));
         Exec::each_lane(
             sum, n, [&](int lane, double x) INLINED { col(at + lane, x / double(tensor.rows)); });
     });
