@@ -147,6 +147,7 @@ def compile_kernels(names: Iterable[str], arch: str, log: Any = None) -> Any:
         std="c++17",
         arch=arch,
         fma=False,
+        device_as_default_execution_space=True,  # CUDA 13.0 wants lambdas annotated otherwise
         include_path=str(sources()),
         ptxas_options=["-v"] if log is not None else None,
     )

@@ -47,6 +47,14 @@ HD F normals(uint64_t key, int64_t first) {
     return (to_float(total) - F(1530.f)) * F(0x1.0000800060004p-8f);
 }
 
+// -1 or 1: an element of a matrix with `cols` columns, the same in all lanes.
+HD F signs(uint64_t key, uint64_t row, uint32_t col, uint32_t cols) {
+    const uint64_t word = row * ((cols + 31) / 32) + col / 32;
+    const U counter = U(uint32_t(word) * kStride + uint32_t(key));
+    const U bit = (scrambled(counter, linked(word, uint32_t(key >> 32))) >> int(col % 32)) & U(1u);
+    return to_float(bit + bit) - F(1.f);
+}
+
 // The hash words of one row of a matrix view, of which an element has a half.  A block of 32
 // columns takes 16 words: its first 16 columns their low halves, the rest their high.  A row begins
 // at a multiple of 256, so the counters of a tile's span have their upper half in common.
