@@ -4,10 +4,10 @@ A matrix gradient G (R, C) is looked at with its smaller dimension first, G (D, 
 P G (r, L).  So the state is small in the larger number (r L), P is small in both (r D), and there
 is a norm for each of the L channels.  Convolutions are matrices O x (I*kh*kw).
 
-P has the same bits everywhere as it is drawn.  Draws are rounded to bf16, so that a GPU's tensor
-cores have the very same P where gradients are bf16.  The product P G is torch's matmul, whose last
-bits depend on the device and may depend on the number of threads: a run repeats itself on one
-machine.
+P has the same bits everywhere as it is drawn, and in every dtype: draws are numbers that bf16 has,
+so that a GPU multiplies 16-bit gradients on its tensor cores.  The product P G is torch's matmul,
+whose last bits depend on the device and may depend on the number of threads: a run repeats itself
+on one machine.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def projection(
     """
     key = mix(h.seed, h.index, (h.t - 1) // h.update_gap, ord("P"))
     draw = normals if h.projection == "gaussian" else signs
-    p = draw(key, (h.rank, width), device).bfloat16().float()
+    p = draw(key, (h.rank, width), device)
     return orthonormal_rows(p) * (width / h.rank) ** 0.5 if h.residual else p.mul_(h.rank**-0.5)
 
 

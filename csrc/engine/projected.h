@@ -104,7 +104,7 @@ __global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* la
         const uint32_t at = col + uint32_t(i);
         const float x = kSigns ? signs(key, uint64_t(row + at / width), at % width, width)
                                : normals(key, first + i);
-        put_element<kDtype>(t.p, first + i, from_bf16(to_bf16(x)));
+        put_element<kDtype>(t.p, first + i, x);
     }
 }
 
