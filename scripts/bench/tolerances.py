@@ -88,8 +88,11 @@ def spacing(x: Tensor) -> Tensor:
     return kind.eps * x.double().abs().clamp_min(kind.tiny)
 
 
-def state_misses(name: str, wanted: Tensor, found: Tensor, slack: float = 1.0) -> str:
-    """`misses` for one tensor of a state."""
+def state_misses(
+    name: str, wanted: Tensor, found: Tensor, slack: float = 1.0, blur: float = 0.0
+) -> str:
+    """`misses` for one tensor of a state; what is known of an update's length may miss the share
+    `blur` of it."""
     moment, _, part = name.partition(".")
     if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
         return f"{found.dtype} {tuple(found.shape)}"
@@ -106,6 +109,8 @@ def state_misses(name: str, wanted: Tensor, found: Tensor, slack: float = 1.0) -
         return misses("shares fp64", wanted, found, slack=slack)
     if wanted.dtype != FP32:
         return misses("exact", wanted, found, slack=slack)
+    if moment in ("update_norm", "update_rms"):
+        return misses("squares fp32", wanted, found, slack=slack, besides=blur * wanted.double())
     if moment not in ("exp_avg", "exp_avg_slow", "grad_sum"):
         return misses("squares fp32", wanted, found, slack=slack)
     return misses("signed fp32" if part == "" else "size fp32", wanted, found, slack=slack)
@@ -121,7 +126,7 @@ def param_misses(
     blur: float = 0.0,
 ) -> list[str]:
     """Whatever differs between a parameter p with state `one` and its twin q with `two`; a weight
-    may miss the share `blur` of how far it has moved."""
+    may miss the share `blur` of how far it has moved, and so may an update's length."""
     assert one.keys() == two.keys()
     steps = (p.detach().double() - old.double()).abs()
     a, b, moved = p.detach(), q.detach(), steps.max().item() if p.numel() else 0.0
@@ -133,7 +138,7 @@ def param_misses(
             place, a, b = spacing(one[key]), a.double() + c, b.double() + d
             lines[key] = misses("weight kahan", a, b, place=place, **usual)
         else:
-            lines[key] = state_misses(key, one[key], two[key], slack)
+            lines[key] = state_misses(key, one[key], two[key], slack, blur)
     return [f"{tuple(p.shape)} {key}: {line}" for key, line in lines.items() if line]
 
 
