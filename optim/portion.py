@@ -18,7 +18,8 @@ from optim.projected import LowSteps, is_conditioned, sides_of
 from optim.projection import gain
 from optim.share import Place, Places
 
-CHANNELS, DRAWS, FEW_ROWS = 32, 2048, 8  # csrc/engine/projected.h
+CHANNELS, DRAWS = 32, 2048  # csrc/engine/projected.h
+FEW_ROWS = (1, 4, 8)  # the largest is a block's warps
 _SPACE = "engine::cuda::projected::"
 _LINE = 256  # bytes to which what lies in the scratch is aligned
 
@@ -61,7 +62,7 @@ class ProjectedKind(NamedTuple):
 
     grad_dtype: torch.dtype
     signs: bool  # P is of signs
-    few: bool  # our kernel computes P G
+    few: int  # rows of P G that our kernel computes, at most; 0: P G is a library's
     whole: bool  # a tensor has one factor
     conditioned: bool  # P G is torch's, chunk by chunk
 
@@ -73,7 +74,8 @@ class ProjectedKind(NamedTuple):
             "lengths": f"lengths_kernel<{str(self.whole).lower()}>",
         }
         if not self.conditioned:
-            names["project"] = f"{'few' if self.few else 'mend'}_kernel<{dtype}>"
+            few = f"few_kernel<{dtype}, {self.few}>"
+            names["project"] = few if self.few else f"mend_kernel<{dtype}>"
         if self.whole:
             names["whole"] = "whole_kernel"
         return {use: _SPACE + name for use, name in names.items()}
@@ -86,7 +88,7 @@ def kind_of(place: Place, grad_dtype: torch.dtype) -> ProjectedKind:
     return ProjectedKind(
         grad_dtype=grad_dtype,
         signs=group["projection"] == "sign",
-        few=group["rank"] <= FEW_ROWS and not conditioned,
+        few=0 if conditioned else next((n for n in FEW_ROWS if group["rank"] <= n), 0),
         whole=group["scaling"] == "tensor",
         conditioned=conditioned,
     )

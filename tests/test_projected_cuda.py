@@ -151,6 +151,26 @@ def test_portions_do_not_change_the_result_nor_does_stepping_one_by_one(case, ho
             assert all(torch.equal(x, two[key]) for key, x in one.items())
 
 
+def test_groups_of_several_kinds_are_stepped_each_in_its_way(host):
+    shapes = [(24, 40), (40, 24), (24, 40), (8,), (24, 40)]  # (8,) is not projected
+    runs = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+        groups = [
+            {"params": params[:2], "rank": 12, "projection": "sign"},
+            {"params": params[2:4], "rank": 3, "scaling": "tensor", "lr": 0.02},
+            {"params": params[4:], "rank": 12, "grad_clip": 0.3, "update_gap": 1},
+        ]
+        runs.append((params, optim.build("apollo", groups, growth_limit=None)))
+    for step in range(3):
+        step_both(*runs, host, step)
+    work = next(iter(engine_of(runs[1][1])._works.values()))
+    assert len(work.portions) == 3
+    for p, q in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(host):
     launches = []
     for count in (2, 20):

@@ -48,10 +48,9 @@ static_assert(sizeof(Projection) == 104 && sizeof(Projections) == 40,
 constexpr int kChannels = 32, kWarps = 8;  // of a block
 constexpr int kThreads = 32 * kWarps;
 constexpr int kDraws = 2048;  // elements of P that a block draws
-constexpr int kFewRows = kWarps;
 // Elements of P are at least 2^-8 where they are not 0, so an element of G that is too large to be
 // used (2^48) adds at least 2^40 to a row of P G.  To stay unseen it must be cancelled by others to
-// one part in 2^8, in every one of more than kFewRows rows.
+// one part in 2^8, in every one of more than kWarps rows.
 constexpr float kLargestProduct = 0x1p32f;
 
 HD int lane_of_warp() { return int(threadIdx.x) % 32; }
@@ -136,7 +135,7 @@ __global__ __launch_bounds__(kThreads, 1) void mend_kernel(const Projections* la
     const int64_t first = int64_t(part.number) * kChannels, channel = first + lane_of_warp();
     bool ordinary = true;
     if (channel < t.length) {
-        for (int64_t row = warp_of_block(); row < t.rank; row += kWarps)
+        _Pragma("unroll 4") for (int64_t row = warp_of_block(); row < t.rank; row += kWarps)
             ordinary &= abs(t.low[row * t.length + channel]) <= kLargestProduct;
     }
     const uint32_t odd = __ballot_sync(0xFFFFFFFFu, !ordinary);
@@ -149,23 +148,23 @@ __global__ __launch_bounds__(kThreads, 1) void mend_kernel(const Projections* la
         if (suspects >> i & 1u) project_again<kDtype>(t, grad, first + i);
 }
 
-// P G of at most kFewRows rows.  G is read once, with its channels along memory,
-template <int32_t kDtype>
+// P G of at most kRows rows.  G is read once, with its channels along memory,
+template <int32_t kDtype, int kRows>
 HD void project_along(const Projection& t, const void* grad, int64_t first) {
-    __shared__ float sums_of_warps[kWarps][kFewRows][kChannels];
+    __shared__ float sums_of_warps[kWarps][kRows][kChannels];
     __shared__ uint32_t some_of_warps[kWarps];
     const int lane = lane_of_warp(), warp = warp_of_block();
     const int64_t channel = first + lane;
-    float sums[kFewRows] = {};
+    float sums[kRows] = {};
     bool some = false;
     if (channel < t.length) {
         _Pragma("unroll 4") for (int64_t d = warp; d < t.width; d += kWarps) {
             const float g = usable_element<kDtype>(grad, d * t.length + channel, some);
-            UNROLLED for (int row = 0; row < kFewRows; ++row) if (row < t.rank) sums[row] =
+            UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) sums[row] =
                 fma(element<kDtype>(t.p, row * t.width + d), g, sums[row]);
         }
     }
-    UNROLLED for (int row = 0; row < kFewRows; ++row) sums_of_warps[warp][row][lane] = sums[row];
+    UNROLLED for (int row = 0; row < kRows; ++row) sums_of_warps[warp][row][lane] = sums[row];
     const uint32_t usable = __ballot_sync(0xFFFFFFFFu, some);
     if (lane == 0) some_of_warps[warp] = usable;
     __syncthreads();
@@ -180,25 +179,25 @@ HD void project_along(const Projection& t, const void* grad, int64_t first) {
 }
 
 // or across.
-template <int32_t kDtype>
+template <int32_t kDtype, int kRows>
 HD void project_across(const Projection& t, const void* grad, int64_t first) {
     constexpr int kOwn = kChannels / kWarps;
     const int64_t own = first + warp_of_block() * kOwn;
-    float sums[kFewRows][kOwn] = {};
+    float sums[kRows][kOwn] = {};
     bool some[kOwn] = {};
-    for (int64_t d = lane_of_warp(); d < t.width; d += 32) {
+    _Pragma("unroll 2") for (int64_t d = lane_of_warp(); d < t.width; d += 32) {
         float g[kOwn];
         UNROLLED for (int i = 0; i < kOwn; ++i) g[i] =
             own + i < t.length ? usable_element<kDtype>(grad, (own + i) * t.width + d, some[i])
                                : 0.f;
-        UNROLLED for (int row = 0; row < kFewRows; ++row) if (row < t.rank) {
+        UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) {
             const float p = element<kDtype>(t.p, row * t.width + d);
             UNROLLED for (int i = 0; i < kOwn; ++i) sums[row][i] = fma(p, g[i], sums[row][i]);
         }
     }
     UNROLLED for (int i = 0; i < kOwn; ++i) {
         const bool usable = any_of_warp(some[i]);
-        UNROLLED for (int row = 0; row < kFewRows; ++row) if (row < t.rank) {
+        UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) {
             const float sum = sum_of_warp(sums[row][i]);
             if (lane_of_warp() == 0 && own + i < t.length)
                 t.low[row * t.length + own + i] = product(sum, usable);
@@ -206,14 +205,16 @@ HD void project_across(const Projection& t, const void* grad, int64_t first) {
     }
 }
 
-template <int32_t kDtype>
-__global__ __launch_bounds__(kThreads, 1) void few_kernel(const Projections* launch) {
+// The 2 is blocks that a processor holds, whose loads are under way together.
+template <int32_t kDtype, int kRows>
+__global__ __launch_bounds__(kThreads, 2) void few_kernel(const Projections* launch) {
+    static_assert(kRows <= kWarps, "a warp sums a row");
     const Part part = launch->channels[blockIdx.x];
     const Projection& t = launch->tensors[part.tensor];
     const void* grad = reinterpret_cast<const void*>(launch->grads[part.tensor]);
     const int64_t first = int64_t(part.number) * kChannels;
-    if (t.tall) return project_across<kDtype>(t, grad, first);
-    project_along<kDtype>(t, grad, first);
+    if (t.tall) return project_across<kDtype, kRows>(t, grad, first);
+    project_along<kDtype, kRows>(t, grad, first);
 }
 
 // How much longer a channel's step is than its P G, 0 where this has no length.
@@ -232,7 +233,7 @@ __global__ __launch_bounds__(kThreads, 1) void lengths_kernel(const Projections*
     const int64_t channel = int64_t(part.number) * kChannels + lane;
     double step_sq = 0, low_sq = 0;
     if (channel < t.length) {
-        for (int64_t row = warp; row < t.rank; row += kWarps) {
+        _Pragma("unroll 4") for (int64_t row = warp; row < t.rank; row += kWarps) {
             const double step = t.step[row * t.length + channel];
             const float x = t.low[row * t.length + channel];
             const double low = x == x ? x : 0.f;
