@@ -55,7 +55,13 @@ constexpr float kLargestProduct = 0x1p32f;
 
 HD int lane_of_warp() { return int(threadIdx.x) % 32; }
 HD int warp_of_block() { return int(threadIdx.x) / 32; }
-HD bool any_of_warp(bool mine) { return __ballot_sync(0xFFFFFFFFu, mine) != 0; }
+// One bit of each lane.
+HD uint32_t bits_of_warp(bool mine) {
+    uint32_t bits = uint32_t(mine) << lane_of_warp();
+    UNROLLED for (int apart = 16; apart > 0; apart /= 2) bits |=
+        __shfl_xor_sync(0xFFFFFFFFu, bits, apart);
+    return bits;
+}
 template <class T>
 HD T sum_of_warp(T x) {
     UNROLLED for (int apart = 16; apart > 0; apart /= 2) x =
@@ -63,31 +69,45 @@ HD T sum_of_warp(T x) {
     return x;
 }
 
+// The number that is in all lanes of a pack.
+template <class PackT>
+HD auto alone(PackT x) -> decltype(x.r[0] + x.r[0]) {
+    return x.r[0];
+}
+HD float alone(float x) { return x; }
+HD uint32_t alone(uint32_t x) { return x; }
+
 template <int32_t kDtype>
 HD float element(const void* from, int64_t at) {
     if (kDtype == kFloat32) return static_cast<const float*>(from)[at];
-    const U half = static_cast<const uint16_t*>(from)[at];
-    return kDtype == kBFloat16 ? from_bf16(half) : from_fp16(half);
+    const uint16_t half = static_cast<const uint16_t*>(from)[at];
+    return kDtype == kBFloat16 ? float_of_bf16(half) : alone(from_fp16(U(uint32_t(half))));
 }
+// x is a number that bf16 has.
 template <int32_t kDtype>
 HD void put_element(void* to, int64_t at, float x) {
-    if (kDtype == kFloat32)
+    if (kDtype == kFloat32) {
         static_cast<float*>(to)[at] = x;
-    else
-        static_cast<uint16_t*>(to)[at] = uint16_t(kDtype == kBFloat16 ? to_bf16(x) : to_fp16(x));
+    } else {
+        const uint32_t half = kDtype == kBFloat16 ? bits_of_float(x) >> 16 : alone(to_fp16(F(x)));
+        static_cast<uint16_t*>(to)[at] = uint16_t(half);
+    }
 }
+
+// Not so of what is not a number.
+HD bool within(float x, float limit) { return x <= limit && x >= -limit; }
 
 // An element of a gradient, 0 where it is not usable; `some` becomes true where it is.
 template <int32_t kDtype>
 HD float usable_element(const void* grad, int64_t at, bool& some) {
     const float g = element<kDtype>(grad, at);
-    const bool ok = abs(g) <= kLargestGrad;
+    const bool ok = within(g, kLargestGrad);
     some |= ok;
     return ok ? g : 0.f;
 }
 
 // An element of P G, not a number in a channel without a usable element.
-HD float product(float sum, bool some) { return some ? sum : as_float(U(0x7FC00000u)); }
+HD float product(float sum, bool some) { return some ? sum : __uint_as_float(0x7FC00000u); }
 
 // P as it is at the next step: optim/projection.py draws the same.
 template <int32_t kDtype, bool kSigns>
@@ -101,8 +121,8 @@ __global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* la
     const uint32_t width = uint32_t(t.width), col = uint32_t(first - row * t.width);
     for (int i = int(threadIdx.x); i < kDraws && first + i < count; i += kThreads) {
         const uint32_t at = col + uint32_t(i);
-        const float x = kSigns ? signs(key, uint64_t(row + at / width), at % width, width)
-                               : normals(key, first + i);
+        const float x = kSigns ? alone(signs(key, uint64_t(row + at / width), at % width, width))
+                               : alone(normals(key, first + i));
         put_element<kDtype>(t.p, first + i, x);
     }
 }
@@ -117,10 +137,10 @@ HD void project_again(const Projection& t, const void* grad, int64_t channel) {
         bool found = false;
         for (int64_t d = lane_of_warp(); some && d < t.width; d += 32) {
             const float g = usable_element<kDtype>(grad, first + d * apart, found);
-            sum = fma(element<kDtype>(t.p, row * t.width + d), g, sum);
+            sum = __fmaf_rn(element<kDtype>(t.p, row * t.width + d), g, sum);
         }
         sum = sum_of_warp(sum);
-        some = any_of_warp(found);
+        some = bits_of_warp(found) != 0;
         if (lane_of_warp() == 0) t.low[row * t.length + channel] = product(sum, some);
     }
 }
@@ -136,9 +156,9 @@ __global__ __launch_bounds__(kThreads, 1) void mend_kernel(const Projections* la
     bool ordinary = true;
     if (channel < t.length) {
         _Pragma("unroll 4") for (int64_t row = warp_of_block(); row < t.rank; row += kWarps)
-            ordinary &= abs(t.low[row * t.length + channel]) <= kLargestProduct;
+            ordinary &= within(t.low[row * t.length + channel], kLargestProduct);
     }
-    const uint32_t odd = __ballot_sync(0xFFFFFFFFu, !ordinary);
+    const uint32_t odd = bits_of_warp(!ordinary);
     if (lane_of_warp() == 0) of_warps[warp_of_block()] = odd;
     __syncthreads();
     uint32_t suspects = 0;
@@ -161,11 +181,11 @@ HD void project_along(const Projection& t, const void* grad, int64_t first) {
         _Pragma("unroll 4") for (int64_t d = warp; d < t.width; d += kWarps) {
             const float g = usable_element<kDtype>(grad, d * t.length + channel, some);
             UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) sums[row] =
-                fma(element<kDtype>(t.p, row * t.width + d), g, sums[row]);
+                __fmaf_rn(element<kDtype>(t.p, row * t.width + d), g, sums[row]);
         }
     }
     UNROLLED for (int row = 0; row < kRows; ++row) sums_of_warps[warp][row][lane] = sums[row];
-    const uint32_t usable = __ballot_sync(0xFFFFFFFFu, some);
+    const uint32_t usable = bits_of_warp(some);
     if (lane == 0) some_of_warps[warp] = usable;
     __syncthreads();
     if (warp >= t.rank || channel >= t.length) return;
@@ -192,11 +212,11 @@ HD void project_across(const Projection& t, const void* grad, int64_t first) {
                                : 0.f;
         UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) {
             const float p = element<kDtype>(t.p, row * t.width + d);
-            UNROLLED for (int i = 0; i < kOwn; ++i) sums[row][i] = fma(p, g[i], sums[row][i]);
+            UNROLLED for (int i = 0; i < kOwn; ++i) sums[row][i] = __fmaf_rn(p, g[i], sums[row][i]);
         }
     }
     UNROLLED for (int i = 0; i < kOwn; ++i) {
-        const bool usable = any_of_warp(some[i]);
+        const bool usable = bits_of_warp(some[i]) != 0;
         UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) {
             const float sum = sum_of_warp(sums[row][i]);
             if (lane_of_warp() == 0 && own + i < t.length)
