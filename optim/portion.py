@@ -103,7 +103,7 @@ class Portion:
         self.p: list[Tensor] = []
         self.products: list[Tensor] = []  # P G of each
         self.counts: list[Tensor] = []  # of its steps
-        self.steps = torch.empty(0)  # the bytes of all N
+        self.steps = torch.empty(0)  # all N, and what is between them
         self.table = torch.empty(0)  # on the device: its Projections, then its lists
         sizes = [self._sizes(place, kind) for place in places]
         self.p_bytes, self.low_bytes = (sum(each) for each in zip(*sizes, strict=True))
@@ -132,7 +132,7 @@ class Portion:
         """Make views of the scratch: P, P G as the gradients and N as the tensors of an optimizer
         of their own."""
         p_at, low_at, step_at = 0, self.p_bytes, self.p_bytes + self.low_bytes
-        self.steps = scratch[step_at : step_at + self.low_bytes]
+        self.steps = scratch[step_at : step_at + self.low_bytes].view(torch.float32)
         for place in self.places:
             rank, (width, length) = place[1]["rank"], sides_of(place)
             p_bytes, low_bytes = self._sizes(place, self.kind)
