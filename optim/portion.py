@@ -18,7 +18,7 @@ from optim.projected import LowSteps, is_conditioned, sides_of
 from optim.projection import gain
 from optim.share import Place, Places
 
-CHANNELS, DRAWS = 32, 2048  # csrc/engine/projected.h
+CHANNELS, DRAWS = 32, 8192  # csrc/engine/projected.h
 FEW_ROWS = (1, 4, 8)  # the largest is a block's warps
 _SPACE = "engine::cuda::projected::"
 _LINE = 256  # bytes to which what lies in the scratch is aligned

@@ -47,7 +47,7 @@ static_assert(sizeof(Projection) == 104 && sizeof(Projections) == 40,
 
 constexpr int kChannels = 32, kWarps = 8;  // of a block
 constexpr int kThreads = 32 * kWarps;
-constexpr int kDraws = 2048;  // elements of P that a block draws
+constexpr int kDraws = 8192;  // elements of P that a block draws, for all of which it makes one key
 // Elements of P are at least 2^-8 where they are not 0, so an element of G that is too large to be
 // used (2^48) adds at least 2^40 to a row of P G.  To stay unseen it must be cancelled by others to
 // one part in 2^8, in every one of more than kWarps rows.
@@ -118,12 +118,13 @@ __global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* la
     const uint64_t key = chain(mix(t.seed, uint64_t(t.index), gaps), 'P');
     const int64_t first = int64_t(part.number) * kDraws, count = t.rank * t.width;
     const int64_t row = first / t.width;
+    void* const to = t.p;
     const uint32_t width = uint32_t(t.width), col = uint32_t(first - row * t.width);
     for (int i = int(threadIdx.x); i < kDraws && first + i < count; i += kThreads) {
         const uint32_t at = col + uint32_t(i);
         const float x = kSigns ? alone(signs(key, uint64_t(row + at / width), at % width, width))
                                : alone(normals(key, first + i));
-        put_element<kDtype>(t.p, first + i, x);
+        put_element<kDtype>(to, first + i, x);
     }
 }
 
