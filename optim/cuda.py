@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
 TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: csrc/engine/exec_cuda.h
-ROW_SUMS_BYTES = 4 * 16 * 17 * 4  # shared memory of a factored moment: RowSums::kRoom
+ROW_SUMS_BYTES = 8 * 16 * 17 * 4  # shared memory of a factored moment: RowSums::kRoom
 
 
 class _Launches:

@@ -31,7 +31,7 @@ struct Block {
     std::function<void()> kernel;
     ucontext_t caller;
     int size = 0;
-    Barrier all, warps[32];
+    Barrier all, warps[32], halves[64];  // of warps
     alignas(8) unsigned char exchange[1024][8];
 };
 inline Block block;
@@ -42,7 +42,7 @@ struct Index {
     unsigned x;
 };
 inline Index threadIdx, blockIdx;
-inline float shared_memory[1 << 16];
+alignas(16) inline float shared_memory[1 << 16];
 #define shared_room shared_memory  // the one array whose size only the launch knows
 
 namespace cuda_on_host {
@@ -65,7 +65,6 @@ inline void wait(Barrier& barrier, int size) {
     }
     while (barrier.generation == generation) yield();
 }
-inline void wait_for_warp() { wait(block.warps[threadIdx.x / 32], 32); }
 
 inline void thread_main() {
     block.kernel();
@@ -105,23 +104,33 @@ inline void run(int grid, int threads, std::function<void()> kernel) {
 inline void __syncthreads() {
     cuda_on_host::wait(cuda_on_host::block.all, cuda_on_host::block.size);
 }
+// Among all threads of a warp, or of one of its halves.
 template <class T>
-T __shfl_xor_sync(unsigned, T x, int apart) {
-    auto& exchange = cuda_on_host::block.exchange;
-    memcpy(exchange[threadIdx.x], &x, sizeof(T));
-    cuda_on_host::wait_for_warp();
-    memcpy(&x, exchange[threadIdx.x ^ unsigned(apart)], sizeof(T));
-    cuda_on_host::wait_for_warp();
+T __shfl_xor_sync(unsigned them, T x, int apart) {
+    auto& block = cuda_on_host::block;
+    const bool all = them == 0xFFFFFFFFu;
+    auto& barrier = all ? block.warps[threadIdx.x / 32] : block.halves[threadIdx.x / 16];
+    memcpy(block.exchange[threadIdx.x], &x, sizeof(T));
+    cuda_on_host::wait(barrier, all ? 32 : 16);
+    memcpy(&x, block.exchange[threadIdx.x ^ unsigned(apart)], sizeof(T));
+    cuda_on_host::wait(barrier, all ? 32 : 16);
     return x;
 }
-inline unsigned __ballot_sync(unsigned, int set) {
-    auto& exchange = cuda_on_host::block.exchange;
-    exchange[threadIdx.x][0] = set != 0;
-    cuda_on_host::wait_for_warp();
-    unsigned bits = 0;
-    for (unsigned i = 0; i < 32; ++i) bits |= unsigned(exchange[threadIdx.x / 32 * 32 + i][0]) << i;
-    cuda_on_host::wait_for_warp();
-    return bits;
+struct uint2 {
+    uint32_t x, y;
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+struct float4 {
+    float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+// Its use here: the upper halves of two words.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t) {
+    return low >> 16 | (high & 0xFFFF0000u);
 }
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;
@@ -134,6 +143,7 @@ inline float __uint_as_float(uint32_t bits) {
     return x;
 }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __int2float_rn(int x) { return float(x); }
 inline int __float2int_rn(float x) { return int(rintf(x)); }

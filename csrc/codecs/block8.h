@@ -12,7 +12,7 @@ struct Block8 : Slot {
     static constexpr int kBlock = 256;
     static constexpr float kOne = 65536.f;  // of codes with as many more bits as a draw has
 
-    int8_t* codes;
+    Exec::Row<int8_t> codes;
     float* absmax;
     F* scale;
     F* values;
@@ -25,7 +25,7 @@ struct Block8 : Slot {
           draws(p.hyper.key, moment.salt, s.words) {}
 
     HD void begin_row(int64_t row, int width) {
-        codes = part<int8_t>(0) + row * cols + first_col();
+        codes.begin(part<int8_t>(0) + row * cols + first_col(), cols, width, place.whole);
         absmax = part<float>(1) + row * ((cols + kBlock - 1) / kBlock) + first_col() / kBlock;
         Exec::each_block<kBlock>(
             width, [&](int at, int block) INLINED { scale[at] = F(absmax[block] / 127.f); });
@@ -33,7 +33,7 @@ struct Block8 : Slot {
     }
 
     HD F load(int i, int col, int n) {
-        return load_s8(codes + col, n) * scale[Exec::block_of<kBlock>(i, col)];
+        return codes.s8(i, col, n) * scale[Exec::block_of<kBlock>(i, col)];
     }
 
     HD void store(int i, int, int, F x) { values[i] = x; }
@@ -42,13 +42,14 @@ struct Block8 : Slot {
         Exec::each_block<kBlock>(width, [&](int at, int block) INLINED {
             float top = Exec::largest<kBlock>(values, at, width);
             scale[at] = F(top > 1e-31f ? 127.f / top * kOne : 0.f);
-            if (Exec::leads_block()) absmax[block] = top;
+            if (Exec::leads_block<kBlock>()) absmax[block] = top;
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             // |values * scale| <= (127 + 2^-17) kOne, which is rounded to 127 kOne.
             U scaled = round_to_int(values[i] * scale[Exec::block_of<kBlock>(i, col)]);
-            store_s8(codes + col, shifted_down(scaled + draws.next(i, col), 16), n);
+            codes.put_s8(i, col, n, shifted_down(scaled + draws.next(i, col), 16));
         });
+        codes.end();
     }
     HD void begin() {}
     HD void end() {}

@@ -13,23 +13,26 @@ namespace ENGINE_ISA {
 
 template <bool kSigned, bool kStored = true>
 struct FactoredSlot : Slot {
-    const float *row_factors, *col_factors;
-    typename Exec::Columns columns;
-    typename Exec::RowSums rows;
-    uint8_t* signs;
+    const float* row_factors;
+    Exec::AlongColumns col_factors;
+    Exec::Columns columns;
+    Exec::RowSums rows;
+    Exec::Bits signs;
     float row_factor;
     F row_root, *roots, *col_roots;
 
     HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s), roots(s.roots) {
         row_factors = p.launch.workspace + p.launch.vectors[p.first->tensor] + moment.vectors;
+        col_factors.begin_tile(cols_from(), p.width(), p.whole);
     }
 
     HD float* partials() const {
         return place.launch.workspace + place.tile->partials + moment.partials;
     }
+    HD const float* cols_from() const { return row_factors + padded(place.rows()) + first_col(); }
     HD void find_cols() {
-        col_factors = row_factors + padded(place.rows()) + first_col();
+        col_factors.begin_row(cols_from());
         col_roots = roots + place.at() * Exec::kSpan;
     }
 
@@ -38,7 +41,7 @@ struct FactoredSlot : Slot {
     HD void begin_roots() {
         find_cols();
         Exec::each(place.width(), [&](int i, int col, int n) INLINED {
-            col_roots[i] = sqrt(load_f32(col_factors + col, n));
+            col_roots[i] = sqrt(col_factors.load(i, col, n));
         });
     }
 
@@ -48,7 +51,7 @@ struct FactoredSlot : Slot {
         columns.begin(partials() + kTileRows, place.width());
     }
 
-    HD void begin_row(int64_t row, int) {
+    HD void begin_row(int64_t row, int width) {
         find_cols();
         row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
         row_root = sqrt(F(row_factors[row]));
@@ -56,12 +59,14 @@ struct FactoredSlot : Slot {
             rows.begin_row(partials());
             columns.begin_row(partials() + kTileRows);
         }
-        if (kSigned) signs = part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col() / 8;
+        if (kSigned)
+            signs.begin(part<uint8_t>(4) + row * ((cols + 7) / 8) + first_col() / 8, width,
+                        place.whole);
     }
 
-    HD F load(int, int col, int n) {
-        F x = load_f32(col_factors + col, n) * row_factor;
-        return kSigned ? flipped(x, Exec::load_bits(signs, col, n)) : x;
+    HD F load(int i, int col, int n) {
+        F x = col_factors.load(i, col, n) * row_factor;
+        return kSigned ? flipped(x, signs.load(i, col, n)) : x;
     }
 
     HD F root(int i, F) { return row_root * col_roots[i]; }
@@ -69,7 +74,7 @@ struct FactoredSlot : Slot {
     HD void store(int i, int col, int n, F x) {
         if (!kStored) return;
         if (kSigned) {
-            Exec::store_bits(signs, col, n, bits_of(x > F(0.f)));
+            signs.store(i, col, n, bits_of(x > F(0.f)));
             x = abs(x);
         }
         rows.add(i, x);
@@ -77,7 +82,9 @@ struct FactoredSlot : Slot {
     }
 
     HD void end_row(int64_t row, int width) {
-        if (kStored) rows.end_row(int(row - place.first_row()), width);
+        if (!kStored) return;
+        if (kSigned) signs.end();
+        rows.end_row(int(row - place.first_row()), width);
     }
 
     HD void end() {

@@ -31,7 +31,7 @@ HD F float8_decode(U code, U base) {
 // DrawsT: where its random bits come from.
 template <class DrawsT>
 struct Float8 : Slot {
-    uint8_t* codes;
+    Exec::Row<uint8_t> codes;
     int8_t* tops;
     U* base;
     F* values;
@@ -44,7 +44,7 @@ struct Float8 : Slot {
           draws(p.hyper.key, moment.salt, s.words) {}
 
     HD void begin_row(int64_t row, int width) {
-        codes = part<uint8_t>(0) + row * cols + first_col();
+        codes.begin(part<uint8_t>(0) + row * cols + first_col(), cols, width, place.whole);
         tops = part<int8_t>(1) + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
                first_col() / kFloat8Block;
         Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
@@ -55,7 +55,7 @@ struct Float8 : Slot {
 
     HD F load(int i, int col, int n) {
         U grid = base[Exec::block_of<kFloat8Block>(i, col)];
-        return float8_decode(load_uint(codes + col, n), grid);
+        return float8_decode(codes.uint(i, col, n), grid);
     }
 
     HD void store(int i, int, int, F x) { values[i] = x; }
@@ -65,13 +65,14 @@ struct Float8 : Slot {
             int32_t exponent =
                 float8_exponent(Exec::largest<kFloat8Block, false>(values, at, width));
             base[at] = U(float8_base(exponent));
-            if (Exec::leads_block()) tops[block] = int8_t(exponent - 127);
+            if (Exec::leads_block<kFloat8Block>()) tops[block] = int8_t(exponent - 127);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             U grid = base[Exec::block_of<kFloat8Block>(i, col)];
             U draw = draws.template next<kFloat8Cut>(i, col);
-            store_saturated(codes + col, float8_encode(values[i], draw, grid), n);
+            codes.put_saturated(i, col, n, float8_encode(values[i], draw, grid));
         });
+        codes.end();
     }
     HD void begin() {}
     HD void end() {}

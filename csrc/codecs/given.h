@@ -8,14 +8,20 @@ namespace ENGINE_ISA {
 
 struct GivenSlot : Slot {
     const float *row_factors, *col_factors;
+    Exec::AlongColumns along;
     float row_factor;
 
     HD GivenSlot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), row_factors(part<float>(0)), col_factors(part<float>(1)) {}
+        : Slot(p, slot, s), row_factors(part<float>(0)), col_factors(part<float>(1)) {
+        if (col_factors) along.begin_tile(col_factors + first_col(), p.width(), p.whole);
+    }
 
-    HD void begin_row(int64_t row, int) { row_factor = row_factors ? row_factors[row] : 1.f; }
-    HD F load(int, int col, int n) {
-        return col_factors ? load_f32(col_factors + first_col() + col, n) : F(row_factor);
+    HD void begin_row(int64_t row, int) {
+        row_factor = row_factors ? row_factors[row] : 1.f;
+        if (col_factors) along.begin_row(col_factors + first_col());
+    }
+    HD F load(int i, int col, int n) {
+        return col_factors ? along.load(i, col, n) : F(row_factor);
     }
     HD void store(int, int, int, F) {}
     HD void end_row(int64_t, int) {}

@@ -8,15 +8,9 @@ namespace ENGINE_ISA {
 
 HD int dtype_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-HD F load_as(int32_t dtype, const char* at, int64_t cols, int col, int n) {
-    if (dtype == kFloat32) {
-        const float* row = reinterpret_cast<const float*>(at);
-        Exec::prefetch(row, cols, col);
-        return load_f32(row + col, n);
-    }
-    const uint16_t* row = reinterpret_cast<const uint16_t*>(at);
-    Exec::prefetch(row, cols, col);
-    U raw = load_uint(row + col, n);
+HD F load_as(int32_t dtype, const char* at, int col, int n) {
+    if (dtype == kFloat32) return load_f32(reinterpret_cast<const float*>(at) + col, n);
+    const U raw = load_uint(reinterpret_cast<const uint16_t*>(at) + col, n);
     return dtype == kBFloat16 ? from_bf16(raw) : from_fp16(raw);
 }
 
@@ -25,6 +19,23 @@ HD void store_as(int32_t dtype, char* at, int col, F x, int n) {
     if (dtype == kFloat32) return store_f32(reinterpret_cast<float*>(at) + col, x, n);
     U code = dtype == kBFloat16 ? to_bf16(x) : to_fp16(x);
     store_uint(reinterpret_cast<uint16_t*>(at) + col, code, n);
+}
+
+// f(i, x) for all vectors x of a tile's row, which begins at `at`.
+template <class Function>
+HD void each_of_row(const Place& p, int32_t dtype, const char* at, int width, Function&& f) {
+    if (dtype == kFloat32) {
+        Exec::Row<const float> row;
+        row.begin(reinterpret_cast<const float*>(at), p.cols(), width, p.whole);
+        return Exec::each(width,
+                          [&](int i, int col, int n) INLINED { f(i, row.f32(i, col, n)); });
+    }
+    Exec::Row<const uint16_t> row;
+    row.begin(reinterpret_cast<const uint16_t*>(at), p.cols(), width, p.whole);
+    if (dtype == kBFloat16)
+        return Exec::each(width,
+                          [&](int i, int col, int n) INLINED { f(i, row.bf16(i, col, n)); });
+    Exec::each(width, [&](int i, int col, int n) INLINED { f(i, from_fp16(row.uint(i, col, n))); });
 }
 
 // Unusable elements of a gradient (NaN, infinite, too large to be squared) count as zero.
@@ -47,7 +58,7 @@ struct Bf16Grad {
           cols(p.cols()),
           known_clean(known_clean) {}
 
-    HD void begin_row(int64_t row, int) { at = data + row * cols + place.tile->col; }
+    HD void begin_row(int64_t row, int) { at = data + row * cols + place.col; }
     // Whether all elements of the row are usable.
     HD bool clean(int width) const {
         return known_clean || !any_beyond(at, width, kLargestGradBf16);
@@ -75,9 +86,8 @@ struct AnyGrad {
           values(room) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
-        const char* at = data + (row * cols + place.tile->col) * dtype_bytes(dtype);
-        Exec::each(width, [&](int i, int col, int n)
-                              INLINED { values[i] = load_as(dtype, at, cols, col, n); });
+        const char* at = data + (row * cols + place.col) * dtype_bytes(dtype);
+        each_of_row(place, dtype, at, width, [&](int i, F x) INLINED { values[i] = x; });
     }
     HD bool clean(int) const { return false; }
     HD F load(int i, int, int) const { return values[i]; }
@@ -106,33 +116,44 @@ struct AnyWeight {
           draws(p.hyper.key, 0) {}
 
     HD_CALL void begin_row(int64_t row, int width) {
-        const int64_t first_col = place.tile->col;
+        const int64_t first_col = place.col;
         int64_t offset = (row * cols + first_col) * dtype_bytes(dtype);
         at = pointer<char>(tensor.weight) + offset;
         compensation = pointer<char>(tensor.compensation) + offset;
         draws.begin_row(row, cols, first_col);
-        Exec::each(width, [&](int i, int col, int n) INLINED {
-            values[i] = load_as(dtype, at, cols, col, n);
-            if (compensated) values[i] = values[i] + load_as(dtype, compensation, cols, col, n);
-        });
+        each_of_row(place, dtype, at, width, [&](int i, F x) INLINED { values[i] = x; });
+        if (compensated)
+            each_of_row(place, dtype, compensation, width,
+                        [&](int i, F x) INLINED { values[i] = values[i] + x; });
     }
     HD F load(int i, int, int) const { return values[i]; }
     HD float element(int col) const { return Exec::element(values, col); }
     HD void store(int i, int, int, F w) { values[i] = w; }
 
     HD_CALL void end_row(int width) {
-        Exec::each(width, [&](int i, int col, int n) INLINED { write(values[i], i, col, n); });
-    }
-
-    HD void write(F w, int i, int col, int n) {
-        if (dtype == kFloat32) return store_f32(reinterpret_cast<float*>(at) + col, w, n);
+        if (dtype == kFloat32) {
+            Exec::Row<float> row;
+            row.open(reinterpret_cast<float*>(at), cols, width, place.whole);
+            Exec::each(width, [&](int i, int col, int n)
+                                  INLINED { row.put_f32(i, col, n, values[i]); });
+            return row.end();
+        }
+        Exec::Row<uint16_t> row, lost;
+        row.open(reinterpret_cast<uint16_t*>(at), cols, width, place.whole);
+        lost.open(reinterpret_cast<uint16_t*>(compensation), cols, width, place.whole);
         const bool bf16 = dtype == kBFloat16;
-        U code = !bf16 ? to_fp16(w) : stochastic ? to_bf16(w, draws.next(i, col)) : to_bf16(w);
-        store_uint(reinterpret_cast<uint16_t*>(at) + col, code, n);
-        if (!compensated) return;
-        F lost = w - (bf16 ? from_bf16(code) : from_fp16(code));
-        U kept = bf16 ? to_bf16(lost) : to_fp16(lost);
-        store_uint(reinterpret_cast<uint16_t*>(compensation) + col, kept, n);
+        Exec::each(width, [&](int i, int col, int n) INLINED {
+            const F w = values[i];
+            const U upper = bf16 && stochastic ? rounded_bf16(w, draws.next(i, col))
+                                               : (bf16 ? to_bf16(w) : to_fp16(w)) << 16;
+            row.put_upper(i, col, n, upper);
+            if (!compensated) return;
+            const U code = upper >> 16;
+            const F rest = w - (bf16 ? from_bf16(code) : from_fp16(code));
+            lost.put_uint(i, col, n, bf16 ? to_bf16(rest) : to_fp16(rest));
+        });
+        row.end();
+        if (compensated) lost.end();
     }
 };
 
@@ -155,7 +176,7 @@ struct Bf16Weight {
           kept(kept) {}
 
     HD void begin_row(int64_t row, int) {
-        const int64_t first_col = place.tile->col;
+        const int64_t first_col = place.col;
         at = data + row * cols + first_col;
         words.begin_row(row, cols, first_col);
     }

@@ -1,5 +1,5 @@
 // The lane types, F for floats, U for unsigned integers, D for doubles and Mask for comparisons: a
-// pack of sixteen on a CPU, a single one on a GPU, where every thread is a lane.
+// pack of sixteen on a CPU, of four on a GPU, where every thread has some.
 #pragma once
 
 #define RARELY(condition) __builtin_expect(condition, 0)

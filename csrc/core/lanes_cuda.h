@@ -1,9 +1,9 @@
-// The lane type of a GPU: one float, for every thread is a lane.
+// The lane type of a GPU: four floats that a thread computes one after another, without a branch in
+// between, so that each one's latency is hidden by the others'.
 //
-// Each function gives the bits that core/lanes_cpu.h gives in each of its lanes.  Quotients and
-// square roots are IEEE's as long as nobody asks the compiler for fast ones; optim/gpu.py does
-// not, and forbids contraction.  Loads and stores take n = 1 where the element exists and 0 where
-// it does not, which reads as zero.
+// Each function gives the bits that core/lanes_cpu.h gives in each of its lanes; optim/gpu.py
+// forbids contraction.  Loads and stores take the number n of lanes that exist; those beyond read
+// as zero.
 #pragma once
 
 #include "core/types.h"
@@ -16,62 +16,233 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-constexpr int kLanes = 1;
+constexpr int kLanes = 4;
 
-using F = float;
-using U = uint32_t;
-using D = double;
-using Mask = bool;
+template <class Lane>
+struct Pack {
+    Lane r[kLanes];
 
-HD U as_bits(F x) { return __float_as_uint(x); }
-HD F as_float(U bits) { return __uint_as_float(bits); }
-HD float float_of_bf16(uint16_t x) { return as_float(uint32_t(x) << 16); }
+    Pack() = default;  // not initialised
+    HD Pack(Lane x) { UNROLLED for (int i = 0; i < kLanes; ++i) r[i] = x; }
+};
+using F = Pack<float>;
+using U = Pack<uint32_t>;
+using D = Pack<double>;
+using Mask = Pack<bool>;
+
+// To{f(i-th lanes of the operands) for all i}.
+template <class To, class Function, class... From>
+HD To map(Function f, const From&... from) {
+    To to;
+    UNROLLED for (int i = 0; i < kLanes; ++i) to.r[i] = f(from.r[i]...);
+    return to;
+}
+
+#define LANES_OPERATOR(To, T, op) \
+    HD To operator op(T a, T b) { return map<To>([](auto x, auto y) { return x op y; }, a, b); }
+LANES_OPERATOR(F, F, +)
+LANES_OPERATOR(F, F, -)
+LANES_OPERATOR(F, F, *)
+LANES_OPERATOR(D, D, +)
+LANES_OPERATOR(D, D, -)
+LANES_OPERATOR(D, D, *)
+LANES_OPERATOR(U, U, +)
+LANES_OPERATOR(U, U, -)
+LANES_OPERATOR(U, U, *)
+LANES_OPERATOR(U, U, &)
+LANES_OPERATOR(U, U, |)
+LANES_OPERATOR(U, U, ^)
+LANES_OPERATOR(Mask, F, <)
+LANES_OPERATOR(Mask, F, <=)
+LANES_OPERATOR(Mask, F, >)
+LANES_OPERATOR(Mask, F, ==)
+LANES_OPERATOR(Mask, F, !=)
+LANES_OPERATOR(Mask, U, <)
+LANES_OPERATOR(Mask, U, >)
+LANES_OPERATOR(Mask, U, >=)
+LANES_OPERATOR(Mask, U, ==)
+#undef LANES_OPERATOR
+
+HD U operator<<(U x, int by) {
+    return map<U>([by](uint32_t x) { return x << by; }, x);
+}
+HD U operator>>(U x, int by) {
+    return map<U>([by](uint32_t x) { return x >> by; }, x);
+}
+HD U shifted_down(U x, int by) {  // in two's complement
+    return map<U>([by](uint32_t x) { return uint32_t(int32_t(x) >> by); }, x);
+}
+
+HD U as_bits(F x) {
+    return map<U>([](float x) { return __float_as_uint(x); }, x);
+}
+HD F as_float(U bits) {
+    return map<F>([](uint32_t x) { return __uint_as_float(x); }, bits);
+}
+HD float float_of_bf16(uint16_t x) { return __uint_as_float(uint32_t(x) << 16); }
 HD uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
-HD F select(Mask mask, F yes, F no) { return mask ? yes : no; }
-HD U select(Mask mask, U yes, U no) { return mask ? yes : no; }
-HD F only(Mask mask, F x) { return mask ? x : 0.f; }
-HD U only(Mask mask, U x) { return mask ? x : 0u; }
-
-HD F fma(F a, F b, F c) { return __fmaf_rn(a, b, c); }
-HD F sqrt(F x) { return __fsqrt_rn(x); }
-HD F min(F a, F b) { return a < b ? a : b; }
-HD F max(F a, F b) { return a > b ? a : b; }
-HD U min(U a, U b) { return a < b ? a : b; }
-HD U max(U a, U b) { return a > b ? a : b; }
-HD F to_float(U x) { return __int2float_rn(int(x)); }
-HD U round_to_int(F x) { return U(__float2int_rn(x)); }
-HD U shifted_down(U x, int by) { return U(int(x) >> by); }
-
-HD uint32_t bits_of(Mask mask) { return mask; }
-HD F flipped(F x, uint32_t bits) { return as_float(as_bits(x) ^ (bits << 31)); }
-HD bool all(Mask mask) { return mask; }
-HD bool any(U x, uint32_t bits) { return (x & bits) != 0; }
-HD int count(Mask mask) { return mask; }
-HD U lane_index() { return 0; }
-HD D widen(F x) { return x; }
-
-HD F load_f32(const float* from, int n) { return n ? *from : 0.f; }
-HD void store_f32(float* to, F x, int n) {
-    if (n) *to = x;
+HD F select(Mask mask, F yes, F no) {
+    return map<F>([](bool m, float y, float n) { return m ? y : n; }, mask, yes, no);
 }
+HD U select(Mask mask, U yes, U no) {
+    return map<U>([](bool m, uint32_t y, uint32_t n) { return m ? y : n; }, mask, yes, no);
+}
+HD F only(Mask mask, F x) { return select(mask, x, F(0.f)); }
+HD U only(Mask mask, U x) { return select(mask, x, U(0u)); }
+
+HD F fma(F a, F b, F c) {
+    return map<F>([](float a, float b, float c) { return __fmaf_rn(a, b, c); }, a, b, c);
+}
+
+// a < b ? a : b and a > b ? a : b, NaN included.
+HD F min(F a, F b) { return select(a < b, a, b); }
+HD F max(F a, F b) { return select(a > b, a, b); }
+HD U min(U a, U b) { return select(a < b, a, b); }
+HD U max(U a, U b) { return select(a > b, a, b); }
+
+// 1 / x and 1 / sqrt(x), about; of normal numbers.
+#if defined(__CUDACC_RTC__)
+HD float about_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+HD float about_rsqrt(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+HD float about_reciprocal(float x) { return 1.f / x; }
+HD float about_rsqrt(float x) { return 1.f / sqrtf(x); }
+#endif
+
+// IEEE's quotients and roots, by a Newton step and the remainder's correction, as the compiler
+// would make them (Markstein 1990); but for what would underflow or overflow on the way the lanes
+// ask once, together.
+HD F operator/(F a, F b) {
+    F q;
+    bool ordinary = true;
+    UNROLLED for (int i = 0; i < kLanes; ++i) {
+        const float x = a.r[i], y = b.r[i];
+        float inverse = about_reciprocal(y);
+        inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.f), inverse);
+        const float about = x * inverse;
+        q.r[i] = __fmaf_rn(inverse, __fmaf_rn(-y, about, x), about);
+        // |x| >= 2^-100 and 2^-100 <= |q| < 2^100
+        ordinary &= (bits_of_float(x) << 1) >= (27u << 24) &&
+                    (bits_of_float(q.r[i]) << 1) - (27u << 24) < 200u << 24;
+    }
+    if (RARELY(!ordinary)) {
+        UNROLLED for (int i = 0; i < kLanes; ++i) q.r[i] = __fdiv_rn(a.r[i], b.r[i]);
+    }
+    return q;
+}
+HD F sqrt(F x) {
+    F root;
+    bool ordinary = true;
+    UNROLLED for (int i = 0; i < kLanes; ++i) {
+        const float y = x.r[i], inverse = about_rsqrt(y), about = y * inverse;
+        root.r[i] = __fmaf_rn(__fmaf_rn(-about, about, y), inverse * 0.5f, about);
+        ordinary &= bits_of_float(y) - (27u << 23) < 227u << 23;  // 2^-100 <= y < 2^127
+    }
+    if (RARELY(!ordinary)) {
+        UNROLLED for (int i = 0; i < kLanes; ++i) root.r[i] = __fsqrt_rn(x.r[i]);
+    }
+    return root;
+}
+
+HD F to_float(U x) {  // of lanes in two's complement
+    return map<F>([](uint32_t x) { return __int2float_rn(int(x)); }, x);
+}
+HD U round_to_int(F x) {  // to nearest even, |x| < 2^31, in two's complement
+    return map<U>([](float x) { return uint32_t(__float2int_rn(x)); }, x);
+}
+HD D widen(F x) {
+    return map<D>([](float x) { return double(x); }, x);
+}
+
+// One bit a lane, lane 0 lowest.
+HD uint32_t bits_of(Mask mask) {
+    uint32_t bits = 0;
+    UNROLLED for (int i = 0; i < kLanes; ++i) bits |= mask.r[i] ? 1u << i : 0u;
+    return bits;
+}
+// x with the other sign in the lanes whose bit is set.
+HD F flipped(F x, uint32_t bits) {
+    U to = as_bits(x);
+    UNROLLED for (int i = 0; i < kLanes; ++i) to.r[i] ^= bits << (31 - i) & 0x80000000u;
+    return as_float(to);
+}
+HD bool all(Mask mask) { return mask.r[0] && mask.r[1] && mask.r[2] && mask.r[3]; }
+// Whether some lane has some bit of `bits`.
+HD bool any(U x, uint32_t bits) { return ((x.r[0] | x.r[1] | x.r[2] | x.r[3]) & bits) != 0; }
+HD int count(Mask mask) { return mask.r[0] + mask.r[1] + mask.r[2] + mask.r[3]; }
+
+// 0, 1, 2, ... over the lanes.
+HD U lane_index() {
+    U x;
+    UNROLLED for (int i = 0; i < kLanes; ++i) x.r[i] = uint32_t(i);
+    return x;
+}
+
+// The sum of the lanes: halves are added until one lane is left.
+HD float sum(F x) { return (x.r[0] + x.r[2]) + (x.r[1] + x.r[3]); }
+HD double sum(D x) { return (x.r[0] + x.r[2]) + (x.r[1] + x.r[3]); }
+HD float largest(float a, float b) { return a > b ? a : b; }
+HD float largest(F x) { return largest(largest(x.r[0], x.r[2]), largest(x.r[1], x.r[3])); }
+
+template <class To, class T>
+HD Pack<To> load_lanes(const T* from, int n) {
+    Pack<To> x;
+    UNROLLED for (int i = 0; i < kLanes; ++i) x.r[i] = i < n ? To(from[i]) : To(0);
+    return x;
+}
+template <class T, class From>
+HD void store_lanes(T* to, Pack<From> x, int n) {
+    UNROLLED for (int i = 0; i < kLanes; ++i) if (i < n) to[i] = T(x.r[i]);
+}
+HD F load_f32(const float* from, int n) { return load_lanes<float>(from, n); }
+HD void store_f32(float* to, F x, int n) { store_lanes(to, x, n); }
 template <class T>
 HD U load_uint(const T* from, int n) {
-    return n ? U(*from) : 0u;
+    return load_lanes<uint32_t>(from, n);
 }
 template <class T>
 HD void store_uint(T* to, U x, int n) {
-    if (n) *to = T(x);
+    store_lanes(to, x, n);
 }
 HD U load_upper(const uint16_t* from, int n) { return load_uint(from, n) << 16; }
 HD void store_upper(uint16_t* to, U x, int n) { store_uint(to, x >> 16, n); }
-HD F load_s8(const int8_t* from, int n) { return n ? F(*from) : 0.f; }
-HD void store_s8(int8_t* to, U x, int n) {
-    if (n) *to = int8_t(x);
-}
-HD void store_saturated(uint8_t* to, U x, int n) { store_uint(to, min(x, 255u), n); }
+HD void store_saturated(uint8_t* to, U x, int n) { store_uint(to, min(x, U(255u)), n); }
 
-// A row's gradients are looked at one by one.
+// The upper halves of two words, as one.
+HD uint32_t upper_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
+
+// One, two or four words that lie together, at a multiple of their size.
+HD void load_words(const void* from, uint32_t (&words)[1]) {
+    words[0] = *static_cast<const uint32_t*>(from);
+}
+HD void load_words(const void* from, uint32_t (&words)[2]) {
+    const uint2 x = *static_cast<const uint2*>(from);
+    words[0] = x.x, words[1] = x.y;
+}
+HD void load_words(const void* from, uint32_t (&words)[4]) {
+    const uint4 x = *static_cast<const uint4*>(from);
+    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+}
+HD void store_words(void* to, const uint32_t (&words)[1]) {
+    *static_cast<uint32_t*>(to) = words[0];
+}
+HD void store_words(void* to, const uint32_t (&words)[2]) {
+    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+}
+HD void store_words(void* to, const uint32_t (&words)[4]) {
+    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// A row's gradients are looked at by each thread for itself (engine/cuda.h).
 HD bool any_beyond(const uint16_t*, int, int16_t) { return true; }
 
 }  // namespace ENGINE_ISA

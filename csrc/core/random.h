@@ -78,9 +78,9 @@ struct Words {
     }
 
     // The same for a row whose blocks of 32 columns are asked for in order, once each.  (A thread
-    // of a GPU has some of the blocks; it counts anew in each.)
+    // of a GPU has a part of one block.)
     HD U next(int col) {
-        if (kLanes == 1) return at(col);
+        if (kLanes < 16) return at(col);
         U words = hash(start);
         start = start + U(16 * kStride);
         return words;

@@ -19,43 +19,17 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) 
                   sizeof(Hyper) == 152 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
-// A moment whose row is loaded at once and stored at once, so that a thread's eight elements are
-// under way together.
-template <class SlotT, bool kStored>
-struct Staged {
-    SlotT slot;
-    F values[Exec::kSpan];
-
-    HD Staged(const Place& p, SlotId id, SlotScratch& s) : slot(p, id, s) {}
-    HD void begin_roots() { slot.begin_roots(); }
-    HD void begin() {
-        if (kStored) slot.begin();
-    }
-    HD void begin_row(int64_t row, int width) {
-        slot.begin_row(row, width);
-        Exec::each(width, [&](int i, int col, int n) { values[i] = slot.load(i, col, n); });
-    }
-    HD F load(int i, int, int) { return values[i]; }
-    HD F root(int i, F x) { return slot.root(i, x); }
-    HD void store(int i, int, int, F x) { values[i] = x; }
-    HD void end_row(int64_t row, int width) {
-        if (!kStored) return;
-        Exec::each(width, [&](int i, int col, int n) { slot.store(i, col, n, values[i]); });
-        slot.end_row(row, width);
-    }
-    HD void end() {
-        if (kStored) slot.end();
-    }
-};
-template <bool kStored>
-struct Staged<NoSlot, kStored> : NoSlot {
-    using NoSlot::NoSlot;
-};
-
 // Gradients and weights of a known dtype and rounding.
 template <int32_t kDtype>
 struct GradOf : AnyGrad {
     HD GradOf(const Place& p, F* room) : AnyGrad(p, room) { dtype = kDtype; }
+
+    // Of the thread's elements: a usable sum has no unusable part.
+    HD bool clean(int) const {
+        F of_lanes(0.f);
+        UNROLLED for (int i = 0; i < Exec::kSpan; ++i) of_lanes = of_lanes + abs(values[i]);
+        return sum(of_lanes) <= kLargestGrad;
+    }
 };
 template <int32_t kDtype, bool kCompensated, bool kRoundsByDraws>
 struct WeightOf : AnyWeight {
@@ -64,6 +38,20 @@ struct WeightOf : AnyWeight {
         compensated = kCompensated;
         stochastic = kRoundsByDraws;
     }
+};
+
+// A moment that a rule may only read.
+template <class SlotT, bool kStored>
+struct Kept : SlotT {
+    using SlotT::SlotT;
+};
+template <class SlotT>
+struct Kept<SlotT, false> : SlotT {
+    using SlotT::SlotT;
+    HD void begin() {}
+    HD void store(int, int, int, F) {}
+    HD void end_row(int64_t, int) {}
+    HD void end() {}
 };
 
 // A kind of tensor.
@@ -88,9 +76,9 @@ struct Kind {
         is_same<FastT, FactoredSlot<true>> || is_same<SlowT, FactoredSlot<true>>;
     Grad grad;
     WeightOf<kWeightDtype, kCompensated, (kFlags_ & kStochastic) != 0> weight;
-    Staged<FastT, true> fast;
-    Staged<SlowT, RuleT::kSlowStored> slow;
-    Staged<SquareT, RuleT::kSquareStored> square;
+    FastT fast;
+    Kept<SlowT, RuleT::kSlowStored> slow;
+    Kept<SquareT, RuleT::kSquareStored> square;
 
     HD Kind(Place& p, Scratch& s)
         : grad(p, s.grad),
@@ -102,36 +90,48 @@ struct Kind {
     }
 };
 
-// The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
-// rather than memory: every operand of a row is in one.
-__global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
-    measure(*launch, blockIdx.x);
+// Calls f(whole) with a constant, so that the loop over the rows of most tiles asks nothing.
+template <class Function>
+HD void with_tile(const Launch& launch, Function&& f) {
+    if (is_whole(launch, blockIdx.x)) return f(Constant<true>());
+    f(Constant<false>());
+}
+HD const Hyper& hyper_of_tile(const Launch& launch) {
+    return launch.hypers[launch.tiles[blockIdx.x].tensor];
+}
+
+// The passes over a bucket's tiles, a block to each.
+__global__ __launch_bounds__(kTileThreads, kTileBlocks) void measure_kernel(const Launch* launch) {
+    with_tile(*launch, [&](auto whole) { measure(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {
-    factor<typename KindT::Grad, KindT::kFlags>(*launch, blockIdx.x);
+__global__ __launch_bounds__(kTileThreads, kTileBlocks) void factor_kernel(const Launch* launch) {
+    with_tile(*launch, [&](auto whole) {
+        factor<typename KindT::Grad, KindT::kFlags>(*launch, blockIdx.x, whole.kValue);
+    });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
-    if (wants_norm(launch->hypers[launch->tiles[blockIdx.x].tensor]))
-        norm<KindT, false>(*launch, blockIdx.x);
+__global__ __launch_bounds__(kTileThreads, kTileBlocks) void norm_kernel(const Launch* launch) {
+    if (!wants_norm(hyper_of_tile(*launch))) return;
+    with_tile(*launch,
+              [&](auto whole) { norm<KindT, false>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
-    residual<KindT>(*launch, blockIdx.x);
+__global__ __launch_bounds__(kTileThreads, kTileBlocks) void residual_kernel(const Launch* launch) {
+    with_tile(*launch, [&](auto whole) { residual<KindT>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
-    norm<KindT, true>(*launch, blockIdx.x);
+__global__ __launch_bounds__(kTileThreads, kTileBlocks) void limit_kernel(const Launch* launch) {
+    with_tile(*launch, [&](auto whole) { norm<KindT, true>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
-    if (wants_align(launch->hypers[launch->tiles[blockIdx.x].tensor]))
-        align<KindT>(*launch, blockIdx.x);
+__global__ __launch_bounds__(kTileThreads, kTileBlocks) void align_kernel(const Launch* launch) {
+    if (!wants_align(hyper_of_tile(*launch))) return;
+    with_tile(*launch, [&](auto whole) { align<KindT>(*launch, blockIdx.x, whole.kValue); });
 }
 template <class KindT>
-__global__ __launch_bounds__(kTileThreads, 1) void apply_kernel(const Launch* launch) {
-    apply<KindT>(*launch, blockIdx.x);
+__global__ __launch_bounds__(kTileThreads, kTileBlocks) void apply_kernel(const Launch* launch) {
+    with_tile(*launch, [&](auto whole) { apply<KindT>(*launch, blockIdx.x, whole.kValue); });
 }
 
 // The phases of a bucket's tensors, a block to each.

@@ -14,6 +14,74 @@ struct Exec {
     // fit into the processor's window, which is what hides the latency of roots and quotients.
     static constexpr bool kWeightsLater = kRegisters > 1;
 
+    // A row in memory: each vector is loaded when asked for, and stored when put.
+    template <class T>
+    struct Row {
+        T* at;
+        int64_t cols;
+
+        HD void open(T* row, int64_t row_cols, int, bool) {
+            at = row;
+            cols = row_cols;
+        }
+        HD void begin(T* row, int64_t row_cols, int width, bool whole) {
+            open(row, row_cols, width, whole);
+        }
+        HD void end() {}
+
+        HD U uint(int, int col, int n) const {
+            ask(col);
+            return load_uint(at + col, n);
+        }
+        HD F f32(int, int col, int n) const {
+            ask(col);
+            return load_f32(at + col, n);
+        }
+        HD F bf16(int, int col, int n) const {
+            ask(col);
+            return load_bf16(at + col, n);
+        }
+        HD F s8(int, int col, int n) const { return load_s8(at + col, n); }
+
+        HD void put_uint(int, int col, int n, U x) { store_uint(at + col, x, n); }
+        HD void put_f32(int, int col, int n, F x) { store_f32(at + col, x, n); }
+        HD void put_upper(int, int col, int n, U x) { store_upper(at + col, x, n); }
+        HD void put_s8(int, int col, int n, U x) { store_s8(at + col, x, n); }
+        HD void put_saturated(int, int col, int n, U x) { store_saturated(at + col, x, n); }
+
+       private:
+        // Codes are of flat tensors, whose rows follow each other: the hardware sees them coming.
+        HD void ask(int col) const {
+            if (sizeof(T) > 1) prefetch(at, cols, col);
+        }
+    };
+
+    // The same of one bit a column, lowest first.
+    struct Bits {
+        uint8_t* at;
+
+        HD void begin(uint8_t* row, int, bool) { at = row; }
+        HD uint32_t load(int, int col, int n) const {
+            uint16_t bits = 0;
+            memcpy(&bits, at + col / 8, n > 8 ? 2 : 1);
+            return bits;
+        }
+        HD void store(int, int col, int n, uint32_t bits) {
+            if (n < kLanes) bits &= (1u << n) - 1;
+            memcpy(at + col / 8, &bits, n > 8 ? 2 : 1);
+        }
+        HD void end() {}
+    };
+
+    // A vector that runs along the columns: a tile's part of it.
+    struct AlongColumns {
+        const float* at;
+
+        HD void begin_tile(const float*, int, bool) {}
+        HD void begin_row(const float* from) { at = from; }
+        HD F load(int, int col, int n) const { return load_f32(at + col, n); }
+    };
+
     // Sums over the rows of a tile, kept where they are wanted: a tile's columns stay in L1.
     struct Columns {
         float* at;
@@ -155,7 +223,7 @@ struct Exec {
             store_f64(first, x);
             store_f64(second, y);
             for (int lane = 0; lane < n; ++lane, col += every) {
-                double* sums = of_thread[col / 256 * 32 + col / 32 % 2 * 16 + col % 16];
+                double* sums = of_thread[col / 32 * 4 + col % 16 / 4];
                 sums[0] += first[lane];
                 sums[1] += second[lane];
             }
@@ -172,17 +240,11 @@ struct Exec {
 
     HD static double total(D x) { return sum(x); }
     HD static bool leads() { return true; }
-    HD static bool leads_block() { return true; }
-
-    HD static uint32_t load_bits(const uint8_t* from, int col, int n) {
-        uint16_t bits = 0;
-        memcpy(&bits, from + col / 8, n > 8 ? 2 : 1);
-        return bits;
+    template <int kBlock>
+    HD static bool leads_block() {
+        return true;
     }
-    HD static void store_bits(uint8_t* to, int col, int n, uint32_t bits) {
-        if (n < kLanes) bits &= (1u << n) - 1;
-        memcpy(to + col / 8, &bits, n > 8 ? 2 : 1);
-    }
+    HD static bool leads_warp() { return true; }
 
     // What follows serves the phases of a tensor.
 

@@ -91,7 +91,7 @@ struct Pass {
     // Whether an earlier pass has seen that all gradient elements are usable.
     bool clean() const {
         bool is_clean = true;
-        Place p(launch, first_tile);
+        Place p(launch, first_tile, false);
         p.each_tile([&] { is_clean = is_clean && p.sums().nonfinite == 0; });
         return is_clean;
     }

@@ -24,16 +24,27 @@ struct Place {
     const Tile* const first;  // of the strip
     const Tensor& tensor;
     const Hyper& hyper;
-    const Tile* tile;  // the one at hand,
-    int number;        // and its number in the strip
+    const int64_t num_rows_all, num_cols, numel;  // the tensor's, where no store can change them
+    const int64_t from_row, to_row;               // the strip's
+    const Tile* tile;                             // the one at hand,
+    int64_t col;                                  // its first column,
+    int number;                                   // and its number in the strip
+    const bool whole;                             // whether Exec::Row may use vectors
 
-    HD Place(const Launch& l, int64_t first_tile)
+    HD Place(const Launch& l, int64_t first_tile, bool is_whole)
         : launch(l),
           first(l.tiles + first_tile),
           tensor(l.tensors[l.members[first->tensor]]),
           hyper(l.hypers[first->tensor]),
+          num_rows_all(tensor.rows),
+          num_cols(tensor.cols),
+          numel(tensor.numel),
+          from_row(first->row),
+          to_row(from_row + kTileRows < num_rows_all ? from_row + kTileRows : num_rows_all),
           tile(first),
-          number(0) {}
+          col(first->col),
+          number(0),
+          whole(is_whole) {}
 
     // Calls f() with each tile of the strip at hand.
     template <class Function>
@@ -43,6 +54,7 @@ struct Place {
         const int count = left < Exec::kStripTiles ? int(left) : Exec::kStripTiles;
         for (number = 0; number < count; ++number) {
             tile = first + number;
+            col = tile->col;
             f();
         }
     }
@@ -56,24 +68,30 @@ struct Place {
     // `number`, which is a constant where a strip is one tile.
     HD int at() const { return Exec::kStripTiles == 1 ? 0 : number; }
 
-    HD int64_t rows() const { return tensor.rows; }
-    HD int64_t cols() const { return tensor.cols; }
-    HD int64_t first_row() const { return first->row; }
-    HD int64_t end_row() const {
-        return first_row() + kTileRows < rows() ? first_row() + kTileRows : rows();
-    }
+    HD int64_t rows() const { return num_rows_all; }
+    HD int64_t cols() const { return num_cols; }
+    HD int64_t first_row() const { return from_row; }
+    HD int64_t end_row() const { return to_row; }
     HD int num_rows() const { return int(end_row() - first_row()); }
     HD TileSums& sums() const { return launch.sums[tile - launch.tiles]; }
 
     // Columns of the tile, and of those the ones a row has: the last row may end early.
-    HD int width() const {
-        return int(cols() - tile->col < kTileCols ? cols() - tile->col : kTileCols);
-    }
+    HD int width() const { return int(cols() - col < kTileCols ? cols() - col : kTileCols); }
     HD int width(int64_t row) const {
-        int64_t left = tensor.numel - row * cols() - tile->col;
+        if (whole) return width();
+        int64_t left = numel - row * cols() - col;
         return left >= width() ? width() : left > 0 ? int(left) : 0;
     }
+
 };
+
+// Whether all rows of a tile are whole blocks of 32 columns and begin where vectors of any width do.
+HD bool is_whole(const Launch& launch, int64_t tile) {
+    const Place p(launch, tile, false);
+    uint64_t places = p.tensor.weight | p.tensor.grad | p.tensor.compensation;
+    for (const Moment& moment : p.tensor.moments) places |= moment.parts[0] | moment.parts[4];
+    return p.cols() % 32 == 0 && p.numel >= p.to_row * p.cols() && places % 16 == 0;
+}
 
 // Room for a tile's row of a moment: its values, those still to be encoded, and its blocks' grids;
 // and for the roots of a strip's column factors.
@@ -97,7 +115,7 @@ struct Slot {
     HD Slot(const Place& p, SlotId slot, SlotScratch&)
         : place(p), moment(p.tensor.moments[slot]), cols(p.cols()) {}
 
-    HD int64_t first_col() const { return place.tile->col; }
+    HD int64_t first_col() const { return place.col; }
 
     HD void begin_roots() {}
     HD F root(int, F x) { return sqrt(x); }

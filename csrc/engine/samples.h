@@ -27,7 +27,7 @@ struct SampleRows {
 
     template <class GradT, class WeightT>
     HD void row(const Hyper& h, int64_t row, int width, const GradT& grad, const WeightT& weight) {
-        const int64_t begin = row * tensor.cols + place.tile->col,
+        const int64_t begin = row * tensor.cols + place.col,
                       from = (begin + every - 1) / every;
         const int64_t first = from * every - begin;  // its column in the tile
         if (first >= width || !(h.learns || h.t == 1)) return;
@@ -40,7 +40,7 @@ struct SampleRows {
                 Mask ok;
                 F g = usable(raw, ok);
                 g = select(ok, conditioned(h, g, w), F(0.f));
-                F start = load_as(tensor.weight_dtype, starts, 0, at, n);
+                F start = load_as(tensor.weight_dtype, starts, at, n);
                 F before = load_sum(from + at, n);
                 F after = select(ok, fma(F(h.sum_decay), before, g * h.sum_weight), before);
                 store_sum(from + at, after, n);

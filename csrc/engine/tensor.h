@@ -136,7 +136,7 @@ struct Factors {
             Draws draws(key, 0);
             draws.begin_row(0, length, first);
             const int32_t exponent = float8_exponent(Exec::largest_of(from + first, run));
-            if (Exec::leads_block()) pointer<int8_t>(tops)[block] = int8_t(exponent - 127);
+            if (Exec::leads_warp()) pointer<int8_t>(tops)[block] = int8_t(exponent - 127);
             Exec::each_pack_of_run(run, [&](int at, int n) INLINED {
                 U code = float8_encode(load_f32(from + first + at, n), draws.at<kFloat8Cut>(at),
                                        U(float8_base(exponent)));

@@ -166,8 +166,8 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     return e;
 }
 
-HD void measure(const Launch& launch, int64_t first_tile) {
-    Place p(launch, first_tile);
+HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
+    Place p(launch, first_tile, whole);
     Scratch scratch;
     AnyGrad grad(p, scratch.grad);
     AnyWeight weight(p, scratch.weight);
@@ -198,8 +198,8 @@ HD void measure(const Launch& launch, int64_t first_tile) {
 
 // An element without a usable gradient contributes the average it has, and is counted.
 template <class GradT, int64_t kFlags = ~int64_t(0)>
-HD void factor(const Launch& launch, int64_t first_tile) {
-    Place p(launch, first_tile);
+HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
+    Place p(launch, first_tile, whole);
     Hyper h = p.hyper;
     h.flags &= kFlags;
     Scratch scratch;
@@ -241,8 +241,8 @@ HD void factor(const Launch& launch, int64_t first_tile) {
 
 // As `factor`, of the rule's residual and the slow moment.
 template <class Access>
-HD void residual(const Launch& launch, int64_t first_tile) {
-    Place p(launch, first_tile);
+HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
+    Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
@@ -267,8 +267,8 @@ HD void residual(const Launch& launch, int64_t first_tile) {
 
 // kSettled: of the settled update.
 template <class Access, bool kSettled>
-HD void norm(const Launch& launch, int64_t first_tile) {
-    Place p(launch, first_tile);
+HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
+    Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
@@ -292,8 +292,8 @@ HD void norm(const Launch& launch, int64_t first_tile) {
 }
 
 template <class Access>
-HD void align(const Launch& launch, int64_t first_tile) {
-    Place p(launch, first_tile);
+HD void align(const Launch& launch, int64_t first_tile, bool whole = false) {
+    Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
@@ -312,8 +312,8 @@ HD void align(const Launch& launch, int64_t first_tile) {
 }
 
 template <class Access>
-HD void apply(const Launch& launch, int64_t first_tile) {
-    Place p(launch, first_tile);
+HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
+    Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
@@ -345,7 +345,6 @@ HD void apply(const Launch& launch, int64_t first_tile) {
                     usable(a.grad.load(i, col, n), ok);
                     w = select(ok, w, before);
                 }
-                if (h.passive) w = before;  // not `?:`, whose reference would force both to memory
                 a.weight.store(i, col, n, w);
             };
             Exec::each(width, [&](int i, int col, int n) INLINED {
