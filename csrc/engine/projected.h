@@ -69,13 +69,9 @@ HD T sum_of_warp(T x) {
     return x;
 }
 
-// The number that is in all lanes of a pack.
-template <class PackT>
-HD auto alone(PackT x) -> decltype(x.r[0] + x.r[0]) {
-    return x.r[0];
-}
-HD float alone(float x) { return x; }
-HD uint32_t alone(uint32_t x) { return x; }
+// One lane of a pack; what the others would take is not computed.
+HD float alone(F x) { return x.r[0]; }
+HD uint32_t alone(U x) { return x.r[0]; }
 
 template <int32_t kDtype>
 HD float element(const void* from, int64_t at) {
