@@ -14,6 +14,7 @@ from torch import Tensor
 from optim import cuda, features, gpu, native, plan
 from optim.codecs import FactoredSign, join, split
 from optim.projected import ProjectedEngine
+from optim.projected_cuda import CudaProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
 from optim.share import Share
 
@@ -116,19 +117,25 @@ def fused_engine(
     """The engine of a device that has one, for the optimizer's steps or for another rule of its."""
     own = type(optimizer).rule.__name__
     if rule is None and own in plan.PROJECTED:
-        return ProjectedEngine(
-            optimizer,
-            plan.PROJECTED[own],
-            lambda owner, rule: descriptor_engine(owner, device, rule),
-        )
+        return projected_engine(optimizer, device, plan.PROJECTED[own])
     return descriptor_engine(optimizer, device, rule)
+
+
+def projected_engine(optimizer: "FusedOptimizer", device: torch.device, dense: str) -> Engine:
+    """What steps an APOLLO, whose projections and other tensors are stepped by the rule `dense`."""
+
+    def make(owner: Any, rule: str) -> Engine:
+        return descriptor_engine(owner, device, rule)
+
+    if device.type == "cuda":
+        return CudaProjectedEngine(optimizer, dense, make, cuda.indexed(device))
+    return ProjectedEngine(optimizer, dense, make)
 
 
 def descriptor_engine(optimizer: Any, device: torch.device, rule: str | None) -> Engine:
     """What launches one rule for the tensors of an optimizer, or of a part of one."""
     if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return cuda.CudaEngine(optimizer, torch.device("cuda", index), rule)
+        return cuda.CudaEngine(optimizer, cuda.indexed(device), rule)
     return native.NativeEngine(optimizer, rule)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from optim import plan
 from optim.engine import ADDRESSES, DescriptorEngine, Work, buckets
 from optim.gpu import MEASURE, Gpu, Kind, gpu_of, kind_of
+from optim.staging import Staging
 
 if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
@@ -56,8 +57,8 @@ class CudaEngine(DescriptorEngine):
         self._table = torch.empty_like(self._words, device=device)
         shape = (len(optimizer.param_groups), ctypes.sizeof(plan.Options) // 8)
         self._options = torch.empty(shape, dtype=torch.float64, device=device)
-        self._spares: dict[tuple[Any, ...], list[Tensor]] = {}  # pinned, for captures to come
-        self._of_graphs: list[Tensor] = []  # pinned, from which graphs copy
+        self._staging = Staging(self._gpu)
+        self.copies = 2  # of addresses, or of options, that a step may make
         self._uploaded = b""  # the options that are on the device, if they came from the host
         self._captured = False  # a graph's replays write there too, unseen: nothing is known
         self._room = torch.empty(0, dtype=torch.float64, device=device)
@@ -166,28 +167,9 @@ class CudaEngine(DescriptorEngine):
         self._captured |= capturing
         if known and not self._captured:  # the device's table is what `_words` is
             return
-        addresses = self._readable(addresses.contiguous()).to(self._device, non_blocking=True)
+        addresses = self._staging.readable(addresses.contiguous(), self.copies)
+        addresses = addresses.to(self._device, non_blocking=True)
         self._table[work.on_device, ADDRESSES] = addresses
-
-    def _readable(self, values: Tensor) -> Tensor:
-        """Host values where a copy to the device may read them: as they are; or, for a graph that
-        is being captured and copies again at every replay, in page-locked memory of its own.
-
-        None can be had during a capture, so the steps before it see to spares: two, because a step
-        with a global norm copies its addresses twice.
-        """
-        spares = self._spares.setdefault((*values.shape, values.dtype), [])
-        if not self._gpu.capturing():
-            while len(spares) < 2:
-                spares.append(self._gpu.pinned(*values.shape, dtype=values.dtype))
-            return values
-        if not spares:
-            raise RuntimeError(
-                "a CUDA graph of optimizer.step() wants an ordinary step() of the same parameters "
-                "before each capture"
-            )
-        self._of_graphs.append(spares.pop().copy_(values))
-        return self._of_graphs[-1]
 
     def _put_options(self, coefficients: dict[int, float | Tensor]) -> None:
         """Write the groups' options to the device: numbers where they have changed, tensors (a
@@ -208,7 +190,14 @@ class CudaEngine(DescriptorEngine):
         raw = bytes((plan.Options * len(groups))(*options))
         if raw != self._uploaded or tensors or self._captured:
             host = torch.frombuffer(bytearray(raw), dtype=torch.float64).view_as(self._options)
-            self._options.copy_(self._readable(host), non_blocking=True)
+            host = self._staging.readable(host, self.copies)
+            self._options.copy_(host, non_blocking=True)
             self._uploaded = raw
         for position, word, value in tensors:
             self._options[position, word].copy_(value)
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device "cuda" is, where it is not said which."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)

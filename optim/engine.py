@@ -9,7 +9,7 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
 
 Descriptors = ctypes.Array[plan.Descriptor]
+Member = TypeVar("Member")
 
 _ASKED = 256  # tensors of a state that are asked for their address at a step
 # The options of a group that say which moments there are and how they are stored, and which
@@ -197,11 +198,11 @@ class DescriptorEngine:
             d.moments[plan.SLOTS[name]] = moment
 
 
-def buckets(numels: Iterable[tuple[int, int]], limit: int) -> list[list[int]]:
+def buckets(sizes: Iterable[tuple[Member, int]], limit: int) -> list[list[Member]]:
     """Members, given with their sizes, in buckets of at most `limit`, or a single larger one."""
-    filled: list[list[int]] = []
+    filled: list[list[Member]] = []
     room = 0
-    for member, size in numels:
+    for member, size in sizes:
         room -= size
         if room < 0 or not filled:
             filled.append([])

@@ -7,9 +7,10 @@ number for each channel, and with these the engine steps the weights along G its
 "scaled").  What is not projected is stepped by Adam or Adafactor as it is.
 
 P G and N are alive for as many tensors at once as fit into LOW_BYTES, or for a single larger one.
+This is the CPU's way; a GPU has its own (`optim/projected_cuda.py`), of the same two steps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from math import prod
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from optim import features, native, rng
 from optim.codecs import Codec, Given
+from optim.engine import buckets
 from optim.projection import channels, gain, projected_shape, projection
 from optim.reference import norms
 from optim.share import Place, Places, Share
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
 
 LOW_BYTES = 32 << 20
-CHUNK, CPU_CHUNK = 1 << 22, 1 << 16  # gradient elements that are fp32 at once
+CHUNK = 1 << 16  # gradient elements that are fp32 at once
+
+Make = Callable[[Any, str], "Engine"]  # (owner, rule) -> what steps the owner's tensors by the rule
 
 # What the step of a projection has of its group's options.
 _BARE: dict[str, Any] = {
@@ -39,26 +43,26 @@ _BARE: dict[str, Any] = {
 
 
 class ProjectedEngine:
-    """Steps the parameters of an APOLLO on one device, by engines that `make(owner, rule)` gives
-    for the steps of `dense` (a rule's name) and for "scaled"."""
+    """Steps the parameters of an APOLLO on a CPU, by engines that `make(owner, rule)` gives for the
+    steps of `dense` (a rule's name) and for "scaled"."""
 
-    def __init__(
-        self, optimizer: "FusedOptimizer", dense: str, make: Callable[[Any, str], "Engine"]
-    ) -> None:
+    def __init__(self, optimizer: "FusedOptimizer", dense: str, make: Make) -> None:
         self._low, self._scaled = LowSteps(optimizer), ScaledSteps(optimizer)
+        self._tensors: dict[int, Tensor] = {}  # the projections, by the parameter
         self._dense_engine = make(optimizer, dense)
         self._low_engine, self._scaled_engine = make(self._low, dense), make(self._scaled, "scaled")
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
-        wide, others = _parted(places)
+        wide, others = parted(places)
         if others:
             self._dense_engine.step(Share(others), coefficients)
         if not wide:
             return
         self._low.refresh()
-        for some in _portions(wide):
-            lows = Places(self._low.place(place, coefficients) for place in some)
+        sizes = [(place, 8 * place[1]["rank"] * sides_of(place)[1]) for place in wide]
+        for some in buckets(sizes, LOW_BYTES):
+            lows = Places(self._low_of(place, coefficients) for place in some)
             self._low_engine.step(Share(lows), {})
             for place, (_, _, low) in zip(some, lows, strict=True):
                 self._scaled.put(place, low)
@@ -67,12 +71,26 @@ class ProjectedEngine:
 
     def grad_sq(self, places: Share) -> float | Tensor:
         """As `optim.backend.Engine`."""
-        wide, others = _parted(places)
+        wide, others = parted(places)
         for place in wide:
             self._scaled.factors_of(place)
         return features.summed(
             [self._scaled_engine.grad_sq(Share(wide)), self._dense_engine.grad_sq(Share(others))]
         )
+
+    def _low_of(self, place: Place, coefficients: dict[int, float | Tensor]) -> Place:
+        """The projection of a parameter's gradient, as the gradient of a tensor (r, L) of zeros."""
+        index, group, param = place
+        assert param.grad is not None
+        state = self._low.optimizer.state_of(param, group)
+        h = SimpleNamespace(**group | {"index": index, "t": int(state["step"]) + 1})
+        width, length = sides_of(place)
+        low = self._tensors.setdefault(index, torch.empty(0))
+        low.data = torch.zeros((h.rank, length))
+        draw = native.normals if native.unavailable() is None else rng.normals
+        p = projection(h, width, param.device, draw)
+        low.grad = projected(place, param.grad, p, coefficients.get(id(group), 1.0), state)
+        return self._low.adopt(place, low)
 
 
 class LowSteps:
@@ -81,44 +99,47 @@ class LowSteps:
     shared: tuple[str, ...] = ()
 
     def __init__(self, optimizer: "FusedOptimizer") -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self.param_groups = [dict(group) for group in optimizer.param_groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-        self._tensors: dict[int, Tensor] = {}
-        self._counts: dict[int, tuple[Tensor, int]] = {}
+        self._places: dict[Tensor, Place] = {}
+        self._unread: dict[int, Tensor] = {}  # counts of what is not usable in projections
 
     def refresh(self) -> None:
         """Take over the options as they are now."""
-        for group, own in zip(self._optimizer.param_groups, self.param_groups, strict=True):
+        for group, own in zip(self.optimizer.param_groups, self.param_groups, strict=True):
             own.update(group | {name: x for name, x in _BARE.items() if name in group})
 
-    def place(self, place: Place, coefficients: dict[int, float | Tensor]) -> Place:
-        """The projection of a parameter's gradient, as the gradient of a tensor (r, L) of zeros."""
+    def adopt(self, place: Place, low: Tensor) -> Place:
+        """Let a tensor (r, L) stand for a parameter, with its moments and its step count."""
         index, group, param = place
-        sides = projected_shape(tuple(param.shape), group["rank"])
-        assert sides is not None
-        state = self._optimizer.state_of(param, group)
-        t = self._count(index, state["step"]) + 1
-        h = SimpleNamespace(**group | {"index": index, "t": t})
-        low = self._tensors.get(index)
-        if low is None or low.device != param.device:
-            low = self._tensors[index] = torch.empty(0, device=param.device)
-            self.state[low] = {}
-        low.data = torch.zeros((group["rank"], sides[1]), device=param.device)
-        low.grad = _projected(h, param, state, coefficients.get(id(group), 1.0))
-        own = self.state[low]
+        state = self.optimizer.state_of(param, group)
         moments = {k: x for k, x in state.items() if k == "step" or k.startswith("exp_avg")}
-        if "nonfinite" not in own or own["nonfinite"].device != param.device:
-            own["nonfinite"] = torch.zeros((), dtype=torch.int64, device=param.device)
-        self.state[low] = {"nonfinite": own["nonfinite"]} | moments
-        number = next(i for i, g in enumerate(self._optimizer.param_groups) if g is group)
-        return index, self.param_groups[number], low
+        unread = self._unread.get(index)
+        if unread is None or unread.device != param.device:
+            unread = torch.zeros((), dtype=torch.int64, device=param.device)
+        self._unread[index] = unread
+        self.state[low] = {"nonfinite": unread} | moments
+        self._places[low] = place
+        return index, self.group_of(group), low
+
+    def drop(self, low: Tensor) -> None:
+        """Forget a tensor, and let go of its memory."""
+        del self.state[low], self._places[low]
+        low.grad, low.data = None, low.data.new_empty(0)
+
+    def group_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options for the projections of a group's parameters."""
+        return next(
+            own
+            for theirs, own in zip(self.optimizer.param_groups, self.param_groups, strict=True)
+            if theirs is group
+        )
 
     def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """Those of the parameter's moments."""
-        index = next(i for i, x in self._tensors.items() if x is low)
-        _, own, param = self._optimizer._places()[index]
-        return self._optimizer.moments(param, own)
+        _, own, param = self._places[low]
+        return self.optimizer.moments(param, own)
 
     def state_of(self, low: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's moments and step count."""
@@ -126,22 +147,7 @@ class LowSteps:
 
     def check_state(self, index: int, group: dict[str, Any], low: Tensor) -> None:
         """Raise ValueError where the parameter's state is not what its options ask for."""
-        _, own, param = self._optimizer._places()[index]
-        self._optimizer.check_state(index, own, param)
-
-    def _count(self, index: int, step: Tensor) -> int:
-        """A step count on the host.  On a GPU it is read once and then counted along."""
-        if not step.is_cuda:
-            return int(step)
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self._optimizer).__name__}.step() cannot be captured in a CUDA graph: its "
-                "projections are drawn from a step count on the host"
-            )
-        known = self._counts.get(index)
-        count = known[1] if known is not None and known[0] is step else int(step)
-        self._counts[index] = (step, count + 1)
-        return count
+        self.optimizer.check_state(*self._places[low])
 
 
 class ScaledSteps:
@@ -162,11 +168,10 @@ class ScaledSteps:
     def factors_of(self, place: Place) -> Tensor:
         """Where the factors of a parameter's channels are: fp32 (L,)."""
         index, group, param = place
-        sides = projected_shape(tuple(param.shape), group["rank"])
-        assert sides is not None
+        length = sides_of(place)[1]
         factors = self._factors.get(index)
-        if factors is None or factors.device != param.device or factors.numel() != sides[1]:
-            factors = self._factors[index] = torch.zeros(sides[1], device=param.device)
+        if factors is None or factors.device != param.device or factors.numel() != length:
+            factors = self._factors[index] = torch.zeros(length, device=param.device)
         state = self._optimizer.state_of(param, group)
         kept = {k: x for k, x in state.items() if not k.startswith("exp_avg")}
         side = "row" if param.shape[0] >= param.numel() // param.shape[0] else "col"
@@ -176,14 +181,13 @@ class ScaledSteps:
     def put(self, place: Place, low: Tensor) -> None:
         """The factors from the step N that a projection has become, low (r, L), and from its
         gradient P G, whose channels without a usable element are NaN."""
-        _, group, param = place
+        group = place[1]
         assert low.grad is not None
         dim = 0 if group["scaling"] == "channel" else None
         step, before = low.detach(), low.grad.nan_to_num(0.0)
         length, low_length = norms(step, dim), norms(before, dim)
-        width = param.numel() // low.shape[1]
         factor = torch.where(low_length > 1e-30, length / low_length, 0.0).float()
-        factor = factor * gain(SimpleNamespace(**group), width)
+        factor = factor * gain(SimpleNamespace(**group), sides_of(place)[0])
         self.factors_of(place).copy_(factor.flatten().expand(low.shape[1]))
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
@@ -202,7 +206,7 @@ class ScaledSteps:
         self._optimizer.check_state(index, group, param)
 
 
-def _parted(places: Share) -> tuple[Places, Places]:
+def parted(places: Iterable[Place]) -> tuple[Places, Places]:
     """Those that are projected, and the others."""
     wide, others = Places(), Places()
     for place in places:
@@ -211,33 +215,27 @@ def _parted(places: Share) -> tuple[Places, Places]:
     return wide, others
 
 
-def _portions(places: Places) -> Iterator[list[Place]]:
-    """Places whose projections and their steps are at most LOW_BYTES together, or one alone."""
-    some: list[Place] = []
-    room = LOW_BYTES
-    for place in places:
-        sides = projected_shape(tuple(place[2].shape), place[1]["rank"])
-        assert sides is not None
-        size = 8 * place[1]["rank"] * sides[1]
-        if some and size > room:
-            yield some
-            some, room = [], LOW_BYTES
-        some.append(place)
-        room -= size
-    yield some
+def sides_of(place: Place) -> tuple[int, int]:
+    """(D, L) of a parameter that is projected."""
+    sides = projected_shape(tuple(place[2].shape), place[1]["rank"])
+    assert sides is not None
+    return sides
 
 
-def _projected(
-    h: SimpleNamespace, param: Tensor, state: dict[str, Tensor], coefficient: float | Tensor
+def projected(
+    place: Place,
+    grad: Tensor,
+    p: Tensor,
+    coefficient: float | Tensor,
+    state: dict[str, Tensor],
+    chunk: int = CHUNK,
 ) -> Tensor:
-    """P G (r, L) of the gradient as the features leave it, NaN where a channel has no usable
-    element."""
-    assert param.grad is not None
-    grad, weight = channels(param.grad), channels(param.detach())
+    """P G fp32 (r, L) of a parameter's gradient as the features leave it, NaN where a channel has
+    no usable element; p fp32 (r, D), `chunk` elements of the gradient at a time."""
+    _, group, param = place
+    grad, weight = channels(grad), channels(param.detach())
     lost = channels(state["compensation"]) if "compensation" in state else None
-    draw = native.normals if param.is_cpu and native.unavailable() is None else rng.normals
-    p = projection(h, grad.shape[0], param.device, draw)
-    width = max(1, (CPU_CHUNK if param.is_cpu else CHUNK) // grad.shape[0])
+    width = max(1, chunk // grad.shape[0])
     spans = [slice(at, at + width) for at in range(0, grad.shape[1], width)]
 
     def weights(span: slice) -> Tensor:
@@ -245,22 +243,27 @@ def _projected(
         return w if lost is None else w + lost[:, span].double()
 
     rho: float | Tensor = 0.0
-    if h.orthograd or h.grad_clip is not None:
-        coefficient, rho = _conditioning(h, grad, weights, spans, coefficient)
-    low = torch.empty((h.rank, grad.shape[1]), device=param.device)
+    if is_conditioned(group):
+        coefficient, rho = _conditioning(group, grad, weights, spans, coefficient)
+    low = torch.empty((p.shape[0], grad.shape[1]), device=param.device)
     for span in spans:
         g = grad[:, span].float()
         clean = g.is_cpu and _all_usable(g)
-        if clean and not h.orthograd:
+        if clean and not group["orthograd"]:
             torch.matmul(p, g, out=low[:, span])
             continue
         ok = features.usable(g)
         g = torch.where(ok, g, 0.0)
-        if h.orthograd:
+        if group["orthograd"]:
             g = torch.where(ok, (g.double() - rho * weights(span)).float(), 0.0)
         torch.matmul(p, g, out=low[:, span])
         low[:, span].masked_fill_(~ok.any(dim=0), torch.nan)
     return low.mul_(coefficient)
+
+
+def is_conditioned(group: dict[str, Any]) -> bool:
+    """Whether what is projected depends on sums over the whole gradient."""
+    return group["orthograd"] or group["grad_clip"] is not None
 
 
 def _all_usable(g: Tensor) -> bool:
@@ -270,7 +273,7 @@ def _all_usable(g: Tensor) -> bool:
 
 
 def _conditioning(
-    h: SimpleNamespace,
+    group: dict[str, Any],
     grad: Tensor,
     weights: Callable[[slice], Tensor],
     spans: list[slice],
@@ -283,14 +286,14 @@ def _conditioning(
     for span in spans:
         g = grad[:, span].double()
         g = torch.where(features.usable(grad[:, span]), g, 0.0)
-        w = weights(span) if h.orthograd else g
+        w = weights(span) if group["orthograd"] else g
         sums += torch.stack([g.square().sum(), (w * g).sum(), w.square().sum()])
     grad_sq, weight_grad, weight_sq = sums
-    c = torch.as_tensor(coefficient, dtype=torch.float64, device=grad.device)
-    if h.grad_clip is not None:
-        c = c * (h.grad_clip / (c * grad_sq.sqrt()).clamp_min(1e-30)).clamp_max(1.0)
+    c = torch.ones_like(grad_sq) * coefficient  # as_tensor would wait for the device
+    if group["grad_clip"] is not None:
+        c = c * (group["grad_clip"] / (c * grad_sq.sqrt()).clamp_min(1e-30)).clamp_max(1.0)
     rho = torch.zeros_like(c)
-    if h.orthograd:
+    if group["orthograd"]:
         rho = weight_grad / (weight_sq + 1e-30)
         rest_sq = grad_sq - 2 * rho * weight_grad + rho * rho * weight_sq
         something = rest_sq > 1e-12 * grad_sq

@@ -4,8 +4,10 @@ A matrix gradient G (R, C) is looked at with its smaller dimension first, G (D, 
 P G (r, L).  So the state is small in the larger number (r L), P is small in both (r D), and there
 is a norm for each of the L channels.  Convolutions are matrices O x (I*kh*kw).
 
-P has the same bits everywhere as it is drawn.  The product P G is torch's matmul, whose last bits
-depend on the device and may depend on the number of threads: a run repeats itself on one machine.
+P has the same bits everywhere as it is drawn, and in every dtype: draws are numbers that bf16 has,
+so that a GPU multiplies 16-bit gradients on its tensor cores.  The product P G is torch's matmul,
+whose last bits depend on the device and may depend on the number of threads: a run repeats itself
+on one machine.
 """
 
 from collections.abc import Callable

@@ -103,19 +103,19 @@ def signs(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Nearly normal draws of mean 0 and variance 1: -> fp32 (R, C), in the same bits on every
-    device.
+    """Nearly normal draws of mean 0 and variance 1: -> fp32 (R, C), numbers that bf16 has, in the
+    same bits on every device.
 
-    Element e, row-major, is (S - 1530) / sqrt(65535) where S, the sum of the twelve bytes of words
-    3 e, 3 e + 1 and 3 e + 2, has mean 1530 and variance 65535.  A logarithm or a cosine has other
-    last bits on another device; integers and one multiplication do not.  All odd moments are 0, the
-    kurtosis is 2.9 in place of 3, and no draw is beyond 5.98.
+    Element e, row-major, is (S - 1530) / 256, rounded to bf16, where S, the sum of the twelve bytes
+    of words 3 e, 3 e + 1 and 3 e + 2, has mean 1530 and variance 65535.  A logarithm or a cosine
+    has other last bits on another device; integers and one multiplication do not.  All odd moments
+    are 0, the kurtosis is 2.9 in place of 3, and no draw is beyond 5.98.
     """
     count = shape[0] * shape[1]
     words = words32(torch.arange(3 * count, device=device, dtype=torch.int64), key).view(-1, 3)
     pairs = ((words & 0xFF00FF) + ((words >> 8) & 0xFF00FF)).sum(dim=1, dtype=torch.int32)
     total = (pairs & 0xFFFF) + (pairs >> 16)  # a half holds at most 6 * 255
-    return ((total - 1530).float() * 65535**-0.5).view(shape)
+    return ((total - 1530).float() / 256).bfloat16().float().view(shape)
 
 
 def round_stochastic_bf16(x: Tensor, key: int, view: tuple[int, int], salt: int = 0) -> Tensor:

@@ -5,10 +5,21 @@ import ctypes
 import subprocess
 import sysconfig
 
+import pytest
 import torch
 from conftest import REPOSITORY
 
 from optim import backend, cuda
+from optim.projected_cuda import CudaProjectedEngine
+
+_HEAD = """#include "cuda_on_host.h"
+#include "engine/cuda.h"
+struct Argument {
+    const void* address;
+    template <class T>
+    operator const T*() const { return static_cast<const T*>(address); }
+};
+"""
 
 
 class Host:
@@ -22,12 +33,11 @@ class Host:
         if missing:
             stem = self.folder / f"kernels{len(self.loaded)}"
             lines = [
-                f'extern "C" void kernel{i}(const engine::Launch* launch, int grid, int threads) '
+                f'extern "C" void kernel{i}(Argument launch, int grid, int threads) '
                 f"{{ cuda_on_host::run(grid, threads, [=] {{ {name}(launch); }}); }}"
                 for i, name in enumerate(missing)
             ]
-            includes = '#include "cuda_on_host.h"\n#include "engine/cuda.h"\n'
-            stem.with_suffix(".cpp").write_text(includes + "\n".join(lines))
+            stem.with_suffix(".cpp").write_text(_HEAD + "\n".join(lines))
             compiler = sysconfig.get_config_var("CXX").split()[0]
             flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off"]
             paths = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests'}"]
@@ -58,11 +68,16 @@ class Host:
 def on_host(host):
     """What is stepped for the first time within, is stepped by the kernels of a GPU from then
     on."""
-    whole = backend.descriptor_engine
-    backend.descriptor_engine = lambda optimizer, device, rule: cuda.CudaEngine(
-        optimizer, device, rule, host
-    )
-    try:
+
+    def engine(optimizer, device, rule):
+        return cuda.CudaEngine(optimizer, device, rule, host)
+
+    def projected(optimizer, device, dense):
+        return CudaProjectedEngine(
+            optimizer, dense, lambda owner, rule: engine(owner, device, rule), device, host
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "descriptor_engine", engine)
+        patch.setattr(backend, "projected_engine", projected)
         yield
-    finally:
-        backend.descriptor_engine = whole

@@ -14,7 +14,6 @@ from helpers import assert_same, make_params, run, set_grads
 
 import optim
 from optim import native, projected
-from optim.projected import LowSteps
 from optim.projection import projection
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (12, 3, 3, 3)]
@@ -359,39 +358,13 @@ def test_a_convolution_is_stepped_as_its_matrix(name):
     assert torch.equal(*ends)
 
 
-class OnDevice:
-    """A step count that is on a GPU, and counts how often it is waited for."""
-
-    is_cuda = True
-
-    def __init__(self, count):
-        self.count, self.reads = count, 0
-
-    def __int__(self):
-        self.reads += 1
-        return self.count
-
-
-def test_a_step_count_on_a_gpu_is_read_once_and_a_capture_refused(monkeypatch):
-    params = make_params(shapes=[(32, 24)])
-    steps = LowSteps(optim.build("apollo", params, rank=4))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    step = OnDevice(5)
-    assert [steps._count(0, step) for _ in range(3)] == [5, 6, 7]
-    assert step.reads == 1
-    assert steps._count(0, OnDevice(2)) == 2  # of another state
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"Apollo.step\(\) cannot be captured"):
-        steps._count(0, step)
-
-
 @pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
 def test_what_a_step_holds_is_of_the_projections_size(monkeypatch):
     """Not of the gradients': of as many projections as fit into a bound, or of one."""
     params = make_params(torch.bfloat16, [(64, 96)] * 12)
     optimizer = optim.build("apollo", params, rank=8, backend="native")
     alive, most = [], 0
-    real = projected._projected
+    real = projected.projected
 
     def counted(*arguments):
         nonlocal most
@@ -400,7 +373,7 @@ def test_what_a_step_holds_is_of_the_projections_size(monkeypatch):
         most = max(most, sum(one() is not None for one in alive))
         return low
 
-    monkeypatch.setattr(projected, "_projected", counted)
+    monkeypatch.setattr(projected, "projected", counted)
     monkeypatch.setattr(projected, "LOW_BYTES", 3 * 8 * 8 * 96)
     run(optimizer, params, range(2))
     assert len(alive) == 24

@@ -29,7 +29,7 @@ def test_normal_draws_are_the_sums_of_twelve_bytes():
     key = rng.mix(9)
     drawn = rng.normals(key, (3, 5), CPU).flatten()
     expected = torch.tensor([float(byte_sum(key, e) - 1530) for e in range(15)])
-    assert torch.equal(drawn, expected * torch.tensor(65535**-0.5))
+    assert torch.equal(drawn, (expected / 256).bfloat16().float())
     assert [byte_sum(key, e) for e in range(4)] == [1561, 1404, 1299, 1942]
 
 
@@ -47,6 +47,14 @@ def test_sign_draws_are_the_bits_of_words():
         words = rng.words32(torch.arange(2 * i, 2 * i + 2), key).tolist()
         bits = [words[j // 32] >> j % 32 & 1 for j in range(40)]
         assert drawn[i].tolist() == [1.0 if bit else -1.0 for bit in bits]
+
+
+def test_rounding_draws_to_bf16_leaves_their_variance():
+    words = rng.words32(torch.arange(3 << 18), 5)
+    sums = sum((words >> shift) & 0xFF for shift in (0, 8, 16, 24)).view(-1, 3).sum(dim=1)
+    exact, drawn = (sums - 1530).double() / 256, rng.normals(5, (1, 1 << 18), CPU)[0].double()
+    assert not torch.equal(drawn, exact)
+    assert (drawn.square().sum() / exact.square().sum()).item() == pytest.approx(1, abs=1e-4)
 
 
 def test_normal_draws_have_the_moments_of_a_normal():

@@ -29,7 +29,7 @@ HD U linked(uint64_t counter, uint32_t high) {
     return U(high ^ (uint32_t(counter >> 32) * 0x85EBCA6Bu));
 }
 
-// Nearly normal draws of a key, from the first'th on: sums of twelve bytes each.
+// Nearly normal draws of a key, from the first'th on: sums of twelve bytes each, rounded to bf16.
 HD F normals(uint64_t key, int64_t first) {
     U pairs(0u);
     for (int word = 0; word < 3; ++word) {
@@ -44,7 +44,15 @@ HD F normals(uint64_t key, int64_t first) {
         pairs = pairs + (drawn & U(0xFF00FFu)) + ((drawn >> 8) & U(0xFF00FFu));
     }
     const U total = (pairs & U(0xFFFFu)) + (pairs >> 16);
-    return (to_float(total) - F(1530.f)) * F(0x1.0000800060004p-8f);
+    return from_bf16(to_bf16((to_float(total) - F(1530.f)) * F(0x1p-8f)));
+}
+
+// -1 or 1: an element of a matrix with `cols` columns, the same in all lanes.
+HD F signs(uint64_t key, uint64_t row, uint32_t col, uint32_t cols) {
+    const uint64_t word = row * ((cols + 31) / 32) + col / 32;
+    const U counter = U(uint32_t(word) * kStride + uint32_t(key));
+    const U bit = (scrambled(counter, linked(word, uint32_t(key >> 32))) >> int(col % 32)) & U(1u);
+    return to_float(bit + bit) - F(1.f);
 }
 
 // The hash words of one row of a matrix view, of which an element has a half.  A block of 32

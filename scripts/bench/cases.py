@@ -9,7 +9,8 @@ from torch.nn import Parameter
 import optim
 from optim import gpu, plan
 from optim.engine import DescriptorEngine
-from optim.projected import ProjectedEngine
+from optim.portion import kind_of
+from optim.projected import ProjectedEngine, parted
 from optim.share import Share
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -55,6 +56,9 @@ _ALL = [
     Case("apollo", FP32, {"storage": "factored", "scaling": "tensor", "orthograd": True}),
     Case("apollo", FP16, {"storage": "8bit", "cautious": True, "rounding": "kahan"}),
     Case("adafactor8bit_apollo", FP32, {"beta1": 0.9, "growth_limit": None, "rank": 1}),
+    Case("apollo", BF16, {"rank": 16}),
+    Case("apollo", FP32, {"rank": 16, "projection": "sign", "scaling": "tensor"}),
+    Case("apollo", FP16, {"rank": 16, "grad_clip": 0.1}),
     Case("came", FP32, {"storage": "factored", "growth_limit": 1.01, "orthograd": True}),
     Case("came8bit", FP16, {"clip_threshold": None, "growth_limit": 1.01, "cautious": True}),
     Case("prodigy", FP32, {"slice_p": 1, "storage": "8bit", "atan2": True, "orthograd": True}),
@@ -133,4 +137,8 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
 def kernels_of(cases: list[Case]) -> list[str]:
     """The names of all kernels that these cases run."""
     kinds = set().union(*map(kinds_of, cases))
-    return sorted({name for kind in kinds for name, _ in kind.passes()} | {gpu.MEASURE})
+    names = {name for kind in kinds for name, _ in kind.passes()} | {gpu.MEASURE}
+    for case in filter(Case.is_projected, cases):
+        wide, _ = parted(make(case, backend="torch")[1]._places())
+        names |= {name for place in wide for name in kind_of(place, case.dtype).kernels().values()}
+    return sorted(names)

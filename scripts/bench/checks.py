@@ -16,7 +16,7 @@ import optim
 from bench.cases import CASES, Case, gradients, kernels_of, make, prepare, set_grads
 from bench.outcomes import Finding, Skip
 from bench.subject import Subject
-from bench.tolerances import param_misses
+from bench.tolerances import blur_of, param_misses
 
 BF16 = torch.bfloat16
 STEPS = 3
@@ -25,7 +25,10 @@ SHOWN = 3  # of what is wrong, in a line
 PROJECTED_SLACK = 30.0
 
 # Those whose runs are repeated in other ways: one of each rule, and what sums or encodes most.
-NAMES = ("adamw_factored", "adopt_factored", "adamw8bit", "adafactor8bit", "lion8bit", "sgd")
+NAMES = (
+    *("adamw_factored", "adopt_factored", "adamw8bit", "adafactor8bit", "lion8bit", "sgd"),
+    "apollo",
+)
 REPEATED = [case for case in CASES if case.name in NAMES and not case.options] + [
     case for case in CASES if "orthograd" in case.options
 ]
@@ -97,7 +100,7 @@ def _parity(subject: Subject, case: Case) -> tuple[list[str], int, int]:
         reference.step()
         with subject.engines():
             twin.step()
-        for p, q, old in zip(params, twins, before, strict=True):
+        for index, (p, q, old) in enumerate(zip(params, twins, before, strict=True)):
             one, two = _tensors(reference, p), _tensors(twin, q)
             unlike = [key for key in one if key not in two or not _same(one[key], two[key])]
             compared += len(one)
@@ -107,8 +110,11 @@ def _parity(subject: Subject, case: Case) -> tuple[list[str], int, int]:
             elif unlike:
                 copied = Parameter(two.pop("weights"))
                 del one["weights"]
-                slack = PROJECTED_SLACK if case.is_projected() else 1.0
-                lines = param_misses(p, copied, old, one, two, slack)
+                slack, blur = 1.0, 0.0
+                if case.is_projected():
+                    slack = PROJECTED_SLACK
+                    blur = blur_of(index, reference.param_groups[0], p, step + 1)
+                lines = param_misses(p, copied, old, one, two, slack, blur)
                 wrong += [f"step {step + 1}, {line}" for line in lines]
         if differing:  # the next step begins from the same again
             for p, q in zip(params, twins, strict=True):

@@ -47,6 +47,8 @@ def is_captured(subject: Subject, deadline: float) -> Finding:
     runs: tuple[tuple[str, dict[str, object]], ...] = (
         ("adamw_factored", {}),
         ("adafactor8bit", {"max_grad_norm": 0.1}),
+        ("apollo", {"rank": 16, "max_grad_norm": 0.1}),
+        ("apollo_mini", {}),
     )
     for name, options in runs:
         eager, graphed = (Training(subject.device, name, **options) for _ in range(2))

@@ -1,0 +1,296 @@
+// APOLLO on a GPU, beside the matrix products and the engine's own steps: P is drawn, P G is looked
+// at (or computed, where it has few rows), and the lengths of its channels are compared with those
+// of the step that was made of it.
+//
+// A block has kChannels neighbouring channels of one tensor: its lanes are the channels where
+// memory runs along these, and its warps share what runs across.  Sums are taken in a fixed order.
+#pragma once
+
+#include "core/features.h"
+
+namespace engine {
+
+// One tensor whose gradient G is (width, length), the smaller dimension first.
+struct Projection {
+    void* p;         // (rank, width) in the gradient's dtype: the draws, not yet over sqrt(rank)
+    float* low;      // (rank, length): P G
+    float* step;     // (rank, length): what an optimizer makes of it
+    float* factors;  // (length)
+    const int64_t* count;  // of steps so far
+    uint64_t seed;
+    int64_t index, update_gap;
+    int64_t rank, width, length;
+    int64_t first_part;  // of its channels
+    float gain;
+    int32_t tall;  // whether it is G^T that lies in memory
+};
+
+// What a block does: the number'th part of a tensor.
+struct Part {
+    int32_t tensor, number;
+};
+
+// One launch: a portion of tensors.
+struct Projections {
+    const Projection* tensors;
+    const uint64_t* grads;  // their addresses
+    const Part *draws, *channels;
+    double* sums;  // (parts of channels, 2): of squares, of the step and of P G
+};
+
+namespace ENGINE_ISA {
+namespace projected {
+
+// optim/portion.py mirrors these.
+static_assert(sizeof(Projection) == 104 && sizeof(Projections) == 40,
+              "optim/portion.py has other structs");
+
+constexpr int kChannels = 32, kWarps = 8;  // of a block
+constexpr int kThreads = 32 * kWarps;
+constexpr int kDraws = 8192;  // elements of P that a block draws, for all of which it makes one key
+// Elements of P are at least 2^-8 where they are not 0, so an element of G that is too large to be
+// used (2^48) adds at least 2^40 to a row of P G.  To stay unseen it must be cancelled by others to
+// one part in 2^8, in every one of more than kWarps rows.
+constexpr float kLargestProduct = 0x1p32f;
+
+HD int lane_of_warp() { return int(threadIdx.x) % 32; }
+HD int warp_of_block() { return int(threadIdx.x) / 32; }
+// One bit of each lane.
+HD uint32_t bits_of_warp(bool mine) {
+    uint32_t bits = uint32_t(mine) << lane_of_warp();
+    UNROLLED for (int apart = 16; apart > 0; apart /= 2) bits |=
+        __shfl_xor_sync(0xFFFFFFFFu, bits, apart);
+    return bits;
+}
+template <class T>
+HD T sum_of_warp(T x) {
+    UNROLLED for (int apart = 16; apart > 0; apart /= 2) x =
+        x + __shfl_xor_sync(0xFFFFFFFFu, x, apart);
+    return x;
+}
+
+// One lane of a pack; what the others would take is not computed.
+HD float alone(F x) { return x.r[0]; }
+HD uint32_t alone(U x) { return x.r[0]; }
+
+template <int32_t kDtype>
+HD float element(const void* from, int64_t at) {
+    if (kDtype == kFloat32) return static_cast<const float*>(from)[at];
+    const uint16_t half = static_cast<const uint16_t*>(from)[at];
+    return kDtype == kBFloat16 ? float_of_bf16(half) : alone(from_fp16(U(uint32_t(half))));
+}
+// x is a number that bf16 has.
+template <int32_t kDtype>
+HD void put_element(void* to, int64_t at, float x) {
+    if (kDtype == kFloat32) {
+        static_cast<float*>(to)[at] = x;
+    } else {
+        const uint32_t half = kDtype == kBFloat16 ? bits_of_float(x) >> 16 : alone(to_fp16(F(x)));
+        static_cast<uint16_t*>(to)[at] = uint16_t(half);
+    }
+}
+
+// Not so of what is not a number.
+HD bool within(float x, float limit) { return x <= limit && x >= -limit; }
+
+// An element of a gradient, 0 where it is not usable; `some` becomes true where it is.
+template <int32_t kDtype>
+HD float usable_element(const void* grad, int64_t at, bool& some) {
+    const float g = element<kDtype>(grad, at);
+    const bool ok = within(g, kLargestGrad);
+    some |= ok;
+    return ok ? g : 0.f;
+}
+
+// An element of P G, not a number in a channel without a usable element.
+HD float product(float sum, bool some) { return some ? sum : __uint_as_float(0x7FC00000u); }
+
+// P as it is at the next step: optim/projection.py draws the same.
+template <int32_t kDtype, bool kSigns>
+__global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* launch) {
+    const Part part = launch->draws[blockIdx.x];
+    const Projection& t = launch->tensors[part.tensor];
+    const uint64_t gaps = uint64_t(*t.count / t.update_gap);
+    const uint64_t key = chain(mix(t.seed, uint64_t(t.index), gaps), 'P');
+    const int64_t first = int64_t(part.number) * kDraws, count = t.rank * t.width;
+    const int64_t row = first / t.width;
+    void* const to = t.p;
+    const uint32_t width = uint32_t(t.width), col = uint32_t(first - row * t.width);
+    for (int i = int(threadIdx.x); i < kDraws && first + i < count; i += kThreads) {
+        const uint32_t at = col + uint32_t(i);
+        const float x = kSigns ? alone(signs(key, uint64_t(row + at / width), at % width, width))
+                               : alone(normals(key, first + i));
+        put_element<kDtype>(to, first + i, x);
+    }
+}
+
+// P G in a channel that has an element which is not usable, from those that are.
+template <int32_t kDtype>
+HD void project_again(const Projection& t, const void* grad, int64_t channel) {
+    const int64_t apart = t.tall ? 1 : t.length, first = t.tall ? channel * t.width : channel;
+    bool some = true;  // until the first row has seen that there is none
+    for (int64_t row = warp_of_block(); row < t.rank; row += kWarps) {
+        float sum = 0.f;
+        bool found = false;
+        for (int64_t d = lane_of_warp(); some && d < t.width; d += 32) {
+            const float g = usable_element<kDtype>(grad, first + d * apart, found);
+            sum = __fmaf_rn(element<kDtype>(t.p, row * t.width + d), g, sum);
+        }
+        sum = sum_of_warp(sum);
+        some = bits_of_warp(found) != 0;
+        if (lane_of_warp() == 0) t.low[row * t.length + channel] = product(sum, some);
+    }
+}
+
+// P G of a library's, which knows nothing of unusable elements: where there is one, it is not
+// finite or very large, and is computed again.
+template <int32_t kDtype>
+__global__ __launch_bounds__(kThreads, 1) void mend_kernel(const Projections* launch) {
+    __shared__ uint32_t of_warps[kWarps];
+    const Part part = launch->channels[blockIdx.x];
+    const Projection& t = launch->tensors[part.tensor];
+    const int64_t first = int64_t(part.number) * kChannels, channel = first + lane_of_warp();
+    bool ordinary = true;
+    if (channel < t.length) {
+        _Pragma("unroll 4") for (int64_t row = warp_of_block(); row < t.rank; row += kWarps)
+            ordinary &= within(t.low[row * t.length + channel], kLargestProduct);
+    }
+    const uint32_t odd = bits_of_warp(!ordinary);
+    if (lane_of_warp() == 0) of_warps[warp_of_block()] = odd;
+    __syncthreads();
+    uint32_t suspects = 0;
+    UNROLLED for (int warp = 0; warp < kWarps; ++warp) suspects |= of_warps[warp];
+    const void* grad = reinterpret_cast<const void*>(launch->grads[part.tensor]);
+    for (int i = 0; i < kChannels; ++i)
+        if (suspects >> i & 1u) project_again<kDtype>(t, grad, first + i);
+}
+
+// P G of at most kRows rows.  G is read once, with its channels along memory,
+template <int32_t kDtype, int kRows>
+HD void project_along(const Projection& t, const void* grad, int64_t first) {
+    __shared__ float sums_of_warps[kWarps][kRows][kChannels];
+    __shared__ uint32_t some_of_warps[kWarps];
+    const int lane = lane_of_warp(), warp = warp_of_block();
+    const int64_t channel = first + lane;
+    float sums[kRows] = {};
+    bool some = false;
+    if (channel < t.length) {
+        _Pragma("unroll 4") for (int64_t d = warp; d < t.width; d += kWarps) {
+            const float g = usable_element<kDtype>(grad, d * t.length + channel, some);
+            UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) sums[row] =
+                __fmaf_rn(element<kDtype>(t.p, row * t.width + d), g, sums[row]);
+        }
+    }
+    UNROLLED for (int row = 0; row < kRows; ++row) sums_of_warps[warp][row][lane] = sums[row];
+    const uint32_t usable = bits_of_warp(some);
+    if (lane == 0) some_of_warps[warp] = usable;
+    __syncthreads();
+    if (warp >= t.rank || channel >= t.length) return;
+    float sum = 0.f;  // of the row that is this warp's
+    uint32_t usables = 0;
+    UNROLLED for (int other = 0; other < kWarps; ++other) {
+        sum = sum + sums_of_warps[other][warp][lane];
+        usables |= some_of_warps[other];
+    }
+    t.low[warp * t.length + channel] = product(sum, (usables >> lane & 1u) != 0);
+}
+
+// or across.
+template <int32_t kDtype, int kRows>
+HD void project_across(const Projection& t, const void* grad, int64_t first) {
+    constexpr int kOwn = kChannels / kWarps;
+    const int64_t own = first + warp_of_block() * kOwn;
+    float sums[kRows][kOwn] = {};
+    bool some[kOwn] = {};
+    _Pragma("unroll 2") for (int64_t d = lane_of_warp(); d < t.width; d += 32) {
+        float g[kOwn];
+        UNROLLED for (int i = 0; i < kOwn; ++i) g[i] =
+            own + i < t.length ? usable_element<kDtype>(grad, (own + i) * t.width + d, some[i])
+                               : 0.f;
+        UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) {
+            const float p = element<kDtype>(t.p, row * t.width + d);
+            UNROLLED for (int i = 0; i < kOwn; ++i) sums[row][i] = __fmaf_rn(p, g[i], sums[row][i]);
+        }
+    }
+    UNROLLED for (int i = 0; i < kOwn; ++i) {
+        const bool usable = bits_of_warp(some[i]) != 0;
+        UNROLLED for (int row = 0; row < kRows; ++row) if (row < t.rank) {
+            const float sum = sum_of_warp(sums[row][i]);
+            if (lane_of_warp() == 0 && own + i < t.length)
+                t.low[row * t.length + own + i] = product(sum, usable);
+        }
+    }
+}
+
+// The 2 is blocks that a processor holds, whose loads are under way together.
+template <int32_t kDtype, int kRows>
+__global__ __launch_bounds__(kThreads, 2) void few_kernel(const Projections* launch) {
+    static_assert(kRows <= kWarps, "a warp sums a row");
+    const Part part = launch->channels[blockIdx.x];
+    const Projection& t = launch->tensors[part.tensor];
+    const void* grad = reinterpret_cast<const void*>(launch->grads[part.tensor]);
+    const int64_t first = int64_t(part.number) * kChannels;
+    if (t.tall) return project_across<kDtype, kRows>(t, grad, first);
+    project_along<kDtype, kRows>(t, grad, first);
+}
+
+// How much longer a channel's step is than its P G, 0 where this has no length.
+HD float ratio(double step_sq, double low_sq, float gain) {
+    const double low = ::sqrt(low_sq);
+    return low > 1e-30 ? float(::sqrt(step_sq) / low) * gain : 0.f;
+}
+
+// The factors of channels; or, of a tensor that has one for all, its parts' sums.
+template <bool kWhole>
+__global__ __launch_bounds__(kThreads, 1) void lengths_kernel(const Projections* launch) {
+    __shared__ double of_warps[kWarps][2][kChannels];
+    const Part part = launch->channels[blockIdx.x];
+    const Projection& t = launch->tensors[part.tensor];
+    const int lane = lane_of_warp(), warp = warp_of_block();
+    const int64_t channel = int64_t(part.number) * kChannels + lane;
+    double step_sq = 0, low_sq = 0;
+    if (channel < t.length) {
+        _Pragma("unroll 4") for (int64_t row = warp; row < t.rank; row += kWarps) {
+            const double step = t.step[row * t.length + channel];
+            const float x = t.low[row * t.length + channel];
+            const double low = x == x ? x : 0.f;
+            step_sq += step * step;
+            low_sq += low * low;
+        }
+    }
+    of_warps[warp][0][lane] = step_sq;
+    of_warps[warp][1][lane] = low_sq;
+    __syncthreads();
+    if (warp != 0) return;
+    step_sq = low_sq = 0;
+    UNROLLED for (int other = 0; other < kWarps; ++other) {
+        step_sq += of_warps[other][0][lane];
+        low_sq += of_warps[other][1][lane];
+    }
+    if (!kWhole) {
+        if (channel < t.length) t.factors[channel] = ratio(step_sq, low_sq, t.gain);
+        return;
+    }
+    step_sq = sum_of_warp(step_sq);
+    low_sq = sum_of_warp(low_sq);
+    double* sums = launch->sums + 2 * (t.first_part + part.number);
+    if (lane == 0) sums[0] = step_sq, sums[1] = low_sq;
+}
+
+// The one factor of each tensor, a block to each.
+__global__ __launch_bounds__(kThreads, 1) void whole_kernel(const Projections* launch) {
+    const Projection& t = launch->tensors[blockIdx.x];
+    const double* sums = launch->sums + 2 * t.first_part;
+    const int64_t parts = (t.length + kChannels - 1) / kChannels;
+    double step_sq = 0, low_sq = 0;  // of every warp the same
+    for (int64_t part = lane_of_warp(); part < parts; part += 32) {
+        step_sq += sums[2 * part];
+        low_sq += sums[2 * part + 1];
+    }
+    const float x = ratio(sum_of_warp(step_sq), sum_of_warp(low_sq), t.gain);
+    for (int64_t i = threadIdx.x; i < t.length; i += kThreads) t.factors[i] = x;
+}
+
+}  // namespace projected
+}  // namespace ENGINE_ISA
+}  // namespace engine

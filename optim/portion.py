@@ -1,0 +1,211 @@
+"""Tensors whose gradients a GPU projects together: how they lie in memory, and what its kernels are
+told of them.
+
+The structs mirror `csrc/engine/projected.h` field by field; addresses are integers.
+"""
+
+import ctypes
+from collections.abc import Iterable
+from ctypes import c_float, c_int32, c_int64, c_uint64
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim import plan
+from optim.projected import LowSteps, is_conditioned, sides_of
+from optim.projection import gain
+from optim.share import Place, Places
+
+CHANNELS, DRAWS = 32, 8192  # csrc/engine/projected.h
+FEW_ROWS = (1, 4, 8)  # the largest is a block's warps
+_SPACE = "engine::cuda::projected::"
+_LINE = 256  # bytes to which what lies in the scratch is aligned
+
+
+class Projection(ctypes.Structure):
+    """One tensor whose gradient is projected."""
+
+    _fields_ = [
+        ("p", c_uint64),
+        ("low", c_uint64),
+        ("step", c_uint64),
+        ("factors", c_uint64),
+        ("count", c_uint64),
+        ("seed", c_uint64),
+        ("index", c_int64),
+        ("update_gap", c_int64),
+        ("rank", c_int64),
+        ("width", c_int64),
+        ("length", c_int64),
+        ("first_part", c_int64),
+        ("gain", c_float),
+        ("tall", c_int32),
+    ]
+
+
+class Projections(ctypes.Structure):
+    """One launch: a portion of them."""
+
+    _fields_ = [
+        ("tensors", c_uint64),
+        ("grads", c_uint64),
+        ("draws", c_uint64),
+        ("channels", c_uint64),
+        ("sums", c_uint64),
+    ]
+
+
+class ProjectedKind(NamedTuple):
+    """What the kernels of a portion are compiled for."""
+
+    grad_dtype: torch.dtype
+    signs: bool  # P is of signs
+    few: int  # rows of P G that our kernel computes, at most; 0: P G is a library's
+    whole: bool  # a tensor has one factor
+    conditioned: bool  # P G is torch's, chunk by chunk
+
+    def kernels(self) -> dict[str, str]:
+        """Their names, by what they are for."""
+        dtype = plan.DTYPES[self.grad_dtype]
+        names = {
+            "draw": f"draw_kernel<{dtype}, {str(self.signs).lower()}>",
+            "lengths": f"lengths_kernel<{str(self.whole).lower()}>",
+        }
+        if not self.conditioned:
+            few = f"few_kernel<{dtype}, {self.few}>"
+            names["project"] = few if self.few else f"mend_kernel<{dtype}>"
+        if self.whole:
+            names["whole"] = "whole_kernel"
+        return {use: _SPACE + name for use, name in names.items()}
+
+
+def kind_of(place: Place, grad_dtype: torch.dtype) -> ProjectedKind:
+    """The kind of a parameter that is projected."""
+    group = place[1]
+    conditioned = is_conditioned(group)
+    return ProjectedKind(
+        grad_dtype=grad_dtype,
+        signs=group["projection"] == "sign",
+        few=0 if conditioned else next((n for n in FEW_ROWS if group["rank"] <= n), 0),
+        whole=group["scaling"] == "tensor",
+        conditioned=conditioned,
+    )
+
+
+class Portion:
+    """Tensors of one kind that are projected together, and where their P, P G and N are."""
+
+    def __init__(self, kind: ProjectedKind, places: list[Place]) -> None:
+        self.kind, self.places, self.names = kind, places, kind.kernels()
+        self.lows = Places()
+        self.p: list[Tensor] = []
+        self.products: list[Tensor] = []  # P G of each
+        self.counts: list[Tensor] = []  # of its steps
+        self.steps = torch.empty(0)  # all N, and what is between them
+        self.table = torch.empty(0)  # on the device: its Projections, then its lists
+        sizes = [self._sizes(place, kind) for place in places]
+        self.p_bytes, self.low_bytes = (sum(each) for each in zip(*sizes, strict=True))
+        ranks = [(place[1]["rank"], *sides_of(place)) for place in places]
+        self.num_draws = [-(-rank * width // DRAWS) for rank, width, _ in ranks]
+        self.num_channels = [-(-length // CHANNELS) for _, _, length in ranks]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of scratch."""
+        return self.p_bytes + 2 * self.low_bytes
+
+    @staticmethod
+    def _sizes(place: Place, kind: ProjectedKind) -> tuple[int, int]:
+        """Bytes of P, and of P G."""
+        rank, (width, length) = place[1]["rank"], sides_of(place)
+        return _lines(rank * width * kind.grad_dtype.itemsize), _lines(4 * rank * length)
+
+    @classmethod
+    def bytes_of(cls, place: Place, kind: ProjectedKind) -> int:
+        """Of scratch, of one tensor."""
+        p_bytes, low_bytes = cls._sizes(place, kind)
+        return p_bytes + 2 * low_bytes
+
+    def lay_out(self, scratch: Tensor, low_steps: LowSteps) -> None:
+        """Make views of the scratch: P, P G as the gradients and N as the tensors of an optimizer
+        of their own."""
+        p_at, low_at, step_at = 0, self.p_bytes, self.p_bytes + self.low_bytes
+        self.steps = scratch[step_at : step_at + self.low_bytes].view(torch.float32)
+        for place in self.places:
+            rank, (width, length) = place[1]["rank"], sides_of(place)
+            p_bytes, low_bytes = self._sizes(place, self.kind)
+            self.p.append(_matrix(scratch, p_at, rank, width, self.kind.grad_dtype))
+            low = _matrix(scratch, step_at, rank, length, torch.float32)
+            low.grad = _matrix(scratch, low_at, rank, length, torch.float32)
+            self.products.append(low.grad)
+            self.lows.append(low_steps.adopt(place, low))
+            self.counts.append(low_steps.state[low]["step"])
+            p_at, low_at, step_at = p_at + p_bytes, low_at + low_bytes, step_at + low_bytes
+
+    def send(self, factors: list[Tensor], grads: int) -> None:
+        """Write what the kernels ask for to the device: the tensors, with where each one's factors
+        are, where gradients' addresses are, and the list of parts."""
+        tensors = (Projection * len(self.places))(
+            *(self._describe(i, x.data_ptr()) for i, x in enumerate(factors))
+        )
+        lists = [
+            torch.frombuffer(tensors, dtype=torch.uint8),
+            _parts(self.num_draws),
+            _parts(self.num_channels),
+        ]
+        ends = [ctypes.sizeof(Projections)]
+        for x in lists:
+            ends.append(ends[-1] + x.numel())
+        sums = _lines(ends[-1])
+        self.table = torch.empty(
+            sums + 16 * sum(self.num_channels), dtype=torch.uint8, device=self.steps.device
+        )
+        base = self.table.data_ptr()
+        head = Projections(
+            tensors=base + ends[0],
+            grads=grads,
+            draws=base + ends[1],
+            channels=base + ends[2],
+            sums=base + sums,
+        )
+        raw = torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *lists])
+        self.table[: raw.numel()].copy_(raw)
+
+    def _describe(self, i: int, factors: int) -> Projection:
+        index, group, param = self.places[i]
+        width, length = sides_of(self.places[i])
+        return Projection(
+            p=self.p[i].data_ptr(),
+            low=self.products[i].data_ptr(),
+            step=self.lows[i][2].data_ptr(),
+            factors=factors,
+            count=self.counts[i].data_ptr(),
+            seed=group["seed"] % (1 << 64),
+            index=index,
+            update_gap=group["update_gap"],
+            rank=group["rank"],
+            width=width,
+            length=length,
+            first_part=sum(self.num_channels[:i]),
+            gain=gain(SimpleNamespace(**group), width) * group["rank"] ** 0.5,
+            tall=param.shape[0] == length,
+        )
+
+
+def _matrix(scratch: Tensor, at: int, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """A matrix that begins at a byte of the scratch."""
+    return scratch[at : at + rows * cols * dtype.itemsize].view(dtype).view(rows, cols)
+
+
+def _parts(counts: Iterable[int]) -> Tensor:
+    """The bytes of Part structs: every tensor's parts, of which it has so many."""
+    numbers = torch.tensor(list(counts))
+    owners = torch.arange(len(numbers)).repeat_interleave(numbers)
+    within = torch.arange(len(owners)) - (numbers.cumsum(0) - numbers)[owners]
+    return torch.stack([owners, within], dim=1).to(torch.int32).view(torch.uint8).flatten()
+
+
+def _lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE
