@@ -21,7 +21,8 @@ struct FactoredSlot : Slot {
     Exec::RowSums rows;
     Exec::Bits signs;
     float row_factor;
-    F row_root, *roots, *col_roots;
+    F row_root, *roots;
+    Exec::Kept col_roots;
 
     HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s),
@@ -29,7 +30,7 @@ struct FactoredSlot : Slot {
           sign_bits(part<uint8_t>(4)),
           roots(s.roots) {
         row_factors = p.launch.workspace + p.launch.vectors[p.first->tensor] + moment.vectors;
-        col_factors.begin_tile(cols_from(), p.width(), p.whole, number());
+        col_factors.begin_tile(cols_from(), p.width(), number());
         if (kSigned) signs.start(p, signs_of(p.first_row()));
     }
     HD int number() const { return int(moment.partials / kPartials); }  // of the factored ones
@@ -39,17 +40,17 @@ struct FactoredSlot : Slot {
 
     HD float* partials() const { return workspace + place.partials; }
     HD const float* cols_from() const { return row_factors + padded(place.rows()) + first_col(); }
-    HD void find_cols() {
-        col_factors.begin_row(cols_from());
-        col_roots = roots + place.at() * Exec::kSpan;
+    HD void find_cols(int width) {
+        col_factors.begin_row(cols_from(), width, place.width());
+        col_roots.begin(roots + place.at() * Exec::kSpan, number());
     }
 
     // The root of a product is that of its factors: one a row and one a column in place of one an
     // element.
     HD void begin_roots() {
-        find_cols();
+        find_cols(place.width());
         Exec::each(place.width(), [&](int i, int col, int n) INLINED {
-            col_roots[i] = sqrt(col_factors.load(i, col, n));
+            col_roots.put(i, sqrt(col_factors.load(i, col, n)));
         });
     }
 
@@ -60,7 +61,7 @@ struct FactoredSlot : Slot {
     }
 
     HD void begin_row(int64_t row, int width) {
-        find_cols();
+        find_cols(width);
         row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
         row_root = sqrt(F(row_factors[row]));
         if (kStored) {
@@ -75,7 +76,7 @@ struct FactoredSlot : Slot {
         return kSigned ? flipped(x, signs.load(i, col, n)) : x;
     }
 
-    HD F root(int i, F) { return row_root * col_roots[i]; }
+    HD F root(int i, F) { return row_root * col_roots.load(i); }
 
     HD void store(int i, int col, int n, F x) {
         if (!kStored) return;

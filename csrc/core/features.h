@@ -13,17 +13,6 @@ struct Constant {
     static constexpr bool kValue = kValue_;
 };
 
-template <bool kFirst, class A, class B>
-struct ChoiceOf {
-    using Type = A;
-};
-template <class A, class B>
-struct ChoiceOf<false, A, B> {
-    using Type = B;
-};
-template <bool kFirst, class A, class B>
-using Choice = typename ChoiceOf<kFirst, A, B>::Type;
-
 template <class A, class B>
 constexpr bool is_same = false;
 template <class A>

@@ -9,13 +9,25 @@
 #include "core/types.h"
 
 #define HD __device__ __forceinline__
-#define INLINED
+#define INLINED __attribute__((always_inline))  // of a lambda
 #define HD_CALL __device__ __forceinline__
 #define UNROLLED _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 #define UNROLLED_BY_8 _Pragma("unroll 8")  // so that as many loads are under way
 
 namespace engine {
 namespace ENGINE_ISA {
+
+template <bool kFirst, class A, class B>
+struct ChoiceOf {
+    using Type = A;
+};
+template <class A, class B>
+struct ChoiceOf<false, A, B> {
+    using Type = B;
+};
+template <bool kFirst, class A, class B>
+using Choice = typename ChoiceOf<kFirst, A, B>::Type;
 
 constexpr int kLanes = 4;
 

@@ -86,11 +86,11 @@ struct WeightOf : AnyWeight {
 
 // A moment that a rule may only read.
 template <class SlotT, bool kStored>
-struct Kept : SlotT {
+struct Stored : SlotT {
     using SlotT::SlotT;
 };
 template <class SlotT>
-struct Kept<SlotT, false> : SlotT {
+struct Stored<SlotT, false> : SlotT {
     using SlotT::SlotT;
     HD void begin() {}
     HD void store(int, int, int, F) {}
@@ -105,8 +105,6 @@ struct Kind {
     using R = RuleT;
     using Grad = GradOf<kGradDtype>;
     static constexpr bool kMoves = false, kFlagsKnown = true;
-    // Of a multiprocessor, at least: where a few registers less make room for one more.
-    static constexpr int kBlocks = RuleT::kRoot ? 6 : 1;
     static constexpr int64_t kFlags = kFlags_;
     // Those that have a loop of their own on a CPU (engine/kernels.h): the same arithmetic here.
     static constexpr bool kFactoredPair =
@@ -118,13 +116,18 @@ struct Kind {
         ((is_same<RuleT, Adam> && (kFactoredPair || kCodes)) ||
          ((is_same<RuleT, Adopt> || is_same<RuleT, Prodigy>) && kFactoredPair) ||
          is_same<RuleT, AdafactorMatrix>);
+    // Of a multiprocessor, at least: a dozen registers less make room for one more of these.
+    static constexpr int kBlocks = (is_same<RuleT, Adam> || is_same<RuleT, Adopt>) && kPlain &&
+                                           kFactoredPair && is_same<SlowT, NoSlot>
+                                       ? 6
+                                       : 1;
     static constexpr bool factored_sign =
         is_same<FastT, FactoredSlot<true>> || is_same<SlowT, FactoredSlot<true>>;
     Grad grad;
     WeightOf<kWeightDtype, kCompensated, (kFlags_ & kStochastic) != 0> weight;
     FastT fast;
-    Kept<SlowT, RuleT::kSlowStored> slow;
-    Kept<SquareT, RuleT::kSquareStored> square;
+    Stored<SlowT, RuleT::kSlowStored> slow;
+    Stored<SquareT, RuleT::kSquareStored> square;
 
     HD Kind(Place& p, Scratch& s)
         : grad(p, s.grad),
@@ -136,48 +139,49 @@ struct Kind {
     }
 };
 
-// Calls f(whole) with a constant, so that the loop over the rows of most tiles asks nothing.
-template <class Function>
-HD void with_tile(const Launch& launch, Function&& f) {
-    if (is_whole(launch, blockIdx.x)) return f(Constant<true>());
-    f(Constant<false>());
-}
-HD const Hyper& hyper_of_tile(const Launch& launch) {
-    return launch.hypers[launch.tiles[blockIdx.x].tensor];
-}
-
 // The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
 // rather than memory.
+struct TileOf {
+    const Launch& launch;
+    const int64_t number;
+    const bool whole;
+
+    HD TileOf(const Launch* l) : launch(*l), number(blockIdx.x), whole(is_whole(launch, number)) {}
+    HD const Hyper& hyper() const { return launch.hypers[launch.tiles[number].tensor]; }
+};
 __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
-    with_tile(*launch, [&](auto whole) { measure(*launch, blockIdx.x, whole.kValue); });
+    const TileOf tile(launch);
+    measure(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {
-    with_tile(*launch, [&](auto whole) {
-        factor<typename KindT::Grad, KindT::kFlags>(*launch, blockIdx.x, whole.kValue);
-    });
+    const TileOf tile(launch);
+    factor<typename KindT::Grad, KindT::kFlags>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
-    if (!wants_norm(hyper_of_tile(*launch))) return;
-    with_tile(*launch, [&](auto whole) { norm<KindT, false>(*launch, blockIdx.x, whole.kValue); });
+    const TileOf tile(launch);
+    if (wants_norm(tile.hyper())) norm<KindT, false>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
-    with_tile(*launch, [&](auto whole) { residual<KindT>(*launch, blockIdx.x, whole.kValue); });
+    const TileOf tile(launch);
+    residual<KindT>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
-    with_tile(*launch, [&](auto whole) { norm<KindT, true>(*launch, blockIdx.x, whole.kValue); });
+    const TileOf tile(launch);
+    norm<KindT, true>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
-    if (!wants_align(hyper_of_tile(*launch))) return;
-    with_tile(*launch, [&](auto whole) { align<KindT>(*launch, blockIdx.x, whole.kValue); });
+    const TileOf tile(launch);
+    if (wants_align(tile.hyper())) align<KindT>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, KindT::kBlocks) void apply_kernel(const Launch* launch) {
-    with_tile(*launch, [&](auto whole) { apply<KindT>(*launch, blockIdx.x, whole.kValue); });
+    const TileOf tile(launch);
+    apply<KindT>(tile.launch, tile.number, tile.whole);
 }
 
 // The phases of a bucket's tensors, a block to each.

@@ -1,9 +1,8 @@
 // Who runs a span: the interface that tile.h and the codecs are written against.
 //
 // An Exec says how the at most kTileCols elements of a span are spread over vectors of lanes, and
-// does what needs more than one lane.  On a CPU one thread runs a tile and a span is 32 vectors of
-// 16 lanes; on a GPU a block of threads runs it, every thread being one lane of kTileCols / threads
-// vectors.
+// does what needs more than one vector.  On a CPU one thread runs a tile and a span is 32 vectors
+// of 16 lanes; on a GPU a block of threads runs it, each of them having two vectors of 4 lanes.
 //
 // Of a tile:
 //   kSpan                       vectors of a span that one thread holds
@@ -19,7 +18,13 @@
 //   RowSums                     sums of a tile's rows: begin_row(to), add(i, x),
 //                               end_row(row, width)
 //   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total)
-//   load_bits, store_bits       one bit a column, lowest first
+//   Row<T>                      a tile's rows of T in memory: once a tile start(place, first row);
+//                               to read a row begin(place, its part, row, width), to write one
+//                               open(place, its part, width); f32, bf16, s8, uint(i, col, n) and
+//                               put_...(i, col, n, x); end()
+//   Bits                        the same of one bit a column, lowest first
+//   AlongColumns                a vector's part of a tile: begin_tile, begin_row, load(i, col, n)
+//   Kept                        a vector i of its own for each of a tile's columns: put, load
 //   prefetch(row, cols, col)    a hint: column col of a row to come will be read
 //   total(x)                    the sum over a span's lanes
 //   each_sample(first, every, width, grad, weight, f)
@@ -32,8 +37,9 @@
 //   each_run, largest_of, each_pack_of_run   the same by blocks
 //   sum_of(length, f)           in fp64: 32 partial sums of every 32nd element, then by halves
 //
-// leads() says whether this thread writes what exists once (of a block of columns: leads_block());
-// sync() makes what threads have written visible to each other.
+// leads() says whether this thread writes what exists once (of a block of columns:
+// leads_block<B>(), of a run: leads_warp()); sync() makes what threads have written visible to each
+// other.
 #pragma once
 
 #if defined(ENGINE_CUDA)

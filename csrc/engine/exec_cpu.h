@@ -86,9 +86,18 @@ struct Exec {
     struct AlongColumns {
         const float* at;
 
-        HD void begin_tile(const float*, int, bool, int) {}
-        HD void begin_row(const float* from) { at = from; }
+        HD void begin_tile(const float*, int, int) {}
+        HD void begin_row(const float* from, int, int) { at = from; }
         HD F load(int, int col, int n) const { return load_f32(at + col, n); }
+    };
+
+    // What a tile keeps for each of its columns, in `room`.
+    struct Kept {
+        F* at;
+
+        HD void begin(F* room, int) { at = room; }
+        HD void put(int i, F x) { at[i] = x; }
+        HD F load(int i) const { return at[i]; }
     };
 
     // Sums over the rows of a tile, kept where they are wanted: a tile's columns stay in L1.
