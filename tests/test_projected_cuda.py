@@ -74,6 +74,16 @@ def step_both(one, two, host, step, spoil=lambda grad: None):
     return before
 
 
+def stepped(host, count, shape):
+    """An APOLLO of rank 4 after its first step of so many parameters."""
+    params = [torch.nn.Parameter(torch.ones(shape)) for _ in range(count)]
+    optimizer = optim.build("apollo", params, rank=4)
+    set_grads(params, 0)
+    with on_host(host):
+        optimizer.step()
+    return optimizer
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_projected()], ids=str)
 def test_a_step_is_the_cpus_step(case, host):
     one, two = make(case), make(case)
@@ -178,12 +188,8 @@ def test_groups_of_several_kinds_are_stepped_each_in_its_way(host):
 def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(host):
     launches = []
     for count in (2, 20):
-        params = [torch.nn.Parameter(torch.ones(24, 40)) for _ in range(count)]
-        optimizer = optim.build("apollo", params, rank=4)
         before = host.launches
-        set_grads(params, 0)
-        with on_host(host):
-            optimizer.step()
+        stepped(host, count, (24, 40))
         launches.append(host.launches - before)
     assert launches[0] == launches[1] <= 12
 
@@ -221,14 +227,9 @@ def test_a_step_reads_nothing_back(case, host, monkeypatch):
 
 def test_a_capture_finds_memory_for_every_portion(host, monkeypatch):
     monkeypatch.setattr(projected_cuda, "SCRATCH_BYTES", 1)
-    params = [torch.nn.Parameter(torch.ones(24, 40)) for _ in range(5)]
-    optimizer = optim.build("apollo", params, rank=4)
-    set_grads(params, 0)
-    with on_host(host):
-        optimizer.step()
-        with monkeypatch.context() as patch:
-            patch.setattr(host, "capturing", lambda: True)
-            optimizer.step()
+    optimizer = stepped(host, 5, (24, 40))
+    monkeypatch.setattr(host, "capturing", lambda: True)
+    optimizer.step()
     assert len(engine_of(optimizer)._low_engine._staging.of_graphs) == 2 * 5
 
 
@@ -276,11 +277,7 @@ def test_a_16_bit_product_is_the_one_of_fp32_numbers():
 
 def test_a_scratch_is_no_larger_than_what_is_alive_at_once(host, monkeypatch):
     monkeypatch.setattr(projected_cuda, "SCRATCH_BYTES", 100_000)
-    params = [torch.nn.Parameter(torch.ones(24, 400)) for _ in range(9)]
-    optimizer = optim.build("apollo", params, rank=4)
-    set_grads(params, 0)
-    with on_host(host):
-        optimizer.step()
+    optimizer = stepped(host, 9, (24, 400))
     (work,) = engine_of(optimizer)._works.values()
     assert len(work.portions) == 2
     place = work.portions[0].places[0]

@@ -22,7 +22,7 @@ HD void store_as(int32_t dtype, char* at, int col, F x, int n) {
 }
 
 // Decodes a tile's rows, of any dtype.
-struct RowsOf {
+struct AnyRows {
     Exec::Row<const float> wide;
     Exec::Row<const uint16_t> narrow;
 
@@ -87,7 +87,7 @@ struct AnyGrad {
     int32_t dtype;
     int64_t cols;
     F* values;
-    RowsOf rows;
+    AnyRows rows;
 
     HD AnyGrad(const Place& p, F* room)
         : place(p),
@@ -119,7 +119,7 @@ struct AnyWeight {
     bool compensated, stochastic;
     int64_t cols;
     F* values;
-    RowsOf rows, lost_rows;
+    AnyRows rows, lost_rows;
     Draws draws;
 
     HD AnyWeight(const Place& p, F* room)

@@ -139,8 +139,7 @@ struct Kind {
     }
 };
 
-// The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
-// rather than memory.
+// The tile of a block.
 struct TileOf {
     const Launch& launch;
     const int64_t number;
@@ -149,6 +148,9 @@ struct TileOf {
     HD TileOf(const Launch* l) : launch(*l), number(blockIdx.x), whole(is_whole(launch, number)) {}
     HD const Hyper& hyper() const { return launch.hypers[launch.tiles[number].tensor]; }
 };
+
+// The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
+// rather than memory.
 __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
     const TileOf tile(launch);
     measure(tile.launch, tile.number, tile.whole);

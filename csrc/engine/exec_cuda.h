@@ -9,6 +9,8 @@
 namespace engine {
 namespace ENGINE_ISA {
 
+constexpr int kTensorThreads = 256;  // of a block that runs a tensor's phase
+
 struct Exec : ThreadRows {
     static constexpr int kStripTiles = 1;
     static constexpr bool kWeightsLater = false;

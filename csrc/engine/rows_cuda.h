@@ -14,11 +14,10 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-constexpr int kTileThreads = 64;     // of a block that runs a tile
-constexpr int kTensorThreads = 256;  // of a block that runs a tensor's phase
+constexpr int kTileThreads = 64;  // of a block that runs a tile
 
 #if !defined(shared_room)
-extern __shared__ float shared_room[];  // Exec::kShared for each factored moment
+extern __shared__ float shared_room[];  // RowSums::kShared for each factored moment
 #endif
 
 struct ThreadRows {
@@ -45,13 +44,13 @@ struct ThreadRows {
     struct Row {
         static constexpr int kWords = int(sizeof(T)), kEach = 4 / kWords;  // elements of a word
         static constexpr int kBits = 8 * kWords;
-        using Words = uint32_t[kSpan][kWords];
+        using Vectors = uint32_t[kSpan][kWords];
         using Element = Choice<kWords == 4, uint32_t, Choice<kWords == 2, uint16_t, uint8_t>>;
 
         T* at;
         int width;
         bool whole;
-        Words read, ahead, written;
+        Vectors read, ahead, written;
 
         // Once a tile: where its first row is.
         template <class PlaceT>
@@ -198,12 +197,14 @@ struct ThreadRows {
         static constexpr int kPitch = 16 * 17;  // 16 blocks of 16 lanes; rows begin half the banks
                                                 // apart
         static constexpr int kRoom = kRows * kPitch;
+        // Floats of shared memory that a factored moment has: this room, and two for each column.
+        static constexpr int kShared = kRoom + 2 * kTileCols;
 
         float *to, *room;
         int last;
         F pairs;
 
-        HD void begin(int moment) { begin_in(shared_room + moment * (kRoom + 2 * kTileCols)); }
+        HD void begin(int moment) { begin_in(shared_room + moment * kShared); }
         HD void begin_in(float* where) {
             room = where;
             last = -1;
@@ -242,18 +243,14 @@ struct ThreadRows {
         }
     };
 
-    // What a factored moment has of shared memory, in floats: room for its rows' sums, and two
-    // numbers for each column.
-    static constexpr int kShared = RowSums::kRoom + 2 * kTileCols;
-
     // A number for each of a tile's columns.  Each thread keeps its own elements in shared memory:
     // registers are what limits the number of warps.
     struct Kept {
         float4* at;
 
         HD void begin(F*, int moment, int which = 1) {
-            at = reinterpret_cast<float4*>(shared_room + moment * kShared + RowSums::kRoom +
-                                           which * kTileCols) +
+            at = reinterpret_cast<float4*>(shared_room + moment * RowSums::kShared +
+                                           RowSums::kRoom + which * kTileCols) +
                  thread();
         }
         HD void put(int i, F x) { at[i * kTileThreads] = four(x); }
