@@ -50,7 +50,7 @@ class Host:
 
     def launch(self, kernel, grid, block, shared, address):
         assert grid > 0
-        assert shared <= 1 << 16
+        assert shared <= 48 << 10
         self.launches += 1
         kernel(ctypes.c_void_p(address), grid, block)
 

@@ -16,10 +16,10 @@ import torch
 from conftest import REPOSITORY
 from cuda_host import Host, on_host
 
-from optim import gpu, native
+from optim import cuda, gpu, native
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from bench.cases import CASES, kernels_of, make, prepare, set_grads
+from bench.cases import CASES, kernels_of, kinds_of, make, prepare, set_grads
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
@@ -34,13 +34,24 @@ needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="it i
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_kernel_compiles_and_keeps_everything_in_registers(arch):
+def test_every_kernel_compiles_and_fits_registers_and_shared_memory(arch):
     names = kernels_of(CASES)
+    kinds = set().union(*map(kinds_of, CASES))
+    asked = {name: k.num_shared * cuda.MOMENT_BYTES for k in kinds for name, _ in k.passes()}
+
+    def used(report, symbol):
+        """Bytes of shared memory that a kernel has beside what its launch asks for."""
+        symbol = symbol.decode() if isinstance(symbol, bytes) else symbol
+        found = re.search(rf"entry function '{symbol}'(?:.*\n)*?.*Used .*", report)
+        assert found, symbol
+        return sum(int(n) for n in re.findall(r"(\d+) bytes smem", found[0]))
 
     def compiled(some):
         log = io.StringIO()
         made = gpu.compile_kernels(some, arch, log)
         assert made.symbol_mapping.keys() == set(some)
+        for name in some:
+            asked[name] = asked.get(name, 0) + used(log.getvalue(), made.symbol_mapping[name])
         return log.getvalue()
 
     with ThreadPoolExecutor() as pool:
@@ -49,6 +60,7 @@ def test_every_kernel_compiles_and_keeps_everything_in_registers(arch):
     assert len(memory) >= len(names)
     assert set(memory) == {("0", "0")}, report
     assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 255
+    assert max(asked.values()) <= 48 << 10  # what a launch may have without more ado
 
 
 @needs_nvrtc

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from trainer import cli, config, optimizers
+from trainer import cli, config, execution, optimizers
 from trainer.errors import UserError
 from trainer.explain import explain
 from trainer.report import write_summary
@@ -37,7 +37,9 @@ def train(composed: DictConfig) -> float:
     folder = Path(context.runtime.output_dir)
     try:
         checked = to_dataclasses(composed)
-        optimizers.check(checked.optim, checked.method.rules)
+        optimizers.check(
+            checked.optim, checked.method.rules, execution.device_of(checked.runtime.device)
+        )
         from trainer.run import run  # now that the configuration is good: diffusers takes seconds
 
         return run(checked, folder, context.overrides.task)

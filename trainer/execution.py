@@ -24,6 +24,13 @@ log = logging.getLogger(__name__)
 COMPILER = "inductor"  # torch.compile's backend
 
 
+def device_of(name: str) -> torch.device:
+    """The device that `runtime.device` means: auto is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def prepare(config: Config, parts: Mapping[str, nn.Module], device: torch.device) -> None:
     """Set up the parts that are trained as configured."""
     runtime, unet = config.runtime, parts["unet"]

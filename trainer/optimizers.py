@@ -19,6 +19,8 @@ from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
+
 
 def build(
     config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
@@ -38,14 +40,17 @@ def build(
     return optimizer
 
 
-def check(config: Any, rules: Sequence[groups.Rule] = ()) -> None:
+def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU) -> None:
     """Refuse a wrong optimizer, option or rule before a model is loaded, by building it for one
-    small matrix, and one for each rule."""
+    small matrix, and one for each rule.  One that nobody here knows makes a step with it, on the
+    device of the run."""
 
     def small(**options: Any) -> dict[str, Any]:
-        return {"params": [nn.Parameter(torch.zeros(2, 2))], **options}
+        return {"params": [nn.Parameter(torch.zeros(2, 2, device=device))], **options}
 
-    _make(config, [small()], seed=0)
+    first = _make(config, [small()], seed=0)
+    if type(config) is ExternalConfig:
+        _try_step(config, first)
     for number, rule in enumerate(rules):
         options = groups.options_of(rule, config.lr)
         try:
@@ -153,7 +158,19 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
     try:
         return cls(chosen, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{title}: {error}") from error
+        given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
+        raise UserError(f"{title} with {given}: {error}") from error
+
+
+def _try_step(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Make a step with a gradient of zero: many optimizers look at their options no earlier."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    try:
+        optimizer.step()
+    except Exception as error:  # of somebody else's code: any kind
+        raise UserError(f"{_title(config)} cannot make a step: {error}") from error
 
 
 def _title(config: ExternalConfig) -> str:

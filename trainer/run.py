@@ -17,6 +17,7 @@ from trainer import (
     console,
     curvature,
     evaluation,
+    execution,
     gradients,
     losses,
     memory,
@@ -32,7 +33,7 @@ from trainer.config import Config
 from trainer.errors import UserError
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
-from trainer.state import State, assemble, device_of, save
+from trainer.state import State, assemble, save
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def begin(
     resumed = checkpoint.to_resume(config)
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
-    record.write(folder, asdict(config), device_of(config.runtime.device))
+    record.write(folder, asdict(config), execution.device_of(config.runtime.device))
     with memory.explained(config, "before the first step"):
         return assemble(config, folder, resumed, stop, overrides)
 

@@ -78,7 +78,7 @@ def assemble(
 ) -> State:
     """Load the model and the data, encode the data, build the optimizer; then put back what a
     checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
-    device = device_of(config.runtime.device)
+    device = execution.device_of(config.runtime.device)
     memory.reset_peak(device)
     dataset = data.load(config.data, stop)
     model = Model(config.model, device)
@@ -154,10 +154,3 @@ def save(state: State) -> None:
         ),
         keep=state.config.runtime.keep_checkpoints,
     )
-
-
-def device_of(name: str) -> torch.device:
-    """The device that `runtime.device` means: auto is the GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

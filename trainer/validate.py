@@ -82,8 +82,10 @@ def check(config: Config) -> None:
     if config.schedule.warmup_steps > config.schedule.steps:
         raise UserError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is out of range; it must be in "
-            f"[0, {config.schedule.steps}], the run's steps"
+            f"[0, {config.schedule.steps}], the run's steps; set schedule.warmup_steps=0 for none"
         )
+    if config.optim.lr == 0 and not config.method.rules:
+        log.warning("optim.lr=0 changes no weight")
     _check_names(config)
     _check_trained(config)
     _check_curvature(config)
@@ -123,6 +125,8 @@ def _check_trained(config: Config) -> None:
     for part in parts:
         if part not in PARTS:
             raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
+    if not config.method.export:
+        log.warning("method.export=[] writes no model: the weights are in the checkpoints alone")
     if not parts:
         raise UserError("method.train=[] trains nothing; name unet, or text encoders")
     if set(parts) - {"unet"} and config.model.text_dtype == "float16":
