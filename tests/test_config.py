@@ -155,6 +155,8 @@ MISTAKES = [
         ["optim=external", "optim.class_path=torch.optim.SparseAdam"],
         ["torch.optim.SparseAdam cannot make a step", "dense gradients"],
     ),
+    (["method=lora", "method.targets=[]"], ["method.targets=[]", "adapts no layer of unet"]),
+    (["method=lora", "method.train=[unet,unet]"], ["method.train=['unet', 'unet']", "twice"]),
     (["schedule.steps=2"], ["schedule.warmup_steps=20", "[0, 2]", "set schedule.warmup_steps=0"]),
 ]
 
@@ -197,14 +199,3 @@ def test_cfg_job_shows_the_chosen_options(command):
 def test_a_missing_value_is_reported_before_anything_else():
     with pytest.raises(UserError, match=r"data\.path has no value"):
         validate.to_dataclasses(compose_raw("data=folder"))
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [("optim.lr=0", "changes no weight"), ("method.export=[]", "writes no model")],
-)
-def test_a_run_that_leaves_nothing_says_so(composed, caplog, override, says):
-    composed("data.path=/")
-    assert says not in caplog.text
-    composed("data.path=/", override)
-    assert says in caplog.text

@@ -337,12 +337,3 @@ def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures,
     assert held_out == [dataset.samples[i].name for i in dataset.held_out[:3]]
     with pytest.raises(UserError, match=r"data\.holdout=4: there are 4 different pictures"):
         load(holdout=4)
-
-
-def test_options_without_effect_are_warned_of(composed, caplog):
-    composed("data.keep_tokens=2", "data.upscale=true")
-    assert "data.keep_tokens has no effect here" in caplog.text
-    assert "data.upscale has no effect here" in caplog.text
-    caplog.clear()
-    composed("data.keep_tokens=2", "data.tag_dropout=0.1", "data.buckets=true", "data.upscale=true")
-    assert "no effect" not in caplog.text

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from helpers import QUICK, assert_same_weights
 from torch import nn
 
-from trainer import execution, gradients, losses, memory, method, noise, optimizers
+from trainer import execution, gradients, losses, memory, method, noise, optimizers, remarks
 from trainer.batches import noised
 from trainer.config import ASSETS, DTYPES
 from trainer.errors import UserError
@@ -140,14 +140,16 @@ def test_autocast_multiplies_in_bf16_and_gives_fp32_back(composed):
 
     def look(unet):
         unet.mid_block.attentions[0].proj_in.register_forward_hook(
-            lambda *call: seen.update(inner=call[2].dtype)
+            lambda *call: seen.update(
+                inner=call[2].dtype, keeps_copies=torch.is_autocast_cache_enabled()
+            )
         )
         with torch.no_grad():
             seen["outer"] = _predict(unet, measure_sdxl.random_inputs(unet, 2, (8, 8))).dtype
         assert unet.dtype == torch.float32
 
     small(composed, "model.compute=bfloat16", look=look)
-    assert seen == {"inner": torch.bfloat16, "outer": torch.float32}
+    assert seen == {"inner": torch.bfloat16, "outer": torch.float32, "keeps_copies": False}
 
 
 def test_regional_compilation_compiles_the_transformer_blocks_and_nothing_else(composed):
@@ -157,9 +159,10 @@ def test_regional_compilation_compiles_the_transformer_blocks_and_nothing_else(c
     assert compiled == {"BasicTransformerBlock"}
 
 
-def test_products_in_the_weights_own_dtype_are_no_choice(composed, caplog):
-    composed("model.dtype=bfloat16", "model.compute=bfloat16")
-    assert "model.compute=bfloat16 has no effect" in caplog.text
+def test_products_in_the_weights_own_dtype_are_no_choice_but_of_adapters(composed):
+    chosen = ("model.dtype=bfloat16", "model.compute=bfloat16")
+    assert "model.compute=bfloat16 has no effect" in remarks.of_config(composed(*chosen))[0]
+    assert not remarks.of_config(composed(*chosen, "method=lora"))
 
 
 ERRORS = {
@@ -189,6 +192,14 @@ def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
     ):
         assert remedy in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia"])
+def test_the_first_remedy_is_accepted(composed, optimizer):
+    for remedy in memory.advice(composed(f"optim={optimizer}")):
+        options = [word.rstrip(",") for word in remedy.split() if "=" in word]
+        if options != ["method.ema.device=cpu"]:
+            composed(f"optim={optimizer}", *options)
 
 
 def test_what_is_switched_on_is_not_advised(composed):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import optim
@@ -42,6 +43,19 @@ def test_without_rules_biases_norms_and_embeddings_do_not_decay():
             {"weight_decay": 0.0},
         ),
     ]
+
+
+def test_dora_magnitudes_do_not_decay_whatever_they_scale():
+    model = nn.ModuleDict({"line": nn.Linear(4, 4), "conv": nn.Conv2d(3, 4, 3)})
+    inject_adapter_in_model(LoraConfig(r=2, use_dora=True, target_modules=["line", "conv"]), model)
+    spared = [
+        name
+        for names, options in named(model, groups.parameter_groups(model, 0.1))
+        if options == {"weight_decay": 0.0}
+        for name in names
+    ]
+    assert [name.split(".")[0] for name in spared if "magnitude" in name] == ["line", "conv"]
+    assert not any("lora_A" in name or "lora_B" in name for name in spared)
 
 
 def test_the_first_rule_that_is_found_in_a_name_decides():

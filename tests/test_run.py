@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from PIL import Image
 
-from trainer import batches, losses, metrics
+from trainer import batches, losses, metrics, optimizers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -63,7 +63,7 @@ def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, metho
     assert state.schedule.config.prediction_type == "epsilon"
     assert state.model.sampling_schedule().config.prediction_type == "epsilon"
     writer = metrics.Metrics(tmp_path, config, 0)
-    train(state, writer, [])
+    train(state, writer)
     finish(state, writer)
     if method == "full":
         scheduler = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model").scheduler
@@ -88,7 +88,7 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     )
     state = assemble(config, tmp_path, None)
     writer = metrics.Metrics(tmp_path, config, 0)
-    train(state, writer, [])
+    train(state, writer)
     finish(state, writer)
 
     reader = StableDiffusionXLPipeline.from_pretrained(config.model.path).to(torch.float32)
@@ -145,6 +145,12 @@ def test_the_rate_that_prodigy_finds_is_reported(quick):
     found = [row["optim/d"] for row in rows(folder)[1:9]]
     assert found == sorted(found)
     assert found[-1] > 2 * found[0] == 2e-6
+
+
+def test_a_clip_threshold_called_d_is_no_rate_that_was_found():
+    adafactor = torch.optim.Adafactor([torch.zeros(2, requires_grad=True)])
+    assert "d" in adafactor.param_groups[0]
+    assert optimizers.found_rate(adafactor) == {}
 
 
 def test_progress_lines_carry_loss_speed_and_eta(quick, capfd):

@@ -50,6 +50,17 @@ def test_skipped_layers_are_left_out_before_the_last_normalisation(composed, sd1
     assert torch.allclose(text.prompt, encoder(ids).last_hidden_state, atol=1e-6)
 
 
+def test_skipped_layers_are_not_trained(composed, sd15):
+    config = composed("model=sd15", f"model.path={sd15}", "model.clip_skip=1").model
+    encoder = Model(config, CPU).load_text_encoders()
+    tower = encoder.encoders["text_encoder"]
+    tower.requires_grad_(True)
+    encoder.freeze_unused()
+    encoder(SHORT).prompt.sum().backward()
+    for name, p in tower.named_parameters():
+        assert p.requires_grad == (p.grad is not None), name
+
+
 @torch.no_grad()
 def test_no_prompt_is_what_the_pipeline_takes_for_it(composed, sd15):
     """SDXL takes zeros, Stable Diffusion 1.5 the encoded empty caption."""

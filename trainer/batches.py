@@ -69,17 +69,20 @@ def eval_batches(
     same in every run whatever its noise options.
 
     `gather` gives the inputs of some rows, without any dropout; only rows of one `size_of` share a
-    batch.  Rows take turns; timesteps follow the golden-ratio sequence, which covers the schedule
-    evenly for any number of points and does not fall into step with the rows.
+    batch.  Rows take turns; where there are more of them than points, those that are taken lie
+    evenly among them.  Timesteps follow the golden-ratio sequence, which covers the schedule evenly
+    for any number of points and does not fall into step with the rows.
     """
     count = schedule.config.num_train_timesteps
     by_size: dict[object, list[int]] = {}  # the points' numbers
-    for point in range(points):
-        by_size.setdefault(size_of(rows[point % len(rows)]), []).append(point)
+    few = len(rows) <= points
+    row_of = [rows[p % len(rows) if few else p * len(rows) // points] for p in range(points)]
+    for point, row in enumerate(row_of):
+        by_size.setdefault(size_of(row), []).append(point)
     for members in by_size.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
-            inputs = gather([rows[point % len(rows)] for point in chosen])
+            inputs = gather([row_of[point] for point in chosen])
             timesteps = torch.tensor([int((p + 0.5) * _GOLDEN % 1 * count) for p in chosen])
             drawn = torch.stack([_fixed(inputs.latents[0], point) for point in chosen])
             yield _batch(inputs, schedule, timesteps, drawn, drawn)

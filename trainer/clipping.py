@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements that are summed at a time: a bf16 tensor's fp32 copy stays small
+_CHUNK = 1 << 20  # elements a CPU sums at a time: it makes an fp32 copy of them
 _TINY = 1e-6  # as `clip_grad_norm_` adds it to the norm that it divides by
 
 
@@ -39,6 +39,7 @@ class Clip:
         self._parameters = parameters
         self._numel = sum(p.numel() for p in parameters)
         self._norms: dict[Tensor, Tensor] = {}  # 0-d fp32, on the parameter's device
+        self._known = (math.nan, 1.0)  # a norm, and what it makes of the gradients
 
     def needs_this_norm(self) -> bool:
         """Whether no gradient may be used before all of them are measured."""
@@ -75,7 +76,13 @@ class Clip:
             share = (parameter.numel() / self._numel) ** 0.5
             parameter.grad.mul_(_coefficient(self._norms[parameter], self.limit * share))
         elif self.mode != "none" and norm + _TINY > self.limit:
-            parameter.grad.mul_(_coefficient(torch.tensor(norm), self.limit).item())
+            parameter.grad.mul_(self._whole(norm))
+
+    def _whole(self, norm: float) -> float:
+        """The coefficient of the whole gradient's norm, computed once a step."""
+        if self._known[0] != norm:
+            self._known = (norm, _coefficient(torch.tensor(norm), self.limit).item())
+        return self._known[1]
 
     def end_step(self, norm: float) -> None:
         """Keep this step's norm for the next one, unless it is no number."""
@@ -85,7 +92,8 @@ class Clip:
 
 def norm_of(grad: Tensor) -> Tensor:
     """The Euclidean norm, in fp32 whatever the dtype: (*) -> 0-d."""
-    chunks = grad.flatten().split(_CHUNK) if grad.numel() > _CHUNK else (grad,)
+    in_parts = grad.is_cpu and grad.numel() > _CHUNK
+    chunks = grad.flatten().split(_CHUNK) if in_parts else (grad,)
     norms = [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 

@@ -42,6 +42,6 @@ def estimate(
     factor = losses.factor(config, schedule, batch)
     if factor is not None:
         noise = noise * factor.sqrt()
-    target = prediction.detach() + noise.to(prediction.device)
+    target = prediction.detach() + batches.on_device(noise, prediction.device)
     losses.squared_error(prediction, target).backward()
     optimizer.update_hessian(prediction.numel() / 2)

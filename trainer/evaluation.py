@@ -1,24 +1,31 @@
-"""What is seen of a model in training: losses at fixed points, and pictures of fixed prompts."""
+"""What is seen of a model in training: losses at fixed points, and pictures of fixed prompts.
+
+Neither is compiled (`runtime.compile`): torch keeps a few graphs of a block, and without gradients
+it would make others, until none is left for the training steps.
+"""
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
 
-from trainer import batches, losses, memory, metrics, pictures
+from trainer import batches, losses, memory, metrics, pictures, signals
 from trainer.errors import UserError
 from trainer.state import State
 
 log = logging.getLogger(__name__)
 
 
+@torch.compiler.set_stance("force_eager")
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
     that of the pictures that are held out beside it, as eval/holdout_loss; and those of averaged
     weights, as eval/ema_loss and eval/ema_holdout_loss.
 
-    Where memory runs out there are none, and nothing is written.  That is no reason to end.
+    Where memory runs out, or the run is asked to stop, there are none, and nothing is written.
+    That is no reason to end.
     """
     try:
         found = _losses(state)
@@ -28,6 +35,8 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
             found |= {
                 f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
             }
+    except signals.Stopped:
+        return {}
     except Exception as error:
         if not memory.ran_out(error):
             raise
@@ -53,9 +62,14 @@ def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
     """The fixed eval points, of these rows.  They are made anew each time: what is read of a
     caption changes where text encoders are trained."""
     config, dataset = state.config, state.data.dataset
+
+    def gather(chosen: list[int]) -> batches.Inputs:
+        signals.leave_if(state.stop)
+        return state.data.plain(chosen)
+
     return batches.eval_batches(
         rows,
-        state.data.plain,
+        gather,
         state.schedule,
         config.log.eval_points,
         config.data.batch_size,
@@ -63,11 +77,13 @@ def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
     )
 
 
+@torch.compiler.set_stance("force_eager")
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
     """Draw the fixed prompts; write each picture, and a grid of original, before and now.
 
     Returns the grid's path, or None where no pictures are wanted (log.sample_count=0), or where
-    there can be none: memory or the disk ran out, or a file is gone.  That is no reason to end.
+    there can be none: memory or the disk ran out, a file is gone, or the run is asked to stop.
+    That is no reason to end.
     """
     if not state.sampler.count:
         return None
@@ -75,6 +91,8 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
         with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
             drawn = state.sampler.draw()
         return _show(state, drawn, writer)
+    except signals.Stopped:
+        return None
     except Exception as error:
         if not isinstance(error, UserError | OSError) and not memory.ran_out(error):
             raise

@@ -106,7 +106,9 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                yield name, parameter, parameter.ndim < 2 or isinstance(module, nn.Embedding)
+                is_scale = "lora_magnitude_vector" in prefix  # DoRA's; a convolution's is 4-d
+                no_decay = parameter.ndim < 2 or is_scale or isinstance(module, nn.Embedding)
+                yield name, parameter, no_decay
 
 
 def _split(

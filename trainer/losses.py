@@ -137,6 +137,8 @@ def _huber(
     """Huber's distance of each element: (B, 4, h, w)."""
     if config.schedule == "constant":
         return F.huber_loss(prediction, target, reduction="none", delta=config.delta)
-    delta = huber_deltas(config, schedule, timesteps).view(-1, 1, 1, 1).to(prediction.device)
+    delta = on_device(
+        huber_deltas(config, schedule, timesteps).view(-1, 1, 1, 1), prediction.device
+    )
     error = (prediction - target).abs()
     return torch.where(error <= delta, error.square() / 2, delta * (error - delta / 2))

@@ -64,6 +64,29 @@ def peak_bytes(device: torch.device) -> int:
     return _status("VmHWM")
 
 
+class Peaks:
+    """The most memory that each phase of a run took: "training" is its steps, "rest" what comes
+    before and between them, where pictures are encoded, evaluated and drawn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of = {"training": 0, "rest": 0}
+        reset_peak(device)
+
+    def end(self, phase: str) -> None:
+        """What was taken since the last end was taken by this phase."""
+        self._of[phase] = max(self._of[phase], peak_bytes(self._device))
+        reset_peak(self._device)
+
+    @property
+    def training(self) -> int:
+        return self._of["training"]
+
+    @property
+    def run(self) -> int:
+        return max(self._of.values())
+
+
 def resident_bytes() -> int:
     """This process's resident memory now."""
     return _status("VmRSS")
@@ -102,11 +125,15 @@ def explained(config: Config, when: str) -> Iterator[None]:
 
 def advice(config: Config) -> list[str]:
     """What would take less memory than this configuration, the least costly first."""
-    runtime, method, is_family = config.runtime, config.method, config.optim.name in optim.FAMILY
+    runtime, method = config.runtime, config.method
+    cls = optim.FAMILY.get(config.optim.name)
+    can_step_inside = cls is not None and not issubclass(cls, optim.Sophia)
+    clips = method.clip == "global" and method.max_grad_norm is not None
+    clip = " method.clip=exact" if clips else ""
     samples = config.data.batch_size * runtime.accumulation
     chances = {
-        "runtime.fused_backward=true, which frees gradients as they are used": (
-            is_family and not runtime.fused_backward and runtime.accumulation == 1
+        f"runtime.fused_backward=true{clip}, which frees gradients as they are used": (
+            can_step_inside and not runtime.fused_backward and runtime.accumulation == 1
         ),
         "model.dtype=bfloat16, which halves the weights": config.model.dtype == "float32",
         "runtime.gradient_checkpointing=true, which computes activations again": (

@@ -75,7 +75,15 @@ class Model:
         """The VAE on the device for as long as the block lasts."""
         part = self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
         yield part
-        part.to("cpu")
+
+    @contextmanager
+    def unet_aside(self) -> Iterator[None]:
+        """The UNet in the host's memory for as long as the block lasts."""
+        self.unet.to("cpu")
+        try:
+            yield
+        finally:
+            self.unet.to(self.device)
 
     def _load(
         self, part: str, dtype: torch.dtype, source: origin.Origin | None = None

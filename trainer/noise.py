@@ -112,7 +112,7 @@ def timesteps(config: NoiseConfig, count: int, seed: int, number: int, size: int
 def draw(config: NoiseConfig, like: Tensor, seed: int, number: int, place: int) -> Tensor:
     """The noise of one sample, which its target is made of: like (C, h, w) -> fp32 (C, h, w)."""
     noise = normal(like.shape, Stream.NOISE, seed, number, place)
-    if config.pyramid is not None:
+    if config.pyramid:
         noise = _pyramid(noise, config.pyramid, seed, number, place)
     if config.offset:
         # Guttenberg 2023, "Diffusion with Offset Noise" (crosslabs.org).

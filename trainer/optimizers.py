@@ -94,8 +94,9 @@ def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
 def found_rate(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """`optim/d` of an optimizer that finds its learning rate: d, which multiplies lr; of others
     nothing."""
-    group = optimizer.param_groups[0]
-    return {"optim/d": float(group["d"])} if "d" in group else {}
+    if "d" not in getattr(optimizer, "shared", ()):
+        return {}
+    return {"optim/d": float(optimizer.param_groups[0]["d"])}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

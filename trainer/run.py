@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from trainer import (
     metrics,
     optimizers,
     record,
+    remarks,
     report,
     result,
     signals,
@@ -58,9 +60,11 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
                     f"{folder} holds a run that resume={config.resume} would write over; leave "
                     "hydra.run.dir out, or name another folder"
                 )
+        for remark in remarks.of_config(config):
+            log.warning("%s", remark)
         state = begin(config, folder, stop, overrides)
         writer = metrics.Metrics(folder, config, start_step=state.step)
-        train(state, writer, stop)
+        train(state, writer)
         return finish(state, writer)
 
 
@@ -80,8 +84,8 @@ def begin(
         return assemble(config, folder, resumed, stop, overrides)
 
 
-def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
-    """The loop: from `state.step` to the end of the schedule, or until `stop` holds a signal."""
+def train(state: State, writer: metrics.Metrics) -> None:
+    """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
     config, unet = state.config, state.model.unet
     parameters = list(method.trained_parameters(state.model).values())
     taken = gradients.make(config, parameters, state.optimizer, state.grad_norm)
@@ -92,10 +96,10 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
     progress = console.Progress(state.step, config.schedule.steps)
 
     for step in range(state.step, config.schedule.steps):
-        if stop:
+        if state.stop:
             save(state)
-            log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
-            raise SystemExit(128 + stop[0])
+            _stopped(state)
+        state.peaks.end("rest")
         started = time.monotonic()
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
@@ -123,6 +127,7 @@ def train(state: State, writer: metrics.Metrics, stop: list[int]) -> None:
         if reports and state.device.type == "cuda":
             torch.cuda.synchronize(state.device)  # what a step queued belongs to its seconds
         state.seconds += time.monotonic() - started
+        state.peaks.end("training")
         progress.advance()
 
         # Report, evaluate, sample, save.
@@ -176,6 +181,8 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         failure = error
         log.error("%s", error)
     after = evaluation.evaluate(state, writer)
+    if state.stop:
+        _stopped(state)
     if not math.isfinite(after.get("loss", 0.0)):
         failure = UserError(
             f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
@@ -186,6 +193,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
             state.config, state.model, state.folder, state.step, state.data.dataset.num_pictures
         )
     picture = evaluation.sample(state, writer)
+    state.peaks.end("rest")
     summary = {
         "name": state.config.name,
         "overrides": list(state.overrides),
@@ -197,7 +205,8 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         "seconds_per_step": state.seconds / state.step,
         "images_per_second": state.pictures_seen / state.seconds,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
-        "peak_memory_bytes": memory.peak_bytes(state.device),
+        "peak_memory_bytes": state.peaks.run,
+        "peak_training_bytes": state.peaks.training,
         "skipped_steps": state.guard.skipped,
     }
     for key in ("holdout_loss", "ema_loss"):
@@ -217,6 +226,12 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     return after.get("loss", math.nan)
 
 
+def _stopped(state: State) -> NoReturn:
+    """Leave a run that is saved, as the signal asks."""
+    log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
+    raise SystemExit(128 + state.stop[0])
+
+
 def _report(
     state: State, writer: metrics.Metrics, progress: console.Progress, values: dict[str, float]
 ) -> None:
@@ -230,7 +245,7 @@ def _report(
             "train/skipped_steps": state.guard.skipped,
             "perf/seconds_per_step": seconds_per_step,
             "perf/images_per_second": images_per_second,
-            "memory/peak_bytes": memory.peak_bytes(state.device),
+            "memory/peak_bytes": state.peaks.training,
             "memory/optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         }
         | optimizers.found_rate(state.optimizer),

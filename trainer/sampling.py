@@ -1,6 +1,7 @@
 """Pictures from the model in training: the same prompts from the same noise each time, so that only
 the weights differ."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from trainer import pictures
+from trainer import memory, pictures, signals
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
@@ -28,6 +29,7 @@ class Sampler:
     data: Encoded
     config: LogConfig
     batch_size: int  # pictures drawn at a time
+    stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -48,20 +50,33 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self) -> list[Image.Image]:
-        """One picture for each of the `count` captions."""
+        """One picture for each of the `count` captions.  Raises `signals.Stopped`."""
         unet = self.model.unet
         was_training = unet.training
         unet.eval()
         latents: dict[int, Tensor] = {}  # by the caption's place
         try:
             for places in self._chunks():
+                signals.leave_if(self.stop)
                 latents |= dict(zip(places, self._denoise(places), strict=True))
         finally:
             unet.train(was_training)
+        try:
+            return self._decode(latents)
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+        # A VAE wants more than a training step: 3 GB for 1024 pixels in fp32.
+        with self.model.unet_aside():
+            return self._decode(latents)
+
+    def _decode(self, latents: dict[int, Tensor]) -> list[Image.Image]:
+        drawn = []
         with self.model.vae() as vae:
-            scaled = [unscaled(vae, latents[i].to(vae.dtype)) for i in range(self.count)]
-            pixels = [vae.decode(latent[None]).sample for latent in scaled]
-        return [VaeImageProcessor().postprocess(x)[0] for x in pixels]
+            for place in range(self.count):
+                scaled = unscaled(vae, latents[place][None].to(vae.dtype))
+                drawn += VaeImageProcessor().postprocess(vae.decode(scaled).sample)
+        return drawn
 
     def _chunks(self) -> list[list[int]]:
         """Places of what is drawn together: at most `batch_size`, all of one size."""
@@ -96,6 +111,7 @@ class Sampler:
             width=width,
             num_inference_steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
+            generator=[torch.Generator().manual_seed(place) for place in places],
             output_type="latent",
         ).images
 

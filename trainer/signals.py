@@ -2,11 +2,21 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """Work that nobody waits for was left because a signal asks the run to stop."""
+
+
+def leave_if(stop: Sequence[int]) -> None:
+    """Raise `Stopped` once `stop` holds a signal."""
+    if stop:
+        raise Stopped
 
 
 @contextmanager

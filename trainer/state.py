@@ -18,6 +18,7 @@ from trainer import (
     method,
     noise,
     optimizers,
+    remarks,
     result,
     sampling,
 )
@@ -49,6 +50,8 @@ class State:
     grad_norm: float  # of the last step with a finite one
     overrides: Sequence[str]  # the command line's
     ema: Ema | None
+    peaks: memory.Peaks
+    stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
         """The model with averaged weights, where there are some and they are wanted."""
@@ -79,7 +82,7 @@ def assemble(
     """Load the model and the data, encode the data, build the optimizer; then put back what a
     checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
     device = execution.device_of(config.runtime.device)
-    memory.reset_peak(device)
+    peaks = memory.Peaks(device)
     dataset = data.load(config.data, stop)
     model = Model(config.model, device)
     result.check(config.method, model)
@@ -95,6 +98,9 @@ def assemble(
     optimizer = optimizers.build(
         config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
     )
+    trained = sum(p.numel() for p in method.trained_parameters(model).values())
+    for remark in remarks.of_rate(config, trained):
+        log.warning("%s", remark)
     execution.prepare(config, model.trained_parts, device)
     fingerprint = dataset.fingerprint
     if resumed:
@@ -120,6 +126,7 @@ def assemble(
             data=encoded,
             config=config.log,
             batch_size=config.data.batch_size,
+            stop=stop,
         ),
         optimizer=optimizer,
         guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
@@ -130,6 +137,8 @@ def assemble(
         grad_norm=counters.grad_norm,
         overrides=overrides,
         ema=average,
+        peaks=peaks,
+        stop=stop,
     )
 
 

@@ -69,11 +69,13 @@ class Encoder:
         """No gradient for what nothing is read from: the layers after the last one that is, unless
         the pooled projection is read from them."""
         for part, encoder in self.encoders.items():
-            if self._is_pair and part == PARTS[0]:
-                tower = _tower(encoder)
+            if self._is_pair and part != PARTS[0]:
+                continue
+            tower = _tower(encoder)
+            if self._is_pair:
                 tower.final_layer_norm.requires_grad_(False)
-                for layer in tower.encoder.layers[len(tower.encoder.layers) - self._skip :]:
-                    layer.requires_grad_(False)
+            for layer in tower.encoder.layers[len(tower.encoder.layers) - self._skip :]:
+                layer.requires_grad_(False)
 
     def _encode(self, part: str, captions: list[str]) -> tuple[Tensor, Tensor | None]:
         """One encoder's states (B, tokens, dim), and its pooled projection (B, dim)."""

@@ -1,6 +1,5 @@
 """What cannot work is refused here, once, before anything is loaded; after that it is trusted."""
 
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -19,7 +18,6 @@ from trainer.config import (
     Config,
     DataConfig,
     LoraConfig,
-    ModelConfig,
     MseConfig,
 )
 from trainer.config.fields import complaint
@@ -27,8 +25,6 @@ from trainer.config.method import PARTS
 from trainer.config.model import nothing_there
 from trainer.errors import UserError
 from trainer.groups import check_rules
-
-log = logging.getLogger(__name__)
 
 
 def to_dataclasses(composed: Any) -> Config:
@@ -84,8 +80,6 @@ def check(config: Config) -> None:
             f"schedule.warmup_steps={config.schedule.warmup_steps} is out of range; it must be in "
             f"[0, {config.schedule.steps}], the run's steps; set schedule.warmup_steps=0 for none"
         )
-    if config.optim.lr == 0 and not config.method.rules:
-        log.warning("optim.lr=0 changes no weight")
     _check_names(config)
     _check_trained(config)
     _check_curvature(config)
@@ -93,20 +87,12 @@ def check(config: Config) -> None:
     check_rules(config.method.rules)
     if isinstance(config.method, LoraConfig):
         _check_adapters(config.method)
-    _check_accumulation(config)
-    _check_compute(config.model)
     _check_noise(config)
-    _check_loss(config)
     _check_data(config.data)
     _check_paths(config)
     _check_device(config.runtime.device)
     if config.runtime.fused_backward:
         _check_fused_backward(config)
-    elif getattr(config.optim, "on_nonfinite", "skip") == "raise":
-        log.warning(
-            "optim.on_nonfinite=raise has no effect here: a step whose gradient is not finite is "
-            "skipped before the optimizer sees it (runtime.max_skipped_steps)"
-        )
 
 
 def _check_names(config: Config) -> None:
@@ -125,8 +111,8 @@ def _check_trained(config: Config) -> None:
     for part in parts:
         if part not in PARTS:
             raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
-    if not config.method.export:
-        log.warning("method.export=[] writes no model: the weights are in the checkpoints alone")
+    if len(set(parts)) < len(parts):
+        raise UserError(f"method.train={parts} names a part twice; once is enough")
     if not parts:
         raise UserError("method.train=[] trains nothing; name unet, or text encoders")
     if set(parts) - {"unet"} and config.model.text_dtype == "float16":
@@ -138,7 +124,13 @@ def _check_trained(config: Config) -> None:
 
 def _check_adapters(config: LoraConfig) -> None:
     """What is wrong with a LoRA whatever the model."""
-    for key in ("targets", "text_targets"):
+    texts = set(config.train) - {"unet"}
+    for key, parts in (("targets", set(config.train) - texts), ("text_targets", texts)):
+        if parts and not getattr(config, key):
+            raise UserError(
+                f"method.{key}=[] adapts no layer of {', '.join(sorted(parts))}; name some, or "
+                f"leave it out of method.train"
+            )
         for pattern in getattr(config, key):
             try:
                 re.compile(pattern)
@@ -194,59 +186,10 @@ def _check_fused_backward(config: Config) -> None:
 
 
 def _check_clip(config: Config) -> None:
-    """A clip needs a bound; one that repeats, or undoes, what the optimizer does is said once."""
-    clip, bound = config.method.clip, config.method.max_grad_norm
-    if bound is None:
-        if clip not in ("global", "none"):
-            raise UserError(
-                f"method.clip={clip} needs a bound: set method.max_grad_norm, or method.clip=none"
-            )
-        return
-    if clip == "none":
-        log.warning("method.max_grad_norm=%g has no effect with method.clip=none", bound)
-        return
-    own = _own_clip(config.optim)
-    if own and (clip != "global" or "optim." in own):  # beside any other, the default is harmless
-        log.warning(
-            "method.clip=%s, and optim=%s %s; one of them is enough", clip, config.optim.name, own
-        )
-
-
-def _own_clip(options: Any) -> str | None:
-    """What the optimizer itself does about large gradients, in words, where it does something."""
-    cls = optim.FAMILY.get(options.name)
-    for option in ("max_grad_norm", "grad_clip"):
-        if getattr(options, option, None) is not None:
-            return f"clips them again by optim.{option}"
-    if cls is None:
-        return None
-    if getattr(options, "clip_threshold", None) is not None:
-        return "bounds the RMS of each tensor's update, whatever the size of its gradient"
-    if cls.rule in (optim.Lion.rule, optim.LionProdigy.rule):
-        return "uses the sign of an average of gradients, whose size hardly matters"
-    if getattr(options, "atan2", False):
-        return "has atan2, which bounds every update, whatever the size of its gradient"
-    return None
-
-
-def _check_accumulation(config: Config) -> None:
-    """Gradients that wait for the last micro-batch are what the fused backward is there to
-    avoid."""
-    if config.runtime.accumulation > 1 and config.runtime.fused_backward:
-        log.warning(
-            "runtime.accumulation=%d keeps the gradients of all trained weights between "
-            "micro-batches, in their dtype, which runtime.fused_backward=true alone would not; the "
-            "last backward pass frees them",
-            config.runtime.accumulation,
-        )
-
-
-def _check_compute(model: ModelConfig) -> None:
-    if model.compute == model.dtype:
-        log.warning(
-            "model.compute=%s has no effect with model.dtype=%s, whose products are of that dtype",
-            model.compute,
-            model.dtype,
+    clip = config.method.clip
+    if config.method.max_grad_norm is None and clip not in ("global", "none"):
+        raise UserError(
+            f"method.clip={clip} needs a bound: set method.max_grad_norm, or method.clip=none"
         )
 
 
@@ -272,22 +215,6 @@ def _check_noise(config: Config) -> None:
         raise UserError(
             f"noise.timestep_low={noise.timestep_low} must be below noise.timestep_high="
             f"{noise.timestep_high}; the timesteps of training are [low, high)"
-        )
-    if noise.timesteps != "logit_normal" and (noise.logit_mean, noise.logit_std) != (0, 1):
-        log.warning(
-            "noise.logit_mean and noise.logit_std have no effect here: they are of "
-            "noise.timesteps=logit_normal"
-        )
-
-
-def _check_loss(config: Config) -> None:
-    """Options of the loss that something else must ask for."""
-    if config.loss.unmasked_weight and config.data.mask == "none":
-        log.warning("loss.unmasked_weight has no effect here: data.mask=none")
-    if config.loss.weighting != "min_snr" and config.loss.gamma != 5:  # its value in conf/loss
-        log.warning(
-            "loss.gamma has no effect here: it is of loss.weighting=min_snr, and loss.weighting="
-            f"{config.loss.weighting}"
         )
 
 
@@ -352,12 +279,6 @@ def _check_data(config: DataConfig) -> None:
             )
     if not config.tag_separator:
         raise UserError("data.tag_separator is empty; it is what tags end with, such as ','")
-    if config.keep_tokens and not (config.shuffle_tags or config.tag_dropout):
-        log.warning(
-            "data.keep_tokens has no effect here: it is of data.shuffle_tags and data.tag_dropout"
-        )
-    if config.upscale and not config.buckets:
-        log.warning("data.upscale has no effect here: it is of data.buckets=true")
     try:
         ImageColor.getrgb(config.background)
     except ValueError:

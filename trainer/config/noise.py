@@ -22,6 +22,6 @@ class NoiseConfig:
     timestep_high: int | None = within(1)
     # Standard deviation of a constant that each channel's noise is shifted by; 0 = off.
     offset: float = within(0, 1)
-    pyramid: float | None = within(0, 1)  # weight of each coarser level of noise; null = off
+    pyramid: float | None = within(0, 1)  # weight of each coarser level of noise; null or 0 = off
     # Noise that is added to the input and not to the target, as a share of the noise; 0 = off.
     input_perturbation: float = within(0, 1)

@@ -1,0 +1,121 @@
+"""What is seen of a model in training, and that looking changes nothing."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers import QUICK
+
+from trainer import evaluation, execution, gradients, method, metrics, sampling, signals
+from trainer.config import ASSETS
+from trainer.memory import Peaks
+from trainer.run import loss_of
+from trainer.state import assemble
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def begun(composed, tmp_path):
+    """A run before its first step: begun("optim=lion") -> (state, writer)."""
+
+    def make(*options, stop=()):
+        config = composed(*QUICK, *options)
+        state = assemble(config, tmp_path, None, stop)
+        return state, metrics.Metrics(tmp_path, config, 0)
+
+    return make
+
+
+def pixels(drawn):
+    return [np.array(picture) for picture in drawn]
+
+
+def test_pictures_differ_by_the_weights_alone_with_a_sampler_that_draws_noise(begun, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny_sdxl", model)
+    for path, change in (
+        ("scheduler/scheduler_config.json", {"_class_name": "EulerAncestralDiscreteScheduler"}),
+        ("model_index.json", {"scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"]}),
+    ):
+        old = json.loads((model / path).read_text())
+        (model / path).write_text(json.dumps(old | change))
+    state, _ = begun(f"model.path={model}", "log.sample_count=3", "log.sample_steps=3")
+    before = torch.get_rng_state()
+    first, again = pixels(state.sampler.draw()), pixels(state.sampler.draw())
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(before, torch.get_rng_state())
+    state.sampler.batch_size = 1  # nor do they depend on what is drawn beside them
+    alone = pixels(state.sampler.draw())
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(first, alone, strict=True))
+
+
+def test_a_unet_that_leaves_no_room_for_the_vae_goes_aside_for_it(begun, monkeypatch):
+    state, _ = begun("log.sample_count=1", "log.sample_steps=2")
+    expected = pixels(state.sampler.draw())
+    moves, decode = [], sampling.Sampler._decode
+
+    def crowded(self, latents):
+        if not moves:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert moves == ["cpu"]
+        return decode(self, latents)
+
+    monkeypatch.setattr(sampling.Sampler, "_decode", crowded)
+    monkeypatch.setattr(state.model.unet, "to", lambda place: moves.append(str(place)))
+    assert np.array_equal(pixels(state.sampler.draw()), expected)
+    assert moves == ["cpu", "cpu"]  # away, and back to the device of the run
+
+
+def test_a_signal_ends_an_evaluation_and_the_drawing_of_pictures(begun):
+    stop = []
+    state, writer = begun("log.sample_count=2", stop=stop)
+    stop.append(signal.SIGTERM)
+    assert evaluation.evaluate(state, writer) == {}
+    assert evaluation.sample(state, writer) is None
+    with pytest.raises(signals.Stopped):
+        state.sampler.draw()
+    assert not list(state.folder.glob("samples/*"))
+    assert not any("eval/loss" in row for row in metrics.read(state.folder / "metrics.jsonl"))
+
+
+def test_what_is_looked_at_leaves_the_compilers_graphs_to_training(begun, monkeypatch):
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph, inputs):
+        made.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(execution, "COMPILER", backend)
+    state, writer = begun("runtime.compile=regional", "log.sample_count=1", "log.sample_steps=1")
+    evaluation.evaluate(state, writer)
+    evaluation.sample(state, writer)
+    assert made == []
+    parameters = list(method.trained_parameters(state.model).values())
+    taken = gradients.make(state.config, parameters, state.optimizer)
+    taken.backward(lambda place: loss_of(state, 0, place))
+    assert made
+    assert all(made)
+
+
+def test_the_peak_of_training_is_told_from_the_rest():
+    peaks = Peaks(CPU)
+    block = torch.ones(1 << 26, dtype=torch.uint8)
+    peaks.end("rest")
+    del block
+    peaks.end("training")  # the block was still there when it began
+    peaks.end("training")
+    block = torch.ones(3 << 26, dtype=torch.uint8)
+    del block
+    peaks.end("training")
+    most = peaks.training
+    assert peaks.run == most
+    block = torch.ones(6 << 26, dtype=torch.uint8)
+    del block
+    peaks.end("rest")
+    assert peaks.training == most
+    assert peaks.run > most + (2 << 26)

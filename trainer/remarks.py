@@ -1,0 +1,147 @@
+"""What is worth saying of a configuration that works: options without effect in it, two that do the
+same, and a rate that only a small model bears.  A run says it in its log."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import optim
+from trainer.config import Config, FullConfig, conf_dir
+
+_LARGE = 100_000_000  # trained parameters, from which on a default rate is remarked
+
+
+def _no_tags_move(config: Config) -> bool:
+    return not (config.data.shuffle_tags or config.data.tag_dropout)
+
+
+def _nothing_drawn(config: Config) -> bool:
+    return not (config.log.prompts or config.log.sample_count)
+
+
+# Options that say something only beside others: where they do not, and whose they are.
+_IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (("loss.gamma",), lambda c: c.loss.weighting != "min_snr", "loss.weighting=min_snr"),
+    (("loss.unmasked_weight",), lambda c: c.data.mask == "none", "data.mask"),
+    (
+        ("noise.logit_mean", "noise.logit_std"),
+        lambda c: c.noise.timesteps != "logit_normal",
+        "noise.timesteps=logit_normal",
+    ),
+    (
+        ("data.keep_tokens", "data.tag_separator", "data.caption_variants"),
+        _no_tags_move,
+        "data.shuffle_tags and data.tag_dropout",
+    ),
+    (
+        ("data.upscale", "data.bucket_step", "data.max_aspect"),
+        lambda c: not c.data.buckets,
+        "data.buckets=true",
+    ),
+    (
+        ("method.text_targets",),
+        lambda c: c.method.train == ["unet"],
+        "text encoders in method.train",
+    ),
+    (("log.sample_count",), lambda c: bool(c.log.prompts), "runs without log.prompts"),
+    (
+        ("log.sample_every", "log.sample_steps", "log.guidance_scale"),
+        _nothing_drawn,
+        "pictures: log.prompts or log.sample_count",
+    ),
+)
+
+
+def of_config(config: Config) -> list[str]:
+    """What there is to say whatever the model, a line for each."""
+    return [*_without_effect(config), *_of_clips(config), *_of_others(config)]
+
+
+def of_rate(config: Config, trained: int) -> list[str]:
+    """That the rate is the default of the class, which is one for small models, where `trained`
+    parameters are those of a large one."""
+    cls = optim.FAMILY.get(config.optim.name)
+    if cls is None or "d" in cls.shared or not isinstance(config.method, FullConfig):
+        return []
+    _, default = optim.options_of(config.optim.name)["lr"]
+    if trained < _LARGE or config.optim.lr != default or config.method.rules:
+        return []
+    return [
+        f"optim.lr={default:g} is the default of optim={config.optim.name}, and was found with a "
+        "small model; for a full fine-tune of SDXL start near 1e-5"
+    ]
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    for keys, is_idle, owner in _IDLE:
+        for key in keys:
+            group, _, option = key.partition(".")
+            value = getattr(getattr(config, group), option, None)
+            if value is not None and is_idle(config) and value != _default(config, group, option):
+                yield f"{key}={value} has no effect here: it is of {owner}"
+    if config.method.clip == "none" and config.method.max_grad_norm is not None:
+        bound = config.method.max_grad_norm
+        yield f"method.max_grad_norm={bound:g} has no effect with method.clip=none"
+    if isinstance(config.method, FullConfig) and config.model.compute == config.model.dtype:
+        dtype = config.model.dtype
+        yield (
+            f"model.compute={dtype} has no effect with model.dtype={dtype}, whose products are of "
+            "that dtype"
+        )
+    fused = config.runtime.fused_backward
+    if not fused and getattr(config.optim, "on_nonfinite", "skip") == "raise":
+        yield (
+            "optim.on_nonfinite=raise has no effect here: a step whose gradient is not finite is "
+            "skipped before the optimizer sees it (runtime.max_skipped_steps)"
+        )
+    if config.optim.lr == 0 and not config.method.rules:
+        yield "optim.lr=0 changes no weight"
+
+
+def _default(config: Config, group: str, option: str) -> Any:
+    """The value in the group's file of conf/."""
+    named = {"noise": "default", "data": "folder", "log": "jsonl"}
+    name = named.get(group) or getattr(config, group).name
+    return OmegaConf.load(conf_dir() / group / f"{name}.yaml")[option]
+
+
+def _of_clips(config: Config) -> Iterator[str]:
+    """A clip that repeats, or undoes, what the optimizer does itself."""
+    clip, own = config.method.clip, _own_clip(config.optim)
+    if clip == "none" or config.method.max_grad_norm is None or not own:
+        return
+    if clip != "global" or "optim." in own:  # beside any other, the default is harmless
+        yield f"method.clip={clip}, and optim={config.optim.name} {own}; one of them is enough"
+
+
+def _own_clip(options: Any) -> str | None:
+    """What the optimizer itself does about large gradients, in words, where it does something."""
+    cls = optim.FAMILY.get(options.name)
+    for option in ("max_grad_norm", "grad_clip"):
+        if getattr(options, option, None) is not None:
+            return f"clips them again by optim.{option}"
+    if cls is None:
+        return None
+    if getattr(options, "clip_threshold", None) is not None:
+        return "bounds the RMS of each tensor's update, whatever the size of its gradient"
+    if cls.rule in (optim.Lion.rule, optim.LionProdigy.rule):
+        return "uses the sign of an average of gradients, whose size hardly matters"
+    if getattr(options, "atan2", False):
+        return "has atan2, which bounds every update, whatever the size of its gradient"
+    return None
+
+
+def _of_others(config: Config) -> Iterator[str]:
+    runtime = config.runtime
+    if runtime.accumulation > 1 and runtime.fused_backward:
+        yield (
+            f"runtime.accumulation={runtime.accumulation} keeps the gradients of all trained "
+            "weights between micro-batches, in their dtype, which runtime.fused_backward=true "
+            "alone would not; the last backward pass frees them"
+        )
+    if not config.method.export:
+        yield (
+            "method.export=[] writes no model; python -m trainer.export makes one of the run's "
+            "last checkpoint"
+        )
