@@ -14,6 +14,7 @@ with the imports and everything.
 """
 
 import argparse
+import gc
 import json
 import math
 import subprocess
@@ -145,6 +146,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         noise.scheduler_config(config.noise, scheduler), config.noise
     )
     seconds_to_build = time.monotonic() - started
+    gc.collect()
     memory.reset_peak(device)
 
     count, steps = config.runtime.accumulation, []

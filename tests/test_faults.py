@@ -246,3 +246,14 @@ def test_a_latent_that_is_not_finite_is_named_with_its_picture(
     config = composed(*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64")
     with pytest.raises(ValueError, match=r"red\.png is not finite"):
         run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("theirs", ["model/mine.txt", "config.yaml", "run.safetensors"])
+def test_a_folder_of_other_files_is_not_written_to(composed, tmp_path, theirs):
+    folder = tmp_path / "mine"
+    (folder / theirs).parent.mkdir(parents=True)
+    (folder / theirs).write_text("precious")
+    with pytest.raises(UserError, match=r"is no run's folder, and its .* would be written over"):
+        run(composed(*QUICK, "name=run"), folder)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [folder / theirs]
+    assert (folder / theirs).read_text() == "precious"

@@ -25,6 +25,7 @@ FUSED = "runtime.fused_backward=true"
         ["optim=adopt_factored", "method=lora"],
         ["optim=lomo"],
         ["optim=adalomo"],
+        ["optim=sophia", "optim.hessian_every=2"],
     ],
     ids=" ".join,
 )

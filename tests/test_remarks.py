@@ -32,6 +32,7 @@ IDLE = {
     "optim.on_nonfinite=raise": "runtime.max_skipped_steps",
     "optim.lr=0": "changes no weight",
     "method.export=[]": "writes no model",
+    "ema=bf16 method.ema.decay=1": "never moves the average",
 }
 
 

@@ -13,7 +13,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
-from trainer import batches, curvature, losses, noise
+from trainer import batches, curvature, gradients, losses, noise
+from trainer.clipping import Clip
 from trainer.streams import Stream
 
 
@@ -58,9 +59,12 @@ def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
         batch.mask[:, :, 2:] = 0
     unet, draws = Pointwise(), 1500
     optimizer = optim.Sophia(unet.parameters(), betas=(0.9, 0.0))  # the curvature is the last one
+    taken = gradients.Gathered([], Clip("none", None, []))
     total = torch.zeros(4, 4)
     for step in range(draws):
-        curvature.estimate(optimizer, unet, lambda: batch, config, schedule, seed=0, step=step)
+        curvature.estimate(
+            *(optimizer, taken, unet, lambda: batch, config, schedule), seed=0, step=step
+        )
         total += optimizer.state[unet.matrix]["hessian"]
 
     def loss(matrix):

@@ -17,7 +17,7 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4
-    for part in ("eval after", "s/step", "optimizer state", "peak memory"):
+    for part in ("eval after", "s/step", "optimizer state", "peak in training"):
         assert part in table[0]
     assert sum(line.startswith("| optim=lion seed=") for line in table) == 2
     (kept,) = tmp_path.glob("runs/sweep-*/sweep.md")
@@ -46,7 +46,7 @@ NUMBERS = {
     "eval_loss_before": 1.0,
     "seconds_per_step": 0.1,
     "optimizer_state_bytes": 10,
-    "peak_memory_bytes": 10,
+    "peak_training_bytes": 10,
     "skipped_steps": 0,
 }
 

@@ -12,12 +12,13 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 import optim
-from trainer import batches, losses
+from trainer import batches, gradients, losses
 from trainer.config import LossConfig
 
 
 def estimate(
     optimizer: Any,
+    taken: gradients.Gathered | gradients.Consumed,
     unet: nn.Module,
     draw: Callable[[], batches.Batch],
     config: LossConfig,
@@ -26,7 +27,7 @@ def estimate(
     step: int,
 ) -> None:
     """Where `optimizer` wants an estimate before this step, make it from the batch that `draw`
-    gives; else nothing is drawn.
+    gives; else nothing is drawn.  `taken` is how a backward pass's gradients are used.
 
     The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
     elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.  Where an element's
@@ -43,5 +44,6 @@ def estimate(
     if factor is not None:
         noise = noise * factor.sqrt()
     target = prediction.detach() + batches.on_device(noise, prediction.device)
-    losses.squared_error(prediction, target).backward()
-    optimizer.update_hessian(prediction.numel() / 2)
+    scale = prediction.numel() / 2
+    with taken.handing_to(lambda *params: optimizer.update_hessian(scale, params or None)):
+        losses.squared_error(prediction, target).backward()

@@ -103,15 +103,21 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
 def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
     """Write the pictures drawn at this step, and the grid."""
     sampler, samples = state.sampler, state.folder / "samples"
-    pictures.save(samples / f"step-{state.step:06d}", drawn)
+    captions = sampler.captions()
+    pictures.save(samples / f"step-{state.step:06d}", drawn, captions)
     rows: dict[str, list[Image]] = {}
     try:
         rows["original"] = sampler.originals()
     except (UserError, OSError) as error:  # a file that is read again here
         log.warning("the grid of step %d has no originals: %s", state.step, error)
     if state.step:
-        rows["before"] = pictures.load(samples / f"step-{0:06d}", sampler.count)
+        rows["before"] = pictures.load(samples / f"step-{0:06d}", captions)
+        if not rows["before"]:
+            log.warning(
+                "the grid of step %d has no pictures of before: they are of others, or gone",
+                state.step,
+            )
     is_last = state.step == state.config.schedule.steps
     rows["after" if is_last else f"step {state.step}"] = drawn
-    grid = pictures.grid({k: row for k, row in rows.items() if row}, sampler.captions())
+    grid = pictures.grid({k: row for k, row in rows.items() if row}, captions)
     return writer.write_picture(state.step, grid)

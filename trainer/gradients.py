@@ -7,8 +7,8 @@ before any clip (`trainer.clipping`), is reported in both ways, and is the same.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,12 @@ class Gathered:
         clip.end_step(norm)
         return Outcome(loss=total, grad_norm=norm, begun=False)
 
+    @contextmanager
+    def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
+        """A backward pass within it is not of a step: `consume()` is called after it."""
+        yield
+        consume()
+
 
 class Consumed:
     """Backward passes of which the last steps inside and frees the gradients, a bucket at a time.
@@ -120,6 +126,11 @@ class Consumed:
                 return first
             self._bounding = first.grad_norm
         return self._step(loss_of, shares)
+
+    def handing_to(self, consume: Callable[..., None]) -> AbstractContextManager[None]:
+        """A backward pass within it is not of a step: its gradients go to `consume(*params)`, a
+        bucket at a time."""
+        return self._hooks.handing_to(consume)
 
     def _measure(self, loss_of: LossOf) -> Outcome:
         """A backward pass that only measures the gradients, a bucket at a time."""

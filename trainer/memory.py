@@ -5,7 +5,7 @@ import ctypes
 import gc
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -48,13 +48,13 @@ def reset_peak(device: torch.device) -> None:
     """Forget the peak of whatever ran before in this process, such as a sweep's earlier runs.
 
     On the CPU this is Linux's way to reset the high-water mark, proc(5); what earlier runs left
-    unfreed still counts.
+    unfreed still counts.  Where a container forbids it, the peak is that of the whole process.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
-        _CLEAR.write_text("5")
+        with suppress(OSError):
+            _CLEAR.write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -71,6 +71,7 @@ class Peaks:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._of = {"training": 0, "rest": 0}
+        gc.collect()
         reset_peak(device)
 
     def end(self, phase: str) -> None:
@@ -126,8 +127,7 @@ def explained(config: Config, when: str) -> Iterator[None]:
 def advice(config: Config) -> list[str]:
     """What would take less memory than this configuration, the least costly first."""
     runtime, method = config.runtime, config.method
-    cls = optim.FAMILY.get(config.optim.name)
-    can_step_inside = cls is not None and not issubclass(cls, optim.Sophia)
+    can_step_inside = config.optim.name in optim.FAMILY
     clips = method.clip == "global" and method.max_grad_norm is not None
     clip = " method.clip=exact" if clips else ""
     samples = config.data.batch_size * runtime.accumulation

@@ -3,22 +3,36 @@
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-_TILE, _LABEL, _MARGIN, _COLUMNS = 96, 14, 64, 8  # pixels; pictures a band
+_LABEL, _MARGIN, _COLUMNS = 14, 64, 8  # pixels; pictures a band
+_TILES = 96, 256  # pixels: the smallest and the largest side of a picture in a grid
+_CAPTION = "caption"  # the key of a PNG's text
 
 
-def save(folder: Path, pictures: list[Image.Image]) -> None:
-    """Write 00.png, 01.png, ... in the order of the captions."""
+def save(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None:
+    """Write 00.png, 01.png, ..., each with its caption in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
-        picture.save(folder / f"{number:02d}.png")
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        text = PngInfo()
+        text.add_itxt(_CAPTION, caption)
+        picture.save(folder / f"{number:02d}.png", pnginfo=text)
 
 
-def load(folder: Path, count: int) -> list[Image.Image]:
-    """What `save` wrote; empty when there are not `count` pictures."""
-    paths = [folder / f"{number:02d}.png" for number in range(count)]
-    return [Image.open(p).convert("RGB") for p in paths] if all(p.exists() for p in paths) else []
+def load(folder: Path, captions: list[str]) -> list[Image.Image]:
+    """What `save` wrote; empty when it was not of these captions, or is not there."""
+    found = []
+    for number, caption in enumerate(captions):
+        path = folder / f"{number:02d}.png"
+        if not path.exists():
+            return []
+        with Image.open(path) as picture:
+            picture.load()
+            if picture.info.get(_CAPTION) != caption:
+                return []
+            found.append(picture.convert("RGB"))
+    return found
 
 
 def of_pixels(pixels: Tensor) -> Image.Image:
@@ -30,22 +44,24 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
     """Labelled pictures: {row title: one picture per caption} -> bands of eight columns, captions
     on top, titles at the left."""
     count = len(captions)
+    largest = max(max(picture.size) for row in rows.values() for picture in row)
+    tile = min(max(largest, _TILES[0]), _TILES[1])
     bands = -(-count // _COLUMNS)
-    band_height = _LABEL + len(rows) * _TILE + 6
-    sheet = Image.new("RGB", (_MARGIN + min(count, _COLUMNS) * _TILE, bands * band_height), "white")
+    band_height = _LABEL + len(rows) * tile + 6
+    sheet = Image.new("RGB", (_MARGIN + min(count, _COLUMNS) * tile, bands * band_height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, caption in enumerate(captions):
-        left, top = _MARGIN + number % _COLUMNS * _TILE, number // _COLUMNS * band_height
-        pen.text((left + 2, top), _fit(pen, caption, font), fill="black", font=font)
+        left, top = _MARGIN + number % _COLUMNS * tile, number // _COLUMNS * band_height
+        pen.text((left + 2, top), _fit(pen, caption, font, tile), fill="black", font=font)
         for row, pictures in enumerate(rows.values()):
             sheet.paste(
-                ImageOps.pad(pictures[number], (_TILE, _TILE), Image.Resampling.BICUBIC, "white"),
-                (left, top + _LABEL + row * _TILE),
+                ImageOps.pad(pictures[number], (tile, tile), Image.Resampling.BICUBIC, "white"),
+                (left, top + _LABEL + row * tile),
             )
     for band in range(bands):
         for row, title in enumerate(rows):
             pen.text(
-                (4, band * band_height + _LABEL + row * _TILE + _TILE // 2 - 6),
+                (4, band * band_height + _LABEL + row * tile + tile // 2 - 6),
                 title,
                 fill="black",
                 font=font,
@@ -53,11 +69,11 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
     return sheet
 
 
-def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont) -> str:
+def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> str:
     """As much of the text as a tile is wide."""
-    if pen.textlength(text[:_TILE], font=font) <= _TILE - 4:
-        return text[:_TILE]
+    if pen.textlength(text[:width], font=font) <= width - 4:
+        return text[:width]
     end = next(
-        n for n in range(_TILE, 0, -1) if pen.textlength(text[:n] + "…", font=font) <= _TILE - 4
+        n for n in range(width, 0, -1) if pen.textlength(text[:n] + "…", font=font) <= width - 4
     )
     return text[:end] + "…"

@@ -140,6 +140,8 @@ def _of_others(config: Config) -> Iterator[str]:
             "weights between micro-batches, in their dtype, which runtime.fused_backward=true "
             "alone would not; the last backward pass frees them"
         )
+    if config.method.ema and config.method.ema.decay == 1:
+        yield "method.ema.decay=1 never moves the average from the weights it begins with"
     if not config.method.export:
         yield (
             "method.export=[] writes no model; python -m trainer.export makes one of the run's "

@@ -20,12 +20,15 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
         f"{summary['steps']} steps in {summary['seconds']:.0f} s "
         f"({summary['images_per_second']:.1f} images/s), "
         f"optimizer state {format_bytes(summary['optimizer_state_bytes'])}, "
-        f"peak memory {format_bytes(summary['peak_memory_bytes'])}"
+        f"peak memory {format_bytes(summary['peak_training_bytes'])} in training, "
+        f"{format_bytes(summary['peak_memory_bytes'])} in all"
     )
     lines = [
         f"{'eval/loss':<12}{before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
         f"{'cost':<12}{cost}",
     ]
+    if "ema_loss_after" in summary:
+        lines.insert(1, f"{'of average':<12}{summary['ema_loss_after']:.4f}")
     if "holdout_loss_after" in summary:
         lines.insert(1, f"{'held out':<12}{summary['holdout_loss_after']:.4f}")
     return "\n".join(lines + [f"{title:<12}{path}" for title, path in places.items()])

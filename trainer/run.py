@@ -48,24 +48,34 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     `overrides` are the command line's: a sweep's table tells its runs apart by them, and a run that
     is resumed has them again.
     """
+    _refuse_occupied(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     with console.logging_to(folder / "train.log"), signals.stop_signals() as stop:
-        if checkpoint.completed(folder / "checkpoints"):
-            if not config.resume:
-                raise UserError(
-                    f"{folder} holds a run; go on with resume={folder}, or name another"
-                )
-            if checkpoint.run_folder_of(config.resume) != folder.resolve():
-                raise UserError(
-                    f"{folder} holds a run that resume={config.resume} would write over; leave "
-                    "hydra.run.dir out, or name another folder"
-                )
         for remark in remarks.of_config(config):
             log.warning("%s", remark)
         state = begin(config, folder, stop, overrides)
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer)
         return finish(state, writer)
+
+
+def _refuse_occupied(folder: Path, config: Config) -> None:
+    """Raise UserError where a run would write over another, or over files that are no run's."""
+    if checkpoint.completed(folder / "checkpoints"):
+        if not config.resume:
+            raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
+        if checkpoint.run_folder_of(config.resume) != folder.resolve():
+            raise UserError(
+                f"{folder} holds a run that resume={config.resume} would write over; leave "
+                "hydra.run.dir out, or name another folder"
+            )
+    written = ("config.yaml", "metrics.jsonl", "samples", "model", "lora", "checkpoints")
+    theirs = [name for name in (*written, f"{config.name}.safetensors") if (folder / name).exists()]
+    if theirs and not (folder / "environment.json").exists():
+        raise UserError(
+            f"{folder} is no run's folder, and its {theirs[0]} would be written over; name another "
+            "(hydra.run.dir)"
+        )
 
 
 def begin(
@@ -111,7 +121,8 @@ def train(state: State, writer: metrics.Metrics) -> None:
         with memory.explained(config, f"in step {step + 1}"):
             first_batch = partial(draw, state, step * count)
             curvature.estimate(
-                state.optimizer, unet, first_batch, config.loss, state.schedule, config.seed, step
+                *(state.optimizer, taken, unet, first_batch),
+                *(config.loss, state.schedule, config.seed, step),
             )
             micro_losses = partial(loss_of, state, step * count)
             outcome = taken.backward(micro_losses, shares(state, step * count))

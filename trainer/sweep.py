@@ -18,7 +18,7 @@ _COLUMNS = (
     ("of averaged weights", "ema_loss_after", "{:.4f}"),
     ("s/step", "seconds_per_step", "{:.3f}"),
     ("optimizer state", "optimizer_state_bytes", "bytes"),
-    ("peak memory", "peak_memory_bytes", "bytes"),
+    ("peak in training", "peak_training_bytes", "bytes"),
     ("skipped", "skipped_steps", "{}"),
 )
 _NOT_IN_ALL = {"holdout_loss_after", "ema_loss_after"}

@@ -153,11 +153,6 @@ def _check_fused_backward(config: Config) -> None:
             f"{choice}: optim={config.optim.name} cannot step inside the backward pass, only this "
             f"family's optimizers can ({', '.join(optim.FAMILY)}); choose one, or {without}"
         )
-    if issubclass(optim.FAMILY[config.optim.name], optim.Sophia):
-        raise UserError(
-            f"{choice}: optim={config.optim.name} needs a second backward pass whose gradients are "
-            f"not to be stepped; choose another optimizer, or {without}"
-        )
     clips = config.method.clip == "global" and config.method.max_grad_norm is not None
     for key, norm, remedy in (
         (
