@@ -151,6 +151,20 @@ def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     assert "optim.lr: 0.0001 -> 0.001" in err
 
 
+def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_for_those_after_it(
+    command, in_tmp
+):
+    status, _, err = command(*QUICK, "schedule.steps=1", "hydra.run.dir=run")
+    assert status == 0, err
+    allowed = ["schedule.steps=2", "runtime.allow_config_change=true"]
+    status, _, err = command("resume=run", *allowed)
+    assert status == 0, err
+    status, _, err = command("resume=run", "optim.lr=0.5")
+    assert status == 2
+    assert "schedule.steps" not in err  # the steps it was changed to are the run's now
+    assert "optim.lr: 0.001 -> 0.5" in err
+
+
 def test_a_run_is_not_resumed_from_an_older_checkpoint_into_its_own_folder(quick, composed):
     folder = quick("run", "runtime.save_every=2")
     older = folder / "checkpoints/step-000002"

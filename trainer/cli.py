@@ -47,6 +47,9 @@ for optimizers in the docstrings of optim/.  A run writes its checkpoints, pictu
 and the trained model to runs/DATE/TIME-NAME.
 """
 
+# Of a command line, what a later one that resumes the run must say itself.
+_ONCE = {"resume", "runtime.allow_config_change"}
+
 
 def register() -> None:
     """Give Hydra the schema, the help page and the resolvers that `conf/` refers to.
@@ -73,12 +76,12 @@ def register() -> None:
 
 def with_resumed(arguments: list[str]) -> list[str]:
     """The command line, and before it the options of the run that it resumes, but for those that it
-    gives itself."""
+    gives itself and those that are meant once."""
     given = {_key(a): a.partition("=")[2] for a in arguments if not a.startswith("-")}
     resume = given.get("resume", "").strip("'\"")
     if resume in ("", "null"):
         return arguments
-    return [a for a in overrides_of(resume) if _key(a) not in given] + arguments
+    return [a for a in overrides_of(resume) if _key(a) not in given.keys() | _ONCE] + arguments
 
 
 def _key(override: str) -> str:
