@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import sys
+from collections import deque
 from copy import deepcopy
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import new_process
 from helpers import QUICK, assert_same_weights, make_params, rows, set_grads, weights
 from omegaconf import OmegaConf
 
-from trainer import config, optimizers
+from trainer import checkpoint, config, optimizers
 from trainer.run import run
 
 PEERS = {  # choice: may a resumed run differ from an unbroken one with bf16 weights?
@@ -59,8 +60,8 @@ def test_a_peer_trains_the_unet_and_resumes_bitwise(quick, composed, tmp_path, i
     whole = quick("whole", *options, "runtime.save_every=2")
     assert rows(whole)[0]["eval/loss"] != rows(whole)[-1]["eval/loss"]
     assert all(row.get("train/skipped_steps", 0) == 0 for row in rows(whole))
-    checkpoint = whole / "checkpoints" / "step-000002"
-    run(composed(*QUICK, *options, f"resume={checkpoint}"), tmp_path / "resumed")
+    before = whole / "checkpoints" / "step-000002"
+    run(composed(*QUICK, *options, f"resume={before}"), tmp_path / "resumed")
     assert_same_weights(weights(whole, 3), weights(tmp_path / "resumed", 3))
     packages = json.loads((whole / "environment.json").read_text())["packages"]
     assert packages[OmegaConf.load(FILES / f"{choice}.yaml").package]
@@ -133,6 +134,40 @@ def test_what_an_external_optimizer_has_found_is_the_checkpoints_and_its_options
     for group in other.param_groups:
         assert (group["lr"], group["k"]) == (2.0, 10)
     assert {group["weight_decay"] for group in other.param_groups} == {0.0, 0.2}
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps of each parameter what no checkpoint gives back, or not even takes."""
+
+    kept = staticmethod(deque)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["recent"] = self.kept()
+
+
+class Unsaved(Remembering):
+    kept = staticmethod(lambda: lambda: None)
+
+
+def test_an_optimizer_whose_state_does_not_come_back_from_a_file_says_so_first_and_at_the_resume(
+    composed, quick, caplog
+):
+    path = f"optim.class_path={__name__}.Remembering"
+    optimizers.check(composed("optim=external", path, "optim.lr=0.01").optim)
+    assert f"{path}: no checkpoint of this run can be resumed" in caplog.text
+    assert "holds collections.deque" in caplog.text
+    folder = quick("run", "optim=external", path, "optim.lr=0.01", "schedule.steps=1")
+    says = "cannot be resumed: the optimizer's state holds collections.deque"
+    with pytest.raises(ValueError, match=says):
+        checkpoint.load(folder / "checkpoints/step-000001")
+    with pytest.raises(ValueError, match="no undamaged checkpoint"):
+        checkpoint.load_newest(checkpoint.find(str(folder)))
+    of = composed("optim=external", f"optim.class_path={__name__}.Unsaved", "optim.lr=0.01").optim
+    with pytest.raises(ValueError, match="Unsaved: its state cannot be saved"):
+        optimizers.check(of)
 
 
 @pytest.mark.parametrize("choice", [name for name in PEERS if name != "peer/torch_adafactor"])

@@ -13,6 +13,8 @@ import itertools
 import json
 import logging
 import math
+import pickle
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,6 +123,17 @@ def load(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"checkpoint {folder} is damaged: {reason}") from error
+    except pickle.UnpicklingError as error:  # as it was written, by its checksum
+        raise UserError(f"checkpoint {folder} cannot be resumed: {unread(error)}") from error
+
+
+def unread(error: pickle.UnpicklingError) -> str:
+    """Why `torch.load` does not read an optimizer's state, in one line."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return (
+        f"the optimizer's state holds {found[1] if found else 'an object'}, which is not read from "
+        "a file, as reading objects may run code"
+    )
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import inspect
+import io
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +15,7 @@ from torch import nn
 
 import optim
 from optim.options import unknown
-from trainer import groups
+from trainer import checkpoint, groups
 from trainer.config import ExternalConfig, PeerConfig
 from trainer.errors import UserError
 
@@ -51,6 +53,7 @@ def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device =
     first = _make(config, [small()], seed=0)
     if type(config) is ExternalConfig:
         _try_step(config, first)
+        _try_reading_back(config, first)
     for number, rule in enumerate(rules):
         options = groups.options_of(rule, config.lr)
         try:
@@ -180,6 +183,20 @@ def _try_step(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     except Exception as error:  # of somebody else's code: any kind
         raise UserError(f"{_title(config)} cannot make a step: {error}") from error
+
+
+def _try_reading_back(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
+    """See that the state comes back from a file: a resume, hours later, is too late to know."""
+    file = io.BytesIO()
+    try:
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:  # it trains, and may be wanted for a short run
+        form = "%s: no checkpoint of this run can be resumed: %s"
+        log.warning(form, _title(config), checkpoint.unread(error))
+    except Exception as error:  # as above
+        raise UserError(f"{_title(config)}: its state cannot be saved: {error}") from error
 
 
 def _title(config: ExternalConfig) -> str:
