@@ -1,6 +1,8 @@
 """What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -54,6 +56,65 @@ def test_a_run_writes_the_checkpoint_anew_that_was_damaged(quick, composed):
     assert checkpoint.load(newest).step == 4
     aside = folder / "checkpoints/damaged-step-000004/weights.safetensors"
     assert aside.read_bytes() == damaged
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Save a small checkpoint after this step and keep the last two: save(4)."""
+
+    def make(step):
+        made = checkpoint.Checkpoint(
+            step=step,
+            weights={"w": torch.zeros(2)},
+            optimizer={},
+            average={},
+            config={},
+            overrides=[],
+            data="",
+            counters=checkpoint.Counters(),
+        )
+        return checkpoint.save(tmp_path, made, keep=2)
+
+    return make
+
+
+@pytest.mark.parametrize("failing", ["os.unlink", "pathlib.Path.rename"])
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_training(
+    save, tmp_path, monkeypatch, failing
+):
+    original = pathlib.Path.rename if "rename" in failing else os.unlink
+
+    def refuse(path, *args, **kwargs):
+        if "rename" in failing and pathlib.Path(path).name != "step-000001":
+            return original(path, *args, **kwargs)
+        raise PermissionError(13, "Permission denied")
+
+    save(1)
+    save(2)
+    monkeypatch.setattr(failing, refuse)
+    save(3)
+    assert checkpoint.load(tmp_path / "step-000003").step == 3
+    monkeypatch.undo()
+    save(4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_part_of_it(
+    save, tmp_path, monkeypatch
+):
+    save(1)
+    save(2)
+    unlink = os.unlink
+
+    def dying(*args, **kwargs):
+        monkeypatch.undo()
+        unlink(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.unlink", dying)
+    with pytest.raises(KeyboardInterrupt):
+        save(3)
+    assert [checkpoint.load(path).step for path in checkpoint.completed(tmp_path)] == [2, 3]
 
 
 def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_written(quick, tmp_path):

@@ -92,9 +92,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
         (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     for old in completed(folder)[:-keep]:
-        shutil.rmtree(old)
+        try:  # under its own name it must not be there in parts
+            old.rename(old.with_name(f".{old.name}.tmp"))
+        except OSError as error:
+            log.warning("%s is not deleted: %s", old, error)
     for stale in folder.glob(".*.tmp"):
-        shutil.rmtree(stale)
+        shutil.rmtree(stale, ignore_errors=True)  # what stays is tried again after the next
     return final
 
 
