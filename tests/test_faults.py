@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from helpers import QUICK, assert_same_weights, rows, weights
+from omegaconf import OmegaConf
 
-from trainer import checkpoint, losses, sampling
+from trainer import checkpoint, losses, metrics, record, report, sampling
 from trainer.errors import UserError
 from trainer.run import run
+from trainer.sweep import SweepTable
 
 
 def flip_last_bit(path):
@@ -307,3 +309,36 @@ def test_a_latent_that_is_not_finite_is_named_with_its_picture(
     config = composed(*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64")
     with pytest.raises(ValueError, match=r"red\.png is not finite"):
         run(config, tmp_path / "run")
+
+
+def test_a_small_file_of_a_run_is_the_old_or_the_new_when_the_disk_is_full(tmp_path, monkeypatch):
+    """The disk takes the first half of every file."""
+    table = [{"overrides": ["a"], "eval_loss_after": 0.5}]
+    (tmp_path / "0").mkdir()
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    writers = {
+        "config.yaml": lambda: record.write(tmp_path, {"optim": {}}, torch.device("cpu")),
+        "environment.json": lambda: record.write(tmp_path, {"optim": {}}, torch.device("cpu")),
+        "summary.json": lambda: report.write_summary(tmp_path, {"steps": 4}),
+        "0/summary.json": lambda: report.write_summary(tmp_path / "0", table[0]),
+        "sweep.md": lambda: SweepTable().on_multirun_end(config),
+        "wandb_id": lambda: metrics._wandb_id(tmp_path),
+    }
+    for write in writers.values():
+        write()
+    whole = {name: (tmp_path / name).read_text() for name in writers}
+    original = pathlib.Path.write_text
+    (tmp_path / "wandb_id").unlink()
+    for name, write in writers.items():
+
+        def half(path, text, *, name=pathlib.Path(name).name, **options):
+            full = name in path.name
+            original(path, text[: len(text) // 2] if full else text, **options)
+            if full:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(pathlib.Path, "write_text", half)
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        path = tmp_path / name
+        assert path.read_text() == whole[name] if name != "wandb_id" else not path.exists()

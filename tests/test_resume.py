@@ -107,12 +107,19 @@ def test_another_storage_on_resume_is_refused_before_a_step(quick, command):
     assert "'exp_avg' is" in err
 
 
-def test_other_pictures_on_resume_are_refused(composed, pictures, tmp_path):
+def test_other_pictures_on_resume_are_refused_and_the_runs_own_files_stay_as_they_are(
+    composed, pictures, tmp_path
+):
     options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64"]
     run(composed(*options), tmp_path / "run")
     (pictures / "red.txt").write_text("another caption")
+    run_files = [path for path in (tmp_path / "run").glob("*.*") if path.name != "train.log"]
+    before = {path.name: path.read_bytes() for path in run_files}
+    assert {"config.yaml", "environment.json", "summary.json", "metrics.jsonl"} <= before.keys()
+    changed = ["log.every=3", f"resume={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match="pictures or captions are not those"):
-        run(composed(*options, f"resume={tmp_path / 'run'}"), tmp_path / "run")
+        run(composed(*options, *changed), tmp_path / "run")
+    assert before == {path.name: path.read_bytes() for path in run_files}
 
 
 def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_an_older(
