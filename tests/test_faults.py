@@ -72,6 +72,7 @@ def save(tmp_path):
             average={},
             config={},
             overrides=[],
+            model="",
             data="",
             counters=checkpoint.Counters(),
         )

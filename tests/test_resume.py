@@ -12,8 +12,10 @@ import torch
 from conftest import new_process
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from safetensors.torch import load_file, save_file
 
 from trainer import checkpoint, cli
+from trainer.config import ASSETS
 from trainer.run import run
 
 
@@ -117,9 +119,39 @@ def test_other_pictures_on_resume_are_refused_and_the_runs_own_files_stay_as_the
     before = {path.name: path.read_bytes() for path in run_files}
     assert {"config.yaml", "environment.json", "summary.json", "metrics.jsonl"} <= before.keys()
     changed = ["log.every=3", f"resume={tmp_path / 'run'}"]
-    with pytest.raises(ValueError, match="pictures or captions are not those"):
+    with pytest.raises(ValueError, match="pictures or captions are not what the run began with"):
         run(composed(*options, *changed), tmp_path / "run")
     assert before == {path.name: path.read_bytes() for path in run_files}
+
+
+def test_moved_pictures_and_a_moved_model_go_on_and_another_model_at_the_same_path_is_refused(
+    composed, pictures, tmp_path, caplog
+):
+    def options(place):
+        sources = f"data.sources=[{{path: {place}/pictures, repeats: 2}}]"
+        data = ["data=folder", sources, "data.resolution=64", f"model.path={place}/model"]
+        return [*QUICK, *data, "method=lora", "schedule.steps=2"]
+
+    shutil.copytree(ASSETS / "tiny_sdxl", tmp_path / "model")
+    shutil.copytree(ASSETS / "tiny_sdxl/vae", tmp_path / "vae")
+    folder = tmp_path / "run"
+    run(composed(*options(tmp_path), f"model.vae={tmp_path}/vae"), folder)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("pictures", "model", "vae"):
+        (tmp_path / name).rename(moved / name)
+    there = [*options(moved), f"model.vae={moved}/vae", f"resume={folder}"]
+    run(composed(*there), folder)
+    assert "resumed after step 2" in (folder / "train.log").read_text()
+
+    weights = moved / "model/unet/diffusion_pytorch_model.safetensors"
+    other = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
+    weights.unlink()
+    save_file(other, weights)
+    with pytest.raises(ValueError, match="the model is not what the run began with"):
+        run(composed(*there), folder)
+    run(composed(*there, "runtime.allow_config_change=true"), folder)
+    assert "resuming although the model is not what the run began with" in caplog.text
 
 
 def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_an_older(

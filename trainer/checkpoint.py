@@ -33,9 +33,10 @@ from trainer.formats.weights import of_tensors
 
 log = logging.getLogger(__name__)
 
-# Of a group that decides what is learned, what does not.
+# Of a group that decides what is learned, what does not.  What lies at a path is compared by its
+# content: `check_content`.
 _ANYWHERE = {
-    *("data.cache", "data.max_unreadable", "data.max_pixels"),
+    *("data.path", "data.cache", "data.max_unreadable", "data.max_pixels"),
     *("method.export", "method.export_dtype"),
     *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
@@ -63,6 +64,7 @@ class Checkpoint:
     average: dict[str, Tensor]  # of the weights; empty without method.ema
     config: dict[str, Any]
     overrides: list[str]  # of the command line that gave it
+    model: str  # fingerprint of the one that training began with; empty in older checkpoints
     data: str  # fingerprint of the samples
     counters: Counters
 
@@ -86,6 +88,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "counters": asdict(checkpoint.counters),
             "config": checkpoint.config,
             "overrides": checkpoint.overrides,
+            "model": checkpoint.model,
             "data": checkpoint.data,
             "sha256": {name: _sha256_file(temporary / name) for name in files},
         }
@@ -120,6 +123,7 @@ def load(folder: Path) -> Checkpoint:
             average=load_file(folder / _AVERAGE) if _AVERAGE in digests else {},
             config=record["config"],
             overrides=record.get("overrides", []),
+            model=record.get("model", ""),
             data=record["data"],
             counters=Counters(**record["counters"]),
         )
@@ -231,13 +235,14 @@ def to_resume(config: Config) -> Checkpoint | None:
     if not config.resume:
         return None
     found = load_newest(find(config.resume))
-    here, there = flatten(asdict(config)), flatten(found.config)
+    here, there = _options(asdict(config)), _options(found.config)
     learned = (
         *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
         "runtime.accumulation",
     )
     keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))
-    keys = [key for key in keys if key not in _ANYWHERE]
+    known = {"model.path", "model.vae"} if found.model else set()
+    keys = [key for key in keys if key not in _ANYWHERE | known]
     changed = {
         k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)
     }
@@ -258,16 +263,30 @@ def to_resume(config: Config) -> Checkpoint | None:
     return found
 
 
-def check_data(checkpoint: Checkpoint, fingerprint: str, may_change: bool) -> None:
-    """Refuse to go on with other pictures or captions than the run began with."""
-    if checkpoint.data == fingerprint:
-        return
-    message = "the pictures or captions are not those the run began with"
-    if not may_change:
-        raise UserError(
-            f"resume: {message}; put them back, or set runtime.allow_config_change=true"
-        )
-    log.warning("resuming although %s", message)
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration by its options' names, without the paths in data.sources."""
+    flat = flatten(config)
+    sources = flat.get("data.sources") or []
+    flat["data.sources"] = [{k: v for k, v in one.items() if k != "path"} for one in sources]
+    return flat
+
+
+def check_content(checkpoint: Checkpoint, model: str, data: str, may_change: bool) -> None:
+    """Refuse to go on over another model, or with other pictures or captions, than the run began
+    with; where they lie does not matter."""
+    both = {
+        "the model is": (checkpoint.model or model, model),
+        "the pictures or captions are": (checkpoint.data, data),
+    }
+    for what, (there, here) in both.items():
+        if there == here:
+            continue
+        message = f"{what} not what the run began with"
+        if not may_change:
+            raise UserError(
+                f"resume: {message}; put that back, or set runtime.allow_config_change=true"
+            )
+        log.warning("resuming although %s", message)
 
 
 def _canonical(record: dict[str, Any]) -> bytes:

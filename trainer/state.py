@@ -39,6 +39,7 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
+    base: str  # a sketch of the model that training began with
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -82,6 +83,9 @@ def assemble(
     memory.reset_peak(device)
     dataset = data.load(config.data, stop)
     model = Model(config.model, device)
+    fingerprint, base = dataset.fingerprint, model.sketch()
+    if resumed:
+        checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
@@ -96,9 +100,7 @@ def assemble(
         config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
     )
     execution.prepare(config, model.trained_parts, device)
-    fingerprint = dataset.fingerprint
     if resumed:
-        checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
         method.restore(model, resumed.weights)
         resumed.weights.clear()  # as large as the model, and in its place now
         optimizers.restore(optimizer, resumed.optimizer)
@@ -117,6 +119,7 @@ def assemble(
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
+        base=base,
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
@@ -146,6 +149,7 @@ def save(state: State) -> None:
             average=state.ema.state() if state.ema else {},
             config=asdict(state.config),
             overrides=list(state.overrides),
+            model=state.base,
             data=state.fingerprint,
             counters=checkpoint.Counters(
                 skipped_steps=state.guard.skipped,
