@@ -129,7 +129,6 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "another shape": replaced(lambda x: x[:, 1:]),
     "another dtype": replaced(lambda x: x.half()),
-    "not finite": replaced(lambda x: x / 0),
     "another name": lambda path: save_file({"x": load(path.read_bytes())["latent"]}, path),
     "a folder's worth of text": lambda path: path.write_text("{}" * 1000),
 }
@@ -144,6 +143,29 @@ def test_a_damaged_entry_is_a_miss_and_is_replaced(encode, cache, caplog, damage
     assert "1 damaged entries" in caplog.text
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a["latent"], b["latent"])
+    assert encode()[1] == 0
+
+
+def test_an_entry_that_is_not_finite_is_named_when_it_is_used_and_made_again(load, cache):
+    samples, vae = load().samples, Vae()
+    Store(str(cache), "float32").latents(samples, "vae", vae.make)
+    for path in entries(cache):
+        replaced(lambda x: x / 0)(path)
+    latents = Store(str(cache), "float32").latents(samples, "vae", vae.make)
+    with pytest.raises(UserError, match=r"latents/.* was not finite and is deleted; resume"):
+        latents[0]
+    assert vae.encoded == 4
+    latents = Store(str(cache), "float32").latents(samples, "vae", vae.make)
+    assert latents[0]["latent"].isfinite().all()
+    assert vae.encoded == 5
+
+
+def test_a_start_reads_no_values_of_the_cache(encode, monkeypatch):
+    encode()
+    monkeypatch.setattr(data.store, "_load", lambda path: pytest.fail(f"{path} is read"))
+    with pytest.raises(pytest.fail.Exception, match="is read"):
+        encode()  # by the one who asks for the entries
+    monkeypatch.setattr(data.Entries, "__getitem__", lambda entries, name: {})
     assert encode()[1] == 0
 
 
@@ -221,7 +243,7 @@ def test_captions_are_encoded_once_each_and_with_the_encoder_they_name(cache):
     assert clip.captions == [*captions, "one more"]
     store.texts(captions[:2], "another clip", clip.make)
     assert len(clip.captions) == 23
-    replaced(lambda x: x / 0)(entries(cache, "texts")[0])
+    truncate(entries(cache, "texts")[0])
     store.texts([*captions, "one more"], "clip", clip.make)
     store.texts(captions[:2], "another clip", clip.make)
     assert len(clip.captions) == 24

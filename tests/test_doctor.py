@@ -112,6 +112,25 @@ def test_it_says_what_the_cache_still_needs(examine, quick, pictures, folder, tm
     assert "4 of 4 pictures, 1 of 5 captions" in examine(*cached, "data.resolution=56")[1]
 
 
+def test_a_models_weights_are_downloaded_only_for_a_caches_sake(
+    examine, folder, tmp_path, monkeypatch
+):
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append((name, [p for p in allow_patterns if "safetensors" in p]))
+        return str(ASSETS / "tiny_sdxl")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    hub = [*folder, "model.path=owner/model", "model.vae=owner/vae"]
+    status, _, err = examine(*hub)
+    assert (status, err) == (0, "")
+    assert asked == [("owner/model", []), ("owner/vae", [])]
+    asked.clear()
+    assert "4 of 4 pictures" in examine(*hub, f"data.cache={tmp_path / 'cache'}")[1]
+    assert all(weights for _, weights in asked)
+
+
 def test_it_tells_how_long_an_epoch_takes_where_a_speed_is_known(examine, in_tmp):
     _, out, _ = examine("--images-per-second", "0.2")
     assert "an epoch: 24 pictures, 1.5 batches, 2 min 0 s at 0.2 images/s (as given)" in out

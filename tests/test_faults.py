@@ -1,16 +1,20 @@
 """What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import QUICK, assert_same_weights, rows, weights
+from omegaconf import OmegaConf
 
-from trainer import checkpoint, losses, sampling
+from trainer import checkpoint, losses, metrics, record, report, sampling
 from trainer.errors import UserError
 from trainer.run import run
+from trainer.sweep import SweepTable
 
 
 def flip_last_bit(path):
@@ -54,6 +58,66 @@ def test_a_run_writes_the_checkpoint_anew_that_was_damaged(quick, composed):
     assert checkpoint.load(newest).step == 4
     aside = folder / "checkpoints/damaged-step-000004/weights.safetensors"
     assert aside.read_bytes() == damaged
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Save a small checkpoint after this step and keep the last two: save(4)."""
+
+    def make(step):
+        made = checkpoint.Checkpoint(
+            step=step,
+            weights={"w": torch.zeros(2)},
+            optimizer={},
+            average={},
+            config={},
+            overrides=[],
+            model="",
+            data="",
+            counters=checkpoint.Counters(),
+        )
+        return checkpoint.save(tmp_path, made, keep=2)
+
+    return make
+
+
+@pytest.mark.parametrize("failing", ["os.unlink", "pathlib.Path.rename"])
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_training(
+    save, tmp_path, monkeypatch, failing
+):
+    original = pathlib.Path.rename if "rename" in failing else os.unlink
+
+    def refuse(path, *args, **kwargs):
+        if "rename" in failing and pathlib.Path(path).name != "step-000001":
+            return original(path, *args, **kwargs)
+        raise PermissionError(13, "Permission denied")
+
+    save(1)
+    save(2)
+    monkeypatch.setattr(failing, refuse)
+    save(3)
+    assert checkpoint.load(tmp_path / "step-000003").step == 3
+    monkeypatch.undo()
+    save(4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_part_of_it(
+    save, tmp_path, monkeypatch
+):
+    save(1)
+    save(2)
+    unlink = os.unlink
+
+    def dying(*args, **kwargs):
+        monkeypatch.undo()
+        unlink(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.unlink", dying)
+    with pytest.raises(KeyboardInterrupt):
+        save(3)
+    assert [checkpoint.load(path).step for path in checkpoint.completed(tmp_path)] == [2, 3]
 
 
 def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_written(quick, tmp_path):
@@ -257,3 +321,36 @@ def test_a_folder_of_other_files_is_not_written_to(composed, tmp_path, theirs):
         run(composed(*QUICK, "name=run"), folder)
     assert [path for path in folder.rglob("*") if path.is_file()] == [folder / theirs]
     assert (folder / theirs).read_text() == "precious"
+
+
+def test_a_small_file_of_a_run_is_the_old_or_the_new_when_the_disk_is_full(tmp_path, monkeypatch):
+    """The disk takes the first half of every file."""
+    table = [{"overrides": ["a"], "eval_loss_after": 0.5}]
+    (tmp_path / "0").mkdir()
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    writers = {
+        "config.yaml": lambda: record.write(tmp_path, {"optim": {}}, torch.device("cpu")),
+        "environment.json": lambda: record.write(tmp_path, {"optim": {}}, torch.device("cpu")),
+        "summary.json": lambda: report.write_summary(tmp_path, {"steps": 4}),
+        "0/summary.json": lambda: report.write_summary(tmp_path / "0", table[0]),
+        "sweep.md": lambda: SweepTable().on_multirun_end(config),
+        "wandb_id": lambda: metrics._wandb_id(tmp_path),
+    }
+    for write in writers.values():
+        write()
+    whole = {name: (tmp_path / name).read_text() for name in writers}
+    original = pathlib.Path.write_text
+    (tmp_path / "wandb_id").unlink()
+    for name, write in writers.items():
+
+        def half(path, text, *, name=pathlib.Path(name).name, **options):
+            full = name in path.name
+            original(path, text[: len(text) // 2] if full else text, **options)
+            if full:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(pathlib.Path, "write_text", half)
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        path = tmp_path / name
+        assert path.read_text() == whole[name] if name != "wandb_id" else not path.exists()

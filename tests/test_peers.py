@@ -1,9 +1,12 @@
 """Other packages' optimizers as choices of the same sweep: they train, resume, and are named; what
 is not installed is one line."""
 
+import dataclasses
 import io
 import json
 import sys
+from collections import deque
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from conftest import new_process
 from helpers import QUICK, assert_same_weights, make_params, rows, set_grads, weights
 from omegaconf import OmegaConf
 
-from trainer import config, optimizers
+from trainer import checkpoint, config, optimizers
 from trainer.run import run
 
 PEERS = {  # choice: may a resumed run differ from an unbroken one with bf16 weights?
@@ -57,8 +60,8 @@ def test_a_peer_trains_the_unet_and_resumes_bitwise(quick, composed, tmp_path, i
     whole = quick("whole", *options, "runtime.save_every=2")
     assert rows(whole)[0]["eval/loss"] != rows(whole)[-1]["eval/loss"]
     assert all(row.get("train/skipped_steps", 0) == 0 for row in rows(whole))
-    checkpoint = whole / "checkpoints" / "step-000002"
-    run(composed(*QUICK, *options, f"resume={checkpoint}"), tmp_path / "resumed")
+    before = whole / "checkpoints" / "step-000002"
+    run(composed(*QUICK, *options, f"resume={before}"), tmp_path / "resumed")
     assert_same_weights(weights(whole, 3), weights(tmp_path / "resumed", 3))
     packages = json.loads((whole / "environment.json").read_text())["packages"]
     assert packages[OmegaConf.load(FILES / f"{choice}.yaml").package]
@@ -97,6 +100,74 @@ def test_a_peer_takes_its_own_state_back_from_a_file(composed, installed, choice
             assert (a - b).float().norm() <= 2**-8 * a.float().norm()  # bf16's rounding
         else:
             assert torch.equal(a, b)
+
+
+def test_what_an_external_optimizer_has_found_is_the_checkpoints_and_its_options_are_the_configured(
+    composed,
+):
+    """Prodigy keeps in its groups the rate that it finds, and its number of steps."""
+    pytest.importorskip("prodigyopt")
+    prodigy = ["optim=external", "optim.class_path=prodigyopt.Prodigy", "optim.lr=1"]
+    of = composed(*prodigy, "+optim.options.d0=1e-3", "+optim.options.weight_decay=0.1").optim
+
+    def five_steps(module, optimizer):
+        for _ in range(5):
+            optimizers.set_lr(optimizer, 0.5)
+            set_grads(list(module), 0)  # always the same: it finds that it may go faster
+            optimizer.step()
+
+    whole = torch.nn.ParameterList(make_params())
+    first = optimizers.build(of, whole, seed=0)
+    five_steps(whole, first)
+    copy = torch.nn.ParameterList(torch.nn.Parameter(p.detach().clone()) for p in whole)
+    resumed = optimizers.build(of, copy, seed=0)
+    optimizers.restore(resumed, deepcopy(first.state_dict()))
+    assert resumed.param_groups[0]["d"] == first.param_groups[0]["d"] > 2e-3
+    five_steps(whole, first)
+    five_steps(copy, resumed)
+    for a, b in zip(whole, copy, strict=True):
+        assert torch.equal(a, b)
+
+    changed = dataclasses.replace(of, lr=2.0, options={"d0": 1e-3, "weight_decay": 0.2})
+    other = optimizers.build(changed, copy, seed=0)
+    optimizers.restore(other, deepcopy(first.state_dict()))
+    for group in other.param_groups:
+        assert (group["lr"], group["k"]) == (2.0, 10)
+    assert {group["weight_decay"] for group in other.param_groups} == {0.0, 0.2}
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps of each parameter what no checkpoint gives back, or not even takes."""
+
+    kept = staticmethod(deque)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["recent"] = self.kept()
+
+
+class Unsaved(Remembering):
+    kept = staticmethod(lambda: lambda: None)
+
+
+def test_an_optimizer_whose_state_does_not_come_back_from_a_file_says_so_first_and_at_the_resume(
+    composed, quick, caplog
+):
+    path = f"optim.class_path={__name__}.Remembering"
+    optimizers.check(composed("optim=external", path, "optim.lr=0.01").optim)
+    assert f"{path}: no checkpoint of this run can be resumed" in caplog.text
+    assert "holds collections.deque" in caplog.text
+    folder = quick("run", "optim=external", path, "optim.lr=0.01", "schedule.steps=1")
+    says = "cannot be resumed: the optimizer's state holds collections.deque"
+    with pytest.raises(ValueError, match=says):
+        checkpoint.load(folder / "checkpoints/step-000001")
+    with pytest.raises(ValueError, match="no undamaged checkpoint"):
+        checkpoint.load_newest(checkpoint.find(str(folder)))
+    of = composed("optim=external", f"optim.class_path={__name__}.Unsaved", "optim.lr=0.01").optim
+    with pytest.raises(ValueError, match="Unsaved: its state cannot be saved"):
+        optimizers.check(of)
 
 
 @pytest.mark.parametrize("choice", [name for name in PEERS if name != "peer/torch_adafactor"])

@@ -1,5 +1,6 @@
 """A run that stopped goes on: bitwise, in the right folder, with what it began with."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,8 +11,11 @@ import pytest
 import torch
 from conftest import new_process
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from safetensors.torch import load_file, save_file
 
-from trainer import checkpoint
+from trainer import checkpoint, cli
+from trainer.config import ASSETS
 from trainer.run import run
 
 
@@ -105,12 +109,49 @@ def test_another_storage_on_resume_is_refused_before_a_step(quick, command):
     assert "'exp_avg' is" in err
 
 
-def test_other_pictures_on_resume_are_refused(composed, pictures, tmp_path):
+def test_other_pictures_on_resume_are_refused_and_the_runs_own_files_stay_as_they_are(
+    composed, pictures, tmp_path
+):
     options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64"]
     run(composed(*options), tmp_path / "run")
     (pictures / "red.txt").write_text("another caption")
-    with pytest.raises(ValueError, match="pictures or captions are not those"):
-        run(composed(*options, f"resume={tmp_path / 'run'}"), tmp_path / "run")
+    run_files = [path for path in (tmp_path / "run").glob("*.*") if path.name != "train.log"]
+    before = {path.name: path.read_bytes() for path in run_files}
+    assert {"config.yaml", "environment.json", "summary.json", "metrics.jsonl"} <= before.keys()
+    changed = ["log.every=3", f"resume={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="pictures or captions are not what the run began with"):
+        run(composed(*options, *changed), tmp_path / "run")
+    assert before == {path.name: path.read_bytes() for path in run_files}
+
+
+def test_moved_pictures_and_a_moved_model_go_on_and_another_model_at_the_same_path_is_refused(
+    composed, pictures, tmp_path, caplog
+):
+    def options(place):
+        sources = f"data.sources=[{{path: {place}/pictures, repeats: 2}}]"
+        data = ["data=folder", sources, "data.resolution=64", f"model.path={place}/model"]
+        return [*QUICK, *data, "method=lora", "schedule.steps=2"]
+
+    shutil.copytree(ASSETS / "tiny_sdxl", tmp_path / "model")
+    shutil.copytree(ASSETS / "tiny_sdxl/vae", tmp_path / "vae")
+    folder = tmp_path / "run"
+    run(composed(*options(tmp_path), f"model.vae={tmp_path}/vae"), folder)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("pictures", "model", "vae"):
+        (tmp_path / name).rename(moved / name)
+    there = [*options(moved), f"model.vae={moved}/vae", f"resume={folder}"]
+    run(composed(*there), folder)
+    assert "resumed after step 2" in (folder / "train.log").read_text()
+
+    weights = moved / "model/unet/diffusion_pytorch_model.safetensors"
+    other = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
+    weights.unlink()
+    save_file(other, weights)
+    with pytest.raises(ValueError, match="the model is not what the run began with"):
+        run(composed(*there), folder)
+    run(composed(*there, "runtime.allow_config_change=true"), folder)
+    assert "resuming although the model is not what the run began with" in caplog.text
 
 
 def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_an_older(
@@ -137,6 +178,25 @@ def test_resume_latest_takes_the_newest_run(command, in_tmp):
     assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
 
 
+def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):
+    """Another run that saves while the command line is read changes nothing of it."""
+
+    def save(name, seconds):
+        record = in_tmp / f"runs/{name}/checkpoints/step-000004/checkpoint.json"
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"overrides": [f"name={name}"]}))
+        os.utime(record, (seconds, seconds))
+
+    save("it's mine, 1", 1)
+    arguments = cli.with_resumed(["resume=latest", "seed=3"])
+    save("another", 2)
+    assert arguments[::2] == ["name=it's mine, 1", "seed=3"]
+    (given,) = OverridesParser.create().parse_overrides(arguments[1:2])
+    assert given.key_or_group == "resume"
+    (found,) = checkpoint.find(given.value())
+    assert found == in_tmp / "runs/it's mine, 1/checkpoints/step-000004"
+
+
 def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     status, _, err = command(*QUICK, "optim=lion", "optim.lr=1e-4", "runtime.save_every=2")
     assert status == 0, err
@@ -149,6 +209,20 @@ def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     status, _, err = command("resume=latest", "optim.lr=1e-3")
     assert status == 2
     assert "optim.lr: 0.0001 -> 0.001" in err
+
+
+def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_for_those_after_it(
+    command, in_tmp
+):
+    status, _, err = command(*QUICK, "schedule.steps=1", "hydra.run.dir=run")
+    assert status == 0, err
+    allowed = ["schedule.steps=2", "runtime.allow_config_change=true"]
+    status, _, err = command("resume=run", *allowed)
+    assert status == 0, err
+    status, _, err = command("resume=run", "optim.lr=0.5")
+    assert status == 2
+    assert "schedule.steps" not in err  # the steps it was changed to are the run's now
+    assert "optim.lr: 0.001 -> 0.5" in err
 
 
 def test_a_run_is_not_resumed_from_an_older_checkpoint_into_its_own_folder(quick, composed):

@@ -5,6 +5,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from models import make_sd15
 
+from trainer import conditioning
+from trainer import text as texts
 from trainer.model import Model
 
 CPU = torch.device("cpu")
@@ -90,3 +92,21 @@ def test_chunks_read_on_where_a_caption_would_be_cut(composed):
     assert torch.allclose(text.pooled[1], parts.pooled[0], atol=1e-6)
     # a short one is the same with a chunk that is empty after it
     assert torch.allclose(text.prompt[0, :76], one(["a card"]).prompt[0, :76], atol=1e-6)
+
+
+def test_captions_with_too_few_characters_to_be_cut_are_not_made_into_tokens(composed, monkeypatch):
+    counted = []
+    count = texts.count_tokens
+    monkeypatch.setattr(
+        texts, "count_tokens", lambda of, caption: counted.append(caption) or count(of, caption)
+    )
+    model = Model(composed().model, CPU)
+    dense = ["!" * 75, "!a" * 38, "\u1e9b\u0323" * 37]  # about a token a character, and several
+    every = [*SHORT, LONG, "x" * 75, *dense]
+    cut, room = conditioning.cut_captions(model, every)
+    assert counted == [LONG, *dense[1:]]
+    tokenizer = texts.tokenizer(model.origin, "text_encoder")
+    found = {caption: count(tokenizer, caption) for caption in every}
+    assert cut == {caption: number for caption, number in found.items() if number > room}
+    assert cut.keys() == {LONG, *dense[1:]}
+    assert all(found[caption] <= len(caption) for caption in every if caption.isascii())

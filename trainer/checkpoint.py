@@ -13,6 +13,8 @@ import itertools
 import json
 import logging
 import math
+import pickle
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +33,10 @@ from trainer.formats.weights import of_tensors
 
 log = logging.getLogger(__name__)
 
-# Of a group that decides what is learned, what does not.
+# Of a group that decides what is learned, what does not.  What lies at a path is compared by its
+# content: `check_content`.
 _ANYWHERE = {
-    *("data.cache", "data.max_unreadable", "data.max_pixels"),
+    *("data.path", "data.cache", "data.max_unreadable", "data.max_pixels"),
     *("method.export", "method.export_dtype"),
     *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
@@ -61,6 +64,7 @@ class Checkpoint:
     average: dict[str, Tensor]  # of the weights; empty without method.ema
     config: dict[str, Any]
     overrides: list[str]  # of the command line that gave it
+    model: str  # fingerprint of the one that training began with; empty in older checkpoints
     data: str  # fingerprint of the samples
     counters: Counters
 
@@ -84,15 +88,19 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "counters": asdict(checkpoint.counters),
             "config": checkpoint.config,
             "overrides": checkpoint.overrides,
+            "model": checkpoint.model,
             "data": checkpoint.data,
             "sha256": {name: _sha256_file(temporary / name) for name in files},
         }
         record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
         (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     for old in completed(folder)[:-keep]:
-        shutil.rmtree(old)
+        try:  # under its own name it must not be there in parts
+            old.rename(old.with_name(f".{old.name}.tmp"))
+        except OSError as error:
+            log.warning("%s is not deleted: %s", old, error)
     for stale in folder.glob(".*.tmp"):
-        shutil.rmtree(stale)
+        shutil.rmtree(stale, ignore_errors=True)  # what stays is tried again after the next
     return final
 
 
@@ -115,12 +123,24 @@ def load(folder: Path) -> Checkpoint:
             average=load_file(folder / _AVERAGE) if _AVERAGE in digests else {},
             config=record["config"],
             overrides=record.get("overrides", []),
+            model=record.get("model", ""),
             data=record["data"],
             counters=Counters(**record["counters"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"checkpoint {folder} is damaged: {reason}") from error
+    except pickle.UnpicklingError as error:  # as it was written, by its checksum
+        raise UserError(f"checkpoint {folder} cannot be resumed: {unread(error)}") from error
+
+
+def unread(error: pickle.UnpicklingError) -> str:
+    """Why `torch.load` does not read an optimizer's state, in one line."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return (
+        f"the optimizer's state holds {found[1] if found else 'an object'}, which is not read from "
+        "a file, as reading objects may run code"
+    )
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:
@@ -157,17 +177,9 @@ def completed(folder: Path) -> list[Path]:
 def find(resume: str) -> list[Path]:
     """The checkpoints that `resume=` means, best last: one checkpoint's folder, or all of a run's.
 
-    `latest` is the run under ./runs with the newest checkpoint.  Raises UserError for none.
+    Raises UserError for none.
     """
-    if resume == "latest":
-        records = Path("runs").glob("**/checkpoints/step-*/checkpoint.json")
-        newest = max(records, key=lambda path: path.stat().st_mtime, default=None)
-        if newest is None:
-            raise UserError(
-                "resume=latest: there is no checkpoint under ./runs; start a run without resume"
-            )
-        return completed(newest.resolve().parents[1])
-    path = Path(resume).expanduser().resolve()
+    path = latest_run() if resume == "latest" else Path(resume).expanduser().resolve()
     if (path / "checkpoint.json").is_file():
         return [path]
     if checkpoints := completed(path / "checkpoints") or completed(path):
@@ -176,6 +188,19 @@ def find(resume: str) -> list[Path]:
         f"resume={resume}: there is no checkpoint there; "
         "name a run's folder, a checkpoint's, or latest"
     )
+
+
+def latest_run() -> Path:
+    """The run under ./runs with the newest checkpoint.  Raises UserError for none."""
+    found: dict[float, Path] = {}
+    for record in Path("runs").glob("**/checkpoints/step-*/checkpoint.json"):
+        with contextlib.suppress(OSError):  # of a run that goes on, and has just deleted it
+            found[record.stat().st_mtime] = record
+    if not found:
+        raise UserError(
+            "resume=latest: there is no checkpoint under ./runs; start a run without resume"
+        )
+    return found[max(found)].resolve().parents[2]
 
 
 def overrides_of(resume: str) -> list[str]:
@@ -210,13 +235,14 @@ def to_resume(config: Config) -> Checkpoint | None:
     if not config.resume:
         return None
     found = load_newest(find(config.resume))
-    here, there = flatten(asdict(config)), flatten(found.config)
+    here, there = _options(asdict(config)), _options(found.config)
     learned = (
         *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
         "runtime.accumulation",
     )
     keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))
-    keys = [key for key in keys if key not in _ANYWHERE]
+    known = {"model.path", "model.vae"} if found.model else set()
+    keys = [key for key in keys if key not in _ANYWHERE | known]
     changed = {
         k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)
     }
@@ -237,16 +263,30 @@ def to_resume(config: Config) -> Checkpoint | None:
     return found
 
 
-def check_data(checkpoint: Checkpoint, fingerprint: str, may_change: bool) -> None:
-    """Refuse to go on with other pictures or captions than the run began with."""
-    if checkpoint.data == fingerprint:
-        return
-    message = "the pictures or captions are not those the run began with"
-    if not may_change:
-        raise UserError(
-            f"resume: {message}; put them back, or set runtime.allow_config_change=true"
-        )
-    log.warning("resuming although %s", message)
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration by its options' names, without the paths in data.sources."""
+    flat = flatten(config)
+    sources = flat.get("data.sources") or []
+    flat["data.sources"] = [{k: v for k, v in one.items() if k != "path"} for one in sources]
+    return flat
+
+
+def check_content(checkpoint: Checkpoint, model: str, data: str, may_change: bool) -> None:
+    """Refuse to go on over another model, or with other pictures or captions, than the run began
+    with; where they lie does not matter."""
+    both = {
+        "the model is": (checkpoint.model or model, model),
+        "the pictures or captions are": (checkpoint.data, data),
+    }
+    for what, (there, here) in both.items():
+        if there == here:
+            continue
+        message = f"{what} not what the run began with"
+        if not may_change:
+            raise UserError(
+                f"resume: {message}; put that back, or set runtime.allow_config_change=true"
+            )
+        log.warning("resuming although %s", message)
 
 
 def _canonical(record: dict[str, Any]) -> bytes:

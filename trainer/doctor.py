@@ -104,7 +104,8 @@ def examine(
     print(f"{found.count} pictures, of which {len(found.usable)} can be used")
     from trainer.model import Model  # now that there is something to examine: it takes seconds
 
-    model = Model(config.model, torch.device("cpu"))
+    # A cache's entries are called by hashes of the weights; captions are counted without them.
+    model = Model(config.model, torch.device("cpu"), with_weights=config.data.cache is not None)
     findings = _findings(found) + _caption_findings(model, made)
     for finding in findings:
         print(f"PROBLEM: {len(finding.names)} {finding.what}")

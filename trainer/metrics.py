@@ -129,7 +129,7 @@ def _wandb_id(folder: Path) -> str:
     """A random id, kept in the run's folder so that a resumed run goes on under it."""
     path = folder / "wandb_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        disk.replace_text(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8")
 
 

@@ -5,6 +5,8 @@ the text encoders to encode captions and the VAE to encode pictures, each before
 and the VAE again to draw samples.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,17 +29,32 @@ class Model:
 
     unet: nn.Module
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        """Find the model; no weights are read yet.  Raises UserError where there is none."""
+    def __init__(
+        self, config: ModelConfig, device: torch.device, with_weights: bool = True
+    ) -> None:
+        """Find the model; no weights are read yet, nor downloaded unless they are wanted.  Raises
+        UserError where there is none."""
         self.config, self.device = config, device
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
-        self.origin = origin.find(config)
-        self.vae_origin = origin.vae(config.vae) if config.vae else self.origin
+        self.origin = origin.find(config, with_weights)
+        self.vae_origin = origin.vae(config.vae, with_weights) if config.vae else self.origin
         self.text_parts = [part for part in text.PARTS if self.origin.has(part)]
         self.text_encoder: text.Encoder | None = None  # where text encoders are trained
         self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it
+
+    def sketch(self) -> str:
+        """A hash by which this model is known wherever it lies, and told from another."""
+        tokenizers = [part.replace("text_encoder", "tokenizer") for part in self.text_parts]
+        parts = ["unet", *self.text_parts, *tokenizers]
+        known = [
+            *(self.origin.sketch(part) for part in parts),
+            self.vae_origin.sketch("vae"),
+            json.dumps(self.origin.config("scheduler"), sort_keys=True),
+            str(self.origin.zeros_for_empty),
+        ]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     @property
     def trained_parts(self) -> dict[str, nn.Module]:

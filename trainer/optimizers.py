@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import inspect
+import io
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +15,7 @@ from torch import nn
 
 import optim
 from optim.options import unknown
-from trainer import groups
+from trainer import checkpoint, groups
 from trainer.config import ExternalConfig, PeerConfig
 from trainer.errors import UserError
 
@@ -51,6 +53,7 @@ def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device =
     first = _make(config, [small()], seed=0)
     if type(config) is ExternalConfig:
         _try_step(config, first)
+        _try_reading_back(config, first)
     for number, rule in enumerate(rules):
         options = groups.options_of(rule, config.lr)
         try:
@@ -62,22 +65,31 @@ def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device =
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a checkpointed state, and keep the configured options: they decide, not the saved ones.
 
+    In the groups of somebody else's optimizer, options are what its class is built with; the rest
+    (Prodigy's d and k) it has found, and is the checkpoint's.
+
     Raises UserError when the state is not of this optimizer, these parameters and these options
     (`storage` is one that shapes it).
     """
-    own = ("params", "param_names", *getattr(optimizer, "shared", ()))
-    configured = [
-        {key: value for key, value in group.items() if key not in own}
-        for group in optimizer.param_groups
-    ]
     try:
         merged = [
-            saved | options
-            for saved, options in zip(state["param_groups"], configured, strict=True)
+            _merged(optimizer, group, saved)
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
         ]
         optimizer.load_state_dict(state | {"param_groups": merged})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"resume: the optimizer's state does not fit: {error}") from error
+
+
+def _merged(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """A group as it was saved, with what the configuration has decided of it."""
+    if isinstance(optimizer, optim.FusedOptimizer):
+        found = {"params", "param_names", *optimizer.shared}
+        return saved | {key: value for key, value in group.items() if key not in found}
+    chosen = {"initial_lr", *inspect.signature(type(optimizer)).parameters} - {"params"}
+    return group | saved | {key: value for key, value in group.items() if key in chosen}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
@@ -172,6 +184,20 @@ def _try_step(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     except Exception as error:  # of somebody else's code: any kind
         raise UserError(f"{_title(config)} cannot make a step: {error}") from error
+
+
+def _try_reading_back(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
+    """See that the state comes back from a file: a resume, hours later, is too late to know."""
+    file = io.BytesIO()
+    try:
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:  # it trains, and may be wanted for a short run
+        form = "%s: no checkpoint of this run can be resumed: %s"
+        log.warning(form, _title(config), checkpoint.unread(error))
+    except Exception as error:  # as above
+        raise UserError(f"{_title(config)}: its state cannot be saved: {error}") from error
 
 
 def _title(config: ExternalConfig) -> str:

@@ -104,6 +104,13 @@ class Origin(ABC):
             lambda: _fingerprint(config, self.weights(part)),
         )
 
+    def sketch(self, part: str) -> str:
+        """As `fingerprint`, but of the weights only types, shapes and the ends of each: another
+        model is told from this one without reading either."""
+        if part.startswith("tokenizer"):
+            return _hash_of_files(self.folder(part))
+        return _fingerprint(_computing(self.config(part)), self.weights(part), ends_only=True)
+
 
 class Folder(Origin):
     """A pipeline in diffusers layout: model_index.json, and a folder for each part."""
@@ -213,26 +220,33 @@ class File(Origin):
         return [self.path]
 
 
-def find(config: ModelConfig) -> Origin:
-    """What `model.path` names: a folder, a file, or a hub repository.
+def find(config: ModelConfig, with_weights: bool = True) -> Origin:
+    """What `model.path` names: a folder, a file, or a hub repository, whose weights are downloaded
+    where they are wanted.
 
     Raises UserError where it names nothing that can be loaded.
     """
-    return at(config.path, config.variant)
+    return at(config.path, config.variant, with_weights=with_weights)
 
 
-def at(name: str, variant: str | None = None, option: str = "model.path") -> Origin:
+def at(
+    name: str,
+    variant: str | None = None,
+    option: str = "model.path",
+    with_weights: bool = True,
+) -> Origin:
     """`find` by a path or a hub name alone, which `option` gave."""
     path = Path(name).expanduser()
     if path.is_file():
         if variant:
             log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
         return File(path)
-    return Folder(path if path.is_dir() else _from_hub(name, variant, option), variant)
+    here = path if path.is_dir() else _from_hub(name, variant, option, with_weights)
+    return Folder(here, variant)
 
 
-def vae(name: str) -> Origin:
-    """Where another VAE comes from: its own folder, or a model that has it.
+def vae(name: str, with_weights: bool = True) -> Origin:
+    """Where another VAE comes from: its own folder, or a model that has it; as `find`.
 
     Raises UserError where there is none.
     """
@@ -241,7 +255,7 @@ def vae(name: str) -> Origin:
         if not (path / "config.json").exists():
             raise UserError(f"model.vae={path} is no folder of a VAE: it has no config.json")
         return Vae(path)
-    return at(name, option="model.vae")
+    return at(name, option="model.vae", with_weights=with_weights)
 
 
 def _computing(config: dict[str, Any]) -> dict[str, Any]:
@@ -250,9 +264,10 @@ def _computing(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in silent}
 
 
-def _fingerprint(config: dict[str, Any], weights: Weights) -> str:
+def _fingerprint(config: dict[str, Any], weights: Weights, ends_only: bool = False) -> str:
     settings = json.dumps(config, sort_keys=True)
-    return hashlib.sha256(f"{settings} {digest(weights, weights)}".encode()).hexdigest()
+    known = f"{settings} {digest(weights, weights, ends_only)}"
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _hash_of_files(folder: Path) -> str:
@@ -262,7 +277,7 @@ def _hash_of_files(folder: Path) -> str:
     return sha.hexdigest()
 
 
-def _from_hub(name: str, variant: str | None, option: str) -> Path:
+def _from_hub(name: str, variant: str | None, option: str, with_weights: bool) -> Path:
     """The folder of the snapshot of a hub repository that `option` names, downloaded unless it is
     there.
 
@@ -275,8 +290,8 @@ def _from_hub(name: str, variant: str | None, option: str) -> Path:
     kind = f".{variant}" if variant else ""
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for part in architectures.PARTS:
-        files = (f"*{kind}.safetensors", f"*.safetensors.index{kind}.json", "config.json")
-        wanted += [f"{part}/{pattern}" for pattern in files]
+        files = (f"*{kind}.safetensors", f"*.safetensors.index{kind}.json") if with_weights else ()
+        wanted += [f"{part}/{pattern}" for pattern in (*files, "config.json")]
     wrong = [] if variant else ["*.fp16.*", "*.non_ema.*"]
     try:
         log.info("model: %s from the hub, or its cache", name)

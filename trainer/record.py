@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import yaml
 
+from trainer import disk
+
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -28,7 +30,7 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     """Write config.yaml (resolved) and environment.json to the run's folder."""
     peer = config["optim"].get("package")  # of an optimizer that is somebody else's
     packages = dict.fromkeys([*_PACKAGES, *([peer] if peer else [])])
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    disk.replace_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -39,9 +41,7 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
         "packages": {name: _version(name) for name in packages},
         "git_revision": _git_revision(),
     }
-    (folder / "environment.json").write_text(
-        json.dumps(environment, indent=2) + "\n", encoding="utf-8"
-    )
+    disk.replace_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

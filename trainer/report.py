@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer import disk
 from trainer.metrics import as_json
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json; a number that is not finite becomes null."""
     text = json.dumps(as_json(summary), indent=2) + "\n"
-    (folder / "summary.json").write_text(text, encoding="utf-8")
+    disk.replace_text(folder / "summary.json", text)
 
 
 def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:

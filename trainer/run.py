@@ -81,17 +81,19 @@ def _refuse_occupied(folder: Path, config: Config) -> None:
 def begin(
     config: Config, folder: Path, stop: Sequence[int] = (), overrides: Sequence[str] = ()
 ) -> State:
-    """Everything in its place for the first step, or for the next of the run that is resumed.
+    """Everything in its place for the first step, or for the next of the run that is resumed; then
+    the folder says so.  A run that is refused before that changes nothing there.
 
     The checkpoint that it is resumed from ends here: it is as large as the model.
     """
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = checkpoint.to_resume(config)
+    with memory.explained(config, "before the first step"):
+        state = assemble(config, folder, resumed, stop, overrides)
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
     record.write(folder, asdict(config), execution.device_of(config.runtime.device))
-    with memory.explained(config, "before the first step"):
-        return assemble(config, folder, resumed, stop, overrides)
+    return state
 
 
 def train(state: State, writer: metrics.Metrics) -> None:

@@ -40,6 +40,7 @@ class State:
     schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
+    base: str  # a sketch of the model that training began with
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -85,6 +86,9 @@ def assemble(
     peaks = memory.Peaks(device)
     dataset = data.load(config.data, stop)
     model = Model(config.model, device)
+    fingerprint, base = dataset.fingerprint, model.sketch()
+    if resumed:
+        checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
@@ -102,11 +106,11 @@ def assemble(
     for remark in remarks.of_rate(config, trained):
         log.warning("%s", remark)
     execution.prepare(config, model.trained_parts, device)
-    fingerprint = dataset.fingerprint
     if resumed:
-        checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
         method.restore(model, resumed.weights)
+        resumed.weights.clear()  # as large as the model, and in its place now
         optimizers.restore(optimizer, resumed.optimizer)
+        resumed.optimizer.clear()
         log.info("resumed after step %d", resumed.step)
     counters = resumed.counters if resumed else checkpoint.Counters()
     average = None
@@ -121,6 +125,7 @@ def assemble(
         schedule=schedule,
         data=encoded,
         fingerprint=fingerprint,
+        base=base,
         sampler=sampling.Sampler(
             model=model,
             data=encoded,
@@ -153,6 +158,7 @@ def save(state: State) -> None:
             average=state.ema.state() if state.ema else {},
             config=asdict(state.config),
             overrides=list(state.overrides),
+            model=state.base,
             data=state.fingerprint,
             counters=checkpoint.Counters(
                 skipped_steps=state.guard.skipped,

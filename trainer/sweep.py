@@ -8,6 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from trainer import disk
 from trainer.report import format_bytes
 
 _COLUMNS = (
@@ -36,7 +37,7 @@ class SweepTable(Callback):
         if not runs:
             return
         table = sweep_table(runs)
-        (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
+        disk.replace_text(folder / "sweep.md", table + "\n")
         print(f"\n{table}\n\n{folder / 'sweep.md'}")
         if any("error" in run for run in runs):
             raise SystemExit(1)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
+from trainer.formats.weights import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,22 @@ class Entries:
         key = self.keys[name]
         if self.folder is None:
             return self.memory[key]
+        path = _path(self.folder, key)
         try:
-            return _load(_path(self.folder, key))
+            entry = _load(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the cache's {_path(self.folder, key)} was there when the run began and cannot be "
-                f"read now: {error}; resume the run, and it is made again"
+                f"the cache's {path} was there when the run began and cannot be read now: {error}; "
+                "resume the run, and it is made again"
             ) from error
+        if not all(tensor.isfinite().all() for tensor in entry.values()):
+            with suppress(OSError):
+                path.unlink()  # else the next run would find it again
+            raise UserError(
+                f"the cache's {path} was not finite and is deleted; resume the run, and it is made "
+                "again"
+            )
+        return entry
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -159,7 +169,11 @@ class Store:
         return Entries(keys=keys, folder=self.folder / kind if self.folder else None)
 
     def _missing(self, found: Entries, is_good: Callable[[str, Entry], bool]) -> list[str]:
-        """The keys without an entry, in order; one that is damaged is none."""
+        """The keys without an entry, in order; one that is damaged is none.
+
+        Entries are known by their headers and lengths: to read a cache of a hundred gigabytes takes
+        longer than a start may.  Values are looked at when they are used.
+        """
         keys = list(dict.fromkeys(found.keys.values()))
         folder = found.folder
         if folder is None or not folder.is_dir():
@@ -170,11 +184,11 @@ class Store:
             if not path.is_file():
                 return "absent"
             try:
-                entry = _load(path)
-            except (OSError, SafetensorError):
+                entry = _described(path)
+            except (OSError, SafetensorError, KeyError):
                 return "damaged"
-            whole = all(t.dtype == self.dtype and t.isfinite().all() for t in entry.values())
-            return "good" if whole and is_good(key, entry) else "damaged"
+            fits = all(tensor.dtype == self.dtype for tensor in entry.values())
+            return "good" if fits and is_good(key, entry) else "damaged"
 
         states = dict(zip(keys, ahead(state, keys), strict=True))
         damaged = sum(s == "damaged" for s in states.values())
@@ -235,6 +249,17 @@ def _free_bytes() -> float:
 def _load(path: Path) -> Entry:
     """Read, not mapped: a mapped file that is cut short ends the process."""
     return load(path.read_bytes())
+
+
+def _described(path: Path) -> Entry:
+    """An entry's names, shapes and types, on the meta device.  Raises SafetensorError where the
+    file's length is not what its header says."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return {
+            name: torch.empty(s.get_shape(), dtype=DTYPES[s.get_dtype()], device="meta")
+            for name, s in slices.items()
+        }
 
 
 def _path(folder: Path, key: str) -> Path:
