@@ -274,27 +274,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Take over a state as it was saved: copied, moved to each parameter's device, never cast.
 
         (torch's own loader casts every state tensor to the parameter's dtype: codes and fp32
-        factors would not survive a bf16 model.)  Raises ValueError that says what differs when the
+        factors would not survive a bf16 model.)  What is allocated is written to, where it fits: a
+        second state may not fit on the device.  Raises ValueError that says what differs when the
         state is not this optimizer's; then nothing changes.
         """
         name, groups = type(self).__name__, state_dict["param_groups"]
         expected = {*self.defaults, *self.shared}
         states.check_groups(name, self.param_groups, expected, state_dict)
         saved = [(index, group) for group in groups for index in group["params"]]
-        state: dict[Tensor, dict[str, Tensor]] = {}
+        parts_of: dict[Tensor, states.Parts] = {}
+        blank_of: dict[Tensor, states.Parts] = {}
         for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
             if index in state_dict["state"]:
-                parts = state_dict["state"][index]
+                parts_of[param] = state_dict["state"][index]
+                blank_of[param] = self._blank(param, group, META)  # but what is always on the host
                 place = f"{index} {tuple(param.shape)}"
-                blank = self._blank(param, group, META)  # but for what is always on the host
-                states.check_parts(name, place, parts, blank)
-                state[param] = {
-                    key: x.detach()
-                    .contiguous()
-                    .clone()
-                    .to(param.device if blank[key].is_meta else self._counts_on(param))
-                    for key, x in parts.items()
-                }
+                states.check_parts(name, place, parts_of[param], blank_of[param])
+        state = self._room_for(parts_of, blank_of)  # all memory, before anything changes
+        for owner, parts in parts_of.items():
+            for key, x in parts.items():
+                state[owner][key].copy_(x)
         self._forget()
         self.state.clear()
         self.state.update(state)
@@ -303,6 +302,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
             group.update(saved_group | own)
+
+    def _room_for(
+        self, parts_of: dict[Tensor, states.Parts], blank_of: dict[Tensor, states.Parts]
+    ) -> dict[Tensor, states.Parts]:
+        """Tensors to copy saved parts to: those that are there where they fit, else new ones.  All
+        are new where a saved one shares memory with this state: it must not change before it is
+        read."""
+        is_own = states.share_memory(self.state.values(), parts_of.values())
+        return {
+            param: {
+                key: states.room_for(
+                    x,
+                    param.device if blank_of[param][key].is_meta else self._counts_on(param),
+                    None if is_own else self.state.get(param, {}).get(key),
+                )
+                for key, x in parts.items()
+            }
+            for param, parts in parts_of.items()
+        }
 
     def _needs_all_gradients(self) -> bool:
         return any(group["max_grad_norm"] is not None for group in self.param_groups)

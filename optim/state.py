@@ -5,6 +5,7 @@ The state of a parameter is a flat dict of plain tensors with dtypes of their ow
 torch.distributed.checkpoint as it is.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,3 +70,21 @@ def check_parts(optimizer: str, parameter: str, saved: Parts, wanted: Parts) -> 
                 f"the state of parameter {parameter} does not fit {optimizer}: {key!r} is "
                 f"{found.get(key, 'missing')} and should be {own.get(key, 'absent')}"
             )
+
+
+def share_memory(some: Iterable[Parts], others: Iterable[Parts]) -> bool:
+    """Whether a tensor of some states lies where one of the others does."""
+    places, other_places = (
+        {x.untyped_storage().data_ptr() for parts in each for x in parts.values()} - {0}
+        for each in (some, others)
+    )
+    return not places.isdisjoint(other_places)
+
+
+def room_for(saved: Tensor, device: torch.device, there: Tensor | None) -> Tensor:
+    """A tensor to copy a saved one to: what is there already if it fits, else a new one."""
+    if there is not None and there.is_contiguous():
+        kind = (there.shape, there.dtype, there.device)
+        if kind == (saved.shape, saved.dtype, device):
+            return there
+    return torch.empty(saved.shape, dtype=saved.dtype, device=device)

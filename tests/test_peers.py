@@ -1,9 +1,11 @@
 """Other packages' optimizers as choices of the same sweep: they train, resume, and are named; what
 is not installed is one line."""
 
+import dataclasses
 import io
 import json
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -97,6 +99,40 @@ def test_a_peer_takes_its_own_state_back_from_a_file(composed, installed, choice
             assert (a - b).float().norm() <= 2**-8 * a.float().norm()  # bf16's rounding
         else:
             assert torch.equal(a, b)
+
+
+def test_what_an_external_optimizer_has_found_is_the_checkpoints_and_its_options_are_the_configured(
+    composed,
+):
+    """Prodigy keeps in its groups the rate that it finds, and its number of steps."""
+    pytest.importorskip("prodigyopt")
+    prodigy = ["optim=external", "optim.class_path=prodigyopt.Prodigy", "optim.lr=1"]
+    of = composed(*prodigy, "+optim.options.d0=1e-3", "+optim.options.weight_decay=0.1").optim
+
+    def five_steps(module, optimizer):
+        for _ in range(5):
+            optimizers.set_lr(optimizer, 0.5)
+            set_grads(list(module), 0)  # always the same: it finds that it may go faster
+            optimizer.step()
+
+    whole = torch.nn.ParameterList(make_params())
+    first = optimizers.build(of, whole, seed=0)
+    five_steps(whole, first)
+    copy = torch.nn.ParameterList(torch.nn.Parameter(p.detach().clone()) for p in whole)
+    resumed = optimizers.build(of, copy, seed=0)
+    optimizers.restore(resumed, deepcopy(first.state_dict()))
+    assert resumed.param_groups[0]["d"] == first.param_groups[0]["d"] > 2e-3
+    five_steps(whole, first)
+    five_steps(copy, resumed)
+    for a, b in zip(whole, copy, strict=True):
+        assert torch.equal(a, b)
+
+    changed = dataclasses.replace(of, lr=2.0, options={"d0": 1e-3, "weight_decay": 0.2})
+    other = optimizers.build(changed, copy, seed=0)
+    optimizers.restore(other, deepcopy(first.state_dict()))
+    for group in other.param_groups:
+        assert (group["lr"], group["k"]) == (2.0, 10)
+    assert {group["weight_decay"] for group in other.param_groups} == {0.0, 0.2}
 
 
 @pytest.mark.parametrize("choice", [name for name in PEERS if name != "peer/torch_adafactor"])

@@ -1,5 +1,6 @@
 """A run that stopped goes on: bitwise, in the right folder, with what it began with."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,8 +11,9 @@ import pytest
 import torch
 from conftest import new_process
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from trainer import checkpoint
+from trainer import checkpoint, cli
 from trainer.run import run
 
 
@@ -137,6 +139,25 @@ def test_resume_latest_takes_the_newest_run(command, in_tmp):
     assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
 
 
+def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):
+    """Another run that saves while the command line is read changes nothing of it."""
+
+    def save(name, seconds):
+        record = in_tmp / f"runs/{name}/checkpoints/step-000004/checkpoint.json"
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"overrides": [f"name={name}"]}))
+        os.utime(record, (seconds, seconds))
+
+    save("it's mine, 1", 1)
+    arguments = cli.with_resumed(["resume=latest", "seed=3"])
+    save("another", 2)
+    assert arguments[::2] == ["name=it's mine, 1", "seed=3"]
+    (given,) = OverridesParser.create().parse_overrides(arguments[1:2])
+    assert given.key_or_group == "resume"
+    (found,) = checkpoint.find(given.value())
+    assert found == in_tmp / "runs/it's mine, 1/checkpoints/step-000004"
+
+
 def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     status, _, err = command(*QUICK, "optim=lion", "optim.lr=1e-4", "runtime.save_every=2")
     assert status == 0, err
@@ -149,6 +170,20 @@ def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     status, _, err = command("resume=latest", "optim.lr=1e-3")
     assert status == 2
     assert "optim.lr: 0.0001 -> 0.001" in err
+
+
+def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_for_those_after_it(
+    command, in_tmp
+):
+    status, _, err = command(*QUICK, "schedule.steps=1", "hydra.run.dir=run")
+    assert status == 0, err
+    allowed = ["schedule.steps=2", "runtime.allow_config_change=true"]
+    status, _, err = command("resume=run", *allowed)
+    assert status == 0, err
+    status, _, err = command("resume=run", "optim.lr=0.5")
+    assert status == 2
+    assert "schedule.steps" not in err  # the steps it was changed to are the run's now
+    assert "optim.lr: 0.001 -> 0.5" in err
 
 
 def test_a_run_is_not_resumed_from_an_older_checkpoint_into_its_own_folder(quick, composed):

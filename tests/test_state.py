@@ -119,6 +119,34 @@ def test_loading_neither_casts_nor_aliases(name):
             assert value.numel() == 0 or value.data_ptr() != saved["state"][index][key].data_ptr()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_needs_no_memory_for_a_second_state(name):
+    params = make_params()
+    optimizer = optim.build(name, params, **EXTRA.get(name, {}))
+    optimizer.init_state()
+    twin = optim.build(name, params, **EXTRA.get(name, {}))
+    run(twin, params, range(2))
+    places = [{k: x.data_ptr() for k, x in optimizer.state[p].items()} for p in params]
+    optimizer.load_state_dict(twin.state_dict())
+    assert places == [{k: x.data_ptr() for k, x in optimizer.state[p].items()} for p in params]
+
+
+def test_loading_the_optimizers_own_state_copies_what_it_reads():
+    """Two parameters of one shape exchange their states, and neither is read after it was
+    overwritten."""
+    params = make_params(shapes=[(4, 3), (4, 3)])
+    optimizer = optim.build("adamw", params)
+    run(optimizer, params, range(2))
+    own = optimizer.state_dict()
+    before = copy.deepcopy(own["state"])
+    own["state"] = {0: own["state"][1], 1: own["state"][0]}
+    optimizer.load_state_dict(own)
+    for index in (0, 1):
+        for key, x in optimizer.state[params[index]].items():
+            assert torch.equal(x, before[1 - index][key])
+            assert x.data_ptr() != own["state"][index][key].data_ptr()
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -127,6 +155,7 @@ def test_loading_neither_casts_nor_aliases(name):
         (lambda s: s["param_groups"][0].pop("clip_threshold"), "clip_threshold"),
         (lambda s: s["state"][0].pop("exp_avg_sq.row.codes"), "exp_avg_sq.row.codes"),
         (lambda s: s["state"][0].update(step=torch.zeros(2)), "step"),
+        (lambda s: s["state"][6].update(step=torch.zeros(2)), "step"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, says):

@@ -157,17 +157,9 @@ def completed(folder: Path) -> list[Path]:
 def find(resume: str) -> list[Path]:
     """The checkpoints that `resume=` means, best last: one checkpoint's folder, or all of a run's.
 
-    `latest` is the run under ./runs with the newest checkpoint.  Raises UserError for none.
+    Raises UserError for none.
     """
-    if resume == "latest":
-        records = Path("runs").glob("**/checkpoints/step-*/checkpoint.json")
-        newest = max(records, key=lambda path: path.stat().st_mtime, default=None)
-        if newest is None:
-            raise UserError(
-                "resume=latest: there is no checkpoint under ./runs; start a run without resume"
-            )
-        return completed(newest.resolve().parents[1])
-    path = Path(resume).expanduser().resolve()
+    path = latest_run() if resume == "latest" else Path(resume).expanduser().resolve()
     if (path / "checkpoint.json").is_file():
         return [path]
     if checkpoints := completed(path / "checkpoints") or completed(path):
@@ -176,6 +168,19 @@ def find(resume: str) -> list[Path]:
         f"resume={resume}: there is no checkpoint there; "
         "name a run's folder, a checkpoint's, or latest"
     )
+
+
+def latest_run() -> Path:
+    """The run under ./runs with the newest checkpoint.  Raises UserError for none."""
+    found: dict[float, Path] = {}
+    for record in Path("runs").glob("**/checkpoints/step-*/checkpoint.json"):
+        with contextlib.suppress(OSError):  # of a run that goes on, and has just deleted it
+            found[record.stat().st_mtime] = record
+    if not found:
+        raise UserError(
+            "resume=latest: there is no checkpoint under ./runs; start a run without resume"
+        )
+    return found[max(found)].resolve().parents[2]
 
 
 def overrides_of(resume: str) -> list[str]:

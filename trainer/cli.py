@@ -1,6 +1,7 @@
 """The command line around the runs: what Hydra is told, and how a run ends badly."""
 
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -11,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 import optim
-from trainer.checkpoint import overrides_of, run_folder_of
+from trainer.checkpoint import latest_run, overrides_of, run_folder_of
 from trainer.config import (
     ALTERNATIVES,
     ASSETS,
@@ -23,6 +24,7 @@ from trainer.config import (
     optimizer_schema,
     peer_schema,
 )
+from trainer.errors import UserError
 from trainer.explain import explain
 
 _HELP = """\
@@ -46,6 +48,9 @@ Options (key=value) and their values, for what was chosen: add `--cfg job`, or f
 for optimizers in the docstrings of optim/.  A run writes its checkpoints, pictures, metrics.jsonl
 and the trained model to runs/DATE/TIME-NAME.
 """
+
+# Of a command line, what a later one that resumes the run must say itself.
+_ONCE = {"resume", "runtime.allow_config_change"}
 
 
 def register() -> None:
@@ -73,17 +78,31 @@ def register() -> None:
 
 def with_resumed(arguments: list[str]) -> list[str]:
     """The command line, and before it the options of the run that it resumes, but for those that it
-    gives itself."""
+    gives itself and those that are meant once.
+
+    `latest` becomes the run that it is now: everything after this must read the same one, whichever
+    run saves meanwhile.
+    """
     given = {_key(a): a.partition("=")[2] for a in arguments if not a.startswith("-")}
     resume = given.get("resume", "").strip("'\"")
     if resume in ("", "null"):
         return arguments
-    return [a for a in overrides_of(resume) if _key(a) not in given] + arguments
+    if resume == "latest":
+        with suppress(UserError):  # for the run to say
+            resume = str(latest_run())
+            now = f"resume={_quoted(resume)}"
+            arguments = [now if _key(a) == "resume" else a for a in arguments]
+    return [a for a in overrides_of(resume) if _key(a) not in given.keys() | _ONCE] + arguments
 
 
 def _key(override: str) -> str:
     """+optim.lr=1e-4 -> optim.lr"""
     return override.lstrip("+~").partition("=")[0]
+
+
+def _quoted(text: str) -> str:
+    """A word of Hydra's grammar that means this text, spaces and all."""
+    return "'" + text.replace("'", r"\'") + "'"
 
 
 def composed(overrides: list[str]) -> DictConfig:

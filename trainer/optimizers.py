@@ -62,22 +62,31 @@ def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device =
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a checkpointed state, and keep the configured options: they decide, not the saved ones.
 
+    In the groups of somebody else's optimizer, options are what its class is built with; the rest
+    (Prodigy's d and k) it has found, and is the checkpoint's.
+
     Raises UserError when the state is not of this optimizer, these parameters and these options
     (`storage` is one that shapes it).
     """
-    own = ("params", "param_names", *getattr(optimizer, "shared", ()))
-    configured = [
-        {key: value for key, value in group.items() if key not in own}
-        for group in optimizer.param_groups
-    ]
     try:
         merged = [
-            saved | options
-            for saved, options in zip(state["param_groups"], configured, strict=True)
+            _merged(optimizer, group, saved)
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
         ]
         optimizer.load_state_dict(state | {"param_groups": merged})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"resume: the optimizer's state does not fit: {error}") from error
+
+
+def _merged(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """A group as it was saved, with what the configuration has decided of it."""
+    if isinstance(optimizer, optim.FusedOptimizer):
+        found = {"params", "param_names", *optimizer.shared}
+        return saved | {key: value for key, value in group.items() if key not in found}
+    chosen = {"initial_lr", *inspect.signature(type(optimizer)).parameters} - {"params"}
+    return group | saved | {key: value for key, value in group.items() if key in chosen}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:

@@ -106,7 +106,9 @@ def assemble(
     if resumed:
         checkpoint.check_data(resumed, fingerprint, config.runtime.allow_config_change)
         method.restore(model, resumed.weights)
+        resumed.weights.clear()  # as large as the model, and in its place now
         optimizers.restore(optimizer, resumed.optimizer)
+        resumed.optimizer.clear()
         log.info("resumed after step %d", resumed.step)
     counters = resumed.counters if resumed else checkpoint.Counters()
     average = None
