@@ -266,8 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under `state_version` the version of this state's layout."""
-        return super().state_dict() | {"state_version": states.VERSION}
+        """torch's state dict, with the version of this state's layout in each group."""
+        return states.labelled(super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}
         for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
-            if index in state_dict["state"]:
+            if state_dict["state"].get(index):  # torch's flattened states have empty ones
                 parts_of[param] = state_dict["state"][index]
                 blank_of[param] = self._blank(param, group, META)  # but what is always on the host
                 place = f"{index} {tuple(param.shape)}"
@@ -301,7 +301,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups[0][key].copy_(torch.as_tensor(groups[0][key]))
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
-            group.update(saved_group | own)
+            group.update(states.unlabelled(saved_group) | own)
 
     def _room_for(
         self, parts_of: dict[Tensor, states.Parts], blank_of: dict[Tensor, states.Parts]
