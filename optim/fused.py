@@ -298,7 +298,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(state)
         for key in self.shared:  # one tensor, in every group
-            self.param_groups[0][key].copy_(torch.as_tensor(groups[0][key]))
+            own = self.param_groups[0][key]
+            own.copy_(torch.as_tensor(groups[0][key], device=own.device))
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
             group.update(states.unlabelled(saved_group) | own)

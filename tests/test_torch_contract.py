@@ -1,5 +1,6 @@
 """The family inside torch's machinery: savers, scalers, schedulers, several ranks."""
 
+import contextlib
 import copy
 
 import pytest
@@ -19,7 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 import optim
-from optim import native
+from optim import native, plan
 
 NAMES = sorted(optim.FAMILY)
 
@@ -124,6 +125,58 @@ def test_kahan_compensation_is_part_of_the_state(name, tmp_path):
     goes_on_alike(
         name, lambda first, *_: copy.deepcopy(first.state_dict()), tmp_path, rounding="kahan"
     )
+
+
+@contextlib.contextmanager
+def other_default(default):
+    """torch with another default dtype or device."""
+    is_dtype = isinstance(default, torch.dtype)
+    (torch.set_default_dtype if is_dtype else torch.set_default_device)(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("default", "backend"),
+    [(dtype, who) for dtype in (torch.bfloat16, torch.float64) for who in ("auto", "torch")]
+    + [("meta", "torch")],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_defaults_have_no_say_in_what_is_allocated(name, default, backend):
+    def train(within):
+        params = make_params(torch.bfloat16)
+        set_grads(params, 0)
+        with within:
+            optimizer = build(name, params, backend=backend, orthograd=True)
+            optimizer.step()
+            optimizer.step_param(*params)
+            optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return params, [x for p in params for x in optimizer.state[p].values()]
+
+    (params, state), (others, other_state) = (
+        train(other_default(default)),
+        train(contextlib.nullcontext()),
+    )
+    assert_same(params, others)
+    assert_same(state, other_state)
+    assert [x.dtype for x in state] == [x.dtype for x in other_state]
+
+
+def test_a_work_list_is_on_the_host_whatever_the_default_device_is():
+    descriptors = (plan.Descriptor * 2)()
+    for each in descriptors:
+        each.rows, each.cols = 100, 600
+    with other_default("meta"):
+        for alone in (False, True):
+            bucket = plan.Bucket([0, 1], descriptors, alone)
+            assert bucket.num_tiles == 8
+            lists = (bucket.members, bucket.first_tile, bucket.vectors, bucket.tiles)
+            assert not any(x.is_meta for x in lists)
 
 
 def test_gradients_of_another_dtype_and_mixed_dtypes_in_a_group():
