@@ -1,6 +1,7 @@
 """FusedOptimizer: the only step() in the family, whatever the rule and however the state is
 stored."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -276,9 +277,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         (torch's own loader casts every state tensor to the parameter's dtype: codes and fp32
         factors would not survive a bf16 model.)  What is allocated is written to, where it fits: a
         second state may not fit on the device.  Raises ValueError that says what differs when the
-        state is not this optimizer's; then nothing changes.
+        state is not this optimizer's; then nothing changes.  Hooks are called as torch's own
+        optimizers do.
         """
-        name, groups = type(self).__name__, state_dict["param_groups"]
+        state_dict = state_dict.copy()  # a hook's to change
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._take_over(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _take_over(self, state_dict: dict[str, Any]) -> None:
+        """`load_state_dict` without its hooks."""
+        name = type(self).__name__
+        states.check_keys(name, state_dict)
+        groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
         expected = {*self.defaults, *self.shared}
         states.check_groups(name, self.param_groups, expected, state_dict)
         saved = [(index, group) for group in groups for index in group["params"]]
@@ -298,8 +312,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(state)
         for key in self.shared:  # one tensor, in every group
-            own = self.param_groups[0][key]
-            own.copy_(torch.as_tensor(groups[0][key], device=own.device))
+            number = self.param_groups[0][key]
+            number.copy_(torch.as_tensor(groups[0][key], device=number.device))
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
             group.update(states.unlabelled(saved_group) | own)

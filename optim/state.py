@@ -46,6 +46,16 @@ def unlabelled(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in LABELS}
 
 
+def check_keys(optimizer: str, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError where a state dict is none."""
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"this is no state of {optimizer}: it has no {' and no '.join(missing)}; "
+            "give what state_dict() returned"
+        )
+
+
 def check_groups(
     optimizer: str, groups: list[dict[str, Any]], options: set[str], state_dict: dict[str, Any]
 ) -> None:
