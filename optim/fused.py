@@ -267,8 +267,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with the version of this state's layout in each group."""
-        return states.labelled(super().state_dict())
+        """torch's state dict, with the class's name and the version of this state's layout in each
+        group."""
+        return states.labelled(type(self).__name__, super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

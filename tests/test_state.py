@@ -147,6 +147,24 @@ def test_loading_the_optimizers_own_state_copies_what_it_reads():
             assert x.data_ptr() != own["state"][index][key].data_ptr()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_optimizers_own_state_is_loaded(name):
+    """Some have moments of the same names, shapes and options as another, and mean other things."""
+    states = {}
+    for each in NAMES:
+        params = make_params()
+        optimizer = optim.build(each, params)
+        run(optimizer, params, range(1))
+        states[each] = optimizer.state_dict()
+    loader = optim.build(name, make_params())
+    for owner, state in states.items():
+        if owner == name:
+            loader.load_state_dict(state)
+        else:
+            with pytest.raises(ValueError, match=rf"state of {optim.FAMILY[owner].__name__}, and"):
+                loader.load_state_dict(state)
+
+
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_loading_shares_no_option_with_what_was_loaded(name):
     """A rate that is a tensor, or a list that a group was given."""
