@@ -393,14 +393,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
         if not any(group["on_nonfinite"] == "raise" for group in self.param_groups):
             return
-        for index, group, param in places:
-            if group["on_nonfinite"] == "raise":
-                bad = int((~features.usable(grad_of(param))).sum())
-                if bad:
-                    raise FloatingPointError(
-                        f"{bad} of {param.numel()} gradient elements of parameter {index} "
-                        f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
-                    )
+        strict = [place for place in places if place[1]["on_nonfinite"] == "raise"]
+        if features.all_usable([grad_of(param) for _, _, param in strict]):
+            return
+        for index, _, param in strict:
+            bad = int((~features.usable(grad_of(param))).sum())
+            if bad:
+                raise FloatingPointError(
+                    f"{bad} of {param.numel()} gradient elements of parameter {index} "
+                    f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
+                )
 
 
 def _is_torchs(group: dict[str, Any]) -> bool:
