@@ -116,7 +116,9 @@ class Block8:
         rows, cols = self._view()
         return {
             "codes": torch.zeros(prod(self.shape), dtype=torch.int8, device=device),
-            "absmax": torch.zeros(rows * -(-cols // self.block), device=device),
+            "absmax": torch.zeros(
+                rows * -(-cols // self.block), dtype=torch.float32, device=device
+            ),
         }
 
     def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:

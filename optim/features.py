@@ -96,6 +96,16 @@ def usable(g: Tensor) -> Tensor:
     return g.float().abs() <= LARGEST_GRAD
 
 
+def all_usable(grads: list[Tensor]) -> bool:
+    """Whether all elements of all gradients can be used: from their extremes, in which a NaN is
+    seen, without a copy of any; each device is waited for once."""
+    extremes: dict[torch.device, list[Tensor]] = {}
+    for g in grads:
+        if g.numel():
+            extremes.setdefault(g.device, []).extend(x.float() for x in torch.aminmax(g))
+    return all([bool(usable(torch.stack(each)).all()) for each in extremes.values()])
+
+
 def orthogonal(w: Tensor, g: Tensor) -> Tensor:
     """g without its component along w, at g's norm: w, g (*) -> (*).
 

@@ -1,6 +1,7 @@
 """FusedOptimizer: the only step() in the family, whatever the rule and however the state is
 stored."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -266,8 +267,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under `state_version` the version of this state's layout."""
-        return super().state_dict() | {"state_version": states.VERSION}
+        """torch's state dict, with the class's name and the version of this state's layout in each
+        group."""
+        return states.labelled(type(self).__name__, super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,16 +278,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         (torch's own loader casts every state tensor to the parameter's dtype: codes and fp32
         factors would not survive a bf16 model.)  What is allocated is written to, where it fits: a
         second state may not fit on the device.  Raises ValueError that says what differs when the
-        state is not this optimizer's; then nothing changes.
+        state is not this optimizer's; then nothing changes.  Hooks are called as torch's own
+        optimizers do.
         """
-        name, groups = type(self).__name__, state_dict["param_groups"]
+        state_dict = state_dict.copy()  # a hook's to change
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._take_over(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _take_over(self, state_dict: dict[str, Any]) -> None:
+        """`load_state_dict` without its hooks."""
+        name = type(self).__name__
+        states.check_keys(name, state_dict)
+        groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
         expected = {*self.defaults, *self.shared}
         states.check_groups(name, self.param_groups, expected, state_dict)
         saved = [(index, group) for group in groups for index in group["params"]]
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}
         for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
-            if index in state_dict["state"]:
+            if state_dict["state"].get(index):  # torch's flattened states have empty ones
                 parts_of[param] = state_dict["state"][index]
                 blank_of[param] = self._blank(param, group, META)  # but what is always on the host
                 place = f"{index} {tuple(param.shape)}"
@@ -298,10 +313,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(state)
         for key in self.shared:  # one tensor, in every group
-            self.param_groups[0][key].copy_(torch.as_tensor(groups[0][key]))
+            number = self.param_groups[0][key]
+            number.copy_(torch.as_tensor(groups[0][key], device=number.device))
         for group, saved_group in zip(self.param_groups, groups, strict=True):
             own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
-            group.update(saved_group | own)
+            group.update(states.unlabelled(saved_group) | own)
 
     def _room_for(
         self, parts_of: dict[Tensor, states.Parts], blank_of: dict[Tensor, states.Parts]
@@ -377,14 +393,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
         if not any(group["on_nonfinite"] == "raise" for group in self.param_groups):
             return
-        for index, group, param in places:
-            if group["on_nonfinite"] == "raise":
-                bad = int((~features.usable(grad_of(param))).sum())
-                if bad:
-                    raise FloatingPointError(
-                        f"{bad} of {param.numel()} gradient elements of parameter {index} "
-                        f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
-                    )
+        strict = [place for place in places if place[1]["on_nonfinite"] == "raise"]
+        if features.all_usable([grad_of(param) for _, _, param in strict]):
+            return
+        for index, _, param in strict:
+            bad = int((~features.usable(grad_of(param))).sum())
+            if bad:
+                raise FloatingPointError(
+                    f"{bad} of {param.numel()} gradient elements of parameter {index} "
+                    f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
+                )
 
 
 def _is_torchs(group: dict[str, Any]) -> bool:

@@ -276,18 +276,18 @@ class Bucket:
     ) -> None:
         matrices = [(descriptors[i].rows, descriptors[i].cols) for i in members]
         num_factored = [_num_factored(descriptors[i]) for i in members]
-        self.members, self.num_tensors = torch.tensor(members, dtype=torch.int32), len(members)
-        rows, cols = torch.tensor(matrices, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        factored = torch.tensor(num_factored, dtype=torch.int64)
+        self.num_tensors, self.members = len(members), _on_host(members, torch.int32)
+        rows, cols = _on_host(matrices).reshape(-1, 2).unbind(1)
+        factored = _on_host(num_factored)
         strips, chunks = _ceil_div(rows, TILE_ROWS), _ceil_div(cols, TILE_COLS)
         counts = strips * chunks
-        self.first_tile = torch.zeros(len(members) + 1, dtype=torch.int64)
+        self.first_tile = torch.zeros(len(members) + 1, dtype=torch.int64, device="cpu")
         self.first_tile[1:] = counts.cumsum(0)
         self.num_tiles = int(self.first_tile[-1])
 
         vector_sizes = factored * (_padded(rows) + _padded(cols))
-        owner = torch.arange(len(members)).repeat_interleave(counts)
-        within = torch.arange(self.num_tiles) - self.first_tile[owner]
+        owner = torch.arange(len(members), device="cpu").repeat_interleave(counts)
+        within = torch.arange(self.num_tiles, device="cpu") - self.first_tile[owner]
         partials = factored[owner] * PARTIALS
         if alone:
             room = _padded(vector_sizes + counts * factored * PARTIALS)
@@ -301,7 +301,7 @@ class Bucket:
             first_partials = total_vectors + partials.cumsum(0) - partials
 
         # Tile: int32 tensor, row, col, unused; int64 partials
-        self.tiles = torch.zeros((self.num_tiles, 3), dtype=torch.int64)
+        self.tiles = torch.zeros((self.num_tiles, 3), dtype=torch.int64, device="cpu")
         words = self.tiles.view(torch.int32)
         words[:, 0] = owner.to(torch.int32)
         words[:, 1] = (within // chunks[owner] * TILE_ROWS).to(torch.int32)
@@ -329,6 +329,11 @@ def _num_factored(descriptor: Descriptor) -> int:
 def vector_size(rows: int, cols: int) -> int:
     """Workspace elements of one decoded pair of factors."""
     return sum(-(-length // VECTOR_PAD) * VECTOR_PAD for length in (rows, cols))
+
+
+def _on_host(numbers: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers as a tensor that the host reads, whatever torch's default device is."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 def _ceil_div(x: Tensor, by: int) -> Tensor:

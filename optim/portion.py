@@ -201,9 +201,9 @@ def _matrix(scratch: Tensor, at: int, rows: int, cols: int, dtype: torch.dtype) 
 
 def _parts(counts: Iterable[int]) -> Tensor:
     """The bytes of Part structs: every tensor's parts, of which it has so many."""
-    numbers = torch.tensor(list(counts))
-    owners = torch.arange(len(numbers)).repeat_interleave(numbers)
-    within = torch.arange(len(owners)) - (numbers.cumsum(0) - numbers)[owners]
+    numbers = torch.tensor(list(counts), device="cpu")
+    owners = torch.arange(len(numbers), device="cpu").repeat_interleave(numbers)
+    within = torch.arange(len(owners), device="cpu") - (numbers.cumsum(0) - numbers)[owners]
     return torch.stack([owners, within], dim=1).to(torch.int32).view(torch.uint8).flatten()
 
 

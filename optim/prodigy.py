@@ -37,7 +37,7 @@ class DistanceAdapted(FusedOptimizer):
         """As `FusedOptimizer.add_param_group`; the group takes part in the one d."""
         super().add_param_group(param_group)
         first, last = self.param_groups[0], self.param_groups[-1]
-        device = last["params"][0].device if last["params"] else None
+        device = last["params"][0].device if last["params"] else "cpu"
         for name in self.shared:
             fresh = torch.tensor(last["d0"], dtype=torch.float64, device=device)
             last[name] = first.get(name, fresh)

@@ -85,8 +85,10 @@ class ProjectedEngine:
         state = self._low.optimizer.state_of(param, group)
         h = SimpleNamespace(**group | {"index": index, "t": int(state["step"]) + 1})
         width, length = sides_of(place)
-        low = self._tensors.setdefault(index, torch.empty(0))
-        low.data = torch.zeros((h.rank, length))
+        low = self._tensors.setdefault(
+            index, torch.empty(0, dtype=torch.float32, device=param.device)
+        )
+        low.data = torch.zeros((h.rank, length), dtype=torch.float32, device=param.device)
         draw = native.normals if native.unavailable() is None else rng.normals
         p = projection(h, width, param.device, draw)
         low.grad = projected(place, param.grad, p, coefficients.get(id(group), 1.0), state)
@@ -171,7 +173,8 @@ class ScaledSteps:
         length = sides_of(place)[1]
         factors = self._factors.get(index)
         if factors is None or factors.device != param.device or factors.numel() != length:
-            factors = self._factors[index] = torch.zeros(length, device=param.device)
+            factors = torch.zeros(length, dtype=torch.float32, device=param.device)
+            self._factors[index] = factors
         state = self._optimizer.state_of(param, group)
         kept = {k: x for k, x in state.items() if not k.startswith("exp_avg")}
         side = "row" if param.shape[0] >= param.numel() // param.shape[0] else "col"
@@ -245,7 +248,7 @@ def projected(
     rho: float | Tensor = 0.0
     if is_conditioned(group):
         coefficient, rho = _conditioning(group, grad, weights, spans, coefficient)
-    low = torch.empty((p.shape[0], grad.shape[1]), device=param.device)
+    low = torch.empty((p.shape[0], grad.shape[1]), dtype=torch.float32, device=param.device)
     for span in spans:
         g = grad[:, span].float()
         clean = g.is_cpu and _all_usable(g)

@@ -50,7 +50,9 @@ class _Portions(Work):
         super().__init__(places.members, stamp, states)
         self.asked = self.wide.params  # in the order of `states`
         self.portions: list[Portion] = []
-        self.grads = torch.empty(0, dtype=torch.int64)  # their addresses, on the device
+        self.grads = torch.empty(
+            0, dtype=torch.int64, device="cpu"
+        )  # their addresses, on the device
         self.known = self.grads  # the same, on the host
 
 
@@ -164,7 +166,7 @@ class CudaProjectedEngine:
         grads = _readable(share)
         addresses = share.addresses[:, 1]
         if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
-            addresses = torch.tensor([grad.data_ptr() for grad in grads])
+            addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
         self._captured |= self._gpu.capturing()
         if self._captured or not torch.equal(addresses, work.known):
             work.known = addresses.clone()

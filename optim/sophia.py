@@ -1,5 +1,6 @@
 """Sophia: a momentum divided by an estimate of the loss's curvature, each element clipped."""
 
+import math
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, Unpack
@@ -111,8 +112,14 @@ class Sophia(FusedOptimizer):
         With `fuse_backward`, whose hooks would step at once, let the backward pass happen inside
         `hooks.handing_to(lambda *params: optimizer.update_hessian(scale, params))`.
 
-        Raises ValueError where no gradient is there.
+        Raises ValueError where no gradient is there or `scale` is not a positive number, and, with
+        on_nonfinite="raise", FloatingPointError where a gradient element is not usable.
         """
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(
+                f"update_hessian: scale={scale} is not possible; it must be a number > 0, "
+                "for the mean of n squared errors n/2"
+            )
         if params is None:
             params = [param for _, _, param in self._places() if param.grad is not None]
         places = Share(Places((*self._place_of(param), param) for param in params))
@@ -122,6 +129,7 @@ class Sophia(FusedOptimizer):
                 f"update_hessian: {which} gradient; call backward() of the sampled loss before it"
             )
         self._refuse_sparse(places)
+        self._raise_on_nonfinite(places)
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
         for engine, share in self._shares(places, plan.ESTIMATE):
             if isinstance(engine, TorchEngine):

@@ -14,6 +14,7 @@ from torch import Tensor
 from optim.codecs import Codec, Parts, join
 
 VERSION = 2
+LABELS = ("state_version", "optimizer")  # of saved groups
 
 
 def blank(
@@ -33,17 +34,46 @@ def blank(
     return state | join({name: codec.zeros(device) for name, codec in codecs.items()})
 
 
+def labelled(optimizer: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose groups say which layout the state has, and whose it is: torch's own savers
+    keep nothing but `state` and `param_groups`, and some of them nothing of a group but its
+    options."""
+    label = {"state_version": VERSION, "optimizer": optimizer}
+    return state_dict | {"param_groups": [group | label for group in state_dict["param_groups"]]}
+
+
+def unlabelled(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group as an optimizer has it."""
+    return {key: value for key, value in group.items() if key not in LABELS}
+
+
+def check_keys(optimizer: str, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError where a state dict is none."""
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"this is no state of {optimizer}: it has no {' and no '.join(missing)}; "
+            "give what state_dict() returned"
+        )
+
+
 def check_groups(
     optimizer: str, groups: list[dict[str, Any]], options: set[str], state_dict: dict[str, Any]
 ) -> None:
     """Raise ValueError, saying what differs, where a saved state's version or groups are not those
-    of `optimizer`, which has these groups and options."""
-    version = state_dict.get("state_version")
-    if version != VERSION:
-        raise ValueError(
-            f"{optimizer} reads state version {VERSION}, and this state has {version}; "
-            "it was saved by another optimizer or release"
-        )
+    of `optimizer` (its class's name), which has these groups and options.  What has no label is
+    judged by its keys."""
+    for group in state_dict["param_groups"]:
+        # Older files have the version beside the groups.
+        version = group.get("state_version", state_dict.get("state_version", VERSION))
+        if version != VERSION:
+            raise ValueError(
+                f"{optimizer} reads state version {VERSION}, and this state has {version}; "
+                "it was saved by another optimizer or release"
+            )
+        owner = group.get("optimizer", optimizer)
+        if owner != optimizer:  # several rules have moments of the same names and shapes
+            raise ValueError(f"this is the state of {owner}, and {optimizer} cannot go on from it")
     sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     own_sizes = [len(group["params"]) for group in groups]
     if sizes != own_sizes:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from helpers import assert_same, build, make_params, run, set_grads
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import optim
 from optim import features
+from optim.share import Share
 
 NAMES = sorted(optim.FAMILY)
 BAD = [math.nan, math.inf, -math.inf, 1e30]
@@ -241,6 +244,34 @@ def test_on_nonfinite_raise_raises_before_anything_changes():
         optimizer.step()
     assert_same(params, before)
     assert [int(optimizer.state[p]["step"]) for p in params] == steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_nonfinite_raise_waits_for_the_gradients_once_and_copies_none(dtype):
+    params = make_params(dtype, [(600, 500), (0,), (), (400, 300)])
+    optimizer = optim.build("sgd", params, on_nonfinite="raise")
+    set_grads(params, 0)
+    grad = params[3].grad = params[3].grad.t().contiguous().t()
+    reads, sizes = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            reads.extend([1] if function is torch.ops.aten._local_scalar_dense.default else [])
+            sizes.extend(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+            return made
+
+    share = Share(optimizer._places())
+    with Watch():
+        optimizer._raise_on_nonfinite(share)
+    assert len(reads) == 1
+    assert max(sizes) <= 2 * len(params)
+    for value in BAD[: 3 if dtype == torch.float16 else 4]:
+        grad[7, 5] = value
+        with pytest.raises(FloatingPointError, match=r"1 of 120000 .* of parameter 3"):
+            optimizer._raise_on_nonfinite(share)
+    grad[7, 5] = -1.0 if dtype == torch.float16 else -features.LARGEST_GRAD
+    optimizer._raise_on_nonfinite(share)
 
 
 @pytest.mark.parametrize("scale", [1e-22, 1e-20, 1e-18, 1e-12, 1.0, 1e6, 1e13])

@@ -1,5 +1,6 @@
 """Sophia: its estimate is the Gauss-Newton diagonal of the loss, and when and how it is taken."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -177,6 +178,30 @@ def test_an_estimate_moves_no_weight_skips_bad_elements_and_clears_the_gradients
     assert (hessian > 0).sum() == 12 * 8 - 1
     with pytest.raises(ValueError, match=r"no parameter has a gradient; call backward\(\)"):
         optimizer.update_hessian(2.0)
+
+
+def test_an_estimate_raises_before_anything_changes_where_steps_do():
+    params = make_params(shapes=[(4,), (12, 8)])
+    optimizer = optim.build("sophia", params, on_nonfinite="raise")
+    run(optimizer, params, range(2))
+    before = copy.deepcopy(list(optimizer.state.values()))
+    set_grads(params, 2)
+    params[1].grad[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"1 of 96 gradient elements of parameter 1"):
+        optimizer.update_hessian(2.0)
+    for old, new in zip(before, optimizer.state.values(), strict=True):
+        assert_same(old.values(), new.values())
+    assert all(p.grad is not None for p in params)
+
+
+@pytest.mark.parametrize("scale", [-2.0, 0, math.nan, math.inf])
+def test_a_scale_that_is_no_positive_number_is_refused(scale):
+    params = make_params(shapes=[(4,)])
+    optimizer = optim.build("sophia", params)
+    set_grads(params, 0)
+    with pytest.raises(ValueError, match=f"scale={scale} is not possible; it must be a number > 0"):
+        optimizer.update_hessian(scale)
+    assert params[0] not in optimizer.state
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 3000, 64 << 20])

@@ -147,10 +147,64 @@ def test_loading_the_optimizers_own_state_copies_what_it_reads():
             assert x.data_ptr() != own["state"][index][key].data_ptr()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_optimizers_own_state_is_loaded(name):
+    """Some have moments of the same names, shapes and options as another, and mean other things."""
+    states = {}
+    for each in NAMES:
+        params = make_params()
+        optimizer = optim.build(each, params)
+        run(optimizer, params, range(1))
+        states[each] = optimizer.state_dict()
+    loader = optim.build(name, make_params())
+    for owner, state in states.items():
+        if owner == name:
+            loader.load_state_dict(state)
+        else:
+            with pytest.raises(ValueError, match=rf"state of {optim.FAMILY[owner].__name__}, and"):
+                loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_loading_shares_no_option_with_what_was_loaded(name):
+    """A rate that is a tensor, or a list that a group was given."""
+    rate = torch.tensor(0.5)
+    first, twin = (optim.build(name, make_params(), lr=rate) for _ in range(2))
+    saved = first.state_dict()
+    saved["param_groups"][0]["tags"] = ["of the caller"]
+    twin.load_state_dict(saved)
+    twin.param_groups[0]["lr"].fill_(0.25)
+    twin.param_groups[0]["tags"].append("of the twin")
+    assert first.param_groups[0]["lr"] == saved["param_groups"][0]["lr"] == 0.5
+    assert saved["param_groups"][0]["tags"] == ["of the caller"]
+
+
+def test_hooks_around_loading_are_called_as_torch_does():
+    """A hook may change the dict it is given, or return another, and neither is the caller's."""
+
+    def load(cls):
+        params = make_params()
+        optimizer = cls(params)
+        run(optimizer, params, range(1))
+        given, seen = optimizer.state_dict(), []
+        groups = [group | {"lr": 0.5} for group in given["param_groups"]]
+        optimizer.register_load_state_dict_pre_hook(lambda o, s: seen.append(sorted(s)[0]))
+        optimizer.register_load_state_dict_pre_hook(lambda o, s: s.update(param_groups=groups))
+        optimizer.register_load_state_dict_pre_hook(lambda o, s: s | {"more": 1})
+        optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.param_groups[0]["lr"]))
+        optimizer.load_state_dict(given)
+        return seen, sorted(given), given["param_groups"][0]["lr"]
+
+    assert load(optim.AdamW) == load(torch.optim.AdamW)
+    assert load(optim.AdamW)[0] == ["param_groups", 0.5]
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda s: s.pop("state_version"), "state version"),
+        (lambda s: s.clear(), "no state of Adafactor8bit: it has no state and no param_groups"),
+        (lambda s: s.pop("param_groups"), "it has no param_groups"),
+        (lambda s: s["param_groups"][0].update(state_version=1), "state version"),
         (lambda s: s["param_groups"][0]["params"].pop(), "parameter groups of"),
         (lambda s: s["param_groups"][0].pop("clip_threshold"), "clip_threshold"),
         (lambda s: s["state"][0].pop("exp_avg_sq.row.codes"), "exp_avg_sq.row.codes"),

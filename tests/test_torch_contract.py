@@ -1,5 +1,6 @@
 """The family inside torch's machinery: savers, scalers, schedulers, several ranks."""
 
+import contextlib
 import copy
 
 import pytest
@@ -9,11 +10,17 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from helpers import assert_same, build, make_params, run, set_grads
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 import optim
-from optim import native
+from optim import native, plan
 
 NAMES = sorted(optim.FAMILY)
 
@@ -56,11 +63,120 @@ def test_state_survives_other_savers_bitwise(name, way, tmp_path):
     goes_on_alike(name, way, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {"flatten_optimizer_state_dict": flat}) for name in NAMES for flat in (False, True)]
+    + [("prodigy_factored", {"full_state_dict": True, "cpu_offload": True})],
+    ids=str,
+)
+def test_torchs_own_pair_of_state_dicts_goes_on_bitwise(name, options, tmp_path):
+    """`get_state_dict` keeps of a state dict only `state` and `param_groups`, a flat one of a group
+    only what the optimizer's own has."""
+    wanted = StateDictOptions(**options)
+
+    def fresh():
+        model = nn.Sequential(nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 12))
+        for p, values in zip(model.parameters(), make_params(shapes=shapes_of(model)), strict=True):
+            p.data.copy_(values)
+        return model.to(torch.bfloat16)
+
+    straight, stopped, resumed = fresh(), fresh(), fresh()
+    run(build(name, straight.parameters()), list(straight.parameters()), range(6))
+    first, second = build(name, stopped.parameters()), build(name, resumed.parameters())
+    run(first, list(stopped.parameters()), range(3))
+    dcp.save(
+        dict(zip("mo", get_state_dict(stopped, first, options=wanted), strict=True)),
+        checkpoint_id=tmp_path / "dcp",
+    )
+    target = dict(zip("mo", get_state_dict(resumed, second, options=wanted), strict=True))
+    dcp.load(target, checkpoint_id=tmp_path / "dcp")
+    set_state_dict(
+        resumed,
+        second,
+        model_state_dict=target["m"],
+        optim_state_dict=target["o"],
+        options=wanted,
+    )
+    run(second, list(resumed.parameters()), range(3, 6))
+    assert_same(straight.parameters(), resumed.parameters())
+
+
+def shapes_of(model):
+    return [tuple(p.shape) for p in model.parameters()]
+
+
+def test_a_state_with_its_version_beside_the_groups_is_read():
+    """As it was saved before torch's own API was thought of."""
+
+    def older(first, *_):
+        saved = copy.deepcopy(first.state_dict())
+        for group in saved["param_groups"]:
+            del group["state_version"], group["optimizer"]
+        return saved | {"state_version": 2}
+
+    goes_on_alike("adamw8bit", older, None)
+    with pytest.raises(ValueError, match="state version 2, and this state has 1"):
+        goes_on_alike("adamw8bit", lambda *a: older(*a) | {"state_version": 1}, None)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_kahan_compensation_is_part_of_the_state(name, tmp_path):
     goes_on_alike(
         name, lambda first, *_: copy.deepcopy(first.state_dict()), tmp_path, rounding="kahan"
     )
+
+
+@contextlib.contextmanager
+def other_default(default):
+    """torch with another default dtype or device."""
+    is_dtype = isinstance(default, torch.dtype)
+    (torch.set_default_dtype if is_dtype else torch.set_default_device)(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("default", "backend"),
+    [(dtype, who) for dtype in (torch.bfloat16, torch.float64) for who in ("auto", "torch")]
+    + [("meta", "torch")],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_defaults_have_no_say_in_what_is_allocated(name, default, backend):
+    def train(within):
+        params = make_params(torch.bfloat16)
+        set_grads(params, 0)
+        with within:
+            optimizer = build(name, params, backend=backend, orthograd=True)
+            optimizer.step()
+            optimizer.step_param(*params)
+            optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return params, [x for p in params for x in optimizer.state[p].values()]
+
+    (params, state), (others, other_state) = (
+        train(other_default(default)),
+        train(contextlib.nullcontext()),
+    )
+    assert_same(params, others)
+    assert_same(state, other_state)
+    assert [x.dtype for x in state] == [x.dtype for x in other_state]
+
+
+def test_a_work_list_is_on_the_host_whatever_the_default_device_is():
+    descriptors = (plan.Descriptor * 2)()
+    for each in descriptors:
+        each.rows, each.cols = 100, 600
+    with other_default("meta"):
+        for alone in (False, True):
+            bucket = plan.Bucket([0, 1], descriptors, alone)
+            assert bucket.num_tiles == 8
+            lists = (bucket.members, bucket.first_tile, bucket.vectors, bucket.tiles)
+            assert not any(x.is_meta for x in lists)
 
 
 def test_gradients_of_another_dtype_and_mixed_dtypes_in_a_group():
