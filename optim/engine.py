@@ -172,6 +172,7 @@ class DescriptorEngine:
         optimizer.check_state(index, group, param)
         rows, cols = plan.matrix_of(layout(codecs.values(), tuple(param.shape)))
         d = self._descriptors[index]
+        d.moments, d.samples.sum = (plan.Moment * plan.NUM_SLOTS)(), plan.Moment()
         d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
         d.weight_dtype = plan.DTYPES[param.dtype]
         if d.grad_dtype != plan.DTYPES[grad_dtype]:

@@ -471,6 +471,25 @@ for name, change in [
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("sgd", {"momentum": 0.9}, {"momentum": 0.0}), ("adafactor", {"beta1": 0.9}, {"beta1": None})],
+)
+def test_a_moment_that_is_no_longer_kept_is_no_longer_written(name, before, after):
+    """It may be freed.  A factored one is not the same when it is read and written again."""
+    params = make_params(shapes=[(24, 16), (16, 3, 3, 3)])
+    optimizer = optim.build(name, params, backend="native", storage="factored", **before)
+    run(optimizer, params, range(2))
+    old = [optimizer.state[p]["exp_avg.row"] for p in params]
+    as_they_were = [x.clone() for x in old]
+    optimizer.state.clear()
+    optimizer.param_groups[0].update(after)
+    run(optimizer, params, range(2, 4))
+    assert_same(old, as_they_were)
+    assert not any("exp_avg.row" in state for state in optimizer.state.values())
+
+
+@needs_native
 def test_weights_of_another_size_than_their_state_are_refused():
     for chosen in ("torch", "native"):
         optimizer = build(backend=chosen)
