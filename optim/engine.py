@@ -170,6 +170,13 @@ class DescriptorEngine:
         optimizer = self._optimizer
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
         optimizer.check_state(index, group, param)
+        for name, x in state.items():
+            if x.device != param.device:
+                raise ValueError(
+                    f"parameter {index} {tuple(param.shape)} is on {param.device}, and {name!r} of "
+                    f"its state on {x.device}; optimizer.load_state_dict(optimizer.state_dict()) "
+                    "moves the state to where the parameters are"
+                )
         rows, cols = plan.matrix_of(layout(codecs.values(), tuple(param.shape)))
         d = self._descriptors[index]
         d.moments, d.samples.sum = (plan.Moment * plan.NUM_SLOTS)(), plan.Moment()

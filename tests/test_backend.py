@@ -490,6 +490,33 @@ def test_a_moment_that_is_no_longer_kept_is_no_longer_written(name, before, afte
 
 
 @needs_native
+@pytest.mark.parametrize("name", ["adamw", "adafactor8bit"])
+def test_a_state_on_another_device_than_its_parameter_is_refused_with_the_remedy(name):
+    """In a process of its own: the native engine would follow an address of another memory."""
+    code = f"""
+import torch, optim
+p = torch.nn.Parameter(torch.ones(24, 16))
+p.grad = torch.ones(24, 16)
+optimizer = optim.build({name!r}, [p], backend="native")
+optimizer.step()
+saved = optimizer.state_dict()
+optimizer.state[p] = {{name: x.to("meta") for name, x in optimizer.state[p].items()}}
+try:
+    optimizer.step()
+except ValueError as error:
+    print(error)
+optimizer.load_state_dict(saved)
+optimizer.step()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "parameter 0 (24, 16) is on cpu" in done.stdout
+    assert "on meta; optimizer.load_state_dict" in done.stdout
+
+
+@needs_native
 def test_weights_of_another_size_than_their_state_are_refused():
     for chosen in ("torch", "native"):
         optimizer = build(backend=chosen)
