@@ -27,10 +27,9 @@ Member = TypeVar("Member")
 _ASKED = 256  # tensors of a state that are asked for their address at a step
 # The options of a group that say which moments there are and how they are stored, and which
 # kernels it takes.
-_SHAPING = (
-    *("storage", "factor_1d", "momentum", "beta1", "growth_limit", "clip_norm", "rounding"),
-    "slice_p",
-)
+_SHAPING = ("storage", "factor_1d", "clip_norm", "rounding", "slice_p")
+# Of these, only whether they are none or zero: a schedule may change them at every step.
+_PRESENT = ("momentum", "beta1", "growth_limit", "clip_threshold")
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)
 
@@ -152,7 +151,8 @@ class DescriptorEngine:
         there are and how they store moments, and what weights and gradients are.  (Which parameters
         there are is the optimizer's to watch: it drops this engine when they change.)"""
         groups = [
-            (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
+            (id(g), *(g.get(name) for name in _SHAPING), *map(_presence, map(g.get, _PRESENT)))
+            for g in self._optimizer.param_groups
         ]
         return [groups, places.kinds]
 
@@ -204,6 +204,11 @@ class DescriptorEngine:
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.PARTIALS
             d.moments[plan.SLOTS[name]] = moment
+
+
+def _presence(option: float | None) -> bool | None:
+    """None, or whether it is not zero."""
+    return None if option is None else bool(option)
 
 
 def buckets(sizes: Iterable[tuple[Member, int]], limit: int) -> list[list[Member]]:

@@ -445,16 +445,18 @@ def test_an_option_that_needs_state_which_is_not_there_is_an_error():
     """In a process of its own: an engine that follows a null address takes its process along."""
     code = """
 import torch, optim
-for name, change in [
+for name, *befores, change in [
     ("adafactor", {"growth_limit": 1.01}),
     ("adafactor", {"clip_norm": "lagged"}),
+    ("adafactor", {"clip_threshold": None, "clip_norm": "lagged"}, {"clip_threshold": 1.0}),
     ("adafactor", {"beta1": 0.9}),
     ("adamw", {"storage": "8bit"}),
 ]:
     for backend in ("torch", "native"):
         p = torch.nn.Parameter(torch.ones(3, 5))
         p.grad = torch.ones(3, 5)
-        optimizer = optim.build(name, [p], backend=backend)
+        before = befores[0] if befores else {}
+        optimizer = optim.build(name, [p], backend=backend, **before)
         optimizer.step()
         optimizer.param_groups[0].update(change)
         try:
@@ -514,6 +516,21 @@ optimizer.step()
     assert done.returncode == 0, done.stderr
     assert "parameter 0 (24, 16) is on cpu" in done.stdout
     assert "on meta; optimizer.load_state_dict" in done.stdout
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("sgd", {"momentum": 0.8}), ("adamw", {"betas": (0.8, 0.9)}), ("adafactor", {"beta1": 0.8})],
+)
+def test_a_schedule_of_an_options_value_makes_no_new_launches(name, options, monkeypatch):
+    start = {"beta1": 0.9} if name == "adafactor" else {}
+    optimizer = build(name, backend="native", **start)
+    params = optimizer.param_groups[0]["params"]
+    run(optimizer, params, range(1))
+    monkeypatch.setattr(engine, "Work", None)  # none can be made
+    optimizer.param_groups[0].update(options)
+    run(optimizer, params, range(1, 2))
 
 
 @needs_native
