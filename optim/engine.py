@@ -7,7 +7,7 @@ from is looked at before every step, and is made anew when it has changed.
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optim import plan
 from optim.codecs import Factored, FactoredSign, layout, split
-from optim.share import Share, Trait, addresses_of, pairs, same_state, where
+from optim.share import Places, Share, Trait, addresses_of, pairs, same_state, where
 
 if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
@@ -37,13 +37,11 @@ ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offse
 class Work:
     """The launches of a set of parameters, and what they were made from."""
 
-    def __init__(
-        self, members: Sequence[int], stamp: list[Any], states: list[dict[str, Tensor]]
-    ) -> None:
-        self.members, self.stamp = torch.tensor(members), stamp
+    def __init__(self, places: Places, stamp: list[Any], states: list[dict[str, Tensor]]) -> None:
+        self.members, self.stamp = torch.tensor(places.members, device="cpu"), stamp
         self.launches: list[Any] = []  # the engine's own, like what else it notes down here
         self.on_device = self.members
-        words = torch.arange(ADDRESSES.start, ADDRESSES.stop)
+        words = torch.arange(ADDRESSES.start, ADDRESSES.stop, device="cpu")
         self.addresses = self.members[:, None] * _WORDS + words  # where they are in the table
         self._parts = list(chain.from_iterable(state.values() for state in states))
         self._counts = array("i", map(len, states)).tobytes()
@@ -53,10 +51,13 @@ class Work:
         # What is written to through an address stays alive as long as the address is here.
         self._storages = [x.untyped_storage() for x in self._parts]
         self._turn = 0
+        # A vector's elements are the same in any shape.
+        self._matrices = [param for param in places.params if param.ndim > 1]
+        self._shapes = [param.shape for param in self._matrices]
 
     def holds(self, state: dict[Tensor, dict[str, Tensor]], params: list[Tensor]) -> bool:
-        """Whether these parameters have the tensors, at their addresses, that the work was made
-        from.
+        """Whether these parameters have the shapes, and the tensors at their addresses, that the
+        work was made from.
 
         There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
         at every step.  So all are looked at for being the same objects, and _ASKED of them, by
@@ -64,6 +65,8 @@ class Work:
         moves all of its tensors, and is seen at once.
         """
         if not same_state(state, params, self._parts, self._counts):
+            return False
+        if [param.shape for param in self._matrices] != self._shapes:
             return False
         self._turn = (self._turn + 1) % len(self._samples)
         return where(self._samples[self._turn]) == self._addresses[self._turn]
@@ -141,7 +144,7 @@ class DescriptorEngine:
                 self._work.clear()
             for place, grad in zip(places, grads, strict=True):
                 self._describe(*place, grad.dtype)
-            work = Work(members, stamp, [state[param] for param in places.params])
+            work = Work(places.places, stamp, [state[param] for param in places.params])
             self._make(work, places)
             self._work[members] = work
         return work

@@ -47,7 +47,7 @@ class _Portions(Work):
     def __init__(self, optimizer: "FusedOptimizer", places: Places, stamp: list[Any]) -> None:
         self.wide, self.others = parted(places)
         states = [optimizer.state_of(param, group) for _, group, param in self.wide]
-        super().__init__(places.members, stamp, states)
+        super().__init__(places, stamp, states)
         self.asked = self.wide.params  # in the order of `states`
         self.portions: list[Portion] = []
         self.grads = torch.empty(0, dtype=torch.int64)  # their addresses, on the device

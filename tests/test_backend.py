@@ -545,6 +545,16 @@ def test_weights_of_another_size_than_their_state_are_refused():
             optimizer.step()
 
 
+@pytest.mark.parametrize("chosen", ["torch", pytest.param("native", marks=needs_native)])
+def test_weights_of_another_shape_than_their_factors_are_refused(chosen):
+    param = Parameter(torch.ones(30, 20))
+    optimizer = optim.build("adafactor", [param], backend=chosen)
+    run(optimizer, [param], range(1))
+    param.data = torch.ones(20, 30)
+    with pytest.raises((ValueError, RuntimeError)):
+        run(optimizer, [param], range(1, 2))
+
+
 def test_gradients_of_another_dtype_in_between_are_read_as_what_they_are():
     """`step` and `step_param` share what the engine knows of a parameter."""
     results = []
