@@ -30,6 +30,7 @@ _ASKED = 256  # tensors of a state that are asked for their address at a step
 _SHAPING = ("storage", "factor_1d", "clip_norm", "rounding", "slice_p")
 # Of these, only whether they are none or zero: a schedule may change them at every step.
 _PRESENT = ("momentum", "beta1", "growth_limit", "clip_threshold")
+HOST = torch.device("cpu")  # a context: tables are on the host whatever the default device is
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)
 
@@ -38,10 +39,10 @@ class Work:
     """The launches of a set of parameters, and what they were made from."""
 
     def __init__(self, places: Places, stamp: list[Any], states: list[dict[str, Tensor]]) -> None:
-        self.members, self.stamp = torch.tensor(places.members, device="cpu"), stamp
+        self.members, self.stamp = torch.tensor(places.members), stamp
         self.launches: list[Any] = []  # the engine's own, like what else it notes down here
         self.on_device = self.members
-        words = torch.arange(ADDRESSES.start, ADDRESSES.stop, device="cpu")
+        words = torch.arange(ADDRESSES.start, ADDRESSES.stop)
         self.addresses = self.members[:, None] * _WORDS + words  # where they are in the table
         self._parts = list(chain.from_iterable(state.values() for state in states))
         self._counts = array("i", map(len, states)).tobytes()
@@ -140,12 +141,12 @@ class DescriptorEngine:
         state = self._optimizer.state
         work = self._work.get(members)
         if work is None or work.stamp != stamp or not work.holds(state, places.params):
-            if len(self._work) > 4096:  # sets of parameters that do not come again
-                self._work.clear()
-            for place, grad in zip(places, grads, strict=True):
-                self._describe(*place, grad.dtype)
-            work = Work(places.places, stamp, [state[param] for param in places.params])
-            self._make(work, places)
+            with HOST:
+                for place, grad in zip(places, grads, strict=True):
+                    if self._describe(*place, grad.dtype):  # of which other works knew
+                        self._drop([key for key in self._work if place[0] in key])
+                work = Work(places.places, stamp, [state[param] for param in places.params])
+                self._make(work, places)
             self._work[members] = work
         return work
 
@@ -159,17 +160,20 @@ class DescriptorEngine:
         ]
         return [groups, places.kinds]
 
+    def _drop(self, keys: list[tuple[int, ...]]) -> None:
+        for key in keys:
+            self._work.pop(key, None)
+
     def _describe(
         self, index: int, group: dict[str, Any], param: Tensor, grad_dtype: torch.dtype
-    ) -> None:
-        """Fill in the descriptor of one parameter, whose state is allocated if there is none."""
+    ) -> bool:
+        """Fill in the descriptor of one parameter, whose state is allocated if there is none:
+        whether there was another one."""
         if self._params[index] is param and self._numels[index] != param.numel():
             raise ValueError(
                 f"parameter {index} has {param.numel()} elements now and had "
                 f"{self._numels[index]} when its state was made; build a new optimizer"
             )
-        self._params[index] = param
-        self._numels[index] = param.numel()
         optimizer = self._optimizer
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
         optimizer.check_state(index, group, param)
@@ -182,11 +186,10 @@ class DescriptorEngine:
                 )
         rows, cols = plan.matrix_of(layout(codecs.values(), tuple(param.shape)))
         d = self._descriptors[index]
+        before = bytes(d) if self._params[index] is not None else None
         d.moments, d.samples.sum = (plan.Moment * plan.NUM_SLOTS)(), plan.Moment()
         d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
         d.weight_dtype = plan.DTYPES[param.dtype]
-        if d.grad_dtype != plan.DTYPES[grad_dtype]:
-            self._work.clear()  # other sets may have this parameter too
         d.grad_dtype = plan.DTYPES[grad_dtype]
         d.group = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
         for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
@@ -207,6 +210,8 @@ class DescriptorEngine:
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.PARTIALS
             d.moments[plan.SLOTS[name]] = moment
+        self._params[index], self._numels[index] = param, param.numel()
+        return before is not None and before != bytes(d)
 
 
 def _presence(option: float | None) -> bool | None:

@@ -88,7 +88,7 @@ class NativeEngine(DescriptorEngine):
     def __init__(self, optimizer: "FusedOptimizer", rule: str | None = None) -> None:
         super().__init__(optimizer, rule)
         self._isa = isa()
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._room = torch.empty(0, dtype=torch.uint8, device=CPU)
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
@@ -139,7 +139,7 @@ class NativeEngine(DescriptorEngine):
             sums = in_lines(bucket.num_tiles * plan.TILE_SUMS_BYTES)
             size = hypers + sums + (bucket.workspace_size + bucket.alone * threads) * 4
             if self._room.numel() < size:
-                self._room = torch.empty(size, dtype=torch.uint8)
+                self._room = torch.empty(size, dtype=torch.uint8, device=CPU)
             launch.hypers = self._room.data_ptr()
             launch.sums = launch.hypers + hypers
             launch.workspace = launch.sums + sums

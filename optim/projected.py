@@ -85,8 +85,8 @@ class ProjectedEngine:
         state = self._low.optimizer.state_of(param, group)
         h = SimpleNamespace(**group | {"index": index, "t": int(state["step"]) + 1})
         width, length = sides_of(place)
-        low = self._tensors.setdefault(index, torch.empty(0))
-        low.data = torch.zeros((h.rank, length))
+        low = self._tensors.setdefault(index, torch.empty(0, device=param.device))
+        low.data = torch.zeros((h.rank, length), device=param.device)
         draw = native.normals if native.unavailable() is None else rng.normals
         p = projection(h, width, param.device, draw)
         low.grad = projected(place, param.grad, p, coefficients.get(id(group), 1.0), state)

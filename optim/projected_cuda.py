@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optim import features, plan
-from optim.engine import Work, buckets
+from optim.engine import HOST, Work, buckets
 from optim.gpu import Gpu, gpu_of
 from optim.portion import Portion, ProjectedKind, kind_of
 from optim.projected import LowSteps, Make, ScaledSteps, is_conditioned, parted, projected
@@ -164,7 +164,7 @@ class CudaProjectedEngine:
         grads = _readable(share)
         addresses = share.addresses[:, 1]
         if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
-            addresses = torch.tensor([grad.data_ptr() for grad in grads])
+            addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
         self._captured |= self._gpu.capturing()
         if self._captured or not torch.equal(addresses, work.known):
             work.known = addresses.clone()
@@ -183,9 +183,10 @@ class CudaProjectedEngine:
         if work is None or work.stamp != stamp or not work.holds(state, work.asked):
             if work is not None:
                 self._drop(members)
-            work = _Portions(self._optimizer, places.places, stamp)
-            if work.wide:
-                self._make(work)
+            with HOST:
+                work = _Portions(self._optimizer, places.places, stamp)
+                if work.wide:
+                    self._make(work)
             if len(self._works) > 4096:  # sets of parameters that do not come again
                 self._drop(*self._works)
             self._works[members] = work

@@ -77,7 +77,7 @@ class Share:
 def pairs(addresses: array | bytearray) -> Tensor:
     """Addresses of a parameter, its gradient, the next parameter, ...: -> int64 (n, 2)."""
     if not addresses:
-        return torch.empty((0, 2), dtype=torch.int64)
+        return torch.empty((0, 2), dtype=torch.int64, device="cpu")
     return torch.frombuffer(addresses, dtype=torch.int64).view(-1, 2)
 
 

@@ -555,6 +555,54 @@ def test_weights_of_another_shape_than_their_factors_are_refused(chosen):
         run(optimizer, [param], range(1, 2))
 
 
+@needs_native
+def test_sets_of_parameters_are_prepared_once_whatever_the_dtype_of_gradients(monkeypatch):
+    """As the buckets of a fused backward are."""
+    params = [Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = optim.build("adafactor8bit", params, backend="native")
+    for place in range(2):
+        for p in params:
+            optimizer.step_param(p)
+        monkeypatch.setattr(engine, "Work", None)  # none can be made
+
+
+@needs_native
+def test_a_state_that_comes_back_is_found_again_by_every_set_of_parameters():
+    results = []
+    for chosen in ("torch", "native"):
+        params = make_params(shapes=SHAPES)
+        optimizer = optim.build("adamw", params, backend=chosen, lr=0.1)
+        run(optimizer, params, range(1))
+        first = optimizer.state[params[0]]
+        other = {key: x.clone() for key, x in first.items()}
+        for state in (other, first):
+            optimizer.state[params[0]] = state
+            if state is other:
+                optimizer.step_param(params[0])  # another set than that of `step`
+            else:
+                optimizer.step()
+        results.append([*params, *first.values(), *other.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_device_is_not_where_the_engine_keeps_its_tables(name):
+    results = []
+    for device in ("cpu", "meta"):
+        params = make_params(shapes=SHAPES)
+        optimizer = optim.build(name, params, backend="native")
+        for step in range(2):
+            set_grads(params, step)
+            with torch.device(device):
+                optimizer.step()
+        results.append(params)
+    assert_same(*results)
+
+
 def test_gradients_of_another_dtype_in_between_are_read_as_what_they_are():
     """`step` and `step_param` share what the engine knows of a parameter."""
     results = []
