@@ -3,12 +3,17 @@
 A gradient is consumed as soon as it is complete: when `bucket_bytes` of them have gathered, their
 parameters are stepped and the gradients freed.  For the SDXL UNet in bf16 that is 64 MB of
 gradients instead of 5.1 GB.
+
+A gradient that comes a second time before the round is over was not complete the first time, when
+its parameter may have been stepped with a part of it: that is an error.  A round ends with `step()`
+or `zero_grad()`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.utils.hooks import RemovableHandle
 
 from optim.fused import FusedOptimizer
 
@@ -17,33 +22,57 @@ class FusedBackward:
     """The hooks that `fuse_backward` installed; `remove()` takes them off."""
 
     def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int) -> None:
+        self._optimizer = optimizer
         self._consume: Callable[..., None] = optimizer.step_param
         self._bucket_bytes = bucket_bytes
+        self._arrived: set[Tensor] = set()  # in this round
         self._waiting: list[Tensor] = []
         self._waiting_bytes = 0
         self._holds = False
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._handles = [p.register_post_accumulate_grad_hook(self._collect) for p in params]
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._free()))
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        self._after_step = optimizer.register_step_post_hook(lambda *_: self._stepped())
+        optimizer.fused_backward = self
+        self.attach()
+
+    def attach(self) -> None:
+        """Hook the parameters of the optimizer that have no hook yet."""
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                if param not in self._handles:
+                    trainable = param.requires_grad
+                    param.requires_grad_(True)  # else torch takes no hook: it may be unfrozen later
+                    handle = param.register_post_accumulate_grad_hook(self._collect)
+                    self._handles[param] = handle
+                    param.requires_grad_(trainable)
 
     def remove(self) -> None:
         """Take the hooks off; gradients still waiting stay, for an ordinary `step()`."""
-        for handle in self._handles:
+        for handle in (*self._handles.values(), self._after_step):
             handle.remove()
-        self._waiting, self._waiting_bytes = [], 0
+        self._handles = {}
+        self.end_round()
+        self._optimizer.fused_backward = None
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
         """Within it, the backward pass hands its gradients to `consume(*params)`, bucket by bucket,
-        where it would step; what is left in the last bucket at the end of it, too."""
+        where it would step; what is left in the last bucket at the end of it, too.
+
+        A round of its own: raises RuntimeError where gradients wait for a `step()`.
+        """
+        if self._live():
+            raise RuntimeError(
+                "handing_to: gradients of an earlier backward() wait for step() or zero_grad()"
+            )
+        self.end_round()
         stepping, self._consume = self._consume, consume
         try:
             yield
-            if self._waiting:
-                consume(*self._waiting)
+            self._take()
         finally:
             self._consume = stepping
             self._free()
+            self.end_round()
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -55,14 +84,41 @@ class FusedBackward:
         finally:
             self._holds = False
 
+    def end_round(self) -> None:
+        """Forget which gradients have come, and leave those that wait to whoever wants them."""
+        self._arrived.clear()
+        self._waiting, self._waiting_bytes = [], 0
+
     def _collect(self, param: Tensor) -> None:
         assert param.grad is not None
+        if param in self._arrived:
+            raise RuntimeError(
+                f"fuse_backward: the gradient of a parameter {tuple(param.shape)} came twice, and "
+                "the parameter may have been stepped with the first alone. Between two backward() "
+                "passes call optimizer.step() or optimizer.zero_grad(); passes that add up belong "
+                "inside holding(), all but the last; a parameter of several checkpoints wants "
+                "checkpoint(use_reentrant=False)"
+            )
         if self._holds:
             return
+        if not self._arrived:
+            _check_alone()
+        self._arrived.add(param)
         self._waiting.append(param)
         self._waiting_bytes += param.grad.numel() * param.grad.element_size()
         if self._waiting_bytes >= self._bucket_bytes:
-            self._consume(*self._waiting)
+            self._take()
+
+    def _live(self) -> list[Tensor]:
+        """Those whose gradient still waits: whoever owns the model may have cleared it."""
+        return [param for param in self._waiting if param.grad is not None]
+
+    def _take(self) -> None:
+        """Consume the gradients that wait, and free them."""
+        try:
+            if live := self._live():
+                self._consume(*live)
+        finally:
             self._free()
 
     def _free(self) -> None:
@@ -70,17 +126,51 @@ class FusedBackward:
             param.grad = None
         self._waiting, self._waiting_bytes = [], 0
 
+    def _stepped(self) -> None:
+        """After an ordinary step, which has used every gradient there was."""
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        self.end_round()
+        self.attach()
+
 
 def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> FusedBackward:
     """Let `optimizer` step inside every backward pass from now on.
 
     The training loop keeps its form: set the learning rate, call `backward()`, then `step()`, which
-    steps what is left in the last bucket.  The weights are bitwise those of the unfused loop.  A
-    global norm, which needs all gradients at once, cannot be had this way; several backward passes
-    add up inside `holding()`, which keeps the gradients.  Raises ValueError where `bucket_bytes` is
-    not positive or a group has a `max_grad_norm`.
+    steps what is left in the last bucket and clears its gradients.  The weights are bitwise those
+    of the unfused loop.  A global norm, which needs all gradients at once, cannot be had this way;
+    several backward passes add up inside `holding()`, which keeps the gradients.
+
+    A step that is skipped wants `optimizer.zero_grad()` in its place; what the backward pass has
+    stepped by then stays stepped.  A gradient that comes twice without either is a RuntimeError
+    inside `backward()`: of a second pass outside of `holding()`, or of a parameter that several
+    reentrant checkpoints share (`use_reentrant=False` adds its gradient up first).
+
+    Not for DistributedDataParallel, which averages gradients over processes only after they have
+    been consumed here.  Raises ValueError where there are several processes, where the optimizer
+    has been fused before, where `bucket_bytes` is not positive or a group has a `max_grad_norm`.
     """
     optimizer.check_steps_alone("fuse_backward")
     if bucket_bytes <= 0:
         raise ValueError(f"fuse_backward: bucket_bytes={bucket_bytes} must be > 0")
+    if optimizer.fused_backward is not None:
+        raise ValueError(
+            f"fuse_backward: this {type(optimizer).__name__} has been fused already, and would "
+            "step twice; call remove() on what the first fuse_backward() returned"
+        )
+    _check_alone()
     return FusedBackward(optimizer, bucket_bytes)
+
+
+def _check_alone() -> None:
+    """Raise ValueError where other processes have gradients to add."""
+    if distributed.is_available() and distributed.is_initialized():
+        processes = distributed.get_world_size()
+        if processes > 1:
+            raise ValueError(
+                f"fuse_backward: there are {processes} processes, and each would step with its own "
+                "gradients, before DistributedDataParallel averages them: their models would drift "
+                "apart. Call step() after backward() instead"
+            )

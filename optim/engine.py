@@ -7,7 +7,7 @@ from is looked at before every step, and is made anew when it has changed.
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optim import plan
 from optim.codecs import Factored, FactoredSign, layout, split
-from optim.share import Share, Trait, addresses_of, pairs, same_state, where
+from optim.share import Places, Share, Trait, addresses_of, pairs, same_state, where
 
 if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
@@ -27,10 +27,10 @@ Member = TypeVar("Member")
 _ASKED = 256  # tensors of a state that are asked for their address at a step
 # The options of a group that say which moments there are and how they are stored, and which
 # kernels it takes.
-_SHAPING = (
-    *("storage", "factor_1d", "momentum", "beta1", "growth_limit", "clip_norm", "rounding"),
-    "slice_p",
-)
+_SHAPING = ("storage", "factor_1d", "clip_norm", "rounding", "slice_p")
+# Of these, only whether they are none or zero: a schedule may change them at every step.
+_PRESENT = ("momentum", "beta1", "growth_limit", "clip_threshold")
+HOST = torch.device("cpu")  # a context: tables are on the host whatever the default device is
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)
 
@@ -38,10 +38,8 @@ ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offse
 class Work:
     """The launches of a set of parameters, and what they were made from."""
 
-    def __init__(
-        self, members: Sequence[int], stamp: list[Any], states: list[dict[str, Tensor]]
-    ) -> None:
-        self.members, self.stamp = torch.tensor(members), stamp
+    def __init__(self, places: Places, stamp: list[Any], states: list[dict[str, Tensor]]) -> None:
+        self.members, self.stamp = torch.tensor(places.members), stamp
         self.launches: list[Any] = []  # the engine's own, like what else it notes down here
         self.on_device = self.members
         words = torch.arange(ADDRESSES.start, ADDRESSES.stop)
@@ -54,10 +52,13 @@ class Work:
         # What is written to through an address stays alive as long as the address is here.
         self._storages = [x.untyped_storage() for x in self._parts]
         self._turn = 0
+        # A vector's elements are the same in any shape.
+        self._matrices = [param for param in places.params if param.ndim > 1]
+        self._shapes = [param.shape for param in self._matrices]
 
     def holds(self, state: dict[Tensor, dict[str, Tensor]], params: list[Tensor]) -> bool:
-        """Whether these parameters have the tensors, at their addresses, that the work was made
-        from.
+        """Whether these parameters have the shapes, and the tensors at their addresses, that the
+        work was made from.
 
         There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
         at every step.  So all are looked at for being the same objects, and _ASKED of them, by
@@ -65,6 +66,8 @@ class Work:
         moves all of its tensors, and is seen at once.
         """
         if not same_state(state, params, self._parts, self._counts):
+            return False
+        if [param.shape for param in self._matrices] != self._shapes:
             return False
         self._turn = (self._turn + 1) % len(self._samples)
         return where(self._samples[self._turn]) == self._addresses[self._turn]
@@ -138,12 +141,12 @@ class DescriptorEngine:
         state = self._optimizer.state
         work = self._work.get(members)
         if work is None or work.stamp != stamp or not work.holds(state, places.params):
-            if len(self._work) > 4096:  # sets of parameters that do not come again
-                self._work.clear()
-            for place, grad in zip(places, grads, strict=True):
-                self._describe(*place, grad.dtype)
-            work = Work(members, stamp, [state[param] for param in places.params])
-            self._make(work, places)
+            with HOST:
+                for place, grad in zip(places, grads, strict=True):
+                    if self._describe(*place, grad.dtype):  # of which other works knew
+                        self._drop([key for key in self._work if place[0] in key])
+                work = Work(places.places, stamp, [state[param] for param in places.params])
+                self._make(work, places)
             self._work[members] = work
         return work
 
@@ -152,30 +155,41 @@ class DescriptorEngine:
         there are and how they store moments, and what weights and gradients are.  (Which parameters
         there are is the optimizer's to watch: it drops this engine when they change.)"""
         groups = [
-            (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
+            (id(g), *(g.get(name) for name in _SHAPING), *map(_presence, map(g.get, _PRESENT)))
+            for g in self._optimizer.param_groups
         ]
         return [groups, places.kinds]
 
+    def _drop(self, keys: list[tuple[int, ...]]) -> None:
+        for key in keys:
+            self._work.pop(key, None)
+
     def _describe(
         self, index: int, group: dict[str, Any], param: Tensor, grad_dtype: torch.dtype
-    ) -> None:
-        """Fill in the descriptor of one parameter, whose state is allocated if there is none."""
+    ) -> bool:
+        """Fill in the descriptor of one parameter, whose state is allocated if there is none:
+        whether there was another one."""
         if self._params[index] is param and self._numels[index] != param.numel():
             raise ValueError(
                 f"parameter {index} has {param.numel()} elements now and had "
                 f"{self._numels[index]} when its state was made; build a new optimizer"
             )
-        self._params[index] = param
-        self._numels[index] = param.numel()
         optimizer = self._optimizer
         codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
         optimizer.check_state(index, group, param)
+        for name, x in state.items():
+            if x.device != param.device:
+                raise ValueError(
+                    f"parameter {index} {tuple(param.shape)} is on {param.device}, and {name!r} of "
+                    f"its state on {x.device}; optimizer.load_state_dict(optimizer.state_dict()) "
+                    "moves the state to where the parameters are"
+                )
         rows, cols = plan.matrix_of(layout(codecs.values(), tuple(param.shape)))
         d = self._descriptors[index]
+        before = bytes(d) if self._params[index] is not None else None
+        d.moments, d.samples.sum = (plan.Moment * plan.NUM_SLOTS)(), plan.Moment()
         d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
         d.weight_dtype = plan.DTYPES[param.dtype]
-        if d.grad_dtype != plan.DTYPES[grad_dtype]:
-            self._work.clear()  # other sets may have this parameter too
         d.grad_dtype = plan.DTYPES[grad_dtype]
         d.group = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
         for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
@@ -196,6 +210,13 @@ class DescriptorEngine:
                 vectors += plan.vector_size(rows, cols)
                 partials += plan.PARTIALS
             d.moments[plan.SLOTS[name]] = moment
+        self._params[index], self._numels[index] = param, param.numel()
+        return before is not None and before != bytes(d)
+
+
+def _presence(option: float | None) -> bool | None:
+    """None, or whether it is not zero."""
+    return None if option is None else bool(option)
 
 
 def buckets(sizes: Iterable[tuple[Member, int]], limit: int) -> list[list[Member]]:

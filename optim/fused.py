@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from optim import state as states
 from optim.backend import grad_of
 from optim.codecs import Codec, Dense, layout
 from optim.share import DTYPES, Places, Share, Trait, same_objects
+
+if TYPE_CHECKING:
+    from optim.backward import FusedBackward
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
@@ -45,6 +48,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
     common: ClassVar[tuple[str, ...]] = ()  # options that all groups must agree on
     shared: ClassVar[tuple[str, ...]] = ()  # state of all groups together: group keys of tensors
+    fused_backward: "FusedBackward | None" = None  # what steps it inside the backward pass
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         """`arguments` are the subclass's own, as its `locals()`: its signature is the list of its
@@ -112,6 +116,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
+        if self.fused_backward is not None:
+            self.fused_backward.attach()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's; it also ends the round of a fused backward, whose gradients these were."""
+        super().zero_grad(set_to_none)
+        if self.fused_backward is not None:
+            self.fused_backward.end_round()
 
     @torch.compiler.disable  # else every shape and every option is traced: minutes for nothing
     @torch.no_grad()

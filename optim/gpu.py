@@ -202,7 +202,7 @@ class Gpu:
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Page-locked host memory, from which a captured copy reads again at every replay."""
-        return torch.empty(shape, dtype=dtype).pin_memory()
+        return torch.empty(shape, dtype=dtype, device="cpu").pin_memory()
 
     def load(self, names: Iterable[str]) -> dict[str, Any]:
         """These kernels, by name."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optim import features, plan
-from optim.engine import Work, buckets
+from optim.engine import HOST, Work, buckets
 from optim.gpu import Gpu, gpu_of
 from optim.portion import Portion, ProjectedKind, kind_of
 from optim.projected import LowSteps, Make, ScaledSteps, is_conditioned, parted, projected
@@ -47,7 +47,7 @@ class _Portions(Work):
     def __init__(self, optimizer: "FusedOptimizer", places: Places, stamp: list[Any]) -> None:
         self.wide, self.others = parted(places)
         states = [optimizer.state_of(param, group) for _, group, param in self.wide]
-        super().__init__(places.members, stamp, states)
+        super().__init__(places, stamp, states)
         self.asked = self.wide.params  # in the order of `states`
         self.portions: list[Portion] = []
         self.grads = torch.empty(
@@ -185,9 +185,10 @@ class CudaProjectedEngine:
         if work is None or work.stamp != stamp or not work.holds(state, work.asked):
             if work is not None:
                 self._drop(members)
-            work = _Portions(self._optimizer, places.places, stamp)
-            if work.wide:
-                self._make(work)
+            with HOST:
+                work = _Portions(self._optimizer, places.places, stamp)
+                if work.wide:
+                    self._make(work)
             if len(self._works) > 4096:  # sets of parameters that do not come again
                 self._drop(*self._works)
             self._works[members] = work

@@ -445,16 +445,18 @@ def test_an_option_that_needs_state_which_is_not_there_is_an_error():
     """In a process of its own: an engine that follows a null address takes its process along."""
     code = """
 import torch, optim
-for name, change in [
+for name, *befores, change in [
     ("adafactor", {"growth_limit": 1.01}),
     ("adafactor", {"clip_norm": "lagged"}),
+    ("adafactor", {"clip_threshold": None, "clip_norm": "lagged"}, {"clip_threshold": 1.0}),
     ("adafactor", {"beta1": 0.9}),
     ("adamw", {"storage": "8bit"}),
 ]:
     for backend in ("torch", "native"):
         p = torch.nn.Parameter(torch.ones(3, 5))
         p.grad = torch.ones(3, 5)
-        optimizer = optim.build(name, [p], backend=backend)
+        before = befores[0] if befores else {}
+        optimizer = optim.build(name, [p], backend=backend, **before)
         optimizer.step()
         optimizer.param_groups[0].update(change)
         try:
@@ -471,6 +473,67 @@ for name, change in [
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("sgd", {"momentum": 0.9}, {"momentum": 0.0}), ("adafactor", {"beta1": 0.9}, {"beta1": None})],
+)
+def test_a_moment_that_is_no_longer_kept_is_no_longer_written(name, before, after):
+    """It may be freed.  A factored one is not the same when it is read and written again."""
+    params = make_params(shapes=[(24, 16), (16, 3, 3, 3)])
+    optimizer = optim.build(name, params, backend="native", storage="factored", **before)
+    run(optimizer, params, range(2))
+    old = [optimizer.state[p]["exp_avg.row"] for p in params]
+    as_they_were = [x.clone() for x in old]
+    optimizer.state.clear()
+    optimizer.param_groups[0].update(after)
+    run(optimizer, params, range(2, 4))
+    assert_same(old, as_they_were)
+    assert not any("exp_avg.row" in state for state in optimizer.state.values())
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["adamw", "adafactor8bit"])
+def test_a_state_on_another_device_than_its_parameter_is_refused_with_the_remedy(name):
+    """In a process of its own: the native engine would follow an address of another memory."""
+    code = f"""
+import torch, optim
+p = torch.nn.Parameter(torch.ones(24, 16))
+p.grad = torch.ones(24, 16)
+optimizer = optim.build({name!r}, [p], backend="native")
+optimizer.step()
+saved = optimizer.state_dict()
+optimizer.state[p] = {{name: x.to("meta") for name, x in optimizer.state[p].items()}}
+try:
+    optimizer.step()
+except ValueError as error:
+    print(error)
+optimizer.load_state_dict(saved)
+optimizer.step()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "parameter 0 (24, 16) is on cpu" in done.stdout
+    assert "on meta; optimizer.load_state_dict" in done.stdout
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("sgd", {"momentum": 0.8}), ("adamw", {"betas": (0.8, 0.9)}), ("adafactor", {"beta1": 0.8})],
+)
+def test_a_schedule_of_an_options_value_makes_no_new_launches(name, options, monkeypatch):
+    start = {"beta1": 0.9} if name == "adafactor" else {}
+    optimizer = build(name, backend="native", **start)
+    params = optimizer.param_groups[0]["params"]
+    run(optimizer, params, range(1))
+    monkeypatch.setattr(engine, "Work", None)  # none can be made
+    optimizer.param_groups[0].update(options)
+    run(optimizer, params, range(1, 2))
+
+
+@needs_native
 def test_weights_of_another_size_than_their_state_are_refused():
     for chosen in ("torch", "native"):
         optimizer = build(backend=chosen)
@@ -480,6 +543,64 @@ def test_weights_of_another_size_than_their_state_are_refused():
         params[0].grad = torch.ones(3, 5)
         with pytest.raises((ValueError, RuntimeError)):
             optimizer.step()
+
+
+@pytest.mark.parametrize("chosen", ["torch", pytest.param("native", marks=needs_native)])
+def test_weights_of_another_shape_than_their_factors_are_refused(chosen):
+    param = Parameter(torch.ones(30, 20))
+    optimizer = optim.build("adafactor", [param], backend=chosen)
+    run(optimizer, [param], range(1))
+    param.data = torch.ones(20, 30)
+    with pytest.raises((ValueError, RuntimeError)):
+        run(optimizer, [param], range(1, 2))
+
+
+@needs_native
+def test_sets_of_parameters_are_prepared_once_whatever_the_dtype_of_gradients(monkeypatch):
+    """As the buckets of a fused backward are."""
+    params = [Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = optim.build("adafactor8bit", params, backend="native")
+    for place in range(2):
+        for p in params:
+            optimizer.step_param(p)
+        monkeypatch.setattr(engine, "Work", None)  # none can be made
+
+
+@needs_native
+def test_a_state_that_comes_back_is_found_again_by_every_set_of_parameters():
+    results = []
+    for chosen in ("torch", "native"):
+        params = make_params(shapes=SHAPES)
+        optimizer = optim.build("adamw", params, backend=chosen, lr=0.1)
+        run(optimizer, params, range(1))
+        first = optimizer.state[params[0]]
+        other = {key: x.clone() for key, x in first.items()}
+        for state in (other, first):
+            optimizer.state[params[0]] = state
+            if state is other:
+                optimizer.step_param(params[0])  # another set than that of `step`
+            else:
+                optimizer.step()
+        results.append([*params, *first.values(), *other.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_device_is_not_where_the_engine_keeps_its_tables(name):
+    results = []
+    for device in ("cpu", "meta"):
+        params = make_params(shapes=SHAPES)
+        optimizer = optim.build(name, params, backend="native")
+        for step in range(2):
+            set_grads(params, step)
+            with torch.device(device):
+                optimizer.step()
+        results.append(params)
+    assert_same(*results)
 
 
 def test_gradients_of_another_dtype_in_between_are_read_as_what_they_are():

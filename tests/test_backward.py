@@ -1,9 +1,12 @@
 """The fused backward: the same weights, with a bucket of gradients alive instead of all of them."""
 
+import copy
+
 import pytest
 import torch
-from helpers import build
-from torch import nn
+from helpers import assert_same, build
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
 
 import optim
 
@@ -78,3 +81,198 @@ def test_parameters_in_no_group_or_without_gradients_are_refused():
     optimizer.step_param(model[3].weight)
     with pytest.raises(ValueError, match="bucket_bytes=0"):
         optim.fuse_backward(optimizer, 0)
+
+
+# What comes twice, or not at all ------------------------------------------------------------------
+
+LAYER_BYTES = 64 * 64 * 4
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(4)])
+
+
+def inputs(number):
+    return torch.randn(8, 64, generator=torch.Generator().manual_seed(number))
+
+
+def backward(model, number):
+    model(inputs(number)).square().mean().backward()
+
+
+def fused_layers(bucket_layers=3):
+    """Four layers, of which a backward pass steps a bucket, and leaves the rest for `step()`."""
+    model = layers()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    return model, optimizer, optim.fuse_backward(optimizer, bucket_layers * LAYER_BYTES)
+
+
+def steps_of(model, optimizer):
+    states = [optimizer.state.get(p, {}) for p in model.parameters()]
+    return [int(state.get("step", 0)) for state in states]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("bucket_layers", [1, 3, 9])
+def test_after_a_skipped_step_the_next_one_is_the_ordinary_one(bucket_layers, set_to_none):
+    """What the skipped backward pass has stepped is stepped, and nothing more."""
+    model, optimizer, _ = fused_layers(bucket_layers)
+    backward(model, 0)
+    before = steps_of(model, optimizer)
+    optimizer.zero_grad(set_to_none)
+    moved = copy.deepcopy(model)
+    backward(model, 1)
+    optimizer.step()
+    assert steps_of(model, optimizer) == [n + 1 for n in before]
+    assert all(p.grad is None for p in model.parameters())
+    if bucket_layers == 9:  # nothing was stepped: as if the pass had not been
+        plain = optim.AdamW(moved.parameters(), lr=1e-2)
+        backward(moved, 1)
+        plain.step()
+        assert_same(model.parameters(), moved.parameters())
+
+
+def test_after_an_exception_inside_backward_training_goes_on():
+    model, optimizer, _ = fused_layers()
+    hidden = model[1](model[0](inputs(0)))
+
+    def fail(grad):
+        raise RuntimeError("out of memory")
+
+    hidden.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model[3](model[2](hidden)).square().mean().backward()
+    optimizer.zero_grad()
+    for number in (1, 2):
+        backward(model, number)
+        optimizer.step()
+    assert steps_of(model, optimizer) == [2] * 4
+
+
+def test_a_step_that_fails_inside_backward_leaves_no_gradient_waiting():
+    model = layers()
+    optimizer = optim.AdamW(model.parameters(), on_nonfinite="raise")
+    optim.fuse_backward(optimizer, 1)
+    model[3].weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(FloatingPointError):
+        backward(model, 0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bucket_layers", [1, 3, 9])
+def test_two_backward_passes_without_a_step_between_them_are_an_error(bucket_layers):
+    model, optimizer, hooks = fused_layers(bucket_layers)
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match=r"came twice.*zero_grad\(\).*holding\(\)"):
+        backward(model, 1)
+    with hooks.holding(), pytest.raises(RuntimeError, match="came twice"):
+        backward(model, 1)
+    optimizer.zero_grad()
+    backward(model, 2)
+    optimizer.step()
+    assert len(set(steps_of(model, optimizer))) <= 2
+
+
+def test_gradients_that_wait_for_a_step_are_not_handed_to_another():
+    model, optimizer, hooks = fused_layers()
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match=r"wait for step\(\)"), hooks.handing_to(print):
+        pass
+    optimizer.step()
+    seen = []
+    for number in (1, 2):  # a round each
+        with hooks.handing_to(lambda *params: seen.extend(params)):
+            backward(model, number)
+    assert len(seen) == 8
+    assert steps_of(model, optimizer) == [1] * 4
+
+
+@pytest.mark.parametrize("bucket_layers", [1, 9])
+def test_a_parameter_of_two_reentrant_checkpoints_is_not_stepped_twice(bucket_layers):
+    layer = nn.Linear(8, 8)
+    optimizer = optim.AdamW(layer.parameters())
+    optim.fuse_backward(optimizer, bucket_layers * 8 * 8 * 4)
+
+    def loss(reentrant):
+        x = torch.ones(2, 8, requires_grad=True)
+        for _ in range(2):
+            x = checkpoint(layer, x, use_reentrant=reentrant)
+        return x.sum()
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        loss(True).backward()
+    optimizer.zero_grad()
+    before = steps_of(layer, optimizer)
+    loss(False).backward()
+    optimizer.step()
+    assert steps_of(layer, optimizer) == [n + 1 for n in before]
+
+
+def unfrozen(model, optimizer):
+    model[0].weight.requires_grad_(True)
+
+
+def added(model, optimizer):
+    optimizer.add_param_group({"params": [model[0].weight]})
+
+
+def appended(model, optimizer):
+    optimizer.param_groups[0]["params"].append(model[0].weight)
+
+
+@pytest.mark.parametrize("later", [unfrozen, added, appended])
+def test_a_parameter_that_is_trained_later_is_stepped_and_freed_like_the_others(later):
+    models = layers(), layers()
+    for model, fused in zip(models, (False, True), strict=True):
+        model[0].weight.requires_grad_(later is not unfrozen)
+        first = 0 if later is unfrozen else 1
+        optimizer = optim.SGD(model[first:].parameters(), lr=1e-2)
+        if fused:
+            optim.fuse_backward(optimizer, 1)
+        for number in range(4):
+            if number == 1:
+                later(model, optimizer)
+                model.zero_grad()
+            backward(model, number)
+            if fused and number > 0 and later is not appended:  # which only a step can find
+                assert model[0].weight.grad is None
+            optimizer.step()
+            if fused and number > 0:
+                assert all(p.grad is None for p in model.parameters())
+            optimizer.zero_grad()
+    assert_same(models[0].parameters(), models[1].parameters())
+
+
+def test_fusing_twice_is_refused_until_the_first_is_removed():
+    model, optimizer, hooks = fused_layers()
+    with pytest.raises(ValueError, match=r"AdamW has been fused already.*remove\(\)"):
+        optim.fuse_backward(optimizer)
+    hooks.remove()
+    optim.fuse_backward(copy.deepcopy(optimizer))
+    optim.fuse_backward(optimizer, 1)
+    backward(model, 0)
+    optimizer.step()
+    assert steps_of(model, optimizer) == [1] * 4
+
+
+# Several processes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+
+
+def test_several_processes_are_refused_with_the_remedy(request):
+    model, optimizer, hooks = fused_layers()
+    request.getfixturevalue("two_processes")
+    with pytest.raises(ValueError, match=r"2 processes.*Call step\(\) after backward\(\)"):
+        backward(model, 0)  # fused before the processes found each other
+    hooks.remove()
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        optim.fuse_backward(optimizer)
+    optimizer.zero_grad()
+    backward(model, 0)
+    optimizer.step()
