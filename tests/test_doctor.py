@@ -150,6 +150,23 @@ def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder
     assert (status, err) == (2, "error: --sheet sheet: call it .png, .jpg or .webp\n")
 
 
+@pytest.mark.parametrize(
+    ("sheet", "says"),
+    [
+        ("pictures/red.png", "exists, and is not overwritten"),
+        ("pictures/new/sheet.png", "is in data.path="),
+        ("link.png", "exists, and is not overwritten"),
+    ],
+)
+def test_a_sheet_takes_the_place_of_no_picture(examine, pictures, folder, sheet, says):
+    (pictures.parent / "link.png").symlink_to("nowhere.png")
+    before = sorted((p, p.stat().st_size) for p in pictures.iterdir())
+    status, out, err = examine(*folder, f"--sheet={sheet}")
+    assert (status, out) == (2, "")
+    assert says in err
+    assert sorted((p, p.stat().st_size) for p in pictures.iterdir()) == before
+
+
 def test_it_has_a_help_page_that_tells_the_exit_statuses(examine):
     status, out, _ = examine("--help")
     assert status == 0

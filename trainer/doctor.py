@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -73,12 +74,26 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
         config = to_dataclasses(cli.composed(given.overrides))
-        if given.sheet and given.sheet.suffix.lower() not in (".png", ".jpg", ".webp"):
-            raise UserError(f"--sheet {given.sheet}: call it .png, .jpg or .webp")
+        if given.sheet:
+            _check_sheet(given.sheet, config)
         problems = examine(config, given.images_per_second, given.names, given.sheet)
     except (UserError, OSError) as error:
         cli.fail(str(error))
     sys.exit(1 if problems else 0)
+
+
+def _check_sheet(path: Path, config: Config) -> None:
+    """Refuse a place where the sheet would be lost, or would take the place of something."""
+    if path.suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise UserError(f"--sheet {path}: call it .png, .jpg or .webp")
+    if os.path.lexists(path):
+        raise UserError(f"--sheet {path} exists, and is not overwritten; name another file")
+    for source in dataset.all_sources(config.data):
+        if path.resolve().is_relative_to(Path(source.path).expanduser().resolve()):
+            raise UserError(
+                f"--sheet {path} is in data.path={source.path}, where it would be taken for one of "
+                "the pictures; name a file elsewhere"
+            )
 
 
 def examine(
