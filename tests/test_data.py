@@ -132,8 +132,9 @@ def test_captions_and_names_do_not_depend_on_the_locale(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "höhe 名.png")
     (tmp_path / "höhe 名.txt").write_bytes("ein Bär 🐻".encode())
     program = (
-        "import sys; from trainer.data import sources; from pathlib import Path; "
-        "(item,) = sources.find(Path(sys.argv[1]), ['.txt']); "
+        "import sys; from trainer.data import items, sources; from pathlib import Path; "
+        "reading = items.Reading(extensions=['.txt']); "
+        "(item,) = sources.find(Path(sys.argv[1]), reading); "
         "print(item.captions()[0].encode(), len(item.read()), item.name.encode())"
     )
     done = subprocess.run(
@@ -167,7 +168,63 @@ def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
     assert len(dataset.samples) == 5
     assert names(dataset) == ["A.PNG", "a.png", f"{'p' * 200}.png", "o.png", "ä\\n1.png"]
     assert "passed over" in caplog.text
-    assert "link to a folder above" in caplog.text
+    assert "1 links to a folder above" in caplog.text
+
+
+PASSED_OVER = {
+    # files beside the four pictures, what is said of them
+    "a.tar.gz b.tgz c.ZIP": "3 archives are passed over",
+    "a.svg b.NEF c.mpo": "3 pictures of a kind that is not read",
+    "gas.mask.png red.mask.jpg": "2 masks are of no picture",
+    "gas.txt gas.caption sub/red.txt": "3 caption files are beside no picture",
+    ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures, or folders of them,",
+    # and those that nothing is said of
+    "README.txt LICENSE.txt ._red.png .git/config .hidden.txt red.mask.png notes.md": None,
+}
+
+
+@pytest.mark.parametrize("files", PASSED_OVER)
+def test_what_is_passed_over_is_counted_and_named(load, pictures, caplog, files):
+    for name in files.split():
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / name).write_bytes((pictures / "red.png").read_bytes())
+    assert len(load(mask="file").samples) == 4
+    said = [line for line in caplog.messages if line.startswith("data: ")]
+    if says := PASSED_OVER[files]:
+        assert len(said) == 1
+        assert said[0].startswith(f"data: {says}")
+        assert sorted(files.split())[-1].split("/")[0] in said[0]
+    else:
+        assert not said
+
+
+def test_a_mask_or_hidden_picture_that_metadata_lists_is_a_picture(load, pictures, caplog):
+    for name in ("gas.mask.png", ".hidden.png", "n"):
+        shutil.copy(pictures / "red.png", pictures / name)
+    lines = [
+        {"file_name": "gas.mask.png", "text": "gas"},
+        {"file_name": ".hidden.png", "text": "hidden"},
+        {"file_name": "red.png", "mask": "n"},
+    ]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert names(load())[:1] == [".hidden.png"]
+    assert "gas.mask.png" in names(load())
+    assert "data: " not in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["tga", "PPM", "jp2", "avif", "dds", "pcx", "qoi", "ico"])
+def test_every_kind_of_picture_that_pillow_opens_is_one(load, pictures, suffix):
+    image = Image.open(pictures / "red.png")
+    image.save(pictures / f"x.{suffix}", **({"sizes": [(64, 64)]} if suffix == "ico" else {}))
+    (pictures / f"x.{suffix}").with_suffix(".txt").write_text("a card")
+    assert len(load(max_unreadable=0).samples) == 5
+
+
+def test_data_without_a_picture_tells_what_is_there_instead(load, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has no pictures; 1 archives are passed over.*0\.tar\.gz"):
+        load(path=str(tmp_path / "shards"))
 
 
 def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictures, caplog):

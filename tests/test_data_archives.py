@@ -50,8 +50,25 @@ def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog
     assert [s.name.rpartition("tar:")[2] for s in dataset.samples][2] == "ä.png"
     assert (dataset.samples[3].read()[1] == 0).all()
     assert (dataset.samples[2].read_pixels()[:, 0, 0].tolist()) == [-1, 1, -1]
-    assert "1 samples of" in caplog.text
+    assert "1 samples of archives have no picture: " in caplog.text
     assert load(path=str(tmp_path / "shard-0.tar")).fingerprint != dataset.fingerprint
+
+
+def test_no_picture_of_a_shard_is_passed_over_without_a_word(load, tmp_path, caplog):
+    members = {"a.png": png("red"), "a.PNG": png("blue"), ".h.png": b"x", "g.mask.png": b"x"}
+    tar(tmp_path / "shard.tar", members)
+    with tarfile.open(tmp_path / "shard.tar", "a") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        archive.addfile(link)
+    assert len(load(path=str(tmp_path / "shard.tar")).samples) == 1
+    for says in (
+        "1 hidden pictures of archives are passed over",
+        "1 pictures of archives are links",
+        "1 members of archives take the place of earlier ones",
+        "1 samples of archives have no picture",
+    ):
+        assert f"data: {says}" in caplog.text
 
 
 def test_a_folder_may_hold_shards_beside_pictures(load, pictures):

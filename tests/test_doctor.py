@@ -72,6 +72,19 @@ def test_every_problem_is_counted_and_named(examine, pictures, folder):
     assert out.splitlines()[-1] == "8 kinds of problems"
 
 
+def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):
+    (pictures / "more.tar.gz").write_bytes(b"")
+    status, out, _ = examine(*folder)
+    assert status == 1
+    assert "PROBLEM: 1 archives are passed over" in out
+    assert out.splitlines()[-1] == "1 kinds of problems"
+    (pictures / "more.tar.gz").unlink()
+    (pictures / "loop").symlink_to(pictures)
+    status, out, _ = examine(*folder)
+    assert status == 0
+    assert "1 links to a folder above them are passed over: " in out
+
+
 def test_only_so_many_names_are_shown(examine, pictures, folder):
     for path in pictures.glob("*.txt"):
         path.unlink()

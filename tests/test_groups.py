@@ -145,7 +145,11 @@ def test_a_rule_that_says_nothing_sensible_is_refused(rule, says):
         ("adamw", "beta: 0.9", r"method.rules\[0\] \(attn\): .*no option of AdamW 'beta'"),
         ("adamw", "lr_scal: 0.1", r"no option of AdamW 'lr_scal'.* \(or lr_scale, which a rule"),
         ("adamw", "trainabel: false", r"'trainabel'.*\(or trainable, which a rule"),
-        ("adamw", "xyzzy: 1", r"'xyzzy'; there is .*lr.*\(a rule also has lr_scale and trainable\)"),
+        (
+            "adamw",
+            "xyzzy: 1",
+            r"'xyzzy'; there is .*lr.*\(a rule also has lr_scale and trainable\)",
+        ),
         ("adamw", "weight_decay: -1", r"weight_decay=-1 is not possible[^(]*$"),
         ("sophia", "hessian_every: 3", "must be the same in all"),
         (

@@ -110,13 +110,14 @@ def examine(
     """
     found = survey(config.data)
     if not found.count:
-        where = ", ".join(s.path for s in dataset.all_sources(config.data))
-        raise UserError(f"data.path={where} has no pictures")
+        raise dataset.nothing_found(found, config.data)
     if not found.usable and not found.undecodable:
         name, why = next(iter(found.unreadable.items()), (found.uncaptioned[0], "no caption"))
         raise UserError(f"of {found.count} pictures none can be used; {name}: {why}")
     made = dataset.build(found.usable, config.data)
     print(f"{found.count} pictures, of which {len(found.usable)} can be used")
+    for what, names in found.remarks.items():
+        print(f"{len(names)} {what}: {dataset.some(names)}")
     from trainer.model import Model  # now that there is something to examine: it takes seconds
 
     model = Model(config.model, torch.device("cpu"))
@@ -163,6 +164,7 @@ def _findings(found: Survey) -> list[Finding]:
         "pictures are smaller than their bucket": small,
     }
     findings |= {f"pictures have {note}": names for note, names in found.notes.items()}
+    findings |= found.problems
     return [Finding(what=what, names=names) for what, names in findings.items() if names]
 
 

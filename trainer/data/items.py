@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,31 @@ class Item:
     notes: list[str] = field(default_factory=list)  # what of it is not used
 
 
+@dataclass(kw_only=True)
+class Reading:
+    """How sources are read, and what was noticed: names of files by what is to be said of them."""
+
+    extensions: list[str]  # of the text files that hold captions; the first found counts
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # harmless
+
+
 def is_picture(name: str) -> bool:
     """By the ending; NAME.mask.png is a mask and no picture."""
-    stem, suffix = os.path.splitext(name)
-    return suffix.lower() in PICTURE_SUFFIXES and not stem.lower().endswith(".mask")
+    return _has_suffix(name) and not is_mask(name) and not name.startswith("._")
+
+
+def is_mask(name: str) -> bool:
+    return _has_suffix(name) and os.path.splitext(name)[0].lower().endswith(".mask")
+
+
+def is_hidden(name: str) -> bool:
+    """._NAME, which a Mac keeps beside NAME, is hidden and not even a picture."""
+    return name.startswith(".")
+
+
+def _has_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def item(

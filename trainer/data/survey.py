@@ -16,7 +16,7 @@ from trainer import disk
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
-from trainer.data.items import Item
+from trainer.data.items import Item, Reading
 from trainer.errors import UserError
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -44,6 +44,9 @@ class Survey:
     undecodable: list[str] = field(default_factory=list)  # what is wrong with which caption
     uncaptioned: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    # Of files that are no such pictures, by what is to be said of them; and what is harmless.
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
 def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) -> Survey:
@@ -53,11 +56,12 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     missing or cannot be decoded, or more than `max_unreadable` pictures.  Raises UserError for a
     source that cannot be read at all, and SystemExit once `stop` holds a signal.
     """
-    found = Survey()
+    reading = Reading(extensions=endings(config))
+    found = Survey(problems=reading.problems, remarks=reading.remarks)
     captioned = []
     for source in all_sources(config):
         path = Path(source.path).expanduser()
-        for item in sources.find(path, endings(config)):
+        for item in sources.find(path, reading):
             found.count += 1
             try:
                 texts = item.captions()

@@ -10,14 +10,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from trainer.data.items import Item, item, shown
+from trainer.data.items import Item, Reading, item, shown
 from trainer.errors import UserError
 
 _one_reads = threading.Lock()  # of the threads that read ahead
 _WORDS = ("captions", "text", "caption", "weight")
 
 
-def items(path: Path, extensions: list[str]) -> Iterator[Item]:
+def items(path: Path, reading: Reading) -> Iterator[Item]:
     """One item for each row.  Raises UserError where pyarrow is missing, or the file is damaged or
     has no pictures or no captions."""
     try:

@@ -1,0 +1,72 @@
+"""metadata.jsonl and metadata.csv: what they say of the pictures of their folder."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trainer.data import captions
+from trainer.data.items import shown
+from trainer.errors import UserError
+
+_REST = "more cells than the header has"
+
+
+def listed(files: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """What the metadata among these files says, by the pictures that it is about.
+
+    Raises UserError for a line that cannot be used, and for a picture that has two.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for file in files:
+        for picture, record in _records(file):
+            if picture in found:
+                raise UserError(
+                    f"{shown(file)}: {record['file_name']} is listed for the second time"
+                )
+            found[picture] = record
+    return found
+
+
+def _records(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Of a metadata file: each picture and what is said of it; of any other file nothing."""
+    reader = READERS.get(path.name)
+    for number, record in reader(path) if reader else ():
+        where = f"{shown(path)}, line {number}"
+        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+            raise UserError(f'{where}: it has no "file_name"')
+        if not isinstance(record.get("mask", ""), str | None):
+            raise UserError(f'{where}: "mask" is not the name of a file')
+        yield path.parent / record["file_name"], record
+
+
+def _lines_of_json(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(captions.decode(path.read_bytes(), path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{shown(path)}, line {number}: it is not JSON: {error}") from error
+
+
+def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows below the header; an empty cell is as good as none, and a weight is a number."""
+    text = captions.decode(path.read_bytes(), path)
+    rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST)
+    for row in rows:
+        if _REST in row:
+            raise UserError(
+                f"{shown(path)}, line {rows.line_num}: it has more cells than the header; put a "
+                "caption that has commas in double quotes"
+            )
+        record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
+        with suppress(KeyError, ValueError):  # what is no number is refused with all bad weights
+            record["weight"] = float(record["weight"])
+        yield rows.line_num, record
+
+
+READERS = {"metadata.jsonl": _lines_of_json, "metadata.csv": _rows_of_csv}
