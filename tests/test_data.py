@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -225,6 +227,24 @@ def test_data_without_a_picture_tells_what_is_there_instead(load, tmp_path):
     (tmp_path / "shards/0.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"has no pictures; 1 archives are passed over.*0\.tar\.gz"):
         load(path=str(tmp_path / "shards"))
+
+
+def test_only_regular_files_are_opened(load, pictures, caplog, monkeypatch):
+    for name in ("pipe.png", "red.mask.png", "pipe.txt", "blue.mask.png"):
+        os.mkfifo(pictures / name)
+    with socket.socket(socket.AF_UNIX) as made:
+        monkeypatch.chdir(pictures)  # for its name must be short
+        made.bind("socket.jpg")
+    (pictures / "device.png").symlink_to("/dev/zero")
+    dataset = load(mask="file", max_unreadable=5)
+    assert names(dataset) == ["green.png", "yellow.png"]
+    for name in ("pipe.png", "red.png", "blue.png", "socket.jpg", "device.png"):
+        assert re.search(rf"unreadable picture \S*{name}: .*is no regular file", caplog.text)
+    for name in ("metadata.jsonl", "shard.tar"):
+        os.mkfifo(pictures / name)
+        with pytest.raises(UserError, match=rf"{name}.* is no regular file"):
+            load(max_unreadable=5)
+        (pictures / name).unlink()
 
 
 def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictures, caplog):

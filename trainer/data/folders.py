@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import captions, metadata
-from trainer.data.items import Item, Reading, is_hidden, is_mask, is_picture, item, shown
+from trainer.data.items import Item, Reading, is_hidden, is_mask, is_picture, item, read_file, shown
 from trainer.errors import UserError
 
 # What may hold pictures, or be one, but is not read.
@@ -96,9 +96,9 @@ def picture(path: Path, record: dict[str, Any], beside: Beside) -> Item:
     texts = [file for file in beside.texts.get(stem, ()) if file.is_file()]
     made = item(
         str(path),
-        path.read_bytes,
+        partial(read_file, path),
         record,
-        mask.read_bytes if mask else None,
+        partial(read_file, mask) if mask else None,
         partial(_caption, texts[:1]),
     )
     if len(texts) > 1:
@@ -107,7 +107,7 @@ def picture(path: Path, record: dict[str, Any], beside: Beside) -> Item:
 
 
 def _caption(files: list[Path]) -> list[str]:
-    return [captions.one_line(captions.decode(file.read_bytes(), shown(file))) for file in files]
+    return [captions.one_line(captions.decode(read_file(file), shown(file))) for file in files]
 
 
 def name_unused(

@@ -2,9 +2,11 @@
 
 import math
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trainer.config import PICTURE_SUFFIXES
@@ -80,6 +82,13 @@ def item(
         weight=weight,
         read_mask=read_mask,
     )
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file.  Raises OSError for anything else: a pipe may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{shown(path)} is no regular file (a pipe, a socket or a device)")
+    return path.read_bytes()
 
 
 def shown(name: object) -> str:

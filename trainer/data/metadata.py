@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import captions
-from trainer.data.items import shown
+from trainer.data.items import read_file, shown
 from trainer.errors import UserError
 
 _REST = "more cells than the header has"
@@ -43,8 +43,15 @@ def _records(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path.parent / record["file_name"], record
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {error}") from error
+
+
 def _lines_of_json(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(captions.decode(path.read_bytes(), path).split("\n"), 1):
+    for number, line in enumerate(captions.decode(_content(path), shown(path)).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -55,7 +62,7 @@ def _lines_of_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows below the header; an empty cell is as good as none, and a weight is a number."""
-    text = captions.decode(path.read_bytes(), path)
+    text = captions.decode(_content(path), shown(path))
     rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST)
     for row in rows:
         if _REST in row:

@@ -40,4 +40,6 @@ def _expand(path: Path, reading: Reading) -> Iterator[Item]:
         raise UserError(
             f"{shown(path)} is no folder and no file of pictures ({', '.join(_HOLDERS)})"
         )
+    if path.exists() and not path.is_file():
+        raise UserError(f"{shown(path)} is no regular file (a pipe, a socket or a device)")
     return reader(path, reading)

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from trainer.data.items import Item, Reading, item, shown
+from trainer.data.items import Item, Reading, item, read_file, shown
 from trainer.errors import UserError
 
 _one_reads = threading.Lock()  # of the threads that read ahead
@@ -81,7 +81,7 @@ def _read(path: Path, group: int, row: int, column: str) -> bytes:
         cell = _group(path, group, column)[row].as_py()
     if isinstance(cell, dict):
         if cell.get("bytes") is None and cell.get("path"):
-            return (path.parent / cell["path"]).read_bytes()
+            return read_file(path.parent / cell["path"])
         cell = cell.get("bytes")
     if cell is None:
         raise OSError(f"the column {column} is empty here")
