@@ -247,6 +247,27 @@ def test_only_regular_files_are_opened(load, pictures, caplog, monkeypatch):
         (pictures / name).unlink()
 
 
+@pytest.mark.parametrize(
+    "signs",
+    [
+        ("environment.json", "config.yaml"),
+        ("metrics.jsonl", "checkpoints/x"),
+        (".hydra/config.yaml",),
+    ],
+)
+def test_pictures_that_runs_left_in_the_folder_are_no_data(load, pictures, caplog, signs):
+    for run in ("a", "b"):
+        folder = pictures / "runs/2026-01-01" / run
+        for name in ("samples/step-1.png", *signs):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pictures / "red.png", folder / name)
+    assert len(load().samples) == 4
+    said = [line for line in caplog.messages if "folders of runs" in line]
+    assert len(said) == 1
+    assert said[0].startswith("data: 2 folders of runs are passed over")
+    assert len(load(path=str(folder)).samples) == 1  # which was asked for
+
+
 def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictures, caplog):
     (pictures / "red.txt").rename(pictures / "red.caption")
     (pictures / "blue.caption").write_text("unread")

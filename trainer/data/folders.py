@@ -55,6 +55,9 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
     if here in above:
         reading.remarks["links to a folder above them are passed over"].append(shown(folder))
         return
+    if above and _is_run({name for name, _ in entries}):
+        reading.remarks[_RUNS].append(shown(folder))
+        return
     for name, is_folder in entries:
         if not is_folder:
             yield folder / name
@@ -66,6 +69,13 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
 
 def _has_pictures(folder: Path) -> bool:
     return any(is_picture(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def _is_run(names: Collection[str]) -> bool:
+    """Whether a folder of these names is what a run of this trainer, or any by Hydra, left: its
+    pictures are results, and a run in data.path would train on those of the last."""
+    signs = ({"environment.json", "config.yaml"}, {"metrics.jsonl", "checkpoints"}, {".hydra"})
+    return any(sign <= set(names) for sign in signs)
 
 
 class Beside:
@@ -144,4 +154,5 @@ def _unused(file: Path, masks: Collection[str], texts: Collection[Path]) -> str 
     return None
 
 
+_RUNS = "folders of runs are passed over (name one itself as data.path to read it)"
 _HIDDEN = "hidden pictures, or folders of them, are passed over (a dot begins their names)"
