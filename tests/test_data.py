@@ -240,7 +240,7 @@ def test_only_regular_files_are_opened(load, pictures, caplog, monkeypatch):
     assert names(dataset) == ["green.png", "yellow.png"]
     for name in ("pipe.png", "red.png", "blue.png", "socket.jpg", "device.png"):
         assert re.search(rf"unreadable picture \S*{name}: .*is no regular file", caplog.text)
-    for name in ("metadata.jsonl", "shard.tar"):
+    for name in ("metadata.jsonl", "shard.tar", "table.parquet"):
         os.mkfifo(pictures / name)
         with pytest.raises(UserError, match=rf"{name}.* is no regular file"):
             load(max_unreadable=5)

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 
+from trainer.data.survey import survey
 from trainer.errors import UserError
 
 
@@ -155,6 +156,24 @@ def test_other_columns_of_pictures_and_captions_are_found_or_named(load, tmp_pat
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
         load(path=str(path))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_table_without_pictures_is_passed_over_in_a_folder(load, tmp_path, caplog, name):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tar(folder / "00000.tar", {"0.png": png("red"), "0.txt": b"a card"})
+    (folder / "00000_stats.json").write_text("{}")
+    table = folder / f"00000{name[1:]}"
+    WRITERS[name](table, {"url": ["u"], "caption": ["c"], "key": ["0"], "status": ["success"]})
+    config = load(path=str(folder)).config
+    says = f"1 tables without a column of pictures are passed over: {table}"
+    assert f"data: {says}" in caplog.text
+    assert not survey(config).problems
+    table.rename(folder / f"alone{name[1:]}")
+    assert len(survey(config).problems) == 1
+    with pytest.raises(UserError, match="has the columns url, caption, key, status; one that hold"):
+        load(path=str(folder / f"alone{name[1:]}"))
 
 
 def test_a_table_without_pyarrow_says_what_to_install(load, tmp_path, monkeypatch):

@@ -25,21 +25,41 @@ def find(path: Path, reading: Reading) -> Iterator[Item]:
     for file in sorted({*files, *pictures}):
         if file in pictures:
             yield folders.picture(file, listed.get(file, {}), beside)
-        elif file.suffix.lower() in _HOLDERS and not is_hidden(file.name):
-            if file.name.startswith("cache-"):
-                reading.remarks["caches of data sets are passed over"].append(shown(file))
-            else:
-                yield from _expand(file, reading)
+        elif _is_holder(file) and not _is_aside(file, reading):
+            yield from _expand(file, reading)
     folders.name_unused(files, listed, beside, reading)
+
+
+def _is_holder(file: Path) -> bool:
+    return file.suffix.lower() in _HOLDERS and not is_hidden(file.name)
+
+
+def _is_aside(file: Path, reading: Reading) -> bool:
+    """Whether an archive or table is in a folder for another reason than to be read."""
+    _check_regular(file)
+    if file.name.startswith("cache-"):
+        reading.remarks["caches of data sets are passed over"].append(shown(file))
+    elif file.suffix.lower() in (".parquet", ".arrow") and not tables.has_pictures(file):
+        # what img2dataset writes beside each shard holds nothing that is not in the shard
+        is_listing = file.with_suffix(".tar").is_file()
+        said = reading.remarks if is_listing else reading.problems
+        said["tables without a column of pictures are passed over"].append(shown(file))
+    else:
+        return False
+    return True
 
 
 def _expand(path: Path, reading: Reading) -> Iterator[Item]:
     """The pictures inside one file."""
+    _check_regular(path)
     reader = _HOLDERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
             f"{shown(path)} is no folder and no file of pictures ({', '.join(_HOLDERS)})"
         )
+    return reader(path, reading)
+
+
+def _check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"{shown(path)} is no regular file (a pipe, a socket or a device)")
-    return reader(path, reading)

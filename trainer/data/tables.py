@@ -6,6 +6,7 @@ The picture is in a column `image`, or in the first that holds bytes; captions a
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,28 @@ _WORDS = ("captions", "text", "caption", "weight")
 def items(path: Path, reading: Reading) -> Iterator[Item]:
     """One item for each row.  Raises UserError where pyarrow is missing, or the file is damaged or
     has no pictures or no captions."""
+    names, image = _columns(path)
+    words = [name for name in _WORDS if name in names]
+    if image is None or not {*words} - {"weight"}:
+        raise UserError(
+            f"{shown(path)} has the columns {', '.join(names)}; one that holds pictures is "
+            "needed, and captions in captions, text or caption"
+        )
+    with _named_errors(path):
+        for number, (group, row, record) in enumerate(_records(path, words)):
+            place = (path, group, row)
+            mask = partial(_read, *place, "mask") if "mask" in names else None
+            yield item(f"{path}:{number}", partial(_read, *place, image), record, mask)
+
+
+def has_pictures(path: Path) -> bool:
+    """Whether one of its columns holds pictures.  Raises UserError as `items` does."""
+    return _columns(path)[1] is not None
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """What goes wrong with the table as a UserError that names it."""
     try:
         import pyarrow as pa
     except ImportError:
@@ -27,27 +50,19 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
             f"{shown(path)} needs the package pyarrow to be read: pip install pyarrow"
         ) from None
     try:
-        names, image = _columns(path)
-        words = [name for name in _WORDS if name in names]
-        if image is None or not {*words} - {"weight"}:
-            raise UserError(
-                f"{shown(path)} has the columns {', '.join(names)}; one that holds pictures is "
-                "needed, and captions in captions, text or caption"
-            )
-        for number, (group, row, record) in enumerate(_records(path, words)):
-            place = (path, group, row)
-            mask = partial(_read, *place, "mask") if "mask" in names else None
-            yield item(f"{path}:{number}", partial(_read, *place, image), record, mask)
+        yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{shown(path)} cannot be read: {error}") from error
 
 
 def _columns(path: Path) -> tuple[list[str], str | None]:
     """All columns, and the one that pictures are in."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with _named_errors(path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path) if path.suffix.lower() == ".parquet" else _arrow(path).schema
+        is_parquet = path.suffix.lower() == ".parquet"
+        schema = pq.read_schema(path) if is_parquet else _arrow(path).schema
 
     def holds_bytes(name: str) -> bool:
         kind = schema.field(name).type
