@@ -311,6 +311,25 @@ def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,text,prompt\nred.png,x,one\nblue.png,y,"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "red.png", "text": "x", "prompt": "one"}\n{"file_name": "blue.png"}',
+        ),
+    ],
+)
+def test_the_column_of_captions_can_be_named_in_metadata(load, pictures, name, text):
+    (pictures / name).write_text(text)
+    blue, _, red, yellow = load(caption_column="prompt").samples
+    assert [s.caption for s in (red, blue, yellow)] == ["one", "a blue card", "a yellow card"]
+    says = r"data\.caption_column=promt; there is file_name, text, prompt$"
+    with pytest.raises(UserError, match=says):
+        load(caption_column="promt")
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("file_name,text\nred.png,a, b", r"metadata\.csv, line 2: it has more cells .* quotes"),

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 
+from trainer.config import SourceConfig
 from trainer.data.survey import survey
 from trainer.errors import UserError
 
@@ -149,13 +150,50 @@ def test_other_columns_of_pictures_and_captions_are_found_or_named(load, tmp_pat
     path = tmp_path / "t.parquet"
     write_parquet(path, {"jpg": [png("red")], "captions": [["one", "two"]]})
     assert load(path=str(path)).samples[0].captions == ("one", "two")
-    for columns in ({"text": ["x"]}, {"image": [png("red")], "label": [1]}):
-        write_parquet(path, columns)
-        with pytest.raises(UserError, match=f"has the columns {', '.join(columns)};"):
-            load(path=str(path))
+    write_parquet(path, {"text": ["x"], "label": [1]})
+    with pytest.raises(UserError, match="has the columns text, label; one that holds pictures"):
+        load(path=str(path))
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
         load(path=str(path))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_table_without_captions_follows_the_rules_for_missing_ones(load, tmp_path, caplog, name):
+    for column in ("prompt", "weight"):  # of which the second leaves nothing small but weights
+        path = tmp_path / f"{column}-{name}"
+        WRITERS[name](path, {"image": [png("red"), png("blue")], column: [None, None]})
+        assert [s.caption for s in load(path=str(path)).samples] == ["", ""]
+        assert f"1 tables have no captions in the columns image, {column} (data.cap" in caplog.text
+        given = [SourceConfig(path=str(path), caption="a card")]
+        dataset = load(path=None, sources=given, on_missing_caption="error")
+        assert [s.caption for s in dataset.samples] == ["a card", "a card"]
+        with pytest.raises(UserError, match="2 pictures have no"):
+            load(path=str(path), on_missing_caption="error")
+    alone = tmp_path / f"alone-{name}"
+    WRITERS[name](alone, {"image": [png("red"), png("blue"), png("lime")]})
+    assert len(load(path=str(alone)).samples) == 3
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_column_of_captions_can_be_named(load, tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path, {"image": [png("red")] * 2, "text": ["x", "y"], "prompt": ["one", None]})
+    dataset = load(path=str(path), caption_column="prompt")
+    assert [s.caption for s in dataset.samples] == ["one", ""]
+    says = r"has no data\.caption_column=promt; it has the columns image, text, prompt"
+    with pytest.raises(UserError, match=says):
+        load(path=str(path), caption_column="promt")
+
+
+def test_the_column_of_captions_can_be_named_in_a_shard(load, tmp_path, caplog):
+    members = {"a.png": png("red"), "a.json": b'{"prompt": "one", "text": "two"}'}
+    tar(tmp_path / "s.tar", members)
+    (sample,) = load(path=str(tmp_path / "s.tar"), caption_column="prompt").samples
+    assert sample.caption == "one"
+    assert "caption_column" not in caplog.text
+    load(path=str(tmp_path / "s.tar"), caption_column="promt")
+    assert "1 sources have nothing with data.caption_column=promt" in caplog.text
 
 
 @pytest.mark.parametrize("name", WRITERS)

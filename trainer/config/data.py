@@ -49,6 +49,9 @@ class DataConfig:
 
     # Captions.  Endings of the text files beside pictures, one or a list; the first found counts.
     caption_extension: Any
+    # Of tables and metadata files (and the .json of webdataset samples): the name of the captions'
+    # column; null: captions, text or caption.
+    caption_column: str | None
     on_missing_caption: str = one_of("error", "empty", "skip")  # skip: leave the picture out
     caption_prefix: str  # before every caption, such as a trigger word; never shuffled
     caption_suffix: str

@@ -140,8 +140,8 @@ def refuse(found: Survey, config: DataConfig) -> None:
     if found.uncaptioned:
         extensions = " or ".join(endings(config))
         message = (
-            f"{len(found.uncaptioned)} pictures have no {extensions} file beside them: "
-            f"{some(found.uncaptioned)}"
+            f"{len(found.uncaptioned)} pictures have no {extensions} file beside them, and no "
+            f"caption in metadata or a table: {some(found.uncaptioned)}"
         )
         if config.on_missing_caption == "error":
             raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")

@@ -99,7 +99,7 @@ def _stem(path: Path) -> str:
     return os.path.splitext(path)[0]
 
 
-def picture(path: Path, record: dict[str, Any], beside: Beside) -> Item:
+def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading) -> Item:
     """A picture file, with what a metadata file says of it and what lies beside it."""
     stem = _stem(path)
     mask = path.parent / record["mask"] if record.get("mask") else beside.masks.get(stem)
@@ -109,6 +109,7 @@ def picture(path: Path, record: dict[str, Any], beside: Beside) -> Item:
         partial(read_file, path),
         record,
         partial(read_file, mask) if mask else None,
+        reading,
         partial(_caption, texts[:1]),
     )
     if len(texts) > 1:

@@ -13,6 +13,8 @@ from trainer.config import PICTURE_SUFFIXES
 from trainer.data import captions
 from trainer.errors import UserError
 
+CAPTION_COLUMNS = ("captions", "text", "caption")
+
 
 @dataclass(kw_only=True)
 class Item:
@@ -32,8 +34,15 @@ class Reading:
     """How sources are read, and what was noticed: names of files by what is to be said of them."""
 
     extensions: list[str]  # of the text files that hold captions; the first found counts
+    caption_column: str | None = None  # in tables and metadata; None: any of CAPTION_COLUMNS
+    has_column: bool = False  # whether something had it
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # harmless
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """Where captions may be in a table; the first that is there counts."""
+        return (self.caption_column,) if self.caption_column is not None else CAPTION_COLUMNS
 
 
 def is_picture(name: str) -> bool:
@@ -59,11 +68,13 @@ def item(
     read: Callable[[], bytes],
     record: dict[str, Any],
     read_mask: Callable[[], bytes] | None,
+    reading: Reading,
     otherwise: Callable[[], list[str]] = list,
 ) -> Item:
-    """A picture whose `record` may hold its captions (`captions`, `text` or `caption`, a string or
-    a list) and the weight of its loss; captions come from `otherwise` where it does not."""
-    words = (record.get(key) for key in ("captions", "text", "caption"))
+    """A picture whose `record` may hold its captions (a string or a list, in one of the columns
+    for them) and the weight of its loss; captions come from `otherwise` where it does not."""
+    reading.has_column |= reading.caption_column in record
+    words = (record.get(column) for column in reading.caption_columns)
     given = next((word for word in words if word is not None), None)
     texts = [given] if isinstance(given, str) else given
     if texts is not None and not (

@@ -15,19 +15,27 @@ from trainer.errors import UserError
 _REST = "more cells than the header has"
 
 
-def listed(files: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+def listed(files: Iterable[Path], caption_column: str | None) -> dict[Path, dict[str, Any]]:
     """What the metadata among these files says, by the pictures that it is about.
 
-    Raises UserError for a line that cannot be used, and for a picture that has two.
+    Raises UserError for a line that cannot be used, for a picture that has two, and for a file
+    without the column that was asked for.
     """
     found: dict[Path, dict[str, Any]] = {}
     for file in files:
+        columns: dict[str, None] = {}  # in their order
         for picture, record in _records(file):
             if picture in found:
                 raise UserError(
                     f"{shown(file)}: {record['file_name']} is listed for the second time"
                 )
             found[picture] = record
+            columns |= dict.fromkeys(record)
+        if caption_column is not None and columns and caption_column not in columns:
+            raise UserError(
+                f"{shown(file)} has no data.caption_column={caption_column}; there is "
+                f"{shown(', '.join(columns))}"
+            )
     return found
 
 

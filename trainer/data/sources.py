@@ -19,12 +19,12 @@ def find(path: Path, reading: Reading) -> Iterator[Item]:
         yield from _expand(path, reading)
         return
     files = sorted(folders.walk(path, reading))
-    listed = metadata.listed(files)
+    listed = metadata.listed(files, reading.caption_column)
     pictures = {*listed, *(f for f in files if is_picture(f.name) and not is_hidden(f.name))}
     beside = folders.Beside(files, pictures, reading)
     for file in sorted({*files, *pictures}):
         if file in pictures:
-            yield folders.picture(file, listed.get(file, {}), beside)
+            yield folders.picture(file, listed.get(file, {}), beside, reading)
         elif _is_holder(file) and not _is_aside(file, reading):
             yield from _expand(file, reading)
     folders.name_unused(files, listed, beside, reading)

@@ -56,11 +56,11 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     missing or cannot be decoded, or more than `max_unreadable` pictures.  Raises UserError for a
     source that cannot be read at all, and SystemExit once `stop` holds a signal.
     """
-    reading = Reading(extensions=endings(config))
+    reading = Reading(extensions=endings(config), caption_column=config.caption_column)
     found = Survey(problems=reading.problems, remarks=reading.remarks)
     captioned = []
     for source in all_sources(config):
-        path = Path(source.path).expanduser()
+        path, reading.has_column = Path(source.path).expanduser(), False
         for item in sources.find(path, reading):
             found.count += 1
             try:
@@ -74,6 +74,9 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
                 found.uncaptioned.append(item.name)
             if texts or config.on_missing_caption != "skip":
                 captioned.append((source, item, texts or [""]))
+        if config.caption_column is not None and not reading.has_column:
+            said = f"sources have nothing with data.caption_column={config.caption_column}"
+            reading.remarks[said].append(source.path)
     missing = found.uncaptioned and config.on_missing_caption == "error"
     if for_run and (found.undecodable or missing):
         return found

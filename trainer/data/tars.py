@@ -33,7 +33,7 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
     for stem, members in samples.items():
         pictures = [ending for ending in members if is_picture(f"x{ending}")]
         for ending in pictures:
-            yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, reading.extensions)
+            yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, reading)
         if not pictures:
             where = shown(f"{path}:{stem.lstrip('/')}")
             reading.problems["samples of archives have no picture"].append(where)
@@ -61,9 +61,7 @@ _LINK = "pictures of archives are links, and passed over (make it with tar --har
 _TWICE = "members of archives take the place of earlier ones with their name"
 
 
-def _item(
-    path: Path, name: str, members: dict[str, Place], ending: str, extensions: list[str]
-) -> Item:
+def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading: Reading) -> Item:
     where = f"{path}:{name}"
     record = {}
     if ".json" in members:
@@ -74,13 +72,14 @@ def _item(
         if not isinstance(record, dict):
             raise UserError(f"{shown(where)}: its .json holds no object")
         record.pop("mask", None)
-    text = next((members[e] for e in extensions if e in members), None)
+    text = next((members[e] for e in reading.extensions if e in members), None)
     mask = members.get(".mask.png")
     return item(
         where,
         partial(_read, path, members[ending]),
         record,
         partial(_read, path, mask) if mask else None,
+        reading,
         partial(_caption, path, text, where),
     )
 
