@@ -310,6 +310,28 @@ def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):
     assert (red.read()[1] == 0).all()
 
 
+@pytest.mark.parametrize("named", ["../b.png", "{folder}/b.png", "../../data/link/../b.png"])
+@pytest.mark.parametrize("start", [".", "../data", "{folder}", "../alias"])
+def test_a_picture_is_one_by_whatever_path_metadata_lists_it(
+    load, pictures, tmp_path, monkeypatch, named, start
+):
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "link").mkdir()
+    (tmp_path / "alias").symlink_to(folder)
+    shutil.copy(pictures / "red.png", folder / "b.png")
+    shutil.copy(pictures / "blue.png", folder / "sub/a.png")
+    line = {"file_name": named.format(folder=folder), "text": "the b"}
+    (folder / "sub/metadata.jsonl").write_text(json.dumps(line))
+    monkeypatch.chdir(folder)
+    dataset = load(path=start.format(folder=folder))
+    assert [s.caption for s in dataset.samples] == ["the b", ""]
+    assert names(dataset) == ["b.png", "a.png"]
+    (folder / "metadata.jsonl").write_text('{"file_name": "b.png"}')
+    with pytest.raises(UserError, match="listed for the second time"):
+        load(path=start.format(folder=folder))
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,18 @@ from trainer.errors import UserError
 _REST = "more cells than the header has"
 
 
-def listed(files: Iterable[Path], caption_column: str | None) -> dict[Path, dict[str, Any]]:
+def listed(files: Collection[Path], caption_column: str | None) -> dict[Path, dict[str, Any]]:
     """What the metadata among these files says, by the pictures that it is about.
 
     Raises UserError for a line that cannot be used, for a picture that has two, and for a file
     without the column that was asked for.
     """
     found: dict[Path, dict[str, Any]] = {}
+    walked = _Walked(files)
     for file in files:
         columns: dict[str, None] = {}  # in their order
-        for picture, record in _records(file):
+        for named, record in _records(file):
+            picture = walked.path(named)
             if picture in found:
                 raise UserError(
                     f"{shown(file)}: {record['file_name']} is listed for the second time"
@@ -49,6 +53,30 @@ def _records(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         if not isinstance(record.get("mask", ""), str | None):
             raise UserError(f'{where}: "mask" is not the name of a file')
         yield path.parent / record["file_name"], record
+
+
+class _Walked:
+    """The files of a folder, by any path that leads to them (../b.png, /abs/b.png): a picture that
+    is listed is one of them, not another beside it."""
+
+    def __init__(self, files: Collection[Path]):
+        self.files = {*files}
+
+    def path(self, named: Path) -> Path:
+        """That of the walk; where it has not been there, the given one without ".."."""
+        if named in self.files:
+            return named
+        place = _place(named)
+        return self._by_place.get(place, place if ".." in named.parts else named)
+
+    @cached_property
+    def _by_place(self) -> dict[Path, Path]:
+        real = cache(os.path.realpath)
+        return {Path(real(file.parent), file.name): file for file in self.files}
+
+
+def _place(path: Path) -> Path:
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def _content(path: Path) -> bytes:
