@@ -414,6 +414,24 @@ def test_several_sources_have_repeats_weights_and_captions_of_their_own(load, pi
     assert epoch == {0: 3, 1: 3, 2: 3, 3: 3, 4: 1, 5: 1}
 
 
+def test_pictures_of_two_sources_are_named_with_both(load, pictures, tmp_path, caplog):
+    (pictures / "sub").mkdir()
+    shutil.copy(pictures / "red.png", pictures / "sub/red.png")
+    (tmp_path / "alias").symlink_to(pictures)
+    whole, part, alias = str(pictures), f"{pictures}/sub", f"{tmp_path}/alias"
+    for paths, says in (
+        ([whole, part], f"data: 1 pictures of {whole} are of {part} too, and trained on for both"),
+        ([part, alias], f"data: 1 pictures of {part} are of {alias} too"),
+        ([whole, alias], f"data: 5 pictures of {whole} are of {alias} too"),
+        ([whole, whole], f"data: 5 pictures of {whole} are of {whole} too"),
+        ([whole], None),
+    ):
+        caplog.clear()
+        load(path=None, sources=[SourceConfig(path=path) for path in paths])
+        said = [line for line in caplog.messages if "trained on for both" in line]
+        assert [line.startswith(says) for line in said] == ([True] if says else [])
+
+
 def test_shuffled_and_thinned_captions_keep_their_first_tags_and_need_no_seed(options):
     config = dataclasses.replace(
         options, shuffle_tags=True, tag_dropout=0.3, keep_tokens=2, caption_variants=1000

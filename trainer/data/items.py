@@ -21,6 +21,7 @@ class Item:
     """One picture, wherever it is; nothing of it has been read."""
 
     name: str  # as messages show it
+    path: str  # of its file, and what it is there: a member's name, or a row's number
     read: Callable[[], bytes]
     # [] where there is none.  Raises UserError for text that cannot be decoded.
     captions: Callable[[], list[str]]
@@ -88,6 +89,7 @@ def item(
     lines = [captions.one_line(text) for text in texts or []]
     return Item(
         name=shown(name),
+        path=name,
         read=read,
         captions=(lambda: lines) if texts is not None else otherwise,
         weight=weight,

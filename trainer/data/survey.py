@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,14 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     reading = Reading(extensions=endings(config), caption_column=config.caption_column)
     found = Survey(problems=reading.problems, remarks=reading.remarks)
     captioned = []
+    repeated, several = _Repeated(), len(config.sources) > 1
     for source in all_sources(config):
         path, reading.has_column = Path(source.path).expanduser(), False
         for item in sources.find(path, reading):
             found.count += 1
+            if several and (other := repeated.source(item.path, source)):
+                said = f"pictures of {other.path} are of {source.path} too, and trained on for both"
+                found.problems[said].append(item.name)
             try:
                 texts = item.captions()
             except (UserError, OSError) as error:
@@ -162,6 +167,20 @@ def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
         return content.digest, size, notes, unique
     except Exception as error:
         return error
+
+
+class _Repeated:
+    """Which source had a picture first, by whatever path that leads to it."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, SourceConfig] = {}
+        self.real = cache(os.path.realpath)
+
+    def source(self, path: str, source: SourceConfig) -> SourceConfig | None:
+        """The earlier source of this picture, where there is one."""
+        folder, name = os.path.split(path)
+        earlier = self.first.setdefault(os.path.join(self.real(folder), name), source)
+        return earlier if earlier is not source else None
 
 
 class _Checked:
