@@ -161,6 +161,7 @@ def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
     for hidden in ("._a.png", ".hidden/x.png"):
         (folder / hidden).write_bytes(b"no picture")
     (folder / "loop").symlink_to(folder)
+    (folder / "itself").symlink_to(folder / "itself")
     outside = tmp_path / "outside"
     outside.mkdir()
     picture.save(outside / "o.png")
@@ -209,9 +210,22 @@ def test_a_mask_or_hidden_picture_that_metadata_lists_is_a_picture(load, picture
         {"file_name": "red.png", "mask": "n"},
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (pictures / ".hidden.txt").write_text("unread")
     assert names(load())[:1] == [".hidden.png"]
     assert "gas.mask.png" in names(load())
     assert "data: " not in caplog.text
+    assert "1 pictures have a text file that their metadata disagrees with" in caplog.text
+
+
+def test_what_lies_beside_a_picture_elsewhere_is_read_too(load, pictures, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("L", (80, 70), 0).save(pictures / "red.mask.png")
+    lines = [{"file_name": "../pictures/red.png"}, {"file_name": f"{pictures}/blue.png"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    blue, red = load(path=str(folder), mask="file").samples
+    assert (blue.caption, red.caption) == ("a blue card", "a red card")
+    assert (red.read()[1] == 0).all()
 
 
 @pytest.mark.parametrize("suffix", ["tga", "PPM", "jp2", "avif", "dds", "pcx", "qoi", "ico"])
@@ -297,6 +311,33 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
     assert (red.loss_weight, blue.loss_weight) == (0.5, 1.0)
     assert (red.read()[1] == 0).all()
     assert (blue.read()[1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_noted"),
+    [
+        (b"metadata says other", False),
+        (b"metadata\nsays other\n", False),
+        (b"x", True),
+        (b"\xff", True),
+    ],
+)
+def test_a_text_file_that_metadata_overrules_is_noted(load, pictures, caplog, text, is_noted):
+    (pictures / "red.txt").write_bytes(text)
+    lines = [
+        {"file_name": "red.png", "text": "metadata says other"},
+        {"file_name": "blue.png", "weight": 1},
+    ]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load().samples[2].caption == "metadata says other"
+    said = "1 pictures have a text file that their metadata disagrees with; it is not read: "
+    assert (said in caplog.text) == is_noted
+
+
+def test_a_text_file_of_two_pictures_is_noted(load, pictures, caplog):
+    Image.new("RGB", (64, 64)).save(pictures / "red.jpg")
+    assert [s.caption for s in load().samples].count("a red card") == 2
+    assert "2 pictures have a .txt that is another picture's too, of the same name: " in caplog.text
 
 
 def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):

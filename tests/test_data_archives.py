@@ -52,8 +52,24 @@ def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog
     assert [s.name.rpartition("tar:")[2] for s in dataset.samples][2] == "ä.png"
     assert (dataset.samples[3].read()[1] == 0).all()
     assert (dataset.samples[2].read_pixels()[:, 0, 0].tolist()) == [-1, 1, -1]
+    assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
     assert "1 samples of archives have no picture: " in caplog.text
     assert load(path=str(tmp_path / "shard-0.tar")).fingerprint != dataset.fingerprint
+
+
+def test_captions_of_a_shard_that_are_not_read_are_noted(load, tmp_path, caplog):
+    members = {
+        "a.png": png("red"),
+        "a.seg.png": png("blue"),
+        "a.txt": b"one",
+        "b.png": png("lime"),
+        "b.txt": b"one",
+        "b.json": b'{"caption": "another"}',
+    }
+    tar(tmp_path / "s.tar", members)
+    assert len(load(path=str(tmp_path / "s.tar")).samples) == 3
+    assert "2 pictures have a .txt that is another picture's too" in caplog.text
+    assert "1 pictures have a text file that their metadata disagrees with" in caplog.text
 
 
 def test_no_picture_of_a_shard_is_passed_over_without_a_word(load, tmp_path, caplog):

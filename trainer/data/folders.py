@@ -7,12 +7,23 @@ one, and is not used goes to `Reading.problems`, by its kind.
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainer.data import captions, metadata
-from trainer.data.items import Item, Reading, is_hidden, is_mask, is_picture, item, read_file, shown
+from trainer.data.items import (
+    Item,
+    Reading,
+    is_hidden,
+    is_mask,
+    is_picture,
+    item,
+    note_texts,
+    read_file,
+    shown,
+)
 from trainer.errors import UserError
 
 # What may hold pictures, or be one, but is not read.
@@ -48,7 +59,7 @@ def walk(folder: Path, reading: Reading) -> Iterator[Path]:
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) -> Iterator[Path]:
     try:
         state = folder.stat()
-        entries = [(entry.name, entry.is_dir()) for entry in os.scandir(folder)]
+        entries = [(entry.name, _is_folder(entry)) for entry in os.scandir(folder)]
     except OSError as error:
         raise UserError(f"{shown(folder)} cannot be read: {error.strerror}") from error
     here = (state.st_dev, state.st_ino)
@@ -67,6 +78,13 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
             reading.problems[_HIDDEN].append(shown(folder / name))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: no folder, and unreadable where it is called a picture
+        return False
+
+
 def _has_pictures(folder: Path) -> bool:
     return any(is_picture(name) for _, _, names in os.walk(folder) for name in names)
 
@@ -81,11 +99,13 @@ def _is_run(names: Collection[str]) -> bool:
 class Beside:
     """Text files and masks, by the path of what they lie beside, without its ending."""
 
-    def __init__(self, files: Iterable[Path], pictures: Collection[Path], reading: Reading):
+    def __init__(self, files: Collection[Path], pictures: Collection[Path], reading: Reading):
         self.pictures = Counter(_stem(picture) for picture in pictures)
         self.texts: dict[str, list[Path]] = defaultdict(list)
         self.masks: dict[str, Path] = {}
-        files = [file for file in files if file not in pictures and not is_hidden(file.name)]
+        elsewhere = {picture.parent for picture in {*pictures} - {*files}}  # as metadata says
+        files = [*files, *(file for folder in sorted(elsewhere) for file in _files(folder))]
+        files = [file for file in files if file not in pictures]
         for extension in reading.extensions:  # the first counts
             for file in files:
                 if file.suffix == extension and file.name not in metadata.READERS:
@@ -93,6 +113,12 @@ class Beside:
         for file in files:
             if is_mask(file.name) and file.suffix == ".png":
                 self.masks[_stem(file).removesuffix(".mask")] = file
+
+
+def _files(folder: Path) -> list[Path]:
+    with suppress(OSError):  # of a picture that is not there either
+        return sorted(folder.iterdir())
+    return []
 
 
 def _stem(path: Path) -> str:
@@ -112,8 +138,7 @@ def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading
         reading,
         partial(_caption, texts[:1]),
     )
-    if len(texts) > 1:
-        made.notes.append(f"a {texts[1].suffix} beside their {texts[0].suffix}; it is not read")
+    note_texts(made, [file.suffix for file in texts], beside.pictures[stem] > 1)
     return made
 
 

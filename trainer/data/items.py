@@ -87,6 +87,7 @@ def item(
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise UserError(f"{name}: its weight is {weight!r}; it must be a number >= 0")
     lines = [captions.one_line(text) for text in texts or []]
+    is_overruled = texts is not None and _disagrees(otherwise, lines)
     return Item(
         name=shown(name),
         path=name,
@@ -94,7 +95,29 @@ def item(
         captions=(lambda: lines) if texts is not None else otherwise,
         weight=weight,
         read_mask=read_mask,
+        notes=["a text file that their metadata disagrees with; it is not read"]
+        if is_overruled
+        else [],
     )
+
+
+def note_texts(made: Item, endings: list[str], is_shared: bool) -> None:
+    """Note what is odd about the text files of a picture, the first of which is its caption.
+
+    `is_shared`: another picture has them too.
+    """
+    if len(endings) > 1:
+        made.notes.append(f"a {endings[1]} beside their {endings[0]}; it is not read")
+    if endings and is_shared:
+        made.notes.append(f"a {endings[0]} that is another picture's too, of the same name")
+
+
+def _disagrees(read: Callable[[], list[str]], lines: list[str]) -> bool:
+    """Whether a caption is there that is none of these lines."""
+    try:
+        return not {*read()} <= {*lines}
+    except (UserError, OSError):  # of what is not used anyway
+        return True
 
 
 def read_file(path: Path) -> bytes:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.data import captions
-from trainer.data.items import Item, Reading, is_hidden, is_picture, item, shown
+from trainer.data.items import Item, Reading, is_hidden, is_picture, item, note_texts, shown
 from trainer.errors import UserError
 
 Place = tuple[int, int]  # offset and length, in bytes
@@ -72,9 +72,10 @@ def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading
         if not isinstance(record, dict):
             raise UserError(f"{shown(where)}: its .json holds no object")
         record.pop("mask", None)
-    text = next((members[e] for e in reading.extensions if e in members), None)
+    endings = [e for e in reading.extensions if e in members]
+    text = members[endings[0]] if endings else None
     mask = members.get(".mask.png")
-    return item(
+    made = item(
         where,
         partial(_read, path, members[ending]),
         record,
@@ -82,6 +83,8 @@ def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading
         reading,
         partial(_caption, path, text, where),
     )
+    note_texts(made, endings, sum(is_picture(f"x{e}") for e in members) > 1)
+    return made
 
 
 def _caption(path: Path, place: Place | None, where: str) -> list[str]:
