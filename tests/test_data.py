@@ -296,6 +296,19 @@ def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictu
     assert [s.caption for s in chosen.samples] == ["unread", "a red card"]
 
 
+@pytest.mark.parametrize("extension", [".txt", ".TXT", [".caption", ".Txt", ".txt"]])
+def test_the_case_of_a_text_files_ending_does_not_matter(load, pictures, caplog, extension):
+    (pictures / "red.txt").rename(pictures / "red.TXT")
+    (pictures / "red.png").rename(pictures / "red.PNG")
+    dataset = load(caption_extension=extension, on_missing_caption="error")
+    assert dataset.samples[2].caption == "a red card"
+    assert "not read" not in caplog.text
+    (pictures / "blue.TXT").write_text("another")
+    first = load(caption_extension=extension).samples[0].caption
+    assert first == ("another" if extension == ".TXT" else "a blue card")
+    assert "it is not read" in caplog.text
+
+
 def test_metadata_gives_captions_weights_and_masks(load, pictures):
     Image.new("L", (80, 70), 0).save(pictures / "m.mask.png")
     lines = [

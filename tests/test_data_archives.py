@@ -57,6 +57,12 @@ def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog
     assert load(path=str(tmp_path / "shard-0.tar")).fingerprint != dataset.fingerprint
 
 
+def test_the_case_of_endings_in_a_shard_does_not_matter(load, tmp_path):
+    tar(tmp_path / "s.tar", {"a.PNG": png("red"), "a.Txt": b"a card"})
+    (sample,) = load(path=str(tmp_path / "s.tar"), caption_extension=".TXT").samples
+    assert sample.caption == "a card"
+
+
 def test_captions_of_a_shard_that_are_not_read_are_noted(load, tmp_path, caplog):
     members = {
         "a.png": png("red"),

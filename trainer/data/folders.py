@@ -106,13 +106,16 @@ class Beside:
         elsewhere = {picture.parent for picture in {*pictures} - {*files}}  # as metadata says
         files = [*files, *(file for folder in sorted(elsewhere) for file in _files(folder))]
         files = [file for file in files if file not in pictures]
-        for extension in reading.extensions:  # the first counts
-            for file in files:
-                if file.suffix == extension and file.name not in metadata.READERS:
-                    self.texts[_stem(file)].append(file)
+        given = reading.extensions
+        kinds = list(dict.fromkeys(extension.lower() for extension in given))
         for file in files:
-            if is_mask(file.name) and file.suffix == ".png":
+            kind = file.suffix.lower()
+            if kind in kinds and file.name not in metadata.READERS:
+                self.texts[_stem(file)].append(file)
+            elif is_mask(file.name) and file.suffix == ".png":
                 self.masks[_stem(file).removesuffix(".mask")] = file
+        for texts in self.texts.values():  # the first counts: .txt before .TXT before .caption
+            texts.sort(key=lambda f: (kinds.index(f.suffix.lower()), f.suffix not in given))
 
 
 def _files(folder: Path) -> list[Path]:

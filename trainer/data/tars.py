@@ -72,7 +72,8 @@ def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading
         if not isinstance(record, dict):
             raise UserError(f"{shown(where)}: its .json holds no object")
         record.pop("mask", None)
-    endings = [e for e in reading.extensions if e in members]
+    kinds = dict.fromkeys(extension.lower() for extension in reading.extensions)
+    endings = [kind for kind in kinds if kind in members]
     text = members[endings[0]] if endings else None
     mask = members.get(".mask.png")
     made = item(
