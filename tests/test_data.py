@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -132,8 +134,9 @@ def test_captions_and_names_do_not_depend_on_the_locale(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "höhe 名.png")
     (tmp_path / "höhe 名.txt").write_bytes("ein Bär 🐻".encode())
     program = (
-        "import sys; from trainer.data import sources; from pathlib import Path; "
-        "(item,) = sources.find(Path(sys.argv[1]), ['.txt']); "
+        "import sys; from trainer.data import items, sources; from pathlib import Path; "
+        "reading = items.Reading(extensions=['.txt']); "
+        "(item,) = sources.find(Path(sys.argv[1]), reading); "
         "print(item.captions()[0].encode(), len(item.read()), item.name.encode())"
     )
     done = subprocess.run(
@@ -158,6 +161,7 @@ def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
     for hidden in ("._a.png", ".hidden/x.png"):
         (folder / hidden).write_bytes(b"no picture")
     (folder / "loop").symlink_to(folder)
+    (folder / "itself").symlink_to(folder / "itself")
     outside = tmp_path / "outside"
     outside.mkdir()
     picture.save(outside / "o.png")
@@ -167,7 +171,115 @@ def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
     assert len(dataset.samples) == 5
     assert names(dataset) == ["A.PNG", "a.png", f"{'p' * 200}.png", "o.png", "ä\\n1.png"]
     assert "passed over" in caplog.text
-    assert "link to a folder above" in caplog.text
+    assert "1 links to a folder above" in caplog.text
+
+
+PASSED_OVER = {
+    # files beside the four pictures, what is said of them
+    "a.tar.gz b.tgz c.ZIP": "3 archives are passed over",
+    "a.svg b.NEF c.mpo": "3 pictures of a kind that is not read",
+    "gas.mask.png red.mask.jpg": "2 masks are of no picture",
+    "gas.txt gas.caption sub/red.txt": "3 caption files are beside no picture",
+    ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures, or folders of them,",
+    # and those that nothing is said of
+    "README.txt LICENSE.txt ._red.png .git/config .hidden.txt red.mask.png notes.md": None,
+}
+
+
+@pytest.mark.parametrize("files", PASSED_OVER)
+def test_what_is_passed_over_is_counted_and_named(load, pictures, caplog, files):
+    for name in files.split():
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / name).write_bytes((pictures / "red.png").read_bytes())
+    assert len(load(mask="file").samples) == 4
+    said = [line for line in caplog.messages if line.startswith("data: ")]
+    if says := PASSED_OVER[files]:
+        assert len(said) == 1
+        assert said[0].startswith(f"data: {says}")
+        assert sorted(files.split())[-1].split("/")[0] in said[0]
+    else:
+        assert not said
+
+
+def test_a_mask_or_hidden_picture_that_metadata_lists_is_a_picture(load, pictures, caplog):
+    for name in ("gas.mask.png", ".hidden.png", "n"):
+        shutil.copy(pictures / "red.png", pictures / name)
+    lines = [
+        {"file_name": "gas.mask.png", "text": "gas"},
+        {"file_name": ".hidden.png", "text": "hidden"},
+        {"file_name": "red.png", "mask": "n"},
+    ]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (pictures / ".hidden.txt").write_text("unread")
+    assert names(load())[:1] == [".hidden.png"]
+    assert "gas.mask.png" in names(load())
+    assert "data: " not in caplog.text
+    assert "1 pictures have a text file that their metadata disagrees with" in caplog.text
+
+
+def test_what_lies_beside_a_picture_elsewhere_is_read_too(load, pictures, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("L", (80, 70), 0).save(pictures / "red.mask.png")
+    lines = [{"file_name": "../pictures/red.png"}, {"file_name": f"{pictures}/blue.png"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    blue, red = load(path=str(folder), mask="file").samples
+    assert (blue.caption, red.caption) == ("a blue card", "a red card")
+    assert (red.read()[1] == 0).all()
+
+
+@pytest.mark.parametrize("suffix", ["tga", "PPM", "jp2", "avif", "dds", "pcx", "qoi", "ico"])
+def test_every_kind_of_picture_that_pillow_opens_is_one(load, pictures, suffix):
+    image = Image.open(pictures / "red.png")
+    image.save(pictures / f"x.{suffix}", **({"sizes": [(64, 64)]} if suffix == "ico" else {}))
+    (pictures / f"x.{suffix}").with_suffix(".txt").write_text("a card")
+    assert len(load(max_unreadable=0).samples) == 5
+
+
+def test_data_without_a_picture_tells_what_is_there_instead(load, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has no pictures; 1 archives are passed over.*0\.tar\.gz"):
+        load(path=str(tmp_path / "shards"))
+
+
+def test_only_regular_files_are_opened(load, pictures, caplog, monkeypatch):
+    for name in ("pipe.png", "red.mask.png", "pipe.txt", "blue.mask.png"):
+        os.mkfifo(pictures / name)
+    with socket.socket(socket.AF_UNIX) as made:
+        monkeypatch.chdir(pictures)  # for its name must be short
+        made.bind("socket.jpg")
+    (pictures / "device.png").symlink_to("/dev/zero")
+    dataset = load(mask="file", max_unreadable=5)
+    assert names(dataset) == ["green.png", "yellow.png"]
+    for name in ("pipe.png", "red.png", "blue.png", "socket.jpg", "device.png"):
+        assert re.search(rf"unreadable picture \S*{name}: .*is no regular file", caplog.text)
+    for name in ("metadata.jsonl", "shard.tar", "table.parquet"):
+        os.mkfifo(pictures / name)
+        with pytest.raises(UserError, match=rf"{name}.* is no regular file"):
+            load(max_unreadable=5)
+        (pictures / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "signs",
+    [
+        ("environment.json", "config.yaml"),
+        ("metrics.jsonl", "checkpoints/x"),
+        (".hydra/config.yaml",),
+    ],
+)
+def test_pictures_that_runs_left_in_the_folder_are_no_data(load, pictures, caplog, signs):
+    for run in ("a", "b"):
+        folder = pictures / "runs/2026-01-01" / run
+        for name in ("samples/step-1.png", *signs):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pictures / "red.png", folder / name)
+    assert len(load().samples) == 4
+    said = [line for line in caplog.messages if "folders of runs" in line]
+    assert len(said) == 1
+    assert said[0].startswith("data: 2 folders of runs are passed over")
+    assert len(load(path=str(folder)).samples) == 1  # which was asked for
 
 
 def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictures, caplog):
@@ -182,6 +294,19 @@ def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictu
     assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
     chosen = load(caption_extension=".caption", on_missing_caption="skip")
     assert [s.caption for s in chosen.samples] == ["unread", "a red card"]
+
+
+@pytest.mark.parametrize("extension", [".txt", ".TXT", [".caption", ".Txt", ".txt"]])
+def test_the_case_of_a_text_files_ending_does_not_matter(load, pictures, caplog, extension):
+    (pictures / "red.txt").rename(pictures / "red.TXT")
+    (pictures / "red.png").rename(pictures / "red.PNG")
+    dataset = load(caption_extension=extension, on_missing_caption="error")
+    assert dataset.samples[2].caption == "a red card"
+    assert "not read" not in caplog.text
+    (pictures / "blue.TXT").write_text("another")
+    first = load(caption_extension=extension).samples[0].caption
+    assert first == ("another" if extension == ".TXT" else "a blue card")
+    assert "it is not read" in caplog.text
 
 
 def test_metadata_gives_captions_weights_and_masks(load, pictures):
@@ -201,6 +326,33 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
     assert (blue.read()[1] == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "is_noted"),
+    [
+        (b"metadata says other", False),
+        (b"metadata\nsays other\n", False),
+        (b"x", True),
+        (b"\xff", True),
+    ],
+)
+def test_a_text_file_that_metadata_overrules_is_noted(load, pictures, caplog, text, is_noted):
+    (pictures / "red.txt").write_bytes(text)
+    lines = [
+        {"file_name": "red.png", "text": "metadata says other"},
+        {"file_name": "blue.png", "weight": 1},
+    ]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load().samples[2].caption == "metadata says other"
+    said = "1 pictures have a text file that their metadata disagrees with; it is not read: "
+    assert (said in caplog.text) == is_noted
+
+
+def test_a_text_file_of_two_pictures_is_noted(load, pictures, caplog):
+    Image.new("RGB", (64, 64)).save(pictures / "red.jpg")
+    assert [s.caption for s in load().samples].count("a red card") == 2
+    assert "2 pictures have a .txt that is another picture's too, of the same name: " in caplog.text
+
+
 def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):
     Image.new("L", (80, 70), 0).save(pictures / "m.mask.png")
     (pictures / "metadata.csv").write_text(
@@ -210,6 +362,47 @@ def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):
     assert (blue.caption, red.caption, yellow.caption) == ("three", "one, two", "a yellow card")
     assert (blue.loss_weight, red.loss_weight) == (1.0, 0.5)
     assert (red.read()[1] == 0).all()
+
+
+@pytest.mark.parametrize("named", ["../b.png", "{folder}/b.png", "../../data/link/../b.png"])
+@pytest.mark.parametrize("start", [".", "../data", "{folder}", "../alias"])
+def test_a_picture_is_one_by_whatever_path_metadata_lists_it(
+    load, pictures, tmp_path, monkeypatch, named, start
+):
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "link").mkdir()
+    (tmp_path / "alias").symlink_to(folder)
+    shutil.copy(pictures / "red.png", folder / "b.png")
+    shutil.copy(pictures / "blue.png", folder / "sub/a.png")
+    line = {"file_name": named.format(folder=folder), "text": "the b"}
+    (folder / "sub/metadata.jsonl").write_text(json.dumps(line))
+    monkeypatch.chdir(folder)
+    dataset = load(path=start.format(folder=folder))
+    assert [s.caption for s in dataset.samples] == ["the b", ""]
+    assert names(dataset) == ["b.png", "a.png"]
+    (folder / "metadata.jsonl").write_text('{"file_name": "b.png"}')
+    with pytest.raises(UserError, match="listed for the second time"):
+        load(path=start.format(folder=folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,text,prompt\nred.png,x,one\nblue.png,y,"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "red.png", "text": "x", "prompt": "one"}\n{"file_name": "blue.png"}',
+        ),
+    ],
+)
+def test_the_column_of_captions_can_be_named_in_metadata(load, pictures, name, text):
+    (pictures / name).write_text(text)
+    blue, _, red, yellow = load(caption_column="prompt").samples
+    assert [s.caption for s in (red, blue, yellow)] == ["one", "a blue card", "a yellow card"]
+    says = r"data\.caption_column=promt; there is file_name, text, prompt$"
+    with pytest.raises(UserError, match=says):
+        load(caption_column="promt")
 
 
 @pytest.mark.parametrize(
@@ -273,6 +466,24 @@ def test_several_sources_have_repeats_weights_and_captions_of_their_own(load, pi
     assert dataset.own == [0, 1, 2, 3]
     epoch = Counter(p.sample for n in range(14) for p in dataset.batch(0, n))
     assert epoch == {0: 3, 1: 3, 2: 3, 3: 3, 4: 1, 5: 1}
+
+
+def test_pictures_of_two_sources_are_named_with_both(load, pictures, tmp_path, caplog):
+    (pictures / "sub").mkdir()
+    shutil.copy(pictures / "red.png", pictures / "sub/red.png")
+    (tmp_path / "alias").symlink_to(pictures)
+    whole, part, alias = str(pictures), f"{pictures}/sub", f"{tmp_path}/alias"
+    for paths, says in (
+        ([whole, part], f"data: 1 pictures of {whole} are of {part} too, and trained on for both"),
+        ([part, alias], f"data: 1 pictures of {part} are of {alias} too"),
+        ([whole, alias], f"data: 5 pictures of {whole} are of {alias} too"),
+        ([whole, whole], f"data: 5 pictures of {whole} are of {whole} too"),
+        ([whole], None),
+    ):
+        caplog.clear()
+        load(path=None, sources=[SourceConfig(path=path) for path in paths])
+        said = [line for line in caplog.messages if "trained on for both" in line]
+        assert [line.startswith(says) for line in said] == ([True] if says else [])
 
 
 def test_shuffled_and_thinned_captions_keep_their_first_tags_and_need_no_seed(options):

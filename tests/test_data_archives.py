@@ -8,6 +8,8 @@ import tarfile
 import pytest
 from PIL import Image
 
+from trainer.config import SourceConfig
+from trainer.data.survey import survey
 from trainer.errors import UserError
 
 
@@ -50,8 +52,47 @@ def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog
     assert [s.name.rpartition("tar:")[2] for s in dataset.samples][2] == "ä.png"
     assert (dataset.samples[3].read()[1] == 0).all()
     assert (dataset.samples[2].read_pixels()[:, 0, 0].tolist()) == [-1, 1, -1]
-    assert "1 samples of" in caplog.text
+    assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
+    assert "1 samples of archives have no picture: " in caplog.text
     assert load(path=str(tmp_path / "shard-0.tar")).fingerprint != dataset.fingerprint
+
+
+def test_the_case_of_endings_in_a_shard_does_not_matter(load, tmp_path):
+    tar(tmp_path / "s.tar", {"a.PNG": png("red"), "a.Txt": b"a card"})
+    (sample,) = load(path=str(tmp_path / "s.tar"), caption_extension=".TXT").samples
+    assert sample.caption == "a card"
+
+
+def test_captions_of_a_shard_that_are_not_read_are_noted(load, tmp_path, caplog):
+    members = {
+        "a.png": png("red"),
+        "a.seg.png": png("blue"),
+        "a.txt": b"one",
+        "b.png": png("lime"),
+        "b.txt": b"one",
+        "b.json": b'{"caption": "another"}',
+    }
+    tar(tmp_path / "s.tar", members)
+    assert len(load(path=str(tmp_path / "s.tar")).samples) == 3
+    assert "2 pictures have a .txt that is another picture's too" in caplog.text
+    assert "1 pictures have a text file that their metadata disagrees with" in caplog.text
+
+
+def test_no_picture_of_a_shard_is_passed_over_without_a_word(load, tmp_path, caplog):
+    members = {"a.png": png("red"), "a.PNG": png("blue"), ".h.png": b"x", "g.mask.png": b"x"}
+    tar(tmp_path / "shard.tar", members)
+    with tarfile.open(tmp_path / "shard.tar", "a") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        archive.addfile(link)
+    assert len(load(path=str(tmp_path / "shard.tar")).samples) == 1
+    for says in (
+        "1 hidden pictures of archives are passed over",
+        "1 pictures of archives are links",
+        "1 members of archives take the place of earlier ones",
+        "1 samples of archives have no picture",
+    ):
+        assert f"data: {says}" in caplog.text
 
 
 def test_a_folder_may_hold_shards_beside_pictures(load, pictures):
@@ -131,13 +172,68 @@ def test_other_columns_of_pictures_and_captions_are_found_or_named(load, tmp_pat
     path = tmp_path / "t.parquet"
     write_parquet(path, {"jpg": [png("red")], "captions": [["one", "two"]]})
     assert load(path=str(path)).samples[0].captions == ("one", "two")
-    for columns in ({"text": ["x"]}, {"image": [png("red")], "label": [1]}):
-        write_parquet(path, columns)
-        with pytest.raises(UserError, match=f"has the columns {', '.join(columns)};"):
-            load(path=str(path))
+    write_parquet(path, {"text": ["x"], "label": [1]})
+    with pytest.raises(UserError, match="has the columns text, label; one that holds pictures"):
+        load(path=str(path))
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
         load(path=str(path))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_table_without_captions_follows_the_rules_for_missing_ones(load, tmp_path, caplog, name):
+    for column in ("prompt", "weight"):  # of which the second leaves nothing small but weights
+        path = tmp_path / f"{column}-{name}"
+        WRITERS[name](path, {"image": [png("red"), png("blue")], column: [None, None]})
+        assert [s.caption for s in load(path=str(path)).samples] == ["", ""]
+        assert f"1 tables have no captions in the columns image, {column} (data.cap" in caplog.text
+        given = [SourceConfig(path=str(path), caption="a card")]
+        dataset = load(path=None, sources=given, on_missing_caption="error")
+        assert [s.caption for s in dataset.samples] == ["a card", "a card"]
+        with pytest.raises(UserError, match="2 pictures have no"):
+            load(path=str(path), on_missing_caption="error")
+    alone = tmp_path / f"alone-{name}"
+    WRITERS[name](alone, {"image": [png("red"), png("blue"), png("lime")]})
+    assert len(load(path=str(alone)).samples) == 3
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_column_of_captions_can_be_named(load, tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path, {"image": [png("red")] * 2, "text": ["x", "y"], "prompt": ["one", None]})
+    dataset = load(path=str(path), caption_column="prompt")
+    assert [s.caption for s in dataset.samples] == ["one", ""]
+    says = r"has no data\.caption_column=promt; it has the columns image, text, prompt"
+    with pytest.raises(UserError, match=says):
+        load(path=str(path), caption_column="promt")
+
+
+def test_the_column_of_captions_can_be_named_in_a_shard(load, tmp_path, caplog):
+    members = {"a.png": png("red"), "a.json": b'{"prompt": "one", "text": "two"}'}
+    tar(tmp_path / "s.tar", members)
+    (sample,) = load(path=str(tmp_path / "s.tar"), caption_column="prompt").samples
+    assert sample.caption == "one"
+    assert "caption_column" not in caplog.text
+    load(path=str(tmp_path / "s.tar"), caption_column="promt")
+    assert "1 sources have nothing with data.caption_column=promt" in caplog.text
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_table_without_pictures_is_passed_over_in_a_folder(load, tmp_path, caplog, name):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tar(folder / "00000.tar", {"0.png": png("red"), "0.txt": b"a card"})
+    (folder / "00000_stats.json").write_text("{}")
+    table = folder / f"00000{name[1:]}"
+    WRITERS[name](table, {"url": ["u"], "caption": ["c"], "key": ["0"], "status": ["success"]})
+    config = load(path=str(folder)).config
+    says = f"1 tables without a column of pictures are passed over: {table}"
+    assert f"data: {says}" in caplog.text
+    assert not survey(config).problems
+    table.rename(folder / f"alone{name[1:]}")
+    assert len(survey(config).problems) == 1
+    with pytest.raises(UserError, match="has the columns url, caption, key, status; one that hold"):
+        load(path=str(folder / f"alone{name[1:]}"))
 
 
 def test_a_table_without_pyarrow_says_what_to_install(load, tmp_path, monkeypatch):

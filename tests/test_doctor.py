@@ -72,6 +72,19 @@ def test_every_problem_is_counted_and_named(examine, pictures, folder):
     assert out.splitlines()[-1] == "8 kinds of problems"
 
 
+def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):
+    (pictures / "more.tar.gz").write_bytes(b"")
+    status, out, _ = examine(*folder)
+    assert status == 1
+    assert "PROBLEM: 1 archives are passed over" in out
+    assert out.splitlines()[-1] == "1 kinds of problems"
+    (pictures / "more.tar.gz").unlink()
+    (pictures / "loop").symlink_to(pictures)
+    status, out, _ = examine(*folder)
+    assert status == 0
+    assert "1 links to a folder above them are passed over: " in out
+
+
 def test_only_so_many_names_are_shown(examine, pictures, folder):
     for path in pictures.glob("*.txt"):
         path.unlink()
@@ -167,6 +180,23 @@ def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder
     assert blue[2] > 200 > 60 > blue[0]
     status, _, err = examine(*folder, "--sheet=sheet")
     assert (status, err) == (2, "error: --sheet sheet: call it .png, .jpg or .webp\n")
+
+
+@pytest.mark.parametrize(
+    ("sheet", "says"),
+    [
+        ("pictures/red.png", "exists, and is not overwritten"),
+        ("pictures/new/sheet.png", "is in data.path="),
+        ("link.png", "exists, and is not overwritten"),
+    ],
+)
+def test_a_sheet_takes_the_place_of_no_picture(examine, pictures, folder, sheet, says):
+    (pictures.parent / "link.png").symlink_to("nowhere.png")
+    before = sorted((p, p.stat().st_size) for p in pictures.iterdir())
+    status, out, err = examine(*folder, f"--sheet={sheet}")
+    assert (status, out) == (2, "")
+    assert says in err
+    assert sorted((p, p.stat().st_size) for p in pictures.iterdir()) == before
 
 
 def test_it_has_a_help_page_that_tells_the_exit_statuses(examine):

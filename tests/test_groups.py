@@ -143,7 +143,14 @@ def test_a_rule_that_says_nothing_sensible_is_refused(rule, says):
     ("optimizer", "options", "says"),
     [
         ("adamw", "beta: 0.9", r"method.rules\[0\] \(attn\): .*no option of AdamW 'beta'"),
-        ("adamw", "weight_decay: -1", "weight_decay=-1 is not possible"),
+        ("adamw", "lr_scal: 0.1", r"no option of AdamW 'lr_scal'.* \(or lr_scale, which a rule"),
+        ("adamw", "trainabel: false", r"'trainabel'.*\(or trainable, which a rule"),
+        (
+            "adamw",
+            "xyzzy: 1",
+            r"'xyzzy'; there is .*lr.*\(a rule also has lr_scale and trainable\)",
+        ),
+        ("adamw", "weight_decay: -1", r"weight_decay=-1 is not possible[^(]*$"),
         ("sophia", "hessian_every: 3", "must be the same in all"),
         (
             "external optim.class_path=torch.optim.RAdam",

@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -73,12 +74,26 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
         config = to_dataclasses(cli.composed(given.overrides))
-        if given.sheet and given.sheet.suffix.lower() not in (".png", ".jpg", ".webp"):
-            raise UserError(f"--sheet {given.sheet}: call it .png, .jpg or .webp")
+        if given.sheet:
+            _check_sheet(given.sheet, config)
         problems = examine(config, given.images_per_second, given.names, given.sheet)
     except (UserError, OSError) as error:
         cli.fail(str(error))
     sys.exit(1 if problems else 0)
+
+
+def _check_sheet(path: Path, config: Config) -> None:
+    """Refuse a place where the sheet would be lost, or would take the place of something."""
+    if path.suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise UserError(f"--sheet {path}: call it .png, .jpg or .webp")
+    if os.path.lexists(path):
+        raise UserError(f"--sheet {path} exists, and is not overwritten; name another file")
+    for source in dataset.all_sources(config.data):
+        if path.resolve().is_relative_to(Path(source.path).expanduser().resolve()):
+            raise UserError(
+                f"--sheet {path} is in data.path={source.path}, where it would be taken for one of "
+                "the pictures; name a file elsewhere"
+            )
 
 
 def examine(
@@ -95,13 +110,14 @@ def examine(
     """
     found = survey(config.data)
     if not found.count:
-        where = ", ".join(s.path for s in dataset.all_sources(config.data))
-        raise UserError(f"data.path={where} has no pictures")
+        raise dataset.nothing_found(found, config.data)
     if not found.usable and not found.undecodable:
         name, why = next(iter(found.unreadable.items()), (found.uncaptioned[0], "no caption"))
         raise UserError(f"of {found.count} pictures none can be used; {name}: {why}")
     made = dataset.build(found.usable, config.data)
     print(f"{found.count} pictures, of which {len(found.usable)} can be used")
+    for what, names in found.remarks.items():
+        print(f"{len(names)} {what}: {dataset.some(names)}")
     from trainer.model import Model  # now that there is something to examine: it takes seconds
 
     # A cache's entries are called by hashes of the weights; captions are counted without them.
@@ -149,6 +165,7 @@ def _findings(found: Survey) -> list[Finding]:
         "pictures are smaller than their bucket": small,
     }
     findings |= {f"pictures have {note}": names for note, names in found.notes.items()}
+    findings |= found.problems
     return [Finding(what=what, names=names) for what, names in findings.items() if names]
 
 

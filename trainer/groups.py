@@ -7,9 +7,10 @@ pattern is found decides.  Weight decay is 0 for biases, norms and embeddings, u
 it.
 """
 
+import difflib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,6 +59,17 @@ def options_of(rule: Rule, lr: float) -> dict[str, Any]:
         if key not in _OWN
     }
     return options | ({"lr": lr * rule["lr_scale"]} if "lr_scale" in rule else {})
+
+
+def besides(rule: Rule, known: Iterable[str]) -> str:
+    """What an error adds on the names that a rule may have besides the optimizer's options
+    (`known`): nothing where the rule has no others."""
+    others = [key for key in rule if key not in (*_OWN, *known)]
+    own = [name for name in _OWN if name not in rule]
+    near = [name for key in others for name in difflib.get_close_matches(key, own, 1, 0.7)]
+    if near:
+        return f" (or {near[0]}, which a rule has of its own?)"
+    return f" (a rule also has {' and '.join(own)})" if others and own else ""
 
 
 def parameter_groups(

@@ -59,7 +59,8 @@ def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device =
         try:
             _make(config, [small(), small(**options)], seed=0)
         except UserError as error:
-            raise UserError(f"method.rules[{number}] ({rule['pattern']}): {error}") from error
+            also = groups.besides(rule, first.param_groups[0])
+            raise UserError(f"method.rules[{number}] ({rule['pattern']}): {error}{also}") from error
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

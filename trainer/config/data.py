@@ -4,13 +4,24 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from trainer.config.fields import one_of, within
 
-# Some of which not every Pillow can read: such a picture is named, and not passed over in silence.
-PICTURE_SUFFIXES = {
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".jp2", ".jxl"),
-}
+# What Pillow knows that is no single picture of pixels: drawings, films, tables of measurements.
+_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+
+
+def _picture_suffixes() -> set[str]:
+    """Of what this Pillow opens; and of kinds that not every Pillow does, so that such a picture is
+    named and not passed over in silence."""
+    Image.preinit()  # common kinds are tried first, as they are where nobody asks for all
+    known = Image.registered_extensions().items()
+    opened = {end for end, kind in known if kind in Image.OPEN and kind not in _NO_PICTURES}
+    return opened | {".avif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}
+
+
+PICTURE_SUFFIXES = _picture_suffixes()
 
 
 @dataclass(kw_only=True)
@@ -38,6 +49,9 @@ class DataConfig:
 
     # Captions.  Endings of the text files beside pictures, one or a list; the first found counts.
     caption_extension: Any
+    # Of tables and metadata files (and the .json of webdataset samples): the name of the captions'
+    # column; null: captions, text or caption.
+    caption_column: str | None
     on_missing_caption: str = one_of("error", "empty", "skip")  # skip: leave the picture out
     caption_prefix: str  # before every caption, such as a trigger word; never shuffled
     caption_suffix: str

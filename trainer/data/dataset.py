@@ -129,17 +129,19 @@ def build(usable: list[Found], config: DataConfig) -> Dataset:
 
 def refuse(found: Survey, config: DataConfig) -> None:
     """Raise UserError for what a run does not go on with; warn of the rest."""
+    for what, names in (found.problems | found.remarks).items():
+        log.warning("data: %d %s: %s", len(names), what, some(names))
     where = ", ".join(source.path for source in all_sources(config))
     if not found.count:
-        raise UserError(f"data.path={where} has no pictures")
+        raise nothing_found(found, config)
     if found.undecodable:
         more = len(found.undecodable) - 1
         raise UserError(found.undecodable[0] + (f" (and {more} more like it)" if more else ""))
     if found.uncaptioned:
         extensions = " or ".join(endings(config))
         message = (
-            f"{len(found.uncaptioned)} pictures have no {extensions} file beside them: "
-            f"{some(found.uncaptioned)}"
+            f"{len(found.uncaptioned)} pictures have no {extensions} file beside them, and no "
+            f"caption in metadata or a table: {some(found.uncaptioned)}"
         )
         if config.on_missing_caption == "error":
             raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
@@ -157,6 +159,14 @@ def refuse(found: Survey, config: DataConfig) -> None:
         raise UserError(
             f"data.path={where}: of {found.count} pictures none can be used; see the warnings above"
         )
+
+
+def nothing_found(found: Survey, config: DataConfig) -> UserError:
+    """The error of data without a picture, with what was found instead."""
+    where = ", ".join(source.path for source in all_sources(config))
+    others = (found.problems | found.remarks).items()
+    instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
+    return UserError("; ".join([f"data.path={where} has no pictures", *instead]))
 
 
 def report(found: Survey, dataset: Dataset) -> None:

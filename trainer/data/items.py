@@ -2,13 +2,18 @@
 
 import math
 import os
+import stat
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trainer.config import PICTURE_SUFFIXES
 from trainer.data import captions
 from trainer.errors import UserError
+
+CAPTION_COLUMNS = ("captions", "text", "caption")
 
 
 @dataclass(kw_only=True)
@@ -16,6 +21,7 @@ class Item:
     """One picture, wherever it is; nothing of it has been read."""
 
     name: str  # as messages show it
+    path: str  # of its file, and what it is there: a member's name, or a row's number
     read: Callable[[], bytes]
     # [] where there is none.  Raises UserError for text that cannot be decoded.
     captions: Callable[[], list[str]]
@@ -24,10 +30,38 @@ class Item:
     notes: list[str] = field(default_factory=list)  # what of it is not used
 
 
+@dataclass(kw_only=True)
+class Reading:
+    """How sources are read, and what was noticed: names of files by what is to be said of them."""
+
+    extensions: list[str]  # of the text files that hold captions; the first found counts
+    caption_column: str | None = None  # in tables and metadata; None: any of CAPTION_COLUMNS
+    has_column: bool = False  # whether something had it
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # harmless
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """Where captions may be in a table; the first that is there counts."""
+        return (self.caption_column,) if self.caption_column is not None else CAPTION_COLUMNS
+
+
 def is_picture(name: str) -> bool:
     """By the ending; NAME.mask.png is a mask and no picture."""
-    stem, suffix = os.path.splitext(name)
-    return suffix.lower() in PICTURE_SUFFIXES and not stem.lower().endswith(".mask")
+    return _has_suffix(name) and not is_mask(name) and not name.startswith("._")
+
+
+def is_mask(name: str) -> bool:
+    return _has_suffix(name) and os.path.splitext(name)[0].lower().endswith(".mask")
+
+
+def is_hidden(name: str) -> bool:
+    """._NAME, which a Mac keeps beside NAME, is hidden and not even a picture."""
+    return name.startswith(".")
+
+
+def _has_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def item(
@@ -35,11 +69,13 @@ def item(
     read: Callable[[], bytes],
     record: dict[str, Any],
     read_mask: Callable[[], bytes] | None,
+    reading: Reading,
     otherwise: Callable[[], list[str]] = list,
 ) -> Item:
-    """A picture whose `record` may hold its captions (`captions`, `text` or `caption`, a string or
-    a list) and the weight of its loss; captions come from `otherwise` where it does not."""
-    words = (record.get(key) for key in ("captions", "text", "caption"))
+    """A picture whose `record` may hold its captions (a string or a list, in one of the columns
+    for them) and the weight of its loss; captions come from `otherwise` where it does not."""
+    reading.has_column |= reading.caption_column in record
+    words = (record.get(column) for column in reading.caption_columns)
     given = next((word for word in words if word is not None), None)
     texts = [given] if isinstance(given, str) else given
     if texts is not None and not (
@@ -51,13 +87,44 @@ def item(
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise UserError(f"{name}: its weight is {weight!r}; it must be a number >= 0")
     lines = [captions.one_line(text) for text in texts or []]
+    is_overruled = texts is not None and _disagrees(otherwise, lines)
     return Item(
         name=shown(name),
+        path=name,
         read=read,
         captions=(lambda: lines) if texts is not None else otherwise,
         weight=weight,
         read_mask=read_mask,
+        notes=["a text file that their metadata disagrees with; it is not read"]
+        if is_overruled
+        else [],
     )
+
+
+def note_texts(made: Item, endings: list[str], is_shared: bool) -> None:
+    """Note what is odd about the text files of a picture, the first of which is its caption.
+
+    `is_shared`: another picture has them too.
+    """
+    if len(endings) > 1:
+        made.notes.append(f"a {endings[1]} beside their {endings[0]}; it is not read")
+    if endings and is_shared:
+        made.notes.append(f"a {endings[0]} that is another picture's too, of the same name")
+
+
+def _disagrees(read: Callable[[], list[str]], lines: list[str]) -> bool:
+    """Whether a caption is there that is none of these lines."""
+    try:
+        return not {*read()} <= {*lines}
+    except (UserError, OSError):  # of what is not used anyway
+        return True
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file.  Raises OSError for anything else: a pipe may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{shown(path)} is no regular file (a pipe, a socket or a device)")
+    return path.read_bytes()
 
 
 def shown(name: object) -> str:

@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trainer import disk
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
-from trainer.data.items import Item
+from trainer.data.items import Item, Reading
 from trainer.errors import UserError
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -44,6 +45,9 @@ class Survey:
     undecodable: list[str] = field(default_factory=list)  # what is wrong with which caption
     uncaptioned: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    # Of files that are no such pictures, by what is to be said of them; and what is harmless.
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
 def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) -> Survey:
@@ -53,12 +57,17 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     missing or cannot be decoded, or more than `max_unreadable` pictures.  Raises UserError for a
     source that cannot be read at all, and SystemExit once `stop` holds a signal.
     """
-    found = Survey()
+    reading = Reading(extensions=endings(config), caption_column=config.caption_column)
+    found = Survey(problems=reading.problems, remarks=reading.remarks)
     captioned = []
+    repeated, several = _Repeated(), len(config.sources) > 1
     for source in all_sources(config):
-        path = Path(source.path).expanduser()
-        for item in sources.find(path, endings(config)):
+        path, reading.has_column = Path(source.path).expanduser(), False
+        for item in sources.find(path, reading):
             found.count += 1
+            if several and (other := repeated.source(item.path, source)):
+                said = f"pictures of {other.path} are of {source.path} too, and trained on for both"
+                found.problems[said].append(item.name)
             try:
                 texts = item.captions()
             except (UserError, OSError) as error:
@@ -70,6 +79,9 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
                 found.uncaptioned.append(item.name)
             if texts or config.on_missing_caption != "skip":
                 captioned.append((source, item, texts or [""]))
+        if config.caption_column is not None and not reading.has_column:
+            said = f"sources have nothing with data.caption_column={config.caption_column}"
+            reading.remarks[said].append(source.path)
     missing = found.uncaptioned and config.on_missing_caption == "error"
     if for_run and (found.undecodable or missing):
         return found
@@ -155,6 +167,20 @@ def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
         return content.digest, size, notes, unique
     except Exception as error:
         return error
+
+
+class _Repeated:
+    """Which source had a picture first, by whatever path that leads to it."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, SourceConfig] = {}
+        self.real = cache(os.path.realpath)
+
+    def source(self, path: str, source: SourceConfig) -> SourceConfig | None:
+        """The earlier source of this picture, where there is one."""
+        folder, name = os.path.split(path)
+        earlier = self.first.setdefault(os.path.join(self.real(folder), name), source)
+        return earlier if earlier is not source else None
 
 
 class _Checked:

@@ -1,25 +1,52 @@
 """Hugging Face datasets on the disk: .parquet files, and the .arrow files of `save_to_disk`.
 
-The picture is in a column `image`, or in the first that holds bytes; captions are in `captions`,
-`text` or `caption`; `weight` and `mask` may be there.  Pictures are read when they are needed.
+The picture is in a column `image`, or in the first that holds bytes; captions are in
+`data.caption_column`, or `captions`, `text` or `caption`; `weight` and `mask` may be there.
+Pictures are read when they are needed.
 """
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from trainer.data.items import Item, item, shown
+from trainer.data.items import Item, Reading, item, read_file, shown
 from trainer.errors import UserError
 
 _one_reads = threading.Lock()  # of the threads that read ahead
-_WORDS = ("captions", "text", "caption", "weight")
 
 
-def items(path: Path, extensions: list[str]) -> Iterator[Item]:
+def items(path: Path, reading: Reading) -> Iterator[Item]:
     """One item for each row.  Raises UserError where pyarrow is missing, or the file is damaged or
-    has no pictures or no captions."""
+    has no pictures, or not the column of captions that was asked for."""
+    names, image = _columns(path)
+    has = f"the columns {shown(', '.join(names))}"
+    if image is None:
+        raise UserError(f"{shown(path)} has {has}; one that holds pictures is needed")
+    column = reading.caption_column
+    if column is not None and column not in names:
+        raise UserError(f"{shown(path)} has no data.caption_column={column}; it has {has}")
+    if not {*names} & {*reading.caption_columns}:
+        said = f"tables have no captions in {has} (data.caption_column names another)"
+        reading.remarks[said].append(shown(path))
+    words = [name for name in (*reading.caption_columns, "weight") if name in names]
+    with _named_errors(path):
+        for number, (group, row, record) in enumerate(_records(path, words)):
+            place = (path, group, row)
+            mask = partial(_read, *place, "mask") if "mask" in names else None
+            yield item(f"{path}:{number}", partial(_read, *place, image), record, mask, reading)
+
+
+def has_pictures(path: Path) -> bool:
+    """Whether one of its columns holds pictures.  Raises UserError as `items` does."""
+    return _columns(path)[1] is not None
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """What goes wrong with the table as a UserError that names it."""
     try:
         import pyarrow as pa
     except ImportError:
@@ -27,27 +54,19 @@ def items(path: Path, extensions: list[str]) -> Iterator[Item]:
             f"{shown(path)} needs the package pyarrow to be read: pip install pyarrow"
         ) from None
     try:
-        names, image = _columns(path)
-        words = [name for name in _WORDS if name in names]
-        if image is None or not {*words} - {"weight"}:
-            raise UserError(
-                f"{shown(path)} has the columns {', '.join(names)}; one that holds pictures is "
-                "needed, and captions in captions, text or caption"
-            )
-        for number, (group, row, record) in enumerate(_records(path, words)):
-            place = (path, group, row)
-            mask = partial(_read, *place, "mask") if "mask" in names else None
-            yield item(f"{path}:{number}", partial(_read, *place, image), record, mask)
+        yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{shown(path)} cannot be read: {error}") from error
 
 
 def _columns(path: Path) -> tuple[list[str], str | None]:
     """All columns, and the one that pictures are in."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with _named_errors(path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path) if path.suffix.lower() == ".parquet" else _arrow(path).schema
+        is_parquet = path.suffix.lower() == ".parquet"
+        schema = pq.read_schema(path) if is_parquet else _arrow(path).schema
 
     def holds_bytes(name: str) -> bool:
         kind = schema.field(name).type
@@ -64,13 +83,17 @@ def _records(path: Path, words: list[str]) -> Iterator[tuple[int, int, dict[str,
     import pyarrow.parquet as pq
 
     if path.suffix.lower() == ".arrow":
-        for row, record in enumerate(_arrow(path).select(words).to_pylist()):
+        for row, record in enumerate(_rows(_arrow(path), words)):
             yield 0, row, record
         return
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            for row, record in enumerate(file.read_row_group(group, words).to_pylist()):
+            for row, record in enumerate(_rows(file.read_row_group(group, words), words)):
                 yield group, row, record
+
+
+def _rows(table: Any, words: list[str]) -> list[dict[str, Any]]:
+    return table.select(words).to_pylist() if words else [{}] * table.num_rows
 
 
 def _read(path: Path, group: int, row: int, column: str) -> bytes:
@@ -81,7 +104,7 @@ def _read(path: Path, group: int, row: int, column: str) -> bytes:
         cell = _group(path, group, column)[row].as_py()
     if isinstance(cell, dict):
         if cell.get("bytes") is None and cell.get("path"):
-            return (path.parent / cell["path"]).read_bytes()
+            return read_file(path.parent / cell["path"])
         cell = cell.get("bytes")
     if cell is None:
         raise OSError(f"the column {column} is empty here")

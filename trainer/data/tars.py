@@ -5,57 +5,63 @@ and a/0001.mask.png are one sample.  A shard is indexed once and its members are
 """
 
 import json
-import logging
 import tarfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from trainer.data import captions
-from trainer.data.items import Item, is_picture, item, shown
+from trainer.data.items import Item, Reading, is_hidden, is_picture, item, note_texts, shown
 from trainer.errors import UserError
-
-log = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # offset and length, in bytes
 
 
-def items(path: Path, extensions: list[str]) -> Iterator[Item]:
+def items(path: Path, reading: Reading) -> Iterator[Item]:
     """The pictures of a shard in their order, with captions from .txt, .caption or .json members.
 
     Raises UserError for a damaged or compressed archive.
     """
     samples: dict[str, dict[str, Place]] = {}
-    for name, place in _members(path):
+    for name, place in _members(path, reading):
         folder, _, base = name.rpartition("/")
         stem, _, ending = base.partition(".")
-        if stem:
-            samples.setdefault(f"{folder}/{stem}", {})[f".{ending.lower()}"] = place
-    alone = 0
+        members = samples.setdefault(f"{folder}/{stem}", {})
+        if f".{ending.lower()}" in members:
+            reading.problems[_TWICE].append(shown(f"{path}:{name}"))
+        members[f".{ending.lower()}"] = place
     for stem, members in samples.items():
         pictures = [ending for ending in members if is_picture(f"x{ending}")]
-        alone += not pictures
         for ending in pictures:
-            yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, extensions)
-    if alone:
-        log.warning("data: %d samples of %s have no picture", alone, shown(path))
+            yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, reading)
+        if not pictures:
+            where = shown(f"{path}:{stem.lstrip('/')}")
+            reading.problems["samples of archives have no picture"].append(where)
 
 
-def _members(path: Path) -> Iterator[tuple[str, Place]]:
+def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Place]]:
+    """Name and place of every file that is not hidden."""
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as archive:
             for member in archive:
-                if member.isfile():
+                name = member.name.rpartition("/")[2]
+                unused = _HIDDEN if is_hidden(name) else None if member.isfile() else _LINK
+                if not unused:
                     yield member.name, (member.offset_data, member.size)
+                elif is_picture(name) and not member.isdir():
+                    reading.problems[unused].append(shown(f"{path}:{member.name}"))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"{shown(path)} cannot be read as an uncompressed tar archive: {error}"
         ) from error
 
 
-def _item(
-    path: Path, name: str, members: dict[str, Place], ending: str, extensions: list[str]
-) -> Item:
+_HIDDEN = "hidden pictures of archives are passed over (a dot begins their names)"
+_LINK = "pictures of archives are links, and passed over (make it with tar --hard-dereference -h)"
+_TWICE = "members of archives take the place of earlier ones with their name"
+
+
+def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading: Reading) -> Item:
     where = f"{path}:{name}"
     record = {}
     if ".json" in members:
@@ -66,15 +72,20 @@ def _item(
         if not isinstance(record, dict):
             raise UserError(f"{shown(where)}: its .json holds no object")
         record.pop("mask", None)
-    text = next((members[e] for e in extensions if e in members), None)
+    kinds = dict.fromkeys(extension.lower() for extension in reading.extensions)
+    endings = [kind for kind in kinds if kind in members]
+    text = members[endings[0]] if endings else None
     mask = members.get(".mask.png")
-    return item(
+    made = item(
         where,
         partial(_read, path, members[ending]),
         record,
         partial(_read, path, mask) if mask else None,
+        reading,
         partial(_caption, path, text, where),
     )
+    note_texts(made, endings, sum(is_picture(f"x{e}") for e in members) > 1)
+    return made
 
 
 def _caption(path: Path, place: Place | None, where: str) -> list[str]:

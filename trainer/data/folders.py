@@ -1,0 +1,187 @@
+"""A folder of pictures: its files, what lies beside each picture, and what is passed over.
+
+No picture is left out without a word: whatever looks like one, or like something that belongs to
+one, and is not used goes to `Reading.problems`, by its kind.
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.data import captions, metadata
+from trainer.data.items import (
+    Item,
+    Reading,
+    is_hidden,
+    is_mask,
+    is_picture,
+    item,
+    note_texts,
+    read_file,
+    shown,
+)
+from trainer.errors import UserError
+
+# What may hold pictures, or be one, but is not read.
+_ARCHIVES = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+    *(".zip", ".7z", ".rar"),
+)
+_OTHER_PICTURES = (
+    *(
+        ".svg",
+        ".svgz",
+        ".pdf",
+        ".ps",
+        ".eps",
+        ".ai",
+        ".wmf",
+        ".emf",
+        ".mpo",
+        ".exr",
+        ".hdr",
+        ".fits",
+    ),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".xcf", ".kra"),
+)
+_ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # text that is no caption
+
+
+def walk(folder: Path, reading: Reading) -> Iterator[Path]:
+    """All files below, through links too, but not round in circles, and not in hidden folders."""
+    return _walk(folder, (), reading)
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) -> Iterator[Path]:
+    try:
+        state = folder.stat()
+        entries = [(entry.name, _is_folder(entry)) for entry in os.scandir(folder)]
+    except OSError as error:
+        raise UserError(f"{shown(folder)} cannot be read: {error.strerror}") from error
+    here = (state.st_dev, state.st_ino)
+    if here in above:
+        reading.remarks["links to a folder above them are passed over"].append(shown(folder))
+        return
+    if above and _is_run({name for name, _ in entries}):
+        reading.remarks[_RUNS].append(shown(folder))
+        return
+    for name, is_folder in entries:
+        if not is_folder:
+            yield folder / name
+        elif not is_hidden(name):
+            yield from _walk(folder / name, (*above, here), reading)
+        elif _has_pictures(folder / name):
+            reading.problems[_HIDDEN].append(shown(folder / name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: no folder, and unreadable where it is called a picture
+        return False
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(is_picture(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def _is_run(names: Collection[str]) -> bool:
+    """Whether a folder of these names is what a run of this trainer, or any by Hydra, left: its
+    pictures are results, and a run in data.path would train on those of the last."""
+    signs = ({"environment.json", "config.yaml"}, {"metrics.jsonl", "checkpoints"}, {".hydra"})
+    return any(sign <= set(names) for sign in signs)
+
+
+class Beside:
+    """Text files and masks, by the path of what they lie beside, without its ending."""
+
+    def __init__(self, files: Collection[Path], pictures: Collection[Path], reading: Reading):
+        self.pictures = Counter(_stem(picture) for picture in pictures)
+        self.texts: dict[str, list[Path]] = defaultdict(list)
+        self.masks: dict[str, Path] = {}
+        elsewhere = {picture.parent for picture in {*pictures} - {*files}}  # as metadata says
+        files = [*files, *(file for folder in sorted(elsewhere) for file in _files(folder))]
+        files = [file for file in files if file not in pictures]
+        given = reading.extensions
+        kinds = list(dict.fromkeys(extension.lower() for extension in given))
+        for file in files:
+            kind = file.suffix.lower()
+            if kind in kinds and file.name not in metadata.READERS:
+                self.texts[_stem(file)].append(file)
+            elif is_mask(file.name) and file.suffix == ".png":
+                self.masks[_stem(file).removesuffix(".mask")] = file
+        for texts in self.texts.values():  # the first counts: .txt before .TXT before .caption
+            texts.sort(key=lambda f: (kinds.index(f.suffix.lower()), f.suffix not in given))
+
+
+def _files(folder: Path) -> list[Path]:
+    with suppress(OSError):  # of a picture that is not there either
+        return sorted(folder.iterdir())
+    return []
+
+
+def _stem(path: Path) -> str:
+    return os.path.splitext(path)[0]
+
+
+def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading) -> Item:
+    """A picture file, with what a metadata file says of it and what lies beside it."""
+    stem = _stem(path)
+    mask = path.parent / record["mask"] if record.get("mask") else beside.masks.get(stem)
+    texts = [file for file in beside.texts.get(stem, ()) if file.is_file()]
+    made = item(
+        str(path),
+        partial(read_file, path),
+        record,
+        partial(read_file, mask) if mask else None,
+        reading,
+        partial(_caption, texts[:1]),
+    )
+    note_texts(made, [file.suffix for file in texts], beside.pictures[stem] > 1)
+    return made
+
+
+def _caption(files: list[Path]) -> list[str]:
+    return [captions.one_line(captions.decode(read_file(file), shown(file))) for file in files]
+
+
+def name_unused(
+    files: Iterable[Path], listed: Mapping[Path, dict[str, Any]], beside: Beside, reading: Reading
+) -> None:
+    """Put into `reading.problems` what looks like a picture, or belongs to one, and is not used."""
+    named = (p.parent / record["mask"] for p, record in listed.items() if record.get("mask"))
+    masks = {os.path.normpath(mask) for mask in named}
+    masks |= {str(mask) for stem, mask in beside.masks.items() if stem in beside.pictures}
+    texts = {
+        text
+        for stem, found in beside.texts.items()
+        for text in found
+        if stem not in beside.pictures
+    }
+    for file in files:
+        if file not in listed and (kind := _unused(file, masks, texts)):
+            reading.problems[kind].append(shown(file))
+
+
+def _unused(file: Path, masks: Collection[str], texts: Collection[Path]) -> str | None:
+    """Of which kind a file is that is not used as it may be meant to be."""
+    name = file.name.lower()
+    if is_hidden(name):
+        return _HIDDEN if is_picture(name) else None
+    if file in texts:
+        return None if file.stem.lower() in _ABOUT_ALL else "caption files are beside no picture"
+    if is_mask(name) and os.path.normpath(file) not in masks:
+        return "masks are of no picture (NAME.mask.png is of NAME; call a picture otherwise)"
+    if name.endswith(_ARCHIVES):
+        return "archives are passed over (uncompressed .tar files are read; unpack the others)"
+    if name.endswith(_OTHER_PICTURES):
+        return "pictures of a kind that is not read are passed over (convert them)"
+    return None
+
+
+_RUNS = "folders of runs are passed over (name one itself as data.path to read it)"
+_HIDDEN = "hidden pictures, or folders of them, are passed over (a dot begins their names)"
