@@ -108,7 +108,7 @@ def test_another_models_part_comes_with_its_configuration(tmp_path):
     vae = found.load("vae", torch.float32)
     vae.register_to_config(scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "vae")
-    other = origin.vae(str(tmp_path / "vae"))
+    other = origin.vae(str(tmp_path / "vae"), found)
     formats.save_folder(tmp_path / "folder", found, {"vae": other})
     formats.save_single_file(tmp_path / "file.safetensors", found, {"vae": other})
     for path in (tmp_path / "folder", tmp_path / "file.safetensors"):

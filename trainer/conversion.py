@@ -187,7 +187,7 @@ def _export_checkpoint(
         for part, weights in trained.items()
     }
     if began.get("vae"):
-        parts["vae"] = origin.vae(began["vae"])
+        parts["vae"] = origin.vae(began["vae"], found)
     scheduler = noise.scheduler_config(noising, found.config("scheduler"))
     _write_model(target, found, parts, form, dtype, scheduler)
 

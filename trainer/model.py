@@ -34,7 +34,7 @@ class Model:
             library.set_verbosity_error()
             library.disable_progress_bar()
         self.origin = origin.find(config)
-        self.vae_origin = origin.vae(config.vae) if config.vae else self.origin
+        self.vae_origin = origin.vae(config.vae, self.origin) if config.vae else self.origin
         self.text_parts = [part for part in text.PARTS if self.origin.has(part)]
         self.text_encoder: text.Encoder | None = None  # where text encoders are trained
         self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it
