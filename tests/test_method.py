@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import rows, weights
 from models import make_sd15
+from safetensors.torch import load_file
 
 from trainer import method
 from trainer.model import Model
@@ -92,6 +93,18 @@ def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
         other = composed("method=lora", "method.rank=8", f"method.start_from={file}")
         with pytest.raises(ValueError, match=r"is rank 4, alpha 2 in the file and rank 8"):
             attached(other)
+
+
+def test_a_run_called_like_diffusers_file_leaves_both_loras(quick):
+    """Not one written over the other."""
+    folder = quick("run", "method=lora", "name=PyTorch_lora_weights")
+    found = {path.name: path for path in (folder / "lora").iterdir()}
+    assert set(found) == {
+        "PyTorch_lora_weights-kohya.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
+    kinds = {next(iter(load_file(path))).partition("_")[0] for path in found.values()}
+    assert kinds == {"lora", "unet.down"}
 
 
 def test_a_full_fine_tune_is_exported_as_a_single_file_that_trains_on(quick, composed):

@@ -17,6 +17,8 @@ from trainer.model import Model
 
 log = logging.getLogger(__name__)
 
+_DIFFUSERS_STEM = "pytorch_lora_weights"  # what diffusers looks for in a folder
+
 
 def check(method: Any, model: Model) -> None:
     """Refuse, before anything is trained, a format that the result cannot be written in."""
@@ -33,8 +35,8 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
 
     A full fine-tune: `diffusers`, the whole pipeline in `folder/model`; `single_file`,
     `folder/NAME.safetensors`.  A LoRA: `kohya`, `folder/lora/NAME.safetensors`; `diffusers`,
-    `folder/lora/pytorch_lora_weights.safetensors`.  Raises UserError where one cannot be written,
-    or does not read back equal.
+    `folder/lora/pytorch_lora_weights.safetensors` (a run of that name has NAME-kohya beside it).
+    Raises UserError where one cannot be written, or does not read back equal.
     """
     method = config.method
     dtype = None if method.export_dtype is None else DTYPES[method.export_dtype]
@@ -46,8 +48,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     written = []
     for kind in method.export:
         if isinstance(method, LoraConfig):
-            stem = name if kind == "kohya" else "pytorch_lora_weights"
-            target = folder / "lora" / f"{stem}.safetensors"
+            target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
             formats.save_lora(target, kind, parts, model.origin.kind, dtype, described)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
@@ -66,6 +67,13 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     if isinstance(method, LoraConfig) and model.scheduler != model.origin.config("scheduler"):
         written.append(_write_scheduler(model, folder / "lora/scheduler"))
     return written
+
+
+def _lora_stem(name: str, kind: str) -> str:
+    """What a LoRA's file is called: two kinds never alike, nor where case does not count."""
+    if kind == "diffusers":
+        return _DIFFUSERS_STEM
+    return f"{name}-kohya" if name.lower() == _DIFFUSERS_STEM else name
 
 
 def _write_scheduler(model: Model, folder: Path) -> Path:
