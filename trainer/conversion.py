@@ -37,8 +37,7 @@ def convert(
     Raises UserError for what cannot be read, written or proved.
     """
     kind = getattr(torch, dtype) if dtype else None
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists; name another target, or remove it")
+    _check_target(target)
     path = _in_run(Path(source).expanduser())
     if (path / "checkpoint.json").is_file():
         _export_checkpoint(path, target, form, kind)
@@ -51,6 +50,18 @@ def convert(
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
         found = origin.at(str(path) if path.exists() else source, variant, "SOURCE")
         _write_model(target, found, {}, form, kind)
+
+
+def _check_target(target: Path) -> None:
+    """Refuse what exists, and the name of a file of another kind than what is written."""
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists; name another target, or remove it")
+    ending = target.suffix
+    if ending != ".safetensors" and ending.lower() in (".safetensors", ".sft", *PICKLED):
+        raise UserError(
+            f"{target} ends in {ending}: single files are written as .safetensors; name it "
+            f"{target.with_suffix('.safetensors').name}, or leave the ending out for a folder"
+        )
 
 
 def _in_run(path: Path) -> Path:
