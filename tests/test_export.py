@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from models import TINY, make_sd15
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from trainer import export, formats, origin
 from trainer.errors import UserError
@@ -221,6 +222,9 @@ def test_a_lora_is_converted_either_way(tmp_path, capsys, caplog):
             torch.testing.assert_close(found[name].delta(), wanted[name].delta())
     keys = [set(safe_open(p, "pt").keys()) for p in steps]
     assert keys[0] == keys[2] != keys[1]
+    torch.save(load_file(path), tmp_path / "old.bin")
+    assert run(capsys, tmp_path / "old.bin", tmp_path / "new.safetensors", "--base", TINY)[0] == 0
+    assert set(safe_open(tmp_path / "new.safetensors", "pt").keys()) == keys[1]
 
 
 def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):

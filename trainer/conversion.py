@@ -43,7 +43,7 @@ def convert(
         _export_checkpoint(path, target, form, kind)
     elif (path / _LORA_NAME).is_file():
         _export_lora(path / _LORA_NAME, target, form, kind, base)
-    elif path.is_file() and _is_lora(path):
+    elif path.is_file() and kinds.is_lora(of_file(path)[0]):
         _export_lora(path, target, form, kind, base)
     else:
         if base:
@@ -73,10 +73,6 @@ def _in_run(path: Path) -> Path:
     if files := sorted((path / "lora").glob("*.safetensors")):
         return files[0]
     return (completed(path / "checkpoints") or [path])[-1]
-
-
-def _is_lora(path: Path) -> bool:
-    return path.suffix not in PICKLED and kinds.is_lora(of_file(path)[0])
 
 
 def _write_model(
