@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from models import TINY, make_sd15
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trainer import export, formats, origin
 from trainer.errors import UserError
@@ -225,6 +225,35 @@ def test_a_lora_is_converted_either_way(tmp_path, capsys, caplog):
     torch.save(load_file(path), tmp_path / "old.bin")
     assert run(capsys, tmp_path / "old.bin", tmp_path / "new.safetensors", "--base", TINY)[0] == 0
     assert set(safe_open(tmp_path / "new.safetensors", "pt").keys()) == keys[1]
+
+
+def test_a_converted_lora_keeps_what_its_metadata_says_of_its_training(tmp_path, capsys):
+    """Whoever wrote it, and whichever way; hashes are the new file's."""
+    path, _ = lora_file(tmp_path)
+    told = {
+        "ss_steps": "3000",
+        "ss_seed": "7",
+        "ss_sd_model_hash": "31e35c80",
+        "ss_output_name": "cats",
+        "ss_network_args": '{"conv_dim": "4"}',
+        "modelspec.title": "Cats",
+        "modelspec.date": "2024-01-01T00:00:00",
+        "modelspec.resolution": "768x768",
+        "trainer": '{"step": 3000}',
+    }
+    own = {"modelspec.hash_sha256": "0xabc", "sshs_model_hash": "abc", "sshs_legacy_hash": "a"}
+    more = told | own | {"format": "pt"}
+    save_file(load_file(path), tmp_path / "told.safetensors", more)
+    source = tmp_path / "told.safetensors"
+    for target in (tmp_path / "d.safetensors", tmp_path / "k.safetensors"):
+        status, _, error = run(capsys, source, target, "--base", TINY)
+        assert status == 0, error
+        with safe_open(target, "pt") as file:
+            found = file.metadata()
+        assert told.items() <= found.items()
+        assert not own.items() & found.items()
+        assert len(found["sshs_model_hash"]) == 64
+        source = target
 
 
 def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):

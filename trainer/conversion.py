@@ -13,7 +13,7 @@ from trainer import formats, noise, origin
 from trainer.checkpoint import completed
 from trainer.config import NoiseConfig
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, kinds, lora, writing
+from trainer.formats import adapters, architectures, kinds, lora, metadata, writing
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.names import canonical
 from trainer.formats.weights import PICKLED, Weights, of_file
@@ -106,9 +106,10 @@ def _export_lora(
 ) -> None:
     name, models = _base_of(path, base)
     found = lora.read(path, models)
-    is_kohya = any(key.startswith("lora_") for key in of_file(path)[0])
+    weights, described = of_file(path)
+    is_kohya = any(key.startswith("lora_") for key in weights)
     form = form or ("diffusers" if is_kohya else "kohya")
-    _write_lora(path, target, form, dtype, name, models, found)
+    _write_lora(path, target, form, dtype, name, models, found, metadata.carried(described))
 
 
 def _write_lora(
@@ -119,14 +120,16 @@ def _write_lora(
     base: str,
     models: dict[str, nn.Module],
     found: adapters.Adapters,
+    told: dict[str, str],
 ) -> None:
+    """told: metadata that the file is to have."""
     if form not in ("kohya", "diffusers"):
         raise UserError(
             f"--format={form} is of models, and {source} is a LoRA: use kohya or diffusers"
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    formats.save_lora(target, form, models, base, dtype, adapters=found)  # type: ignore[arg-type]
+    formats.save_lora(target, form, models, base, dtype, told, adapters=found)  # type: ignore[arg-type]
 
 
 def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
@@ -187,7 +190,7 @@ def _export_checkpoint(
     if method["name"] == "lora":
         models = _empty(found)
         held = _adapters_of(trained, method)
-        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held)
+        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held, {})
         return
     parts: dict[str, writing.Given] = {
         part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
