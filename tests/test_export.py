@@ -3,6 +3,7 @@ what exists."""
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -322,6 +323,26 @@ def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
     for name, adapter in one.items():
         assert torch.equal(adapter.down, two[name].down)
         torch.testing.assert_close(adapter.delta(), two[name].delta())
+
+
+def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
+    private = ("log.prompts=[a secret]", f"data.cache={tmp_path}/cache")
+    model = shutil.copytree(TINY, tmp_path / "my-model")
+    folder = quick("run", "method=lora", f"model.path={model}", *private, *ONE_STEP)
+    assert run(capsys, folder / "checkpoints/step-000001", tmp_path / "c.safetensors")[0] == 0
+    every = [*sorted((folder / "lora").glob("*.safetensors")), tmp_path / "c.safetensors"]
+    assert len(every) == 3
+    for path in every:
+        with safe_open(path, "pt") as file:
+            found = file.metadata()
+        assert found["modelspec.resolution"] == "64x64"
+        text = json.dumps(found)
+        assert not [word for word in ("secret", "/", "emoji24") if word in found.get("trainer", "")]
+        assert str(tmp_path) not in text
+    with safe_open(every[0], "pt") as file:
+        config = json.loads(file.metadata()["trainer"])["config"]
+    assert config["model"]["path"] == "my-model"
+    assert config["optim"]["lr"] == 0.01
 
 
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):

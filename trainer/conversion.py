@@ -183,6 +183,7 @@ def _export_checkpoint(
         config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
         began, method = config["model"], config["method"]
         noising = NoiseConfig(**config["noise"])
+        side = config["data"]["resolution"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     found = origin.at(began["path"], began.get("variant"))
@@ -190,7 +191,8 @@ def _export_checkpoint(
     if method["name"] == "lora":
         models = _empty(found)
         held = _adapters_of(trained, method)
-        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held, {})
+        told = {metadata.RESOLUTION: f"{side}x{side}"}
+        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held, told)
         return
     parts: dict[str, writing.Given] = {
         part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}

@@ -13,6 +13,7 @@ from typing import Any
 from trainer import disk, formats
 from trainer.config import DTYPES, Config, LoraConfig
 from trainer.errors import UserError
+from trainer.formats import metadata
 from trainer.model import Model
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
                 parts,
                 dtype,
                 model.scheduler,
-                {"trainer": described["trainer"]},
+                {metadata.TRAINER: described[metadata.TRAINER]},
             )
         else:
             target = folder / "model"
@@ -86,20 +87,36 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
 
 
 def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
-    """How it was trained, by the keys of kohya's scripts, which model managers show; and the whole
-    configuration under a key of our own."""
+    """How it was trained, by the keys of kohya's scripts, which model managers show; and what of
+    the configuration may be given away under a key of our own."""
     lr = getattr(config.optim, "lr", "")
     computes_bf16 = "bfloat16" in (config.model.dtype, config.model.compute)
+    resolution = f"{config.data.resolution}x{config.data.resolution}"
     known: dict[str, Any] = {
         "ss_steps": step,
         "ss_optimizer": config.optim.name,
         "ss_learning_rate": lr,
         "ss_lr_scheduler": config.schedule.name,
         "ss_seed": config.seed,
-        "ss_resolution": f"{config.data.resolution}x{config.data.resolution}",
+        "ss_resolution": resolution,
         "ss_num_train_images": num_images,
         "ss_batch_size_per_device": config.data.batch_size,
         "ss_mixed_precision": "bf16" if computes_bf16 else "no",
-        "trainer": json.dumps({"config": asdict(config), "step": step}),
+        metadata.RESOLUTION: resolution,
+        metadata.TRAINER: json.dumps({"config": _public(config), "step": step}),
     }
     return {key: str(value) for key, value in known.items()}
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """The configuration without what is private and decides nothing that another could repeat:
+    where things are on this machine, captions and prompts.  Models have their names."""
+    told = asdict(config)
+    for private in ("resume", "log"):
+        del told[private]
+    for private in ("path", "sources", "cache"):
+        del told["data"][private]
+    for group, key in (("model", "path"), ("model", "vae"), ("method", "start_from")):
+        if told[group].get(key):
+            told[group][key] = Path(told[group][key]).name
+    return told

@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.formats import architectures, stream
 from trainer.formats.adapters import Adapters
 
+RESOLUTION = "modelspec.resolution"
 TRAINER = "trainer"  # JSON: how a run of ours trained it
 CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
@@ -126,7 +127,7 @@ def _modelspec(architecture: str, title: str, side: int) -> dict[str, str]:
         "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
+        RESOLUTION: f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         stream.HASH: "",
     }
