@@ -355,9 +355,7 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
     one, two = (lora.read(path, models) for path in paths)
     assert one.keys() == two.keys() == set(TRAINED)
     for part in TRAINED:
-        for name in two[part].keys() ^ one[part].keys():  # of a layer that no state is read from
-            assert part == "text_encoder"
-            assert not two[part][name].delta().any()
+        assert one[part].keys() == two[part].keys()
         assert any(adapter.delta().abs().max() > 0 for adapter in one[part].values())
         for name, adapter in one[part].items():
             assert adapter.alpha == 2.0 * 4**0.5

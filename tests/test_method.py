@@ -7,6 +7,7 @@ from models import make_sd15
 from safetensors.torch import load_file
 
 from trainer import method
+from trainer.formats import adapters, lora
 from trainer.model import Model
 
 CPU = torch.device("cpu")
@@ -62,6 +63,29 @@ def test_a_text_encoder_is_trained_where_it_is_asked_for(quick, chosen):
     assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
     # what the UNet does not read cannot move, and is not saved
     assert not [name for name in before if "final_layer_norm" in name or "layers.1." in name]
+
+
+def test_a_layer_that_nothing_reads_gets_no_adapter(composed, tmp_path):
+    """Those of a file that has one, of kohya's scripts, are left out."""
+    options = ["method=lora", "method.rank=4", "method.train=[unet,text_encoder]"]
+    model = attached(composed(*options))
+    own = adapters.of_models(model.trained_parts)
+    assert {path.split(".layers.")[1][0] for path in own["text_encoder"]} == {"0"}
+    down = [name for name in method.trained_tensors(model) if ".lora_A." in name]
+    assert len(down) == sum(len(found) for found in own.values())
+    path = next(path for path in own["text_encoder"] if path.endswith("q_proj"))
+    size = own["text_encoder"][path].down.shape[1]
+    small = adapters.Adapter(down=torch.ones(4, size), up=torch.zeros(size, 4), alpha=16.0)
+    more = own | {
+        "text_encoder": own["text_encoder"] | {path.replace("layers.0", "layers.1"): small}
+    }
+    file = tmp_path / "kohya.safetensors"
+    lora.save_lora(file, "kohya", model.trained_parts, "sdxl", adapters=more)
+    again = attached(composed(*options, f"method.start_from={file}"), seed=1)
+    for name, tensor in method.trained_tensors(again).items():
+        assert torch.equal(tensor, method.trained_tensors(model)[name]), name
+    with pytest.raises(ValueError, match=r"that is read is called layers\.1\.\*"):
+        attached(composed(*options, r"method.text_targets=['layers.1.*']"))
 
 
 def test_a_part_that_the_model_lacks_is_named(composed, tmp_path):
