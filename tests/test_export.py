@@ -3,6 +3,7 @@ what exists."""
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -323,6 +324,32 @@ def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
     for name, adapter in one.items():
         assert torch.equal(adapter.down, two[name].down)
         torch.testing.assert_close(adapter.delta(), two[name].delta())
+
+
+def test_a_runs_lora_is_exported_with_the_model_that_its_configuration_names(
+    quick, tmp_path, capsys
+):
+    folder = quick("run", "method=lora", *ONE_STEP)
+    for source, name in ((folder, "a"), (folder / "lora/pytorch_lora_weights.safetensors", "b")):
+        status, _, error = run(capsys, source, tmp_path / f"{name}.safetensors")
+        assert status == 0, error
+    gone = (folder / "config.yaml").read_text().replace("assets/tiny_sdxl", "nowhere/tiny_sdxl")
+    (folder / "config.yaml").write_text(gone)
+    status, _, error = run(capsys, folder, tmp_path / "c.safetensors")
+    assert status == 2
+    assert re.search(r"--base=\S+nowhere/tiny_sdxl does not exist", error), error
+    assert run(capsys, folder, tmp_path / "c.safetensors", "--base", TINY)[0] == 0
+
+
+def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_warning(
+    quick, tmp_path, capsys, caplog
+):
+    folder = quick("run", *ONE_STEP)
+    assert run(capsys, folder, tmp_path / "a")[0] == 0
+    assert "has gone on" not in caplog.text
+    newer = shutil.copytree(folder / "checkpoints/step-000001", folder / "checkpoints/step-000003")
+    assert run(capsys, folder, tmp_path / "b")[0] == 0
+    assert f"model is of step 1; the run has gone on since: name {newer}" in caplog.text
 
 
 def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):

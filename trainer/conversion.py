@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from trainer import formats, noise, origin
@@ -68,11 +70,26 @@ def _in_run(path: Path) -> Path:
     """What is meant by a run's folder: its model, its LoRA, or its last checkpoint."""
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
-    if (path / "model/model_index.json").is_file():
-        return path / "model"
-    if files := sorted((path / "lora").glob("*.safetensors")):
-        return files[0]
-    return (completed(path / "checkpoints") or [path])[-1]
+    every = completed(path / "checkpoints")
+    found = path / "model"
+    if not (found / "model_index.json").is_file():
+        found = next(iter(sorted((path / "lora").glob("*.safetensors"))), None)
+    if found is None:
+        return (every or [path])[-1]
+    if every and int(every[-1].name[5:]) > (step := _finished(path)):
+        log.warning(
+            "%s is of step %d; the run has gone on since: name %s for its last checkpoint", found,
+            step, every[-1],
+        )  # fmt: skip
+    return found
+
+
+def _finished(run: Path) -> float:
+    """The step that a run's result is of; infinite where it does not say."""
+    try:
+        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _write_model(
@@ -134,20 +151,38 @@ def _write_lora(
 
 def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
     """The kind of model that a LoRA is of, and that model without weights."""
+    variant = None
     if base is None:
         told = of_file(path)[1].get("ss_base_model_version", "")
         kinds_told = [kind for kind, version in BASE_VERSION.items() if told.startswith(version)]
         fits = [kind for kind in kinds_told or BASE_VERSION if _fits(path, kind)]
-        if len(fits) != 1:
+        if len(fits) == 1:
+            base = fits[0]
+        elif known := _trained_on(path):
+            base, variant = known
+            log.info("the LoRA is of %s, as its run's config.yaml says", base)
+        else:
             raise UserError(
                 f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "
                 "name the model that it is of: --base=MODEL"
             )
-        base = fits[0]
     if base in architectures.PUBLISHED:
         return base, _empty_published(base)
-    found = origin.at(base, option="--base")
+    found = origin.at(base, variant, "--base")
     return found.kind, _empty(found)
+
+
+def _trained_on(path: Path) -> tuple[str, str | None] | None:
+    """The model that a LoRA in a run's `lora` folder was trained on, and its variant, by the run's
+    configuration; None for a file that is in no run."""
+    run = path.resolve().parents[1]
+    if path.resolve().parent.name != "lora" or not (run / "config.yaml").is_file():
+        return None
+    try:
+        model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+        return str(model["path"]), model.get("variant")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _fits(path: Path, kind: str) -> bool:
