@@ -562,7 +562,7 @@ def test_sets_of_parameters_are_prepared_once_whatever_the_dtype_of_gradients(mo
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = optim.build("adafactor8bit", params, backend="native")
-    for place in range(2):
+    for _ in range(2):
         for p in params:
             optimizer.step_param(p)
         monkeypatch.setattr(engine, "Work", None)  # none can be made

@@ -3,6 +3,8 @@ what exists."""
 
 import itertools
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from models import TINY, make_sd15
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from trainer import export, formats, origin
 from trainer.errors import UserError
@@ -108,7 +111,7 @@ def test_another_models_part_comes_with_its_configuration(tmp_path):
     vae = found.load("vae", torch.float32)
     vae.register_to_config(scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "vae")
-    other = origin.vae(str(tmp_path / "vae"))
+    other = origin.vae(str(tmp_path / "vae"), found)
     formats.save_folder(tmp_path / "folder", found, {"vae": other})
     formats.save_single_file(tmp_path / "file.safetensors", found, {"vae": other})
     for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
@@ -221,6 +224,38 @@ def test_a_lora_is_converted_either_way(tmp_path, capsys, caplog):
             torch.testing.assert_close(found[name].delta(), wanted[name].delta())
     keys = [set(safe_open(p, "pt").keys()) for p in steps]
     assert keys[0] == keys[2] != keys[1]
+    torch.save(load_file(path), tmp_path / "old.bin")
+    assert run(capsys, tmp_path / "old.bin", tmp_path / "new.safetensors", "--base", TINY)[0] == 0
+    assert set(safe_open(tmp_path / "new.safetensors", "pt").keys()) == keys[1]
+
+
+def test_a_converted_lora_keeps_what_its_metadata_says_of_its_training(tmp_path, capsys):
+    """Whoever wrote it, and whichever way; hashes are the new file's."""
+    path, _ = lora_file(tmp_path)
+    told = {
+        "ss_steps": "3000",
+        "ss_seed": "7",
+        "ss_sd_model_hash": "31e35c80",
+        "ss_output_name": "cats",
+        "ss_network_args": '{"conv_dim": "4"}',
+        "modelspec.title": "Cats",
+        "modelspec.date": "2024-01-01T00:00:00",
+        "modelspec.resolution": "768x768",
+        "trainer": '{"step": 3000}',
+    }
+    own = {"modelspec.hash_sha256": "0xabc", "sshs_model_hash": "abc", "sshs_legacy_hash": "a"}
+    more = told | own | {"format": "pt"}
+    save_file(load_file(path), tmp_path / "told.safetensors", more)
+    source = tmp_path / "told.safetensors"
+    for target in (tmp_path / "d.safetensors", tmp_path / "k.safetensors"):
+        status, _, error = run(capsys, source, target, "--base", TINY)
+        assert status == 0, error
+        with safe_open(target, "pt") as file:
+            found = file.metadata()
+        assert told.items() <= found.items()
+        assert not own.items() & found.items()
+        assert len(found["sshs_model_hash"]) == 64
+        source = target
 
 
 def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):
@@ -291,6 +326,52 @@ def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
         torch.testing.assert_close(adapter.delta(), two[name].delta())
 
 
+def test_a_runs_lora_is_exported_with_the_model_that_its_configuration_names(
+    quick, tmp_path, capsys
+):
+    folder = quick("run", "method=lora", *ONE_STEP)
+    for source, name in ((folder, "a"), (folder / "lora/pytorch_lora_weights.safetensors", "b")):
+        status, _, error = run(capsys, source, tmp_path / f"{name}.safetensors")
+        assert status == 0, error
+    gone = (folder / "config.yaml").read_text().replace("assets/tiny_sdxl", "nowhere/tiny_sdxl")
+    (folder / "config.yaml").write_text(gone)
+    status, _, error = run(capsys, folder, tmp_path / "c.safetensors")
+    assert status == 2
+    assert re.search(r"--base=\S+nowhere/tiny_sdxl does not exist", error), error
+    assert run(capsys, folder, tmp_path / "c.safetensors", "--base", TINY)[0] == 0
+
+
+def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_warning(
+    quick, tmp_path, capsys, caplog
+):
+    folder = quick("run", *ONE_STEP)
+    assert run(capsys, folder, tmp_path / "a")[0] == 0
+    assert "has gone on" not in caplog.text
+    newer = shutil.copytree(folder / "checkpoints/step-000001", folder / "checkpoints/step-000003")
+    assert run(capsys, folder, tmp_path / "b")[0] == 0
+    assert f"model is of step 1; the run has gone on since: name {newer}" in caplog.text
+
+
+def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
+    private = ("log.prompts=[a secret]", f"data.cache={tmp_path}/cache")
+    model = shutil.copytree(TINY, tmp_path / "my-model")
+    folder = quick("run", "method=lora", f"model.path={model}", *private, *ONE_STEP)
+    assert run(capsys, folder / "checkpoints/step-000001", tmp_path / "c.safetensors")[0] == 0
+    every = [*sorted((folder / "lora").glob("*.safetensors")), tmp_path / "c.safetensors"]
+    assert len(every) == 3
+    for path in every:
+        with safe_open(path, "pt") as file:
+            found = file.metadata()
+        assert found["modelspec.resolution"] == "64x64"
+        text = json.dumps(found)
+        assert not [word for word in ("secret", "/", "emoji24") if word in found.get("trainer", "")]
+        assert str(tmp_path) not in text
+    with safe_open(every[0], "pt") as file:
+        config = json.loads(file.metadata()["trainer"])["config"]
+    assert config["model"]["path"] == "my-model"
+    assert config["optim"]["lr"] == 0.01
+
+
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
     """DoRA, rank stabilised, of a text encoder too."""
     options = ("rank=4", "alpha=2", "dora=true", "rslora=true", "train=[unet,text_encoder]")
@@ -301,9 +382,7 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
     one, two = (lora.read(path, models) for path in paths)
     assert one.keys() == two.keys() == set(TRAINED)
     for part in TRAINED:
-        for name in two[part].keys() ^ one[part].keys():  # of a layer that no state is read from
-            assert part == "text_encoder"
-            assert not two[part][name].delta().any()
+        assert one[part].keys() == two[part].keys()
         assert any(adapter.delta().abs().max() > 0 for adapter in one[part].values())
         for name, adapter in one[part].items():
             assert adapter.alpha == 2.0 * 4**0.5
@@ -319,6 +398,11 @@ def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
         ([TINY, tmp_path / "there.safetensors"], "there.safetensors exists"),
         ([tmp_path / "none.safetensors", tmp_path / "b"], "none.safetensors"),
         ([TINY, tmp_path / "b", "--format", "file"], "must end in .safetensors"),
+        *(
+            ([TINY, tmp_path / f"b{ending}"], f"ends in {ending}: single files are written as")
+            for ending in (".ckpt", ".pt", ".bin", ".SafeTensors")
+        ),
+        ([path, tmp_path / "b.ckpt", "--base", TINY], "name it b.safetensors"),
         ([TINY, tmp_path / "b", "--format", "kohya"], "use folder or file"),
         ([path, tmp_path / "b", "--format", "folder", "--base", TINY], "use kohya or diffusers"),
         ([TINY, tmp_path / "b", "--base", "sdxl"], "--base=sdxl has no effect"),

@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import rows, weights
 from models import make_sd15
+from safetensors.torch import load_file
 
 from trainer import method
+from trainer.formats import adapters, lora
 from trainer.model import Model
 
 CPU = torch.device("cpu")
@@ -63,6 +65,29 @@ def test_a_text_encoder_is_trained_where_it_is_asked_for(quick, chosen):
     assert not [name for name in before if "final_layer_norm" in name or "layers.1." in name]
 
 
+def test_a_layer_that_nothing_reads_gets_no_adapter(composed, tmp_path):
+    """Those of a file that has one, of kohya's scripts, are left out."""
+    options = ["method=lora", "method.rank=4", "method.train=[unet,text_encoder]"]
+    model = attached(composed(*options))
+    own = adapters.of_models(model.trained_parts)
+    assert {path.split(".layers.")[1][0] for path in own["text_encoder"]} == {"0"}
+    down = [name for name in method.trained_tensors(model) if ".lora_A." in name]
+    assert len(down) == sum(len(found) for found in own.values())
+    path = next(path for path in own["text_encoder"] if path.endswith("q_proj"))
+    size = own["text_encoder"][path].down.shape[1]
+    small = adapters.Adapter(down=torch.ones(4, size), up=torch.zeros(size, 4), alpha=16.0)
+    more = own | {
+        "text_encoder": own["text_encoder"] | {path.replace("layers.0", "layers.1"): small}
+    }
+    file = tmp_path / "kohya.safetensors"
+    lora.save_lora(file, "kohya", model.trained_parts, "sdxl", adapters=more)
+    again = attached(composed(*options, f"method.start_from={file}"), seed=1)
+    for name, tensor in method.trained_tensors(again).items():
+        assert torch.equal(tensor, method.trained_tensors(model)[name]), name
+    with pytest.raises(ValueError, match=r"that is read is called layers\.1\.\*"):
+        attached(composed(*options, r"method.text_targets=['layers.1.*']"))
+
+
 def test_a_part_that_the_model_lacks_is_named(composed, tmp_path):
     path = make_sd15(tmp_path / "sd15")
     config = composed("model=sd15", f"model.path={path}", "method.train=[text_encoder_2]")
@@ -92,6 +117,18 @@ def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
         other = composed("method=lora", "method.rank=8", f"method.start_from={file}")
         with pytest.raises(ValueError, match=r"is rank 4, alpha 2 in the file and rank 8"):
             attached(other)
+
+
+def test_a_run_called_like_diffusers_file_leaves_both_loras(quick):
+    """Not one written over the other."""
+    folder = quick("run", "method=lora", "name=PyTorch_lora_weights")
+    found = {path.name: path for path in (folder / "lora").iterdir()}
+    assert set(found) == {
+        "PyTorch_lora_weights-kohya.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
+    kinds = {next(iter(load_file(path))).partition("_")[0] for path in found.values()}
+    assert kinds == {"lora", "unet.down"}
 
 
 def test_a_full_fine_tune_is_exported_as_a_single_file_that_trains_on(quick, composed):

@@ -2,18 +2,20 @@
 
 import json
 import logging
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from trainer import formats, noise, origin
 from trainer.checkpoint import completed
 from trainer.config import NoiseConfig
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, kinds, lora, writing
+from trainer.formats import adapters, architectures, kinds, lora, metadata, writing
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.names import canonical
 from trainer.formats.weights import PICKLED, Weights, of_file
@@ -37,14 +39,13 @@ def convert(
     Raises UserError for what cannot be read, written or proved.
     """
     kind = getattr(torch, dtype) if dtype else None
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists; name another target, or remove it")
+    _check_target(target)
     path = _in_run(Path(source).expanduser())
     if (path / "checkpoint.json").is_file():
         _export_checkpoint(path, target, form, kind)
     elif (path / _LORA_NAME).is_file():
         _export_lora(path / _LORA_NAME, target, form, kind, base)
-    elif path.is_file() and _is_lora(path):
+    elif path.is_file() and kinds.is_lora(of_file(path)[0]):
         _export_lora(path, target, form, kind, base)
     else:
         if base:
@@ -53,19 +54,42 @@ def convert(
         _write_model(target, found, {}, form, kind)
 
 
+def _check_target(target: Path) -> None:
+    """Refuse what exists, and the name of a file of another kind than what is written."""
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists; name another target, or remove it")
+    ending = target.suffix
+    if ending != ".safetensors" and ending.lower() in (".safetensors", ".sft", *PICKLED):
+        raise UserError(
+            f"{target} ends in {ending}: single files are written as .safetensors; name it "
+            f"{target.with_suffix('.safetensors').name}, or leave the ending out for a folder"
+        )
+
+
 def _in_run(path: Path) -> Path:
     """What is meant by a run's folder: its model, its LoRA, or its last checkpoint."""
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
-    if (path / "model/model_index.json").is_file():
-        return path / "model"
-    if files := sorted((path / "lora").glob("*.safetensors")):
-        return files[0]
-    return (completed(path / "checkpoints") or [path])[-1]
+    every = completed(path / "checkpoints")
+    found = path / "model"
+    if not (found / "model_index.json").is_file():
+        found = next(iter(sorted((path / "lora").glob("*.safetensors"))), None)
+    if found is None:
+        return (every or [path])[-1]
+    if every and int(every[-1].name[5:]) > (step := _finished(path)):
+        log.warning(
+            "%s is of step %d; the run has gone on since: name %s for its last checkpoint", found,
+            step, every[-1],
+        )  # fmt: skip
+    return found
 
 
-def _is_lora(path: Path) -> bool:
-    return path.suffix not in PICKLED and kinds.is_lora(of_file(path)[0])
+def _finished(run: Path) -> float:
+    """The step that a run's result is of; infinite where it does not say."""
+    try:
+        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _write_model(
@@ -99,9 +123,10 @@ def _export_lora(
 ) -> None:
     name, models = _base_of(path, base)
     found = lora.read(path, models)
-    is_kohya = any(key.startswith("lora_") for key in of_file(path)[0])
+    weights, described = of_file(path)
+    is_kohya = any(key.startswith("lora_") for key in weights)
     form = form or ("diffusers" if is_kohya else "kohya")
-    _write_lora(path, target, form, dtype, name, models, found)
+    _write_lora(path, target, form, dtype, name, models, found, metadata.carried(described))
 
 
 def _write_lora(
@@ -112,32 +137,52 @@ def _write_lora(
     base: str,
     models: dict[str, nn.Module],
     found: adapters.Adapters,
+    told: dict[str, str],
 ) -> None:
+    """told: metadata that the file is to have."""
     if form not in ("kohya", "diffusers"):
         raise UserError(
             f"--format={form} is of models, and {source} is a LoRA: use kohya or diffusers"
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    formats.save_lora(target, form, models, base, dtype, adapters=found)  # type: ignore[arg-type]
+    formats.save_lora(target, form, models, base, dtype, told, adapters=found)  # type: ignore[arg-type]
 
 
 def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
     """The kind of model that a LoRA is of, and that model without weights."""
+    variant = None
     if base is None:
         told = of_file(path)[1].get("ss_base_model_version", "")
         kinds_told = [kind for kind, version in BASE_VERSION.items() if told.startswith(version)]
         fits = [kind for kind in kinds_told or BASE_VERSION if _fits(path, kind)]
-        if len(fits) != 1:
+        if len(fits) == 1:
+            base = fits[0]
+        elif known := _trained_on(path):
+            base, variant = known
+            log.info("the LoRA is of %s, as its run's config.yaml says", base)
+        else:
             raise UserError(
                 f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "
                 "name the model that it is of: --base=MODEL"
             )
-        base = fits[0]
     if base in architectures.PUBLISHED:
         return base, _empty_published(base)
-    found = origin.at(base, option="--base")
+    found = origin.at(base, variant, "--base")
     return found.kind, _empty(found)
+
+
+def _trained_on(path: Path) -> tuple[str, str | None] | None:
+    """The model that a LoRA in a run's `lora` folder was trained on, and its variant, by the run's
+    configuration; None for a file that is in no run."""
+    run = path.resolve().parents[1]
+    if path.resolve().parent.name != "lora" or not (run / "config.yaml").is_file():
+        return None
+    try:
+        model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+        return str(model["path"]), model.get("variant")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _fits(path: Path, kind: str) -> bool:
@@ -173,6 +218,7 @@ def _export_checkpoint(
         config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
         began, method = config["model"], config["method"]
         noising = NoiseConfig(**config["noise"])
+        side = config["data"]["resolution"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     found = origin.at(began["path"], began.get("variant"))
@@ -180,14 +226,15 @@ def _export_checkpoint(
     if method["name"] == "lora":
         models = _empty(found)
         held = _adapters_of(trained, method)
-        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held)
+        told = {metadata.RESOLUTION: f"{side}x{side}"}
+        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held, told)
         return
     parts: dict[str, writing.Given] = {
         part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
         for part, weights in trained.items()
     }
     if began.get("vae"):
-        parts["vae"] = origin.vae(began["vae"])
+        parts["vae"] = origin.vae(began["vae"], found)
     scheduler = noise.scheduler_config(noising, found.config("scheduler"))
     _write_model(target, found, parts, form, dtype, scheduler)
 

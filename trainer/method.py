@@ -29,19 +29,21 @@ def attach(config: Any, model: Model, seed: int) -> None:
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
     up-projections zero).
 
+    A text encoder's layers that nothing is read from are not trained and get no adapter, though
+    kohya's scripts write one, of zeros: readers of LoRA files take the modules that are there.
     Raises UserError for a part that the model lacks and a target that no module is called by.
     """
     for part in config.train:
-        module = model.trained_parts[part]
-        if isinstance(config, LoraConfig):
-            _add_adapters(config, part, module, seed)
-        else:
-            module.requires_grad_(True)
-        module.train()
+        model.trained_parts[part].requires_grad_(True).train()
     if model.text_encoder:
         model.text_encoder.freeze_unused()
-    if isinstance(config, LoraConfig) and config.start_from:
-        _start_from(Path(config.start_from).expanduser(), model, config.train)
+    if not isinstance(config, LoraConfig):
+        return
+    layers = {part: _trainable_layers(model.trained_parts[part]) for part in config.train}
+    for part in config.train:
+        _add_adapters(config, part, model.trained_parts[part], layers[part], seed)
+    if config.start_from:
+        _start_from(Path(config.start_from).expanduser(), model, layers)
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
@@ -92,37 +94,57 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
-def _add_adapters(config: LoraConfig, part: str, module: nn.Module, seed: int) -> None:
+def _trainable_layers(module: nn.Module) -> list[str]:
+    """The linear and convolution layers that a gradient is wanted of, which something reads."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, _ADAPTED) and layer.weight.requires_grad
+    ]
+
+
+def _add_adapters(
+    config: LoraConfig, part: str, module: nn.Module, layers: list[str], seed: int
+) -> None:
+    """Adapters for those of `layers` that are asked for; of the module, nothing else is trained."""
     key = "targets" if part == "unet" else "text_targets"
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        target_modules=_matching(module, part, key, getattr(config, key)),
+        target_modules=_matching(layers, part, key, getattr(config, key)),
     )
     number = () if part == "unet" else (PARTS.index(part),)
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
-        inject_adapter_in_model(peft_config, module)
+        inject_adapter_in_model(peft_config, module.requires_grad_(False))
     cast_training_params(module, torch.float32)
 
 
-def _start_from(path: Path, model: Model, trained: list[str]) -> None:
-    """Give the adapters the values of a LoRA file, which must be of their ranks and scales."""
+def _start_from(path: Path, model: Model, layers: dict[str, list[str]]) -> None:
+    """Give the adapters the values of a LoRA file, which must be of their ranks and scales.
+
+    layers: of the trained parts, those that something reads; adapters of others have no effect.
+    """
     found = lora.read(path, model.trained_parts)
-    if missing := sorted(found.keys() - set(trained)):
+    if missing := sorted(found.keys() - layers.keys()):
         raise UserError(
             f"method.start_from={path} has adapters of the {missing[0]}, which method.train="
-            f"{trained} leaves out"
+            f"{list(layers)} leaves out"
         )
-    adapters.fill({part: model.trained_parts[part] for part in trained}, found)
+    used = {
+        part: {name: found[part][name] for name in layers[part] if name in found[part]}
+        for part in found
+    }
+    if spare := sum(map(len, found.values())) - sum(map(len, used.values())):
+        log.info("%s: %d adapters are of layers that nothing is read from", path, spare)
+    adapters.fill({part: model.trained_parts[part] for part in layers}, used)
     log.info("adapters start from %s", path)
 
 
-def _matching(module: nn.Module, part: str, key: str, patterns: list[str]) -> list[str]:
-    """The linear and convolution layers whose name ends with what a pattern matches."""
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, _ADAPTED)]
+def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> list[str]:
+    """Those of a part's trainable `layers` whose name ends with what a pattern matches."""
     found: set[str] = set()
     for pattern in patterns:
         end = re.compile(rf"(^|\.)({pattern})$")
@@ -130,7 +152,7 @@ def _matching(module: nn.Module, part: str, key: str, patterns: list[str]) -> li
         if not matched:
             raise UserError(
                 f"method.{key}={patterns}: no linear or convolution layer of the "
-                f"{part.replace('_', ' ')} is called {pattern}"
+                f"{part.replace('_', ' ')} that is read is called {pattern}"
             )
         found.update(matched)
     return sorted(found)

@@ -39,7 +39,9 @@ class Model:
             library.set_verbosity_error()
             library.disable_progress_bar()
         self.origin = origin.find(config, with_weights)
-        self.vae_origin = origin.vae(config.vae, with_weights) if config.vae else self.origin
+        self.vae_origin = self.origin
+        if config.vae:
+            self.vae_origin = origin.vae(config.vae, self.origin, with_weights)
         self.text_parts = [part for part in text.PARTS if self.origin.has(part)]
         self.text_encoder: text.Encoder | None = None  # where text encoders are trained
         self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it

@@ -17,12 +17,11 @@ import transformers
 from torch import nn
 
 from trainer.config import ModelConfig
-from trainer.config.model import nothing_there
 from trainer.errors import UserError
-from trainer.formats import architectures, fingerprints, kinds
+from trainer.formats import architectures, fingerprints, hub, kinds
 from trainer.formats.folder import find_weights
-from trainer.formats.single_file import SingleFile
-from trainer.formats.weights import Weights, digest
+from trainer.formats.single_file import SingleFile, vae_alone
+from trainer.formats.weights import Weights, digest, of_file
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ class Origin(ABC):
 
     path: Path
     index: dict[str, Any]  # model_index.json, or what would be it
+    option: str = "model.path"  # which named it
 
     def __str__(self) -> str:
         return str(self.path)
@@ -80,7 +80,7 @@ class Origin(ABC):
         Raises UserError where its files are damaged or its weights are not those of its config.
         """
         return architectures.filled(
-            part, self.config(part), self.weights(part), dtype, f"model.path={self.path}"
+            part, self.config(part), self.weights(part), dtype, f"{self.option}={self.path}"
         )
 
     def tokenizer(self, part: str) -> Any:
@@ -89,7 +89,9 @@ class Origin(ABC):
         try:
             return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"model.path={self.path}: {part} cannot be loaded: {error}") from error
+            raise UserError(
+                f"{self.option}={self.path}: {part} cannot be loaded: {error}"
+            ) from error
 
     def fingerprint(self, part: str, cache: Path | None = None) -> str:
         """sha256 of what decides the part's outputs: weights and configuration, or a tokenizer's
@@ -115,24 +117,24 @@ class Origin(ABC):
 class Folder(Origin):
     """A pipeline in diffusers layout: model_index.json, and a folder for each part."""
 
-    def __init__(self, path: Path, variant: str | None = None) -> None:
+    def __init__(self, path: Path, variant: str | None = None, option: str = "model.path") -> None:
         """Raises UserError where it is no pipeline whose UNet can be trained."""
-        self.path, self.variant = path, variant
+        self.path, self.variant, self.option = path, variant, option
         self.index = self._json(path / "model_index.json")
         if not self.has("unet"):
             raise UserError(
-                f"model.path={path} is a {self.index.get('_class_name')} without a UNet; a "
+                f"{option}={path} is a {self.index.get('_class_name')} without a UNet; a "
                 "pipeline with a UNet2DConditionModel can be trained"
             )
         for part, cls in architectures.CLASSES.items():
             if self.has(part) and self.index[part][1] != cls.__name__:
                 raise UserError(
-                    f"model.path={path}: its {part} is a {self.index[part][1]}; it must be a "
+                    f"{option}={path}: its {part} is a {self.index[part][1]}; it must be a "
                     f"{cls.__name__} (Stable Diffusion 1.x, 2.x and XL have one)"
                 )
         if self.has("text_encoder_2") and not self.has("text_encoder"):
             raise UserError(
-                f"model.path={path} is the SDXL refiner, or another model without a first text "
+                f"{option}={path} is the SDXL refiner, or another model without a first text "
                 "encoder; use the base model"
             )
         kinds.check_channels(self.config("unet").get("in_channels", 4), path)
@@ -152,7 +154,7 @@ class Folder(Origin):
         return self._json(self.folder(part) / name)
 
     def weights(self, part: str) -> Weights:
-        return find_weights(self.folder(part), part, self.variant)[0]
+        return find_weights(self.folder(part), part, self.variant, self.option)[0]
 
     def unused(self) -> Weights:
         """What only a single file has: nothing."""
@@ -162,29 +164,56 @@ class Folder(Origin):
         return self.path / part
 
     def _files(self, part: str) -> list[Path]:
-        return find_weights(self.folder(part), part, self.variant)[1]
+        return find_weights(self.folder(part), part, self.variant, self.option)[1]
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model.path={self.path}: {path.relative_to(self.path)} cannot be read: {error}"
+                f"{self.option}={self.path}: {path.relative_to(self.path)} cannot be read: {error}"
             ) from error
         if not isinstance(found, dict):
-            raise UserError(f"model.path={self.path}: {path.relative_to(self.path)} is no object")
+            raise UserError(
+                f"{self.option}={self.path}: {path.relative_to(self.path)} is no object"
+            )
         return found
 
 
 class Vae(Folder):
     """A VAE's own folder: config.json and its weights, such as that of sdxl-vae-fp16-fix."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.variant = path, None
+    def __init__(self, path: Path, option: str = "model.vae") -> None:
+        """Raises UserError where it is another model's."""
+        self.path, self.variant, self.option = path, None, option
         self.index = {"vae": ["diffusers", "AutoencoderKL"]}
+        if (found := self.config("vae").get("_class_name")) != self.index["vae"][1]:
+            raise UserError(f"{option}={path} is a {found}; it must be an AutoencoderKL")
 
     def folder(self, part: str) -> Path:
         return self.path
+
+
+class VaeFile(Vae):
+    """A VAE's file, such as sdxl_vae.safetensors, which does not say its configuration."""
+
+    def __init__(self, path: Path, model: Origin, option: str = "model.vae") -> None:
+        """Its configuration is `model`'s, as its readers have it, or that of the folder where it
+        lies under diffusers' name.  Raises UserError where it is damaged or holds no VAE."""
+        self._settings = model.config("vae")
+        if path.name.startswith("diffusion_pytorch_model.") and _is_vae(path.parent):
+            self._settings = Vae(path.parent, option).config("vae")
+        super().__init__(path, option)
+        self._weights = vae_alone(of_file(path)[0], self._settings, f"{option}={path}")
+
+    def config(self, part: str) -> dict[str, Any]:
+        return {"_class_name": "AutoencoderKL"} | self._settings
+
+    def weights(self, part: str) -> Weights:
+        return self._weights
+
+    def _files(self, part: str) -> list[Path]:
+        return [self.path]
 
 
 class File(Origin):
@@ -241,21 +270,28 @@ def at(
         if variant:
             log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
         return File(path)
-    here = path if path.is_dir() else _from_hub(name, variant, option, with_weights)
-    return Folder(here, variant)
+    folder = path if path.is_dir() else hub.pipeline(name, variant, option, with_weights)
+    return Folder(folder, variant, option)
 
 
-def vae(name: str, with_weights: bool = True) -> Origin:
-    """Where another VAE comes from: its own folder, or a model that has it; as `find`.
+def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
+    """Where another VAE for `model` comes from, by what `model.vae` names: a VAE's folder, file or
+    hub repository, or a model that has it.
 
     Raises UserError where there is none.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "model_index.json").exists():
-        if not (path / "config.json").exists():
-            raise UserError(f"model.vae={path} is no folder of a VAE: it has no config.json")
-        return Vae(path)
-    return at(name, option="model.vae", with_weights=with_weights)
+    if path.is_file():
+        return File(path) if kinds.has_unet(of_file(path)[0]) else VaeFile(path, model)
+    folder = path if path.is_dir() else hub.vae(name, "model.vae", with_weights)
+    for found in (folder / "vae", folder):
+        if _is_vae(found):
+            return Vae(found)
+    raise UserError(f"model.vae={name} is no folder of a VAE: it has no config.json, nor has vae/")
+
+
+def _is_vae(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _computing(config: dict[str, Any]) -> dict[str, Any]:
@@ -275,30 +311,3 @@ def _hash_of_files(folder: Path) -> str:
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         sha.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return sha.hexdigest()
-
-
-def _from_hub(name: str, variant: str | None, option: str, with_weights: bool) -> Path:
-    """The folder of the snapshot of a hub repository that `option` names, downloaded unless it is
-    there.
-
-    Only what training reads: no ONNX or Flax files, and not the single files beside the folders.
-    """
-    from huggingface_hub import snapshot_download
-
-    if found := nothing_there(option, name):
-        raise UserError(found)
-    kind = f".{variant}" if variant else ""
-    wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
-    for part in architectures.PARTS:
-        files = (f"*{kind}.safetensors", f"*.safetensors.index{kind}.json") if with_weights else ()
-        wanted += [f"{part}/{pattern}" for pattern in (*files, "config.json")]
-    wrong = [] if variant else ["*.fp16.*", "*.non_ema.*"]
-    try:
-        log.info("model: %s from the hub, or its cache", name)
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
-    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{option}={name} is no folder and no file here, and the hub does not give it "
-            f"({reason}); name a diffusers folder, or a .safetensors file"
-        ) from error

@@ -13,9 +13,12 @@ from typing import Any
 from trainer import disk, formats
 from trainer.config import DTYPES, Config, LoraConfig
 from trainer.errors import UserError
+from trainer.formats import metadata
 from trainer.model import Model
 
 log = logging.getLogger(__name__)
+
+_DIFFUSERS_STEM = "pytorch_lora_weights"  # what diffusers looks for in a folder
 
 
 def check(method: Any, model: Model) -> None:
@@ -33,8 +36,8 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
 
     A full fine-tune: `diffusers`, the whole pipeline in `folder/model`; `single_file`,
     `folder/NAME.safetensors`.  A LoRA: `kohya`, `folder/lora/NAME.safetensors`; `diffusers`,
-    `folder/lora/pytorch_lora_weights.safetensors`.  Raises UserError where one cannot be written,
-    or does not read back equal.
+    `folder/lora/pytorch_lora_weights.safetensors` (a run of that name has NAME-kohya beside it).
+    Raises UserError where one cannot be written, or does not read back equal.
     """
     method = config.method
     dtype = None if method.export_dtype is None else DTYPES[method.export_dtype]
@@ -46,8 +49,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     written = []
     for kind in method.export:
         if isinstance(method, LoraConfig):
-            stem = name if kind == "kohya" else "pytorch_lora_weights"
-            target = folder / "lora" / f"{stem}.safetensors"
+            target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
             formats.save_lora(target, kind, parts, model.origin.kind, dtype, described)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
@@ -57,7 +59,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
                 parts,
                 dtype,
                 model.scheduler,
-                {"trainer": described["trainer"]},
+                {metadata.TRAINER: described[metadata.TRAINER]},
             )
         else:
             target = folder / "model"
@@ -66,6 +68,13 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     if isinstance(method, LoraConfig) and model.scheduler != model.origin.config("scheduler"):
         written.append(_write_scheduler(model, folder / "lora/scheduler"))
     return written
+
+
+def _lora_stem(name: str, kind: str) -> str:
+    """What a LoRA's file is called: two kinds never alike, nor where case does not count."""
+    if kind == "diffusers":
+        return _DIFFUSERS_STEM
+    return f"{name}-kohya" if name.lower() == _DIFFUSERS_STEM else name
 
 
 def _write_scheduler(model: Model, folder: Path) -> Path:
@@ -78,20 +87,36 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
 
 
 def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
-    """How it was trained, by the keys of kohya's scripts, which model managers show; and the whole
-    configuration under a key of our own."""
+    """How it was trained, by the keys of kohya's scripts, which model managers show; and what of
+    the configuration may be given away under a key of our own."""
     lr = getattr(config.optim, "lr", "")
     computes_bf16 = "bfloat16" in (config.model.dtype, config.model.compute)
+    resolution = f"{config.data.resolution}x{config.data.resolution}"
     known: dict[str, Any] = {
         "ss_steps": step,
         "ss_optimizer": config.optim.name,
         "ss_learning_rate": lr,
         "ss_lr_scheduler": config.schedule.name,
         "ss_seed": config.seed,
-        "ss_resolution": f"{config.data.resolution}x{config.data.resolution}",
+        "ss_resolution": resolution,
         "ss_num_train_images": num_images,
         "ss_batch_size_per_device": config.data.batch_size,
         "ss_mixed_precision": "bf16" if computes_bf16 else "no",
-        "trainer": json.dumps({"config": asdict(config), "step": step}),
+        metadata.RESOLUTION: resolution,
+        metadata.TRAINER: json.dumps({"config": _public(config), "step": step}),
     }
     return {key: str(value) for key, value in known.items()}
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """The configuration without what is private and decides nothing that another could repeat:
+    where things are on this machine, captions and prompts.  Models have their names."""
+    told = asdict(config)
+    for private in ("resume", "log"):
+        del told[private]
+    for private in ("path", "sources", "cache"):
+        del told["data"][private]
+    for group, key in (("model", "path"), ("model", "vae"), ("method", "start_from")):
+        if told[group].get(key):
+            told[group][key] = Path(told[group][key]).name
+    return told

@@ -33,7 +33,7 @@ class ModelConfig:
     dtype: str = one_of("float32", "bfloat16")  # of the UNet's weights
     # Of its matrix products: as the weights, or bf16 with fp32 weights (autocast).
     compute: str = one_of("same", "bfloat16")
-    # Another VAE, exported with the result: its folder, or a model that has it.
+    # Another VAE, exported with the result: its folder, file or hub repository, or a model's.
     vae: str | None
     vae_dtype: str = one_of(*DTYPES)  # the original SDXL VAE overflows in float16
     text_dtype: str = one_of(*DTYPES)  # of the text encoders; trained ones cannot be in float16

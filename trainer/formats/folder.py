@@ -18,8 +18,12 @@ def weights_name(part: str) -> str:
     return f"{_STEMS.get(part, 'model')}.safetensors"
 
 
-def find_weights(folder: Path, part: str, variant: str | None) -> tuple[Weights, list[Path]]:
+def find_weights(
+    folder: Path, part: str, variant: str | None, option: str = "model.path"
+) -> tuple[Weights, list[Path]]:
     """A part's tensors by name, and the files that hold them.
+
+    option: what named the model, of which `folder` is a part, or with `model.vae` all.
 
     The files of `variant` (such as fp16) are taken where there are any, and the plain ones
     otherwise.  Raises UserError where there are none, or one is damaged.
@@ -30,11 +34,16 @@ def find_weights(folder: Path, part: str, variant: str | None) -> tuple[Weights,
         log.info("%s has no %s variant of the %s; its plain files are read", folder.parent, variant,
                  part)  # fmt: skip
     if not files:
-        others = sorted({path.name.split(".")[1] for path in folder.glob("*.*.safetensors")})
-        remedy = f"set model.variant={others[0]}" if others else "fetch or copy it again"
-        raise UserError(
-            f"model.path={folder.parent}: {part}/{weights_name(part)} is missing; {remedy}"
-        )
+        others = sorted(path.name for path in folder.glob("*.*.safetensors"))
+        is_alone = option == "model.vae"
+        remedy = "fetch or copy it again"
+        if others and is_alone:
+            remedy = f"name the file: model.vae={folder / others[0]}"
+        elif others:
+            remedy = f"set model.variant={others[0].split('.')[1]}"
+        where = folder if is_alone else folder.parent
+        missing = f"{'' if is_alone else f'{part}/'}{weights_name(part)}"
+        raise UserError(f"{option}={where}: {missing} is missing; {remedy}")
     weights: Weights = {}
     for path in files:
         weights |= of_file(path)[0]

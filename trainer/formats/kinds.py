@@ -34,6 +34,11 @@ def is_lora(weights: Weights) -> bool:
     )
 
 
+def has_unet(weights: Weights) -> bool:
+    """Whether the file holds a whole model, or would but for what is missing."""
+    return _CONV_IN in weights
+
+
 def of_checkpoint(weights: Weights, where: Path) -> str:
     """`sdxl` or `sd15`, by the text encoders that the file has.  Raises UserError for others."""
     if is_lora(weights):

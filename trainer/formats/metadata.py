@@ -3,7 +3,7 @@ where they are not the published ones."""
 
 import json
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from trainer.errors import UserError
 from trainer.formats import architectures, stream
 from trainer.formats.adapters import Adapters
 
+RESOLUTION = "modelspec.resolution"
+TRAINER = "trainer"  # JSON: how a run of ours trained it
 CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
 
@@ -125,9 +127,21 @@ def _modelspec(architecture: str, title: str, side: int) -> dict[str, str]:
         "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
+        RESOLUTION: f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         stream.HASH: "",
+    }
+
+
+def carried(described: Mapping[str, str]) -> dict[str, str]:
+    """What a LoRA's metadata says of its training and its title, for another file of it.
+
+    What is of the file itself is not: the hashes of its tensors.
+    """
+    return {
+        key: value
+        for key, value in described.items()
+        if key.startswith(("ss_", "modelspec.", TRAINER)) and key != stream.HASH
     }
 
 

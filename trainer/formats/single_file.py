@@ -11,6 +11,8 @@ from trainer.errors import UserError
 from trainer.formats import architectures, kinds, metadata, names
 from trainer.formats.weights import Weights, of_file
 
+_OF_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
 
 class SingleFile:
     """A checkpoint file that is open; its tensors are read one at a time."""
@@ -66,3 +68,27 @@ class SingleFile:
         if part != "text_encoder":
             return found
         return {prefix + names.canonical(part, n[len(prefix) :]): x for n, x in found.items()}
+
+
+def vae_alone(weights: Weights, settings: dict[str, Any], where: str) -> Weights:
+    """A VAE's tensors by their names in a diffusers folder, of a file that has it alone: by those
+    names, or by a single file's, with its prefix or without.
+
+    Raises UserError where there is no VAE, or not that of `settings`.
+    """
+    prefix = names.PREFIXES["sdxl"]["vae"]
+    found = {
+        name.removeprefix(prefix): lazy
+        for name, lazy in weights.items()
+        if name.removeprefix(prefix).startswith(_OF_VAE)
+    }
+    if not found:
+        some = next(iter(weights), "no tensor")
+        raise UserError(f"{where} holds no VAE: it has {some}, but no encoder.* and decoder.*")
+    wanted = architectures.shapes("vae", settings)
+    if any(name.startswith("decoder.mid_block.") for name in found):
+        own = {names.canonical("vae", name): lazy for name, lazy in found.items()}
+    else:
+        own = names.to_own(found, names.table("vae", wanted, settings), "")
+    architectures.compare("vae", own, wanted, where)
+    return own

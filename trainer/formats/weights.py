@@ -4,9 +4,10 @@ A checkpoint of 7 GB is then converted, compared or loaded a tensor at a time, i
 """
 
 import hashlib
+import logging
 import pickle
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.formats import pickled
+from trainer.formats.lazy import Lazy
+
+log = logging.getLogger(__name__)
 
 DTYPES = {  # as safetensors writes them
     "F64": torch.float64,
@@ -36,35 +41,38 @@ _END_BYTES = 1024  # of a tensor that is known by its ends
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lazy:
-    """A tensor that is read when it is wanted; `read` may give a view of a file or of a module."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    def to(self, dtype: torch.dtype) -> "Lazy":
-        """The same, cast when it is read."""
-        return Lazy(shape=self.shape, dtype=dtype, read=lambda: self.read().to(dtype))
-
-
 Weights = dict[str, Lazy]
 
 
 def of_file(path: Path) -> tuple[Weights, dict[str, str]]:
     """The tensors of a .safetensors or .ckpt file, and its metadata (of a .ckpt: none).
 
-    Raises UserError where the file is damaged or would run code to be read.
+    What the file begins with decides, where it is known, and not what it is called.  Raises
+    UserError where the file is damaged or would run code to be read.
     """
-    if path.suffix == ".safetensors":
-        return _of_safetensors(path)
-    if path.suffix in PICKLED:
-        return _of_pickle(path), {}
-    raise UserError(
-        f"{path} is no checkpoint that can be read; its name ends in none of .safetensors, "
-        + ", ".join(PICKLED)
-    )
+    ending = path.suffix.lower()
+    if ending not in (".safetensors", *PICKLED):
+        raise UserError(
+            f"{path} is no checkpoint that can be read; its name ends in none of .safetensors, "
+            + ", ".join(PICKLED)
+        )
+    called = ".safetensors" if ending == ".safetensors" else ".ckpt"
+    form = _form(path) or called
+    if form != called:
+        log.info("%s is read as what it is, a %s file", path, form)
+    return _of_safetensors(path) if form == ".safetensors" else (_of_pickle(path), {})
+
+
+def _form(path: Path) -> str | None:
+    """What a file is by its first bytes: .safetensors or .ckpt; None for neither."""
+    try:
+        with open(path, "rb") as file:
+            begin, size = file.read(9), path.stat().st_size
+    except OSError:
+        return None
+    if begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < size:  # a header's length
+        return ".safetensors"
+    return ".ckpt" if begin.startswith((b"PK\3\4", b"\x80\2")) else None  # a zip, or a pickle
 
 
 def _of_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -117,28 +125,37 @@ class _Mapped:
 
 def _of_pickle(path: Path) -> Weights:
     try:
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:  # of before torch 1.6: cannot be mapped
-            if "mmap" not in str(error):
-                raise
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors, and unpickling that can run any code; it is not "
-            "loaded. Where you trust it, convert it to .safetensors with the program it came from"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        held = pickled.read(path) if zipfile.is_zipfile(path) else _of_old_pickle(path)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle may raise any
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} cannot be read as a torch checkpoint ({reason}); it is damaged or incomplete: "
             "fetch or copy it again"
         ) from error
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
-    tensors = {name: t for name, t in held.items() if isinstance(t, Tensor)}
-    if not tensors:
+    every = dict(held) if isinstance(held, dict) else {}
+    weights = of_tensors({name: t for name, t in every.items() if isinstance(t, Tensor)})
+    weights |= {name: lazy for name, lazy in every.items() if isinstance(lazy, Lazy)}
+    if not weights:
         raise UserError(f"{path} holds no tensors by name")
-    return of_tensors(tensors)
+    return weights
+
+
+def _of_old_pickle(path: Path) -> Any:
+    """What torch wrote before 1.6, which is no zip."""
+    try:
+        with open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error):
+            raise
+        raise UserError(
+            f"{path} holds more than tensors, in the form of before torch 1.6, and unpickling that "
+            "could run any code; it is not loaded. Where you trust it, convert it to .safetensors "
+            "with the program it came from"
+        ) from error
 
 
 def of_tensors(tensors: dict[str, Tensor]) -> Weights:

@@ -1,0 +1,58 @@
+"""What the hub gives: the files of a repository that training reads, and no others.
+
+No ONNX or Flax files, and of a pipeline not the single files beside its folders.
+"""
+
+import logging
+from pathlib import Path
+
+from trainer.config.model import nothing_there
+from trainer.errors import UserError
+from trainer.formats.architectures import PARTS
+
+log = logging.getLogger(__name__)
+
+_VAE = ("config.json", "vae/config.json")  # of a VAE's own repository, and of a pipeline
+
+
+def pipeline(name: str, variant: str | None, option: str, with_weights: bool = True) -> Path:
+    """The folder of a pipeline's snapshot, downloaded unless it is there; without weights, what
+    tokenizers and configurations are made of.
+
+    Raises UserError that names `option` where there is none.
+    """
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+    weights = _weights(variant) if with_weights else ()
+    for part in PARTS:
+        wanted += [f"{part}/{pattern}" for pattern in (*weights, "config.json")]
+    return _fetch(name, wanted, variant, option)
+
+
+def vae(name: str, option: str, with_weights: bool = True) -> Path:
+    """The same of a VAE: of a repository of its own, where its files have no folder, or of a
+    pipeline's part."""
+    weights = [f"vae/{pattern}" for pattern in _weights(None)]
+    weights.append("diffusion_pytorch_model.safetensors")
+    return _fetch(name, [*_VAE, *(weights if with_weights else [])], None, option)
+
+
+def _weights(variant: str | None) -> tuple[str, ...]:
+    kind = f".{variant}" if variant else ""
+    return f"*{kind}.safetensors", f"*.safetensors.index{kind}.json"
+
+
+def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if found := nothing_there(option, name):
+        raise UserError(found)
+    wrong = [] if variant else ["*.fp16.*", "*.non_ema.*"]
+    try:
+        log.info("model: %s from the hub, or its cache", name)
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{option}={name} is no folder and no file here, and the hub does not give it "
+            f"({reason}); name a diffusers folder, or a .safetensors file"
+        ) from error
