@@ -204,17 +204,23 @@ def test_pixels_are_the_centre_antialiased():
     assert pictures.pixels(wide, (64, 128)).shape == (3, 64, 128)
 
 
-def test_the_alpha_channel_can_be_the_mask(load, pictures, tmp_path):
+def test_the_alpha_channel_can_be_the_mask(load, pictures, tmp_path, caplog):
     image = Image.new("RGBA", (128, 64), (255, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 36, 64))  # of the central square: its first 4 columns of 64
     image.save(pictures / "red.png")
     dataset = load(mask="alpha")
+    assert "3 pictures have no transparent part; the whole of each counts" in caplog.text
     pixels, mask = dataset.samples[2].read()
     assert pixels.shape == (3, 64, 64)
     assert mask.shape == (1, 64, 64)
     assert torch.equal(mask[0], torch.tensor([0.0] * 4 + [1.0] * 60).expand(64, 64))
     assert (dataset.samples[0].read()[1] == 1).all()
     assert load().samples[2].read()[1] is None
+    Image.new("RGBA", (128, 64), "red").save(pictures / "red.png")  # opaque
+    for _ in range(2):  # the second finds in the cache what was seen
+        caplog.clear()
+        load(mask="alpha", cache=str(tmp_path / "cache"))
+        assert "4 pictures have no transparent part" in caplog.text
 
 
 def test_a_mask_beside_a_picture_is_cropped_like_it_and_must_have_its_shape(load, pictures, caplog):

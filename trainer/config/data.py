@@ -42,12 +42,14 @@ class SourceConfig:
 class DataConfig:
     """Pictures and their captions: a folder (pictures with text files beside them, or with a
     metadata.jsonl or metadata.csv; webdataset .tar files; the .parquet or .arrow files of a Hugging
-    Face dataset), or one such file."""
+    Face dataset), or one such file.  Hidden files, and what runs left in the folder, are passed
+    over."""
 
     path: str | None
     sources: list[SourceConfig]  # several in place of `path`
 
-    # Captions.  Endings of the text files beside pictures, one or a list; the first found counts.
+    # Captions.  Endings of the text files beside pictures, one or a list, in upper or lower case;
+    # the first found counts.  README, LICENSE, COPYING and NOTICE are no captions.
     caption_extension: Any
     # Of tables and metadata files (and the .json of webdataset samples): the name of the captions'
     # column; null: captions, text or caption.

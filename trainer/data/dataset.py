@@ -184,6 +184,9 @@ def report(found: Survey, dataset: Dataset) -> None:
         log.warning(
             "%d pictures have no mask; the whole of each counts", len(found.usable) - len(masked)
         )
+    opaque = [f.item.name for f in found.usable if not f.is_transparent]
+    if config.mask == "alpha" and opaque:
+        log.warning("%d pictures have no transparent part; the whole of each counts", len(opaque))
     small = [f.item.name for f in found.usable if any(fit.undersized for fit in f.fits)]
     if small:
         what = "enlarged" if config.upscale or not config.buckets else "trained at their own size"

@@ -32,6 +32,11 @@ class Picture:
     def size(self) -> Size:
         return self.rgb.height, self.rgb.width
 
+    @property
+    def is_transparent(self) -> bool:
+        """Whether any of it is, be it a little."""
+        return self.alpha is not None and self.alpha.getextrema()[0] < 255
+
 
 def decode(content: bytes, max_pixels: int, background: str = "white") -> Picture:
     """The first frame, turned as its EXIF says, in sRGB, over `background` where transparent.

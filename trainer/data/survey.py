@@ -20,6 +20,8 @@ from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
 from trainer.errors import UserError
 
+Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
+
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -32,6 +34,7 @@ class Found:
     captions: list[str]  # as they are written
     digest: str
     size: Size
+    is_transparent: bool  # somewhere
     fits: list[Fit]  # one for each of the resolutions; none twice
 
 
@@ -112,11 +115,17 @@ def _look_at_all(
             if len(found.unreadable) > max_unreadable:
                 break
             continue
-        digest, size, notes, fits = look
+        digest, (size, is_transparent, notes), fits = look
         for note in (*item.notes, *notes):
             found.notes[note].append(item.name)
         usable = Found(
-            item=item, source=source, captions=texts, digest=digest, size=size, fits=fits
+            item=item,
+            source=source,
+            captions=texts,
+            digest=digest,
+            size=size,
+            is_transparent=is_transparent,
+            fits=fits,
         )
         found.usable.append(usable)
     looks.close()
@@ -148,23 +157,23 @@ def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Generator[An
 
 
 def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
-    """-> digest, size, notes and fits of a picture, or the error that reading it raised.
+    """-> digest, traits and fits of a picture, or the error that reading it raised.
 
     Decoders raise whatever hostile bytes lead them to, so every exception is one.
     """
     try:
         content = sample.read(item, config)
         if known := checked.get(content.digest, config):
-            size, notes = known
+            traits = known
         else:
             picture = pictures.decode(content.picture, config.max_pixels)
             if content.mask is not None:
                 pictures.decode_mask(content.mask, picture.size, config.max_pixels)
-            size, notes = picture.size, picture.notes
-            checked.add(content.digest, size, notes)
-        fits = [fit(size, side, config) for side in config.resolutions or [config.resolution]]
+            traits = picture.size, picture.is_transparent, picture.notes
+            checked.add(content.digest, traits)
+        fits = [fit(traits[0], side, config) for side in config.resolutions or [config.resolution]]
         unique = list({fitted.bucket: fitted for fitted in fits}.values())
-        return content.digest, size, notes, unique
+        return content.digest, traits, unique
     except Exception as error:
         return error
 
@@ -197,15 +206,20 @@ class _Checked:
             except (OSError, ValueError, TypeError):
                 self.known = {}  # it only saves time
 
-    def get(self, digest: str, config: DataConfig) -> tuple[Size, list[str]] | None:
+    def get(self, digest: str, config: DataConfig) -> Traits | None:
         try:
-            height, width, notes = self.known[digest]
-            return ((height, width), notes) if height * width <= config.max_pixels else None
+            height, width, is_transparent, notes = self.known[digest]
+            return (
+                ((height, width), is_transparent, notes)
+                if height * width <= config.max_pixels
+                else None
+            )
         except (KeyError, ValueError, TypeError):
             return None
 
-    def add(self, digest: str, size: Size, notes: list[str]) -> None:
-        self.new[digest] = [*size, notes]
+    def add(self, digest: str, traits: Traits) -> None:
+        size, is_transparent, notes = traits
+        self.new[digest] = [*size, is_transparent, notes]
 
     def save(self) -> None:
         if self.path and self.new:
