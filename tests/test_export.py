@@ -16,9 +16,9 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trainer import export, formats, origin
+from trainer import export, origin
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, lora, names, stream
+from trainer.formats import adapters, architectures, lora, names, stream, weights, writing
 
 TRAINED = ("unet", "text_encoder")
 
@@ -74,8 +74,8 @@ def test_trained_parts_replace_the_origins_and_the_others_are_carried_over(tmp_p
         for p in (*unet.parameters(), *text.parameters()):
             p += 1
     parts = {"unet": unet, "text_encoder_2": text}
-    formats.save_folder(tmp_path / "folder", found, parts)
-    formats.save_single_file(tmp_path / "file.safetensors", found, parts)
+    writing.save_folder(tmp_path / "folder", found, parts)
+    writing.save_single_file(tmp_path / "file.safetensors", found, parts)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         tmp_path / "folder", torch_dtype=torch.bfloat16
     )
@@ -98,7 +98,7 @@ def test_trained_parts_replace_the_origins_and_the_others_are_carried_over(tmp_p
 def test_weights_are_written_in_the_wanted_type_but_a_vae_keeps_its_own(dtype, tmp_path, capsys):
     source = tmp_path / "source"
     found = origin.at(str(TINY))
-    formats.save_folder(source, found, {"vae": found.load("vae", torch.float32)})
+    writing.save_folder(source, found, {"vae": found.load("vae", torch.float32)})
     for target in (tmp_path / "a.safetensors", tmp_path / "b"):
         assert run(capsys, source, target, "--dtype", dtype)[0] == 0
         again = origin.at(str(target))
@@ -112,8 +112,8 @@ def test_another_models_part_comes_with_its_configuration(tmp_path):
     vae.register_to_config(scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "vae")
     other = origin.vae(str(tmp_path / "vae"), found)
-    formats.save_folder(tmp_path / "folder", found, {"vae": other})
-    formats.save_single_file(tmp_path / "file.safetensors", found, {"vae": other})
+    writing.save_folder(tmp_path / "folder", found, {"vae": other})
+    writing.save_single_file(tmp_path / "file.safetensors", found, {"vae": other})
     for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
         assert origin.at(str(path)).config("vae")["scaling_factor"] == 0.5
         assert origin.at(str(path)).fingerprint("vae") == other.fingerprint("vae")
@@ -121,7 +121,7 @@ def test_another_models_part_comes_with_its_configuration(tmp_path):
 
 def test_a_single_file_says_what_it_is(tmp_path):
     found = origin.at(str(TINY))
-    path = formats.save_single_file(
+    path = writing.save_single_file(
         tmp_path / "emoji.safetensors", found, {}, more_metadata={"mine": "1"}
     )
     with safe_open(path, "pt") as file:
@@ -136,7 +136,7 @@ def test_a_single_file_says_what_it_is(tmp_path):
         "prediction_type": "epsilon",
         "rescale_betas_zero_snr": False,
     }
-    path = formats.save_single_file(tmp_path / "plain.safetensors", found, {}, scheduler=plain)
+    path = writing.save_single_file(tmp_path / "plain.safetensors", found, {}, scheduler=plain)
     with safe_open(path, "pt") as file:
         assert not {"v_pred", "ztsnr"} & set(file.keys())
         assert file.metadata()["modelspec.prediction_type"] == "epsilon"
@@ -150,7 +150,7 @@ def test_zero_terminal_snr_gets_a_scheduler_that_knows_it(sd15, tmp_path):
     published = architectures.config("sd15", "scheduler")
     assert published["_class_name"] == "PNDMScheduler"
     changed = marked_scheduler(published, ["v_pred", "ztsnr"], {})
-    formats.save_folder(tmp_path / "v", origin.at(str(sd15)), {}, scheduler=changed)
+    writing.save_folder(tmp_path / "v", origin.at(str(sd15)), {}, scheduler=changed)
     index = json.loads((tmp_path / "v/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
     assert origin.at(str(tmp_path / "v")).config("scheduler")["rescale_betas_zero_snr"] is True
@@ -166,9 +166,9 @@ def test_an_export_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_pa
 
     monkeypatch.setattr(stream, "_rounded", careless)
     with pytest.raises(UserError, match=r"conv_out\.bias has other values; it is not kept"):
-        formats.save_folder(tmp_path / "a", found, {})
+        writing.save_folder(tmp_path / "a", found, {})
     with pytest.raises(UserError, match=r"conv_out\.bias has other values; it is not kept"):
-        formats.save_single_file(tmp_path / "a.safetensors", found, {})
+        writing.save_single_file(tmp_path / "a.safetensors", found, {})
     monkeypatch.setattr(stream, "_rounded", whole)
     table = names.table
 
@@ -186,7 +186,7 @@ def test_an_export_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_pa
 
     monkeypatch.setattr(names, "table", mistaken)
     with pytest.raises(UserError, match=r"mid_block\.resnets\.\d\.conv2\.bias has other values"):
-        formats.save_single_file(tmp_path / "a.safetensors", found, {})
+        writing.save_single_file(tmp_path / "a.safetensors", found, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -195,7 +195,7 @@ def test_a_model_with_adapters_in_it_is_not_written_as_a_whole_one(tmp_path):
     unet = found.load("unet", torch.float32)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="the unet has adapters in it"):
-        formats.save_folder(tmp_path / "a", found, {"unet": unet})
+        writing.save_folder(tmp_path / "a", found, {"unet": unet})
 
 
 def lora_file(tmp_path):
@@ -205,7 +205,7 @@ def lora_file(tmp_path):
     for name, p in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p)
-    formats.save_lora(tmp_path / "a.safetensors", "kohya", {"unet": unet}, "sdxl")
+    lora.save_lora(tmp_path / "a.safetensors", "kohya", {"unet": unet}, "sdxl")
     return tmp_path / "a.safetensors", adapters.of_models({"unet": unet})["unet"]
 
 
@@ -273,7 +273,7 @@ def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):
             f"{base}.lora_up.weight": torch.ones(rows, 2),
             f"{base}.alpha": torch.tensor(1.0),
         }
-        stream.write(tmp_path / f"{kind}.safetensors", formats.weights.of_tensors(tensors), {})
+        stream.write(tmp_path / f"{kind}.safetensors", weights.of_tensors(tensors), {})
         status, _, error = run(
             capsys, tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-d.safetensors"
         )
@@ -296,7 +296,7 @@ def exported(capsys, folder, *more):
 
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path, capsys):
     """Of a run from a single file, with the noise of the run, which is not the file's."""
-    began = formats.save_single_file(tmp_path / "began.safetensors", origin.at(str(TINY)), {})
+    began = writing.save_single_file(tmp_path / "began.safetensors", origin.at(str(TINY)), {})
     changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
     folder = quick("run", f"model.path={began}", *ONE_STEP, *changes)
     one, two = (origin.at(str(path)) for path in exported(capsys, folder))

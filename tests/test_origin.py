@@ -17,9 +17,9 @@ from diffusers.loaders import single_file_utils
 from models import TINY, make_sd15
 from safetensors.torch import load_file, save_file
 
-from trainer import formats, origin
+from trainer import origin
 from trainer.errors import UserError
-from trainer.formats import architectures, names, stream, weights
+from trainer.formats import architectures, names, stream, weights, writing
 from trainer.formats.weights import of_tensors
 
 FP32 = torch.float32
@@ -35,7 +35,7 @@ def files(tmp_path_factory, sd15):
     """Both models as single files, by kind."""
     folder = tmp_path_factory.mktemp("files")
     return {
-        kind: formats.save_single_file(folder / f"{kind}.safetensors", origin.at(str(path)), {})
+        kind: writing.save_single_file(folder / f"{kind}.safetensors", origin.at(str(path)), {})
         for kind, path in (("sdxl", TINY), ("sd15", sd15))
     }
 
@@ -661,7 +661,7 @@ def test_what_a_file_has_beside_its_weights_is_carried_over(files, tmp_path):
     }
     path = tmp_path / "more.safetensors"
     stream.write(path, of_tensors(tensors), origin.at(str(files["sdxl"])).file.metadata)
-    written = formats.save_single_file(tmp_path / "again.safetensors", origin.at(str(path)), {})
+    written = writing.save_single_file(tmp_path / "again.safetensors", origin.at(str(path)), {})
     again = load_file(written)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())

@@ -45,6 +45,24 @@ def test_only_the_command_line_knows_hydra():
     assert knows == {"__main__.py", "cli.py", "explain.py", "sweep.py"}
 
 
+@pytest.mark.parametrize("argument", ["--help", "optim.lr=many"])
+def test_help_and_mistakes_do_not_wait_for_what_only_runs_need(argument):
+    """Libraries that take seconds to import."""
+    script = (
+        "import atexit, runpy, sys\n"
+        f"sys.argv = ['trainer', {argument!r}]\n"
+        "heavy = 'diffusers', 'transformers', 'peft', 'bitsandbytes'\n"
+        "atexit.register(lambda: print('imported', [n for n in heavy if n in sys.modules]))\n"
+        "runpy.run_module('trainer', run_name='__main__')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == (0 if argument == "--help" else 2), ended.stderr
+    assert ended.stdout.splitlines()[-1] == "imported []"
+
+
 def test_the_shipped_model_is_small_and_the_pictures_have_captions():
     files = [path for path in (ASSETS / "tiny_sdxl").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16_000_000

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from trainer import formats, noise, origin
+from trainer import noise, origin
 from trainer.checkpoint import completed
 from trainer.config import NoiseConfig
 from trainer.errors import UserError
@@ -107,10 +107,10 @@ def _write_model(
     form = form or ("file" if target.suffix == ".safetensors" else "folder")
     log.info("%s -> %s (a %s)", found, target, {"file": "single file", "folder": "folder"}[form])
     if form == "folder":
-        formats.save_folder(target, found, parts, scheduler, dtype)
+        writing.save_folder(target, found, parts, scheduler, dtype)
         return
     _must_be_safetensors(target)
-    formats.save_single_file(target, found, parts, dtype, scheduler)
+    writing.save_single_file(target, found, parts, dtype, scheduler)
 
 
 def _must_be_safetensors(target: Path) -> None:
@@ -146,7 +146,7 @@ def _write_lora(
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    formats.save_lora(target, form, models, base, dtype, told, adapters=found)  # type: ignore[arg-type]
+    lora.save_lora(target, form, models, base, dtype, told, adapters=found)  # type: ignore[arg-type]
 
 
 def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:

@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="what a LoRA file is of: sdxl, sd15, or a model (what the file says, by default)",
+        help="what a LoRA file is of: sdxl, sd15, or a model (by default what the file or its run "
+        "says)",
     )
     parser.add_argument("--variant", help="of a diffusers folder's files, such as fp16")
     return parser

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer import disk, formats
+from trainer import disk
 from trainer.config import DTYPES, Config, LoraConfig
 from trainer.errors import UserError
-from trainer.formats import metadata
+from trainer.formats import lora, metadata, writing
 from trainer.model import Model
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,10 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     for kind in method.export:
         if isinstance(method, LoraConfig):
             target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
-            formats.save_lora(target, kind, parts, model.origin.kind, dtype, described)
+            lora.save_lora(target, kind, parts, model.origin.kind, dtype, described)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
-            formats.save_single_file(
+            writing.save_single_file(
                 target,
                 model.origin,
                 parts,
@@ -63,7 +63,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
             )
         else:
             target = folder / "model"
-            formats.save_folder(target, model.origin, parts, model.scheduler, dtype)
+            writing.save_folder(target, model.origin, parts, model.scheduler, dtype)
         written.append(target)
     if isinstance(method, LoraConfig) and model.scheduler != model.origin.config("scheduler"):
         written.append(_write_scheduler(model, folder / "lora/scheduler"))

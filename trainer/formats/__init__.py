@@ -1,6 +1,5 @@
-"""Checkpoints as others write and read them: diffusers folders, single files, LoRA files."""
+"""Checkpoints as others write and read them: diffusers folders, single files, LoRA files.
 
-from trainer.formats.lora import load_lora, save_lora
-from trainer.formats.writing import save_folder, save_single_file
-
-__all__ = ["load_lora", "save_folder", "save_lora", "save_single_file"]
+Nothing is imported here: some modules need diffusers, which takes seconds to import, and the
+command line needs others.
+"""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -87,17 +87,6 @@ def module_names(model: nn.Module) -> list[str]:
         if not inside and isinstance(module, nn.Linear | nn.Conv2d | LoraLayer):
             names.append(name)
     return names
-
-
-def attach(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
-    """Add PEFT modules of these adapters' ranks and scales to models that have none, and fill them.
-
-    Parameters are fp32 and require gradients.
-    """
-    for part, found in adapters.items():
-        if found:
-            inject_adapter_in_model(peft_config(found), models[part], adapter_name=NAME)
-    fill(models, adapters)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""LoRA files: written from PEFT's modules and proved, and read back into them."""
+"""LoRA files: written from PEFT's modules and proved, and read by a model's own names."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer import disk
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
-from trainer.formats.adapters import Adapter, Adapters, OtherModel, attach, of_models
+from trainer.formats.adapters import Adapter, Adapters, OtherModel, of_models
 from trainer.formats.proof import NotProved
 from trainer.formats.weights import of_file, of_tensors
 
@@ -64,14 +64,6 @@ def save_lora(
     log.info(form + (" (rounded to %s: %.1e)" if dtype else ""), target, count,
              *((str(dtype).removeprefix("torch."), rounding) if dtype else ()))  # fmt: skip
     return target
-
-
-def load_lora(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
-    """Add the adapters of a LoRA file to models that have none, as PEFT modules with its values;
-    training goes on from there.  Raises UserError for a file that does not fit."""
-    found = read(path, models)
-    attach(models, found)
-    return found
 
 
 def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
