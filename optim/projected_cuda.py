@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optim import features, plan
-from optim.engine import HOST, Work, buckets
+from optim.engine import HOST, Work, buckets, superfluous
 from optim.gpu import Gpu, gpu_of
 from optim.portion import Portion, ProjectedKind, kind_of
 from optim.projected import LowSteps, Make, ScaledSteps, is_conditioned, parted, projected
@@ -187,9 +187,11 @@ class CudaProjectedEngine:
                 work = _Portions(self._optimizer, places.places, stamp)
                 if work.wide:
                     self._make(work)
-            if len(self._works) > 4096:  # sets of parameters that do not come again
-                self._drop(*self._works)
+            count = sum(len(group["params"]) for group in self._optimizer.param_groups)
+            self._drop(*superfluous(self._works, members, count))
             self._works[members] = work
+        elif len(self._works) > 1:  # the oldest are first
+            self._works[members] = self._works.pop(members)
         return work
 
     def _drop(self, *keys: tuple[int, ...]) -> None:

@@ -562,10 +562,29 @@ def test_sets_of_parameters_are_prepared_once_whatever_the_dtype_of_gradients(mo
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = optim.build("adafactor8bit", params, backend="native")
-    for place in range(2):
+    for _ in range(2):
         for p in params:
             optimizer.step_param(p)
         monkeypatch.setattr(engine, "Work", None)  # none can be made
+
+
+@needs_native
+def test_what_is_prepared_for_sets_of_parameters_that_vary_stays_bounded():
+    """The set that comes again is not prepared again."""
+    params = [Parameter(torch.ones(4)) for _ in range(20)]
+    optimizer = optim.build("sgd", params, backend="native")
+    made = set()
+    for step in range(200):
+        for i, p in enumerate(params):
+            p.grad = torch.ones(4) if (step >> i % 8) & 1 or step % 2 else None
+        for p in params if step % 2 else []:
+            p.grad = torch.ones(4)
+        optimizer.step()
+        (only,) = optimizer._engines.values()
+        if step % 2:
+            made.add(id(only._work[tuple(range(20))]))
+    assert sum(map(len, only._work)) <= 8 * len(params)
+    assert len(made) == 1
 
 
 @needs_native
