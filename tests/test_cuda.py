@@ -3,12 +3,14 @@ arithmetic, with the kernels compiled for the host instead, against the CPU engi
 
 import contextlib
 import copy
+import gc
 import io
 import os
 import re
 import subprocess
 import sys
 import sysconfig
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from cuda_host import Host, on_host
 from optim import cuda, gpu, native
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from bench.cases import CASES, kernels_of, kinds_of, make, prepare, set_grads
+from bench.cases import CASES, Case, kernels_of, kinds_of, make, prepare, set_grads
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
@@ -266,3 +268,52 @@ def test_every_capture_has_memory_of_its_own_and_wants_a_step_before_it(host, mo
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"an ordinary step\(\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
+def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
+    name, host, monkeypatch
+):
+    params, optimizer = make(Case(name, torch.float32, {}))
+    set_grads(params, 0)
+    grads = [p.grad for p in params]
+
+    def held(engine):
+        """Weakly, the memory of an engine's works."""
+        rooms = [engine._room] if hasattr(engine, "_room") else [engine._scratch]
+        works = [*getattr(engine, "_work", getattr(engine, "_works", {})).values()]
+        for work in works:
+            rooms += [one.tables for one in work.launches]
+            rooms += [portion.table for portion in getattr(work, "portions", [])]
+        return [weakref.ref(x.untyped_storage()) for x in rooms if x.numel()]
+
+    for p in params[1:]:
+        p.grad = None
+    with on_host(host):
+        optimizer.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "capturing", lambda: True)
+            optimizer.step()
+        outer = optimizer._engine(torch.device("cpu"))
+        inner = [x for x in vars(outer).values() if isinstance(x, cuda.CudaEngine)]
+        before = [ref for engine in (outer, *inner) for ref in held(engine)]
+        assert before
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+    gc.collect()
+    assert all(ref() is not None for ref in before)
+
+
+def test_the_shared_memory_that_is_asked_for_is_what_the_kernels_use(tmp_path):
+    """As a host compiler reads them, which has the same constants."""
+    source = tmp_path / "shared.cpp"
+    source.write_text(
+        '#include "cuda_on_host.h"\n#include "engine/cuda.h"\n'
+        f"static_assert(4 * engine::cuda::ThreadRows::RowSums::kShared == {cuda.MOMENT_BYTES});\n"
+        f"static_assert(engine::cuda::kTileThreads == {cuda.TILE_THREADS});\n"
+    )
+    compiler = sysconfig.get_config_var("CXX").split()[0]
+    paths = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests'}"]
+    flags = ["-std=c++17", "-fsyntax-only", "-w"]
+    subprocess.run([compiler, *flags, *paths, source], check=True)
