@@ -3,7 +3,9 @@
 A step is a few launches whatever the number of tensors: tensors of one kind (rule, codecs, dtypes,
 flags) make buckets, and a bucket takes one launch a phase.  Nothing is read back: step counts,
 norms, and learning rates given as tensors, stay on the device, so that a step can be captured in a
-CUDA graph.
+CUDA graph.  What a graph points to lives as long as the engine.  That is made anew by
+`load_state_dict`, `add_param_group` and other groups or parameters, after which a graph must not be
+replayed but captured again.
 """
 
 import ctypes
@@ -61,6 +63,7 @@ class CudaEngine(DescriptorEngine):
         self.copies = 2  # of addresses, or of options, that a step may make
         self._uploaded = b""  # the options that are on the device, if they came from the host
         self._captured = False  # a graph's replays write there too, unseen: nothing is known
+        self._of_graphs: dict[int, tuple[Work, Tensor]] = {}  # what graphs point to, with its room
         self._room = torch.empty(0, dtype=torch.float64, device=device)
 
     def step(self, places: "Share", coefficients: dict[int, float | Tensor]) -> None:
@@ -165,6 +168,8 @@ class CudaEngine(DescriptorEngine):
         super()._put(work, addresses)
         capturing = self._gpu.capturing()
         self._captured |= capturing
+        if capturing:
+            self._of_graphs[id(work)] = work, self._room
         if known and not self._captured:  # the device's table is what `_words` is
             return
         addresses = self._staging.readable(addresses.contiguous(), self.copies)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Descriptors = ctypes.Array[plan.Descriptor]
 Member = TypeVar("Member")
 
+_KEPT = 8  # works that a parameter is in, on average
 _ASKED = 256  # tensors of a state that are asked for their address at a step
 # The options of a group that say which moments there are and how they are stored, and which
 # kernels it takes.
@@ -147,7 +148,10 @@ class DescriptorEngine:
                         self._drop([key for key in self._work if place[0] in key])
                 work = Work(places.places, stamp, [state[param] for param in places.params])
                 self._make(work, places)
+            self._drop(superfluous(self._work, members, len(self._params)))
             self._work[members] = work
+        elif len(self._work) > 1:  # the oldest are first
+            self._work[members] = self._work.pop(members)
         return work
 
     def _stamp(self, places: Share) -> list[Any]:
@@ -217,6 +221,21 @@ class DescriptorEngine:
 def _presence(option: float | None) -> bool | None:
     """None, or whether it is not zero."""
     return None if option is None else bool(option)
+
+
+def superfluous(
+    works: Iterable[tuple[int, ...]], members: tuple[int, ...], count: int
+) -> list[tuple[int, ...]]:
+    """The works to drop for a new one, oldest first, so that all of them together have no more
+    members than _KEPT times the `count` parameters there are.  A fused backward has each parameter
+    in one; where other sets get gradients at every step, works do not come again."""
+    room = _KEPT * count - len(members)
+    dropped = []
+    for key in reversed([key for key in works if key != members]):
+        room -= len(key)
+        if room < 0:
+            dropped.append(key)
+    return dropped
 
 
 def buckets(sizes: Iterable[tuple[Member, int]], limit: int) -> list[list[Member]]:

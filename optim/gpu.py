@@ -10,6 +10,7 @@ compiles nothing.
 import hashlib
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,11 @@ from optim import plan
 
 _log = logging.getLogger(__name__)
 
+_OPTIONS: dict[str, Any] = {  # of the compiler: the bits are the CPU's
+    "std": "c++17",
+    "fma": False,
+    "device_as_default_execution_space": True,  # CUDA 13.0 wants lambdas annotated otherwise
+}
 _HEADER = '#include "engine/cuda.h"\n'
 _SLOTS = (
     "NoSlot",
@@ -145,10 +151,8 @@ def compile_kernels(names: Iterable[str], arch: str, log: Any = None) -> Any:
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
-        std="c++17",
+        **_OPTIONS,
         arch=arch,
-        fma=False,
-        device_as_default_execution_space=True,  # CUDA 13.0 wants lambdas annotated otherwise
         include_path=str(sources()),
         ptxas_options=["-v"] if log is not None else None,
     )
@@ -170,11 +174,12 @@ class Gpu:
         _, *version = nvrtc.nvrtcVersion()
         root = sources()
         assert root is not None
-        digest = hashlib.sha256(f"{version} {self._arch}".encode())
+        digest = hashlib.sha256(f"{version} {self._arch} {_OPTIONS} {_HEADER}".encode())
         for path in sorted(root.rglob("*.h")):
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
         self._sources = digest.hexdigest()
         self._loaded: dict[str, Any] = {}
+        self.num_compiled = 0  # kernels that were not on the disk
 
     def launch(self, kernel: Any, grid: int, block: int, shared: int, address: int) -> None:
         """Enqueue kernel(address) on the current stream; `shared` is in bytes."""
@@ -207,38 +212,66 @@ class Gpu:
     def load(self, names: Iterable[str]) -> dict[str, Any]:
         """These kernels, by name."""
         missing = [name for name in dict.fromkeys(names) if name not in self._loaded]
-        paths = {name: self._path(name) for name in missing}
-        fresh = [name for name in missing if not paths[name].exists()]
+        found = {name: self._read(self._path(name)) for name in missing}
+        fresh = [name for name in missing if found[name] is None]
         if fresh:
             began = time.perf_counter()
             with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda name: self._compile(name, paths[name]), fresh))
+                made = list(pool.map(self._compile, fresh))
             seconds = time.perf_counter() - began
+            self.num_compiled += len(fresh)
+            both = list(zip(fresh, made, strict=True))
+            failures = [self._keep(raw, self._path(name)) for name, raw in both]
+            kept = next(filter(None, failures), None) or f"they are kept in {cache_folder()}"
             _log.warning(
-                "compiled %d CUDA kernels for %s in %.1f s; they are kept in %s",
-                *(len(fresh), self._arch, seconds, paths[fresh[0]].parent),
+                "compiled %d CUDA kernels for %s in %.1f s; %s",
+                *(len(fresh), self._arch, seconds, kept),
             )
-        for name in missing:
-            self._loaded[name] = self._read(paths[name])
+            found |= {name: _kernel(raw) for name, raw in both}
+        self._loaded |= found
         return self._loaded
 
     def _path(self, name: str) -> Path:
         key = hashlib.sha256(f"{self._sources} {name}".encode()).hexdigest()[:32]
         return cache_folder() / f"{key}.cubin"
 
-    def _compile(self, name: str, path: Path) -> None:
-        """To the disk: a line with the symbol, then the cubin."""
+    def _compile(self, name: str) -> bytes:
+        """A line with the symbol, then the cubin."""
         made = compile_kernels([name], self._arch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(_symbol(made, name) + b"\n" + made.code)
-        partial.replace(path)
+        return _symbol(made, name) + b"\n" + made.code
+
+    def _keep(self, raw: bytes, path: Path) -> str | None:
+        """Write a kernel to the disk, whole or not at all, with a digest in front: -> why it cannot
+        be kept."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
+                try:
+                    partial.write(hashlib.sha256(raw).digest() + raw)
+                    partial.close()
+                    Path(partial.name).replace(path)
+                except OSError:
+                    Path(partial.name).unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            return f"they cannot be kept for the next run ({error}); OPTIM_CACHE names a folder"
+        return None
 
     def _read(self, path: Path) -> Any:
-        from cuda.core import ObjectCode
+        """A kernel from the disk, or None where there is no whole one."""
+        try:
+            digest, raw = (both := path.read_bytes())[:32], both[32:]
+        except OSError:
+            return None
+        return _kernel(raw) if hashlib.sha256(raw).digest() == digest else None
 
-        symbol, code = path.read_bytes().split(b"\n", 1)
-        return ObjectCode.from_cubin(code).get_kernel(symbol.decode())
+
+def _kernel(raw: bytes) -> Any:
+    """What `_compile` made, on the device."""
+    from cuda.core import ObjectCode
+
+    symbol, code = raw.split(b"\n", 1)
+    return ObjectCode.from_cubin(code).get_kernel(symbol.decode())
 
 
 @cache

@@ -5,7 +5,7 @@ anew.  P is drawn for all of a portion by one launch, from step counts that stay
 products are torch's matmuls, on tensor cores where gradients have 16 bits; one launch looks for
 what is not usable in them (or computes them, where the rank is small); an engine steps the
 projections; and one launch makes factors of what came of it.  Nothing is read back, so that a step
-can be captured in a CUDA graph.
+can be captured in a CUDA graph, for which `optim/cuda.py` says how long it may be replayed.
 
 The factor 1 / sqrt(rank) of P is left to the engine that steps P G, as what multiplies its
 gradients, together with what a global norm makes of them.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optim import features, plan
-from optim.engine import HOST, Work, buckets
+from optim.engine import HOST, Work, buckets, superfluous
 from optim.gpu import Gpu, gpu_of
 from optim.portion import Portion, ProjectedKind, kind_of
 from optim.projected import LowSteps, Make, ScaledSteps, is_conditioned, parted, projected
@@ -78,6 +78,7 @@ class CudaProjectedEngine:
         self._works: dict[tuple[int, ...], _Portions] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._captured = False  # a graph's replays write addresses too, unseen
+        self._of_graphs: dict[int, _Portions] = {}  # what graphs point to
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
@@ -167,7 +168,9 @@ class CudaProjectedEngine:
         addresses = share.addresses[:, 1]
         if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
             addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
-        self._captured |= self._gpu.capturing()
+        if self._gpu.capturing():
+            self._captured = True
+            self._of_graphs[id(work)] = work
         if self._captured or not torch.equal(addresses, work.known):
             work.known = addresses.clone()
             work.grads.copy_(self._staging.readable(work.known), non_blocking=True)
@@ -189,9 +192,11 @@ class CudaProjectedEngine:
                 work = _Portions(self._optimizer, places.places, stamp)
                 if work.wide:
                     self._make(work)
-            if len(self._works) > 4096:  # sets of parameters that do not come again
-                self._drop(*self._works)
+            count = sum(len(group["params"]) for group in self._optimizer.param_groups)
+            self._drop(*superfluous(self._works, members, count))
             self._works[members] = work
+        elif len(self._works) > 1:  # the oldest are first
+            self._works[members] = self._works.pop(members)
         return work
 
     def _drop(self, *keys: tuple[int, ...]) -> None:

@@ -27,10 +27,12 @@ class Host:
 
     def __init__(self, folder):
         self.folder, self.loaded, self.launches = folder, {}, 0
+        self.num_compiled = 0
 
     def load(self, names):
         missing = [name for name in dict.fromkeys(names) if name not in self.loaded]
         if missing:
+            self.num_compiled += len(missing)
             stem = self.folder / f"kernels{len(self.loaded)}"
             lines = [
                 f'extern "C" void kernel{i}(Argument launch, int grid, int threads) '

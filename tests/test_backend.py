@@ -569,6 +569,25 @@ def test_sets_of_parameters_are_prepared_once_whatever_the_dtype_of_gradients(mo
 
 
 @needs_native
+def test_what_is_prepared_for_sets_of_parameters_that_vary_stays_bounded():
+    """The set that comes again is not prepared again."""
+    params = [Parameter(torch.ones(4)) for _ in range(20)]
+    optimizer = optim.build("sgd", params, backend="native")
+    made = set()
+    for step in range(200):
+        for i, p in enumerate(params):
+            p.grad = torch.ones(4) if (step >> i % 8) & 1 or step % 2 else None
+        for p in params if step % 2 else []:
+            p.grad = torch.ones(4)
+        optimizer.step()
+        (only,) = optimizer._engines.values()
+        if step % 2:
+            made.add(id(only._work[tuple(range(20))]))
+    assert sum(map(len, only._work)) <= 8 * len(params)
+    assert len(made) == 1
+
+
+@needs_native
 def test_a_state_that_comes_back_is_found_again_by_every_set_of_parameters():
     results = []
     for chosen in ("torch", "native"):

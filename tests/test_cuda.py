@@ -3,13 +3,16 @@ arithmetic, with the kernels compiled for the host instead, against the CPU engi
 
 import contextlib
 import copy
+import gc
 import io
 import os
 import re
 import subprocess
 import sys
 import sysconfig
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from cuda_host import Host, on_host
 from optim import cuda, gpu, native
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from bench.cases import CASES, kernels_of, kinds_of, make, prepare, set_grads
+from bench.cases import CASES, Case, kernels_of, kinds_of, make, prepare, set_grads
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
@@ -66,15 +69,74 @@ def test_every_kernel_compiles_and_fits_registers_and_shared_memory(arch):
 @needs_nvrtc
 def test_a_kernel_is_compiled_once_and_then_taken_from_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTIM_CACHE", str(tmp_path / "kernels"))
-    card = gpu.Gpu.__new__(gpu.Gpu)
-    card._arch, card._sources, card._loaded = "sm_90", "x", {}
-    path = card._path(gpu.MEASURE)
-    card._compile(gpu.MEASURE, path)
-    symbol, code = path.read_bytes().split(b"\n", 1)
+    monkeypatch.setattr(gpu, "_kernel", lambda raw: raw)
+    card, path = a_card(), a_card()._path(gpu.MEASURE)
+    raw = card.load([gpu.MEASURE])[gpu.MEASURE]
+    symbol, code = raw.split(b"\n", 1)
     assert b"measure_kernel" in symbol
     assert code[:4] == b"\x7fELF"
+    assert [x.name for x in path.parent.iterdir()] == [path.name]  # nothing temporary
+    monkeypatch.setattr(gpu, "compile_kernels", None)
+    assert a_card().load([gpu.MEASURE]) == {gpu.MEASURE: raw}
     card._sources = "y"  # other headers: another kernel
     assert card._path(gpu.MEASURE) != path
+
+
+def a_card():
+    card = gpu.Gpu.__new__(gpu.Gpu)
+    card._arch, card._sources, card._loaded, card.num_compiled = "sm_90", "x", {}, 0
+    return card
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The names that were compiled so far, in place of which there are bytes."""
+    names = []
+
+    def compile_kernels(some, arch):
+        names.extend(some)
+        return SimpleNamespace(code=b"x" * 1000, symbol_mapping={name: "s" for name in some})
+
+    monkeypatch.setattr(gpu, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(gpu, "_kernel", lambda raw: raw)
+    return names
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: raw[:500], lambda raw: b"", lambda raw: raw + b"x"])
+def test_a_kernel_that_is_not_whole_on_the_disk_is_compiled_again(
+    spoil, compiled, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPTIM_CACHE", str(tmp_path))
+    path = a_card()._path("k")
+    right = a_card().load(["k"])
+    path.write_bytes(spoil(path.read_bytes()))
+    for times in (2, 2):  # what is written then is whole
+        assert a_card().load(["k"]) == right
+        assert compiled == ["k"] * times
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_the_kernel_used(
+    compiled, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OPTIM_CACHE", str(tmp_path / "file" / "kernels"))
+    card = a_card()
+    for _ in range(2):
+        assert card.load(["k", "l"]).keys() == {"k", "l"}
+    (record,) = caplog.records
+    assert "cannot be kept" in record.getMessage()
+    assert "OPTIM_CACHE" in record.getMessage()
+    assert compiled == ["k", "l"]
+
+
+def test_two_threads_may_keep_the_same_kernel(compiled, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIM_CACHE", str(tmp_path))
+    path, raw = a_card()._path("k"), b"s\n" + b"x" * 1_000_000
+    with ThreadPoolExecutor(4) as pool:
+        failures = list(pool.map(lambda _: a_card()._keep(raw, path), range(40)))
+    assert failures == [None] * 40
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+    assert a_card()._read(path) == raw
 
 
 # In a process of its own, which finds the fake driver in place of the real one.
@@ -98,10 +160,9 @@ for _ in range(2):
 @needs_nvrtc
 @pytest.mark.skipif(sys.platform != "linux", reason="libcuda.so.1 is Linux's")
 def test_the_driver_is_asked_for_the_kernel_and_told_grid_stream_and_argument(tmp_path):
-    card = gpu.Gpu.__new__(gpu.Gpu)
-    card._arch = "sm_90"
-    card._compile(gpu.MEASURE, tmp_path / "kernel")
-    symbol = (tmp_path / "kernel").read_bytes().split(b"\n", 1)[0].decode()
+    raw = a_card()._compile(gpu.MEASURE)
+    a_card()._keep(raw, tmp_path / "kernel")
+    symbol = raw.split(b"\n", 1)[0].decode()
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     source, library = REPOSITORY / "tests" / "fake_driver.c", tmp_path / "libcuda.so.1"
     subprocess.run([compiler, "-w", "-shared", "-fPIC", source, "-o", library], check=True)
@@ -207,3 +268,52 @@ def test_every_capture_has_memory_of_its_own_and_wants_a_step_before_it(host, mo
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"an ordinary step\(\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
+def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
+    name, host, monkeypatch
+):
+    params, optimizer = make(Case(name, torch.float32, {}))
+    set_grads(params, 0)
+    grads = [p.grad for p in params]
+
+    def held(engine):
+        """Weakly, the memory of an engine's works."""
+        rooms = [engine._room] if hasattr(engine, "_room") else [engine._scratch]
+        works = [*getattr(engine, "_work", getattr(engine, "_works", {})).values()]
+        for work in works:
+            rooms += [one.tables for one in work.launches]
+            rooms += [portion.table for portion in getattr(work, "portions", [])]
+        return [weakref.ref(x.untyped_storage()) for x in rooms if x.numel()]
+
+    for p in params[1:]:
+        p.grad = None
+    with on_host(host):
+        optimizer.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "capturing", lambda: True)
+            optimizer.step()
+        outer = optimizer._engine(torch.device("cpu"))
+        inner = [x for x in vars(outer).values() if isinstance(x, cuda.CudaEngine)]
+        before = [ref for engine in (outer, *inner) for ref in held(engine)]
+        assert before
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+    gc.collect()
+    assert all(ref() is not None for ref in before)
+
+
+def test_the_shared_memory_that_is_asked_for_is_what_the_kernels_use(tmp_path):
+    """As a host compiler reads them, which has the same constants."""
+    source = tmp_path / "shared.cpp"
+    source.write_text(
+        '#include "cuda_on_host.h"\n#include "engine/cuda.h"\n'
+        f"static_assert(4 * engine::cuda::ThreadRows::RowSums::kShared == {cuda.MOMENT_BYTES});\n"
+        f"static_assert(engine::cuda::kTileThreads == {cuda.TILE_THREADS});\n"
+    )
+    compiler = sysconfig.get_config_var("CXX").split()[0]
+    paths = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests'}"]
+    flags = ["-std=c++17", "-fsyntax-only", "-w"]
+    subprocess.run([compiler, *flags, *paths, source], check=True)

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +246,20 @@ def test_a_check_holds_for_right_kernels(check, host_subject):
     assert finding.holds, finding
     assert finding.line
     assert str(finding.facts.get("not_bitwise", {})) == "{}"
+
+
+def test_kernels_that_are_compiled_again_are_noticed(host_subject, monkeypatch):
+    def loaded(card, names):
+        card.num_compiled += len(names)
+        return dict.fromkeys(names)
+
+    cards = [SimpleNamespace(num_compiled=0, here=contextlib.nullcontext) for _ in range(2)]
+    for card in cards:
+        card.load = partial(loaded, card)
+    monkeypatch.setattr(host_subject, "fresh", iter(cards).__next__)
+    finding = checks.compiles(host_subject, FEW[:1], DEADLINE)
+    assert not finding.holds
+    assert "0 of them from the disk" in finding.line
 
 
 @needs_native

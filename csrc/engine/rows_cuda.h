@@ -17,7 +17,8 @@ namespace ENGINE_ISA {
 constexpr int kTileThreads = 64;  // of a block that runs a tile
 
 #if !defined(shared_room)
-extern __shared__ float shared_room[];  // RowSums::kShared for each factored moment
+// RowSums::kShared for each factored moment; read in vectors of 16 bytes.
+extern __shared__ __align__(16) float shared_room[];
 #endif
 
 struct ThreadRows {
