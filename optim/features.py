@@ -50,7 +50,8 @@ class Features(TypedDict, total=False):
 
     on_nonfinite: "skip" leaves weight and state of an element as they were when its gradient is
         NaN, infinite or above 2^48 in size, and counts it (`nonfinite_count`); "raise" raises
-        FloatingPointError before anything changes.
+        FloatingPointError before anything changes, so `step_param` and the fused backward refuse
+        it.
 
     seed: of the stochastic rounding, of weights and of state.
 

@@ -137,7 +137,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         For hooks that consume gradients inside the backward pass; an ordinary `step()` ends the
         round, with or without gradients left for it.  Raises ValueError for a tensor that is not in
-        any of the groups, or has no gradient, and where any group has a `max_grad_norm`.
+        any of the groups, or has no gradient, and where any group has a `max_grad_norm` or
+        on_nonfinite="raise".
         """
         self.check_steps_alone("step_param")
         places = [(*self._place_of(param), param) for param in params]
@@ -230,6 +231,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{caller}: max_grad_norm needs all gradients at once, and they are stepped one by "
                 "one; use grad_clip (the norm of each tensor's gradient) or step()"
+            )
+        if any(group["on_nonfinite"] == "raise" for group in self.param_groups):
+            raise ValueError(
+                f"{caller}: on_nonfinite='raise' stops before anything is updated, and parameters "
+                "are stepped before all gradients are there; use on_nonfinite='skip' or step()"
             )
 
     def nonfinite_count(self) -> int:
