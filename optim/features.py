@@ -55,9 +55,9 @@ class Features(TypedDict, total=False):
 
     seed: of the stochastic rounding, of weights and of state.
 
-    backend: who computes a step: "native" (the CPU engine, where the install could build it),
-        "torch" (plain PyTorch, the same result to rounding), or "auto": what OPTIM_BACKEND says,
-        else the best there is.
+    backend: who computes a step: "native" (the fused engine: on a CPU where the install could
+        build it, and on CUDA), "torch" (plain PyTorch, the same result to rounding), or "auto":
+        what OPTIM_BACKEND says, else the best there is.
     """
 
     storage: str
