@@ -55,7 +55,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if name in given:
                 raise TypeError(f"{type(self).__name__} cannot have {name}: {reason}")
         options.check(type(self).__name__, known, given)
-        chosen = known | given
+        chosen = known | {name: options.plain(value) for name, value in given.items()}
         choice = chosen.pop("backend")
         super().__init__(params, chosen)
         self.backend = backend.resolve(choice, self._device_types())
@@ -105,6 +105,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = {k: v for k, v in param_group.items() if k not in _NOT_OPTIONS}
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
         options.check(name, known, given)
+        param_group.update({key: options.plain(value) for key, value in given.items()})
         self._forget()
         super().add_param_group(param_group)
         try:
