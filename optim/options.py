@@ -61,7 +61,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "d0": (_positive, "a number > 0"),
     "d_coef": (_positive, "a number > 0"),
     "growth_rate": (
-        lambda x: isinstance(x, Real) and not isinstance(x, bool) and x >= 1,
+        lambda x: isinstance(x, Real) and not isinstance(x, bool) and float(x) >= 1,
         "a number >= 1, or inf",
     ),
     "slice_p": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
