@@ -19,7 +19,7 @@ from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.lion import Lion, Lion8bit, LionFactored
 from optim.lomo import AdaLomo, Lomo
-from optim.options import unknown
+from optim.options import unknown, unknown_option
 from optim.prodigy import LionProdigy, Prodigy, ProdigyFactored
 from optim.sgd import SGD
 from optim.sophia import Sophia
@@ -71,7 +71,7 @@ def build(name: str, params: Iterable[Any], **overrides: Any) -> FusedOptimizer:
     known = options_of(name)
     for option in overrides:
         if option not in known:
-            raise TypeError(unknown(f"option of {name}", option, known))
+            raise TypeError(unknown_option(name, option, known))
     return FAMILY[name](params, **overrides)
 
 

@@ -50,13 +50,14 @@ class Features(TypedDict, total=False):
 
     on_nonfinite: "skip" leaves weight and state of an element as they were when its gradient is
         NaN, infinite or above 2^48 in size, and counts it (`nonfinite_count`); "raise" raises
-        FloatingPointError before anything changes.
+        FloatingPointError before anything changes, so `step_param` and the fused backward refuse
+        it.
 
     seed: of the stochastic rounding, of weights and of state.
 
-    backend: who computes a step: "native" (the CPU engine, where the install could build it),
-        "torch" (plain PyTorch, the same result to rounding), or "auto": what OPTIM_BACKEND says,
-        else the best there is.
+    backend: who computes a step: "native" (the fused engine: on a CPU where the install could
+        build it, and on CUDA), "torch" (plain PyTorch, the same result to rounding), or "auto":
+        what OPTIM_BACKEND says, else the best there is.
     """
 
     storage: str

@@ -37,8 +37,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is decoupled:
     w <- (1 - lr * weight_decay) w, before the update.
 
-    `backend` is who computes a step: "native" (on a CPU, `csrc/`) or "torch"; see `optim/state.py`
-    for what the state is made of.
+    `backend` is who computes a step: "native" (`csrc/`, on a CPU and on CUDA) or "torch"; see
+    `optim/state.py` for what the state is made of.
     """
 
     rule: ClassVar[Rule]
@@ -59,12 +59,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             if name in given:
                 raise TypeError(f"{type(self).__name__} cannot have {name}: {reason}")
         options.check(type(self).__name__, known, given)
-        chosen = known | given
+        chosen = known | {name: options.plain(value) for name, value in given.items()}
         choice = chosen.pop("backend")
         super().__init__(params, chosen)
         self.backend = backend.resolve(choice, self._device_types())
         if self.backend == "native" and not plan.has_rule(type(self).rule):
             backend.fall_back(f"{type(self).__name__} has no fused kernel")
+        self._say_what_is_unfused()
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:
@@ -108,6 +109,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = {k: v for k, v in param_group.items() if k not in _NOT_OPTIONS}
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
         options.check(name, known, given)
+        param_group.update({key: options.plain(value) for key, value in given.items()})
         self._forget()
         super().add_param_group(param_group)
         try:
@@ -149,7 +151,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         For hooks that consume gradients inside the backward pass; an ordinary `step()` ends the
         round, with or without gradients left for it.  Raises ValueError for a tensor that is not in
-        any of the groups, or has no gradient, and where any group has a `max_grad_norm`.
+        any of the groups, or has no gradient, and where any group has a `max_grad_norm` or
+        on_nonfinite="raise".
         """
         self.check_steps_alone("step_param")
         places = [(*self._place_of(param), param) for param in params]
@@ -187,11 +190,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         torch_engine = backend.TorchEngine(self)
         if self.backend == "torch" or not plan.has_rule(type(self).rule):
             return [(torch_engine, places)]
-        if not any(map(_is_torchs, self.param_groups)) and Trait.ELSEWHERE not in places.traits:
+        if not any(map(_unfused, self.param_groups)) and Trait.ELSEWHERE not in places.traits:
             return [(self._engine(CPU, rule) or torch_engine, places)]
+        self._say_what_is_unfused()
         shares: dict[torch.device | None, Places] = {}
         for place in places:
-            device = None if _is_torchs(place[1]) else place[2].device
+            device = None if _unfused(place[1]) else place[2].device
             shares.setdefault(device, Places()).append(place)
         return [
             (
@@ -200,6 +204,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
             for device, share in shares.items()
         ]
+
+    def _say_what_is_unfused(self) -> None:
+        """Say, once, which options leave a fused engine unused."""
+        if self.backend == "native" and plan.has_rule(type(self).rule):
+            for option in filter(None, map(_unfused, self.param_groups)):
+                backend.fall_back(f"{type(self).__name__} with {option} has no fused kernel")
 
     def _engine(self, device: torch.device, rule: str | None = None) -> backend.Engine | None:
         """The fused engine of a device, if it has one."""
@@ -220,8 +230,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return param.device if on_device else CPU
 
     def _device_types(self) -> set[str]:
-        devices = {p.device.type for group in self.param_groups for p in group["params"]}
-        return devices - {"meta"}  # only counts bytes
+        return _device_types(self.param_groups)
 
     def _forget(self) -> None:
         """Drop what was derived from groups and state: they are about to change."""
@@ -243,6 +252,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{caller}: max_grad_norm needs all gradients at once, and they are stepped one by "
                 "one; use grad_clip (the norm of each tensor's gradient) or step()"
             )
+        if any(group["on_nonfinite"] == "raise" for group in self.param_groups):
+            raise ValueError(
+                f"{caller}: on_nonfinite='raise' stops before anything is updated, and parameters "
+                "are stepped before all gradients are there; use on_nonfinite='skip' or step()"
+            )
 
     def nonfinite_count(self) -> int:
         """How many gradient elements have been skipped so far as NaN, infinite or too large."""
@@ -257,20 +271,34 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state_of(param, group)
 
     def engine(self) -> str:
-        """Who steps parameters on a CPU, in words: the native engine's instruction set, or plain
-        PyTorch and why."""
+        """Who steps which parameters, in words: the native engine, on a CPU with its instruction
+        set, or plain PyTorch and why."""
         if not plan.has_rule(type(self).rule):
             return f"plain PyTorch; {type(self).__name__} has no fused kernel"
         engines = []
         for device in sorted(self._device_types() or {"cpu"}):
-            reason = "backend=torch was chosen" if self.backend == "torch" else None
-            reason = backend.unavailable(device) or reason
-            isa = f" ({native.isa()})" if device == "cpu" and not reason else ""
-            on = f"on {device.upper()}" if device != "cpu" else "on a CPU"
-            engines.append(
-                f"plain PyTorch {on}; {reason}" if reason else f"the native engine{isa} {on}"
-            )
+            numbers: dict[str, list[str]] = {}  # of groups, by who steps them
+            for number, group in enumerate(self.param_groups):
+                if device in (_device_types([group]) or {device}):
+                    numbers.setdefault(self._stepper(device, group), []).append(str(number))
+            engines += [
+                who if len(numbers) == 1 else f"{who} (group{'s'[: len(its) - 1]} {', '.join(its)})"
+                for who, its in numbers.items()
+            ]
         return ", ".join(engines)
+
+    def _stepper(self, device: str, group: dict[str, Any]) -> str:
+        """Who steps the parameters of a group on devices of a type, in words."""
+        on = f"on {device.upper()}" if device != "cpu" else "on a CPU"
+        reason, option = backend.unavailable(device), _unfused(group)
+        if reason is None and self.backend == "torch":
+            reason = "backend=torch was chosen"
+        elif reason is None and option:
+            reason = f"{option} has no fused kernel"
+        if reason:
+            return f"plain PyTorch {on}; {reason}"
+        isa = f" ({native.isa()})" if device == "cpu" else ""
+        return f"the native engine{isa} {on}"
 
     def state_bytes(self) -> int:
         """Bytes of all state allocated so far."""
@@ -417,10 +445,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
 
 
-def _is_torchs(group: dict[str, Any]) -> bool:
-    """Whether a group's options are of those that only plain PyTorch computes: batches of small
+def _device_types(groups: Iterable[dict[str, Any]]) -> set[str]:
+    """The types of the devices that groups have parameters on."""
+    devices = {param.device.type for group in groups for param in group["params"]}
+    return devices - {"meta"}  # only counts bytes
+
+
+def _unfused(group: dict[str, Any]) -> str | None:
+    """The option of a group that only plain PyTorch computes, if there is one: batches of small
     matrices, and updates that are mapped back from a projection."""
-    return group.get("conv_view") == "last2" or bool(group.get("residual"))
+    if group.get("conv_view") == "last2":
+        return "conv_view=last2"
+    return "residual=True" if group.get("residual") else None
 
 
 def _check_group(optimizer: str, group: dict[str, Any]) -> None:

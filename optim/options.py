@@ -4,13 +4,14 @@ refused."""
 import difflib
 import math
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _learning_rate(value: Any) -> bool:
@@ -32,7 +33,7 @@ def _positive(value: Any) -> bool:
 
 
 def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -60,7 +61,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "d0": (_positive, "a number > 0"),
     "d_coef": (_positive, "a number > 0"),
     "growth_rate": (
-        lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and x >= 1,
+        lambda x: isinstance(x, Real) and not isinstance(x, bool) and float(x) >= 1,
         "a number >= 1, or inf",
     ),
     "slice_p": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
@@ -97,10 +98,20 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
     """
     for name, value in values.items():
         if name not in known:
-            raise TypeError(unknown(f"option of {optimizer}", name, known))
+            raise TypeError(unknown_option(optimizer, name, known))
         is_allowed, wanted = _rule(name, known[name])
         if not is_allowed(value):
             raise ValueError(f"{optimizer}: {name}={value!r} is not possible; it must be {wanted}")
+
+
+def plain(value: Any) -> Any:
+    """An option's value with Python's numbers in place of others (numpy's), which the engines and a
+    file that is loaded with weights_only would not take."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _rule(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
@@ -118,6 +129,16 @@ def _rule(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
         return isinstance(value, (tuple, list)) and len(value) == count and all(map(each, value))
 
     return is_tuple, f"{count} numbers {wanted}"
+
+
+def unknown_option(optimizer: str, name: str, known: Iterable[str]) -> str:
+    """`unknown` of an option."""
+    if name in ("fused", "foreach"):
+        return (
+            f"there is no option of {optimizer} {name!r}: the whole family has one fused engine, "
+            "and backend= chooses between it and plain PyTorch"
+        )
+    return unknown(f"option of {optimizer}", name, known)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

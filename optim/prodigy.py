@@ -84,6 +84,10 @@ class DistanceAdapted(FusedOptimizer):
         d.copy_(torch.where(known, torch.minimum(largest, free * group["growth_rate"]), d))
         d_max.copy_(torch.where(known, largest, d_max))
 
+    def _take_over(self, state_dict: dict[str, Any]) -> None:
+        super()._take_over(state_dict)
+        self._has_moved = False  # the sums are those that the saved d came from, or wait for it
+
     def _step(self, places: Share) -> None:
         super()._step(places)
         self._has_moved = self._has_moved or bool(places)

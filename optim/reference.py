@@ -210,7 +210,8 @@ def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
 
     Mishchenko & Defazio 2023, Alg. 4, the lines of r and s.  Factors are d/d0, not d, lest the sums
     underflow (their remark on implementation).  `safeguard_warmup` takes d for the rate in
-    grad_sum.  Where lr = 0 nothing moves, and nothing can be learned from that.
+    grad_sum.  Where lr = 0 nothing moves, and nothing can be learned from that; nor from a gradient
+    without a usable element.
     """
     now, grad, usable = (x.flatten()[:: h.slice_p] for x in (w, g, h.usable))
     start = {"start": now} if h.t == 1 else {}
@@ -221,10 +222,12 @@ def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
     weight = h.d / h.d0 * (h.d if h.safeguard_warmup else h.rate)
     total = torch.where(usable, beta3 * s["grad_sum"] + weight * grad, s["grad_sum"])
     progress = h.d / h.d0 * h.rate * summed(grad.double() * way)
+    learns = h.usable.any()
+    numerator, denominator = beta3 * s["numerator"] + progress, summed(total.abs())
     return start | {
         "grad_sum": total,
-        "numerator": beta3 * s["numerator"] + progress,
-        "denominator": summed(total.abs()),
+        "numerator": torch.where(learns, numerator, s["numerator"]),
+        "denominator": torch.where(learns, denominator, s["denominator"]),
     }
 
 

@@ -3,9 +3,10 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
-from helpers import make_params
+from helpers import make_params, run
 from torch.nn import Parameter
 
 import optim
@@ -63,6 +64,42 @@ BAD = [
 def test_wrong_arguments_are_refused_by_name(name, options, error, says):
     with pytest.raises(error, match=says.replace("(", r"\(")):
         optim.build(name, make_params(), **options)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons(tmp_path):
+    params = make_params()
+    for number in (np.float32(0.25), np.float64(0.25), np.float16(0.25)):
+        groups = [{"params": params[:2], "lr": number}, {"params": params[2:]}]
+        optimizer = optim.build(
+            "apollo",
+            groups,
+            weight_decay=number,
+            betas=(number, 0.5),
+            rank=np.int64(2),
+            seed=np.uint8(3),
+        )
+        first, second = optimizer.param_groups
+        assert (first["lr"], second["rank"], second["seed"]) == (0.25, 2, 3)
+        assert first["betas"] == (0.25, 0.5)
+        found = {
+            type(x) for g in (first, second) for x in (g["lr"], g["weight_decay"], *g["betas"])
+        }
+        assert found == {float}
+        assert type(second["rank"]) is type(second["seed"]) is int
+        run(optimizer, params, range(2))
+        torch.save(optimizer.state_dict(), tmp_path / "state")
+        optimizer.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    for wrong in ({"lr": np.float32("nan")}, {"rank": np.float64(2.0)}, {"rank": np.bool_(True)}):
+        with pytest.raises(ValueError, match="is not possible; it must be"):
+            optim.build("apollo", params, **wrong)
+
+
+@pytest.mark.parametrize("option", ["fused", "foreach"])
+def test_torchs_choice_of_an_engine_is_refused_with_the_familys(option):
+    says = f"no option of .* '{option}': the whole family has one fused engine, and backend="
+    for make in (optim.AdamW, lambda *args, **kwargs: optim.build("adamw", *args, **kwargs)):
+        with pytest.raises(TypeError, match=says):
+            make(make_params(), **{option: True})
 
 
 def test_groups_are_checked_like_arguments():

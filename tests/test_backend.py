@@ -206,6 +206,38 @@ def test_an_optimizer_without_a_kernel_says_who_steps_it(monkeypatch):
     assert optimizer.engine() == "plain PyTorch; Averaged has no fused kernel"
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("adafactor", {"conv_view": "last2"}), ("apollo", {"residual": True})],
+    ids=["adafactor", "apollo"],
+)
+def test_options_without_a_kernel_are_named_with_their_groups(name, option, monkeypatch):
+    monkeypatch.setattr(backend, "_said", set())
+    written = "=".join(str(part) for part in next(iter(option.items())))
+    params = make_params()
+    with pytest.warns(RuntimeWarning, match=f"{optim.FAMILY[name].__name__} with {written} has no"):
+        optimizer = optim.build(name, params, backend="native", **option)
+    assert optimizer.engine() == f"plain PyTorch on a CPU; {written} has no fused kernel"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        run(optimizer, params, range(1))
+    groups = [{"params": params[:2]}, {"params": params[2:4], **option}, {"params": params[4:]}]
+    mixed = optim.build(name, groups, backend="native").engine()
+    assert f"the native engine ({native.isa()}) on a CPU (groups 0, 2)" in mixed
+    assert f"plain PyTorch on a CPU; {written} has no fused kernel (group 1)" in mixed
+
+
+@needs_native
+def test_an_option_without_a_kernel_is_named_when_it_is_set_later(monkeypatch):
+    monkeypatch.setattr(backend, "_said", set())
+    params = make_params()
+    optimizer = optim.build("adafactor", params, backend="native")
+    optimizer.param_groups[0]["conv_view"] = "last2"
+    with pytest.warns(RuntimeWarning, match="Adafactor with conv_view=last2 has no fused kernel"):
+        run(optimizer, params, range(1))
+
+
 COPIERS = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
 
 

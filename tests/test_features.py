@@ -274,6 +274,22 @@ def test_on_nonfinite_raise_waits_for_the_gradients_once_and_copies_none(dtype):
     optimizer._raise_on_nonfinite(share)
 
 
+def test_on_nonfinite_raise_is_refused_where_gradients_come_one_by_one():
+    params = make_params(shapes=[(4,), (3,)])
+    groups = [{"params": params[:1]}, {"params": params[1:], "on_nonfinite": "raise"}]
+    optimizer = optim.build("adamw", groups)
+    with pytest.raises(
+        ValueError, match=r"fuse_backward: on_nonfinite='raise' .* use on_nonfinite='skip'"
+    ):
+        optim.fuse_backward(optimizer)
+    set_grads(params, 0)
+    with pytest.raises(
+        ValueError, match=r"step_param: on_nonfinite='raise' .* use on_nonfinite='skip'"
+    ):
+        optimizer.step_param(params[0])
+    assert_same(params, make_params(shapes=[(4,), (3,)]))
+
+
 @pytest.mark.parametrize("scale", [1e-22, 1e-20, 1e-18, 1e-12, 1.0, 1e6, 1e13])
 @pytest.mark.parametrize("name", NAMES)
 def test_tiny_and_huge_gradients_with_dead_rows_and_columns_stay_finite(name, scale):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import random
@@ -9,7 +10,7 @@ import random
 import prodigyopt
 import pytest
 import torch
-from helpers import PRODIGIES, assert_same, make_params, run, set_grads
+from helpers import PRODIGIES, assert_same, build, make_params, run, set_grads
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -253,6 +254,39 @@ def test_unusable_gradient_elements_add_nothing_to_the_sums():
     assert zero["numerator"] == nan["numerator"] == inf["numerator"]
     assert nan["denominator"] == inf["denominator"]
     assert zero["denominator"].item() == pytest.approx(nan["denominator"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PRODIGIES)
+def test_a_gradient_without_a_usable_element_changes_none_of_the_sums(name, dtype, backend):
+    params = make_params(dtype)
+    optimizer = build(name, params, slice_p=2, backend=backend)
+    run(optimizer, params, range(4))
+    before, d = copy.deepcopy([optimizer.state[p] for p in params]), d_of(optimizer)
+    for p, value in zip(params, itertools.cycle((math.nan, math.inf, -math.inf))):
+        p.grad.fill_(value)
+    optimizer.step()
+    assert d_of(optimizer) == d
+    for old, p in zip(before, params, strict=True):
+        for key in ("start", "grad_sum", "numerator", "denominator"):
+            assert torch.equal(optimizer.state[p][key], old[key]), key
+
+
+def test_a_loaded_state_does_not_wait_for_an_estimate_of_what_it_replaced():
+    """Half a round, then a load: d stays until there is another gradient."""
+    params = make_params(shapes=[(64,)])
+    optimizer = optim.build("prodigy", params, slice_p=1, d0=1e-3, growth_rate=1.1)
+    empty = copy.deepcopy(optimizer.state_dict())
+    find(optimizer, params, range(5))
+    saved, d = copy.deepcopy(optimizer.state_dict()), d_of(optimizer)
+    for state, expected in ((saved, d), (empty, 1e-3)):
+        descend(params, 5)
+        optimizer.step_param(*params)
+        params[0].grad = None
+        optimizer.load_state_dict(state)
+        optimizer.step()
+        assert d_of(optimizer) == expected
 
 
 def test_a_groups_lr_scales_its_share_and_at_zero_it_stays():

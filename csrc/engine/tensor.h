@@ -377,7 +377,7 @@ HD void finish(const Launch& launch, int64_t member) {
         const double distance =
             total(launch, member, [](const TileSums& x) INLINED { return x.distance; });
         double& numerator = *pointer<double>(tensor.samples.numerator);
-        if (Exec::leads()) {
+        if (Exec::leads() && int64_t(nonfinite) < tensor.numel) {  // else nothing was learned
             numerator =
                 launch.options[tensor.group].beta3 * numerator + h.progress_weight * progress;
             *pointer<double>(tensor.samples.denominator) = distance;
