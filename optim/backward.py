@@ -150,7 +150,8 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
 
     Not for DistributedDataParallel, which averages gradients over processes only after they have
     been consumed here.  Raises ValueError where there are several processes, where the optimizer
-    has been fused before, where `bucket_bytes` is not positive or a group has a `max_grad_norm`.
+    has been fused before, where `bucket_bytes` is not positive, or a group has a `max_grad_norm` or
+    on_nonfinite="raise".
     """
     optimizer.check_steps_alone("fuse_backward")
     if bucket_bytes <= 0:

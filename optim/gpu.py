@@ -249,6 +249,7 @@ class Gpu:
                 try:
                     partial.write(hashlib.sha256(raw).digest() + raw)
                     partial.close()
+                    Path(partial.name).chmod(0o644)  # folders are shared
                     Path(partial.name).replace(path)
                 except OSError:
                     Path(partial.name).unlink(missing_ok=True)

@@ -142,7 +142,7 @@ def other_default(default):
 @pytest.mark.parametrize(
     ("default", "backend"),
     [(dtype, who) for dtype in (torch.bfloat16, torch.float64) for who in ("auto", "torch")]
-    + [("meta", "torch")],
+    + [("meta", "auto"), ("meta", "torch")],
     ids=str,
 )
 @pytest.mark.parametrize("name", NAMES)
