@@ -193,6 +193,8 @@ def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):
     assert arguments[::2] == ["name=it's mine, 1", "seed=3"]
     (given,) = OverridesParser.create().parse_overrides(arguments[1:2])
     assert given.key_or_group == "resume"
+    flags = ["--cfg", "job"]  # overrides stay together: Hydra refuses them on both sides of a flag
+    assert cli.with_resumed([*flags, "resume=latest"])[:2] == flags
     (found,) = checkpoint.find(given.value())
     assert found == in_tmp / "runs/it's mine, 1/checkpoints/step-000004"
 

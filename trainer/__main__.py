@@ -26,7 +26,6 @@ from trainer.validate import to_dataclasses
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"
 _runs_begun: list[str] = []  # by name; an error after that is not the command line's
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @hydra.main(config_path=str(config.conf_dir()), config_name="config", version_base="1.3")

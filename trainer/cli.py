@@ -77,8 +77,8 @@ def register() -> None:
 
 
 def with_resumed(arguments: list[str]) -> list[str]:
-    """The command line, and before it the options of the run that it resumes, but for those that it
-    gives itself and those that are meant once.
+    """The command line with the options of the run that it resumes before `resume=`, but for those
+    that it gives itself and those that are meant once.
 
     `latest` becomes the run that it is now: everything after this must read the same one, whichever
     run saves meanwhile.
@@ -92,7 +92,9 @@ def with_resumed(arguments: list[str]) -> list[str]:
             resume = str(latest_run())
             now = f"resume={_quoted(resume)}"
             arguments = [now if _key(a) == "resume" else a for a in arguments]
-    return [a for a in overrides_of(resume) if _key(a) not in given.keys() | _ONCE] + arguments
+    inherited = [a for a in overrides_of(resume) if _key(a) not in given.keys() | _ONCE]
+    at = next(i for i, a in enumerate(arguments) if _key(a) == "resume")  # not between flags
+    return arguments[:at] + inherited + arguments[at:]
 
 
 def _key(override: str) -> str:

@@ -6,7 +6,6 @@ written is read back before it is called by its name.
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from trainer import conversion  # now that the command is good: diffusers takes seconds
 
     try:

@@ -32,23 +32,12 @@ _ARCHIVES = (
     *(".zip", ".7z", ".rar"),
 )
 _OTHER_PICTURES = (
-    *(
-        ".svg",
-        ".svgz",
-        ".pdf",
-        ".ps",
-        ".eps",
-        ".ai",
-        ".wmf",
-        ".emf",
-        ".mpo",
-        ".exr",
-        ".hdr",
-        ".fits",
-    ),
-    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".xcf", ".kra"),
+    *(".svg", ".svgz", ".pdf", ".ps", ".eps", ".ai", ".wmf", ".emf", ".mpo", ".exr", ".hdr"),
+    *(".fits", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".xcf", ".kra"),
 )
 _ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # text that is no caption
+_RUNS = "folders of runs are passed over (name one itself as data.path to read it)"
+_HIDDEN = "hidden pictures, or folders of them, are passed over (a dot begins their names)"
 
 
 def walk(folder: Path, reading: Reading) -> Iterator[Path]:
@@ -181,7 +170,3 @@ def _unused(file: Path, masks: Collection[str], texts: Collection[Path]) -> str 
     if name.endswith(_OTHER_PICTURES):
         return "pictures of a kind that is not read are passed over (convert them)"
     return None
-
-
-_RUNS = "folders of runs are passed over (name one itself as data.path to read it)"
-_HIDDEN = "hidden pictures, or folders of them, are passed over (a dot begins their names)"
