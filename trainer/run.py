@@ -3,11 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -207,7 +207,24 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         )
     picture = evaluation.sample(state, writer)
     state.peaks.end("rest")
-    summary = {
+    summary = _summary(state, after)
+    report.write_summary(state.folder, summary)
+    writer.close(summary)
+    places = {
+        "pictures": picture,
+        "result": ", ".join(map(str, exported)),
+        "metrics": writer.path,
+        "checkpoints": state.folder / "checkpoints",
+    }
+    log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
+    if failure:
+        raise failure
+    return after.get("loss", math.nan)
+
+
+def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
+    """What the run came to; `after` is its last evaluation."""
+    return {
         "name": state.config.name,
         "overrides": list(state.overrides),
         "seed": state.config.seed,
@@ -221,22 +238,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         "peak_memory_bytes": state.peaks.run,
         "peak_training_bytes": state.peaks.training,
         "skipped_steps": state.guard.skipped,
-    }
-    for key in ("holdout_loss", "ema_loss"):
-        if key in after:
-            summary[f"{key}_after"] = after[key]
-    report.write_summary(state.folder, summary)
-    writer.close(summary)
-    places = {
-        "pictures": picture,
-        "result": ", ".join(map(str, exported)),
-        "metrics": writer.path,
-        "checkpoints": state.folder / "checkpoints",
-    }
-    log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
-    if failure:
-        raise failure
-    return after.get("loss", math.nan)
+    } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
 
 
 def _stopped(state: State) -> NoReturn:

@@ -97,27 +97,10 @@ def assemble(
 
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
-    method.attach(config.method, model, config.seed)
-    log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
-    optimizer = optimizers.build(
-        config.optim, torch.nn.ModuleDict(model.trained_parts), config.seed, config.method.rules
-    )
-    trained = sum(p.numel() for p in method.trained_parameters(model).values())
-    for remark in remarks.of_rate(config, trained):
-        log.warning("%s", remark)
-    execution.prepare(config, model.trained_parts, device)
+    optimizer = _trainable(config, model, device)
     if resumed:
-        method.restore(model, resumed.weights)
-        resumed.weights.clear()  # as large as the model, and in its place now
-        optimizers.restore(optimizer, resumed.optimizer)
-        resumed.optimizer.clear()
-        log.info("resumed after step %d", resumed.step)
+        _put_back(model, optimizer, resumed)
     counters = resumed.counters if resumed else checkpoint.Counters()
-    average = None
-    if config.method.ema:
-        saved = resumed.average if resumed else {}
-        named = method.trained_parameters(model)
-        average = Ema(config.method.ema, named, config.seed, saved, resumed.step if resumed else 0)
     return State(
         config=config,
         folder=folder,
@@ -141,10 +124,41 @@ def assemble(
         eval_loss_before=counters.eval_loss_before,
         grad_norm=counters.grad_norm,
         overrides=overrides,
-        ema=average,
+        ema=_average(config, model, resumed),
         peaks=peaks,
         stop=stop,
     )
+
+
+def _trainable(config: Config, model: Model, device: torch.device) -> torch.optim.Optimizer:
+    """Make the model what the method trains, executed as configured; -> its optimizer."""
+    method.attach(config.method, model, config.seed)
+    log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
+    parts = torch.nn.ModuleDict(model.trained_parts)
+    optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)
+    trained = sum(p.numel() for p in method.trained_parameters(model).values())
+    for remark in remarks.of_rate(config, trained):
+        log.warning("%s", remark)
+    execution.prepare(config, model.trained_parts, device)
+    return optimizer
+
+
+def _put_back(
+    model: Model, optimizer: torch.optim.Optimizer, resumed: checkpoint.Checkpoint
+) -> None:
+    """Weights and optimizer as a checkpoint has them, which gives them up."""
+    method.restore(model, resumed.weights)
+    resumed.weights.clear()  # as large as the model, and in its place now
+    optimizers.restore(optimizer, resumed.optimizer)
+    resumed.optimizer.clear()
+    log.info("resumed after step %d", resumed.step)
+
+
+def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None) -> Ema | None:
+    if config.method.ema is None:
+        return None
+    saved, step = (resumed.average, resumed.step) if resumed else ({}, 0)
+    return Ema(config.method.ema, method.trained_parameters(model), config.seed, saved, step)
 
 
 def save(state: State) -> None:

@@ -233,6 +233,30 @@ def _check_model(path: str) -> None:
 
 def _check_data(config: DataConfig) -> None:
     """Sources that are there, and sizes that the VAE and the buckets allow."""
+    _check_sources(config)
+    _check_sizes(config)
+    given = config.caption_extension
+    for extension in [given] if isinstance(given, str) else given or [""]:
+        if (
+            not isinstance(extension, str)
+            or not re.fullmatch(r"\.[^./\\]+", extension)
+            or extension in PICTURE_SUFFIXES
+        ):
+            raise UserError(
+                f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
+            )
+    if not config.tag_separator:
+        raise UserError("data.tag_separator is empty; it is what tags end with, such as ','")
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError:
+        raise UserError(
+            f"data.background={config.background} is not a colour; use a name, such as white, or "
+            "#rrggbb"
+        ) from None
+
+
+def _check_sources(config: DataConfig) -> None:
     if config.path is None and not config.sources:
         raise UserError(
             "data.path has no value; set it on the command line: data.path=... "
@@ -252,16 +276,9 @@ def _check_data(config: DataConfig) -> None:
                 f"{key}={path} is not a folder (or .tar, .parquet or .arrow file); name one that "
                 "holds pictures"
             )
-    given = config.caption_extension
-    for extension in [given] if isinstance(given, str) else given or [""]:
-        if (
-            not isinstance(extension, str)
-            or not re.fullmatch(r"\.[^./\\]+", extension)
-            or extension in PICTURE_SUFFIXES
-        ):
-            raise UserError(
-                f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
-            )
+
+
+def _check_sizes(config: DataConfig) -> None:
     if config.bucket_step % 8:
         raise UserError(f"data.bucket_step={config.bucket_step} must be a multiple of 8")
     for side in (config.resolution, *config.resolutions):
@@ -272,15 +289,6 @@ def _check_data(config: DataConfig) -> None:
                 f"data.resolution={side} is less than data.bucket_step={config.bucket_step}; "
                 "choose a smaller step, or data.buckets=false"
             )
-    if not config.tag_separator:
-        raise UserError("data.tag_separator is empty; it is what tags end with, such as ','")
-    try:
-        ImageColor.getrgb(config.background)
-    except ValueError:
-        raise UserError(
-            f"data.background={config.background} is not a colour; use a name, such as white, or "
-            "#rrggbb"
-        ) from None
 
 
 def _check_device(device: str) -> None:
