@@ -55,9 +55,10 @@ def test_help_and_mistakes_do_not_wait_for_what_only_runs_need(argument):
         "atexit.register(lambda: print('imported', [n for n in heavy if n in sys.modules]))\n"
         "runpy.run_module('trainer', run_name='__main__')\n"
     )
+    clean = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}  # set by other tests
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True,
-        timeout=120, check=False,
+        timeout=120, check=False, env=clean,
     )  # fmt: skip
     assert ended.returncode == (0 if argument == "--help" else 2), ended.stderr
     assert ended.stdout.splitlines()[-1] == "imported []"
