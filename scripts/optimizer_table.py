@@ -47,7 +47,7 @@ def table() -> str:
         cls = optim.FAMILY[name]
         kept = (cls.__doc__ or "").splitlines()[0]
         rows.append(
-            f"| `{name}` | `{cls.__name__}` | {size / 1e6:,.1f} MB | {steps[name]} | {kept} |"
+            f"| `{name}` | `{cls.__name__}` | {size / 1e6:,.1f} MB | {steps.get(name, '')} | {kept} |"
         )
     return "\n".join(rows)
 
