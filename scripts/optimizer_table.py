@@ -46,9 +46,8 @@ def table() -> str:
     for size, name in sorted((state_bytes(name), name) for name in optim.FAMILY):
         cls = optim.FAMILY[name]
         kept = (cls.__doc__ or "").splitlines()[0]
-        rows.append(
-            f"| `{name}` | `{cls.__name__}` | {size / 1e6:,.1f} MB | {steps.get(name, '')} | {kept} |"
-        )
+        took = steps.get(name, "")  # a new one has not been measured
+        rows.append(f"| `{name}` | `{cls.__name__}` | {size / 1e6:,.1f} MB | {took} | {kept} |")
     return "\n".join(rows)
 
 
