@@ -77,3 +77,8 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def names(dataset):
+    """The file names of a data set's pictures."""
+    return [sample.name.rpartition("/")[2] for sample in dataset.samples]

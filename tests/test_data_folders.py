@@ -1,0 +1,161 @@
+"""Folders of pictures: what belongs to a picture, what is passed over, and that it is said."""
+
+import json
+import os
+import re
+import shutil
+import socket
+
+import pytest
+from helpers import names
+from PIL import Image
+
+from trainer.errors import UserError
+
+
+def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
+    folder = tmp_path / "straße \n x"
+    (folder / ("d" * 200)).mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    picture = Image.new("RGB", (64, 64), "red")
+    for place in ("ä\n1.png", f"{'d' * 200}/{'p' * 200}.png", "A.PNG", "a.png"):
+        picture.save(folder / place, format="png")
+    for hidden in ("._a.png", ".hidden/x.png"):
+        (folder / hidden).write_bytes(b"no picture")
+    (folder / "loop").symlink_to(folder)
+    (folder / "itself").symlink_to(folder / "itself")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    picture.save(outside / "o.png")
+    (folder / "link").symlink_to(outside)
+    caplog.set_level("INFO")
+    dataset = load(path=str(folder), max_unreadable=0)
+    assert len(dataset.samples) == 5
+    assert names(dataset) == ["A.PNG", "a.png", f"{'p' * 200}.png", "o.png", "ä\\n1.png"]
+    assert "passed over" in caplog.text
+    assert "1 links to a folder above" in caplog.text
+
+
+PASSED_OVER = {
+    # files beside the four pictures, what is said of them
+    "a.tar.gz b.tgz c.ZIP": "3 archives are passed over",
+    "a.svg b.NEF c.mpo": "3 pictures of a kind that is not read",
+    "gas.mask.png red.mask.jpg": "2 masks are of no picture",
+    "gas.txt gas.caption sub/red.txt": "3 caption files are beside no picture",
+    ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures, or folders of them,",
+    # and those that nothing is said of
+    "README.txt LICENSE.txt ._red.png .git/config .hidden.txt red.mask.png notes.md": None,
+}
+
+
+@pytest.mark.parametrize("files", PASSED_OVER)
+def test_what_is_passed_over_is_counted_and_named(load, pictures, caplog, files):
+    for name in files.split():
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / name).write_bytes((pictures / "red.png").read_bytes())
+    assert len(load(mask="file").samples) == 4
+    said = [line for line in caplog.messages if line.startswith("data: ")]
+    if says := PASSED_OVER[files]:
+        assert len(said) == 1
+        assert said[0].startswith(f"data: {says}")
+        assert sorted(files.split())[-1].split("/")[0] in said[0]
+    else:
+        assert not said
+
+
+def test_what_lies_beside_a_picture_elsewhere_is_read_too(load, pictures, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("L", (80, 70), 0).save(pictures / "red.mask.png")
+    lines = [{"file_name": "../pictures/red.png"}, {"file_name": f"{pictures}/blue.png"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    blue, red = load(path=str(folder), mask="file").samples
+    assert (blue.caption, red.caption) == ("a blue card", "a red card")
+    assert (red.read()[1] == 0).all()
+
+
+@pytest.mark.parametrize("suffix", ["tga", "PPM", "jp2", "avif", "dds", "pcx", "qoi", "ico"])
+def test_every_kind_of_picture_that_pillow_opens_is_one(load, pictures, suffix):
+    image = Image.open(pictures / "red.png")
+    image.save(pictures / f"x.{suffix}", **({"sizes": [(64, 64)]} if suffix == "ico" else {}))
+    (pictures / f"x.{suffix}").with_suffix(".txt").write_text("a card")
+    assert len(load(max_unreadable=0).samples) == 5
+
+
+def test_data_without_a_picture_tells_what_is_there_instead(load, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has no pictures; 1 archives are passed over.*0\.tar\.gz"):
+        load(path=str(tmp_path / "shards"))
+
+
+def test_only_regular_files_are_opened(load, pictures, caplog, monkeypatch):
+    for name in ("pipe.png", "red.mask.png", "pipe.txt", "blue.mask.png"):
+        os.mkfifo(pictures / name)
+    with socket.socket(socket.AF_UNIX) as made:
+        monkeypatch.chdir(pictures)  # for its name must be short
+        made.bind("socket.jpg")
+    (pictures / "device.png").symlink_to("/dev/zero")
+    dataset = load(mask="file", max_unreadable=5)
+    assert names(dataset) == ["green.png", "yellow.png"]
+    for name in ("pipe.png", "red.png", "blue.png", "socket.jpg", "device.png"):
+        assert re.search(rf"unreadable picture \S*{name}: .*is no regular file", caplog.text)
+    for name in ("metadata.jsonl", "shard.tar", "table.parquet"):
+        os.mkfifo(pictures / name)
+        with pytest.raises(UserError, match=rf"{name}.* is no regular file"):
+            load(max_unreadable=5)
+        (pictures / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "signs",
+    [
+        ("environment.json", "config.yaml"),
+        ("metrics.jsonl", "checkpoints/x"),
+        (".hydra/config.yaml",),
+    ],
+)
+def test_pictures_that_runs_left_in_the_folder_are_no_data(load, pictures, caplog, signs):
+    for run in ("a", "b"):
+        folder = pictures / "runs/2026-01-01" / run
+        for name in ("samples/step-1.png", *signs):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pictures / "red.png", folder / name)
+    assert len(load().samples) == 4
+    said = [line for line in caplog.messages if "folders of runs" in line]
+    assert len(said) == 1
+    assert said[0].startswith("data: 2 folders of runs are passed over")
+    assert len(load(path=str(folder)).samples) == 1  # which was asked for
+
+
+def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictures, caplog):
+    (pictures / "red.txt").rename(pictures / "red.caption")
+    (pictures / "blue.caption").write_text("unread")
+    assert [s.caption for s in load().samples] == [
+        "a blue card",
+        "a green card",
+        "a red card",
+        "a yellow card",
+    ]
+    assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
+    chosen = load(caption_extension=".caption", on_missing_caption="skip")
+    assert [s.caption for s in chosen.samples] == ["unread", "a red card"]
+
+
+@pytest.mark.parametrize("extension", [".txt", ".TXT", [".caption", ".Txt", ".txt"]])
+def test_the_case_of_a_text_files_ending_does_not_matter(load, pictures, caplog, extension):
+    (pictures / "red.txt").rename(pictures / "red.TXT")
+    (pictures / "red.png").rename(pictures / "red.PNG")
+    dataset = load(caption_extension=extension, on_missing_caption="error")
+    assert dataset.samples[2].caption == "a red card"
+    assert "not read" not in caplog.text
+    (pictures / "blue.TXT").write_text("another")
+    first = load(caption_extension=extension).samples[0].caption
+    assert first == ("another" if extension == ".TXT" else "a blue card")
+    assert "it is not read" in caplog.text
+
+
+def test_a_text_file_of_two_pictures_is_noted(load, pictures, caplog):
+    Image.new("RGB", (64, 64)).save(pictures / "red.jpg")
+    assert [s.caption for s in load().samples].count("a red card") == 2
+    assert "2 pictures have a .txt that is another picture's too, of the same name: " in caplog.text
