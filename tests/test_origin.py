@@ -526,6 +526,7 @@ def test_a_models_vae_is_found_in_its_file_and_its_folder(tiny, files):
     for path in (files["sdxl"], tiny):
         found = origin.vae(str(path), model)
         assert_equal_modules(found.load("vae", FP32), model.load("vae", FP32))
+        assert found.option == "model.vae"  # which errors name
 
 
 def test_what_is_wrong_with_another_vae_names_model_vae(tiny, tmp_path):

@@ -219,9 +219,9 @@ class VaeFile(Vae):
 class File(Origin):
     """One .safetensors or .ckpt file with all parts."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, option: str = "model.path") -> None:
         """Raises UserError where it is damaged, or not an SDXL or SD 1.x checkpoint."""
-        self.path = path
+        self.path, self.option = path, option
         self.file = SingleFile(path)
 
     @property
@@ -269,7 +269,7 @@ def at(
     if path.is_file():
         if variant:
             log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
-        return File(path)
+        return File(path, option)
     folder = path if path.is_dir() else hub.pipeline(name, variant, option, with_weights)
     return Folder(folder, variant, option)
 
@@ -282,7 +282,8 @@ def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return File(path) if kinds.has_unet(of_file(path)[0]) else VaeFile(path, model)
+        is_model = kinds.has_unet(of_file(path)[0])
+        return File(path, "model.vae") if is_model else VaeFile(path, model)
     folder = path if path.is_dir() else hub.vae(name, "model.vae", with_weights)
     for found in (folder / "vae", folder):
         if _is_vae(found):

@@ -14,6 +14,7 @@ from trainer.data import captions
 from trainer.errors import UserError
 
 CAPTION_COLUMNS = ("captions", "text", "caption")
+IRREGULAR = "is no regular file (a pipe, a socket or a device)"
 
 
 @dataclass(kw_only=True)
@@ -123,7 +124,7 @@ def _disagrees(read: Callable[[], list[str]], lines: list[str]) -> bool:
 def read_file(path: Path) -> bytes:
     """The bytes of a regular file.  Raises OSError for anything else: a pipe may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(f"{shown(path)} is no regular file (a pipe, a socket or a device)")
+        raise OSError(f"{shown(path)} {IRREGULAR}")
     return path.read_bytes()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.data import folders, metadata, tables, tars
-from trainer.data.items import Item, Reading, is_hidden, is_picture, shown
+from trainer.data.items import IRREGULAR, Item, Reading, is_hidden, is_picture, shown
 from trainer.errors import UserError
 
 _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}
@@ -62,4 +62,4 @@ def _expand(path: Path, reading: Reading) -> Iterator[Item]:
 
 def _check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():
-        raise UserError(f"{shown(path)} is no regular file (a pipe, a socket or a device)")
+        raise UserError(f"{shown(path)} {IRREGULAR}")
