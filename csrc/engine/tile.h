@@ -119,12 +119,14 @@ HD Hyper hyper_of(const Place& p) {
 }
 
 template <class Access>
-HD void begin_row(Access& a, int64_t row, int width) {
-    a.grad.begin_row(row, width);
-    a.weight.begin_row(row, width);
-    a.fast.begin_row(row, width);
-    a.slow.begin_row(row, width);
-    a.square.begin_row(row, width);
+HD void begin_row(const Place& p, Access& a, int64_t row, int width) {
+    Exec::knowing(p, [&]() INLINED {
+        a.grad.begin_row(row, width);
+        a.weight.begin_row(row, width);
+        a.fast.begin_row(row, width);
+        a.slow.begin_row(row, width);
+        a.square.begin_row(row, width);
+    });
 }
 
 // Calls f(clean) with a constant: whether all gradient elements of the row are known to be usable,
@@ -176,8 +178,10 @@ HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
     } of_tiles[Exec::kStripTiles];
     p.each_row([&](int64_t row, int width) INLINED {
         auto sums = of_tiles[p.at()];
-        grad.begin_row(row, width);
-        weight.begin_row(row, width);
+        Exec::knowing(p, [&]() INLINED {
+            grad.begin_row(row, width);
+            weight.begin_row(row, width);
+        });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             Mask ok;
             D g = widen(usable(grad.load(i, col, n), ok)), w = widen(weight.load(i, col, n));
@@ -212,9 +216,11 @@ HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
         square.begin();
     });
     p.each_row([&](int64_t row, int width) INLINED {
-        grad.begin_row(row, width);
-        if (has(h, kOrthograd)) weight.begin_row(row, width);
-        square.begin_row(row, width);
+        Exec::knowing(p, [&]() INLINED {
+            grad.begin_row(row, width);
+            if (has(h, kOrthograd)) weight.begin_row(row, width);
+            square.begin_row(row, width);
+        });
         with_row(grad, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
@@ -249,7 +255,7 @@ HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
     FactoredSlot<false> average(p, kSlow, scratch.slots[kSlow]);
     p.each_tile([&]() INLINED { average.begin(); });
     p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         average.begin_row(row, width);
         with_row(a.grad, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
@@ -275,7 +281,7 @@ HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
     typename Exec::RowTotals squares;
     p.each_tile([&]() INLINED { squares.begin(p.sums().update_sq); });
     p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
@@ -301,7 +307,7 @@ HD void align(const Launch& launch, int64_t first_tile, bool whole = false) {
     p.each_tile([&]() INLINED { aligned.begin(p.sums().aligned); });
     p.each_row([&](int64_t row, int width) INLINED {
         int64_t of_row = 0;
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         Exec::each(width, [&](int i, int col, int n) INLINED {
             Evaluation e = evaluate<false>(a, h, i, col, n);
             of_row += count(agrees(e.u, e.g));
@@ -330,7 +336,7 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
         a.square.begin();
     });
     p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         samples.row(h, row, width, a.grad, a.weight);
         if (lagged) squares.begin_row();
         with_row(a.grad, width, [&](auto clean) INLINED {

@@ -38,8 +38,8 @@ struct Prodigy : DistanceAdapted {
         const F dg = g * h.d;
         s.fast = lerp(s.fast, dg, h.weight1);
         s.square = lerp(s.square, dg * dg, h.weight2);
-        const F root = sqrt(s.square);
-        return has(h, kAtan2) ? atan2(s.fast, root) : s.fast / (root + h.eps);
+        if (has(h, kAtan2)) return atan2(s.fast, sqrt(s.square));
+        return over_root(s.fast, s.square, h.eps);
     }
 };
 
