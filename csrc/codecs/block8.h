@@ -26,7 +26,7 @@ struct Block8 : Slot {
           tops(part<float>(1)),
           scale(s.scale),
           values(s.encoded),
-          draws(p.hyper.key, moment.salt, s.words) {
+          draws(p.hyper.key, moment.salt, p.words_or(s.words)) {
         codes.start(p, first);
         absmax.start(p, tops);
     }
@@ -61,7 +61,7 @@ struct Block8 : Slot {
     HD void begin() {}
     HD void end() {}
 };
-using Block8Slot = Block8<Draws>;
+using Block8Slot = Block8<Exec::RowDraws>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -26,10 +26,12 @@ struct DenseSlot : Slot {
 struct Bf16Slot : Slot {
     uint16_t* const first;
     Exec::Row<uint16_t> at;
-    Draws draws;
+    Exec::RowDraws draws;
 
     HD Bf16Slot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), first(part<uint16_t>(0)), draws(p.hyper.key, moment.salt) {
+        : Slot(p, slot, s),
+          first(part<uint16_t>(0)),
+          draws(p.hyper.key, moment.salt, p.words_or(s.words)) {
         at.start(p, first);
     }
     HD void begin_row(int64_t row, int width) {

@@ -45,7 +45,7 @@ struct Float8 : Slot {
           tops(part<int8_t>(1)),
           base(s.base),
           values(s.encoded),
-          draws(p.hyper.key, moment.salt, s.words) {
+          draws(p.hyper.key, moment.salt, p.words_or(s.words)) {
         codes.start(p, first);
         exponents.start(p, tops);
     }
@@ -82,7 +82,7 @@ struct Float8 : Slot {
     HD void begin() {}
     HD void end() {}
 };
-using Float8Slot = Float8<Draws>;
+using Float8Slot = Float8<Exec::RowDraws>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

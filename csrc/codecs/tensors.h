@@ -110,7 +110,7 @@ struct AnyWeight {
     int64_t row_at_hand;
     F* values;
     AnyRows rows, lost_rows;
-    Draws draws;
+    Exec::RowDraws draws;
 
     HD AnyWeight(const Place& p, F* room)
         : place(p),
@@ -120,7 +120,7 @@ struct AnyWeight {
           compensated(compensation != 0),
           stochastic(has(p.hyper, kStochastic)),
           values(room),
-          draws(p.hyper.key, 0) {
+          draws(p.hyper.key, 0, p.words_or(nullptr)) {
         rows.start(p, dtype, data);
         if (compensated) lost_rows.start(p, dtype, compensation);
     }

@@ -105,6 +105,8 @@ struct Kind {
     using R = RuleT;
     using Grad = GradOf<kGradDtype>;
     static constexpr bool kMoves = false, kFlagsKnown = true;
+    static constexpr bool kRoundsWithin =
+        is_same<FastT, Bf16Slot> || is_same<SlowT, Bf16Slot> || is_same<SquareT, Bf16Slot>;
     static constexpr int64_t kFlags = kFlags_;
     // Those that have a loop of their own on a CPU (engine/kernels.h): the same arithmetic here.
     static constexpr bool kFactoredPair =

@@ -18,6 +18,7 @@
 //   RowSums                     sums of a tile's rows: begin_row(to), add(i, x),
 //                               end_row(row, width)
 //   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total)
+//   RowDraws, make_words        draws of a row, and the words they share, where they do
 //   knowing(place, f)           f(), compiled for each kind of tile that Row reads in its own way
 //   Row<T>                      a tile's rows of T in memory: once a tile start(place, data); to
 //                               read a row begin(place, data, row, width), to write one

@@ -83,6 +83,9 @@ struct Exec {
         HD void end() {}
     };
 
+    using RowDraws = Draws;
+    HD static void make_words(U&, uint64_t, int64_t, int64_t, int64_t) {}
+
     template <class PlaceT, class Function>
     HD static void knowing(const PlaceT&, Function&& f) {
         f();

@@ -35,6 +35,8 @@ struct Place {
     int at_row;  // of the tile's rows
     int64_t element;
     bool more;
+    const uint64_t key;
+    U words;  // the row's, of the thread's block of 32 columns
 
     HD Place(const Launch& l, int64_t first_tile, bool is_whole)
         : launch(l),
@@ -54,7 +56,8 @@ struct Place {
           first_width(width_from(col)),
           at_row(0),
           element(from_row * num_cols + col),
-          more(num_rows() > 1) {}
+          more(num_rows() > 1),
+          key(hyper.key) {}
 
     // Calls f() with each tile of the strip at hand.
     template <class Function>
@@ -78,6 +81,10 @@ struct Place {
             each_tile([&]() INLINED { f(row, width(row)); });
         }
     }
+
+    HD void make_words(int64_t row) { Exec::make_words(words, key, row, cols(), col); }
+    // What SharedDraws take: these where there are such, or else others.
+    HD const U* words_or(const U* others) const { return Exec::kStripTiles == 1 ? &words : others; }
 
     // `number`, which is a constant where a strip is one tile.
     HD int at() const { return Exec::kStripTiles == 1 ? 0 : number; }

@@ -8,7 +8,7 @@
 // where their sums are taken, once in eight rows.
 #pragma once
 
-#include "core/numerics.h"
+#include "core/random.h"
 #include "core/types.h"
 
 namespace engine {
@@ -42,6 +42,14 @@ struct ThreadRows {
     }
 
     HD static float4 four(F x) { return make_float4(x.r[0], x.r[1], x.r[2], x.r[3]); }
+
+    // A thread has four words of a row's, which Place keeps.
+    using RowDraws = SharedDraws;
+    HD static void make_words(U& words, uint64_t key, int64_t row, int64_t cols, int64_t col) {
+        Words of_row(key);
+        of_row.begin_row(row, cols, col);
+        words = of_row.at(column(0));
+    }
 
     // Calls f, whose two copies know which of the two a tile is.
     template <class PlaceT, class Function>

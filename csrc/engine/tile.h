@@ -29,11 +29,13 @@ struct Scratch {
 
 // How a rule reaches its operands: any dtype, codec and feature.  kPlain: nothing happens between
 // the rule and the weights.  kMoves: it is known that the step moves them.  kFlags: those that
-// there may be, or, where kFlagsKnown, those that there are.
+// there may be, or, where kFlagsKnown, those that there are.  kRoundsWithin: some moment is rounded
+// by draws when it is put, and not when its row ends.
 template <class RuleT>
 struct AnyAccess {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = false, kFlagsKnown = false;
+    static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags = ~int64_t(0);
     AnyGrad grad;
     AnyWeight weight;
@@ -65,6 +67,7 @@ template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile =
 struct PlainAccess {
     using R = RuleT;
     static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
+    static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = kSign;
     Bf16Grad<!kCodes> grad;
@@ -93,6 +96,7 @@ template <class RuleT, class FastT>
 struct SettlingAccess {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = true, kFlagsKnown = false;
+    static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = false;
     Bf16Grad<> grad;
@@ -130,10 +134,10 @@ HD void begin_row(const Place& p, Access& a, int64_t row, int width) {
 }
 
 // Calls f(clean) with a constant: whether all gradient elements of the row are known to be usable,
-// so that none of its vectors need be asked.
+// so that none of its vectors need be asked, and the rule's usual case holds.
 template <class GradT, class Function>
-HD void with_row(const GradT& grad, int width, Function&& f) {
-    if (grad.clean(width)) return f(Constant<true>());
+HD void with_row(const GradT& grad, bool usual, int width, Function&& f) {
+    if (usual && grad.clean(width)) return f(Constant<true>());
     f(Constant<false>());
 }
 
@@ -146,6 +150,7 @@ struct Evaluation {
 
 template <bool kClean, class Access>
 HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
+    if (kClean) TRUST(Access::R::is_usual(h));
     Evaluation e;
     e.raw = a.grad.load(i, col, n);
     if (!kClean) e.raw = usable(e.raw, e.ok);
@@ -221,7 +226,7 @@ HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
             if (has(h, kOrthograd)) weight.begin_row(row, width);
             square.begin_row(row, width);
         });
-        with_row(grad, width, [&](auto clean) INLINED {
+        with_row(grad, true, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Mask ok;
@@ -250,6 +255,7 @@ template <class Access>
 HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
+    const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
     FactoredSlot<false> average(p, kSlow, scratch.slots[kSlow]);
@@ -257,7 +263,7 @@ HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
     p.each_row([&](int64_t row, int width) INLINED {
         begin_row(p, a, row, width);
         average.begin_row(row, width);
-        with_row(a.grad, width, [&](auto clean) INLINED {
+        with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
@@ -276,6 +282,7 @@ template <class Access, bool kSettled>
 HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
+    const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
     typename Exec::RowTotals squares;
@@ -283,7 +290,7 @@ HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
     p.each_row([&](int64_t row, int width) INLINED {
         begin_row(p, a, row, width);
         squares.begin_row();
-        with_row(a.grad, width, [&](auto clean) INLINED {
+        with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
@@ -321,6 +328,7 @@ template <class Access>
 HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
+    const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
     typename Exec::Count nonfinite;
@@ -339,7 +347,8 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
         begin_row(p, a, row, width);
         samples.row(h, row, width, a.grad, a.weight);
         if (lagged) squares.begin_row();
-        with_row(a.grad, width, [&](auto clean) INLINED {
+        if (Access::kRoundsWithin) p.make_words(row);
+        with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             // The step of a vector's weights, once its update is known.
             auto write = [&](int i, int col, int n, F u) INLINED {
@@ -375,6 +384,7 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
                 Exec::each(width, [&](int i, int col, int n)
                                       INLINED { write(i, col, n, scratch.update[i]); });
         });
+        if (!Access::kRoundsWithin) p.make_words(row);  // late: they take registers
         a.fast.end_row(row, width);
         a.slow.end_row(row, width);
         a.square.end_row(row, width);

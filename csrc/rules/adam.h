@@ -39,6 +39,8 @@ struct Adam : Rule {
         }
     }
 
+    HD static bool is_usual(const Hyper& h) { return are_slow(h); }
+
     HD static F direction(const Hyper& h, F g, Moments& s) {
         s.fast = lerp(s.fast, g, h.weight1);
         s.square = lerp(s.square, g * g, h.weight2);

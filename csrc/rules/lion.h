@@ -9,6 +9,8 @@ namespace ENGINE_ISA {
 struct Lion : Rule {
     HD static void prepare(const Options&, Hyper&) {}
 
+    HD static bool is_usual(const Hyper& h) { return are_slow(h); }
+
     HD static F direction(const Hyper& h, F g, Moments& s) {
         F u = sign(lerp(s.fast, g, h.weight1));
         s.fast = lerp(s.fast, g, h.weight2);

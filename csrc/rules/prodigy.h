@@ -11,6 +11,8 @@ struct DistanceAdapted : Rule {
     static constexpr int64_t kOwnFlags = kSafeguardWarmup | kBiasCorrection;
     static constexpr bool kSampled = true;
 
+    HD static bool is_usual(const Hyper& h) { return are_slow(h); }
+
     HD static void prepare(const Options& o, Hyper& h) {
         double correction = 1;
         if (has(h, kBiasCorrection))
