@@ -198,7 +198,10 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
     eps = group.get("eps", 0.0)
     eps, eps_scale = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
     clips = group.get("clip_threshold") is not None
-    clip_norm, limits = group.get("clip_norm", "exact"), group.get("growth_limit") is not None
+    clip_norm = group.get("clip_norm", "exact")
+    limits = group.get("growth_limit") is not None
+    if "rank" in group and rule != "scaled":  # what an APOLLO does not project it does not limit
+        limits = False
     flags = {
         "nesterov": group.get("nesterov"),
         "atan2": group.get("atan2"),
