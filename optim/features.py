@@ -41,7 +41,7 @@ class Features(TypedDict, total=False):
         (Liang et al. 2024).
 
     grams: take the sign of an update from the gradient, and its size from the moments (Cao et al.
-        2024).
+        2024); not beside `cautious`.
 
     cautious_decay: decay only the weights that the update shrinks as well.
 

@@ -4,6 +4,7 @@ stored."""
 import copy
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import backend, features, native, options, plan
+from optim import backend, features, idle, native, options, plan
 from optim import state as states
 from optim.backend import grad_of
 from optim.codecs import Codec, Dense, layout
@@ -66,6 +67,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.backend == "native" and not plan.has_rule(type(self).rule):
             backend.fall_back(f"{type(self).__name__} has no fused kernel")
         self._say_what_is_unfused()
+        for line in self.idle_options():
+            warnings.warn(f"{type(self).__name__}: {line}", idle.IdleOption, stacklevel=3)
+
+    def idle_options(self) -> list[str]:
+        """The options that are set and have no effect, in words with the remedy: a line for
+        each."""
+        return idle.options(self.default_options(), self.param_groups)
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:
@@ -465,6 +473,11 @@ def _check_group(optimizer: str, group: dict[str, Any]) -> None:
         raise ValueError(
             f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, "
             "which factors nothing; use storage='factored'"
+        )
+    if group["grams"] and group["cautious"]:
+        raise ValueError(
+            f"{optimizer} cannot have grams=True with cautious=True: an update that has the "
+            "gradient's signs has none against them; keep one of them"
         )
     for param in group["params"]:
         shape = tuple(param.shape)

@@ -31,6 +31,7 @@ BAD = [
     ("sgd", {"factor_1d": True}, ValueError, "factor_1d=True with storage='fp32'"),
     ("lion_factored", {"factor_1d": True, "storage": "8bit"}, ValueError, "storage='8bit'"),
     ("adafactor", {"factor_1d": True}, TypeError, "option of adafactor 'factor_1d'"),
+    ("adamw", {"grams": True, "cautious": True}, ValueError, "grams=True with cautious=True"),
     ("adamw", {"storage": "int4"}, ValueError, "'fp32', 'bf16', '8bit' or 'factored'"),
     ("adamw", {"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
     ("adafactor", {"clip_norm": "last"}, ValueError, "'exact' or 'lagged'"),

@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -39,6 +40,8 @@ def build(
     if isinstance(optimizer, optim.FusedOptimizer):
         optimizer.init_state()  # out of memory now rather than at the first step
         log.info("  stepped by %s", optimizer.engine())
+        for line in optimizer.idle_options():
+            log.warning("optim.%s", line)
     return optimizer
 
 
@@ -142,7 +145,9 @@ def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.O
         if key != "name"
     }
     try:
-        return optim.build(config.name, chosen, seed=seed, **values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optim.IdleOption)  # `build` logs them
+            return optim.build(config.name, chosen, seed=seed, **values)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim={config.name}: {error}") from error
 
