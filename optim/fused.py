@@ -26,8 +26,6 @@ Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/ref
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
-# Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
-_NOT_OPTIONS = {"params", "param_names", "initial_lr"}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -108,14 +106,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What `step()` does last, when every parameter has been stepped."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with its own options where given.
+        """Add a group, with its own options where given; keys that are somebody else's stay in it.
 
-        Raises TypeError for an unknown option or a parameter that is not dense fp32, bf16 or fp16,
-        ValueError for an impossible value; then there is no such group.
+        Raises TypeError for an unknown option (one that is misspelt, or another optimizer's) or a
+        parameter that is not dense fp32, bf16 or fp16, ValueError for an impossible value; then
+        there is no such group.
         """
         name = type(self).__name__
-        given = {k: v for k, v in param_group.items() if k not in _NOT_OPTIONS}
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
+        given = {
+            key: value
+            for key, value in param_group.items()
+            if key != "params" and not options.is_foreign(key, known)
+        }
         options.check(name, known, given)
         param_group.update({key: options.plain(value) for key, value in given.items()})
         self._forget()

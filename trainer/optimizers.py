@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import optim
-from optim.options import unknown
+from optim.options import unknown, unknown_option
 from trainer import checkpoint, groups
 from trainer.config import ExternalConfig, PeerConfig
 from trainer.errors import UserError
@@ -144,6 +144,11 @@ def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.O
         for key, v in asdict(config).items()
         if key != "name"
     }
+    known = optim.options_of(config.name)
+    for group in chosen:  # it keeps what it does not know
+        for option in group.keys() - {"params", *known}:
+            cls = optim.FAMILY[config.name].__name__
+            raise UserError(f"optim={config.name}: {unknown_option(cls, option, known)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optim.IdleOption)  # `build` logs them
