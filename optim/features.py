@@ -22,8 +22,9 @@ class Features(TypedDict, total=False):
         or "factored" (rank-1 factors and a sign bit, about 1/8; SMMF); the default is the class's.
 
     rounding: how bf16 and fp16 weights are written: "stochastic" (unbiased; fp16 is written to the
-        nearest), "nearest", or "kahan", which keeps the rounding error in 2 more bytes a parameter
-        and adds it to the next step.
+        nearest, and compensated as "kahan" does where the learning rate is to be found), "nearest",
+        or "kahan", which keeps the rounding error in 2 more bytes a parameter and adds it to the
+        next step.
 
     orthograd: remove from the gradient its component along the weights, and keep its norm (Prieto
         et al. 2025).

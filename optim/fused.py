@@ -97,6 +97,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The (R, C) matrix by which the draws of a parameter's rounding are addressed."""
         return layout(self.codecs(param, group).values(), tuple(param.shape))
 
+    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the error of rounding this parameter is kept and added to its next step."""
+        return group["rounding"] == "kahan" and param.dtype != torch.float32
+
     def rate(self, h: SimpleNamespace) -> float | Tensor:
         """What updates and decay are multiplied by, of a group as its rule sees it: a number, or a
         0-d tensor."""
@@ -438,7 +442,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, param: Tensor, group: dict[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
         counts_on = CPU if device == META else self._counts_on(param)
-        return states.blank(param, self.codecs(param, group), group["rounding"], device, counts_on)
+        compensated = self.compensates(param, group)
+        return states.blank(param, self.codecs(param, group), compensated, device, counts_on)
 
     def _raise_on_nonfinite(self, places: Share) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""

@@ -54,6 +54,12 @@ class DistanceAdapted(FusedOptimizer):
             "denominator": Exact((), torch.float64),
         }
 
+    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Of fp16 weights too, for which there is no stochastic rounding: to the nearest, a step of
+        d0 leaves them where they are, and from weights that stay d learns nothing."""
+        unbiased = group["rounding"] == "stochastic" and param.dtype == torch.float16
+        return unbiased or super().compensates(param, group)
+
     def rate(self, h: SimpleNamespace) -> Tensor:
         """d lr."""
         return h.d * h.lr
@@ -120,6 +126,9 @@ class Prodigy(DistanceAdapted):
         atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + d eps): bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - d * lr * weight_decay.
         features: options of every optimizer, `optim.features.Features`.
+
+    Weights in fp16 keep the error of their rounding, in 2 more bytes a parameter, unless they are
+    written to the nearest: then they may never leave where they start, and neither does d.
 
     All groups share d, and so d0, d_coef, growth_rate and slice_p.  Against prodigyopt 1.1.2, which
     moves d before the update and uses the new one in d * eps alone, this uses one d for the whole
@@ -196,6 +205,8 @@ class LionProdigy(DistanceAdapted):
         slice_p: d comes from every slice_p-th element of each parameter; 1 takes all.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - d * lr * weight_decay.
         features: options of every optimizer, `optim.features.Features`.
+
+    fp16 weights are as in `Prodigy`.
 
     The gradient is multiplied by d in the momentum and in the update alike.  (adv_optm 0.1.4 does
     so in the momentum only, which makes the momentum vanish beside the gradient while d is small.)
