@@ -30,8 +30,8 @@ class Features(TypedDict, total=False):
         et al. 2025).
 
     max_grad_norm: largest norm of all of the optimizer's gradients together, over all groups; it
-        needs them all at once, so `step_param` and the fused backward refuse it. None does not
-        clip.
+        needs them all at once, so `step_param` and the fused backward refuse it, and under ZeRO-1
+        each process would judge its share alone. None does not clip.
 
     grad_clip: largest norm of one tensor's gradient; none does not clip.
 

@@ -128,7 +128,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget()
         super().add_param_group(param_group)
         try:
-            _check_group(name, self.param_groups[-1])
+            _check_group(type(self), self.param_groups[-1])
             _check_common(name, self.common, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[-1]
@@ -475,8 +475,9 @@ def _unfused(group: dict[str, Any]) -> str | None:
     return "residual=True" if group.get("residual") else None
 
 
-def _check_group(optimizer: str, group: dict[str, Any]) -> None:
+def _check_group(cls: type[FusedOptimizer], group: dict[str, Any]) -> None:
     """Refuse options that contradict each other, and parameters that cannot be updated."""
+    optimizer = cls.__name__
     if group.get("factor_1d") and group["storage"] != "factored":
         raise ValueError(
             f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, "
@@ -492,8 +493,8 @@ def _check_group(optimizer: str, group: dict[str, Any]) -> None:
         if _is_dtensor(param):
             raise TypeError(
                 f"{optimizer} does not take a DTensor (shape {shape}): its statistics (row and "
-                "column means, norms) would be those of one shard; distribute the optimizer by "
-                "whole parameters instead (DDP, ZeRO-1)"
+                "column means, norms) would be those of one shard; keep whole parameters in each "
+                f"process instead ({'DDP' if cls.shared else 'DDP, ZeRO-1'})"
             )
         if param.layout is not torch.strided or param.dtype not in DTYPES:
             raise TypeError(

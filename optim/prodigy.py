@@ -130,9 +130,13 @@ class Prodigy(DistanceAdapted):
     Weights in fp16 keep the error of their rounding, in 2 more bytes a parameter, unless they are
     written to the nearest: then they may never leave where they start, and neither does d.
 
-    All groups share d, and so d0, d_coef, growth_rate and slice_p.  Against prodigyopt 1.1.2, which
-    moves d before the update and uses the new one in d * eps alone, this uses one d for the whole
-    step; all else is equal.
+    All groups share d, and so d0, d_coef, growth_rate and slice_p.  d is of the parameters that the
+    optimizer has: where ZeRO-1 (ZeroRedundancyOptimizer) gives each process a share of them, each
+    finds another d, and the result depends on the number of processes.  Under DDP, where each
+    process has them all, all find the same.
+
+    Against prodigyopt 1.1.2, which moves d before the update and uses the new one in d * eps alone,
+    this uses one d for the whole step; all else is equal.
 
     Source: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4.
     """
@@ -206,7 +210,7 @@ class LionProdigy(DistanceAdapted):
         weight_decay: decoupled decay; a step multiplies the weights by 1 - d * lr * weight_decay.
         features: options of every optimizer, `optim.features.Features`.
 
-    fp16 weights are as in `Prodigy`.
+    fp16 weights, and d under ZeRO-1, are as in `Prodigy`.
 
     The gradient is multiplied by d in the momentum and in the update alike.  (adv_optm 0.1.4 does
     so in the momentum only, which makes the momentum vanish beside the gradient while d is small.)
