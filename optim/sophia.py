@@ -131,7 +131,7 @@ class Sophia(FusedOptimizer):
         self._refuse_sparse(places)
         self._raise_on_nonfinite(places)
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
-        for engine, share in self._shares(places, plan.ESTIMATE):
+        for engine, share in self._dispatch.shares(places, plan.ESTIMATE):
             if isinstance(engine, TorchEngine):
                 for place in share:
                     self._estimate(*place, scale)

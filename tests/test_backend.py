@@ -612,7 +612,7 @@ def test_what_is_prepared_for_sets_of_parameters_that_vary_stays_bounded():
         for p in params if step % 2 else []:
             p.grad = torch.ones(4)
         optimizer.step()
-        (only,) = optimizer._engines.values()
+        (only,) = optimizer._dispatch.engines.values()
         if step % 2:
             made.add(id(only._work[tuple(range(20))]))
     assert sum(map(len, only._work)) <= 8 * len(params)
