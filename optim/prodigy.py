@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Bf16, Codec, Dense, Exact, nonnegative, signed, smmf_view
+from optim.codecs import Bf16, Codec, Dense, Exact, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.share import Share
@@ -164,13 +164,8 @@ class Prodigy(DistanceAdapted):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {
-            "exp_avg": signed(storage, shape, view),
-            "exp_avg_sq": nonnegative(storage, shape, view),
-            **self.statistics(param, group),
-        }
+        moments = stored(param.shape, group, "exp_avg", square="exp_avg_sq")
+        return moments | self.statistics(param, group)
 
     def rate(self, h: SimpleNamespace) -> Tensor:
         """d lr, times Adam's bias correction where it is wanted."""
@@ -240,6 +235,4 @@ class LionProdigy(DistanceAdapted):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {"exp_avg": signed(storage, shape, view), **self.statistics(param, group)}
+        return stored(param.shape, group, "exp_avg") | self.statistics(param, group)

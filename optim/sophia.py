@@ -11,7 +11,7 @@ from torch import Tensor
 from optim import features as every
 from optim import plan, reference
 from optim.backend import TorchEngine, grad_of
-from optim.codecs import Codec, join, nonnegative, signed, smmf_view, split
+from optim.codecs import Codec, join, split, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.rng import mix
@@ -68,12 +68,7 @@ class Sophia(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {
-            "exp_avg": signed(storage, shape, view),
-            "hessian": nonnegative(storage, shape, view),
-        }
+        return stored(param.shape, group, "exp_avg", square="hessian")
 
     def wants_hessian(self) -> bool:
         """Whether an estimate is due before the next step: before the first, and after every
