@@ -52,6 +52,7 @@ struct Rule {
     static constexpr bool kHasResidual = false;  // the slow moment is of what residual() gives
     static constexpr bool kSampled = false;      // something is kept of some elements (samples.h)
     static constexpr bool kRoot = false;         // whether it asks for Moments::root
+    static constexpr bool kHasUnit = false;      // whether prepare() sets Hyper::unit
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
     // What the loop of usable gradients may rely on (tile.h): here, that averages move by less than
     // half.

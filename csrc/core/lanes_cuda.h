@@ -228,7 +228,8 @@ HD U lane_index() {
 // The sum of the lanes: halves are added until one lane is left.
 HD float sum(F x) { return (x.r[0] + x.r[2]) + (x.r[1] + x.r[3]); }
 HD double sum(D x) { return (x.r[0] + x.r[2]) + (x.r[1] + x.r[3]); }
-HD float largest(float a, float b) { return a > b ? a : b; }
+// The larger of two numbers.  (Of a number and NaN, the number.)
+HD float largest(float a, float b) { return ::fmaxf(a, b); }
 HD float largest(F x) { return largest(largest(x.r[0], x.r[2]), largest(x.r[1], x.r[3])); }
 
 template <class To, class T>

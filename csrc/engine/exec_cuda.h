@@ -63,10 +63,10 @@ struct Exec : ThreadRows {
     }
     template <int kBlock, bool kSigned = true>
     HD static float largest(const F* values, int, int) {
-        F top(0.f);
-        UNROLLED for (int i = 0; i < kSpan; ++i) top =
-            max(kSigned ? abs(values[i]) : values[i], top);
-        return largest_of_threads<kBlock / kThreadCols>(engine::ENGINE_ISA::largest(top));
+        float top = 0.f;
+        UNROLLED for (int i = 0; i < kSpan; ++i) top = engine::ENGINE_ISA::largest(
+            engine::ENGINE_ISA::largest(kSigned ? abs(values[i]) : values[i]), top);
+        return largest_of_threads<kBlock / kThreadCols>(top);
     }
 
     template <class T>

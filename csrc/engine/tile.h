@@ -119,6 +119,13 @@ HD Hyper hyper_of(const Place& p) {
     Hyper h = p.hyper;
     h.flags = Access::kFlagsKnown ? Access::kFlags : h.flags & Access::kFlags;
     if (Access::kMoves) h.passive = 0;
+    if (Access::kFlagsKnown) {  // factors that are 1
+        constexpr int64_t kOfUpdate = kGrowthLimit | kClipExact | kClipLagged,
+                          kOfSettled = kGrowthSettled | kFirstMoment;
+        if (!Access::R::kHasUnit) h.unit = 1.f;
+        if (!has(h, kOfUpdate)) h.update_scale = 1.f;
+        if (!has(h, kOfSettled)) h.settled_scale = 1.f;
+    }
     return h;
 }
 

@@ -23,6 +23,8 @@ HD void prepare_slow(const Options& o, Hyper& h) {
 }
 
 struct Adam : Rule {
+    static constexpr bool kHasUnit = true;
+
     // The bias corrections c1, c2 are taken out of the elements' arithmetic:
     //   (m / c1) / (sqrt(v / c2) + eps) = unit * m / (sqrt(v) + eps sqrt(c2)),  unit = sqrt(c2) /
     //   c1.

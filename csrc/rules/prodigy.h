@@ -31,6 +31,8 @@ struct DistanceAdapted : Rule {
 };
 
 struct Prodigy : DistanceAdapted {
+    static constexpr bool kHasUnit = true;
+
     HD static void prepare(const Options& o, Hyper& h) {
         DistanceAdapted::prepare(o, h);
         if (has(h, kAtan2)) h.unit = kFourOverPi;
