@@ -7,7 +7,7 @@
 #define ENGINE_CUDA
 #define ENGINE_ISA cuda
 #include "core/types.h"
-#include "engine/projected.h"
+#include "engine/projected_cuda.h"
 #include "engine/tensor.h"
 #include "engine/tile.h"
 
