@@ -46,20 +46,22 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "describe",
         [] {
-            py::dict sizes;
-            sizes["Options"] = sizeof(Options);
-            sizes["Moment"] = sizeof(Moment);
-            sizes["Tensor"] = sizeof(Tensor);
-            sizes["Tile"] = sizeof(Tile);
-            sizes["TileSums"] = sizeof(TileSums);
-            sizes["Hyper"] = sizeof(Hyper);
-            sizes["Launch"] = sizeof(Launch);
-            sizes["TILE_ROWS"] = kTileRows;
-            sizes["TILE_COLS"] = kTileCols;
-            sizes["VECTOR_PAD"] = kVectorPad;
-            return sizes;
+            py::dict about;
+            about["Options"] = sizeof(Options);
+            about["Moment"] = sizeof(Moment);
+            about["Tensor"] = sizeof(Tensor);
+            about["Tile"] = sizeof(Tile);
+            about["TileSums"] = sizeof(TileSums);
+            about["Hyper"] = sizeof(Hyper);
+            about["Launch"] = sizeof(Launch);
+            about["TILE_ROWS"] = kTileRows;
+            about["TILE_COLS"] = kTileCols;
+            about["VECTOR_PAD"] = kVectorPad;
+            about["csrc/"] = ENGINE_SOURCES;
+            return about;
         },
-        "Sizes in bytes of the structs that optim/plan.py mirrors, and the constants it shares.");
+        "Sizes in bytes of the structs that optim/plan.py mirrors, the constants it shares, and "
+        "what it was compiled from (optim/compiled.py).");
 
     m.def(
         "isas",

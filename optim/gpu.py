@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim import plan
+from optim import plan, sources
 
 _log = logging.getLogger(__name__)
 
@@ -75,15 +75,9 @@ def unavailable() -> str | None:
         return "its kernels are CUDA's, and this torch is ROCm's"
     if failed:
         return f"NVRTC does not answer ({failed})"
-    if sources() is None:
+    if sources.folder() is None:
         return "csrc/ is not beside the package"
     return None
-
-
-def sources() -> Path | None:
-    """The folder of the kernels' headers: in the package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return next((p for p in (package / "csrc", package.parent / "csrc") if p.is_dir()), None)
 
 
 class Kind(NamedTuple):
@@ -153,7 +147,7 @@ def compile_kernels(names: Iterable[str], arch: str, log: Any = None) -> Any:
     options = ProgramOptions(
         **_OPTIONS,
         arch=arch,
-        include_path=str(sources()),
+        include_path=str(sources.folder()),
         ptxas_options=["-v"] if log is not None else None,
     )
     program = Program(_HEADER, code_type="c++", options=options)
@@ -172,12 +166,10 @@ class Gpu:
         major, minor = torch.cuda.get_device_capability(device)
         self._arch = f"sm_{major}{minor}"
         _, *version = nvrtc.nvrtcVersion()
-        root = sources()
+        root = sources.folder()
         assert root is not None
-        digest = hashlib.sha256(f"{version} {self._arch} {_OPTIONS} {_HEADER}".encode())
-        for path in sorted(root.rglob("*.h")):
-            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-        self._sources = digest.hexdigest()
+        headers = sources.digest(root, root.rglob("*.h"))
+        self._sources = f"{version} {self._arch} {_OPTIONS} {_HEADER} {headers}"
         self._loaded: dict[str, Any] = {}
         self.num_compiled = 0  # kernels that were not on the disk
 

@@ -28,6 +28,7 @@ from optim.codecs import (
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
 HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # of structs that only the engine looks into
+TILE_BYTES = 24
 NUM_SLOTS = 3
 SLOTS = {  # SlotId
     "exp_avg": 0,
@@ -301,7 +302,7 @@ class Bucket:
             first_partials = total_vectors + partials.cumsum(0) - partials
 
         # Tile: int32 tensor, row, col, unused; int64 partials
-        self.tiles = torch.zeros((self.num_tiles, 3), dtype=torch.int64, device="cpu")
+        self.tiles = torch.zeros((self.num_tiles, TILE_BYTES // 8), dtype=torch.int64, device="cpu")
         words = self.tiles.view(torch.int32)
         words[:, 0] = owner.to(torch.int32)
         words[:, 1] = (within // chunks[owner] * TILE_ROWS).to(torch.int32)

@@ -16,7 +16,7 @@ from helpers import assert_same, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
-from optim import backend, engine, native
+from optim import backend, compiled, engine, native
 
 BUILT = native.unavailable() is None
 needs_native = pytest.mark.skipif(not BUILT, reason="it is not built")
@@ -39,7 +39,7 @@ def _no_wishes(monkeypatch):
 def unbuilt(monkeypatch):
     """As where the install found no compiler."""
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(native, "_reason", "No module named 'optim._native'", raising=False)
+    monkeypatch.setattr(compiled, "missing", "No module named 'optim._native'", raising=False)
 
 
 def build(name="sgd", **options):
