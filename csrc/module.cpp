@@ -36,7 +36,17 @@ const Isa& find(const std::string& name) {
     throw std::invalid_argument("this machine does not run the instruction set '" + name + "'");
 }
 
-const Launch& launch_at(uint64_t address) { return *reinterpret_cast<const Launch*>(address); }
+std::vector<std::string> rules() {
+    return std::vector<std::string>(kBaseline.rules, kBaseline.rules + kBaseline.num_rules);
+}
+
+const Launch& launch_at(uint64_t address) {
+    const Launch& launch = *reinterpret_cast<const Launch*>(address);
+    if (launch.rule < 0 || launch.rule >= kBaseline.num_rules)
+        throw std::invalid_argument("no rule has the number " + std::to_string(launch.rule) +
+                                    ": optim/plan.py has others than csrc/rules/all.h");
+    return launch;
+}
 
 }  // namespace
 
@@ -57,6 +67,7 @@ PYBIND11_MODULE(_native, m) {
             about["TILE_ROWS"] = kTileRows;
             about["TILE_COLS"] = kTileCols;
             about["VECTOR_PAD"] = kVectorPad;
+            about["RULES"] = rules();
             about["csrc/"] = ENGINE_SOURCES;
             return about;
         },

@@ -31,6 +31,7 @@ def check(described: dict[str, Any], file: str) -> None:
         "TILE_ROWS": plan.TILE_ROWS,
         "TILE_COLS": plan.TILE_COLS,
         "VECTOR_PAD": plan.VECTOR_PAD,
+        "RULES": list(plan.RULES),
     }
     if root := sources.folder():
         wanted["csrc/"] = sources.digest(root, sources.of_module(root))

@@ -39,19 +39,20 @@ SLOTS = {  # SlotId
     "scales": 2,
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
-RULES = {  # RuleId
-    "sgd": 0,
-    "adam": 1,
-    "adopt": 2,
-    "lion": 3,
-    "adafactor": 4,
-    "sophia": 5,
-    "curved": 6,
-    "prodigy": 7,
-    "lion_prodigy": 8,
-    "came": 9,
-    "scaled": 10,
-}
+_RULES = (  # csrc/rules/all.h, in its order
+    "sgd",
+    "adam",
+    "adopt",
+    "lion",
+    "adafactor",
+    "sophia",
+    "curved",
+    "prodigy",
+    "lion_prodigy",
+    "came",
+    "scaled",
+)
+RULES = {name: number for number, name in enumerate(_RULES)}
 # Rules whose matrices are projected, and what steps the projection and the others.
 PROJECTED = {"apollo": "adam", "adafactor_apollo": "adafactor"}
 # What an estimate of the curvature touches; it has no features.

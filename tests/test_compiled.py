@@ -1,5 +1,6 @@
 """The compiled module and its sources: that it is of them, and what is said where it is not."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import pybind11
 import pytest
 from conftest import REPOSITORY
 
-from optim import compiled, sources
+from optim import compiled, plan, sources
 
 CSRC = REPOSITORY / "csrc"
 needs_module = pytest.mark.skipif(compiled.module is None, reason="it is not built")
@@ -105,3 +106,11 @@ def test_a_module_that_is_not_of_its_sources_is_an_error_at_the_import(module, t
     *_, said = done.stderr.splitlines()
     assert said.startswith(f"ImportError: {tmp_path}/optim/_native")
     assert "csrc/ changed since it was compiled): compile it again, `pip install -e .`" in said
+
+
+@needs_module
+@pytest.mark.parametrize("number", [-1, len(plan.RULES)])
+def test_a_launch_of_a_rule_that_does_not_exist_is_an_error(number):
+    launch = plan.Launch(rule=number)
+    with pytest.raises(ValueError, match=f"no rule has the number {number}: .*rules/all.h"):
+        compiled.module.launch(ctypes.addressof(launch), "baseline", 1)

@@ -23,6 +23,9 @@ HD void prepare_slow(const Options& o, Hyper& h) {
 }
 
 struct Adam : Rule {
+    static constexpr const char* kName = "adam";
+    static constexpr uint32_t kPlainLoops = kFactoredPair | kCodedPair;
+
     // The bias corrections c1, c2 are taken out of the elements' arithmetic:
     //   (m / c1) / (sqrt(v / c2) + eps) = unit * m / (sqrt(v) + eps sqrt(c2)),  unit = sqrt(c2) /
     //   c1.
