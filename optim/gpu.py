@@ -54,7 +54,6 @@ _PASSES = (
 )
 _BEGIN, _FINISH = 0, 14
 _FACTORING = ("adafactor", "came")  # rules that are two: of a matrix and of a vector
-MEASURE = "engine::cuda::measure_kernel"
 
 
 @cache
@@ -118,7 +117,10 @@ class Kind(NamedTuple):
         for name, flags, after in _PASSES:
             if self.has(*flags) or asked.get(name):
                 kernel = f"engine::cuda::{name}_kernel<{template}>"
-                names.append((MEASURE if name == "measure" else kernel, True))
+                if name == "measure":
+                    of_grad = self.has("orthograd", "grad_clip")
+                    kernel = _measure(of_grad, self.has("orthograd", "scale_parameter"))
+                names.append((kernel, True))
                 names.append((_tensor_kernel(after), False))
         names.append((f"engine::cuda::apply_kernel<{template}>", True))
         return [*names, (_tensor_kernel(_FINISH), False)]
@@ -129,6 +131,14 @@ def kind_of(rule: str, d: plan.Descriptor, flags: int) -> Kind:
     fast, slow, square = (moment.codec for moment in d.moments)
     codecs = (fast, slow, square)
     return Kind(rule, codecs, d.weight_dtype, d.grad_dtype, flags, d.compensation != 0)
+
+
+def _measure(of_grad: bool, of_weight: bool) -> str:
+    grad, weight = "AnyGrad" if of_grad else "Unread", "AnyWeight" if of_weight else "Unread"
+    return f"engine::cuda::measure_kernel<engine::cuda::{grad}, engine::cuda::{weight}>"
+
+
+MEASURE = _measure(of_grad=True, of_weight=False)  # for a global norm
 
 
 def _tensor_kernel(phase: int) -> str:

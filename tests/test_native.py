@@ -222,6 +222,7 @@ OPTIONS = [
             {"clip_threshold": None},
             {"clip_threshold": 0.01},
             {"relative_step": True, "scale_parameter": True, "lr": 0.9},
+            {"scale_parameter": True, "grad_clip": 1e-3},
             {"beta2": None},
             {"beta2": None, "beta2_decay": -0.5, "eps": (1e-6, 0.5), "scale_parameter": True},
         )

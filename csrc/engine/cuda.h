@@ -164,9 +164,10 @@ struct TileOf {
 
 // The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
 // rather than memory.
+template <class GradT, class WeightT>
 __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    measure(tile.launch, tile.number, tile.whole);
+    measure<GradT, WeightT>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {

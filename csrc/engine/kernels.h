@@ -129,8 +129,12 @@ inline void run_strip(Phase pass, const Launch& launch, int64_t tile) {
     const Hyper& h = launch.hypers[member];
     switch (pass) {
         case kMeasure:
+            if (!wants_measure_of_grad(h)) return measure<Unread, AnyWeight>(launch, tile);
+            if (wants_measure_of_weight(h)) return measure<AnyGrad, AnyWeight>(launch, tile);
+            [[fallthrough]];
         case kMeasureAlone:
-            return measure(launch, tile);
+            if (t.grad_dtype == kBFloat16) return measure<Bf16Grad<>, Unread>(launch, tile);
+            return measure<AnyGrad, Unread>(launch, tile);
         case kFactor:
             if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>>(launch, tile);
             return factor<AnyGrad>(launch, tile);

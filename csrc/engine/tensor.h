@@ -181,7 +181,11 @@ HD void begin(const Launch& launch, int64_t member) {
     }
 }
 
-HD bool wants_measure(const Hyper& h) { return has(h, kOrthograd | kGradClip | kScaleParameter); }
+HD bool wants_measure_of_grad(const Hyper& h) { return has(h, kOrthograd | kGradClip); }
+HD bool wants_measure_of_weight(const Hyper& h) { return has(h, kOrthograd | kScaleParameter); }
+HD bool wants_measure(const Hyper& h) {
+    return wants_measure_of_grad(h) || wants_measure_of_weight(h);
+}
 HD bool wants_factor(const Tensor& tensor, int32_t rule) {
     return traits_of(tensor, rule).square_first && Factors::exist(tensor, kSquare);
 }
@@ -203,11 +207,13 @@ HD void after_measure(const Launch& launch, int64_t member) {
     const Options& o = launch.options[tensor.group];
     Hyper& h = launch.hypers[member];
     if (!wants_measure(h)) return;
-    auto sum = [&](double TileSums::*field) INLINED {
+    auto sum = [&](bool asked, double TileSums::*field) INLINED {
+        if (!asked) return 0.0;
         return total(launch, member, [=](const TileSums& x) INLINED { return x.*field; });
     };
-    const double grad_sq = sum(&TileSums::grad_sq), weight_grad = sum(&TileSums::weight_grad),
-                 weight_sq = sum(&TileSums::weight_sq);
+    const double grad_sq = sum(wants_measure_of_grad(h), &TileSums::grad_sq),
+                 weight_grad = sum(has(h, kOrthograd), &TileSums::weight_grad),
+                 weight_sq = sum(wants_measure_of_weight(h), &TileSums::weight_sq);
     if (!Exec::leads()) return;
     double coefficient = o.coefficient;
     if (has(h, kGradClip)) {

@@ -4,7 +4,7 @@
 // (engine/place.h), the tiles of a row and the vectors of a tile's row.  The later passes evaluate
 // the rule again rather than keep what it gave:
 //
-//   measure  sums of g^2, w g, w^2     where clipping, OrthoGrad or parameter scaling ask for them
+//   measure  sums of g^2, w g, w^2     as clipping, OrthoGrad or parameter scaling ask for them
 //   factor   row and column sums of g^2   where the rule needs its new factors before its update
 //   norm     sum of u^2                where the growth limiter or the RMS clip ask for it
 //   residual row and column sums of what the clipped update has left   where the rule has such
@@ -85,11 +85,20 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     return e;
 }
 
+// In place of an operand that a pass does not look at.
+struct Unread {
+    HD Unread(const Place&, F*) {}
+    HD void begin_row(int64_t, int) {}
+};
+
+// The sums of what is read: <g, w> where both are.
+template <class GradT, class WeightT>
 HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
+    constexpr bool kGrad = !is_same<GradT, Unread>, kWeight = !is_same<WeightT, Unread>;
     Place p(launch, first_tile, whole);
     Scratch scratch;
-    AnyGrad grad(p, scratch.grad);
-    AnyWeight weight(p, scratch.weight);
+    GradT grad(p, scratch.grad);
+    WeightT weight(p, scratch.weight);
     struct {
         D gg = D(0.0), wg = D(0.0), ww = D(0.0);
     } of_tiles[Exec::kStripTiles];
@@ -98,20 +107,30 @@ HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
         grad.begin_row(row, width);
         weight.begin_row(row, width);
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            Mask ok;
-            D g = widen(usable(grad.load(i, col, n), ok)), w = widen(weight.load(i, col, n));
-            sums.gg = sums.gg + g * g;
-            sums.wg = sums.wg + w * g;
-            sums.ww = sums.ww + w * w;
+            D g(0.0), w(0.0);
+            if constexpr (kGrad) {
+                Mask ok;
+                g = widen(usable(grad.load(i, col, n), ok));
+                sums.gg = sums.gg + g * g;
+            }
+            if constexpr (kWeight) {
+                w = widen(weight.load(i, col, n));
+                sums.ww = sums.ww + w * w;
+            }
+            if constexpr (kGrad && kWeight) sums.wg = sums.wg + w * g;
         });
         of_tiles[p.at()] = sums;
     });
     p.each_tile([&]() INLINED {
         const auto& sums = of_tiles[p.at()];
-        const double gg = Exec::total(sums.gg), wg = Exec::total(sums.wg),
-                     ww = Exec::total(sums.ww);
         TileSums& to = p.sums();
-        if (Exec::leads()) to.grad_sq = gg, to.weight_grad = wg, to.weight_sq = ww;
+        auto put = [](double& total, D of_lanes) INLINED {
+            const double x = Exec::total(of_lanes);
+            if (Exec::leads()) total = x;
+        };
+        if constexpr (kGrad) put(to.grad_sq, sums.gg);
+        if constexpr (kWeight) put(to.weight_sq, sums.ww);
+        if constexpr (kGrad && kWeight) put(to.weight_grad, sums.wg);
     });
 }
 
