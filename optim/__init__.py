@@ -17,6 +17,7 @@ from optim.backward import fuse_backward
 from optim.came import CAME, CAME8bit
 from optim.features import Features
 from optim.fused import FusedOptimizer
+from optim.idle import IdleOption
 from optim.lion import Lion, Lion8bit, LionFactored
 from optim.lomo import AdaLomo, Lomo
 from optim.options import unknown, unknown_option
@@ -55,6 +56,7 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
 __all__ = [
     "FAMILY",
     "FusedOptimizer",
+    "IdleOption",
     "build",
     "fuse_backward",
     "options_of",

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, nonnegative, signed, smmf_view
+from optim.codecs import Codec, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
 
@@ -45,12 +45,7 @@ class AdamW(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {
-            "exp_avg": signed(storage, shape, view),
-            "exp_avg_sq": nonnegative(storage, shape, view),
-        }
+        return stored(param.shape, group, "exp_avg", square="exp_avg_sq")
 
 
 class AdamW8bit(AdamW):
@@ -111,13 +106,7 @@ class AdEMAMix(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {
-            "exp_avg": signed(storage, shape, view),
-            "exp_avg_slow": signed(storage, shape, view),
-            "exp_avg_sq": nonnegative(storage, shape, view),
-        }
+        return stored(param.shape, group, "exp_avg", "exp_avg_slow", square="exp_avg_sq")
 
 
 class AdEMAMixFactored(AdEMAMix):

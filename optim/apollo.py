@@ -26,9 +26,9 @@ class Apollo(FusedOptimizer):
     (`optim/projection.py`) and is no part of the state.  1-D tensors, and matrices of which the
     rank would save nothing (rank >= D), are stepped by AdamW with moments of the same `storage`.
 
-    growth_limit is 1.01 unless asked otherwise, as Fira has it, of tensors that are not projected
-    too.  It judges bias-corrected updates, before weight decay.  After a small update steps grow by
-    1 % each: where gradients' norms vary much from step to step (a batch of one), they stay smaller
+    growth_limit is 1.01 unless asked otherwise, as Fira has it, and is of projected tensors alone.
+    It judges bias-corrected updates, before weight decay.  After a small update steps grow by 1 %
+    each: where gradients' norms vary much from step to step (a batch of one), they stay smaller
     than lr, most of all without a first moment; growth_limit=None takes it off.  Moments are kept
     where P changes, as in the paper.  An unusable element counts as 0 in its projection, and a
     channel without any usable one keeps its moments.  A scaled gradient points nowhere but along
@@ -90,6 +90,12 @@ class Apollo(FusedOptimizer):
             "exp_avg": signed(storage, shape, view),
             "exp_avg_sq": nonnegative(storage, shape, view),
         }
+
+    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        codecs = super().codecs(param, group)
+        if projected_shape(tuple(param.shape), group["rank"]) is None:
+            codecs.pop("update_norm", None)  # the growth limit is of scaled gradients
+        return codecs
 
     def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
         shape = tuple(param.shape)

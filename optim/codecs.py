@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -306,6 +306,17 @@ def nonnegative(storage: str, shape: tuple[int, ...], view: tuple[int, int] | No
         return Factored(shape, view)
     kinds: dict[str, Codec] = {"bf16": Bf16(shape, view), "8bit": Float8(shape)}
     return kinds.get(storage, Dense(shape))
+
+
+def stored(
+    shape: tuple[int, ...], group: dict[str, Any], *names: str, square: str | None = None
+) -> dict[str, Codec]:
+    """Moments of a parameter of this shape as its group's `storage` says: those of `names`, of
+    either sign, then one that is never negative."""
+    shape, storage = tuple(shape), group["storage"]
+    view = smmf_view(storage, shape, group["factor_1d"])
+    codecs = {name: signed(storage, shape, view) for name in names}
+    return codecs if square is None else codecs | {square: nonnegative(storage, shape, view)}
 
 
 def layout(codecs: Iterable[Codec], shape: tuple[int, ...]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
 TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: rows_cuda.h, exec_cuda.h
-MOMENT_BYTES = (8 * 16 * 17 + 2 * 512) * 4  # shared memory of a factored moment: RowSums::kShared
+MOMENT_BYTES = (8 * 16 * 17 + 2 * 512 + 64) * 4  # shared memory of a factored moment: kShared
 
 
 class _Launches:

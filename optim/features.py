@@ -22,15 +22,16 @@ class Features(TypedDict, total=False):
         or "factored" (rank-1 factors and a sign bit, about 1/8; SMMF); the default is the class's.
 
     rounding: how bf16 and fp16 weights are written: "stochastic" (unbiased; fp16 is written to the
-        nearest), "nearest", or "kahan", which keeps the rounding error in 2 more bytes a parameter
-        and adds it to the next step.
+        nearest, and compensated as "kahan" does where the learning rate is to be found), "nearest",
+        or "kahan", which keeps the rounding error in 2 more bytes a parameter and adds it to the
+        next step.
 
     orthograd: remove from the gradient its component along the weights, and keep its norm (Prieto
         et al. 2025).
 
     max_grad_norm: largest norm of all of the optimizer's gradients together, over all groups; it
-        needs them all at once, so `step_param` and the fused backward refuse it. None does not
-        clip.
+        needs them all at once, so `step_param` and the fused backward refuse it, and under ZeRO-1
+        each process would judge its share alone. None does not clip.
 
     grad_clip: largest norm of one tensor's gradient; none does not clip.
 
@@ -41,7 +42,7 @@ class Features(TypedDict, total=False):
         (Liang et al. 2024).
 
     grams: take the sign of an update from the gradient, and its size from the moments (Cao et al.
-        2024).
+        2024); not beside `cautious`.
 
     cautious_decay: decay only the weights that the update shrinks as well.
 

@@ -3,8 +3,9 @@ stored."""
 
 import copy
 import inspect
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import backend, features, native, options, plan
+from optim import backend, features, groups, idle, options
 from optim import state as states
 from optim.backend import grad_of
 from optim.codecs import Codec, Dense, layout
-from optim.share import DTYPES, Places, Share, Trait, same_objects
+from optim.dispatch import Dispatch, device_types
+from optim.share import Places, Share, Trait, same_objects
 
 if TYPE_CHECKING:
     from optim.backward import FusedBackward
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
 META = torch.device("meta")
-CPU = torch.device("cpu")
-# Group keys of torch's own: the optimizer's, and those that LR schedulers begin with.
-_NOT_OPTIONS = {"params", "param_names", "initial_lr"}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -62,10 +61,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         chosen = known | {name: options.plain(value) for name, value in given.items()}
         choice = chosen.pop("backend")
         super().__init__(params, chosen)
-        self.backend = backend.resolve(choice, self._device_types())
-        if self.backend == "native" and not plan.has_rule(type(self).rule):
-            backend.fall_back(f"{type(self).__name__} has no fused kernel")
-        self._say_what_is_unfused()
+        self.backend = backend.resolve(choice, device_types(self.param_groups))
+        self._dispatch.say_what_is_unfused()
+        for line in self.idle_options():
+            warnings.warn(f"{type(self).__name__}: {line}", idle.IdleOption, stacklevel=3)
+
+    def idle_options(self) -> list[str]:
+        """The options that are set and have no effect, in words with the remedy: a line for
+        each."""
+        return idle.options(self.default_options(), self.param_groups)
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:
@@ -91,6 +95,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The (R, C) matrix by which the draws of a parameter's rounding are addressed."""
         return layout(self.codecs(param, group).values(), tuple(param.shape))
 
+    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the error of rounding this parameter is kept and added to its next step."""
+        return group["rounding"] == "kahan" and param.dtype != torch.float32
+
     def rate(self, h: SimpleNamespace) -> float | Tensor:
         """What updates and decay are multiplied by, of a group as its rule sees it: a number, or a
         0-d tensor."""
@@ -100,21 +108,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What `step()` does last, when every parameter has been stepped."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with its own options where given.
+        """Add a group, with its own options where given; keys that are somebody else's stay in it.
 
-        Raises TypeError for an unknown option or a parameter that is not dense fp32, bf16 or fp16,
-        ValueError for an impossible value; then there is no such group.
+        Raises TypeError for an unknown option (one that is misspelt, or another optimizer's) or a
+        parameter that is not dense fp32, bf16 or fp16, ValueError for an impossible value; then
+        there is no such group.
         """
         name = type(self).__name__
-        given = {k: v for k, v in param_group.items() if k not in _NOT_OPTIONS}
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
+        given = {
+            key: value
+            for key, value in param_group.items()
+            if key != "params" and not options.is_foreign(key, known)
+        }
         options.check(name, known, given)
         param_group.update({key: options.plain(value) for key, value in given.items()})
         self._forget()
         super().add_param_group(param_group)
         try:
-            _check_group(name, self.param_groups[-1])
-            _check_common(name, self.common, self.param_groups)
+            groups.check(type(self), self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -167,7 +179,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Update these parameters, which have gradients."""
         self._refuse_sparse(places)
         self._raise_on_nonfinite(places)
-        shares = self._shares(places)
+        shares = self._dispatch.shares(places)
         coefficients: dict[int, float | Tensor] = {}
         if self._needs_all_gradients():
             norm = features.summed([engine.grad_sq(share) for engine, share in shares]) ** 0.5
@@ -185,56 +197,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "use nn.Embedding(sparse=False)"
             )
 
-    def _shares(self, places: Share, rule: str | None = None) -> list[tuple[backend.Engine, Share]]:
-        """Which engine steps which parameters, or computes another rule for them."""
-        torch_engine = backend.TorchEngine(self)
-        if self.backend == "torch" or not plan.has_rule(type(self).rule):
-            return [(torch_engine, places)]
-        if not any(map(_unfused, self.param_groups)) and Trait.ELSEWHERE not in places.traits:
-            return [(self._engine(CPU, rule) or torch_engine, places)]
-        self._say_what_is_unfused()
-        shares: dict[torch.device | None, Places] = {}
-        for place in places:
-            device = None if _unfused(place[1]) else place[2].device
-            shares.setdefault(device, Places()).append(place)
-        return [
-            (
-                (device and self._engine(device, rule)) or torch_engine,
-                Share(share) if len(shares) > 1 else places,
-            )
-            for device, share in shares.items()
-        ]
-
-    def _say_what_is_unfused(self) -> None:
-        """Say, once, which options leave a fused engine unused."""
-        if self.backend == "native" and plan.has_rule(type(self).rule):
-            for option in filter(None, map(_unfused, self.param_groups)):
-                backend.fall_back(f"{type(self).__name__} with {option} has no fused kernel")
-
-    def _engine(self, device: torch.device, rule: str | None = None) -> backend.Engine | None:
-        """The fused engine of a device, if it has one."""
-        engines: dict[tuple[torch.device, str | None], backend.Engine | None]
-        engines = self.__dict__.setdefault("_engines", {})
-        key = (device, rule)
-        if key not in engines:
-            reason = backend.unavailable(device.type)
-            if reason:
-                backend.fall_back(reason)
-            engines[key] = None if reason else backend.fused_engine(self, device, rule)
-        return engines[key]
-
-    def _counts_on(self, param: Tensor) -> torch.device:
-        """Where a parameter's step count lives: with who reads it."""
-        fused = self.backend == "native" and plan.has_rule(type(self).rule)
-        on_device = fused and param.is_cuda and backend.unavailable("cuda") is None
-        return param.device if on_device else CPU
-
-    def _device_types(self) -> set[str]:
-        return _device_types(self.param_groups)
+    @cached_property
+    def _dispatch(self) -> Dispatch:
+        return Dispatch(self)
 
     def _forget(self) -> None:
         """Drop what was derived from groups and state: they are about to change."""
-        for derived in ("_engines", "_members"):
+        for derived in ("_dispatch", "_members"):
             self.__dict__.pop(derived, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -243,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.backend == "native":  # pickled on another machine, perhaps
-            self.backend = backend.resolved("native", self._device_types(), strict=False)
+            self.backend = backend.resolved("native", device_types(self.param_groups), strict=False)
 
     def check_steps_alone(self, caller: str) -> None:
         """Raise ValueError where a parameter cannot be stepped before all gradients are there."""
@@ -273,32 +242,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def engine(self) -> str:
         """Who steps which parameters, in words: the native engine, on a CPU with its instruction
         set, or plain PyTorch and why."""
-        if not plan.has_rule(type(self).rule):
-            return f"plain PyTorch; {type(self).__name__} has no fused kernel"
-        engines = []
-        for device in sorted(self._device_types() or {"cpu"}):
-            numbers: dict[str, list[str]] = {}  # of groups, by who steps them
-            for number, group in enumerate(self.param_groups):
-                if device in (_device_types([group]) or {device}):
-                    numbers.setdefault(self._stepper(device, group), []).append(str(number))
-            engines += [
-                who if len(numbers) == 1 else f"{who} (group{'s'[: len(its) - 1]} {', '.join(its)})"
-                for who, its in numbers.items()
-            ]
-        return ", ".join(engines)
-
-    def _stepper(self, device: str, group: dict[str, Any]) -> str:
-        """Who steps the parameters of a group on devices of a type, in words."""
-        on = f"on {device.upper()}" if device != "cpu" else "on a CPU"
-        reason, option = backend.unavailable(device), _unfused(group)
-        if reason is None and self.backend == "torch":
-            reason = "backend=torch was chosen"
-        elif reason is None and option:
-            reason = f"{option} has no fused kernel"
-        if reason:
-            return f"plain PyTorch {on}; {reason}"
-        isa = f" ({native.isa()})" if device == "cpu" else ""
-        return f"the native engine{isa} {on}"
+        return self._dispatch.in_words()
 
     def state_bytes(self) -> int:
         """Bytes of all state allocated so far."""
@@ -333,10 +277,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """`load_state_dict` without its hooks."""
         name = type(self).__name__
         states.check_keys(name, state_dict)
-        groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
+        saved_groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
         expected = {*self.defaults, *self.shared}
         states.check_groups(name, self.param_groups, expected, state_dict)
-        saved = [(index, group) for group in groups for index in group["params"]]
+        saved = [(index, group) for group in saved_groups for index in group["params"]]
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}
         for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
@@ -354,8 +298,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state.update(state)
         for key in self.shared:  # one tensor, in every group
             number = self.param_groups[0][key]
-            number.copy_(torch.as_tensor(groups[0][key], device=number.device))
-        for group, saved_group in zip(self.param_groups, groups, strict=True):
+            number.copy_(torch.as_tensor(saved_groups[0][key], device=number.device))
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
             group.update(states.unlabelled(saved_group) | own)
 
@@ -370,7 +314,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             param: {
                 key: states.room_for(
                     x,
-                    param.device if blank_of[param][key].is_meta else self._counts_on(param),
+                    param.device
+                    if blank_of[param][key].is_meta
+                    else self._dispatch.counts_on(param),
                     None if is_own else self.state.get(param, {}).get(key),
                 )
                 for key, x in parts.items()
@@ -426,8 +372,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _blank(
         self, param: Tensor, group: dict[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
-        counts_on = CPU if device == META else self._counts_on(param)
-        return states.blank(param, self.codecs(param, group), group["rounding"], device, counts_on)
+        counts_on = torch.device("cpu") if device == META else self._dispatch.counts_on(param)
+        compensated = self.compensates(param, group)
+        return states.blank(param, self.codecs(param, group), compensated, device, counts_on)
 
     def _raise_on_nonfinite(self, places: Share) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
@@ -443,55 +390,3 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{bad} of {param.numel()} gradient elements of parameter {index} "
                     f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
                 )
-
-
-def _device_types(groups: Iterable[dict[str, Any]]) -> set[str]:
-    """The types of the devices that groups have parameters on."""
-    devices = {param.device.type for group in groups for param in group["params"]}
-    return devices - {"meta"}  # only counts bytes
-
-
-def _unfused(group: dict[str, Any]) -> str | None:
-    """The option of a group that only plain PyTorch computes, if there is one: batches of small
-    matrices, and updates that are mapped back from a projection."""
-    if group.get("conv_view") == "last2":
-        return "conv_view=last2"
-    return "residual=True" if group.get("residual") else None
-
-
-def _check_group(optimizer: str, group: dict[str, Any]) -> None:
-    """Refuse options that contradict each other, and parameters that cannot be updated."""
-    if group.get("factor_1d") and group["storage"] != "factored":
-        raise ValueError(
-            f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, "
-            "which factors nothing; use storage='factored'"
-        )
-    for param in group["params"]:
-        shape = tuple(param.shape)
-        if _is_dtensor(param):
-            raise TypeError(
-                f"{optimizer} does not take a DTensor (shape {shape}): its statistics (row and "
-                "column means, norms) would be those of one shard; distribute the optimizer by "
-                "whole parameters instead (DDP, ZeRO-1)"
-            )
-        if param.layout is not torch.strided or param.dtype not in DTYPES:
-            raise TypeError(
-                f"{optimizer} updates dense fp32, bf16 and fp16 parameters; "
-                f"this one is {param.layout}, {param.dtype}, shape {shape}"
-            )
-
-
-def _check_common(optimizer: str, options: Iterable[str], groups: list[dict[str, Any]]) -> None:
-    """Refuse a last group that has another value of an option which is of all groups."""
-    for option in options:
-        first, last = groups[0][option], groups[-1][option]
-        if first != last:
-            raise ValueError(
-                f"{optimizer}: {option}={last!r} in one group and {first!r} in another is not "
-                "possible; it must be the same in all"
-            )
-
-
-def _is_dtensor(param: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    return module is not None and isinstance(param, module.DTensor)

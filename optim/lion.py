@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Codec, signed, smmf_view
+from optim.codecs import Codec, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
 
@@ -42,9 +42,7 @@ class Lion(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {"exp_avg": signed(storage, shape, view)}
+        return stored(param.shape, group, "exp_avg")
 
 
 class Lion8bit(Lion):

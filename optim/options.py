@@ -2,8 +2,10 @@
 refused."""
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +47,10 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in names, f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
+_SWITCHES = (
+    *("orthograd", "cautious", "grams", "cautious_decay", "factor_1d", "nesterov", "atan2"),
+    *("relative_step", "scale_parameter", "safeguard_warmup", "bias_correction", "residual"),
+)
 # option -> (may it have this value?, what it must be)
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_learning_rate, "a finite number >= 0"),
@@ -81,6 +87,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scaling": _one_of("channel", "tensor"),
     "update_gap": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
     "projection": _one_of("gaussian", "sign"),
+    **dict.fromkeys(_SWITCHES, (lambda x: isinstance(x, bool), "true or false")),
 }
 # What may be a number or several has its length from the class's default.
 _ALLOWED_TUPLE = {
@@ -104,6 +111,26 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
             raise ValueError(f"{optimizer}: {name}={value!r} is not possible; it must be {wanted}")
 
 
+def is_foreign(name: str, known: Iterable[str]) -> bool:
+    """Whether a key of a parameter group is somebody else's, as a scheduler's `initial_lr` or
+    timm's `lr_scale`, and no option: neither one of this optimizer (`known`) misspelt, nor one of
+    another, of this family or torch's, which would have no effect here."""
+    name = name.lower()
+    options = {*known, *_ALLOWED, *_ALLOWED_TUPLE}
+    return not (
+        name in options | _options_of_torch()
+        or difflib.get_close_matches(name, options, n=1, cutoff=0.85)
+    )
+
+
+@cache
+def _options_of_torch() -> set[str]:
+    """What the optimizers of torch can be asked for."""
+    classes = [x for x in vars(torch.optim).values() if isinstance(x, type)]
+    optimizers = [cls for cls in classes if issubclass(cls, torch.optim.Optimizer)]
+    return {name for cls in optimizers for name in inspect.signature(cls).parameters}
+
+
 def plain(value: Any) -> Any:
     """An option's value with Python's numbers in place of others (numpy's), which the engines and a
     file that is loaded with weights_only would not take."""
@@ -116,8 +143,6 @@ def plain(value: Any) -> Any:
 
 def _rule(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
     """The check of this option's values, and its description."""
-    if isinstance(default, bool):
-        return lambda value: isinstance(value, bool), "true or false"
     if name not in _ALLOWED_TUPLE:
         return _ALLOWED[name]
     each, wanted = _ALLOWED_TUPLE[name]

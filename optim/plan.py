@@ -188,11 +188,18 @@ class Launch(ctypes.Structure):
     ]
 
 
+def first_decay(group: dict[str, Any]) -> float | None:
+    """The decay of a group's first moment, however its optimizer calls it; None where it has no
+    such option, or keeps no first moment."""
+    betas = group.get("betas", (None,))
+    decay: float | None = group.get("momentum", group.get("beta1", betas[0]))
+    return decay
+
+
 def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Options:
     """One group's options as the engine reads them for a rule; `coefficient` multiplies every
     gradient."""
     betas = tuple(group.get("betas", ()))
-    beta1 = group.get("momentum", group.get("beta1", betas[0] if betas else None))
     beta2 = group.get("beta2", betas[1] if len(betas) > 1 else None)
     beta3 = group.get("beta3", betas[2] if len(betas) > 2 else None)
     if "d" in group and beta3 is None:
@@ -200,12 +207,15 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
     eps = group.get("eps", 0.0)
     eps, eps_scale = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
     clips = group.get("clip_threshold") is not None
-    clip_norm, limits = group.get("clip_norm", "exact"), group.get("growth_limit") is not None
+    clip_norm = group.get("clip_norm", "exact")
+    limits = group.get("growth_limit") is not None
+    if "rank" in group and rule != "scaled":  # what an APOLLO does not project it does not limit
+        limits = False
     flags = {
         "nesterov": group.get("nesterov"),
         "atan2": group.get("atan2"),
         "grams": group["grams"],
-        "cautious": group["cautious"] and not group["grams"],
+        "cautious": group["cautious"],
         "cautious_decay": group["cautious_decay"],
         "orthograd": group["orthograd"],
         "grad_clip": group["grad_clip"] is not None,
@@ -225,7 +235,7 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
     return Options(
         lr=float(group["lr"]),
         weight_decay=group["weight_decay"],
-        beta1=beta1 or 0.0,
+        beta1=first_decay(group) or 0.0,
         beta2=beta2 or 0.0,
         beta3=beta3 or 0.0,
         beta2_decay=group.get("beta2_decay", 0.0),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optim import reference
-from optim.codecs import Bf16, Codec, Dense, Exact, nonnegative, signed, smmf_view
+from optim.codecs import Bf16, Codec, Dense, Exact, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.share import Share
@@ -53,6 +53,12 @@ class DistanceAdapted(FusedOptimizer):
             "numerator": Exact((), torch.float64),
             "denominator": Exact((), torch.float64),
         }
+
+    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Of fp16 weights too, for which there is no stochastic rounding: to the nearest, a step of
+        d0 leaves them where they are, and from weights that stay d learns nothing."""
+        unbiased = group["rounding"] == "stochastic" and param.dtype == torch.float16
+        return unbiased or super().compensates(param, group)
 
     def rate(self, h: SimpleNamespace) -> Tensor:
         """d lr."""
@@ -121,9 +127,16 @@ class Prodigy(DistanceAdapted):
         weight_decay: decoupled decay; a step multiplies the weights by 1 - d * lr * weight_decay.
         features: options of every optimizer, `optim.features.Features`.
 
-    All groups share d, and so d0, d_coef, growth_rate and slice_p.  Against prodigyopt 1.1.2, which
-    moves d before the update and uses the new one in d * eps alone, this uses one d for the whole
-    step; all else is equal.
+    Weights in fp16 keep the error of their rounding, in 2 more bytes a parameter, unless they are
+    written to the nearest: then they may never leave where they start, and neither does d.
+
+    All groups share d, and so d0, d_coef, growth_rate and slice_p.  d is of the parameters that the
+    optimizer has: where ZeRO-1 (ZeroRedundancyOptimizer) gives each process a share of them, each
+    finds another d, and the result depends on the number of processes.  Under DDP, where each
+    process has them all, all find the same.
+
+    Against prodigyopt 1.1.2, which moves d before the update and uses the new one in d * eps alone,
+    this uses one d for the whole step; all else is equal.
 
     Source: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4.
     """
@@ -151,13 +164,8 @@ class Prodigy(DistanceAdapted):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {
-            "exp_avg": signed(storage, shape, view),
-            "exp_avg_sq": nonnegative(storage, shape, view),
-            **self.statistics(param, group),
-        }
+        moments = stored(param.shape, group, "exp_avg", square="exp_avg_sq")
+        return moments | self.statistics(param, group)
 
     def rate(self, h: SimpleNamespace) -> Tensor:
         """d lr, times Adam's bias correction where it is wanted."""
@@ -197,6 +205,8 @@ class LionProdigy(DistanceAdapted):
         weight_decay: decoupled decay; a step multiplies the weights by 1 - d * lr * weight_decay.
         features: options of every optimizer, `optim.features.Features`.
 
+    fp16 weights, and d under ZeRO-1, are as in `Prodigy`.
+
     The gradient is multiplied by d in the momentum and in the update alike.  (adv_optm 0.1.4 does
     so in the momentum only, which makes the momentum vanish beside the gradient while d is small.)
 
@@ -225,6 +235,4 @@ class LionProdigy(DistanceAdapted):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {"exp_avg": signed(storage, shape, view), **self.statistics(param, group)}
+        return stored(param.shape, group, "exp_avg") | self.statistics(param, group)

@@ -140,10 +140,15 @@ def came(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
 def apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Zhu et al. 2024 (APOLLO, arXiv 2412.05270), Alg. 1: the gradient, as long as Adam's
-    step for its projection is."""
+    step for its projection is.  The growth limit is of scaled gradients, and of nothing that Adam
+    does."""
+
+    def step(h: SimpleNamespace, g: Tensor) -> Step:
+        return adam(SimpleNamespace(**vars(h) | {"growth_limit": None}), w, g, s)
+
     if projected_shape(tuple(g.shape), h.rank) is None:
-        return adam(h, w, g, s)
-    return rescaled(h, g, s, lambda h, low: adam(h, w, low, s))
+        return step(h, g)
+    return rescaled(h, g, s, step)
 
 
 def adafactor_apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
@@ -160,7 +165,6 @@ def adafactor_apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> St
         u, moments = rescaled(h, g, s, low_step)
         return shortened(h, u, s, moments)
     u, moments = normalized(h, g, s, h.eps)
-    u, moments = grown(h, u, s, moments)
     u, moments = shortened(h, u, s, moments)
     return averaged(h, u, s, moments)
 
@@ -183,8 +187,7 @@ def rescaled(
     p = projection(h, matrix.shape[0], g.device)
     low, share = p @ matrix, h.rank / matrix.shape[0]
     usable = channels(h.usable).any(dim=0).expand_as(low)
-    own = {"usable": usable, "growth_limit": None}
-    n, moments = low_step(SimpleNamespace(**vars(h) | own), low)
+    n, moments = low_step(SimpleNamespace(**vars(h) | {"usable": usable}), low)
     assert n is not None
     n = torch.where(usable, n, 0.0)
     if any(isinstance(codec, FactoredSign) for codec in h.codec.values()):

@@ -11,7 +11,7 @@ from torch import Tensor
 from optim import features as every
 from optim import plan, reference
 from optim.backend import TorchEngine, grad_of
-from optim.codecs import Codec, join, nonnegative, signed, smmf_view, split
+from optim.codecs import Codec, join, split, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.rng import mix
@@ -68,12 +68,7 @@ class Sophia(FusedOptimizer):
         super().__init__(params, locals())
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        shape, storage = tuple(param.shape), group["storage"]
-        view = smmf_view(storage, shape, group["factor_1d"])
-        return {
-            "exp_avg": signed(storage, shape, view),
-            "hessian": nonnegative(storage, shape, view),
-        }
+        return stored(param.shape, group, "exp_avg", square="hessian")
 
     def wants_hessian(self) -> bool:
         """Whether an estimate is due before the next step: before the first, and after every
@@ -131,7 +126,7 @@ class Sophia(FusedOptimizer):
         self._refuse_sparse(places)
         self._raise_on_nonfinite(places)
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
-        for engine, share in self._shares(places, plan.ESTIMATE):
+        for engine, share in self._dispatch.shares(places, plan.ESTIMATE):
             if isinstance(engine, TorchEngine):
                 for place in share:
                     self._estimate(*place, scale)

@@ -20,16 +20,17 @@ LABELS = ("state_version", "optimizer")  # of saved groups
 def blank(
     param: Tensor,
     codecs: dict[str, Codec],
-    rounding: str,
+    compensated: bool,
     device: torch.device,
     counts_on: torch.device,
 ) -> dict[str, Tensor]:
-    """The state of a parameter that has made no step: everything zero."""
+    """The state of a parameter that has made no step: everything zero.  `compensated`: the error of
+    rounding its weights is kept too."""
     state = {
         "step": torch.zeros((), dtype=torch.int64, device=counts_on),
         "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
     }
-    if rounding == "kahan" and param.dtype != torch.float32:
+    if compensated:
         state["compensation"] = torch.zeros(tuple(param.shape), dtype=param.dtype, device=device)
     return state | join({name: codec.zeros(device) for name, codec in codecs.items()})
 

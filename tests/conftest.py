@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
+from optim import backend
 from trainer import cli, config, data, validate
 from trainer.run import run
 
@@ -24,6 +25,14 @@ os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def no_wishes(monkeypatch):
+    """Nothing but what a test says chooses the optimizers' backend."""
+    for name in ("OPTIM_BACKEND", "OPTIM_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backend, "_said", set())
 
 
 @pytest.fixture

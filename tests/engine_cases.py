@@ -20,7 +20,7 @@ CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}} | SWIFT | FOR_SMALL
 TOGETHER = [
     {"max_grad_norm": 0.1, "grad_clip": 1e-3, "orthograd": True, "growth_limit": 1.01},
     {"orthograd": True, "cautious": True, "cautious_decay": True, "rounding": "kahan"},
-    {"grams": True, "cautious": True, "growth_limit": 1.5, "rounding": "nearest"},
+    {"grams": True, "cautious_decay": True, "growth_limit": 1.5, "rounding": "nearest"},
     {"grad_clip": 1e-3, "cautious": True, "cautious_decay": True, "storage": "bf16", "seed": 7},
 ]
 

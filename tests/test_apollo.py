@@ -246,15 +246,20 @@ def test_a_fixed_scale_makes_wide_layers_slow_and_its_root_multiplies_the_update
         ("adafactor8bit_apollo", {"beta1": 0.9, "beta2": None}, "adafactor8bit"),
     ],
 )
-def test_what_is_not_projected_is_stepped_by_the_dense_optimizer(name, options, peer):
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_what_is_not_projected_is_stepped_by_the_dense_optimizer_without_a_growth_limit(
+    name, options, peer, backend
+):
     shapes = [(16, 3), (8,), (5, 2, 2), ()]
     rank = 1 if name == "apollo_mini" else 8
     shapes = [(16, 1), (8,), ()] if rank == 1 else shapes
     ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
     own = {} if name == "adafactor8bit_apollo" else {"eps": 1e-8}
-    run(optim.build(name, ours, rank=rank, **options, **own), ours, range(5))
-    shared = options | own | {"growth_limit": 1.01, "weight_decay": 0.0}
-    run(optim.build(peer, theirs, **shared), theirs, range(5))
+    optimizer = optim.build(name, ours, rank=rank, backend=backend, **options, **own)
+    assert optimizer.defaults["growth_limit"] == 1.01
+    run(optimizer, ours, range(5))
+    shared = options | own | {"weight_decay": 0.0}
+    run(optim.build(peer, theirs, backend=backend, **shared), theirs, range(5))
     assert_same(ours, theirs)
 
 

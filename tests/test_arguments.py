@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import make_params, run
+from helpers import assert_same, make_params, run
 from torch.nn import Parameter
 
 import optim
@@ -31,6 +31,7 @@ BAD = [
     ("sgd", {"factor_1d": True}, ValueError, "factor_1d=True with storage='fp32'"),
     ("lion_factored", {"factor_1d": True, "storage": "8bit"}, ValueError, "storage='8bit'"),
     ("adafactor", {"factor_1d": True}, TypeError, "option of adafactor 'factor_1d'"),
+    ("adamw", {"grams": True, "cautious": True}, ValueError, "grams=True with cautious=True"),
     ("adamw", {"storage": "int4"}, ValueError, "'fp32', 'bf16', '8bit' or 'factored'"),
     ("adamw", {"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
     ("adafactor", {"clip_norm": "last"}, ValueError, "'exact' or 'lagged'"),
@@ -100,6 +101,39 @@ def test_torchs_choice_of_an_engine_is_refused_with_the_familys(option):
     for make in (optim.AdamW, lambda *args, **kwargs: optim.build("adamw", *args, **kwargs)):
         with pytest.raises(TypeError, match=says):
             make(make_params(), **{option: True})
+
+
+def test_keys_of_others_are_kept_in_a_group_and_come_back_with_its_state(tmp_path):
+    others = {"name": "text", "lr_scale": 0.5, "layer_id": 3, "initial_lr": 0.1, "index": "x"}
+    params = make_params()
+    first = optim.build("apollo", [{"params": params[:2], **others}, {"params": params[2:]}])
+    plain = optim.build("apollo", [{"params": make_params()}])
+    run(first, params, range(2))
+    run(plain, plain.param_groups[0]["params"], range(2))
+    assert_same(params, plain.param_groups[0]["params"])
+    torch.save(first.state_dict(), tmp_path / "state")
+    params = make_params()
+    second = optim.build("apollo", [{"params": params[:2], "name": "?"}, {"params": params[2:]}])
+    second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert second.param_groups[0].items() >= others.items()
+    assert not second.param_groups[1].keys() & others.keys()
+
+
+@pytest.mark.parametrize(
+    "key", ["weight_deca", "Betas", "LR", "momentum", "rank", "beta1", "maximize", "cautios"]
+)
+def test_a_key_that_may_be_an_option_is_refused(key):
+    """Misspelt, or another optimizer's: it would do nothing here, silently."""
+    with pytest.raises(TypeError, match=f"there is no option of AdamW '{key}'"):
+        optim.build("adamw", [{"params": make_params(), key: 0.5}])
+
+
+def test_what_schedulers_of_torch_put_into_groups_is_taken_back():
+    optimizer = optim.build("adamw", make_params())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
+    torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 0.2, cycle_momentum=False)
+    (group,) = optimizer.param_groups
+    assert optim.AdamW([dict(group)]).param_groups == [group]
 
 
 def test_groups_are_checked_like_arguments():

@@ -271,7 +271,7 @@ def test_every_capture_has_memory_of_its_own_and_wants_a_step_before_it(host, mo
     set_grads(params, 0)
     with on_host(host):
         optimizer.step()
-    copied = optimizer._engine(torch.device("cpu"))._staging.of_graphs
+    copied = optimizer._dispatch.engine(torch.device("cpu"))._staging.of_graphs
     for captures in (1, 2):
         with monkeypatch.context() as patch:
             patch.setattr(host, "capturing", lambda: True)
@@ -310,7 +310,7 @@ def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
         with monkeypatch.context() as patch:
             patch.setattr(host, "capturing", lambda: True)
             optimizer.step()
-        outer = optimizer._engine(torch.device("cpu"))
+        outer = optimizer._dispatch.engine(torch.device("cpu"))
         inner = [x for x in vars(outer).values() if isinstance(x, cuda.CudaEngine)]
         before = [ref for engine in (outer, *inner) for ref in held(engine)]
         assert before

@@ -251,7 +251,7 @@ def test_elements_beyond_32_bits_are_found_and_drawn_for(storage, monkeypatch):
     optimizer = optim.build("sgd", [param], lr=0.01, storage=storage, backend="native")
     (group,) = optimizer.param_groups
     blank = states.blank(
-        *(param, optimizer.codecs(param, group), group["rounding"]),
+        *(param, optimizer.codecs(param, group), False),
         *(torch.device("meta"), torch.device("cpu")),
     )
     optimizer.state[param] = state = {

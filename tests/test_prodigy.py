@@ -225,6 +225,20 @@ def test_the_gradient_sum_decays_in_bf16_as_in_fp32():
         assert sums[-1] / sums[4] == pytest.approx(0.999 ** (595 / 2), rel=0.02)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", PRODIGIES)
+def test_fp16_weights_find_the_d_of_fp32_ones(name, backend):
+    """A step of d0 = 1e-6 is far below what fp16 weights around 1 are rounded to."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        params = make_params(dtype, SHAPES)
+        optimizer = optim.build(name, params, backend=backend)
+        find(optimizer, params, range(300))
+        found[dtype] = d_of(optimizer)
+    assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.05)
+    assert found[torch.float16] > 1e-3
+
+
 def test_every_slice_pth_element_is_kept_in_the_weights_dtype():
     for dtype, size in ((torch.float32, 8), (torch.bfloat16, 4), (torch.float16, 4)):
         param = Parameter(torch.randn(10, 10).to(dtype))

@@ -45,7 +45,7 @@ def host(tmp_path_factory):
 
 
 def engine_of(optimizer):
-    return optimizer._engine(CPU)
+    return optimizer._dispatch.engine(CPU)
 
 
 def compare(case, one, two, before, step):

@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import optim
-from optim.options import unknown
+from optim.options import unknown, unknown_option
 from trainer import checkpoint, groups
 from trainer.config import ExternalConfig, PeerConfig
 from trainer.errors import UserError
@@ -39,6 +40,8 @@ def build(
     if isinstance(optimizer, optim.FusedOptimizer):
         optimizer.init_state()  # out of memory now rather than at the first step
         log.info("  stepped by %s", optimizer.engine())
+        for line in optimizer.idle_options():
+            log.warning("optim.%s", line)
     return optimizer
 
 
@@ -141,8 +144,15 @@ def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.O
         for key, v in asdict(config).items()
         if key != "name"
     }
+    known = optim.options_of(config.name)
+    for group in chosen:  # it keeps what it does not know
+        for option in group.keys() - {"params", *known}:
+            cls = optim.FAMILY[config.name].__name__
+            raise UserError(f"optim={config.name}: {unknown_option(cls, option, known)}")
     try:
-        return optim.build(config.name, chosen, seed=seed, **values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optim.IdleOption)  # `build` logs them
+            return optim.build(config.name, chosen, seed=seed, **values)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim={config.name}: {error}") from error
 

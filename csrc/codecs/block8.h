@@ -14,7 +14,8 @@ struct Block8 : Slot {
 
     int8_t* const first;
     Exec::Row<int8_t> codes;
-    float *const tops, *absmax;
+    float* const tops;
+    Exec::PerBlock<float, kBlock> absmax;
     F* scale;
     F* values;
     DrawsT draws;
@@ -25,15 +26,16 @@ struct Block8 : Slot {
           tops(part<float>(1)),
           scale(s.scale),
           values(s.encoded),
-          draws(p.hyper.key, moment.salt, s.words) {
-        codes.start(p, first + p.first_row() * cols + first_col());
+          draws(p.hyper.key, moment.salt, p.words_or(s.words)) {
+        codes.start(p, first);
+        absmax.start(p, tops);
     }
 
     HD void begin_row(int64_t row, int width) {
-        codes.begin(place, first + row * cols + first_col(), row, width);
-        absmax = tops + row * ((cols + kBlock - 1) / kBlock) + first_col() / kBlock;
-        Exec::each_block<kBlock>(
-            width, [&](int at, int block) INLINED { scale[at] = F(absmax[block] / 127.f); });
+        codes.begin(place, first, row, width);
+        absmax.begin(place, tops, row);
+        Exec::each_block<kBlock>(width,
+                                 [&](int at) INLINED { scale[at] = F(absmax.load(at) / 127.f); });
         draws.begin_row(row, cols, first_col());
     }
 
@@ -44,22 +46,22 @@ struct Block8 : Slot {
     HD void store(int i, int, int, F x) { values[i] = x; }
 
     HD void end_row(int64_t, int width) {
-        Exec::each_block<kBlock>(width, [&](int at, int block) INLINED {
+        Exec::each_block<kBlock>(width, [&](int at) INLINED {
             float top = Exec::largest<kBlock>(values, at, width);
             scale[at] = F(top > 1e-31f ? 127.f / top * kOne : 0.f);
-            if (Exec::leads_block<kBlock>()) absmax[block] = top;
+            absmax.store(at, top);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             // |values * scale| <= (127 + 2^-17) kOne, which is rounded to 127 kOne.
             U scaled = round_to_int(values[i] * scale[Exec::block_of<kBlock>(i, col)]);
             codes.put_s8(i, col, n, shifted_down(scaled + draws.next(i, col), 16));
         });
-        codes.end();
+        codes.end(place);
     }
     HD void begin() {}
     HD void end() {}
 };
-using Block8Slot = Block8<Draws>;
+using Block8Slot = Block8<Exec::RowDraws>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

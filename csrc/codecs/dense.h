@@ -12,14 +12,12 @@ struct DenseSlot : Slot {
 
     HD DenseSlot(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s), first(part<float>(0)) {
-        at.start(p, first + p.first_row() * cols + first_col());
+        at.start(p, first);
     }
-    HD void begin_row(int64_t row, int width) {
-        at.begin(place, first + row * cols + first_col(), row, width);
-    }
+    HD void begin_row(int64_t row, int width) { at.begin(place, first, row, width); }
     HD F load(int i, int col, int n) { return at.f32(i, col, n); }
     HD void store(int i, int col, int n, F x) { at.put_f32(i, col, n, x); }
-    HD void end_row(int64_t, int) { at.end(); }
+    HD void end_row(int64_t, int) { at.end(place); }
     HD void begin() {}
     HD void end() {}
 };
@@ -28,21 +26,23 @@ struct DenseSlot : Slot {
 struct Bf16Slot : Slot {
     uint16_t* const first;
     Exec::Row<uint16_t> at;
-    Draws draws;
+    Exec::RowDraws draws;
 
     HD Bf16Slot(const Place& p, SlotId slot, SlotScratch& s)
-        : Slot(p, slot, s), first(part<uint16_t>(0)), draws(p.hyper.key, moment.salt) {
-        at.start(p, first + p.first_row() * cols + first_col());
+        : Slot(p, slot, s),
+          first(part<uint16_t>(0)),
+          draws(p.hyper.key, moment.salt, p.words_or(s.words)) {
+        at.start(p, first);
     }
     HD void begin_row(int64_t row, int width) {
-        at.begin(place, first + row * cols + first_col(), row, width);
+        at.begin(place, first, row, width);
         draws.begin_row(row, cols, first_col());
     }
     HD F load(int i, int col, int n) { return at.bf16(i, col, n); }
     HD void store(int i, int col, int n, F x) {
         at.put_upper(i, col, n, rounded_bf16(x, draws.next(i, col)));
     }
-    HD void end_row(int64_t, int) { at.end(); }
+    HD void end_row(int64_t, int) { at.end(place); }
     HD void begin() {}
     HD void end() {}
 };

@@ -13,9 +13,10 @@ namespace ENGINE_ISA {
 
 template <bool kSigned, bool kStored = true>
 struct FactoredSlot : Slot {
-    const float* row_factors;
+    const float* const factors;
     float* const workspace;
     uint8_t* const sign_bits;
+    Exec::AlongRows row_factors;
     Exec::AlongColumns col_factors;
     Exec::Columns columns;
     Exec::RowSums rows;
@@ -26,22 +27,20 @@ struct FactoredSlot : Slot {
 
     HD FactoredSlot(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s),
+          factors(p.launch.workspace + p.launch.vectors[p.first->tensor] + moment.vectors),
           workspace(p.launch.workspace + moment.partials),
           sign_bits(part<uint8_t>(4)),
           roots(s.roots) {
-        row_factors = p.launch.workspace + p.launch.vectors[p.first->tensor] + moment.vectors;
+        row_factors.start(p, factors, number());
         col_factors.begin_tile(cols_from(), p.width(), number());
-        if (kSigned) signs.start(p, signs_of(p.first_row()));
+        if (kSigned) signs.start(p, sign_bits);
     }
     HD int number() const { return int(moment.partials / kPartials); }  // of the factored ones
-    HD uint8_t* signs_of(int64_t row) const {
-        return sign_bits + row * ((cols + 7) / 8) + first_col() / 8;
-    }
 
     HD float* partials() const { return workspace + place.partials; }
-    HD const float* cols_from() const { return row_factors + padded(place.rows()) + first_col(); }
+    HD const float* cols_from() const { return factors + padded(place.rows()) + first_col(); }
     HD void find_cols(int width) {
-        col_factors.begin_row(cols_from(), width, place.width());
+        col_factors.begin_row(place, cols_from(), width);
         col_roots.begin(roots + place.at() * Exec::kSpan, number());
     }
 
@@ -62,13 +61,14 @@ struct FactoredSlot : Slot {
 
     HD void begin_row(int64_t row, int width) {
         find_cols(width);
-        row_factor = kSigned ? -row_factors[row] : row_factors[row];  // a set bit is a plus
-        row_root = sqrt(F(row_factors[row]));
+        row_factor = row_factors.begin(place, row);
+        row_root = sqrt(F(row_factor));
+        if (kSigned) row_factor = -row_factor;  // a set bit is a plus
         if (kStored) {
             rows.begin_row(partials());
             columns.begin_row(partials() + kTileRows);
         }
-        if (kSigned) signs.begin(place, signs_of(row), row, width);
+        if (kSigned) signs.begin(place, sign_bits, row, width);
     }
 
     HD F load(int i, int col, int n) {

@@ -33,7 +33,8 @@ template <class DrawsT>
 struct Float8 : Slot {
     uint8_t* const first;
     Exec::Row<uint8_t> codes;
-    int8_t *const all_tops, *tops;
+    int8_t* const tops;
+    Exec::PerBlock<int8_t, kFloat8Block> exponents;
     U* base;
     F* values;
     DrawsT draws;
@@ -41,20 +42,19 @@ struct Float8 : Slot {
     HD Float8(const Place& p, SlotId slot, SlotScratch& s)
         : Slot(p, slot, s),
           first(part<uint8_t>(0)),
-          all_tops(part<int8_t>(1)),
+          tops(part<int8_t>(1)),
           base(s.base),
           values(s.encoded),
-          draws(p.hyper.key, moment.salt, s.words) {
-        codes.start(p, first + p.first_row() * cols + first_col());
+          draws(p.hyper.key, moment.salt, p.words_or(s.words)) {
+        codes.start(p, first);
+        exponents.start(p, tops);
     }
 
     HD void begin_row(int64_t row, int width) {
-        codes.begin(place, first + row * cols + first_col(), row, width);
-        tops = all_tops + row * ((cols + kFloat8Block - 1) / kFloat8Block) +
-               first_col() / kFloat8Block;
-        Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
-            base[at] = U(float8_base(tops[block] + 127));
-        });
+        codes.begin(place, first, row, width);
+        exponents.begin(place, tops, row);
+        Exec::each_block<kFloat8Block>(
+            width, [&](int at) INLINED { base[at] = U(float8_base(exponents.load(at) + 127)); });
         draws.begin_row(row, cols, first_col());
     }
 
@@ -66,23 +66,23 @@ struct Float8 : Slot {
     HD void store(int i, int, int, F x) { values[i] = x; }
 
     HD void end_row(int64_t, int width) {
-        Exec::each_block<kFloat8Block>(width, [&](int at, int block) INLINED {
+        Exec::each_block<kFloat8Block>(width, [&](int at) INLINED {
             int32_t exponent =
                 float8_exponent(Exec::largest<kFloat8Block, false>(values, at, width));
             base[at] = U(float8_base(exponent));
-            if (Exec::leads_block<kFloat8Block>()) tops[block] = int8_t(exponent - 127);
+            exponents.store(at, int8_t(exponent - 127));
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             U grid = base[Exec::block_of<kFloat8Block>(i, col)];
             U draw = draws.template next<kFloat8Cut>(i, col);
             codes.put_saturated(i, col, n, float8_encode(values[i], draw, grid));
         });
-        codes.end();
+        codes.end(place);
     }
     HD void begin() {}
     HD void end() {}
 };
-using Float8Slot = Float8<Draws>;
+using Float8Slot = Float8<Exec::RowDraws>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -26,20 +26,20 @@ struct AnyRows {
     Exec::Row<const float> wide;
     Exec::Row<const uint16_t> narrow;
 
-    HD void start(const Place& p, int32_t dtype, const char* at) {
-        if (dtype == kFloat32) return wide.start(p, reinterpret_cast<const float*>(at));
-        narrow.start(p, reinterpret_cast<const uint16_t*>(at));
+    HD void start(const Place& p, int32_t dtype, uint64_t data) {
+        if (dtype == kFloat32) return wide.start(p, pointer<const float>(data));
+        narrow.start(p, pointer<const uint16_t>(data));
     }
-    // f(i, x) for all vectors x of a row, of which the tile's columns begin at `at`.
+    // f(i, x) for all vectors x of a row.
     template <class Function>
-    HD void each(const Place& p, int32_t dtype, const char* at, int64_t row, int width,
+    HD void each(const Place& p, int32_t dtype, uint64_t data, int64_t row, int width,
                  Function&& f) {
         if (dtype == kFloat32) {
-            wide.begin(p, reinterpret_cast<const float*>(at), row, width);
+            wide.begin(p, pointer<const float>(data), row, width);
             return Exec::each(width,
                               [&](int i, int col, int n) INLINED { f(i, wide.f32(i, col, n)); });
         }
-        narrow.begin(p, reinterpret_cast<const uint16_t*>(at), row, width);
+        narrow.begin(p, pointer<const uint16_t>(data), row, width);
         if (dtype == kBFloat16)
             return Exec::each(width,
                               [&](int i, int col, int n) INLINED { f(i, narrow.bf16(i, col, n)); });
@@ -83,27 +83,18 @@ struct Bf16Grad {
 // A gradient of any dtype.
 struct AnyGrad {
     const Place& place;
-    const char* data;
-    int32_t dtype;
-    int64_t cols;
+    const uint64_t data;
+    const int32_t dtype;
     F* values;
     AnyRows rows;
 
     HD AnyGrad(const Place& p, F* room)
-        : place(p),
-          data(pointer<char>(p.tensor.grad)),
-          dtype(p.tensor.grad_dtype),
-          cols(p.cols()),
-          values(room) {
-        rows.start(p, dtype, part_of(p.first_row()));
-    }
-    HD const char* part_of(int64_t row) const {
-        return data + (row * cols + place.col) * dtype_bytes(dtype);
+        : place(p), data(p.tensor.grad), dtype(p.tensor.grad_dtype), values(room) {
+        rows.start(p, dtype, data);
     }
 
     HD_CALL void begin_row(int64_t row, int width) {
-        const char* at = part_of(row);
-        rows.each(place, dtype, at, row, width, [&](int i, F x) INLINED { values[i] = x; });
+        rows.each(place, dtype, data, row, width, [&](int i, F x) INLINED { values[i] = x; });
     }
     HD bool clean(int) const { return false; }
     HD F load(int i, int, int) const { return values[i]; }
@@ -113,36 +104,31 @@ struct AnyGrad {
 // Weights of any dtype and rounding, with what Kahan compensation kept of them.
 struct AnyWeight {
     const Place& place;
-    const Tensor& tensor;
-    char *at, *compensation;
+    const uint64_t data, compensation;
     int32_t dtype;
     bool compensated, stochastic;
-    int64_t cols;
+    int64_t row_at_hand;
     F* values;
     AnyRows rows, lost_rows;
-    Draws draws;
+    Exec::RowDraws draws;
 
     HD AnyWeight(const Place& p, F* room)
         : place(p),
-          tensor(p.tensor),
+          data(p.tensor.weight),
+          compensation(p.tensor.compensation),
           dtype(p.tensor.weight_dtype),
-          compensated(p.tensor.compensation != 0),
+          compensated(compensation != 0),
           stochastic(has(p.hyper, kStochastic)),
-          cols(p.cols()),
           values(room),
-          draws(p.hyper.key, 0) {
-        const int64_t offset = (p.first_row() * cols + p.col) * dtype_bytes(dtype);
-        rows.start(p, dtype, pointer<char>(tensor.weight) + offset);
-        if (compensated) lost_rows.start(p, dtype, pointer<char>(tensor.compensation) + offset);
+          draws(p.hyper.key, 0, p.words_or(nullptr)) {
+        rows.start(p, dtype, data);
+        if (compensated) lost_rows.start(p, dtype, compensation);
     }
 
     HD_CALL void begin_row(int64_t row, int width) {
-        const int64_t first_col = place.col;
-        int64_t offset = (row * cols + first_col) * dtype_bytes(dtype);
-        at = pointer<char>(tensor.weight) + offset;
-        compensation = pointer<char>(tensor.compensation) + offset;
-        draws.begin_row(row, cols, first_col);
-        rows.each(place, dtype, at, row, width, [&](int i, F x) INLINED { values[i] = x; });
+        row_at_hand = row;
+        draws.begin_row(row, place.cols(), place.col);
+        rows.each(place, dtype, data, row, width, [&](int i, F x) INLINED { values[i] = x; });
         if (compensated)
             lost_rows.each(place, dtype, compensation, row, width,
                            [&](int i, F x) INLINED { values[i] = values[i] + x; });
@@ -154,14 +140,14 @@ struct AnyWeight {
     HD_CALL void end_row(int width) {
         if (dtype == kFloat32) {
             Exec::Row<float> row;
-            row.open(place, reinterpret_cast<float*>(at), width);
+            row.open(place, pointer<float>(data), row_at_hand, width);
             Exec::each(width,
                        [&](int i, int col, int n) INLINED { row.put_f32(i, col, n, values[i]); });
-            return row.end();
+            return row.end(place);
         }
         Exec::Row<uint16_t> row, lost;
-        row.open(place, reinterpret_cast<uint16_t*>(at), width);
-        lost.open(place, reinterpret_cast<uint16_t*>(compensation), width);
+        row.open(place, pointer<uint16_t>(data), row_at_hand, width);
+        lost.open(place, pointer<uint16_t>(compensation), row_at_hand, width);
         const bool bf16 = dtype == kBFloat16;
         Exec::each(width, [&](int i, int col, int n) INLINED {
             const F w = values[i];
@@ -173,8 +159,8 @@ struct AnyWeight {
             const F rest = w - (bf16 ? from_bf16(code) : from_fp16(code));
             lost.put_uint(i, col, n, bf16 ? to_bf16(rest) : to_fp16(rest));
         });
-        row.end();
-        if (compensated) lost.end();
+        row.end(place);
+        if (compensated) lost.end(place);
     }
 };
 

@@ -41,6 +41,8 @@ HD F conditioned(const Hyper& h, F g, F w) {
     return g * h.coefficient;
 }
 
+HD bool are_slow(const Hyper& h) { return below_half(h.weight1) && below_half(h.weight2); }
+
 // A step is plain where nothing happens between the rule and the weights: bf16 weights rounded
 // stochastically, bf16 gradients, no feature that changes the update element by element.  Most runs
 // consist of such steps, so some have a loop of their own, by how the moments are stored.
@@ -71,6 +73,9 @@ struct Rule {
     static constexpr bool kSampled = false;      // something is kept of some elements (samples.h)
     static constexpr bool kRoot = false;         // whether it asks for Moments::root
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
+    // What the loop of usable gradients may rely on (tile.h): here, that averages move by less than
+    // half.
+    HD static bool is_usual(const Hyper&) { return true; }
 };
 
 // Where an update agrees with the gradient.

@@ -3,6 +3,11 @@
 #pragma once
 
 #define RARELY(condition) __builtin_expect(condition, 0)
+#if defined(__CUDACC_RTC__)
+#define TRUST(condition) __builtin_assume(condition)
+#else
+#define TRUST(condition)  // a CPU asks at no cost
+#endif
 
 #if defined(ENGINE_CUDA)
 #include "core/lanes_cuda.h"

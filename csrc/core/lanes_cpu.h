@@ -87,6 +87,9 @@ HD F sqrt(F x) {
     return map<F>(root, x);
 }
 
+// A function of its own because a GPU asks once for both.
+HD F over_root(F a, F x, float b) { return a / (sqrt(x) + F(b)); }
+
 // a < b ? a : b and a > b ? a : b, NaN included: that is how the instructions are defined.
 #if defined(__AVX512F__)
 #define LANES_CHOICE(T, name, op, cast, intrinsic)                                            \

@@ -138,38 +138,57 @@ HD float about_rsqrt(float x) { return 1.f / sqrtf(x); }
 #endif
 
 // IEEE's quotients and roots, by a Newton step and the remainder's correction, as the compiler
-// would make them (Markstein 1990); but for what would underflow or overflow on the way the lanes
-// ask once, together.
+// would make them (Markstein 1990).  The remainder is exact unless it underflows; what overflows on
+// the way, or has no number to begin with, comes out as NaN, or as a quotient of zero.  So the
+// lanes ask once, together, whether all is large enough.
+HD float about_quotient(float x, float y) {
+    float inverse = about_reciprocal(y);
+    inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.f), inverse);
+    const float about = x * inverse;
+    return __fmaf_rn(inverse, __fmaf_rn(-y, about, x), about);
+}
+HD float about_root(float x) {
+    const float inverse = about_rsqrt(x), about = x * inverse;
+    return __fmaf_rn(__fmaf_rn(-about, about, x), inverse * 0.5f, about);
+}
 HD F operator/(F a, F b) {
     F q;
-    bool ordinary = true;
+    bool large = true;
     UNROLLED for (int i = 0; i < kLanes; ++i) {
-        const float x = a.r[i], y = b.r[i];
-        float inverse = about_reciprocal(y);
-        inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.f), inverse);
-        const float about = x * inverse;
-        q.r[i] = __fmaf_rn(inverse, __fmaf_rn(-y, about, x), about);
-        // |x| >= 2^-100 and 2^-100 <= |q| < 2^100
-        ordinary &= (bits_of_float(x) << 1) >= (27u << 24) &&
-                    (bits_of_float(q.r[i]) << 1) - (27u << 24) < 200u << 24;
+        q.r[i] = about_quotient(a.r[i], b.r[i]);
+        large = large & (::fabsf(a.r[i]) >= 0x1p-100f) & (::fabsf(q.r[i]) >= 0x1p-100f);
     }
-    if (RARELY(!ordinary)) {
+    if (RARELY(!large)) {
         UNROLLED for (int i = 0; i < kLanes; ++i) q.r[i] = __fdiv_rn(a.r[i], b.r[i]);
     }
     return q;
 }
 HD F sqrt(F x) {
     F root;
-    bool ordinary = true;
+    bool large = true;
     UNROLLED for (int i = 0; i < kLanes; ++i) {
-        const float y = x.r[i], inverse = about_rsqrt(y), about = y * inverse;
-        root.r[i] = __fmaf_rn(__fmaf_rn(-about, about, y), inverse * 0.5f, about);
-        ordinary &= bits_of_float(y) - (27u << 23) < 227u << 23;  // 2^-100 <= y < 2^127
+        root.r[i] = about_root(x.r[i]);
+        large &= root.r[i] >= 0x1p-50f;
     }
-    if (RARELY(!ordinary)) {
+    if (RARELY(!large)) {
         UNROLLED for (int i = 0; i < kLanes; ++i) root.r[i] = __fsqrt_rn(x.r[i]);
     }
     return root;
+}
+// a / (sqrt(x) + b), b >= 0.  With such a divisor and such a quotient a is large enough.
+HD F over_root(F a, F x, float b) {
+    F q;
+    bool large = true;
+    UNROLLED for (int i = 0; i < kLanes; ++i) {
+        const float root = about_root(x.r[i]);
+        q.r[i] = about_quotient(a.r[i], root + b);
+        large = large & (root >= 0x1p-50f) & (::fabsf(q.r[i]) >= 0x1p-50f);
+    }
+    if (RARELY(!large)) {
+        UNROLLED for (int i = 0; i < kLanes; ++i) q.r[i] =
+            __fdiv_rn(a.r[i], __fsqrt_rn(x.r[i]) + b);
+    }
+    return q;
 }
 
 HD F to_float(U x) {  // of lanes in two's complement

@@ -21,11 +21,12 @@ HD F with_sign(F magnitude, F from) {
 }
 HD F sign(F x) { return select(x == F(0.f), F(0.f), with_sign(F(1.f), x)); }
 
-// a + weight (b - a), 0 <= weight <= 1.  An integer comparison: the loops that ask it of every
-// vector have no float register to spare.
+// An integer comparison: the loops that ask it of every vector have no float register to spare.
+HD bool below_half(float weight) { return bits_of_float(weight) < bits_of_float(0.5f); }
+
+// a + weight (b - a), 0 <= weight <= 1.
 HD F lerp(F a, F b, float weight) {
-    return bits_of_float(weight) < bits_of_float(0.5f) ? fma(F(weight), b - a, a)
-                                                       : fma(F(weight - 1.f), b - a, b);
+    return below_half(weight) ? fma(F(weight), b - a, a) : fma(F(weight - 1.f), b - a, b);
 }
 
 // atan2(y, x) for x >= 0, within 2 ulp; atan2(0, 0) = 0.

@@ -128,7 +128,7 @@ struct Draws {
     }
 };
 
-// The same, where the words were made for the weights, which left them in `kept`.
+// The same, where the words of a row are made once for all and left in `kept`.
 struct SharedDraws {
     const U* kept;
     uint32_t factor;

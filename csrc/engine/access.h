@@ -9,11 +9,13 @@ namespace ENGINE_ISA {
 
 // Any dtype, codec and feature.  kPlain: nothing happens between the rule and the weights.  kMoves:
 // it is known that the step moves them.  kFlags: those that there may be, or, where kFlagsKnown,
-// those that there are.
+// those that there are.  kRoundsWithin: some moment is rounded by draws when it is put, and not
+// when its row ends.
 template <class RuleT>
 struct AnyAccess {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = false, kFlagsKnown = false;
+    static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags = ~int64_t(0);
     AnyGrad grad;
     AnyWeight weight;
@@ -40,6 +42,7 @@ template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile =
 struct PlainAccess {
     using R = RuleT;
     static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
+    static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = kSign;
     Bf16Grad<!kCodes> grad;
@@ -68,6 +71,7 @@ template <class RuleT, class FastT>
 struct SettlingAccess {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = true, kFlagsKnown = false;
+    static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
     static constexpr bool factored_sign = false;
     Bf16Grad<> grad;

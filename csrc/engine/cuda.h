@@ -31,10 +31,9 @@ struct Elements {
 
     HD Elements(const Place& p, uint64_t address, bool exist = true)
         : place(p), data(pointer<T>(address)) {
-        if (exist) row.start(p, part_of(p.first_row()));
+        if (exist) row.start(p, data);
     }
-    HD T* part_of(int64_t at) const { return data + at * place.cols() + place.col; }
-    HD void begin(int64_t at, int width) { row.begin(place, part_of(at), at, width); }
+    HD void begin(int64_t at, int width) { row.begin(place, data, at, width); }
     HD F load(int i, int col, int n) const {
         if constexpr (kWide)
             return row.f32(i, col, n);
@@ -51,8 +50,10 @@ struct GradOf {
     HD GradOf(const Place& p, F*) : elements(p, p.tensor.grad) {}
     HD void begin_row(int64_t row, int width) { elements.begin(row, width); }
     HD F load(int i, int col, int n) const { return elements.load(i, col, n); }
-    // Of the thread's elements: a usable sum has no unusable part.
+    // Of the thread's elements.  All below 2, as nearly everywhere, is soon seen; a usable sum has
+    // no unusable part.
     HD bool clean(int) const {
+        if (elements.row.all_below_two()) return true;
         F of_lanes(0.f);
         UNROLLED for (int i = 0; i < Exec::kSpan; ++i) of_lanes =
             of_lanes + abs(load(i, Exec::column(i), kLanes));
@@ -72,9 +73,8 @@ struct WeightOf : AnyWeight {
         stochastic = kRoundsByDraws;
     }
     HD void begin_row(int64_t row, int width) {
-        at = (char*)elements.part_of(row);
-        compensation = (char*)lost.part_of(row);
-        draws.begin_row(row, cols, place.col);
+        row_at_hand = row;
+        draws.begin_row(row, place.cols(), place.col);
         elements.begin(row, width);
         if (kCompensated) lost.begin(row, width);
     }
@@ -122,6 +122,8 @@ struct Kind {
     using R = RuleT;
     using Grad = GradOf<kGradDtype>;
     static constexpr bool kMoves = false, kFlagsKnown = true;
+    static constexpr bool kRoundsWithin =
+        is_same<FastT, Bf16Slot> || is_same<SlowT, Bf16Slot> || is_same<SquareT, Bf16Slot>;
     static constexpr int64_t kFlags = kFlags_;
     static constexpr uint32_t kStorage = storage_of(kCodecOf<FastT>, kCodecOf<SquareT>);
     // Those that have a loop of their own on a CPU (engine/kernels.h): the same arithmetic here.

@@ -10,19 +10,25 @@
 //   kWeightsLater               whether a row's weights are written in a loop of their own
 //   each(width, f)              f(i, col, n) for every vector i: its first column, its lanes that
 //                               exist; the halves of a block of 32 columns have i even and odd
-//   each_block<B>(width, f)     f(at, block) for every block of B columns; at: where one thread
-//                               keeps what belongs to it; block_of<B>(i, col) is that of a vector
+//   each_block<B>(width, f)     f(at) for every block of B columns; at: where one thread keeps what
+//                               belongs to it; block_of<B>(i, col) is that of a vector
 //   largest<B, signed>(values, at, w)   the largest |element| of that block
 //   Columns                     sums over a tile's rows: once a tile begin(to, width), end(width),
 //                               once a row begin_row(to), add(i, col, x)
 //   RowSums                     sums of a tile's rows: begin_row(to), add(i, x),
 //                               end_row(row, width)
 //   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total)
-//   Row<T>                      a tile's rows of T in memory: once a tile start(place, first row);
-//                               to read a row begin(place, its part, row, width), to write one
-//                               open(place, its part, width); f32, bf16, s8, uint(i, col, n) and
-//                               put_...(i, col, n, x); end()
+//   RowDraws, make_words        draws of a row, and the words they share, where they do
+//   knowing(place, f)           f(), compiled for each kind of tile that Row reads in its own way
+//   Row<T>                      a tile's rows of T in memory: once a tile start(place, data); to
+//                               read a row begin(place, data, row, width), to write one
+//                               open(place, data, row, width); f32, bf16, s8, uint(i, col, n) and
+//                               put_...(i, col, n, x); end(place)
 //   Bits                        the same of one bit a column, lowest first
+//   PerBlock<T, B>              of a number for each block of B columns: start(place, data), once a
+//                               row begin(place, data, row); load(at), store(at, x)
+//   AlongRows                   a vector that runs along the rows: once a tile start(place, vector,
+//                               moment), once a row begin(place, row) gives its element
 //   AlongColumns                a vector's part of a tile: begin_tile, begin_row, load(i, col, n)
 //   Kept                        a vector i of its own for each of a tile's columns: put, load
 //   prefetch(row, cols, col)    a hint: column col of a row to come will be read
@@ -37,9 +43,8 @@
 //   each_run, largest_of, each_pack_of_run   the same by blocks
 //   sum_of(length, f)           in fp64: 32 partial sums of every 32nd element, then by halves
 //
-// leads() says whether this thread writes what exists once (of a block of columns:
-// leads_block<B>(), of a run: leads_warp()); sync() makes what threads have written visible to each
-// other.
+// leads() says whether this thread writes what exists once (of a run: leads_warp()); sync() makes
+// what threads have written visible to each other.
 #pragma once
 
 #if defined(ENGINE_CUDA)

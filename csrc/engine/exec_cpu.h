@@ -23,15 +23,16 @@ struct Exec {
         template <class PlaceT>
         HD void start(const PlaceT&, T*) {}
         template <class PlaceT>
-        HD void open(const PlaceT& place, T* first, int) {
-            at = first;
+        HD void open(const PlaceT& place, T* data, int64_t row, int) {
+            at = data + row * place.cols() + place.col;
             cols = place.cols();
         }
         template <class PlaceT>
-        HD void begin(const PlaceT& place, T* first, int64_t, int width) {
-            open(place, first, width);
+        HD void begin(const PlaceT& place, T* data, int64_t row, int width) {
+            open(place, data, row, width);
         }
-        HD void end() {}
+        template <class PlaceT>
+        HD void end(const PlaceT&) {}
 
         HD U uint(int, int col, int n) const {
             ask(col);
@@ -67,8 +68,8 @@ struct Exec {
         template <class PlaceT>
         HD void start(const PlaceT&, uint8_t*) {}
         template <class PlaceT>
-        HD void begin(const PlaceT&, uint8_t* first, int64_t, int) {
-            at = first;
+        HD void begin(const PlaceT& place, uint8_t* data, int64_t row, int) {
+            at = data + row * ((place.cols() + 7) / 8) + place.col / 8;
         }
         HD uint32_t load(int, int col, int n) const {
             uint16_t bits = 0;
@@ -82,12 +83,52 @@ struct Exec {
         HD void end() {}
     };
 
+    using RowDraws = Draws;
+    HD static void make_words(U&, uint64_t, int64_t, int64_t, int64_t) {}
+
+    template <class PlaceT, class Function>
+    HD static void knowing(const PlaceT&, Function&& f) {
+        f();
+    }
+
+    // A number for each block of kBlock columns of a row.
+    template <class T, int kBlock>
+    struct PerBlock {
+        T* at;
+
+        template <class PlaceT>
+        HD void start(const PlaceT&, T*) {}
+        template <class PlaceT>
+        HD void begin(const PlaceT& place, T* data, int64_t row) {
+            at = data + row * ((place.cols() + kBlock - 1) / kBlock) + place.col / kBlock;
+        }
+        HD T load(int block) const { return at[block]; }
+        HD void store(int block, T x) { at[block] = x; }
+    };
+
+    // A vector that runs along the rows.
+    struct AlongRows {
+        const float* at;
+
+        template <class PlaceT>
+        HD void start(const PlaceT&, const float* vector, int) {
+            at = vector;
+        }
+        template <class PlaceT>
+        HD float begin(const PlaceT&, int64_t row) {
+            return at[row];
+        }
+    };
+
     // A vector that runs along the columns: a tile's part of it.
     struct AlongColumns {
         const float* at;
 
         HD void begin_tile(const float*, int, int) {}
-        HD void begin_row(const float* from, int, int) { at = from; }
+        template <class PlaceT>
+        HD void begin_row(const PlaceT&, const float* from, int) {
+            at = from;
+        }
         HD F load(int, int col, int n) const { return load_f32(at + col, n); }
     };
 
@@ -178,7 +219,7 @@ struct Exec {
 
     template <int kBlock, class Function>
     HD static void each_block(int width, Function&& f) {
-        for (int block = 0; block * kBlock < width; ++block) f(block, block);
+        for (int block = 0; block * kBlock < width; ++block) f(block);
     }
     template <int kBlock>
     HD static int block_of(int, int col) {
@@ -258,10 +299,6 @@ struct Exec {
 
     HD static double total(D x) { return sum(x); }
     HD static bool leads() { return true; }
-    template <int kBlock>
-    HD static bool leads_block() {
-        return true;
-    }
     HD static bool leads_warp() { return true; }
 
     // What follows serves the phases of a tensor.

@@ -55,7 +55,7 @@ struct Exec : ThreadRows {
     template <int kBlock, class Function>
     HD static void each_block(int width, Function&& f) {
         const int mine = block() * 32 / kBlock;
-        if (mine * kBlock < width) f(0, mine);
+        if (mine * kBlock < width) f(0);
     }
     template <int kBlock>
     HD static int block_of(int, int) {
@@ -67,10 +67,6 @@ struct Exec : ThreadRows {
         UNROLLED for (int i = 0; i < kSpan; ++i) top =
             max(kSigned ? abs(values[i]) : values[i], top);
         return largest_of_threads<kBlock / kThreadCols>(engine::ENGINE_ISA::largest(top));
-    }
-    template <int kBlock>
-    HD static bool leads_block() {
-        return thread() % (kBlock / kThreadCols) == 0;
     }
 
     template <class T>

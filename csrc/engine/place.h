@@ -30,6 +30,13 @@ struct Place {
     int64_t col, partials;                        // its first column, its place in the workspace,
     int number;                                   // and its number in the strip
     const bool whole;                             // whether Exec::Row may use vectors
+    // Where a strip is one tile: its columns, its row's first element, and whether a row follows.
+    const int first_width;
+    int at_row;  // of the tile's rows
+    int64_t element;
+    bool more;
+    const uint64_t key;
+    U words;  // the row's, of the thread's block of 32 columns
 
     HD Place(const Launch& l, int64_t first_tile, bool is_whole)
         : launch(l),
@@ -45,7 +52,12 @@ struct Place {
           col(first->col),
           partials(first->partials),
           number(0),
-          whole(is_whole) {}
+          whole(is_whole),
+          first_width(width_from(col)),
+          at_row(0),
+          element(from_row * num_cols + col),
+          more(num_rows() > 1),
+          key(hyper.key) {}
 
     // Calls f() with each tile of the strip at hand.
     template <class Function>
@@ -63,9 +75,16 @@ struct Place {
     // Calls f(row, its width) with each row of the strip's tiles at hand: row by row.
     template <class Function>
     HD void each_row(Function&& f) {
-        for (int64_t row = first_row(); row < end_row(); ++row)
+        int64_t row = first_row();
+        for (at_row = 0; at_row < num_rows(); ++at_row, ++row, element += cols()) {
+            more = at_row + 1 < num_rows();
             each_tile([&]() INLINED { f(row, width(row)); });
+        }
     }
+
+    HD void make_words(int64_t row) { Exec::make_words(words, key, row, cols(), col); }
+    // What SharedDraws take: these where there are such, or else others.
+    HD const U* words_or(const U* others) const { return Exec::kStripTiles == 1 ? &words : others; }
 
     // `number`, which is a constant where a strip is one tile.
     HD int at() const { return Exec::kStripTiles == 1 ? 0 : number; }
@@ -77,8 +96,14 @@ struct Place {
     HD int num_rows() const { return int(end_row() - first_row()); }
     HD TileSums& sums() const { return launch.sums[tile - launch.tiles]; }
 
+    // That of the next row, or, where none follows, of this one.
+    HD int64_t next_element() const { return more ? element + cols() : element; }
+
     // Columns of the tile, and of those the ones a row has: the last row may end early.
-    HD int width() const { return int(cols() - col < kTileCols ? cols() - col : kTileCols); }
+    HD int width() const { return Exec::kStripTiles == 1 ? first_width : width_from(col); }
+    HD int width_from(int64_t column) const {
+        return int(cols() - column < kTileCols ? cols() - column : kTileCols);
+    }
     HD int width(int64_t row) const {
         if (whole) return width();
         int64_t left = numel - row * cols() - col;

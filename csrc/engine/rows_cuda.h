@@ -8,7 +8,7 @@
 // where their sums are taken, once in eight rows.
 #pragma once
 
-#include "core/numerics.h"
+#include "core/random.h"
 #include "core/types.h"
 
 namespace engine {
@@ -27,11 +27,15 @@ struct ThreadRows {
     static constexpr int kThreadCols = kSpan * kLanes;
     static constexpr unsigned kWarp = 0xFFFFFFFFu;
 
+    // Unsigned in between: the compiler is to see which bits of a column are known.
     HD static int thread() { return int(threadIdx.x); }
-    HD static int warp() { return thread() / 32; }
-    HD static int block() { return thread() / 4; }  // of 32 columns
+    HD static int warp() { return int(threadIdx.x / 32); }
+    HD static int block() { return int(threadIdx.x / 4); }  // of 32 columns
+    HD static int quarter() { return int(threadIdx.x % 4); }
     // The first column of the thread's pack i.
-    HD static int column(int i) { return block() * 32 + i * 16 + thread() % 4 * kLanes; }
+    HD static int column(int i) {
+        return int(threadIdx.x / 4 * 32 | i * 16u | threadIdx.x % 4 * kLanes);
+    }
     HD static int lanes(int i, int width) {
         const int left = width - column(i);
         return left < 0 ? 0 : left < kLanes ? left : kLanes;
@@ -39,8 +43,26 @@ struct ThreadRows {
 
     HD static float4 four(F x) { return make_float4(x.r[0], x.r[1], x.r[2], x.r[3]); }
 
+    // A thread has four words of a row's, which Place keeps.
+    using RowDraws = SharedDraws;
+    HD static void make_words(U& words, uint64_t key, int64_t row, int64_t cols, int64_t col) {
+        Words of_row(key);
+        of_row.begin_row(row, cols, col);
+        words = of_row.at(column(0));
+    }
+
+    // Calls f, whose two copies know which of the two a tile is.
+    template <class PlaceT, class Function>
+    HD static void knowing(const PlaceT& place, Function&& f) {
+        if (place.whole)
+            f();
+        else
+            f();
+    }
+
     // A thread's elements of the rows of a tile in memory.  Those of a row are stored when all have
-    // been put; those of a whole tile's next row are under way while one is computed.
+    // been put; those of a whole tile's next row are under way while one is computed, and a thread
+    // has all of its columns or none.
     template <class T>
     struct Row {
         static constexpr int kWords = int(sizeof(T)), kEach = 4 / kWords;  // elements of a word
@@ -48,57 +70,73 @@ struct ThreadRows {
         using Vectors = uint32_t[kSpan][kWords];
         using Element = Choice<kWords == 4, uint32_t, Choice<kWords == 2, uint16_t, uint8_t>>;
 
-        T* at;
+        T* mine;  // where the thread's first would be, were the tile's first element the tensor's
         int width;
-        bool whole;
         Vectors read, ahead, written;
 
-        // Once a tile: where its first row is.
+        // Once a tile.
         template <class PlaceT>
-        HD void start(const PlaceT& place, T* first) {
-            if (place.whole) ask(first, place.width());
+        HD void start(const PlaceT& place, T* data) {
+            mine = data + column(0);
+            UNROLLED for (int i = 0; i < kSpan; ++i) {
+                UNROLLED for (int j = 0; j < kWords; ++j) ahead[i][j] = 0;
+            }
+            if (place.whole) ask(place, place.element);
         }
 
         // To be put.
         template <class PlaceT>
-        HD void open(const PlaceT& place, T* first, int row_width) {
-            at = first;
+        HD void open(const PlaceT&, T* data, int64_t, int row_width) {
+            mine = data + column(0);
             width = row_width;
-            whole = place.whole;
         }
-        // To be read: row `row`, whose tile's columns begin at `first`.
+        // To be read.
         template <class PlaceT>
-        HD void begin(const PlaceT& place, T* first, int64_t row, int row_width) {
-            open(place, first, row_width);
-            if (!whole) {
+        HD void begin(const PlaceT& place, T*, int64_t, int row_width) {
+            width = row_width;
+            if (!place.whole) {
+                const Element* from = row_of(place);
                 UNROLLED for (int i = 0; i < kSpan; ++i) {
-                    Element* mine = own();
+                    Element* own = room();
                     ROLLED for (int k = 0; k < kLanes; ++k) {
                         const int col = column(i) + k;
-                        mine[k] = col < width ? reinterpret_cast<const Element*>(at)[col] : 0;
+                        own[k] = col < width ? from[col] : 0;
                     }
-                    load_words(mine, read[i]);
+                    load_words(own, read[i]);
                 }
                 return;
             }
             UNROLLED for (int i = 0; i < kSpan; ++i) {
                 UNROLLED for (int j = 0; j < kWords; ++j) read[i][j] = ahead[i][j];
             }
-            if (row + 1 < place.end_row()) ask(first + place.cols(), width);
+            ask(place, place.next_element());
         }
-        HD void end() {
+        template <class PlaceT>
+        HD void end(const PlaceT& place) {
+            if (place.whole) {
+                if (column(0) >= width) return;
+                UNROLLED for (int i = 0; i < kSpan; ++i)
+                    store_words(mine + place.element + i * 16, written[i]);
+                return;
+            }
+            Element* to = row_of(place);
             UNROLLED for (int i = 0; i < kSpan; ++i) {
-                if (whole) {
-                    if (column(i) < width) store_words(at + column(i), written[i]);
-                    continue;
-                }
-                Element* mine = own();
-                store_words(mine, written[i]);
+                Element* own = room();
+                store_words(own, written[i]);
                 ROLLED for (int k = 0; k < kLanes; ++k) {
                     const int col = column(i) + k;
-                    if (col < width) reinterpret_cast<Element*>(at)[col] = mine[k];
+                    if (col < width) to[col] = own[k];
                 }
             }
+        }
+
+        // Of floats and halves of either kind: whether no exponent has its highest bit.
+        HD bool all_below_two() const {
+            uint32_t bits = 0;
+            UNROLLED for (int i = 0; i < kSpan; ++i) {
+                UNROLLED for (int j = 0; j < kWords; ++j) bits |= read[i][j];
+            }
+            return (bits & (kWords == 4 ? 0x40000000u : 0x40004000u)) == 0;
         }
 
         HD U uint(int i, int, int) const {
@@ -135,14 +173,19 @@ struct ThreadRows {
         HD void put_saturated(int i, int col, int n, U x) { put_uint(i, col, n, min(x, U(255u))); }
 
        private:
-        HD void ask(T* first, int row_width) {
-            UNROLLED for (int i = 0; i < kSpan; ++i) {
-                UNROLLED for (int j = 0; j < kWords; ++j) ahead[i][j] = 0;
-                if (column(i) < row_width) load_words(first + column(i), ahead[i]);
-            }
+        // Of the row whose part of the tile begins at this element of the tensor.
+        template <class PlaceT>
+        HD void ask(const PlaceT& place, int64_t element) {
+            const T* from = mine + element;
+            if (column(0) >= place.width()) return;
+            UNROLLED for (int i = 0; i < kSpan; ++i) load_words(from + i * 16, ahead[i]);
+        }
+        template <class PlaceT>
+        HD Element* row_of(const PlaceT& place) const {
+            return (Element*)(mine - column(0) + place.element);
         }
         // Where elements become words, one by one, and the other way.
-        HD static Element* own() {
+        HD static Element* room() {
             alignas(16) __shared__ Element of_threads[kTileThreads * kLanes];
             return of_threads + thread() * kLanes;
         }
@@ -150,45 +193,84 @@ struct ThreadRows {
 
     // The same of one bit a column, lowest first.
     struct Bits {
-        uint8_t* at;
+        uint8_t *at, *next;  // the thread's byte, of this row and of the one that is asked for
+        int64_t pitch;
         int width;
         uint32_t read, ahead, written;  // the packs' from bits 0 and 16 on
 
         template <class PlaceT>
-        HD void start(const PlaceT& place, uint8_t* first) {
-            if (place.whole) ask(first, place.width());
+        HD void start(const PlaceT& place, uint8_t* data) {
+            pitch = (place.cols() + 7) / 8;
+            next = data + place.first_row() * pitch + place.col / 8 + thread();
+            ahead = 0;
+            if (place.whole && column(0) < place.width()) ahead = word_of(next);
         }
         template <class PlaceT>
-        HD void begin(const PlaceT& place, uint8_t* first, int64_t row, int row_width) {
-            at = first;
+        HD void begin(const PlaceT& place, uint8_t*, int64_t, int row_width) {
             width = row_width;
             written = 0;
+            at = next;
+            next += pitch;
             uint32_t word = 0;
             if (place.whole) {
                 word = ahead;
-                if (row + 1 < place.end_row()) ask(first + place.cols() / 8, width);
+                if (place.more && column(0) < place.width()) ahead = word_of(next);
             } else {
                 ROLLED for (int j = 0; j < 4; ++j) {
                     const int byte = 4 * block() + j;
-                    if (8 * byte < width) word |= uint32_t(at[byte]) << 8 * j;
+                    if (8 * byte < width) word |= uint32_t(at[byte - thread()]) << 8 * j;
                 }
             }
-            read = word >> thread() % 4 * kLanes;
+            read = word >> quarter() * kLanes;
         }
         HD uint32_t load(int i, int, int) const { return read >> 16 * i; }
         HD void store(int i, int, int, uint32_t bits) { written |= bits << 16 * i; }
         HD void end() {
-            uint32_t word = written << thread() % 4 * kLanes;
+            uint32_t word = written << quarter() * kLanes;
             UNROLLED for (int apart = 1; apart < 4; apart *= 2) word |=
                 __shfl_xor_sync(kWarp, word, apart);
-            if (8 * thread() < width) at[thread()] = uint8_t(word >> 8 * (thread() % 4));
+            if (8 * thread() < width) *at = uint8_t(word >> 8 * quarter());
         }
 
        private:
-        HD void ask(const uint8_t* first, int row_width) {
-            ahead = 0;
-            if (32 * block() < row_width)
-                ahead = *reinterpret_cast<const uint32_t*>(first + 4 * block());
+        HD static uint32_t word_of(const uint8_t* byte) {
+            return *reinterpret_cast<const uint32_t*>(uint64_t(byte) & ~uint64_t(3));
+        }
+    };
+
+    // A number for each block of kBlock columns of a row: the thread's, and that of the next row
+    // under way.
+    template <class T, int kBlock>
+    struct PerBlock {
+        T *at, *next;
+        int64_t pitch;
+        T value, ahead;
+
+        template <class PlaceT>
+        HD void start(const PlaceT& place, T* data) {
+            pitch = (place.cols() + kBlock - 1) / kBlock;
+            next = data + place.first_row() * pitch + place.col / kBlock + number();
+            ahead = T(0);
+            if (exists(place)) ahead = *next;
+        }
+        template <class PlaceT>
+        HD void begin(const PlaceT& place, T*, int64_t) {
+            at = next;
+            next += pitch;
+            value = ahead;
+            if (place.more && exists(place)) ahead = *next;
+        }
+        HD T load(int) const { return value; }
+        // By one of the threads that have the block.
+        HD void store(int, T x) {
+            if (thread() % (kBlock / kThreadCols) == 0) *at = x;
+        }
+
+       private:
+        HD static int number() { return block() * 32 / kBlock; }
+        template <class PlaceT>
+        HD static bool exists(const PlaceT& place) {
+            return number() * kBlock < place.width();
         }
     };
 
@@ -198,16 +280,19 @@ struct ThreadRows {
         static constexpr int kPitch = 16 * 17;  // 16 blocks of 16 lanes; rows begin half the banks
                                                 // apart
         static constexpr int kRoom = kRows * kPitch;
-        // Floats of shared memory that a factored moment has: this room, and two for each column.
-        static constexpr int kShared = kRoom + 2 * kTileCols;
+        // Floats of shared memory that a factored moment has: this room, two for each column, and
+        // one for each row.
+        static constexpr int kShared = kRoom + 2 * kTileCols + kTileRows;
 
         float *to, *room;
+        float4* mine;  // of the room
         int last;
         F pairs;
 
         HD void begin(int moment) { begin_in(shared_room + moment * kShared); }
         HD void begin_in(float* where) {
             room = where;
+            mine = reinterpret_cast<float4*>(where) + thread();
             last = -1;
         }
         HD void begin_row(float* first) {
@@ -217,20 +302,20 @@ struct ThreadRows {
         HD void add(int i, F x) { pairs = i ? pairs + x : x; }
         HD void add_square(int i, F x) { pairs = i ? fma(x, x, pairs) : x * x; }
         HD void end_row(int row, int) {
-            reinterpret_cast<float4*>(room + row % kRows * kPitch)[thread()] = four(pairs);
+            mine[unsigned(row) % kRows * (kPitch / 4)] = four(pairs);
             last = row;
-            if (row % kRows == kRows - 1) flush();
+            if (unsigned(row) % kRows == kRows - 1) flush();
         }
         HD void end() {
-            if (last % kRows != kRows - 1) flush();
+            if (unsigned(last) % kRows != kRows - 1) flush();
         }
 
        private:
         // A thread adds up two neighbouring lanes.
         HD void flush() {
             __syncthreads();
-            const int mine = thread() / 8, row = last / kRows * kRows + mine;
-            const float* from = room + mine * kPitch + thread() % 8 * 2;
+            const int which = thread() / 8, row = last / kRows * kRows + which;
+            const float* from = room + which * kPitch + thread() % 8 * 2;
             float sum[2] = {};
             UNROLLED for (int block = 0; block < 16; ++block) {
                 UNROLLED for (int j = 0; j < 2; ++j) sum[j] = sum[j] + from[block * 16 + j];
@@ -273,12 +358,31 @@ struct ThreadRows {
                 values.put(i, load_f32(from + column(i), lanes(i, width)));
         }
         // The tensor's last row may end early.
-        HD void begin_row(const float*, int width, int width_of_tile) {
-            if (width == width_of_tile) return;
+        template <class PlaceT>
+        HD void begin_row(const PlaceT& place, const float*, int width) {
+            if (place.whole || width == place.width()) return;
             UNROLLED for (int i = 0; i < kSpan; ++i)
                 values.put(i, only(lane_index() < U(uint32_t(lanes(i, width))), values.load(i)));
         }
         HD F load(int i, int, int) const { return values.load(i); }
+    };
+
+    // A vector that runs along the rows: the same.
+    struct AlongRows {
+        const float* values;
+
+        template <class PlaceT>
+        HD void start(const PlaceT& place, const float* vector, int moment) {
+            float* room = shared_room + moment * RowSums::kShared + RowSums::kRoom + 2 * kTileCols;
+            values = room;
+            static_assert(kTileRows <= kTileThreads, "a thread reads one");
+            if (thread() < place.num_rows()) room[thread()] = vector[place.first_row() + thread()];
+            __syncthreads();
+        }
+        template <class PlaceT>
+        HD float begin(const PlaceT& place, int64_t) const {
+            return values[place.at_row];
+        }
     };
 
     struct Columns {

@@ -38,19 +38,21 @@ HD Hyper hyper_of(const Place& p) {
 }
 
 template <class Access>
-HD void begin_row(Access& a, int64_t row, int width) {
-    a.grad.begin_row(row, width);
-    a.weight.begin_row(row, width);
-    a.fast.begin_row(row, width);
-    a.slow.begin_row(row, width);
-    a.square.begin_row(row, width);
+HD void begin_row(const Place& p, Access& a, int64_t row, int width) {
+    Exec::knowing(p, [&]() INLINED {
+        a.grad.begin_row(row, width);
+        a.weight.begin_row(row, width);
+        a.fast.begin_row(row, width);
+        a.slow.begin_row(row, width);
+        a.square.begin_row(row, width);
+    });
 }
 
 // Calls f(clean) with a constant: whether all gradient elements of the row are known to be usable,
-// so that none of its vectors need be asked.
+// so that none of its vectors need be asked, and the rule's usual case holds.
 template <class GradT, class Function>
-HD void with_row(const GradT& grad, int width, Function&& f) {
-    if (grad.clean(width)) return f(Constant<true>());
+HD void with_row(const GradT& grad, bool usual, int width, Function&& f) {
+    if (usual && grad.clean(width)) return f(Constant<true>());
     f(Constant<false>());
 }
 
@@ -63,6 +65,7 @@ struct Evaluation {
 
 template <bool kClean, class Access>
 HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
+    if (kClean) TRUST(Access::R::is_usual(h));
     Evaluation e;
     e.raw = a.grad.load(i, col, n);
     if (!kClean) e.raw = usable(e.raw, e.ok);
@@ -104,8 +107,10 @@ HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
     } of_tiles[Exec::kStripTiles];
     p.each_row([&](int64_t row, int width) INLINED {
         auto sums = of_tiles[p.at()];
-        grad.begin_row(row, width);
-        weight.begin_row(row, width);
+        Exec::knowing(p, [&]() INLINED {
+            grad.begin_row(row, width);
+            weight.begin_row(row, width);
+        });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             D g(0.0), w(0.0);
             if constexpr (kGrad) {
@@ -150,10 +155,12 @@ HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
         square.begin();
     });
     p.each_row([&](int64_t row, int width) INLINED {
-        grad.begin_row(row, width);
-        if (has(h, kOrthograd)) weight.begin_row(row, width);
-        square.begin_row(row, width);
-        with_row(grad, width, [&](auto clean) INLINED {
+        Exec::knowing(p, [&]() INLINED {
+            grad.begin_row(row, width);
+            if (has(h, kOrthograd)) weight.begin_row(row, width);
+            square.begin_row(row, width);
+        });
+        with_row(grad, true, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Mask ok;
@@ -182,14 +189,15 @@ template <class Access>
 HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
+    const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
     FactoredSlot<false> average(p, kSlow, scratch.slots[kSlow]);
     p.each_tile([&]() INLINED { average.begin(); });
     p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         average.begin_row(row, width);
-        with_row(a.grad, width, [&](auto clean) INLINED {
+        with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
@@ -208,14 +216,15 @@ template <class Access, bool kSettled>
 HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
+    const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
     typename Exec::RowTotals squares;
     p.each_tile([&]() INLINED { squares.begin(p.sums().update_sq); });
     p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         squares.begin_row();
-        with_row(a.grad, width, [&](auto clean) INLINED {
+        with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
@@ -239,7 +248,7 @@ HD void align(const Launch& launch, int64_t first_tile, bool whole = false) {
     p.each_tile([&]() INLINED { aligned.begin(p.sums().aligned); });
     p.each_row([&](int64_t row, int width) INLINED {
         int64_t of_row = 0;
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         Exec::each(width, [&](int i, int col, int n) INLINED {
             Evaluation e = evaluate<false>(a, h, i, col, n);
             of_row += count(agrees(e.u, e.g));
@@ -253,6 +262,7 @@ template <class Access>
 HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
     const Hyper h = hyper_of<Access>(p);
+    const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
     typename Exec::Count nonfinite;
@@ -268,10 +278,11 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
         a.square.begin();
     });
     p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(a, row, width);
+        begin_row(p, a, row, width);
         samples.row(h, row, width, a.grad, a.weight);
         if (lagged) squares.begin_row();
-        with_row(a.grad, width, [&](auto clean) INLINED {
+        if (Access::kRoundsWithin) p.make_words(row);
+        with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
             // The step of a vector's weights, once its update is known.
             auto write = [&](int i, int col, int n, F u) INLINED {
@@ -307,6 +318,7 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
                 Exec::each(width, [&](int i, int col, int n)
                                       INLINED { write(i, col, n, scratch.update[i]); });
         });
+        if (!Access::kRoundsWithin) p.make_words(row);  // late: they take registers
         a.fast.end_row(row, width);
         a.slow.end_row(row, width);
         a.square.end_row(row, width);

@@ -42,12 +42,14 @@ struct Adam : Rule {
         }
     }
 
+    HD static bool is_usual(const Hyper& h) { return are_slow(h); }
+
     HD static F direction(const Hyper& h, F g, Moments& s) {
         s.fast = lerp(s.fast, g, h.weight1);
         s.square = lerp(s.square, g * g, h.weight2);
-        F numerator = mixed(h, s.fast, g, s), root = sqrt(s.square);
-        if (has(h, kAtan2)) return atan2(numerator * h.tilt, root);
-        return numerator / (root + h.eps);
+        F numerator = mixed(h, s.fast, g, s);
+        if (has(h, kAtan2)) return atan2(numerator * h.tilt, sqrt(s.square));
+        return over_root(numerator, s.square, h.eps);
     }
 };
 

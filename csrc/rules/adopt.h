@@ -19,6 +19,8 @@ struct Adopt : Rule {
         h.passive = h.t == 1;
     }
 
+    HD static bool is_usual(const Hyper& h) { return are_slow(h); }
+
     HD static F direction(const Hyper& h, F g, Moments& s) {
         if (h.passive) {
             s.square = g * g;

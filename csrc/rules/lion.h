@@ -10,6 +10,8 @@ struct Lion : Rule {
     static constexpr const char* kName = "lion";
     HD static void prepare(const Options&, Hyper&) {}
 
+    HD static bool is_usual(const Hyper& h) { return are_slow(h); }
+
     HD static F direction(const Hyper& h, F g, Moments& s) {
         F u = sign(lerp(s.fast, g, h.weight1));
         s.fast = lerp(s.fast, g, h.weight2);

@@ -11,6 +11,8 @@ struct DistanceAdapted : Rule {
     static constexpr int64_t kOwnFlags = kSafeguardWarmup | kBiasCorrection;
     static constexpr bool kSampled = true;
 
+    HD static bool is_usual(const Hyper& h) { return are_slow(h); }
+
     HD static void prepare(const Options& o, Hyper& h) {
         double correction = 1;
         if (has(h, kBiasCorrection))
@@ -41,8 +43,8 @@ struct Prodigy : DistanceAdapted {
         const F dg = g * h.d;
         s.fast = lerp(s.fast, dg, h.weight1);
         s.square = lerp(s.square, dg * dg, h.weight2);
-        const F root = sqrt(s.square);
-        return has(h, kAtan2) ? atan2(s.fast, root) : s.fast / (root + h.eps);
+        if (has(h, kAtan2)) return atan2(s.fast, sqrt(s.square));
+        return over_root(s.fast, s.square, h.eps);
     }
 };
 

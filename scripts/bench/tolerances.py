@@ -25,7 +25,7 @@ class Tolerance:
     """How far the engine may be from the reference, which adds up in another order.
 
     Every element may miss by `relative` of itself and `scale` of the largest one (of weights: of
-    what the step moved); and `share` of them, but one at least, by `places` neighbours more.
+    what the step moved); and `share` of them, but two at least, by `places` neighbours more.
     """
 
     relative: float = 0.0
@@ -71,7 +71,8 @@ def misses(
     place = spacing(wanted) if place is None else place
     away = ~(error <= near)  # NaN is
     far = ~(error <= near + tolerance.places * place)
-    if not far.any() and away.sum() <= max(tolerance.share * away.numel(), tolerance.places > 0):
+    allowed = max(tolerance.share * away.numel(), 2 if tolerance.places else 0)
+    if not far.any() and away.sum() <= allowed:
         return ""
     worst = (error - near).nan_to_num(math.inf).argmax()
     return (

@@ -1,0 +1,123 @@
+"""Which engine steps which parameters of an optimizer: by what it computes, by their groups'
+options, and by the devices that they are on."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optim import backend, native, plan
+from optim.share import Places, Share, Trait
+
+if TYPE_CHECKING:
+    from optim.fused import FusedOptimizer
+
+CPU = torch.device("cpu")
+
+
+class Dispatch:
+    """The engines of one optimizer, made where they are first needed."""
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+        self.engines: dict[tuple[torch.device, str | None], backend.Engine | None] = {}
+
+    def shares(self, places: Share, rule: str | None = None) -> list[tuple[backend.Engine, Share]]:
+        """Which engine steps which parameters, or computes another rule for them."""
+        torch_engine = backend.TorchEngine(self._optimizer)
+        if not self._is_fused():
+            return [(torch_engine, places)]
+        any_unfused = any(map(_unfused, self._optimizer.param_groups))
+        if not any_unfused and Trait.ELSEWHERE not in places.traits:
+            return [(self.engine(CPU, rule) or torch_engine, places)]
+        self.say_what_is_unfused()
+        shares: dict[torch.device | None, Places] = {}
+        for place in places:
+            device = None if _unfused(place[1]) else place[2].device
+            shares.setdefault(device, Places()).append(place)
+        return [
+            (
+                (device and self.engine(device, rule)) or torch_engine,
+                Share(share) if len(shares) > 1 else places,
+            )
+            for device, share in shares.items()
+        ]
+
+    def engine(self, device: torch.device, rule: str | None = None) -> backend.Engine | None:
+        """The fused engine of a device, if it has one."""
+        key = (device, rule)
+        if key not in self.engines:
+            reason = backend.unavailable(device.type)
+            if reason:
+                backend.fall_back(reason)
+            self.engines[key] = (
+                None if reason else backend.fused_engine(self._optimizer, device, rule)
+            )
+        return self.engines[key]
+
+    def counts_on(self, param: Tensor) -> torch.device:
+        """Where a parameter's step count lives: with who reads it."""
+        on_device = self._is_fused() and param.is_cuda and backend.unavailable("cuda") is None
+        return param.device if on_device else CPU
+
+    def say_what_is_unfused(self) -> None:
+        """Say, once, what leaves a fused engine unused: the rule, or options."""
+        optimizer = self._optimizer
+        if optimizer.backend != "native":
+            return
+        name = type(optimizer).__name__
+        if not plan.has_rule(type(optimizer).rule):
+            backend.fall_back(f"{name} has no fused kernel")
+            return
+        for option in filter(None, map(_unfused, optimizer.param_groups)):
+            backend.fall_back(f"{name} with {option} has no fused kernel")
+
+    def in_words(self) -> str:
+        """`FusedOptimizer.engine`."""
+        optimizer = self._optimizer
+        if not plan.has_rule(type(optimizer).rule):
+            return f"plain PyTorch; {type(optimizer).__name__} has no fused kernel"
+        engines = []
+        for device in sorted(device_types(optimizer.param_groups) or {"cpu"}):
+            numbers: dict[str, list[str]] = {}  # of groups, by who steps them
+            for number, group in enumerate(optimizer.param_groups):
+                if device in (device_types([group]) or {device}):
+                    numbers.setdefault(self._stepper(device, group), []).append(str(number))
+            engines += [
+                who if len(numbers) == 1 else f"{who} (group{'s'[: len(its) - 1]} {', '.join(its)})"
+                for who, its in numbers.items()
+            ]
+        return ", ".join(engines)
+
+    def _stepper(self, device: str, group: dict[str, Any]) -> str:
+        """Who steps the parameters of a group on devices of a type, in words."""
+        on = f"on {device.upper()}" if device != "cpu" else "on a CPU"
+        reason, option = backend.unavailable(device), _unfused(group)
+        if reason is None and self._optimizer.backend == "torch":
+            reason = "backend=torch was chosen"
+        elif reason is None and option:
+            reason = f"{option} has no fused kernel"
+        if reason:
+            return f"plain PyTorch {on}; {reason}"
+        isa = f" ({native.isa()})" if device == "cpu" else ""
+        return f"the native engine{isa} {on}"
+
+    def _is_fused(self) -> bool:
+        """Whether fused engines compute the optimizer's rule, and are wanted."""
+        optimizer = self._optimizer
+        return optimizer.backend == "native" and plan.has_rule(type(optimizer).rule)
+
+
+def device_types(groups: Iterable[dict[str, Any]]) -> set[str]:
+    """The types of the devices that groups have parameters on."""
+    devices = {param.device.type for group in groups for param in group["params"]}
+    return devices - {"meta"}  # only counts bytes
+
+
+def _unfused(group: dict[str, Any]) -> str | None:
+    """The option of a group that only plain PyTorch computes, if there is one: batches of small
+    matrices, and updates that are mapped back from a projection."""
+    if group.get("conv_view") == "last2":
+        return "conv_view=last2"
+    return "residual=True" if group.get("residual") else None

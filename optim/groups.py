@@ -1,0 +1,68 @@
+"""What a parameter group may be: options that agree, and parameters that can be updated."""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optim.share import DTYPES
+
+if TYPE_CHECKING:
+    from optim.fused import FusedOptimizer
+
+Group = dict[str, Any]
+
+
+def check(cls: "type[FusedOptimizer]", groups: list[Group]) -> None:
+    """Refuse a last group whose options contradict each other or the other groups', or whose
+    parameters cannot be updated by this optimizer."""
+    _check_options(cls.__name__, groups[-1])
+    for param in groups[-1]["params"]:
+        _check_param(cls, param)
+    _check_common(cls.__name__, cls.common, groups)
+
+
+def _check_options(optimizer: str, group: Group) -> None:
+    if group.get("factor_1d") and group["storage"] != "factored":
+        raise ValueError(
+            f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, "
+            "which factors nothing; use storage='factored'"
+        )
+    if group["grams"] and group["cautious"]:
+        raise ValueError(
+            f"{optimizer} cannot have grams=True with cautious=True: an update that has the "
+            "gradient's signs has none against them; keep one of them"
+        )
+
+
+def _check_param(cls: "type[FusedOptimizer]", param: Tensor) -> None:
+    optimizer, shape = cls.__name__, tuple(param.shape)
+    if _is_dtensor(param):
+        raise TypeError(
+            f"{optimizer} does not take a DTensor (shape {shape}): its statistics (row and "
+            "column means, norms) would be those of one shard; keep whole parameters in each "
+            f"process instead ({'DDP' if cls.shared else 'DDP, ZeRO-1'})"
+        )
+    if param.layout is not torch.strided or param.dtype not in DTYPES:
+        raise TypeError(
+            f"{optimizer} updates dense fp32, bf16 and fp16 parameters; "
+            f"this one is {param.layout}, {param.dtype}, shape {shape}"
+        )
+
+
+def _check_common(optimizer: str, options: Iterable[str], groups: list[Group]) -> None:
+    """Refuse a last group that has another value of an option which is of all groups."""
+    for option in options:
+        first, last = groups[0][option], groups[-1][option]
+        if first != last:
+            raise ValueError(
+                f"{optimizer}: {option}={last!r} in one group and {first!r} in another is not "
+                "possible; it must be the same in all"
+            )
+
+
+def _is_dtensor(param: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return module is not None and isinstance(param, module.DTensor)

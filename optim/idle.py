@@ -1,0 +1,91 @@
+"""Options without effect: which of those that are set do nothing beside the others.
+
+An optimizer says so when it is built.  An option that does something in one group may be set for
+all (`cautious_decay` where only biases are not decayed), so nothing is said of it unless it does
+nothing anywhere.  What depends on gradients, or on how long a run is, is not judged.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from optim.plan import first_decay
+
+Group = dict[str, Any]
+
+
+class IdleOption(UserWarning):
+    """An option of an optimizer has no effect."""
+
+
+def _follows_the_gradient(group: Group) -> bool:
+    """Whether every element of an update has the gradient's sign anyway: nothing else is averaged
+    into it."""
+    return not (first_decay(group) or group.get("alpha") or group.get("residual"))
+
+
+def _keeps_no_first_moment(group: Group) -> bool:
+    return group.get("momentum") == 0 or group.get("beta1", 0) is None
+
+
+def _is_clipped_before(group: Group) -> bool:
+    total = group["max_grad_norm"]
+    return total is not None and total <= group["grad_clip"]
+
+
+def _compensates_fp32(group: Group) -> bool:
+    in_fp32 = all(param.dtype == torch.float32 for param in group["params"])
+    return in_fp32 and group["rounding"] == "kahan"
+
+
+_ALONG = "where every update points along its gradient"
+_FIRST = "use a first moment (momentum, beta1)"
+# option -> (does it do nothing in this group?, where that is so, what it wants)
+_IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
+    "nesterov": (lambda g: g["momentum"] == 0, "with momentum=0", "set momentum"),
+    "storage": (_keeps_no_first_moment, "where no first moment is kept", _FIRST),
+    "cautious": (_follows_the_gradient, _ALONG, _FIRST),
+    "grams": (_follows_the_gradient, _ALONG, _FIRST),
+    "cautious_decay": (lambda g: g["weight_decay"] == 0, "with weight_decay=0", "set weight_decay"),
+    "beta2_decay": (lambda g: g["beta2"] is not None, "with a fixed beta2", "set beta2=None"),
+    "clip_norm": (
+        lambda g: g["clip_threshold"] is None,
+        "with clip_threshold=None",
+        "set clip_threshold",
+    ),
+    "grad_clip": (
+        _is_clipped_before,
+        "where max_grad_norm is no larger, which bounds all gradients together",
+        "make it smaller",
+    ),
+    "eps": (lambda g: g.get("atan2", False), "with atan2=True", "set atan2=False"),
+    "warmup_steps": (lambda g: g["alpha"] == 0, "with alpha=0", "set alpha"),
+    "rounding": (
+        _compensates_fp32,
+        "on fp32 weights, which are not rounded",
+        "use it with bf16 or fp16 weights",
+    ),
+    "factor_1d": (
+        lambda g: all(param.ndim > 1 for param in g["params"]),
+        "where no tensor is 1-D",
+        "use it with such tensors",
+    ),
+    "conv_view": (
+        lambda g: all(param.ndim < 3 for param in g["params"]),
+        "where no tensor is a convolution's",
+        "use it with such tensors",
+    ),
+}
+
+
+def options(defaults: Group, groups: list[Group]) -> list[str]:
+    """The options that have another value than their default, and no effect in any group that sets
+    them: a line for each, with the remedy."""
+    lines = []
+    for option, (is_idle, where, remedy) in _IDLE.items():
+        setting = [g for g in groups if option in defaults and g[option] != defaults[option]]
+        if setting and all(map(is_idle, setting)):
+            value = setting[0][option]
+            lines.append(f"{option}={value!r} has no effect {where}; {remedy}, or leave it out")
+    return lines

@@ -1,0 +1,175 @@
+"""Options without effect: each option does something, is refused, or is said to do nothing."""
+
+import warnings
+
+import pytest
+import torch
+from helpers import FOR_SMALL, PRODIGIES, make_params, set_grads
+from torch.nn import Parameter
+
+import optim
+from trainer import optimizers
+
+SHAPES = [(24, 16), (16, 3, 3, 3), (24,)]
+# Another value than the default, for options that have no obvious one.
+OTHER = {
+    "lr": 0.3,
+    "alpha": 2.0,
+    "warmup_steps": 20,
+    "max_grad_norm": 1e-2,
+    "grad_clip": 1e-2,
+    "growth_limit": 1.2,
+    "momentum": 0.5,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "beta2_decay": -0.3,
+    "beta3": 0.5,
+    "d0": 1e-3,
+    "d_coef": 0.5,
+    "growth_rate": 1.01,
+    "slice_p": 2,
+    "rho": 1e3,
+    "clip_threshold": 0.1,
+    "weight_decay": 0.5,
+    "seed": 3,
+    "storage": "factored",
+    "rounding": "nearest",
+    "clip_norm": "lagged",
+    "conv_view": "last2",
+    "rank": 2,
+    "scale": 3.0,
+    "update_gap": 2,
+    "projection": "sign",
+}
+USUAL = FOR_SMALL | {"sophia": {"rho": 100.0}} | {name: {"d0": 1e-2} for name in PRODIGIES}
+# What a few steps with good gradients cannot tell.
+ELSEWHERE = {"backend", "on_nonfinite", "hessian_every"}
+IDLE = [  # (optimizer, options of which the last does nothing, what to change so that it does)
+    ("sgd", {"momentum": 0.0, "nesterov": True}, {"momentum": 0.5}),
+    ("sgd", {"momentum": 0.0, "storage": "8bit"}, {"momentum": 0.5}),
+    ("sgd", {"momentum": 0.0, "grams": True}, {"momentum": 0.5}),
+    ("adamw", {"betas": (0.0, 0.9), "cautious": True}, {"betas": (0.5, 0.9)}),
+    ("ademamix", {"betas": (0.0, 0.9, 0.99), "alpha": 0.0, "grams": True}, {"alpha": 1.0}),
+    ("ademamix", {"alpha": 0.0, "warmup_steps": 9}, {"alpha": 1.0}),
+    ("lomo", {"cautious": True}, None),
+    ("adafactor", {"storage": "bf16"}, {"beta1": 0.5}),
+    ("adafactor8bit", {"grams": True}, {"beta1": 0.5}),
+    ("adafactor", {"beta2_decay": -0.3}, {"beta2": None}),
+    ("adafactor", {"clip_threshold": None, "clip_norm": "lagged"}, {"clip_threshold": 0.1}),
+    ("adafactor8bit_apollo", {"storage": "fp32"}, {"beta1": 0.5}),
+    ("adafactor8bit_apollo", {"grams": True}, {"residual": True}),
+    ("adamw", {"weight_decay": 0.0, "cautious_decay": True}, {"weight_decay": 0.5}),
+    ("lion", {"max_grad_norm": 0.1, "grad_clip": 0.1}, {"grad_clip": 0.01}),
+    ("adopt", {"atan2": True, "eps": 1e-1}, {"atan2": False}),
+    ("prodigy", {"atan2": True, "eps": 1e-1}, {"atan2": False}),
+]
+
+
+def trained(name, dtype=torch.bfloat16, shapes=SHAPES, **options):
+    """The weights after a few steps to a minimum, with gradients that shrink and grow."""
+    params = make_params(dtype, shapes)
+    optimizer = optim.build(name, params, **{"lr": 0.5} | USUAL.get(name, {}) | options)
+    if name == "sophia":
+        set_grads(params, 0)
+        optimizer.update_hessian(3.0)
+    for step, size in enumerate((4, -3.6, 0.01, 1, 2, 4, 8, 16, 32, 64, 128)):
+        set_grads(params, step)
+        for p in params:
+            p.grad = ((p - 3 + p.grad) * size).detach()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def same(one, two):
+    return all(map(torch.equal, one, two))
+
+
+def another(option, default):
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, tuple):
+        return tuple(0.5 for _ in default)
+    if option == "eps":
+        return 5.0
+    if option == "scaling":
+        return "tensor" if default == "channel" else "channel"
+    return "8bit" if default == OTHER[option] == "factored" else OTHER[option]
+
+
+@pytest.mark.filterwarnings("error::optim.IdleOption")
+@pytest.mark.parametrize("name", sorted(optim.FAMILY))
+def test_every_option_by_itself_does_something_or_is_said_to_do_nothing(name):
+    usual = trained(name)
+    for option, (_, default) in optim.options_of(name).items():
+        if option in ELSEWHERE:
+            continue
+        try:
+            changed = trained(name, **{option: another(option, default)})
+        except (optim.IdleOption, ValueError) as error:
+            said = str(error)
+        else:
+            said = "" if same(changed, usual) else option
+        assert option in said, f"{option} changes nothing, and nothing is said"
+
+
+@pytest.mark.parametrize(("name", "options", "remedy"), IDLE, ids=str)
+def test_an_option_that_is_said_to_do_nothing_does_nothing_unless_the_remedy_is_taken(
+    name, options, remedy
+):
+    *_, idle = options
+    with pytest.warns(optim.IdleOption, match=f": {idle}=.* has no effect .*leave it out") as said:
+        ends = trained(name, torch.float32, **options)
+    assert len(said) == 1
+    rest = {key: value for key, value in options.items() if key != idle}
+    assert same(ends, trained(name, torch.float32, **rest))
+    if remedy is not None:
+        other = {key: value for key, value in (rest | remedy).items() if key != idle}
+        one, two = (trained(name, torch.float32, **each) for each in (options | remedy, other))
+        assert not same(one, two)
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype", "other"),
+    [
+        ({"rounding": "kahan"}, torch.float32, torch.zeros(3, dtype=torch.float16)),
+        ({"conv_view": "last2"}, torch.bfloat16, torch.zeros(2, 2, 2)),
+    ],
+    ids=str,
+)
+def test_an_option_of_other_tensors_is_said_to_do_nothing_unless_there_is_one(option, dtype, other):
+    (name,) = option
+    with pytest.warns(optim.IdleOption, match=f"Adafactor: {name}=.* has no effect"):
+        ends = trained("adafactor", dtype, [(24, 16)], **option)
+    assert same(ends, trained("adafactor", dtype, [(24, 16)]))
+    groups = [{"params": make_params(dtype, [(24, 16)])}, {"params": [Parameter(other)]}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optim.IdleOption)
+        optim.build("adafactor", groups, **option)
+
+
+def test_an_option_that_acts_in_one_group_may_be_set_for_all():
+    """Biases are not decayed, usually."""
+    params = make_params()
+    biases = {"params": params[2:], "weight_decay": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optim.IdleOption)
+        optim.build("adamw", [{"params": params[:2]}, biases], cautious_decay=True)
+    with pytest.warns(optim.IdleOption, match="cautious_decay=True has no effect with weight_dec"):
+        optim.build("adamw", [{"params": params[:2]}, biases | {"cautious_decay": True}])
+
+
+@pytest.mark.parametrize("name", sorted(optim.FAMILY))
+def test_no_preset_sets_an_option_that_does_nothing(name, composed, caplog):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8))
+    optimizer = optimizers.build(composed(f"optim={name}").optim, model, seed=1)
+    assert optimizer.idle_options() == []
+    assert "no effect" not in caplog.text
+
+
+def test_a_run_says_once_which_option_does_nothing(composed, caplog, recwarn):
+    of = composed("optim=sgd", "optim.momentum=0", "optim.nesterov=true").optim
+    optimizers.check(of)
+    assert not caplog.text
+    optimizers.build(of, torch.nn.Linear(2, 2), seed=0)
+    assert caplog.text.count("optim.nesterov=True has no effect with momentum=0") == 1
+    assert not recwarn.list
