@@ -4,6 +4,8 @@
 """
 
 import platform
+import runpy
+from pathlib import Path
 from typing import Any
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -17,6 +19,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
+
+CSRC = Path("csrc")
+SOURCES = runpy.run_path("optim/sources.py")  # importing the package would import torch
+FILES = SOURCES["of_module"](CSRC)
 
 
 class BuildEngine(build_ext):
@@ -47,6 +53,8 @@ engine = Pybind11Extension(
     "optim._native",
     ["csrc/module.cpp"],
     include_dirs=["csrc"],
+    depends=["setup.py", *map(str, FILES)],
+    define_macros=[("ENGINE_SOURCES", f'"{SOURCES["digest"](CSRC, FILES)}"')],
     cxx_std=17,
     # The same bits everywhere: only the written fused multiply-adds.  An errno of sqrt would keep
     # loops scalar; Python's own -fwrapv, indices unlike addresses (an eighth of Adafactor's step).

@@ -36,7 +36,17 @@ const Isa& find(const std::string& name) {
     throw std::invalid_argument("this machine does not run the instruction set '" + name + "'");
 }
 
-const Launch& launch_at(uint64_t address) { return *reinterpret_cast<const Launch*>(address); }
+std::vector<std::string> rules() {
+    return std::vector<std::string>(kBaseline.rules, kBaseline.rules + kBaseline.num_rules);
+}
+
+const Launch& launch_at(uint64_t address) {
+    const Launch& launch = *reinterpret_cast<const Launch*>(address);
+    if (launch.rule < 0 || launch.rule >= kBaseline.num_rules)
+        throw std::invalid_argument("no rule has the number " + std::to_string(launch.rule) +
+                                    ": optim/plan.py has others than csrc/rules/all.h");
+    return launch;
+}
 
 }  // namespace
 
@@ -46,20 +56,23 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "describe",
         [] {
-            py::dict sizes;
-            sizes["Options"] = sizeof(Options);
-            sizes["Moment"] = sizeof(Moment);
-            sizes["Tensor"] = sizeof(Tensor);
-            sizes["Tile"] = sizeof(Tile);
-            sizes["TileSums"] = sizeof(TileSums);
-            sizes["Hyper"] = sizeof(Hyper);
-            sizes["Launch"] = sizeof(Launch);
-            sizes["TILE_ROWS"] = kTileRows;
-            sizes["TILE_COLS"] = kTileCols;
-            sizes["VECTOR_PAD"] = kVectorPad;
-            return sizes;
+            py::dict about;
+            about["Options"] = sizeof(Options);
+            about["Moment"] = sizeof(Moment);
+            about["Tensor"] = sizeof(Tensor);
+            about["Tile"] = sizeof(Tile);
+            about["TileSums"] = sizeof(TileSums);
+            about["Hyper"] = sizeof(Hyper);
+            about["Launch"] = sizeof(Launch);
+            about["TILE_ROWS"] = kTileRows;
+            about["TILE_COLS"] = kTileCols;
+            about["VECTOR_PAD"] = kVectorPad;
+            about["RULES"] = rules();
+            about["csrc/"] = ENGINE_SOURCES;
+            return about;
         },
-        "Sizes in bytes of the structs that optim/plan.py mirrors, and the constants it shares.");
+        "Sizes in bytes of the structs that optim/plan.py mirrors, the constants it shares, and "
+        "what it was compiled from (optim/compiled.py).");
 
     m.def(
         "isas",

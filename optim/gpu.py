@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim import plan
+from optim import plan, sources
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,6 @@ _PASSES = (
 )
 _BEGIN, _FINISH = 0, 14
 _FACTORING = ("adafactor", "came")  # rules that are two: of a matrix and of a vector
-MEASURE = "engine::cuda::measure_kernel"
 
 
 @cache
@@ -75,15 +74,9 @@ def unavailable() -> str | None:
         return "its kernels are CUDA's, and this torch is ROCm's"
     if failed:
         return f"NVRTC does not answer ({failed})"
-    if sources() is None:
+    if sources.folder() is None:
         return "csrc/ is not beside the package"
     return None
-
-
-def sources() -> Path | None:
-    """The folder of the kernels' headers: in the package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return next((p for p in (package / "csrc", package.parent / "csrc") if p.is_dir()), None)
 
 
 class Kind(NamedTuple):
@@ -124,7 +117,10 @@ class Kind(NamedTuple):
         for name, flags, after in _PASSES:
             if self.has(*flags) or asked.get(name):
                 kernel = f"engine::cuda::{name}_kernel<{template}>"
-                names.append((MEASURE if name == "measure" else kernel, True))
+                if name == "measure":
+                    of_grad = self.has("orthograd", "grad_clip")
+                    kernel = _measure(of_grad, self.has("orthograd", "scale_parameter"))
+                names.append((kernel, True))
                 names.append((_tensor_kernel(after), False))
         names.append((f"engine::cuda::apply_kernel<{template}>", True))
         return [*names, (_tensor_kernel(_FINISH), False)]
@@ -135,6 +131,14 @@ def kind_of(rule: str, d: plan.Descriptor, flags: int) -> Kind:
     fast, slow, square = (moment.codec for moment in d.moments)
     codecs = (fast, slow, square)
     return Kind(rule, codecs, d.weight_dtype, d.grad_dtype, flags, d.compensation != 0)
+
+
+def _measure(of_grad: bool, of_weight: bool) -> str:
+    grad, weight = "AnyGrad" if of_grad else "Unread", "AnyWeight" if of_weight else "Unread"
+    return f"engine::cuda::measure_kernel<engine::cuda::{grad}, engine::cuda::{weight}>"
+
+
+MEASURE = _measure(of_grad=True, of_weight=False)  # for a global norm
 
 
 def _tensor_kernel(phase: int) -> str:
@@ -153,7 +157,7 @@ def compile_kernels(names: Iterable[str], arch: str, log: Any = None) -> Any:
     options = ProgramOptions(
         **_OPTIONS,
         arch=arch,
-        include_path=str(sources()),
+        include_path=str(sources.folder()),
         ptxas_options=["-v"] if log is not None else None,
     )
     program = Program(_HEADER, code_type="c++", options=options)
@@ -172,12 +176,10 @@ class Gpu:
         major, minor = torch.cuda.get_device_capability(device)
         self._arch = f"sm_{major}{minor}"
         _, *version = nvrtc.nvrtcVersion()
-        root = sources()
+        root = sources.folder()
         assert root is not None
-        digest = hashlib.sha256(f"{version} {self._arch} {_OPTIONS} {_HEADER}".encode())
-        for path in sorted(root.rglob("*.h")):
-            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-        self._sources = digest.hexdigest()
+        headers = sources.digest(root, root.rglob("*.h"))
+        self._sources = f"{version} {self._arch} {_OPTIONS} {_HEADER} {headers}"
         self._loaded: dict[str, Any] = {}
         self.num_compiled = 0  # kernels that were not on the disk
 

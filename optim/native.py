@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optim import plan
+from optim import compiled, plan
 from optim.engine import DescriptorEngine, Work, buckets, in_lines
 from optim.share import Share
 
 if TYPE_CHECKING:
     from optim.fused import FusedOptimizer
 
-try:
-    from optim import _native  # type: ignore[attr-defined]
-except ImportError as error:
-    _native, _reason = None, str(error)
+_native = compiled.module
 
 CPU = torch.device("cpu")
 # Parameters are stepped in buckets of at most so many elements, whose partial sums share one room.
@@ -33,7 +30,8 @@ FEW_TILES = 4
 def unavailable() -> str | None:
     """Why the native engine cannot be used, or None where it can."""
     if _native is None:
-        return f"the native engine is not built ({_reason}); it needs a C++ compiler at the install"
+        why = f"({compiled.missing}); it needs a C++ compiler at the install"
+        return f"the native engine is not built {why}"
     return None
 
 
@@ -47,32 +45,6 @@ def isa() -> str:
     if chosen not in names:
         raise ValueError(f"OPTIM_ISA={chosen}: this machine has {', '.join(names)}")
     return chosen
-
-
-def _check_sizes() -> None:
-    """Raise ImportError where the module was built from other structs than `optim/plan.py` has."""
-    mirrored = {
-        "Options": ctypes.sizeof(plan.Options),
-        "Moment": ctypes.sizeof(plan.Moment),
-        "Tensor": ctypes.sizeof(plan.Descriptor),
-        "Launch": ctypes.sizeof(plan.Launch),
-        "Hyper": plan.HYPER_BYTES,
-        "TileSums": plan.TILE_SUMS_BYTES,
-        "TILE_ROWS": plan.TILE_ROWS,
-        "TILE_COLS": plan.TILE_COLS,
-        "VECTOR_PAD": plan.VECTOR_PAD,
-    }
-    built: dict[str, int] = _native.describe()
-    differing = [name for name, size in mirrored.items() if built[name] != size]
-    if differing:
-        raise ImportError(
-            f"optim._native was built from other sources ({', '.join(differing)} differ); "
-            "install again: pip install -e ."
-        )
-
-
-if _native is not None:
-    _check_sizes()
 
 
 def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ from optim.codecs import (
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
 HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # of structs that only the engine looks into
+TILE_BYTES = 24
 NUM_SLOTS = 3
 SLOTS = {  # SlotId
     "exp_avg": 0,
@@ -38,19 +39,20 @@ SLOTS = {  # SlotId
     "scales": 2,
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype
-RULES = {  # RuleId
-    "sgd": 0,
-    "adam": 1,
-    "adopt": 2,
-    "lion": 3,
-    "adafactor": 4,
-    "sophia": 5,
-    "curved": 6,
-    "prodigy": 7,
-    "lion_prodigy": 8,
-    "came": 9,
-    "scaled": 10,
-}
+_RULES = (  # csrc/rules/all.h, in its order
+    "sgd",
+    "adam",
+    "adopt",
+    "lion",
+    "adafactor",
+    "sophia",
+    "curved",
+    "prodigy",
+    "lion_prodigy",
+    "came",
+    "scaled",
+)
+RULES = {name: number for number, name in enumerate(_RULES)}
 # Rules whose matrices are projected, and what steps the projection and the others.
 PROJECTED = {"apollo": "adam", "adafactor_apollo": "adafactor"}
 # What an estimate of the curvature touches; it has no features.
@@ -311,7 +313,7 @@ class Bucket:
             first_partials = total_vectors + partials.cumsum(0) - partials
 
         # Tile: int32 tensor, row, col, unused; int64 partials
-        self.tiles = torch.zeros((self.num_tiles, 3), dtype=torch.int64, device="cpu")
+        self.tiles = torch.zeros((self.num_tiles, TILE_BYTES // 8), dtype=torch.int64, device="cpu")
         words = self.tiles.view(torch.int32)
         words[:, 0] = owner.to(torch.int32)
         words[:, 1] = (within // chunks[owner] * TILE_ROWS).to(torch.int32)

@@ -1,7 +1,7 @@
 """Tensors whose gradients a GPU projects together: how they lie in memory, and what its kernels are
 told of them.
 
-The structs mirror `csrc/engine/projected.h` field by field; addresses are integers.
+The structs mirror `csrc/engine/projected_cuda.h` field by field; addresses are integers.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from optim.projected import LowSteps, is_conditioned, sides_of
 from optim.projection import gain
 from optim.share import Place, Places
 
-CHANNELS, DRAWS = 32, 8192  # csrc/engine/projected.h
+CHANNELS, DRAWS = 32, 8192  # csrc/engine/projected_cuda.h
 FEW_ROWS = (1, 4, 8)  # the largest is a block's warps
 _SPACE = "engine::cuda::projected::"
 _LINE = 256  # bytes to which what lies in the scratch is aligned

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # each portion costs a dozen launches.
 SCRATCH_BYTES = 256 << 20
 CHUNK = 1 << 22  # gradient elements that are fp32 at once where torch cannot multiply as they are
-THREADS = 256  # of a block: csrc/engine/projected.h
+THREADS = 256  # of a block: csrc/engine/projected_cuda.h
 # What a portion and its launches are made of, besides the tensors' shapes.
 _SHAPING = (
     *("rank", "scale", "scaling", "update_gap", "projection", "seed", "orthograd", "grad_clip"),

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from optim import _native  # type: ignore[attr-defined]
-except ImportError:
-    _native = None
+from optim import compiled
 
 Place = tuple[int, dict[str, Any], Tensor]  # a parameter with its index and its group
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters
+_native = compiled.module
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # of torch 2.10 and later
 
 

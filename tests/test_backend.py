@@ -13,7 +13,7 @@ import torch
 from helpers import assert_same, make_params, run, set_grads
 
 import optim
-from optim import backend, native
+from optim import backend, compiled, native
 
 BUILT = native.unavailable() is None
 needs_native = pytest.mark.skipif(not BUILT, reason="it is not built")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_wishes")
 def unbuilt(monkeypatch):
     """As where the install found no compiler."""
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(native, "_reason", "No module named 'optim._native'", raising=False)
+    monkeypatch.setattr(compiled, "missing", "No module named 'optim._native'", raising=False)
 
 
 def build(name="sgd", **options):

@@ -19,7 +19,7 @@ import torch
 from conftest import REPOSITORY
 from cuda_host import Host, on_host
 
-from optim import cuda, gpu, native
+from optim import cuda, gpu, native, plan
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from bench.cases import CASES, Case, kernels_of, kinds_of, make, prepare, set_grads
@@ -64,6 +64,22 @@ def test_every_kernel_compiles_and_fits_registers_and_shared_memory(arch):
     assert set(memory) == {("0", "0")}, report
     assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 255
     assert max(asked.values()) <= 48 << 10  # what a launch may have without more ado
+
+
+@pytest.mark.parametrize(
+    ("flags", "read"),
+    [
+        (("grad_clip",), ["AnyGrad", "Unread"]),
+        (("scale_parameter",), ["Unread", "AnyWeight"]),
+        (("orthograd",), ["AnyGrad", "AnyWeight"]),
+        (("grad_clip", "scale_parameter"), ["AnyGrad", "AnyWeight"]),
+    ],
+)
+def test_what_is_measured_before_a_step_reads_no_more_than_its_flags_ask_for(flags, read):
+    bits = sum(1 << plan.FLAGS.index(flag) for flag in flags)
+    kind = gpu.Kind("sgd", (0, 0, 0), 0, 0, bits, False)
+    (kernel,) = [name for name, _ in kind.passes() if "measure" in name]
+    assert re.findall(r"Any\w+|Unread", kernel) == read
 
 
 @needs_nvrtc

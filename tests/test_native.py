@@ -1,39 +1,42 @@
 """The native engine against its specification, `optim/reference.py`: from the same state and with
-the same gradients, one step of each, so that roundings do not add up.  Then its own promises: the
-same bits whoever computes, one launch a bucket, no full-size temporary, 64-bit offsets."""
+the same gradients, one step of each, so that roundings do not add up."""
 
 import copy
 import math
-import mmap
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPOSITORY
-from helpers import FOR_SMALL, SWIFT, assert_same
+from engine_cases import (
+    BF16,
+    CONDITIONED,
+    DTYPES,
+    FP32,
+    MEDIUM,
+    NAMES,
+    TOGETHER,
+    estimate,
+    gradients,
+    step,
+    weights,
+)
+from helpers import SWIFT
 from torch.nn import Parameter
 
 import optim
-from optim import native, plan, rng
-from optim import state as states
+from optim import native, plan
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from bench import memory
 from bench.checks import PROJECTED_SLACK
 from bench.tolerances import param_misses, spacing
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = [FP32, BF16, FP16]
 STORAGES = ["fp32", "bf16", "8bit", "factored"]
-NAMES = sorted(name for name, cls in optim.FAMILY.items() if plan.has_rule(cls.rule))
 
 # (7, 1429) has no square view, so (97, 104) is padded: its last row is 19 elements long.
 SMALL = [(24, 40), (33, 3, 3, 3), (37,), (), (0,), (1, 5), (7, 1429), (5, 0)]
-# (130, 700): tiles both ways; (3, 4700): more tiles side by side than a strip has.
-MEDIUM = [(130, 700), (3, 4700), (10007,), (33, 3, 3, 3), (), (0,)]
 LARGE = [
     (2, 160001),  # (564, 568), padded and several tiles each way
     (1, 10007),  # a prime: (97, 104)
@@ -48,15 +51,6 @@ LARGE = [
 
 def params_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def step(optimizer):
-    optimizer.step()
-
-
-def estimate(optimizer):
-    """Sophia's, of its curvature."""
-    optimizer.update_hessian(3.0)
 
 
 def step_misses(reference, engine, act=step):
@@ -77,20 +71,6 @@ def step_misses(reference, engine, act=step):
     return lines
 
 
-def weights(shape, dtype, generator):
-    return (torch.randn(shape, generator=generator) * 0.1).to(dtype)
-
-
-def gradients(shape, dtype, generator, scale=0.01):
-    """Of many sizes, with some elements, rows and columns that are zero."""
-    g = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 3
-    if len(shape) > 1 and shape[0] > 2 and g.numel():
-        g *= torch.logspace(-3, 0, shape[0]).view(-1, *[1] * (len(shape) - 1))
-        g[1], g[:, 1] = 0, 0
-    g *= torch.rand(shape, generator=generator) > 0.01
-    return (g * scale).to(dtype)
-
-
 BAD = [math.nan, math.inf, -math.inf, 1e30]
 
 
@@ -99,10 +79,6 @@ def spoil(g, step):
     if g.numel() > 4 * len(BAD):
         for i, value in enumerate(BAD, start=1):
             g.view(-1)[step + i * (g.numel() - 4) // (len(BAD) + 1)] = value
-
-
-# With which no difference of nearly equal numbers is divided by next to nothing.
-CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}} | SWIFT | FOR_SMALL
 
 
 def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0.01, **options):
@@ -222,17 +198,11 @@ OPTIONS = [
             {"clip_threshold": None},
             {"clip_threshold": 0.01},
             {"relative_step": True, "scale_parameter": True, "lr": 0.9},
+            {"scale_parameter": True, "grad_clip": 1e-3},
             {"beta2": None},
             {"beta2": None, "beta2_decay": -0.5, "eps": (1e-6, 0.5), "scale_parameter": True},
         )
     ),
-]
-# Several features in one step, in the order in which they act.
-TOGETHER = [
-    {"max_grad_norm": 0.1, "grad_clip": 1e-3, "orthograd": True, "growth_limit": 1.01},
-    {"orthograd": True, "cautious": True, "cautious_decay": True, "rounding": "kahan"},
-    {"grams": True, "cautious_decay": True, "growth_limit": 1.5, "rounding": "nearest"},
-    {"grad_clip": 1e-3, "cautious": True, "cautious_decay": True, "storage": "bf16", "seed": 7},
 ]
 
 
@@ -364,14 +334,14 @@ def test_an_unusable_element_leaves_its_weight_and_its_moments_bit_for_bit(name,
     generator = torch.Generator().manual_seed(0)
     param = Parameter(weights((21, 35), dtype, generator))
     optimizer = optim.build(name, [param], weight_decay=0.1, backend="native")
-    for step in range(4):
+    for number in range(4):
         old = param.detach().clone()
         before = {k: x.clone() for k, x in optimizer.state[param].items()}
         param.grad = gradients(param.shape, dtype, generator) + 0.01
-        spoil(param.grad, step)
+        spoil(param.grad, number)
         bad = ~(param.grad.float().abs() <= 2.0**48)
         optimizer.step()
-        if step:
+        if number:
             assert torch.equal(param[bad], old[bad])
             moments = [k for k in before if k.startswith("exp_avg")]
             assert moments
@@ -441,247 +411,3 @@ def test_weights_are_written_as_torch_rounds_them(dtype, rounding, decay):
         optim.build("sgd", [param], backend=backend, **options).step()
         moved.append(param.detach())
     assert torch.equal(*moved)
-
-
-# The same bits, whoever computes ------------------------------------------------------------------
-
-
-def trained(name, dtype, shapes=MEDIUM, steps=2, **options):
-    """-> weights and states after some steps from the same start."""
-    generator = torch.Generator().manual_seed(3)
-    params = [Parameter(weights(shape, dtype, generator)) for shape in shapes]
-    options = {"lr": 0.01} | CONDITIONED.get(name, {}) | options
-    optimizer = optim.build(name, params, backend="native", **options)
-    for _ in range(steps):
-        for act in (estimate, step) if name == "sophia" else (step,):
-            for p in params:
-                p.grad = gradients(p.shape, dtype, generator)
-            act(optimizer)
-    return [p.detach() for p in params] + [x for p in params for x in optimizer.state[p].values()]
-
-
-@pytest.fixture
-def with_threads():
-    """torch.set_num_threads, restored afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-VARIANTS = [
-    *((name, dtype, {}) for name in NAMES for dtype in (FP32, BF16)),
-    *(("adamw8bit", FP16, options) for options in TOGETHER),
-    *(("adafactor8bit", BF16, options) for options in TOGETHER),
-    ("adafactor", BF16, {"beta1": 0.9, "clip_norm": "lagged", "scale_parameter": True}),
-    ("adopt_factored", BF16, {"max_grad_norm": 1e-3, "growth_limit": 1.01, "atan2": True}),
-    *(("prodigy", dtype, {"slice_p": 1, "storage": "8bit"}) for dtype in DTYPES),
-]
-
-
-# A projection is torch's matmul, whose last bits are torch's to choose (optim/projection.py).
-THREADED = [variant for variant in VARIANTS if "apollo" not in variant[0]]
-
-
-@pytest.mark.parametrize(("name", "dtype", "options"), THREADED, ids=str)
-def test_runs_and_any_number_of_threads_give_the_same_bits(name, dtype, options, with_threads):
-    first = trained(name, dtype, **options)
-    for count in (1, 2, 3):
-        with_threads(count)
-        assert_same(first, trained(name, dtype, **options))
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("adafactor8bit", {}), ("adamw_factored", {"cautious": True}), ("came", {"grad_clip": 0.1})],
-)
-def test_threads_that_are_at_different_tensors_give_the_same_bits(name, options, with_threads):
-    """More tiles than go through their passes together, and each pass waits for the one before."""
-    shapes = [(1200, 1500), (2048, 1100), (70, 9000), (1100, 700), (640, 640), (9000, 70)]
-    first = trained(name, BF16, shapes, **options)
-    for count in (2, 3):
-        with_threads(count)
-        assert_same(first, trained(name, BF16, shapes, **options))
-
-
-@pytest.mark.parametrize(("name", "dtype", "options"), VARIANTS, ids=str)
-def test_every_instruction_set_gives_the_same_bits(name, dtype, options, monkeypatch):
-    first = trained(name, dtype, **options)
-    for isa in native._native.isas():
-        monkeypatch.setenv("OPTIM_ISA", isa)
-        assert_same(first, trained(name, dtype, **options))
-
-
-@pytest.mark.parametrize(("name", "dtype", "options"), VARIANTS[::3], ids=str)
-def test_a_tensor_gets_the_same_bits_alone_and_among_others(name, dtype, options, monkeypatch):
-    """max_grad_norm adds up buckets, which are others then, so its sum may differ in a last bit."""
-    options = {key: value for key, value in options.items() if key != "max_grad_norm"}
-    results = []
-    for few in (0, native.FEW_TILES, 1 << 20):
-        monkeypatch.setattr(native, "FEW_TILES", few)
-        results.append(trained(name, dtype, [*MEDIUM, (64, 1300)], **options))
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
-
-
-# Launches -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The number of tensors of each step's launch so far."""
-    real, seen = native._native, []
-
-    def launch(address, *rest):
-        seen.append(plan.Launch.from_address(address).num_tensors)
-        real.launch(address, *rest)
-
-    names = ("draw_normals", "grad_sq", "isas")
-    kept = {name: getattr(real, name) for name in names}
-    counting = SimpleNamespace(launch=launch, **kept)
-    monkeypatch.setattr(native, "_native", counting)
-    return seen
-
-
-def test_a_step_over_many_small_tensors_is_one_launch(launches):
-    trained("adamw", FP32, shapes=[(5, 3), (7,), (0,), ()] * 100, steps=2)
-    assert launches == [400, 400]
-
-
-def test_parameters_without_gradients_are_not_launched(launches):
-    params = [Parameter(torch.ones(3)) for _ in range(4)]
-    optimizer = optim.build("adamw", params, backend="native")
-    optimizer.step()
-    params[2].grad = torch.ones(3)
-    optimizer.step()
-    assert launches == [1]
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [
-        (10_000, [8]),
-        (1000, [3, 3, 2]),
-        (600, [1, 1, 3, 1, 1, 1]),  # the second is larger than a bucket may be
-        (1, [1] * 8),
-    ],
-)
-def test_large_steps_are_several_launches_and_bitwise_one(limit, expected, launches, monkeypatch):
-    shapes = [(0,), (490, 2), (10,), (430,), (), (499,), (491,), (489,)]
-    whole = trained("adamw8bit", BF16, shapes=shapes, steps=1)
-    launches.clear()
-    monkeypatch.setattr(native, "BUCKET_NUMEL", limit)
-    assert_same(whole, trained("adamw8bit", BF16, shapes=shapes, steps=1))
-    assert launches == expected
-
-
-@pytest.mark.parametrize(
-    ("bucket_bytes", "expected"),
-    [
-        (1, [1] * 6),  # each parameter as its gradient is complete; step() has nothing left
-        (45_000, [4, 2]),  # the last layer, then half of the 49 KB one before it fills the bucket
-        (64 << 20, [6]),  # all of it in step()
-    ],
-)
-def test_a_bucket_of_the_fused_backward_is_one_launch(bucket_bytes, expected, launches):
-    layers = [torch.nn.Linear(8, 24), torch.nn.Linear(24, 512), torch.nn.Linear(512, 1)]
-    model = torch.nn.Sequential(*layers)
-    optimizer = optim.build("adamw", model.parameters(), backend="native")
-    optim.fuse_backward(optimizer, bucket_bytes)
-    for _ in range(2):
-        launches.clear()
-        model(torch.ones(4, 8)).sum().backward()
-        optimizer.step()
-        assert launches == expected
-
-
-# Memory and 64 bits -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("adamw_factored", {}),
-        ("adafactor8bit", {}),
-        ("adamw8bit", {}),
-        ("adopt_factored", {"max_grad_norm": 1.0, "orthograd": True, "cautious": True}),
-        ("prodigy_factored", {}),
-        ("came8bit", {"growth_limit": 1.01}),
-        ("apollo_mini", {}),
-        ("sophia", {"storage": "8bit"}),
-    ],
-)
-def test_a_step_needs_no_full_size_temporary(name, options):
-    param = Parameter(torch.full((4096, 4096), 0.5, dtype=BF16))
-    param.grad = torch.full_like(param, 0.01)
-    optimizer = optim.build(name, [param], backend="native", **options)
-    optimizer.step()
-    peak = memory.peak_temporary(optimizer.step, param.device)
-    if peak is None:
-        pytest.skip("this system does not tell")
-    assert peak < 0.1 * param.numel() * param.element_size()
-
-
-def untouched(shape, dtype):
-    """A tensor of zeros that takes no memory where nobody writes."""
-    count = math.prod(shape)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-    memory_map = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=flags)
-    return torch.frombuffer(memory_map, dtype=dtype, count=count).view(shape)
-
-
-def draws_at(key, elements, salt=0):
-    """`rng.draws` of some elements of one long row."""
-    words = rng.words32(elements // 32 * 16 + elements % 16, key) * 0x16AB7965**salt
-    words = words.to(torch.int64)
-    return (words >> 16 * (elements // 16 % 2) & 0xFFFF).to(torch.int32)
-
-
-def rounded(x, draws):
-    return (x.view(torch.int32) + draws & -65536).view(FP32).to(BF16)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there")
-@pytest.mark.parametrize("storage", ["fp32", "bf16", "8bit"])
-def test_elements_beyond_32_bits_are_found_and_drawn_for(storage, monkeypatch):
-    """A tensor of 2^33 elements that exists where it is looked at: some tiles of it are stepped."""
-    numel, tile = 2**33 + 700, plan.TILE_ROWS * plan.TILE_COLS
-    starts = torch.tensor([0, 2**31, 2**32, 2**33 - tile, 2**33])
-
-    class SomeTiles(plan.Bucket):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            self.tiles = self.tiles[starts // tile].contiguous()
-            self.num_tiles, self.first_tile = len(starts), torch.tensor([0, len(starts)])
-
-    monkeypatch.setattr(plan, "Bucket", SomeTiles)
-    param = Parameter(untouched((numel,), BF16))
-    param.grad = untouched((numel,), BF16)
-    optimizer = optim.build("sgd", [param], lr=0.01, storage=storage, backend="native")
-    (group,) = optimizer.param_groups
-    blank = states.blank(
-        *(param, optimizer.codecs(param, group), False),
-        *(torch.device("meta"), torch.device("cpu")),
-    )
-    optimizer.state[param] = state = {
-        key: untouched(x.shape, x.dtype) if x.is_meta else x for key, x in blank.items()
-    }
-    elements = (starts[:, None] + torch.arange(700)).flatten()
-    grad = torch.randn(len(elements), generator=torch.Generator().manual_seed(0)).to(BF16)
-    param.grad[elements] = grad
-    optimizer.step()
-
-    key, g = rng.mix(0, 0, 1), grad.float()
-    moved = rounded(g * -torch.tensor(0.01), draws_at(key, elements))
-    assert torch.equal(param.detach()[elements], moved)
-    draws = draws_at(key, elements, salt=1)
-    if storage == "fp32":
-        assert torch.equal(state["exp_avg"][elements], g)
-    elif storage == "bf16":
-        assert torch.equal(state["exp_avg"][elements], rounded(g, draws))
-    else:
-        scale = 127 / state["exp_avg.absmax"][elements // 256] * 65536
-        codes = (torch.round(g * scale).to(torch.int32) + draws) >> 16
-        assert torch.equal(state["exp_avg.codes"][elements].int(), codes)
-        blocks = [b for part in g.view(-1, 700) for b in part.split(256)]
-        absmax = state["exp_avg.absmax"][(starts[:, None] // 256 + torch.arange(3)).flatten()]
-        assert absmax.tolist() == [b.abs().max().item() for b in blocks]

@@ -43,12 +43,32 @@ HD F conditioned(const Hyper& h, F g, F w) {
 
 HD bool are_slow(const Hyper& h) { return below_half(h.weight1) && below_half(h.weight2); }
 
-// What a rule inherits: every moment it has is written anew, and nothing happens between the
-// limiter and the weights.
+// A step is plain where nothing happens between the rule and the weights: bf16 weights rounded
+// stochastically, bf16 gradients, no feature that changes the update element by element.  Most runs
+// consist of such steps, so some have a loop of their own, by how the moments are stored.
+enum Storage : uint32_t {
+    kFactoredPair = 1 << 0,  // factors and signs, and factors
+    kCodedPair = 1 << 1,     // symmetric blocks, and float8
+    kSquareAlone = 1 << 2,   // no first moment, and factors
+};
+HD constexpr uint32_t storage_of(int32_t fast, int32_t square) {
+    if (fast == kBlock8 && square == kFloat8) return kCodedPair;
+    if (square != kFactored) return 0;
+    return fast == kFactoredSign ? kFactoredPair : fast == kAbsent ? kSquareAlone : 0;
+}
+// The flags of a plain step: those that an element's arithmetic need not look at.
+constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativeStep |
+                                kScaleParameter | kFixedBeta2 | kStochastic;
+
+// What a rule inherits: each step counts, every moment it has is written anew, and nothing happens
+// between the limiter and the weights.  Its kName is what optim/plan.py calls it.
 struct Rule {
+    static constexpr bool kCounts = true;        // whether it is a step: Tensor::step counts it
+    static constexpr uint32_t kPlainLoops = 0;   // Storages whose plain steps have a loop
     static constexpr int64_t kOwnFlags = 0;      // those that only this rule has
     static constexpr bool kSlowStored = true;    // otherwise apply() only reads it
     static constexpr bool kSquareStored = true;  // the same
+    static constexpr bool kSquareFirst = false;  // its factors are renewed before the update
     static constexpr bool kHasResidual = false;  // the slow moment is of what residual() gives
     static constexpr bool kSampled = false;      // something is kept of some elements (samples.h)
     static constexpr bool kRoot = false;         // whether it asks for Moments::root

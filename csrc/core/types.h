@@ -29,20 +29,6 @@ constexpr int kVectorPad = 32;  // row and column vectors in the workspace are p
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-enum RuleId : int32_t {
-    kSgd = 0,
-    kAdam = 1,
-    kAdopt = 2,
-    kLion = 3,
-    kAdafactor = 4,
-    kSophia = 5,
-    kCurved = 6,  // no step: Sophia's estimate of the curvature
-    kProdigy = 7,
-    kLionProdigy = 8,
-    kCame = 9,
-    kScaled = 10,  // no count: APOLLO's, whose projection's step has counted
-};
-
 enum CodecId : int32_t {
     kAbsent = 0,
     kDense = 1,         // parts: fp32
@@ -199,7 +185,7 @@ struct Launch {
     TileSums* sums;             // (num_tiles)
     float* workspace;           // vectors and partials
     int64_t num_tensors, num_tiles;
-    int32_t rule;
+    int32_t rule;   // its number in rules/all.h
     int32_t alone;  // workspace of a thread that takes one tensor after another through all phases;
                     // 0: all of the bucket's tensors share one
 };

@@ -7,7 +7,7 @@
 #define ENGINE_CUDA
 #define ENGINE_ISA cuda
 #include "core/types.h"
-#include "engine/projected.h"
+#include "engine/projected_cuda.h"
 #include "engine/tensor.h"
 #include "engine/tile.h"
 
@@ -98,6 +98,23 @@ struct Stored<SlotT, false> : SlotT {
     HD void end() {}
 };
 
+template <class SlotT>
+constexpr int32_t kCodecOf = kAbsent;
+template <>
+constexpr int32_t kCodecOf<DenseSlot> = kDense;
+template <>
+constexpr int32_t kCodecOf<Bf16Slot> = kBf16;
+template <>
+constexpr int32_t kCodecOf<Block8Slot> = kBlock8;
+template <>
+constexpr int32_t kCodecOf<Float8Slot> = kFloat8;
+template <>
+constexpr int32_t kCodecOf<FactoredSlot<false>> = kFactored;
+template <>
+constexpr int32_t kCodecOf<FactoredSlot<true>> = kFactoredSign;
+template <>
+constexpr int32_t kCodecOf<GivenSlot> = kGiven;
+
 // A kind of tensor.
 template <class RuleT, class FastT, class SlowT, class SquareT, int32_t kWeightDtype,
           int32_t kGradDtype, int64_t kFlags_, bool kCompensated>
@@ -108,19 +125,15 @@ struct Kind {
     static constexpr bool kRoundsWithin =
         is_same<FastT, Bf16Slot> || is_same<SlowT, Bf16Slot> || is_same<SquareT, Bf16Slot>;
     static constexpr int64_t kFlags = kFlags_;
+    static constexpr uint32_t kStorage = storage_of(kCodecOf<FastT>, kCodecOf<SquareT>);
     // Those that have a loop of their own on a CPU (engine/kernels.h): the same arithmetic here.
-    static constexpr bool kFactoredPair =
-        is_same<FastT, FactoredSlot<true>> && is_same<SquareT, FactoredSlot<false>>;
-    static constexpr bool kCodes = is_same<FastT, Block8Slot> && is_same<SquareT, Float8Slot>;
-    static constexpr bool kPlain =
-        kWeightDtype == kBFloat16 && kGradDtype == kBFloat16 && !kCompensated &&
-        (kFlags & kStochastic) != 0 && (kFlags & ~(kPlainFlags | RuleT::kOwnFlags)) == 0 &&
-        ((is_same<RuleT, Adam> && (kFactoredPair || kCodes)) ||
-         ((is_same<RuleT, Adopt> || is_same<RuleT, Prodigy>) && kFactoredPair) ||
-         is_same<RuleT, AdafactorMatrix>);
+    static constexpr bool kPlain = kWeightDtype == kBFloat16 && kGradDtype == kBFloat16 &&
+                                   !kCompensated && (kFlags & kStochastic) != 0 &&
+                                   (kFlags & ~(kPlainFlags | RuleT::kOwnFlags)) == 0 &&
+                                   (RuleT::kPlainLoops & kStorage) != 0;
     // Of a multiprocessor, at least: a dozen registers less make room for one more of these.
     static constexpr int kBlocks = (is_same<RuleT, Adam> || is_same<RuleT, Adopt>) && kPlain &&
-                                           kFactoredPair && is_same<SlowT, NoSlot>
+                                           kStorage == kFactoredPair && is_same<SlowT, NoSlot>
                                        ? 6
                                        : 1;
     static constexpr bool factored_sign =
@@ -153,9 +166,10 @@ struct TileOf {
 
 // The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
 // rather than memory.
+template <class GradT, class WeightT>
 __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    measure(tile.launch, tile.number, tile.whole);
+    measure<GradT, WeightT>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {

@@ -8,6 +8,8 @@ namespace engine {
 // The engine as compiled for one instruction set.
 struct Isa {
     const char* name;
+    const char* const* rules;  // their names, in the order of Launch::rule
+    int num_rules;
     int strip_tiles;  // that run_strip takes together, at most
     bool (*wants)(Phase pass, const Launch&, int64_t member);
     void (*run_tensor)(Phase, const Launch&, int64_t member);

@@ -1,27 +1,16 @@
-// Which loop serves which tensor: the table of rules and of the combinations compiled for speed.
+// Which loop serves which tensor.
 #pragma once
 
+#include "engine/access.h"
 #include "engine/tensor.h"
-#include "engine/tile.h"
 
 namespace engine {
 namespace ENGINE_ISA {
 
-using PlainAdamFactored = PlainAccess<Adam, FactoredSlot<true>, FactoredSlot<false>, true>;
-using PlainAdam8bit =
-    PlainAccess<Adam, Block8<SharedDraws>, Float8<SharedDraws>, false, false, true>;
-using PlainProdigyFactored = PlainAccess<Prodigy, FactoredSlot<true>, FactoredSlot<false>, true>;
-using PlainAdoptFactored = PlainAccess<Adopt, FactoredSlot<true>, FactoredSlot<false>, true>;
-template <bool kClean>
-using PlainAdafactor =
-    PlainAccess<AdafactorMatrix, NoSlot, FactoredSlot<false, false>, false, kClean>;
+template <class RuleT, bool kClean>
+using SquareAccess = PlainAccess<RuleT, NoSlot, FactoredSlot<false, false>, false, kClean>;
 
-template <bool kClean>
-using PlainCameNorm = PlainAccess<CameMatrix, NoSlot, FactoredSlot<false, false>, false, kClean>;
-using PlainCame = SettlingAccess<CameMatrix, DenseSlot>;
-using PlainCame8bit = SettlingAccess<CameMatrix, Block8Slot>;
-
-// Whether a tensor can be read by a PlainAccess or a SettlingAccess.
+// Whether a tensor's step is plain, but for how its moments are stored.
 template <class RuleT>
 HD bool is_plain(const Tensor& t, const Hyper& h) {
     return t.weight_dtype == kBFloat16 && t.grad_dtype == kBFloat16 && !t.compensation &&
@@ -29,56 +18,38 @@ HD bool is_plain(const Tensor& t, const Hyper& h) {
 }
 
 // Calls f<Access>() with the fastest access that serves this tensor's strip.
+template <class RuleT, class Function>
+HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
+    const int32_t fast = t.moments[kFast].codec, square = t.moments[kSquare].codec;
+    const bool plain = is_plain<RuleT>(t, h);
+    const uint32_t loop = plain ? RuleT::kPlainLoops & storage_of(fast, square) : 0;
+    if constexpr ((RuleT::kPlainLoops & kFactoredPair) != 0)
+        if (loop == kFactoredPair)
+            return f.template
+            operator()<PlainAccess<RuleT, FactoredSlot<true>, FactoredSlot<false>, true>>();
+    if constexpr ((RuleT::kPlainLoops & kCodedPair) != 0)
+        if (loop == kCodedPair)
+            return f.template operator()<
+                PlainAccess<RuleT, Block8<SharedDraws>, Float8<SharedDraws>, false, false, true>>();
+    constexpr bool kReads = RuleT::kHasResidual;  // two factored moments
+    if constexpr ((RuleT::kPlainLoops & kSquareAlone) != 0 || (kReads && Function::kDirectionAlone))
+        if (loop == kSquareAlone || (kReads && plain)) {
+            static_assert(RuleT::kSquareFirst, "clean() is what that pass has counted");
+            if (f.clean()) return f.template operator()<SquareAccess<RuleT, true>>();
+            return f.template operator()<SquareAccess<RuleT, false>>();
+        }
+    if constexpr (kReads && !Function::kDirectionAlone) {
+        if (plain && fast == kDense)
+            return f.template operator()<SettlingAccess<RuleT, DenseSlot>>();
+        if (plain && fast == kBlock8)
+            return f.template operator()<SettlingAccess<RuleT, Block8Slot>>();
+    }
+    f.template operator()<AnyAccess<RuleT>>();
+}
 template <class Function>
 HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const Function& f) {
-    const int32_t fast = t.moments[kFast].codec, square = t.moments[kSquare].codec;
-    const bool factored = fast == kFactoredSign && square == kFactored;
-    switch (launch.rule) {
-        case kSgd:
-            return f.template operator()<AnyAccess<Sgd>>();
-        case kAdam:
-            if (factored && is_plain<Adam>(t, h)) return f.template operator()<PlainAdamFactored>();
-            if (is_plain<Adam>(t, h) && fast == kBlock8 && square == kFloat8)
-                return f.template operator()<PlainAdam8bit>();
-            return f.template operator()<AnyAccess<Adam>>();
-        case kAdopt:
-            if (factored && is_plain<Adopt>(t, h))
-                return f.template operator()<PlainAdoptFactored>();
-            return f.template operator()<AnyAccess<Adopt>>();
-        case kLion:
-            return f.template operator()<AnyAccess<Lion>>();
-        case kAdafactor:
-            if (square != kFactored) return f.template operator()<AnyAccess<AdafactorVector>>();
-            if (!is_plain<AdafactorMatrix>(t, h))
-                return f.template operator()<AnyAccess<AdafactorMatrix>>();
-            if (f.clean()) return f.template operator()<PlainAdafactor<true>>();
-            return f.template operator()<PlainAdafactor<false>>();
-        case kSophia:
-            return f.template operator()<AnyAccess<Sophia>>();
-        case kCurved:
-            return f.template operator()<AnyAccess<Curved>>();
-        case kProdigy:
-            if (factored && is_plain<Prodigy>(t, h))
-                return f.template operator()<PlainProdigyFactored>();
-            return f.template operator()<AnyAccess<Prodigy>>();
-        case kLionProdigy:
-            return f.template operator()<AnyAccess<LionProdigy>>();
-        case kCame:
-            if (square != kFactored) return f.template operator()<AnyAccess<CameVector>>();
-            if constexpr (Function::kDirectionAlone) {
-                if (!is_plain<CameMatrix>(t, h))
-                    return f.template operator()<AnyAccess<CameMatrix>>();
-                if (f.clean()) return f.template operator()<PlainCameNorm<true>>();
-                return f.template operator()<PlainCameNorm<false>>();
-            }
-            if (is_plain<CameMatrix>(t, h) && fast == kDense)
-                return f.template operator()<PlainCame>();
-            if (is_plain<CameMatrix>(t, h) && fast == kBlock8)
-                return f.template operator()<PlainCame8bit>();
-            return f.template operator()<AnyAccess<CameMatrix>>();
-        case kScaled:
-            return f.template operator()<AnyAccess<Scaled>>();
-    }
+    Rules::visit(launch.rule, Factors::exist(t, kSquare),
+                 [&](auto rule) INLINED { with_access_of<decltype(rule)>(t, h, f); });
 }
 
 // A pass over the strip that begins with this tile.  kDirectionAlone: it asks for nothing but the
@@ -158,8 +129,12 @@ inline void run_strip(Phase pass, const Launch& launch, int64_t tile) {
     const Hyper& h = launch.hypers[member];
     switch (pass) {
         case kMeasure:
+            if (!wants_measure_of_grad(h)) return measure<Unread, AnyWeight>(launch, tile);
+            if (wants_measure_of_weight(h)) return measure<AnyGrad, AnyWeight>(launch, tile);
+            [[fallthrough]];
         case kMeasureAlone:
-            return measure(launch, tile);
+            if (t.grad_dtype == kBFloat16) return measure<Bf16Grad<>, Unread>(launch, tile);
+            return measure<AnyGrad, Unread>(launch, tile);
         case kFactor:
             if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>>(launch, tile);
             return factor<AnyGrad>(launch, tile);

@@ -5,15 +5,7 @@
 #pragma once
 
 #include "codecs/float8.h"
-#include "rules/adafactor.h"
-#include "rules/adam.h"
-#include "rules/adopt.h"
-#include "rules/came.h"
-#include "rules/lion.h"
-#include "rules/prodigy.h"
-#include "rules/scaled.h"
-#include "rules/sgd.h"
-#include "rules/sophia.h"
+#include "rules/all.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -33,41 +25,7 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
     h.lr = float(o.lr);
     h.decay = float(o.lr * o.weight_decay);
     if (o.distance) h.d = float(*pointer<double>(o.distance));
-    switch (rule) {
-        case kSgd:
-            Sgd::prepare(o, h);
-            break;
-        case kAdam:
-            Adam::prepare(o, h);
-            break;
-        case kAdopt:
-            Adopt::prepare(o, h);
-            break;
-        case kLion:
-            Lion::prepare(o, h);
-            break;
-        case kAdafactor:
-            AdafactorVector::prepare(o, h);
-            break;
-        case kSophia:
-            Sophia::prepare(o, h);
-            break;
-        case kCurved:
-            Curved::prepare(o, h);
-            break;
-        case kProdigy:
-            Prodigy::prepare(o, h);
-            break;
-        case kLionProdigy:
-            LionProdigy::prepare(o, h);
-            break;
-        case kCame:
-            CameVector::prepare(o, h);
-            break;
-        case kScaled:
-            Scaled::prepare(o, h);
-            break;
-    }
+    Rules::visit(rule, false, [&](auto r) INLINED { r.prepare(o, h); });
     if (has(h, kRelativeStep) && o.lr > 0) {
         double bound = 1 / (::sqrt(double(t)) * o.lr);
         if (bound < 1) h.lr = float(o.lr * bound);
@@ -146,6 +104,18 @@ struct Factors {
     }
 };
 
+// What the phases ask of a tensor's rule (`Rule` in core/features.h).
+struct Traits {
+    bool counts, square_first, has_residual, slow_stored, square_stored;
+};
+HD Traits traits_of(const Tensor& tensor, int32_t rule) {
+    Traits traits{};
+    Rules::visit(rule, Factors::exist(tensor, kSquare), [&](auto r) INLINED {
+        traits = {r.kCounts, r.kSquareFirst, r.kHasResidual, r.kSlowStored, r.kSquareStored};
+    });
+    return traits;
+}
+
 // Adds the tiles' row and column sums of a factored moment: row(i, mean) and col(j, mean) receive
 // the means.
 template <class RowFunction, class ColFunction>
@@ -191,7 +161,7 @@ HD void begin(const Launch& launch, int64_t member) {
     if (Exec::leads()) {
         const Options& o = launch.options[tensor.group];
         int64_t& step = *pointer<int64_t>(tensor.step);
-        if (launch.rule != kCurved && launch.rule != kScaled) ++step;
+        if (traits_of(tensor, launch.rule).counts) ++step;
         Hyper& h = launch.hypers[member];
         h = derive(o, tensor, step, launch.rule);
         if (has(h, kClipLagged)) {
@@ -211,18 +181,22 @@ HD void begin(const Launch& launch, int64_t member) {
     }
 }
 
-HD bool wants_measure(const Hyper& h) { return has(h, kOrthograd | kGradClip | kScaleParameter); }
+HD bool wants_measure_of_grad(const Hyper& h) { return has(h, kOrthograd | kGradClip); }
+HD bool wants_measure_of_weight(const Hyper& h) { return has(h, kOrthograd | kScaleParameter); }
+HD bool wants_measure(const Hyper& h) {
+    return wants_measure_of_grad(h) || wants_measure_of_weight(h);
+}
 HD bool wants_factor(const Tensor& tensor, int32_t rule) {
-    return (rule == kAdafactor || rule == kCame) && Factors::exist(tensor, kSquare);
+    return traits_of(tensor, rule).square_first && Factors::exist(tensor, kSquare);
 }
 HD bool wants_residual(const Tensor& tensor, int32_t rule) {
-    return rule == kCame && Factors::exist(tensor, kSlow);
+    return traits_of(tensor, rule).has_residual && Factors::exist(tensor, kSlow);
 }
 // Whether a factored moment's new factors are made of what `apply` has stored.
 HD bool wants_new_factors(const Tensor& tensor, SlotId slot, int32_t rule) {
-    return Factors::exist(tensor, slot) &&
-           !(slot == kSquare && (rule == kSophia || wants_factor(tensor, rule))) &&
-           !(slot == kSlow && wants_residual(tensor, rule));
+    const Traits traits = traits_of(tensor, rule);
+    return Factors::exist(tensor, slot) && (slot != kSquare || traits.square_stored) &&
+           (slot != kSlow || traits.slow_stored);
 }
 HD bool wants_norm(const Hyper& h) { return !h.passive && has(h, kGrowthLimit | kClipExact); }
 HD bool wants_limit(const Hyper& h) { return has(h, kGrowthSettled); }
@@ -233,11 +207,13 @@ HD void after_measure(const Launch& launch, int64_t member) {
     const Options& o = launch.options[tensor.group];
     Hyper& h = launch.hypers[member];
     if (!wants_measure(h)) return;
-    auto sum = [&](double TileSums::*field) INLINED {
+    auto sum = [&](bool asked, double TileSums::*field) INLINED {
+        if (!asked) return 0.0;
         return total(launch, member, [=](const TileSums& x) INLINED { return x.*field; });
     };
-    const double grad_sq = sum(&TileSums::grad_sq), weight_grad = sum(&TileSums::weight_grad),
-                 weight_sq = sum(&TileSums::weight_sq);
+    const double grad_sq = sum(wants_measure_of_grad(h), &TileSums::grad_sq),
+                 weight_grad = sum(has(h, kOrthograd), &TileSums::weight_grad),
+                 weight_sq = sum(wants_measure_of_weight(h), &TileSums::weight_sq);
     if (!Exec::leads()) return;
     double coefficient = o.coefficient;
     if (has(h, kGradClip)) {

@@ -4,7 +4,7 @@
 // (engine/place.h), the tiles of a row and the vectors of a tile's row.  The later passes evaluate
 // the rule again rather than keep what it gave:
 //
-//   measure  sums of g^2, w g, w^2     where clipping, OrthoGrad or parameter scaling ask for them
+//   measure  sums of g^2, w g, w^2     as clipping, OrthoGrad or parameter scaling ask for them
 //   factor   row and column sums of g^2   where the rule needs its new factors before its update
 //   norm     sum of u^2                where the growth limiter or the RMS clip ask for it
 //   residual row and column sums of what the clipped update has left   where the rule has such
@@ -27,92 +27,7 @@ struct Scratch {
     U words[Exec::kSpan / 2];
 };
 
-// How a rule reaches its operands: any dtype, codec and feature.  kPlain: nothing happens between
-// the rule and the weights.  kMoves: it is known that the step moves them.  kFlags: those that
-// there may be, or, where kFlagsKnown, those that there are.  kRoundsWithin: some moment is rounded
-// by draws when it is put, and not when its row ends.
-template <class RuleT>
-struct AnyAccess {
-    using R = RuleT;
-    static constexpr bool kPlain = false, kMoves = false, kFlagsKnown = false;
-    static constexpr bool kRoundsWithin = false;
-    static constexpr int64_t kFlags = ~int64_t(0);
-    AnyGrad grad;
-    AnyWeight weight;
-    AnySlot fast, slow, square;
-    bool factored_sign;  // some moment's signs are bits, which know no zero
-
-    HD AnyAccess(Place& p, Scratch& s)
-        : grad(p, s.grad),
-          weight(p, s.weight),
-          fast(p, kFast, s.slots[kFast], true),
-          slow(p, kSlow, s.slots[kSlow], RuleT::kSlowStored),
-          square(p, kSquare, s.slots[kSquare], RuleT::kSquareStored) {
-        factored_sign = fast.codec == kFactoredSign || slow.codec == kFactoredSign;
-        if constexpr (R::kRoot) p.each_tile([&]() INLINED { square.begin_roots(); });
-    }
-};
-
-// The flags that an element's arithmetic need not look at, or that a plain access allows.
-constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativeStep |
-                                kScaleParameter | kFixedBeta2 | kStochastic;
-
-// The combinations that most runs consist of have a loop of their own: bf16 weights rounded
-// stochastically, bf16 gradients, no feature that changes the update element by element.
-// kCleanTile: an earlier pass has seen that all gradient elements of the tile are usable.  kCodes:
-// the moments are codes, which round by the weights' words; their tensor is flat, so that a row
-// follows the other in memory and the hardware sees it coming.
-template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false,
-          bool kCodes = false>
-struct PlainAccess {
-    using R = RuleT;
-    static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
-    static constexpr bool kRoundsWithin = false;
-    static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
-    static constexpr bool factored_sign = kSign;
-    Bf16Grad<!kCodes> grad;
-    Bf16Weight<!kCodes, kCodes> weight;
-    FastT fast;
-    NoSlot slow;
-    SquareT square;
-
-    HD PlainAccess(Place& p, Scratch& s)
-        : grad(p, nullptr, kCleanTile),
-          weight(p, s.words),
-          fast(p, kFast, shared(s, kFast)),
-          slow(p, kSlow, shared(s, kSlow)),
-          square(p, kSquare, shared(s, kSquare)) {
-        if constexpr (R::kRoot) p.each_tile([&]() INLINED { square.begin_roots(); });
-    }
-
-    HD static SlotScratch& shared(Scratch& s, SlotId slot) {
-        s.slots[slot].words = s.words;
-        return s.slots[slot];
-    }
-};
-
-// The same for a rule that makes something of its update first, and reads two factored moments.
-template <class RuleT, class FastT>
-struct SettlingAccess {
-    using R = RuleT;
-    static constexpr bool kPlain = false, kMoves = true, kFlagsKnown = false;
-    static constexpr bool kRoundsWithin = false;
-    static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
-    static constexpr bool factored_sign = false;
-    Bf16Grad<> grad;
-    Bf16Weight<> weight;
-    FastT fast;
-    FactoredSlot<false, false> slow, square;
-
-    HD SettlingAccess(Place& p, Scratch& s)
-        : grad(p),
-          weight(p, s.words),
-          fast(p, kFast, s.slots[kFast]),
-          slow(p, kSlow, s.slots[kSlow]),
-          square(p, kSquare, s.slots[kSquare]) {}
-};
-
-// What the loops over elements know of a tensor's step.  A plain access tells the compiler which
+// What the loops over elements know of a tensor's step.  An access tells the compiler which
 // questions need not be asked.
 template <class Access>
 HD Hyper hyper_of(const Place& p) {
@@ -180,11 +95,20 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     return e;
 }
 
+// In place of an operand that a pass does not look at.
+struct Unread {
+    HD Unread(const Place&, F*) {}
+    HD void begin_row(int64_t, int) {}
+};
+
+// The sums of what is read: <g, w> where both are.
+template <class GradT, class WeightT>
 HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
+    constexpr bool kGrad = !is_same<GradT, Unread>, kWeight = !is_same<WeightT, Unread>;
     Place p(launch, first_tile, whole);
     Scratch scratch;
-    AnyGrad grad(p, scratch.grad);
-    AnyWeight weight(p, scratch.weight);
+    GradT grad(p, scratch.grad);
+    WeightT weight(p, scratch.weight);
     struct {
         D gg = D(0.0), wg = D(0.0), ww = D(0.0);
     } of_tiles[Exec::kStripTiles];
@@ -195,20 +119,30 @@ HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
             weight.begin_row(row, width);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
-            Mask ok;
-            D g = widen(usable(grad.load(i, col, n), ok)), w = widen(weight.load(i, col, n));
-            sums.gg = sums.gg + g * g;
-            sums.wg = sums.wg + w * g;
-            sums.ww = sums.ww + w * w;
+            D g(0.0), w(0.0);
+            if constexpr (kGrad) {
+                Mask ok;
+                g = widen(usable(grad.load(i, col, n), ok));
+                sums.gg = sums.gg + g * g;
+            }
+            if constexpr (kWeight) {
+                w = widen(weight.load(i, col, n));
+                sums.ww = sums.ww + w * w;
+            }
+            if constexpr (kGrad && kWeight) sums.wg = sums.wg + w * g;
         });
         of_tiles[p.at()] = sums;
     });
     p.each_tile([&]() INLINED {
         const auto& sums = of_tiles[p.at()];
-        const double gg = Exec::total(sums.gg), wg = Exec::total(sums.wg),
-                     ww = Exec::total(sums.ww);
         TileSums& to = p.sums();
-        if (Exec::leads()) to.grad_sq = gg, to.weight_grad = wg, to.weight_sq = ww;
+        auto put = [](double& total, D of_lanes) INLINED {
+            const double x = Exec::total(of_lanes);
+            if (Exec::leads()) total = x;
+        };
+        if constexpr (kGrad) put(to.grad_sq, sums.gg);
+        if constexpr (kWeight) put(to.weight_sq, sums.ww);
+        if constexpr (kGrad && kWeight) put(to.weight_grad, sums.wg);
     });
 }
 

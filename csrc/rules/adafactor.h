@@ -9,6 +9,7 @@ namespace ENGINE_ISA {
 
 // A vector: the second moment is kept in full.
 struct AdafactorVector : Rule {
+    static constexpr const char* kName = "adafactor";
     static constexpr int64_t kOwnFlags = kClipLagged;
     HD static void prepare(const Options& o, Hyper& h) {
         if (o.flags & kFixedBeta2) {
@@ -38,7 +39,8 @@ struct AdafactorVector : Rule {
 // A matrix: its row and column means were updated in a pass of their own (engine/tensor.h), and
 // `square` is 1 / sqrt(v) from them; v's floor is the smallest normal number.
 struct AdafactorMatrix : AdafactorVector {
-    static constexpr bool kSquareStored = false;
+    static constexpr bool kSquareStored = false, kSquareFirst = true;
+    static constexpr uint32_t kPlainLoops = kSquareAlone;
     HD static F direction(const Hyper&, F g, Moments& s) { return g * min(s.square, F(0x1p63f)); }
 };
 

@@ -23,6 +23,8 @@ HD void prepare_slow(const Options& o, Hyper& h) {
 }
 
 struct Adam : Rule {
+    static constexpr const char* kName = "adam";
+    static constexpr uint32_t kPlainLoops = kFactoredPair | kCodedPair;
     static constexpr bool kHasUnit = true;
 
     // The bias corrections c1, c2 are taken out of the elements' arithmetic:

@@ -9,6 +9,8 @@ namespace engine {
 namespace ENGINE_ISA {
 
 struct Adopt : Rule {
+    static constexpr const char* kName = "adopt";
+    static constexpr uint32_t kPlainLoops = kFactoredPair;
     static constexpr bool kRoot = true;
 
     HD static void prepare(const Options& o, Hyper& h) {

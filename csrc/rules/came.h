@@ -10,6 +10,7 @@ namespace ENGINE_ISA {
 
 // A vector: the second moment is kept in full, and there is no instability.
 struct CameVector : Rule {
+    static constexpr const char* kName = "came";
     HD static void prepare(const Options&, Hyper& h) { h.inv_bias2 = 1; }
 
     HD static F direction(const Hyper& h, F g, Moments& s) {
@@ -26,7 +27,8 @@ struct CameVector : Rule {
 // `square` and `slow` are 1 / sqrt of them.
 struct CameMatrix : CameVector {
     static constexpr int64_t kOwnFlags = kGrowthSettled;
-    static constexpr bool kSlowStored = false, kSquareStored = false, kHasResidual = true;
+    static constexpr bool kSlowStored = false, kSquareStored = false;
+    static constexpr bool kSquareFirst = true, kHasResidual = true;
 
     HD static F direction(const Hyper&, F g, Moments& s) { return g * min(s.square, F(0x1p63f)); }
     HD static F settled(const Hyper& h, F u, Moments& s) {

@@ -7,6 +7,7 @@ namespace engine {
 namespace ENGINE_ISA {
 
 struct Lion : Rule {
+    static constexpr const char* kName = "lion";
     HD static void prepare(const Options&, Hyper&) {}
 
     HD static bool is_usual(const Hyper& h) { return are_slow(h); }

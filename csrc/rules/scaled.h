@@ -8,7 +8,8 @@ namespace engine {
 namespace ENGINE_ISA {
 
 struct Scaled : Rule {
-    static constexpr bool kSquareStored = false;
+    static constexpr const char* kName = "scaled";
+    static constexpr bool kCounts = false, kSquareStored = false;
     HD static void prepare(const Options&, Hyper&) {}
     HD static F direction(const Hyper&, F g, Moments& s) { return g * s.square; }
 };

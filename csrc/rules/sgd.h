@@ -7,6 +7,7 @@ namespace engine {
 namespace ENGINE_ISA {
 
 struct Sgd : Rule {
+    static constexpr const char* kName = "sgd";
     HD static void prepare(const Options& o, Hyper& h) { h.momentum = float(o.beta1); }
 
     HD static F direction(const Hyper& h, F g, Moments& s) {

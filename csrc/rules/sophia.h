@@ -8,6 +8,7 @@ namespace ENGINE_ISA {
 
 // A step: Alg. 3, lines 6 and 14.  `square` is the curvature, which only estimates change.
 struct Sophia : Rule {
+    static constexpr const char* kName = "sophia";
     static constexpr bool kSquareStored = false;
     HD static void prepare(const Options& o, Hyper& h) { h.curvature = float(o.rho); }
 
@@ -20,6 +21,8 @@ struct Sophia : Rule {
 // An estimate: Alg. 3, line 9, of gradients that were multiplied by the root of its scale.  Its
 // rounding is apart from the steps'.
 struct Curved : Rule {
+    static constexpr const char* kName = "curved";
+    static constexpr bool kCounts = false;
     HD static void prepare(const Options&, Hyper& h) {
         h.key = mix(h.key, uint64_t(1) << 32);
         h.passive = 1;

@@ -9,6 +9,8 @@
 
 #define ENGINE_KERNELS(name)                \
     {name,                                  \
+     engine::ENGINE_ISA::Rules::kNames,     \
+     engine::ENGINE_ISA::Rules::kCount,     \
      engine::ENGINE_ISA::Exec::kStripTiles, \
      engine::ENGINE_ISA::wants,             \
      engine::ENGINE_ISA::run_tensor,        \

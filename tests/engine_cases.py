@@ -1,0 +1,48 @@
+"""What the tests of the engine step: weights and gradients with every kind of edge, and options."""
+
+import torch
+from helpers import FOR_SMALL, SWIFT
+
+import optim
+from optim import plan
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [FP32, BF16, FP16]
+NAMES = sorted(name for name, cls in optim.FAMILY.items() if plan.has_rule(cls.rule))
+
+# (130, 700): tiles both ways; (3, 4700): more tiles side by side than a strip has.
+MEDIUM = [(130, 700), (3, 4700), (10007,), (33, 3, 3, 3), (), (0,)]
+
+# With which no difference of nearly equal numbers is divided by next to nothing.
+CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}} | SWIFT | FOR_SMALL
+
+# Several features in one step, in the order in which they act.
+TOGETHER = [
+    {"max_grad_norm": 0.1, "grad_clip": 1e-3, "orthograd": True, "growth_limit": 1.01},
+    {"orthograd": True, "cautious": True, "cautious_decay": True, "rounding": "kahan"},
+    {"grams": True, "cautious_decay": True, "growth_limit": 1.5, "rounding": "nearest"},
+    {"grad_clip": 1e-3, "cautious": True, "cautious_decay": True, "storage": "bf16", "seed": 7},
+]
+
+
+def step(optimizer):
+    optimizer.step()
+
+
+def estimate(optimizer):
+    """Sophia's, of its curvature."""
+    optimizer.update_hessian(3.0)
+
+
+def weights(shape, dtype, generator):
+    return (torch.randn(shape, generator=generator) * 0.1).to(dtype)
+
+
+def gradients(shape, dtype, generator, scale=0.01):
+    """Of many sizes, with some elements, rows and columns that are zero."""
+    g = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 3
+    if len(shape) > 1 and shape[0] > 2 and g.numel():
+        g *= torch.logspace(-3, 0, shape[0]).view(-1, *[1] * (len(shape) - 1))
+        g[1], g[:, 1] = 0, 0
+    g *= torch.rand(shape, generator=generator) > 0.01
+    return (g * scale).to(dtype)
