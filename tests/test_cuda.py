@@ -326,7 +326,7 @@ def test_the_shared_memory_that_is_asked_for_is_what_the_kernels_use(tmp_path):
     source = tmp_path / "shared.cpp"
     source.write_text(
         '#include "cuda_on_host.h"\n#include "engine/cuda.h"\n'
-        f"static_assert(4 * engine::cuda::ThreadRows::RowSums::kShared == {cuda.MOMENT_BYTES});\n"
+        f"static_assert(4 * engine::cuda::ThreadSums::RowSums::kShared == {cuda.MOMENT_BYTES});\n"
         f"static_assert(engine::cuda::kTileThreads == {cuda.TILE_THREADS});\n"
     )
     compiler = sysconfig.get_config_var("CXX").split()[0]

@@ -1,17 +1,17 @@
-// A block of two warps runs a tile (engine/rows_cuda.h); or a tensor.
+// A block of two warps runs a tile (engine/rows_cuda.h, engine/sums_cuda.h); or a tensor.
 //
 // Sums are added in the order in which engine/exec_cpu.h adds them, but for the three that `total`
 // makes of doubles.
 #pragma once
 
-#include "engine/rows_cuda.h"
+#include "engine/sums_cuda.h"
 
 namespace engine {
 namespace ENGINE_ISA {
 
 constexpr int kTensorThreads = 256;  // of a block that runs a tensor's phase
 
-struct Exec : ThreadRows {
+struct Exec : ThreadSums {
     static constexpr int kStripTiles = 1;
     static constexpr bool kWeightsLater = false;
 
