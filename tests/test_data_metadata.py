@@ -39,8 +39,8 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
     assert blue.captions == ("first", "second")
     assert (green.caption, red.caption, yellow.caption) == ("", "one line", "a yellow card")
     assert (red.loss_weight, blue.loss_weight) == (0.5, 1.0)
-    assert (red.read()[1] == 0).all()
-    assert (blue.read()[1] == 1).all()
+    assert (red.read_mask() == 0).all()
+    assert (blue.read_mask() == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):
     blue, _, red, yellow = load(mask="file").samples
     assert (blue.caption, red.caption, yellow.caption) == ("three", "one, two", "a yellow card")
     assert (blue.loss_weight, red.loss_weight) == (1.0, 0.5)
-    assert (red.read()[1] == 0).all()
+    assert (red.read_mask() == 0).all()
 
 
 @pytest.mark.parametrize("named", ["../b.png", "{folder}/b.png", "../../data/link/../b.png"])

@@ -194,7 +194,7 @@ def _draw(made: dataset.Dataset, path: Path) -> str:
 def _cache_line(model: Any, made: dataset.Dataset) -> str:
     captions, samples, config = [None, *made.all_captions()], made.samples, made.config
     if config.cache is None:
-        pictures = len({(s.digest, s.transform) for s in samples})
+        pictures = len({s.pixels_key for s in samples})
         return (
             f"no cache (data.cache=null): every run encodes {pictures} pictures and "
             f"{len(captions)} captions"

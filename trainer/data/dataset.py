@@ -220,6 +220,8 @@ def _sample(found: Found, turn: int, config: DataConfig, is_held_out: bool) -> S
     return Sample(
         item=found.item,
         digest=found.digest,
+        picture_digest=found.picture_digest,
+        is_transparent=found.is_transparent,
         caption=captions.framed(first_caption, config) if frame else first_caption,
         captions=tuple(
             variant for text in found.captions for variant in captions.variants(text, config, frame)

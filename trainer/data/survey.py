@@ -32,7 +32,8 @@ class Found:
     item: Item
     source: SourceConfig
     captions: list[str]  # as they are written
-    digest: str
+    digest: str  # as of a Sample, and the next
+    picture_digest: str
     size: Size
     is_transparent: bool  # somewhere
     fits: list[Fit]  # one for each of the resolutions; none twice
@@ -115,7 +116,7 @@ def _look_at_all(
             if len(found.unreadable) > max_unreadable:
                 break
             continue
-        digest, (size, is_transparent, notes), fits = look
+        (digest, picture_digest), (size, is_transparent, notes), fits = look
         for note in (*item.notes, *notes):
             found.notes[note].append(item.name)
         usable = Found(
@@ -123,6 +124,7 @@ def _look_at_all(
             source=source,
             captions=texts,
             digest=digest,
+            picture_digest=picture_digest,
             size=size,
             is_transparent=is_transparent,
             fits=fits,
@@ -157,7 +159,8 @@ def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Generator[An
 
 
 def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
-    """-> digest, traits and fits of a picture, or the error that reading it raised.
+    """-> digests (as a Sample has them), traits and fits of a picture, or the error that reading it
+    raised.
 
     Decoders raise whatever hostile bytes lead them to, so every exception is one.
     """
@@ -173,7 +176,7 @@ def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
             checked.add(content.digest, traits)
         fits = [fit(traits[0], side, config) for side in config.resolutions or [config.resolution]]
         unique = list({fitted.bucket: fitted for fitted in fits}.values())
-        return content.digest, traits, unique
+        return (content.digest, content.picture_digest), traits, unique
     except Exception as error:
         return error
 
