@@ -158,7 +158,15 @@ def test_undersized_pictures_are_reported(shapes, caplog, repeats):
 def test_options_that_no_bucket_can_have_are_refused(composed):
     for change, says in (
         ("data.bucket_step=12", "multiple of 8"),
-        ("data.resolutions=[512,100]", "data.resolution=100"),
+        (
+            "data.resolutions=[512,100]",
+            r"data.resolutions=\[512, 100\]: 100 is not a multiple of 8",
+        ),
+        (
+            "data.resolutions=[512,-64]",
+            r"data.resolutions=.*: -64 is out of range; .* \[8, 16384\]",
+        ),
+        ("data.resolutions=[512,32]", r"data.resolutions=.*: 32 is less than data.bucket_step=64"),
         ("data.resolution=32", "less than data.bucket_step=64"),
     ):
         with pytest.raises(UserError, match=says):

@@ -69,7 +69,7 @@ class DataConfig:
     # Pixels.  An area of resolution^2, or of each of `resolutions` where any are given: every
     # picture is then trained on at all of them.
     resolution: int = within(8, 16384)
-    resolutions: list[int]
+    resolutions: list[int] = within(8, 16384)
     # Buckets of that area and many shapes; false: the central square.
     buckets: bool
     bucket_step: int = within(8)  # pixels; the sides of a bucket are multiples
