@@ -147,6 +147,14 @@ def test_bad_metadata_is_refused_by_its_line(load, pictures, line, says):
         load()
 
 
+def test_a_run_is_refused_for_the_first_of_many_bad_lines_and_says_who_names_them(load, pictures):
+    (pictures / "metadata.jsonl").write_text("{\n[]\n")
+    with pytest.raises(
+        UserError, match=r"line 1: .*, or leave it out \(and 1 more .*doctor` names"
+    ):
+        load(max_unreadable=9)
+
+
 def test_a_picture_that_only_metadata_knows_is_unreadable(load, pictures, caplog):
     (pictures / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
     assert len(load().samples) == 4

@@ -132,11 +132,12 @@ def refuse(found: Survey, config: DataConfig) -> None:
     for what, names in (found.problems | found.remarks).items():
         log.warning("data: %d %s: %s", len(names), what, some(names))
     where = ", ".join(source.path for source in all_sources(config))
+    for wrong in (found.broken, found.undecodable):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` names them)"
+            raise UserError(wrong[0] + (more if len(wrong) > 1 else ""))
     if not found.count:
         raise nothing_found(found, config)
-    if found.undecodable:
-        more = len(found.undecodable) - 1
-        raise UserError(found.undecodable[0] + (f" (and {more} more like it)" if more else ""))
     if found.uncaptioned:
         extensions = " or ".join(endings(config))
         message = (
@@ -166,7 +167,8 @@ def nothing_found(found: Survey, config: DataConfig) -> UserError:
     where = ", ".join(source.path for source in all_sources(config))
     others = (found.problems | found.remarks).items()
     instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
-    return UserError("; ".join([f"data.path={where} has no pictures", *instead]))
+    broken = [some(found.broken)] if found.broken else []
+    return UserError("; ".join([f"data.path={where} has no pictures", *broken, *instead]))
 
 
 def report(found: Survey, dataset: Dataset) -> None:

@@ -24,7 +24,6 @@ from trainer.data.items import (
     read_file,
     shown,
 )
-from trainer.errors import UserError
 
 # What may hold pictures, or be one, but is not read.
 _ARCHIVES = (
@@ -50,7 +49,10 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
         state = folder.stat()
         entries = [(entry.name, _is_folder(entry)) for entry in os.scandir(folder)]
     except OSError as error:
-        raise UserError(f"{shown(folder)} cannot be read: {error.strerror}") from error
+        reading.broken.append(
+            f"{shown(folder)} cannot be read: {error.strerror}; let it, or take it out"
+        )
+        return
     here = (state.st_dev, state.st_ino)
     if here in above:
         reading.remarks["links to a folder above them are passed over"].append(shown(folder))

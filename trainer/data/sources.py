@@ -13,20 +13,22 @@ _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items
 def find(path: Path, reading: Reading) -> Iterator[Item]:
     """Everything in a folder, in the order of the paths, or in one file.
 
-    What is passed over goes to `reading`.  Raises UserError for what cannot be read at all.
+    What is passed over goes to `reading`, and so does what cannot be read at all.
     """
     if not path.is_dir():
-        yield from _expand(path, reading)
+        with reading.going_on():
+            yield from _expand(path, reading)
         return
     files = sorted(folders.walk(path, reading))
-    listed = metadata.listed(files, reading.caption_column)
+    listed = metadata.listed(files, reading)
     pictures = {*listed, *(f for f in files if is_picture(f.name) and not is_hidden(f.name))}
     beside = folders.Beside(files, pictures, reading)
     for file in sorted({*files, *pictures}):
-        if file in pictures:
-            yield folders.picture(file, listed.get(file, {}), beside, reading)
-        elif _is_holder(file) and not _is_aside(file, reading):
-            yield from _expand(file, reading)
+        with reading.going_on():
+            if file in pictures:
+                yield folders.picture(file, listed.get(file, {}), beside, reading)
+            elif _is_holder(file) and not _is_aside(file, reading):
+                yield from _expand(file, reading)
     folders.name_unused(files, listed, beside, reading)
 
 
