@@ -43,6 +43,23 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
     assert (blue.read_mask() == 1).all()
 
 
+@pytest.mark.parametrize("mask", ["none", "file"])
+def test_a_picture_that_metadata_names_as_a_mask_is_not_trained_on(load, pictures, caplog, mask):
+    (pictures / "sub").mkdir()
+    for name, width in ("m.png", 80), ("sub/0001.png", 100):
+        Image.new("L", (width, 70), 0).save(pictures / name)
+    lines = [
+        {"file_name": "red.png", "mask": "sub/../m.png"},
+        {"file_name": "blue.png", "mask": "sub/0001.png"},
+        {"file_name": "green.png", "mask": "green.png"},  # a picture too
+    ]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert names(load(mask=mask)) == ["blue.png", "green.png", "red.png", "yellow.png"]
+    said = [line for line in caplog.messages if "are masks, as metadata says" in line]
+    assert len(said) == 1
+    assert said[0].startswith("data: 2 pictures are masks")
+
+
 @pytest.mark.parametrize(
     ("text", "is_noted"),
     [

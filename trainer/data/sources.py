@@ -1,5 +1,6 @@
 """Where pictures come from: a folder of files, or a file that holds many."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from trainer.data import folders, metadata, tables, tars
 from trainer.data.items import IRREGULAR, Item, Reading, is_hidden, is_picture, shown
 from trainer.errors import UserError
 
+_MASKS = "pictures are masks, as metadata says, and not trained on (list them there to do so)"
 _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}
 
 
@@ -21,7 +23,14 @@ def find(path: Path, reading: Reading) -> Iterator[Item]:
         return
     files = sorted(folders.walk(path, reading))
     listed = metadata.listed(files, reading)
-    pictures = {*listed, *(f for f in files if is_picture(f.name) and not is_hidden(f.name))}
+    masks = folders.named_masks(listed)
+    pictures = {*listed}
+    for file in files:
+        if is_picture(file.name) and not is_hidden(file.name) and file not in pictures:
+            if os.path.normpath(file) in masks:
+                reading.remarks[_MASKS].append(shown(file))
+            else:
+                pictures.add(file)
     beside = folders.Beside(files, pictures, reading)
     for file in sorted({*files, *pictures}):
         with reading.going_on():
