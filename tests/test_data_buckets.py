@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from trainer import sampling
 from trainer.data import buckets
 from trainer.errors import UserError
 
@@ -145,6 +147,22 @@ def test_the_plan_is_printed(shapes, caplog):
 def test_several_resolutions_show_every_picture_at_each_that_it_is_large_enough_for(shapes):
     dataset = shapes([(300, 300), (70, 70)], resolutions=[64, 128], batch_size=1)
     assert [s.bucket for s in dataset.samples] == [(64, 64), (64, 64), (128, 128)]
+
+
+def test_of_several_resolutions_the_largest_is_drawn(shapes):
+    for given in ([64, 128], [128, 64]):
+        dataset = shapes([(300, 300), (70, 70), (200, 200)], resolutions=given)
+        names_and_sides = [
+            (s.name[-5], s.bucket[0]) for s in map(dataset.samples.__getitem__, dataset.shown)
+        ]
+        assert names_and_sides == [("0", 128), ("1", 64), ("2", 128)]
+        sampler = sampling.Sampler(
+            model=None,
+            data=SimpleNamespace(dataset=dataset),
+            config=SimpleNamespace(prompts=["a"], sample_count=9),
+            batch_size=1,
+        )
+        assert sampler.sizes == [(128, 128)]
 
 
 @pytest.mark.parametrize("repeats", [True, False])

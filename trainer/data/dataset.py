@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +31,17 @@ class Dataset:
 
     @property
     def own(self) -> list[int]:
-        """The samples that the run is about: for eval points and sample grids.  All that are
+        """The samples that the run is about: for eval points and what is drawn.  All that are
         trained on but those of `prior` sources, or with them where there are no others."""
         trained = [i for i, sample in enumerate(self.samples) if not sample.held_out]
         return [i for i in trained if not self.samples[i].prior] or trained
+
+    @property
+    def shown(self) -> list[int]:
+        """The samples that are drawn: each picture of `own` once, at the largest of its sizes."""
+        by_area = sorted(self.own, key=lambda row: math.prod(self.samples[row].bucket))
+        largest = {id(self.samples[row].item): row for row in by_area}
+        return list(dict.fromkeys(largest[id(self.samples[row].item)] for row in self.own))
 
     @property
     def held_out(self) -> list[int]:
