@@ -260,7 +260,7 @@ def _check_sources(config: DataConfig) -> None:
     if config.path is None and not config.sources:
         raise UserError(
             "data.path has no value; set it on the command line: data.path=... "
-            "(or several: data.sources=[{path: ...}, {path: ...}])"
+            "(or several: 'data.sources=[{path: ...}, {path: ...}]')"
         )
     if config.path is not None and config.sources:
         raise UserError(

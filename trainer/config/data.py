@@ -26,7 +26,7 @@ PICTURE_SUFFIXES = _picture_suffixes()
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One of several places that pictures come from: data.sources=[{path: /a, repeats: 2}, ...]."""
+    """One of several places of pictures: 'data.sources=[{path: /a, repeats: 2}, {path: /b}]'."""
 
     path: str  # as data.path
     # How often an epoch shows each picture.
