@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.config import DataConfig
@@ -77,13 +76,11 @@ class Sample:
             return torch.ones(1, *self.bucket)
         content = self._read()
         if content.mask is not None:
-            grey: Image.Image | None = pictures.decode_mask(
-                content.mask, self.size, self.config.max_pixels
-            )
-        else:
-            grey = self._decoded(content).alpha
-            assert grey is not None  # of a transparent picture
-        return pictures.mask(grey, self.bucket)
+            grey = pictures.decode_mask(content.mask, self.size, self.config.max_pixels)
+            return pictures.mask(grey, self.bucket)
+        alpha = self._decoded(content).alpha
+        assert alpha is not None  # it is transparent somewhere
+        return pictures.mask(alpha, self.bucket)
 
     def _decoded(self, content: "Content") -> pictures.Picture:
         return pictures.decode(content.picture, self.config.max_pixels, self.config.background)
