@@ -36,6 +36,7 @@ def data():
             keys={i: str(i) for i in range(5)},
             memory={str(i): {"latent": latent} for i, latent in enumerate(latents)},
         ),
+        masks=None,
         read=read,
     )
 

@@ -130,7 +130,7 @@ MISTAKES = [
     (["data.sources=[{path:/,repeats:0}]"], ["data.sources.0.repeats=0", "at least 1"]),
     (["data.sources=[{path:/}]"], ["data.path and data.sources are both set"]),
     (["data.cache_dtype=fp8"], ["data.cache_dtype=fp8", "bfloat16"]),
-    (["runtime.device=mps"], ["runtime.device=mps", "cuda:N"]),
+    (["runtime.device=mps"], ["runtime.device=mps: Apple", "not supported", "runtime.device=cpu"]),
     (["schedule=linear", "schedule.name=constant"], ["choose it as schedule=constant"]),
     (["optim.name=adafactor"], ["choose it as optim=adafactor"]),
     (["method=lora", "method.targets=[to_q,to_kk]"], ["method.targets", "called to_kk"]),

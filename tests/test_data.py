@@ -67,8 +67,9 @@ def test_an_unreadable_picture_is_named_counted_and_skipped_up_to_the_limit(load
     (pictures / "gone.png").symlink_to(pictures / "nowhere.png")
     caplog.set_level("INFO")
     assert len(load(max_unreadable=3).samples) == 4
-    for said in ("broken.png", "short.png", "gone.png", "3 unreadable"):
+    for said in ("broken.png", "short.png", "gone.png", "3 unreadable, 0 without a caption"):
         assert said in caplog.text
+    assert "trained without a caption" not in caplog.text  # of those that are not trained on
     with pytest.raises(UserError, match=r"data\.max_unreadable=2"):
         load(max_unreadable=1)
 

@@ -50,7 +50,7 @@ def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog
     assert [s.caption for s in dataset.samples] == captions
     assert [s.loss_weight for s in dataset.samples] == [0.5, 1, 1, 1]
     assert [s.name.rpartition("tar:")[2] for s in dataset.samples][2] == "ä.png"
-    assert (dataset.samples[3].read()[1] == 0).all()
+    assert (dataset.samples[3].read_mask() == 0).all()
     assert (dataset.samples[2].read_pixels()[:, 0, 0].tolist()) == [-1, 1, -1]
     assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
     assert "1 samples of archives have no picture: " in caplog.text

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from trainer import sampling
 from trainer.data import buckets
 from trainer.errors import UserError
 
@@ -147,6 +149,22 @@ def test_several_resolutions_show_every_picture_at_each_that_it_is_large_enough_
     assert [s.bucket for s in dataset.samples] == [(64, 64), (64, 64), (128, 128)]
 
 
+def test_of_several_resolutions_the_largest_is_drawn(shapes):
+    for given in ([64, 128], [128, 64]):
+        dataset = shapes([(300, 300), (70, 70), (200, 200)], resolutions=given)
+        names_and_sides = [
+            (s.name[-5], s.bucket[0]) for s in map(dataset.samples.__getitem__, dataset.shown)
+        ]
+        assert names_and_sides == [("0", 128), ("1", 64), ("2", 128)]
+        sampler = sampling.Sampler(
+            model=None,
+            data=SimpleNamespace(dataset=dataset),
+            config=SimpleNamespace(prompts=["a"], sample_count=9),
+            batch_size=1,
+        )
+        assert sampler.sizes == [(128, 128)]
+
+
 @pytest.mark.parametrize("repeats", [True, False])
 def test_undersized_pictures_are_reported(shapes, caplog, repeats):
     shapes([(30, 30), (80, 80)], upscale=repeats)
@@ -158,7 +176,15 @@ def test_undersized_pictures_are_reported(shapes, caplog, repeats):
 def test_options_that_no_bucket_can_have_are_refused(composed):
     for change, says in (
         ("data.bucket_step=12", "multiple of 8"),
-        ("data.resolutions=[512,100]", "data.resolution=100"),
+        (
+            "data.resolutions=[512,100]",
+            r"data.resolutions=\[512, 100\]: 100 is not a multiple of 8",
+        ),
+        (
+            "data.resolutions=[512,-64]",
+            r"data.resolutions=.*: -64 is out of range; .* \[8, 16384\]",
+        ),
+        ("data.resolutions=[512,32]", r"data.resolutions=.*: 32 is less than data.bucket_step=64"),
         ("data.resolution=32", "less than data.bucket_step=64"),
     ):
         with pytest.raises(UserError, match=says):

@@ -39,8 +39,25 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
     assert blue.captions == ("first", "second")
     assert (green.caption, red.caption, yellow.caption) == ("", "one line", "a yellow card")
     assert (red.loss_weight, blue.loss_weight) == (0.5, 1.0)
-    assert (red.read()[1] == 0).all()
-    assert (blue.read()[1] == 1).all()
+    assert (red.read_mask() == 0).all()
+    assert (blue.read_mask() == 1).all()
+
+
+@pytest.mark.parametrize("mask", ["none", "file"])
+def test_a_picture_that_metadata_names_as_a_mask_is_not_trained_on(load, pictures, caplog, mask):
+    (pictures / "sub").mkdir()
+    for name, width in ("m.png", 80), ("sub/0001.png", 100):
+        Image.new("L", (width, 70), 0).save(pictures / name)
+    lines = [
+        {"file_name": "red.png", "mask": "sub/../m.png"},
+        {"file_name": "blue.png", "mask": "sub/0001.png"},
+        {"file_name": "green.png", "mask": "green.png"},  # a picture too
+    ]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert names(load(mask=mask)) == ["blue.png", "green.png", "red.png", "yellow.png"]
+    said = [line for line in caplog.messages if "are masks, as metadata says" in line]
+    assert len(said) == 1
+    assert said[0].startswith("data: 2 pictures are masks")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +89,7 @@ def test_a_metadata_csv_says_the_same_as_a_jsonl(load, pictures):
     blue, _, red, yellow = load(mask="file").samples
     assert (blue.caption, red.caption, yellow.caption) == ("three", "one, two", "a yellow card")
     assert (blue.loss_weight, red.loss_weight) == (1.0, 0.5)
-    assert (red.read()[1] == 0).all()
+    assert (red.read_mask() == 0).all()
 
 
 @pytest.mark.parametrize("named", ["../b.png", "{folder}/b.png", "../../data/link/../b.png"])
@@ -145,6 +162,14 @@ def test_bad_metadata_is_refused_by_its_line(load, pictures, line, says):
     (pictures / "metadata.jsonl").write_text(f"\n{line}\n")
     with pytest.raises(UserError, match=says):
         load()
+
+
+def test_a_run_is_refused_for_the_first_of_many_bad_lines_and_says_who_names_them(load, pictures):
+    (pictures / "metadata.jsonl").write_text("{\n[]\n")
+    with pytest.raises(
+        UserError, match=r"line 1: .*, or leave it out \(and 1 more .*doctor` names"
+    ):
+        load(max_unreadable=9)
 
 
 def test_a_picture_that_only_metadata_knows_is_unreadable(load, pictures, caplog):

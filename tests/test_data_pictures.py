@@ -210,12 +210,11 @@ def test_the_alpha_channel_can_be_the_mask(load, pictures, tmp_path, caplog):
     image.save(pictures / "red.png")
     dataset = load(mask="alpha")
     assert "3 pictures have no transparent part; the whole of each counts" in caplog.text
-    pixels, mask = dataset.samples[2].read()
-    assert pixels.shape == (3, 64, 64)
+    mask = dataset.samples[2].read_mask()
+    assert dataset.samples[2].read_pixels().shape == (3, 64, 64)
     assert mask.shape == (1, 64, 64)
     assert torch.equal(mask[0], torch.tensor([0.0] * 4 + [1.0] * 60).expand(64, 64))
-    assert (dataset.samples[0].read()[1] == 1).all()
-    assert load().samples[2].read()[1] is None
+    assert (dataset.samples[0].read_mask() == 1).all()
     Image.new("RGBA", (128, 64), "red").save(pictures / "red.png")  # opaque
     for _ in range(2):  # the second finds in the cache what was seen
         caplog.clear()
@@ -229,7 +228,7 @@ def test_a_mask_beside_a_picture_is_cropped_like_it_and_must_have_its_shape(load
     mask.save(pictures / "red.mask.png")
     dataset = load(mask="file")
     assert len(dataset.samples) == 4
-    (drawn,) = dataset.samples[2].read()[1]
+    (drawn,) = dataset.samples[2].read_mask()
     assert torch.equal(drawn, torch.tensor([1.0] * 32 + [0.0] * 32).expand(64, 64))
     assert "3 pictures have no mask" in caplog.text
     load()
@@ -243,4 +242,4 @@ def test_a_picture_that_changes_while_a_run_reads_it_is_not_taken_for_the_old_on
     sample = load().samples[2]
     Image.new("RGB", (80, 70), "pink").save(pictures / "red.png")
     with pytest.raises(UserError, match=r"red\.png has changed"):
-        sample.read()
+        sample.read_pixels()

@@ -1,6 +1,7 @@
 """The store: what is encoded once is never encoded again, and nothing stale or damaged is used."""
 
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -57,14 +58,17 @@ def cache(tmp_path):
 
 @pytest.fixture
 def encode(load, cache):
-    """Encode the picture folder with these changes -> (latents, how many were encoded)."""
+    """Encode the picture folder with these changes -> (latents and masks, how many were
+    encoded)."""
 
     def run(fingerprint="vae", dtype="float32", folder=cache, **changes):
         vae = Vae()
         samples = load(**changes).samples
-        latents = Store(folder and str(folder), dtype).latents(samples, fingerprint, vae.make)
+        store = Store(folder and str(folder), dtype)
+        latents = store.latents(samples, fingerprint, vae.make)
+        masks = store.masks(samples, latents)
         assert vae.made == (vae.encoded > 0), "an encoder without work"
-        return [latents[i] for i in range(len(samples))], vae.encoded
+        return [latents[i] | (masks[i] if masks else {}) for i in range(len(samples))], vae.encoded
 
     return run
 
@@ -95,8 +99,8 @@ CHANGES = {
     "crop": (None, {"buckets": True, "bucket_step": 8}, 4),
     "vae": (None, {"fingerprint": "another"}, 4),
     "dtype": (None, {"dtype": "bfloat16"}, 4),
-    "background": (None, {"background": "black"}, 4),
-    "mask": (None, {"mask": "alpha"}, 4),
+    "background, of an opaque picture": (None, {"background": "black"}, 0),
+    "mask": (None, {"mask": "alpha"}, 0),
     "a new picture": (lambda p: Image.new("RGB", (64, 64)).save(p / "new.png"), {}, 1),
     "captions": (lambda p: (p / "red.txt").write_text("other"), {"caption_prefix": "x"}, 0),
     "batch size": (None, {"batch_size": 7}, 0),
@@ -112,6 +116,48 @@ def test_what_has_changed_is_a_miss_and_what_has_not_is_a_hit(encode, pictures, 
         edit(pictures)
     assert encode(**options)[1] == missing
     assert encode(**options)[1] == 0
+
+
+def test_only_a_transparent_picture_is_encoded_anew_on_another_background(encode, pictures):
+    Image.new("RGBA", (80, 70), (255, 0, 0, 128)).save(pictures / "red.png")
+    Image.new("RGBA", (80, 70), (0, 0, 255, 255)).save(pictures / "blue.png")  # is opaque
+    light, count = encode()
+    assert count == 4
+    dark, count = encode(background="black")
+    assert count == 1
+    changed = [not torch.equal(*pair) for pair in zip(values(light), values(dark), strict=True)]
+    assert changed == [False, False, True, False]
+    assert encode()[1] == 0  # what there was is still there
+
+
+def values(entries):
+    return [entry["latent"] for entry in entries]
+
+
+def test_a_mask_changes_no_latent(encode, pictures):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 51)).save(pictures / "red.png")
+    Image.new("L", (90, 70), 0).save(pictures / "green.mask.png")
+    plain, count = encode()
+    assert count == 4
+    for mask, means in ("alpha", [1, 1, 0.2, 1]), ("file", [1, 0, 1, 1]):
+        masked, count = encode(mask=mask)
+        assert count == 0
+        assert [e["mask"].mean().item() for e in masked] == pytest.approx(means)
+        for pair in zip(values(plain), values(masked), strict=True):
+            assert torch.equal(*pair)
+    Image.new("L", (90, 70), 255).save(pictures / "green.mask.png")
+    again, count = encode(mask="file")
+    assert (count, again[1]["mask"].mean()) == (0, 1)
+
+
+def test_a_latents_name_is_what_it_has_been(encode, load, cache):
+    """Of a picture on white and without a mask: what took hours to encode is found again."""
+    encode()
+    pixels = "(64, 64), {}, 'white', 'none', 'centre, lanczos'"
+    known = [(1, s.digest, f"({pixels.format(s.size)})", "vae", "torch.float32")
+             for s in load().samples]  # fmt: skip
+    expected = sorted(hashlib.sha256(repr(parts).encode()).hexdigest() for parts in known)
+    assert [path.stem for path in entries(cache)] == expected
 
 
 def truncate(path):
@@ -365,7 +411,7 @@ def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
     assert deterministic(memory) == deterministic(cached) == deterministic(again)
 
 
-def test_a_mask_is_averaged_to_the_latent_and_kept_with_it(encode, pictures):
+def test_a_mask_is_averaged_to_the_latent_and_kept(encode, pictures, cache):
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 4, 64))
     image.save(pictures / "red.png")
@@ -373,4 +419,5 @@ def test_a_mask_is_averaged_to_the_latent_and_kept_with_it(encode, pictures):
         latents, _ = encode(mask="alpha")
         assert torch.equal(latents[2]["mask"], torch.tensor([0.5] + [1.0] * 7).expand(1, 8, 8))
         assert (latents[0]["mask"] == 1).all()
+    assert len(entries(cache, "masks")) == 2  # its own, and one of all that have none
     assert "mask" not in encode()[0][2]

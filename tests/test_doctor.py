@@ -1,8 +1,11 @@
 """`python -m trainer.doctor`: what it finds, and the exit status that a script reads."""
 
+import io
 import json
+import re
 import shutil
 import sys
+import tarfile
 
 import pytest
 from PIL import Image
@@ -85,6 +88,50 @@ def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):
     assert "1 links to a folder above them are passed over: " in out
 
 
+def test_what_cannot_be_read_at_all_is_named_and_the_rest_examined(examine, pictures, folder):
+    content = (pictures / "red.png").read_bytes()
+    for name, members in ("good", ["a.png", "a.txt"]), ("cut", ["b.png", "c.png"]):
+        with tarfile.open(pictures / f"{name}.tar", "w") as archive:
+            for member in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(content) if member.endswith("png") else 6
+                archive.addfile(info, io.BytesIO(content if member.endswith("png") else b"a card"))
+    whole = (pictures / "cut.tar").read_bytes()
+    (pictures / "cut.tar").write_bytes(whole[: 512 + len(content) // 2])
+    lines = ['{"file_name": "red.png", "text": "metadata\'s"}', "{", '{"file_name": 3}']
+    lines += ['{"file_name": "blue.png", "weight": -1}', '{"file_name": "green.png", "text": ""}']
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    (pictures / "table.parquet").write_bytes(b"PAR1 and no more")
+    status, out, err = examine(*folder, "--names=99")
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    at = lines.index("PROBLEM: 5 archives, tables or lines of metadata cannot be read")
+    for line, says in zip(
+        sorted(lines[at + 1 : at + 6]),
+        (
+            r"blue\.png: its weight is -1",
+            r"cut\.tar cannot be read as an uncompressed tar .*; make it again, or take it out",
+            r"metadata\.jsonl, line 2: it is not JSON: .*; correct it, or leave it out",
+            r"metadata\.jsonl, line 3: it has no \"file_name\"; name a picture, or leave it out",
+            r"table\.parquet (cannot be read: .*; make it again|needs the package pyarrow)",
+        ),
+        strict=True,
+    ):
+        assert re.search(says, line)
+    assert lines[0] == "4 pictures, of which 4 can be used"  # red, green, yellow and the good tar's
+    assert "PROBLEM: 1 captions are empty" in lines  # which line 5 says
+
+
+def test_a_picture_that_cannot_be_read_is_one_problem(examine, pictures, folder):
+    (pictures / "broken.png").write_bytes(b"<html>")
+    (pictures / "red.txt").unlink()
+    status, out, _ = examine(*folder)
+    assert status == 1
+    assert "PROBLEM: 1 pictures cannot be read" in out
+    assert "PROBLEM: 1 pictures have no caption" in out
+    assert out.count("broken.png") == 1
+
+
 def test_only_so_many_names_are_shown(examine, pictures, folder):
     for path in pictures.glob("*.txt"):
         path.unlink()
@@ -100,14 +147,19 @@ def test_only_so_many_names_are_shown(examine, pictures, folder):
         (["data.pth=/x"], "data.pth"),
         (["data=folder", "data.path={empty}"], "has no pictures"),
         (["data=folder", "data.path={broken}"], "of 1 pictures none can be used; "),
+        (["data=folder", "data.path={captioned}"], "x.png: the file is empty"),
+        (["data=folder", "data.path={shards}"], "has no pictures; "),
+        (["data=folder", "data.path={shards}/0.tar"], "0.tar cannot be read as an uncompressed"),
         (["--images-per-second", "fast"], "invalid float value"),
     ],
 )
 def test_what_cannot_be_read_is_status_2_and_one_line(examine, tmp_path, arguments, says):
-    for name in ("empty", "broken"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "broken" / "x.png").write_bytes(b"")
-    paths = {name: tmp_path / name for name in ("empty", "broken")}
+    paths = {name: tmp_path / name for name in ("empty", "broken", "captioned", "shards")}
+    for path in paths.values():
+        path.mkdir()
+    for name in ("broken/x.png", "captioned/x.png", "shards/0.tar"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "captioned/x.txt").write_text("a card")
     status, out, err = examine(*(a.format(**paths) for a in arguments))
     assert status == 2
     assert says in err.splitlines()[-1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import QUICK
-from PIL import Image
+from PIL import Image, ImageFont
 
 from trainer import (
     evaluation,
@@ -129,6 +129,35 @@ def test_the_peak_of_training_is_told_from_the_rest():
     peaks.end("rest")
     assert peaks.training == most
     assert peaks.run > most + (2 << 26)
+
+
+LETTERS = ["café", "кот", "猫", "😀 or ❤️", "two\nlines", "\ud800", "'\"\\"]
+
+
+@pytest.mark.parametrize("fonts", ["of this machine", "of none"])
+def test_captions_in_any_letters_are_told_apart_on_a_grid(monkeypatch, fonts):
+    """A font draws one box for every letter that it lacks."""
+    if fonts == "of none":
+        monkeypatch.setattr(pictures, "_fonts", lambda: [ImageFont.load_default(11)])
+    tile = Image.new("RGB", (128, 128))
+    swapped = str.maketrans("éк猫😀\n\ud800'", "èт犬😁\t\ud801`")
+    for caption in LETTERS:
+        pair = [pictures.grid({"": [tile]}, [c]) for c in (caption, caption.translate(swapped))]
+        assert pair[0].tobytes() != pair[1].tobytes(), caption
+
+
+def test_what_no_font_has_is_escaped_and_the_font_with_the_most_letters_is_taken(monkeypatch):
+    class Font:
+        def __init__(self, letters):
+            self.letters = letters
+
+        def getmask(self, character):
+            return (character if character in self.letters else "box").encode()
+
+    ascii_only, wide = Font("cat "), Font("catéк ")
+    monkeypatch.setattr(pictures, "_fonts", lambda: [ascii_only, wide])
+    assert pictures.written("a cat") == ("a cat", ascii_only)
+    assert pictures.written("é к 猫\n") == ("é к \\u732b\\n", wide)
 
 
 def test_a_grid_compares_pictures_of_the_same_captions_only(begun, caplog):

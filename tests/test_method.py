@@ -6,7 +6,8 @@ from helpers import rows, weights
 from models import make_sd15
 from safetensors.torch import load_file
 
-from trainer import method
+from trainer import conditioning, method
+from trainer.errors import UserError
 from trainer.formats import adapters, lora
 from trainer.model import Model
 
@@ -151,3 +152,45 @@ def test_another_vae_encodes_and_is_exported(quick, tmp_path, composed):
     assert rows(plain)[0]["eval/loss"] != rows(other)[0]["eval/loss"]
     written = AutoencoderKL.from_pretrained(other / "model/vae")
     assert torch.equal(written.encoder.conv_in.weight, vae.encoder.conv_in.weight)
+
+
+METHODS = (
+    "method=full",
+    "method=full method.train=[text_encoder]",
+    "method=lora",
+    "method=lora method.dora=true method.targets=[to_q,conv1]",
+    "method=lora method.train=[unet,text_encoder_2] method.text_targets=[q_proj]",
+)
+
+
+@pytest.mark.parametrize("chosen", METHODS)
+def test_what_is_trained_has_the_same_names_without_any_values(composed, chosen):
+    config = composed(*chosen.split())
+    real = attached(config)
+    empty = real.on_meta()
+    with torch.device("meta"):
+        method.attach(config.method, empty, 0)
+    trained = method.trained_parameters(empty)
+    assert trained.keys() == method.trained_parameters(real).keys()
+    assert all(parameter.is_meta for parameter in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ("method=lora method.targets=[foo]", r"method\.targets=\['foo'\]"),
+        (
+            "method=lora method.train=[text_encoder] method.text_targets=[foo]",
+            r"method\.text_targets=\['foo'\]",
+        ),
+        ("method.rules=[{pattern:foo,lr_scale:0.5}]", r"method\.rules\[0\]: foo matches no"),
+        ("method=lora method.rules=[{pattern:bias,lr_scale:0.5}]", r"rules\[0\]: bias matches no"),
+        ("method.rules=[{pattern:.,trainable:false}]", "leave nothing to train"),
+    ],
+)
+def test_a_name_that_the_model_lacks_is_refused_before_anything_is_encoded(
+    quick, monkeypatch, chosen, says
+):
+    monkeypatch.setattr(conditioning, "encode", lambda *_: pytest.fail("it is encoded"))
+    with pytest.raises(UserError, match=says):
+        quick("run", *chosen.split())

@@ -87,6 +87,14 @@ def test_links_in_the_documents_lead_somewhere():
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_lists_on_the_command_line_are_shown_in_the_quotes_that_a_shell_needs():
+    shown = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
+    shown += REPOSITORY.glob("conf/**/*.yaml")
+    bare = re.compile(r"(?<!['\w.+])\+?[a-z_]+\.[a-z_.]+=[\[{][\w{].*")
+    for document in shown:
+        assert not bare.findall(document.read_text()), document.name
+
+
 def test_the_gate_runs_the_readmes_test_command():
     readme = (REPOSITORY / "README.md").read_text()
     (command,) = [line for line in readme.splitlines() if "&& pytest" in line]

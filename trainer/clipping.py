@@ -16,6 +16,7 @@ whoever steps, and whenever, sees the same bits.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +32,11 @@ class Clip:
     """
 
     def __init__(
-        self, mode: str, limit: float | None, parameters: list[Tensor], last_norm: float = math.nan
+        self,
+        mode: str,
+        limit: float | None,
+        parameters: Sequence[Tensor],
+        last_norm: float = math.nan,
     ) -> None:
         self.mode = mode if limit else "none"
         self.limit = limit or math.inf

@@ -32,13 +32,14 @@ class Encoded:
     """A data set as the UNet sees it."""
 
     dataset: Dataset
-    latents: Entries  # by a sample's number: latent (4, h, w), scaled; mask (1, h, w) where wanted
+    latents: Entries  # by a sample's number: latent (4, h, w), scaled
+    masks: Entries | None  # and mask (1, h, w), where the loss is masked
     read: Read
 
     def gather(self, picks: Sequence[Pick]) -> Inputs:
         """The inputs of a batch, in fp32.  All picks have one bucket."""
         samples = [self.dataset.samples[pick.sample] for pick in picks]
-        latents = [self.latents[pick.sample] for pick in picks]
+        latents, masks = [self.latents[pick.sample] for pick in picks], self.masks
         told = self.read([pick.caption for pick in picks])
         weights = [sample.loss_weight for sample in samples]
         return Inputs(
@@ -47,7 +48,7 @@ class Encoded:
             pooled=told.pooled,
             time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
             loss_weights=None if set(weights) == {1.0} else torch.tensor(weights),
-            mask=_stacked(latents, "mask") if "mask" in latents[0] else None,
+            mask=_stacked([masks[pick.sample] for pick in picks], "mask") if masks else None,
         )
 
     def plain(self, rows: Sequence[int]) -> Inputs:
@@ -97,7 +98,8 @@ def encode(
             lambda: loaded.enter_context(_picture_encoder(model)),
             stop,
         )
-    return Encoded(dataset=dataset, latents=latents, read=read)
+    masks = store.masks(dataset.samples, latents, stop)
+    return Encoded(dataset=dataset, latents=latents, masks=masks, read=read)
 
 
 def text_fingerprint(model: Model, cache: str) -> str:

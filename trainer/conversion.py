@@ -73,9 +73,10 @@ def _in_run(path: Path) -> Path:
     every = completed(path / "checkpoints")
     found = path / "model"
     if not (found / "model_index.json").is_file():
-        found = next(iter(sorted((path / "lora").glob("*.safetensors"))), None)
-    if found is None:
-        return (every or [path])[-1]
+        loras = sorted((path / "lora").glob("*.safetensors"))
+        if not loras:
+            return (every or [path])[-1]
+        found = loras[0]
     if every and int(every[-1].name[5:]) > (step := _finished(path)):
         log.warning(
             "%s is of step %d; the run has gone on since: name %s for its last checkpoint", found,

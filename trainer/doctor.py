@@ -112,8 +112,9 @@ def examine(
     if not found.count:
         raise dataset.nothing_found(found, config.data)
     if not found.usable and not found.undecodable:
-        name, why = next(iter(found.unreadable.items()), (found.uncaptioned[0], "no caption"))
-        raise UserError(f"of {found.count} pictures none can be used; {name}: {why}")
+        why = dict.fromkeys(found.uncaptioned, "no caption") | found.unreadable
+        name = next(reversed(why))
+        raise UserError(f"of {found.count} pictures none can be used; {name}: {why[name]}")
     made = dataset.build(found.usable, config.data)
     print(f"{found.count} pictures, of which {len(found.usable)} can be used")
     for what, names in found.remarks.items():
@@ -155,6 +156,7 @@ def _findings(found: Survey) -> list[Finding]:
         if any(fit.undersized for fit in f.fits)
     ]
     findings = {
+        "archives, tables or lines of metadata cannot be read": found.broken,
         "pictures cannot be read": [f"{k}: {v}" for k, v in found.unreadable.items()],
         "captions cannot be decoded": found.undecodable,
         "pictures have no caption": found.uncaptioned,
@@ -194,7 +196,7 @@ def _draw(made: dataset.Dataset, path: Path) -> str:
 def _cache_line(model: Any, made: dataset.Dataset) -> str:
     captions, samples, config = [None, *made.all_captions()], made.samples, made.config
     if config.cache is None:
-        pictures = len({(s.digest, s.transform) for s in samples})
+        pictures = len({s.pixels_key for s in samples})
         return (
             f"no cache (data.cache=null): every run encodes {pictures} pictures and "
             f"{len(captions)} captions"

@@ -40,7 +40,7 @@ class Outcome:
 
 def make(
     config: Config,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     last_norm: float = math.nan,
 ) -> "Gathered | Consumed":
@@ -56,7 +56,7 @@ def make(
 class Gathered:
     """Backward passes that keep all gradients for the step that follows."""
 
-    def __init__(self, parameters: list[Tensor], clip: Clip) -> None:
+    def __init__(self, parameters: Sequence[Tensor], clip: Clip) -> None:
         self._parameters, self.clip = parameters, clip
 
     def backward(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
@@ -98,7 +98,7 @@ class Consumed:
     """
 
     def __init__(
-        self, parameters: list[Tensor], optimizer: optim.FusedOptimizer, clip: Clip
+        self, parameters: Sequence[Tensor], optimizer: optim.FusedOptimizer, clip: Clip
     ) -> None:
         self._parameters, self.clip = parameters, clip
         self._bounding = math.nan  # the norm that this step is clipped by

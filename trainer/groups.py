@@ -20,6 +20,7 @@ from trainer.errors import UserError
 log = logging.getLogger(__name__)
 
 Rule = Mapping[str, Any]
+Member = tuple[nn.Parameter, bool]  # and whether it is spared weight decay
 
 _OWN = ("pattern", "lr_scale", "trainable")  # what a rule has besides options of the optimizer
 
@@ -77,22 +78,13 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The groups: those that no rule is about, then each rule's; and the table of them is logged.
 
-    Parameters that a rule does not train stop to require gradients.  Raises UserError for a rule
-    that matches nothing which an earlier one has not, and where nothing is left to train.
+    Parameters that a rule does not train stop to require gradients.  Raises UserError as `assigned`
+    does.
     """
-    members: list[list[tuple[nn.Parameter, bool]]] = [[] for _ in range(1 + len(rules))]
-    patterns = [re.compile(rule["pattern"]) for rule in rules]
-    for name, parameter, is_spared in _trained(model):
-        found = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), -1)
-        members[found + 1].append((parameter, is_spared))
-    groups = _split(members[0], {})
+    others, *members = assigned(model, rules)
+    groups = _split(others, {})
     table = [_row("", group) for group in groups]
-    for number, (rule, chosen) in enumerate(zip(rules, members[1:], strict=True)):
-        if not chosen:
-            raise UserError(
-                f"method.rules[{number}]: {rule['pattern']} matches no parameter that is trained "
-                "and not taken by a rule before it; correct it or leave it out"
-            )
+    for rule, chosen in zip(rules, members, strict=True):
         if rule.get("trainable") is False:
             for parameter, _ in chosen:
                 parameter.requires_grad_(False)
@@ -101,14 +93,34 @@ def parameter_groups(
         own = _split(chosen, options_of(rule, lr))
         table += [_row(rule["pattern"], group) for group in own]
         groups += own
-    if not groups:
-        raise UserError("method.rules leave nothing to train; one of them must match less")
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     for pattern, tensors, count, options in table:
         start = f"  {pattern:<{widths[0]}}  " if rules else "  "
         numbers = f"{tensors.rjust(widths[1])} tensors, {count.rjust(widths[2])} parameters"
         log.info("%s", f"{start}{numbers}  {options}".rstrip())
     return groups
+
+
+def assigned(model: nn.Module, rules: Sequence[Rule]) -> list[list[Member]]:
+    """The trained parameters that no rule is about, then each rule's.
+
+    Raises UserError for a rule that matches nothing which an earlier one has not, and where nothing
+    is left to train.
+    """
+    members: list[list[Member]] = [[] for _ in range(1 + len(rules))]
+    patterns = [re.compile(rule["pattern"]) for rule in rules]
+    for name, parameter, is_spared in _trained(model):
+        found = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), -1)
+        members[found + 1].append((parameter, is_spared))
+    for number, rule in enumerate(rules):
+        if not members[number + 1]:
+            raise UserError(
+                f"method.rules[{number}]: {rule['pattern']} matches no parameter that is trained "
+                "and not taken by a rule before it; correct it or leave it out"
+            )
+    if not members[0] and all(rule.get("trainable") is False for rule in rules):
+        raise UserError("method.rules leave nothing to train; one of them must match less")
+    return members
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
@@ -123,9 +135,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
                 yield name, parameter, no_decay
 
 
-def _split(
-    members: list[tuple[nn.Parameter, bool]], options: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _split(members: list[Member], options: dict[str, Any]) -> list[dict[str, Any]]:
     """One group for those that decay and one for those that are spared it; one group for all where
     the options say what they do."""
     if "weight_decay" in options:

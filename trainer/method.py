@@ -3,6 +3,7 @@ the text encoders."""
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from optim import rng
+from trainer import groups
 from trainer.config import LoraConfig
 from trainer.config.method import PARTS
 from trainer.errors import UserError
@@ -44,6 +46,19 @@ def attach(config: Any, model: Model, seed: int) -> None:
         _add_adapters(config, part, model.trained_parts[part], layers[part], seed)
     if config.start_from:
         _start_from(Path(config.start_from).expanduser(), model, layers)
+
+
+def check(config: Any, model: Model) -> None:
+    """Refuse targets and rules that name nothing of the model, before anything is encoded for it,
+    which may take hours, and before its UNet is loaded."""
+    if isinstance(config, LoraConfig):
+        config = replace(config, start_from=None)
+    elif not config.rules:
+        return
+    with torch.device("meta"):
+        empty = model.on_meta()
+        attach(config, empty, seed=0)
+    groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:

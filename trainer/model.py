@@ -5,6 +5,7 @@ the text encoders to encode captions and the VAE to encode pictures, each before
 and the VAE again to draw samples.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from torch import nn
 from trainer import origin, text
 from trainer.config import DTYPES, ModelConfig
 from trainer.errors import UserError
+from trainer.formats import architectures
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,18 @@ class Model:
             )
         if set(trained) & set(self.text_parts):
             self.text_encoder = self.load_text_encoders()
+
+    def on_meta(self) -> "Model":
+        """This model as it will be when the UNet is loaded, without any values: its names."""
+        made = copy.copy(self)
+        made.unet = self._empty("unet")
+        if self.text_encoder:
+            parts = {part: self._empty(part) for part in self.text_parts}
+            made.text_encoder = text.Encoder(self.config, self.origin, parts)
+        return made
+
+    def _empty(self, part: str) -> nn.Module:
+        return architectures.empty(part, self.origin.config(part)).requires_grad_(False)
 
     def load_unet(self) -> None:
         """Read the UNet, in the configured dtype, onto the device."""

@@ -1,5 +1,7 @@
 """Pictures on the disk, and side by side: rows of the same captions from different steps."""
 
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -9,6 +11,11 @@ from torch import Tensor
 _LABEL, _MARGIN, _COLUMNS = 14, 64, 8  # pixels; pictures a band
 _TILES = 96, 256  # pixels: the smallest and the largest side of a picture in a grid
 _CAPTION = "caption"  # the key of a PNG's text
+_POINTS = 11  # of the letters
+# What Linux has of other letters, looked for in its folders of fonts; Pillow's own font is ASCII.
+_OTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc")
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def save(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None:
@@ -49,10 +56,11 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
     bands = -(-count // _COLUMNS)
     band_height = _LABEL + len(rows) * tile + 6
     sheet = Image.new("RGB", (_MARGIN + min(count, _COLUMNS) * tile, bands * band_height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen = ImageDraw.Draw(sheet)
     for number, caption in enumerate(captions):
         left, top = _MARGIN + number % _COLUMNS * tile, number // _COLUMNS * band_height
-        pen.text((left + 2, top), _fit(pen, caption, font, tile), fill="black", font=font)
+        text, font = written(caption)
+        pen.text((left + 2, top), _fit(pen, text, font, tile), fill="black", font=font)
         for row, pictures in enumerate(rows.values()):
             sheet.paste(
                 ImageOps.pad(pictures[number], (tile, tile), Image.Resampling.BICUBIC, "white"),
@@ -64,12 +72,35 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
                 (4, band * band_height + _LABEL + row * tile + tile // 2 - 6),
                 title,
                 fill="black",
-                font=font,
+                font=_fonts()[0],
             )
     return sheet
 
 
-def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> str:
+def written(text: str) -> tuple[str, Font]:
+    """A text as it can be drawn, and the font: that which has most of its characters, and the rest
+    as escapes (\\u732b), since a font draws one box for all that it lacks."""
+    font = max(_fonts(), key=lambda font: sum(_has(font, c) for c in text))
+    return "".join(c if _has(font, c) else ascii(c)[1:-1] for c in text), font
+
+
+@cache
+def _fonts() -> list[Font]:
+    found: list[Font] = [ImageFont.load_default(_POINTS)]
+    for name in _OTHER_FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, _POINTS))
+    return found
+
+
+@cache
+def _has(font: Font, character: str) -> bool:
+    """Whether it is drawn, and not as the box, which is what U+FFFF, no character, gets."""
+    box = "\uffff"
+    return character.isprintable() and bytes(font.getmask(character)) != bytes(font.getmask(box))
+
+
+def _fit(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     """As much of the text as a tile is wide."""
     if pen.textlength(text[:width], font=font) <= width - 4:
         return text[:width]

@@ -1,5 +1,7 @@
 """How far a step moves the weights, from a small fixed sample of them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ class UpdateProbe:
     for the SDXL UNet, twice.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
         self._before = self._read()
 

@@ -91,7 +91,8 @@ def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
     the configuration may be given away under a key of our own."""
     lr = getattr(config.optim, "lr", "")
     computes_bf16 = "bfloat16" in (config.model.dtype, config.model.compute)
-    resolution = f"{config.data.resolution}x{config.data.resolution}"
+    side = config.data.largest_resolution
+    resolution = f"{side}x{side}"
     known: dict[str, Any] = {
         "ss_steps": step,
         "ss_optimizer": config.optim.name,

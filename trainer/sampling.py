@@ -36,12 +36,12 @@ class Sampler:
         """The samples whose captions are drawn; none where there are prompts."""
         dataset = self.data.dataset
         count = 0 if self.config.prompts else self.config.sample_count
-        return [dataset.samples[row] for row in dataset.own[:count]]
+        return [dataset.samples[row] for row in dataset.shown[:count]]
 
     @cached_property
     def sizes(self) -> list[Size]:
         """Of what is drawn, in pixels: height and width."""
-        side = self.data.dataset.config.resolution
+        side = self.data.dataset.config.largest_resolution
         return [sample.bucket for sample in self.samples] or [(side, side)] * self.count
 
     @property

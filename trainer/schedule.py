@@ -4,7 +4,13 @@ needs no scheduler state."""
 import math
 from typing import Any
 
-from trainer.config import ConstantConfig, CosineRestartsConfig, PolynomialConfig, WsdConfig
+from trainer.config import (
+    ConstantConfig,
+    CosineRestartsConfig,
+    LinearConfig,
+    PolynomialConfig,
+    WsdConfig,
+)
 
 
 def lr_scale(config: ConstantConfig, step: int) -> float:
@@ -12,7 +18,7 @@ def lr_scale(config: ConstantConfig, step: int) -> float:
     decay."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    if type(config) is ConstantConfig:
+    if not isinstance(config, LinearConfig | WsdConfig):
         return 1.0
     return config.final_scale + (1 - config.final_scale) * _shape(config, _decayed(config, step))
 

@@ -93,6 +93,7 @@ def assemble(
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
     model.keep_text_encoders(config.method.train)
+    method.check(config.method, model)
     encoded = conditioning.encode(model, dataset, config.log.prompts, stop)
 
     model.load_unet()

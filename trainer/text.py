@@ -125,6 +125,6 @@ def room(config: ModelConfig, tokenizer: Any) -> int:
     return config.prompt_chunks * (tokenizer.model_max_length - 2)
 
 
-def _tower(encoder: nn.Module) -> nn.Module:
+def _tower(encoder: nn.Module) -> Any:
     """The transformer of a CLIP text model, which transformers 5 keeps a level less deep than 4."""
     return getattr(encoder, "text_model", encoder)

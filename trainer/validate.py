@@ -260,7 +260,7 @@ def _check_sources(config: DataConfig) -> None:
     if config.path is None and not config.sources:
         raise UserError(
             "data.path has no value; set it on the command line: data.path=... "
-            "(or several: data.sources=[{path: ...}, {path: ...}])"
+            "(or several: 'data.sources=[{path: ...}, {path: ...}]')"
         )
     if config.path is not None and config.sources:
         raise UserError(
@@ -280,13 +280,15 @@ def _check_sources(config: DataConfig) -> None:
 
 def _check_sizes(config: DataConfig) -> None:
     if config.bucket_step % 8:
-        raise UserError(f"data.bucket_step={config.bucket_step} must be a multiple of 8")
-    for side in (config.resolution, *config.resolutions):
-        if side % 8 or side < 8:
-            raise UserError(f"data.resolution={side} must be a multiple of 8")
+        raise UserError(f"data.bucket_step={config.bucket_step} is not a multiple of 8")
+    named = [(f"data.resolution={config.resolution}", config.resolution)]
+    named += [(f"data.resolutions={config.resolutions}: {s}", s) for s in config.resolutions]
+    for what, side in named:
+        if side % 8:
+            raise UserError(f"{what} is not a multiple of 8; {side // 8 * 8} is")
         if config.buckets and side < config.bucket_step:
             raise UserError(
-                f"data.resolution={side} is less than data.bucket_step={config.bucket_step}; "
+                f"{what} is less than data.bucket_step={config.bucket_step}; "
                 "choose a smaller step, or data.buckets=false"
             )
 
@@ -294,6 +296,10 @@ def _check_sizes(config: DataConfig) -> None:
 def _check_device(device: str) -> None:
     if device == "auto":
         return
+    if device.startswith("mps"):
+        raise UserError(
+            f"runtime.device={device}: Apple's GPUs are not supported; use runtime.device=cpu"
+        )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"runtime.device={device} is not a device; use auto, cpu, cuda or cuda:N")
     wanted = torch.device(device)

@@ -26,7 +26,7 @@ PICTURE_SUFFIXES = _picture_suffixes()
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One of several places that pictures come from: data.sources=[{path: /a, repeats: 2}, ...]."""
+    """One of several places of pictures: 'data.sources=[{path: /a, repeats: 2}, {path: /b}]'."""
 
     path: str  # as data.path
     # How often an epoch shows each picture.
@@ -67,9 +67,9 @@ class DataConfig:
     caption_variants: int = within(1)
 
     # Pixels.  An area of resolution^2, or of each of `resolutions` where any are given: every
-    # picture is then trained on at all of them.
+    # picture is then trained on at all of them, and drawn at the largest.
     resolution: int = within(8, 16384)
-    resolutions: list[int]
+    resolutions: list[int] = within(8, 16384)
     # Buckets of that area and many shapes; false: the central square.
     buckets: bool
     bucket_step: int = within(8)  # pixels; the sides of a bucket are multiples
@@ -98,3 +98,8 @@ class DataConfig:
     # A folder for latents and text embeddings, which other runs find there; null: in memory.
     cache: str | None
     cache_dtype: str = one_of("float32", "bfloat16")  # of both, in memory and on the disk
+
+    @property
+    def largest_resolution(self) -> int:
+        """Of those that are trained on."""
+        return max(self.resolutions or [self.resolution])

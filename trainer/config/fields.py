@@ -15,7 +15,7 @@ from optim.options import unknown
 
 
 def within(low: float, high: float = math.inf) -> Any:
-    """A number in [low, high], for a dataclass's field."""
+    """A number in [low, high], or a list of some, for a dataclass's field."""
     return field(metadata={"range": (low, high)})
 
 
@@ -30,13 +30,13 @@ def complaint(node: Any, prefix: str) -> str | None:
         key, value = f"{prefix}{option.name}", getattr(node, option.name)
         if value is None:
             continue
-        choices = option.metadata.get("choices")
+        choices, bounds = option.metadata.get("choices"), option.metadata.get("range")
         for one in value if isinstance(value, list) else [value]:
             if choices and one not in choices:
                 return f"{key}={value}: {unknown('choice', one, choices)}"
-        low, high = option.metadata.get("range", (-math.inf, math.inf))
-        if "range" in option.metadata and not low <= value <= high:
-            return f"{key}={value} is out of range; it must be {_interval(low, high)}"
+            if bounds and not bounds[0] <= one <= bounds[1]:
+                which = f": {one}" if isinstance(value, list) else ""
+                return f"{key}={value}{which} is out of range; it must be {_interval(*bounds)}"
     return None
 
 

@@ -22,7 +22,8 @@ class LogConfig:
     eval_points: int = within(1)
     sample_every: int = within(0)  # 0 = only before and after
     sample_count: int = within(0)  # pictures in a sample grid: the first captions of the data
-    # What is drawn instead, at data.resolution, as often as there are prompts.
+    # What is drawn instead, as often as there are prompts: squares of data.resolution, or of the
+    # largest of data.resolutions.
     prompts: list[str]
     sample_steps: int = within(1, 1000)
     guidance_scale: float = within(0, 100)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +31,17 @@ class Dataset:
 
     @property
     def own(self) -> list[int]:
-        """The samples that the run is about: for eval points and sample grids.  All that are
+        """The samples that the run is about: for eval points and what is drawn.  All that are
         trained on but those of `prior` sources, or with them where there are no others."""
         trained = [i for i, sample in enumerate(self.samples) if not sample.held_out]
         return [i for i in trained if not self.samples[i].prior] or trained
+
+    @property
+    def shown(self) -> list[int]:
+        """The samples that are drawn: each picture of `own` once, at the largest of its sizes."""
+        by_area = sorted(self.own, key=lambda row: math.prod(self.samples[row].bucket))
+        largest = {id(self.samples[row].item): row for row in by_area}
+        return list(dict.fromkeys(largest[id(self.samples[row].item)] for row in self.own))
 
     @property
     def held_out(self) -> list[int]:
@@ -132,11 +140,12 @@ def refuse(found: Survey, config: DataConfig) -> None:
     for what, names in (found.problems | found.remarks).items():
         log.warning("data: %d %s: %s", len(names), what, some(names))
     where = ", ".join(source.path for source in all_sources(config))
+    for wrong in (found.broken, found.undecodable):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` names them)"
+            raise UserError(wrong[0] + (more if len(wrong) > 1 else ""))
     if not found.count:
         raise nothing_found(found, config)
-    if found.undecodable:
-        more = len(found.undecodable) - 1
-        raise UserError(found.undecodable[0] + (f" (and {more} more like it)" if more else ""))
     if found.uncaptioned:
         extensions = " or ".join(endings(config))
         message = (
@@ -166,7 +175,8 @@ def nothing_found(found: Survey, config: DataConfig) -> UserError:
     where = ", ".join(source.path for source in all_sources(config))
     others = (found.problems | found.remarks).items()
     instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
-    return UserError("; ".join([f"data.path={where} has no pictures", *instead]))
+    broken = [some(found.broken)] if found.broken else []
+    return UserError("; ".join([f"data.path={where} has no pictures", *broken, *instead]))
 
 
 def report(found: Survey, dataset: Dataset) -> None:
@@ -220,6 +230,8 @@ def _sample(found: Found, turn: int, config: DataConfig, is_held_out: bool) -> S
     return Sample(
         item=found.item,
         digest=found.digest,
+        picture_digest=found.picture_digest,
+        is_transparent=found.is_transparent,
         caption=captions.framed(first_caption, config) if frame else first_caption,
         captions=tuple(
             variant for text in found.captions for variant in captions.variants(text, config, frame)

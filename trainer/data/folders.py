@@ -24,7 +24,6 @@ from trainer.data.items import (
     read_file,
     shown,
 )
-from trainer.errors import UserError
 
 # What may hold pictures, or be one, but is not read.
 _ARCHIVES = (
@@ -50,7 +49,10 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
         state = folder.stat()
         entries = [(entry.name, _is_folder(entry)) for entry in os.scandir(folder)]
     except OSError as error:
-        raise UserError(f"{shown(folder)} cannot be read: {error.strerror}") from error
+        reading.broken.append(
+            f"{shown(folder)} cannot be read: {error.strerror}; let it, or take it out"
+        )
+        return
     here = (state.st_dev, state.st_ino)
     if here in above:
         reading.remarks["links to a folder above them are passed over"].append(shown(folder))
@@ -138,12 +140,17 @@ def _caption(files: list[Path]) -> list[str]:
     return [captions.one_line(captions.decode(read_file(file), shown(file))) for file in files]
 
 
+def named_masks(listed: Mapping[Path, dict[str, Any]]) -> set[str]:
+    """The files that metadata names as masks."""
+    named = (p.parent / record["mask"] for p, record in listed.items() if record.get("mask"))
+    return {os.path.normpath(mask) for mask in named}
+
+
 def name_unused(
     files: Iterable[Path], listed: Mapping[Path, dict[str, Any]], beside: Beside, reading: Reading
 ) -> None:
     """Put into `reading.problems` what looks like a picture, or belongs to one, and is not used."""
-    named = (p.parent / record["mask"] for p, record in listed.items() if record.get("mask"))
-    masks = {os.path.normpath(mask) for mask in named}
+    masks = named_masks(listed)
     masks |= {str(mask) for stem, mask in beside.masks.items() if stem in beside.pictures}
     texts = {
         text

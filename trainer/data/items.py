@@ -4,7 +4,8 @@ import math
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Reading:
     extensions: list[str]  # of the text files that hold captions; the first found counts
     caption_column: str | None = None  # in tables and metadata; None: any of CAPTION_COLUMNS
     has_column: bool = False  # whether something had it
+    broken: list[str] = field(default_factory=list)  # what cannot be read at all, and why
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # harmless
 
@@ -45,6 +47,14 @@ class Reading:
     def caption_columns(self) -> tuple[str, ...]:
         """Where captions may be in a table; the first that is there counts."""
         return (self.caption_column,) if self.caption_column is not None else CAPTION_COLUMNS
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """A UserError inside goes to `broken`, and reading goes on after the block."""
+        try:
+            yield
+        except UserError as error:
+            self.broken.append(str(error))
 
 
 def is_picture(name: str) -> bool:

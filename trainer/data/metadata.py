@@ -4,55 +4,75 @@ import csv
 import io
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from trainer.data import captions
-from trainer.data.items import read_file, shown
+from trainer.data.items import Reading, read_file, shown
 from trainer.errors import UserError
 
 _REST = "more cells than the header has"
 
 
-def listed(files: Collection[Path], caption_column: str | None) -> dict[Path, dict[str, Any]]:
+def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, Any]]:
     """What the metadata among these files says, by the pictures that it is about.
 
-    Raises UserError for a line that cannot be used, for a picture that has two, and for a file
-    without the column that was asked for.
+    A line that cannot be used goes to `reading`, and so does the second line of a picture, and a
+    file without the column that was asked for.
     """
     found: dict[Path, dict[str, Any]] = {}
-    walked = _Walked(files)
+    walked, column = _Walked(files), reading.caption_column
     for file in files:
         columns: dict[str, None] = {}  # in their order
-        for named, record in _records(file):
-            picture = walked.path(named)
+        for where, record in _records(file, reading):
+            picture = walked.path(file.parent / record["file_name"])
             if picture in found:
-                raise UserError(
-                    f"{shown(file)}: {record['file_name']} is listed for the second time"
-                )
-            found[picture] = record
+                twice = f"{where}: {record['file_name']} is listed for the second time"
+                reading.broken.append(f"{twice}; leave one of them")
+            found.setdefault(picture, record)
             columns |= dict.fromkeys(record)
-        if caption_column is not None and columns and caption_column not in columns:
-            raise UserError(
-                f"{shown(file)} has no data.caption_column={caption_column}; there is "
+        if column is not None and columns and column not in columns:
+            reading.broken.append(
+                f"{shown(file)} has no data.caption_column={column}; there is "
                 f"{shown(', '.join(columns))}"
             )
     return found
 
 
-def _records(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Of a metadata file: each picture and what is said of it; of any other file nothing."""
-    reader = READERS.get(path.name)
-    for number, record in reader(path) if reader else ():
-        where = f"{shown(path)}, line {number}"
-        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
-            raise UserError(f'{where}: it has no "file_name"')
-        if not isinstance(record.get("mask", ""), str | None):
-            raise UserError(f'{where}: "mask" is not the name of a file')
-        yield path.parent / record["file_name"], record
+def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of a metadata file: each of its lines, and what is said there of a picture; of any other file
+    nothing."""
+    if path.name not in READERS:
+        return
+    with reading.going_on():
+        for number, line in READERS[path.name](path):
+            where = f"{shown(path)}, line {number}"
+            with reading.going_on():
+                yield where, _record(line, where)
+
+
+def _record(line: Any, where: str) -> dict[str, Any]:
+    """What a line says.  Raises UserError where that is nothing which can be used."""
+    if isinstance(line, str):
+        try:
+            line = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: it is not JSON: {error}; correct it, or leave it out"
+            ) from error
+    if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
+        raise UserError(f'{where}: it has no "file_name"; name a picture, or leave it out')
+    if _REST in line:
+        raise UserError(
+            f"{where}: it has more cells than the header; put a caption that has commas in double "
+            "quotes"
+        )
+    if not isinstance(line.get("mask", ""), str | None):
+        raise UserError(f'{where}: "mask" is not the name of a file; name one, or leave it out')
+    return line
 
 
 class _Walked:
@@ -86,14 +106,10 @@ def _content(path: Path) -> bytes:
         raise UserError(f"{shown(path)} cannot be read: {error}") from error
 
 
-def _lines_of_json(path: Path) -> Iterator[tuple[int, Any]]:
+def _lines_of_json(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(captions.decode(_content(path), shown(path)).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{shown(path)}, line {number}: it is not JSON: {error}") from error
+        if line.strip():
+            yield number, line
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -101,15 +117,14 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = captions.decode(_content(path), shown(path))
     rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST)
     for row in rows:
-        if _REST in row:
-            raise UserError(
-                f"{shown(path)}, line {rows.line_num}: it has more cells than the header; put a "
-                "caption that has commas in double quotes"
-            )
         record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
         with suppress(KeyError, ValueError):  # what is no number is refused with all bad weights
             record["weight"] = float(record["weight"])
         yield rows.line_num, record
 
 
-READERS = {"metadata.jsonl": _lines_of_json, "metadata.csv": _rows_of_csv}
+# Lines and their numbers: of JSON, or already read.
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    "metadata.jsonl": _lines_of_json,
+    "metadata.csv": _rows_of_csv,
+}

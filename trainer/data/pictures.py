@@ -35,7 +35,7 @@ class Picture:
     @property
     def is_transparent(self) -> bool:
         """Whether any of it is, be it a little."""
-        return self.alpha is not None and self.alpha.getextrema()[0] < 255
+        return self.alpha is not None and self.alpha.getextrema() != (255, 255)
 
 
 def decode(content: bytes, max_pixels: int, background: str = "white") -> Picture:

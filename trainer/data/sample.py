@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-from PIL import Image
+import torch
 from torch import Tensor
 
 from trainer.config import DataConfig
@@ -20,6 +20,8 @@ class Sample:
 
     item: Item
     digest: str  # sha256 of the picture's bytes, and of its mask's where it has one
+    picture_digest: str  # of the picture's alone
+    is_transparent: bool  # somewhere
     caption: str  # as it is written, with prefix and suffix: for eval points and samples
     captions: tuple[str, ...]  # that a step draws from, all equally likely
     size: Size  # of the file, upright
@@ -41,28 +43,53 @@ class Sample:
 
     @property
     def transform(self) -> str:
-        """All that decides the pixels (and the mask) but the bytes: a part of the cache's key."""
-        config = self.config
-        return repr((self.bucket, self.size, config.background, config.mask, "centre, lanczos"))
+        """All that was asked for of the pixels and the mask."""
+        return self._transform(self.config.background, self.config.mask)
+
+    @property
+    def pixels_key(self) -> tuple[str, str]:
+        """All that decides the pixels.  No mask does, nor the background of an opaque picture."""
+        background = self.config.background if self.is_transparent else "white"
+        return self.picture_digest, self._transform(background, "none")
+
+    @property
+    def mask_key(self) -> tuple[str, ...]:
+        """All that decides the mask, but its size; () where everything counts."""
+        return (self.digest, self.transform) if self._has_mask else ()
+
+    @property
+    def _has_mask(self) -> bool:
+        """Whether a part of the picture may not count in the loss."""
+        is_of_file = self.config.mask == "file" and self.item.read_mask is not None
+        return is_of_file or (self.config.mask == "alpha" and self.is_transparent)
+
+    def _transform(self, background: str, mask: str) -> str:
+        return repr((self.bucket, self.size, background, mask, "centre, lanczos"))
 
     def read_pixels(self) -> Tensor:
         """The picture as the VAE takes it: -> fp32 (3, h, w) in [-1, 1]."""
-        return self.read()[0]
+        return pictures.pixels(self._decoded(self._read()).rgb, self.bucket)
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        """Pixels, and where the loss is masked, the mask: fp32 (1, h, w) in [0, 1]."""
-        config = self.config
-        content = read(self.item, config)
+    def read_mask(self) -> Tensor:
+        """What counts of it in the loss: -> fp32 (1, h, w) in [0, 1]."""
+        if not self._has_mask:
+            return torch.ones(1, *self.bucket)
+        content = self._read()
+        if content.mask is not None:
+            grey = pictures.decode_mask(content.mask, self.size, self.config.max_pixels)
+            return pictures.mask(grey, self.bucket)
+        alpha = self._decoded(content).alpha
+        assert alpha is not None  # it is transparent somewhere
+        return pictures.mask(alpha, self.bucket)
+
+    def _decoded(self, content: "Content") -> pictures.Picture:
+        return pictures.decode(content.picture, self.config.max_pixels, self.config.background)
+
+    def _read(self) -> "Content":
+        content = read(self.item, self.config)
         if content.digest != self.digest:
             raise UserError(f"{self.name} has changed since this run began; start it again")
-        picture = pictures.decode(content.picture, config.max_pixels, config.background)
-        pixels = pictures.pixels(picture.rgb, self.bucket)
-        if config.mask == "none":
-            return pixels, None
-        grey = picture.alpha if config.mask == "alpha" else None
-        if content.mask is not None:
-            grey = pictures.decode_mask(content.mask, picture.size, config.max_pixels)
-        return pixels, pictures.mask(grey or Image.new("L", picture.rgb.size, 255), self.bucket)
+        return content
 
 
 @dataclass(kw_only=True)
@@ -73,10 +100,16 @@ class Content:
     mask: bytes | None  # where masks are wanted and it has one
 
     @cached_property
+    def picture_digest(self) -> str:
+        """sha256 of the picture's bytes."""
+        return hashlib.sha256(self.picture).hexdigest()
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of the picture's bytes, and of its mask's where it has one."""
-        own = hashlib.sha256(self.picture)
-        return (hashlib.sha256(own.digest() + self.mask) if self.mask else own).hexdigest()
+        if not self.mask:
+            return self.picture_digest
+        return hashlib.sha256(bytes.fromhex(self.picture_digest) + self.mask).hexdigest()
 
 
 def read(item: Item, config: DataConfig) -> Content:

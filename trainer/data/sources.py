@@ -1,5 +1,6 @@
 """Where pictures come from: a folder of files, or a file that holds many."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,26 +8,36 @@ from trainer.data import folders, metadata, tables, tars
 from trainer.data.items import IRREGULAR, Item, Reading, is_hidden, is_picture, shown
 from trainer.errors import UserError
 
+_MASKS = "pictures are masks, as metadata says, and not trained on (list them there to do so)"
 _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}
 
 
 def find(path: Path, reading: Reading) -> Iterator[Item]:
     """Everything in a folder, in the order of the paths, or in one file.
 
-    What is passed over goes to `reading`.  Raises UserError for what cannot be read at all.
+    What is passed over goes to `reading`, and so does what cannot be read at all.
     """
     if not path.is_dir():
-        yield from _expand(path, reading)
+        with reading.going_on():
+            yield from _expand(path, reading)
         return
     files = sorted(folders.walk(path, reading))
-    listed = metadata.listed(files, reading.caption_column)
-    pictures = {*listed, *(f for f in files if is_picture(f.name) and not is_hidden(f.name))}
+    listed = metadata.listed(files, reading)
+    masks = folders.named_masks(listed)
+    pictures = {*listed}
+    for file in files:
+        if is_picture(file.name) and not is_hidden(file.name) and file not in pictures:
+            if os.path.normpath(file) in masks:
+                reading.remarks[_MASKS].append(shown(file))
+            else:
+                pictures.add(file)
     beside = folders.Beside(files, pictures, reading)
     for file in sorted({*files, *pictures}):
-        if file in pictures:
-            yield folders.picture(file, listed.get(file, {}), beside, reading)
-        elif _is_holder(file) and not _is_aside(file, reading):
-            yield from _expand(file, reading)
+        with reading.going_on():
+            if file in pictures:
+                yield folders.picture(file, listed.get(file, {}), beside, reading)
+            elif _is_holder(file) and not _is_aside(file, reading):
+                yield from _expand(file, reading)
     folders.name_unused(files, listed, beside, reading)
 
 

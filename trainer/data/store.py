@@ -1,7 +1,8 @@
 """What the frozen encoders make of pictures and captions, kept in memory or on the disk.
 
 An entry's name is a hash of all that decides it: the picture's bytes, how it is cropped and
-resized, the VAE, the dtype; the caption, the text encoders, the dtype.  So an entry is never stale:
+resized, the VAE, the dtype; the caption, the text encoders, the dtype; of a mask, which is kept
+beside the latent, the mask's bytes.  So an entry is never stale:
 with an edited picture or another resolution the name is another, and what has not changed is never
 encoded twice, in whichever run.  Entries are written beside and renamed: a process that is killed
 while it encodes loses one of them, and two may share a folder.
@@ -26,6 +27,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from trainer.data.buckets import Size
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
@@ -95,8 +97,7 @@ class Store:
         make_encoder: Callable[[], PictureEncoder],
         stop: Sequence[int] = (),
     ) -> Entries:
-        """An entry of `latent` (4, h, w), and of `mask` (1, h, w) where the loss is masked, for the
-        number of each sample.
+        """An entry of `latent` (4, h, w) for the number of each sample.
 
         `make_encoder` is called only where an entry is missing; `fingerprint` names the VAE.
         Raises UserError for a latent that is not finite, and SystemExit once `stop` holds a signal.
@@ -106,8 +107,8 @@ class Store:
         by_key = {key: samples[i] for i, key in keys.items()}
         missing = self._missing(found, lambda key, entry: _is_latent(entry, by_key[key]))
         encode = make_encoder() if missing else None
-        reads = ahead(_read, [by_key[key] for key in missing])
-        for key, (pixels, mask) in _progress(zip(missing, reads, strict=True), missing, stop):
+        reads = ahead(_read(Sample.read_pixels), [by_key[key] for key in missing])
+        for key, pixels in _progress(zip(missing, reads, strict=True), missing, stop):
             latent = encode(pixels)
             if not latent.isfinite().all():
                 raise UserError(
@@ -115,11 +116,28 @@ class Store:
                     "set model.vae_dtype=float32 or model.vae to another VAE (SDXL's overflows in "
                     "float16, its fp16-fix version does not)"
                 )
-            entry = {"latent": latent}
-            if mask is not None:
-                entry["mask"] = F.adaptive_avg_pool2d(mask, latent.shape[1:])
-            self._put(found, key, entry, len(missing))
+            self._put(found, key, {"latent": latent}, len(missing))
         self._report("pictures", len(set(keys.values())), len(missing))
+        return found
+
+    def masks(
+        self, samples: list[Sample], latents: Entries, stop: Sequence[int] = ()
+    ) -> Entries | None:
+        """An entry of `mask` (1, h, w), as large as the latent, for the number of each sample; None
+        where the loss is not masked.  As `latents`, which are what that has made."""
+        if samples[0].config.mask == "none":
+            return None
+        scale = samples[0].bucket[0] // latents[0]["latent"].shape[1]
+        sizes = [(s.bucket[0] // scale, s.bucket[1] // scale) for s in samples]
+        keys = {i: self._mask_key(s, sizes[i]) for i, s in enumerate(samples)}
+        found = self._entries("masks", keys)
+        by_key = {key: i for i, key in keys.items()}
+        missing = self._missing(found, lambda key, entry: _is_mask(entry, sizes[by_key[key]]))
+        reads = ahead(_read(Sample.read_mask), [samples[by_key[key]] for key in missing])
+        things = zip(missing, reads, strict=True)
+        for key, mask in _progress(things, missing, stop, "reading masks"):
+            averaged = F.adaptive_avg_pool2d(mask, sizes[by_key[key]])
+            self._put(found, key, {"mask": averaged}, len(missing))
         return found
 
     def texts(
@@ -160,7 +178,10 @@ class Store:
         return len(self._missing(found, lambda key, entry: _is_text(entry)))
 
     def _latent_key(self, sample: Sample, fingerprint: str) -> str:
-        return _hash(sample.digest, sample.transform, fingerprint, str(self.dtype))
+        return _hash(*sample.pixels_key, fingerprint, str(self.dtype))
+
+    def _mask_key(self, sample: Sample, size: Size) -> str:
+        return _hash(*sample.mask_key, str(size), str(self.dtype))
 
     def _text_key(self, caption: str | None, fingerprint: str) -> str:
         return _hash(caption, fingerprint, str(self.dtype))
@@ -272,12 +293,15 @@ def _hash(*parts: str | None) -> str:
 
 def _is_latent(entry: Entry, sample: Sample) -> bool:
     """Whether all sides are the bucket's, divided by one number: the VAE's."""
-    names = {"latent"} | ({"mask"} if sample.config.mask != "none" else set())
-    if entry.keys() != names or any(tensor.ndim != 3 for tensor in entry.values()):
+    if entry.keys() != {"latent"} or entry["latent"].ndim != 3:
         return False
-    sides = {size for t in entry.values() for size in zip(sample.bucket, t.shape[1:], strict=True)}
-    scales = {whole / part if part else 0 for whole, part in sides}
+    sides = zip(sample.bucket, entry["latent"].shape[1:], strict=True)
+    scales = {whole / part if part else 0.0 for whole, part in sides}
     return len(scales) == 1 and all(scale >= 1 and scale.is_integer() for scale in scales)
+
+
+def _is_mask(entry: Entry, size: Size) -> bool:
+    return entry.keys() == {"mask"} and entry["mask"].shape == (1, *size)
 
 
 def _is_text(entry: Entry) -> bool:
@@ -285,15 +309,20 @@ def _is_text(entry: Entry) -> bool:
     return dims in ({"prompt": 2}, {"prompt": 2, "pooled": 1})
 
 
-def _read(sample: Sample) -> tuple[Tensor, Tensor | None]:
-    try:
-        return sample.read()
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise many kinds
-        raise UserError(
-            f"{sample.name} could be read when the run began and cannot be now: {error}"
-        ) from error
+def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
+    """`of`, a reader of samples, with what it raises as a UserError that names the picture."""
+
+    def read(sample: Sample) -> Tensor:
+        try:
+            return of(sample)
+        except UserError:
+            raise
+        except Exception as error:  # decoders raise many kinds
+            raise UserError(
+                f"{sample.name} could be read when the run began and cannot be now: {error}"
+            ) from error
+
+    return read
 
 
 def _progress(

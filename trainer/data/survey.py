@@ -32,7 +32,8 @@ class Found:
     item: Item
     source: SourceConfig
     captions: list[str]  # as they are written
-    digest: str
+    digest: str  # as of a Sample, and the next
+    picture_digest: str
     size: Size
     is_transparent: bool  # somewhere
     fits: list[Fit]  # one for each of the resolutions; none twice
@@ -45,8 +46,9 @@ class Survey:
     count: int = 0  # of all pictures
     usable: list[Found] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)  # and why
+    broken: list[str] = field(default_factory=list)  # archives, tables, lines of metadata; and why
     undecodable: list[str] = field(default_factory=list)  # what is wrong with which caption
-    uncaptioned: list[str] = field(default_factory=list)
+    uncaptioned: list[str] = field(default_factory=list)  # but those that are unreadable
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     # Of files that are no such pictures, by what is to be said of them; and what is harmless.
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -56,12 +58,12 @@ class Survey:
 def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) -> Survey:
     """Read every caption, then every picture, in the order of the sources and their paths.
 
-    With `for_run` it stops early, with what it has, at what no run goes on with: a caption that is
-    missing or cannot be decoded, or more than `max_unreadable` pictures.  Raises UserError for a
-    source that cannot be read at all, and SystemExit once `stop` holds a signal.
+    With `for_run` it stops early, with what it has, at what no run goes on with: a file or a line
+    of metadata that is broken, a caption that is missing or cannot be decoded, or more than
+    `max_unreadable` pictures.  Raises SystemExit once `stop` holds a signal.
     """
     reading = Reading(extensions=endings(config), caption_column=config.caption_column)
-    found = Survey(problems=reading.problems, remarks=reading.remarks)
+    found = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
     captioned = []
     repeated, several = _Repeated(), len(config.sources) > 1
     for source in all_sources(config):
@@ -86,7 +88,7 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
             said = f"sources have nothing with data.caption_column={config.caption_column}"
             reading.remarks[said].append(source.path)
     missing = found.uncaptioned and config.on_missing_caption == "error"
-    if for_run and (found.undecodable or missing):
+    if for_run and (found.broken or found.undecodable or missing):
         return found
     limit = config.max_unreadable if for_run else len(captioned)
     checked = _Checked(config.cache)
@@ -94,6 +96,7 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
         _look_at_all(found, captioned, config, checked, limit, stop)
     finally:
         checked.save()
+    found.uncaptioned = [name for name in found.uncaptioned if name not in found.unreadable]
     return found
 
 
@@ -115,7 +118,7 @@ def _look_at_all(
             if len(found.unreadable) > max_unreadable:
                 break
             continue
-        digest, (size, is_transparent, notes), fits = look
+        (digest, picture_digest), (size, is_transparent, notes), fits = look
         for note in (*item.notes, *notes):
             found.notes[note].append(item.name)
         usable = Found(
@@ -123,6 +126,7 @@ def _look_at_all(
             source=source,
             captions=texts,
             digest=digest,
+            picture_digest=picture_digest,
             size=size,
             is_transparent=is_transparent,
             fits=fits,
@@ -157,7 +161,8 @@ def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Generator[An
 
 
 def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
-    """-> digest, traits and fits of a picture, or the error that reading it raised.
+    """-> digests (as a Sample has them), traits and fits of a picture, or the error that reading it
+    raised.
 
     Decoders raise whatever hostile bytes lead them to, so every exception is one.
     """
@@ -173,7 +178,7 @@ def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
             checked.add(content.digest, traits)
         fits = [fit(traits[0], side, config) for side in config.resolutions or [config.resolution]]
         unique = list({fitted.bucket: fitted for fitted in fits}.values())
-        return content.digest, traits, unique
+        return (content.digest, content.picture_digest), traits, unique
     except Exception as error:
         return error
 

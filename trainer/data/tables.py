@@ -36,7 +36,8 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
         for number, (group, row, record) in enumerate(_records(path, words)):
             place = (path, group, row)
             mask = partial(_read, *place, "mask") if "mask" in names else None
-            yield item(f"{path}:{number}", partial(_read, *place, image), record, mask, reading)
+            with reading.going_on():
+                yield item(f"{path}:{number}", partial(_read, *place, image), record, mask, reading)
 
 
 def has_pictures(path: Path) -> bool:
@@ -56,7 +57,10 @@ def _named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{shown(path)} cannot be read: {error}") from error
+        raise UserError(
+            f"{shown(path)} cannot be read: {error}; make it again, or take it out of the data "
+            "(data.max_unreadable is for pictures alone)"
+        ) from error
 
 
 def _columns(path: Path) -> tuple[list[str], str | None]:

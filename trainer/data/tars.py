@@ -33,7 +33,8 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
     for stem, members in samples.items():
         pictures = [ending for ending in members if is_picture(f"x{ending}")]
         for ending in pictures:
-            yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, reading)
+            with reading.going_on():
+                yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, reading)
         if not pictures:
             where = shown(f"{path}:{stem.lstrip('/')}")
             reading.problems["samples of archives have no picture"].append(where)
@@ -52,7 +53,8 @@ def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Place]]:
                     reading.problems[unused].append(shown(f"{path}:{member.name}"))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
-            f"{shown(path)} cannot be read as an uncompressed tar archive: {error}"
+            f"{shown(path)} cannot be read as an uncompressed tar archive: {error}; make it again, "
+            "or take it out of the data (data.max_unreadable is for pictures alone)"
         ) from error
 
 

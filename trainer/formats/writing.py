@@ -159,9 +159,10 @@ def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str,
 
     A VAE keeps its own: SDXL's overflows in fp16, and which one this is cannot be seen.
     """
-    keeps = dtype is None or part == "vae"
+    if dtype is None or part == "vae":
+        return {name: lazy.dtype for name, lazy in weights.items()}
     return {
-        name: lazy.dtype if keeps or not lazy.dtype.is_floating_point else dtype
+        name: dtype if lazy.dtype.is_floating_point else lazy.dtype
         for name, lazy in weights.items()
     }
 
