@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from trainer import memory, pictures, signals
+from trainer import console, memory, pictures, signals
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
@@ -56,9 +56,11 @@ class Sampler:
         unet.eval()
         latents: dict[int, Tensor] = {}  # by the caption's place
         try:
-            for places in self._chunks():
-                signals.leave_if(self.stop)
-                latents |= dict(zip(places, self._denoise(places), strict=True))
+            with console.Aside("drawing", self.count, "pictures") as aside:
+                for places in self._chunks():
+                    signals.leave_if(self.stop)
+                    latents |= dict(zip(places, self._denoise(places), strict=True))
+                    aside.advance(len(places))
         finally:
             unet.train(was_training)
         try:

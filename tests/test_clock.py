@@ -1,0 +1,218 @@
+"""Time and pictures of a run: what a step takes, how long it goes on, over all of its sessions."""
+
+import itertools
+import json
+import logging
+
+import pytest
+import torch
+from helpers import QUICK, rows
+
+from trainer import checkpoint, console
+from trainer import run as running
+from trainer.checkpoint import Counters
+from trainer.clock import Clock
+from trainer.data.plan import Plan
+from trainer.memory import Peaks
+from trainer.run import run
+
+LONGER = ["schedule.steps=6", "runtime.allow_config_change=true"]
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture
+def clock():
+    """One that has seen these steps, each (seconds, shape), of two pictures."""
+
+    def make(*steps, counters=None):
+        made = Clock(counters or Counters())
+        for seconds, shape in steps:
+            made.step(seconds, [shape], 2)
+        return made
+
+    return make
+
+
+def test_steps_that_meet_a_shape_for_the_first_time_are_no_measure_of_speed(clock):
+    compiled = clock((30.0, "a"), (1.0, "a"), (20.0, "b"), (2.0, "b"), (3.0, "a"))
+    pace = compiled.pace(5)
+    assert (pace.seconds_per_step, pace.images_per_second) == (2.0, 1.0)
+    assert clock((30.0, "a"), (20.0, "b")).pace(2).seconds_per_step == 25.0  # there are no others
+
+
+def test_every_session_warms_up_and_the_speed_is_that_of_all(clock):
+    counters = Counters()
+    clock((30.0, "a"), (1.0, "a"), counters=counters)
+    both = clock((40.0, "a"), (3.0, "a"), counters=counters)
+    assert both.pace(4).seconds_per_step == 2.0
+    assert (counters.seconds, counters.pictures) == (74.0, 8)
+
+
+def test_metrics_have_the_pace_since_the_row_before(clock):
+    one = clock((30.0, "a"), (1.0, "a"))
+    assert one.lately().seconds_per_step == 15.5
+    one.step(2.0, ["a"], 2)
+    assert one.lately().seconds_per_step == 2.0
+
+
+def test_the_time_left_has_what_is_done_between_steps(clock, monkeypatch):
+    one = clock((9.0, "a"), (1.0, "a"))
+    assert one.left(2, 10, {"drawing": 3}) == 8.0  # what it costs is not known
+    ticks = iter([0.0, 5.0, 5.0, 12.0])
+    monkeypatch.setattr("trainer.clock.time.monotonic", lambda: next(ticks))
+    for _ in range(2):
+        with one.aside("drawing"):
+            pass
+    assert one.left(2, 10, {"drawing": 3, "saving": 1}) == 8.0 + 3 * 6.0
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"),
+    [(0, 10, [1, 1]), (3, 10, [4, 3, 1]), (5, 10, [2, 1]), (10, 10, [1])],
+)
+def test_what_is_done_between_steps_is_counted_once_at_the_end(
+    composed, every, steps, expected, monkeypatch
+):
+    """After steps 0, 3 (or 5), and the last."""
+    config = composed(*QUICK, f"schedule.steps={steps}", f"log.eval_every={every}")
+
+    class Now:
+        pass
+
+    Now.config = config
+    for step, times in zip((0, every or 3, steps), expected, strict=False):
+        Now.step = step
+        assert running._asides_left(Now)["evaluating"] == times, step
+
+
+def test_a_summary_has_the_time_of_everything(quick):
+    summary = summary_of(quick("run"))
+    assert summary["wall_seconds"] > summary["seconds"] > 0
+    assert summary["pictures"] == 16
+
+
+def test_a_finished_run_that_is_resumed_says_so_and_keeps_its_numbers(quick, composed, caplog):
+    folder = quick("run")
+    before = summary_of(folder)
+    caplog.set_level(logging.INFO)
+    run(composed(*QUICK, f"resume={folder}"), folder)
+    assert "already at step 4 of 4: nothing to train" in caplog.text
+    after = summary_of(folder)
+    assert before["peak_training_bytes"] > 0
+    assert {k: v for k, v in after.items() if k != "overrides"} == {
+        k: v for k, v in before.items() if k != "overrides"
+    }
+
+
+def test_what_a_run_has_counted_goes_on_when_it_is_resumed(quick, composed, monkeypatch):
+    folder = quick("run", "schedule=constant")
+    saved = checkpoint.load(folder / "checkpoints/step-000004").counters
+    assert saved.peak_training_bytes == summary_of(folder)["peak_training_bytes"]
+    peak = 1 << 50
+    load = checkpoint.load
+
+    def with_peak(path):
+        found = load(path)
+        found.counters.peak_training_bytes = peak
+        found.counters.wall_seconds = 1e6
+        return found
+
+    monkeypatch.setattr(checkpoint, "load", with_peak)
+    run(composed(*QUICK, "schedule=constant", *LONGER, f"resume={folder}"), folder)
+    summary = summary_of(folder)
+    assert summary["peak_training_bytes"] == summary["peak_memory_bytes"] == peak
+    assert summary["wall_seconds"] > 1e6
+    assert summary["pictures"] == 24
+
+
+def test_peaks_of_earlier_sessions_count():
+    peaks = Peaks(torch.device("cpu"), 1 << 50, 1 << 51)
+    peaks.end("training")
+    peaks.end("rest")
+    assert (peaks.training, peaks.run) == (1 << 50, 1 << 51)
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The batches that are drawn, by their numbers."""
+    drawn, original = {}, Plan.batch
+
+    def noting(self, seed, number):
+        drawn[number] = original(self, seed, number)
+        return drawn[number]
+
+    monkeypatch.setattr(Plan, "batch", noting)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "number", "counted"),
+    [
+        ("data.batch_size=8", 8, 2, True),
+        ("data.batch_size=2", 2, 8, True),
+        ("runtime.accumulation=3", 12, 4, True),
+        ("data.batch_size=8", 8, 2, False),  # a checkpoint from before they were counted
+    ],
+)
+def test_changed_batches_go_on_with_the_pictures_that_come_next(
+    quick, composed, trained_on, monkeypatch, change, size, number, counted
+):
+    """After 4 batches of 4 out of 24: the same endless row of pictures, from the 17th on."""
+    options = ["schedule=constant", "log.every=1"]
+    folder = quick("run", *options)
+    order = list(itertools.chain(*(trained_on[n] for n in range(4))))
+    trained_on.clear()
+    if not counted:
+        load = checkpoint.load
+
+        def as_it_was(path):
+            found = load(path)
+            found.counters = Counters(seconds=found.counters.seconds)
+            return found
+
+        monkeypatch.setattr(checkpoint, "load", as_it_was)
+    run(composed(*QUICK, *options, change, *LONGER, f"resume={folder}"), folder)
+    assert min(trained_on) == number
+    first_epoch = order + list(itertools.chain(*(trained_on[n] for n in sorted(trained_on))))[:8]
+    assert len(set(first_epoch)) == len(first_epoch) == 16 + min(2 * size, 8)
+    written = [row for row in rows(folder) if "train/epoch" in row]
+    assert [row["train/epoch"] for row in written] == pytest.approx(
+        [n * 4 / 24 for n in (1, 2, 3, 4)] + [(16 + n * size) / 24 for n in (1, 2)]
+    )
+    assert summary_of(folder)["pictures"] == 16 + 2 * size
+
+
+def test_fewer_steps_than_are_done_are_refused(quick, command):
+    folder = quick("run")
+    status, _, err = command(*QUICK, "schedule.steps=3", f"resume={folder}")
+    assert status == 2
+    assert "schedule.steps=3, and the checkpoint is at step 4" in err
+
+
+def test_losses_at_other_points_are_not_compared(quick, composed, caplog):
+    caplog.set_level(logging.INFO)
+    folder = quick("run")
+    assert "of what it was" in caplog.text
+    caplog.clear()
+    run(composed(*QUICK, *LONGER, "log.eval_points=5", f"resume={folder}"), folder)
+    assert "log.eval_points changed: eval/loss is another measure now" in caplog.text
+    assert "of what it was" not in caplog.text
+    assert summary_of(folder)["eval_loss_before"] is None
+
+
+def test_what_takes_long_between_steps_is_told(caplog, monkeypatch, capsys):
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    monkeypatch.setattr("trainer.console.time.monotonic", lambda: now[0])
+    with console.Aside("drawing", 4, "pictures") as aside:
+        for seconds in (10, 25, 10, 20):
+            now[0] += seconds
+            aside.advance(1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "drawing: 4 pictures",
+        "drawing: 2 of 4 pictures, ETA 0:35",
+        "drawing: 4 of 4 pictures, ETA 0:00",
+    ]
