@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from trainer.checkpoint import Counters
 from trainer.clock import Clock
 from trainer.data.plan import Plan
 from trainer.memory import Peaks
+from trainer.report import closing_lines
 from trainer.run import run
 
 LONGER = ["schedule.steps=6", "runtime.allow_config_change=true"]
@@ -201,6 +203,37 @@ def test_losses_at_other_points_are_not_compared(quick, composed, caplog):
     assert "log.eval_points changed: eval/loss is another measure now" in caplog.text
     assert "of what it was" not in caplog.text
     assert summary_of(folder)["eval_loss_before"] is None
+
+
+NUMBERS = {
+    **{"steps": 8, "seconds": 2.0, "wall_seconds": 9.0, "images_per_second": 4.0},
+    **{"optimizer_state_bytes": 1, "peak_memory_bytes": 2, "peak_training_bytes": 1},
+    **{"eval_loss_before": 2.0, "eval_loss_after": 0.5, "skipped_steps": 0},
+    **{"prediction_before": "epsilon", "prediction": "epsilon"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({}, "eval/loss   2.0000 -> 0.5000 (25% of what it was)"),
+        ({"eval_loss_after": math.nan}, "eval/loss   2.0000 -> nan"),
+        ({"eval_loss_before": math.nan}, "eval/loss   0.5000"),
+        ({"skipped_steps": 7}, "skipped     7 of 8 steps, without a finite loss and gradient"),
+        ({"ema_loss_after": 0.25}, "of average  0.2500"),
+    ],
+)
+def test_the_closing_lines_say_what_there_is(changed, line):
+    assert line in closing_lines(NUMBERS | changed, {}).splitlines()
+
+
+def test_nothing_is_said_of_what_there_is_not():
+    assert len(closing_lines(NUMBERS, {}).splitlines()) == 2
+
+
+def test_a_peak_that_nobody_knows_is_left_out():
+    said = closing_lines(NUMBERS | {"peak_training_bytes": None}, {})
+    assert "peak memory 2 B in all" in said
 
 
 def test_what_takes_long_between_steps_is_told(caplog, monkeypatch, capsys):

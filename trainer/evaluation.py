@@ -109,7 +109,8 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
             state.clock.aside("drawing"),
             state.averaged(state.ema is not None and state.ema.config.sample == "average"),
         ):
-            drawn = state.sampler.draw()
+            before, after = state.predictions
+            drawn = state.sampler.draw(is_trained=state.step > 0 or before == after)
         return _show(state, drawn, writer)
     except signals.Stopped:
         return None

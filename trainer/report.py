@@ -56,6 +56,10 @@ def _learned(summary: dict[str, Any]) -> str:
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if math.isnan(before):
         return f"{after:.4f}"
+    was, now = summary["prediction_before"], summary["prediction"]
+    if was != now:
+        why = f"not to be compared: the model predicted {was}, not {now}"
+        return f"{before:.4f} -> {after:.4f} ({why})"
     share = f" ({after / before:.0%} of what it was)" if math.isfinite(after / before) else ""
     return f"{before:.4f} -> {after:.4f}{share}"
 

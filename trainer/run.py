@@ -251,6 +251,8 @@ def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "peak_memory_bytes": state.peaks.run,
         "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
         "skipped_steps": state.guard.skipped,
+        "prediction_before": state.predictions[0],
+        "prediction": state.predictions[1],
     } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
 
 

@@ -49,9 +49,11 @@ class Sampler:
         return len(self.captions())
 
     @torch.no_grad()
-    def draw(self) -> list[Image.Image]:
-        """One picture for each of the `count` captions.  Raises `signals.Stopped`."""
+    def draw(self, is_trained: bool = True) -> list[Image.Image]:
+        """One picture for each of the `count` captions; of a model that is not trained yet with its
+        own scheduler, whose prediction `noise` may change.  Raises `signals.Stopped`."""
         unet = self.model.unet
+        self._denoiser.scheduler = self.model.sampling_schedule(is_trained)
         was_training = unet.training
         unet.eval()
         latents: dict[int, Tensor] = {}  # by the caption's place
@@ -77,7 +79,8 @@ class Sampler:
         with self.model.vae() as vae:
             for place in range(self.count):
                 scaled = unscaled(vae, latents[place][None].to(vae.dtype))
-                drawn += VaeImageProcessor().postprocess(vae.decode(scaled).sample)
+                pixels = vae.decode(scaled).sample.nan_to_num()  # a ruined model's
+                drawn += VaeImageProcessor().postprocess(pixels)
         return drawn
 
     def _chunks(self) -> list[list[int]]:

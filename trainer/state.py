@@ -62,6 +62,14 @@ class State:
         return self.ema.in_place() if self.ema and wanted else nullcontext()
 
     @property
+    def predictions(self) -> tuple[str, str]:
+        """What the UNet's output means before the first step, and what it is trained to mean.  Of
+        an adapter that is trained on nobody knows the former: it is taken to be the latter."""
+        before, after = self.model.predictions
+        is_new = getattr(self.config.method, "start_from", None) is None
+        return (before if is_new else after), after
+
+    @property
     def epochs(self) -> float:
         """How often the data has been gone through."""
         return self.micro_batches / self.data.dataset.plan.batches_per_epoch
