@@ -109,8 +109,7 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
             state.clock.aside("drawing"),
             state.averaged(state.ema is not None and state.ema.config.sample == "average"),
         ):
-            before, after = state.predictions
-            drawn = state.sampler.draw(is_trained=state.step > 0 or before == after)
+            drawn = state.sampler.draw(is_trained=not state.is_new)
         return _show(state, drawn, writer)
     except signals.Stopped:
         return None

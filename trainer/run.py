@@ -43,7 +43,8 @@ _THREADS = torch.get_num_threads()  # as torch chose
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
-    """Train as configured, writing everything to `folder`; returns the last eval loss.
+    """Train as configured, writing everything to `folder`; returns the last eval loss, that of
+    what is exported.
 
     `overrides` are the command line's: a sweep's table tells its runs apart by them, and a run that
     is resumed has them again.
@@ -209,7 +210,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
             f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
             "look at train/loss in metrics.jsonl for the step where it went wrong"
         )
-    with state.averaged(state.ema is not None and state.ema.config.export == "average"):
+    with state.averaged(state.exports_average):
         exported = result.export(
             state.config, state.model, state.folder, state.step, state.data.dataset.num_pictures
         )
@@ -229,12 +230,18 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if failure:
         raise failure
-    return after.get("loss", math.nan)
+    return summary["eval_loss_result"]
+
+
+def _result_loss(state: State, after: Mapping[str, float]) -> float:
+    """The loss of the weights that are exported."""
+    return after.get("ema_loss" if state.exports_average else "loss", math.nan)
 
 
 def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
     """What the run came to; `after` is its last evaluation."""
     counters, pace = state.counters, state.clock.pace(state.step)
+    was, now = state.model.predictions
     return {
         "name": state.config.name,
         "overrides": list(state.overrides),
@@ -242,6 +249,7 @@ def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "steps": state.step,
         "eval_loss_before": counters.eval_loss_before,
         "eval_loss_after": after.get("loss", math.nan),
+        "eval_loss_result": _result_loss(state, after),
         "pictures": counters.pictures,
         "wall_seconds": state.clock.wall_seconds,
         "seconds": counters.seconds,
@@ -251,8 +259,8 @@ def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "peak_memory_bytes": state.peaks.run,
         "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
         "skipped_steps": state.guard.skipped,
-        "prediction_before": state.predictions[0],
-        "prediction": state.predictions[1],
+        "prediction_before": now if state.trains_on else was,
+        "prediction": now,
     } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
 
 

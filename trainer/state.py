@@ -62,12 +62,20 @@ class State:
         return self.ema.in_place() if self.ema and wanted else nullcontext()
 
     @property
-    def predictions(self) -> tuple[str, str]:
-        """What the UNet's output means before the first step, and what it is trained to mean.  Of
-        an adapter that is trained on nobody knows the former: it is taken to be the latter."""
-        before, after = self.model.predictions
-        is_new = getattr(self.config.method, "start_from", None) is None
-        return (before if is_new else after), after
+    def is_new(self) -> bool:
+        """Whether the model is as it came; an adapter that is trained on is not, and what it was
+        trained to predict nobody knows."""
+        return self.step == 0 and not self.trains_on
+
+    @property
+    def trains_on(self) -> bool:
+        """Whether the run goes on with an adapter of another."""
+        return getattr(self.config.method, "start_from", None) is not None
+
+    @property
+    def exports_average(self) -> bool:
+        """Whether the result has the averaged weights."""
+        return self.ema is not None and self.ema.config.export == "average"
 
     @property
     def epochs(self) -> float:
