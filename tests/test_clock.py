@@ -10,9 +10,8 @@ import torch
 from helpers import QUICK, rows
 
 from trainer import checkpoint, console
-from trainer import run as running
 from trainer.checkpoint import Counters
-from trainer.clock import Clock
+from trainer.clock import Clock, asides_left
 from trainer.data.plan import Plan
 from trainer.memory import Peaks
 from trainer.report import closing_lines
@@ -60,34 +59,26 @@ def test_metrics_have_the_pace_since_the_row_before(clock):
     assert one.lately().seconds_per_step == 2.0
 
 
-def test_the_time_left_has_what_is_done_between_steps(clock, monkeypatch):
+def test_the_time_left_has_what_is_done_between_steps(clock, composed, monkeypatch):
+    config = composed("schedule.steps=30", "log.sample_every=10")
     one = clock((9.0, "a"), (1.0, "a"))
-    assert one.left(2, 10, {"drawing": 3}) == 8.0  # what it costs is not known
+    assert one.left(2, config) == 28.0  # what a drawing costs is not known
     ticks = iter([0.0, 5.0, 5.0, 12.0])
     monkeypatch.setattr("trainer.clock.time.monotonic", lambda: next(ticks))
     for _ in range(2):
         with one.aside("drawing"):
             pass
-    assert one.left(2, 10, {"drawing": 3, "saving": 1}) == 8.0 + 3 * 6.0
+    assert one.left(2, config) == 28.0 + 3 * 6.0
 
 
 @pytest.mark.parametrize(
-    ("every", "steps", "expected"),
-    [(0, 10, [1, 1]), (3, 10, [4, 3, 1]), (5, 10, [2, 1]), (10, 10, [1])],
+    ("every", "left"),
+    [(0, {0: 1, 10: 1}), (3, {0: 4, 3: 3, 4: 3, 9: 1, 10: 1}), (5, {0: 2, 5: 1}), (10, {0: 1})],
 )
-def test_what_is_done_between_steps_is_counted_once_at_the_end(
-    composed, every, steps, expected, monkeypatch
-):
-    """After steps 0, 3 (or 5), and the last."""
-    config = composed(*QUICK, f"schedule.steps={steps}", f"log.eval_every={every}")
-
-    class Now:
-        pass
-
-    Now.config = config
-    for step, times in zip((0, every or 3, steps), expected, strict=False):
-        Now.step = step
-        assert running._asides_left(Now)["evaluating"] == times, step
+def test_what_is_due_after_the_last_step_is_done_once(composed, every, left):
+    """`left` by the steps done, of 10."""
+    config = composed(*QUICK, "schedule.steps=10", f"log.eval_every={every}")
+    assert {done: asides_left(config, done)["evaluating"] for done in left} == left
 
 
 def test_a_summary_has_the_time_of_everything(quick):

@@ -108,7 +108,7 @@ def with_resumed(arguments: list[str]) -> list[str]:
 def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
     """The inherited options but for those that no longer exist because their group is chosen anew:
     log.wandb.project beside log=jsonl."""
-    anew = {_key(a) for a in given} & set(group_names())
+    anew = {_key(a) for a in given if "=" in a} & set(group_names())
     suspects = {_key(a) for a in inherited if anew.intersection(_key(a).split(".")[:-1])}
     if suspects:
         with suppress(Exception):  # a wrong choice, of which Hydra tells
@@ -120,7 +120,7 @@ def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
 def refuse_repeated(arguments: list[str]) -> None:
     """End with one line where a group is chosen twice, of which Hydra would take the last."""
     for group in group_names():
-        choices = [a.partition("=")[2] for a in arguments if _key(a) == group]
+        choices = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
         if len(set(choices)) > 1:
             both = ",".join(choices)
             remedy = f"write {group}=[{both}]" if group == "experiment" else "leave one out"

@@ -1,11 +1,12 @@
 """Where a run's time goes: its steps, and what is done between them."""
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from trainer.checkpoint import Counters
+from trainer.config import Config
 
 
 @dataclass(kw_only=True)
@@ -86,9 +87,21 @@ class Clock:
             return Pace(steps=steps, seconds=c.seconds, pictures=c.pictures)
         return Pace(steps=c.steady_steps, seconds=c.steady_seconds, pictures=c.steady_pictures)
 
-    def left(self, done: int, steps: int, asides: Mapping[str, int]) -> float:
-        """The seconds until step `steps` and what ends the run, after `done` steps: as steps took
-        until now, and as everything in `asides` did, which is done so many times yet."""
+    def left(self, done: int, config: Config) -> float:
+        """The seconds until the run ends, after `done` steps: as steps took until now, and as what
+        is done between them did."""
         costs = {what: pace.seconds_per_step for what, pace in self._asides.items()}
-        between = sum(costs.get(what, 0.0) * times for what, times in asides.items())
-        return (steps - done) * self.pace(done).seconds_per_step + between
+        between = sum(costs.get(what, 0.0) * n for what, n in asides_left(config, done).items())
+        return (config.schedule.steps - done) * self.pace(done).seconds_per_step + between
+
+
+def asides_left(config: Config, done: int) -> dict[str, int]:
+    """How often each thing that is done between steps is done yet, the end of the run included,
+    after `done` steps."""
+    last = config.schedule.steps - 1  # what is due after the last step is done at the end
+    every = {
+        "evaluating": config.log.eval_every,
+        "drawing": config.log.sample_every,
+        "saving": config.runtime.save_every,
+    }
+    return {k: 1 + (last // n - min(done, last) // n if n else 0) for k, n in every.items()}

@@ -47,7 +47,8 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         reason, key = found[1].strip(), found[2]
         if "is not a ListConfig" in reason:
             given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
-            return f"{key} is a list; write {_quoted(f'{key}=[{given[-1] if given else ...}]')}"
+            value = given[-1] if given else "..."
+            return f"{key} is a list; write {_quoted(f'{key}=[{value}]')}"
         return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows what it may look like"
     if found := re.search(r"Error parsing override '(.*)'\s+missing EQUAL", text):
         return _no_option(found[1], arguments)

@@ -296,20 +296,8 @@ def _report(
         }
         | optimizers.found_rate(state.optimizer),
     )
-    seconds_left = state.clock.left(state.step, state.config.schedule.steps, _asides_left(state))
+    seconds_left = state.clock.left(state.step, state.config)
     progress.show(state.step, values["loss"], pace.images_per_second, seconds_left)
-
-
-def _asides_left(state: State) -> dict[str, int]:
-    """How often each thing that is done between steps is done yet, the end of the run included."""
-    config = state.config
-    last = config.schedule.steps - 1  # what is due after the last step is done at the end
-    every = {
-        "evaluating": config.log.eval_every,
-        "drawing": config.log.sample_every,
-        "saving": config.runtime.save_every,
-    }
-    return {k: 1 + (last // n - min(state.step, last) // n if n else 0) for k, n in every.items()}
 
 
 def _due(every: int, state: State) -> bool:

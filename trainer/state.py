@@ -101,7 +101,7 @@ def assemble(
     fingerprint, base = dataset.fingerprint, model.sketch()
     if resumed:
         checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
-        _count_on(config, dataset, resumed)
+        _count_on(config, dataset, base, resumed)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
@@ -168,7 +168,9 @@ def _put_back(
     log.info("resumed after step %d", resumed.step)
 
 
-def _count_on(config: Config, dataset: data.Dataset, resumed: checkpoint.Checkpoint) -> None:
+def _count_on(
+    config: Config, dataset: data.Dataset, base: str, resumed: checkpoint.Checkpoint
+) -> None:
     """Complete what an older checkpoint has counted, and drop what the changes of the configuration
     have made another measure."""
     counters, before = resumed.counters, resumed.config
@@ -182,6 +184,7 @@ def _count_on(config: Config, dataset: data.Dataset, resumed: checkpoint.Checkpo
     points = {
         "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
         "the data": (resumed.data, dataset.fingerprint),
+        "the model": (resumed.model or base, base),
         "noise.prediction": (before["noise"]["prediction"], config.noise.prediction),
         "noise.zero_terminal_snr": (
             before["noise"]["zero_terminal_snr"],
