@@ -1,10 +1,11 @@
 """The configuration: every file composes, defaults have one source, mistakes are named."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
-from conftest import compose_raw
+from conftest import compose_raw, new_process
 from omegaconf import OmegaConf
 
 import optim
@@ -157,6 +158,24 @@ MISTAKES = [
     ),
     (["method=lora", "method.targets=[]"], ["method.targets=[]", "adapts no layer of unet"]),
     (["method=lora", "method.train=[unet,unet]"], ["method.train=['unet', 'unet']", "twice"]),
+    (["ema=true"], ["ema takes a choice", "bf16"]),
+    (["log.prompts=a", "cat"], ["cat is no option", "write 'log.prompts=a cat'"]),
+    (["sdxl", "optim=lion"], ["sdxl is no option", "key=value"]),
+    (["hydra.run.dir=/proc/a"], ["/proc/a: No such file or directory; name another folder"]),
+    (["method.train=unet"], ["method.train is a list; write 'method.train=[unet]'"]),
+    (["log.prompts='a cat'"], ["log.prompts is a list; write \"log.prompts=['a cat']\""]),
+    (["train.steps=20"], ["did you mean 'schedule.steps'"]),
+    (["optim.steps=20"], ["did you mean 'schedule.steps'"]),
+    (["lr=1e-4"], ["did you mean 'optim.lr'"]),
+    (["path=/a"], ["did you mean 'model.path' or 'data.path'"]),
+    (
+        ["-m", "optim=adafactor8bit,lion", "optim.clip_threshold=1,2"],
+        ["there is no option of optim=lion 'clip_threshold'"],
+    ),
+    (["experiment=low_memory", "experiment=smoke"], ["write experiment=[low_memory,smoke]"]),
+    (["optim=lion", "optim=adamw"], ["optim is chosen more than once (lion,adamw)"]),
+    (["seed=-1"], ["seed=-1", "at least 0"]),
+    (["data.path=null", "data.sources=[{path: /, weight: 0}]"], ["every weight is 0"]),
     (["schedule.steps=2"], ["schedule.warmup_steps=20", "[0, 2]", "set schedule.warmup_steps=0"]),
 ]
 
@@ -187,6 +206,27 @@ def test_help_lists_every_group_and_choice(command):
         group, name = choice.split("=")
         line = next(line for line in out.splitlines() if line.split()[:1] == [group])
         assert name in line
+
+
+def test_what_help_names_as_changed_first_are_options(command):
+    _, out, _ = command("--help")
+    listed = out.split("What is changed first:")[1].split("Choices")[0]
+    named = re.findall(r"^  ([a-z.]+)=(\S+) ", listed, re.M)
+    assert {key for key, _ in named} >= {"data.path", "model.path", "optim.lr", "schedule.steps"}
+    compose_raw("data=folder", "model=sdxl", *(f"{key}={value}" for key, value in named))
+
+
+def test_several_experiments_are_a_list(composed):
+    both = composed("experiment=[low_memory,smoke]")
+    assert both.runtime.fused_backward
+    assert both.schedule.steps == 4
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
+    """The first of them is one here that brings it about."""
+    (tmp_path / "hydra.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = new_process("--help", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 def test_cfg_job_shows_the_chosen_options(command):

@@ -23,7 +23,7 @@ from trainer import (
 )
 from trainer.config import ASSETS
 from trainer.memory import Peaks
-from trainer.run import loss_of
+from trainer.run import finish, loss_of, train
 from trainer.state import assemble
 
 CPU = torch.device("cpu")
@@ -173,6 +173,34 @@ def test_a_grid_compares_pictures_of_the_same_captions_only(begun, caplog):
     pictures.save(written, pictures.load(written, ["a cat"]), ["a dog"])
     evaluation.sample(state, writer)
     assert "no row of before" in caplog.text
+
+
+def test_the_base_model_is_drawn_as_it_predicts_and_its_loss_is_not_compared(
+    begun, monkeypatch, caplog
+):
+    """With and without a change of what is predicted: the first pictures are the same."""
+    options = ["log.sample_count=2", "log.sample_steps=3", "schedule.steps=1"]
+    same, writer = begun(*options)
+    evaluation.sample(same, writer)
+    captions = same.sampler.captions()
+    first = pixels(pictures.load(same.folder / "samples/step-000000", captions))
+    options += ["noise.prediction=epsilon", "noise.zero_terminal_snr=false"]
+    state, writer = begun(*options)
+    caplog.set_level("INFO")
+    train(state, writer)
+    finish(state, writer)
+    again = pixels(pictures.load(state.folder / "samples/step-000000", captions))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert state.sampler._denoiser.scheduler.config.prediction_type == "epsilon"
+    assert "(not to be compared: the model predicted v_prediction, not epsilon)" in caplog.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_ruined_models_pictures_are_drawn_without_a_warning(begun):
+    state, _ = begun("log.sample_count=1", "log.sample_steps=1")
+    for parameter in state.model.unet.parameters():
+        parameter.data.fill_(float("nan"))
+    assert len(state.sampler.draw()) == 1
 
 
 @pytest.mark.parametrize(("side", "tile"), [(64, 96), (200, 200), (1024, 256)])

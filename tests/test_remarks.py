@@ -49,6 +49,20 @@ def test_an_option_without_effect_is_pointed_out_with_what_it_belongs_to(compose
     assert IDLE[options] in said
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["schedule.hold=1"], "schedule=cosine has no step left to decay in (schedule.hold"),
+        (["schedule=wsd", "schedule.decay=0"], "to decay in (schedule.decay"),
+        (["schedule=cosine_restarts", "schedule.cycles=300"], "schedule.cycles=300 leaves a cycle"),
+    ],
+)
+def test_a_decay_without_room_is_remarked(composed, options, says):
+    (said,) = remarks.of_config(composed(*options))
+    assert says in said
+    assert remarks.of_config(composed("schedule=cosine_restarts", "schedule.cycles=250")) == []
+
+
 def test_the_default_rate_is_remarked_where_a_large_model_is_trained_whole(composed):
     (said,) = remarks.of_rate(composed(), 2_567_463_684)
     assert "1e-5" in said

@@ -213,6 +213,27 @@ def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     assert "optim.lr: 0.0001 -> 0.001" in err
 
 
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        (["log=jsonl"], {"log.wandb.project=mine"}),
+        (["ema=fp32"], set()),
+        (["log=wandb"], set()),
+        (["log=nothing"], set()),  # of which Hydra tells
+    ],
+)
+def test_options_of_a_group_that_is_chosen_anew_are_inherited_where_it_has_them(
+    monkeypatch, given, left_out
+):
+    theirs = ["log=wandb", "log.wandb.project=mine", "log.every=3", "ema=bf16"]
+    theirs += ["method.ema.decay=0.9", "optim.lr=0.1"]
+    cli.register()
+    monkeypatch.setattr(cli, "overrides_of", lambda resume: theirs)
+    (group, _, _) = given[0].partition("=")
+    kept = [a for a in theirs if not a.startswith(f"{group}=") and a not in left_out]
+    assert cli.with_resumed(["resume=there", *given]) == [*kept, "resume=there", *given]
+
+
 def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_for_those_after_it(
     command, in_tmp
 ):

@@ -16,12 +16,19 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4
-    for part in ("eval after", "s/step", "optimizer state", "peak in training"):
+    assert len(table) == 2 + 4 + 2 + 2
+    for part in (
+        "eval after",
+        "s/step",
+        "images/s",
+        "seconds in all",
+        "optimizer state",
+        "peak in training",
+    ):
         assert part in table[0]
     assert sum(line.startswith("| optim=lion seed=") for line in table) == 2
     (kept,) = tmp_path.glob("runs/sweep-*/sweep.md")
-    assert kept.read_text().count("\n") == 6
+    assert kept.read_text().count("\n") == 6 + 1 + 4
 
 
 @pytest.mark.slow
@@ -56,6 +63,40 @@ def test_a_diverged_run_comes_after_the_finite_ones():
     runs = [NUMBERS | {"overrides": [k], "eval_loss_after": v} for k, v in losses.items()]
     names = [line.split()[1] for line in sweep_table(runs).splitlines()[2:]]
     assert names == ["c", "b", "a"]
+
+
+def test_runs_are_ranked_by_the_weights_that_are_exported():
+    average = {"overrides": ["a"], "eval_loss_after": 0.9, "ema_loss_after": 0.1}
+    runs = [
+        NUMBERS | average | {"eval_loss_result": 0.1},
+        NUMBERS | {"overrides": ["b"], "eval_loss_after": 0.5, "eval_loss_result": 0.5},
+    ]
+    assert [line.split()[1] for line in sweep_table(runs).splitlines()[2:]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("other", "differs"), [(1.001, False), (2.0, True), (None, False)])
+def test_losses_of_other_points_are_said_not_to_rank_the_runs(other, differs):
+    runs = [
+        NUMBERS | {"overrides": [name], "eval_loss_after": 0.5, "eval_loss_before": before}
+        for name, before in (("a", 1.0), ("b", other))
+    ]
+    assert ("- eval before differs" in sweep_table(runs)) == differs
+
+
+def test_runs_with_several_seeds_have_a_mean_and_a_spread():
+    losses = {("optim=a", 0): 0.1, ("optim=a", 1): 0.3, ("optim=b", 0): 0.15, ("optim=b", 1): None}
+    runs = [
+        NUMBERS | {"overrides": [name, f"seed={seed}"], "seed": seed, "eval_loss_after": loss}
+        for (name, seed), loss in losses.items()
+    ]
+    _, below = sweep_table(runs).split("\n\n")
+    header, _, first, second = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in below.splitlines()
+    ]
+    assert header[:3] == ["over seeds", "runs", "eval after"]
+    assert first[:3] == ["optim=b", "1", "0.1500"]
+    assert second[:3] == ["optim=a", "2", "0.2000 ± 0.1414"]
+    assert "over seeds" not in sweep_table([run for run in runs if run["seed"] == 0])
 
 
 def test_losses_that_only_some_runs_have_get_a_column_where_one_has_them():

@@ -6,9 +6,15 @@ Hydra ends here: `run` and everything that it imports take plain dataclasses.
 import contextlib
 import math
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
+
+from trainer import signals
+
+if __name__ == "__main__":  # already while the libraries are imported, which takes seconds
+    signal.signal(signal.SIGINT, signals.leave_at_once)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -66,6 +72,7 @@ def main() -> None:
     """Run Hydra's command line; a user's mistake becomes one line and status 2."""
     _runs_begun.clear()
     cli.register()
+    cli.refuse_repeated(sys.argv[1:])
     sys.argv[1:] = cli.with_resumed(sys.argv[1:])
     try:
         train()

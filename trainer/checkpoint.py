@@ -46,12 +46,24 @@ _AVERAGE = "average.safetensors"
 
 @dataclass(kw_only=True)
 class Counters:
-    """What a run has counted so far."""
+    """What a run has counted so far, in all of its sessions."""
 
     skipped_steps: int = 0
-    seconds: float = 0.0  # spent in training steps
-    eval_loss_before: float = math.nan  # before the first step
+    eval_loss_before: float = math.nan  # before the first step; NaN where it is of other points
     grad_norm: float = math.nan  # of the last step, by which method.clip=lagged clips the next
+    # How often the data was gone through, by which the order of batches goes on; None in older
+    # checkpoints.
+    epochs: float | None = None
+    pictures: int = 0  # trained on, each time counted
+    seconds: float = 0.0  # spent in training steps
+    # Of steps that measure speed: `trainer.clock`.
+    steady_steps: int = 0
+    steady_seconds: float = 0.0
+    steady_pictures: int = 0
+    wall_seconds: float = 0.0
+    # The most memory; 0: not known.
+    peak_training_bytes: int = 0
+    peak_bytes: int = 0
 
 
 @dataclass(kw_only=True)
@@ -235,6 +247,12 @@ def to_resume(config: Config) -> Checkpoint | None:
     if not config.resume:
         return None
     found = load_newest(find(config.resume))
+    if config.schedule.steps < found.step:
+        raise UserError(
+            f"resume: schedule.steps={config.schedule.steps}, and the checkpoint is at step "
+            f"{found.step}; schedule.steps={found.step} ends the run there, more goes on, and an "
+            "older checkpoint's folder in resume= goes back"
+        )
     here, there = _options(asdict(config)), _options(found.config)
     learned = (
         *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),

@@ -25,7 +25,7 @@ from trainer.config import (
     peer_schema,
 )
 from trainer.errors import UserError
-from trainer.explain import explain
+from trainer.explain import explain, options_of
 
 _HELP = """\
 Fine-tune SDXL, full or LoRA, with low-memory optimizers.
@@ -41,7 +41,14 @@ A sweep, with a table of the runs at the end; and going on with the newest run a
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
   python -m trainer resume=latest
 
-Choices (group=choice):
+What is changed first:
+  data.path=/pictures       pictures and captions, with data=folder
+  model.path=/models/sdxl   a .safetensors file, a diffusers folder or a name on the hub
+  optim.lr=1e-5             the learning rate
+  schedule.steps=2000       how long, in optimizer steps
+  data.batch_size=4         pictures at once; runtime.accumulation=2 takes twice as many a step
+
+Choices (group=choice; several of experiment as experiment=[low_memory,smoke]):
 {groups}
 Options (key=value) and their values, for what was chosen: add `--cfg job`, or for one group
 `--cfg job --package optim`.  What an option means is written beside it in trainer/config/, and
@@ -93,8 +100,31 @@ def with_resumed(arguments: list[str]) -> list[str]:
             now = f"resume={_quoted(resume)}"
             arguments = [now if _key(a) == "resume" else a for a in arguments]
     inherited = [a for a in overrides_of(resume) if _key(a) not in given.keys() | _ONCE]
+    inherited = _without_orphans(inherited, arguments)
     at = next(i for i, a in enumerate(arguments) if _key(a) == "resume")  # not between flags
     return arguments[:at] + inherited + arguments[at:]
+
+
+def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
+    """The inherited options but for those that no longer exist because their group is chosen anew:
+    log.wandb.project beside log=jsonl."""
+    anew = {_key(a) for a in given if "=" in a} & set(group_names())
+    suspects = {_key(a) for a in inherited if anew.intersection(_key(a).split(".")[:-1])}
+    if suspects:
+        with suppress(Exception):  # a wrong choice, of which Hydra tells
+            suspects -= set(options_of([*inherited, *given]))
+            return [a for a in inherited if _key(a) not in suspects]
+    return inherited
+
+
+def refuse_repeated(arguments: list[str]) -> None:
+    """End with one line where a group is chosen twice, of which Hydra would take the last."""
+    for group in group_names():
+        choices = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
+        if len(set(choices)) > 1:
+            both = ",".join(choices)
+            remedy = f"write {group}=[{both}]" if group == "experiment" else "leave one out"
+            fail(f"{group} is chosen more than once ({both}), and only the last counts; {remedy}")
 
 
 def _key(override: str) -> str:
@@ -113,6 +143,7 @@ def composed(overrides: list[str]) -> DictConfig:
     A wrong override is one line and status 2.
     """
     register()
+    refuse_repeated(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

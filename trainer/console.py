@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,25 +14,73 @@ log = logging.getLogger(__name__)
 logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks of its own
 
 
+_REPORT_SECONDS = 30
+# Without tqdm's own estimate of the time left, which knows of nothing but steps.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+
+
 class Progress:
     """A bar with loss, images/s and ETA on a terminal; in a log file a line now and then."""
 
     def __init__(self, step: int, steps: int) -> None:
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+            bar_format=_BAR,
+        )
 
     def advance(self) -> None:
         self._bar.update()
 
     def show(self, step: int, loss: float, images_per_second: float, seconds_left: float) -> None:
+        eta = _minutes(seconds_left)
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.1f} images/s")
+            self._bar.set_postfix_str(
+                f"loss {loss:.4f}, {images_per_second:.1f} images/s, ETA {eta}"
+            )
             return
-        minutes, seconds = divmod(round(seconds_left), 60)
-        form = "step %d/%d  loss %.4f  %.1f images/s  ETA %d:%02d"
-        log.info(form, step, self._bar.total, loss, images_per_second, minutes, seconds)
+        form = "step %d/%d  loss %.4f  %.1f images/s  ETA %s"
+        log.info(form, step, self._bar.total, loss, images_per_second, eta)
 
     def close(self) -> None:
         self._bar.close()
+
+
+class Aside:
+    """A bar over what is done between steps, which goes when that is done; in a log file a line
+    before it, and one every half minute."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what = f"{what}: %d of {total} {unit}, ETA %s"
+        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=None, leave=False)
+        self._began = self._reported = time.monotonic()
+        self._done, self._total = 0, total
+        if self._bar.disable:
+            log.info("%s: %d %s", what, total, unit)
+
+    def __enter__(self) -> "Aside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self._bar.update(count)
+        self._done += count
+        now = time.monotonic()
+        if self._bar.disable and now - self._reported >= _REPORT_SECONDS:
+            self._reported = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            log.info(self._what, self._done, _minutes(left))
+
+
+def _minutes(seconds: float) -> str:
+    """83.4 -> '1:23'."""
+    return "{}:{:02d}".format(*divmod(round(seconds), 60))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from trainer import batches, losses, memory, metrics, pictures, signals
+from trainer import batches, console, losses, memory, metrics, pictures, signals
 from trainer.errors import UserError
 from trainer.state import State
 
@@ -28,13 +28,8 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     That is no reason to end.
     """
     try:
-        found = _losses(state)
-        if state.ema:
-            with state.averaged():
-                averaged = _losses(state)
-            found |= {
-                f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
-            }
+        with state.clock.aside("evaluating"):
+            found = _all_losses(state)
     except signals.Stopped:
         return {}
     except Exception as error:
@@ -43,16 +38,38 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
         log.warning("no eval/loss of step %d (%s); the run goes on", state.step, error)
         return {}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
+    log.info("eval/loss %.4f at step %d", found["loss"], state.step)
     return found
 
 
-def _losses(state: State) -> dict[str, float]:
+def _all_losses(state: State) -> dict[str, float]:
+    """The losses of the model, and of its averaged weights where there are some."""
+    times = (1 + bool(state.data.dataset.held_out)) * (1 + bool(state.ema))
+    total = times * state.config.log.eval_points
+    with console.Aside("evaluating", total, "points") as aside:
+        found = _losses(state, aside)
+        if state.ema:
+            with state.averaged():
+                averaged = _losses(state, aside)
+            found |= {
+                f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
+            }
+    return found
+
+
+def _losses(state: State, aside: console.Aside) -> dict[str, float]:
     """The model's losses at the eval points, of the pictures that it trains on and of those that
     are held out."""
     dataset, found = state.data.dataset, {}
+
+    def counted(rows: list[int]) -> Iterator[batches.Batch]:
+        for batch in eval_batches(state, rows):
+            yield batch
+            aside.advance(len(batch.timesteps))
+
     for prefix, rows in (("", dataset.own), ("holdout_", dataset.held_out)):
         if rows:
-            points = eval_batches(state, rows)
+            points = counted(rows)
             losses_of = losses.evaluate(state.model.unet, state.schedule, points)
             found |= {prefix + key: value for key, value in losses_of.items()}
     return found
@@ -88,8 +105,11 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     if not state.sampler.count:
         return None
     try:
-        with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
-            drawn = state.sampler.draw()
+        with (
+            state.clock.aside("drawing"),
+            state.averaged(state.ema is not None and state.ema.config.sample == "average"),
+        ):
+            drawn = state.sampler.draw(is_trained=not state.is_new)
         return _show(state, drawn, writer)
     except signals.Stopped:
         return None

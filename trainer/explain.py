@@ -22,8 +22,10 @@ from trainer.config import choices_of, conf_dir, flatten, group_names
 
 def explain(error: BaseException, arguments: list[str]) -> str:
     """One line for an error of composition: the key at fault, the nearest name, the remedy."""
-    text = "\n".join(str(e) for e in _chain(error))
+    text = "\n".join(dict.fromkeys(str(e) for e in _chain(error)))
     overrides = _overrides(arguments)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; name another folder with hydra.run.dir=..."
     if found := re.search(r"raised while resolving interpolation: (.*)", text):
         return found[1]
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
@@ -43,7 +45,13 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         return _wrong_key(found[1], overrides)
     if found := re.search(r"(.*)\n\s*full_key: ([\w.\[\]]+)", text):
         reason, key = found[1].strip(), found[2]
+        if "is not a ListConfig" in reason:
+            given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
+            value = given[-1] if given else "..."
+            return f"{key} is a list; write {_quoted(f'{key}=[{value}]')}"
         return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows what it may look like"
+    if found := re.search(r"Error parsing override '(.*)'\s+missing EQUAL", text):
+        return _no_option(found[1], arguments)
     broken = [a for a in arguments if "=" in a and a not in overrides]
     if broken:
         key, _, value = broken[0].partition("=")
@@ -52,9 +60,16 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         key, parent = override.key_or_group, override.key_or_group.rpartition(".")[0]
         if key in group_names() and not override.value():
             return f"{key} has no choice; there is {', '.join(choices_of(key))}"
-        if parent in _valid_keys([]):
+        if key in group_names() and not isinstance(override.value(), str | list):
+            return f"{key} takes a choice, one of {', '.join(choices_of(key))}"
+        if parent in options_of([]):
             return f"{key}: {parent} is not set here; choose its group first ({_where(parent)})"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def options_of(overrides: list[str]) -> list[str]:
+    """Every option that the group choices among these overrides compose."""
+    return _valid_keys(next(_compositions(_overrides(overrides))))
 
 
 def _where(node: str) -> str:
@@ -85,33 +100,65 @@ def _overrides(arguments: list[str]) -> list[str]:
     return good
 
 
+def _no_option(word: str, arguments: list[str]) -> str:
+    """A word that is no key=value, and may be the rest of the one before it."""
+    at = arguments.index(word) if word in arguments else 0
+    before = arguments[at - 1] if at else ""
+    if "=" not in before:
+        return f"{word} is no option; options are key=value, and choices group=choice"
+    return f"{word} is no option; if it belongs to {before}, write {_quoted(f'{before} {word}')}"
+
+
+def _quoted(argument: str) -> str:
+    """An argument as a shell takes it for one."""
+    return f'"{argument}"' if "'" in argument else f"'{argument}'"
+
+
 def _wrong_key(key: str, overrides: list[str]) -> str:
-    """A key that cannot be set, against all keys of the configuration without it."""
-    valid = _valid_keys([o for o in overrides if not o.lstrip("+~").startswith(key)])
+    """A key that cannot be set, against all keys of the configuration without it: in a sweep that
+    of the first run that does not have it."""
+    others = [o for o in overrides if not o.lstrip("+~").startswith(key)]
+    for choices in _compositions(others):
+        valid = _valid_keys(choices)
+        if key not in valid:
+            break
     if key in valid or key in group_names():
         return f"{key} exists; set it without + or ~: {key}=..."
     owner, _, name = key.rpartition(".")
+    elsewhere = [k for k in valid if k.rpartition(".")[2] == name and "." in k]
+    if elsewhere:
+        return f"there is no option {key!r}; did you mean {' or '.join(map(repr, elsewhere))}?"
     siblings = [k.removeprefix(f"{owner}.") for k in valid if owner and k.startswith(f"{owner}.")]
     if siblings:
-        return f"{key}: {unknown(f'option of {owner}', name, siblings)}"
+        chosen = next((c for c in choices if c.startswith(f"{owner}=")), owner)
+        return f"{key}: {unknown(f'option of {chosen}', name, siblings)}"
     if owner and difflib.get_close_matches(key, valid, n=1):
         return unknown("option", key, valid)
     top = {k.split(".")[0] for k in valid} | set(group_names())
     return unknown("option or group", key, top)
 
 
-def _valid_keys(overrides: list[str]) -> list[str]:
-    """Every key of the configuration that these overrides' group choices compose (sweeps: their
-    first choice)."""
-    choices = []
+def _compositions(overrides: list[str]) -> Iterator[list[str]]:
+    """The group choices of these overrides: of a sweep with the first choice of each group, then
+    with every other one of one group."""
+    swept: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(overrides):
-        if override.key_or_group in group_names() and not override.is_delete():
-            value = (
-                next(override.sweep_string_iterator())
-                if override.is_sweep_override()
-                else override.value()
-            )
-            choices.append(f"{override.key_or_group}={value}")
+        group = override.key_or_group
+        if group not in group_names() or override.is_delete():
+            continue
+        is_sweep = override.is_sweep_override()
+        one = override.get_value_element_as_str
+        values = override.sweep_string_iterator() if is_sweep else [one()]
+        swept.append([f"{group}={value}" for value in values])
+    first = [choices[0] for choices in swept]
+    yield first
+    for place, choices in enumerate(swept):
+        for choice in choices[1:]:
+            yield [*first[:place], choice, *first[place + 1 :]]
+
+
+def _valid_keys(choices: list[str]) -> list[str]:
+    """Every key of the configuration that these group choices compose."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("config", overrides=choices)

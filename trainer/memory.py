@@ -68,9 +68,10 @@ class Peaks:
     """The most memory that each phase of a run took: "training" is its steps, "rest" what comes
     before and between them, where pictures are encoded, evaluated and drawn."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, training: int = 0, run: int = 0) -> None:
+        """Begin with the peaks of the run's earlier sessions: `training`, and `run` in all."""
         self._device = device
-        self._of = {"training": 0, "rest": 0}
+        self._of = {"training": training, "rest": run}
         gc.collect()
         reset_peak(device)
 

@@ -93,9 +93,17 @@ class Model:
         """Read the UNet, in the configured dtype, onto the device."""
         self.unet = self._load("unet", DTYPES[self.config.dtype])
 
-    def sampling_schedule(self) -> SchedulerMixin:
-        """The scheduler that the model's pipeline samples with."""
-        return getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
+    def sampling_schedule(self, is_trained: bool = True) -> SchedulerMixin:
+        """The scheduler that the model's pipeline samples with: after training, or its own."""
+        config = self.scheduler if is_trained else self.origin.config("scheduler")
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    @property
+    def predictions(self) -> tuple[str, str]:
+        """What the UNet's output means as the model came, and what it is trained to mean."""
+        both = (self.origin.config("scheduler"), self.scheduler)
+        before, after = (config.get("prediction_type", "epsilon") for config in both)
+        return before, after
 
     def load_text_encoders(self) -> text.Encoder:
         """The text encoders, on the device, in fp32 or as configured."""

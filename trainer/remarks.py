@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import optim
-from trainer.config import Config, FullConfig, conf_dir
+from trainer.config import Config, ConstantConfig, FullConfig, WsdConfig, conf_dir
+from trainer.schedule import decay_steps
 
 _LARGE = 100_000_000  # trained parameters, from which on a default rate is remarked
 
@@ -55,7 +56,12 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 
 def of_config(config: Config) -> list[str]:
     """What there is to say whatever the model, a line for each."""
-    return [*_without_effect(config), *_of_clips(config), *_of_others(config)]
+    return [
+        *_without_effect(config),
+        *_of_schedule(config.schedule),
+        *_of_clips(config),
+        *_of_others(config),
+    ]
 
 
 def of_rate(config: Config, trained: int) -> list[str]:
@@ -97,6 +103,24 @@ def _without_effect(config: Config) -> Iterator[str]:
         )
     if config.optim.lr == 0 and not config.method.rules:
         yield "optim.lr=0 changes no weight"
+
+
+def _of_schedule(schedule: Any) -> Iterator[str]:
+    """A decay that has no room."""
+    if type(schedule) is ConstantConfig or schedule.steps == 1:
+        return
+    steps, cycles = decay_steps(schedule), getattr(schedule, "cycles", None)
+    if steps <= 0:
+        ends = "schedule.decay" if isinstance(schedule, WsdConfig) else "schedule.hold"
+        yield (
+            f"schedule={schedule.name} has no step left to decay in ({ends}, schedule.warmup_steps "
+            "and schedule.steps): the rate stays at its peak, as with schedule=constant"
+        )
+    elif cycles and steps < 2 * cycles:
+        yield (
+            f"schedule.cycles={cycles} leaves a cycle less than two of the decay's {steps} steps, "
+            f"and the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
+        )
 
 
 def _default(config: Config, group: str, option: str) -> Any:

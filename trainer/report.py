@@ -1,6 +1,8 @@
 """What a run came to: its summary and its closing lines."""
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,56 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     disk.replace_text(folder / "summary.json", text)
 
 
+def costs_of(folder: Path, step: int) -> dict[str, Any]:
+    """What the summary of a run that ended at this step says of all that it took, where there is
+    one: its last checkpoint is older than that, by the end of the run."""
+    with suppress(OSError, ValueError):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if summary.get("steps") == step:
+            return {k: summary[k] for k in ("wall_seconds", "peak_memory_bytes") if k in summary}
+    return {}
+
+
 def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     """Where everything is and what it cost."""
-    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    in_training = summary["peak_training_bytes"]
+    memory = f"{format_bytes(in_training)} in training, " if in_training else ""
     cost = (
         f"{summary['steps']} steps in {summary['seconds']:.0f} s "
         f"({summary['images_per_second']:.1f} images/s), "
+        f"{summary['wall_seconds']:.0f} s in all; "
         f"optimizer state {format_bytes(summary['optimizer_state_bytes'])}, "
-        f"peak memory {format_bytes(summary['peak_training_bytes'])} in training, "
-        f"{format_bytes(summary['peak_memory_bytes'])} in all"
+        f"peak memory {memory}{format_bytes(summary['peak_memory_bytes'])} in all"
     )
-    lines = [
-        f"{'eval/loss':<12}{before:.4f} -> {after:.4f} ({after / before:.0%} of what it was)",
-        f"{'cost':<12}{cost}",
-    ]
-    if "ema_loss_after" in summary:
-        lines.insert(1, f"{'of average':<12}{summary['ema_loss_after']:.4f}")
-    if "holdout_loss_after" in summary:
-        lines.insert(1, f"{'held out':<12}{summary['holdout_loss_after']:.4f}")
-    return "\n".join(lines + [f"{title:<12}{path}" for title, path in places.items()])
+    skipped = summary["skipped_steps"]
+    lines = {
+        "eval/loss": _learned(summary),
+        "held out": _loss(summary, "holdout_loss_after"),
+        "of average": _loss(summary, "ema_loss_after"),
+        "cost": cost,
+        "skipped": f"{skipped} of {summary['steps']} steps, without a finite loss and gradient"
+        if skipped
+        else None,
+        **places,
+    }
+    return "\n".join(f"{title:<12}{said}" for title, said in lines.items() if said)
+
+
+def _learned(summary: dict[str, Any]) -> str:
+    """The loss before and after, and what share of it is left where the two are comparable."""
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    if math.isnan(before):
+        return f"{after:.4f}"
+    was, now = summary["prediction_before"], summary["prediction"]
+    if was != now:
+        why = f"not to be compared: the model predicted {was}, not {now}"
+        return f"{before:.4f} -> {after:.4f} ({why})"
+    share = f" ({after / before:.0%} of what it was)" if math.isfinite(after / before) else ""
+    return f"{before:.4f} -> {after:.4f}{share}"
+
+
+def _loss(summary: dict[str, Any], key: str) -> str | None:
+    return f"{summary[key]:.4f}" if key in summary else None
 
 
 def format_bytes(count: int) -> str:

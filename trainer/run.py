@@ -43,7 +43,8 @@ _THREADS = torch.get_num_threads()  # as torch chose
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
-    """Train as configured, writing everything to `folder`; returns the last eval loss.
+    """Train as configured, writing everything to `folder`; returns the last eval loss, that of
+    what is exported.
 
     `overrides` are the command line's: a sweep's table tells its runs apart by them, and a run that
     is resumed has them again.
@@ -100,11 +101,13 @@ def train(state: State, writer: metrics.Metrics) -> None:
     """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
     config, unet = state.config, state.model.unet
     parameters = list(method.trained_parameters(state.model).values())
-    taken = gradients.make(config, parameters, state.optimizer, state.grad_norm)
-    count = config.runtime.accumulation
+    taken = gradients.make(config, parameters, state.optimizer, state.counters.grad_norm)
     if state.step == 0:
-        state.eval_loss_before = evaluation.evaluate(state, writer).get("loss", math.nan)
+        found = evaluation.evaluate(state, writer)
+        state.counters.eval_loss_before = found.get("loss", math.nan)
         evaluation.sample(state, writer)
+    if state.step == config.schedule.steps:
+        _nothing_to_train(state)
     progress = console.Progress(state.step, config.schedule.steps)
 
     for step in range(state.step, config.schedule.steps):
@@ -112,7 +115,8 @@ def train(state: State, writer: metrics.Metrics) -> None:
             save(state)
             _stopped(state)
         state.peaks.end("rest")
-        started = time.monotonic()
+        started, first = time.monotonic(), state.micro_batches
+        members = members_of(state, first)
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
 
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
@@ -121,14 +125,13 @@ def train(state: State, writer: metrics.Metrics) -> None:
         lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
         with memory.explained(config, f"in step {step + 1}"):
-            first_batch = partial(draw, state, step * count)
+            first_batch = partial(draw, state, first)
             curvature.estimate(
                 *(state.optimizer, taken, unet, first_batch),
                 *(config.loss, state.schedule, config.seed, step),
             )
-            micro_losses = partial(loss_of, state, step * count)
-            outcome = taken.backward(micro_losses, shares(state, step * count))
-            state.grad_norm = taken.clip.last_norm
+            outcome = taken.backward(partial(loss_of, state, first), shares(members))
+            state.counters.grad_norm = taken.clip.last_norm
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.
             if state.guard.accepts(step + 1, outcome.loss, outcome.grad_norm, outcome.begun):
@@ -136,10 +139,11 @@ def train(state: State, writer: metrics.Metrics) -> None:
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema:
                 state.ema.update(step + 1)
-        state.step = step + 1
+        state.step, state.micro_batches = step + 1, first + len(members)
         if reports and state.device.type == "cuda":
             torch.cuda.synchronize(state.device)  # what a step queued belongs to its seconds
-        state.seconds += time.monotonic() - started
+        shapes = [(state.data.dataset.samples[rows[0]].bucket, len(rows)) for rows in members]
+        state.clock.step(time.monotonic() - started, shapes, sum(map(len, members)))
         state.peaks.end("training")
         progress.advance()
 
@@ -166,11 +170,16 @@ def draw(state: State, number: int) -> batches.Batch:
     return batches.noised(inputs, state.schedule, config.noise, config.seed, number)
 
 
-def shares(state: State, first: int) -> list[float]:
-    """How much of a step's samples each of its micro-batches is, from number `first` on: every
-    sample counts alike, those of a short batch too."""
+def members_of(state: State, first: int) -> list[list[int]]:
+    """The samples of each of a step's micro-batches, from number `first` on."""
     numbers = range(first, first + state.config.runtime.accumulation)
-    sizes = [len(state.data.dataset.plan.batch(state.config.seed, number)) for number in numbers]
+    return [state.data.dataset.plan.batch(state.config.seed, number) for number in numbers]
+
+
+def shares(members: list[list[int]]) -> list[float]:
+    """How much of a step's samples each of its micro-batches is: every sample counts alike, those
+    of a short batch too."""
+    sizes = list(map(len, members))
     return [size / sum(sizes) for size in sizes]
 
 
@@ -201,13 +210,15 @@ def finish(state: State, writer: metrics.Metrics) -> float:
             f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
             "look at train/loss in metrics.jsonl for the step where it went wrong"
         )
-    with state.averaged(state.ema is not None and state.ema.config.export == "average"):
+    with state.averaged(state.exports_average):
         exported = result.export(
             state.config, state.model, state.folder, state.step, state.data.dataset.num_pictures
         )
     picture = evaluation.sample(state, writer)
     state.peaks.end("rest")
     summary = _summary(state, after)
+    if not state.clock.has_stepped:
+        summary |= report.costs_of(state.folder, state.step)
     report.write_summary(state.folder, summary)
     writer.close(summary)
     places = {
@@ -219,26 +230,47 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if failure:
         raise failure
-    return after.get("loss", math.nan)
+    return summary["eval_loss_result"]
+
+
+def _result_loss(state: State, after: Mapping[str, float]) -> float:
+    """The loss of the weights that are exported."""
+    return after.get("ema_loss" if state.exports_average else "loss", math.nan)
 
 
 def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
     """What the run came to; `after` is its last evaluation."""
+    counters, pace = state.counters, state.clock.pace(state.step)
+    was, now = state.model.predictions
     return {
         "name": state.config.name,
         "overrides": list(state.overrides),
         "seed": state.config.seed,
         "steps": state.step,
-        "eval_loss_before": state.eval_loss_before,
+        "eval_loss_before": counters.eval_loss_before,
         "eval_loss_after": after.get("loss", math.nan),
-        "seconds": state.seconds,
-        "seconds_per_step": state.seconds / state.step,
-        "images_per_second": state.pictures_seen / state.seconds,
+        "eval_loss_result": _result_loss(state, after),
+        "pictures": counters.pictures,
+        "wall_seconds": state.clock.wall_seconds,
+        "seconds": counters.seconds,
+        "seconds_per_step": pace.seconds_per_step,
+        "images_per_second": pace.images_per_second,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": state.peaks.run,
-        "peak_training_bytes": state.peaks.training,
+        "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
         "skipped_steps": state.guard.skipped,
+        "prediction_before": now if state.trains_on else was,
+        "prediction": now,
     } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
+
+
+def _nothing_to_train(state: State) -> None:
+    """Say so of a run that is resumed at its end: what follows is written anew."""
+    log.info(
+        "already at step %d of %d: nothing to train; it is evaluated, exported and drawn again "
+        "(schedule.steps=... runtime.allow_config_change=true makes it longer)",
+        *(state.step, state.config.schedule.steps),
+    )
 
 
 def _stopped(state: State) -> NoReturn:
@@ -250,23 +282,22 @@ def _stopped(state: State) -> NoReturn:
 def _report(
     state: State, writer: metrics.Metrics, progress: console.Progress, values: dict[str, float]
 ) -> None:
-    seconds_per_step = state.seconds / state.step
-    images_per_second = state.pictures_seen / state.seconds
+    pace = state.clock.lately()
     writer.write(
         state.step,
         {f"train/{key}": value for key, value in values.items()}
         | {
             "train/epoch": state.epochs,
             "train/skipped_steps": state.guard.skipped,
-            "perf/seconds_per_step": seconds_per_step,
-            "perf/images_per_second": images_per_second,
+            "perf/seconds_per_step": pace.seconds_per_step,
+            "perf/images_per_second": pace.images_per_second,
             "memory/peak_bytes": state.peaks.training,
             "memory/optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         }
         | optimizers.found_rate(state.optimizer),
     )
-    seconds_left = (state.config.schedule.steps - state.step) * seconds_per_step
-    progress.show(state.step, values["loss"], images_per_second, seconds_left)
+    seconds_left = state.clock.left(state.step, state.config)
+    progress.show(state.step, values["loss"], pace.images_per_second, seconds_left)
 
 
 def _due(every: int, state: State) -> bool:

@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from trainer import memory, pictures, signals
+from trainer import console, memory, pictures, signals
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
@@ -49,16 +49,20 @@ class Sampler:
         return len(self.captions())
 
     @torch.no_grad()
-    def draw(self) -> list[Image.Image]:
-        """One picture for each of the `count` captions.  Raises `signals.Stopped`."""
+    def draw(self, is_trained: bool = True) -> list[Image.Image]:
+        """One picture for each of the `count` captions; of a model that is not trained yet with its
+        own scheduler, whose prediction `noise` may change.  Raises `signals.Stopped`."""
         unet = self.model.unet
+        self._denoiser.scheduler = self.model.sampling_schedule(is_trained)
         was_training = unet.training
         unet.eval()
         latents: dict[int, Tensor] = {}  # by the caption's place
         try:
-            for places in self._chunks():
-                signals.leave_if(self.stop)
-                latents |= dict(zip(places, self._denoise(places), strict=True))
+            with console.Aside("drawing", self.count, "pictures") as aside:
+                for places in self._chunks():
+                    signals.leave_if(self.stop)
+                    latents |= dict(zip(places, self._denoise(places), strict=True))
+                    aside.advance(len(places))
         finally:
             unet.train(was_training)
         try:
@@ -75,7 +79,8 @@ class Sampler:
         with self.model.vae() as vae:
             for place in range(self.count):
                 scaled = unscaled(vae, latents[place][None].to(vae.dtype))
-                drawn += VaeImageProcessor().postprocess(vae.decode(scaled).sample)
+                pixels = vae.decode(scaled).sample.nan_to_num()  # a ruined model's
+                drawn += VaeImageProcessor().postprocess(pixels)
         return drawn
 
     def _chunks(self) -> list[list[int]]:

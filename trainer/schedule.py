@@ -23,11 +23,16 @@ def lr_scale(config: ConstantConfig, step: int) -> float:
     return config.final_scale + (1 - config.final_scale) * _shape(config, _decayed(config, step))
 
 
+def decay_steps(config: Any) -> int:
+    """How many steps the decay takes from the peak to its end; 0 or less where there is none."""
+    hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
+    return config.steps - 1 - max(config.warmup_steps, round(hold * config.steps))
+
+
 def _decayed(config: Any, step: int) -> float:
     """How far into the decay a step is: 0 until it begins, 1 at the last step."""
-    hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
-    hold_until = max(config.warmup_steps, round(hold * config.steps))
-    done = (step - hold_until) / max(config.steps - 1 - hold_until, 1)
+    length = decay_steps(config)
+    done = (step - (config.steps - 1 - length)) / max(length, 1)
     return min(max(done, 0.0), 1.0)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,12 @@ def leave_if(stop: Sequence[int]) -> None:
     """Raise `Stopped` once `stop` holds a signal."""
     if stop:
         raise Stopped
+
+
+def leave_at_once(number: int, frame: Any) -> None:
+    """A handler for when there is nothing to finish."""
+    print("stopped", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 @contextmanager

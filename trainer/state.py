@@ -1,9 +1,10 @@
 """A run between two steps: everything that a step changes or reads, assembled and saved."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from trainer import (
     result,
     sampling,
 )
+from trainer.clock import Clock
 from trainer.config import Config
+from trainer.data.plan import Plan
 from trainer.ema import Ema
 from trainer.guard import Guard
 from trainer.model import Model
@@ -46,9 +49,9 @@ class State:
     guard: Guard
     device: torch.device
     step: int
-    seconds: float  # spent in training steps, over all sessions of the run
-    eval_loss_before: float  # before the first step
-    grad_norm: float  # of the last step with a finite one
+    micro_batches: int  # the number of the next, of those that the run trains on
+    counters: checkpoint.Counters
+    clock: Clock
     overrides: Sequence[str]  # the command line's
     ema: Ema | None
     peaks: memory.Peaks
@@ -59,17 +62,24 @@ class State:
         return self.ema.in_place() if self.ema and wanted else nullcontext()
 
     @property
-    def micro_batches(self) -> int:
-        """How many have been trained on."""
-        return self.step * self.config.runtime.accumulation
+    def is_new(self) -> bool:
+        """Whether the model is as it came; an adapter that is trained on is not, and what it was
+        trained to predict nobody knows."""
+        return self.step == 0 and not self.trains_on
 
     @property
-    def pictures_seen(self) -> int:
-        """How many pictures have been trained on, each time counted."""
-        return self.data.dataset.plan.pictures_in(self.config.seed, self.micro_batches)
+    def trains_on(self) -> bool:
+        """Whether the run goes on with an adapter of another."""
+        return getattr(self.config.method, "start_from", None) is not None
+
+    @property
+    def exports_average(self) -> bool:
+        """Whether the result has the averaged weights."""
+        return self.ema is not None and self.ema.config.export == "average"
 
     @property
     def epochs(self) -> float:
+        """How often the data has been gone through."""
         return self.micro_batches / self.data.dataset.plan.batches_per_epoch
 
 
@@ -83,12 +93,15 @@ def assemble(
     """Load the model and the data, encode the data, build the optimizer; then put back what a
     checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
     device = execution.device_of(config.runtime.device)
-    peaks = memory.Peaks(device)
+    counters = resumed.counters if resumed else checkpoint.Counters(epochs=0.0)
+    clock = Clock(counters)
+    peaks = memory.Peaks(device, counters.peak_training_bytes, counters.peak_bytes)
     dataset = data.load(config.data, stop)
     model = Model(config.model, device)
     fingerprint, base = dataset.fingerprint, model.sketch()
     if resumed:
         checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
+        _count_on(config, dataset, base, resumed)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
@@ -101,7 +114,6 @@ def assemble(
     optimizer = _trainable(config, model, device)
     if resumed:
         _put_back(model, optimizer, resumed)
-    counters = resumed.counters if resumed else checkpoint.Counters()
     return State(
         config=config,
         folder=folder,
@@ -121,9 +133,11 @@ def assemble(
         guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
         device=device,
         step=resumed.step if resumed else 0,
-        seconds=counters.seconds,
-        eval_loss_before=counters.eval_loss_before,
-        grad_norm=counters.grad_norm,
+        # The same number where the batches are the same; where they are others (a changed batch
+        # size, more pictures) the number that is as far into its epoch.
+        micro_batches=round(counters.epochs * dataset.plan.batches_per_epoch),
+        counters=counters,
+        clock=clock,
         overrides=overrides,
         ema=_average(config, model, resumed),
         peaks=peaks,
@@ -155,6 +169,36 @@ def _put_back(
     log.info("resumed after step %d", resumed.step)
 
 
+def _count_on(
+    config: Config, dataset: data.Dataset, base: str, resumed: checkpoint.Checkpoint
+) -> None:
+    """Complete what an older checkpoint has counted, and drop what the changes of the configuration
+    have made another measure."""
+    counters, before = resumed.counters, resumed.config
+    if counters.epochs is None:  # an older checkpoint: by the options that it was made with
+        batch_size, short = before["data"]["batch_size"], before["data"]["short_batches"]
+        members = dict(zip(dataset.plan.buckets, dataset.plan.members, strict=True))
+        plan = Plan(members, batch_size, short == "repeat")
+        number = resumed.step * before["runtime"]["accumulation"]
+        counters.epochs = number / plan.batches_per_epoch
+        counters.pictures = plan.pictures_in(config.seed, number)
+    points = {
+        "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
+        "the data": (resumed.data, dataset.fingerprint),
+        "the model": (resumed.model or base, base),
+        "noise.prediction": (before["noise"]["prediction"], config.noise.prediction),
+        "noise.zero_terminal_snr": (
+            before["noise"]["zero_terminal_snr"],
+            config.noise.zero_terminal_snr,
+        ),
+    }
+    changed = [name for name, (there, here) in points.items() if there != here]
+    if changed and not math.isnan(counters.eval_loss_before):
+        counters.eval_loss_before = math.nan
+        form = "%s changed: eval/loss is another measure now, and is not compared with that before"
+        log.warning(form, " and ".join(changed))
+
+
 def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None) -> Ema | None:
     if config.method.ema is None:
         return None
@@ -164,23 +208,28 @@ def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None
 
 def save(state: State) -> None:
     """Write a checkpoint after this step."""
-    checkpoint.save(
-        state.folder / "checkpoints",
-        checkpoint.Checkpoint(
-            step=state.step,
-            weights=method.trained_tensors(state.model),
-            optimizer=state.optimizer.state_dict(),
-            average=state.ema.state() if state.ema else {},
-            config=asdict(state.config),
-            overrides=list(state.overrides),
-            model=state.base,
-            data=state.fingerprint,
-            counters=checkpoint.Counters(
-                skipped_steps=state.guard.skipped,
-                seconds=state.seconds,
-                eval_loss_before=state.eval_loss_before,
-                grad_norm=state.grad_norm,
-            ),
-        ),
-        keep=state.config.runtime.keep_checkpoints,
+    state.peaks.end("rest")
+    counters = replace(
+        state.counters,
+        skipped_steps=state.guard.skipped,
+        epochs=state.epochs,
+        wall_seconds=state.clock.wall_seconds,
+        peak_training_bytes=state.peaks.training,
+        peak_bytes=state.peaks.run,
     )
+    with state.clock.aside("saving"):
+        checkpoint.save(
+            state.folder / "checkpoints",
+            checkpoint.Checkpoint(
+                step=state.step,
+                weights=method.trained_tensors(state.model),
+                optimizer=state.optimizer.state_dict(),
+                average=state.ema.state() if state.ema else {},
+                config=asdict(state.config),
+                overrides=list(state.overrides),
+                model=state.base,
+                data=state.fingerprint,
+                counters=counters,
+            ),
+            keep=state.config.runtime.keep_checkpoints,
+        )

@@ -266,6 +266,10 @@ def _check_sources(config: DataConfig) -> None:
         raise UserError(
             "data.path and data.sources are both set; set data.path=null, or no sources"
         )
+    if config.sources and all(source.weight == 0 for source in config.sources):
+        raise UserError(
+            "data.sources: every weight is 0, by which nothing is learned; give one a larger weight"
+        )
     named = [("data.path", config.path)] if config.path is not None else []
     named += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
     for key, path in named:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.data import DataConfig
+from trainer.config.fields import within
 from trainer.config.log import LogConfig
 from trainer.config.loss import HuberConfig, MseConfig
 from trainer.config.method import FullConfig, LoraConfig
@@ -22,7 +23,7 @@ from trainer.config.schedule import (
 
 @dataclass(kw_only=True)
 class Config:
-    seed: int
+    seed: int = within(0)
     name: str  # of the run, in its folder and in W&B
     resume: str | None  # a checkpoint folder, a run folder, or latest
     model: ModelConfig

@@ -1,0 +1,242 @@
+"""Time and pictures of a run: what a step takes, how long it goes on, over all of its sessions."""
+
+import itertools
+import json
+import logging
+import math
+
+import pytest
+import torch
+from helpers import QUICK, rows
+
+from trainer import checkpoint, console
+from trainer.checkpoint import Counters
+from trainer.clock import Clock, asides_left
+from trainer.data.plan import Plan
+from trainer.memory import Peaks
+from trainer.report import closing_lines
+from trainer.run import run
+
+LONGER = ["schedule.steps=6", "runtime.allow_config_change=true"]
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture
+def clock():
+    """One that has seen these steps, each (seconds, shape), of two pictures."""
+
+    def make(*steps, counters=None):
+        made = Clock(counters or Counters())
+        for seconds, shape in steps:
+            made.step(seconds, [shape], 2)
+        return made
+
+    return make
+
+
+def test_steps_that_meet_a_shape_for_the_first_time_are_no_measure_of_speed(clock):
+    compiled = clock((30.0, "a"), (1.0, "a"), (20.0, "b"), (2.0, "b"), (3.0, "a"))
+    pace = compiled.pace(5)
+    assert (pace.seconds_per_step, pace.images_per_second) == (2.0, 1.0)
+    assert clock((30.0, "a"), (20.0, "b")).pace(2).seconds_per_step == 25.0  # there are no others
+
+
+def test_every_session_warms_up_and_the_speed_is_that_of_all(clock):
+    counters = Counters()
+    clock((30.0, "a"), (1.0, "a"), counters=counters)
+    both = clock((40.0, "a"), (3.0, "a"), counters=counters)
+    assert both.pace(4).seconds_per_step == 2.0
+    assert (counters.seconds, counters.pictures) == (74.0, 8)
+
+
+def test_metrics_have_the_pace_since_the_row_before(clock):
+    one = clock((30.0, "a"), (1.0, "a"))
+    assert one.lately().seconds_per_step == 15.5
+    one.step(2.0, ["a"], 2)
+    assert one.lately().seconds_per_step == 2.0
+
+
+def test_the_time_left_has_what_is_done_between_steps(clock, composed, monkeypatch):
+    config = composed("schedule.steps=30", "log.sample_every=10")
+    one = clock((9.0, "a"), (1.0, "a"))
+    assert one.left(2, config) == 28.0  # what a drawing costs is not known
+    ticks = iter([0.0, 5.0, 5.0, 12.0])
+    monkeypatch.setattr("trainer.clock.time.monotonic", lambda: next(ticks))
+    for _ in range(2):
+        with one.aside("drawing"):
+            pass
+    assert one.left(2, config) == 28.0 + 3 * 6.0
+
+
+@pytest.mark.parametrize(
+    ("every", "left"),
+    [(0, {0: 1, 10: 1}), (3, {0: 4, 3: 3, 4: 3, 9: 1, 10: 1}), (5, {0: 2, 5: 1}), (10, {0: 1})],
+)
+def test_what_is_due_after_the_last_step_is_done_once(composed, every, left):
+    """`left` by the steps done, of 10."""
+    config = composed(*QUICK, "schedule.steps=10", f"log.eval_every={every}")
+    assert {done: asides_left(config, done)["evaluating"] for done in left} == left
+
+
+def test_a_summary_has_the_time_of_everything(quick):
+    summary = summary_of(quick("run"))
+    assert summary["wall_seconds"] > summary["seconds"] > 0
+    assert summary["pictures"] == 16
+
+
+def test_a_finished_run_that_is_resumed_says_so_and_keeps_its_numbers(quick, composed, caplog):
+    folder = quick("run")
+    before = summary_of(folder)
+    caplog.set_level(logging.INFO)
+    run(composed(*QUICK, f"resume={folder}"), folder)
+    assert "already at step 4 of 4: nothing to train" in caplog.text
+    after = summary_of(folder)
+    assert before["peak_training_bytes"] > 0
+    assert {k: v for k, v in after.items() if k != "overrides"} == {
+        k: v for k, v in before.items() if k != "overrides"
+    }
+
+
+def test_what_a_run_has_counted_goes_on_when_it_is_resumed(quick, composed, monkeypatch):
+    folder = quick("run", "schedule=constant")
+    saved = checkpoint.load(folder / "checkpoints/step-000004").counters
+    assert saved.peak_training_bytes == summary_of(folder)["peak_training_bytes"]
+    peak = 1 << 50
+    load = checkpoint.load
+
+    def with_peak(path):
+        found = load(path)
+        found.counters.peak_training_bytes = peak
+        found.counters.wall_seconds = 1e6
+        return found
+
+    monkeypatch.setattr(checkpoint, "load", with_peak)
+    run(composed(*QUICK, "schedule=constant", *LONGER, f"resume={folder}"), folder)
+    summary = summary_of(folder)
+    assert summary["peak_training_bytes"] == summary["peak_memory_bytes"] == peak
+    assert summary["wall_seconds"] > 1e6
+    assert summary["pictures"] == 24
+
+
+def test_peaks_of_earlier_sessions_count():
+    peaks = Peaks(torch.device("cpu"), 1 << 50, 1 << 51)
+    peaks.end("training")
+    peaks.end("rest")
+    assert (peaks.training, peaks.run) == (1 << 50, 1 << 51)
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The batches that are drawn, by their numbers."""
+    drawn, original = {}, Plan.batch
+
+    def noting(self, seed, number):
+        drawn[number] = original(self, seed, number)
+        return drawn[number]
+
+    monkeypatch.setattr(Plan, "batch", noting)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "number", "counted"),
+    [
+        ("data.batch_size=8", 8, 2, True),
+        ("data.batch_size=2", 2, 8, True),
+        ("runtime.accumulation=3", 12, 4, True),
+        ("data.batch_size=8", 8, 2, False),  # a checkpoint from before they were counted
+    ],
+)
+def test_changed_batches_go_on_with_the_pictures_that_come_next(
+    quick, composed, trained_on, monkeypatch, change, size, number, counted
+):
+    """After 4 batches of 4 out of 24: the same endless row of pictures, from the 17th on."""
+    options = ["schedule=constant", "log.every=1"]
+    folder = quick("run", *options)
+    order = list(itertools.chain(*(trained_on[n] for n in range(4))))
+    trained_on.clear()
+    if not counted:
+        load = checkpoint.load
+
+        def as_it_was(path):
+            found = load(path)
+            found.counters = Counters(seconds=found.counters.seconds)
+            return found
+
+        monkeypatch.setattr(checkpoint, "load", as_it_was)
+    run(composed(*QUICK, *options, change, *LONGER, f"resume={folder}"), folder)
+    assert min(trained_on) == number
+    first_epoch = order + list(itertools.chain(*(trained_on[n] for n in sorted(trained_on))))[:8]
+    assert len(set(first_epoch)) == len(first_epoch) == 16 + min(2 * size, 8)
+    written = [row for row in rows(folder) if "train/epoch" in row]
+    assert [row["train/epoch"] for row in written] == pytest.approx(
+        [n * 4 / 24 for n in (1, 2, 3, 4)] + [(16 + n * size) / 24 for n in (1, 2)]
+    )
+    assert summary_of(folder)["pictures"] == 16 + 2 * size
+
+
+def test_fewer_steps_than_are_done_are_refused(quick, command):
+    folder = quick("run")
+    status, _, err = command(*QUICK, "schedule.steps=3", f"resume={folder}")
+    assert status == 2
+    assert "schedule.steps=3, and the checkpoint is at step 4" in err
+
+
+def test_losses_at_other_points_are_not_compared(quick, composed, caplog):
+    caplog.set_level(logging.INFO)
+    folder = quick("run")
+    assert "of what it was" in caplog.text
+    caplog.clear()
+    run(composed(*QUICK, *LONGER, "log.eval_points=5", f"resume={folder}"), folder)
+    assert "log.eval_points changed: eval/loss is another measure now" in caplog.text
+    assert "of what it was" not in caplog.text
+    assert summary_of(folder)["eval_loss_before"] is None
+
+
+NUMBERS = {
+    **{"steps": 8, "seconds": 2.0, "wall_seconds": 9.0, "images_per_second": 4.0},
+    **{"optimizer_state_bytes": 1, "peak_memory_bytes": 2, "peak_training_bytes": 1},
+    **{"eval_loss_before": 2.0, "eval_loss_after": 0.5, "skipped_steps": 0},
+    **{"prediction_before": "epsilon", "prediction": "epsilon"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({}, "eval/loss   2.0000 -> 0.5000 (25% of what it was)"),
+        ({"eval_loss_after": math.nan}, "eval/loss   2.0000 -> nan"),
+        ({"eval_loss_before": math.nan}, "eval/loss   0.5000"),
+        ({"skipped_steps": 7}, "skipped     7 of 8 steps, without a finite loss and gradient"),
+        ({"ema_loss_after": 0.25}, "of average  0.2500"),
+    ],
+)
+def test_the_closing_lines_say_what_there_is(changed, line):
+    assert line in closing_lines(NUMBERS | changed, {}).splitlines()
+
+
+def test_nothing_is_said_of_what_there_is_not():
+    assert len(closing_lines(NUMBERS, {}).splitlines()) == 2
+
+
+def test_a_peak_that_nobody_knows_is_left_out():
+    said = closing_lines(NUMBERS | {"peak_training_bytes": None}, {})
+    assert "peak memory 2 B in all" in said
+
+
+def test_what_takes_long_between_steps_is_told(caplog, monkeypatch, capsys):
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    monkeypatch.setattr("trainer.console.time.monotonic", lambda: now[0])
+    with console.Aside("drawing", 4, "pictures") as aside:
+        for seconds in (10, 25, 10, 20):
+            now[0] += seconds
+            aside.advance(1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "drawing: 4 pictures",
+        "drawing: 2 of 4 pictures, ETA 0:35",
+        "drawing: 4 of 4 pictures, ETA 0:00",
+    ]
