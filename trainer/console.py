@@ -58,7 +58,7 @@ class Aside:
         self._bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=None, leave=False)
         self._began = self._reported = time.monotonic()
         self._done, self._total = 0, total
-        if self._bar.disable:
+        if self._bar.disable and total:
             log.info("%s: %d %s", what, total, unit)
 
     def __enter__(self) -> "Aside":

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import secrets
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from trainer import console
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
@@ -42,7 +41,6 @@ TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
 _CHUNK = 16  # captions encoded at a time
-_REPORT_SECONDS = 60.0  # between two lines where there is no terminal
 
 
 @dataclass(kw_only=True)
@@ -328,20 +326,12 @@ def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
 def _progress(
     things: Iterable[Any], total: list[Any], stop: Sequence[int], what: str = "encoding pictures"
 ) -> Iterator[Any]:
-    """The things with a bar and an ETA; in a log file, a line a minute.  Ends the process once
-    `stop` holds a signal: what is encoded is kept where there is a cache."""
-    started = reported = time.monotonic()
-    with tqdm(total=len(total), desc=what, disable=None, leave=False) as bar:
-        for number, thing in enumerate(things, 1):
+    """The things, their progress told.  Ends the process once `stop` holds a signal: what is
+    encoded is kept where there is a cache."""
+    with console.Aside(what, len(total), "entries") as aside:
+        for thing in things:
             if stop:
                 log.info("stopped while %s", what)
                 raise SystemExit(128 + stop[0])
             yield thing
-            bar.update()
-            now = time.monotonic()
-            if bar.disable and now - reported >= _REPORT_SECONDS:
-                reported = now
-                seconds = round((now - started) / number * (len(total) - number))
-                log.info(
-                    "%s: %d of %d, ETA %d:%02d", what, number, len(total), *divmod(seconds, 60)
-                )
+            aside.advance(1)
