@@ -6,7 +6,7 @@
 #if defined(__CUDACC_RTC__)
 #define TRUST(condition) __builtin_assume(condition)
 #else
-#define TRUST(condition)  // a CPU asks at no cost
+#define TRUST(condition)  // a GPU issues what is not taken, too
 #endif
 
 #if defined(ENGINE_CUDA)

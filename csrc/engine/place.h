@@ -35,8 +35,8 @@ struct Place {
     int at_row;  // of the tile's rows
     int64_t element;
     bool more;
-    const uint64_t key;
-    U words;  // the row's, of the thread's block of 32 columns
+    const uint64_t key;  // of the step's rounding
+    U words;             // the row's, of the thread's block of 32 columns: make_words()
 
     HD Place(const Launch& l, int64_t first_tile, bool is_whole)
         : launch(l),
