@@ -64,9 +64,13 @@ PYBIND11_MODULE(_native, m) {
             about["TileSums"] = sizeof(TileSums);
             about["Hyper"] = sizeof(Hyper);
             about["Launch"] = sizeof(Launch);
+            about["Projection"] = sizeof(Projection);
+            about["Projections"] = sizeof(Projections);
             about["TILE_ROWS"] = kTileRows;
             about["TILE_COLS"] = kTileCols;
             about["VECTOR_PAD"] = kVectorPad;
+            about["CHANNELS"] = kChannels;
+            about["DRAWS"] = kDraws;
             about["RULES"] = rules();
             about["csrc/"] = ENGINE_SOURCES;
             return about;
@@ -104,15 +108,20 @@ PYBIND11_MODULE(_native, m) {
         "The sum of the squares of the bucket's usable gradient elements.");
 
     m.def(
-        "draw_normals",
-        [](uint64_t to, int64_t count, uint64_t key, const std::string& isa) {
+        "project",
+        [](int step, uint64_t launch, int64_t count, const std::string& isa, int num_threads) {
             const Isa& chosen = find(isa);
             py::gil_scoped_release unlocked;
-            chosen.draw_normals(reinterpret_cast<float*>(to), count, key);
+            project(chosen, ProjectionStep(step), *reinterpret_cast<const Projections*>(launch),
+                    count, num_threads);
         },
-        py::arg("to"), py::arg("count"), py::arg("key"), py::arg("isa"),
-        "The first `count` numbers that optim.rng.normals draws for this key, as fp32 at an "
-        "address.");
+        py::arg("step"), py::arg("launch"), py::arg("count"), py::arg("isa"),
+        py::arg("num_threads"),
+        "So many items of a step (ProjectionStep) of the Projections struct at this address.");
+
+    m.def(
+        "multiplies_pairs", [](const std::string& isa) { return find(isa).multiplies_pairs(); },
+        py::arg("isa"), "Whether projections of bf16 gradients take P in bf16.");
 
     m.def("parameters", &survey::parameters, py::arg("params"), py::arg("exchange"),
           "Parameters and their gradients, seen through torch's table of DLPack functions.");

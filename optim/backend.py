@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optim import cuda, features, gpu, native, plan
 from optim.codecs import FactoredSign, join, split
-from optim.projected import ProjectedEngine
+from optim.projected import NativeProjectedEngine
 from optim.projected_cuda import CudaProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
 from optim.share import Share
@@ -129,7 +129,7 @@ def projected_engine(optimizer: "FusedOptimizer", device: torch.device, dense: s
 
     if device.type == "cuda":
         return CudaProjectedEngine(optimizer, dense, make, cuda.indexed(device))
-    return ProjectedEngine(optimizer, dense, make)
+    return NativeProjectedEngine(optimizer, dense, make, device)
 
 
 def descriptor_engine(optimizer: Any, device: torch.device, rule: str | None) -> Engine:

@@ -28,9 +28,13 @@ def check(described: dict[str, Any], file: str) -> None:
         "Launch": ctypes.sizeof(plan.Launch),
         "Hyper": plan.HYPER_BYTES,
         "TileSums": plan.TILE_SUMS_BYTES,
+        "Projection": ctypes.sizeof(plan.Projection),
+        "Projections": ctypes.sizeof(plan.Projections),
         "TILE_ROWS": plan.TILE_ROWS,
         "TILE_COLS": plan.TILE_COLS,
         "VECTOR_PAD": plan.VECTOR_PAD,
+        "CHANNELS": plan.CHANNELS,
+        "DRAWS": plan.DRAWS,
         "RULES": list(plan.RULES),
     }
     if root := sources.folder():

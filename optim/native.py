@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 BUCKET_NUMEL = 8 << 20
 # A parameter of at most so many tiles is stepped by one thread, while its cache holds it.
 FEW_TILES = 4
+_USES = {"draw": 0, "project": 1, "lengths": 2, "whole": 3}  # csrc/engine/projection.h
 
 
 def unavailable() -> str | None:
@@ -47,11 +48,14 @@ def isa() -> str:
     return chosen
 
 
-def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """`optim.rng.normals` on a CPU, in the same bits, without its temporaries: -> fp32 (R, C)."""
-    drawn = torch.empty(shape, dtype=torch.float32, device=device)
-    _native.draw_normals(drawn.data_ptr(), drawn.numel(), key, isa())
-    return drawn
+def multiplies_pairs() -> bool:
+    """Whether projections of bf16 gradients take P in bf16."""
+    return bool(_native.multiplies_pairs(isa()))
+
+
+def project(use: str, table: Tensor, count: int) -> None:
+    """So many items of a step of APOLLO's projections; `table` begins with their Projections."""
+    _native.project(_USES[use], table.data_ptr(), count, isa(), torch.get_num_threads())
 
 
 class NativeEngine(DescriptorEngine):

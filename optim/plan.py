@@ -1,13 +1,14 @@
 """What the engine works on: parameters as descriptors, buckets of them as lists of tiles.
 
-The structs mirror `csrc/core/types.h` field by field; addresses are integers.  A descriptor is
+The structs mirror `csrc/core/types.h` and `csrc/engine/projection.h` field by field; addresses are
+integers.  A descriptor is
 built once for a parameter, and its gradient's address refreshed at every step.  A bucket is a set
 of parameters that one launch steps; its tiles depend on shapes alone, so they are built once too.
 """
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_double, c_int32, c_int64, c_uint64
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint64
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
 HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # of structs that only the engine looks into
 TILE_BYTES = 24
+CHANNELS, DRAWS = 32, 8192  # of a part of a projection
 NUM_SLOTS = 3
 SLOTS = {  # SlotId
     "exp_avg": 0,
@@ -185,6 +187,43 @@ class Launch(ctypes.Structure):
         ("num_tiles", c_int64),
         ("rule", c_int32),
         ("alone", c_int32),
+    ]
+
+
+class Projection(ctypes.Structure):
+    """One tensor whose gradient is projected."""
+
+    _fields_ = [
+        ("p", c_uint64),
+        ("low", c_uint64),
+        ("step", c_uint64),
+        ("factors", c_uint64),
+        ("count", c_uint64),
+        ("seed", c_uint64),
+        ("index", c_int64),
+        ("update_gap", c_int64),
+        ("rank", c_int64),
+        ("width", c_int64),
+        ("length", c_int64),
+        ("first_part", c_int64),
+        ("gain", c_float),
+        ("tall", c_int32),
+    ]
+
+
+class Projections(ctypes.Structure):
+    """One launch: a portion of them."""
+
+    _fields_ = [
+        ("tensors", c_uint64),
+        ("grads", c_uint64),
+        ("draws", c_uint64),
+        ("channels", c_uint64),
+        ("sums", c_uint64),
+        ("grad_dtype", c_int32),
+        ("p_dtype", c_int32),
+        ("signs", c_int32),
+        ("whole", c_int32),
     ]
 
 

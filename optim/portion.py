@@ -1,12 +1,8 @@
-"""Tensors whose gradients a GPU projects together: how they lie in memory, and what its kernels are
-told of them.
-
-The structs mirror `csrc/engine/projected_cuda.h` field by field; addresses are integers.
-"""
+"""Tensors whose gradients are projected together: how they lie in memory, and what an engine is
+told of them."""
 
 import ctypes
 from collections.abc import Iterable
-from ctypes import c_float, c_int32, c_int64, c_uint64
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,83 +10,35 @@ import torch
 from torch import Tensor
 
 from optim import plan
-from optim.projected import LowSteps, is_conditioned, sides_of
-from optim.projection import gain
+from optim.plan import CHANNELS, DRAWS, Projection, Projections
+from optim.projection import gain, sides_of
 from optim.share import Place, Places
+from optim.standins import LowSteps
 
-CHANNELS, DRAWS = 32, 8192  # csrc/engine/projected_cuda.h
-FEW_ROWS = (1, 4, 8)  # the largest is a block's warps
-_SPACE = "engine::cuda::projected::"
 _LINE = 256  # bytes to which what lies in the scratch is aligned
 
 
-class Projection(ctypes.Structure):
-    """One tensor whose gradient is projected."""
-
-    _fields_ = [
-        ("p", c_uint64),
-        ("low", c_uint64),
-        ("step", c_uint64),
-        ("factors", c_uint64),
-        ("count", c_uint64),
-        ("seed", c_uint64),
-        ("index", c_int64),
-        ("update_gap", c_int64),
-        ("rank", c_int64),
-        ("width", c_int64),
-        ("length", c_int64),
-        ("first_part", c_int64),
-        ("gain", c_float),
-        ("tall", c_int32),
-    ]
-
-
-class Projections(ctypes.Structure):
-    """One launch: a portion of them."""
-
-    _fields_ = [
-        ("tensors", c_uint64),
-        ("grads", c_uint64),
-        ("draws", c_uint64),
-        ("channels", c_uint64),
-        ("sums", c_uint64),
-    ]
-
-
 class ProjectedKind(NamedTuple):
-    """What the kernels of a portion are compiled for."""
+    """What is the same for all tensors of a portion."""
 
     grad_dtype: torch.dtype
+    p_dtype: torch.dtype
+    rank: int
     signs: bool  # P is of signs
-    few: int  # rows of P G that our kernel computes, at most; 0: P G is a library's
     whole: bool  # a tensor has one factor
-    conditioned: bool  # P G is torch's, chunk by chunk
-
-    def kernels(self) -> dict[str, str]:
-        """Their names, by what they are for."""
-        dtype = plan.DTYPES[self.grad_dtype]
-        names = {
-            "draw": f"draw_kernel<{dtype}, {str(self.signs).lower()}>",
-            "lengths": f"lengths_kernel<{str(self.whole).lower()}>",
-        }
-        if not self.conditioned:
-            few = f"few_kernel<{dtype}, {self.few}>"
-            names["project"] = few if self.few else f"mend_kernel<{dtype}>"
-        if self.whole:
-            names["whole"] = "whole_kernel"
-        return {use: _SPACE + name for use, name in names.items()}
+    conditioned: bool  # what is projected depends on sums over the whole gradient
 
 
-def kind_of(place: Place, grad_dtype: torch.dtype) -> ProjectedKind:
+def kind_of(place: Place, grad_dtype: torch.dtype, p_dtype: torch.dtype) -> ProjectedKind:
     """The kind of a parameter that is projected."""
     group = place[1]
-    conditioned = is_conditioned(group)
     return ProjectedKind(
         grad_dtype=grad_dtype,
+        p_dtype=p_dtype,
+        rank=group["rank"],
         signs=group["projection"] == "sign",
-        few=0 if conditioned else next((n for n in FEW_ROWS if group["rank"] <= n), 0),
         whole=group["scaling"] == "tensor",
-        conditioned=conditioned,
+        conditioned=group["orthograd"] or group["grad_clip"] is not None,
     )
 
 
@@ -98,7 +46,7 @@ class Portion:
     """Tensors of one kind that are projected together, and where their P, P G and N are."""
 
     def __init__(self, kind: ProjectedKind, places: list[Place]) -> None:
-        self.kind, self.places, self.names = kind, places, kind.kernels()
+        self.kind, self.places = kind, places
         self.lows = Places()
         self.p: list[Tensor] = []
         self.products: list[Tensor] = []  # P G of each
@@ -107,9 +55,9 @@ class Portion:
         self.table = torch.empty(0)  # on the device: its Projections, then its lists
         sizes = [self._sizes(place, kind) for place in places]
         self.p_bytes, self.low_bytes = (sum(each) for each in zip(*sizes, strict=True))
-        ranks = [(place[1]["rank"], *sides_of(place)) for place in places]
-        self.num_draws = [-(-rank * width // DRAWS) for rank, width, _ in ranks]
-        self.num_channels = [-(-length // CHANNELS) for _, _, length in ranks]
+        sides = [sides_of(place) for place in places]
+        self.num_draws = [-(-kind.rank * width // DRAWS) for width, _ in sides]
+        self.num_channels = [-(-length // CHANNELS) for _, length in sides]
 
     @property
     def num_bytes(self) -> int:
@@ -119,8 +67,8 @@ class Portion:
     @staticmethod
     def _sizes(place: Place, kind: ProjectedKind) -> tuple[int, int]:
         """Bytes of P, and of P G."""
-        rank, (width, length) = place[1]["rank"], sides_of(place)
-        return _lines(rank * width * kind.grad_dtype.itemsize), _lines(4 * rank * length)
+        width, length = sides_of(place)
+        return _lines(kind.rank * width * kind.p_dtype.itemsize), _lines(4 * kind.rank * length)
 
     @classmethod
     def bytes_of(cls, place: Place, kind: ProjectedKind) -> int:
@@ -134,9 +82,9 @@ class Portion:
         p_at, low_at, step_at = 0, self.p_bytes, self.p_bytes + self.low_bytes
         self.steps = scratch[step_at : step_at + self.low_bytes].view(torch.float32)
         for place in self.places:
-            rank, (width, length) = place[1]["rank"], sides_of(place)
+            rank, (width, length) = self.kind.rank, sides_of(place)
             p_bytes, low_bytes = self._sizes(place, self.kind)
-            self.p.append(_matrix(scratch, p_at, rank, width, self.kind.grad_dtype))
+            self.p.append(_matrix(scratch, p_at, rank, width, self.kind.p_dtype))
             low = _matrix(scratch, step_at, rank, length, torch.float32)
             low.grad = _matrix(scratch, low_at, rank, length, torch.float32)
             self.products.append(low.grad)
@@ -145,7 +93,7 @@ class Portion:
             p_at, low_at, step_at = p_at + p_bytes, low_at + low_bytes, step_at + low_bytes
 
     def send(self, factors: list[Tensor], grads: int) -> None:
-        """Write what the kernels ask for to the device: the tensors, with where each one's factors
+        """Write what an engine asks for to the device: the tensors, with where each one's factors
         are, where gradients' addresses are, and the list of parts."""
         tensors = (Projection * len(self.places))(
             *(self._describe(i, x.data_ptr()) for i, x in enumerate(factors))
@@ -169,6 +117,10 @@ class Portion:
             draws=base + ends[1],
             channels=base + ends[2],
             sums=base + sums,
+            grad_dtype=plan.DTYPES[self.kind.grad_dtype],
+            p_dtype=plan.DTYPES[self.kind.p_dtype],
+            signs=self.kind.signs,
+            whole=self.kind.whole,
         )
         raw = torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *lists])
         self.table[: raw.numel()].copy_(raw)

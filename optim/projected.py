@@ -1,304 +1,263 @@
 """How the fused engines step APOLLO: two ordinary steps, one of projections and one of weights.
 
-A matrix gradient is projected by torch's matmul, a chunk at a time.  The projection P G (r, L) is
-then a parameter of its own to an engine: Adam or Adafactor steps it from zero with a learning rate
-of -1, so that what its "weight" becomes is the step N.  The ratio of the lengths of N and P G is a
-number for each channel, and with these the engine steps the weights along G itself (the rule
-"scaled").  What is not projected is stepped by Adam or Adafactor as it is.
+The projection P G (r, L) of a matrix gradient is a parameter of its own to an engine: Adam or
+Adafactor steps it from zero with a learning rate of -1, so that what its "weight" becomes is the
+step N.  The ratio of the lengths of N and P G is a number for each channel, and with these the
+engine steps the weights along G itself (the rule "scaled").  What is not projected is stepped by
+Adam or Adafactor as it is.
 
-P G and N are alive for as many tensors at once as fit into LOW_BYTES, or for a single larger one.
-This is the CPU's way; a GPU has its own (`optim/projected_cuda.py`), of the same two steps.
+Tensors of one kind make portions, whose P, P G and N share one scratch that every portion uses
+anew.  Steps of a portion: P is drawn from step counts; P G is computed; an engine steps it; and
+factors are made of what came of it.  This is what all devices do, and a CPU's way;
+`optim/projected_cuda.py` is a GPU's.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
-from math import prod
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optim import features, native, rng
-from optim.codecs import Codec, Given
-from optim.engine import buckets
-from optim.projection import channels, gain, projected_shape, projection
-from optim.reference import norms
-from optim.share import Place, Places, Share
+from optim import features, native, plan
+from optim.conditioned import projected
+from optim.engine import HOST, Work, buckets, superfluous
+from optim.portion import Portion, ProjectedKind, kind_of
+from optim.projection import parted
+from optim.share import Place, Places, Share, Trait
+from optim.standins import LowSteps, ScaledSteps
 
 if TYPE_CHECKING:
     from optim.backend import Engine
     from optim.fused import FusedOptimizer
 
-LOW_BYTES = 32 << 20
-CHUNK = 1 << 16  # gradient elements that are fp32 at once
-
 Make = Callable[[Any, str], "Engine"]  # (owner, rule) -> what steps the owner's tensors by the rule
 
-# What the step of a projection has of its group's options.
-_BARE: dict[str, Any] = {
-    **{"lr": -1.0, "weight_decay": 0.0, "rounding": "nearest", "clip_threshold": None},
-    **{"growth_limit": None, "grad_clip": None, "max_grad_norm": None},
-    **dict.fromkeys(("orthograd", "cautious", "grams", "cautious_decay"), False),
-}
+# Bytes of P, P G and N that are alive at once on a CPU, unless a single tensor has more.
+SCRATCH_BYTES = 32 << 20
+# What a portion is made of, besides the tensors' shapes.
+_SHAPING = (
+    *("rank", "scale", "scaling", "update_gap", "projection", "seed", "orthograd", "grad_clip"),
+)
+
+
+class Portions(Work):
+    """The portions of a set of parameters, and what they were made from."""
+
+    def __init__(self, optimizer: "FusedOptimizer", places: Places, stamp: list[Any]) -> None:
+        self.wide, self.others = parted(places)
+        states = [optimizer.state_of(param, group) for _, group, param in self.wide]
+        super().__init__(places, stamp, states)
+        self.asked = self.wide.params  # in the order of `states`
+        self.portions: list[Portion] = []
+        self.grads = torch.empty(0, dtype=torch.int64, device=HOST)  # their addresses, for engines
+        self.known = self.grads  # the same, on the host
 
 
 class ProjectedEngine:
-    """Steps the parameters of an APOLLO on a CPU, by engines that `make(owner, rule)` gives for the
-    steps of `dense` (a rule's name) and for "scaled"."""
+    """Steps the parameters of an APOLLO, by engines that `make(owner, rule)` gives for the steps of
+    `dense` (a rule's name) and for "scaled".
 
-    def __init__(self, optimizer: "FusedOptimizer", dense: str, make: Make) -> None:
+    A subclass draws P, multiplies and measures, for a portion at a time.
+    """
+
+    def __init__(
+        self, optimizer: "FusedOptimizer", dense: str, make: Make, device: torch.device
+    ) -> None:
+        self._optimizer, self._device = optimizer, device
         self._low, self._scaled = LowSteps(optimizer), ScaledSteps(optimizer)
-        self._tensors: dict[int, Tensor] = {}  # the projections, by the parameter
         self._dense_engine = make(optimizer, dense)
-        self._low_engine, self._scaled_engine = make(self._low, dense), make(self._scaled, "scaled")
+        self._low_engine: Any = make(self._low, dense)
+        self._scaled_engine = make(self._scaled, "scaled")
+        self._works: dict[tuple[int, ...], Portions] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def _here(self) -> contextlib.AbstractContextManager[Any]:
+        """Where everything happens."""
+        return contextlib.nullcontext()
+
+    def _scratch_bytes(self) -> int:
+        """Of P, P G and N that are alive at once."""
+        raise NotImplementedError
+
+    def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
+        """What P is drawn in, to meet such gradients."""
+        raise NotImplementedError
+
+    def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
+        """What is left to do for a work whose portions are known."""
+
+    def _put(self, work: Portions, addresses: Tensor) -> None:
+        """Take over the addresses of gradients, int64 (n,)."""
+        raise NotImplementedError
+
+    def _draw(self, portion: Portion) -> None:
+        """P of every tensor."""
+        raise NotImplementedError
+
+    def _project(self, portion: Portion, grads: list[Tensor]) -> None:
+        """P G of every tensor, NaN in a channel without a usable element."""
+        raise NotImplementedError
+
+    def _measure(self, portion: Portion) -> None:
+        """Factors, from P G and N."""
+        raise NotImplementedError
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.backend.Engine`."""
-        wide, others = parted(places)
-        if others:
-            self._dense_engine.step(Share(others), coefficients)
-        if not wide:
-            return
-        self._low.refresh()
-        sizes = [(place, 8 * place[1]["rank"] * sides_of(place)[1]) for place in wide]
-        for some in buckets(sizes, LOW_BYTES):
-            lows = Places(self._low_of(place, coefficients) for place in some)
-            self._low_engine.step(Share(lows), {})
-            for place, (_, _, low) in zip(some, lows, strict=True):
-                self._scaled.put(place, low)
-                low.grad, low.data = None, low.data.new_empty(0)
-        self._scaled_engine.step(Share(wide), coefficients)
+        with self._here():
+            work = self._work_of(places)
+            if work.others:
+                self._dense_engine.step(Share(work.others), coefficients)
+            if not work.wide:
+                return
+            share = Share(work.wide)
+            grads, addresses = _readable(share)
+            self._put(work, addresses)
+            self._low.refresh()
+            of_lows, of_scaled = self._coefficients(work, coefficients)
+            first = 0
+            for portion in work.portions:
+                own = grads[first : first + len(portion.places)]
+                first += len(own)
+                self._draw(portion)
+                if portion.kind.conditioned:
+                    self._project_conditioned(portion, own, coefficients)
+                else:
+                    self._project(portion, own)
+                portion.steps.zero_()
+                self._low_engine.step(Share(portion.lows), of_lows)
+                self._measure(portion)
+            del grads, own  # the launches are in the stream that will reuse their memory
+            self._scaled_engine.step(share, of_scaled)
 
     def grad_sq(self, places: Share) -> float | Tensor:
         """As `optim.backend.Engine`."""
-        wide, others = parted(places)
-        for place in wide:
-            self._scaled.factors_of(place)
-        return features.summed(
-            [self._scaled_engine.grad_sq(Share(wide)), self._dense_engine.grad_sq(Share(others))]
-        )
+        with self._here():
+            work = self._work_of(places)
+            return features.summed(
+                [
+                    self._scaled_engine.grad_sq(Share(work.wide)),
+                    self._dense_engine.grad_sq(Share(work.others)),
+                ]
+            )
 
-    def _low_of(self, place: Place, coefficients: dict[int, float | Tensor]) -> Place:
-        """The projection of a parameter's gradient, as the gradient of a tensor (r, L) of zeros."""
-        index, group, param = place
-        assert param.grad is not None
-        state = self._low.optimizer.state_of(param, group)
-        h = SimpleNamespace(**group | {"index": index, "t": int(state["step"]) + 1})
-        width, length = sides_of(place)
-        low = self._tensors.setdefault(
-            index, torch.empty(0, dtype=torch.float32, device=param.device)
-        )
-        low.data = torch.zeros((h.rank, length), dtype=torch.float32, device=param.device)
-        draw = native.normals if native.unavailable() is None else rng.normals
-        p = projection(h, width, param.device, draw)
-        low.grad = projected(place, param.grad, p, coefficients.get(id(group), 1.0), state)
-        return self._low.adopt(place, low)
+    def _coefficients(
+        self, work: Portions, coefficients: dict[int, float | Tensor]
+    ) -> tuple[dict[int, float | Tensor], dict[int, float | Tensor]]:
+        """What multiplies the gradients of projections and those of the weights.
 
+        A step of the weights is as long as N is, whatever multiplies G: nothing does, unless G is
+        conditioned, when P G has what multiplies it.
+        """
+        of_lows: dict[int, float | Tensor] = {}
+        of_scaled: dict[int, float | Tensor] = {}
+        kinds = {id(place[1]): each.kind for each in work.portions for place in each.places}
+        for group, own in zip(self._optimizer.param_groups, self._low.param_groups, strict=True):
+            of_lows[id(own)] = group["rank"] ** -0.5
+            if id(group) not in kinds:
+                continue
+            if kinds[id(group)].conditioned:
+                of_scaled[id(group)] = coefficients.get(id(group), 1.0)
+            else:
+                of_lows[id(own)] *= coefficients.get(id(group), 1.0)
+        return of_lows, of_scaled
 
-class LowSteps:
-    """What an engine asks of an optimizer, of the projections in place of the parameters."""
+    def _project_conditioned(
+        self, portion: Portion, grads: list[Tensor], coefficients: dict[int, float | Tensor]
+    ) -> None:
+        for place, p, grad, low in zip(
+            portion.places, portion.p, grads, portion.products, strict=True
+        ):
+            _, group, param = place
+            c, state = coefficients.get(id(group), 1.0), self._optimizer.state[param]
+            low.copy_(projected(place, grad, p.float(), c, state))
 
-    shared: tuple[str, ...] = ()
+    def _work_of(self, places: Share) -> Portions:
+        """The portions of these parameters: kept from an earlier step where nothing that they
+        depend on has changed since."""
+        groups = [
+            (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
+        ]
+        members, stamp = places.places.members, [groups, places.kinds]
+        work = self._works.get(members)
+        state = self._optimizer.state
+        if work is None or work.stamp != stamp or not work.holds(state, work.asked):
+            if work is not None:
+                self._drop(members)
+            with HOST:
+                work = Portions(self._optimizer, places.places, stamp)
+                if work.wide:
+                    self._make(work)
+            count = sum(len(group["params"]) for group in self._optimizer.param_groups)
+            self._drop(*superfluous(self._works, members, count))
+            self._works[members] = work
+        elif len(self._works) > 1:  # the oldest are first
+            self._works[members] = self._works.pop(members)
+        return work
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
-        self.optimizer = optimizer
-        self.param_groups = [dict(group) for group in optimizer.param_groups]
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
-        self._places: dict[Tensor, Place] = {}
-        self._unread: dict[int, Tensor] = {}  # counts of what is not usable in projections
+    def _drop(self, *keys: tuple[int, ...]) -> None:
+        for key in keys:
+            for portion in self._works.pop(key).portions:
+                for _, _, low in portion.lows:
+                    self._low.drop(low)
 
-    def refresh(self) -> None:
-        """Take over the options as they are now."""
-        for group, own in zip(self.optimizer.param_groups, self.param_groups, strict=True):
-            own.update(group | {name: x for name, x in _BARE.items() if name in group})
-
-    def adopt(self, place: Place, low: Tensor) -> Place:
-        """Let a tensor (r, L) stand for a parameter, with its moments and its step count."""
-        index, group, param = place
-        state = self.optimizer.state_of(param, group)
-        moments = {k: x for k, x in state.items() if k == "step" or k.startswith("exp_avg")}
-        unread = self._unread.get(index)
-        if unread is None or unread.device != param.device:
-            unread = torch.zeros((), dtype=torch.int64, device=param.device)
-        self._unread[index] = unread
-        self.state[low] = {"nonfinite": unread} | moments
-        self._places[low] = place
-        return index, self.group_of(group), low
-
-    def drop(self, low: Tensor) -> None:
-        """Forget a tensor, and let go of its memory."""
-        del self.state[low], self._places[low]
-        low.grad, low.data = None, low.data.new_empty(0)
-
-    def group_of(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The options for the projections of a group's parameters."""
-        return next(
-            own
-            for theirs, own in zip(self.optimizer.param_groups, self.param_groups, strict=True)
-            if theirs is group
-        )
-
-    def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """Those of the parameter's moments."""
-        _, own, param = self._places[low]
-        return self.optimizer.moments(param, own)
-
-    def state_of(self, low: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's moments and step count."""
-        return self.state[low]
-
-    def check_state(self, index: int, group: dict[str, Any], low: Tensor) -> None:
-        """Raise ValueError where the parameter's state is not what its options ask for."""
-        self.optimizer.check_state(*self._places[low])
-
-
-class ScaledSteps:
-    """What an engine asks of an optimizer, of weights that follow a gradient by its channels."""
-
-    shared: tuple[str, ...] = ()
-
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
-        self._optimizer = optimizer
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
-        self._factors: dict[int, Tensor] = {}
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's."""
-        return self._optimizer.param_groups
-
-    def factors_of(self, place: Place) -> Tensor:
-        """Where the factors of a parameter's channels are: fp32 (L,)."""
-        index, group, param = place
-        length = sides_of(place)[1]
-        factors = self._factors.get(index)
-        if factors is None or factors.device != param.device or factors.numel() != length:
-            factors = torch.zeros(length, dtype=torch.float32, device=param.device)
-            self._factors[index] = factors
-        state = self._optimizer.state_of(param, group)
-        kept = {k: x for k, x in state.items() if not k.startswith("exp_avg")}
-        side = "row" if param.shape[0] >= param.numel() // param.shape[0] else "col"
-        self.state[param] = kept | {f"scales.{side}": factors}
-        return factors
-
-    def put(self, place: Place, low: Tensor) -> None:
-        """The factors from the step N that a projection has become, low (r, L), and from its
-        gradient P G, whose channels without a usable element are NaN."""
-        group = place[1]
-        assert low.grad is not None
-        dim = 0 if group["scaling"] == "channel" else None
-        step, before = low.detach(), low.grad.nan_to_num(0.0)
-        length, low_length = norms(step, dim), norms(before, dim)
-        factor = torch.where(low_length > 1e-30, length / low_length, 0.0).float()
-        factor = factor * gain(SimpleNamespace(**group), sides_of(place)[0])
-        self.factors_of(place).copy_(factor.flatten().expand(low.shape[1]))
-
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """The factors, in place of the moments."""
-        shape = tuple(param.shape)
-        codecs = self._optimizer.codecs(param, group)
-        others = {k: codec for k, codec in codecs.items() if not k.startswith("exp_avg")}
-        return {"scales": Given(shape, (shape[0], prod(shape[1:])))} | others
-
-    def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's state but for its moments, and the factors."""
-        return self.state[param]
-
-    def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """Raise ValueError where the parameter's state is not what its options ask for."""
-        self._optimizer.check_state(index, group, param)
+    def _make(self, work: Portions) -> None:
+        """Fill in the portions, and put the parameters into their order."""
+        by_kind: dict[ProjectedKind, list[Place]] = {}
+        for place, grad in zip(work.wide, Share(work.wide).grads, strict=True):
+            dtype = grad.dtype if grad.dtype in plan.DTYPES else torch.float32  # as _readable
+            by_kind.setdefault(kind_of(place, dtype, self._p_dtype(dtype)), []).append(place)
+        for kind, members in by_kind.items():
+            sizes = [(place, Portion.bytes_of(place, kind)) for place in members]
+            work.portions += [Portion(kind, some) for some in buckets(sizes, self._scratch_bytes())]
+        work.wide = Places(place for portion in work.portions for place in portion.places)
+        need = max(portion.num_bytes for portion in work.portions)
+        if need > self._scratch.numel():
+            self._drop(*self._works)  # they point into the old one
+            self._scratch = torch.empty(need, dtype=torch.uint8, device=self._device)
+        work.grads = torch.empty(len(work.wide), dtype=torch.int64, device=self._device)
+        self._prepare(work, by_kind)
+        first = 0
+        for portion in work.portions:
+            factors = [self._scaled.factors_of(place) for place in portion.places]
+            portion.lay_out(self._scratch, self._low)
+            portion.send(factors, work.grads.data_ptr() + 8 * first)
+            first += len(portion.places)
 
 
-def parted(places: Iterable[Place]) -> tuple[Places, Places]:
-    """Those that are projected, and the others."""
-    wide, others = Places(), Places()
-    for place in places:
-        is_wide = projected_shape(tuple(place[2].shape), place[1]["rank"]) is not None
-        (wide if is_wide else others).append(place)
-    return wide, others
+class NativeProjectedEngine(ProjectedEngine):
+    """On a CPU, by the loops of `csrc/engine/projected_cpu.h`."""
+
+    def _scratch_bytes(self) -> int:
+        return SCRATCH_BYTES
+
+    def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
+        pairs = grad_dtype is torch.bfloat16 and native.multiplies_pairs()
+        return torch.bfloat16 if pairs else torch.float32
+
+    def _put(self, work: Portions, addresses: Tensor) -> None:
+        work.grads.copy_(addresses)
+
+    def _draw(self, portion: Portion) -> None:
+        native.project("draw", portion.table, sum(portion.num_draws))
+
+    def _project(self, portion: Portion, grads: list[Tensor]) -> None:
+        native.project("project", portion.table, sum(portion.num_channels))
+
+    def _measure(self, portion: Portion) -> None:
+        native.project("lengths", portion.table, sum(portion.num_channels))
+        if portion.kind.whole:
+            native.project("whole", portion.table, len(portion.places))
 
 
-def sides_of(place: Place) -> tuple[int, int]:
-    """(D, L) of a parameter that is projected."""
-    sides = projected_shape(tuple(place[2].shape), place[1]["rank"])
-    assert sides is not None
-    return sides
-
-
-def projected(
-    place: Place,
-    grad: Tensor,
-    p: Tensor,
-    coefficient: float | Tensor,
-    state: dict[str, Tensor],
-    chunk: int = CHUNK,
-) -> Tensor:
-    """P G fp32 (r, L) of a parameter's gradient as the features leave it, NaN where a channel has
-    no usable element; p fp32 (r, D), `chunk` elements of the gradient at a time."""
-    _, group, param = place
-    grad, weight = channels(grad), channels(param.detach())
-    lost = channels(state["compensation"]) if "compensation" in state else None
-    width = max(1, chunk // grad.shape[0])
-    spans = [slice(at, at + width) for at in range(0, grad.shape[1], width)]
-
-    def weights(span: slice) -> Tensor:
-        w = weight[:, span].double()
-        return w if lost is None else w + lost[:, span].double()
-
-    rho: float | Tensor = 0.0
-    if is_conditioned(group):
-        coefficient, rho = _conditioning(group, grad, weights, spans, coefficient)
-    low = torch.empty((p.shape[0], grad.shape[1]), dtype=torch.float32, device=param.device)
-    for span in spans:
-        g = grad[:, span].float()
-        clean = g.is_cpu and _all_usable(g)
-        if clean and not group["orthograd"]:
-            torch.matmul(p, g, out=low[:, span])
-            continue
-        ok = features.usable(g)
-        g = torch.where(ok, g, 0.0)
-        if group["orthograd"]:
-            g = torch.where(ok, (g.double() - rho * weights(span)).float(), 0.0)
-        torch.matmul(p, g, out=low[:, span])
-        low[:, span].masked_fill_(~ok.any(dim=0), torch.nan)
-    return low.mul_(coefficient)
-
-
-def is_conditioned(group: dict[str, Any]) -> bool:
-    """Whether what is projected depends on sums over the whole gradient."""
-    return group["orthograd"] or group["grad_clip"] is not None
-
-
-def _all_usable(g: Tensor) -> bool:
-    """Whether all elements of a gradient are (`features.usable`); NaN is in both extremes."""
-    least, largest = torch.aminmax(g)
-    return bool(least >= -features.LARGEST_GRAD) and bool(largest <= features.LARGEST_GRAD)
-
-
-def _conditioning(
-    group: dict[str, Any],
-    grad: Tensor,
-    weights: Callable[[slice], Tensor],
-    spans: list[slice],
-    coefficient: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(c, rho), 0-d: the gradient that is projected is c (g - rho w).
-
-    `features.clipped` and `features.orthogonal`, of sums over all spans."""
-    sums = torch.zeros(3, dtype=torch.float64, device=grad.device)
-    for span in spans:
-        g = grad[:, span].double()
-        g = torch.where(features.usable(grad[:, span]), g, 0.0)
-        w = weights(span) if group["orthograd"] else g
-        sums += torch.stack([g.square().sum(), (w * g).sum(), w.square().sum()])
-    grad_sq, weight_grad, weight_sq = sums
-    c = torch.ones_like(grad_sq) * coefficient  # as_tensor would wait for the device
-    if group["grad_clip"] is not None:
-        c = c * (group["grad_clip"] / (c * grad_sq.sqrt()).clamp_min(1e-30)).clamp_max(1.0)
-    rho = torch.zeros_like(c)
-    if group["orthograd"]:
-        rho = weight_grad / (weight_sq + 1e-30)
-        rest_sq = grad_sq - 2 * rho * weight_grad + rho * rho * weight_sq
-        something = rest_sq > 1e-12 * grad_sq
-        c = c * torch.where(something, (grad_sq / rest_sq.clamp_min(1e-300)).sqrt(), 0.0)
-    return c.float(), rho
+def _readable(share: Share) -> tuple[list[Tensor], Tensor]:
+    """Gradients in a dtype and an order that the engines know, and their addresses."""
+    grads = share.grads
+    if Trait.FOREIGN in share.traits:
+        grads = [grad if grad.dtype in plan.DTYPES else grad.float() for grad in grads]
+    if Trait.SCATTERED in share.traits:
+        grads = [grad.contiguous() for grad in grads]
+    if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
+        return grads, torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
+    return grads, share.addresses[:, 1]

@@ -5,12 +5,11 @@ P G (r, L).  So the state is small in the larger number (r L), P is small in bot
 is a norm for each of the L channels.  Convolutions are matrices O x (I*kh*kw).
 
 P has the same bits everywhere as it is drawn, and in every dtype: draws are numbers that bf16 has,
-so that a GPU multiplies 16-bit gradients on its tensor cores.  The product P G is torch's matmul,
-whose last bits depend on the device and may depend on the number of threads: a run repeats itself
-on one machine.
+so that 16-bit gradients meet it on a GPU's tensor cores, and fp32 holds their products.  The last
+bits of the sums P G depend on the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from math import prod
 from types import SimpleNamespace
 
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 
 from optim.rng import mix, normals, signs
-
-Draw = Callable[[int, tuple[int, int], torch.device], Tensor]
+from optim.share import Place, Places
 
 
 def projected_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int] | None:
@@ -42,16 +40,30 @@ def unchanneled(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (matrix.t() if shape[0] >= prod(shape[1:]) else matrix).reshape(shape)
 
 
-def projection(
-    h: SimpleNamespace, width: int, device: torch.device, normals: Draw = normals
-) -> Tensor:
+def parted(places: Iterable[Place]) -> tuple[Places, Places]:
+    """Those that are projected, and the others."""
+    wide, others = Places(), Places()
+    for place in places:
+        is_wide = projected_shape(tuple(place[2].shape), place[1]["rank"]) is not None
+        (wide if is_wide else others).append(place)
+    return wide, others
+
+
+def sides_of(place: Place) -> tuple[int, int]:
+    """(D, L) of a parameter that is projected."""
+    sides = projected_shape(tuple(place[2].shape), place[1]["rank"])
+    assert sides is not None
+    return sides
+
+
+def projection(h: SimpleNamespace, width: int, device: torch.device) -> Tensor:
     """P fp32 (rank, width) with elements of mean 0 and variance 1 / rank, so that |P x| is |x| on
     average.
 
     It is a function of (seed, parameter, how many times `update_gap` steps have passed), in the
     same bits on every device.  With `residual` its rows are then made orthogonal and of one length,
     by Cholesky's factor of P P^T in fp64 (to rounding the same everywhere), so that
-    rank / width * P^T P projects.  `normals` draws like `optim.rng.normals`.
+    rank / width * P^T P projects.
     """
     key = mix(h.seed, h.index, (h.t - 1) // h.update_gap, ord("P"))
     draw = normals if h.projection == "gaussian" else signs

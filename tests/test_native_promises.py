@@ -127,7 +127,7 @@ def launches(monkeypatch):
         seen.append(plan.Launch.from_address(address).num_tensors)
         real.launch(address, *rest)
 
-    names = ("draw_normals", "grad_sq", "isas")
+    names = ("grad_sq", "isas", "multiplies_pairs", "project")
     kept = {name: getattr(real, name) for name in names}
     counting = SimpleNamespace(launch=launch, **kept)
     monkeypatch.setattr(native, "_native", counting)

@@ -7,7 +7,7 @@ import torch
 from helpers import make_params, run
 
 import optim
-from optim import native, rng
+from optim import rng
 from optim.projection import channels, orthonormal_rows, projected_shape, projection, unchanneled
 
 CPU = torch.device("cpu")
@@ -31,13 +31,6 @@ def test_normal_draws_are_the_sums_of_twelve_bytes():
     expected = torch.tensor([float(byte_sum(key, e) - 1530) for e in range(15)])
     assert torch.equal(drawn, (expected / 256).bfloat16().float())
     assert [byte_sum(key, e) for e in range(4)] == [1561, 1404, 1299, 1942]
-
-
-@pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (64, 320)])
-def test_the_engines_normal_draws_are_the_same_bits(shape):
-    for key in (0, rng.mix(9), rng.mix(10)):
-        assert torch.equal(native.normals(key, shape, CPU), rng.normals(key, shape, CPU))
 
 
 def test_sign_draws_are_the_bits_of_words():

@@ -162,4 +162,23 @@ inline double grad_sq(const Isa& isa, const Launch& launch, int num_threads) {
     return sum;
 }
 
+// So many items of a step of a portion of projections, by whichever thread is free.
+inline void project(const Isa& isa, ProjectionStep step, const Projections& launch, int64_t count,
+                    int num_threads) {
+#pragma omp parallel num_threads(num_threads) if (count > 1 && num_threads > 1)
+    {
+        std::vector<float> room;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; ++i) {
+            if (step == kProject) {  // on a cache line's border
+                const Projection& t = launch.tensors[launch.channels[i].tensor];
+                const size_t size = size_t(t.width) * kChannels + 16;
+                if (room.size() < size) room.resize(size);
+            }
+            float* const line = room.data() + (64 - uint64_t(room.data()) % 64) / 4;
+            isa.run_projection(step, launch, i, line);
+        }
+    }
+}
+
 }  // namespace engine

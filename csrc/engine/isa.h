@@ -1,7 +1,7 @@
 // The instruction sets of one binary; which of them runs is chosen when the module is loaded.
 #pragma once
 
-#include "core/types.h"
+#include "engine/projection.h"
 
 namespace engine {
 
@@ -14,7 +14,8 @@ struct Isa {
     bool (*wants)(Phase pass, const Launch&, int64_t member);
     void (*run_tensor)(Phase, const Launch&, int64_t member);
     void (*run_strip)(Phase pass, const Launch&, int64_t tile);
-    void (*draw_normals)(float* to, int64_t count, uint64_t key);
+    void (*run_projection)(ProjectionStep, const Projections&, int64_t number, float* panel);
+    bool (*multiplies_pairs)();
 };
 
 extern const Isa kBaseline;

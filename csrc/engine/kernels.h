@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine/access.h"
+#include "engine/projected_cpu.h"
 #include "engine/tensor.h"
 
 namespace engine {
@@ -171,12 +172,6 @@ inline void run_tensor(Phase phase, const Launch& launch, int64_t member) {
         default:
             return finish(launch, member);
     }
-}
-
-// `optim.rng.normals` of this many elements.
-inline void draw_normals(float* to, int64_t count, uint64_t key) {
-    Exec::each_pack(count,
-                    [&](int64_t at, int n) INLINED { store_f32(to + at, normals(key, at), n); });
 }
 
 }  // namespace ENGINE_ISA

@@ -6,48 +6,14 @@
 // memory runs along these, and its warps share what runs across.  Sums are taken in a fixed order.
 #pragma once
 
-#include "core/features.h"
+#include "engine/projected.h"
 
 namespace engine {
-
-// One tensor whose gradient G is (width, length), the smaller dimension first.
-struct Projection {
-    void* p;         // (rank, width) in the gradient's dtype: the draws, not yet over sqrt(rank)
-    float* low;      // (rank, length): P G
-    float* step;     // (rank, length): what an optimizer makes of it
-    float* factors;  // (length)
-    const int64_t* count;  // of steps so far
-    uint64_t seed;
-    int64_t index, update_gap;
-    int64_t rank, width, length;
-    int64_t first_part;  // of its channels
-    float gain;
-    int32_t tall;  // whether it is G^T that lies in memory
-};
-
-// What a block does: the number'th part of a tensor.
-struct Part {
-    int32_t tensor, number;
-};
-
-// One launch: a portion of tensors.
-struct Projections {
-    const Projection* tensors;
-    const uint64_t* grads;  // their addresses
-    const Part *draws, *channels;
-    double* sums;  // (parts of channels, 2): of squares, of the step and of P G
-};
-
 namespace ENGINE_ISA {
 namespace projected {
 
-// optim/portion.py mirrors these.
-static_assert(sizeof(Projection) == 104 && sizeof(Projections) == 40,
-              "optim/portion.py has other structs");
-
-constexpr int kChannels = 32, kWarps = 8;  // of a block
+constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = 32 * kWarps;
-constexpr int kDraws = 8192;  // elements of P that a block draws, for all of which it makes one key
 // Elements of P are at least 2^-8 where they are not 0, so an element of G that is too large to be
 // used (2^48) adds at least 2^40 to a row of P G.  To stay unseen it must be cancelled by others to
 // one part in 2^8, in every one of more than kWarps rows.
@@ -105,13 +71,12 @@ HD float usable_element(const void* grad, int64_t at, bool& some) {
 // An element of P G, not a number in a channel without a usable element.
 HD float product(float sum, bool some) { return some ? sum : __uint_as_float(0x7FC00000u); }
 
-// P as it is at the next step: optim/projection.py draws the same.
+// P as it is at the next step.
 template <int32_t kDtype, bool kSigns>
 __global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* launch) {
     const Part part = launch->draws[blockIdx.x];
     const Projection& t = launch->tensors[part.tensor];
-    const uint64_t gaps = uint64_t(*t.count / t.update_gap);
-    const uint64_t key = chain(mix(t.seed, uint64_t(t.index), gaps), 'P');
+    const uint64_t key = key_of(t);
     const int64_t first = int64_t(part.number) * kDraws, count = t.rank * t.width;
     const int64_t row = first / t.width;
     void* const to = t.p;
@@ -232,12 +197,6 @@ __global__ __launch_bounds__(kThreads, 2) void few_kernel(const Projections* lau
     const int64_t first = int64_t(part.number) * kChannels;
     if (t.tall) return project_across<kDtype, kRows>(t, grad, first);
     project_along<kDtype, kRows>(t, grad, first);
-}
-
-// How much longer a channel's step is than its P G, 0 where this has no length.
-HD float ratio(double step_sq, double low_sq, float gain) {
-    const double low = ::sqrt(low_sq);
-    return low > 1e-30 ? float(::sqrt(step_sq) / low) * gain : 0.f;
 }
 
 // The factors of channels; or, of a tensor that has one for all, its parts' sums.

@@ -10,7 +10,9 @@ import optim
 from optim import gpu, plan
 from optim.engine import DescriptorEngine
 from optim.portion import kind_of
-from optim.projected import ProjectedEngine, parted
+from optim.projected import NativeProjectedEngine
+from optim.projected_cuda import kernels_of as kernels_of_portion
+from optim.projection import parted
 from optim.share import Share
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -126,7 +128,8 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
 
     rule, share = type(optimizer).rule.__name__, Share(optimizer._places())
     if rule in plan.PROJECTED:
-        ProjectedEngine(optimizer, plan.PROJECTED[rule], Describing).step(share, {})
+        dense, cpu = plan.PROJECTED[rule], torch.device("cpu")
+        NativeProjectedEngine(optimizer, dense, Describing, cpu).step(share, {})
     else:
         Describing(optimizer).step(share, {})
     if isinstance(optimizer, optim.Sophia):
@@ -140,5 +143,6 @@ def kernels_of(cases: list[Case]) -> list[str]:
     names = {name for kind in kinds for name, _ in kind.passes()} | {gpu.MEASURE}
     for case in filter(Case.is_projected, cases):
         wide, _ = parted(make(case, backend="torch")[1]._places())
-        names |= {name for place in wide for name in kind_of(place, case.dtype).kernels().values()}
+        kinds = {kind_of(place, case.dtype, case.dtype) for place in wide}
+        names |= {name for kind in kinds for name in kernels_of_portion(kind).values()}
     return sorted(names)

@@ -7,12 +7,13 @@
 #include "engine/isa.h"
 #include "engine/kernels.h"
 
-#define ENGINE_KERNELS(name)                \
-    {name,                                  \
-     engine::ENGINE_ISA::Rules::kNames,     \
-     engine::ENGINE_ISA::Rules::kCount,     \
-     engine::ENGINE_ISA::Exec::kStripTiles, \
-     engine::ENGINE_ISA::wants,             \
-     engine::ENGINE_ISA::run_tensor,        \
-     engine::ENGINE_ISA::run_strip,         \
-     engine::ENGINE_ISA::draw_normals}
+#define ENGINE_KERNELS(name)                        \
+    {name,                                          \
+     engine::ENGINE_ISA::Rules::kNames,             \
+     engine::ENGINE_ISA::Rules::kCount,             \
+     engine::ENGINE_ISA::Exec::kStripTiles,         \
+     engine::ENGINE_ISA::wants,                     \
+     engine::ENGINE_ISA::run_tensor,                \
+     engine::ENGINE_ISA::run_strip,                 \
+     engine::ENGINE_ISA::projected::run_projection, \
+     engine::ENGINE_ISA::projected::multiplies_pairs}

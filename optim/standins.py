@@ -1,0 +1,127 @@
+"""What stands for an optimizer where an engine steps APOLLO's projections, and weights by them.
+
+An engine asks an optimizer for groups, codecs and state.  Of `LowSteps` it gets the projections in
+place of the parameters, and of `ScaledSteps` factors in place of the moments.
+"""
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optim.codecs import Codec, Given
+from optim.projection import sides_of
+from optim.share import Place
+
+if TYPE_CHECKING:
+    from optim.fused import FusedOptimizer
+
+# What the step of a projection has of its group's options.
+_BARE: dict[str, Any] = {
+    **{"lr": -1.0, "weight_decay": 0.0, "rounding": "nearest", "clip_threshold": None},
+    **{"growth_limit": None, "grad_clip": None, "max_grad_norm": None},
+    **dict.fromkeys(("orthograd", "cautious", "grams", "cautious_decay"), False),
+}
+
+
+class LowSteps:
+    """What an engine asks of an optimizer, of the projections in place of the parameters."""
+
+    shared: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self.optimizer = optimizer
+        self.param_groups = [dict(group) for group in optimizer.param_groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._places: dict[Tensor, Place] = {}
+        self._unread: dict[int, Tensor] = {}  # counts of what is not usable in projections
+
+    def refresh(self) -> None:
+        """Take over the options as they are now."""
+        for group, own in zip(self.optimizer.param_groups, self.param_groups, strict=True):
+            own.update(group | {name: x for name, x in _BARE.items() if name in group})
+
+    def adopt(self, place: Place, low: Tensor) -> Place:
+        """Let a tensor (r, L) stand for a parameter, with its moments and its step count."""
+        index, group, param = place
+        state = self.optimizer.state_of(param, group)
+        moments = {k: x for k, x in state.items() if k == "step" or k.startswith("exp_avg")}
+        unread = self._unread.get(index)
+        if unread is None or unread.device != param.device:
+            unread = torch.zeros((), dtype=torch.int64, device=param.device)
+        self._unread[index] = unread
+        self.state[low] = {"nonfinite": unread} | moments
+        self._places[low] = place
+        return index, self.group_of(group), low
+
+    def drop(self, low: Tensor) -> None:
+        """Forget a tensor, and let go of its memory."""
+        del self.state[low], self._places[low]
+        low.grad, low.data = None, low.data.new_empty(0)
+
+    def group_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options for the projections of a group's parameters."""
+        return next(
+            own
+            for theirs, own in zip(self.optimizer.param_groups, self.param_groups, strict=True)
+            if theirs is group
+        )
+
+    def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        """Those of the parameter's moments."""
+        _, own, param = self._places[low]
+        return self.optimizer.moments(param, own)
+
+    def state_of(self, low: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's moments and step count."""
+        return self.state[low]
+
+    def check_state(self, index: int, group: dict[str, Any], low: Tensor) -> None:
+        """Raise ValueError where the parameter's state is not what its options ask for."""
+        self.optimizer.check_state(*self._places[low])
+
+
+class ScaledSteps:
+    """What an engine asks of an optimizer, of weights that follow a gradient by its channels."""
+
+    shared: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._factors: dict[int, Tensor] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's."""
+        return self._optimizer.param_groups
+
+    def factors_of(self, place: Place) -> Tensor:
+        """Where the factors of a parameter's channels are: fp32 (L,)."""
+        index, group, param = place
+        length = sides_of(place)[1]
+        factors = self._factors.get(index)
+        if factors is None or factors.device != param.device or factors.numel() != length:
+            factors = torch.zeros(length, dtype=torch.float32, device=param.device)
+            self._factors[index] = factors
+        state = self._optimizer.state_of(param, group)
+        kept = {k: x for k, x in state.items() if not k.startswith("exp_avg")}
+        side = "row" if param.shape[0] >= param.numel() // param.shape[0] else "col"
+        self.state[param] = kept | {f"scales.{side}": factors}
+        return factors
+
+    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
+        """The factors, in place of the moments."""
+        shape = tuple(param.shape)
+        codecs = self._optimizer.codecs(param, group)
+        others = {k: codec for k, codec in codecs.items() if not k.startswith("exp_avg")}
+        return {"scales": Given(shape, (shape[0], prod(shape[1:])))} | others
+
+    def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's state but for its moments, and the factors."""
+        return self.state[param]
+
+    def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
+        """Raise ValueError where the parameter's state is not what its options ask for."""
+        self._optimizer.check_state(index, group, param)
