@@ -1,25 +1,20 @@
-"""Who computes a step: a fused engine where there is one for the device, plain PyTorch otherwise.
-
-An engine steps a list of parameters that have gradients; every engine computes the same.
-"""
+"""Who computes a step: a fused engine where there is one, plain PyTorch otherwise."""
 
 import os
 import warnings
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim import cuda, features, gpu, native, plan
 from optim.codecs import FactoredSign, join, split
+from optim.interface import Engine, Owner, RuledOwner
 from optim.projected import NativeProjectedEngine
 from optim.projected_cuda import CudaProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
 from optim.share import Share
-
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
 
 BACKENDS = ("auto", "native", "torch")
 
@@ -30,22 +25,10 @@ def grad_of(param: Tensor) -> Tensor:
     return param.grad
 
 
-class Engine(Protocol):
-    """Steps parameters of one optimizer."""
-
-    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
-        """One step of these parameters; `coefficients` holds, by the id of a group, what its
-        gradients are multiplied by (1 where it is absent)."""
-
-    def grad_sq(self, places: Share) -> float | Tensor:
-        """The sum of the squares of the usable elements of these parameters' gradients; 0-d fp64
-        on their device where reading it would mean waiting for it."""
-
-
 class TorchEngine:
     """backend="torch": `optim/reference.py`, one parameter after another, on any device."""
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: RuledOwner) -> None:
         self._optimizer = optimizer
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
@@ -111,20 +94,18 @@ def unavailable(device: str) -> str | None:
     return f"there is no fused engine for {device}"
 
 
-def fused_engine(
-    optimizer: "FusedOptimizer", device: torch.device, rule: str | None = None
-) -> Engine:
+def fused_engine(optimizer: RuledOwner, device: torch.device, rule: str | None = None) -> Engine:
     """The engine of a device that has one, for the optimizer's steps or for another rule of its."""
     own = type(optimizer).rule.__name__
     if rule is None and own in plan.PROJECTED:
         return projected_engine(optimizer, device, plan.PROJECTED[own])
-    return descriptor_engine(optimizer, device, rule)
+    return descriptor_engine(optimizer, device, rule or own)
 
 
-def projected_engine(optimizer: "FusedOptimizer", device: torch.device, dense: str) -> Engine:
+def projected_engine(optimizer: RuledOwner, device: torch.device, dense: str) -> Engine:
     """What steps an APOLLO, whose projections and other tensors are stepped by the rule `dense`."""
 
-    def make(owner: Any, rule: str) -> Engine:
+    def make(owner: Owner, rule: str) -> Engine:
         return descriptor_engine(owner, device, rule)
 
     if device.type == "cuda":
@@ -132,11 +113,11 @@ def projected_engine(optimizer: "FusedOptimizer", device: torch.device, dense: s
     return NativeProjectedEngine(optimizer, dense, make, device)
 
 
-def descriptor_engine(optimizer: Any, device: torch.device, rule: str | None) -> Engine:
-    """What launches one rule for the tensors of an optimizer, or of a part of one."""
+def descriptor_engine(owner: Owner, device: torch.device, rule: str) -> Engine:
+    """What launches one rule for an owner's tensors."""
     if device.type == "cuda":
-        return cuda.CudaEngine(optimizer, cuda.indexed(device), rule)
-    return native.NativeEngine(optimizer, rule)
+        return cuda.CudaEngine(owner, rule, cuda.indexed(device))
+    return native.NativeEngine(owner, rule)
 
 
 def resolve(choice: str, devices: set[str]) -> str:

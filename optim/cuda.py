@@ -9,7 +9,7 @@ replayed but captured again.
 """
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from torch import Tensor
 from optim import plan
 from optim.engine import ADDRESSES, DescriptorEngine, Work, buckets
 from optim.gpu import MEASURE, Gpu, Kind, gpu_of, kind_of
+from optim.interface import Owner
+from optim.share import Share
 from optim.staging import Staging
-
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
-    from optim.share import Share
 
 ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
 TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: rows_cuda.h, exec_cuda.h
@@ -48,16 +46,16 @@ class CudaEngine(DescriptorEngine):
 
     def __init__(
         self,
-        optimizer: "FusedOptimizer",
+        owner: Owner,
+        rule: str,
         device: torch.device,
-        rule: str | None = None,
         gpu: Gpu | None = None,
     ) -> None:
-        super().__init__(optimizer, rule)
+        super().__init__(owner, rule)
         self._device = device
         self._gpu = gpu or gpu_of(device)
         self._table = torch.empty_like(self._words, device=device)
-        shape = (len(optimizer.param_groups), ctypes.sizeof(plan.Options) // 8)
+        shape = (len(owner.param_groups), ctypes.sizeof(plan.Options) // 8)
         self._options = torch.empty(shape, dtype=torch.float64, device=device)
         self._staging = Staging(self._gpu)
         self.copies = 2  # of addresses, or of options, that a step may make
@@ -66,8 +64,8 @@ class CudaEngine(DescriptorEngine):
         self._of_graphs: dict[int, tuple[Work, Tensor]] = {}  # what graphs point to, with its room
         self._room = torch.empty(0, dtype=torch.float64, device=device)
 
-    def step(self, places: "Share", coefficients: dict[int, float | Tensor]) -> None:
-        """As `optim.backend.Engine`."""
+    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
+        """As `optim.interface.Engine`."""
         with self._gpu.here():
             work, weights, read = self._refresh(places)
             self._put_options(coefficients)
@@ -78,8 +76,8 @@ class CudaEngine(DescriptorEngine):
             for param, copy in weights:
                 param.copy_(copy)
 
-    def grad_sq(self, places: "Share") -> Tensor:
-        """As `optim.backend.Engine`."""
+    def grad_sq(self, places: Share) -> Tensor:
+        """As `optim.interface.Engine`."""
         with self._gpu.here():
             work, _, read = self._refresh(places)
             measure = self._gpu.load([MEASURE])[MEASURE]
@@ -95,14 +93,14 @@ class CudaEngine(DescriptorEngine):
             del read
         return total
 
-    def _stamp(self, places: "Share") -> list[Any]:
+    def _stamp(self, places: Share) -> list[Any]:
         return [*super()._stamp(places), self._flags()]
 
     def _flags(self) -> list[int]:
-        groups = self._optimizer.param_groups
+        groups = self._owner.param_groups
         return [plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags for group in groups]
 
-    def _make(self, work: Work, places: "Share") -> None:
+    def _make(self, work: Work, places: Share) -> None:
         by_kind: dict[Kind, list[int]] = {}
         flags = self._flags()
         for index, _, _ in places:
@@ -181,9 +179,7 @@ class CudaEngine(DescriptorEngine):
         learning rate, what a global norm makes of the gradients) always, from the device."""
         groups = self._groups(self._device)
         options, tensors = [], []
-        for position, (own, group) in enumerate(
-            zip(self._optimizer.param_groups, groups, strict=True)
-        ):
+        for position, (own, group) in enumerate(zip(self._owner.param_groups, groups, strict=True)):
             lr, coefficient = group["lr"], coefficients.get(id(own), 1.0)
             for field, value in (("lr", lr), ("coefficient", coefficient)):
                 if isinstance(value, Tensor) and value.is_cuda:

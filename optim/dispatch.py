@@ -2,16 +2,14 @@
 options, and by the devices that they are on."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim import backend, native, plan
+from optim.interface import Engine, RuledOwner
 from optim.share import Places, Share, Trait
-
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
 
 CPU = torch.device("cpu")
 
@@ -19,11 +17,11 @@ CPU = torch.device("cpu")
 class Dispatch:
     """The engines of one optimizer, made where they are first needed."""
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: RuledOwner) -> None:
         self._optimizer = optimizer
-        self.engines: dict[tuple[torch.device, str | None], backend.Engine | None] = {}
+        self.engines: dict[tuple[torch.device, str | None], Engine | None] = {}
 
-    def shares(self, places: Share, rule: str | None = None) -> list[tuple[backend.Engine, Share]]:
+    def shares(self, places: Share, rule: str | None = None) -> list[tuple[Engine, Share]]:
         """Which engine steps which parameters, or computes another rule for them."""
         torch_engine = backend.TorchEngine(self._optimizer)
         if not self._is_fused():
@@ -44,7 +42,7 @@ class Dispatch:
             for device, share in shares.items()
         ]
 
-    def engine(self, device: torch.device, rule: str | None = None) -> backend.Engine | None:
+    def engine(self, device: torch.device, rule: str | None = None) -> Engine | None:
         """The fused engine of a device, if it has one."""
         key = (device, rule)
         if key not in self.engines:

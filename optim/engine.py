@@ -9,17 +9,15 @@ import ctypes
 from array import array
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from optim import plan
 from optim.codecs import Factored, FactoredSign, layout, split
+from optim.interface import Owner
 from optim.share import Places, Share, Trait, addresses_of, pairs, same_state, where
-
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
 
 Descriptors = ctypes.Array[plan.Descriptor]
 Member = TypeVar("Member")
@@ -75,17 +73,16 @@ class Work:
 
 
 class DescriptorEngine:
-    """Steps parameters of one optimizer by launches over descriptors.
+    """Steps parameters of one owner by launches over descriptors.
 
     A subclass makes the launches of a set of parameters (`_make`), takes over their addresses
     (`_put`), and runs them (`step`, `grad_sq`).
     """
 
-    def __init__(self, optimizer: "FusedOptimizer", rule: str | None = None) -> None:
-        """`rule` is what is computed, if it is not the optimizer's step."""
-        self._optimizer = optimizer
-        self._rule = rule or type(optimizer).rule.__name__
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
+    def __init__(self, owner: Owner, rule: str) -> None:
+        """`rule` is what is computed: the optimizer's own, or another one of it."""
+        self._owner, self._rule = owner, rule
+        count = sum(len(group["params"]) for group in owner.param_groups)
         self._descriptors: Descriptors = (plan.Descriptor * count)()
         self._words = torch.frombuffer(self._descriptors, dtype=torch.int64).view(count, _WORDS)
         self._params: list[Tensor | None] = [None] * count
@@ -98,12 +95,12 @@ class DescriptorEngine:
 
     def _groups(self, device: torch.device) -> list[dict[str, Any]]:
         """The groups, with the tensors that they share where this device can read them."""
-        shared = self._optimizer.shared
+        shared = self._owner.shared
         return [
             group | {name: group[name].to(device) for name in shared}
             if any(group[name].device != device for name in shared)
             else group
-            for group in self._optimizer.param_groups
+            for group in self._owner.param_groups
         ]
 
     def _put(self, work: Work, addresses: Tensor) -> None:
@@ -139,7 +136,7 @@ class DescriptorEngine:
         """The work of these parameters: kept from an earlier step where nothing that descriptors
         depend on has changed since."""
         members, stamp = places.places.members, self._stamp(places)
-        state = self._optimizer.state
+        state = self._owner.state
         work = self._work.get(members)
         if work is None or work.stamp != stamp or not work.holds(state, places.params):
             with HOST:
@@ -160,7 +157,7 @@ class DescriptorEngine:
         there are is the optimizer's to watch: it drops this engine when they change.)"""
         groups = [
             (id(g), *(g.get(name) for name in _SHAPING), *map(_presence, map(g.get, _PRESENT)))
-            for g in self._optimizer.param_groups
+            for g in self._owner.param_groups
         ]
         return [groups, places.kinds]
 
@@ -178,9 +175,9 @@ class DescriptorEngine:
                 f"parameter {index} has {param.numel()} elements now and had "
                 f"{self._numels[index]} when its state was made; build a new optimizer"
             )
-        optimizer = self._optimizer
-        codecs, state = optimizer.codecs(param, group), optimizer.state_of(param, group)
-        optimizer.check_state(index, group, param)
+        owner = self._owner
+        codecs, state = owner.codecs(param, group), owner.state_of(param, group)
+        owner.check_state(index, group, param)
         for name, x in state.items():
             if x.device != param.device:
                 raise ValueError(
@@ -195,7 +192,7 @@ class DescriptorEngine:
         d.index, d.numel, d.rows, d.cols = index, param.numel(), rows, cols
         d.weight_dtype = plan.DTYPES[param.dtype]
         d.grad_dtype = plan.DTYPES[grad_dtype]
-        d.group = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
+        d.group = next(i for i, g in enumerate(owner.param_groups) if g is group)
         for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
             setattr(d, name, state[name].data_ptr() if name in state else 0)
         for name in ("start", "numerator", "denominator"):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from optim import state as states
 from optim.backend import grad_of
 from optim.codecs import Codec, Dense, layout
 from optim.dispatch import Dispatch, device_types
+from optim.interface import InBackward
 from optim.share import Places, Share, Trait, same_objects
-
-if TYPE_CHECKING:
-    from optim.backward import FusedBackward
 
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
@@ -47,7 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
     common: ClassVar[tuple[str, ...]] = ()  # options that all groups must agree on
     shared: ClassVar[tuple[str, ...]] = ()  # state of all groups together: group keys of tensors
-    fused_backward: "FusedBackward | None" = None  # what steps it inside the backward pass
+    fused_backward: InBackward | None = None  # what steps it inside the backward pass
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         """`arguments` are the subclass's own, as its `locals()`: its signature is the list of its
@@ -126,7 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget()
         super().add_param_group(param_group)
         try:
-            groups.check(type(self), self.param_groups)
+            groups.check(name, self.common, self.shared, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise

@@ -2,26 +2,26 @@
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.share import DTYPES
 
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
-
 Group = dict[str, Any]
 
 
-def check(cls: "type[FusedOptimizer]", groups: list[Group]) -> None:
-    """Refuse a last group whose options contradict each other or the other groups', or whose
-    parameters cannot be updated by this optimizer."""
-    _check_options(cls.__name__, groups[-1])
+def check(
+    optimizer: str, common: Iterable[str], shared: Iterable[str], groups: list[Group]
+) -> None:
+    """Refuse a last group whose options contradict each other or the other groups' (of the `common`
+    ones), or whose parameters cannot be updated by the optimizer of this name.  `shared` is what it
+    keeps of all groups together."""
+    _check_options(optimizer, groups[-1])
     for param in groups[-1]["params"]:
-        _check_param(cls, param)
-    _check_common(cls.__name__, cls.common, groups)
+        _check_param(optimizer, "DDP" if shared else "DDP, ZeRO-1", param)
+    _check_common(optimizer, common, groups)
 
 
 def _check_options(optimizer: str, group: Group) -> None:
@@ -37,13 +37,13 @@ def _check_options(optimizer: str, group: Group) -> None:
         )
 
 
-def _check_param(cls: "type[FusedOptimizer]", param: Tensor) -> None:
-    optimizer, shape = cls.__name__, tuple(param.shape)
+def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
+    shape = tuple(param.shape)
     if _is_dtensor(param):
         raise TypeError(
             f"{optimizer} does not take a DTensor (shape {shape}): its statistics (row and "
             "column means, norms) would be those of one shard; keep whole parameters in each "
-            f"process instead ({'DDP' if cls.shared else 'DDP, ZeRO-1'})"
+            f"process instead ({remedies})"
         )
     if param.layout is not torch.strided or param.dtype not in DTYPES:
         raise TypeError(

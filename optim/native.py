@@ -6,17 +6,15 @@ memory wherever the mathematics allows it.  `optim/reference.py` is what it comp
 
 import ctypes
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim import compiled, plan
 from optim.engine import DescriptorEngine, Work, buckets, in_lines
+from optim.interface import Owner
 from optim.share import Share
-
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
 
 _native = compiled.module
 
@@ -59,17 +57,17 @@ def project(use: str, table: Tensor, count: int) -> None:
 
 
 class NativeEngine(DescriptorEngine):
-    """Steps the CPU parameters of one optimizer."""
+    """Steps the CPU parameters of one owner."""
 
-    def __init__(self, optimizer: "FusedOptimizer", rule: str | None = None) -> None:
-        super().__init__(optimizer, rule)
+    def __init__(self, owner: Owner, rule: str) -> None:
+        super().__init__(owner, rule)
         self._isa = isa()
         self._room = torch.empty(0, dtype=torch.uint8, device=CPU)
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
-        """As `optim.backend.Engine`."""
+        """As `optim.interface.Engine`."""
         work, weights, read = self._refresh(places)
-        own = [float(coefficients.get(id(g), 1.0)) for g in self._optimizer.param_groups]
+        own = [float(coefficients.get(id(g), 1.0)) for g in self._owner.param_groups]
         groups = self._groups(CPU)
         options = (plan.Options * len(groups))(
             *(plan.group_options(g, c, self._rule) for g, c in zip(groups, own, strict=True))
@@ -80,7 +78,7 @@ class NativeEngine(DescriptorEngine):
             param.copy_(copy)
 
     def grad_sq(self, places: Share) -> float:
-        """As `optim.backend.Engine`."""
+        """As `optim.interface.Engine`."""
         work, _, read = self._refresh(places)
         total = sum(self._launch(_native.grad_sq, work, None))
         del read

@@ -14,7 +14,7 @@ factors are made of what came of it.  This is what all devices do, and a CPU's w
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +22,15 @@ from torch import Tensor
 from optim import features, native, plan
 from optim.conditioned import projected
 from optim.engine import HOST, Work, buckets, superfluous
+from optim.interface import Engine, Owner, RuledOwner
 from optim.portion import Portion, ProjectedKind, kind_of
 from optim.projection import parted
 from optim.share import Place, Places, Share, Trait
 from optim.standins import LowSteps, ScaledSteps
 
-if TYPE_CHECKING:
-    from optim.backend import Engine
-    from optim.fused import FusedOptimizer
-
-Make = Callable[[Any, str], "Engine"]  # (owner, rule) -> what steps the owner's tensors by the rule
+Make = Callable[
+    [Owner, str], "Engine"
+]  # (owner, rule) -> what steps the owner's tensors by the rule
 
 # Bytes of P, P G and N that are alive at once on a CPU, unless a single tensor has more.
 SCRATCH_BYTES = 32 << 20
@@ -44,7 +43,7 @@ _SHAPING = (
 class Portions(Work):
     """The portions of a set of parameters, and what they were made from."""
 
-    def __init__(self, optimizer: "FusedOptimizer", places: Places, stamp: list[Any]) -> None:
+    def __init__(self, optimizer: RuledOwner, places: Places, stamp: list[Any]) -> None:
         self.wide, self.others = parted(places)
         states = [optimizer.state_of(param, group) for _, group, param in self.wide]
         super().__init__(places, stamp, states)
@@ -61,9 +60,7 @@ class ProjectedEngine:
     A subclass draws P, multiplies and measures, for a portion at a time.
     """
 
-    def __init__(
-        self, optimizer: "FusedOptimizer", dense: str, make: Make, device: torch.device
-    ) -> None:
+    def __init__(self, optimizer: RuledOwner, dense: str, make: Make, device: torch.device) -> None:
         self._optimizer, self._device = optimizer, device
         self._low, self._scaled = LowSteps(optimizer), ScaledSteps(optimizer)
         self._dense_engine = make(optimizer, dense)
@@ -104,7 +101,7 @@ class ProjectedEngine:
         raise NotImplementedError
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
-        """As `optim.backend.Engine`."""
+        """As `optim.interface.Engine`."""
         with self._here():
             work = self._work_of(places)
             if work.others:
@@ -132,7 +129,7 @@ class ProjectedEngine:
             self._scaled_engine.step(share, of_scaled)
 
     def grad_sq(self, places: Share) -> float | Tensor:
-        """As `optim.backend.Engine`."""
+        """As `optim.interface.Engine`."""
         with self._here():
             work = self._work_of(places)
             return features.summed(

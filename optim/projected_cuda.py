@@ -12,20 +12,18 @@ gradients, together with what a global norm makes of them.
 
 import contextlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim import plan
 from optim.gpu import Gpu, gpu_of
+from optim.interface import RuledOwner
 from optim.portion import Portion, ProjectedKind
 from optim.projected import Make, Portions, ProjectedEngine
 from optim.projection import channels
 from optim.staging import Staging
-
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
 
 # At rank 256 the SDXL UNet has 4.9 GB of P, P G and N, and each portion costs a dozen launches.
 SCRATCH_BYTES = 256 << 20
@@ -41,7 +39,7 @@ class CudaProjectedEngine(ProjectedEngine):
 
     def __init__(
         self,
-        optimizer: "FusedOptimizer",
+        optimizer: RuledOwner,
         dense: str,
         make: Make,
         device: torch.device,

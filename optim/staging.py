@@ -1,11 +1,10 @@
 """Values on their way from the host to a GPU: what a copy reads, in a step and in a CUDA graph."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from optim.gpu import Gpu
+from optim.gpu import Gpu
 
 
 class Staging:
@@ -16,7 +15,7 @@ class Staging:
     the steps before it see to spares.
     """
 
-    def __init__(self, gpu: "Gpu") -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._spares: dict[tuple[Any, ...], list[Tensor]] = {}  # pinned, for captures to come
         self.of_graphs: list[Tensor] = []  # pinned, from which graphs copy

@@ -5,17 +5,15 @@ place of the parameters, and of `ScaledSteps` factors in place of the moments.
 """
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.codecs import Codec, Given
+from optim.interface import RuledOwner
 from optim.projection import sides_of
 from optim.share import Place
-
-if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
 
 # What the step of a projection has of its group's options.
 _BARE: dict[str, Any] = {
@@ -30,7 +28,7 @@ class LowSteps:
 
     shared: tuple[str, ...] = ()
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: RuledOwner) -> None:
         self.optimizer = optimizer
         self.param_groups = [dict(group) for group in optimizer.param_groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
@@ -87,7 +85,7 @@ class ScaledSteps:
 
     shared: tuple[str, ...] = ()
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: RuledOwner) -> None:
         self._optimizer = optimizer
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._factors: dict[int, Tensor] = {}

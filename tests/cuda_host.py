@@ -72,7 +72,7 @@ def on_host(host):
     on."""
 
     def engine(optimizer, device, rule):
-        return cuda.CudaEngine(optimizer, device, rule, host)
+        return cuda.CudaEngine(optimizer, rule, device, host)
 
     def projected(optimizer, device, dense):
         return CudaProjectedEngine(

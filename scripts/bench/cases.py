@@ -118,7 +118,7 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
 
     class Describing(DescriptorEngine):
         def _make(self, work: Any, places: Any) -> None:
-            groups = self._optimizer.param_groups
+            groups = self._owner.param_groups
             flags = [plan.group_options(group, 1.0, self._rule).flags for group in groups]
             described = [self._descriptors[index] for index, _, _ in places]
             kinds.update(gpu.kind_of(self._rule, d, flags[d.group]) for d in described)
@@ -131,7 +131,7 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
         dense, cpu = plan.PROJECTED[rule], torch.device("cpu")
         NativeProjectedEngine(optimizer, dense, Describing, cpu).step(share, {})
     else:
-        Describing(optimizer).step(share, {})
+        Describing(optimizer, rule).step(share, {})
     if isinstance(optimizer, optim.Sophia):
         Describing(optimizer, plan.ESTIMATE).step(share, {})
     return kinds
