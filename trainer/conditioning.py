@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from trainer import text
 from trainer.batches import Inputs
@@ -118,12 +119,12 @@ def picture_fingerprint(model: Model, cache: str) -> str:
     return repr((model.vae_origin.fingerprint("vae", memo), model.config.vae_dtype))
 
 
-def scaled(vae: nn.Module, latents: Tensor) -> Tensor:
+def scaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """The VAE's latents as the UNet takes them."""
     return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
-def unscaled(vae: nn.Module, latents: Tensor) -> Tensor:
+def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """The UNet's latents as the VAE takes them."""
     return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
 

@@ -147,7 +147,7 @@ def _write_lora(
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    lora.save_lora(target, form, models, base, dtype, told, adapters=found)  # type: ignore[arg-type]
+    lora.save_lora(target, form, models, base, dtype, told, adapters=found)
 
 
 def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:

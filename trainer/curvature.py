@@ -8,8 +8,7 @@ squared gradient of that loss, scaled, is the diagonal of the Gauss-Newton matri
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import DDPMScheduler
-from torch import nn
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 import optim
 from trainer import batches, gradients, losses
@@ -19,7 +18,7 @@ from trainer.config import LossConfig
 def estimate(
     optimizer: Any,
     taken: gradients.Gathered | gradients.Consumed,
-    unet: nn.Module,
+    unet: UNet2DConditionModel,
     draw: Callable[[], batches.Batch],
     config: LossConfig,
     schedule: DDPMScheduler,

@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -162,4 +163,5 @@ def _valid_keys(choices: list[str]) -> list[str]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("config", overrides=choices)
-    return list(flatten(OmegaConf.to_container(composed, resolve=False)))
+    options: Any = OmegaConf.to_container(composed, resolve=False)
+    return list(flatten(options))

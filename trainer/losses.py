@@ -19,8 +19,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from trainer import noise
 from trainer.batches import Batch, on_device, predict
@@ -99,7 +99,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    unet: nn.Module, schedule: DDPMScheduler, batches: Iterable[Batch]
+    unet: UNet2DConditionModel, schedule: DDPMScheduler, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Mean squared error over fixed eval batches: {"loss": ..., "loss_t000_250": ..., ...}, over
     all elements and over those in each quarter of the timesteps that has any.

@@ -125,7 +125,7 @@ def _add_adapters(
     key = "targets" if part == "unet" else "text_targets"
     peft_config = PeftLoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
         use_rslora=config.rslora,
         use_dora=config.dora,
         target_modules=_matching(layers, part, key, getattr(config, key)),

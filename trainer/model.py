@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import diffusers
 import torch
 import transformers
-from diffusers import SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 from trainer import origin, text
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Model:
     """The parts of a diffusion model.  `unet` is there after `load_unet`."""
 
-    unet: nn.Module
+    unet: UNet2DConditionModel
 
     def __init__(
         self, config: ModelConfig, device: torch.device, with_weights: bool = True
@@ -112,7 +112,7 @@ class Model:
         return text.Encoder(self.config, self.origin, parts)
 
     @contextmanager
-    def vae(self) -> Iterator[nn.Module]:
+    def vae(self) -> Iterator[AutoencoderKL]:
         """The VAE on the device for as long as the block lasts."""
         part = self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
         yield part

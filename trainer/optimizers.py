@@ -7,7 +7,7 @@ import io
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -179,8 +179,9 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
             if option not in known and not accepts_any:
                 raise UserError(unknown(f"option of {config.class_path}", option, known))
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.options.items()}
+    make: Callable[..., torch.optim.Optimizer] = cls  # which takes more than the base class
     try:
-        return cls(chosen, lr=config.lr, **options)
+        return make(chosen, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
         raise UserError(f"{title} with {given}: {error}") from error

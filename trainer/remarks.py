@@ -4,7 +4,7 @@ same, and a rate that only a small model bears.  A run says it in its log."""
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import optim
 from trainer.config import Config, ConstantConfig, FullConfig, WsdConfig, conf_dir
@@ -127,7 +127,9 @@ def _default(config: Config, group: str, option: str) -> Any:
     """The value in the group's file of conf/."""
     named = {"noise": "default", "data": "folder", "log": "jsonl"}
     name = named.get(group) or getattr(config, group).name
-    return OmegaConf.load(conf_dir() / group / f"{name}.yaml")[option]
+    values = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+    assert isinstance(values, DictConfig)
+    return values[option]
 
 
 def _of_clips(config: Config) -> Iterator[str]:

@@ -63,7 +63,7 @@ class Entries:
                 f"the cache's {path} was there when the run began and cannot be read now: {error}; "
                 "resume the run, and it is made again"
             ) from error
-        if not all(tensor.isfinite().all() for tensor in entry.values()):
+        if not _is_finite(entry):
             with suppress(OSError):
                 path.unlink()  # else the next run would find it again
             raise UserError(
@@ -104,17 +104,18 @@ class Store:
         found = self._entries("latents", keys)
         by_key = {key: samples[i] for i, key in keys.items()}
         missing = self._missing(found, lambda key, entry: _is_latent(entry, by_key[key]))
-        encode = make_encoder() if missing else None
-        reads = ahead(_read(Sample.read_pixels), [by_key[key] for key in missing])
-        for key, pixels in _progress(zip(missing, reads, strict=True), missing, stop):
-            latent = encode(pixels)
-            if not latent.isfinite().all():
-                raise UserError(
-                    f"the VAE's latent of {by_key[key].name} is not finite; check the picture, or "
-                    "set model.vae_dtype=float32 or model.vae to another VAE (SDXL's overflows in "
-                    "float16, its fp16-fix version does not)"
-                )
-            self._put(found, key, {"latent": latent}, len(missing))
+        if missing:
+            encode = make_encoder()
+            reads = ahead(_read(Sample.read_pixels), [by_key[key] for key in missing])
+            for key, pixels in _progress(zip(missing, reads, strict=True), missing, stop):
+                entry = {"latent": encode(pixels)}
+                if not _is_finite(entry):
+                    raise UserError(
+                        f"the VAE's latent of {by_key[key].name} is not finite; check the picture, "
+                        "or set model.vae_dtype=float32 or model.vae to another VAE (SDXL's "
+                        "overflows in float16, its fp16-fix version does not)"
+                    )
+                self._put(found, key, entry, len(missing))
         self._report("pictures", len(set(keys.values())), len(missing))
         return found
 
@@ -151,16 +152,17 @@ class Store:
         found = self._entries("texts", keys)
         by_key = {key: text for text, key in keys.items()}
         missing = self._missing(found, lambda key, entry: _is_text(entry))
-        chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
-        encode = make_encoder() if missing else None
-        for chunk in _progress(chunks, chunks, stop, "encoding captions"):
-            for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
-                if not all(tensor.isfinite().all() for tensor in entry.values()):
-                    raise UserError(
-                        f"the text encoders' embedding of {by_key[key]!r} is not finite; run them "
-                        "in float32, or look at their weights"
-                    )
-                self._put(found, key, entry, len(missing))
+        if missing:
+            encode = make_encoder()
+            chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
+            for chunk in _progress(chunks, chunks, stop, "encoding captions"):
+                for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
+                    if not _is_finite(entry):
+                        raise UserError(
+                            f"the text encoders' embedding of {by_key[key]!r} is not finite; run "
+                            "them in float32, or look at their weights"
+                        )
+                    self._put(found, key, entry, len(missing))
         self._report("captions", len(keys), len(missing))
         return found
 
@@ -287,6 +289,10 @@ def _path(folder: Path, key: str) -> Path:
 
 def _hash(*parts: str | None) -> str:
     return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()
+
+
+def _is_finite(entry: Entry) -> bool:
+    return all(tensor.isfinite().all() for tensor in entry.values())
 
 
 def _is_latent(entry: Entry, sample: Sample) -> bool:

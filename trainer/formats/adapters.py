@@ -72,10 +72,12 @@ def _of_layer(path: str, layer: LoraLayer, name: str) -> Adapter:
         raise UserError(f"the adapter of {path} has a bias, which LoRA files cannot hold")
     is_dora = name in layer.lora_magnitude_vector
     return Adapter(
-        down=down.weight.detach(),
-        up=up.weight.detach(),
+        down=down.get_parameter("weight").detach(),
+        up=up.get_parameter("weight").detach(),
         alpha=float(layer.scaling[name]) * layer.r[name],
-        magnitude=layer.lora_magnitude_vector[name].weight.detach().flatten() if is_dora else None,
+        magnitude=layer.lora_magnitude_vector[name].get_parameter("weight").detach().flatten()
+        if is_dora
+        else None,
     )
 
 

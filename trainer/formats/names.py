@@ -12,6 +12,7 @@ transformers 5 has dropped from the module (`canonical`).
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -229,7 +230,7 @@ def _own(entry: Entry, lazy: Lazy) -> Weights:
             name: Lazy(
                 shape=third,
                 dtype=lazy.dtype,
-                read=lambda i=i: lazy.read()[i * rows : (i + 1) * rows],
+                read=partial(_rows, lazy, i * rows, (i + 1) * rows),
             )
             for i, name in enumerate(entry.own)
         }
@@ -242,6 +243,10 @@ def _own(entry: Entry, lazy: Lazy) -> Weights:
     else:
         changed = lazy
     return {entry.own[0]: changed}
+
+
+def _rows(lazy: Lazy, start: int, end: int) -> Tensor:
+    return lazy.read()[start:end]
 
 
 def _matrix(convolution: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def write(
         for name in tqdm(_order(kinds), desc=path.name, unit="tensor", disable=None, leave=False):
             tensor = weights[name].read()
             assert tuple(tensor.shape) == weights[name].shape, name
-            data = memoryview(contents(_rounded(name, tensor, kinds[name])).numpy())
+            data = contents(_rounded(name, tensor, kinds[name])).numpy().data
             file.write(data)
             if is_hashed:
                 sha.update(data)

@@ -161,7 +161,7 @@ def _of_old_pickle(path: Path) -> Any:
 def of_tensors(tensors: dict[str, Tensor]) -> Weights:
     """Tensors that are in memory already."""
     return {
-        name: Lazy(shape=tuple(t.shape), dtype=t.dtype, read=lambda t=t: t.detach())
+        name: Lazy(shape=tuple(t.shape), dtype=t.dtype, read=t.detach)
         for name, t in tensors.items()
     }
 
@@ -185,5 +185,5 @@ def digest(weights: Weights, names: Iterable[str], ends_only: bool = False) -> s
         sha.update(f"{name} {lazy.dtype} {lazy.shape}\n".encode())
         content = contents(lazy.read()).numpy()
         for part in (content[:_END_BYTES], content[-_END_BYTES:]) if ends_only else (content,):
-            sha.update(part)
+            sha.update(part.data)
     return sha.hexdigest()
