@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import disk
-from trainer.config import DTYPES, Config, LoraConfig
+from trainer.config import DTYPES, Config, LoraConfig, file_name
 from trainer.errors import UserError
 from trainer.formats import lora, metadata, writing
 from trainer.model import Model
@@ -44,7 +44,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
     if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
         parts["vae"] = model.vae_origin
-    name = config.name.replace("/", "-")
+    name = file_name(config.name)
     described = _described(config, step, num_images)
     written = []
     for kind in method.export:

@@ -31,7 +31,7 @@ from trainer import (
     result,
     signals,
 )
-from trainer.config import Config
+from trainer.config import Config, file_name
 from trainer.errors import UserError
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
@@ -70,8 +70,9 @@ def _refuse_occupied(folder: Path, config: Config) -> None:
                 f"{folder} holds a run that resume={config.resume} would write over; leave "
                 "hydra.run.dir out, or name another folder"
             )
-    written = ("config.yaml", "metrics.jsonl", "samples", "model", "lora", "checkpoints")
-    theirs = [name for name in (*written, f"{config.name}.safetensors") if (folder / name).exists()]
+    written = ["config.yaml", "metrics.jsonl", "samples", "model", "lora", "checkpoints"]
+    written.append(f"{file_name(config.name)}.safetensors")
+    theirs = [name for name in written if (folder / name).exists()]
     if theirs and not (folder / "environment.json").exists():
         raise UserError(
             f"{folder} is no run's folder, and its {theirs[0]} would be written over; name another "
