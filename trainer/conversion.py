@@ -15,14 +15,22 @@ from trainer import noise, origin
 from trainer.checkpoint import completed
 from trainer.config import NoiseConfig
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, kinds, lora, metadata, writing
+from trainer.formats import (
+    adapters,
+    architectures,
+    diffusers_lora,
+    kinds,
+    lora,
+    metadata,
+    writing,
+)
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.names import canonical
 from trainer.formats.weights import PICKLED, Weights, of_file
 
 log = logging.getLogger(__name__)
 
-_LORA_NAME = "pytorch_lora_weights.safetensors"  # of a folder that diffusers saved
+_LORA_NAME = f"{diffusers_lora.STEM}.safetensors"
 
 
 def convert(
@@ -219,12 +227,18 @@ def _export_checkpoint(
         config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
         began, method = config["model"], config["method"]
         noising = NoiseConfig(**config["noise"])
-        side = config["data"]["resolution"]
+        side = max(config["data"].get("resolutions") or [config["data"]["resolution"]])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     found = origin.at(began["path"], began.get("variant"))
+    scheduler = noise.scheduler_config(noising, found.config("scheduler"))
     trained = _by_part(_exported_weights(folder, method.get("ema")))
     if method["name"] == "lora":
+        if metadata.noise(scheduler) != metadata.noise(found.config("scheduler")):
+            log.warning(
+                "the adapter is for another noise schedule than the model's, which whoever loads "
+                "it must set; the run's result has it in lora/scheduler"
+            )
         models = _empty(found)
         held = _adapters_of(trained, method)
         told = {metadata.RESOLUTION: f"{side}x{side}"}
@@ -236,7 +250,6 @@ def _export_checkpoint(
     }
     if began.get("vae"):
         parts["vae"] = origin.vae(began["vae"], found)
-    scheduler = noise.scheduler_config(noising, found.config("scheduler"))
     _write_model(target, found, parts, form, dtype, scheduler)
 
 

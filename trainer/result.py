@@ -13,12 +13,10 @@ from typing import Any
 from trainer import disk
 from trainer.config import DTYPES, Config, LoraConfig, file_name
 from trainer.errors import UserError
-from trainer.formats import lora, metadata, writing
+from trainer.formats import diffusers_lora, lora, metadata, writing
 from trainer.model import Model
 
 log = logging.getLogger(__name__)
-
-_DIFFUSERS_STEM = "pytorch_lora_weights"  # what diffusers looks for in a folder
 
 
 def check(method: Any, model: Model) -> None:
@@ -73,8 +71,8 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
 def _lora_stem(name: str, kind: str) -> str:
     """What a LoRA's file is called: two kinds never alike, nor where case does not count."""
     if kind == "diffusers":
-        return _DIFFUSERS_STEM
-    return f"{name}-kohya" if name.lower() == _DIFFUSERS_STEM else name
+        return diffusers_lora.STEM
+    return f"{name}-kohya" if name.lower() == diffusers_lora.STEM else name
 
 
 def _write_scheduler(model: Model, folder: Path) -> Path:
