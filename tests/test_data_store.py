@@ -362,11 +362,8 @@ def test_an_entry_that_vanishes_during_the_run_is_named(load, cache, gone):
 def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
     composed, pictures, cache, tmp_path, monkeypatch
 ):
-    from contextlib import contextmanager
-
     encoded = []
 
-    @contextmanager
     def encoder(model):
         def encode(pixels):
             encoded.append(pixels)
@@ -374,7 +371,7 @@ def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
                 os.kill(os.getpid(), signal.SIGTERM)
             return torch.zeros(4, *(side // 4 for side in pixels.shape[1:]))
 
-        yield encode
+        return encode
 
     monkeypatch.setattr(conditioning, "_picture_encoder", encoder)
     options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64",

@@ -6,8 +6,7 @@ trained read the captions of each batch anew.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,13 +91,7 @@ def encode(
         every: list[str | None] = [None, *captions]
         read = Kept(store.texts(every, of_text, lambda: _text_encoder(model), stop))
     of_pictures = picture_fingerprint(model, config.cache) if config.cache else ""
-    with ExitStack() as loaded:
-        latents = store.latents(
-            dataset.samples,
-            of_pictures,
-            lambda: loaded.enter_context(_picture_encoder(model)),
-            stop,
-        )
+    latents = store.latents(dataset.samples, of_pictures, lambda: _picture_encoder(model), stop)
     masks = store.masks(dataset.samples, latents, stop)
     return Encoded(dataset=dataset, latents=latents, masks=masks, read=read)
 
@@ -144,17 +137,16 @@ def _text_encoder(model: Model) -> Callable[[list[str | None]], list[Entry]]:
     return encode
 
 
-@contextmanager
-def _picture_encoder(model: Model) -> Iterator[Callable[[Tensor], Tensor]]:
+def _picture_encoder(model: Model) -> Callable[[Tensor], Tensor]:
     """Pixels (3, H, W) -> the mode of the VAE's posterior, scaled (4, h, w), on the CPU."""
-    with model.vae() as vae:
+    vae = model.load_vae()
 
-        @torch.no_grad()
-        def encode(pixels: Tensor) -> Tensor:
-            posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-            return scaled(vae, posterior.mode())[0].float().cpu()
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+        return scaled(vae, posterior.mode())[0].float().cpu()
 
-        yield encode
+    return encode
 
 
 def _stacked(entries: Sequence[Entry], name: str) -> Tensor:

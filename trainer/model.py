@@ -111,11 +111,9 @@ class Model:
         parts = {part: self._load(part, dtype) for part in self.text_parts}
         return text.Encoder(self.config, self.origin, parts)
 
-    @contextmanager
-    def vae(self) -> Iterator[AutoencoderKL]:
-        """The VAE on the device for as long as the block lasts."""
-        part = self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
-        yield part
+    def load_vae(self) -> AutoencoderKL:
+        """The VAE, on the device, as configured; its memory is free when the caller lets it go."""
+        return self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
 
     @contextmanager
     def unet_aside(self) -> Iterator[None]:
