@@ -18,7 +18,7 @@ from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 
 Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
 
@@ -114,7 +114,7 @@ def _look_at_all(
         if stop:
             raise SystemExit(128 + stop[0])
         if isinstance(look, Exception):
-            found.unreadable[item.name] = str(look) or type(look).__name__
+            found.unreadable[item.name] = reason(look)
             if len(found.unreadable) > max_unreadable:
                 break
             continue

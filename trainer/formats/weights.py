@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 from trainer.formats import pickled
 from trainer.formats.lazy import Lazy
 
@@ -129,10 +129,9 @@ def _of_pickle(path: Path) -> Weights:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise any
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a torch checkpoint ({reason}); it is damaged or incomplete: "
-            "fetch or copy it again"
+            f"{path} cannot be read as a torch checkpoint ({reason(error)}); it is damaged or "
+            "incomplete: fetch or copy it again"
         ) from error
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
     every = dict(held) if isinstance(held, dict) else {}
