@@ -408,6 +408,19 @@ def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
     assert deterministic(memory) == deterministic(cached) == deterministic(again)
 
 
+def test_captions_are_encoded_many_at_a_time_and_counted_one_by_one(caplog):
+    sizes = []
+
+    def encoder(captions):
+        sizes.append(len(captions))
+        return [{"prompt": torch.zeros(1, 2)} for _ in captions]
+
+    with caplog.at_level("INFO"):
+        Store(None, "float32").texts([str(i) for i in range(20)], "", lambda: encoder)
+    assert sizes == [16, 4]
+    assert "encoding captions: 20 entries" in caplog.text
+
+
 def test_a_mask_is_averaged_to_the_latent_and_kept(encode, pictures, cache):
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 4, 64))

@@ -34,7 +34,6 @@ Read every picture and caption of a data set and say what is wrong with it; trai
 It takes the options of `python -m trainer`.  Exit status: 0, nothing is wrong; 1, there are
 problems, each of which is named; 2, the data cannot be read, or an option is wrong."""
 
-
 _SHEET = 64  # pictures at most
 
 

@@ -2,10 +2,10 @@
 
 An entry's name is a hash of all that decides it: the picture's bytes, how it is cropped and
 resized, the VAE, the dtype; the caption, the text encoders, the dtype; of a mask, which is kept
-beside the latent, the mask's bytes.  So an entry is never stale:
-with an edited picture or another resolution the name is another, and what has not changed is never
-encoded twice, in whichever run.  Entries are written beside and renamed: a process that is killed
-while it encodes loses one of them, and two may share a folder.
+beside the latent, the mask's bytes.  So an entry is never stale: with an edited picture or another
+resolution the name is another, and what has not changed is never encoded twice, in whichever run.
+Entries are written beside and renamed: a process that is killed while it encodes loses one of them,
+and two may share a folder.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +26,20 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from trainer import console
+from trainer.config import DTYPES
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
-from trainer.formats.weights import DTYPES
+from trainer.formats.weights import SAFETENSORS_DTYPES
 
 log = logging.getLogger(__name__)
 
+Thing = TypeVar("Thing")
 Entry = dict[str, Tensor]
 PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w), scaled
 TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
 _CHUNK = 16  # captions encoded at a time
 
@@ -81,7 +82,7 @@ class Store:
 
     def __init__(self, cache: str | None, dtype: str) -> None:
         self.folder = Path(cache).expanduser() if cache else None
-        self.dtype = _DTYPES[dtype]
+        self.dtype = DTYPES[dtype]
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ class Store:
         if missing:
             encode = make_encoder()
             reads = ahead(_read(Sample.read_pixels), [by_key[key] for key in missing])
-            for key, pixels in _progress(zip(missing, reads, strict=True), missing, stop):
+            for key, pixels in _progress(zip(missing, reads, strict=True), len(missing), stop):
                 entry = {"latent": encode(pixels)}
                 if not _is_finite(entry):
                     raise UserError(
@@ -134,7 +135,7 @@ class Store:
         missing = self._missing(found, lambda key, entry: _is_mask(entry, sizes[by_key[key]]))
         reads = ahead(_read(Sample.read_mask), [samples[by_key[key]] for key in missing])
         things = zip(missing, reads, strict=True)
-        for key, mask in _progress(things, missing, stop, "reading masks"):
+        for key, mask in _progress(things, len(missing), stop, "reading masks"):
             averaged = F.adaptive_avg_pool2d(mask, sizes[by_key[key]])
             self._put(found, key, {"mask": averaged}, len(missing))
         return found
@@ -155,7 +156,7 @@ class Store:
         if missing:
             encode = make_encoder()
             chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
-            for chunk in _progress(chunks, chunks, stop, "encoding captions"):
+            for chunk in _progress(chunks, len(missing), stop, "encoding captions", len):
                 for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
                     if not _is_finite(entry):
                         raise UserError(
@@ -278,7 +279,7 @@ def _described(path: Path) -> Entry:
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return {
-            name: torch.empty(s.get_shape(), dtype=DTYPES[s.get_dtype()], device="meta")
+            name: torch.empty(s.get_shape(), dtype=SAFETENSORS_DTYPES[s.get_dtype()], device="meta")
             for name, s in slices.items()
         }
 
@@ -330,14 +331,18 @@ def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
 
 
 def _progress(
-    things: Iterable[Any], total: list[Any], stop: Sequence[int], what: str = "encoding pictures"
-) -> Iterator[Any]:
-    """The things, their progress told.  Ends the process once `stop` holds a signal: what is
-    encoded is kept where there is a cache."""
-    with console.Aside(what, len(total), "entries") as aside:
+    things: Iterable[Thing],
+    total: int,
+    stop: Sequence[int],
+    what: str = "encoding pictures",
+    entries_of: Callable[[Thing], int] = lambda thing: 1,
+) -> Iterator[Thing]:
+    """The things, their progress told, of `total` entries.  Ends the process once `stop` holds a
+    signal: what is encoded is kept where there is a cache."""
+    with console.Aside(what, total, "entries") as aside:
         for thing in things:
             if stop:
                 log.info("stopped while %s", what)
                 raise SystemExit(128 + stop[0])
             yield thing
-            aside.advance(1)
+            aside.advance(entries_of(thing))

@@ -17,7 +17,6 @@ TRAINER = "trainer"  # JSON: how a run of ours trained it
 CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
 
-
 _NOISE = {  # what of a scheduler's configuration decides the noise, and what it is by default
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.formats.weights import DTYPES, Weights, contents
+from trainer.formats.weights import SAFETENSORS_DTYPES, Weights, contents
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # Of the tensors' bytes, as modelspec and as A1111 write it; as wide before it is known as after.
 HASH = "modelspec.hash_sha256"
 SSHS = "sshs_model_hash"

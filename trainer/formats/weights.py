@@ -22,7 +22,7 @@ from trainer.formats.lazy import Lazy
 
 log = logging.getLogger(__name__)
 
-DTYPES = {  # as safetensors writes them
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,10 +36,9 @@ DTYPES = {  # as safetensors writes them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _WINDOW_BYTES = 256 << 20
 _END_BYTES = 1024  # of a tensor that is known by its ends
-PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-
 
 Weights = dict[str, Lazy]
 
@@ -84,11 +83,11 @@ def _of_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
         for name in file.keys():  # noqa: SIM118 - not a dict
             tensor = file.get_slice(name)
             kind = tensor.get_dtype()
-            if kind not in DTYPES:
+            if kind not in SAFETENSORS_DTYPES:
                 raise UserError(f"{path}: {name} is of the type {kind}, which cannot be read")
             weights[name] = Lazy(
                 shape=tuple(tensor.get_shape()),
-                dtype=DTYPES[kind],
+                dtype=SAFETENSORS_DTYPES[kind],
                 read=partial(mapped.read, name),
             )
     except (OSError, SafetensorError) as error:
