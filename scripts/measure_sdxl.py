@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from trainer import (
     batches,
     cli,
     execution,
+    explain,
     gradients,
     losses,
     memory,
@@ -43,7 +43,7 @@ from trainer import (
     optimizers,
     validate,
 )
-from trainer.config import ASSETS, DTYPES, Config, conf_dir
+from trainer.config import ASSETS, DTYPES, Config
 from trainer.report import format_bytes
 
 UNET = ASSETS / "architectures" / "sdxl" / "unet" / "config.json"
@@ -63,8 +63,7 @@ _BLOCK = 1 << 22  # random numbers that all weights are filled from
 def configured(overrides: list[str]) -> Config:
     """The trainer's configuration for these options."""
     cli.register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return validate.to_dataclasses(compose("config", overrides=[*OPTIONS, *overrides]))
+    return validate.to_dataclasses(explain.composition([*OPTIONS, *overrides]))
 
 
 def empty_unet(path: Path) -> UNet2DConditionModel:

@@ -6,9 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 import optim
@@ -19,14 +17,13 @@ from trainer.config import (
     Config,
     ExternalConfig,
     choices_of,
-    conf_dir,
     file_name,
     group_names,
     optimizer_schema,
     peer_schema,
 )
 from trainer.errors import UserError
-from trainer.explain import explain, options_of
+from trainer.explain import composition, explain, options_of
 
 _HELP = """\
 Fine-tune SDXL, full or LoRA, with low-memory optimizers.
@@ -145,10 +142,8 @@ def composed(overrides: list[str]) -> DictConfig:
     """
     register()
     refuse_repeated(overrides)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("config", overrides=overrides)
+        return composition(overrides)
     except Exception as error:  # Hydra and OmegaConf raise many kinds
         fail(explain(error, overrides))
 
