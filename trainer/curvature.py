@@ -8,6 +8,7 @@ squared gradient of that loss, scaled, is the diagonal of the Gauss-Newton matri
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 import optim
@@ -45,4 +46,4 @@ def estimate(
     target = prediction.detach() + batches.on_device(noise, prediction.device)
     scale = prediction.numel() / 2
     with taken.handing_to(lambda *params: optimizer.update_hessian(scale, params or None)):
-        losses.squared_error(prediction, target).backward()
+        F.mse_loss(prediction, target).backward()

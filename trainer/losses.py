@@ -92,11 +92,6 @@ def huber_deltas(config: HuberConfig, schedule: DDPMScheduler, timesteps: Tensor
     return (1 - config.delta) * (root / (root + 1)).square() + config.delta
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean over all elements of the squared distance: (B, 4, h, w) twice -> 0-d."""
-    return F.mse_loss(prediction, target)
-
-
 @torch.no_grad()
 def evaluate(
     unet: UNet2DConditionModel, schedule: DDPMScheduler, batches: Iterable[Batch]
