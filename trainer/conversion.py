@@ -86,10 +86,8 @@ def _in_run(path: Path) -> Path:
             return (every or [path])[-1]
         found = loras[0]
     if every and int(every[-1].name[5:]) > (step := _finished(path)):
-        log.warning(
-            "%s is of step %d; the run has gone on since: name %s for its last checkpoint", found,
-            step, every[-1],
-        )  # fmt: skip
+        form = "%s is of step %d; the run has gone on since: name %s for its last checkpoint"
+        log.warning(form, found, step, every[-1])
     return found
 
 

@@ -59,9 +59,8 @@ def save_lora(
     with disk.whole_file(target) as temporary:
         stream.write(temporary, of_tensors(tensors), described, kinds_of)
         count, rounding = _prove(read(temporary, models), adapters, dtype, target)
-    form = "%s: %d adapters read back, each adds what was trained"
-    log.info(form + (" (rounded to %s: %.1e)" if dtype else ""), target, count,
-             *((str(dtype).removeprefix("torch."), rounding) if dtype else ()))  # fmt: skip
+    changed = f" (rounded to {str(dtype).removeprefix('torch.')}: {rounding:.1e})" if dtype else ""
+    log.info("%s: %d adapters read back, each adds what was trained%s", target, count, changed)
     return target
 
 
