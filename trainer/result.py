@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import disk
-from trainer.config import DTYPES, Config, LoraConfig, file_name
+from trainer.config import DTYPES, Config, FullConfig, LoraConfig, file_name
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, lora, metadata, writing
 from trainer.model import Model
@@ -19,7 +19,7 @@ from trainer.model import Model
 log = logging.getLogger(__name__)
 
 
-def check(method: Any, model: Model) -> None:
+def check(method: FullConfig | LoraConfig, model: Model) -> None:
     """Refuse, before anything is trained, a format that the result cannot be written in."""
     for kind in method.export:
         if kind in ("kohya", "single_file") and model.origin.kind == "other":

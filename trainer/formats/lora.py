@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +120,12 @@ def _prove(
 
 
 def _rounded(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
-    def to(tensor: Any) -> Any:
-        return None if tensor is None else tensor.to("cpu", dtype)
-
-    return Adapter(
-        down=to(adapter.down),
-        up=to(adapter.up),
-        alpha=adapter.alpha,
-        magnitude=to(adapter.magnitude),
+    magnitude = adapter.magnitude
+    return replace(
+        adapter,
+        down=adapter.down.to("cpu", dtype),
+        up=adapter.up.to("cpu", dtype),
+        magnitude=None if magnitude is None else magnitude.to("cpu", dtype),
     )
 
 
