@@ -52,13 +52,14 @@ def check_rules(rules: Sequence[Rule]) -> None:
             )
 
 
+def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as optimizers take them: YAML has lists, and torch's betas are a tuple."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
 def options_of(rule: Rule, lr: float) -> dict[str, Any]:
     """What a rule's parameters get, as keys of a parameter group; `lr` is everybody else's."""
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in rule.items()
-        if key not in _OWN
-    }
+    options = with_tuples({key: value for key, value in rule.items() if key not in _OWN})
     return options | ({"lr": lr * rule["lr_scale"]} if "lr_scale" in rule else {})
 
 

@@ -139,11 +139,7 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
 def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
     if isinstance(config, ExternalConfig):
         return _make_external(config, chosen)
-    values = {
-        key: tuple(v) if isinstance(v, list) else v
-        for key, v in asdict(config).items()
-        if key != "name"
-    }
+    values = groups.with_tuples({k: v for k, v in asdict(config).items() if k != "name"})
     known = optim.options_of(config.name)
     for group in chosen:  # it keeps what it does not know
         for option in group.keys() - {"params", *known}:
@@ -178,7 +174,7 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
         for option in group.keys() - {"params"}:
             if option not in known and not accepts_any:
                 raise UserError(unknown(f"option of {config.class_path}", option, known))
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.options.items()}
+    options = groups.with_tuples(config.options)
     make: Callable[..., torch.optim.Optimizer] = cls  # which takes more than the base class
     try:
         return make(chosen, lr=config.lr, **options)
