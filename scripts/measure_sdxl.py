@@ -132,7 +132,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     unet = build_unet(arguments.unet, DTYPES[config.model.dtype], device)
     memory.return_freed_blocks(sum(p.nbytes for p in unet.parameters()))
-    model = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
+    model: Any = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
     method.attach(config.method, model, config.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     alive = AliveGradients(parameters)

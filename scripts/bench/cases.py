@@ -126,7 +126,8 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
 
     rule, share = type(optimizer).rule.__name__, Share(optimizer._places())
     if rule in plan.PROJECTED:
-        ProjectedEngine(optimizer, plan.PROJECTED[rule], Describing).step(share, {})
+        make_engine: Any = Describing  # which has of an engine what a step asks for
+        ProjectedEngine(optimizer, plan.PROJECTED[rule], make_engine).step(share, {})
     else:
         Describing(optimizer).step(share, {})
     if isinstance(optimizer, optim.Sophia):
