@@ -99,9 +99,9 @@ def encode(
 def text_fingerprint(model: Model, cache: str) -> str:
     """Of all that decides how captions are encoded; `cache` remembers what takes long."""
     config, origin = model.config, model.origin
-    tokenizers = [part.replace("text_encoder", "tokenizer") for part in model.text_parts]
     memo = Path(cache).expanduser()
-    parts = [origin.fingerprint(part, memo) for part in (*model.text_parts, *tokenizers)]
+    read_by = (*model.text_parts, *map(text.tokenizer_part, model.text_parts))
+    parts = [origin.fingerprint(part, memo) for part in read_by]
     how = (config.text_dtype, config.prompt_chunks, config.clip_skip, origin.zeros_for_empty)
     return repr((parts, how))
 

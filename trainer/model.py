@@ -50,8 +50,7 @@ class Model:
 
     def sketch(self) -> str:
         """A hash by which this model is known wherever it lies, and told from another."""
-        tokenizers = [part.replace("text_encoder", "tokenizer") for part in self.text_parts]
-        parts = ["unet", *self.text_parts, *tokenizers]
+        parts = ["unet", *self.text_parts, *map(text.tokenizer_part, self.text_parts)]
         known = [
             *(self.origin.sketch(part) for part in parts),
             self.vae_origin.sketch("vae"),

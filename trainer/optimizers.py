@@ -123,8 +123,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """
     states = optimizer.state.values()
     tensors = (x for state in states for value in state.values() for x in _plain_tensors(value))
-    storages = {(x.device, s.data_ptr()): s.nbytes() for x in tensors if (s := x.untyped_storage())}
-    return sum(storages.values())
+    storages = ((x.device, x.untyped_storage()) for x in tensors)
+    sizes = {(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}
+    return sum(sizes.values())
 
 
 def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -87,14 +87,13 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
 def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
     """How it was trained, by the keys of kohya's scripts, which model managers show; and what of
     the configuration may be given away under a key of our own."""
-    lr = getattr(config.optim, "lr", "")
     computes_bf16 = "bfloat16" in (config.model.dtype, config.model.compute)
     side = config.data.largest_resolution
     resolution = f"{side}x{side}"
     known: dict[str, Any] = {
         "ss_steps": step,
         "ss_optimizer": config.optim.name,
-        "ss_learning_rate": lr,
+        "ss_learning_rate": config.optim.lr,
         "ss_lr_scheduler": config.schedule.name,
         "ss_seed": config.seed,
         "ss_resolution": resolution,

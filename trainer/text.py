@@ -110,9 +110,14 @@ class Encoder:
         return torch.tensor(rows).view(len(captions), self._chunks, length)
 
 
+def tokenizer_part(encoder: str) -> str:
+    """The part that a text encoder's captions are read by: text_encoder_2 -> tokenizer_2."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
 def tokenizer(origin: Origin, part: str) -> Any:
     """The tokenizer of a text encoder."""
-    return origin.tokenizer(part.replace("text_encoder", "tokenizer"))
+    return origin.tokenizer(tokenizer_part(part))
 
 
 def count_tokens(tokenizer: Any, caption: str) -> int:

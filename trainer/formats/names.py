@@ -78,6 +78,9 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 NOT_WEIGHTS = ("position_ids", "logit_scale")  # nothing that encoding a text would use
 
 
+Form = Literal["same", "conv", "transposed", "fused"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One tensor of a single file: what it is called there, which of diffusers' it holds, and how.
@@ -88,7 +91,7 @@ class Entry:
 
     single: str
     own: tuple[str, ...]
-    form: Literal["same", "conv", "transposed", "fused"] = "same"
+    form: Form = "same"
 
 
 def canonical(part: str, name: str) -> str:
@@ -174,7 +177,7 @@ def _openclip(names: Iterable[str]) -> list[Entry]:
     entries = []
     for name in names:
         if name in _OPENCLIP:
-            form: Any = "transposed" if name == "text_projection.weight" else "same"
+            form: Form = "transposed" if name == "text_projection.weight" else "same"
             entries.append(Entry(single=_OPENCLIP[name], own=(name,), form=form))
             continue
         found = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", name)
