@@ -39,7 +39,8 @@ class Encoded:
     def gather(self, picks: Sequence[Pick]) -> Inputs:
         """The inputs of a batch, in fp32.  All picks have one bucket."""
         samples = [self.dataset.samples[pick.sample] for pick in picks]
-        latents, masks = [self.latents[pick.sample] for pick in picks], self.masks
+        latents = [self.latents[pick.sample] for pick in picks]
+        masks = [self.masks[pick.sample] for pick in picks] if self.masks is not None else None
         told = self.read([pick.caption for pick in picks])
         weights = [sample.loss_weight for sample in samples]
         return Inputs(
@@ -48,7 +49,7 @@ class Encoded:
             pooled=told.pooled,
             time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
             loss_weights=None if set(weights) == {1.0} else torch.tensor(weights),
-            mask=_stacked([masks[pick.sample] for pick in picks], "mask") if masks else None,
+            mask=_stacked(masks, "mask") if masks is not None else None,
         )
 
     def plain(self, rows: Sequence[int]) -> Inputs:

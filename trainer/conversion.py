@@ -182,8 +182,9 @@ def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
 def _trained_on(path: Path) -> tuple[str, str | None] | None:
     """The model that a LoRA in a run's `lora` folder was trained on, and its variant, by the run's
     configuration; None for a file that is in no run."""
-    run = path.resolve().parents[1]
-    if path.resolve().parent.name != "lora" or not (run / "config.yaml").is_file():
+    folder = path.resolve().parent
+    run = folder.parent
+    if folder.name != "lora" or not (run / "config.yaml").is_file():
         return None
     try:
         model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]

@@ -73,9 +73,6 @@ class Entries:
             )
         return entry
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
 
 class Store:
     """Where entries are kept: `data.cache`, or memory where that is null."""
