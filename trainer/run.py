@@ -276,7 +276,7 @@ def _nothing_to_train(state: State) -> None:
 def _stopped(state: State) -> NoReturn:
     """Leave a run that is saved, as the signal asks."""
     log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
-    raise SystemExit(128 + state.stop[0])
+    signals.end(state.stop[0])
 
 
 def _report(

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trainer import console
+from trainer import console, signals
 from trainer.config import DTYPES
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
@@ -338,8 +338,6 @@ def _progress(
     signal: what is encoded is kept where there is a cache."""
     with console.Aside(what, total, "entries") as aside:
         for thing in things:
-            if stop:
-                log.info("stopped while %s", what)
-                raise SystemExit(128 + stop[0])
+            signals.end_if(stop, what)
             yield thing
             aside.advance(entries_of(thing))

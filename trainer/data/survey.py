@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from trainer import disk
+from trainer import disk, signals
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
@@ -115,8 +115,7 @@ def _look_at_all(
     looks = ahead(lambda one: _look(*one, config, checked), captioned)
     bar = tqdm(looks, "reading pictures", len(captioned), disable=None, leave=False)
     for (_, item, _), look in zip(captioned, bar, strict=False):
-        if stop:
-            raise SystemExit(128 + stop[0])
+        signals.end_if(stop, "reading pictures")
         if isinstance(look, Exception):
             found.unreadable[item.name] = reason(look)
             if len(found.unreadable) > max_unreadable:
