@@ -170,5 +170,5 @@ def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int
     # A token is at least one character, so that most captions need not be made into tokens to know
     # that they fit (what is not ASCII may be of several).
     long = [caption for caption in captions if len(caption) > room or not caption.isascii()]
-    counts = {caption: text.count_tokens(tokenizer, caption) for caption in long}
+    counts = {caption: len(text.token_ids(tokenizer, caption)) for caption in long}
     return {caption: count for caption, count in counts.items() if count > room}, room
