@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from trainer import (
     batches,
     cli,
     execution,
+    explain,
     gradients,
     losses,
     memory,
@@ -43,7 +43,7 @@ from trainer import (
     optimizers,
     validate,
 )
-from trainer.config import ASSETS, DTYPES, Config, conf_dir
+from trainer.config import ASSETS, DTYPES, Config
 from trainer.report import format_bytes
 
 UNET = ASSETS / "architectures" / "sdxl" / "unet" / "config.json"
@@ -63,8 +63,7 @@ _BLOCK = 1 << 22  # random numbers that all weights are filled from
 def configured(overrides: list[str]) -> Config:
     """The trainer's configuration for these options."""
     cli.register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return validate.to_dataclasses(compose("config", overrides=[*OPTIONS, *overrides]))
+    return validate.to_dataclasses(explain.composition([*OPTIONS, *overrides]))
 
 
 def empty_unet(path: Path) -> UNet2DConditionModel:
@@ -133,7 +132,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     unet = build_unet(arguments.unet, DTYPES[config.model.dtype], device)
     memory.return_freed_blocks(sum(p.nbytes for p in unet.parameters()))
-    model = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
+    model: Any = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
     method.attach(config.method, model, config.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     alive = AliveGradients(parameters)

@@ -17,6 +17,7 @@ pixels, because after full whitening the UNet spends half of its loss on detail 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from tiny.base import eval_loss, newest_base, train_base
 from tiny.captions import Captions, read_bpe
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     # Read pictures and captions.
     source = sources(args)
     bpe = read_bpe(source.bpe)
-    tokenizer = CLIPTokenizer(vocab=bpe.vocabulary, merges=bpe.merges, model_max_length=77)
+    merges: Any = bpe.merges  # pairs, whatever transformers 5 annotates
+    tokenizer = CLIPTokenizer(vocab=bpe.vocabulary, merges=merges, model_max_length=77)
     emoji = read_emoji(source)
     usable, held_out = split_held_out(emoji)
     chosen = choose_varied(usable, NUM_PICTURES)

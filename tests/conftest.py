@@ -11,13 +11,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from helpers import QUICK
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
 from optim import backend
-from trainer import cli, config, data, validate
+from trainer import cli, config, data, explain, validate
 from trainer.run import run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -128,9 +126,7 @@ def v_schedule(make_schedule):
 def compose_raw(*overrides):
     """Hydra's configuration for these overrides, unchecked."""
     cli.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return explain.composition(list(overrides))
 
 
 @pytest.fixture

@@ -362,11 +362,8 @@ def test_an_entry_that_vanishes_during_the_run_is_named(load, cache, gone):
 def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
     composed, pictures, cache, tmp_path, monkeypatch
 ):
-    from contextlib import contextmanager
-
     encoded = []
 
-    @contextmanager
     def encoder(model):
         def encode(pixels):
             encoded.append(pixels)
@@ -374,7 +371,7 @@ def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
                 os.kill(os.getpid(), signal.SIGTERM)
             return torch.zeros(4, *(side // 4 for side in pixels.shape[1:]))
 
-        yield encode
+        return encode
 
     monkeypatch.setattr(conditioning, "_picture_encoder", encoder)
     options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64",
@@ -409,6 +406,19 @@ def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
     monkeypatch.setattr(conditioning, "_text_encoder", refuse)
     again = quick("again", *options, f"data.cache={cache}")
     assert deterministic(memory) == deterministic(cached) == deterministic(again)
+
+
+def test_captions_are_encoded_many_at_a_time_and_counted_one_by_one(caplog):
+    sizes = []
+
+    def encoder(captions):
+        sizes.append(len(captions))
+        return [{"prompt": torch.zeros(1, 2)} for _ in captions]
+
+    with caplog.at_level("INFO"):
+        Store(None, "float32").texts([str(i) for i in range(20)], "", lambda: encoder)
+    assert sizes == [16, 4]
+    assert "encoding captions: 20 entries" in caplog.text
 
 
 def test_a_mask_is_averaged_to_the_latent_and_kept(encode, pictures, cache):

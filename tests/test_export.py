@@ -355,7 +355,8 @@ def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_war
 def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
     private = ("log.prompts=[a secret]", f"data.cache={tmp_path}/cache")
     model = shutil.copytree(TINY, tmp_path / "my-model")
-    folder = quick("run", "method=lora", f"model.path={model}", *private, *ONE_STEP)
+    sizes = ("data.resolution=32", "data.resolutions=[32,64]")
+    folder = quick("run", "method=lora", f"model.path={model}", *private, *sizes, *ONE_STEP)
     assert run(capsys, folder / "checkpoints/step-000001", tmp_path / "c.safetensors")[0] == 0
     every = [*sorted((folder / "lora").glob("*.safetensors")), tmp_path / "c.safetensors"]
     assert len(every) == 3
@@ -370,6 +371,17 @@ def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, ca
         config = json.loads(file.metadata()["trainer"])["config"]
     assert config["model"]["path"] == "my-model"
     assert config["optim"]["lr"] == 0.01
+
+
+def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
+    quick, tmp_path, capsys, caplog
+):
+    changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
+    for name, options, times in (("own", (), 0), ("other", changes, 1)):
+        folder = quick(name, "method=lora", *options, *ONE_STEP)
+        target = tmp_path / f"{name}.safetensors"
+        assert run(capsys, folder / "checkpoints/step-000001", target)[0] == 0
+        assert caplog.text.count("for another noise schedule than the model's") == times
 
 
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):

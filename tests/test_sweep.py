@@ -1,5 +1,6 @@
 """Sweeps: every combination runs, a failure is a row, a table at the end."""
 
+import json
 import math
 
 import pytest
@@ -40,6 +41,15 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
     assert table[-1].startswith("| optim.lr=-1 ")
     assert table[-1].split("|")[2].strip() == "failed"
     assert "- optim.lr=-1 failed: optim=adafactor8bit: Adafactor8bit: lr=-1.0" in done.stdout
+
+
+def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys):
+    from trainer.__main__ import _record_failure
+
+    _record_failure(tmp_path, MemoryError(), ["optim=sgd"])
+    table = sweep_table([json.loads((tmp_path / "summary.json").read_text())])
+    assert table.endswith("- default failed: MemoryError")
+    assert "error: optim=sgd: MemoryError" in capsys.readouterr().err
 
 
 def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):

@@ -96,9 +96,9 @@ def test_chunks_read_on_where_a_caption_would_be_cut(composed):
 
 def test_captions_with_too_few_characters_to_be_cut_are_not_made_into_tokens(composed, monkeypatch):
     counted = []
-    count = texts.count_tokens
+    ids = texts.token_ids
     monkeypatch.setattr(
-        texts, "count_tokens", lambda of, caption: counted.append(caption) or count(of, caption)
+        texts, "token_ids", lambda of, caption: counted.append(caption) or ids(of, caption)
     )
     model = Model(composed().model, CPU)
     dense = ["!" * 75, "!a" * 38, "\u1e9b\u0323" * 37]  # about a token a character, and several
@@ -106,7 +106,7 @@ def test_captions_with_too_few_characters_to_be_cut_are_not_made_into_tokens(com
     cut, room = conditioning.cut_captions(model, every)
     assert counted == [LONG, *dense[1:]]
     tokenizer = texts.tokenizer(model.origin, "text_encoder")
-    found = {caption: count(tokenizer, caption) for caption in every}
+    found = {caption: len(ids(tokenizer, caption)) for caption in every}
     assert cut == {caption: number for caption, number in found.items() if number > room}
     assert cut.keys() == {LONG, *dense[1:]}
     assert all(found[caption] <= len(caption) for caption in every if caption.isascii())

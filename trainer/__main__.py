@@ -63,9 +63,10 @@ def _record_failure(folder: Path, error: Exception, overrides: list[str]) -> Non
     """A failed run of a sweep is a row of its table, and the sweep goes on."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-    print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr)
+    told = str(error) or type(error).__name__
+    print(f"error: {' '.join(overrides)}: {told}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder, {"overrides": overrides, "error": str(error)})
+    write_summary(folder, {"overrides": overrides, "error": told})
 
 
 def main() -> None:

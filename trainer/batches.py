@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from trainer import noise
 from trainer.config import NoiseConfig
@@ -101,7 +101,7 @@ def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
     return torch.stack(draws)
 
 
-def predict(unet: nn.Module, batch: Batch) -> Tensor:
+def predict(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
     """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype.
 
     A UNet that takes a pooled prompt and sizes (SDXL) gets them, one that does not (SD 1.5) gets

@@ -51,9 +51,9 @@ class Counters:
     skipped_steps: int = 0
     eval_loss_before: float = math.nan  # before the first step; NaN where it is of other points
     grad_norm: float = math.nan  # of the last step, by which method.clip=lagged clips the next
-    # How often the data was gone through, by which the order of batches goes on; None in older
+    # How often the data was gone through, by which the order of batches goes on; NaN in older
     # checkpoints.
-    epochs: float | None = None
+    epochs: float = math.nan
     pictures: int = 0  # trained on, each time counted
     seconds: float = 0.0  # spent in training steps
     # Of steps that measure speed: `trainer.clock`.
@@ -95,7 +95,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if checkpoint.average:
             stream.write(temporary / _AVERAGE, of_tensors(checkpoint.average), {})
         files = (*_FILES, _AVERAGE) if checkpoint.average else _FILES
-        record = {
+        record: dict[str, Any] = {
             "step": checkpoint.step,
             "counters": asdict(checkpoint.counters),
             "config": checkpoint.config,

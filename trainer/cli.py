@@ -6,9 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 import optim
@@ -19,13 +17,13 @@ from trainer.config import (
     Config,
     ExternalConfig,
     choices_of,
-    conf_dir,
+    file_name,
     group_names,
     optimizer_schema,
     peer_schema,
 )
 from trainer.errors import UserError
-from trainer.explain import explain, options_of
+from trainer.explain import composition, explain, options_of
 
 _HELP = """\
 Fine-tune SDXL, full or LoRA, with low-memory optimizers.
@@ -80,7 +78,7 @@ def register() -> None:
     store.store(group="hydra/help", name="trainer", node=help_node)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+    OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
 
 
 def with_resumed(arguments: list[str]) -> list[str]:
@@ -144,10 +142,8 @@ def composed(overrides: list[str]) -> DictConfig:
     """
     register()
     refuse_repeated(overrides)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("config", overrides=overrides)
+        return composition(overrides)
     except Exception as error:  # Hydra and OmegaConf raise many kinds
         fail(explain(error, overrides))
 
@@ -156,14 +152,9 @@ def _run_dir(resume: str | None, name: str) -> str:
     """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
     if resume and (folder := run_folder_of(resume)):
         return str(folder)
-    fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{_folder_name(name)}"
+    fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{file_name(name)}"
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
-
-
-def _folder_name(name: str) -> str:
-    """A run's name as one folder's: peer/hf_adafactor-full -> peer-hf_adafactor-full."""
-    return name.replace("/", "-")
 
 
 def _groups() -> str:

@@ -1,7 +1,7 @@
 """Where a run's time goes: its steps, and what is done between them."""
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ class Clock:
         """Whether a step was made in this session."""
         return bool(self._seen)
 
-    def step(self, seconds: float, batches: list[Hashable], pictures: int) -> None:
+    def step(self, seconds: float, batches: Sequence[Hashable], pictures: int) -> None:
         """Count a step that took so long; `batches` are the shapes of what it trained on."""
         counters = self._counters
         counters.seconds += seconds

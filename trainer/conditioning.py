@@ -6,13 +6,13 @@ trained read the captions of each batch anew.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from trainer import text
 from trainer.batches import Inputs
@@ -39,7 +39,8 @@ class Encoded:
     def gather(self, picks: Sequence[Pick]) -> Inputs:
         """The inputs of a batch, in fp32.  All picks have one bucket."""
         samples = [self.dataset.samples[pick.sample] for pick in picks]
-        latents, masks = [self.latents[pick.sample] for pick in picks], self.masks
+        latents = [self.latents[pick.sample] for pick in picks]
+        masks = [self.masks[pick.sample] for pick in picks] if self.masks is not None else None
         told = self.read([pick.caption for pick in picks])
         weights = [sample.loss_weight for sample in samples]
         return Inputs(
@@ -48,7 +49,7 @@ class Encoded:
             pooled=told.pooled,
             time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
             loss_weights=None if set(weights) == {1.0} else torch.tensor(weights),
-            mask=_stacked([masks[pick.sample] for pick in picks], "mask") if masks else None,
+            mask=_stacked(masks, "mask") if masks is not None else None,
         )
 
     def plain(self, rows: Sequence[int]) -> Inputs:
@@ -91,13 +92,7 @@ def encode(
         every: list[str | None] = [None, *captions]
         read = Kept(store.texts(every, of_text, lambda: _text_encoder(model), stop))
     of_pictures = picture_fingerprint(model, config.cache) if config.cache else ""
-    with ExitStack() as loaded:
-        latents = store.latents(
-            dataset.samples,
-            of_pictures,
-            lambda: loaded.enter_context(_picture_encoder(model)),
-            stop,
-        )
+    latents = store.latents(dataset.samples, of_pictures, lambda: _picture_encoder(model), stop)
     masks = store.masks(dataset.samples, latents, stop)
     return Encoded(dataset=dataset, latents=latents, masks=masks, read=read)
 
@@ -105,9 +100,9 @@ def encode(
 def text_fingerprint(model: Model, cache: str) -> str:
     """Of all that decides how captions are encoded; `cache` remembers what takes long."""
     config, origin = model.config, model.origin
-    tokenizers = [part.replace("text_encoder", "tokenizer") for part in model.text_parts]
     memo = Path(cache).expanduser()
-    parts = [origin.fingerprint(part, memo) for part in (*model.text_parts, *tokenizers)]
+    read_by = (*model.text_parts, *map(text.tokenizer_part, model.text_parts))
+    parts = [origin.fingerprint(part, memo) for part in read_by]
     how = (config.text_dtype, config.prompt_chunks, config.clip_skip, origin.zeros_for_empty)
     return repr((parts, how))
 
@@ -118,12 +113,12 @@ def picture_fingerprint(model: Model, cache: str) -> str:
     return repr((model.vae_origin.fingerprint("vae", memo), model.config.vae_dtype))
 
 
-def scaled(vae: nn.Module, latents: Tensor) -> Tensor:
+def scaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """The VAE's latents as the UNet takes them."""
     return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
-def unscaled(vae: nn.Module, latents: Tensor) -> Tensor:
+def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """The UNet's latents as the VAE takes them."""
     return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
 
@@ -143,17 +138,16 @@ def _text_encoder(model: Model) -> Callable[[list[str | None]], list[Entry]]:
     return encode
 
 
-@contextmanager
-def _picture_encoder(model: Model) -> Iterator[Callable[[Tensor], Tensor]]:
+def _picture_encoder(model: Model) -> Callable[[Tensor], Tensor]:
     """Pixels (3, H, W) -> the mode of the VAE's posterior, scaled (4, h, w), on the CPU."""
-    with model.vae() as vae:
+    vae = model.load_vae()
 
-        @torch.no_grad()
-        def encode(pixels: Tensor) -> Tensor:
-            posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-            return scaled(vae, posterior.mode())[0].float().cpu()
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+        return scaled(vae, posterior.mode())[0].float().cpu()
 
-        yield encode
+    return encode
 
 
 def _stacked(entries: Sequence[Entry], name: str) -> Tensor:
@@ -176,5 +170,5 @@ def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int
     # A token is at least one character, so that most captions need not be made into tokens to know
     # that they fit (what is not ASCII may be of several).
     long = [caption for caption in captions if len(caption) > room or not caption.isascii()]
-    counts = {caption: text.count_tokens(tokenizer, caption) for caption in long}
+    counts = {caption: len(text.token_ids(tokenizer, caption)) for caption in long}
     return {caption: count for caption, count in counts.items() if count > room}, room

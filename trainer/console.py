@@ -13,7 +13,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 log = logging.getLogger(__name__)
 logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks of its own
 
-
 _REPORT_SECONDS = 30
 # Without tqdm's own estimate of the time left, which knows of nothing but steps.
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"

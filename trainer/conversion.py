@@ -15,14 +15,22 @@ from trainer import noise, origin
 from trainer.checkpoint import completed
 from trainer.config import NoiseConfig
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, kinds, lora, metadata, writing
+from trainer.formats import (
+    adapters,
+    architectures,
+    diffusers_lora,
+    kinds,
+    lora,
+    metadata,
+    writing,
+)
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.names import canonical
 from trainer.formats.weights import PICKLED, Weights, of_file
 
 log = logging.getLogger(__name__)
 
-_LORA_NAME = "pytorch_lora_weights.safetensors"  # of a folder that diffusers saved
+_LORA_NAME = f"{diffusers_lora.STEM}.safetensors"
 
 
 def convert(
@@ -78,10 +86,8 @@ def _in_run(path: Path) -> Path:
             return (every or [path])[-1]
         found = loras[0]
     if every and int(every[-1].name[5:]) > (step := _finished(path)):
-        log.warning(
-            "%s is of step %d; the run has gone on since: name %s for its last checkpoint", found,
-            step, every[-1],
-        )  # fmt: skip
+        form = "%s is of step %d; the run has gone on since: name %s for its last checkpoint"
+        log.warning(form, found, step, every[-1])
     return found
 
 
@@ -147,7 +153,7 @@ def _write_lora(
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    lora.save_lora(target, form, models, base, dtype, told, adapters=found)  # type: ignore[arg-type]
+    lora.save_lora(target, form, models, base, dtype, told, adapters=found)
 
 
 def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
@@ -176,8 +182,9 @@ def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
 def _trained_on(path: Path) -> tuple[str, str | None] | None:
     """The model that a LoRA in a run's `lora` folder was trained on, and its variant, by the run's
     configuration; None for a file that is in no run."""
-    run = path.resolve().parents[1]
-    if path.resolve().parent.name != "lora" or not (run / "config.yaml").is_file():
+    folder = path.resolve().parent
+    run = folder.parent
+    if folder.name != "lora" or not (run / "config.yaml").is_file():
         return None
     try:
         model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
@@ -219,12 +226,18 @@ def _export_checkpoint(
         config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
         began, method = config["model"], config["method"]
         noising = NoiseConfig(**config["noise"])
-        side = config["data"]["resolution"]
+        side = max(config["data"].get("resolutions") or [config["data"]["resolution"]])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     found = origin.at(began["path"], began.get("variant"))
+    scheduler = noise.scheduler_config(noising, found.config("scheduler"))
     trained = _by_part(_exported_weights(folder, method.get("ema")))
     if method["name"] == "lora":
+        if metadata.noise(scheduler) != metadata.noise(found.config("scheduler")):
+            log.warning(
+                "the adapter is for another noise schedule than the model's, which whoever loads "
+                "it must set; the run's result has it in lora/scheduler"
+            )
         models = _empty(found)
         held = _adapters_of(trained, method)
         told = {metadata.RESOLUTION: f"{side}x{side}"}
@@ -236,7 +249,6 @@ def _export_checkpoint(
     }
     if began.get("vae"):
         parts["vae"] = origin.vae(began["vae"], found)
-    scheduler = noise.scheduler_config(noising, found.config("scheduler"))
     _write_model(target, found, parts, form, dtype, scheduler)
 
 

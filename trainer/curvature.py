@@ -8,8 +8,8 @@ squared gradient of that loss, scaled, is the diagonal of the Gauss-Newton matri
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import DDPMScheduler
-from torch import nn
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 import optim
 from trainer import batches, gradients, losses
@@ -19,7 +19,7 @@ from trainer.config import LossConfig
 def estimate(
     optimizer: Any,
     taken: gradients.Gathered | gradients.Consumed,
-    unet: nn.Module,
+    unet: UNet2DConditionModel,
     draw: Callable[[], batches.Batch],
     config: LossConfig,
     schedule: DDPMScheduler,
@@ -46,4 +46,4 @@ def estimate(
     target = prediction.detach() + batches.on_device(noise, prediction.device)
     scale = prediction.numel() / 2
     with taken.handing_to(lambda *params: optimizer.update_hessian(scale, params or None)):
-        losses.squared_error(prediction, target).backward()
+        F.mse_loss(prediction, target).backward()

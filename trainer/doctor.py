@@ -10,9 +10,9 @@ import math
 import os
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -20,9 +20,12 @@ import yaml
 from trainer import cli, pictures
 from trainer.config import Config
 from trainer.data import Store, dataset
-from trainer.data.survey import Survey, survey
+from trainer.data.survey import Survey, all_sources, survey
 from trainer.errors import UserError
 from trainer.validate import to_dataclasses
+
+if TYPE_CHECKING:
+    from trainer.model import Model
 
 _HELP = """\
 Read every picture and caption of a data set and say what is wrong with it; train nothing.
@@ -33,7 +36,6 @@ Read every picture and caption of a data set and say what is wrong with it; trai
 
 It takes the options of `python -m trainer`.  Exit status: 0, nothing is wrong; 1, there are
 problems, each of which is named; 2, the data cannot be read, or an option is wrong."""
-
 
 _SHEET = 64  # pictures at most
 
@@ -88,7 +90,7 @@ def _check_sheet(path: Path, config: Config) -> None:
         raise UserError(f"--sheet {path}: call it .png, .jpg or .webp")
     if os.path.lexists(path):
         raise UserError(f"--sheet {path} exists, and is not overwritten; name another file")
-    for source in dataset.all_sources(config.data):
+    for source in all_sources(config.data):
         if path.resolve().is_relative_to(Path(source.path).expanduser().resolve()):
             raise UserError(
                 f"--sheet {path} is in data.path={source.path}, where it would be taken for one of "
@@ -171,7 +173,7 @@ def _findings(found: Survey) -> list[Finding]:
     return [Finding(what=what, names=names) for what, names in findings.items() if names]
 
 
-def _caption_findings(model: Any, made: dataset.Dataset) -> list[Finding]:
+def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
     """Captions that the model's text encoders read only the beginning of."""
     from trainer import conditioning
 
@@ -193,12 +195,12 @@ def _draw(made: dataset.Dataset, path: Path) -> str:
     return f"{path}: {len(drawn)} pictures as a run would see them{which}"
 
 
-def _cache_line(model: Any, made: dataset.Dataset) -> str:
+def _cache_line(model: "Model", made: dataset.Dataset) -> str:
     captions, samples, config = [None, *made.all_captions()], made.samples, made.config
     if config.cache is None:
-        pictures = len({s.pixels_key for s in samples})
+        count = len({s.pixels_key for s in samples})
         return (
-            f"no cache (data.cache=null): every run encodes {pictures} pictures and "
+            f"no cache (data.cache=null): every run encodes {count} pictures and "
             f"{len(captions)} captions"
         )
     from trainer import conditioning
@@ -206,10 +208,10 @@ def _cache_line(model: Any, made: dataset.Dataset) -> str:
     store = Store(config.cache, config.cache_dtype)
     of_text = conditioning.text_fingerprint(model, config.cache)
     of_pictures = conditioning.picture_fingerprint(model, config.cache)
-    pictures, total = store.missing_latents(samples, of_pictures), len(samples)
+    latents, total = store.missing_latents(samples, of_pictures), len(samples)
     texts = store.missing_texts(captions, of_text)
     return (
-        f"to be encoded, as the cache in {config.cache} has the others: {pictures} of {total} "
+        f"to be encoded, as the cache in {config.cache} has the others: {latents} of {total} "
         f"pictures, {texts} of {len(captions)} captions (one of them is the empty prompt)"
     )
 
@@ -233,13 +235,7 @@ def _measured_speed(config: Config) -> tuple[float | None, str]:
         try:
             speed = json.loads(path.read_text(encoding="utf-8"))["images_per_second"]
             then = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-            if _traits(then) == _traits(
-                {
-                    "model": vars(config.model),
-                    "data": vars(config.data),
-                    "method": vars(config.method),
-                }
-            ):
+            if _traits(then) == _traits(asdict(config)):
                 return float(speed), str(path)
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             continue  # a run that failed, or one of another version

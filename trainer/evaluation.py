@@ -60,7 +60,8 @@ def _all_losses(state: State) -> dict[str, float]:
 def _losses(state: State, aside: console.Aside) -> dict[str, float]:
     """The model's losses at the eval points, of the pictures that it trains on and of those that
     are held out."""
-    dataset, found = state.data.dataset, {}
+    dataset = state.data.dataset
+    found: dict[str, float] = {}
 
     def counted(rows: list[int]) -> Iterator[batches.Batch]:
         for batch in eval_batches(state, rows):

@@ -31,8 +31,8 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare(config: Config, parts: Mapping[str, nn.Module], device: torch.device) -> None:
-    """Set up the parts that are trained as configured."""
+def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> None:
+    """Set up the parts that are trained as configured: diffusers' UNet, transformers' encoders."""
     runtime, unet = config.runtime, parts["unet"]
     if runtime.gradient_checkpointing:
         for name, part in parts.items():
@@ -61,7 +61,7 @@ def _to_channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
     return (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
 
 
-def _autocast(unet: nn.Module, device_type: str) -> None:
+def _autocast(unet: Any, device_type: str) -> None:
     """Have every forward pass of the UNet, in training and in sampling, compute in bf16; its result
     is of the weights' dtype.
 

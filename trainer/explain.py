@@ -8,12 +8,13 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from optim.options import unknown
 from trainer import config
@@ -65,6 +66,13 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         if parent in options_of([]):
             return f"{key}: {parent} is not set here; choose its group first ({_where(parent)})"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def composition(overrides: list[str]) -> DictConfig:
+    """What Hydra makes of these overrides.  Raises whatever it and OmegaConf raise."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=overrides)
 
 
 def options_of(overrides: list[str]) -> list[str]:
@@ -159,7 +167,5 @@ def _compositions(overrides: list[str]) -> Iterator[list[str]]:
 
 def _valid_keys(choices: list[str]) -> list[str]:
     """Every key of the configuration that these group choices compose."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose("config", overrides=choices)
-    return list(flatten(OmegaConf.to_container(composed, resolve=False)))
+    options: Any = OmegaConf.to_container(composition(choices), resolve=False)
+    return list(flatten(options))

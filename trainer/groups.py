@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 Rule = Mapping[str, Any]
 Member = tuple[nn.Parameter, bool]  # and whether it is spared weight decay
+Row = tuple[str, str, str, str]  # pattern, tensors, parameters, options
 
 _OWN = ("pattern", "lr_scale", "trainable")  # what a rule has besides options of the optimizer
 
@@ -52,13 +53,14 @@ def check_rules(rules: Sequence[Rule]) -> None:
             )
 
 
+def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as optimizers take them: YAML has lists, and torch's betas are a tuple."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
 def options_of(rule: Rule, lr: float) -> dict[str, Any]:
     """What a rule's parameters get, as keys of a parameter group; `lr` is everybody else's."""
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in rule.items()
-        if key not in _OWN
-    }
+    options = with_tuples({key: value for key, value in rule.items() if key not in _OWN})
     return options | ({"lr": lr * rule["lr_scale"]} if "lr_scale" in rule else {})
 
 
@@ -93,11 +95,7 @@ def parameter_groups(
         own = _split(chosen, options_of(rule, lr))
         table += [_row(rule["pattern"], group) for group in own]
         groups += own
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    for pattern, tensors, count, options in table:
-        start = f"  {pattern:<{widths[0]}}  " if rules else "  "
-        numbers = f"{tensors.rjust(widths[1])} tensors, {count.rjust(widths[2])} parameters"
-        log.info("%s", f"{start}{numbers}  {options}".rstrip())
+    _log_table(table, bool(rules))
     return groups
 
 
@@ -148,8 +146,16 @@ def _split(members: list[Member], options: dict[str, Any]) -> list[dict[str, Any
     return [{"params": params, **own} for params, own in parts if params]
 
 
-def _row(pattern: str, group: dict[str, Any], note: str = "") -> tuple[str, str, str, str]:
-    """A group's line in the table: pattern, tensors, parameters, options."""
+def _log_table(rows: Sequence[Row], has_patterns: bool) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for pattern, tensors, count, options in rows:
+        start = f"  {pattern:<{widths[0]}}  " if has_patterns else "  "
+        numbers = f"{tensors.rjust(widths[1])} tensors, {count.rjust(widths[2])} parameters"
+        log.info("%s", f"{start}{numbers}  {options}".rstrip())
+
+
+def _row(pattern: str, group: dict[str, Any], note: str = "") -> Row:
+    """A group's line in the table."""
     params = group["params"]
     options = {key: value for key, value in group.items() if key != "params"}
     if not note and options == {"weight_decay": 0.0}:

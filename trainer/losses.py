@@ -19,8 +19,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from trainer import noise
 from trainer.batches import Batch, on_device, predict
@@ -92,14 +92,9 @@ def huber_deltas(config: HuberConfig, schedule: DDPMScheduler, timesteps: Tensor
     return (1 - config.delta) * (root / (root + 1)).square() + config.delta
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean over all elements of the squared distance: (B, 4, h, w) twice -> 0-d."""
-    return F.mse_loss(prediction, target)
-
-
 @torch.no_grad()
 def evaluate(
-    unet: nn.Module, schedule: DDPMScheduler, batches: Iterable[Batch]
+    unet: UNet2DConditionModel, schedule: DDPMScheduler, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Mean squared error over fixed eval batches: {"loss": ..., "loss_t000_250": ..., ...}, over
     all elements and over those in each quarter of the timesteps that has any.

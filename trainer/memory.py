@@ -12,7 +12,7 @@ import torch
 
 import optim
 from trainer.config import Config, FullConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -118,10 +118,9 @@ def explained(config: Config, when: str) -> Iterator[None]:
     except Exception as error:
         if not ran_out(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"out of memory {when}, of which nothing is saved. Try "
-            f"{'; '.join(advice(config))} ({reason})"
+            f"{'; '.join(advice(config))} ({reason(error)})"
         ) from error
 
 

@@ -5,7 +5,6 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from optim import rng
 from trainer import groups
-from trainer.config import LoraConfig
+from trainer.config import FullConfig, LoraConfig
 from trainer.config.method import PARTS
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 _ADAPTED = (nn.Linear, nn.Conv2d)
 
 
-def attach(config: Any, model: Model, seed: int) -> None:
+def attach(config: FullConfig | LoraConfig, model: Model, seed: int) -> None:
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
     up-projections zero).
 
@@ -48,7 +47,7 @@ def attach(config: Any, model: Model, seed: int) -> None:
         _start_from(Path(config.start_from).expanduser(), model, layers)
 
 
-def check(config: Any, model: Model) -> None:
+def check(config: FullConfig | LoraConfig, model: Model) -> None:
     """Refuse targets and rules that name nothing of the model, before anything is encoded for it,
     which may take hours, and before its UNet is loaded."""
     if isinstance(config, LoraConfig):
@@ -125,7 +124,7 @@ def _add_adapters(
     key = "targets" if part == "unet" else "text_targets"
     peft_config = PeftLoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
         use_rslora=config.rslora,
         use_dora=config.dora,
         target_modules=_matching(layers, part, key, getattr(config, key)),

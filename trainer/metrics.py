@@ -80,10 +80,11 @@ class _Wandb:
 
         options = config.log.wandb
         assert options is not None
+        mode: Any = options.mode  # one of the words that W&B knows, by the schema
         self._run = wandb.init(
             project=options.project,
             entity=options.entity,
-            mode=options.mode,
+            mode=mode,
             name=config.name,
             id=_wandb_id(folder),
             resume="allow",

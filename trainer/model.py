@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import diffusers
 import torch
 import transformers
-from diffusers import SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 from trainer import origin, text
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Model:
     """The parts of a diffusion model.  `unet` is there after `load_unet`."""
 
-    unet: nn.Module
+    unet: UNet2DConditionModel
 
     def __init__(
         self, config: ModelConfig, device: torch.device, with_weights: bool = True
@@ -50,8 +50,7 @@ class Model:
 
     def sketch(self) -> str:
         """A hash by which this model is known wherever it lies, and told from another."""
-        tokenizers = [part.replace("text_encoder", "tokenizer") for part in self.text_parts]
-        parts = ["unet", *self.text_parts, *tokenizers]
+        parts = ["unet", *self.text_parts, *map(text.tokenizer_part, self.text_parts)]
         known = [
             *(self.origin.sketch(part) for part in parts),
             self.vae_origin.sketch("vae"),
@@ -111,11 +110,9 @@ class Model:
         parts = {part: self._load(part, dtype) for part in self.text_parts}
         return text.Encoder(self.config, self.origin, parts)
 
-    @contextmanager
-    def vae(self) -> Iterator[nn.Module]:
-        """The VAE on the device for as long as the block lasts."""
-        part = self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
-        yield part
+    def load_vae(self) -> AutoencoderKL:
+        """The VAE, on the device, as configured; its memory is free when the caller lets it go."""
+        return self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
 
     @contextmanager
     def unet_aside(self) -> Iterator[None]:

@@ -76,8 +76,9 @@ def training_schedule(scheduler: Mapping[str, Any], config: NoiseConfig) -> DDPM
     """
     schedule = DDPMScheduler.from_config(dict(scheduler))
     count = schedule.config.num_train_timesteps
-    for key in ("timestep_low", "timestep_high"):
-        if (value := getattr(config, key)) is not None and value > count - (key == "timestep_low"):
+    for key, highest in (("timestep_low", count - 1), ("timestep_high", count)):
+        value = getattr(config, key)
+        if value is not None and value > highest:
             raise UserError(f"noise.{key}={value}: the model has timesteps in [0, {count})")
     return schedule
 

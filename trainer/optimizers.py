@@ -7,7 +7,7 @@ import io
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -123,8 +123,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """
     states = optimizer.state.values()
     tensors = (x for state in states for value in state.values() for x in _plain_tensors(value))
-    storages = {(x.device, s.data_ptr()): s.nbytes() for x in tensors if (s := x.untyped_storage())}
-    return sum(storages.values())
+    storages = ((x.device, x.untyped_storage()) for x in tensors)
+    sizes = {(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}
+    return sum(sizes.values())
 
 
 def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -139,11 +140,7 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
 def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
     if isinstance(config, ExternalConfig):
         return _make_external(config, chosen)
-    values = {
-        key: tuple(v) if isinstance(v, list) else v
-        for key, v in asdict(config).items()
-        if key != "name"
-    }
+    values = groups.with_tuples({k: v for k, v in asdict(config).items() if k != "name"})
     known = optim.options_of(config.name)
     for group in chosen:  # it keeps what it does not know
         for option in group.keys() - {"params", *known}:
@@ -178,9 +175,10 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
         for option in group.keys() - {"params"}:
             if option not in known and not accepts_any:
                 raise UserError(unknown(f"option of {config.class_path}", option, known))
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.options.items()}
+    options = groups.with_tuples(config.options)
+    make: Callable[..., torch.optim.Optimizer] = cls  # which takes more than the base class
     try:
-        return cls(chosen, lr=config.lr, **options)
+        return make(chosen, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
         raise UserError(f"{title} with {given}: {error}") from error

@@ -32,7 +32,6 @@ class Origin(ABC):
     """Where a model's parts are, by their names in a pipeline: unet, vae, text_encoder, ..."""
 
     path: Path
-    index: dict[str, Any]  # model_index.json, or what would be it
     option: str = "model.path"  # which named it
 
     def __str__(self) -> str:
@@ -47,6 +46,11 @@ class Origin(ABC):
         """Whether the pipeline has this part (unet, vae, text_encoder, tokenizer, ...)."""
         entry = self.index.get(part)
         return isinstance(entry, list) and entry[-1] is not None
+
+    @property
+    @abstractmethod
+    def index(self) -> dict[str, Any]:
+        """model_index.json, or what would be it."""
 
     @abstractmethod
     def config(self, part: str) -> dict[str, Any]:
@@ -120,7 +124,6 @@ class Folder(Origin):
     def __init__(self, path: Path, variant: str | None = None, option: str = "model.path") -> None:
         """Raises UserError where it is no pipeline whose UNet can be trained."""
         self.path, self.variant, self.option = path, variant, option
-        self.index = self._json(path / "model_index.json")
         if not self.has("unet"):
             raise UserError(
                 f"{option}={path} is a {self.index.get('_class_name')} without a UNet; a "
@@ -138,6 +141,10 @@ class Folder(Origin):
                 "encoder; use the base model"
             )
         kinds.check_channels(self.config("unet").get("in_channels", 4), path)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return self._json(self.path / "model_index.json")
 
     @property
     def kind(self) -> Kind:
@@ -186,9 +193,12 @@ class Vae(Folder):
     def __init__(self, path: Path, option: str = "model.vae") -> None:
         """Raises UserError where it is another model's."""
         self.path, self.variant, self.option = path, None, option
-        self.index = {"vae": ["diffusers", "AutoencoderKL"]}
         if (found := self.config("vae").get("_class_name")) != self.index["vae"][1]:
             raise UserError(f"{option}={path} is a {found}; it must be an AutoencoderKL")
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return {"vae": ["diffusers", "AutoencoderKL"]}
 
     def folder(self, part: str) -> Path:
         return self.path

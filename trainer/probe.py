@@ -26,5 +26,5 @@ class UpdateProbe:
 
     @torch.no_grad()
     def _read(self) -> Tensor:
-        views = (x.flatten() if x.is_contiguous() else x.reshape(-1) for x in self._tensors)
+        views = (x.reshape(-1) for x in self._tensors)
         return torch.cat([x[:: -(-x.numel() // _PER_TENSOR) or 1].float() for x in views])

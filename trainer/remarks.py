@@ -4,10 +4,17 @@ same, and a rate that only a small model bears.  A run says it in its log."""
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import optim
-from trainer.config import Config, ConstantConfig, FullConfig, WsdConfig, conf_dir
+from trainer.config import (
+    Config,
+    ConstantConfig,
+    FullConfig,
+    LinearConfig,
+    WsdConfig,
+    conf_dir,
+)
 from trainer.schedule import decay_steps
 
 _LARGE = 100_000_000  # trained parameters, from which on a default rate is remarked
@@ -105,9 +112,9 @@ def _without_effect(config: Config) -> Iterator[str]:
         yield "optim.lr=0 changes no weight"
 
 
-def _of_schedule(schedule: Any) -> Iterator[str]:
+def _of_schedule(schedule: ConstantConfig) -> Iterator[str]:
     """A decay that has no room."""
-    if type(schedule) is ConstantConfig or schedule.steps == 1:
+    if not isinstance(schedule, LinearConfig | WsdConfig) or schedule.steps == 1:
         return
     steps, cycles = decay_steps(schedule), getattr(schedule, "cycles", None)
     if steps <= 0:
@@ -127,7 +134,9 @@ def _default(config: Config, group: str, option: str) -> Any:
     """The value in the group's file of conf/."""
     named = {"noise": "default", "data": "folder", "log": "jsonl"}
     name = named.get(group) or getattr(config, group).name
-    return OmegaConf.load(conf_dir() / group / f"{name}.yaml")[option]
+    values = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+    assert isinstance(values, DictConfig)
+    return values[option]
 
 
 def _of_clips(config: Config) -> Iterator[str]:

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer import disk
-from trainer.config import DTYPES, Config, LoraConfig
+from trainer.config import DTYPES, Config, FullConfig, LoraConfig, file_name
 from trainer.errors import UserError
-from trainer.formats import lora, metadata, writing
+from trainer.formats import diffusers_lora, lora, metadata, writing
 from trainer.model import Model
 
 log = logging.getLogger(__name__)
 
-_DIFFUSERS_STEM = "pytorch_lora_weights"  # what diffusers looks for in a folder
 
-
-def check(method: Any, model: Model) -> None:
+def check(method: FullConfig | LoraConfig, model: Model) -> None:
     """Refuse, before anything is trained, a format that the result cannot be written in."""
     for kind in method.export:
         if kind in ("kohya", "single_file") and model.origin.kind == "other":
@@ -44,7 +42,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
     if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
         parts["vae"] = model.vae_origin
-    name = config.name.replace("/", "-")
+    name = file_name(config.name)
     described = _described(config, step, num_images)
     written = []
     for kind in method.export:
@@ -73,8 +71,8 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
 def _lora_stem(name: str, kind: str) -> str:
     """What a LoRA's file is called: two kinds never alike, nor where case does not count."""
     if kind == "diffusers":
-        return _DIFFUSERS_STEM
-    return f"{name}-kohya" if name.lower() == _DIFFUSERS_STEM else name
+        return diffusers_lora.STEM
+    return f"{name}-kohya" if name.lower() == diffusers_lora.STEM else name
 
 
 def _write_scheduler(model: Model, folder: Path) -> Path:
@@ -89,14 +87,13 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
 def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
     """How it was trained, by the keys of kohya's scripts, which model managers show; and what of
     the configuration may be given away under a key of our own."""
-    lr = getattr(config.optim, "lr", "")
     computes_bf16 = "bfloat16" in (config.model.dtype, config.model.compute)
     side = config.data.largest_resolution
     resolution = f"{side}x{side}"
     known: dict[str, Any] = {
         "ss_steps": step,
         "ss_optimizer": config.optim.name,
-        "ss_learning_rate": lr,
+        "ss_learning_rate": config.optim.lr,
         "ss_lr_scheduler": config.schedule.name,
         "ss_seed": config.seed,
         "ss_resolution": resolution,

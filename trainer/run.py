@@ -18,7 +18,6 @@ from trainer import (
     console,
     curvature,
     evaluation,
-    execution,
     gradients,
     losses,
     memory,
@@ -31,7 +30,7 @@ from trainer import (
     result,
     signals,
 )
-from trainer.config import Config
+from trainer.config import Config, file_name
 from trainer.errors import UserError
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
@@ -70,8 +69,9 @@ def _refuse_occupied(folder: Path, config: Config) -> None:
                 f"{folder} holds a run that resume={config.resume} would write over; leave "
                 "hydra.run.dir out, or name another folder"
             )
-    written = ("config.yaml", "metrics.jsonl", "samples", "model", "lora", "checkpoints")
-    theirs = [name for name in (*written, f"{config.name}.safetensors") if (folder / name).exists()]
+    written = ["config.yaml", "metrics.jsonl", "samples", "model", "lora", "checkpoints"]
+    written.append(f"{file_name(config.name)}.safetensors")
+    theirs = [name for name in written if (folder / name).exists()]
     if theirs and not (folder / "environment.json").exists():
         raise UserError(
             f"{folder} is no run's folder, and its {theirs[0]} would be written over; name another "
@@ -93,15 +93,15 @@ def begin(
         state = assemble(config, folder, resumed, stop, overrides)
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
-    record.write(folder, asdict(config), execution.device_of(config.runtime.device))
+    record.write(folder, asdict(config), state.device)
     return state
 
 
 def train(state: State, writer: metrics.Metrics) -> None:
     """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
-    config, unet = state.config, state.model.unet
+    config, unet, optimizer = state.config, state.model.unet, state.optimizer
     parameters = list(method.trained_parameters(state.model).values())
-    taken = gradients.make(config, parameters, state.optimizer, state.counters.grad_norm)
+    taken = gradients.make(config, parameters, optimizer, state.counters.grad_norm)
     if state.step == 0:
         found = evaluation.evaluate(state, writer)
         state.counters.eval_loss_before = found.get("loss", math.nan)
@@ -122,21 +122,20 @@ def train(state: State, writer: metrics.Metrics) -> None:
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).  Batches, noise and timesteps are drawn from
         # counters: they depend on the step alone.
-        lr = optimizers.set_lr(state.optimizer, lr_scale(config.schedule, step))
+        lr = optimizers.set_lr(optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
         with memory.explained(config, f"in step {step + 1}"):
             first_batch = partial(draw, state, first)
             curvature.estimate(
-                *(state.optimizer, taken, unet, first_batch),
-                *(config.loss, state.schedule, config.seed, step),
+                optimizer, taken, unet, first_batch, config.loss, state.schedule, config.seed, step
             )
             outcome = taken.backward(partial(loss_of, state, first), shares(members))
             state.counters.grad_norm = taken.clip.last_norm
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.
             if state.guard.accepts(step + 1, outcome.loss, outcome.grad_norm, outcome.begun):
-                state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             if state.ema:
                 state.ema.update(step + 1)
         state.step, state.micro_batches = step + 1, first + len(members)
@@ -269,14 +268,15 @@ def _nothing_to_train(state: State) -> None:
     log.info(
         "already at step %d of %d: nothing to train; it is evaluated, exported and drawn again "
         "(schedule.steps=... runtime.allow_config_change=true makes it longer)",
-        *(state.step, state.config.schedule.steps),
+        state.step,
+        state.config.schedule.steps,
     )
 
 
 def _stopped(state: State) -> NoReturn:
     """Leave a run that is saved, as the signal asks."""
     log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
-    raise SystemExit(128 + state.stop[0])
+    signals.end(state.stop[0])
 
 
 def _report(

@@ -75,12 +75,11 @@ class Sampler:
             return self._decode(latents)
 
     def _decode(self, latents: dict[int, Tensor]) -> list[Image.Image]:
-        drawn = []
-        with self.model.vae() as vae:
-            for place in range(self.count):
-                scaled = unscaled(vae, latents[place][None].to(vae.dtype))
-                pixels = vae.decode(scaled).sample.nan_to_num()  # a ruined model's
-                drawn += VaeImageProcessor().postprocess(pixels)
+        drawn, vae = [], self.model.load_vae()
+        for place in range(self.count):
+            scaled = unscaled(vae, latents[place][None].to(vae.dtype))
+            pixels = vae.decode(scaled).sample.nan_to_num()  # a ruined model's
+            drawn += VaeImageProcessor().postprocess(pixels)
         return drawn
 
     def _chunks(self) -> list[list[int]]:

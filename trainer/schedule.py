@@ -2,7 +2,6 @@
 needs no scheduler state."""
 
 import math
-from typing import Any
 
 from trainer.config import (
     ConstantConfig,
@@ -23,20 +22,20 @@ def lr_scale(config: ConstantConfig, step: int) -> float:
     return config.final_scale + (1 - config.final_scale) * _shape(config, _decayed(config, step))
 
 
-def decay_steps(config: Any) -> int:
-    """How many steps the decay takes from the peak to its end; 0 or less where there is none."""
+def decay_steps(config: LinearConfig | WsdConfig) -> int:
+    """How many steps the decay takes from the peak to its end; 0 or less where it has no room."""
     hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
     return config.steps - 1 - max(config.warmup_steps, round(hold * config.steps))
 
 
-def _decayed(config: Any, step: int) -> float:
+def _decayed(config: LinearConfig | WsdConfig, step: int) -> float:
     """How far into the decay a step is: 0 until it begins, 1 at the last step."""
     length = decay_steps(config)
     done = (step - (config.steps - 1 - length)) / max(length, 1)
     return min(max(done, 0.0), 1.0)
 
 
-def _shape(config: Any, done: float) -> float:
+def _shape(config: LinearConfig | WsdConfig, done: float) -> float:
     """What is left of the learning rate, from 1 to 0, when a share `done` of the decay is over.
 
     Restarts: Loshchilov & Hutter 2017 (arXiv 1608.03983), with cycles of one length; the

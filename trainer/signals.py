@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +20,22 @@ def leave_if(stop: Sequence[int]) -> None:
         raise Stopped
 
 
+def end(number: int) -> NoReturn:
+    """End the process, with the status that shells have for one that this signal ended."""
+    raise SystemExit(128 + number)
+
+
+def end_if(stop: Sequence[int], doing: str) -> None:
+    """End the process, which was `doing` something, once `stop` holds a signal."""
+    if stop:
+        log.info("stopped while %s", doing)
+        end(stop[0])
+
+
 def leave_at_once(number: int, frame: Any) -> None:
     """A handler for when there is nothing to finish."""
     print("stopped", file=sys.stderr)
-    raise SystemExit(128 + number)
+    end(number)
 
 
 @contextmanager
@@ -34,7 +46,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def catch(number: int, frame: Any) -> None:
         if caught:
-            raise SystemExit(128 + number)
+            end(number)
         caught.append(number)
         log.warning("signal %d: stopping after this step; once more ends at once", number)
 

@@ -175,7 +175,7 @@ def _count_on(
     """Complete what an older checkpoint has counted, and drop what the changes of the configuration
     have made another measure."""
     counters, before = resumed.counters, resumed.config
-    if counters.epochs is None:  # an older checkpoint: by the options that it was made with
+    if math.isnan(counters.epochs):  # an older checkpoint: by the options that it was made with
         batch_size, short = before["data"]["batch_size"], before["data"]["short_batches"]
         members = dict(zip(dataset.plan.buckets, dataset.plan.members, strict=True))
         plan = Plan(members, batch_size, short == "repeat")

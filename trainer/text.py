@@ -102,7 +102,7 @@ class Encoder:
         )
         rows = []
         for caption in captions:
-            words = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
+            words = token_ids(tokenizer, caption)
             for chunk in range(self._chunks):
                 part_of = words[chunk * (length - 2) : (chunk + 1) * (length - 2)]
                 padding = [tokenizer.pad_token_id] * (length - 2 - len(part_of))
@@ -110,14 +110,19 @@ class Encoder:
         return torch.tensor(rows).view(len(captions), self._chunks, length)
 
 
+def tokenizer_part(encoder: str) -> str:
+    """The part that a text encoder's captions are read by: text_encoder_2 -> tokenizer_2."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
 def tokenizer(origin: Origin, part: str) -> Any:
     """The tokenizer of a text encoder."""
-    return origin.tokenizer(part.replace("text_encoder", "tokenizer"))
+    return origin.tokenizer(tokenizer_part(part))
 
 
-def count_tokens(tokenizer: Any, caption: str) -> int:
-    """How many tokens the words of a caption are, without a beginning and an end."""
-    return len(tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
+def token_ids(tokenizer: Any, caption: str) -> list[int]:
+    """The tokens of a caption's words, without a beginning and an end."""
+    return tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
 
 
 def room(config: ModelConfig, tokenizer: Any) -> int:

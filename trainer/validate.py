@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import ImageColor
 
 import optim
@@ -27,7 +27,7 @@ from trainer.errors import UserError
 from trainer.groups import check_rules
 
 
-def to_dataclasses(composed: Any) -> Config:
+def to_dataclasses(composed: DictConfig) -> Config:
     """Hydra's composed configuration -> Config, checked.
 
     Raises UserError that names the key and the remedy.

@@ -95,9 +95,12 @@ def engine(optimizer: torch.optim.Optimizer) -> str:
     """What runs the loop of one of ours: native, or plain PyTorch where there is no kernel."""
     from optim import plan
 
-    rule = getattr(type(optimizer), "rule", None)
-    fused = getattr(optimizer, "backend", "torch") == "native" and plan.has_rule(rule)
-    return "native" if fused else "plain PyTorch"
+    has_kernel = (
+        isinstance(optimizer, optim.FusedOptimizer)
+        and optimizer.backend == "native"
+        and plan.has_rule(type(optimizer).rule)
+    )
+    return "native" if has_kernel else "plain PyTorch"
 
 
 def native_isa() -> str | None:

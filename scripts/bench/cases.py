@@ -129,7 +129,8 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
     rule, share = type(optimizer).rule.__name__, Share(optimizer._places())
     if rule in plan.PROJECTED:
         dense, cpu = plan.PROJECTED[rule], torch.device("cpu")
-        NativeProjectedEngine(optimizer, dense, Describing, cpu).step(share, {})
+        make_engine: Any = Describing  # which has of an engine what a step asks for
+        NativeProjectedEngine(optimizer, dense, make_engine, cpu).step(share, {})
     else:
         Describing(optimizer, rule).step(share, {})
     if isinstance(optimizer, optim.Sophia):
@@ -143,6 +144,6 @@ def kernels_of(cases: list[Case]) -> list[str]:
     names = {name for kind in kinds for name, _ in kind.passes()} | {gpu.MEASURE}
     for case in filter(Case.is_projected, cases):
         wide, _ = parted(make(case, backend="torch")[1]._places())
-        kinds = {kind_of(place, case.dtype, case.dtype) for place in wide}
-        names |= {name for kind in kinds for name in kernels_of_portion(kind).values()}
+        portions = {kind_of(place, case.dtype, case.dtype) for place in wide}
+        names |= {name for kind in portions for name in kernels_of_portion(kind).values()}
     return sorted(names)

@@ -7,6 +7,7 @@ left is faster than the reference.  State is an amount, so its axis is linear an
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -96,10 +97,10 @@ def _number(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, anchor: str
 
 
 def _headings(pen: ImageDraw.ImageDraw, time_left: float, state_left: float) -> None:
-    bold = {"font": _font(23), "fill": INK, "anchor": "ls"}
+    bold: dict[str, Any] = {"font": _font(23), "fill": INK, "anchor": "ls"}
     pen.text((time_left, 44), "Time of a step, torch's fused AdamW = 1", **bold)
     pen.text((state_left, 44), "State, bytes per parameter", **bold)
-    small = {"font": _font(16), "fill": MUTED, "anchor": "ls"}
+    small: dict[str, Any] = {"font": _font(16), "fill": MUTED, "anchor": "ls"}
     pen.text((time_left, 70), "logarithmic; left of the line is faster", **small)
     pen.text((state_left, 70), "beside weights and gradients", **small)
     for index, (colour, label) in enumerate(((OURS, "this package"), (PEER, "peers"))):

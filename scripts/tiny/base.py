@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedModel,
+)
 
 from tiny.captions import Captions, caption
 from tiny.fit import SEED, Recipe, draw, fit, normal, picks
@@ -52,7 +57,7 @@ class Base(nn.Module):
         """For the optimizer: a word's row gets a gradient in few steps, so it takes longer ones."""
         rows, layers = [], []
         for encoder in (self.text_encoder, self.text_encoder_2):
-            table = encoder.get_input_embeddings().weight
+            table = encoder.get_input_embeddings().get_parameter("weight")
             rows.append(table)
             layers += [p for p in encoder.parameters() if p is not table]
         return [
@@ -97,12 +102,12 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def loosen(encoder: nn.Module) -> None:
+def loosen(encoder: PreTrainedModel) -> None:
     """Make a fresh text encoder worth listening to: CLIP's own rows (std 0.02) hardly differ.
 
     The end token starts at zero, so that what is pooled there is what attention brings to it.
     """
-    table = encoder.get_input_embeddings().weight
+    table = encoder.get_input_embeddings().get_parameter("weight")
     nn.init.normal_(table, std=TOKEN_STD)
     nn.init.zeros_(table[-1])
     for name, weight in encoder.named_parameters():
@@ -145,7 +150,7 @@ def train_base(
 ) -> Base:
     """latents (N, 4, 16, 16) of the pictures -> UNet and text encoders that draw from captions."""
 
-    def loss_at(base: nn.Module, step: int) -> Tensor:
+    def loss_at(base: Base, step: int) -> Tensor:
         rng = draw(step)
         chosen = picks(step, recipe.batch, len(emoji))
         ids = captions.ids([caption(emoji[i], rng) for i in chosen])

@@ -37,7 +37,7 @@ def read_bpe(path: Path | None) -> Bpe:
         )
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     # After a version line the file has 262,144 merges, of which CLIP uses the first 48,894.
-    merges = [tuple(line.split()) for line in lines[1 : 1 + NUM_MERGES]]
+    merges = [(left, right) for left, right in map(str.split, lines[1 : 1 + NUM_MERGES])]
     alphabet = _byte_alphabet()
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]

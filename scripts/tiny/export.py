@@ -5,12 +5,13 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from tiny.base import TOKEN_STD, Base, make_scheduler
 from tiny.captions import Bpe, Captions, write_tokenizer
@@ -70,15 +71,16 @@ def make_classic(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
 
 
-def with_whole_vocabulary(compact: nn.Module, captions: Captions) -> nn.Module:
+def with_whole_vocabulary(compact: PreTrainedModel, captions: Captions) -> PreTrainedModel:
     """A text encoder over all of CLIP's ids, equal to the compact one on the ids in use."""
-    tokenizer, config = captions.tokenizer, copy.deepcopy(compact.config)
+    tokenizer = captions.tokenizer
+    config: Any = copy.deepcopy(compact.config)
     config.vocab_size = len(tokenizer)
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     torch.manual_seed(SEED)
     table = torch.randn(len(tokenizer), config.hidden_size) * TOKEN_STD
-    table[captions.used] = compact.get_input_embeddings().weight.detach()
+    table[captions.used] = compact.get_input_embeddings().get_parameter("weight").detach()
     state = {
         k: table if k.endswith("token_embedding.weight") else v
         for k, v in compact.state_dict().items()

@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 SEED = 0
 SECONDS_PER_REPORT = 15
@@ -33,12 +36,12 @@ class Recipe:
 
 def fit(
     name: str,
-    model: nn.Module,
+    model: Network,
     groups: list[dict],
-    loss_at: Callable[[nn.Module, int], Tensor],
+    loss_at: Callable[[Network, int], Tensor],
     recipe: Recipe,
     work: Path,
-) -> nn.Module:
+) -> Network:
     """Minimise `loss_at(model, step)`, from the checkpoint if there is one.  -> the averaged model.
 
     AdamW; a group of parameters may carry an `lr_scale`. The loss draws everything random from

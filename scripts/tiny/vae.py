@@ -1,16 +1,19 @@
 """The VAE: 64-pixel pictures to latents of 16 x 16 x 4 and back."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiny.fit import SEED, Recipe, draw, fit, normal, picks
 from tiny.noto import MODEL_PIXELS, Emoji, model_pixels
+
+Loss = Callable[[AutoencoderKL, Tensor, np.random.Generator], Tensor]
 
 LATENT_NOISE = 0.05  # standard deviation, of latents with 1
 
@@ -58,7 +61,9 @@ def train_vae(pixels: Tensor, recipes: tuple[Recipe, Recipe], work: Path) -> Aut
     ]
     for name, loss, recipe, exponent in stages:
 
-        def loss_at(vae: nn.Module, step: int, loss=loss, recipe=recipe) -> Tensor:
+        def loss_at(
+            vae: AutoencoderKL, step: int, loss: Loss = loss, recipe: Recipe = recipe
+        ) -> Tensor:
             return loss(vae, pixels[picks(step, recipe.batch, len(pixels))], draw(step))
 
         groups = [{"params": list(vae.requires_grad_(True).parameters())}]

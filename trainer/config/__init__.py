@@ -2,7 +2,7 @@
 Types, bounds and meaning live here, values in `conf/`."""
 
 from trainer.config.data import PICTURE_SUFFIXES, DataConfig, SourceConfig
-from trainer.config.files import ASSETS, choices_of, conf_dir, flatten, group_names
+from trainer.config.files import ASSETS, choices_of, conf_dir, file_name, flatten, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
 from trainer.config.method import EmaConfig, FullConfig, LoraConfig
@@ -49,6 +49,7 @@ __all__ = [
     "WsdConfig",
     "choices_of",
     "conf_dir",
+    "file_name",
     "flatten",
     "group_names",
     "optimizer_schema",

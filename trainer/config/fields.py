@@ -13,6 +13,8 @@ from typing import Any
 
 from optim.options import unknown
 
+TINY = 1e-12  # the smallest sensible value of what must be positive
+
 
 def within(low: float, high: float = math.inf) -> Any:
     """A number in [low, high], or a list of some, for a dataclass's field."""

@@ -27,6 +27,12 @@ def choices_of(group: str) -> list[str]:
     return sorted(path.with_suffix("").as_posix() for path in files)
 
 
+def file_name(run: str) -> str:
+    """What a run's files and its folder are called by its name: peer/hf_adafactor-full ->
+    peer-hf_adafactor-full."""
+    return run.replace("/", "-")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}

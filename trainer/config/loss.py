@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.fields import one_of, within
+from trainer.config.fields import TINY, one_of, within
 
 
 @dataclass(kw_only=True)
@@ -12,7 +12,7 @@ class LossConfig:
 
     # By the signal-to-noise ratio of a sample's timestep.
     weighting: str = one_of("none", "min_snr", "debiased")
-    gamma: float = within(1e-12)  # of min_snr: the ratio above which a timestep counts less
+    gamma: float = within(TINY)  # of min_snr: the ratio above which a timestep counts less
     # How much the error outside of a picture's mask counts; pictures without a mask count fully.
     unmasked_weight: float = within(0, 1)
 
@@ -30,6 +30,6 @@ class HuberConfig(LossConfig):
 
     name: str = "huber"
     # The error above which it is linear; under a schedule, where there is nothing but noise.
-    delta: float = within(1e-12)
+    delta: float = within(TINY)
     # How that goes to 1 with less noise: by the timestep, or by the signal-to-noise ratio.
     schedule: str = one_of("constant", "exponential", "snr")

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.fields import one_of, within
+from trainer.config.fields import TINY, one_of, within
 from trainer.config.model import DTYPES
 
-TINY = 1e-12  # the smallest sensible value of what must be positive
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-CLIPS = ("global", "exact", "lagged", "rms", "none")
 
 
 @dataclass(kw_only=True)
@@ -35,7 +33,7 @@ class MethodConfig:
     # How gradients are clipped (`trainer/clipping.py`): global, by the norm of them all; exact, the
     # same with the fused backward, at the cost of a second pass; lagged, by the norm of the step
     # before; rms, each tensor by its share of the bound; none.
-    clip: str = one_of(*CLIPS)
+    clip: str = one_of("global", "exact", "lagged", "rms", "none")
     max_grad_norm: float | None = within(TINY)  # the bound on the gradients' norm; null: no clip
     # Options for some parameters, by their names: [{pattern: attn2, lr_scale: 0.1}, {pattern:
     # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.

@@ -139,7 +139,6 @@ def refuse(found: Survey, config: DataConfig) -> None:
     """Raise UserError for what a run does not go on with; warn of the rest."""
     for what, names in (found.problems | found.remarks).items():
         log.warning("data: %d %s: %s", len(names), what, some(names))
-    where = ", ".join(source.path for source in all_sources(config))
     for wrong in (found.broken, found.undecodable):
         if wrong:
             more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` names them)"
@@ -166,17 +165,17 @@ def refuse(found: Survey, config: DataConfig) -> None:
         )
     if not found.usable:
         raise UserError(
-            f"data.path={where}: of {found.count} pictures none can be used; see the warnings above"
+            f"data.path={_where(config)}: of {found.count} pictures none can be used; see the "
+            "warnings above"
         )
 
 
 def nothing_found(found: Survey, config: DataConfig) -> UserError:
     """The error of data without a picture, with what was found instead."""
-    where = ", ".join(source.path for source in all_sources(config))
     others = (found.problems | found.remarks).items()
     instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
     broken = [some(found.broken)] if found.broken else []
-    return UserError("; ".join([f"data.path={where} has no pictures", *broken, *instead]))
+    return UserError("; ".join([f"data.path={_where(config)} has no pictures", *broken, *instead]))
 
 
 def report(found: Survey, dataset: Dataset) -> None:
@@ -188,7 +187,9 @@ def report(found: Survey, dataset: Dataset) -> None:
     if masked and config.mask != "file":
         log.warning(
             "%d pictures have a mask that data.mask=%s does not read: %s",
-            *(len(masked), config.mask, some(masked)),
+            len(masked),
+            config.mask,
+            some(masked),
         )
     if config.mask == "file" and len(masked) < len(found.usable):
         log.warning(
@@ -204,12 +205,15 @@ def report(found: Survey, dataset: Dataset) -> None:
             "%d pictures are smaller than their bucket, %s: %s", len(small), what, some(small)
         )
     form = "data: %d pictures in %s, %d unreadable, %d without a caption"
-    where = ", ".join(source.path for source in all_sources(config))
-    log.info(form, len(found.usable), where, len(found.unreadable), len(found.uncaptioned))
+    log.info(form, len(found.usable), _where(config), len(found.unreadable), len(found.uncaptioned))
     if config.holdout:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
         log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
     log.info("data: %s", dataset.table())
+
+
+def _where(config: DataConfig) -> str:
+    return ", ".join(source.path for source in all_sources(config))
 
 
 def some(names: list[str]) -> str:

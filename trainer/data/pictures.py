@@ -152,7 +152,9 @@ def _srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if ImageCms.getProfileDescription(source).startswith("sRGB"):
             return image.convert("RGB")
-        return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append("a colour profile that does not fit the picture; it is taken for sRGB")
         return image.convert("RGB")
+    assert converted is not None  # it would be in place
+    return converted

@@ -2,10 +2,10 @@
 
 An entry's name is a hash of all that decides it: the picture's bytes, how it is cropped and
 resized, the VAE, the dtype; the caption, the text encoders, the dtype; of a mask, which is kept
-beside the latent, the mask's bytes.  So an entry is never stale:
-with an edited picture or another resolution the name is another, and what has not changed is never
-encoded twice, in whichever run.  Entries are written beside and renamed: a process that is killed
-while it encodes loses one of them, and two may share a folder.
+beside the latent, the mask's bytes.  So an entry is never stale: with an edited picture or another
+resolution the name is another, and what has not changed is never encoded twice, in whichever run.
+Entries are written beside and renamed: a process that is killed while it encodes loses one of them,
+and two may share a folder.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trainer import console
+from trainer import console, signals
+from trainer.config import DTYPES
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
-from trainer.formats.weights import DTYPES
+from trainer.formats.weights import SAFETENSORS_DTYPES
 
 log = logging.getLogger(__name__)
 
+Thing = TypeVar("Thing")
 Entry = dict[str, Tensor]
 PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w), scaled
 TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
 _CHUNK = 16  # captions encoded at a time
 
@@ -63,7 +64,7 @@ class Entries:
                 f"the cache's {path} was there when the run began and cannot be read now: {error}; "
                 "resume the run, and it is made again"
             ) from error
-        if not all(tensor.isfinite().all() for tensor in entry.values()):
+        if not _is_finite(entry):
             with suppress(OSError):
                 path.unlink()  # else the next run would find it again
             raise UserError(
@@ -72,16 +73,13 @@ class Entries:
             )
         return entry
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
 
 class Store:
     """Where entries are kept: `data.cache`, or memory where that is null."""
 
     def __init__(self, cache: str | None, dtype: str) -> None:
         self.folder = Path(cache).expanduser() if cache else None
-        self.dtype = _DTYPES[dtype]
+        self.dtype = DTYPES[dtype]
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,17 +102,18 @@ class Store:
         found = self._entries("latents", keys)
         by_key = {key: samples[i] for i, key in keys.items()}
         missing = self._missing(found, lambda key, entry: _is_latent(entry, by_key[key]))
-        encode = make_encoder() if missing else None
-        reads = ahead(_read(Sample.read_pixels), [by_key[key] for key in missing])
-        for key, pixels in _progress(zip(missing, reads, strict=True), missing, stop):
-            latent = encode(pixels)
-            if not latent.isfinite().all():
-                raise UserError(
-                    f"the VAE's latent of {by_key[key].name} is not finite; check the picture, or "
-                    "set model.vae_dtype=float32 or model.vae to another VAE (SDXL's overflows in "
-                    "float16, its fp16-fix version does not)"
-                )
-            self._put(found, key, {"latent": latent}, len(missing))
+        if missing:
+            encode = make_encoder()
+            reads = ahead(_read(Sample.read_pixels), [by_key[key] for key in missing])
+            for key, pixels in _progress(zip(missing, reads, strict=True), len(missing), stop):
+                entry = {"latent": encode(pixels)}
+                if not _is_finite(entry):
+                    raise UserError(
+                        f"the VAE's latent of {by_key[key].name} is not finite; check the picture, "
+                        "or set model.vae_dtype=float32 or model.vae to another VAE (SDXL's "
+                        "overflows in float16, its fp16-fix version does not)"
+                    )
+                self._put(found, key, entry, len(missing))
         self._report("pictures", len(set(keys.values())), len(missing))
         return found
 
@@ -133,7 +132,7 @@ class Store:
         missing = self._missing(found, lambda key, entry: _is_mask(entry, sizes[by_key[key]]))
         reads = ahead(_read(Sample.read_mask), [samples[by_key[key]] for key in missing])
         things = zip(missing, reads, strict=True)
-        for key, mask in _progress(things, missing, stop, "reading masks"):
+        for key, mask in _progress(things, len(missing), stop, "reading masks"):
             averaged = F.adaptive_avg_pool2d(mask, sizes[by_key[key]])
             self._put(found, key, {"mask": averaged}, len(missing))
         return found
@@ -151,16 +150,17 @@ class Store:
         found = self._entries("texts", keys)
         by_key = {key: text for text, key in keys.items()}
         missing = self._missing(found, lambda key, entry: _is_text(entry))
-        chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
-        encode = make_encoder() if missing else None
-        for chunk in _progress(chunks, chunks, stop, "encoding captions"):
-            for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
-                if not all(tensor.isfinite().all() for tensor in entry.values()):
-                    raise UserError(
-                        f"the text encoders' embedding of {by_key[key]!r} is not finite; run them "
-                        "in float32, or look at their weights"
-                    )
-                self._put(found, key, entry, len(missing))
+        if missing:
+            encode = make_encoder()
+            chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
+            for chunk in _progress(chunks, len(missing), stop, "encoding captions", len):
+                for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
+                    if not _is_finite(entry):
+                        raise UserError(
+                            f"the text encoders' embedding of {by_key[key]!r} is not finite; run "
+                            "them in float32, or look at their weights"
+                        )
+                    self._put(found, key, entry, len(missing))
         self._report("captions", len(keys), len(missing))
         return found
 
@@ -276,7 +276,7 @@ def _described(path: Path) -> Entry:
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return {
-            name: torch.empty(s.get_shape(), dtype=DTYPES[s.get_dtype()], device="meta")
+            name: torch.empty(s.get_shape(), dtype=SAFETENSORS_DTYPES[s.get_dtype()], device="meta")
             for name, s in slices.items()
         }
 
@@ -287,6 +287,10 @@ def _path(folder: Path, key: str) -> Path:
 
 def _hash(*parts: str | None) -> str:
     return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()
+
+
+def _is_finite(entry: Entry) -> bool:
+    return all(tensor.isfinite().all() for tensor in entry.values())
 
 
 def _is_latent(entry: Entry, sample: Sample) -> bool:
@@ -324,14 +328,16 @@ def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
 
 
 def _progress(
-    things: Iterable[Any], total: list[Any], stop: Sequence[int], what: str = "encoding pictures"
-) -> Iterator[Any]:
-    """The things, their progress told.  Ends the process once `stop` holds a signal: what is
-    encoded is kept where there is a cache."""
-    with console.Aside(what, len(total), "entries") as aside:
+    things: Iterable[Thing],
+    total: int,
+    stop: Sequence[int],
+    what: str = "encoding pictures",
+    entries_of: Callable[[Thing], int] = lambda thing: 1,
+) -> Iterator[Thing]:
+    """The things, their progress told, of `total` entries.  Ends the process once `stop` holds a
+    signal: what is encoded is kept where there is a cache."""
+    with console.Aside(what, total, "entries") as aside:
         for thing in things:
-            if stop:
-                log.info("stopped while %s", what)
-                raise SystemExit(128 + stop[0])
+            signals.end_if(stop, what)
             yield thing
-            aside.advance(1)
+            aside.advance(entries_of(thing))

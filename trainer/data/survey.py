@@ -5,22 +5,25 @@ import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from trainer import disk
+from trainer import disk, signals
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 
+Thing = TypeVar("Thing")
+Made = TypeVar("Made")
 Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
+Captioned = tuple[SourceConfig, Item, list[str]]  # a picture, whose it is, and what it is called
 
 _WORKERS = min(8, os.cpu_count() or 1)
 
@@ -36,6 +39,7 @@ class Found:
     picture_digest: str
     size: Size
     is_transparent: bool  # somewhere
+    notes: list[str]  # what of it is not used, or not as one might think
     fits: list[Fit]  # one for each of the resolutions; none twice
 
 
@@ -64,7 +68,7 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     """
     reading = Reading(extensions=endings(config), caption_column=config.caption_column)
     found = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
-    captioned = []
+    captioned: list[Captioned] = []
     repeated, several = _Repeated(), len(config.sources) > 1
     for source in all_sources(config):
         path, reading.has_column = Path(source.path).expanduser(), False
@@ -102,36 +106,24 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
 
 def _look_at_all(
     found: Survey,
-    captioned: list[tuple[SourceConfig, Item, list[str]]],
+    captioned: list[Captioned],
     config: DataConfig,
     checked: "_Checked",
     max_unreadable: int,
     stop: Sequence[int],
 ) -> None:
-    looks = ahead(lambda one: _look(one[1], config, checked), captioned)
+    looks = ahead(lambda one: _look(*one, config, checked), captioned)
     bar = tqdm(looks, "reading pictures", len(captioned), disable=None, leave=False)
-    for (source, item, texts), look in zip(captioned, bar, strict=False):
-        if stop:
-            raise SystemExit(128 + stop[0])
+    for (_, item, _), look in zip(captioned, bar, strict=False):
+        signals.end_if(stop, "reading pictures")
         if isinstance(look, Exception):
-            found.unreadable[item.name] = str(look) or type(look).__name__
+            found.unreadable[item.name] = reason(look)
             if len(found.unreadable) > max_unreadable:
                 break
             continue
-        (digest, picture_digest), (size, is_transparent, notes), fits = look
-        for note in (*item.notes, *notes):
+        for note in look.notes:
             found.notes[note].append(item.name)
-        usable = Found(
-            item=item,
-            source=source,
-            captions=texts,
-            digest=digest,
-            picture_digest=picture_digest,
-            size=size,
-            is_transparent=is_transparent,
-            fits=fits,
-        )
-        found.usable.append(usable)
+        found.usable.append(look)
     looks.close()
 
 
@@ -145,10 +137,12 @@ def endings(config: DataConfig) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Generator[Any, None, None]:
+def ahead(
+    function: Callable[[Thing], Made], things: Iterable[Thing]
+) -> Generator[Made, None, None]:
     """`map` in threads, a few things ahead of the caller: decoders release Python's lock."""
     pool = ThreadPoolExecutor(_WORKERS)
-    waiting: deque[Any] = deque()
+    waiting: deque[Future[Made]] = deque()
     try:
         for thing in things:
             waiting.append(pool.submit(function, thing))
@@ -160,9 +154,10 @@ def ahead(function: Callable[[Any], Any], things: Iterable[Any]) -> Generator[An
         pool.shutdown(cancel_futures=True)
 
 
-def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
-    """-> digests (as a Sample has them), traits and fits of a picture, or the error that reading it
-    raised.
+def _look(
+    source: SourceConfig, item: Item, texts: list[str], config: DataConfig, checked: "_Checked"
+) -> Found | Exception:
+    """A picture, decoded once to know that it is whole, or the error that reading it raised.
 
     Decoders raise whatever hostile bytes lead them to, so every exception is one.
     """
@@ -176,9 +171,19 @@ def _look(item: Item, config: DataConfig, checked: "_Checked") -> Any:
                 pictures.decode_mask(content.mask, picture.size, config.max_pixels)
             traits = picture.size, picture.is_transparent, picture.notes
             checked.add(content.digest, traits)
-        fits = [fit(traits[0], side, config) for side in config.resolutions or [config.resolution]]
-        unique = list({fitted.bucket: fitted for fitted in fits}.values())
-        return (content.digest, content.picture_digest), traits, unique
+        size, is_transparent, notes = traits
+        fits = [fit(size, side, config) for side in config.resolutions or [config.resolution]]
+        return Found(
+            item=item,
+            source=source,
+            captions=texts,
+            digest=content.digest,
+            picture_digest=content.picture_digest,
+            size=size,
+            is_transparent=is_transparent,
+            notes=[*item.notes, *notes],
+            fits=list({fitted.bucket: fitted for fitted in fits}.values()),
+        )
     except Exception as error:
         return error
 

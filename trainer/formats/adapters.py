@@ -2,7 +2,7 @@
 put back into them."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,10 +72,12 @@ def _of_layer(path: str, layer: LoraLayer, name: str) -> Adapter:
         raise UserError(f"the adapter of {path} has a bias, which LoRA files cannot hold")
     is_dora = name in layer.lora_magnitude_vector
     return Adapter(
-        down=down.weight.detach(),
-        up=up.weight.detach(),
+        down=down.get_parameter("weight").detach(),
+        up=up.get_parameter("weight").detach(),
         alpha=float(layer.scaling[name]) * layer.r[name],
-        magnitude=layer.lora_magnitude_vector[name].weight.detach().flatten() if is_dora else None,
+        magnitude=layer.lora_magnitude_vector[name].get_parameter("weight").detach().flatten()
+        if is_dora
+        else None,
     )
 
 
@@ -125,6 +127,13 @@ def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
                 magnitude.copy_(adapter.magnitude.reshape(magnitude.shape))
 
 
+def commonest(adapters: Collection[Adapter]) -> tuple[int, float]:
+    """The rank that most of them have, and the alpha."""
+    ranks = Counter(adapter.rank for adapter in adapters)
+    alphas = Counter(adapter.alpha for adapter in adapters)
+    return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+
+
 def peft_config(found: dict[str, Adapter]) -> LoraConfig:
     """PEFT's description of a part's adapters, each module by its whole name.
 
@@ -135,8 +144,7 @@ def peft_config(found: dict[str, Adapter]) -> LoraConfig:
         raise UserError(
             "some of the LoRA's modules are DoRA and others not; they cannot be trained"
         )
-    rank = Counter(adapter.rank for adapter in found.values()).most_common(1)[0][0]
-    alpha = Counter(adapter.alpha for adapter in found.values()).most_common(1)[0][0]
+    rank, alpha = commonest(found.values())
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too

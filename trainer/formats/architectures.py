@@ -32,9 +32,13 @@ CLASSES: dict[str, type[nn.Module]] = {
 PARTS = tuple(CLASSES)
 # Keys of configurations that say who wrote them, or in which type.
 COMPUTES_NOTHING = (
-    "_diffusers_version", "_name_or_path", "transformers_version", "torch_dtype", "dtype",
+    "_diffusers_version",
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
     "architectures",
-)  # fmt: skip
+)
 
 
 def folder(kind: str) -> Path:
@@ -78,8 +82,11 @@ def _complete(part: str, settings: dict[str, Any]) -> dict[str, Any]:
     """A configuration with the defaults that it leaves out, and without what computes nothing."""
     described: Any = empty(part, settings).config
     every = described.to_dict() if part.startswith("text_encoder") else dict(described)
-    return {key: _plain(value) for key, value in every.items() if key not in COMPUTES_NOTHING
-            and not key.startswith("_")}  # fmt: skip
+    return {
+        key: _plain(value)
+        for key, value in every.items()
+        if key not in COMPUTES_NOTHING and not key.startswith("_")
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -115,8 +122,8 @@ def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], whe
             "model's"
         )
     if spare:
-        log.warning("%s: %d tensors of the %s, such as %s, are not used", where, len(spare), part,
-                    spare[0])  # fmt: skip
+        form = "%s: %d tensors of the %s, such as %s, are not used"
+        log.warning(form, where, len(spare), part, spare[0])
 
 
 def filled(

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.config.method import PARTS
 from trainer.errors import UserError
 from trainer.formats.adapters import Adapter, Adapters, OtherModel, module_names, peft_config
 from trainer.formats.names import canonical
 from trainer.formats.weights import Weights
 
 METADATA = "lora_adapter_metadata"
+STEM = "pytorch_lora_weights"  # what diffusers calls it, and looks for in a folder
 _SUFFIXES = {  # today's, and those of 2023
     ".lora_A.weight": "down",
     ".lora.down.weight": "down",
@@ -77,7 +79,7 @@ def decode(
         if base not in known:
             raise OtherModel(
                 f"{where}: {name} is of the {part}, which is not trained here; train it too"
-                if part in ("unet", "text_encoder", "text_encoder_2") and part not in models
+                if part in PARTS and part not in models
                 else f"{where}: {base} is of no module of this model; the LoRA is another model's"
             )
         grouped.setdefault(base, {})[what] = lazy.read()

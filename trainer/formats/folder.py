@@ -31,8 +31,8 @@ def find_weights(
     files = _files(folder, part, variant)
     if variant and not files:
         files = _files(folder, part, None)
-        log.info("%s has no %s variant of the %s; its plain files are read", folder.parent, variant,
-                 part)  # fmt: skip
+        form = "%s has no %s variant of the %s; its plain files are read"
+        log.info(form, folder.parent, variant, part)
     if not files:
         others = sorted(path.name for path in folder.glob("*.*.safetensors"))
         is_alone = option == "model.vae"

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from trainer.config.model import nothing_there
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 from trainer.formats.architectures import PARTS
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,7 @@ def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Pa
         log.info("model: %s from the hub, or its cache", name)
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{option}={name} is no folder and no file here, and the hub does not give it "
-            f"({reason}); name a diffusers folder, or a .safetensors file"
+            f"({reason(error)}); name a diffusers folder, or a .safetensors file"
         ) from error

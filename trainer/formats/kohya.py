@@ -90,9 +90,9 @@ def _known(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     """Every name that a file may have for a module of these models -> its part and own name."""
     known = {}
     for part, model in models.items():
+        config: Any = model.config
         for path in module_names(model):
             if part == "unet":
-                config = dict(model.config)  # type: ignore[arg-type]
                 for name in (path, unet_name(path, config)):
                     known["lora_unet_" + name.replace(".", "_")] = (part, path)
                 continue

@@ -3,8 +3,9 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,10 @@ from trainer.formats.weights import of_file, of_tensors
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["kohya", "diffusers"]
-
 
 def save_lora(
     target: Path,
-    kind: Kind,
+    kind: str,
     models: Mapping[str, nn.Module],
     base: str,
     dtype: torch.dtype | None = None,
@@ -32,9 +31,10 @@ def save_lora(
 ) -> Path:
     """Write the adapters of `models` to the .safetensors file `target`.
 
-    models: unet, text_encoder, text_encoder_2, those that have adapters.  base: `sdxl` or `sd15`,
-    the model they were trained on (`Origin.kind`; any where kind is `diffusers`).  dtype: of the
-    matrices (None: as trained); alphas are fp32.  adapters: in place of those in the models.
+    kind: `kohya` or `diffusers`.  models: unet, text_encoder, text_encoder_2, those that have
+    adapters.  base: `sdxl` or `sd15`, the model they were trained on (`Origin.kind`; any where kind
+    is `diffusers`).  dtype: of the matrices (None: as trained); alphas are fp32.  adapters: in
+    place of those in the models.
     Raises UserError where it cannot be written, or does not read back as what was trained.
     """
     adapters = of_models(models) if adapters is None else adapters
@@ -46,8 +46,8 @@ def save_lora(
             raise UserError(
                 f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; use diffusers'"
             )
-        unet = models.get("unet")
-        tensors = kohya.encode(adapters, base, None if unet is None else unet.config)  # type: ignore[arg-type]
+        unet: Any = models.get("unet")
+        tensors = kohya.encode(adapters, base, None if unet is None else unet.config)
         described: dict[str, str] = {}
     else:
         tensors, described = diffusers_lora.encode(adapters)
@@ -60,9 +60,8 @@ def save_lora(
     with disk.whole_file(target) as temporary:
         stream.write(temporary, of_tensors(tensors), described, kinds_of)
         count, rounding = _prove(read(temporary, models), adapters, dtype, target)
-    form = "%s: %d adapters read back, each adds what was trained"
-    log.info(form + (" (rounded to %s: %.1e)" if dtype else ""), target, count,
-             *((str(dtype).removeprefix("torch."), rounding) if dtype else ()))  # fmt: skip
+    changed = f" (rounded to {str(dtype).removeprefix('torch.')}: {rounding:.1e})" if dtype else ""
+    log.info("%s: %d adapters read back, each adds what was trained%s", target, count, changed)
     return target
 
 
@@ -86,7 +85,7 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
 
 
 def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
-    weight = getattr(module, "base_layer", module).weight
+    weight = getattr(module, "base_layer", module).get_parameter("weight")
     shape = (adapter.up.shape[0], *adapter.down.shape[1:])
     # A matrix may be written as a 1x1 convolution.
     if adapter.up.shape[0] != weight.shape[0] or math.prod(shape) != weight.numel():
@@ -121,14 +120,12 @@ def _prove(
 
 
 def _rounded(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
-    def to(tensor: Any) -> Any:
-        return None if tensor is None else tensor.to("cpu", dtype)
-
-    return Adapter(
-        down=to(adapter.down),
-        up=to(adapter.up),
-        alpha=adapter.alpha,
-        magnitude=to(adapter.magnitude),
+    magnitude = adapter.magnitude
+    return replace(
+        adapter,
+        down=adapter.down.to("cpu", dtype),
+        up=adapter.up.to("cpu", dtype),
+        magnitude=None if magnitude is None else magnitude.to("cpu", dtype),
     )
 
 
@@ -136,11 +133,10 @@ def _difference(written: Adapter, wanted: Adapter) -> str | None:
     error = _relative(written.delta(), wanted.delta())
     if error > 1e-6:  # alpha is fp32 in the file
         return f"adds something else (relative error {error:.1e})"
-    if (written.magnitude is None) != (wanted.magnitude is None):
-        return "has lost its DoRA scale, or gained one"
-    if written.magnitude is not None and not torch.equal(written.magnitude, wanted.magnitude):  # type: ignore[arg-type]
-        return "has another DoRA scale"
-    return None
+    here, there = written.magnitude, wanted.magnitude
+    if here is None or there is None:
+        return None if here is there else "has lost its DoRA scale, or gained one"
+    return None if torch.equal(here, there) else "has another DoRA scale"
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

@@ -2,7 +2,6 @@
 where they are not the published ones."""
 
 import json
-from collections import Counter
 from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.formats import architectures, stream
-from trainer.formats.adapters import Adapters
+from trainer.formats.adapters import Adapters, commonest
 
 RESOLUTION = "modelspec.resolution"
 TRAINER = "trainer"  # JSON: how a run of ours trained it
 CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
-
 
 _NOISE = {  # what of a scheduler's configuration decides the noise, and what it is by default
     "num_train_timesteps": 1000,
@@ -149,8 +147,7 @@ def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
     """The metadata of a LoRA: modelspec, and of kohya's `ss_` keys those that programs sort by.
     What was trained on (`ss_tag_frequency`) is not told."""
     every = [adapter for found in adapters.values() for adapter in found.values()]
-    rank = Counter(adapter.rank for adapter in every).most_common(1)[0][0]
-    alpha = Counter(adapter.alpha for adapter in every).most_common(1)[0][0]
+    rank, alpha = commonest(every)
     is_dora = any(adapter.magnitude is not None for adapter in every)
     described = {
         "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",

@@ -12,6 +12,7 @@ transformers 5 has dropped from the module (`canonical`).
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -77,6 +78,9 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 NOT_WEIGHTS = ("position_ids", "logit_scale")  # nothing that encoding a text would use
 
 
+Form = Literal["same", "conv", "transposed", "fused"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One tensor of a single file: what it is called there, which of diffusers' it holds, and how.
@@ -87,7 +91,7 @@ class Entry:
 
     single: str
     own: tuple[str, ...]
-    form: Literal["same", "conv", "transposed", "fused"] = "same"
+    form: Form = "same"
 
 
 def canonical(part: str, name: str) -> str:
@@ -173,7 +177,7 @@ def _openclip(names: Iterable[str]) -> list[Entry]:
     entries = []
     for name in names:
         if name in _OPENCLIP:
-            form: Any = "transposed" if name == "text_projection.weight" else "same"
+            form: Form = "transposed" if name == "text_projection.weight" else "same"
             entries.append(Entry(single=_OPENCLIP[name], own=(name,), form=form))
             continue
         found = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", name)
@@ -229,7 +233,7 @@ def _own(entry: Entry, lazy: Lazy) -> Weights:
             name: Lazy(
                 shape=third,
                 dtype=lazy.dtype,
-                read=lambda i=i: lazy.read()[i * rows : (i + 1) * rows],
+                read=partial(_rows, lazy, i * rows, (i + 1) * rows),
             )
             for i, name in enumerate(entry.own)
         }
@@ -242,6 +246,10 @@ def _own(entry: Entry, lazy: Lazy) -> Weights:
     else:
         changed = lazy
     return {entry.own[0]: changed}
+
+
+def _rows(lazy: Lazy, start: int, end: int) -> Tensor:
+    return lazy.read()[start:end]
 
 
 def _matrix(convolution: Tensor) -> Tensor:

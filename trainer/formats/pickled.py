@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 from trainer.formats.lazy import Lazy
 
 _STORAGES = {
@@ -135,8 +135,7 @@ def _tensor(
         content = bytearray(archive.read(name))
         return torch.frombuffer(content, dtype=dtype).as_strided(shape, stride, offset)
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{archive.filename}: {name} cannot be read ({reason}); the file is damaged, or was "
-            "changed while it was in use"
+            f"{archive.filename}: {name} cannot be read ({reason(error)}); the file is damaged, "
+            "or was changed while it was in use"
         ) from error

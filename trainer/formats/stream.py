@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.formats.weights import DTYPES, Weights, contents
+from trainer.formats.weights import SAFETENSORS_DTYPES, Weights, contents
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # Of the tensors' bytes, as modelspec and as A1111 write it; as wide before it is known as after.
 HASH = "modelspec.hash_sha256"
 SSHS = "sshs_model_hash"
@@ -42,7 +42,7 @@ def write(
         for name in tqdm(_order(kinds), desc=path.name, unit="tensor", disable=None, leave=False):
             tensor = weights[name].read()
             assert tuple(tensor.shape) == weights[name].shape, name
-            data = memoryview(contents(_rounded(name, tensor, kinds[name])).numpy())
+            data = contents(_rounded(name, tensor, kinds[name])).numpy().data
             file.write(data)
             if is_hashed:
                 sha.update(data)

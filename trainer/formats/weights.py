@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 from trainer.formats import pickled
 from trainer.formats.lazy import Lazy
 
 log = logging.getLogger(__name__)
 
-DTYPES = {  # as safetensors writes them
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,10 +36,9 @@ DTYPES = {  # as safetensors writes them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _WINDOW_BYTES = 256 << 20
 _END_BYTES = 1024  # of a tensor that is known by its ends
-PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-
 
 Weights = dict[str, Lazy]
 
@@ -84,11 +83,11 @@ def _of_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
         for name in file.keys():  # noqa: SIM118 - not a dict
             tensor = file.get_slice(name)
             kind = tensor.get_dtype()
-            if kind not in DTYPES:
+            if kind not in SAFETENSORS_DTYPES:
                 raise UserError(f"{path}: {name} is of the type {kind}, which cannot be read")
             weights[name] = Lazy(
                 shape=tuple(tensor.get_shape()),
-                dtype=DTYPES[kind],
+                dtype=SAFETENSORS_DTYPES[kind],
                 read=partial(mapped.read, name),
             )
     except (OSError, SafetensorError) as error:
@@ -129,10 +128,9 @@ def _of_pickle(path: Path) -> Weights:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise any
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a torch checkpoint ({reason}); it is damaged or incomplete: "
-            "fetch or copy it again"
+            f"{path} cannot be read as a torch checkpoint ({reason(error)}); it is damaged or "
+            "incomplete: fetch or copy it again"
         ) from error
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
     every = dict(held) if isinstance(held, dict) else {}
@@ -161,7 +159,7 @@ def _of_old_pickle(path: Path) -> Any:
 def of_tensors(tensors: dict[str, Tensor]) -> Weights:
     """Tensors that are in memory already."""
     return {
-        name: Lazy(shape=tuple(t.shape), dtype=t.dtype, read=lambda t=t: t.detach())
+        name: Lazy(shape=tuple(t.shape), dtype=t.dtype, read=t.detach)
         for name, t in tensors.items()
     }
 
@@ -185,5 +183,5 @@ def digest(weights: Weights, names: Iterable[str], ends_only: bool = False) -> s
         sha.update(f"{name} {lazy.dtype} {lazy.shape}\n".encode())
         content = contents(lazy.read()).numpy()
         for part in (content[:_END_BYTES], content[-_END_BYTES:]) if ends_only else (content,):
-            sha.update(part)
+            sha.update(part.data)
     return sha.hexdigest()
