@@ -103,5 +103,19 @@ struct NoSlot {
     HD void end() {}
 };
 
+// A moment that a rule may only read, unless kStored.
+template <class SlotT, bool kStored>
+struct Kept : SlotT {
+    using SlotT::SlotT;
+};
+template <class SlotT>
+struct Kept<SlotT, false> : SlotT {
+    using SlotT::SlotT;
+    HD void begin() {}
+    HD void store(int, int, int, F) {}
+    HD void end_row(int64_t, int) {}
+    HD void end() {}
+};
+
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -201,6 +201,10 @@ struct Bf16Weight {
     }
     HD void end_row(int) {}
 };
+// The same where they are only read.
+struct Bf16WeightRead : Bf16Weight<> {
+    HD Bf16WeightRead(const Place& p, F*) : Bf16Weight(p, nullptr) {}
+};
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -47,14 +47,39 @@ HD bool are_slow(const Hyper& h) { return below_half(h.weight1) && below_half(h.
 // stochastically, bf16 gradients, no feature that changes the update element by element.  Most runs
 // consist of such steps, so some have a loop of their own, by how the moments are stored.
 enum Storage : uint32_t {
-    kFactoredPair = 1 << 0,  // factors and signs, and factors
-    kCodedPair = 1 << 1,     // symmetric blocks, and float8
-    kSquareAlone = 1 << 2,   // no first moment, and factors
+    kFactoredTriple = 1 << 0,  // factors and signs twice, and factors
+    kFactoredPair = 1 << 1,    // factors and signs, and factors
+    kCodedPair = 1 << 2,       // symmetric blocks, and float8
+    kDenseTriple = 1 << 3,     // fp32, all
+    kDensePair = 1 << 4,       // the same without a slow moment
+    kSquareAlone = 1 << 5,     // of the second moment alone: factors
+    kGivenAlone = 1 << 6,      // factors that are only read
+    kSignAlone = 1 << 7,       // of the first moment alone: factors and signs
+    kCodedAlone = 1 << 8,      // symmetric blocks
+    kDenseAlone = 1 << 9,      // fp32
+    kNothing = 1 << 10,        // no moments
 };
-HD constexpr uint32_t storage_of(int32_t fast, int32_t square) {
-    if (fast == kBlock8 && square == kFloat8) return kCodedPair;
-    if (square != kFactored) return 0;
-    return fast == kFactoredSign ? kFactoredPair : fast == kAbsent ? kSquareAlone : 0;
+struct Stored {
+    uint32_t storage;
+    int32_t fast, slow, square;
+};
+constexpr Stored kStorages[] = {
+    {kFactoredTriple, kFactoredSign, kFactoredSign, kFactored},
+    {kFactoredPair, kFactoredSign, kAbsent, kFactored},
+    {kCodedPair, kBlock8, kAbsent, kFloat8},
+    {kDenseTriple, kDense, kDense, kDense},
+    {kDensePair, kDense, kAbsent, kDense},
+    {kSquareAlone, kAbsent, kAbsent, kFactored},
+    {kGivenAlone, kAbsent, kAbsent, kGiven},
+    {kSignAlone, kFactoredSign, kAbsent, kAbsent},
+    {kCodedAlone, kBlock8, kAbsent, kAbsent},
+    {kDenseAlone, kDense, kAbsent, kAbsent},
+    {kNothing, kAbsent, kAbsent, kAbsent},
+};
+HD constexpr uint32_t storage_of(int32_t fast, int32_t slow, int32_t square) {
+    for (const Stored& x : kStorages)
+        if (x.fast == fast && x.slow == slow && x.square == square) return x.storage;
+    return 0;
 }
 // The flags of a plain step: those that an element's arithmetic need not look at.
 constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativeStep |

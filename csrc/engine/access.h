@@ -37,19 +37,20 @@ struct AnyAccess {
 // elements of the tile are usable.  kCodes: the moments are codes, which round by the weights'
 // words; their tensor is flat, so that a row follows the other in memory and the hardware sees it
 // coming.
-template <class RuleT, class FastT, class SquareT, bool kSign, bool kCleanTile = false,
+template <class RuleT, class FastT, class SlowT, class SquareT, bool kCleanTile = false,
           bool kCodes = false>
 struct PlainAccess {
     using R = RuleT;
     static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
     static constexpr bool kRoundsWithin = false;
-    static constexpr int64_t kFlags = kPlainFlags | RuleT::kOwnFlags;
-    static constexpr bool factored_sign = kSign;
+    static constexpr int64_t kFlags =
+        (kPlainFlags | RuleT::kOwnFlags) & ~(is_same<SlowT, NoSlot> ? kSlowMoment : int64_t(0));
+    static constexpr bool factored_sign = is_same<FastT, FactoredSlot<true>>;
     Bf16Grad<!kCodes> grad;
     Bf16Weight<!kCodes, kCodes> weight;
     FastT fast;
-    NoSlot slow;
-    SquareT square;
+    Kept<SlowT, RuleT::kSlowStored> slow;
+    Kept<SquareT, RuleT::kSquareStored> square;
 
     HD PlainAccess(Place& p, Scratch& s)
         : grad(p, nullptr, kCleanTile),

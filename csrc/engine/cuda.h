@@ -84,20 +84,6 @@ struct WeightOf : AnyWeight {
     }
 };
 
-// A moment that a rule may only read.
-template <class SlotT, bool kStored>
-struct Stored : SlotT {
-    using SlotT::SlotT;
-};
-template <class SlotT>
-struct Stored<SlotT, false> : SlotT {
-    using SlotT::SlotT;
-    HD void begin() {}
-    HD void store(int, int, int, F) {}
-    HD void end_row(int64_t, int) {}
-    HD void end() {}
-};
-
 template <class SlotT>
 constexpr int32_t kCodecOf = kAbsent;
 template <>
@@ -125,7 +111,8 @@ struct Kind {
     static constexpr bool kRoundsWithin =
         is_same<FastT, Bf16Slot> || is_same<SlowT, Bf16Slot> || is_same<SquareT, Bf16Slot>;
     static constexpr int64_t kFlags = kFlags_;
-    static constexpr uint32_t kStorage = storage_of(kCodecOf<FastT>, kCodecOf<SquareT>);
+    static constexpr uint32_t kStorage =
+        storage_of(kCodecOf<FastT>, kCodecOf<SlowT>, kCodecOf<SquareT>);
     // Those that have a loop of their own on a CPU (engine/kernels.h): the same arithmetic here.
     static constexpr bool kPlain = kWeightDtype == kBFloat16 && kGradDtype == kBFloat16 &&
                                    !kCompensated && (kFlags & kStochastic) != 0 &&
@@ -141,8 +128,8 @@ struct Kind {
     Grad grad;
     WeightOf<kWeightDtype, kCompensated, (kFlags_ & kStochastic) != 0> weight;
     FastT fast;
-    Stored<SlowT, RuleT::kSlowStored> slow;
-    Stored<SquareT, RuleT::kSquareStored> square;
+    Kept<SlowT, RuleT::kSlowStored> slow;
+    Kept<SquareT, RuleT::kSquareStored> square;
 
     HD Kind(Place& p, Scratch& s)
         : grad(p, s.grad),

@@ -9,7 +9,7 @@ namespace engine {
 namespace ENGINE_ISA {
 
 template <class RuleT, bool kClean>
-using SquareAccess = PlainAccess<RuleT, NoSlot, FactoredSlot<false, false>, false, kClean>;
+using SquareAccess = PlainAccess<RuleT, NoSlot, NoSlot, FactoredSlot<false, false>, kClean>;
 
 // Whether a tensor's step is plain, but for how its moments are stored.
 template <class RuleT>
@@ -18,23 +18,44 @@ HD bool is_plain(const Tensor& t, const Hyper& h) {
            has(h, kStochastic) && !has(h, ~(kPlainFlags | RuleT::kOwnFlags)) && !h.passive;
 }
 
+// Calls f<Access>() where the storage at hand is this one and the rule has a loop for it.
+template <class RuleT, uint32_t kStorage, class Access, class Function>
+HD bool serves(uint32_t at, const Function& f) {
+    if constexpr ((RuleT::kPlainLoops & kStorage) != 0)
+        if (at == kStorage) {
+            f.template operator()<Access>();
+            return true;
+        }
+    return false;
+}
+template <class RuleT, class FastT, class SlowT, class SquareT>
+using Uncoded = PlainAccess<RuleT, FastT, SlowT, SquareT>;
+template <class RuleT, class SquareT>
+using Coded = PlainAccess<RuleT, Block8<SharedDraws>, NoSlot, SquareT, false, true>;
+
 // Calls f<Access>() with the fastest access that serves this tensor's strip.
 template <class RuleT, class Function>
 HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
-    const int32_t fast = t.moments[kFast].codec, square = t.moments[kSquare].codec;
+    using Signed = FactoredSlot<true>;
+    using Squares = FactoredSlot<false>;
+    const int32_t fast = t.moments[kFast].codec, slow = t.moments[kSlow].codec,
+                  square = t.moments[kSquare].codec;
     const bool plain = is_plain<RuleT>(t, h);
-    const uint32_t loop = plain ? RuleT::kPlainLoops & storage_of(fast, square) : 0;
-    if constexpr ((RuleT::kPlainLoops & kFactoredPair) != 0)
-        if (loop == kFactoredPair)
-            return f.template
-            operator()<PlainAccess<RuleT, FactoredSlot<true>, FactoredSlot<false>, true>>();
-    if constexpr ((RuleT::kPlainLoops & kCodedPair) != 0)
-        if (loop == kCodedPair)
-            return f.template operator()<
-                PlainAccess<RuleT, Block8<SharedDraws>, Float8<SharedDraws>, false, false, true>>();
+    const uint32_t at = plain ? storage_of(fast, slow, square) : 0;
+    if (serves<RuleT, kFactoredTriple, Uncoded<RuleT, Signed, Signed, Squares>>(at, f) ||
+        serves<RuleT, kFactoredPair, Uncoded<RuleT, Signed, NoSlot, Squares>>(at, f) ||
+        serves<RuleT, kCodedPair, Coded<RuleT, Float8<SharedDraws>>>(at, f) ||
+        serves<RuleT, kDenseTriple, Uncoded<RuleT, DenseSlot, DenseSlot, DenseSlot>>(at, f) ||
+        serves<RuleT, kDensePair, Uncoded<RuleT, DenseSlot, NoSlot, DenseSlot>>(at, f) ||
+        serves<RuleT, kGivenAlone, Uncoded<RuleT, NoSlot, NoSlot, GivenSlot>>(at, f) ||
+        serves<RuleT, kSignAlone, Uncoded<RuleT, Signed, NoSlot, NoSlot>>(at, f) ||
+        serves<RuleT, kCodedAlone, Coded<RuleT, NoSlot>>(at, f) ||
+        serves<RuleT, kDenseAlone, Uncoded<RuleT, DenseSlot, NoSlot, NoSlot>>(at, f) ||
+        serves<RuleT, kNothing, Uncoded<RuleT, NoSlot, NoSlot, NoSlot>>(at, f))
+        return;
     constexpr bool kReads = RuleT::kHasResidual;  // two factored moments
     if constexpr ((RuleT::kPlainLoops & kSquareAlone) != 0 || (kReads && Function::kDirectionAlone))
-        if (loop == kSquareAlone || (kReads && plain)) {
+        if (at == kSquareAlone || (kReads && plain)) {
             static_assert(RuleT::kSquareFirst, "clean() is what that pass has counted");
             if (f.clean()) return f.template operator()<SquareAccess<RuleT, true>>();
             return f.template operator()<SquareAccess<RuleT, false>>();
@@ -91,7 +112,7 @@ struct Limit : Pass {
 struct Align : Pass {
     template <class Access>
     void operator()() const {
-        align<Access>(launch, first_tile);
+        if constexpr (!Access::kPlain) align<Access>(launch, first_tile);
     }
 };
 struct Apply : Pass {
@@ -130,7 +151,11 @@ inline void run_strip(Phase pass, const Launch& launch, int64_t tile) {
     const Hyper& h = launch.hypers[member];
     switch (pass) {
         case kMeasure:
-            if (!wants_measure_of_grad(h)) return measure<Unread, AnyWeight>(launch, tile);
+            if (!wants_measure_of_grad(h)) {
+                const bool bf16 = t.weight_dtype == kBFloat16 && !t.compensation;
+                if (bf16) return measure<Unread, Bf16WeightRead>(launch, tile);
+                return measure<Unread, AnyWeight>(launch, tile);
+            }
             if (wants_measure_of_weight(h)) return measure<AnyGrad, AnyWeight>(launch, tile);
             [[fallthrough]];
         case kMeasureAlone:

@@ -24,7 +24,9 @@ HD void prepare_slow(const Options& o, Hyper& h) {
 
 struct Adam : Rule {
     static constexpr const char* kName = "adam";
-    static constexpr uint32_t kPlainLoops = kFactoredPair | kCodedPair;
+    static constexpr uint32_t kPlainLoops =
+        kFactoredTriple | kFactoredPair | kCodedPair | kDenseTriple | kDensePair;
+    static constexpr int64_t kOwnFlags = kSlowMoment;
     static constexpr bool kHasUnit = true;
 
     // The bias corrections c1, c2 are taken out of the elements' arithmetic:

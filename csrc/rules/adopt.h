@@ -10,7 +10,8 @@ namespace ENGINE_ISA {
 
 struct Adopt : Rule {
     static constexpr const char* kName = "adopt";
-    static constexpr uint32_t kPlainLoops = kFactoredPair;
+    static constexpr uint32_t kPlainLoops = kFactoredTriple | kFactoredPair | kDensePair;
+    static constexpr int64_t kOwnFlags = kSlowMoment;
     static constexpr bool kRoot = true;
 
     HD static void prepare(const Options& o, Hyper& h) {

@@ -32,7 +32,7 @@ struct DistanceAdapted : Rule {
 
 struct Prodigy : DistanceAdapted {
     static constexpr const char* kName = "prodigy";
-    static constexpr uint32_t kPlainLoops = kFactoredPair;
+    static constexpr uint32_t kPlainLoops = kFactoredPair | kDensePair;
     static constexpr bool kHasUnit = true;
 
     HD static void prepare(const Options& o, Hyper& h) {
@@ -52,6 +52,7 @@ struct Prodigy : DistanceAdapted {
 // Both averages are of d g, so that momentum and gradient keep their proportion while d grows.
 struct LionProdigy : DistanceAdapted {
     static constexpr const char* kName = "lion_prodigy";
+    static constexpr uint32_t kPlainLoops = kDenseAlone;
     HD static F direction(const Hyper& h, F g, Moments& s) {
         const F dg = g * h.d;
         const F u = sign(lerp(s.fast, dg, h.weight1));

@@ -10,6 +10,7 @@ namespace ENGINE_ISA {
 struct Scaled : Rule {
     static constexpr const char* kName = "scaled";
     static constexpr bool kCounts = false, kSquareStored = false;
+    static constexpr uint32_t kPlainLoops = kGivenAlone;
     HD static void prepare(const Options&, Hyper&) {}
     HD static F direction(const Hyper&, F g, Moments& s) { return g * s.square; }
 };

@@ -9,6 +9,7 @@ namespace ENGINE_ISA {
 // A step: Alg. 3, lines 6 and 14.  `square` is the curvature, which only estimates change.
 struct Sophia : Rule {
     static constexpr const char* kName = "sophia";
+    static constexpr uint32_t kPlainLoops = kDensePair;
     static constexpr bool kSquareStored = false;
     HD static void prepare(const Options& o, Hyper& h) { h.curvature = float(o.rho); }
 
