@@ -218,6 +218,7 @@ def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     [
         (["log=jsonl"], {"log.wandb.project=mine"}),
         (["ema=fp32"], set()),
+        (["ema=none"], {"method.ema.decay=0.9"}),
         (["log=wandb"], set()),
         (["log=nothing"], set()),  # of which Hydra tells
     ],
@@ -242,6 +243,9 @@ def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_f
     allowed = ["schedule.steps=2", "runtime.allow_config_change=true"]
     status, _, err = command("resume=run", *allowed)
     assert status == 0, err
+    told = json.loads((in_tmp / "run/summary.json").read_text())["overrides"]
+    assert "schedule.steps=2" in told
+    assert not any(o.startswith(("resume=", "runtime.allow_config_change=")) for o in told)
     status, _, err = command("resume=run", "optim.lr=0.5")
     assert status == 2
     assert "schedule.steps" not in err  # the steps it was changed to are the run's now

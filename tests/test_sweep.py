@@ -1,10 +1,13 @@
 """Sweeps: every combination runs, a failure is a row, a table at the end."""
 
+import json
 import math
+import shutil
 
 import pytest
 from conftest import new_process
 from helpers import QUICK
+from omegaconf import OmegaConf
 
 from trainer.sweep import SweepTable, sweep_table
 
@@ -42,9 +45,42 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
     assert "- optim.lr=-1 failed: optim=adafactor8bit: Adafactor8bit: lr=-1.0" in done.stdout
 
 
-def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
-    from omegaconf import OmegaConf
+@pytest.mark.slow
+def test_a_sweep_goes_on_in_its_folder_and_runs_nothing_twice(tmp_path):
+    """After its second run was stopped before it began, as a kill would leave it."""
+    folder, steps = tmp_path / "sweep", ("schedule.steps=1", "schedule.warmup_steps=0")
+    command = ("-m", *QUICK, *steps, f"hydra.sweep.dir={folder}")
+    assert new_process(*command, "seed=0", cwd=tmp_path).returncode == 0
+    first, second = (folder / f"{n}-adafactor8bit-full-seed{n}" for n in range(2))
+    shutil.copytree(first / "checkpoints", second / "checkpoints")
+    (second / "environment.json").touch()  # what tells a run's folder
+    before = (first / "summary.json").read_bytes()
 
+    done = new_process(*command, "seed=0,1", "runtime.allow_config_change=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (first / "summary.json").read_bytes() == before
+    assert f"{first} has ended before" in done.stdout
+    assert f"resuming from {second}/checkpoints/step-000001" in done.stdout
+    assert "| seed=1 " in (folder / "sweep.md").read_text()
+
+    other = new_process(*command, "seed=0", "optim.lr=1e-4", cwd=tmp_path)
+    assert other.returncode == 2
+    assert f"{first} holds a run of another sweep" in other.stderr
+    assert (first / "summary.json").read_bytes() == before
+
+
+def test_a_sweeps_table_is_kept_after_every_run_and_nowhere_else(tmp_path):
+    done = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path / "0-a")}}})
+    (tmp_path / "0-a").mkdir()
+    (tmp_path / "0-a/summary.json").write_text(json.dumps({"overrides": [], "error": "no"}))
+    SweepTable().on_job_end(done)
+    assert not (tmp_path / "sweep.md").exists()
+    (tmp_path / "multirun.yaml").touch()
+    SweepTable().on_job_end(done)
+    assert "default failed: no" in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
     SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     assert capsys.readouterr().out == ""
 

@@ -1,6 +1,7 @@
 """The command line around the runs: what Hydra is told, and how a run ends badly."""
 
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -99,10 +100,15 @@ def with_resumed(arguments: list[str]) -> list[str]:
             resume = str(latest_run())
             now = f"resume={_quoted(resume)}"
             arguments = [now if _key(a) == "resume" else a for a in arguments]
-    inherited = [a for a in overrides_of(resume) if _key(a) not in given.keys() | _ONCE]
+    inherited = [a for a in lasting(overrides_of(resume)) if _key(a) not in given]
     inherited = _without_orphans(inherited, arguments)
     at = next(i for i, a in enumerate(arguments) if _key(a) == "resume")  # not between flags
     return arguments[:at] + inherited + arguments[at:]
+
+
+def lasting(overrides: Iterable[str]) -> list[str]:
+    """Those of a run that it has again when it is resumed, and that a sweep knows it by."""
+    return [override for override in overrides if _key(override) not in _ONCE]
 
 
 def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
