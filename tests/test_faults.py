@@ -11,7 +11,9 @@ import sys
 import pytest
 import torch
 from helpers import QUICK, assert_same_weights, rows, weights
+from models import TINY
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from trainer import checkpoint, console, disk, losses, metrics, record, report, sampling
 from trainer.errors import UserError
@@ -128,6 +130,19 @@ def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_writte
         quick("run", "optim=sgd", "optim.lr=1e9", "schedule=constant")
     for path in ("summary.json", "model/model_index.json", "checkpoints/step-000004"):
         assert (tmp_path / "run" / path).exists()
+
+
+def test_a_model_that_is_ruined_before_the_first_step_is_not_trained(quick, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"before the first step, as its unet\.conv_in\.bias is not"
+    ):
+        quick("run", f"model.path={model}")
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_pictures_that_are_gone_cost_the_grids_first_row_and_nothing_else(

@@ -104,6 +104,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
     taken = gradients.make(config, parameters, state.optimizer, state.counters.grad_norm)
     if state.step == 0:
         found = evaluation.evaluate(state, writer)
+        _refuse_ruined(state, found.get("loss", 0.0))
         state.counters.eval_loss_before = found.get("loss", math.nan)
         evaluation.sample(state, writer)
     if state.step == config.schedule.steps:
@@ -231,6 +232,20 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     if failure:
         raise failure
     return summary["eval_loss_result"]
+
+
+def _refuse_ruined(state: State, loss: float) -> None:
+    """Raise UserError for a model whose loss is no number before anything is trained: no step would
+    change that."""
+    if math.isfinite(loss):
+        return
+    weights = torch.nn.ModuleDict(state.model.trained_parts).named_parameters()
+    broken = [name for name, weight in weights if not weight.isfinite().all()]
+    why = f"its {broken[0]} is not finite" if broken else "it overflows"
+    raise UserError(
+        f"model.path={state.model.origin}: eval/loss is {loss} before the first step, as {why}; "
+        "take another copy of the model, or model.dtype=float32"
+    )
 
 
 def _result_loss(state: State, after: Mapping[str, float]) -> float:
