@@ -78,6 +78,7 @@ def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_war
     folder = quick("run", *ONE_STEP)
     assert run_export(capsys, folder, tmp_path / "a")[0] == 0
     assert "has gone on" not in caplog.text
+    assert run_export(capsys, folder / "checkpoints", tmp_path / "c")[0] == 0  # the last of them
     newer = shutil.copytree(folder / "checkpoints/step-000001", folder / "checkpoints/step-000003")
     assert run_export(capsys, folder, tmp_path / "b")[0] == 0
     assert f"model is of step 1; the run has gone on since: name {newer}" in caplog.text

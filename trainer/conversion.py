@@ -51,6 +51,11 @@ def convert(
     else:
         if base:
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
+        if path.is_dir() and not (path / "model_index.json").is_file():
+            raise UserError(
+                f"{path} is no model, LoRA or run: it has no model_index.json, no {_LORA_NAME} and "
+                "no checkpoint"
+            )
         found = origin.at(str(path) if path.exists() else source, variant, "SOURCE")
         _write_model(target, found, {}, form, kind)
 
@@ -71,7 +76,7 @@ def _in_run(path: Path) -> Path:
     """What is meant by a run's folder: its model, its LoRA, or its last checkpoint."""
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
-    every = checkpoint.completed(path / "checkpoints")
+    every = checkpoint.completed(path / "checkpoints") or checkpoint.completed(path)
     found = path / "model"
     if not (found / "model_index.json").is_file():
         loras = sorted((path / "lora").glob("*.safetensors"))

@@ -76,7 +76,8 @@ def decode(
             raise UserError(f"{where}: {name} is of an unknown kind; LoRA and DoRA can be read")
         if base not in known:
             raise OtherModel(
-                f"{where}: {name} is of the {part}, which this model lacks or does not train"
+                f"{where}: {name} is of the {part}, which this model lacks, or method.train leaves "
+                "out"
                 if part in ("unet", "text_encoder", "text_encoder_2") and part not in models
                 else f"{where}: {base} is of no module of this model; the LoRA is another model's"
             )
