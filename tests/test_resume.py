@@ -167,6 +167,14 @@ def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_a
     assert checkpoint.run_folder_of(str(copy)) is None
 
 
+def test_a_run_that_forks_has_the_pictures_of_before(quick, tmp_path):
+    drawn = ("log.sample_count=1", "log.sample_steps=1", "runtime.save_every=2")
+    folder = quick("run", *drawn)
+    fork = quick("fork", *drawn, f"resume={folder / 'checkpoints/step-000002'}")
+    one, two = (f / "samples/step-000004.png" for f in (folder, fork))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_resume_latest_takes_the_newest_run(command, in_tmp):
     for name in ("first", "second"):
         status, _, err = command(*QUICK, f"name={name}")

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -93,8 +95,17 @@ def begin(
         state = assemble(config, folder, resumed, stop, overrides)
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
+        _carry_before(checkpoint.find(config.resume or "")[-1].parents[1], folder)
     record.write(folder, asdict(config), execution.device_of(config.runtime.device))
     return state
+
+
+def _carry_before(began: Path, folder: Path) -> None:
+    """Give a run that forks from another the pictures that the model drew before its first step."""
+    before = Path("samples") / f"step-{0:06d}"
+    if (began / before).is_dir() and not (folder / before).exists():
+        with suppress(OSError):  # of a full disk: a row of a grid
+            shutil.copytree(began / before, folder / before)
 
 
 def train(state: State, writer: metrics.Metrics) -> None:
