@@ -49,6 +49,8 @@ def convert(
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
         _export_lora(path, target, form, kind, base)
     else:
+        if wrong := nothing_there("SOURCE", source):
+            raise UserError(wrong)
         if base:
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
         if path.is_dir() and not (path / "model_index.json").is_file():
