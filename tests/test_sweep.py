@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+from datetime import datetime
 
 import pytest
 from conftest import new_process
 from helpers import QUICK
 from omegaconf import OmegaConf
 
+from trainer import cli
 from trainer.sweep import SweepTable, sweep_table
 
 
@@ -67,6 +69,22 @@ def test_a_sweep_goes_on_in_its_folder_and_runs_nothing_twice(tmp_path):
     assert other.returncode == 2
     assert f"{first} holds a run of another sweep" in other.stderr
     assert (first / "summary.json").read_bytes() == before
+
+
+def test_sweeps_that_begin_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "datetime", Clock)
+    for name in ("runs/sweep-20260102-030405", "runs/sweep-20260102-030405-2"):
+        cli.register()
+        made = OmegaConf.create({"dir": "${sweep_dir:}"})
+        assert [made.dir, made.dir] == [name, name]
+        (tmp_path / name).mkdir(parents=True)
+        assert made.dir == name  # the folder of all of its runs
 
 
 def test_a_sweeps_table_is_kept_after_every_run_and_nowhere_else(tmp_path):

@@ -81,6 +81,7 @@ def register() -> None:
     store.store(group="hydra/help", name="trainer", node=help_node)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
 
 
@@ -162,7 +163,16 @@ def _run_dir(resume: str | None, name: str) -> str:
     """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
     if resume and (folder := run_folder_of(resume)):
         return str(folder)
-    fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{_folder_name(name)}"
+    return _unused(f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{_folder_name(name)}")
+
+
+def _sweep_dir() -> str:
+    """Where a sweep is written that names no folder."""
+    return _unused(f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _unused(fresh: str) -> str:
+    """This folder, or if something began in the same second, with a number."""
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
 
