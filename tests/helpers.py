@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from torch.nn import Parameter
 
 import optim
-from trainer import metrics
+from trainer import export, metrics
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
 
@@ -82,3 +82,13 @@ def assert_same_weights(a, b):
 def names(dataset):
     """The file names of a data set's pictures."""
     return [sample.name.rpartition("/")[2] for sample in dataset.samples]
+
+
+def run_export(capsys, *arguments):
+    """`python -m trainer.export` in this process: (exit status, stdout, stderr)."""
+    try:
+        status = export.main([str(argument) for argument in arguments])
+    except SystemExit as leaving:  # argparse
+        status = leaving.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from trainer.config import ASSETS
+from trainer.formats import architectures
 
 TINY = ASSETS / "tiny_sdxl"
 
@@ -61,3 +62,16 @@ def make_sd15(folder):
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def assert_same_model(a, b, dtype=None):
+    for part in architectures.PARTS:
+        assert a.has(part) == b.has(part)
+        if not a.has(part):
+            continue
+        one, two = a.weights(part), b.weights(part)
+        assert one.keys() == two.keys()
+        for name, lazy in one.items():
+            wanted = lazy.read() if dtype is None or part == "vae" else lazy.read().to(dtype)
+            assert two[name].dtype == wanted.dtype, name
+            assert torch.equal(two[name].read(), wanted), name

@@ -159,6 +159,7 @@ MISTAKES = [
     (["method=lora", "method.targets=[]"], ["method.targets=[]", "adapts no layer of unet"]),
     (["method=lora", "method.train=[unet,unet]"], ["method.train=['unet', 'unet']", "twice"]),
     (["ema=true"], ["ema takes a choice", "bf16"]),
+    (["ema=null"], ["ema has no choice", "none"]),
     (["log.prompts=a", "cat"], ["cat is no option", "write 'log.prompts=a cat'"]),
     (["sdxl", "optim=lion"], ["sdxl is no option", "key=value"]),
     (["hydra.run.dir=/proc/a"], ["/proc/a: No such file or directory; name another folder"]),

@@ -3,20 +3,19 @@ what exists."""
 
 import itertools
 import json
-import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from models import TINY, make_sd15
+from helpers import run_export
+from models import TINY, assert_same_model, make_sd15
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trainer import export, origin
+from trainer import origin
 from trainer.errors import UserError
 from trainer.formats import adapters, architectures, lora, names, stream, weights, writing
 
@@ -28,38 +27,15 @@ def sd15(tmp_path_factory):
     return make_sd15(tmp_path_factory.mktemp("models") / "sd15")
 
 
-def run(capsys, *arguments):
-    """The command in this process: (exit status, stdout, stderr)."""
-    try:
-        status = export.main([str(argument) for argument in arguments])
-    except SystemExit as leaving:  # argparse
-        status = leaving.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def assert_same_weights(a, b, dtype=None):
-    for part in architectures.PARTS:
-        assert a.has(part) == b.has(part)
-        if not a.has(part):
-            continue
-        one, two = a.weights(part), b.weights(part)
-        assert one.keys() == two.keys()
-        for name, lazy in one.items():
-            wanted = lazy.read() if dtype is None or part == "vae" else lazy.read().to(dtype)
-            assert two[name].dtype == wanted.dtype, name
-            assert torch.equal(two[name].read(), wanted), name
-
-
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_folder_to_file_to_folder_gives_the_same_model(kind, sd15, tmp_path, capsys):
     folder = {"sdxl": TINY, "sd15": sd15}[kind]
-    first = run(capsys, folder, tmp_path / "model.safetensors")
+    first = run_export(capsys, folder, tmp_path / "model.safetensors")
     assert first[0] == 0, first
-    second = run(capsys, tmp_path / "model.safetensors", tmp_path / "back")
+    second = run_export(capsys, tmp_path / "model.safetensors", tmp_path / "back")
     assert second[0] == 0, second
     for path in (tmp_path / "model.safetensors", tmp_path / "back"):
-        assert_same_weights(origin.at(str(folder)), origin.at(str(path)))
+        assert_same_model(origin.at(str(folder)), origin.at(str(path)))
     for part in ("scheduler", "unet", "vae", "text_encoder"):
         assert origin._computing(origin.at(str(folder)).config(part)) == origin._computing(
             origin.at(str(tmp_path / "back")).config(part)
@@ -100,9 +76,9 @@ def test_weights_are_written_in_the_wanted_type_but_a_vae_keeps_its_own(dtype, t
     found = origin.at(str(TINY))
     writing.save_folder(source, found, {"vae": found.load("vae", torch.float32)})
     for target in (tmp_path / "a.safetensors", tmp_path / "b"):
-        assert run(capsys, source, target, "--dtype", dtype)[0] == 0
+        assert run_export(capsys, source, target, "--dtype", dtype)[0] == 0
         again = origin.at(str(target))
-        assert_same_weights(origin.at(str(source)), again, getattr(torch, dtype))
+        assert_same_model(origin.at(str(source)), again, getattr(torch, dtype))
         assert {lazy.dtype for lazy in again.weights("vae").values()} == {torch.float32}
 
 
@@ -214,7 +190,7 @@ def test_a_lora_is_converted_either_way(tmp_path, capsys, caplog):
     path, wanted = lora_file(tmp_path)
     steps = [path, tmp_path / "diffusers.safetensors", tmp_path / "kohya.safetensors"]
     for source, target in itertools.pairwise(steps):
-        status, _, error = run(capsys, source, target, "--base", TINY)
+        status, _, error = run_export(capsys, source, target, "--base", TINY)
         assert (status, error) == (0, ""), error
         assert "adapters read back" in caplog.text
         models = {"unet": architectures.empty("unet", origin.at(str(TINY)).config("unet"))}
@@ -225,7 +201,10 @@ def test_a_lora_is_converted_either_way(tmp_path, capsys, caplog):
     keys = [set(safe_open(p, "pt").keys()) for p in steps]
     assert keys[0] == keys[2] != keys[1]
     torch.save(load_file(path), tmp_path / "old.bin")
-    assert run(capsys, tmp_path / "old.bin", tmp_path / "new.safetensors", "--base", TINY)[0] == 0
+    assert (
+        run_export(capsys, tmp_path / "old.bin", tmp_path / "new.safetensors", "--base", TINY)[0]
+        == 0
+    )
     assert set(safe_open(tmp_path / "new.safetensors", "pt").keys()) == keys[1]
 
 
@@ -248,7 +227,7 @@ def test_a_converted_lora_keeps_what_its_metadata_says_of_its_training(tmp_path,
     save_file(load_file(path), tmp_path / "told.safetensors", more)
     source = tmp_path / "told.safetensors"
     for target in (tmp_path / "d.safetensors", tmp_path / "k.safetensors"):
-        status, _, error = run(capsys, source, target, "--base", TINY)
+        status, _, error = run_export(capsys, source, target, "--base", TINY)
         assert status == 0, error
         with safe_open(target, "pt") as file:
             found = file.metadata()
@@ -260,7 +239,7 @@ def test_a_converted_lora_keeps_what_its_metadata_says_of_its_training(tmp_path,
 
 def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):
     path, _ = lora_file(tmp_path)
-    status, _, error = run(capsys, path, tmp_path / "b.safetensors")
+    status, _, error = run_export(capsys, path, tmp_path / "b.safetensors")
     assert status == 2
     assert "--base=MODEL" in error
     of = {
@@ -274,132 +253,12 @@ def test_what_a_lora_is_of_is_found_or_asked_for(tmp_path, capsys):
             f"{base}.alpha": torch.tensor(1.0),
         }
         stream.write(tmp_path / f"{kind}.safetensors", weights.of_tensors(tensors), {})
-        status, _, error = run(
+        status, _, error = run_export(
             capsys, tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-d.safetensors"
         )
         assert status == 0, error
         written = list(safe_open(tmp_path / f"{kind}-d.safetensors", "pt").keys())
         assert written[0].startswith("unet.down_blocks."), written
-
-
-ONE_STEP = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1", "optim.lr=0.01")
-
-
-def exported(capsys, folder, *more):
-    """A run's checkpoint and its folder, as files."""
-    paths = [folder.parent / "checkpoint.safetensors", folder.parent / "folder.safetensors"]
-    for source, path in zip((folder / "checkpoints/step-000001", folder), paths, strict=True):
-        status, _, error = run(capsys, source, path, *more)
-        assert status == 0, error
-    return paths
-
-
-def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path, capsys):
-    """Of a run from a single file, with the noise of the run, which is not the file's."""
-    began = writing.save_single_file(tmp_path / "began.safetensors", origin.at(str(TINY)), {})
-    changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
-    folder = quick("run", f"model.path={began}", *ONE_STEP, *changes)
-    one, two = (origin.at(str(path)) for path in exported(capsys, folder))
-    assert_same_weights(one, two)
-    assert_same_weights(one, origin.at(str(folder / "model")))
-    assert one.config("scheduler")["prediction_type"] == "epsilon"
-    assert two.config("scheduler")["prediction_type"] == "epsilon"
-    assert one.fingerprint("unet") != origin.at(str(TINY)).fingerprint("unet")
-    assert one.fingerprint("vae") == origin.at(str(TINY)).fingerprint("vae")
-
-
-def test_a_checkpoint_is_exported_as_its_averages(quick, capsys):
-    folder = quick("run", "ema=bf16", "method.ema.decay=0.5", *ONE_STEP)
-    one, two = (origin.at(str(path)) for path in exported(capsys, folder))
-    assert_same_weights(one, two)
-
-
-def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
-    rules = "method.rules=[{pattern: lora_A, trainable: false}]"
-    folder = quick("run", "method=lora", rules, *ONE_STEP)
-    paths = exported(capsys, folder, "--format", "kohya", "--base", TINY)
-    tiny = origin.at(str(TINY))
-    models = {"unet": architectures.empty("unet", tiny.config("unet"))}
-    one, two = (lora.read(path, models)["unet"] for path in paths)
-    for name, adapter in one.items():
-        assert torch.equal(adapter.down, two[name].down)
-        torch.testing.assert_close(adapter.delta(), two[name].delta())
-
-
-def test_a_runs_lora_is_exported_with_the_model_that_its_configuration_names(
-    quick, tmp_path, capsys
-):
-    folder = quick("run", "method=lora", *ONE_STEP)
-    for source, name in ((folder, "a"), (folder / "lora/pytorch_lora_weights.safetensors", "b")):
-        status, _, error = run(capsys, source, tmp_path / f"{name}.safetensors")
-        assert status == 0, error
-    gone = (folder / "config.yaml").read_text().replace("assets/tiny_sdxl", "nowhere/tiny_sdxl")
-    (folder / "config.yaml").write_text(gone)
-    status, _, error = run(capsys, folder, tmp_path / "c.safetensors")
-    assert status == 2
-    assert re.search(r"--base=\S+nowhere/tiny_sdxl does not exist", error), error
-    assert run(capsys, folder, tmp_path / "c.safetensors", "--base", TINY)[0] == 0
-
-
-def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_warning(
-    quick, tmp_path, capsys, caplog
-):
-    folder = quick("run", *ONE_STEP)
-    assert run(capsys, folder, tmp_path / "a")[0] == 0
-    assert "has gone on" not in caplog.text
-    newer = shutil.copytree(folder / "checkpoints/step-000001", folder / "checkpoints/step-000003")
-    assert run(capsys, folder, tmp_path / "b")[0] == 0
-    assert f"model is of step 1; the run has gone on since: name {newer}" in caplog.text
-
-
-def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
-    private = ("log.prompts=[a secret]", f"data.cache={tmp_path}/cache")
-    model = shutil.copytree(TINY, tmp_path / "my-model")
-    sizes = ("data.resolution=32", "data.resolutions=[32,64]")
-    folder = quick("run", "method=lora", f"model.path={model}", *private, *sizes, *ONE_STEP)
-    assert run(capsys, folder / "checkpoints/step-000001", tmp_path / "c.safetensors")[0] == 0
-    every = [*sorted((folder / "lora").glob("*.safetensors")), tmp_path / "c.safetensors"]
-    assert len(every) == 3
-    for path in every:
-        with safe_open(path, "pt") as file:
-            found = file.metadata()
-        assert found["modelspec.resolution"] == "64x64"
-        text = json.dumps(found)
-        assert not [word for word in ("secret", "/", "emoji24") if word in found.get("trainer", "")]
-        assert str(tmp_path) not in text
-    with safe_open(every[0], "pt") as file:
-        config = json.loads(file.metadata()["trainer"])["config"]
-    assert config["model"]["path"] == "my-model"
-    assert config["optim"]["lr"] == 0.01
-
-
-def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
-    quick, tmp_path, capsys, caplog
-):
-    changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
-    for name, options, times in (("own", (), 0), ("other", changes, 1)):
-        folder = quick(name, "method=lora", *options, *ONE_STEP)
-        target = tmp_path / f"{name}.safetensors"
-        assert run(capsys, folder / "checkpoints/step-000001", target)[0] == 0
-        assert caplog.text.count("for another noise schedule than the model's") == times
-
-
-def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
-    """DoRA, rank stabilised, of a text encoder too."""
-    options = ("rank=4", "alpha=2", "dora=true", "rslora=true", "train=[unet,text_encoder]")
-    folder = quick("run", "method=lora", *ONE_STEP, *(f"method.{option}" for option in options))
-    paths = exported(capsys, folder, "--format", "kohya", "--base", TINY)
-    tiny = origin.at(str(TINY))
-    models = {part: architectures.empty(part, tiny.config(part)) for part in TRAINED}
-    one, two = (lora.read(path, models) for path in paths)
-    assert one.keys() == two.keys() == set(TRAINED)
-    for part in TRAINED:
-        assert one[part].keys() == two[part].keys()
-        assert any(adapter.delta().abs().max() > 0 for adapter in one[part].values())
-        for name, adapter in one[part].items():
-            assert adapter.alpha == 2.0 * 4**0.5
-            torch.testing.assert_close(adapter.delta(), two[part][name].delta())
-            torch.testing.assert_close(adapter.magnitude, two[part][name].magnitude)
 
 
 def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
@@ -418,17 +277,18 @@ def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
         ([TINY, tmp_path / "b", "--format", "kohya"], "use folder or file"),
         ([path, tmp_path / "b", "--format", "folder", "--base", TINY], "use kohya or diffusers"),
         ([TINY, tmp_path / "b", "--base", "sdxl"], "--base=sdxl has no effect"),
-        ([tmp_path, tmp_path / "b"], "model_index.json"),
+        ([tmp_path, tmp_path / "b"], "is no model, LoRA or run"),
+        ([tmp_path / "no.safetensors", tmp_path / "b", "--base", "sdxl"], "does not exist"),
     )
     for arguments, said in cases:
-        status, _, error = run(capsys, *arguments)
+        status, _, error = run_export(capsys, *arguments)
         assert status == 2
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert said in error
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "there.safetensors").read_text() == "mine"
-    assert run(capsys, TINY, tmp_path / "b", "--dtype", "int4")[0] == 2
+    assert run_export(capsys, TINY, tmp_path / "b", "--dtype", "int4")[0] == 2
 
 
 def test_the_command_explains_itself():

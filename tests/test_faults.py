@@ -1,18 +1,23 @@
 """What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
 
 import json
+import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import QUICK, assert_same_weights, rows, weights
+from models import TINY
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
-from trainer import checkpoint, losses, metrics, record, report, sampling
+from trainer import checkpoint, console, disk, losses, metrics, record, report, sampling
 from trainer.errors import UserError
+from trainer.formats import fingerprints
 from trainer.run import run
 from trainer.sweep import SweepTable
 
@@ -125,6 +130,19 @@ def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_writte
         quick("run", "optim=sgd", "optim.lr=1e9", "schedule=constant")
     for path in ("summary.json", "model/model_index.json", "checkpoints/step-000004"):
         assert (tmp_path / "run" / path).exists()
+
+
+def test_a_model_that_is_ruined_before_the_first_step_is_not_trained(quick, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"before the first step, as its unet\.conv_in\.bias is not"
+    ):
+        quick("run", f"model.path={model}")
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_pictures_that_are_gone_cost_the_grids_first_row_and_nothing_else(
@@ -350,7 +368,34 @@ def test_a_small_file_of_a_run_is_the_old_or_the_new_when_the_disk_is_full(tmp_p
                 raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(pathlib.Path, "write_text", half)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / name}'"):
             write()
         path = tmp_path / name
         assert path.read_text() == whole[name] if name != "wandb_id" else not path.exists()
+
+
+def test_a_full_disk_under_the_log_file_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logging.FileHandler, "close", full)
+    with pytest.raises(UserError, match="the reason"), console.logging_to(tmp_path / "train.log"):
+        raise UserError("the reason")
+    with console.logging_to(tmp_path / "train.log"):
+        pass  # nor does it end a run that ends well
+
+
+def test_files_that_cannot_be_copied_are_one_line(tmp_path):
+    failed = [("/a", "/b", "[Errno 28] No space left on device: '/b'"), ("/c", "/d", "another")]
+    with (
+        pytest.raises(UserError, match=r"model: \[Errno 28\] No space left on device: '/b' \("),
+        disk.whole_folder(tmp_path / "model"),
+    ):
+        raise shutil.Error(failed)
+
+
+def test_a_cache_that_is_only_read_is_read(tmp_path):
+    """Fingerprints that cannot be remembered there are computed each time."""
+    (tmp_path / "cache").write_text("as if it could not be written")
+    for value in ("one", "two"):
+        assert fingerprints.remembered({}, [], tmp_path / "cache", lambda v=value: v) == value

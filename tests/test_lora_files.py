@@ -284,7 +284,7 @@ def test_what_cannot_be_read_is_named(what, tmp_path):
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])
 def test_an_adapter_of_a_part_that_is_not_trained_is_named(tmp_path, kind):
     path = lora.save_lora(tmp_path / "a.safetensors", kind, trained(TINY), "sdxl")
-    with pytest.raises(UserError, match="text_encoder, which is not trained here"):
+    with pytest.raises(UserError, match="text_encoder, which this model lacks"):
         lora.read(path, {"unet": fresh(TINY)["unet"]})
 
 

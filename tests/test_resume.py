@@ -167,6 +167,14 @@ def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_a
     assert checkpoint.run_folder_of(str(copy)) is None
 
 
+def test_a_run_that_forks_has_the_pictures_of_before(quick, tmp_path):
+    drawn = ("log.sample_count=1", "log.sample_steps=1", "runtime.save_every=2")
+    folder = quick("run", *drawn)
+    fork = quick("fork", *drawn, f"resume={folder / 'checkpoints/step-000002'}")
+    one, two = (f / "samples/step-000004.png" for f in (folder, fork))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_resume_latest_takes_the_newest_run(command, in_tmp):
     for name in ("first", "second"):
         status, _, err = command(*QUICK, f"name={name}")
@@ -218,6 +226,7 @@ def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
     [
         (["log=jsonl"], {"log.wandb.project=mine"}),
         (["ema=fp32"], set()),
+        (["ema=none"], {"method.ema.decay=0.9"}),
         (["log=wandb"], set()),
         (["log=nothing"], set()),  # of which Hydra tells
     ],
@@ -242,6 +251,9 @@ def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_f
     allowed = ["schedule.steps=2", "runtime.allow_config_change=true"]
     status, _, err = command("resume=run", *allowed)
     assert status == 0, err
+    told = json.loads((in_tmp / "run/summary.json").read_text())["overrides"]
+    assert "schedule.steps=2" in told
+    assert not any(o.startswith(("resume=", "runtime.allow_config_change=")) for o in told)
     status, _, err = command("resume=run", "optim.lr=0.5")
     assert status == 2
     assert "schedule.steps" not in err  # the steps it was changed to are the run's now

@@ -2,11 +2,16 @@
 
 import json
 import math
+import shutil
+from datetime import datetime
 
 import pytest
 from conftest import new_process
 from helpers import QUICK
+from hydra.core.utils import JobReturn
+from omegaconf import OmegaConf
 
+from trainer import cli
 from trainer.sweep import SweepTable, sweep_table
 
 
@@ -52,9 +57,58 @@ def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys
     assert "error: optim=sgd: MemoryError" in capsys.readouterr().err
 
 
-def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
-    from omegaconf import OmegaConf
+@pytest.mark.slow
+def test_a_sweep_goes_on_in_its_folder_and_runs_nothing_twice(tmp_path):
+    """After its second run was stopped before it began, as a kill would leave it."""
+    folder, steps = tmp_path / "sweep", ("schedule.steps=1", "schedule.warmup_steps=0")
+    command = ("-m", *QUICK, *steps, f"hydra.sweep.dir={folder}")
+    assert new_process(*command, "seed=0", cwd=tmp_path).returncode == 0
+    first, second = (folder / f"{n}-adafactor8bit-full-seed{n}" for n in range(2))
+    shutil.copytree(first / "checkpoints", second / "checkpoints")
+    (second / "environment.json").touch()  # what tells a run's folder
+    before = (first / "summary.json").read_bytes()
 
+    done = new_process(*command, "seed=0,1", "runtime.allow_config_change=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (first / "summary.json").read_bytes() == before
+    assert f"{first} has ended before" in done.stdout
+    assert f"resuming from {second}/checkpoints/step-000001" in done.stdout
+    assert "| seed=1 " in (folder / "sweep.md").read_text()
+
+    other = new_process(*command, "seed=0", "optim.lr=1e-4", cwd=tmp_path)
+    assert other.returncode == 2
+    assert f"{first} holds a run of another sweep" in other.stderr
+    assert (first / "summary.json").read_bytes() == before
+
+
+def test_sweeps_that_begin_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "datetime", Clock)
+    for name in ("runs/sweep-20260102-030405", "runs/sweep-20260102-030405-2"):
+        cli.register()
+        made = OmegaConf.create({"dir": "${sweep_dir:}"})
+        assert [made.dir, made.dir] == [name, name]
+        (tmp_path / name).mkdir(parents=True)
+        assert made.dir == name  # the folder of all of its runs
+
+
+def test_a_sweeps_table_is_kept_after_every_run_and_nowhere_else(tmp_path):
+    done = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path / "0-a")}}})
+    (tmp_path / "0-a").mkdir()
+    (tmp_path / "0-a/summary.json").write_text(json.dumps({"overrides": [], "error": "no"}))
+    SweepTable().on_job_end(done, JobReturn())
+    assert not (tmp_path / "sweep.md").exists()
+    (tmp_path / "multirun.yaml").touch()
+    SweepTable().on_job_end(done, JobReturn())
+    assert "default failed: no" in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
     SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     assert capsys.readouterr().out == ""
 

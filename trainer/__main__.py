@@ -21,7 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from trainer import cli, config, execution, optimizers
+from trainer import cli, config, execution, optimizers, sweep
+from trainer.checkpoint import completed
 from trainer.errors import UserError
 from trainer.explain import explain
 from trainer.report import write_summary
@@ -39,24 +40,45 @@ def train(composed: DictConfig) -> float:
     """One run; returns its last eval loss, which a sweeper may minimise (NaN where it failed)."""
     _runs_begun.append(composed.name)
     context = HydraConfig.get()
-    folder = Path(context.runtime.output_dir)
+    folder, overrides = Path(context.runtime.output_dir), cli.lasting(context.overrides.task)
+    is_of_sweep = context.mode == RunMode.MULTIRUN
+    if is_of_sweep and (loss := _ended(folder, overrides)) is not None:
+        return loss
     try:
         checked = to_dataclasses(composed)
         optimizers.check(
             checked.optim, checked.method.rules, execution.device_of(checked.runtime.device)
         )
+        if is_of_sweep and completed(folder / "checkpoints"):
+            checked.resume = str(folder)  # a sweep that was stopped goes on
         from trainer.run import run  # now that the configuration is good: diffusers takes seconds
 
-        return run(checked, folder, context.overrides.task)
+        return run(checked, folder, overrides)
+    except SystemExit:
+        if is_of_sweep:
+            print(f"a sweep goes on by its command and hydra.sweep.dir={context.sweep.dir}")
+        raise
     except Exception as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # a run that never began leaves no empty folder
-        if context.mode == RunMode.MULTIRUN:
-            _record_failure(folder, error, list(context.overrides.task))
+        if is_of_sweep:
+            _record_failure(folder, error, overrides)
             return math.nan
         if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
         cli.fail(str(error))
+
+
+def _ended(folder: Path, overrides: list[str]) -> float | None:
+    """The loss of a run that ended before its sweep was stopped, or None.  A folder of another
+    sweep's ends this one, which would leave its errors there."""
+    try:
+        loss = sweep.ended(folder, overrides)
+    except UserError as error:
+        cli.fail(str(error))
+    if loss is not None:
+        print(f"{folder} has ended before: {' '.join(overrides)}")
+    return loss
 
 
 def _record_failure(folder: Path, error: Exception, overrides: list[str]) -> None:

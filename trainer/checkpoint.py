@@ -16,6 +16,7 @@ import math
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,32 +119,51 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def load(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint, to the CPU.  Raises UserError when it is damaged."""
+    record = verified(folder)
     try:
+        with _naming(folder):
+            return Checkpoint(
+                step=record["step"],
+                weights=load_file(folder / "weights.safetensors"),
+                optimizer=torch.load(
+                    folder / "optimizer.pt", weights_only=True, map_location="cpu"
+                ),
+                average=load_file(folder / _AVERAGE) if _AVERAGE in record["sha256"] else {},
+                config=record["config"],
+                overrides=record.get("overrides", []),
+                model=record.get("model", ""),
+                data=record["data"],
+                counters=Counters(**record["counters"]),
+            )
+    except pickle.UnpicklingError as error:  # as it was written, by its checksum
+        raise UserError(f"checkpoint {folder} cannot be resumed: {unread(error)}") from error
+
+
+def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
+    """What a checkpoint.json says.  Raises UserError where it, or a file of the checkpoint but
+    `without`, is not as it was written."""
+    with _naming(folder):
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         digests = dict(record["sha256"])
-        files = (*_FILES, _AVERAGE) if _AVERAGE in digests else _FILES
-        found = {name: _sha256_file(folder / name) for name in files}
         own = digests.pop("checkpoint.json")
-        found["checkpoint.json"] = _sha256(_canonical(record | {"sha256": digests}))
-        for name, digest in {**digests, "checkpoint.json": own}.items():
-            if found[name] != digest:
+        if own != _sha256(_canonical(record | {"sha256": digests})):
+            raise UserError("checkpoint.json does not match its checksum")
+        if missing := sorted({*_FILES} - digests.keys()):
+            raise UserError(f"{missing[0]} has no checksum")
+        for name, digest in digests.items():
+            if name != without and _sha256_file(folder / name) != digest:
                 raise UserError(f"{name} does not match its checksum")
-        return Checkpoint(
-            step=record["step"],
-            weights=load_file(folder / "weights.safetensors"),
-            optimizer=torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"),
-            average=load_file(folder / _AVERAGE) if _AVERAGE in digests else {},
-            config=record["config"],
-            overrides=record.get("overrides", []),
-            model=record.get("model", ""),
-            data=record["data"],
-            counters=Counters(**record["counters"]),
-        )
+        return record
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint becomes a UserError that names it."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"checkpoint {folder} is damaged: {reason}") from error
-    except pickle.UnpicklingError as error:  # as it was written, by its checksum
-        raise UserError(f"checkpoint {folder} cannot be resumed: {unread(error)}") from error
 
 
 def unread(error: pickle.UnpicklingError) -> str:

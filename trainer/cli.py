@@ -1,6 +1,7 @@
 """The command line around the runs: what Hydra is told, and how a run ends badly."""
 
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -78,6 +79,7 @@ def register() -> None:
     store.store(group="hydra/help", name="trainer", node=help_node)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
 
 
@@ -97,10 +99,15 @@ def with_resumed(arguments: list[str]) -> list[str]:
             resume = str(latest_run())
             now = f"resume={_quoted(resume)}"
             arguments = [now if _key(a) == "resume" else a for a in arguments]
-    inherited = [a for a in overrides_of(resume) if _key(a) not in given.keys() | _ONCE]
+    inherited = [a for a in lasting(overrides_of(resume)) if _key(a) not in given]
     inherited = _without_orphans(inherited, arguments)
     at = next(i for i, a in enumerate(arguments) if _key(a) == "resume")  # not between flags
     return arguments[:at] + inherited + arguments[at:]
+
+
+def lasting(overrides: Iterable[str]) -> list[str]:
+    """Those of a run that it has again when it is resumed, and that a sweep knows it by."""
+    return [override for override in overrides if _key(override) not in _ONCE]
 
 
 def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
@@ -152,7 +159,16 @@ def _run_dir(resume: str | None, name: str) -> str:
     """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
     if resume and (folder := run_folder_of(resume)):
         return str(folder)
-    fresh = f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{file_name(name)}"
+    return _unused(f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{file_name(name)}")
+
+
+def _sweep_dir() -> str:
+    """Where a sweep is written that names no folder."""
+    return _unused(f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _unused(fresh: str) -> str:
+    """This folder, or if something began in the same second, with a number."""
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
 

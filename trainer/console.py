@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -103,4 +103,5 @@ def logging_to(path: Path) -> Iterator[None]:
         root.setLevel(previous)
         for handler in (console, file):
             root.removeHandler(handler)
-        file.close()
+        with suppress(OSError):  # of a full disk, which would hide what ended the run
+            file.close()

@@ -11,9 +11,9 @@ import torch
 import yaml
 from torch import nn
 
-from trainer import noise, origin
-from trainer.checkpoint import completed
-from trainer.config import NoiseConfig
+from trainer import checkpoint, noise, origin, result
+from trainer.config import ModelConfig, NoiseConfig
+from trainer.config.model import nothing_there
 from trainer.errors import UserError
 from trainer.formats import (
     adapters,
@@ -27,6 +27,7 @@ from trainer.formats import (
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.names import canonical
 from trainer.formats.weights import PICKLED, Weights, of_file
+from trainer.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +51,21 @@ def convert(
     _check_target(target)
     path = _in_run(Path(source).expanduser())
     if (path / "checkpoint.json").is_file():
-        _export_checkpoint(path, target, form, kind)
+        _export_checkpoint(path, target, form, kind, base)
     elif (path / _LORA_NAME).is_file():
         _export_lora(path / _LORA_NAME, target, form, kind, base)
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
         _export_lora(path, target, form, kind, base)
     else:
+        if wrong := nothing_there("SOURCE", source):
+            raise UserError(wrong)
         if base:
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
+        if path.is_dir() and not (path / "model_index.json").is_file():
+            raise UserError(
+                f"{path} is no model, LoRA or run: it has no model_index.json, no {_LORA_NAME} and "
+                "no checkpoint"
+            )
         found = origin.at(str(path) if path.exists() else source, variant, "SOURCE")
         _write_model(target, found, {}, form, kind)
 
@@ -78,7 +86,7 @@ def _in_run(path: Path) -> Path:
     """What is meant by a run's folder: its model, its LoRA, or its last checkpoint."""
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
-    every = completed(path / "checkpoints")
+    every = checkpoint.completed(path / "checkpoints") or checkpoint.completed(path)
     found = path / "model"
     if not (found / "model_index.json").is_file():
         loras = sorted((path / "lora").glob("*.safetensors"))
@@ -106,7 +114,9 @@ def _write_model(
     form: str | None,
     dtype: torch.dtype | None,
     scheduler: dict[str, Any] | None = None,
+    told: dict[str, str] | None = None,
 ) -> None:
+    """told: metadata that a file is to have; a folder has none."""
     if form in ("kohya", "diffusers"):
         raise UserError(
             f"--format={form} is of LoRA files, and {found} is a model: use folder or file"
@@ -117,7 +127,7 @@ def _write_model(
         writing.save_folder(target, found, parts, scheduler, dtype)
         return
     _must_be_safetensors(target)
-    writing.save_single_file(target, found, parts, dtype, scheduler)
+    writing.save_single_file(target, found, parts, dtype, scheduler, told)
 
 
 def _must_be_safetensors(target: Path) -> None:
@@ -173,6 +183,11 @@ def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
                 f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "
                 "name the model that it is of: --base=MODEL"
             )
+    return _named(base, variant)
+
+
+def _named(base: str, variant: str | None) -> tuple[str, dict[str, nn.Module]]:
+    """The kind of a model that --base names, and the model without weights."""
     if base in architectures.PUBLISHED:
         return base, _empty_published(base)
     found = origin.at(base, variant, "--base")
@@ -219,37 +234,61 @@ def _empty(found: origin.Origin) -> dict[str, nn.Module]:
 
 
 def _export_checkpoint(
-    folder: Path, target: Path, form: str | None, dtype: torch.dtype | None
+    folder: Path, target: Path, form: str | None, dtype: torch.dtype | None, base: str | None
 ) -> None:
-    """A run's checkpoint: the model that it began with and the trained tensors in it, or a LoRA."""
+    """A run's checkpoint: the model that it began with and the trained tensors in it, or a LoRA.
+
+    base: where that model lies now, if not where it was.
+    """
+    record = checkpoint.verified(folder, without="optimizer.pt")
     try:
-        config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
-        began, method = config["model"], config["method"]
-        noising = NoiseConfig(**config["noise"])
-        side = max(config["data"].get("resolutions") or [config["data"]["resolution"]])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
-    found = origin.at(began["path"], began.get("variant"))
-    scheduler = noise.scheduler_config(noising, found.config("scheduler"))
+        config, step = record["config"], record["step"]
+        began, noising = ModelConfig(**config["model"]), NoiseConfig(**config["noise"])
+        method, told = config["method"], result.described(config, step)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder} is of another version: {error}") from error
+    if base is None and nothing_there("model.path", began.path):
+        raise UserError(
+            f"the model that {folder} began with is not at {began.path} any more; name it where it "
+            "is now: --base=MODEL"
+        )
     trained = _by_part(_exported_weights(folder, method.get("ema")))
     if method["name"] == "lora":
-        if metadata.noise(scheduler) != metadata.noise(found.config("scheduler")):
-            log.warning(
-                "the adapter is for another noise schedule than the model's, which whoever loads "
-                "it must set; the run's result has it in lora/scheduler"
-            )
-        models = _empty(found)
+        named, variant = base or began.path, None if base else began.variant
+        kind, models = _named(named, variant)
+        if named not in architectures.PUBLISHED:
+            _warn_of_noise(noising, origin.at(named, variant))
         held = _adapters_of(trained, method)
-        told = {metadata.RESOLUTION: f"{side}x{side}"}
-        _write_lora(folder, target, form or "kohya", dtype, found.kind, models, held, told)
+        _write_lora(folder, target, form or "kohya", dtype, kind, models, held, told)
         return
+    if base is not None:
+        began.path, began.variant = base, None
+    model = Model(began, torch.device("cpu"))
+    if record.get("model") not in ("", None, model.sketch()):  # older ones do not say
+        raise UserError(
+            f"the model at {began.path} is not what {folder} began with, and what was not trained "
+            "would be another's; name that model where it is: --base=MODEL"
+        )
+    found = model.origin
     parts: dict[str, writing.Given] = {
         part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
         for part, weights in trained.items()
     }
-    if began.get("vae"):
-        parts["vae"] = origin.vae(began["vae"], found)
-    _write_model(target, found, parts, form, dtype, scheduler)
+    if model.vae_origin is not found:
+        parts["vae"] = model.vae_origin
+    scheduler = noise.scheduler_config(noising, model.scheduler)
+    trainer = {metadata.TRAINER: told[metadata.TRAINER]}
+    _write_model(target, found, parts, form, dtype, scheduler, trainer)
+
+
+def _warn_of_noise(noising: NoiseConfig, model: origin.Origin) -> None:
+    """Say where a LoRA was trained with another noise schedule than its model's."""
+    own = model.config("scheduler")
+    if metadata.noise(noise.scheduler_config(noising, own)) != metadata.noise(own):
+        log.warning(
+            "the adapter is for another noise schedule than the model's, which whoever loads it "
+            "must set; the run's result has it in lora/scheduler"
+        )
 
 
 def _exported_weights(folder: Path, ema: dict[str, Any] | None) -> Weights:

@@ -43,8 +43,10 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not final.exists():
             os.rename(old, final)
+        # Of a folder that is copied, the first of what could not be, and why.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise UserError(
-            f"could not save {final}: {error} ({written / 1e6:.1f} MB written, "
+            f"could not save {final}: {reason} ({written / 1e6:.1f} MB written, "
             f"{_free_bytes(final.parent) / 1e6:.1f} MB free); what was saved before is intact"
         ) from error
 
@@ -71,11 +73,14 @@ def whole_file(final: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file anew: it has the old text or the new, never a part."""
+    """Write a small file anew: it has the old text or the new, never a part.  Raises OSError that
+    names it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two may write at once
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:  # which does not say where the disk is full
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

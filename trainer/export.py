@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--base",
         metavar="MODEL",
         help="what a LoRA file is of: sdxl, sd15, or a model (by default what the file or its run "
-        "says)",
+        "says); of a checkpoint, where the model that its run began with is now",
     )
     parser.add_argument("--variant", help="of a diffusers folder's files, such as fp16")
     return parser

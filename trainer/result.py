@@ -4,6 +4,7 @@ Each file is read back and compared with what was trained before it counts as wr
 (`trainer.formats`).
 """
 
+import copy
 import json
 import logging
 from dataclasses import asdict
@@ -43,12 +44,12 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
         parts["vae"] = model.vae_origin
     name = file_name(config.name)
-    described = _described(config, step, num_images)
+    told = described(asdict(config), step, num_images)
     written = []
     for kind in method.export:
         if isinstance(method, LoraConfig):
             target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
-            lora.save_lora(target, kind, parts, model.origin.kind, dtype, described)
+            lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
             writing.save_single_file(
@@ -57,7 +58,7 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
                 parts,
                 dtype,
                 model.scheduler,
-                {metadata.TRAINER: described[metadata.TRAINER]},
+                {metadata.TRAINER: told[metadata.TRAINER]},
             )
         else:
             target = folder / "model"
@@ -84,32 +85,35 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
     return folder
 
 
-def _described(config: Config, step: int, num_images: int) -> dict[str, str]:
+def described(config: dict[str, Any], step: int, num_images: int | None = None) -> dict[str, str]:
     """How it was trained, by the keys of kohya's scripts, which model managers show; and what of
-    the configuration may be given away under a key of our own."""
-    computes_bf16 = "bfloat16" in (config.model.dtype, config.model.compute)
-    side = config.data.largest_resolution
+    the configuration may be given away under a key of our own.
+
+    num_images: different pictures that were trained on; None where that is not known.
+    """
+    model, data = config["model"], config["data"]
+    side = max(data.get("resolutions") or [data["resolution"]])
     resolution = f"{side}x{side}"
     known: dict[str, Any] = {
         "ss_steps": step,
-        "ss_optimizer": config.optim.name,
-        "ss_learning_rate": config.optim.lr,
-        "ss_lr_scheduler": config.schedule.name,
-        "ss_seed": config.seed,
+        "ss_optimizer": config["optim"]["name"],
+        "ss_learning_rate": config["optim"].get("lr", ""),
+        "ss_lr_scheduler": config["schedule"]["name"],
+        "ss_seed": config["seed"],
         "ss_resolution": resolution,
         "ss_num_train_images": num_images,
-        "ss_batch_size_per_device": config.data.batch_size,
-        "ss_mixed_precision": "bf16" if computes_bf16 else "no",
+        "ss_batch_size_per_device": data["batch_size"],
+        "ss_mixed_precision": "bf16" if "bfloat16" in (model["dtype"], model["compute"]) else "no",
         metadata.RESOLUTION: resolution,
         metadata.TRAINER: json.dumps({"config": _public(config), "step": step}),
     }
-    return {key: str(value) for key, value in known.items()}
+    return {key: str(value) for key, value in known.items() if value is not None}
 
 
-def _public(config: Config) -> dict[str, Any]:
+def _public(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what is private and decides nothing that another could repeat:
     where things are on this machine, captions and prompts.  Models have their names."""
-    told = asdict(config)
+    told = copy.deepcopy(config)
     for private in ("resume", "log"):
         del told[private]
     for private in ("path", "sources", "cache"):

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -93,8 +95,17 @@ def begin(
         state = assemble(config, folder, resumed, stop, overrides)
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
+        _carry_before(checkpoint.find(config.resume or "")[-1].parents[1], folder)
     record.write(folder, asdict(config), state.device)
     return state
+
+
+def _carry_before(began: Path, folder: Path) -> None:
+    """Give a run that forks from another the pictures that the model drew before its first step."""
+    before = Path("samples") / f"step-{0:06d}"
+    if (began / before).is_dir() and not (folder / before).exists():
+        with suppress(OSError):  # of a full disk: a row of a grid
+            shutil.copytree(began / before, folder / before)
 
 
 def train(state: State, writer: metrics.Metrics) -> None:
@@ -104,6 +115,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
     taken = gradients.make(config, parameters, optimizer, state.counters.grad_norm)
     if state.step == 0:
         found = evaluation.evaluate(state, writer)
+        _refuse_ruined(state, found.get("loss", 0.0))
         state.counters.eval_loss_before = found.get("loss", math.nan)
         evaluation.sample(state, writer)
     if state.step == config.schedule.steps:
@@ -230,6 +242,20 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     if failure:
         raise failure
     return summary["eval_loss_result"]
+
+
+def _refuse_ruined(state: State, loss: float) -> None:
+    """Raise UserError for a model whose loss is no number before anything is trained: no step would
+    change that."""
+    if math.isfinite(loss):
+        return
+    weights = torch.nn.ModuleDict(state.model.trained_parts).named_parameters()
+    broken = [name for name, weight in weights if not weight.isfinite().all()]
+    why = f"its {broken[0]} is not finite" if broken else "it overflows"
+    raise UserError(
+        f"model.path={state.model.origin}: eval/loss is {loss} before the first step, as {why}; "
+        "take another copy of the model, or model.dtype=float32"
+    )
 
 
 def _result_loss(state: State, after: Mapping[str, float]) -> float:

@@ -7,10 +7,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from trainer import disk
+from trainer.errors import UserError
 from trainer.report import format_bytes
 
 _COLUMNS = (
@@ -26,6 +28,7 @@ _COLUMNS = (
     ("peak in training", "peak_training_bytes", "bytes"),
     ("skipped", "skipped_steps", "{}"),
 )
+_MARK, _TABLE = "multirun.yaml", "sweep.md"  # the first is Hydra's
 _NOT_IN_ALL = {"holdout_loss_after", "ema_loss_after"}
 _OVER_SEEDS = ("eval after", "held out", "of averaged weights", "s/step", "images/s")
 # Losses before the first step that differ by more than rounding are of other points.
@@ -33,21 +36,52 @@ _SAME = 0.01
 
 
 class SweepTable(Callback):
-    """Prints the runs of a sweep as a table when the last has ended, best first, and keeps it as
-    sweep.md.  A run that failed is a row with its reason, and makes the sweep's exit status 1."""
+    """Keeps a table of the runs of a sweep that have ended, best first, as sweep.md, and prints it
+    after the last.  A run that failed is a row with its reason, and makes the sweep's exit status
+    1."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """A sweep that is stopped has a table too, and its runs that are resumed by themselves are
+        in it."""
+        folder = Path(config.hydra.runtime.output_dir).parent
+        if (folder / _MARK).is_file():
+            _write(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        runs = [
-            json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/summary.json")
-        ]
+        runs = _write(folder)
         if not runs:
             return
-        table = sweep_table(runs)
-        disk.replace_text(folder / "sweep.md", table + "\n")
-        print(f"\n{table}\n\n{folder / 'sweep.md'}")
+        print(f"\n{sweep_table(runs)}\n\n{folder / _TABLE}")
         if any("error" in run for run in runs):
             raise SystemExit(1)
+
+
+def _write(folder: Path) -> list[dict[str, Any]]:
+    """Write the table of a sweep's folder, where a run of it has ended; -> their summaries."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/summary.json")]
+    if runs:
+        disk.replace_text(folder / _TABLE, sweep_table(runs) + "\n")
+    return runs
+
+
+def ended(folder: Path, overrides: list[str]) -> float | None:
+    """The last eval loss of a run that has ended well in this folder; None where there is none.
+
+    Raises UserError for one without these options.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if "error" in summary:
+        return None
+    if not {*overrides} <= {*summary["overrides"]}:
+        raise UserError(
+            f"{folder} holds a run of another sweep ({' '.join(summary['overrides'])}); name "
+            "another folder (hydra.sweep.dir)"
+        )
+    return _rank(summary)
 
 
 def sweep_table(runs: list[dict[str, Any]]) -> str:

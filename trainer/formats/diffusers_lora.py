@@ -78,7 +78,8 @@ def decode(
             raise UserError(f"{where}: {name} is of an unknown kind; LoRA and DoRA can be read")
         if base not in known:
             raise OtherModel(
-                f"{where}: {name} is of the {part}, which is not trained here; train it too"
+                f"{where}: {name} is of the {part}, which this model lacks, or method.train leaves "
+                "out"
                 if part in PARTS and part not in models
                 else f"{where}: {base} is of no module of this model; the LoRA is another model's"
             )

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def remembered(
     memo = _read(cache / _MEMO)
     if key not in memo:
         memo[key] = compute()
-        cache.mkdir(parents=True, exist_ok=True)
-        disk.replace_text(cache / _MEMO, json.dumps(_read(cache / _MEMO) | memo, indent=0))
+        with suppress(OSError):  # a cache that is only read, or a full disk: computed again then
+            cache.mkdir(parents=True, exist_ok=True)
+            disk.replace_text(cache / _MEMO, json.dumps(_read(cache / _MEMO) | memo, indent=0))
     return memo[key]
 
 

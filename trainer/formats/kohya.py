@@ -109,7 +109,9 @@ def _stranger(base: str, models: Mapping[str, nn.Module]) -> str:
     for prefixes in PREFIXES.values():
         for part, prefix in prefixes.items():
             if base.startswith(prefix) and part not in models:
-                return f"{base} is of the {part}, which is not trained here; train it too"
+                return (
+                    f"{base} is of the {part}, which this model lacks, or method.train leaves out"
+                )
     return f"{base} is of no module of this model; the LoRA is another model's"
 
 

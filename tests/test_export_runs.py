@@ -1,0 +1,182 @@
+"""What a run leaves, converted: its folder and its checkpoints, as models and as LoRAs."""
+
+import json
+import re
+import shutil
+
+import torch
+from helpers import run_export
+from models import TINY, assert_same_model
+from safetensors import safe_open
+
+from trainer import origin
+from trainer.formats import architectures, lora, writing
+
+TRAINED = ("unet", "text_encoder")
+ONE_STEP = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1", "optim.lr=0.01")
+
+
+def exported(capsys, folder, *more):
+    """A run's checkpoint and its folder, as files."""
+    paths = [folder.parent / "checkpoint.safetensors", folder.parent / "folder.safetensors"]
+    for source, path in zip((folder / "checkpoints/step-000001", folder), paths, strict=True):
+        status, _, error = run_export(capsys, source, path, *more)
+        assert status == 0, error
+    return paths
+
+
+def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path, capsys):
+    """Of a run from a single file, with the noise of the run, which is not the file's."""
+    began = writing.save_single_file(tmp_path / "began.safetensors", origin.at(str(TINY)), {})
+    changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
+    folder = quick("run", f"model.path={began}", *ONE_STEP, *changes)
+    one, two = (origin.at(str(path)) for path in exported(capsys, folder))
+    assert_same_model(one, two)
+    assert_same_model(one, origin.at(str(folder / "model")))
+    assert one.config("scheduler")["prediction_type"] == "epsilon"
+    assert two.config("scheduler")["prediction_type"] == "epsilon"
+    assert one.fingerprint("unet") != origin.at(str(TINY)).fingerprint("unet")
+    assert one.fingerprint("vae") == origin.at(str(TINY)).fingerprint("vae")
+
+
+def test_a_checkpoint_is_exported_as_its_averages(quick, capsys):
+    folder = quick("run", "ema=bf16", "method.ema.decay=0.5", *ONE_STEP)
+    one, two = (origin.at(str(path)) for path in exported(capsys, folder))
+    assert_same_model(one, two)
+
+
+def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
+    rules = "method.rules=[{pattern: lora_A, trainable: false}]"
+    folder = quick("run", "method=lora", rules, *ONE_STEP)
+    paths = exported(capsys, folder, "--format", "kohya", "--base", TINY)
+    tiny = origin.at(str(TINY))
+    models = {"unet": architectures.empty("unet", tiny.config("unet"))}
+    one, two = (lora.read(path, models)["unet"] for path in paths)
+    for name, adapter in one.items():
+        assert torch.equal(adapter.down, two[name].down)
+        torch.testing.assert_close(adapter.delta(), two[name].delta())
+
+
+def test_a_runs_lora_is_exported_with_the_model_that_its_configuration_names(
+    quick, tmp_path, capsys
+):
+    folder = quick("run", "method=lora", *ONE_STEP)
+    for source, name in ((folder, "a"), (folder / "lora/pytorch_lora_weights.safetensors", "b")):
+        status, _, error = run_export(capsys, source, tmp_path / f"{name}.safetensors")
+        assert status == 0, error
+    gone = (folder / "config.yaml").read_text().replace("assets/tiny_sdxl", "nowhere/tiny_sdxl")
+    (folder / "config.yaml").write_text(gone)
+    status, _, error = run_export(capsys, folder, tmp_path / "c.safetensors")
+    assert status == 2
+    assert re.search(r"--base=\S+nowhere/tiny_sdxl does not exist", error), error
+    assert run_export(capsys, folder, tmp_path / "c.safetensors", "--base", TINY)[0] == 0
+
+
+def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_warning(
+    quick, tmp_path, capsys, caplog
+):
+    folder = quick("run", *ONE_STEP)
+    assert run_export(capsys, folder, tmp_path / "a")[0] == 0
+    assert "has gone on" not in caplog.text
+    assert run_export(capsys, folder / "checkpoints", tmp_path / "c")[0] == 0  # the last of them
+    newer = shutil.copytree(folder / "checkpoints/step-000001", folder / "checkpoints/step-000003")
+    assert run_export(capsys, folder, tmp_path / "b")[0] == 0
+    assert f"model is of step 1; the run has gone on since: name {newer}" in caplog.text
+
+
+def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
+    private = ("log.prompts=[a secret]", f"data.cache={tmp_path}/cache")
+    model = shutil.copytree(TINY, tmp_path / "my-model")
+    sizes = ("data.resolution=32", "data.resolutions=[32,64]")
+    folder = quick("run", "method=lora", f"model.path={model}", *private, *sizes, *ONE_STEP)
+    assert (
+        run_export(capsys, folder / "checkpoints/step-000001", tmp_path / "c.safetensors")[0] == 0
+    )
+    every = [*sorted((folder / "lora").glob("*.safetensors")), tmp_path / "c.safetensors"]
+    assert len(every) == 3
+    for path in every:
+        with safe_open(path, "pt") as file:
+            found = file.metadata()
+        assert found["modelspec.resolution"] == "64x64"
+        text = json.dumps(found)
+        assert not [word for word in ("secret", "/", "emoji24") if word in found.get("trainer", "")]
+        assert str(tmp_path) not in text
+    with safe_open(every[0], "pt") as file:
+        config = json.loads(file.metadata()["trainer"])["config"]
+    assert config["model"]["path"] == "my-model"
+    assert config["optim"]["lr"] == 0.01
+
+
+def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
+    quick, tmp_path, capsys, caplog
+):
+    changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
+    for name, options, times in (("own", (), 0), ("other", changes, 1)):
+        folder = quick(name, "method=lora", *options, *ONE_STEP)
+        target = tmp_path / f"{name}.safetensors"
+        assert run_export(capsys, folder / "checkpoints/step-000001", target)[0] == 0
+        assert caplog.text.count("for another noise schedule than the model's") == times
+
+
+def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
+    """DoRA, rank stabilised, of a text encoder too."""
+    options = ("rank=4", "alpha=2", "dora=true", "rslora=true", "train=[unet,text_encoder]")
+    folder = quick("run", "method=lora", *ONE_STEP, *(f"method.{option}" for option in options))
+    paths = exported(capsys, folder, "--format", "kohya", "--base", TINY)
+    tiny = origin.at(str(TINY))
+    models = {part: architectures.empty(part, tiny.config(part)) for part in TRAINED}
+    one, two = (lora.read(path, models) for path in paths)
+    assert one.keys() == two.keys() == set(TRAINED)
+    for part in TRAINED:
+        assert one[part].keys() == two[part].keys()
+        assert any(adapter.delta().abs().max() > 0 for adapter in one[part].values())
+        for name, adapter in one[part].items():
+            assert adapter.alpha == 2.0 * 4**0.5
+            torch.testing.assert_close(adapter.delta(), two[part][name].delta())
+            torch.testing.assert_close(adapter.magnitude, two[part][name].magnitude)
+
+
+def test_a_damaged_checkpoint_is_not_exported(quick, tmp_path, capsys):
+    folder = quick("run", *ONE_STEP) / "checkpoints/step-000001"
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[-1] ^= 0x40  # a weight, and not the header
+    (folder / "weights.safetensors").write_bytes(content)
+    status, _, error = run_export(capsys, folder, tmp_path / "a.safetensors")
+    assert status == 2
+    assert "weights.safetensors does not match its checksum" in error
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_checkpoint_is_exported_over_the_model_that_it_began_with_and_no_other(
+    quick, tmp_path, capsys
+):
+    """What is not trained comes from that model, wherever it lies now."""
+    began = shutil.copytree(TINY, tmp_path / "began")
+    folder = quick("run", f"model.path={began}", *ONE_STEP) / "checkpoints/step-000001"
+    assert run_export(capsys, folder, tmp_path / "a")[0] == 0
+
+    vae = began / "vae/config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": 2.0}))
+    status, _, error = run_export(capsys, folder, tmp_path / "b")
+    assert (status, (tmp_path / "b").exists()) == (2, False)
+    assert f"the model at {began} is not what" in error
+
+    shutil.rmtree(began)
+    status, _, error = run_export(capsys, folder, tmp_path / "b")
+    assert (status, (tmp_path / "b").exists()) == (2, False)
+    assert "--base=MODEL" in error
+
+    assert run_export(capsys, folder, tmp_path / "b", "--base", TINY)[0] == 0
+    assert_same_model(origin.at(str(tmp_path / "a")), origin.at(str(tmp_path / "b")))
+
+
+def test_a_checkpoints_lora_says_what_the_runs_says(quick, tmp_path, capsys):
+    options = ("method=lora", "data.resolutions=[32,64]", "data.resolution=32", *ONE_STEP)
+    folder = quick("run", *options)
+    paths = folder / "lora/adafactor8bit-lora.safetensors", tmp_path / "c.safetensors"
+    assert run_export(capsys, folder / "checkpoints/step-000001", paths[1])[0] == 0
+    one, two = (safe_open(path, "pt").metadata() for path in paths)
+    assert two["ss_resolution"] == "64x64"
+    own = {"ss_output_name", "modelspec.title", "modelspec.date", "ss_num_train_images"}
+    for key in one.keys() - own:
+        assert one[key] == two[key], key
