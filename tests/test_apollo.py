@@ -440,6 +440,17 @@ def test_portions_do_not_change_a_bit_nor_does_stepping_one_by_one(options, monk
     assert_same(ends[0], ends[2])
 
 
+def test_an_engine_keeps_to_the_instruction_set_that_it_was_made_for(monkeypatch):
+    """In whose dtype it has drawn P."""
+    if native.unavailable():
+        pytest.skip("it is not built")
+    params = make_params(torch.bfloat16, SHAPES)
+    optimizer = optim.build("apollo", params, rank=4, backend="native")
+    run(optimizer, params, range(1))
+    monkeypatch.setenv("OPTIM_ISA", "mmx")
+    run(optimizer, params, range(1, 3))
+
+
 def test_what_a_step_holds_is_of_the_projections_size(portions, monkeypatch):
     """Not of the gradients': of as many projections as fit into a bound, or of one."""
     params = make_params(torch.bfloat16, [(64, 96)] * 12)
