@@ -9,7 +9,7 @@ import adafactor8bit
 import pytest
 import pytorch_optimizer
 import torch
-from helpers import assert_same, make_params, run, set_grads
+from helpers import assert_same, build, make_params, run, set_grads
 
 import optim
 from optim import native, plan, projected
@@ -315,7 +315,7 @@ def test_an_update_grows_by_one_percent_at_most_unless_asked_otherwise():
 @pytest.mark.parametrize("name", APOLLOS)
 def test_a_zero_gradient_does_not_lock_a_tensor_in(name, residual):
     params = make_params(shapes=[(32, 24)])
-    optimizer = optim.build(name, params, lr=1.0, residual=residual)
+    optimizer = build(name, params, lr=1.0, residual=residual)
     lengths = []
     for step in range(4):
         before = params[0].detach().clone()
