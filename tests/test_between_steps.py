@@ -240,13 +240,21 @@ for name, *befores, change in [
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-@needs_native
-@pytest.mark.parametrize("change", [{"rank": 6}, {"growth_limit": 1.01}, {"storage": "bf16"}])
-def test_a_state_that_does_not_fit_is_refused_before_anything_is_stepped(change):
+@pytest.mark.parametrize(
+    ("chosen", "change"),
+    [
+        *(
+            pytest.param("native", change, marks=needs_native)
+            for change in ({"rank": 6}, {"growth_limit": 1.01}, {"storage": "bf16"})
+        ),
+        ("torch", {"growth_limit": 1.01}),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_stepped(chosen, change):
     """Of an APOLLO, too, whose step is one of projections, one of weights, and one of others."""
     params = make_params(shapes=SHAPES)
     groups = [{"params": params[:1]}, {"params": params[1:]}]
-    optimizer = optim.build("apollo", groups, rank=4, growth_limit=None, backend="native")
+    optimizer = optim.build("apollo", groups, rank=4, growth_limit=None, backend=chosen)
     run(optimizer, params, range(1))
     before = copy.deepcopy((params, [optimizer.state[p] for p in params]))
     optimizer.param_groups[0].update(change)
