@@ -43,6 +43,11 @@ class TorchEngine:
         optimizer = self._optimizer
         codecs = optimizer.codecs(param, group)
         state = optimizer.state_of(param, group)
+        try:
+            moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
+        except KeyError:  # an option that keeps something was set after the state was made
+            optimizer.check_state(index, group, param)
+            raise
         state["step"] += 1
         t, lr = int(state["step"]), float(group["lr"])
         shared = {k: group[k].to(param.device, torch.float32) for k in optimizer.shared}
@@ -59,11 +64,6 @@ class TorchEngine:
         if h.orthograd:
             g = torch.where(h.usable, features.orthogonal(w, g), 0.0)
 
-        try:
-            moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
-        except KeyError:  # an option that keeps something was set after the state was made
-            optimizer.check_state(index, group, param)
-            raise
         u, moments = type(optimizer).rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
             if name in moments:

@@ -15,7 +15,7 @@ from optim.share import Place
 CHUNK_CPU, CHUNK = 1 << 16, 1 << 22
 
 
-def projected(
+def conditioned_product(
     place: Place,
     grad: Tensor,
     p: Tensor,

@@ -155,11 +155,7 @@ class DescriptorEngine:
         """What the descriptors of these parameters depend on, but for their state: which groups
         there are and how they store moments, and what weights and gradients are.  (Which parameters
         there are is the optimizer's to watch: it drops this engine when they change.)"""
-        groups = [
-            (id(g), *(g.get(name) for name in _SHAPING), *map(_presence, map(g.get, _PRESENT)))
-            for g in self._owner.param_groups
-        ]
-        return [groups, places.kinds]
+        return [[storing(group) for group in self._owner.param_groups], places.kinds]
 
     def _drop(self, keys: list[tuple[int, ...]]) -> None:
         for key in keys:
@@ -176,15 +172,7 @@ class DescriptorEngine:
                 f"{self._numels[index]} when its state was made; build a new optimizer"
             )
         owner = self._owner
-        codecs, state = owner.codecs(param, group), owner.state_of(param, group)
-        owner.check_state(index, group, param)
-        for name, x in state.items():
-            if x.device != param.device:
-                raise ValueError(
-                    f"parameter {index} {tuple(param.shape)} is on {param.device}, and {name!r} of "
-                    f"its state on {x.device}; optimizer.load_state_dict(optimizer.state_dict()) "
-                    "moves the state to where the parameters are"
-                )
+        codecs, state = owner.codecs(param, group), checked_state(owner, index, group, param)
         rows, cols = plan.matrix_of(layout(codecs.values(), tuple(param.shape)))
         d = self._descriptors[index]
         before = bytes(d) if self._params[index] is not None else None
@@ -213,6 +201,32 @@ class DescriptorEngine:
             d.moments[plan.SLOTS[name]] = moment
         self._params[index], self._numels[index] = param, param.numel()
         return before is not None and before != bytes(d)
+
+
+def storing(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Which group it is, and what its options say of how moments are stored."""
+    present = (_presence(group.get(name)) for name in _PRESENT)
+    return (id(group), *(group.get(name) for name in _SHAPING), *present)
+
+
+def checked_state(
+    owner: Owner, index: int, group: dict[str, Any], param: Tensor
+) -> dict[str, Tensor]:
+    """A parameter's state, allocated when there is none yet.
+
+    Raises ValueError where it is not what the group's options ask for, or not where the parameter
+    is.
+    """
+    state = owner.state_of(param, group)
+    owner.check_state(index, group, param)
+    for name, x in state.items():
+        if x.device != param.device:
+            raise ValueError(
+                f"parameter {index} {tuple(param.shape)} is on {param.device}, and {name!r} of "
+                f"its state on {x.device}; optimizer.load_state_dict(optimizer.state_dict()) "
+                "moves the state to where the parameters are"
+            )
+    return state
 
 
 def _presence(option: float | None) -> bool | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from optim.plan import first_decay
+from optim.projection import projected_shape
 
 Group = dict[str, Any]
 
@@ -39,6 +40,14 @@ def _compensates_fp32(group: Group) -> bool:
     return in_fp32 and group["rounding"] == "kahan"
 
 
+def _projects_nothing(group: Group) -> bool:
+    rank = group.get("rank")
+    if rank is None:  # no APOLLO
+        return False
+    return not any(projected_shape(tuple(param.shape), rank) for param in group["params"])
+
+
+_OF_PROJECTIONS = ("scale", "scaling", "update_gap", "projection", "residual", "growth_limit")
 _ALONG = "where every update points along its gradient"
 _FIRST = "use a first moment (momentum, beta1)"
 # option -> (does it do nothing in this group?, where that is so, what it wants)
@@ -75,6 +84,10 @@ _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
         lambda g: all(param.ndim < 3 for param in g["params"]),
         "where no tensor is a convolution's",
         "use it with such tensors",
+    ),
+    **dict.fromkeys(
+        _OF_PROJECTIONS,
+        (_projects_nothing, "where no tensor is projected", "set a smaller rank"),
     ),
 }
 

@@ -46,14 +46,14 @@ def isa() -> str:
     return chosen
 
 
-def multiplies_pairs() -> bool:
+def multiplies_pairs(isa: str) -> bool:
     """Whether projections of bf16 gradients take P in bf16."""
-    return bool(_native.multiplies_pairs(isa()))
+    return bool(_native.multiplies_pairs(isa))
 
 
-def project(use: str, table: Tensor, count: int) -> None:
+def project(use: str, table: Tensor, count: int, isa: str) -> None:
     """So many items of a step of APOLLO's projections; `table` begins with their Projections."""
-    _native.project(_USES[use], table.data_ptr(), count, isa(), torch.get_num_threads())
+    _native.project(_USES[use], table.data_ptr(), count, isa, torch.get_num_threads())
 
 
 class NativeEngine(DescriptorEngine):

@@ -1,9 +1,9 @@
 """What the engine works on: parameters as descriptors, buckets of them as lists of tiles.
 
 The structs mirror `csrc/core/types.h` and `csrc/engine/projection.h` field by field; addresses are
-integers.  A descriptor is
-built once for a parameter, and its gradient's address refreshed at every step.  A bucket is a set
-of parameters that one launch steps; its tiles depend on shapes alone, so they are built once too.
+integers.  A descriptor is built once for a parameter, and its gradient's address refreshed at every
+step.  A bucket is a set of parameters that one launch steps; its tiles depend on shapes alone, so
+they are built once too.
 """
 
 import ctypes

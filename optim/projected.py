@@ -20,17 +20,15 @@ import torch
 from torch import Tensor
 
 from optim import features, native, plan
-from optim.conditioned import projected
-from optim.engine import HOST, Work, buckets, superfluous
+from optim.conditioned import conditioned_product
+from optim.engine import HOST, Work, buckets, checked_state, storing, superfluous
 from optim.interface import Engine, Owner, RuledOwner
 from optim.portion import Portion, ProjectedKind, kind_of
 from optim.projection import parted
 from optim.share import Place, Places, Share, Trait
 from optim.standins import LowSteps, ScaledSteps
 
-Make = Callable[
-    [Owner, str], "Engine"
-]  # (owner, rule) -> what steps the owner's tensors by the rule
+Make = Callable[[Owner, str], Engine]  # (owner, rule) -> what steps its tensors by the rule
 
 # Bytes of P, P G and N that are alive at once on a CPU, unless a single tensor has more.
 SCRATCH_BYTES = 32 << 20
@@ -45,7 +43,7 @@ class Portions(Work):
 
     def __init__(self, optimizer: RuledOwner, places: Places, stamp: list[Any]) -> None:
         self.wide, self.others = parted(places)
-        states = [optimizer.state_of(param, group) for _, group, param in self.wide]
+        states = [checked_state(optimizer, *place) for place in self.wide]
         super().__init__(places, stamp, states)
         self.asked = self.wide.params  # in the order of `states`
         self.portions: list[Portion] = []
@@ -168,13 +166,13 @@ class ProjectedEngine:
         ):
             _, group, param = place
             c, state = coefficients.get(id(group), 1.0), self._optimizer.state[param]
-            low.copy_(projected(place, grad, p.float(), c, state))
+            low.copy_(conditioned_product(place, grad, p.float(), c, state))
 
     def _work_of(self, places: Share) -> Portions:
         """The portions of these parameters: kept from an earlier step where nothing that they
         depend on has changed since."""
         groups = [
-            (id(g), *(g.get(name) for name in _SHAPING)) for g in self._optimizer.param_groups
+            (*storing(group), *map(group.get, _SHAPING)) for group in self._optimizer.param_groups
         ]
         members, stamp = places.places.members, [groups, places.kinds]
         work = self._works.get(members)
@@ -226,26 +224,33 @@ class ProjectedEngine:
 class NativeProjectedEngine(ProjectedEngine):
     """On a CPU, by the loops of `csrc/engine/projected_cpu.h`."""
 
+    def __init__(self, optimizer: RuledOwner, dense: str, make: Make, device: torch.device) -> None:
+        super().__init__(optimizer, dense, make, device)
+        self._isa = native.isa()  # for good: portions have P in the dtype that it wants
+
     def _scratch_bytes(self) -> int:
         return SCRATCH_BYTES
 
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
-        pairs = grad_dtype is torch.bfloat16 and native.multiplies_pairs()
+        pairs = grad_dtype is torch.bfloat16 and native.multiplies_pairs(self._isa)
         return torch.bfloat16 if pairs else torch.float32
 
     def _put(self, work: Portions, addresses: Tensor) -> None:
         work.grads.copy_(addresses)
 
     def _draw(self, portion: Portion) -> None:
-        native.project("draw", portion.table, sum(portion.num_draws))
+        self._run("draw", portion, sum(portion.num_draws))
 
     def _project(self, portion: Portion, grads: list[Tensor]) -> None:
-        native.project("project", portion.table, sum(portion.num_channels))
+        self._run("project", portion, sum(portion.num_channels))
 
     def _measure(self, portion: Portion) -> None:
-        native.project("lengths", portion.table, sum(portion.num_channels))
+        self._run("lengths", portion, sum(portion.num_channels))
         if portion.kind.whole:
-            native.project("whole", portion.table, len(portion.places))
+            self._run("whole", portion, len(portion.places))
+
+    def _run(self, use: str, portion: Portion, count: int) -> None:
+        native.project(use, portion.table, count, self._isa)
 
 
 def _readable(share: Share) -> tuple[list[Tensor], Tensor]:

@@ -29,7 +29,7 @@ class LowSteps:
     shared: tuple[str, ...] = ()
 
     def __init__(self, optimizer: RuledOwner) -> None:
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self.param_groups = [dict(group) for group in optimizer.param_groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._places: dict[Tensor, Place] = {}
@@ -37,13 +37,13 @@ class LowSteps:
 
     def refresh(self) -> None:
         """Take over the options as they are now."""
-        for group, own in zip(self.optimizer.param_groups, self.param_groups, strict=True):
+        for group, own in zip(self._optimizer.param_groups, self.param_groups, strict=True):
             own.update(group | {name: x for name, x in _BARE.items() if name in group})
 
     def adopt(self, place: Place, low: Tensor) -> Place:
         """Let a tensor (r, L) stand for a parameter, with its moments and its step count."""
         index, group, param = place
-        state = self.optimizer.state_of(param, group)
+        state = self._optimizer.state_of(param, group)
         moments = {k: x for k, x in state.items() if k == "step" or k.startswith("exp_avg")}
         unread = self._unread.get(index)
         if unread is None or unread.device != param.device:
@@ -62,14 +62,14 @@ class LowSteps:
         """The options for the projections of a group's parameters."""
         return next(
             own
-            for theirs, own in zip(self.optimizer.param_groups, self.param_groups, strict=True)
+            for theirs, own in zip(self._optimizer.param_groups, self.param_groups, strict=True)
             if theirs is group
         )
 
     def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """Those of the parameter's moments."""
         _, own, param = self._places[low]
-        return self.optimizer.moments(param, own)
+        return self._optimizer.moments(param, own)
 
     def state_of(self, low: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's moments and step count."""
@@ -77,7 +77,7 @@ class LowSteps:
 
     def check_state(self, index: int, group: dict[str, Any], low: Tensor) -> None:
         """Raise ValueError where the parameter's state is not what its options ask for."""
-        self.optimizer.check_state(*self._places[low])
+        self._optimizer.check_state(*self._places[low])
 
 
 class ScaledSteps:

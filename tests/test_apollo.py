@@ -9,7 +9,7 @@ import adafactor8bit
 import pytest
 import pytorch_optimizer
 import torch
-from helpers import assert_same, make_params, run, set_grads
+from helpers import assert_same, build, make_params, run, set_grads
 
 import optim
 from optim import native, plan, projected
@@ -315,7 +315,7 @@ def test_an_update_grows_by_one_percent_at_most_unless_asked_otherwise():
 @pytest.mark.parametrize("name", APOLLOS)
 def test_a_zero_gradient_does_not_lock_a_tensor_in(name, residual):
     params = make_params(shapes=[(32, 24)])
-    optimizer = optim.build(name, params, lr=1.0, residual=residual)
+    optimizer = build(name, params, lr=1.0, residual=residual)
     lengths = []
     for step in range(4):
         before = params[0].detach().clone()
@@ -438,6 +438,17 @@ def test_portions_do_not_change_a_bit_nor_does_stepping_one_by_one(options, monk
         ends.append(params)
     assert_same(ends[0], ends[1])
     assert_same(ends[0], ends[2])
+
+
+def test_an_engine_keeps_to_the_instruction_set_that_it_was_made_for(monkeypatch):
+    """In whose dtype it has drawn P."""
+    if native.unavailable():
+        pytest.skip("it is not built")
+    params = make_params(torch.bfloat16, SHAPES)
+    optimizer = optim.build("apollo", params, rank=4, backend="native")
+    run(optimizer, params, range(1))
+    monkeypatch.setenv("OPTIM_ISA", "mmx")
+    run(optimizer, params, range(1, 3))
 
 
 def test_what_a_step_holds_is_of_the_projections_size(portions, monkeypatch):

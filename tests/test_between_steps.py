@@ -240,6 +240,31 @@ for name, *befores, change in [
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("chosen", "change"),
+    [
+        *(
+            pytest.param("native", change, marks=needs_native)
+            for change in ({"rank": 6}, {"growth_limit": 1.01}, {"storage": "bf16"})
+        ),
+        ("torch", {"growth_limit": 1.01}),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_stepped(chosen, change):
+    """Of an APOLLO, too, whose step is one of projections, one of weights, and one of others."""
+    params = make_params(shapes=SHAPES)
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = optim.build("apollo", groups, rank=4, growth_limit=None, backend=chosen)
+    run(optimizer, params, range(1))
+    before = copy.deepcopy((params, [optimizer.state[p] for p in params]))
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=r"state of parameter 0 \(24, 16\) does not fit Apollo"):
+        run(optimizer, params, range(1, 2))
+    assert_same(before[0], params)
+    for old, param in zip(before[1], params, strict=True):
+        assert_same(old.values(), optimizer.state[param].values())
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("name", "before", "after"),
@@ -260,7 +285,7 @@ def test_a_moment_that_is_no_longer_kept_is_no_longer_written(name, before, afte
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["adamw", "adafactor8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor8bit", "apollo_mini"])
 def test_a_state_on_another_device_than_its_parameter_is_refused_with_the_remedy(name):
     """In a process of its own: the native engine would follow an address of another memory."""
     code = f"""

@@ -8,10 +8,10 @@ namespace ENGINE_ISA {
 
 HD int dtype_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-HD F load_as(int32_t dtype, const char* at, int col, int n) {
-    if (dtype == kFloat32) return load_f32(reinterpret_cast<const float*>(at) + col, n);
-    const U raw = load_uint(reinterpret_cast<const uint16_t*>(at) + col, n);
-    return dtype == kBFloat16 ? from_bf16(raw) : from_fp16(raw);
+HD F load_as(int32_t dtype, const char* from, int64_t at, int n) {
+    if (dtype == kFloat32) return load_f32(reinterpret_cast<const float*>(from) + at, n);
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(from) + at;
+    return dtype == kBFloat16 ? load_bf16(halves, n) : from_fp16(load_uint(halves, n));
 }
 
 // To the nearest.

@@ -170,13 +170,14 @@ inline void project(const Isa& isa, ProjectionStep step, const Projections& laun
         std::vector<float> room;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {
+            float* panel = nullptr;
             if (step == kProject) {  // on a cache line's border
                 const Projection& t = launch.tensors[launch.channels[i].tensor];
                 const size_t size = size_t(t.width) * kChannels + 16;
                 if (room.size() < size) room.resize(size);
+                panel = room.data() + (64 - uint64_t(room.data()) % 64) / 4;
             }
-            float* const line = room.data() + (64 - uint64_t(room.data()) % 64) / 4;
-            isa.run_projection(step, launch, i, line);
+            isa.run_projection(step, launch, i, panel);
         }
     }
 }

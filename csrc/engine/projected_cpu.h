@@ -8,6 +8,7 @@
 // on the instruction set (but that the one for pairs takes what is below 2^-126 for 0).
 #pragma once
 
+#include "codecs/tensors.h"
 #include "engine/projected.h"
 
 namespace engine {
@@ -29,12 +30,6 @@ constexpr int kPacksOfPart = kChannels / kLanes;
 #endif
 
 HD int at_most(int limit, int64_t n) { return n < limit ? int(n) : limit; }
-
-HD F load_grad(int32_t dtype, const void* grad, int64_t at, int n) {
-    if (dtype == kFloat32) return load_f32(static_cast<const float*>(grad) + at, n);
-    const uint16_t* halves = static_cast<const uint16_t*>(grad) + at;
-    return dtype == kBFloat16 ? load_bf16(halves, n) : from_fp16(load_uint(halves, n));
-}
 
 HD void store_p(const Projections& launch, const Projection& t, int64_t at, F x, int n) {
     if (launch.p_dtype == kFloat32) return store_f32(static_cast<float*>(t.p) + at, x, n);
@@ -70,17 +65,18 @@ inline void draw(const Projections& launch, int64_t number) {
 // The channels of a part, and which of a pack's have had a usable element so far.
 struct Channels {
     const Projection& t;
-    const void* const grad;
+    const char* const grad;
     const int32_t dtype;
     const int64_t first;
     uint32_t usable[kPacksOfPart] = {};
 
     Channels(const Projections& launch, const Part& part)
         : t(launch.tensors[part.tensor]),
-          grad(reinterpret_cast<const void*>(launch.grads[part.tensor])),
+          grad(pointer<const char>(launch.grads[part.tensor])),
           dtype(launch.grad_dtype),
           first(int64_t(part.number) * kChannels) {}
 
+    HD F load(int64_t at, int n) const { return load_as(dtype, grad, at, n); }
     HD int64_t begin(int pack) const { return first + pack * kLanes; }
     // How many channels there are.
     HD int count(int pack) const {
@@ -111,16 +107,14 @@ inline void lay_out(Channels& c, float* panel) {
         if (n == 0) {
             for (int64_t d = 0; d < width; ++d) put(d, F(0.f));
         } else if (!c.t.tall) {
-            for (int64_t d = 0; d < width; ++d)
-                put(d, load_grad(c.dtype, c.grad, d * c.t.length + first, n));
+            for (int64_t d = 0; d < width; ++d) put(d, c.load(d * c.t.length + first, n));
         } else {
             F channels[kLanes], lines[kLanes];
             for (int64_t d = 0; d < width; d += kLanes) {
                 const int some = at_most(kLanes, width - d);
                 for (int i = 0; i < kLanes; ++i) {
                     channels[i] = F(0.f);
-                    if (i < n)
-                        channels[i] = load_grad(c.dtype, c.grad, (first + i) * width + d, some);
+                    if (i < n) channels[i] = c.load((first + i) * width + d, some);
                 }
                 transposed(channels, lines);
                 for (int i = 0; i < some; ++i) put(d + i, lines[i]);
