@@ -64,7 +64,7 @@ class TorchEngine:
         if h.orthograd:
             g = torch.where(h.usable, features.orthogonal(w, g), 0.0)
 
-        u, moments = type(optimizer).rule(h, w, g, moments)
+        u, moments = optimizer.rule(h, w, g, moments)
         for salt, name in enumerate(codecs, start=1):
             if name in moments:
                 parts = codecs[name].encode(moments[name], key, salt)
@@ -96,7 +96,7 @@ def unavailable(device: str) -> str | None:
 
 def fused_engine(optimizer: RuledOwner, device: torch.device, rule: str | None = None) -> Engine:
     """The engine of a device that has one, for the optimizer's steps or for another rule of its."""
-    own = type(optimizer).rule.__name__
+    own = optimizer.rule.__name__
     if rule is None and own in plan.PROJECTED:
         return projected_engine(optimizer, device, plan.PROJECTED[own])
     return descriptor_engine(optimizer, device, rule or own)

@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 
 
 class Dispatch:
-    """The engines of one optimizer, made where they are first needed."""
+    """The engines of one optimizer, made where they are first needed.  The optimizer owns them, so
+    that what they know of it is a weak reference: its state is freed as soon as it is deleted."""
 
     def __init__(self, optimizer: RuledOwner) -> None:
         self._optimizer = optimizer
@@ -64,8 +65,8 @@ class Dispatch:
         optimizer = self._optimizer
         if optimizer.backend != "native":
             return
-        name = type(optimizer).__name__
-        if not plan.has_rule(type(optimizer).rule):
+        name = optimizer.__class__.__name__
+        if not plan.has_rule(optimizer.rule):
             backend.fall_back(f"{name} has no fused kernel")
             return
         for option in filter(None, map(_unfused, optimizer.param_groups)):
@@ -74,8 +75,8 @@ class Dispatch:
     def in_words(self) -> str:
         """`FusedOptimizer.engine`."""
         optimizer = self._optimizer
-        if not plan.has_rule(type(optimizer).rule):
-            return f"plain PyTorch; {type(optimizer).__name__} has no fused kernel"
+        if not plan.has_rule(optimizer.rule):
+            return f"plain PyTorch; {optimizer.__class__.__name__} has no fused kernel"
         engines = []
         for device in sorted(device_types(optimizer.param_groups) or {"cpu"}):
             numbers: dict[str, list[str]] = {}  # of groups, by who steps them
@@ -104,7 +105,7 @@ class Dispatch:
     def _is_fused(self) -> bool:
         """Whether fused engines compute the optimizer's rule, and are wanted."""
         optimizer = self._optimizer
-        return optimizer.backend == "native" and plan.has_rule(type(optimizer).rule)
+        return optimizer.backend == "native" and plan.has_rule(optimizer.rule)
 
 
 def device_types(groups: Iterable[dict[str, Any]]) -> set[str]:

@@ -4,6 +4,7 @@ stored."""
 import copy
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from types import SimpleNamespace
@@ -197,7 +198,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @cached_property
     def _dispatch(self) -> Dispatch:
-        return Dispatch(self)
+        return Dispatch(weakref.proxy(self))
 
     def _forget(self) -> None:
         """Drop what was derived from groups and state: they are about to change."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -23,6 +25,24 @@ import optim
 from optim import native, plan
 
 NAMES = sorted(optim.FAMILY)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_optimizer_and_its_state_are_freed_when_it_is_deleted(name, backend):
+    """As torch's are: gigabytes would wait for the garbage collector."""
+    params = make_params(torch.bfloat16)
+    gc.disable()
+    try:
+        optimizer = build(name, params, backend=backend)
+        run(optimizer, params, range(2))
+        optimizer.load_state_dict(optimizer.state_dict())
+        run(optimizer, params, range(1))
+        alive = weakref.ref(optimizer)
+        del optimizer
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def goes_on_alike(name, reload, tmp_path, **options):

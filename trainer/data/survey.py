@@ -11,9 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
-from trainer import disk, signals
+from trainer import console, disk, signals
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
@@ -113,17 +111,18 @@ def _look_at_all(
     stop: Sequence[int],
 ) -> None:
     looks = ahead(lambda one: _look(*one, config, checked), captioned)
-    bar = tqdm(looks, "reading pictures", len(captioned), disable=None, leave=False)
-    for (_, item, _), look in zip(captioned, bar, strict=False):
-        signals.end_if(stop, "reading pictures")
-        if isinstance(look, Exception):
-            found.unreadable[item.name] = reason(look)
-            if len(found.unreadable) > max_unreadable:
-                break
-            continue
-        for note in look.notes:
-            found.notes[note].append(item.name)
-        found.usable.append(look)
+    with console.Aside("reading pictures", len(captioned), "pictures") as aside:
+        for (_, item, _), look in zip(captioned, looks, strict=False):
+            signals.end_if(stop, "reading pictures")
+            aside.advance(1)
+            if isinstance(look, Exception):
+                found.unreadable[item.name] = reason(look)
+                if len(found.unreadable) > max_unreadable:
+                    break
+                continue
+            for note in look.notes:
+                found.notes[note].append(item.name)
+            found.usable.append(look)
     looks.close()
 
 
