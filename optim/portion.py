@@ -4,7 +4,7 @@ told of them."""
 import ctypes
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,12 @@ class ProjectedKind(NamedTuple):
     rank: int
     signs: bool  # P is of signs
     whole: bool  # a tensor has one factor
-    conditioned: bool  # what is projected depends on sums over the whole gradient
+    conditioned: bool  # is_conditioned
+
+
+def is_conditioned(group: dict[str, Any]) -> bool:
+    """Whether what is projected depends on sums over the whole gradient."""
+    return group["orthograd"] or group["grad_clip"] is not None
 
 
 def kind_of(place: Place, grad_dtype: torch.dtype, p_dtype: torch.dtype) -> ProjectedKind:
@@ -38,7 +43,7 @@ def kind_of(place: Place, grad_dtype: torch.dtype, p_dtype: torch.dtype) -> Proj
         rank=group["rank"],
         signs=group["projection"] == "sign",
         whole=group["scaling"] == "tensor",
-        conditioned=group["orthograd"] or group["grad_clip"] is not None,
+        conditioned=is_conditioned(group),
     )
 
 

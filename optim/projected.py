@@ -13,6 +13,7 @@ factors are made of what came of it.  This is what all devices do, and a CPU's w
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ from optim import features, native, plan
 from optim.conditioned import conditioned_product
 from optim.engine import HOST, Work, buckets, checked_state, storing, superfluous
 from optim.interface import Engine, Owner, RuledOwner
-from optim.portion import Portion, ProjectedKind, kind_of
+from optim.portion import Portion, ProjectedKind, is_conditioned, kind_of
 from optim.projection import parted
 from optim.share import Place, Places, Share, Trait
 from optim.standins import LowSteps, ScaledSteps
@@ -34,7 +35,14 @@ Make = Callable[[Owner, str], Engine]  # (owner, rule) -> what steps its tensors
 SCRATCH_BYTES = 32 << 20
 # What a portion is made of, besides the tensors' shapes.
 _SHAPING = (
-    *("rank", "scale", "scaling", "update_gap", "projection", "seed", "orthograd", "grad_clip"),
+    "rank",
+    "scale",
+    "scaling",
+    "update_gap",
+    "projection",
+    "seed",
+    "orthograd",
+    "grad_clip",
 )
 
 
@@ -51,7 +59,7 @@ class Portions(Work):
         self.known = self.grads  # the same, on the host
 
 
-class ProjectedEngine:
+class ProjectedEngine(ABC):
     """Steps the parameters of an APOLLO, by engines that `make(owner, rule)` gives for the steps of
     `dense` (a rule's name) and for "scaled".
 
@@ -71,32 +79,33 @@ class ProjectedEngine:
         """Where everything happens."""
         return contextlib.nullcontext()
 
+    @abstractmethod
     def _scratch_bytes(self) -> int:
         """Of P, P G and N that are alive at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         """What P is drawn in, to meet such gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
         """What is left to do for a work whose portions are known."""
 
+    @abstractmethod
     def _put(self, work: Portions, addresses: Tensor) -> None:
         """Take over the addresses of gradients, int64 (n,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _draw(self, portion: Portion) -> None:
         """P of every tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _project(self, portion: Portion, grads: list[Tensor]) -> None:
         """P G of every tensor, NaN in a channel without a usable element."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _measure(self, portion: Portion) -> None:
         """Factors, from P G and N."""
-        raise NotImplementedError
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.interface.Engine`."""
@@ -110,7 +119,7 @@ class ProjectedEngine:
             grads, addresses = _readable(share)
             self._put(work, addresses)
             self._low.refresh()
-            of_lows, of_scaled = self._coefficients(work, coefficients)
+            of_lows, of_scaled = self._coefficients(coefficients)
             first = 0
             for portion in work.portions:
                 own = grads[first : first + len(portion.places)]
@@ -138,7 +147,7 @@ class ProjectedEngine:
             )
 
     def _coefficients(
-        self, work: Portions, coefficients: dict[int, float | Tensor]
+        self, coefficients: dict[int, float | Tensor]
     ) -> tuple[dict[int, float | Tensor], dict[int, float | Tensor]]:
         """What multiplies the gradients of projections and those of the weights.
 
@@ -147,12 +156,9 @@ class ProjectedEngine:
         """
         of_lows: dict[int, float | Tensor] = {}
         of_scaled: dict[int, float | Tensor] = {}
-        kinds = {id(place[1]): each.kind for each in work.portions for place in each.places}
         for group, own in zip(self._optimizer.param_groups, self._low.param_groups, strict=True):
             of_lows[id(own)] = group["rank"] ** -0.5
-            if id(group) not in kinds:
-                continue
-            if kinds[id(group)].conditioned:
+            if is_conditioned(group):
                 of_scaled[id(group)] = coefficients.get(id(group), 1.0)
             else:
                 of_lows[id(own)] *= coefficients.get(id(group), 1.0)
@@ -234,6 +240,9 @@ class NativeProjectedEngine(ProjectedEngine):
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         pairs = grad_dtype is torch.bfloat16 and native.multiplies_pairs(self._isa)
         return torch.bfloat16 if pairs else torch.float32
+
+    def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
+        """Nothing: its loops are compiled."""
 
     def _put(self, work: Portions, addresses: Tensor) -> None:
         work.grads.copy_(addresses)
