@@ -28,8 +28,6 @@ HD bool serves(uint32_t at, const Function& f) {
         }
     return false;
 }
-template <class RuleT, class FastT, class SlowT, class SquareT>
-using Uncoded = PlainAccess<RuleT, FastT, SlowT, SquareT>;
 template <class RuleT, class SquareT>
 using Coded = PlainAccess<RuleT, Block8<SharedDraws>, NoSlot, SquareT, false, true>;
 
@@ -42,16 +40,16 @@ HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
                   square = t.moments[kSquare].codec;
     const bool plain = is_plain<RuleT>(t, h);
     const uint32_t at = plain ? storage_of(fast, slow, square) : 0;
-    if (serves<RuleT, kFactoredTriple, Uncoded<RuleT, Signed, Signed, Squares>>(at, f) ||
-        serves<RuleT, kFactoredPair, Uncoded<RuleT, Signed, NoSlot, Squares>>(at, f) ||
+    if (serves<RuleT, kFactoredTriple, PlainAccess<RuleT, Signed, Signed, Squares>>(at, f) ||
+        serves<RuleT, kFactoredPair, PlainAccess<RuleT, Signed, NoSlot, Squares>>(at, f) ||
         serves<RuleT, kCodedPair, Coded<RuleT, Float8<SharedDraws>>>(at, f) ||
-        serves<RuleT, kDenseTriple, Uncoded<RuleT, DenseSlot, DenseSlot, DenseSlot>>(at, f) ||
-        serves<RuleT, kDensePair, Uncoded<RuleT, DenseSlot, NoSlot, DenseSlot>>(at, f) ||
-        serves<RuleT, kGivenAlone, Uncoded<RuleT, NoSlot, NoSlot, GivenSlot>>(at, f) ||
-        serves<RuleT, kSignAlone, Uncoded<RuleT, Signed, NoSlot, NoSlot>>(at, f) ||
+        serves<RuleT, kDenseTriple, PlainAccess<RuleT, DenseSlot, DenseSlot, DenseSlot>>(at, f) ||
+        serves<RuleT, kDensePair, PlainAccess<RuleT, DenseSlot, NoSlot, DenseSlot>>(at, f) ||
+        serves<RuleT, kGivenAlone, PlainAccess<RuleT, NoSlot, NoSlot, GivenSlot>>(at, f) ||
+        serves<RuleT, kSignAlone, PlainAccess<RuleT, Signed, NoSlot, NoSlot>>(at, f) ||
         serves<RuleT, kCodedAlone, Coded<RuleT, NoSlot>>(at, f) ||
-        serves<RuleT, kDenseAlone, Uncoded<RuleT, DenseSlot, NoSlot, NoSlot>>(at, f) ||
-        serves<RuleT, kNothing, Uncoded<RuleT, NoSlot, NoSlot, NoSlot>>(at, f))
+        serves<RuleT, kDenseAlone, PlainAccess<RuleT, DenseSlot, NoSlot, NoSlot>>(at, f) ||
+        serves<RuleT, kNothing, PlainAccess<RuleT, NoSlot, NoSlot, NoSlot>>(at, f))
         return;
     constexpr bool kReads = RuleT::kHasResidual;  // two factored moments
     if constexpr ((RuleT::kPlainLoops & kSquareAlone) != 0 || (kReads && Function::kDirectionAlone))
