@@ -1,10 +1,13 @@
 """What several test files share: small parameters and gradients, and short runs."""
 
+from types import SimpleNamespace
+
 import torch
 from safetensors.torch import load_file
 from torch.nn import Parameter
 
 import optim
+from optim.projection import projection
 from trainer import export, metrics
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
@@ -92,3 +95,10 @@ def run_export(capsys, *arguments):
         status = leaving.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def projection_of(index, t, width, **options):
+    """P in fp64, as the optimizer draws it for this parameter at this step."""
+    known = {"seed": 0, "update_gap": 200, "projection": "gaussian", "residual": False}
+    h = SimpleNamespace(**known | options | {"index": index, "t": t})
+    return projection(h, width, torch.device("cpu")).double()
