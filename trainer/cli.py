@@ -34,8 +34,9 @@ The demo: a tiny SDXL learns 24 emoji, on a CPU, in minutes; then the same as a 
   python -m trainer method=lora optim=adamw optim.lr=5e-3
 Your own model and pictures:
   python -m trainer model=sdxl model.path=/models/sdxl data=folder data.path=/pictures optim.lr=1e-5
-What is wrong with the pictures, before a run finds out:
+What is wrong with the pictures, and whether memory suffices, before a run finds out:
   python -m trainer.doctor data=folder data.path=/pictures
+  python -m trainer.planner model=sdxl experiment=low_memory --card 8
 A sweep, with a table of the runs at the end; and going on with the newest run and its options:
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
   python -m trainer resume=latest

@@ -53,6 +53,14 @@ def make(
     return Consumed(parameters, optimizer, clip)
 
 
+def bucket_bytes(parameters: Sequence[Tensor], device_type: str | None = None) -> int:
+    """How many bytes of these parameters' gradients come before they are consumed, on their own
+    devices or on one of this type."""
+    total = sum(p.numel() * p.element_size() for p in parameters)
+    largest = max(_BUCKET_BYTES[device_type or p.device.type] for p in parameters)
+    return max(1, min(largest, total // _BUCKET_SHARE))
+
+
 class Gathered:
     """Backward passes that keep all gradients for the step that follows."""
 
@@ -105,10 +113,7 @@ class Consumed:
         self._takes = False  # whether a gradient that arrives is complete, and is to be used
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
             parameter.register_post_accumulate_grad_hook(self._arrived)
-        total_bytes = sum(p.numel() * p.element_size() for p in parameters)
-        largest = max(_BUCKET_BYTES[p.device.type] for p in parameters)
-        bucket_bytes = max(1, min(largest, total_bytes // _BUCKET_SHARE))
-        self._hooks = optim.fuse_backward(optimizer, bucket_bytes)
+        self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters))
 
     def backward(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and step all but the

@@ -50,14 +50,19 @@ def attach(config: FullConfig | LoraConfig, model: Model, seed: int) -> None:
 def check(config: FullConfig | LoraConfig, model: Model) -> None:
     """Refuse targets and rules that name nothing of the model, before anything is encoded for it,
     which may take hours, and before its UNet is loaded."""
+    if isinstance(config, LoraConfig) or config.rules:
+        empty = attached_on_meta(config, model)
+        groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
+
+
+def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
+    """The model as `attach` will make it, without any values."""
     if isinstance(config, LoraConfig):
         config = replace(config, start_from=None)
-    elif not config.rules:
-        return
     with torch.device("meta"):
-        empty = model.on_meta()
+        empty = model.on_meta(config.train)
         attach(config, empty, seed=0)
-    groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
+    return empty
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:

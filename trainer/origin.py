@@ -187,6 +187,14 @@ class Folder(Origin):
         return found
 
 
+class Architecture(Folder):
+    """A published architecture, whose configuration ships with the trainer, without weights."""
+
+    def folder(self, part: str) -> Path:
+        is_tokenizer = part.startswith("tokenizer")
+        return architectures.tokenizer_folder(part) if is_tokenizer else super().folder(part)
+
+
 class Vae(Folder):
     """A VAE's own folder: config.json and its weights, such as that of sdxl-vae-fp16-fix."""
 
@@ -281,7 +289,8 @@ def at(
             log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
         return File(path, option)
     folder = path if path.is_dir() else hub.pipeline(name, variant, option, with_weights)
-    return Folder(folder, variant, option)
+    ships = folder in map(architectures.folder, architectures.PUBLISHED)
+    return (Architecture if ships else Folder)(folder, variant, option)
 
 
 def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:

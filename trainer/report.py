@@ -29,7 +29,9 @@ def costs_of(folder: Path, step: int) -> dict[str, Any]:
 def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     """Where everything is and what it cost."""
     in_training = summary["peak_training_bytes"]
-    memory = f"{format_bytes(in_training)} in training, " if in_training else ""
+    planned = summary["planned_training_bytes"]
+    aside = f" ({format_bytes(planned)} planned)" if planned else ""
+    memory = f"{format_bytes(in_training)} in training{aside}, " if in_training else ""
     cost = (
         f"{summary['steps']} steps in {summary['seconds']:.0f} s "
         f"({summary['images_per_second']:.1f} images/s), "

@@ -283,6 +283,7 @@ def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": state.peaks.run,
         "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
+        "planned_training_bytes": state.planned_bytes,
         "skipped_steps": state.guard.skipped,
         "prediction_before": now if state.trains_on else was,
         "prediction": now,

@@ -19,6 +19,7 @@ from trainer import (
     method,
     noise,
     optimizers,
+    planner,
     remarks,
     result,
     sampling,
@@ -55,6 +56,7 @@ class State:
     overrides: Sequence[str]  # the command line's
     ema: Ema | None
     peaks: memory.Peaks
+    planned_bytes: int | None  # the peak of its steps, as it was planned; None of a small model
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
@@ -105,8 +107,9 @@ def assemble(
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
-    model.keep_text_encoders(config.method.train)
     method.check(config.method, model)
+    planned = planner.announce(config, model, device)
+    model.keep_text_encoders(config.method.train)
     encoded = conditioning.encode(model, dataset, config.log.prompts, stop)
 
     model.load_unet()
@@ -141,6 +144,7 @@ def assemble(
         overrides=overrides,
         ema=_average(config, model, resumed),
         peaks=peaks,
+        planned_bytes=planned,
         stop=stop,
     )
 
