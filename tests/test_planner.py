@@ -81,6 +81,13 @@ def test_a_rehearsal_counts_what_a_step_with_numbers_has(composed, tmp_path, ove
     assert planned.peak - planned.optimizer_state == pytest.approx(found, rel=0.03)
 
 
+def test_a_gpus_autocast_keeps_norms_in_fp32(composed):
+    config = composed("model.compute=bfloat16")
+    cpu, gpu = (rehearsed(config, kind).training.activations for kind in ("cpu", "cuda"))
+    assert 1.05 * cpu < gpu < rehearsed(composed(), "cuda").training.activations
+    assert torch.nn.functional.group_norm.__module__ == "torch.nn.functional"
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor8bit", "prodigy_factored", "apollo", "lion8bit"])
 def test_the_planned_state_is_what_is_allocated(composed, tmp_path, optimizer):
     config = composed(f"optim={optimizer}", "log.sample_count=0")

@@ -6,9 +6,10 @@ text encoders cost what they cost in whatever UNet, and nobody keeps a formula o
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
         trained = [p for p in parts.parameters() if p.requires_grad]
         vae = model.empty("vae", model.config.vae_dtype)
         encoder = None if attached.text_encoder else model.empty_text_encoders()
-        with FakeTensorMode():
+        with FakeTensorMode(), _autocast_of(device_type):
             _give_storage(parts)
             execution.prepare(_eager(config), attached.trained_parts, _CPU)
             peak = _step(config, attached, device_type)
@@ -244,6 +245,30 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def _eager(config: Config) -> Config:
     """What is compiled needs no more than what is not."""
     return replace(config, runtime=replace(config.runtime, compile="none"))
+
+
+@contextmanager
+def _autocast_of(device_type: str) -> Iterator[None]:
+    """Fake tensors are a CPU's, whose autocast leaves norms in bf16; a GPU's computes them in fp32
+    (PyTorch, "CUDA Ops that can autocast to float32"), and so keeps more of them."""
+    originals = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
+
+    def in_fp32(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
+            return original(*args, **kwargs)
+
+        return call
+
+    try:
+        if device_type == "cuda":
+            for name, original in originals.items():
+                setattr(F, name, in_fp32(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(F, name, original)
 
 
 @contextmanager
