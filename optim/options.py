@@ -172,6 +172,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     `what` is what the name should have been: "optimizer", "option of lion".
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = [n for n in names if n.lower() == name.lower()]
+    near = near or difflib.get_close_matches(name, names, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(names)}"
     return f"there is no {what} {name!r}; {remedy}"

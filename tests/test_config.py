@@ -9,7 +9,8 @@ from conftest import compose_raw, new_process
 from omegaconf import OmegaConf
 
 import optim
-from trainer import config, optimizers, validate
+from trainer import config, explain, optimizers, validate
+from trainer.config import group_names
 from trainer.errors import UserError
 
 CONF = config.conf_dir()
@@ -177,8 +178,29 @@ MISTAKES = [
     (["optim=lion", "optim=adamw"], ["optim is chosen more than once (lion,adamw)"]),
     (["seed=-1"], ["seed=-1", "at least 0"]),
     (["data.path=null", "data.sources=[{path: /, weight: 0}]"], ["every weight is 0"]),
-    (["schedule.steps=2"], ["schedule.warmup_steps=20", "[0, 2]", "set schedule.warmup_steps=0"]),
+    (
+        ["schedule.steps=2", "schedule.warmup_steps=20"],
+        ["schedule.warmup_steps=20", "[0, 2]", "set schedule.warmup_steps=0"],
+    ),
+    (["method.rank=8"], ["'method.rank' here; method=lora has it"]),
+    (["optim=lion", "optim.momentum=0.9"], ["'optim.momentum' here; optim=sgd has it"]),
+    (["optim.LR=1"], ["did you mean 'lr'"]),
+    (["learning_rate=1e-4"], ["here it is called 'optim.lr'"]),
+    (
+        ["optim=external", "optim.class_path=torch.optim.RAdam", "optim.weight_decay=0.1"],
+        ["'+optim.options.weight_decay=...'"],
+    ),
 ]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (60, 6), (200, 20), (5000, 20)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(composed, steps, warmup):
+    assert composed(f"schedule.steps={steps}").schedule.warmup_steps == warmup
+
+
+def test_what_others_call_our_options_leads_to_options(composed):
+    valid = {*explain.options_of(["method=lora", "loss=mse"]), *group_names(), "hydra.run.dir"}
+    assert {*explain._NAMES_ELSEWHERE.values()} <= valid
 
 
 @pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=lambda x: " ".join(x[:3]))

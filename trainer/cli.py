@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -82,6 +82,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
+    OmegaConf.register_new_resolver("warmup", _warmup, replace=True)
 
 
 def with_resumed(arguments: list[str]) -> list[str]:
@@ -172,6 +173,11 @@ def _unused(fresh: str) -> str:
     """This folder, or if something began in the same second, with a number."""
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
+
+
+def _warmup(most: int, steps: Any) -> int:
+    """Steps of warming up: `most`, or a tenth of a run that is too short for as many."""
+    return min(most, steps // 10) if isinstance(steps, int) else most
 
 
 def _groups() -> str:
