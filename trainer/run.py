@@ -157,6 +157,8 @@ def train(state: State, writer: metrics.Metrics) -> None:
         state.clock.step(time.monotonic() - started, shapes, sum(map(len, members)))
         state.peaks.end("training")
         progress.advance()
+        if wrong := state.guard.complaint():
+            _give_up(state, wrong)
 
         # Report, evaluate, sample, save.
         if probe:
@@ -303,6 +305,17 @@ def _stopped(state: State) -> NoReturn:
     """Leave a run that is saved, as the signal asks."""
     log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
     signals.end(state.stop[0])
+
+
+def _give_up(state: State, wrong: UserError) -> NoReturn:
+    """Raise what is wrong with a run that only skips; the steps before, if any was whole, are saved
+    beside the older checkpoints, which may be better ones."""
+    if state.guard.skipped < state.step:
+        try:
+            save(state, more=1)
+        except UserError as error:
+            log.error("%s", error)
+    raise wrong
 
 
 def _report(

@@ -206,8 +206,8 @@ def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None
     return Ema(config.method.ema, method.trained_parameters(model), config.seed, saved, step)
 
 
-def save(state: State) -> None:
-    """Write a checkpoint after this step."""
+def save(state: State, more: int = 0) -> None:
+    """Write a checkpoint after this step.  more: how many to keep beside the configured number."""
     state.peaks.end("rest")
     counters = replace(
         state.counters,
@@ -231,5 +231,5 @@ def save(state: State) -> None:
                 data=state.fingerprint,
                 counters=counters,
             ),
-            keep=state.config.runtime.keep_checkpoints,
+            keep=state.config.runtime.keep_checkpoints + more,
         )
