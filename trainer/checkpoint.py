@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # content: `check_content`.
 _ANYWHERE = {
     *("data.path", "data.cache", "data.max_unreadable", "data.max_pixels"),
-    *("method.export", "method.export_dtype"),
+    *("method.export", "method.export_dtype", "method.start_from"),
     *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint

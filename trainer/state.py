@@ -147,7 +147,7 @@ def assemble(
 
 def _trainable(config: Config, model: Model, device: torch.device) -> torch.optim.Optimizer:
     """Make the model what the method trains, executed as configured; -> its optimizer."""
-    method.attach(config.method, model, config.seed)
+    method.attach(config.method, model, config.seed, is_resumed=bool(config.resume))
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)

@@ -87,6 +87,8 @@ def check(config: Config) -> None:
     check_rules(config.method.rules)
     if isinstance(config.method, LoraConfig):
         _check_adapters(config.method)
+        if not config.resume:  # a checkpoint has the adapters' values
+            _check_start(config.method)
     _check_noise(config)
     _check_data(config.data)
     _check_paths(config)
@@ -138,6 +140,9 @@ def _check_adapters(config: LoraConfig) -> None:
                 raise UserError(
                     f"method.{key}: {pattern} is no regular expression: {error}"
                 ) from error
+
+
+def _check_start(config: LoraConfig) -> None:
     if config.start_from and not Path(config.start_from).expanduser().is_file():
         raise UserError(
             f"method.start_from={config.start_from} does not exist; name a LoRA's .safetensors file"
