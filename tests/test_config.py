@@ -101,6 +101,10 @@ MISTAKES = [
     (["log.wandb.mode=online"], ["log.wandb", "choose its group first (log=wandb"]),
     (["-m", "seed=0,1", "optim.lrr=1,2"], ["optim.lrr", "did you mean 'lr'"]),
     (["optim=sophia", "loss=huber"], ["optim=sophia", "loss=huber", "use loss=mse"]),
+    (
+        ["optim=sophia", "optim.on_nonfinite=raise"],
+        ["optim.on_nonfinite=raise", "optim=sophia", "use optim.on_nonfinite=skip"],
+    ),
     (["optim=null"], ["optim has no choice"]),
     (["noise=null"], ["noise has no choice"]),
     (["noise.prediction=v"], ["noise.prediction=v", "v_prediction"]),

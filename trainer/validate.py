@@ -201,6 +201,11 @@ def _check_curvature(config: Config) -> None:
             f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
             f"{config.loss.name} is none; use loss=mse, or another optimizer"
         )
+    if is_sophia and config.optim.on_nonfinite == "raise":
+        raise UserError(
+            f"optim.on_nonfinite=raise: optim={config.optim.name} would end the run where a "
+            "gradient of its estimate of the curvature is not finite; use optim.on_nonfinite=skip"
+        )
 
 
 def _check_noise(config: Config) -> None:
