@@ -19,7 +19,7 @@ from torch import nn
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.formats import architectures, fingerprints, hub, kinds
-from trainer.formats.folder import find_weights
+from trainer.formats.folder import find_weights, variant_option
 from trainer.formats.single_file import SingleFile, vae_alone
 from trainer.formats.weights import Weights, digest, of_file
 
@@ -278,7 +278,8 @@ def at(
     path = Path(name).expanduser()
     if path.is_file():
         if variant:
-            log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
+            key = variant_option(option)
+            log.warning("%s=%s has no effect: %s is a single file", key, variant, path)
         return File(path, option)
     folder = path if path.is_dir() else hub.pipeline(name, variant, option, with_weights)
     return Folder(folder, variant, option)
