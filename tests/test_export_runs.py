@@ -86,7 +86,8 @@ def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_war
 
 
 def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
-    private = ("log.prompts=[a secret]", f"data.cache={tmp_path}/cache")
+    private = ["log.prompts=[a secret]", f"data.cache={tmp_path}/cache"]
+    private += ["data.caption_prefix='secret, '", "data.caption_suffix=', secret'"]
     model = shutil.copytree(TINY, tmp_path / "my-model")
     sizes = ("data.resolution=32", "data.resolutions=[32,64]")
     folder = quick("run", "method=lora", f"model.path={model}", *private, *sizes, *ONE_STEP)
