@@ -98,6 +98,8 @@ def assemble(
     peaks = memory.Peaks(device, counters.peak_training_bytes, counters.peak_bytes)
     dataset = data.load(config.data, stop)
     model = Model(config.model, device)
+    for remark in remarks.of_resolution(config, model.resolution):
+        log.warning("%s", remark)
     fingerprint, base = dataset.fingerprint, model.sketch()
     if resumed:
         checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
@@ -151,8 +153,7 @@ def _trainable(config: Config, model: Model, device: torch.device) -> torch.opti
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)
-    trained = sum(p.numel() for p in method.trained_parameters(model).values())
-    for remark in remarks.of_rate(config, trained):
+    for remark in remarks.of_rate(config, sum(p.numel() for p in parts.parameters())):
         log.warning("%s", remark)
     execution.prepare(config, model.trained_parts, device)
     return optimizer
