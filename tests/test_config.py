@@ -213,6 +213,12 @@ def test_help_lists_every_group_and_choice(command):
         assert name in line
 
 
+def test_help_says_where_options_and_optimizers_are_explained(command):
+    _, out, _ = command("--help")
+    assert f"written beside it in\n  {config.__path__[0]}\n" in out
+    assert f"docstrings of\n  {optim.__path__[0]}\n" in out
+
+
 def test_what_help_names_as_changed_first_are_options(command):
     _, out, _ = command("--help")
     listed = out.split("What is changed first:")[1].split("Choices")[0]
