@@ -278,7 +278,7 @@ def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
         ([TINY, tmp_path / "b", "--format", "kohya"], "use folder or file"),
         ([path, tmp_path / "b", "--format", "folder", "--base", TINY], "use kohya or diffusers"),
         ([TINY, tmp_path / "b", "--base", "sdxl"], "--base=sdxl has no effect"),
-        ([tmp_path, tmp_path / "b"], "is no model, LoRA or run"),
+        ([tmp_path, tmp_path / "b"], "is not a model, LoRA or run"),
         ([tmp_path / "no.safetensors", tmp_path / "b", "--base", "sdxl"], "does not exist"),
     )
     for arguments, said in cases:

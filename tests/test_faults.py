@@ -362,7 +362,7 @@ def test_a_folder_of_other_files_is_not_written_to(composed, tmp_path, theirs):
     folder = tmp_path / "mine"
     (folder / theirs).parent.mkdir(parents=True)
     (folder / theirs).write_text("precious")
-    with pytest.raises(UserError, match=r"is no run's folder, and its .* would be written over"):
+    with pytest.raises(UserError, match=r"is not a run's folder, and its .* would be written over"):
         run(composed(*QUICK, "name=a/run"), folder)
     assert [path for path in folder.rglob("*") if path.is_file()] == [folder / theirs]
     assert (folder / theirs).read_text() == "precious"

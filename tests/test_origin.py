@@ -407,7 +407,7 @@ REFUSED = {  # what is done to a whole file, and what is said of it
     ),
     "nothing known": (
         lambda t: (t.clear(), t.update({"head.weight": torch.zeros(1)})),
-        ["no Stable Diffusion checkpoint", "head.weight"],
+        ["not a Stable Diffusion checkpoint", "head.weight"],
     ),
 }
 
@@ -577,7 +577,7 @@ def test_only_the_files_of_a_vae_are_asked_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **which: asked.update(which) or tmp_path
     )
-    with pytest.raises(UserError, match="no folder of a VAE"):
+    with pytest.raises(UserError, match="not a VAE's folder"):
         origin.vae("owner/name", origin.at(str(TINY)))
     weights = "diffusion_pytorch_model.safetensors"
     alone = ["config.json", weights]

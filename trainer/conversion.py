@@ -66,8 +66,8 @@ def convert(
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(
-                f"{path} is no model, LoRA or run: it has no model_index.json, no {_LORA_NAME} and "
-                "no checkpoint"
+                f"{path} is not a model, LoRA or run: it has no model_index.json, no {_LORA_NAME} "
+                "and no checkpoint"
             )
         found = origin.at(str(path) if path.exists() else source, variant, "SOURCE")
         _write_model(target, found, {}, form, kind)

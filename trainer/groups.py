@@ -36,7 +36,7 @@ def check_rules(rules: Sequence[Rule]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{title}: {pattern} is no regular expression: {error}") from error
+            raise UserError(f"{title}: {pattern} is not a regular expression: {error}") from error
         rest = [key for key in rule if key != "pattern"]
         if not rest:
             raise UserError(f"{title} ({pattern}) says nothing; give it lr_scale, or trainable")

@@ -182,7 +182,7 @@ class Folder(Origin):
             ) from error
         if not isinstance(found, dict):
             raise UserError(
-                f"{self.option}={self.path}: {path.relative_to(self.path)} is no object"
+                f"{self.option}={self.path}: {path.relative_to(self.path)} is not a JSON object"
             )
         return found
 
@@ -299,7 +299,7 @@ def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
     for found in (folder / "vae", folder):
         if _is_vae(found):
             return Vae(found)
-    raise UserError(f"model.vae={name} is no folder of a VAE: it has no config.json, nor has vae/")
+    raise UserError(f"model.vae={name} is not a VAE's folder: it has no config.json, nor has vae/")
 
 
 def _is_vae(folder: Path) -> bool:

@@ -76,8 +76,8 @@ def _refuse_occupied(folder: Path, config: Config) -> None:
     theirs = [name for name in written if (folder / name).exists()]
     if theirs and not (folder / "environment.json").exists():
         raise UserError(
-            f"{folder} is no run's folder, and its {theirs[0]} would be written over; name another "
-            "(hydra.run.dir)"
+            f"{folder} is not a run's folder, and its {theirs[0]} would be written over; name "
+            "another (hydra.run.dir)"
         )
 
 

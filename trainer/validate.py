@@ -138,7 +138,7 @@ def _check_adapters(config: LoraConfig) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(
-                    f"method.{key}: {pattern} is no regular expression: {error}"
+                    f"method.{key}: {pattern} is not a regular expression: {error}"
                 ) from error
 
 
@@ -199,7 +199,7 @@ def _check_curvature(config: Config) -> None:
     if is_sophia and not isinstance(config.loss, MseConfig):
         raise UserError(
             f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
-            f"{config.loss.name} is none; use loss=mse, or another optimizer"
+            f"{config.loss.name} is not one; use loss=mse, or another optimizer"
         )
     if is_sophia and config.optim.on_nonfinite == "raise":
         raise UserError(
@@ -278,7 +278,7 @@ def _check_sources(config: DataConfig) -> None:
         )
     if config.sources and all(source.weight == 0 for source in config.sources):
         raise UserError(
-            "data.sources: every weight is 0, by which nothing is learned; give one a larger weight"
+            "data.sources: every weight is 0, so nothing would be learned; give one a larger weight"
         )
     named = [("data.path", config.path)] if config.path is not None else []
     named += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
