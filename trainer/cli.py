@@ -1,4 +1,5 @@
-"""The command line around the runs: what Hydra is told, and how a run ends badly."""
+"""The command line: Hydra's schema and help, the options a resumed run inherits, and where a run is
+written."""
 
 import sys
 from collections.abc import Iterable

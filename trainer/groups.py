@@ -80,7 +80,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The groups: those that no rule is about, then each rule's; and the table of them is logged.
 
-    Parameters that a rule does not train stop to require gradients.  Raises UserError as `assigned`
+    Parameters that a rule does not train stop requiring gradients.  Raises UserError as `assigned`
     does.
     """
     others, *members = assigned(model, rules)

@@ -87,7 +87,7 @@ def begin(
     """Everything in its place for the first step, or for the next of the run that is resumed; then
     the folder says so.  A run that is refused before that changes nothing there.
 
-    The checkpoint that it is resumed from ends here: it is as large as the model.
+    The checkpoint that it is resumed from, as large as the model, is freed on return.
     """
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = checkpoint.to_resume(config)

@@ -173,8 +173,8 @@ def _put_back(
 def _count_on(
     config: Config, dataset: data.Dataset, base: str, resumed: checkpoint.Checkpoint
 ) -> None:
-    """Complete what an older checkpoint has counted, and drop what the changes of the configuration
-    have made another measure."""
+    """Complete what an older checkpoint has counted.  Drop eval_loss_before where the configuration
+    changed what it measures."""
     counters, before = resumed.counters, resumed.config
     if math.isnan(counters.epochs):  # an older checkpoint: by the options that it was made with
         batch_size, short = before["data"]["batch_size"], before["data"]["short_batches"]
