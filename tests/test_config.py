@@ -92,7 +92,7 @@ MISTAKES = [
     (["optim=adamw,lion"], ["optim=adamw,lion", "add -m"]),
     (["model.clip_skip=11"], ["model.clip_skip=11", "skip at most"]),
     (["model.vae=typo"], ["model.vae=typo does not exist"]),
-    (["method=lora", "method.targets=['*q']"], ["method.targets: *q is no regular expression"]),
+    (["method=lora", "method.targets=['*q']"], ["method.targets: *q is not a regular expression"]),
     (["method=lora", "method.start_from=no.safetensors"], ["method.start_from=no.safetensors"]),
     (
         ["method.train=[unet,text_encoder]", "model.text_dtype=float16"],
@@ -102,6 +102,10 @@ MISTAKES = [
     (["log.wandb.mode=online"], ["log.wandb", "choose its group first (log=wandb"]),
     (["-m", "seed=0,1", "optim.lrr=1,2"], ["optim.lrr", "did you mean 'lr'"]),
     (["optim=sophia", "loss=huber"], ["optim=sophia", "loss=huber", "use loss=mse"]),
+    (
+        ["optim=sophia", "optim.on_nonfinite=raise"],
+        ["optim.on_nonfinite=raise", "optim=sophia", "use optim.on_nonfinite=skip"],
+    ),
     (["optim=null"], ["optim has no choice"]),
     (["noise=null"], ["noise has no choice"]),
     (["noise.prediction=v"], ["noise.prediction=v", "v_prediction"]),
@@ -161,8 +165,8 @@ MISTAKES = [
     (["method=lora", "method.train=[unet,unet]"], ["method.train=['unet', 'unet']", "twice"]),
     (["ema=true"], ["ema takes a choice", "bf16"]),
     (["ema=null"], ["ema has no choice", "none"]),
-    (["log.prompts=a", "cat"], ["cat is no option", "write 'log.prompts=a cat'"]),
-    (["sdxl", "optim=lion"], ["sdxl is no option", "key=value"]),
+    (["log.prompts=a", "cat"], ["cat is not an option", "write 'log.prompts=a cat'"]),
+    (["sdxl", "optim=lion"], ["sdxl is not an option", "key=value"]),
     (["hydra.run.dir=/proc/a"], ["/proc/a: No such file or directory; name another folder"]),
     (["method.train=unet"], ["method.train is a list; write 'method.train=[unet]'"]),
     (["log.prompts='a cat'"], ["log.prompts is a list; write \"log.prompts=['a cat']\""]),
@@ -229,6 +233,12 @@ def test_help_lists_every_group_and_choice(command):
         group, name = choice.split("=")
         line = next(line for line in out.splitlines() if line.split()[:1] == [group])
         assert name in line
+
+
+def test_help_says_where_options_and_optimizers_are_explained(command):
+    _, out, _ = command("--help")
+    assert f"written beside it in\n  {config.__path__[0]}\n" in out
+    assert f"docstrings of\n  {optim.__path__[0]}\n" in out
 
 
 def test_what_help_names_as_changed_first_are_options(command):

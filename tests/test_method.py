@@ -1,8 +1,10 @@
 """What is trained: the parts and layers that are asked for, and nothing else."""
 
+import shutil
+
 import pytest
 import torch
-from helpers import rows, weights
+from helpers import assert_same_weights, rows, weights
 from models import make_sd15
 from safetensors.torch import load_file
 
@@ -118,6 +120,20 @@ def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
         other = composed("method=lora", "method.rank=8", f"method.start_from={file}")
         with pytest.raises(ValueError, match=r"is rank 4, alpha 2 in the file and rank 8"):
             attached(other)
+
+
+def test_a_run_that_started_from_a_lora_is_resumed_without_its_file(quick, tmp_path):
+    options = ["method=lora", "method.rank=4", "log.eval_points=1"]
+    first = quick("first", *options, "schedule.steps=1", "schedule.warmup_steps=0")
+    file = first / "lora/pytorch_lora_weights.safetensors"
+    begun = [*options, f"method.start_from={file}", "runtime.save_every=2"]
+    whole = weights(quick("run", *begun), 4)
+    file.unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    for start in (file, "null"):  # which is moved, or forgotten
+        resume = f"resume={tmp_path / 'run/checkpoints/step-000002'}"
+        fork = quick(f"fork{start == file}", *begun, f"method.start_from={start}", resume)
+        assert_same_weights(weights(fork, 4), whole)
 
 
 def test_a_run_called_like_diffusers_file_leaves_both_loras(quick):

@@ -34,11 +34,11 @@ from trainer.formats.weights import of_tensors
 
 log = logging.getLogger(__name__)
 
-# Of a group that decides what is learned, what does not.  What lies at a path is compared by its
-# content: `check_content`.
+# Options that do not change what is learned, in groups that do (`to_resume`).  What lies at a path
+# is compared by its content: `check_content`.
 _ANYWHERE = {
     *("data.path", "data.cache", "data.max_unreadable", "data.max_pixels"),
-    *("method.export", "method.export_dtype"),
+    *("method.export", "method.export_dtype", "method.start_from"),
     *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
@@ -77,7 +77,7 @@ class Checkpoint:
     average: dict[str, Tensor]  # of the weights; empty without method.ema
     config: dict[str, Any]
     overrides: list[str]  # of the command line that gave it
-    model: str  # fingerprint of the one that training began with; empty in older checkpoints
+    model: str  # a sketch of the one that training began with; empty in older checkpoints
     data: str  # fingerprint of the samples
     counters: Counters
 

@@ -1,4 +1,5 @@
-"""The command line around the runs: what Hydra is told, and how a run ends badly."""
+"""The command line: Hydra's schema and help, the options a resumed run inherits, and where a run is
+written."""
 
 import sys
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 import optim
+from trainer import config
 from trainer.checkpoint import latest_run, overrides_of, run_folder_of
 from trainer.config import (
     ALTERNATIVES,
@@ -51,9 +53,11 @@ What is changed first:
 Choices (group=choice; several of experiment as experiment=[low_memory,smoke]):
 {groups}
 Options (key=value) and their values, for what was chosen: add `--cfg job`, or for one group
-`--cfg job --package optim`.  What an option means is written beside it in trainer/config/, and
-for optimizers in the docstrings of optim/.  A run writes its checkpoints, pictures, metrics.jsonl
-and the trained model to runs/DATE/TIME-NAME.
+`--cfg job --package optim`.  What an option means is written beside it in
+  {schema}
+and for optimizers in the docstrings of
+  {optimizers}
+A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
 
 # Of a command line, what a later one that resumes the run must say itself.
@@ -75,7 +79,8 @@ def register() -> None:
     store.store(group="schema/optim", name="external", node=ExternalConfig)
     for name in choices_of("optim/peer"):
         store.store(group="schema/optim/peer", name=name, node=peer_schema(f"peer/{name}"))
-    page = _HELP.format(groups=_groups())
+    schema, optimizers = config.__path__[0], optim.__path__[0]
+    page = _HELP.format(groups=_groups(), schema=schema, optimizers=optimizers)
     help_node = {"app_name": "trainer", "header": "", "footer": "", "template": page}
     store.store(group="hydra/help", name="trainer", node=help_node)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)

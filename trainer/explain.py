@@ -140,8 +140,10 @@ def _no_option(word: str, arguments: list[str]) -> str:
     at = arguments.index(word) if word in arguments else 0
     before = arguments[at - 1] if at else ""
     if "=" not in before:
-        return f"{word} is no option; options are key=value, and choices group=choice"
-    return f"{word} is no option; if it belongs to {before}, write {_quoted(f'{before} {word}')}"
+        return f"{word} is not an option; options are key=value, and choices group=choice"
+    return (
+        f"{word} is not an option; if it belongs to {before}, write {_quoted(f'{before} {word}')}"
+    )
 
 
 def _quoted(argument: str) -> str:

@@ -1,8 +1,9 @@
 """From losses to gradients, clipped: all of them first, or each consumed as it arrives
 (`runtime.fused_backward`).
 
-A step's gradient is that of the mean over its micro-batches (`runtime.accumulation`).  Its norm,
-before any clip (`trainer.clipping`), is reported in both ways, and is the same.
+A step's gradient is that of the mean over its samples, in all of its micro-batches
+(`runtime.accumulation`).  Its norm, before any clip (`trainer.clipping`), is reported in both ways,
+and is the same.
 """
 
 import logging
@@ -33,7 +34,7 @@ LossOf = Callable[[int], Tensor]
 class Outcome:
     """What the backward passes of a step came to."""
 
-    loss: float  # the mean over the step's micro-batches
+    loss: float  # the mean over the step's samples
     grad_norm: float  # of all gradients, before a clip; NaN where a loss is not finite
     begun: bool  # whether the optimizer has stepped some tensors already
 

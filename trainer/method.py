@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 _ADAPTED = (nn.Linear, nn.Conv2d)
 
 
-def attach(config: FullConfig | LoraConfig, model: Model, seed: int) -> None:
+def attach(
+    config: FullConfig | LoraConfig, model: Model, seed: int, is_resumed: bool = False
+) -> None:
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
-    up-projections zero).
+    up-projections zero), with the values of `method.start_from` unless a checkpoint has others.
 
     A text encoder's layers that nothing is read from are not trained and get no adapter, though
     kohya's scripts write one, of zeros: readers of LoRA files take the modules that are there.
@@ -43,7 +45,7 @@ def attach(config: FullConfig | LoraConfig, model: Model, seed: int) -> None:
     layers = {part: _trainable_layers(model.trained_parts[part]) for part in config.train}
     for part in config.train:
         _add_adapters(config, part, model.trained_parts[part], layers[part], seed)
-    if config.start_from:
+    if config.start_from and not is_resumed:
         _start_from(Path(config.start_from).expanduser(), model, layers)
 
 

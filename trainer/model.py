@@ -60,6 +60,14 @@ class Model:
         return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     @property
+    def resolution(self) -> int | None:
+        """The side of the pictures that the model was made for, by its configuration; None where
+        that does not say one."""
+        side = self.origin.config("unet").get("sample_size")
+        levels = self.vae_origin.config("vae").get("block_out_channels")
+        return side * 2 ** (len(levels) - 1) if isinstance(side, int) and levels else None
+
+    @property
     def trained_parts(self) -> dict[str, nn.Module]:
         """What a method may train, by name: the UNet, and text encoders that it has asked for."""
         encoders = self.text_encoder.encoders if self.text_encoder else {}

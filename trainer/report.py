@@ -17,8 +17,8 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def costs_of(folder: Path, step: int) -> dict[str, Any]:
-    """What the summary of a run that ended at this step says of all that it took, where there is
-    one: its last checkpoint is older than that, by the end of the run."""
+    """Time and peak memory from an existing summary.json of this step: the checkpoint's counters
+    predate the final evaluation and export.  {} without one."""
     with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if summary.get("steps") == step:
