@@ -189,12 +189,12 @@ def test_resume_latest_takes_the_newest_run(command, in_tmp):
 
 def test_resume_latest_does_not_pass_over_a_newer_run_without_a_checkpoint(in_tmp):
     first, second = in_tmp / "runs/first", in_tmp / "runs/second"
-    for run, files in ((first, ["environment.json", RECORD]), (second, ["environment.json"])):
-        for name in files:
-            (run / name).parent.mkdir(parents=True, exist_ok=True)
-            (run / name).write_text("{}")
-            os.utime(run / name, (1, 1) if run == first else (2, 2))
-    with pytest.raises(UserError, match="runs/second, has no checkpoint; .* resume=runs/first"):
+    written = (first / "environment.json", first / RECORD, second / "environment.json")
+    for when, path in enumerate(written):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (when, when))
+    with pytest.raises(UserError, match=r"runs/second, has no checkpoint; .* resume=runs/first"):
         checkpoint.latest_run()
     (second / RECORD).parent.mkdir(parents=True)
     (second / RECORD).write_text("{}")
