@@ -172,7 +172,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     `what` is what the name should have been: "optimizer", "option of lion".
     """
     names = sorted(known)
-    near = [n for n in names if n.lower() == name.lower()]
-    near = near or difflib.get_close_matches(name, names, n=1)
-    remedy = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(names)}"
+    near = nearest(name, names)
+    remedy = f"did you mean {near!r}?" if near else f"there is {', '.join(names)}"
     return f"there is no {what} {name!r}; {remedy}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Which of the known names this one may be misspelt for."""
+    names = sorted(known)
+    found = [n for n in names if n.lower() == name.lower()]
+    found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    return found[0] if found else None

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from optim.options import unknown
+from optim.options import nearest, unknown
 from trainer import config
 from trainer.config import choices_of, conf_dir, flatten, group_names
 
@@ -46,6 +46,8 @@ _NAMES_ELSEWHERE = {
     "train_batch_size": "data.batch_size",
     "train_data_dir": "data.path",
 }
+
+_FEW = 3  # choices that are named as having an option
 
 
 def explain(error: BaseException, arguments: list[str]) -> str:
@@ -167,13 +169,14 @@ def _wrong_key(key: str, overrides: list[str]) -> str:
     if f"{owner}.class_path" in valid or owner.endswith(".options"):
         new = "NAME" if key == "optim.options" else name
         return f"{key}: arguments of the class are added, with a +: '+optim.options.{new}=...'"
-    if having := _choices_with(key, choices):
-        verb = "has" if len(having) == 1 else "have"
-        return f"there is no option {key!r} here; {', '.join(having)} {verb} it"
     elsewhere = [k for k in valid if k.rpartition(".")[2] == name and "." in k]
     if elsewhere:
         return f"there is no option {key!r}; did you mean {' or '.join(map(repr, elsewhere))}?"
     siblings = [k.removeprefix(f"{owner}.") for k in valid if owner and k.startswith(f"{owner}.")]
+    having = [] if nearest(name, siblings) else _choices_with(key, choices)
+    if 0 < len(having) <= _FEW:
+        verb = "has" if len(having) == 1 else "have"
+        return f"there is no option {key!r} here; {', '.join(having)} {verb} it"
     if siblings:
         chosen = next((c for c in choices if c.startswith(f"{owner}=")), owner)
         return f"{key}: {unknown(f'option of {chosen}', name, siblings)}"
