@@ -148,6 +148,8 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     inside `backward()`: of a second pass outside of `holding()`, or of a parameter that several
     reentrant checkpoints share (`use_reentrant=False` adds its gradient up first).
 
+    Not for `torch.amp.GradScaler`, whose scale would still be in the gradients: its first `step()`
+    is a RuntimeError, when one backward pass has done harm already (hooks cannot see the scale).
     Not for DistributedDataParallel, which averages gradients over processes only after they have
     been consumed here.  Raises ValueError where there are several processes, where the optimizer
     has been fused before, where `bucket_bytes` is not positive, or a group has a `max_grad_norm` or

@@ -213,6 +213,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.backend == "native":  # pickled on another machine, perhaps
             self.backend = backend.resolved("native", device_types(self.param_groups), strict=False)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step()` unscales, which `torch.amp.GradScaler.step` asks before anything else:
+        no.  Raises RuntimeError where gradients have been used before they could be unscaled."""
+        if self.fused_backward is not None:
+            raise RuntimeError(
+                f"GradScaler.step: this {type(self).__name__} is stepped inside backward() "
+                "(fuse_backward), before GradScaler can unscale: the last backward() may have "
+                "stepped with scaled gradients; load the weights again. Train in bf16 or fp32 "
+                "without a GradScaler, or call remove() on what fuse_backward() returned"
+            )
+        return False
+
     def check_steps_alone(self, caller: str) -> None:
         """Raise ValueError where a parameter cannot be stepped before all gradients are there."""
         if self._needs_all_gradients():

@@ -259,6 +259,36 @@ def test_fusing_twice_is_refused_until_the_first_is_removed():
     assert steps_of(model, optimizer) == [1] * 4
 
 
+# What changes gradients after the backward pass ---------------------------------------------------
+
+
+def scaled_step(model, optimizer, scaler, number, unscale=False):
+    scaler.scale(model(inputs(number)).square().mean()).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("bucket_layers", [1, 3, 9])
+def test_a_grad_scaler_is_refused_at_its_first_step_while_fused(bucket_layers, unscale):
+    model, optimizer, hooks = fused_layers(bucket_layers)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(RuntimeError, match=r"GradScaler.step: this AdamW.*load the weights again"):
+        scaled_step(model, optimizer, scaler, 0, unscale)
+    optimizer.zero_grad()
+    hooks.remove()
+    before = steps_of(model, optimizer)
+    scaled_step(model, optimizer, torch.amp.GradScaler("cpu"), 1, unscale)
+    assert steps_of(model, optimizer) == [n + 1 for n in before]
+
+
+def test_a_grad_scaler_that_is_disabled_may_step_a_fused_optimizer():
+    model, optimizer, _ = fused_layers()
+    scaled_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 0)
+    assert steps_of(model, optimizer) == [1] * 4
+
+
 # Several processes --------------------------------------------------------------------------------
 
 
