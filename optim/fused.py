@@ -147,6 +147,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.fused_backward is not None:
+            self.fused_backward.check_unchanged()
         places = Share(self._places())
         if Trait.MISSING in places.traits:
             there = [place for place in places if place[2].grad is not None]
