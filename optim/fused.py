@@ -6,7 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -178,6 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self, places: Share) -> None:
         """Update these parameters, which have gradients."""
+        self._check_options()
         self._refuse_sparse(places)
         self._raise_on_nonfinite(places)
         shares = self._dispatch.shares(places)
@@ -189,6 +190,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                     coefficients[id(group)] = features.shrinking(norm, group["max_grad_norm"])
         for engine, share in shares:
             engine.step(share, coefficients)
+
+    def _check_options(self) -> None:
+        """Raise ValueError where an option has been set to what it may not be."""
+        self._watch.check(self.param_groups)
+
+    @cached_property
+    def _watch(self) -> options.Watch:
+        name = type(self).__name__
+        known = {k: v for k, v in self.default_options().items() if k != "backend"}
+        return options.Watch(name, known, partial(groups.check_agreement, name, self.common))
 
     def _refuse_sparse(self, places: Share) -> None:
         """Raise TypeError where a gradient is sparse."""

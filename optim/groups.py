@@ -18,10 +18,17 @@ def check(
     """Refuse a last group whose options contradict each other or the other groups' (of the `common`
     ones), or whose parameters cannot be updated by the optimizer of this name.  `shared` is what it
     keeps of all groups together."""
-    _check_options(optimizer, groups[-1])
     for param in groups[-1]["params"]:
         _check_param(optimizer, "DDP" if shared else "DDP, ZeRO-1", param)
-    _check_common(optimizer, common, groups)
+    check_agreement(optimizer, common, [groups[0], groups[-1]])
+
+
+def check_agreement(optimizer: str, common: Iterable[str], groups: list[Group]) -> None:
+    """Refuse groups whose options contradict each other, or the first group's where they are of the
+    `common` ones."""
+    for group in groups:
+        _check_options(optimizer, group)
+        _check_common(optimizer, common, groups[0], group)
 
 
 def _check_options(optimizer: str, group: Group) -> None:
@@ -52,14 +59,13 @@ def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
         )
 
 
-def _check_common(optimizer: str, options: Iterable[str], groups: list[Group]) -> None:
-    """Refuse a last group that has another value of an option which is of all groups."""
+def _check_common(optimizer: str, options: Iterable[str], first: Group, group: Group) -> None:
+    """Refuse a group that has another value of an option which is of all groups."""
     for option in options:
-        first, last = groups[0][option], groups[-1][option]
-        if first != last:
+        if group[option] != first[option]:
             raise ValueError(
-                f"{optimizer}: {option}={last!r} in one group and {first!r} in another is not "
-                "possible; it must be the same in all"
+                f"{optimizer}: {option}={group[option]!r} in one group and {first[option]!r} in "
+                "another is not possible; it must be the same in all"
             )
 
 

@@ -115,6 +115,7 @@ class Sophia(FusedOptimizer):
                 f"update_hessian: scale={scale} is not possible; it must be a number > 0, "
                 "for the mean of n squared errors n/2"
             )
+        self._check_options()
         if params is None:
             params = [param for _, _, param in self._places() if param.grad is not None]
         places = Share(Places((*self._place_of(param), param) for param in params))

@@ -204,6 +204,16 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale):
     assert params[0] not in optimizer.state
 
 
+def test_an_estimate_with_an_impossible_option_is_refused():
+    params = make_params(shapes=[(4,)])
+    optimizer = optim.build("sophia", params)
+    optimizer.param_groups[0]["betas"] = (0.9, 2.0)
+    set_grads(params, 0)
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.update_hessian(1.0)
+    assert params[0] not in optimizer.state
+
+
 @pytest.mark.parametrize("bucket_bytes", [1, 3000, 64 << 20])
 @pytest.mark.parametrize("storage", ["fp32", "8bit", "factored"])
 def test_an_estimate_inside_the_fused_backward_is_bitwise_the_same(storage, bucket_bytes):
