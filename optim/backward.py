@@ -180,8 +180,14 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     Not for DistributedDataParallel, which averages gradients over processes only after they have
     been consumed here.  Raises ValueError where there are several processes, where the optimizer
     has been fused before, where `bucket_bytes` is not positive, or a group has a `max_grad_norm` or
-    on_nonfinite="raise".
+    on_nonfinite="raise", and TypeError for an optimizer that is not of this family.
     """
+    if not isinstance(optimizer, FusedOptimizer):
+        cls = type(optimizer)
+        raise TypeError(
+            f"fuse_backward: {cls.__module__}.{cls.__qualname__} is no optimizer of this family, "
+            "which can step a few parameters by themselves; build one of optim.FAMILY"
+        )
     optimizer.check_steps_alone("fuse_backward")
     if bucket_bytes <= 0:
         raise ValueError(f"fuse_backward: bucket_bytes={bucket_bytes} must be > 0")

@@ -109,10 +109,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own options where given; keys that are somebody else's stay in it.
 
-        Raises TypeError for an unknown option (one that is misspelt, or another optimizer's) or a
-        parameter that is not dense fp32, bf16 or fp16, ValueError for an impossible value; then
-        there is no such group.
+        Raises TypeError for what is no dict, an unknown option (one that is misspelt, or another
+        optimizer's) or a parameter that is not dense fp32, bf16 or fp16, ValueError for an
+        impossible value; then there is no such group.
         """
+        if not isinstance(param_group, dict):  # torch's words
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         name = type(self).__name__
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
         given = {

@@ -256,6 +256,13 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     assert [group["params"] for group in optimizer.param_groups] == [params]
 
 
+def test_a_group_that_is_no_dict_is_refused_in_torchs_words():
+    says = "^param_group must be a dict, but got <class 'torch.T"
+    for cls in (torch.optim.AdamW, optim.AdamW):
+        with pytest.raises(TypeError, match=says):
+            cls(make_params()).add_param_group(torch.zeros(3))
+
+
 def test_sparse_gradients_are_refused():
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()

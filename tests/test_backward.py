@@ -354,6 +354,12 @@ def test_a_closure_that_clips_what_is_left_is_an_error_too():
         optimizer.step(closure)
 
 
+def test_an_optimizer_of_others_is_refused():
+    says = r"torch.optim.adamw.AdamW is no optimizer of this family.*optim.FAMILY"
+    with pytest.raises(TypeError, match=says):
+        optim.fuse_backward(torch.optim.AdamW(layers().parameters()))
+
+
 # Several processes --------------------------------------------------------------------------------
 
 
