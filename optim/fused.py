@@ -60,6 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         chosen = known | {name: options.plain(value) for name, value in given.items()}
         choice = chosen.pop("backend")
         super().__init__(params, chosen)
+        groups.check_apart(type(self).__name__, self.param_groups)
         self.backend = backend.resolve(choice, device_types(self.param_groups))
         self._dispatch.say_what_is_unfused()
         for line in self.idle_options():
@@ -111,7 +112,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises TypeError for what is no dict, an unknown option (one that is misspelt, or another
         optimizer's) or a parameter that is not dense fp32, bf16 or fp16, ValueError for an
-        impossible value; then there is no such group.
+        impossible value or memory that two parameters share; then there is no such group.
         """
         if not isinstance(param_group, dict):  # torch's words
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -128,6 +129,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             groups.check(name, self.common, self.shared, self.param_groups)
+            if hasattr(self, "backend"):  # all together, after the first groups
+                groups.check_apart(name, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise

@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from optim.share import DTYPES
 
@@ -29,6 +31,33 @@ def check_agreement(optimizer: str, common: Iterable[str], groups: list[Group]) 
     for group in groups:
         _check_options(optimizer, group)
         _check_common(optimizer, common, groups[0], group)
+
+
+def check_apart(optimizer: str, groups: list[Group]) -> None:
+    """Refuse parameters that have memory in common, which would be stepped twice.  Of those whose
+    elements are apart from each other in memory (a column of a matrix) nothing is said."""
+    spans = sorted(
+        (str(param.device), start, start + param.numel() * param.element_size(), tuple(param.shape))
+        for group in groups
+        for param in group["params"]
+        if type(param) in (Tensor, Parameter)  # another kind may have its memory elsewhere, or none
+        if (start := param.data_ptr()) and _is_dense(param)
+    )
+    for (device, _, end, shape), (other_device, start, _, other_shape) in pairwise(spans):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"{optimizer}: parameters of shapes {shape} and {other_shape} are views of the "
+                "same memory, which would be stepped twice; give one of them, or the tensor that "
+                "both are views of"
+            )
+
+
+def _is_dense(param: Tensor) -> bool:
+    """Whether a tensor's elements lie side by side, in any order of its dimensions."""
+    if param.is_contiguous():
+        return True
+    sizes = zip(param.shape, param.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in sizes) == param.numel()
 
 
 def _check_options(optimizer: str, group: Group) -> None:

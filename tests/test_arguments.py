@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, make_params, run
+from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 import optim
@@ -261,6 +262,44 @@ def test_a_group_that_is_no_dict_is_refused_in_torchs_words():
     for cls in (torch.optim.AdamW, optim.AdamW):
         with pytest.raises(TypeError, match=says):
             cls(make_params()).add_param_group(torch.zeros(3))
+
+
+def overlapping(flat):
+    matrix = flat.view(8, 8)
+    return [
+        (flat, flat),
+        (flat[:40], flat[39:]),
+        (flat[8:16], matrix),
+        (matrix.t(), flat[63:]),
+        (flat[:0], flat[:9], matrix[1]),
+        (flat.view(1, 4, 4, 4).permute(0, 3, 1, 2), flat[:1]),
+    ]
+
+
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("added", [False, True])
+def test_parameters_that_share_memory_are_refused(which, added):
+    params = [Parameter(x) for x in overlapping(torch.zeros(64))[which]]
+    says = "AdamW: parameters of shapes .* are views of the same memory"
+    if not added:
+        with pytest.raises(ValueError, match=says):
+            optim.AdamW(params)
+        return
+    optimizer = optim.AdamW(params[:-1])
+    with pytest.raises(ValueError, match=says):
+        optimizer.add_param_group({"params": params[-1:]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_that_are_parts_of_one_tensor_are_taken():
+    flat, matrix = torch.zeros(64), torch.zeros(8, 8)
+    parts = [*flat.split([8, 24, 32]), flat[:0], flat[8:8], *matrix.split(2, dim=1)]
+    meta = [torch.zeros(4, device="meta") for _ in range(2)]
+    params = [Parameter(x) for x in (*parts, *meta)]
+    optimizer = optim.AdamW(params[3:])
+    optimizer.add_param_group({"params": params[:3]})
+    with FakeTensorMode():  # which has no memory
+        optim.AdamW([Parameter(torch.zeros(4)) for _ in range(2)])
 
 
 def test_sparse_gradients_are_refused():
