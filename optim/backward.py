@@ -7,8 +7,12 @@ gradients instead of 5.1 GB.
 A gradient that comes a second time before the round is over was not complete the first time, when
 its parameter may have been stepped with a part of it: that is an error.  A round ends with `step()`
 or `zero_grad()`.
+
+Gradients of several devices (two GPUs, or one and the CPU) come in several threads, autograd having
+one for each: they are collected, and stepped, by one thread at a time.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,6 +32,7 @@ class FusedBackward:
         self._arrived: set[Tensor] = set()  # in this round
         self._waiting: list[Tensor] = []
         self._waiting_bytes = 0
+        self._turn = threading.RLock()  # of the threads that bring gradients
         self._holds = False
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._after_step = optimizer.register_step_post_hook(lambda *_: self._stepped())
@@ -71,7 +76,7 @@ class FusedBackward:
             self._take()
         finally:
             self._consume = stepping
-            self._free()
+            _free(self._waiting)
             self.end_round()
 
     @contextmanager
@@ -90,6 +95,10 @@ class FusedBackward:
         self._waiting, self._waiting_bytes = [], 0
 
     def _collect(self, param: Tensor) -> None:
+        with self._turn:
+            self._collect_alone(param)
+
+    def _collect_alone(self, param: Tensor) -> None:
         assert param.grad is not None
         if param in self._arrived:
             raise RuntimeError(
@@ -114,25 +123,26 @@ class FusedBackward:
         return [param for param in self._waiting if param.grad is not None]
 
     def _take(self) -> None:
-        """Consume the gradients that wait, and free them."""
+        """Consume the gradients that wait, and free them; not those that come meanwhile."""
+        live, taken = self._live(), self._waiting
+        self._waiting, self._waiting_bytes = [], 0
         try:
-            if live := self._live():
+            if live:
                 self._consume(*live)
         finally:
-            self._free()
-
-    def _free(self) -> None:
-        for param in self._waiting:
-            param.grad = None
-        self._waiting, self._waiting_bytes = [], 0
+            _free(taken)
 
     def _stepped(self) -> None:
         """After an ordinary step, which has used every gradient there was."""
         for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
+            _free(group["params"])
         self.end_round()
         self.attach()
+
+
+def _free(params: list[Tensor]) -> None:
+    for param in params:
+        param.grad = None
 
 
 def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> FusedBackward:
