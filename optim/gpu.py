@@ -205,7 +205,7 @@ class Gpu:
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured."""
-        return torch.cuda.is_current_stream_capturing()
+        return capturing()
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Page-locked host memory, from which a captured copy reads again at every replay."""
@@ -267,6 +267,11 @@ class Gpu:
         except OSError:
             return None
         return _kernel(raw) if hashlib.sha256(raw).digest() == digest else None
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on this thread's stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _kernel(raw: bytes) -> Any:
