@@ -19,6 +19,7 @@ import torch
 from conftest import REPOSITORY
 from cuda_host import Host, on_host
 
+import optim
 from optim import cuda, gpu, native, plan
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -284,6 +285,49 @@ def test_every_capture_has_memory_of_its_own_and_wants_a_step_before_it(host, mo
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"an ordinary step\(\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
+def test_a_capture_without_a_step_before_it_is_refused_before_anything_is_allocated(
+    name, host, monkeypatch
+):
+    params, optimizer = make(Case(name, torch.float32, {}))
+    set_grads(params, 0)
+
+    def refused(step):
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "capturing", lambda: True)
+            with pytest.raises(RuntimeError, match=r"an ordinary step\(\)"):
+                step()
+
+    with on_host(host):
+        refused(optimizer.step)
+        assert not optimizer.state
+        optimizer.step_param(params[0])
+        refused(lambda: optimizer.step_param(params[1]))
+        assert [*optimizer.state] == [params[0]]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
+def test_a_fused_backward_of_many_buckets_can_be_captured(name, host, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(24, 40)) for _ in range(6)]
+    options = {"rank": 4} if name == "apollo" else {}
+    optimizer = optim.build(name, params, **options)
+    optim.fuse_backward(optimizer, bucket_bytes=1)
+
+    def train():
+        sum(p.square().sum() for p in params).backward()
+        optimizer.step()
+
+    with on_host(host):
+        train()
+        for _ in range(2):
+            monkeypatch.setattr(host, "capturing", lambda: True)
+            train()
+            monkeypatch.setattr(host, "capturing", lambda: False)
+            train()
+    assert all(int(optimizer.state[p]["step"]) == 5 for p in params)
 
 
 @pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
