@@ -23,7 +23,7 @@ from optim.staging import Staging
 
 ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
 TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: rows_cuda.h, exec_cuda.h
-MOMENT_BYTES = (8 * 16 * 17 + 2 * 512 + 64) * 4  # shared memory of a factored moment: kShared
+MOMENT_BYTES = (8 * 16 * 17 + 512 + 64) * 4  # shared memory of a factored moment: kShared
 
 
 class _Launches:
@@ -32,12 +32,12 @@ class _Launches:
     def __init__(self, kind: Kind, bucket: plan.Bucket, kernels: dict[str, Any]) -> None:
         self.bucket = bucket
         self.tables = torch.empty(0)  # on the device: its Launch, then its lists
-        shared = kind.num_shared * MOMENT_BYTES
         self.steps: list[tuple[Any, int, int, int]] = []
         for name, of_tiles in kind.passes():
             if not of_tiles:
                 self.steps.append((kernels[name], bucket.num_tensors, TENSOR_THREADS, 0))
             elif bucket.num_tiles:
+                shared = kind.num_shared(name) * MOMENT_BYTES
                 self.steps.append((kernels[name], bucket.num_tiles, TILE_THREADS, shared))
 
 

@@ -23,7 +23,7 @@ import optim
 from optim import cuda, gpu, native, plan
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from bench.cases import CASES, Case, kernels_of, kinds_of, make, prepare, set_grads
+from bench.cases import CASES, Case, copied, kernels_of, kinds_of, make, prepare, set_grads
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
@@ -41,7 +41,7 @@ needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="it i
 def test_every_kernel_compiles_and_fits_registers_and_shared_memory(arch):
     names = kernels_of(CASES)
     kinds = set().union(*map(kinds_of, CASES))
-    asked = {name: k.num_shared * cuda.MOMENT_BYTES for k in kinds for name, _ in k.passes()}
+    asked = {n: k.num_shared(n) * cuda.MOMENT_BYTES for k in kinds for n, _ in k.passes()}
 
     def used(report, symbol):
         """Bytes of shared memory that a kernel has beside what its launch asks for."""
@@ -81,6 +81,12 @@ def test_what_is_measured_before_a_step_reads_no_more_than_its_flags_ask_for(fla
     kind = gpu.Kind("sgd", (0, 0, 0), 0, 0, bits, False)
     (kernel,) = [name for name, _ in kind.passes() if "measure" in name]
     assert re.findall(r"Any\w+|Unread", kernel) == read
+
+
+def test_a_pass_that_looks_at_no_moment_asks_for_none_of_their_shared_memory():
+    flag = 1 << plan.FLAGS.index("grad_clip")
+    kind = gpu.Kind("adam", (6, 0, 5), 1, 1, flag, False)
+    assert [kind.num_shared(name) for name, of_tiles in kind.passes() if of_tiles] == [0, 2]
 
 
 @needs_nvrtc
@@ -233,7 +239,7 @@ def differences(optimizer, twin):
 @pytest.mark.parametrize("case", [case for case in CASES if not case.is_projected()], ids=str)
 def test_the_kernels_give_the_bits_of_the_cpu_engine(case, host):
     params, optimizer = make(case)
-    twins, twin = copy.deepcopy((params, optimizer))
+    twins, twin = copied(params, optimizer)
     before = host.launches
     for step in range(3):
         prepare(params, optimizer, step)

@@ -101,6 +101,9 @@ constexpr int32_t kCodecOf<FactoredSlot<true>> = kFactoredSign;
 template <>
 constexpr int32_t kCodecOf<GivenSlot> = kGiven;
 
+template <class SlotT>
+constexpr bool kSumsRows = kCodecOf<SlotT> == kFactored || kCodecOf<SlotT> == kFactoredSign;
+
 // A kind of tensor.
 template <class RuleT, class FastT, class SlowT, class SquareT, int32_t kWeightDtype,
           int32_t kGradDtype, int64_t kFlags_, bool kCompensated>
@@ -138,6 +141,20 @@ struct Kind {
           slow(p, kSlow, s.slots[kSlow]),
           square(p, kSquare, s.slots[kSquare]) {
         if constexpr (R::kRoot) square.begin_roots();
+    }
+
+    // Shared memory for the sums of rows that a pass takes for itself: that of a factored moment
+    // which it does not store, where there is one.
+    template <bool kStores>
+    HD float* room_for_rows() const {
+        if constexpr (kSumsRows<SquareT> && !(kStores && R::kSquareStored))
+            return Exec::RowSums::room_of(square.number());
+        else if constexpr (kSumsRows<SlowT> && !(kStores && R::kSlowStored))
+            return Exec::RowSums::room_of(slow.number());
+        else if constexpr (kSumsRows<FastT> && !kStores)
+            return Exec::RowSums::room_of(fast.number());
+        else
+            return Exec::RowSums::room_of_none();
     }
 };
 

@@ -17,7 +17,8 @@
 //                               once a row begin_row(to), add(i, col, x)
 //   RowSums                     sums of a tile's rows: begin_row(to), add(i, x),
 //                               end_row(row, width)
-//   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total)
+//   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total); of
+//                               RowTotals begin<whether the pass stores moments>(total, access)
 //   RowDraws, make_words        draws of a row, and the words they share, where they do
 //   knowing(place, f)           f(), compiled for each kind of tile that Row reads in its own way
 //   Row<T>                      a tile's rows of T in memory: once a tile start(place, data); to

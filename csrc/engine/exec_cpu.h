@@ -136,7 +136,7 @@ struct Exec {
     struct Kept {
         F* at;
 
-        HD void begin(F* room, int) { at = room; }
+        HD void begin(F* room) { at = room; }
         HD void put(int i, F x) { at[i] = x; }
         HD F load(int i) const { return at[i]; }
     };
@@ -189,7 +189,10 @@ struct Exec {
     struct RowTotals : RowSums {
         float row_sum;
 
-        HD void begin(double& total) { total = 0; }
+        template <bool, class Access>
+        HD void begin(double& total, const Access&) {
+            total = 0;
+        }
         HD void begin_row() { RowSums::begin_row(&row_sum); }
         HD void end_row(double& total, int, int width) {
             RowSums::end_row(0, width);

@@ -18,11 +18,11 @@ struct Exec : ThreadSums {
     struct RowTotals : RowSums {
         float* rows;
 
-        HD void begin(double&) {
+        template <bool kStores, class Access>
+        HD void begin(double&, const Access& a) {
             __shared__ float of_tile[kTileRows];
-            alignas(16) __shared__ float room_of_rows[kRoom];
             rows = of_tile;
-            begin_in(room_of_rows);
+            begin_in(a.template room_for_rows<kStores>());
         }
         HD void begin_row() { RowSums::begin_row(rows); }
         HD void end_row(double&, int row, int width) { RowSums::end_row(row, width); }
