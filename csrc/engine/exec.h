@@ -24,10 +24,11 @@
 //   Row<T>                      a tile's rows of T in memory: once a tile start(place, data); to
 //                               read a row begin(place, data, row, width), to write one
 //                               open(place, data, row, width); f32, bf16, s8, uint(i, col, n) and
-//                               put_...(i, col, n, x); end(place)
+//                               put_...(i, col, n, x); end(place).  Of x, put_upper takes bits 16
+//                               to 31, put_third 16 to 23 and put_u8 those below 8
 //   Bits                        the same of one bit a column, lowest first
 //   PerBlock<T, B>              of a number for each block of B columns: start(place, data), once a
-//                               row begin(place, data, row); load(at), store(at, x)
+//                               row begin(place, data, row); load(at), store(at, x, width)
 //   AlongRows                   a vector that runs along the rows: once a tile start(place, vector,
 //                               moment), once a row begin(place, row) gives its element
 //   AlongColumns                a vector's part of a tile: begin_tile, begin_row, load(i, col, n)

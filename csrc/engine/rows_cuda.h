@@ -163,8 +163,8 @@ struct ThreadRows {
             UNROLLED for (int k = 0; k < kLanes; k += 2) written[i][k / 2] =
                 upper_halves(x.r[k], x.r[k + 1]);
         }
-        HD void put_s8(int i, int col, int n, U x) { put_uint(i, col, n, x & U(255u)); }
-        HD void put_saturated(int i, int col, int n, U x) { put_uint(i, col, n, min(x, U(255u))); }
+        HD void put_third(int i, int, int, U x) { written[i][0] = word_of_bytes<2>(x); }
+        HD void put_u8(int i, int, int, U x) { written[i][0] = word_of_bytes<0>(x); }
 
        private:
         // Of the row whose part of the tile begins at this element of the tensor.
@@ -255,9 +255,9 @@ struct ThreadRows {
             if (place.more && exists(place)) ahead = *next;
         }
         HD T load(int) const { return value; }
-        // By one of the threads that have the block.
-        HD void store(int, T x) {
-            if (thread() % (kBlock / kThreadCols) == 0) *at = x;
+        // By one of the threads that have the block, if it exists.
+        HD void store(int, T x, int width) {
+            if (thread() % (kBlock / kThreadCols) == 0 && number() * kBlock < width) *at = x;
         }
 
        private:
