@@ -21,13 +21,13 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) 
 
 // Gradients and weights of a known dtype and rounding.  Elements are decoded when asked for: that
 // takes an instruction, and keeping them a register each.
-template <int32_t kDtype>
+template <int32_t kDtype, int kAhead = 1>
 struct Elements {
     static constexpr bool kWide = kDtype == kFloat32;
     using T = Choice<kWide, const float, const uint16_t>;
     const Place& place;
     T* const data;
-    Exec::Row<T> row;
+    Exec::Row<T, kAhead> row;
 
     HD Elements(const Place& p, uint64_t address, bool exist = true)
         : place(p), data(pointer<T>(address)) {
@@ -43,9 +43,9 @@ struct Elements {
             return from_fp16(row.uint(i, col, n));
     }
 };
-template <int32_t kDtype>
+template <int32_t kDtype, int kAhead>
 struct GradOf {
-    Elements<kDtype> elements;
+    Elements<kDtype, kAhead> elements;
 
     HD GradOf(const Place& p, F*) : elements(p, p.tensor.grad) {}
     HD void begin_row(int64_t row, int width) { elements.begin(row, width); }
@@ -104,12 +104,15 @@ constexpr int32_t kCodecOf<GivenSlot> = kGiven;
 template <class SlotT>
 constexpr bool kSumsRows = kCodecOf<SlotT> == kFactored || kCodecOf<SlotT> == kFactoredSign;
 
-// A kind of tensor.
+// A kind of tensor.  kAhead: rows of its gradient that are under way while one is computed.
 template <class RuleT, class FastT, class SlowT, class SquareT, int32_t kWeightDtype,
-          int32_t kGradDtype, int64_t kFlags_, bool kCompensated>
+          int32_t kGradDtype, int64_t kFlags_, bool kCompensated, int kAhead = 1>
 struct Kind {
     using R = RuleT;
-    using Grad = GradOf<kGradDtype>;
+    using Grad = GradOf<kGradDtype, kAhead>;
+    // For the passes that write no tensor: they compute little and have registers to spare.
+    using Read =
+        Kind<RuleT, FastT, SlowT, SquareT, kWeightDtype, kGradDtype, kFlags_, kCompensated, 2>;
     static constexpr bool kMoves = false, kFlagsKnown = true;
     static constexpr bool kRoundsWithin =
         is_same<FastT, Bf16Slot> || is_same<SlowT, Bf16Slot> || is_same<SquareT, Bf16Slot>;
@@ -178,27 +181,29 @@ __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* 
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    factor<typename KindT::Grad, KindT::kFlags>(tile.launch, tile.number, tile.whole);
+    factor<typename KindT::Read::Grad, KindT::kFlags>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    if (wants_norm(tile.hyper())) norm<KindT, false>(tile.launch, tile.number, tile.whole);
+    if (wants_norm(tile.hyper()))
+        norm<typename KindT::Read, false>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    residual<KindT>(tile.launch, tile.number, tile.whole);
+    residual<typename KindT::Read>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    norm<KindT, true>(tile.launch, tile.number, tile.whole);
+    norm<typename KindT::Read, true>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    if (wants_align(tile.hyper())) align<KindT>(tile.launch, tile.number, tile.whole);
+    if (wants_align(tile.hyper()))
+        align<typename KindT::Read>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, KindT::kBlocks) void apply_kernel(const Launch* launch) {
