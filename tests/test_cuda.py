@@ -67,6 +67,23 @@ def test_every_kernel_compiles_and_fits_registers_and_shared_memory(arch):
     assert max(asked.values()) <= 48 << 10  # what a launch may have without more ado
 
 
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_multiprocessor_has_registers_for_eight_blocks_of_adamw8bit(arch):
+    (name,) = (
+        name
+        for kind in kinds_of(Case("adamw8bit", torch.bfloat16, {}))
+        for name, _ in kind.passes()
+        if "apply_kernel" in name and "Float8Slot" in name
+    )
+    log = io.StringIO()
+    gpu.compile_kernels([name], arch, log)
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())))
+    assert registers * cuda.TILE_THREADS * 8 <= 65536
+    assert {*re.findall(r"(\d+) bytes spill stores", log.getvalue())} == {"0"}
+
+
 @pytest.mark.parametrize(
     ("flags", "read"),
     [
@@ -427,7 +444,7 @@ int main() {
 
 
 def test_shorter_ways_to_a_code_and_back_are_exact(tmp_path):
-    """x / 127 and 127 / x, should a GPU's reciprocal be a unit off; that codes fit a byte; decoding;
+    """x / 127, and 127 / x by a reciprocal that is a unit off; codes fit a byte; decoding;
     packing."""
     source, program = tmp_path / "exact.cpp", tmp_path / "exact"
     source.write_text(EXACT)

@@ -19,6 +19,13 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) 
                   sizeof(Hyper) == 152 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
+// Whether eight blocks of adamw8bit, without spills, have registers enough.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kEightFit = false;
+#else
+constexpr bool kEightFit = true;
+#endif
+
 // Gradients and weights of a known dtype and rounding.  Elements are decoded when asked for: that
 // takes an instruction, and keeping them a register each.
 template <int32_t kDtype, int kAhead = 1>
@@ -124,11 +131,13 @@ struct Kind {
                                    !kCompensated && (kFlags & kStochastic) != 0 &&
                                    (kFlags & ~(kPlainFlags | RuleT::kOwnFlags)) == 0 &&
                                    (RuleT::kPlainLoops & kStorage) != 0;
-    // Of a multiprocessor, at least: a dozen registers less make room for one more of these.
-    static constexpr int kBlocks = (is_same<RuleT, Adam> || is_same<RuleT, Adopt>) && kPlain &&
-                                           kStorage == kFactoredPair && is_same<SlowT, NoSlot>
-                                       ? 6
-                                       : 1;
+    // Of a multiprocessor, at least, where a few registers less make room for one more of each
+    // scheduler's warps: with 6 of these blocks a thread has 168, with 8 it has 128.
+    static constexpr bool kAdams = is_same<RuleT, Adam> || is_same<RuleT, Adopt>;
+    static constexpr int kBlocks = !kPlain || !kAdams                    ? 1
+                                   : kStorage == kFactoredPair           ? 6
+                                   : kStorage == kCodedPair && kEightFit ? 8
+                                                                         : 1;
     static constexpr bool factored_sign =
         is_same<FastT, FactoredSlot<true>> || is_same<SlowT, FactoredSlot<true>>;
     Grad grad;
