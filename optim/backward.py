@@ -7,8 +7,12 @@ gradients instead of 5.1 GB.
 A gradient that comes a second time before the round is over was not complete the first time, when
 its parameter may have been stepped with a part of it: that is an error.  A round ends with `step()`
 or `zero_grad()`.
+
+Gradients of several devices (two GPUs, or one and the CPU) come in several threads, autograd having
+one for each: they are collected, and stepped, by one thread at a time.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +34,7 @@ class FusedBackward:
         self._waiting: list[Tensor] = []
         self._waiting_bytes = 0
         self._collected: dict[Tensor, tuple[int, int]] = {}  # gradients of `_waiting` as they came
+        self._turn = threading.RLock()  # of the threads that bring gradients
         self._holds = False
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._after_step = optimizer.register_step_post_hook(lambda *_: self._stepped())
@@ -73,7 +78,7 @@ class FusedBackward:
             self._take()
         finally:
             self._consume = stepping
-            self._free()
+            _free(self._waiting)
             self.end_round()
 
     @contextmanager
@@ -89,6 +94,9 @@ class FusedBackward:
     def end_round(self) -> None:
         """Forget which gradients have come, and leave those that wait to whoever wants them."""
         self._arrived.clear()
+        self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
         self._waiting, self._waiting_bytes = [], 0
         self._collected.clear()
 
@@ -107,6 +115,10 @@ class FusedBackward:
             )
 
     def _collect(self, param: Tensor) -> None:
+        with self._turn:
+            self._collect_alone(param)
+
+    def _collect_alone(self, param: Tensor) -> None:
         assert param.grad is not None
         if param in self._arrived:
             raise RuntimeError(
@@ -132,24 +144,19 @@ class FusedBackward:
         return [param for param in self._waiting if param.grad is not None]
 
     def _take(self) -> None:
-        """Consume the gradients that wait, and free them."""
+        """Consume the gradients that wait, and free them; not those that come meanwhile."""
+        live, taken = self._live(), self._waiting
+        self._forget_waiting()
         try:
-            if live := self._live():
+            if live:
                 self._consume(*live)
         finally:
-            self._free()
-
-    def _free(self) -> None:
-        for param in self._waiting:
-            param.grad = None
-        self._waiting, self._waiting_bytes = [], 0
-        self._collected.clear()
+            _free(taken)
 
     def _stepped(self) -> None:
         """After an ordinary step, which has used every gradient there was."""
         for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
+            _free(group["params"])
         self.end_round()
         self.attach()
 
@@ -158,6 +165,11 @@ class FusedBackward:
 def _seen(grad: Tensor) -> tuple[int, int]:
     """What is another where a gradient was written to or replaced; no device is asked."""
     return grad.data_ptr(), grad._version
+
+
+def _free(params: list[Tensor]) -> None:
+    for param in params:
+        param.grad = None
 
 
 def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> FusedBackward:

@@ -23,7 +23,7 @@ from optim.staging import Staging
 
 ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
 TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: rows_cuda.h, exec_cuda.h
-MOMENT_BYTES = (8 * 16 * 17 + 2 * 512 + 64) * 4  # shared memory of a factored moment: kShared
+MOMENT_BYTES = (8 * 16 * 17 + 512 + 64) * 4  # shared memory of a factored moment: kShared
 
 
 class _Launches:
@@ -32,12 +32,12 @@ class _Launches:
     def __init__(self, kind: Kind, bucket: plan.Bucket, kernels: dict[str, Any]) -> None:
         self.bucket = bucket
         self.tables = torch.empty(0)  # on the device: its Launch, then its lists
-        shared = kind.num_shared * MOMENT_BYTES
         self.steps: list[tuple[Any, int, int, int]] = []
         for name, of_tiles in kind.passes():
             if not of_tiles:
                 self.steps.append((kernels[name], bucket.num_tensors, TENSOR_THREADS, 0))
             elif bucket.num_tiles:
+                shared = kind.num_shared(name) * MOMENT_BYTES
                 self.steps.append((kernels[name], bucket.num_tiles, TILE_THREADS, shared))
 
 
@@ -54,11 +54,11 @@ class CudaEngine(DescriptorEngine):
         super().__init__(owner, rule)
         self._device = device
         self._gpu = gpu or gpu_of(device)
+        self._staging = Staging(self._gpu)
+        self._staging.refuse_in_capture()
         self._table = torch.empty_like(self._words, device=device)
         shape = (len(owner.param_groups), ctypes.sizeof(plan.Options) // 8)
         self._options = torch.empty(shape, dtype=torch.float64, device=device)
-        self._staging = Staging(self._gpu)
-        self.copies = 2  # of addresses, or of options, that a step may make
         self._uploaded = b""  # the options that are on the device, if they came from the host
         self._captured = False  # a graph's replays write there too, unseen: nothing is known
         self._of_graphs: dict[int, tuple[Work, Tensor]] = {}  # what graphs point to, with its room
@@ -99,6 +99,9 @@ class CudaEngine(DescriptorEngine):
     def _flags(self) -> list[int]:
         groups = self._owner.param_groups
         return [plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags for group in groups]
+
+    def _before_making(self) -> None:
+        self._staging.refuse_in_capture()
 
     def _make(self, work: Work, places: Share) -> None:
         by_kind: dict[Kind, list[int]] = {}
@@ -168,11 +171,20 @@ class CudaEngine(DescriptorEngine):
         self._captured |= capturing
         if capturing:
             self._of_graphs[id(work)] = work, self._room
+        else:
+            self._see_to_captures(addresses)
         if known and not self._captured:  # the device's table is what `_words` is
             return
-        addresses = self._staging.readable(addresses.contiguous(), self.copies)
+        addresses = self._staging.readable(addresses.contiguous())
         addresses = addresses.to(self._device, non_blocking=True)
         self._table[work.on_device, ADDRESSES] = addresses
+
+    def _see_to_captures(self, addresses: Tensor) -> None:
+        """Have room for what a capture copies that steps each known work: a fused backward has one
+        for every bucket."""
+        alike = sum(len(members) == len(addresses) for members in self._work)
+        self._staging.spare(addresses, alike)
+        self._staging.spare(self._options, len(self._work))
 
     def _put_options(self, coefficients: dict[int, float | Tensor]) -> None:
         """Write the groups' options to the device: numbers where they have changed, tensors (a
@@ -191,7 +203,7 @@ class CudaEngine(DescriptorEngine):
         raw = bytes((plan.Options * len(groups))(*options))
         if raw != self._uploaded or tensors or self._captured:
             host = torch.frombuffer(bytearray(raw), dtype=torch.float64).view_as(self._options)
-            host = self._staging.readable(host, self.copies)
+            host = self._staging.readable(host)
             self._options.copy_(host, non_blocking=True)
             self._uploaded = raw
         for position, word, value in tensors:

@@ -89,6 +89,9 @@ class DescriptorEngine:
         self._numels = [-1] * count
         self._work: dict[tuple[int, ...], Work] = {}
 
+    def _before_making(self) -> None:
+        """Raise RuntimeError where nothing can be made now."""
+
     def _make(self, work: Work, places: Share) -> None:
         """Fill in the launches of a new work, whose descriptors are complete but for addresses."""
         raise NotImplementedError
@@ -139,6 +142,7 @@ class DescriptorEngine:
         state = self._owner.state
         work = self._work.get(members)
         if work is None or work.stamp != stamp or not work.holds(state, places.params):
+            self._before_making()
             with HOST:
                 for place, grad in zip(places, grads, strict=True):
                     if self._describe(*place, grad.dtype):  # of which other works knew

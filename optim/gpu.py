@@ -53,6 +53,7 @@ _PASSES = (
     ("align", ("cautious",), 12),
 )
 _BEGIN, _FINISH = 0, 14
+_MEASURE = "engine::cuda::measure_kernel"
 _FACTORING = ("adafactor", "came")  # rules that are two: of a matrix and of a vector
 
 
@@ -89,9 +90,10 @@ class Kind(NamedTuple):
     flags: int
     compensated: bool
 
-    @property
-    def num_shared(self) -> int:
-        """Moments that keep something in shared memory."""
+    def num_shared(self, kernel: str) -> int:
+        """Moments that keep something in shared memory in a pass over tiles."""
+        if kernel.startswith(_MEASURE):  # which looks at no moment
+            return 0
         return sum(_SLOTS[codec].startswith(("Factored", "Given")) for codec in self.codecs)
 
     def has(self, *flags: str) -> bool:
@@ -135,7 +137,7 @@ def kind_of(rule: str, d: plan.Descriptor, flags: int) -> Kind:
 
 def _measure(of_grad: bool, of_weight: bool) -> str:
     grad, weight = "AnyGrad" if of_grad else "Unread", "AnyWeight" if of_weight else "Unread"
-    return f"engine::cuda::measure_kernel<engine::cuda::{grad}, engine::cuda::{weight}>"
+    return f"{_MEASURE}<engine::cuda::{grad}, engine::cuda::{weight}>"
 
 
 MEASURE = _measure(of_grad=True, of_weight=False)  # for a global norm
@@ -205,7 +207,7 @@ class Gpu:
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured."""
-        return torch.cuda.is_current_stream_capturing()
+        return capturing()
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Page-locked host memory, from which a captured copy reads again at every replay."""
@@ -267,6 +269,11 @@ class Gpu:
         except OSError:
             return None
         return _kernel(raw) if hashlib.sha256(raw).digest() == digest else None
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on this thread's stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _kernel(raw: bytes) -> Any:

@@ -88,6 +88,10 @@ class ProjectedEngine(ABC):
         """What P is drawn in, to meet such gradients."""
 
     @abstractmethod
+    def _before_making(self) -> None:
+        """Raise RuntimeError where nothing can be made now."""
+
+    @abstractmethod
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
         """What is left to do for a work whose portions are known."""
 
@@ -184,6 +188,7 @@ class ProjectedEngine(ABC):
         work = self._works.get(members)
         state = self._optimizer.state
         if work is None or work.stamp != stamp or not work.holds(state, work.asked):
+            self._before_making()
             if work is not None:
                 self._drop(members)
             with HOST:
@@ -240,6 +245,9 @@ class NativeProjectedEngine(ProjectedEngine):
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         pairs = grad_dtype is torch.bfloat16 and native.multiplies_pairs(self._isa)
         return torch.bfloat16 if pairs else torch.float32
+
+    def _before_making(self) -> None:
+        """Nothing: there is always memory to be had."""
 
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
         """Nothing: its loops are compiled."""

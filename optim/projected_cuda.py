@@ -60,14 +60,19 @@ class CudaProjectedEngine(ProjectedEngine):
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         return grad_dtype
 
+    def _before_making(self) -> None:
+        self._staging.refuse_in_capture()
+
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
         self._gpu.load(name for kind in kinds for name in kernels_of(kind).values())
-        self._low_engine.copies = max(self._low_engine.copies, len(work.portions))
 
     def _put(self, work: Portions, addresses: Tensor) -> None:
         if self._gpu.capturing():
             self._captured = True
             self._of_graphs[id(work)] = work
+        else:
+            alike = sum(len(one.wide) == len(work.wide) for one in self._works.values())
+            self._staging.spare(addresses, alike)
         if self._captured or not torch.equal(addresses, work.known):
             work.known = addresses.clone()
             work.grads.copy_(self._staging.readable(work.known), non_blocking=True)

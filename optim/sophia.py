@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optim import features as every
-from optim import plan, reference
+from optim import gpu, plan, reference
 from optim.backend import TorchEngine, grad_of
 from optim.codecs import Codec, join, split, stored
 from optim.features import Features
@@ -59,6 +59,7 @@ class Sophia(FusedOptimizer):
     _has_moved = False  # since `step()`
     # Steps that this object has made without an estimate; none when there is nothing to say.
     _num_blind: int | None = 0
+    _captured = False  # a CUDA graph's replays step too, unseen: the count has to be asked for
 
     def __init__(
         self,
@@ -79,12 +80,21 @@ class Sophia(FusedOptimizer):
 
     def wants_hessian(self) -> bool:
         """Whether an estimate is due before the next step: before the first, and after every
-        `hessian_every` steps.  It stays due until that step, whether there has been one or not."""
+        `hessian_every` steps.  It stays due until that step, whether there has been one or not.
+
+        It waits for a GPU once; but every time when a step has been captured in a CUDA graph."""
         steps = self._num_steps
-        if steps is None:  # it waits for a GPU: once, and not at every step
-            steps = max((int(state["step"]) for state in self.state.values()), default=0)
-            self._num_steps = None if self._has_moved else steps
+        if steps is None:
+            steps = self._largest_count()
+            self._num_steps = None if self._has_moved or self._captured else steps
         return steps % self.param_groups[0]["hessian_every"] == 0
+
+    def _largest_count(self) -> int:
+        """Of all parameters' steps, read from each device once."""
+        counts: dict[torch.device, list[Tensor]] = {}
+        for state in self.state.values():
+            counts.setdefault(state["step"].device, []).append(state["step"])
+        return max((int(torch.stack(those).max()) for those in counts.values()), default=0)
 
     def end_step(self) -> None:
         if self._num_steps is not None and self._has_moved:
@@ -122,6 +132,8 @@ class Sophia(FusedOptimizer):
     def _step(self, places: Share) -> None:
         super()._step(places)
         self._has_moved = self._has_moved or bool(places)
+        if gpu.capturing():
+            self._captured, self._num_steps = True, None
 
     def _forget(self) -> None:
         super()._forget()

@@ -31,7 +31,7 @@ struct Block {
     std::function<void()> kernel;
     ucontext_t caller;
     int size = 0;
-    Barrier all, warps[32], halves[64];  // of warps
+    Barrier all, warps[32];
     alignas(8) unsigned char exchange[1024][8];
 };
 inline Block block;
@@ -104,16 +104,15 @@ inline void run(int grid, int threads, std::function<void()> kernel) {
 inline void __syncthreads() {
     cuda_on_host::wait(cuda_on_host::block.all, cuda_on_host::block.size);
 }
-// Among all threads of a warp, or of one of its halves.
+// Among all threads of a warp.
 template <class T>
-T __shfl_xor_sync(unsigned them, T x, int apart) {
+T __shfl_xor_sync(unsigned, T x, int apart) {
     auto& block = cuda_on_host::block;
-    const bool all = them == 0xFFFFFFFFu;
-    auto& barrier = all ? block.warps[threadIdx.x / 32] : block.halves[threadIdx.x / 16];
+    auto& barrier = block.warps[threadIdx.x / 32];
     memcpy(block.exchange[threadIdx.x], &x, sizeof(T));
-    cuda_on_host::wait(barrier, all ? 32 : 16);
+    cuda_on_host::wait(barrier, 32);
     memcpy(&x, block.exchange[threadIdx.x ^ unsigned(apart)], sizeof(T));
-    cuda_on_host::wait(barrier, all ? 32 : 16);
+    cuda_on_host::wait(barrier, 32);
     return x;
 }
 struct uint2 {
@@ -128,9 +127,12 @@ struct float4 {
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-// Its use here: the upper halves of two words.
-inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t) {
-    return low >> 16 | (high & 0xFFFF0000u);
+// Four of the eight bytes, chosen by a digit each.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t bytes = uint64_t(high) << 32 | low;
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) word |= uint32_t(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return word;
 }
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -190,6 +192,36 @@ def test_gradients_that_wait_for_a_step_are_not_handed_to_another():
             backward(model, number)
     assert len(seen) == 8
     assert steps_of(model, optimizer) == [1] * 4
+
+
+def test_gradients_that_come_in_two_threads_are_each_consumed_once():
+    """As those of two devices do."""
+    model, _, hooks = fused_layers(bucket_layers=2)
+    first, second, third, _ = model.parameters()
+    consumed, under_way, come = [], threading.Event(), threading.Event()
+
+    def consume(*params):
+        consumed.extend(params)
+        under_way.set()
+        come.wait(0.2)  # as torch lets other threads run
+
+    def other_device():
+        under_way.wait(5)
+        hooks._collect(third)
+        come.set()
+
+    for p in (first, second, third):
+        p.grad = torch.ones_like(p)
+    thread = threading.Thread(target=other_device)
+    with hooks.handing_to(consume):
+        thread.start()
+        hooks._collect(first)
+        hooks._collect(second)
+        thread.join()
+        assert Counter(map(id, consumed)) == Counter(map(id, (first, second)))
+        assert [p.grad is None for p in (first, second, third)] == [True, True, False]
+    assert Counter(map(id, consumed)) == Counter(map(id, (first, second, third)))
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("bucket_layers", [1, 9])

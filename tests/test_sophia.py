@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
+from optim import gpu
 from trainer import batches, curvature, gradients, losses, noise
 from trainer.clipping import Clip
 from trainer.streams import Stream
@@ -313,3 +314,19 @@ def test_when_an_estimate_is_due_is_asked_of_no_device_at_every_step():
         optimizer.step()  # makes none
         with NoReading():
             assert optimizer.wants_hessian() == (step in (2, 5))
+
+
+def test_after_a_capture_the_steps_of_a_graphs_replays_are_counted(monkeypatch):
+    params = make_params()
+    optimizer = optim.build("sophia", params, hessian_every=3)
+    run(optimizer, params, [0])
+    assert not optimizer.wants_hessian()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "capturing", lambda: True)
+        run(optimizer, params, [1])  # on a GPU this would not run yet
+    due = []
+    for _ in range(4):
+        due.append(optimizer.wants_hessian())
+        for state in optimizer.state.values():
+            state["step"] += 1  # as a replay does
+    assert due == [False, True, False, False]

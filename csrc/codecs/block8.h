@@ -35,7 +35,7 @@ struct Block8 : Slot {
         codes.begin(place, first, row, width);
         absmax.begin(place, tops, row);
         Exec::each_block<kBlock>(width,
-                                 [&](int at) INLINED { scale[at] = F(absmax.load(at) / 127.f); });
+                                 [&](int at) INLINED { scale[at] = F(over_127(absmax.load(at))); });
         draws.begin_row(row, cols, first_col());
     }
 
@@ -48,13 +48,13 @@ struct Block8 : Slot {
     HD void end_row(int64_t, int width) {
         Exec::each_block<kBlock>(width, [&](int at) INLINED {
             float top = Exec::largest<kBlock>(values, at, width);
-            scale[at] = F(top > 1e-31f ? 127.f / top * kOne : 0.f);
-            absmax.store(at, top);
+            scale[at] = F(top > 1e-31f ? quotient(127.f * kOne, top) : 0.f);
+            absmax.store(at, top, width);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             // |values * scale| <= (127 + 2^-17) kOne, which is rounded to 127 kOne.
             U scaled = round_to_int(values[i] * scale[Exec::block_of<kBlock>(i, col)]);
-            codes.put_s8(i, col, n, shifted_down(scaled + draws.next(i, col), 16));
+            codes.put_third(i, col, n, scaled + draws.next(i, col));
         });
         codes.end(place);
     }

@@ -41,7 +41,7 @@ struct FactoredSlot : Slot {
     HD const float* cols_from() const { return factors + padded(place.rows()) + first_col(); }
     HD void find_cols(int width) {
         col_factors.begin_row(place, cols_from(), width);
-        col_roots.begin(roots + place.at() * Exec::kSpan, number());
+        col_roots.begin(roots + place.at() * Exec::kSpan);
     }
 
     // The root of a product is that of its factors: one a row and one a column in place of one an

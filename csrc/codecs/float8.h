@@ -19,13 +19,15 @@ HD uint32_t float8_base(int32_t exponent) { return uint32_t(exponent * 16 - 240)
 
 constexpr int kFloat8Cut = 19;  // bits of an fp32 that are cut off, and of a draw
 
+// At most 255, of what is at most the block's largest, and that below 2^127; averages of squares of
+// usable gradients are below 2^96.
 HD U float8_encode(F x, U draws, U base) {
     U cut = (as_bits(x) + draws) >> kFloat8Cut;
     U code = max(cut, base + U(1u)) - base;
     return min(code, as_bits(x));  // nothing but zero is smaller than its code
 }
 HD F float8_decode(U code, U base) {
-    return as_float(only(code > U(0u), (code + base) << kFloat8Cut));
+    return as_float(only(code > U(0u), (code << kFloat8Cut) + (base << kFloat8Cut)));
 }
 
 // DrawsT: where its random bits come from.
@@ -70,12 +72,12 @@ struct Float8 : Slot {
             int32_t exponent =
                 float8_exponent(Exec::largest<kFloat8Block, false>(values, at, width));
             base[at] = U(float8_base(exponent));
-            exponents.store(at, int8_t(exponent - 127));
+            exponents.store(at, int8_t(exponent - 127), width);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             U grid = base[Exec::block_of<kFloat8Block>(i, col)];
             U draw = draws.template next<kFloat8Cut>(i, col);
-            codes.put_saturated(i, col, n, float8_encode(values[i], draw, grid));
+            codes.put_u8(i, col, n, float8_encode(values[i], draw, grid));
         });
         codes.end(place);
     }

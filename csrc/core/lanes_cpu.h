@@ -87,7 +87,9 @@ HD F sqrt(F x) {
     return map<F>(root, x);
 }
 
-// A function of its own because a GPU asks once for both.
+// Functions of their own because a GPU has ways of its own.
+HD float quotient(float x, float y) { return x / y; }
+HD float over_127(float x) { return x / 127.f; }
 HD F over_root(F a, F x, float b) { return a / (sqrt(x) + F(b)); }
 
 // a < b ? a : b and a > b ? a : b, NaN included: that is how the instructions are defined.

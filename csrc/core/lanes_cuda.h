@@ -84,9 +84,6 @@ HD U operator<<(U x, int by) {
 HD U operator>>(U x, int by) {
     return map<U>([by](uint32_t x) { return x >> by; }, x);
 }
-HD U shifted_down(U x, int by) {  // in two's complement
-    return map<U>([by](uint32_t x) { return uint32_t(int32_t(x) >> by); }, x);
-}
 
 HD U as_bits(F x) {
     return map<U>([](float x) { return __float_as_uint(x); }, x);
@@ -137,19 +134,28 @@ HD float about_reciprocal(float x) { return 1.f / x; }
 HD float about_rsqrt(float x) { return 1.f / sqrtf(x); }
 #endif
 
-// IEEE's quotients and roots, by a Newton step and the remainder's correction, as the compiler
-// would make them (Markstein 1990).  The remainder is exact unless it underflows; what overflows on
-// the way, or has no number to begin with, comes out as NaN, or as a quotient of zero.  So the
-// lanes ask once, together, whether all is large enough.
-HD float about_quotient(float x, float y) {
-    float inverse = about_reciprocal(y);
+// IEEE's quotients and roots, by a Newton step and the remainder's correction (Markstein 1990); the
+// compiler's own quotients have two corrections.  With approximations that are right to a unit in
+// the last place, a search of the hard cases has found one quotient, 1 / (2 - 2^-23), for which one
+// of them would want the second, and two mantissas with such a root.  The remainder is exact unless
+// it underflows; what overflows on the way, or has no number to begin with, comes out as NaN, or as
+// a quotient of zero.  So the lanes ask once, together, whether all is large enough.
+HD float corrected_quotient(float x, float y, float inverse) {
     inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.f), inverse);
     const float about = x * inverse;
     return __fmaf_rn(inverse, __fmaf_rn(-y, about, x), about);
 }
+HD float about_quotient(float x, float y) { return corrected_quotient(x, y, about_reciprocal(y)); }
 HD float about_root(float x) {
     const float inverse = about_rsqrt(x), about = x * inverse;
     return __fmaf_rn(__fmaf_rn(-about, about, x), inverse * 0.5f, about);
+}
+// One that is known to be large enough, as x is, and y below 2^126.
+HD float quotient(float x, float y) { return about_quotient(x, y); }
+// x / 127, of a finite x >= 1e-31; about that where x is smaller.
+HD float over_127(float x) {
+    const float about = x * (1.f / 127.f);
+    return __fmaf_rn(__fmaf_rn(-127.f, about, x), 1.f / 127.f, about);
 }
 HD F operator/(F a, F b) {
     F q;
@@ -258,6 +264,13 @@ HD void store_saturated(uint8_t* to, U x, int n) { store_uint(to, min(x, U(255u)
 
 // The upper halves of two words, as one.
 HD uint32_t upper_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
+// The byte of this number, 0 being the lowest, of each lane, as one word.
+template <int kByte>
+HD uint32_t word_of_bytes(U x) {
+    constexpr unsigned kTwo = kByte | (4 + kByte) << 4;
+    return __byte_perm(__byte_perm(x.r[0], x.r[1], kTwo), __byte_perm(x.r[2], x.r[3], kTwo),
+                       0x5410);
+}
 
 // One, two or four words that lie together, at a multiple of their size.
 HD void load_words(const void* from, uint32_t (&words)[1]) {

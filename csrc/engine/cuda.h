@@ -19,15 +19,22 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) 
                   sizeof(Hyper) == 152 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
+// Whether eight blocks of adamw8bit, without spills, have registers enough.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kEightFit = false;
+#else
+constexpr bool kEightFit = true;
+#endif
+
 // Gradients and weights of a known dtype and rounding.  Elements are decoded when asked for: that
 // takes an instruction, and keeping them a register each.
-template <int32_t kDtype>
+template <int32_t kDtype, int kAhead = 1>
 struct Elements {
     static constexpr bool kWide = kDtype == kFloat32;
     using T = Choice<kWide, const float, const uint16_t>;
     const Place& place;
     T* const data;
-    Exec::Row<T> row;
+    Exec::Row<T, kAhead> row;
 
     HD Elements(const Place& p, uint64_t address, bool exist = true)
         : place(p), data(pointer<T>(address)) {
@@ -43,9 +50,9 @@ struct Elements {
             return from_fp16(row.uint(i, col, n));
     }
 };
-template <int32_t kDtype>
+template <int32_t kDtype, int kAhead>
 struct GradOf {
-    Elements<kDtype> elements;
+    Elements<kDtype, kAhead> elements;
 
     HD GradOf(const Place& p, F*) : elements(p, p.tensor.grad) {}
     HD void begin_row(int64_t row, int width) { elements.begin(row, width); }
@@ -101,12 +108,18 @@ constexpr int32_t kCodecOf<FactoredSlot<true>> = kFactoredSign;
 template <>
 constexpr int32_t kCodecOf<GivenSlot> = kGiven;
 
-// A kind of tensor.
+template <class SlotT>
+constexpr bool kSumsRows = kCodecOf<SlotT> == kFactored || kCodecOf<SlotT> == kFactoredSign;
+
+// A kind of tensor.  kAhead: rows of its gradient that are under way while one is computed.
 template <class RuleT, class FastT, class SlowT, class SquareT, int32_t kWeightDtype,
-          int32_t kGradDtype, int64_t kFlags_, bool kCompensated>
+          int32_t kGradDtype, int64_t kFlags_, bool kCompensated, int kAhead = 1>
 struct Kind {
     using R = RuleT;
-    using Grad = GradOf<kGradDtype>;
+    using Grad = GradOf<kGradDtype, kAhead>;
+    // For the passes that write no tensor: they compute little and have registers to spare.
+    using Read =
+        Kind<RuleT, FastT, SlowT, SquareT, kWeightDtype, kGradDtype, kFlags_, kCompensated, 2>;
     static constexpr bool kMoves = false, kFlagsKnown = true;
     static constexpr bool kRoundsWithin =
         is_same<FastT, Bf16Slot> || is_same<SlowT, Bf16Slot> || is_same<SquareT, Bf16Slot>;
@@ -118,11 +131,13 @@ struct Kind {
                                    !kCompensated && (kFlags & kStochastic) != 0 &&
                                    (kFlags & ~(kPlainFlags | RuleT::kOwnFlags)) == 0 &&
                                    (RuleT::kPlainLoops & kStorage) != 0;
-    // Of a multiprocessor, at least: a dozen registers less make room for one more of these.
-    static constexpr int kBlocks = (is_same<RuleT, Adam> || is_same<RuleT, Adopt>) && kPlain &&
-                                           kStorage == kFactoredPair && is_same<SlowT, NoSlot>
-                                       ? 6
-                                       : 1;
+    // Of a multiprocessor, at least, where a few registers less make room for one more of each
+    // scheduler's warps: with 6 of these blocks a thread has 168, with 8 it has 128.
+    static constexpr bool kAdams = is_same<RuleT, Adam> || is_same<RuleT, Adopt>;
+    static constexpr int kBlocks = !kPlain || !kAdams                    ? 1
+                                   : kStorage == kFactoredPair           ? 6
+                                   : kStorage == kCodedPair && kEightFit ? 8
+                                                                         : 1;
     static constexpr bool factored_sign =
         is_same<FastT, FactoredSlot<true>> || is_same<SlowT, FactoredSlot<true>>;
     Grad grad;
@@ -138,6 +153,20 @@ struct Kind {
           slow(p, kSlow, s.slots[kSlow]),
           square(p, kSquare, s.slots[kSquare]) {
         if constexpr (R::kRoot) square.begin_roots();
+    }
+
+    // Shared memory for the sums of rows that a pass takes for itself: that of a factored moment
+    // which it does not store, where there is one.
+    template <bool kStores>
+    HD float* room_for_rows() const {
+        if constexpr (kSumsRows<SquareT> && !(kStores && R::kSquareStored))
+            return Exec::RowSums::room_of(square.number());
+        else if constexpr (kSumsRows<SlowT> && !(kStores && R::kSlowStored))
+            return Exec::RowSums::room_of(slow.number());
+        else if constexpr (kSumsRows<FastT> && !kStores)
+            return Exec::RowSums::room_of(fast.number());
+        else
+            return Exec::RowSums::room_of_none();
     }
 };
 
@@ -161,27 +190,29 @@ __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* 
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    factor<typename KindT::Grad, KindT::kFlags>(tile.launch, tile.number, tile.whole);
+    factor<typename KindT::Read::Grad, KindT::kFlags>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    if (wants_norm(tile.hyper())) norm<KindT, false>(tile.launch, tile.number, tile.whole);
+    if (wants_norm(tile.hyper()))
+        norm<typename KindT::Read, false>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    residual<KindT>(tile.launch, tile.number, tile.whole);
+    residual<typename KindT::Read>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    norm<KindT, true>(tile.launch, tile.number, tile.whole);
+    norm<typename KindT::Read, true>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    if (wants_align(tile.hyper())) align<KindT>(tile.launch, tile.number, tile.whole);
+    if (wants_align(tile.hyper()))
+        align<typename KindT::Read>(tile.launch, tile.number, tile.whole);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, KindT::kBlocks) void apply_kernel(const Launch* launch) {

@@ -17,16 +17,18 @@
 //                               once a row begin_row(to), add(i, col, x)
 //   RowSums                     sums of a tile's rows: begin_row(to), add(i, x),
 //                               end_row(row, width)
-//   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total)
+//   RowTotals, Count            what a tile adds to: begin(total); end_row or add; end(total); of
+//                               RowTotals begin<whether the pass stores moments>(total, access)
 //   RowDraws, make_words        draws of a row, and the words they share, where they do
 //   knowing(place, f)           f(), compiled for each kind of tile that Row reads in its own way
 //   Row<T>                      a tile's rows of T in memory: once a tile start(place, data); to
 //                               read a row begin(place, data, row, width), to write one
 //                               open(place, data, row, width); f32, bf16, s8, uint(i, col, n) and
-//                               put_...(i, col, n, x); end(place)
+//                               put_...(i, col, n, x); end(place).  Of x, put_upper takes bits 16
+//                               to 31, put_third 16 to 23 and put_u8 those below 8
 //   Bits                        the same of one bit a column, lowest first
 //   PerBlock<T, B>              of a number for each block of B columns: start(place, data), once a
-//                               row begin(place, data, row); load(at), store(at, x)
+//                               row begin(place, data, row); load(at), store(at, x, width)
 //   AlongRows                   a vector that runs along the rows: once a tile start(place, vector,
 //                               moment), once a row begin(place, row) gives its element
 //   AlongColumns                a vector's part of a tile: begin_tile, begin_row, load(i, col, n)

@@ -51,8 +51,8 @@ struct Exec {
         HD void put_uint(int, int col, int n, U x) { store_uint(at + col, x, n); }
         HD void put_f32(int, int col, int n, F x) { store_f32(at + col, x, n); }
         HD void put_upper(int, int col, int n, U x) { store_upper(at + col, x, n); }
-        HD void put_s8(int, int col, int n, U x) { store_s8(at + col, x, n); }
-        HD void put_saturated(int, int col, int n, U x) { store_saturated(at + col, x, n); }
+        HD void put_third(int, int col, int n, U x) { store_s8(at + col, shifted_down(x, 16), n); }
+        HD void put_u8(int, int col, int n, U x) { store_saturated(at + col, x, n); }
 
        private:
         // Codes are of flat tensors, whose rows follow each other: the hardware sees them coming.
@@ -103,7 +103,7 @@ struct Exec {
             at = data + row * ((place.cols() + kBlock - 1) / kBlock) + place.col / kBlock;
         }
         HD T load(int block) const { return at[block]; }
-        HD void store(int block, T x) { at[block] = x; }
+        HD void store(int block, T x, int) { at[block] = x; }
     };
 
     // A vector that runs along the rows.
@@ -136,7 +136,7 @@ struct Exec {
     struct Kept {
         F* at;
 
-        HD void begin(F* room, int) { at = room; }
+        HD void begin(F* room) { at = room; }
         HD void put(int i, F x) { at[i] = x; }
         HD F load(int i) const { return at[i]; }
     };
@@ -189,7 +189,10 @@ struct Exec {
     struct RowTotals : RowSums {
         float row_sum;
 
-        HD void begin(double& total) { total = 0; }
+        template <bool, class Access>
+        HD void begin(double& total, const Access&) {
+            total = 0;
+        }
         HD void begin_row() { RowSums::begin_row(&row_sum); }
         HD void end_row(double& total, int, int width) {
             RowSums::end_row(0, width);

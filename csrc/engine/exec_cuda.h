@@ -18,11 +18,11 @@ struct Exec : ThreadSums {
     struct RowTotals : RowSums {
         float* rows;
 
-        HD void begin(double&) {
+        template <bool kStores, class Access>
+        HD void begin(double&, const Access& a) {
             __shared__ float of_tile[kTileRows];
-            alignas(16) __shared__ float room_of_rows[kRoom];
             rows = of_tile;
-            begin_in(room_of_rows);
+            begin_in(a.template room_for_rows<kStores>());
         }
         HD void begin_row() { RowSums::begin_row(rows); }
         HD void end_row(double&, int row, int width) { RowSums::end_row(row, width); }
@@ -51,11 +51,11 @@ struct Exec : ThreadSums {
         UNROLLED for (int i = 0; i < kSpan; ++i) f(i, column(i), lanes(i, width));
     }
 
-    // A thread's columns are in one block.
+    // A thread's columns are in one block.  All threads of a warp take part in it, though theirs
+    // may not exist, and have zeros.
     template <int kBlock, class Function>
     HD static void each_block(int width, Function&& f) {
-        const int mine = block() * 32 / kBlock;
-        if (mine * kBlock < width) f(0);
+        if (warp() * kWarpCols < width) f(0);
     }
     template <int kBlock>
     HD static int block_of(int, int) {
@@ -171,14 +171,11 @@ struct Exec : ThreadSums {
     }
 
    private:
-    // Of so many neighbouring threads, which all ask.
+    // Of so many neighbouring threads of a warp, which all ask.
     template <int kThreads>
     HD static float largest_of_threads(float top) {
-        const unsigned them = kThreads == 32 ? kWarp
-                                             : ((1u << kThreads % 32) - 1)
-                                                   << thread() % 32 / kThreads * kThreads;
         UNROLLED for (int apart = kThreads / 2; apart > 0; apart /= 2) top =
-            engine::ENGINE_ISA::largest(__shfl_xor_sync(them, top, apart), top);
+            engine::ENGINE_ISA::largest(__shfl_xor_sync(kWarp, top, apart), top);
         return top;
     }
 };

@@ -55,9 +55,9 @@ struct ThreadRows {
     }
 
     // A thread's elements of the rows of a tile in memory.  Those of a row are stored when all have
-    // been put; those of a whole tile's next row are under way while one is computed, and a thread
-    // has all of its columns or none.
-    template <class T>
+    // been put; those of a whole tile's next kAhead rows are under way while one is computed, and a
+    // thread has all of its columns or none.
+    template <class T, int kAhead = 1>
     struct Row {
         static constexpr int kWords = int(sizeof(T)), kEach = 4 / kWords;  // elements of a word
         static constexpr int kBits = 8 * kWords;
@@ -66,16 +66,18 @@ struct ThreadRows {
 
         T* mine;  // where the thread's first would be, were the tile's first element the tensor's
         int width;
-        Vectors read, ahead, written;
+        Vectors read, ahead[kAhead], written;
 
         // Once a tile.
         template <class PlaceT>
         HD void start(const PlaceT& place, T* data) {
             mine = data + column(0);
-            UNROLLED for (int i = 0; i < kSpan; ++i) {
-                UNROLLED for (int j = 0; j < kWords; ++j) ahead[i][j] = 0;
+            UNROLLED for (int n = 0; n < kAhead; ++n) {
+                UNROLLED for (int i = 0; i < kSpan; ++i) {
+                    UNROLLED for (int j = 0; j < kWords; ++j) ahead[n][i][j] = 0;
+                }
+                if (place.whole) ask(place, n, ahead[n]);
             }
-            if (place.whole) ask(place, place.element);
         }
 
         // To be put.
@@ -101,9 +103,12 @@ struct ThreadRows {
                 return;
             }
             UNROLLED for (int i = 0; i < kSpan; ++i) {
-                UNROLLED for (int j = 0; j < kWords; ++j) read[i][j] = ahead[i][j];
+                UNROLLED for (int j = 0; j < kWords; ++j) {
+                    read[i][j] = ahead[0][i][j];
+                    UNROLLED for (int n = 1; n < kAhead; ++n) ahead[n - 1][i][j] = ahead[n][i][j];
+                }
             }
-            ask(place, place.next_element());
+            ask(place, kAhead, ahead[kAhead - 1]);
         }
         template <class PlaceT>
         HD void end(const PlaceT& place) {
@@ -163,16 +168,17 @@ struct ThreadRows {
             UNROLLED for (int k = 0; k < kLanes; k += 2) written[i][k / 2] =
                 upper_halves(x.r[k], x.r[k + 1]);
         }
-        HD void put_s8(int i, int col, int n, U x) { put_uint(i, col, n, x & U(255u)); }
-        HD void put_saturated(int i, int col, int n, U x) { put_uint(i, col, n, min(x, U(255u))); }
+        HD void put_third(int i, int, int, U x) { written[i][0] = word_of_bytes<2>(x); }
+        HD void put_u8(int i, int, int, U x) { written[i][0] = word_of_bytes<0>(x); }
 
        private:
-        // Of the row whose part of the tile begins at this element of the tensor.
+        // For the n'th row from this one on, or, where the tile has none, for this one.
         template <class PlaceT>
-        HD void ask(const PlaceT& place, int64_t element) {
-            const T* from = mine + element;
+        HD void ask(const PlaceT& place, int n, Vectors& words) {
+            const bool exists = n == 1 ? place.more : place.at_row + n < place.num_rows();
+            const T* from = mine + (exists ? place.element + n * place.cols() : place.element);
             if (column(0) >= place.width()) return;
-            UNROLLED for (int i = 0; i < kSpan; ++i) load_words(from + i * 16, ahead[i]);
+            UNROLLED for (int i = 0; i < kSpan; ++i) load_words(from + i * 16, words[i]);
         }
         template <class PlaceT>
         HD Element* row_of(const PlaceT& place) const {
@@ -255,9 +261,9 @@ struct ThreadRows {
             if (place.more && exists(place)) ahead = *next;
         }
         HD T load(int) const { return value; }
-        // By one of the threads that have the block.
-        HD void store(int, T x) {
-            if (thread() % (kBlock / kThreadCols) == 0) *at = x;
+        // By one of the threads that have the block, if it exists.
+        HD void store(int, T x, int width) {
+            if (thread() % (kBlock / kThreadCols) == 0 && number() * kBlock < width) *at = x;
         }
 
        private:

@@ -19,16 +19,22 @@ struct ThreadSums : ThreadRows {
         static constexpr int kPitch = 16 * 17;  // 16 blocks of 16 lanes; rows begin half the banks
                                                 // apart
         static constexpr int kRoom = kRows * kPitch;
-        // Floats of shared memory that a factored moment has: this room, two for each column, and
+        // Floats of shared memory that a factored moment has: this room, one for each column, and
         // one for each row.
-        static constexpr int kShared = kRoom + 2 * kTileCols + kTileRows;
+        static constexpr int kShared = kRoom + kTileCols + kTileRows;
 
         float *to, *room;
         float4* mine;  // of the room
         int last;
         F pairs;
 
-        HD void begin(int moment) { begin_in(shared_room + moment * kShared); }
+        HD static float* room_of(int moment) { return shared_room + moment * kShared; }
+        HD static float* room_of_none() {
+            alignas(16) __shared__ float room_of_rows[kRoom];
+            return room_of_rows;
+        }
+
+        HD void begin(int moment) { begin_in(room_of(moment)); }
         HD void begin_in(float* where) {
             room = where;
             mine = reinterpret_cast<float4*>(where) + thread();
@@ -73,11 +79,12 @@ struct ThreadSums : ThreadRows {
     struct Kept {
         float4* at;
 
-        HD void begin(F*, int moment, int which = 1) {
-            at = reinterpret_cast<float4*>(shared_room + moment * RowSums::kShared +
-                                           RowSums::kRoom + which * kTileCols) +
-                 thread();
+        // Of the one moment whose roots are asked for.
+        HD void begin(F*) {
+            alignas(16) __shared__ float roots_of_columns[kTileCols];
+            begin_in(roots_of_columns);
         }
+        HD void begin_in(float* where) { at = reinterpret_cast<float4*>(where) + thread(); }
         HD void put(int i, F x) { at[i * kTileThreads] = four(x); }
         HD F load(int i) const {
             const float4 four = at[i * kTileThreads];
@@ -92,7 +99,7 @@ struct ThreadSums : ThreadRows {
         Kept values;
 
         HD void begin_tile(const float* from, int width, int moment) {
-            values.begin(nullptr, moment, 0);
+            values.begin_in(RowSums::room_of(moment) + RowSums::kRoom);
             UNROLLED for (int i = 0; i < kSpan; ++i)
                 values.put(i, load_f32(from + column(i), lanes(i, width)));
         }
@@ -112,7 +119,7 @@ struct ThreadSums : ThreadRows {
 
         template <class PlaceT>
         HD void start(const PlaceT& place, const float* vector, int moment) {
-            float* room = shared_room + moment * RowSums::kShared + RowSums::kRoom + 2 * kTileCols;
+            float* room = RowSums::room_of(moment) + RowSums::kRoom + kTileCols;
             values = room;
             static_assert(kTileRows <= kTileThreads, "a thread reads one");
             if (thread() < place.num_rows()) room[thread()] = vector[place.first_row() + thread()];

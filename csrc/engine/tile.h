@@ -227,7 +227,7 @@ HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
     Scratch scratch;
     Access a(p, scratch);
     typename Exec::RowTotals squares;
-    p.each_tile([&]() INLINED { squares.begin(p.sums().update_sq); });
+    p.each_tile([&]() INLINED { squares.begin<false>(p.sums().update_sq, a); });
     p.each_row([&](int64_t row, int width) INLINED {
         begin_row(p, a, row, width);
         squares.begin_row();
@@ -279,7 +279,7 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
     const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
     p.each_tile([&]() INLINED {
         nonfinite.begin(p.sums().nonfinite);
-        if (lagged) squares.begin(p.sums().update_sq);
+        if (lagged) squares.begin<true>(p.sums().update_sq, a);
         a.fast.begin();
         a.slow.begin();
         a.square.begin();

@@ -1,6 +1,7 @@
 """Which kinds of tensors a run on a GPU may consist of: a table of optimizers, dtypes and options
 that has every rule, codec and feature, on shapes with every kind of edge."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +24,20 @@ SHAPES = [(70, 1100), (33, 3, 3, 3), (37,), (), (0,), (5, 0), (1, 5), (7, 1429)]
 
 
 class Case(NamedTuple):
-    """A run: an optimizer with these options steps tensors of this dtype."""
+    """A run: an optimizer with these options steps tensors of this dtype, whose gradients have it
+    too, unless said otherwise."""
 
     name: str
     dtype: torch.dtype
     options: dict[str, Any]
+    grad_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.name}-{str(self.dtype)[6:]}" + (f"-{options}" if options else "")
+        parts = [self.name, str(self.dtype)[6:], options]
+        if self.grad_dtype is not None:
+            parts.append(f"grad={str(self.grad_dtype)[6:]}")
+        return "-".join(filter(None, parts))
 
     def is_projected(self) -> bool:
         """Whether a step begins with a matrix product of torch's."""
@@ -71,9 +77,17 @@ _ALL = [
     Case("sgd", FP16, {"nesterov": True, "storage": "factored"}),
     Case("adafactor8bit", BF16, {"clip_norm": "lagged", "relative_step": True}),
     Case("adafactor8bit", FP32, {"beta1": 0.9, "storage": "factored", "scale_parameter": True}),
+    Case("adafactor8bit", BF16, {"beta1": 0.9, "storage": "factored", "clip_norm": "lagged"}, FP32),
+    Case("ademamix", BF16, {"storage": "factored", "growth_limit": 1.01}, FP32),
+    Case("came", BF16, {"storage": "factored"}, FP32),
 ]
+_MIXES = hasattr(torch.Tensor, "grad_dtype")  # torch 2.10 and later
 # A rule that has no fused kernel runs on plain PyTorch, and there is nothing to check.
-CASES = [case for case in _ALL if plan.has_rule(optim.FAMILY[case.name].rule)]
+CASES = [
+    case
+    for case in _ALL
+    if plan.has_rule(optim.FAMILY[case.name].rule) and (_MIXES or case.grad_dtype is None)
+]
 
 
 def make(
@@ -83,6 +97,9 @@ def make(
     generator = torch.Generator().manual_seed(0)
     numbers = [torch.randn(shape, generator=generator).to(case.dtype) for shape in SHAPES]
     params = [Parameter(x.to(device)) for x in numbers]
+    if case.grad_dtype is not None:
+        for param in params:
+            param.grad_dtype = case.grad_dtype
     chosen = {"lr": 0.01, "weight_decay": 0.1} | case.options | options
     if "prodigy" in case.name:  # begun with a rate that is seen within a few steps
         chosen |= {"lr": 1.0, "d0": 1e-2}
@@ -91,10 +108,24 @@ def make(
     return params, optim.build(case.name, params, **chosen)
 
 
+def copied(
+    params: list[Parameter], optimizer: optim.FusedOptimizer
+) -> tuple[list[Parameter], optim.FusedOptimizer]:
+    """A deep copy of a run.  (torch's forgets which dtype gradients are to have.)"""
+    twins, twin = copy.deepcopy((params, optimizer))
+    if _MIXES:
+        for param, other in zip(params, twins, strict=True):
+            other.grad, other.grad_dtype = None, param.grad_dtype
+    return twins, twin
+
+
 def gradients(params: list[Parameter], step: int) -> list[torch.Tensor]:
-    """New gradients for a step, the same numbers on every device."""
+    """New gradients for a step, the same numbers on every device and in every dtype that has
+    them."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return [torch.randn(p.shape, generator=generator).to(p.dtype).to(p.device) for p in params]
+    numbers = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+    dtypes = [getattr(p, "grad_dtype", None) or p.dtype for p in params]
+    return [x.to(d).to(p.device) for x, d, p in zip(numbers, dtypes, params, strict=True)]
 
 
 def set_grads(params: list[Parameter], step: int) -> None:

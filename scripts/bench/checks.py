@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optim
-from bench.cases import CASES, Case, gradients, kernels_of, make, prepare, set_grads
+from bench.cases import CASES, Case, copied, gradients, kernels_of, make, prepare, set_grads
 from bench.outcomes import Finding, Skip
 from bench.subject import Subject
 from bench.tolerances import blur_of, param_misses
@@ -208,7 +208,7 @@ def _resumed(subject: Subject, case: Case) -> Run:
 def _deep_copied(subject: Subject, case: Case) -> Run:
     run = make(case, subject.device)
     _steps(subject, run, range(STEPS))
-    twin = copy.deepcopy(run)
+    twin = copied(*run)
     _steps(subject, run, range(STEPS, STEPS + 1))  # the original's steps are its own
     _steps(subject, twin, range(STEPS, 2 * STEPS))
     return twin
