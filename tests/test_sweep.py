@@ -276,8 +276,8 @@ REMARKS = {
         ({"a": [0.1, 0.11], "b": [0.2, 0.21]}, {}, {"rates", "few", "trained"}),
         ({("a", 0.1): [0.1], ("a", 0.2): [0.2]}, {}, {"chance", "trained"}),
         ({"a": [0.1]}, {"holdout_loss_after": 0.2}, {"holdout"}),
-        ({"a": [0.1]}, {"device": "cpu", "runs_before_in_process": 1}, {"trained", "memory"}),
-        ({"a": [0.1]}, {"device": "H100", "runs_before_in_process": 1}, {"trained"}),
+        ({"a": [0.1]}, {"on_cpu": True, "runs_before_in_process": 1}, {"trained", "memory"}),
+        ({"a": [0.1]}, {"on_cpu": False, "runs_before_in_process": 1}, {"trained"}),
     ],
 )
 def test_what_a_comparison_does_not_show_is_said(losses, more, said):

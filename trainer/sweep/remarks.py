@@ -90,7 +90,7 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _of_memory(runs: Sequence[Summary]) -> Iterator[str]:
-    if any(run.get("device") == "cpu" and run.get("runs_before_in_process") for run in runs):
+    if any(run.get("on_cpu") and run.get("runs_before_in_process") for run in runs):
         yield (
             "peak in training: these runs shared a process on a CPU, and a later one's peak has "
             "what earlier ones left behind; compare the optimizer state, or run them one by one"
