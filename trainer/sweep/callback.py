@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 
 from trainer import disk
 from trainer.errors import UserError
+from trainer.metrics import MULTIRUN
 from trainer.sweep.runs import rank
 from trainer.sweep.table import sweep_table
 
-_MARK, _TABLE = "multirun.yaml", "sweep.md"  # the first is Hydra's
+_TABLE = "sweep.md"
 
 
 class SweepTable(Callback):
@@ -25,7 +26,7 @@ class SweepTable(Callback):
         """A sweep that is stopped has a table too, and its runs that are resumed by themselves are
         in it."""
         folder = Path(config.hydra.runtime.output_dir).parent
-        if (folder / _MARK).is_file():
+        if (folder / MULTIRUN).is_file():
             _write(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
