@@ -232,6 +232,8 @@ def test_over_seeds_memory_is_the_largest_and_what_is_counted_the_sum():
 def test_every_run_tells_its_rate():
     text = sweep_table(sweep_of({"adamw": [0.3], "lion": [FAILED]}))
     assert column(text, "run", "lr") == {"optim=adamw": "0.001", "optim=lion": "0.001"}
+    text = sweep_table(sweep_of({"prodigy": [0.3]}, lr=1.0, rate_found=0.00042))
+    assert column(text, "run", "lr") == {"default": "1 x 0.00042"}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +285,14 @@ REMARKS = {
 def test_what_a_comparison_does_not_show_is_said(losses, more, said):
     text = sweep_table(sweep_of(losses, **more))
     assert {name for name, remark in REMARKS.items() if remark in text} == said
+
+
+@pytest.mark.parametrize(("slower", "said"), [(1.1, False), (2.0, True)])
+def test_speeds_of_a_busy_machine_are_said_not_to_be_compared(slower, said):
+    runs = sweep_of({"a": [0.1, 0.11, 0.12], "b": [0.2, 0.21, 0.22]})
+    runs[1]["seconds_per_step"] *= slower
+    text = sweep_table(runs)
+    assert (f"s/step of optim=a is {slower:.1f} times as much" in text) == said
 
 
 def test_numbers_end_at_the_right_and_names_begin_at_the_left():

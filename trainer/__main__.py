@@ -85,7 +85,7 @@ def _ended(folder: Path, overrides: list[str]) -> float | None:
 def _told(composed: DictConfig) -> dict[str, Any]:
     """What the table of a sweep says of a run that came to nothing."""
     rate = composed.optim.get("lr")
-    told = {"seed": composed.seed, "optimizer": composed.optim.get("name")}
+    told = {"seed": composed.get("seed"), "optimizer": composed.optim.get("name")}
     return told | ({"lr": rate} if isinstance(rate, int | float) else {})
 
 

@@ -289,6 +289,7 @@ def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "prediction_before": now if state.trains_on else was,
         "prediction": now,
         "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
+        "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
         "loss_spikes": state.watch.loss_spikes,
         "grad_norm_over_median": state.watch.grad_norm_over_median,
         "runs_before_in_process": state.peaks.runs_before,

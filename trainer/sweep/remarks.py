@@ -17,6 +17,7 @@ from trainer.sweep.runs import (
 # Losses before the first step that differ by more than rounding are of other points.
 _SAME = 0.01
 _ENOUGH_SEEDS = 3
+_STEADY = 1.25  # times the fastest: steps that differ by the seed alone
 
 
 def of_runs(
@@ -36,11 +37,12 @@ def of_runs(
         yield from _of_quality(runs)
     yield from _of_rates(runs, common)
     yield from _of_ties(groups)
+    yield from _of_speed(groups)
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
         yield (
-            "spikes: steps whose loss was above 3 times the median of the 50 before; norm x "
-            "median: the largest gradient norm over such a median"
+            "spikes: steps whose loss was above 3 times the median of the 50 before; norm/median: "
+            "the largest gradient norm over such a median"
         )
 
 
@@ -87,6 +89,19 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
         )
     if fewest < _ENOUGH_SEEDS:
         yield f"a spread over {fewest} seeds is a rough one; {_ENOUGH_SEEDS} or more say more"
+
+
+def _of_speed(groups: Sequence[Group]) -> Iterator[str]:
+    """That steps of one kind took so different times that those of two kinds say little."""
+    for group in groups:
+        times = [run["seconds_per_step"] for run in group.good if run.get("seconds_per_step")]
+        if times and max(times) > _STEADY * min(times):
+            yield (
+                f"s/step of {group.name} is {max(times) / min(times):.1f} times as much with one "
+                "seed as with another: the machine had other work, and speeds are not to be "
+                "compared"
+            )
+            return
 
 
 def _of_memory(runs: Sequence[Summary]) -> Iterator[str]:

@@ -35,7 +35,7 @@ _COLUMNS: tuple[Column, ...] = (
     ("peak in training", "peak_training_bytes", "bytes"),
     ("skipped", "skipped_steps", "{}"),
     ("spikes", "loss_spikes", "{}"),
-    ("norm x median", "grad_norm_over_median", "{:.1f}"),
+    ("norm/median", "grad_norm_over_median", "{:.1f}"),
 )
 _NOT_IN_ALL = {
     "holdout_loss_after",
@@ -45,7 +45,7 @@ _NOT_IN_ALL = {
     "grad_norm_over_median",
 }
 _NOT_OVER_SEEDS = {"eval before", "seconds in all"}
-_LARGEST = {"optimizer state", "peak in training", "norm x median"}
+_LARGEST = {"optimizer state", "peak in training", "norm/median"}
 _IN_ALL = {"skipped", "spikes"}
 RATE_FORM = "{:g}"
 
@@ -77,8 +77,14 @@ def _of_runs(runs: Sequence[Summary], common: Collection[str], columns: Sequence
         cells = [markdown.cell(run.get(key), form) for _, key, form in columns]
         if "error" in run:
             cells = ["failed", *[""] * (len(columns) - 1)]
-        rows.append([name_of(run, common), markdown.cell(lr_of(run), RATE_FORM), *cells])
+        rows.append([name_of(run, common), _rate(run), *cells])
     return markdown.table(rows)
+
+
+def _rate(run: Summary) -> str:
+    """The learning rate, and what the optimizer has found that multiplies it."""
+    rate, found = lr_of(run), run.get("rate_found")
+    return markdown.cell(rate, RATE_FORM) + ("" if found is None else f" x {found:.2g}")
 
 
 def _over_seeds(groups: Sequence[Group], columns: Sequence[Column]) -> str:
