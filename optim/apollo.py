@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
-from optim import reference
+from optim import idle, reference
 from optim.codecs import Codec, Dense, Factored, Float8, matrix_view, nonnegative, signed, smmf_view
 from optim.features import Features
 from optim.fused import FusedOptimizer
@@ -25,6 +25,7 @@ class Apollo(FusedOptimizer):
     how much longer or shorter Adam makes its projection.  P is drawn from counters at every step
     (`optim/projection.py`) and is no part of the state.  1-D tensors, and matrices of which the
     rank would save nothing (rank >= D), are stepped by AdamW with moments of the same `storage`.
+    Where that is all of them, it is said (`IdleOption`).
 
     growth_limit is 1.01 unless asked otherwise, as Fira has it, and is of projected tensors alone.
     It judges bias-corrected updates, before weight decay.  After a small update steps grow by 1 %
@@ -60,6 +61,7 @@ class Apollo(FusedOptimizer):
 
     rule = staticmethod(reference.apollo)
     growth_limit = 1.01
+    dense: ClassVar[str] = "AdamW"  # what steps a tensor that is not projected
 
     def __init__(
         self,
@@ -79,6 +81,9 @@ class Apollo(FusedOptimizer):
         **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
+
+    def idle_options(self) -> list[str]:
+        return idle.rank(self.param_groups, self.dense) + super().idle_options()
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         shape, storage = tuple(param.shape), group["storage"]
@@ -158,6 +163,7 @@ class Adafactor8bitApollo(Apollo):
 
     rule = staticmethod(reference.adafactor_apollo)
     storage = "8bit"
+    dense = "Adafactor8bit"
     refuses: ClassVar[dict[str, str]] = {
         "factor_1d": "the second moment of a 1-D tensor has no factors here"
     }

@@ -12,6 +12,7 @@ or `zero_grad()`.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
 
@@ -28,6 +29,7 @@ class FusedBackward:
         self._arrived: set[Tensor] = set()  # in this round
         self._waiting: list[Tensor] = []
         self._waiting_bytes = 0
+        self._collected: dict[Tensor, tuple[int, int]] = {}  # gradients of `_waiting` as they came
         self._holds = False
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._after_step = optimizer.register_step_post_hook(lambda *_: self._stepped())
@@ -88,6 +90,21 @@ class FusedBackward:
         """Forget which gradients have come, and leave those that wait to whoever wants them."""
         self._arrived.clear()
         self._waiting, self._waiting_bytes = [], 0
+        self._collected.clear()
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError where gradients that wait were changed since they came, when others of
+        this round had been stepped already."""
+        live = [(param, param.grad) for param in self._waiting if param.grad is not None]
+        changed = sum(_seen(grad) != self._collected[param] for param, grad in live)
+        if changed and len(self._waiting) < len(self._arrived):
+            raise RuntimeError(
+                f"fuse_backward: {changed} of {len(self._arrived)} gradients were changed after "
+                "backward(), by a clip perhaps, which could not reach those that had been stepped "
+                "inside it. Clip by the optimizer's grad_clip (the norm of each tensor's "
+                "gradient), in the trainer by method.clip=exact, lagged or rms, or call remove() "
+                "on what fuse_backward() returned"
+            )
 
     def _collect(self, param: Tensor) -> None:
         assert param.grad is not None
@@ -105,6 +122,7 @@ class FusedBackward:
             _check_alone()
         self._arrived.add(param)
         self._waiting.append(param)
+        self._collected[param] = _seen(param.grad)
         self._waiting_bytes += param.grad.numel() * param.grad.element_size()
         if self._waiting_bytes >= self._bucket_bytes:
             self._take()
@@ -125,6 +143,7 @@ class FusedBackward:
         for param in self._waiting:
             param.grad = None
         self._waiting, self._waiting_bytes = [], 0
+        self._collected.clear()
 
     def _stepped(self) -> None:
         """After an ordinary step, which has used every gradient there was."""
@@ -135,24 +154,40 @@ class FusedBackward:
         self.attach()
 
 
+@torch.compiler.disable  # else dynamo makes a graph of it for every gradient
+def _seen(grad: Tensor) -> tuple[int, int]:
+    """What is another where a gradient was written to or replaced; no device is asked."""
+    return grad.data_ptr(), grad._version
+
+
 def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> FusedBackward:
     """Let `optimizer` step inside every backward pass from now on.
 
     The training loop keeps its form: set the learning rate, call `backward()`, then `step()`, which
     steps what is left in the last bucket and clears its gradients.  The weights are bitwise those
-    of the unfused loop.  A global norm, which needs all gradients at once, cannot be had this way;
-    several backward passes add up inside `holding()`, which keeps the gradients.
+    of the unfused loop.  A global norm, which needs all gradients at once, cannot be had this way:
+    `clip_grad_norm_` would reach those of the last bucket alone, and a `step()` that finds these
+    changed is a RuntimeError (a clip that finds no gradient at all is not seen).  Several backward
+    passes add up inside `holding()`, which keeps the gradients.
 
     A step that is skipped wants `optimizer.zero_grad()` in its place; what the backward pass has
     stepped by then stays stepped.  A gradient that comes twice without either is a RuntimeError
     inside `backward()`: of a second pass outside of `holding()`, or of a parameter that several
     reentrant checkpoints share (`use_reentrant=False` adds its gradient up first).
 
+    Not for `torch.amp.GradScaler`, whose scale would still be in the gradients: its first `step()`
+    is a RuntimeError, when one backward pass has done harm already (hooks cannot see the scale).
     Not for DistributedDataParallel, which averages gradients over processes only after they have
     been consumed here.  Raises ValueError where there are several processes, where the optimizer
     has been fused before, where `bucket_bytes` is not positive, or a group has a `max_grad_norm` or
-    on_nonfinite="raise".
+    on_nonfinite="raise", and TypeError for an optimizer that is not of this family.
     """
+    if not isinstance(optimizer, FusedOptimizer):
+        cls = type(optimizer)
+        raise TypeError(
+            f"fuse_backward: {cls.__module__}.{cls.__qualname__} is no optimizer of this family, "
+            "which can step a few parameters by themselves; build one of optim.FAMILY"
+        )
     optimizer.check_steps_alone("fuse_backward")
     if bucket_bytes <= 0:
         raise ValueError(f"fuse_backward: bucket_bytes={bucket_bytes} must be > 0")

@@ -4,7 +4,7 @@ back.
 A codec is built for one parameter shape.  `encode` may round; where it does, it rounds
 stochastically, because a moving average changes by less than one code per step and nearest rounding
 would freeze it (after a tenfold drop of half of the gradients, an 8-bit second moment written with
-nearest rounding stays 6x too large).
+nearest rounding stays 7 to 37 times too large: docs/LOG.md, 2026-11-22).
 """
 
 import math

@@ -6,7 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -60,6 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         chosen = known | {name: options.plain(value) for name, value in given.items()}
         choice = chosen.pop("backend")
         super().__init__(params, chosen)
+        groups.check_apart(type(self).__name__, self.param_groups)
         self.backend = backend.resolve(choice, device_types(self.param_groups))
         self._dispatch.say_what_is_unfused()
         for line in self.idle_options():
@@ -109,10 +110,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own options where given; keys that are somebody else's stay in it.
 
-        Raises TypeError for an unknown option (one that is misspelt, or another optimizer's) or a
-        parameter that is not dense fp32, bf16 or fp16, ValueError for an impossible value; then
-        there is no such group.
+        Raises TypeError for what is no dict, an unknown option (one that is misspelt, or another
+        optimizer's) or a parameter that is not dense fp32, bf16 or fp16, ValueError for an
+        impossible value or memory that two parameters share; then there is no such group.
         """
+        if not isinstance(param_group, dict):  # torch's words
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         name = type(self).__name__
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
         given = {
@@ -126,6 +129,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             groups.check(name, self.common, self.shared, self.param_groups)
+            if hasattr(self, "backend"):  # all together, after the first groups
+                groups.check_apart(name, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -147,6 +152,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.fused_backward is not None:
+            self.fused_backward.check_unchanged()
         places = Share(self._places())
         if Trait.MISSING in places.traits:
             there = [place for place in places if place[2].grad is not None]
@@ -176,6 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self, places: Share) -> None:
         """Update these parameters, which have gradients."""
+        self._check_options()
         self._refuse_sparse(places)
         self._raise_on_nonfinite(places)
         shares = self._dispatch.shares(places)
@@ -187,6 +195,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                     coefficients[id(group)] = features.shrinking(norm, group["max_grad_norm"])
         for engine, share in shares:
             engine.step(share, coefficients)
+
+    def _check_options(self) -> None:
+        """Raise ValueError where an option has been set to what it may not be."""
+        self._watch.check(self.param_groups)
+
+    @cached_property
+    def _watch(self) -> options.Watch:
+        name = type(self).__name__
+        known = {k: v for k, v in self.default_options().items() if k != "backend"}
+        return options.Watch(name, known, partial(groups.check_agreement, name, self.common))
 
     def _refuse_sparse(self, places: Share) -> None:
         """Raise TypeError where a gradient is sparse."""
@@ -212,6 +230,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if self.backend == "native":  # pickled on another machine, perhaps
             self.backend = backend.resolved("native", device_types(self.param_groups), strict=False)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step()` unscales, which `torch.amp.GradScaler.step` asks before anything else:
+        no.  Raises RuntimeError where gradients have been used before they could be unscaled."""
+        if self.fused_backward is not None:
+            raise RuntimeError(
+                f"GradScaler.step: this {type(self).__name__} is stepped inside backward() "
+                "(fuse_backward), before GradScaler can unscale: the last backward() may have "
+                "stepped with scaled gradients; load the weights again. Train in bf16 or fp32 "
+                "without a GradScaler, or call remove() on what fuse_backward() returned"
+            )
+        return False
 
     def check_steps_alone(self, caller: str) -> None:
         """Raise ValueError where a parameter cannot be stepped before all gradients are there."""

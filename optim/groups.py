@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from optim.share import DTYPES
 
@@ -18,10 +20,44 @@ def check(
     """Refuse a last group whose options contradict each other or the other groups' (of the `common`
     ones), or whose parameters cannot be updated by the optimizer of this name.  `shared` is what it
     keeps of all groups together."""
-    _check_options(optimizer, groups[-1])
     for param in groups[-1]["params"]:
         _check_param(optimizer, "DDP" if shared else "DDP, ZeRO-1", param)
-    _check_common(optimizer, common, groups)
+    check_agreement(optimizer, common, [groups[0], groups[-1]])
+
+
+def check_agreement(optimizer: str, common: Iterable[str], groups: list[Group]) -> None:
+    """Refuse groups whose options contradict each other, or the first group's where they are of the
+    `common` ones."""
+    for group in groups:
+        _check_options(optimizer, group)
+        _check_common(optimizer, common, groups[0], group)
+
+
+def check_apart(optimizer: str, groups: list[Group]) -> None:
+    """Refuse parameters that have memory in common, which would be stepped twice.  Of those whose
+    elements are apart from each other in memory (a column of a matrix) nothing is said."""
+    spans = sorted(
+        (str(param.device), start, start + param.numel() * param.element_size(), tuple(param.shape))
+        for group in groups
+        for param in group["params"]
+        if type(param) in (Tensor, Parameter)  # another kind may have its memory elsewhere, or none
+        if (start := param.data_ptr()) and _is_dense(param)
+    )
+    for (device, _, end, shape), (other_device, start, _, other_shape) in pairwise(spans):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"{optimizer}: parameters of shapes {shape} and {other_shape} are views of the "
+                "same memory, which would be stepped twice; give one of them, or the tensor that "
+                "both are views of"
+            )
+
+
+def _is_dense(param: Tensor) -> bool:
+    """Whether a tensor's elements lie side by side, in any order of its dimensions."""
+    if param.is_contiguous():
+        return True
+    sizes = zip(param.shape, param.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in sizes) == param.numel()
 
 
 def _check_options(optimizer: str, group: Group) -> None:
@@ -52,14 +88,13 @@ def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
         )
 
 
-def _check_common(optimizer: str, options: Iterable[str], groups: list[Group]) -> None:
-    """Refuse a last group that has another value of an option which is of all groups."""
+def _check_common(optimizer: str, options: Iterable[str], first: Group, group: Group) -> None:
+    """Refuse a group that has another value of an option which is of all groups."""
     for option in options:
-        first, last = groups[0][option], groups[-1][option]
-        if first != last:
+        if group[option] != first[option]:
             raise ValueError(
-                f"{optimizer}: {option}={last!r} in one group and {first!r} in another is not "
-                "possible; it must be the same in all"
+                f"{optimizer}: {option}={group[option]!r} in one group and {first[option]!r} in "
+                "another is not possible; it must be the same in all"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optim.plan import first_decay
-from optim.projection import projected_shape
+from optim.projection import matrix_sides, projected_shape
 
 Group = dict[str, Any]
 
@@ -90,6 +90,21 @@ _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
         (_projects_nothing, "where no tensor is projected", "set a smaller rank"),
     ),
 }
+
+
+def rank(groups: list[Group], instead: str) -> list[str]:
+    """A line where the rank, whether set or not, leaves no tensor projected: `instead` is the
+    optimizer that steps them all."""
+    params = [param for group in groups for param in group["params"]]
+    if not params or not all(map(_projects_nothing, groups)):
+        return []
+    largest = max((min(matrix_sides(tuple(param.shape))) - 1 for param in params), default=0)
+    remedy = f"set rank={largest} or less, or use" if largest > 0 else "use"
+    value = min(group["rank"] for group in groups)
+    return [
+        f"rank={value!r} has no effect where no tensor is projected (no matrix has a smaller side "
+        f"above it): {instead} steps them all; {remedy} {instead} itself"
+    ]
 
 
 def options(defaults: Group, groups: list[Group]) -> list[str]:

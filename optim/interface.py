@@ -31,6 +31,10 @@ class InBackward(Protocol):
     def attach(self) -> None:
         """Take over the parameters that there are now."""
 
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError where a part of the gradients was changed, and another was stepped as
+        it came."""
+
     def end_round(self) -> None:
         """Begin anew: the gradients so far are gone."""
 

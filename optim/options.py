@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Integral, Real
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ def _number(value: Any) -> bool:
 
 def _learning_rate(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return (
-            value.numel() == 1
-            and value.dtype.is_floating_point
-            and bool(value.isfinite() & (value >= 0))
-        )
+        return _one_number(value) and _learning_rate(value.item())
     return _number(value) and value >= 0
+
+
+def _one_number(value: torch.Tensor) -> bool:
+    return value.numel() == 1 and value.dtype.is_floating_point
 
 
 def _fraction(value: Any) -> bool:
@@ -111,6 +112,50 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
             raise ValueError(f"{optimizer}: {name}={value!r} is not possible; it must be {wanted}")
 
 
+class Watch:
+    """The options of an optimizer's groups, which anybody may set between two steps.
+
+    It is asked at every step.  A value that is the object it was at the last one is not looked at
+    again, unless it is a learning rate in a tensor: that is read on a CPU, and nowhere else.
+    """
+
+    def __init__(
+        self, optimizer: str, known: dict[str, Any], agree: Callable[[list[dict[str, Any]]], None]
+    ) -> None:
+        """`optimizer` and `known` as `check` has them; `agree` refuses groups of which each value
+        is possible, and not all of them together."""
+        self._optimizer, self._known, self._agree = optimizer, known, agree
+        self._values_of = itemgetter(*known)
+        self._none = (object(),) * len(known)
+        self._seen: list[tuple[Any, ...]] = []  # of each group
+
+    def check(self, groups: list[dict[str, Any]]) -> None:
+        """Refuse what has changed to a value that it may not take: ValueError, as `check`."""
+        now = [self._values_of(group) for group in groups]
+        seen = self._seen if len(self._seen) == len(now) else [self._none] * len(now)
+        others = False
+        for group, values, before in zip(groups, now, seen, strict=True):
+            rate = group["lr"]
+            if isinstance(rate, torch.Tensor):
+                self._check_tensor(rate)
+            if all(map(is_, values, before)):
+                continue
+            pairs = zip(self._known, values, before, strict=True)
+            changed = {name: value for name, value, old in pairs if value is not old}
+            others = others or changed.keys() != {"lr"}
+            if isinstance(rate, torch.Tensor):
+                changed.pop("lr", None)
+            check(self._optimizer, self._known, changed)
+        if others:
+            self._agree(groups)
+        self._seen = now
+
+    def _check_tensor(self, rate: torch.Tensor) -> None:
+        """Refuse a learning rate; its value is looked at where nothing is waited for."""
+        if not _one_number(rate) or (rate.device.type == "cpu" and not _learning_rate(rate)):
+            check(self._optimizer, self._known, {"lr": rate})
+
+
 def is_foreign(name: str, known: Iterable[str]) -> bool:
     """Whether a key of a parameter group is somebody else's, as a scheduler's `initial_lr` or
     timm's `lr_scale`, and no option: neither one of this optimizer (`known`) misspelt, nor one of
@@ -172,6 +217,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     `what` is what the name should have been: "optimizer", "option of lion".
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(names)}"
+    near = nearest(name, names)
+    remedy = f"did you mean {near!r}?" if near else f"there is {', '.join(names)}"
     return f"there is no {what} {name!r}; {remedy}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Which of the known names this one may be misspelt for."""
+    names = sorted(known)
+    found = [n for n in names if n.lower() == name.lower()]
+    found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    return found[0] if found else None

@@ -23,10 +23,16 @@ from optim.share import Place, Places
 def projected_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int] | None:
     """(D, L), the lengths of the projected and of the kept dimension of a parameter, or None where
     it is not projected: it is no matrix, or rank >= D would save nothing."""
+    sides = matrix_sides(shape)
+    return sides if rank < sides[0] else None
+
+
+def matrix_sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The smaller and the larger side of a parameter's matrix; zeros where it is none."""
     if len(shape) < 2:
-        return None
-    sides = sorted((shape[0], prod(shape[1:])))
-    return (sides[0], sides[1]) if rank < sides[0] else None
+        return 0, 0
+    rows, cols = shape[0], prod(shape[1:])
+    return min(rows, cols), max(rows, cols)
 
 
 def channels(g: Tensor) -> Tensor:

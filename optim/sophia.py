@@ -1,6 +1,7 @@
 """Sophia: a momentum divided by an estimate of the loss's curvature, each element clipped."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, Unpack
@@ -14,6 +15,7 @@ from optim.backend import TorchEngine, grad_of
 from optim.codecs import Codec, join, split, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
+from optim.idle import IdleOption
 from optim.rng import mix
 from optim.share import Places, Share, Trait
 
@@ -45,6 +47,9 @@ class Sophia(FusedOptimizer):
             F.mse_loss(prediction, noisy).backward()
             optimizer.update_hessian(prediction.numel() / 2)  # before the loss's own backward()
 
+    Without any the curvature is 0 and every element is clipped: lr times the momentum's sign.  That
+    is said once (`IdleOption`), after `hessian_every` steps.
+
     Source: Liu et al. 2023 (arXiv 2305.14342), Alg. 2 and 3.
     """
 
@@ -52,6 +57,8 @@ class Sophia(FusedOptimizer):
     common: ClassVar[tuple[str, ...]] = ("hessian_every",)
     _num_steps: int | None = None  # the largest step count, where it is known without asking
     _has_moved = False  # since `step()`
+    # Steps that this object has made without an estimate; none when there is nothing to say.
+    _num_blind: int | None = 0
 
     def __init__(
         self,
@@ -82,7 +89,35 @@ class Sophia(FusedOptimizer):
     def end_step(self) -> None:
         if self._num_steps is not None and self._has_moved:
             self._num_steps += 1
+        if self._num_blind is not None and self._has_moved:
+            self._num_blind += 1
+            self._say_if_blind(self._num_blind)
         self._has_moved = False
+
+    def _say_if_blind(self, num_steps: int) -> None:
+        """Warn, once, where an estimate should have come by now, and none is in the state."""
+        group = self.param_groups[0]
+        if num_steps < group["hessian_every"]:
+            return
+        self._num_blind = None
+        if not self._knows_curvature():  # of before it was loaded or copied
+            warnings.warn(
+                f"Sophia: rho={group['rho']!r} and hessian_every={group['hessian_every']!r} have "
+                f"no effect without estimates of the curvature: {num_steps} steps were made "
+                "without one, each of lr times the momentum's sign; call update_hessian() where "
+                "wants_hessian() says so, or use Lion",
+                IdleOption,
+                stacklevel=2,
+            )
+
+    def _knows_curvature(self) -> bool:
+        """Whether any is in the state; it waits for a GPU."""
+        codecs = (
+            (self.codecs(param, group)["hessian"], self.state[param])
+            for _, group, param in self._places()
+            if param in self.state
+        )
+        return any(bool(c.decode(split(state, "hessian")).any()) for c, state in codecs)
 
     def _step(self, places: Share) -> None:
         super()._step(places)
@@ -115,6 +150,7 @@ class Sophia(FusedOptimizer):
                 f"update_hessian: scale={scale} is not possible; it must be a number > 0, "
                 "for the mean of n squared errors n/2"
             )
+        self._check_options()
         if params is None:
             params = [param for _, _, param in self._places() if param.grad is not None]
         places = Share(Places((*self._place_of(param), param) for param in params))
@@ -134,6 +170,7 @@ class Sophia(FusedOptimizer):
                 engine.step(share, coefficients)
         for param in params:
             param.grad = None
+        self._num_blind = None
 
     def _estimate(self, index: int, group: dict[str, Any], param: Tensor, scale: float) -> None:
         """The estimate of one parameter: decode, average, encode."""

@@ -5,6 +5,7 @@ The state of a parameter is a flat dict of plain tensors with dtypes of their ow
 torch.distributed.checkpoint as it is.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,6 +76,13 @@ def check_groups(
         owner = group.get("optimizer", optimizer)
         if owner != optimizer:  # several rules have moments of the same names and shapes
             raise ValueError(f"this is the state of {owner}, and {optimizer} cannot go on from it")
+        stranger = _stranger(group, state_dict["state"].values())
+        if stranger and "optimizer" not in group:
+            raise ValueError(
+                f"this seems to be a state of {stranger}, and {optimizer} cannot go on from it: "
+                "moments of another package do not convert. Load it into the optimizer that made "
+                f"it, or leave it out, and {optimizer} begins with moments of its own"
+            )
     sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     own_sizes = [len(group["params"]) for group in groups]
     if sizes != own_sizes:
@@ -88,6 +96,23 @@ def check_groups(
             raise ValueError(
                 f"the saved state is not of {optimizer}: its groups lack {', '.join(missing)}"
             )
+
+
+def _stranger(group: dict[str, Any], states: Iterable[Parts]) -> str:
+    """Whose state this may be that is not of this family, by the names of what is in it: in words,
+    or nothing."""
+    names = {name for parts in states for name in parts}
+    if {"state1", "__bnb_optimizer_quant_state__"} & names or {"t_alpha", "t_beta3"} <= set(group):
+        return "bitsandbytes"
+    known = {*group, "decoupled_weight_decay"}  # by which torch tells its Adam from AdamW
+    counts: dict[str, int] = {}
+    for name, cls in vars(torch.optim).items():
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer):
+            options = set(inspect.signature(cls).parameters) - {"params"}
+            if options and options <= known:
+                counts[name] = len(options - {"decoupled_weight_decay"})
+    nearest = sorted(name for name, count in counts.items() if count == max(counts.values()))
+    return "torch.optim." + " or ".join(nearest) if nearest else ""
 
 
 def check_parts(optimizer: str, parameter: str, saved: Parts, wanted: Parts) -> None:

@@ -10,7 +10,8 @@ time do not depend on what the weights are.  Everything else is the trainer's ow
 are its options (`optim=`, `method.clip=`, ...), and parameters, gradients, clipping and steps are
 made by the code that makes a run's.  By default Adafactor8bit trains bf16 weights with the fused
 backward.  On a GPU the peak is what torch has allocated, on a CPU the process's resident memory,
-with the imports and everything.
+with the imports and everything; beside it stands what `python -m trainer.planner` says of the same
+step without making it.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,16 +43,22 @@ from trainer import (
     method,
     noise,
     optimizers,
+    planner,
     validate,
 )
-from trainer.config import ASSETS, DTYPES, Config
+from trainer.config import DTYPES, Config
+from trainer.formats import architectures
+from trainer.model import Model
 from trainer.report import format_bytes
 
-UNET = ASSETS / "architectures" / "sdxl" / "unet" / "config.json"
-SCHEDULER = ASSETS / "architectures" / "sdxl" / "scheduler" / "scheduler_config.json"
+UNET = architectures.folder("sdxl") / "unet" / "config.json"
+SCHEDULER = architectures.folder("sdxl") / "scheduler" / "scheduler_config.json"
 # As a user with little memory would train; arguments come after these.
 OPTIONS = (
-    "model.dtype=bfloat16",
+    "model=sdxl",
+    f"model.path={architectures.folder('sdxl')}",
+    "data=folder",
+    "data.path=.",
     "optim=adafactor8bit",
     "optim.lr=1e-5",
     "runtime.fused_backward=true",
@@ -182,12 +190,25 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         "batch": arguments.batch,
         "latent": list(arguments.latent),
         "bytes": kept | {"activations_and_rest": peak - sum(kept.values()), "peak": peak},
+        "planned_peak_bytes": planned_peak(config, arguments, kept.get("imports", 0)),
         "peak_reserved_bytes": (
             torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
         ),
         "seconds_to_build": seconds_to_build,
         "steps": steps,
     }
+
+
+def planned_peak(config: Config, arguments: argparse.Namespace, imports: int) -> int | None:
+    """The peak that is planned for this step; None of what a plan is not of: another UNet, and
+    pictures that are no squares."""
+    height, width = arguments.latent
+    if arguments.unet != UNET or height != width:
+        return None
+    data = replace(config.data, resolution=8 * height, batch_size=arguments.batch)
+    model = Model(config.model, torch.device("cpu"), with_weights=False)
+    plan = planner.make(replace(config, data=data), model, torch.device(arguments.device).type)
+    return plan.training - plan.process + imports
 
 
 def loss_of(
@@ -251,6 +272,8 @@ def table(found: dict[str, Any]) -> str:
         f"{height}x{width} ({8 * height}x{8 * width} px), on {found['device']}",
         *(f"  {what:<22}{size:>10}" for what, size in held.items()),
     ]
+    if found["planned_peak_bytes"]:
+        lines.append(f"  {'peak as planned':<22}{format_bytes(found['planned_peak_bytes']):>10}")
     if found["peak_reserved_bytes"]:
         lines.append(f"  {'peak reserved':<22}{format_bytes(found['peak_reserved_bytes']):>10}")
     for number, step in enumerate(found["steps"], start=1):

@@ -1,5 +1,6 @@
 """Arguments: what is refused and how, defaults, documentation."""
 
+import copy
 import inspect
 import math
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, make_params, run
+from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 import optim
+from optim.options import Watch
 
 NAMES = sorted(optim.FAMILY)
 
@@ -65,6 +68,80 @@ BAD = [
 def test_wrong_arguments_are_refused_by_name(name, options, error, says):
     with pytest.raises(error, match=says.replace("(", r"\(")):
         optim.build(name, make_params(), **options)
+
+
+LATER = [  # (optimizer, an option that is set between two steps, what is said)
+    ("adamw", {"lr": -0.01}, "AdamW: lr=-0.01 is not possible; it must be a finite number >= 0"),
+    ("adamw", {"lr": math.nan}, "lr=nan"),
+    ("adamw", {"lr": "x"}, "lr='x' is not possible"),
+    ("adamw", {"lr": torch.tensor(-1.0)}, r"lr=tensor\(-1.\)"),
+    ("adamw", {"lr": torch.ones(2)}, r"lr=tensor\(\[1., 1.\]\)"),
+    ("adamw", {"betas": (1.5, 2.0)}, "2 numbers in"),
+    ("adamw", {"weight_decay": None}, "weight_decay=None"),
+    ("adamw", {"grams": True, "cautious": True}, "grams=True with cautious=True"),
+    ("sgd", {"momentum": 1.0}, "momentum=1.0"),
+    ("apollo", {"update_gap": 0}, "update_gap=0"),
+    ("prodigy", {"d_coef": math.inf}, "d_coef=inf"),
+    ("sophia", {"hessian_every": 3}, "hessian_every=10 in one group and 3 in another"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(("name", "options", "says"), LATER, ids=str)
+def test_an_impossible_value_that_is_set_later_is_refused_before_anything_changes(
+    name, options, says, backend
+):
+    params = make_params()
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = optim.build(name, groups, backend=backend)
+    run(optimizer, params, range(2))
+    before = copy.deepcopy((params, list(optimizer.state.values())))
+    good = dict(optimizer.param_groups[0])
+    optimizer.param_groups[0].update(options)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says):
+            run(optimizer, params, [2])
+    with pytest.raises(ValueError, match=says):
+        optimizer.step_param(params[3])
+    assert_same(params, before[0])
+    for state, old in zip(optimizer.state.values(), before[1], strict=True):
+        assert_same(state.values(), old.values())
+    optimizer.param_groups[0].update(good)
+    run(optimizer, params, [2])
+    assert int(optimizer.state[params[0]]["step"]) == 3
+
+
+def test_a_rate_in_a_tensor_that_is_written_to_is_looked_at_on_a_cpu():
+    params, rate = make_params(), torch.tensor(0.1)
+    optimizer = optim.build("adamw", params, lr=rate)
+    run(optimizer, params, range(2))
+    rate.fill_(-0.1)
+    with pytest.raises(ValueError, match="lr="):
+        run(optimizer, params, [2])
+
+
+def test_a_rate_that_a_device_has_is_not_read_at_a_step():
+    """What is on the meta device cannot be."""
+    watch = Watch("AdamW", optim.AdamW.default_options(), lambda _: None)
+    group = optim.AdamW.default_options()
+    for rate in (torch.tensor(0.1, device="meta"), torch.ones(1, device="meta")):
+        watch.check([group | {"lr": rate}])
+    for wrong in (torch.ones(2, device="meta"), torch.tensor(1, device="meta")):
+        with pytest.raises(ValueError, match=r"lr=.* must be a finite number"):
+            watch.check([group | {"lr": wrong}])
+
+
+def test_only_what_has_changed_is_checked_again(monkeypatch):
+    """A schedule sets a rate at every step."""
+    params, checked = make_params(), []
+    optimizer = optim.build("apollo", params)
+    run(optimizer, params, range(1))
+    monkeypatch.setattr("optim.options.check", lambda _, known, values: checked.append(values))
+    run(optimizer, params, range(1, 3))
+    assert checked == []
+    optimizer.param_groups[0].update(lr=0.5)
+    run(optimizer, params, range(3, 5))
+    assert checked == [{"lr": 0.5}]
 
 
 def test_numbers_of_numpy_are_taken_as_pythons(tmp_path):
@@ -178,6 +255,51 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     with pytest.raises(TypeError, match="float64"):
         optimizer.add_param_group({"params": [Parameter(torch.zeros(3, dtype=torch.float64))]})
     assert [group["params"] for group in optimizer.param_groups] == [params]
+
+
+def test_a_group_that_is_no_dict_is_refused_in_torchs_words():
+    says = "^param_group must be a dict, but got <class 'torch.T"
+    for cls in (torch.optim.AdamW, optim.AdamW):
+        with pytest.raises(TypeError, match=says):
+            cls(make_params()).add_param_group(torch.zeros(3))
+
+
+def overlapping(flat):
+    matrix = flat.view(8, 8)
+    return [
+        (flat, flat),
+        (flat[:40], flat[39:]),
+        (flat[8:16], matrix),
+        (matrix.t(), flat[63:]),
+        (flat[:0], flat[:9], matrix[1]),
+        (flat.view(1, 4, 4, 4).permute(0, 3, 1, 2), flat[:1]),
+    ]
+
+
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("added", [False, True])
+def test_parameters_that_share_memory_are_refused(which, added):
+    params = [Parameter(x) for x in overlapping(torch.zeros(64))[which]]
+    says = "AdamW: parameters of shapes .* are views of the same memory"
+    if not added:
+        with pytest.raises(ValueError, match=says):
+            optim.AdamW(params)
+        return
+    optimizer = optim.AdamW(params[:-1])
+    with pytest.raises(ValueError, match=says):
+        optimizer.add_param_group({"params": params[-1:]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_that_are_parts_of_one_tensor_are_taken():
+    flat, matrix = torch.zeros(64), torch.zeros(8, 8)
+    parts = [*flat.split([8, 24, 32]), flat[:0], flat[8:8], *matrix.split(2, dim=1)]
+    meta = [torch.zeros(4, device="meta") for _ in range(2)]
+    params = [Parameter(x) for x in (*parts, *meta)]
+    optimizer = optim.AdamW(params[3:])
+    optimizer.add_param_group({"params": params[:3]})
+    with FakeTensorMode():  # which has no memory
+        optim.AdamW([Parameter(torch.zeros(4)) for _ in range(2)])
 
 
 def test_sparse_gradients_are_refused():

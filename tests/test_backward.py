@@ -1,5 +1,6 @@
 """The fused backward: the same weights, with a bucket of gradients alive instead of all of them."""
 
+import contextlib
 import copy
 
 import pytest
@@ -257,6 +258,106 @@ def test_fusing_twice_is_refused_until_the_first_is_removed():
     backward(model, 0)
     optimizer.step()
     assert steps_of(model, optimizer) == [1] * 4
+
+
+# What changes gradients after the backward pass ---------------------------------------------------
+
+
+def scaled_step(model, optimizer, scaler, number, unscale=False):
+    scaler.scale(model(inputs(number)).square().mean()).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("bucket_layers", [1, 3, 9])
+def test_a_grad_scaler_is_refused_at_its_first_step_while_fused(bucket_layers, unscale):
+    model, optimizer, hooks = fused_layers(bucket_layers)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(RuntimeError, match=r"GradScaler.step: this AdamW.*load the weights again"):
+        scaled_step(model, optimizer, scaler, 0, unscale)
+    optimizer.zero_grad()
+    hooks.remove()
+    before = steps_of(model, optimizer)
+    scaled_step(model, optimizer, torch.amp.GradScaler("cpu"), 1, unscale)
+    assert steps_of(model, optimizer) == [n + 1 for n in before]
+
+
+def test_a_grad_scaler_that_is_disabled_may_step_a_fused_optimizer():
+    model, optimizer, _ = fused_layers()
+    scaled_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 0)
+    assert steps_of(model, optimizer) == [1] * 4
+
+
+def clipped_by_torch(model):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def left_alone_by_torch(model):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+
+
+def clipped_by_value(model):
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+
+
+def replaced(model):
+    for p in model.parameters():
+        p.grad = None if p.grad is None else p.grad * 0.5
+
+
+CHANGES = [clipped_by_torch, left_alone_by_torch, clipped_by_value, replaced]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_that_were_changed_when_others_had_been_stepped_are_an_error(change):
+    model, optimizer, _ = fused_layers()
+    backward(model, 0)
+    change(model)
+    before = copy.deepcopy(model)
+    says = r"1 of 4 gradients were changed.*grad_clip.*method.clip=exact, lagged or rms"
+    with pytest.raises(RuntimeError, match=says):
+        optimizer.step()
+    assert_same(model.parameters(), before.parameters())
+    optimizer.zero_grad()
+    backward(model, 1)
+    optimizer.step()
+    assert steps_of(model, optimizer) == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("held", [False, True])
+def test_gradients_of_which_none_was_stepped_may_be_changed_before_the_step(change, held):
+    """All of them wait: in a bucket that is not full, or because they are held."""
+    models = layers(), layers()
+    for model, fused in zip(models, (False, True), strict=True):
+        optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+        hooks = optim.fuse_backward(optimizer, (1 if held else 9) * LAYER_BYTES) if fused else None
+        for number in range(2):
+            with hooks.holding() if hooks and held else contextlib.nullcontext():
+                backward(model, number)
+            change(model)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(models[0].parameters(), models[1].parameters())
+
+
+def test_a_closure_that_clips_what_is_left_is_an_error_too():
+    model, optimizer, _ = fused_layers()
+
+    def closure():
+        backward(model, 0)
+        clipped_by_torch(model)
+
+    with pytest.raises(RuntimeError, match="1 of 4 gradients were changed"):
+        optimizer.step(closure)
+
+
+def test_an_optimizer_of_others_is_refused():
+    says = r"torch.optim.adamw.AdamW is no optimizer of this family.*optim.FAMILY"
+    with pytest.raises(TypeError, match=says):
+        optim.fuse_backward(torch.optim.AdamW(layers().parameters()))
 
 
 # Several processes --------------------------------------------------------------------------------

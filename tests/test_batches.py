@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from trainer.batches import Inputs, eval_batches, noised, predict, sample_noise
-from trainer.conditioning import Encoded
+from trainer.conditioning import Encoded, scaled, unscaled
 from trainer.data import Dataset, Entries, Pick
 from trainer.text import Text
 
@@ -204,3 +204,17 @@ def test_a_unet_with_pooled_prompt_and_sizes_gets_them_in_its_dtype(training_bat
     assert predict(unet, batch).dtype == torch.float32
     assert torch.equal(unet.added["text_embeds"], batch.pooled.bfloat16())
     assert torch.equal(unet.added["time_ids"], batch.time_ids)  # sizes beyond 256 need fp32
+
+
+def test_latents_are_normalized_by_the_statistics_of_a_vae_as_diffusers_does():
+    """By both of them or by neither: StableDiffusionXLImg2ImgPipeline's encoding and decoding."""
+    small = {"block_out_channels": (8,), "norm_num_groups": 1, "scaling_factor": 0.5}
+    latents = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    mean, std = [0.1, -0.2, 0.3, 1.0], [2.0, 4.0, 0.5, 1.0]
+    vae = AutoencoderKL(**small, latents_mean=mean, latents_std=std)
+    shift, deviation = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    assert torch.allclose(scaled(vae, latents), (latents - shift) * 0.5 / deviation)
+    assert torch.allclose(unscaled(vae, latents), latents * deviation / 0.5 + shift)
+    for plain in (AutoencoderKL(**small), AutoencoderKL(**small, latents_mean=mean)):
+        assert torch.equal(scaled(plain, latents), latents * 0.5)
+        assert torch.equal(unscaled(plain, latents), latents / 0.5)

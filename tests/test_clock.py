@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import QUICK, rows
+from helpers import QUICK, deterministic, rows
 
 from trainer import checkpoint, console
 from trainer.checkpoint import Counters
@@ -98,6 +98,12 @@ def test_a_finished_run_that_is_resumed_says_so_and_keeps_its_numbers(quick, com
     assert {k: v for k, v in after.items() if k != "overrides"} == {
         k: v for k, v in before.items() if k != "overrides"
     }
+
+
+def test_a_finished_run_that_is_resumed_has_every_row_once(quick):
+    folder = quick("run")
+    before = deterministic(folder)
+    assert deterministic(quick("run", f"resume={folder}")) == before
 
 
 def test_what_a_run_has_counted_goes_on_when_it_is_resumed(quick, composed, monkeypatch):

@@ -9,7 +9,8 @@ from conftest import compose_raw, new_process
 from omegaconf import OmegaConf
 
 import optim
-from trainer import config, optimizers, validate
+from trainer import config, explain, optimizers, validate
+from trainer.config import group_names
 from trainer.errors import UserError
 
 CONF = config.conf_dir()
@@ -71,7 +72,7 @@ MISTAKES = [
     (["optim.lr=abc"], ["optim.lr", "could not be converted to Float"]),
     (["optim.lr=-1"], ["optim=adafactor8bit", "lr=-1.0", "finite number >= 0"]),
     (["optim=adamw", "optim.betas=[0.9,2]"], ["betas", "2 numbers in [0, 1)"]),
-    (["method.rank=4"], ["method.rank", "did you mean"]),
+    (["method.rank=4"], ["method.rank", "method=lora has it"]),
     (["method=lora", "method.rank=0"], ["method.rank=0", "out of range"]),
     (["method=lora", "method.targets=[to_z]"], ["method.targets", "to_z"]),
     (["data=folder"], ["data.path has no value", "data.path=..."]),
@@ -91,7 +92,7 @@ MISTAKES = [
     (["optim=adamw,lion"], ["optim=adamw,lion", "add -m"]),
     (["model.clip_skip=11"], ["model.clip_skip=11", "skip at most"]),
     (["model.vae=typo"], ["model.vae=typo does not exist"]),
-    (["method=lora", "method.targets=['*q']"], ["method.targets: *q is no regular expression"]),
+    (["method=lora", "method.targets=['*q']"], ["method.targets: *q is not a regular expression"]),
     (["method=lora", "method.start_from=no.safetensors"], ["method.start_from=no.safetensors"]),
     (
         ["method.train=[unet,text_encoder]", "model.text_dtype=float16"],
@@ -101,6 +102,10 @@ MISTAKES = [
     (["log.wandb.mode=online"], ["log.wandb", "choose its group first (log=wandb"]),
     (["-m", "seed=0,1", "optim.lrr=1,2"], ["optim.lrr", "did you mean 'lr'"]),
     (["optim=sophia", "loss=huber"], ["optim=sophia", "loss=huber", "use loss=mse"]),
+    (
+        ["optim=sophia", "optim.on_nonfinite=raise"],
+        ["optim.on_nonfinite=raise", "optim=sophia", "use optim.on_nonfinite=skip"],
+    ),
     (["optim=null"], ["optim has no choice"]),
     (["noise=null"], ["noise has no choice"]),
     (["noise.prediction=v"], ["noise.prediction=v", "v_prediction"]),
@@ -116,7 +121,7 @@ MISTAKES = [
     (["noise.timestep_high=2000"], ["noise.timestep_high=2000", "[0, 1000)"]),
     (["noise.offset=-1"], ["noise.offset=-1", "in [0, 1]"]),
     (["loss.weighting=snr"], ["loss.weighting=snr", "min_snr"]),
-    (["loss.schedule=snr"], ["loss.schedule", "weighting"]),
+    (["loss.schedule=snr"], ["loss.schedule", "loss=huber has it"]),
     (["loss.unmasked_weight=2"], ["loss.unmasked_weight=2", "in [0, 1]"]),
     (["schedule=wsd", "schedule.shape=square"], ["schedule.shape=square", "sqrt"]),
     (["schedule=wsd", "schedule.decay=1.5"], ["schedule.decay=1.5", "in [0, 1]"]),
@@ -160,8 +165,8 @@ MISTAKES = [
     (["method=lora", "method.train=[unet,unet]"], ["method.train=['unet', 'unet']", "twice"]),
     (["ema=true"], ["ema takes a choice", "bf16"]),
     (["ema=null"], ["ema has no choice", "none"]),
-    (["log.prompts=a", "cat"], ["cat is no option", "write 'log.prompts=a cat'"]),
-    (["sdxl", "optim=lion"], ["sdxl is no option", "key=value"]),
+    (["log.prompts=a", "cat"], ["cat is not an option", "write 'log.prompts=a cat'"]),
+    (["sdxl", "optim=lion"], ["sdxl is not an option", "key=value"]),
     (["hydra.run.dir=/proc/a"], ["/proc/a: No such file or directory; name another folder"]),
     (["method.train=unet"], ["method.train is a list; write 'method.train=[unet]'"]),
     (["log.prompts='a cat'"], ["log.prompts is a list; write \"log.prompts=['a cat']\""]),
@@ -177,8 +182,28 @@ MISTAKES = [
     (["optim=lion", "optim=adamw"], ["optim is chosen more than once (lion,adamw)"]),
     (["seed=-1"], ["seed=-1", "at least 0"]),
     (["data.path=null", "data.sources=[{path: /, weight: 0}]"], ["every weight is 0"]),
-    (["schedule.steps=2"], ["schedule.warmup_steps=20", "[0, 2]", "set schedule.warmup_steps=0"]),
+    (
+        ["schedule.steps=2", "schedule.warmup_steps=20"],
+        ["schedule.warmup_steps=20", "[0, 2]", "set schedule.warmup_steps=0"],
+    ),
+    (["optim=lion", "optim.momentum=0.9"], ["'optim.momentum' here; optim=sgd has it"]),
+    (["optim.LR=1"], ["did you mean 'lr'"]),
+    (["learning_rate=1e-4"], ["here it is called 'optim.lr'"]),
+    (
+        ["optim=external", "optim.class_path=torch.optim.RAdam", "optim.weight_decay=0.1"],
+        ["'+optim.options.weight_decay=...'"],
+    ),
 ]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (60, 6), (200, 20), (5000, 20)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(composed, steps, warmup):
+    assert composed(f"schedule.steps={steps}").schedule.warmup_steps == warmup
+
+
+def test_what_others_call_our_options_leads_to_options(composed):
+    valid = {*explain.options_of(["method=lora", "loss=mse"]), *group_names(), "hydra.run.dir"}
+    assert {*explain._NAMES_ELSEWHERE.values()} <= valid
 
 
 @pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=lambda x: " ".join(x[:3]))
@@ -207,6 +232,12 @@ def test_help_lists_every_group_and_choice(command):
         group, name = choice.split("=")
         line = next(line for line in out.splitlines() if line.split()[:1] == [group])
         assert name in line
+
+
+def test_help_says_where_options_and_optimizers_are_explained(command):
+    _, out, _ = command("--help")
+    assert f"written beside it in\n  {config.__path__[0]}\n" in out
+    assert f"docstrings of\n  {optim.__path__[0]}\n" in out
 
 
 def test_what_help_names_as_changed_first_are_options(command):

@@ -40,7 +40,7 @@ PASSED_OVER = {
     # files beside the four pictures, what is said of them
     "a.tar.gz b.tgz c.ZIP": "3 archives are passed over",
     "a.svg b.NEF c.mpo": "3 pictures of a kind that is not read",
-    "gas.mask.png red.mask.jpg": "2 masks are of no picture",
+    "gas.mask.png red.mask.jpg": "2 masks without a picture",
     "gas.txt gas.caption sub/red.txt": "3 caption files are beside no picture",
     ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures, or folders of them,",
     # and those that nothing is said of
@@ -99,10 +99,10 @@ def test_only_regular_files_are_opened(load, pictures, caplog, monkeypatch):
     dataset = load(mask="file", max_unreadable=5)
     assert names(dataset) == ["green.png", "yellow.png"]
     for name in ("pipe.png", "red.png", "blue.png", "socket.jpg", "device.png"):
-        assert re.search(rf"unreadable picture \S*{name}: .*is no regular file", caplog.text)
+        assert re.search(rf"unreadable picture \S*{name}: .*is not a regular file", caplog.text)
     for name in ("metadata.jsonl", "shard.tar", "table.parquet"):
         os.mkfifo(pictures / name)
-        with pytest.raises(UserError, match=rf"{name}.* is no regular file"):
+        with pytest.raises(UserError, match=rf"{name}.* is not a regular file"):
             load(max_unreadable=5)
         (pictures / name).unlink()
 

@@ -189,7 +189,7 @@ def test_what_is_no_whole_picture_is_skipped_by_name_and_never_silently(
 def test_a_kind_of_picture_that_cannot_be_read_is_named(load, pictures, caplog):
     (pictures / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     assert len(load().samples) == 4
-    assert "phone.heic: it is no picture of a kind that Pillow reads" in caplog.text
+    assert "phone.heic: it is not a picture of a kind that Pillow reads" in caplog.text
 
 
 def test_pixels_are_the_centre_antialiased():

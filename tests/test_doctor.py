@@ -61,7 +61,7 @@ def test_every_problem_is_counted_and_named(examine, pictures, folder):
     assert status == 1
     assert "8 pictures, of which 6 can be used" in out
     for problem, name in {
-        "1 pictures cannot be read": "broken.png: it is no picture",
+        "1 pictures cannot be read": "broken.png: it is not a picture",
         "1 captions cannot be decoded": "yellow.txt is not UTF-8",
         "1 pictures have no caption": "red.png",
         "1 captions are empty": "blue.png",

@@ -194,22 +194,6 @@ def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sophia"])
-def test_the_first_remedy_is_accepted(composed, optimizer):
-    for remedy in memory.advice(composed(f"optim={optimizer}")):
-        options = [word.rstrip(",") for word in remedy.split() if "=" in word]
-        if options != ["method.ema.device=cpu"]:
-            composed(f"optim={optimizer}", *options)
-
-
-def test_what_is_switched_on_is_not_advised(composed):
-    config = composed(
-        *("optim=lomo", "model.dtype=bfloat16", "method=lora", "method.max_grad_norm=null"),
-        *(CHECKPOINTING, "data.batch_size=1"),
-    )
-    assert memory.advice(config) == ["a smaller data.resolution"]
-
-
 def test_other_errors_pass(composed):
     with pytest.raises(RuntimeError, match="shapes differ"), memory.explained(composed(), "now"):
         raise RuntimeError("shapes differ")

@@ -3,6 +3,7 @@ what exists."""
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -277,7 +278,7 @@ def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
         ([TINY, tmp_path / "b", "--format", "kohya"], "use folder or file"),
         ([path, tmp_path / "b", "--format", "folder", "--base", TINY], "use kohya or diffusers"),
         ([TINY, tmp_path / "b", "--base", "sdxl"], "--base=sdxl has no effect"),
-        ([tmp_path, tmp_path / "b"], "is no model, LoRA or run"),
+        ([tmp_path, tmp_path / "b"], "is not a model, LoRA or run"),
         ([tmp_path / "no.safetensors", tmp_path / "b", "--base", "sdxl"], "does not exist"),
     )
     for arguments, said in cases:
@@ -301,3 +302,17 @@ def test_the_command_explains_itself():
     ).stdout
     for words in ("SOURCE", "TARGET", "--dtype", "--format", "--base", "Exit status", "kohya"):
         assert words in shown
+
+
+def test_a_variant_is_called_by_the_commands_own_option(tmp_path, capsys, caplog):
+    folder = shutil.copytree(TINY, tmp_path / "tiny")
+    whole = folder / "unet/diffusion_pytorch_model.safetensors"
+    whole.rename(whole.with_suffix(".fp16.safetensors"))
+    status, _, error = run_export(capsys, folder, tmp_path / "a.safetensors")
+    assert status == 2
+    assert error.rstrip().endswith("is missing; set --variant=fp16")
+    status, _, error = run_export(capsys, folder, tmp_path / "a.safetensors", "--variant", "fp16")
+    assert status == 0, error
+    with caplog.at_level("WARNING"):
+        run_export(capsys, tmp_path / "a.safetensors", tmp_path / "b", "--variant", "fp16")
+    assert caplog.messages[0].startswith("--variant=fp16 has no effect: ")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import pytest
 import torch
 from helpers import run_export
 from models import TINY, assert_same_model
@@ -85,7 +86,8 @@ def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_war
 
 
 def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
-    private = ("log.prompts=[a secret]", f"data.cache={tmp_path}/cache")
+    private = ["log.prompts=[a secret]", f"data.cache={tmp_path}/cache"]
+    private += ["data.caption_prefix='secret, '", "data.caption_suffix=', secret'"]
     model = shutil.copytree(TINY, tmp_path / "my-model")
     sizes = ("data.resolution=32", "data.resolutions=[32,64]")
     folder = quick("run", "method=lora", f"model.path={model}", *private, *sizes, *ONE_STEP)
@@ -134,6 +136,16 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
             assert adapter.alpha == 2.0 * 4**0.5
             torch.testing.assert_close(adapter.delta(), two[part][name].delta())
             torch.testing.assert_close(adapter.magnitude, two[part][name].magnitude)
+
+
+@pytest.mark.parametrize("name", ["cats", "zebras"])  # before and after pytorch_lora_weights
+@pytest.mark.parametrize("export", ["[diffusers]", "[kohya,diffusers]"])
+def test_a_run_of_any_name_is_exported_as_a_kohya_lora(quick, capsys, name, export):
+    folder = quick("run", "method=lora", f"method.export={export}", f"name={name}", *ONE_STEP)
+    one, two = exported(capsys, folder, "--base", TINY)
+    for path in (one, two):
+        with safe_open(path, framework="pt") as file:
+            assert all(key.startswith("lora_") for key in file.keys())  # noqa: SIM118
 
 
 def test_a_damaged_checkpoint_is_not_exported(quick, tmp_path, capsys):

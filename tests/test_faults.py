@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -311,6 +312,30 @@ def test_a_run_that_only_skips_stops_with_the_reason(composed, tmp_path, monkeyp
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+def test_what_was_learned_before_a_run_only_skips_is_saved_and_nothing_is_deleted_for_it(
+    quick, tmp_path, monkeypatch
+):
+    """And the run goes on from there, as one that may skip more."""
+    options = ["runtime.save_every=1", "runtime.keep_checkpoints=1", "log.eval_points=1"]
+    original = losses.loss
+
+    def failing():
+        """The losses of steps 3 and 4 are not finite."""
+        calls = []
+        return lambda *a: original(*a) * (calls.append(a) or (1 if len(calls) < 3 else math.inf))
+
+    monkeypatch.setattr(losses, "loss", failing())
+    with pytest.raises(UserError, match=r"^1 step without a finite loss"):
+        quick("run", *options, "runtime.max_skipped_steps=0")
+    saved = [path.name for path in checkpoint.completed(tmp_path / "run/checkpoints")]
+    assert saved == ["step-000002", "step-000003"]
+    monkeypatch.setattr(losses, "loss", failing())
+    whole = quick("whole", *options)
+    monkeypatch.setattr(losses, "loss", lambda *a: original(*a) * math.inf)
+    quick("run", *options, f"resume={tmp_path / 'run'}")
+    assert_same_weights(weights(tmp_path / "run", 4), weights(whole, 4))
+
+
 def test_a_latent_that_is_not_finite_is_named_with_its_picture(
     composed, pictures, tmp_path, monkeypatch
 ):
@@ -335,7 +360,7 @@ def test_a_folder_of_other_files_is_not_written_to(composed, tmp_path, theirs):
     folder = tmp_path / "mine"
     (folder / theirs).parent.mkdir(parents=True)
     (folder / theirs).write_text("precious")
-    with pytest.raises(UserError, match=r"is no run's folder, and its .* would be written over"):
+    with pytest.raises(UserError, match=r"is not a run's folder, and its .* would be written over"):
         run(composed(*QUICK, "name=a/run"), folder)
     assert [path for path in folder.rglob("*") if path.is_file()] == [folder / theirs]
     assert (folder / theirs).read_text() == "precious"

@@ -124,7 +124,7 @@ def test_a_rule_that_matches_nothing_is_refused(rules, says):
 
 WRONG = [
     ({"lr": 1}, "has no pattern"),
-    ({"pattern": "("}, "no regular expression"),
+    ({"pattern": "("}, "not a regular expression"),
     ({"pattern": "a"}, "says nothing"),
     ({"pattern": "a", "lr": 1, "lr_scale": 2}, "lr and lr_scale"),
     ({"pattern": "a", "lr_scale": "much"}, "lr_scale=much"),

@@ -123,7 +123,7 @@ def test_an_option_that_is_said_to_do_nothing_does_nothing_unless_the_remedy_is_
     *_, idle = options
     with pytest.warns(optim.IdleOption, match=f": {idle}=.* has no effect .*leave it out") as said:
         ends = trained(name, torch.float32, **options)
-    assert len(said) == 1
+    assert len(said) == (2 if "rank" in options else 1)  # which has no effect either
     rest = {key: value for key, value in options.items() if key != idle}
     assert same(ends, trained(name, torch.float32, **rest))
     if remedy is not None:
@@ -162,9 +162,46 @@ def test_an_option_that_acts_in_one_group_may_be_set_for_all():
         optim.build("adamw", [{"params": params[:2]}, biases | {"cautious_decay": True}])
 
 
+UNPROJECTED = [  # (shapes, the largest rank that projects one of them)
+    ([(24, 16), (16, 3, 3, 3), (24,)], 15),
+    ([(9,), (4, 9), (7, 5, 2)], 6),
+]
+
+
+@pytest.mark.parametrize(("shapes", "largest"), UNPROJECTED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("apollo", "adamw"), ("apollo_mini", "adamw"), ("adafactor8bit_apollo", "adafactor8bit")],
+)
+def test_an_apollo_that_projects_nothing_says_whose_steps_it_makes_and_which_rank_would(
+    name, instead, shapes, largest
+):
+    step_by = optim.FAMILY[instead].__name__
+    says = rf"rank={largest + 1} has no effect .*: {step_by} steps them all; set rank={largest} or"
+    with pytest.warns(optim.IdleOption, match=says) as said:
+        ends = trained(name, torch.float32, shapes, rank=largest + 1)
+    assert len(said) == 1
+    options = {"storage": optim.FAMILY[name].storage, "weight_decay": 0.0}
+    assert same(ends, trained(instead, torch.float32, shapes, **options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optim.IdleOption)
+        optim.build(name, make_params(shapes=shapes), rank=largest)
+
+
+def test_an_apollo_of_vectors_alone_names_no_rank_that_would_project():
+    with pytest.warns(optim.IdleOption, match="rank=256 .*steps them all; use AdamW itself"):
+        optim.build("apollo", make_params(shapes=[(9,), (9, 1)]))
+
+
+def test_a_run_says_once_that_no_tensor_is_projected(composed, caplog, recwarn):
+    optimizers.build(composed("optim=apollo").optim, torch.nn.Linear(4, 4), seed=0)
+    assert caplog.text.count("optim.rank=256 has no effect") == 1
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("name", sorted(optim.FAMILY))
 def test_no_preset_sets_an_option_that_does_nothing(name, composed, caplog):
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(300, 300))
     optimizer = optimizers.build(composed(f"optim={name}").optim, model, seed=1)
     assert optimizer.idle_options() == []
     assert "no effect" not in caplog.text

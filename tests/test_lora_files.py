@@ -268,7 +268,7 @@ REFUSED = {
         "columns",
     ),
     "diffusers' no module": ({"unet.nowhere.lora_A.weight": torch.ones(1)}, "no module of this"),
-    "no lora": ({"conv_in.weight": torch.ones(1)}, "is no LoRA"),
+    "no lora": ({"conv_in.weight": torch.ones(1)}, "is not a LoRA"),
 }
 
 

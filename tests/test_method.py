@@ -1,8 +1,10 @@
 """What is trained: the parts and layers that are asked for, and nothing else."""
 
+import shutil
+
 import pytest
 import torch
-from helpers import rows, weights
+from helpers import assert_same_weights, rows, weights
 from models import make_sd15
 from safetensors.torch import load_file
 
@@ -120,6 +122,20 @@ def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
             attached(other)
 
 
+def test_a_run_that_started_from_a_lora_is_resumed_without_its_file(quick, tmp_path):
+    options = ["method=lora", "method.rank=4", "log.eval_points=1"]
+    first = quick("first", *options, "schedule.steps=1", "schedule.warmup_steps=0")
+    file = first / "lora/pytorch_lora_weights.safetensors"
+    begun = [*options, f"method.start_from={file}", "runtime.save_every=2"]
+    whole = weights(quick("run", *begun), 4)
+    file.unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    for start in (file, "null"):  # which is moved, or forgotten
+        resume = f"resume={tmp_path / 'run/checkpoints/step-000002'}"
+        fork = quick(f"fork{start == file}", *begun, f"method.start_from={start}", resume)
+        assert_same_weights(weights(fork, 4), whole)
+
+
 def test_a_run_called_like_diffusers_file_leaves_both_loras(quick):
     """Not one written over the other."""
     folder = quick("run", "method=lora", "name=PyTorch_lora_weights")
@@ -167,11 +183,11 @@ METHODS = (
 def test_what_is_trained_has_the_same_names_without_any_values(composed, chosen):
     config = composed(*chosen.split())
     real = attached(config)
-    empty = real.on_meta()
-    with torch.device("meta"):
-        method.attach(config.method, empty, 0)
-    trained = method.trained_parameters(empty)
-    assert trained.keys() == method.trained_parameters(real).keys()
+    there = method.trained_parameters(real)
+    trained = method.trained_parameters(method.attached_on_meta(config.method, real))
+    assert {k: (p.shape, p.dtype) for k, p in trained.items()} == {
+        k: (p.shape, p.dtype) for k, p in there.items()
+    }
     assert all(parameter.is_meta for parameter in trained.values())
 
 

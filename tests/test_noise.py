@@ -232,6 +232,33 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(noise_config, options
         assert part in str(refused.value)
 
 
+BETAS = """DDIM DDPM DEISMultistep DPMSolverMultistep DPMSolverSDE DPMSolverSinglestep EulerDiscrete
+EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM LMSDiscrete PNDM TCD
+UniPCMultistep"""
+
+
+@pytest.mark.parametrize("name", BETAS.split())
+def test_every_scheduler_of_betas_is_taken(noise_config, name):
+    model = SDXL | {"_class_name": f"{name}Scheduler"}
+    assert noise.scheduler_config(noise_config(), model) == model
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("EDMEulerScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchHeunDiscreteScheduler", {}),
+        ("SchedulerOfSomebody", {}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
+    ],
+)
+def test_a_scheduler_of_another_noise_is_refused_by_name(noise_config, name, options):
+    with pytest.raises(UserError, match=name):
+        noise.scheduler_config(noise_config(), {"_class_name": name} | options)
+
+
 def test_timesteps_that_the_model_does_not_have_are_refused(noise_config):
     for options in ({"timestep_high": 1001}, {"timestep_low": 1000}):
         (key,) = options

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer import origin
 from trainer.errors import UserError
-from trainer.formats import architectures, names, stream, weights, writing
+from trainer.formats import architectures, hub, names, stream, weights, writing
 from trainer.formats.weights import of_tensors
 
 FP32 = torch.float32
@@ -407,7 +407,7 @@ REFUSED = {  # what is done to a whole file, and what is said of it
     ),
     "nothing known": (
         lambda t: (t.clear(), t.update({"head.weight": torch.zeros(1)})),
-        ["no Stable Diffusion checkpoint", "head.weight"],
+        ["not a Stable Diffusion checkpoint", "head.weight"],
     ),
 }
 
@@ -577,7 +577,7 @@ def test_only_the_files_of_a_vae_are_asked_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **which: asked.update(which) or tmp_path
     )
-    with pytest.raises(UserError, match="no folder of a VAE"):
+    with pytest.raises(UserError, match="not a VAE's folder"):
         origin.vae("owner/name", origin.at(str(TINY)))
     weights = "diffusion_pytorch_model.safetensors"
     alone = ["config.json", weights]
@@ -588,6 +588,45 @@ def test_only_the_files_of_a_vae_are_asked_of_the_hub(monkeypatch, tmp_path):
         "vae/diffusion_pytorch_model.fp16.safetensors",
     ]
     assert list(filter_repo_objects(alone + part + others, **asked)) == alone + part
+
+
+class Hub:
+    """A repository of these files, and what is downloaded of it."""
+
+    def __init__(self, folder, files):
+        self.folder, self.files = folder, files
+
+    def __call__(self, name, **which):
+        from huggingface_hub.utils import filter_repo_objects
+
+        for file in filter_repo_objects(self.files, **which):
+            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / file).touch()
+        return self.folder
+
+    @property
+    def weights(self):
+        found = (str(path.relative_to(self.folder)) for path in self.folder.rglob("*.safetensors*"))
+        return sorted(found)
+
+
+def test_of_a_variant_on_the_hub_each_part_is_downloaded_once(monkeypatch, tmp_path):
+    """In plain files where it has no others; shards may be named in both ways."""
+    variant = [
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder_2/model-00001-of-00001.fp16.safetensors",
+        "text_encoder_2/model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+    ]
+    both = [name.replace(".fp16", "") for name in variant]
+    alone = ["vae/diffusion_pytorch_model.safetensors"]
+    configs = ["model_index.json", *(f"{part}/config.json" for part in architectures.PARTS)]
+    for asked, given in (("fp16", variant + alone), (None, both + alone)):
+        hub_of = Hub(tmp_path / str(asked), configs + variant + both + alone)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", hub_of)
+        hub.pipeline("owner/name", asked, "model.path")
+        assert hub_of.weights == sorted(given)
 
 
 @pytest.mark.parametrize(("kind", "count"), [("sdxl", 2513), ("sd15", 1130)])

@@ -1,8 +1,14 @@
 """Configurations that work, and say something that nobody meant."""
 
+import json
+import shutil
+
 import pytest
+import torch
+from models import TINY
 
 from trainer import remarks
+from trainer.model import Model
 
 QUIET = [
     [],
@@ -13,6 +19,10 @@ QUIET = [
     ["noise.timesteps=logit_normal", "noise.logit_mean=0.5"],
     ["data=folder", "data.path=/", "data.upscale=true", "data.max_aspect=2"],
     ["data.tag_dropout=0.1", "data.keep_tokens=2", "data.caption_variants=3"],
+    ["data.resolutions=[32,64]"],
+    ["data=folder", "data.path=/", "data.resolutions=[512,1024]"],
+    ["ema=bf16", "log.sample_count=0"],
+    ["ema=bf16", "method.ema.sample=last"],
     ["optim.lr=0", "method.rules=[{pattern: attn2, lr: 0.1}]"],
     ["method=lora", "method.train=[unet,text_encoder]", "method.text_targets=[q_proj]"],
 ]
@@ -27,7 +37,9 @@ IDLE = {
     "data.upscale=true": "data.buckets=true",
     "data.bucket_step=32": "data.buckets=true",
     "method=lora method.text_targets=[q_proj]": "text encoders in method.train",
+    "data.resolutions=[32,64] data.resolution=32": "data.resolutions=[]",
     "log.prompts=[a] log.sample_count=3": "log.prompts",
+    "ema=bf16 log.sample_count=0 method.ema.sample=last": "pictures",
     "log.sample_count=0 log.guidance_scale=5": "pictures",
     "optim.on_nonfinite=raise": "runtime.max_skipped_steps",
     "optim.lr=0": "changes no weight",
@@ -67,10 +79,46 @@ def test_the_default_rate_is_remarked_where_a_large_model_is_trained_whole(compo
     (said,) = remarks.of_rate(composed(), 2_567_463_684)
     assert "1e-5" in said
     assert not remarks.of_rate(composed(), 2_740_000)
-    for quiet in (["optim.lr=1e-5"], ["method=lora"], ["optim=prodigy"]):
+    for quiet in (["optim.lr=1e-5"], ["optim=prodigy"]):
         assert not remarks.of_rate(composed(*quiet), 2_567_463_684)
 
 
+def test_the_default_rate_is_remarked_where_a_lora_of_a_large_model_is_trained(composed):
+    (said,) = remarks.of_rate(composed("method=lora", "optim=adamw"), 2_567_463_684)
+    assert "for a LoRA of SDXL start near 1e-4" in said
+    for quiet in (["optim.lr=1e-4"], ["optim=sophia"], ["optim=prodigy"]):
+        assert not remarks.of_rate(composed("method=lora", *quiet), 2_567_463_684)
+    assert not remarks.of_rate(composed("method=lora"), 2_740_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "says"),
+    [
+        (["data.resolution=1024"], 512, "data.resolution=1024: the model was made for"),
+        (["data.resolution=512"], 1024, "use data.resolution=1024"),
+        (["data.resolution=512", "data.resolutions=[512,1024]"], 512, "data.resolutions=[512, 10"),
+        (["data.resolution=512", "data.resolutions=[512,1024]"], 1024, None),
+        (["data.resolution=768"], 512, None),
+        (["data.resolution=768"], 1024, None),
+        (["data.resolution=64"], None, None),
+    ],
+)
+def test_pictures_of_another_size_than_the_models_are_remarked(composed, options, own, says):
+    said = remarks.of_resolution(composed("data=folder", "data.path=/", *options), own)
+    assert says in said[0] if says else not said
+
+
+def test_a_model_says_the_size_that_it_was_made_for(composed, tmp_path):
+    cpu = torch.device("cpu")
+    assert Model(composed().model, cpu).resolution == 64
+    folder = shutil.copytree(TINY, tmp_path / "tiny")
+    settings = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(settings | {"sample_size": None}))
+    assert Model(composed(f"model.path={folder}").model, cpu).resolution is None
+
+
 def test_a_remark_reaches_the_log_of_the_run(quick):
-    folder = quick("run", "loss.gamma=3")
-    assert "loss.gamma=3.0 has no effect" in (folder / "train.log").read_text()
+    folder = quick("run", "loss.gamma=3", "data.resolution=32")
+    said = (folder / "train.log").read_text()
+    assert "loss.gamma=3.0 has no effect" in said
+    assert "data.resolution=32: the model was made for 64 x 64" in said

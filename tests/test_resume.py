@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer import checkpoint, cli
 from trainer.config import ASSETS
+from trainer.errors import UserError
 from trainer.run import run
 
 
@@ -184,6 +185,23 @@ def test_resume_latest_takes_the_newest_run(command, in_tmp):
     assert "second/checkpoints/step-000004" in out
     (folder,) = in_tmp.glob("runs/*/*-second")
     assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
+
+
+def test_resume_latest_does_not_pass_over_a_newer_run_without_a_checkpoint(in_tmp):
+    first, second = in_tmp / "runs/first", in_tmp / "runs/second"
+    written = (first / "environment.json", first / RECORD, second / "environment.json")
+    for when, path in enumerate(written):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (when, when))
+    with pytest.raises(UserError, match=r"runs/second, has no checkpoint; .* resume=runs/first"):
+        checkpoint.latest_run()
+    (second / RECORD).parent.mkdir(parents=True)
+    (second / RECORD).write_text("{}")
+    assert checkpoint.latest_run() == second
+
+
+RECORD = "checkpoints/step-000004/checkpoint.json"
 
 
 def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):

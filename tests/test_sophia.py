@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,41 @@ def test_an_estimate_is_due_before_the_first_step_and_every_so_many():
     assert twin.wants_hessian()
 
 
+def blind_steps(optimizer, params, steps):
+    """What is said in these steps."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(optimizer, params, steps)
+    return [str(each.message) for each in said if each.category is optim.IdleOption]
+
+
+@pytest.mark.parametrize("storage", ["fp32", "8bit", "factored"])
+def test_a_loop_without_any_estimate_is_told_once(storage):
+    params = make_params(shapes=[(12, 8), (9,)])
+    optimizer = optim.build("sophia", params, hessian_every=3, storage=storage)
+    assert blind_steps(optimizer, params, range(2)) == []
+    (said,) = blind_steps(optimizer, params, range(2, 20))
+    assert "3 steps were made without one" in said
+    assert "hessian_every=3" in said
+    assert "update_hessian()" in said
+
+
+@pytest.mark.parametrize("storage", ["fp32", "8bit", "factored"])
+@pytest.mark.parametrize("due", [0, 2])
+def test_a_loop_with_an_estimate_is_told_nothing_nor_is_one_that_goes_on_from_it(due, storage):
+    params = make_params(shapes=[(12, 8), (9,)])
+    optimizer = optim.build("sophia", params, hessian_every=3, storage=storage)
+    assert blind_steps(optimizer, params, range(due)) == []
+    set_grads(params, 100)
+    optimizer.update_hessian(2.0)
+    twin = optim.build("sophia", params, hessian_every=3, storage=storage)
+    run(optimizer, params, [due])
+    twin.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, twin, copy.deepcopy(optimizer)):
+        own = each.param_groups[0]["params"]
+        assert blind_steps(each, own, range(9)) == []
+
+
 def test_an_estimate_moves_no_weight_skips_bad_elements_and_clears_the_gradients():
     params = make_params(torch.bfloat16, [(12, 8), (9,)])
     optimizer = optim.build("sophia", params)
@@ -201,6 +237,16 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale):
     set_grads(params, 0)
     with pytest.raises(ValueError, match=f"scale={scale} is not possible; it must be a number > 0"):
         optimizer.update_hessian(scale)
+    assert params[0] not in optimizer.state
+
+
+def test_an_estimate_with_an_impossible_option_is_refused():
+    params = make_params(shapes=[(4,)])
+    optimizer = optim.build("sophia", params)
+    optimizer.param_groups[0]["betas"] = (0.9, 2.0)
+    set_grads(params, 0)
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.update_hessian(1.0)
     assert params[0] not in optimizer.state
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from helpers import assert_same, make_params, run
@@ -163,6 +164,30 @@ def test_only_the_optimizers_own_state_is_loaded(name):
         else:
             with pytest.raises(ValueError, match=rf"state of {optim.FAMILY[owner].__name__}, and"):
                 loader.load_state_dict(state)
+
+
+STRANGERS = [
+    (torch.optim.AdamW, r"torch.optim.Adam or AdamW"),
+    (torch.optim.SGD, r"torch.optim.SGD"),
+    (torch.optim.NAdam, r"torch.optim.NAdam"),
+    (torch.optim.Adafactor, r"torch.optim.Adafactor"),
+    (torch.optim.Rprop, r"torch.optim.Rprop"),
+    (bitsandbytes.optim.AdamW8bit, "bitsandbytes"),
+    (bitsandbytes.optim.AdamW, "bitsandbytes"),
+]
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(("cls", "whose"), STRANGERS)
+def test_a_state_of_another_package_is_named_and_changes_nothing(cls, whose, stepped):
+    params = make_params(shapes=[(128, 64)])
+    theirs = cls(params, lr=0.1)
+    if stepped:
+        run(theirs, params, range(1))
+    optimizer = optim.build("adamw", make_params(shapes=[(128, 64)]))
+    with pytest.raises(ValueError, match=rf"state of {whose}, and AdamW cannot.*or leave it out"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])

@@ -87,7 +87,7 @@ def test_a_sweep_goes_on_in_its_folder_and_runs_nothing_twice(tmp_path):
     done = new_process(*command, "seed=0,1", "runtime.allow_config_change=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (first / "summary.json").read_bytes() == before
-    assert f"{first} has ended before" in done.stdout
+    assert f"{first} is already finished" in done.stdout
     assert f"resuming from {second}/checkpoints/step-000001" in done.stdout
     assert "| seed=1 " in (folder / "sweep.md").read_text()
 

@@ -78,7 +78,7 @@ def _ended(folder: Path, overrides: list[str]) -> float | None:
     except UserError as error:
         cli.fail(str(error))
     if loss is not None:
-        print(f"{folder} has ended before: {' '.join(overrides)}")
+        print(f"{folder} is already finished: {' '.join(overrides)}")
     return loss
 
 

@@ -95,8 +95,8 @@ def sample_noise(like: Tensor, count: int) -> Tensor:
 
 
 def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
-    """By which the sampled targets of this step's estimate of the curvature differ from the
-    prediction: like (4, h, w) -> (count, 4, h, w), on the CPU."""
+    """Unit noise added to the prediction to sample Sophia's targets: like (4, h, w) ->
+    (count, 4, h, w), on the CPU."""
     draws = [noise.normal(like.shape, Stream.CURVATURE, seed, step, i) for i in range(count)]
     return torch.stack(draws)
 

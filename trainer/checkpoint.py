@@ -34,11 +34,11 @@ from trainer.formats.weights import of_tensors
 
 log = logging.getLogger(__name__)
 
-# Of a group that decides what is learned, what does not.  What lies at a path is compared by its
-# content: `check_content`.
+# Options that do not change what is learned, in groups that do (`to_resume`).  What lies at a path
+# is compared by its content: `check_content`.
 _ANYWHERE = {
     *("data.path", "data.cache", "data.max_unreadable", "data.max_pixels"),
-    *("method.export", "method.export_dtype"),
+    *("method.export", "method.export_dtype", "method.start_from"),
     *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
@@ -78,7 +78,7 @@ class Checkpoint:
     average: dict[str, Tensor]  # of the weights; empty without method.ema
     config: dict[str, Any]
     overrides: list[str]  # of the command line that gave it
-    model: str  # fingerprint of the one that training began with; empty in older checkpoints
+    model: str  # a sketch of the one that training began with; empty in older checkpoints
     data: str  # fingerprint of the samples
     counters: Counters
 
@@ -224,16 +224,33 @@ def find(resume: str) -> list[Path]:
 
 
 def latest_run() -> Path:
-    """The run under ./runs with the newest checkpoint.  Raises UserError for none."""
-    found: dict[float, Path] = {}
-    for record in Path("runs").glob("**/checkpoints/step-*/checkpoint.json"):
-        with contextlib.suppress(OSError):  # of a run that goes on, and has just deleted it
-            found[record.stat().st_mtime] = record
-    if not found:
+    """The run under ./runs with the newest checkpoint.
+
+    Raises UserError for none, and where a run has begun since that has none: it is the newest, and
+    going on with another would be silent.
+    """
+    saved = _newest("checkpoints/step-*/checkpoint.json")
+    if not saved:
         raise UserError(
             "resume=latest: there is no checkpoint under ./runs; start a run without resume"
         )
-    return found[max(found)].resolve().parents[2]
+    (when, record), begun = saved, _newest("environment.json")
+    run = record.parents[2]
+    if begun and begun[0] > when and not completed(begun[1].parent / "checkpoints"):
+        raise UserError(
+            f"resume=latest: the newest run, {begun[1].parent}, has no checkpoint; start it again, "
+            f"or go on with the newest that has one: resume={run}"
+        )
+    return run.resolve()
+
+
+def _newest(pattern: str) -> tuple[float, Path] | None:
+    """When the newest of the runs' files of this name was written, and which it is."""
+    found: dict[float, Path] = {}
+    for path in Path("runs").glob(f"**/{pattern}"):
+        with contextlib.suppress(OSError):  # of a run that goes on, and has just deleted it
+            found[path.stat().st_mtime] = path
+    return max(found.items()) if found else None
 
 
 def overrides_of(resume: str) -> list[str]:

@@ -1,16 +1,18 @@
-"""The command line around the runs: what Hydra is told, and how a run ends badly."""
+"""The command line: Hydra's schema and help, the options a resumed run inherits, and where a run is
+written."""
 
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 import optim
+from trainer import config
 from trainer.checkpoint import latest_run, overrides_of, run_folder_of
 from trainer.config import (
     ALTERNATIVES,
@@ -34,8 +36,9 @@ The demo: a tiny SDXL learns 24 emoji, on a CPU, in minutes; then the same as a 
   python -m trainer method=lora optim=adamw optim.lr=5e-3
 Your own model and pictures:
   python -m trainer model=sdxl model.path=/models/sdxl data=folder data.path=/pictures optim.lr=1e-5
-What is wrong with the pictures, before a run finds out:
+What is wrong with the pictures, and whether memory suffices, before a run finds out:
   python -m trainer.doctor data=folder data.path=/pictures
+  python -m trainer.planner model=sdxl experiment=low_memory --card 8
 A sweep, with a table of the runs at the end; and going on with the newest run and its options:
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
   python -m trainer resume=latest
@@ -50,9 +53,11 @@ What is changed first:
 Choices (group=choice; several of experiment as experiment=[low_memory,smoke]):
 {groups}
 Options (key=value) and their values, for what was chosen: add `--cfg job`, or for one group
-`--cfg job --package optim`.  What an option means is written beside it in trainer/config/, and
-for optimizers in the docstrings of optim/.  A run writes its checkpoints, pictures, metrics.jsonl
-and the trained model to runs/DATE/TIME-NAME.
+`--cfg job --package optim`.  What an option means is written beside it in
+  {schema}
+and for optimizers in the docstrings of
+  {optimizers}
+A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
 
 # Of a command line, what a later one that resumes the run must say itself.
@@ -74,13 +79,15 @@ def register() -> None:
     store.store(group="schema/optim", name="external", node=ExternalConfig)
     for name in choices_of("optim/peer"):
         store.store(group="schema/optim/peer", name=name, node=peer_schema(f"peer/{name}"))
-    page = _HELP.format(groups=_groups())
+    schema, optimizers = config.__path__[0], optim.__path__[0]
+    page = _HELP.format(groups=_groups(), schema=schema, optimizers=optimizers)
     help_node = {"app_name": "trainer", "header": "", "footer": "", "template": page}
     store.store(group="hydra/help", name="trainer", node=help_node)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
+    OmegaConf.register_new_resolver("warmup", _warmup, replace=True)
 
 
 def with_resumed(arguments: list[str]) -> list[str]:
@@ -171,6 +178,11 @@ def _unused(fresh: str) -> str:
     """This folder, or if something began in the same second, with a number."""
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
+
+
+def _warmup(most: int, steps: Any) -> int:
+    """Steps of warming up: `most`, or a tenth of a run that is too short for as many."""
+    return min(most, steps // 10) if isinstance(steps, int) else most
 
 
 def _groups() -> str:

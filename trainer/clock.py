@@ -147,8 +147,8 @@ class OptimizerClock:
 
 
 def asides_left(config: Config, done: int) -> dict[str, int]:
-    """How often each thing that is done between steps is done yet, the end of the run included,
-    after `done` steps."""
+    """How many evaluations, drawings and saves are still to come after `done` steps, those at the
+    end of the run included."""
     last = config.schedule.steps - 1  # what is due after the last step is done at the end
     every = {
         "evaluating": config.log.eval_every,

@@ -114,13 +114,27 @@ def picture_fingerprint(model: Model, cache: str) -> str:
 
 
 def scaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """The VAE's latents as the UNet takes them."""
-    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    """The VAE's latents as the UNet takes them: (B, C, h, w) -> (B, C, h, w)."""
+    shift, scale = _normalization(vae, latents)
+    return (latents - shift) * scale
 
 
 def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """The UNet's latents as the VAE takes them."""
-    return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    """The UNet's latents as the VAE takes them: (B, C, h, w) -> (B, C, h, w)."""
+    shift, scale = _normalization(vae, latents)
+    return latents / scale + shift
+
+
+def _normalization(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What is taken off a VAE's latents and what they are then multiplied by: -> numbers, or
+    (1, C, 1, 1) where the VAE has statistics of its channels, as diffusers' SDXL pipelines use
+    them (both or neither)."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.shift_factor or 0.0, config.scaling_factor
+    shift, deviation = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return shift, config.scaling_factor / deviation
 
 
 def _text_encoder(model: Model) -> Callable[[list[str | None]], list[Entry]]:

@@ -49,12 +49,15 @@ def convert(
     """
     kind = getattr(torch, dtype) if dtype else None
     _check_target(target)
-    path = _in_run(Path(source).expanduser())
+    named = Path(source).expanduser()
+    path = _in_run(named)
     if (path / "checkpoint.json").is_file():
         _export_checkpoint(path, target, form, kind, base)
     elif (path / _LORA_NAME).is_file():
         _export_lora(path / _LORA_NAME, target, form, kind, base)
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
+        if path != named:  # a run's result becomes what its checkpoint does
+            form = form or "kohya"
         _export_lora(path, target, form, kind, base)
     else:
         if wrong := nothing_there("SOURCE", source):
@@ -63,8 +66,8 @@ def convert(
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(
-                f"{path} is no model, LoRA or run: it has no model_index.json, no {_LORA_NAME} and "
-                "no checkpoint"
+                f"{path} is not a model, LoRA or run: it has no model_index.json, no {_LORA_NAME} "
+                "and no checkpoint"
             )
         found = origin.at(str(path) if path.exists() else source, variant, "SOURCE")
         _write_model(target, found, {}, form, kind)
@@ -89,10 +92,11 @@ def _in_run(path: Path) -> Path:
     every = checkpoint.completed(path / "checkpoints") or checkpoint.completed(path)
     found = path / "model"
     if not (found / "model_index.json").is_file():
-        loras = sorted((path / "lora").glob("*.safetensors"))
-        if not loras:
+        loras = (path / "lora").glob("*.safetensors")
+        first = min(loras, key=lambda file: (file.name == _LORA_NAME, file.name), default=None)
+        if not first:
             return (every or [path])[-1]
-        found = loras[0]
+        found = first
     if every and int(every[-1].name[5:]) > (step := _finished(path)):
         form = "%s is of step %d; the run has gone on since: name %s for its last checkpoint"
         log.warning(form, found, step, every[-1])

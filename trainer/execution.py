@@ -1,4 +1,4 @@
-"""How the UNet is executed: what memory or time it saves without another result but for rounding.
+"""Options that save memory or time and change results by rounding at most.
 
 runtime.gradient_checkpointing  activations inside a block are computed again in the backward
                                 pass instead of kept: the same bits, a third more time

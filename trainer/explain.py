@@ -7,6 +7,7 @@ and adds it.
 import difflib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -16,9 +17,37 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from optim.options import unknown
+from optim.options import nearest, unknown
 from trainer import config
 from trainer.config import choices_of, conf_dir, flatten, group_names
+
+# What other trainers (diffusers' scripts, kohya's) call our options.
+_NAMES_ELSEWHERE = {
+    "caption_dropout_rate": "data.caption_dropout",
+    "gradient_accumulation_steps": "runtime.accumulation",
+    "keep_tokens": "data.keep_tokens",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "schedule",
+    "lr_warmup_steps": "schedule.warmup_steps",
+    "max_train_steps": "schedule.steps",
+    "min_snr_gamma": "loss.gamma",
+    "network_alpha": "method.alpha",
+    "network_dim": "method.rank",
+    "noise_offset": "noise.offset",
+    "num_train_epochs": "schedule.steps",
+    "optimizer": "optim",
+    "optimizer_type": "optim",
+    "output_dir": "hydra.run.dir",
+    "output_name": "name",
+    "pretrained_model_name_or_path": "model.path",
+    "save_every_n_steps": "runtime.save_every",
+    "shuffle_caption": "data.shuffle_tags",
+    "snr_gamma": "loss.gamma",
+    "train_batch_size": "data.batch_size",
+    "train_data_dir": "data.path",
+}
+
+_FEW = 3  # choices that are named as having an option
 
 
 def explain(error: BaseException, arguments: list[str]) -> str:
@@ -113,8 +142,10 @@ def _no_option(word: str, arguments: list[str]) -> str:
     at = arguments.index(word) if word in arguments else 0
     before = arguments[at - 1] if at else ""
     if "=" not in before:
-        return f"{word} is no option; options are key=value, and choices group=choice"
-    return f"{word} is no option; if it belongs to {before}, write {_quoted(f'{before} {word}')}"
+        return f"{word} is not an option; options are key=value, and choices group=choice"
+    return (
+        f"{word} is not an option; if it belongs to {before}, write {_quoted(f'{before} {word}')}"
+    )
 
 
 def _quoted(argument: str) -> str:
@@ -133,10 +164,19 @@ def _wrong_key(key: str, overrides: list[str]) -> str:
     if key in valid or key in group_names():
         return f"{key} exists; set it without + or ~: {key}=..."
     owner, _, name = key.rpartition(".")
+    if ours := _NAMES_ELSEWHERE.get(key):
+        return f"there is no option {key!r}; here it is called {ours!r}"
+    if f"{owner}.class_path" in valid or owner.endswith(".options"):
+        new = "NAME" if key == "optim.options" else name
+        return f"{key}: arguments of the class are added, with a +: '+optim.options.{new}=...'"
     elsewhere = [k for k in valid if k.rpartition(".")[2] == name and "." in k]
     if elsewhere:
         return f"there is no option {key!r}; did you mean {' or '.join(map(repr, elsewhere))}?"
     siblings = [k.removeprefix(f"{owner}.") for k in valid if owner and k.startswith(f"{owner}.")]
+    having = [] if nearest(name, siblings) else _choices_with(key, choices)
+    if 0 < len(having) <= _FEW:
+        verb = "has" if len(having) == 1 else "have"
+        return f"there is no option {key!r} here; {', '.join(having)} {verb} it"
     if siblings:
         chosen = next((c for c in choices if c.startswith(f"{owner}=")), owner)
         return f"{key}: {unknown(f'option of {chosen}', name, siblings)}"
@@ -144,6 +184,20 @@ def _wrong_key(key: str, overrides: list[str]) -> str:
         return unknown("option", key, valid)
     top = {k.split(".")[0] for k in valid} | set(group_names())
     return unknown("option or group", key, top)
+
+
+def _choices_with(key: str, chosen: list[str]) -> list[str]:
+    """Other choices of the option's group that have it: method.rank -> method=lora."""
+    group = key.partition(".")[0]
+    if group not in group_names() or key.count(".") != 1:
+        return []
+    others = [c for c in choices_of(group) if f"{group}={c}" not in chosen and "/" not in c]
+    having = []
+    for choice in others:
+        with suppress(Exception):  # one that cannot be composed by itself
+            if key in _valid_keys([f"{group}={choice}"]):
+                having.append(f"{group}={choice}")
+    return having
 
 
 def _compositions(overrides: list[str]) -> Iterator[list[str]]:

@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=["folder", "file", "kohya", "diffusers"],
         help="of a model: a diffusers folder, or one file (what TARGET ends in decides: "
-        ".safetensors is a file); of a LoRA: kohya's or diffusers' (the one that SOURCE is not)",
+        ".safetensors is a file); of a LoRA: kohya's or diffusers' (the one that SOURCE is "
+        "not; of a run, kohya's)",
     )
     parser.add_argument(
         "--dtype",

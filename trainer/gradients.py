@@ -1,8 +1,9 @@
 """From losses to gradients, clipped: all of them first, or each consumed as it arrives
 (`runtime.fused_backward`).
 
-A step's gradient is that of the mean over its micro-batches (`runtime.accumulation`).  Its norm,
-before any clip (`trainer.clipping`), is reported in both ways, and is the same.
+A step's gradient is that of the mean over its samples, in all of its micro-batches
+(`runtime.accumulation`).  Its norm, before any clip (`trainer.clipping`), is reported in both ways,
+and is the same.
 """
 
 import logging
@@ -33,7 +34,7 @@ LossOf = Callable[[int], Tensor]
 class Outcome:
     """What the backward passes of a step came to."""
 
-    loss: float  # the mean over the step's micro-batches
+    loss: float  # the mean over the step's samples
     grad_norm: float  # of all gradients, before a clip; NaN where a loss is not finite
     begun: bool  # whether the optimizer has stepped some tensors already
 
@@ -51,6 +52,14 @@ def make(
         return Gathered(parameters, clip)
     assert isinstance(optimizer, optim.FusedOptimizer)
     return Consumed(parameters, optimizer, clip)
+
+
+def bucket_bytes(parameters: Sequence[Tensor], device_type: str | None = None) -> int:
+    """How many bytes of these parameters' gradients come before they are consumed, on their own
+    devices or on one of this type."""
+    total = sum(p.numel() * p.element_size() for p in parameters)
+    largest = max(_BUCKET_BYTES[device_type or p.device.type] for p in parameters)
+    return max(1, min(largest, total // _BUCKET_SHARE))
 
 
 class Gathered:
@@ -105,10 +114,7 @@ class Consumed:
         self._takes = False  # whether a gradient that arrives is complete, and is to be used
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
             parameter.register_post_accumulate_grad_hook(self._arrived)
-        total_bytes = sum(p.numel() * p.element_size() for p in parameters)
-        largest = max(_BUCKET_BYTES[p.device.type] for p in parameters)
-        bucket_bytes = max(1, min(largest, total_bytes // _BUCKET_SHARE))
-        self._hooks = optim.fuse_backward(optimizer, bucket_bytes)
+        self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters))
 
     def backward(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and step all but the

@@ -36,7 +36,7 @@ def check_rules(rules: Sequence[Rule]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{title}: {pattern} is no regular expression: {error}") from error
+            raise UserError(f"{title}: {pattern} is not a regular expression: {error}") from error
         rest = [key for key in rule if key != "pattern"]
         if not rest:
             raise UserError(f"{title} ({pattern}) says nothing; give it lr_scale, or trainable")
@@ -80,7 +80,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The groups: those that no rule is about, then each rule's; and the table of them is logged.
 
-    Parameters that a rule does not train stop to require gradients.  Raises UserError as `assigned`
+    Parameters that a rule does not train stop requiring gradients.  Raises UserError as `assigned`
     does.
     """
     others, *members = assigned(model, rules)

@@ -24,8 +24,7 @@ class Guard:
         self._in_a_row = 0
 
     def accepts(self, step: int, loss: float, grad_norm: float, begun: bool = False) -> bool:
-        """Whether this step may update the weights, or end what it has begun.  Raises UserError
-        after too many in a row that are not whole."""
+        """Whether this step may update the weights, or end what it has begun."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._in_a_row = 0
             return True
@@ -35,10 +34,15 @@ class Guard:
         if begun:
             done, left = "stepped in part", "elements without a finite gradient are unchanged"
         log.warning("step %d %s: loss %g, gradient norm %g; %s", step, done, loss, grad_norm, left)
-        if self._in_a_row > self.max_in_a_row:
-            raise UserError(
-                f"{self._in_a_row} steps in a row without a finite loss and gradient; "
-                "lower optim.lr, or check the model's VAE and the data (runtime.max_skipped_steps "
-                "allows more)"
-            )
         return begun
+
+    def complaint(self) -> UserError | None:
+        """What ends the run after too many steps in a row that are not whole; None before."""
+        count = self._in_a_row
+        if count <= self.max_in_a_row:
+            return None
+        return UserError(
+            f"{count} step{'s in a row' if count > 1 else ''} without a finite loss and gradient; "
+            "lower optim.lr, or check the model's VAE and the data (runtime.max_skipped_steps "
+            "allows more)"
+        )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-import optim
-from trainer.config import Config, FullConfig
+from trainer import remedies
+from trainer.config import Config
 from trainer.errors import UserError, reason
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -21,7 +21,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # of its own, which free() returns to the system.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _BLOCK_BYTES = 128 << 10  # as glibc begins
-_LARGE_BYTES = 1 << 30
+LARGE_BYTES = 1 << 30  # of weights, from which on a run goes about its memory with care
 _RUNS = itertools.count()  # of this process
 
 
@@ -34,7 +34,7 @@ def return_freed_blocks(weight_bytes: int) -> bool:
     small model, whose tensors are of about this size, it would only cost time.  Returns whether it
     was done: the C library must be one that can be told.
     """
-    if weight_bytes < _LARGE_BYTES:
+    if weight_bytes < LARGE_BYTES:
         return False
     try:
         library = ctypes.CDLL(None)
@@ -123,31 +123,5 @@ def explained(config: Config, when: str) -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory {when}, of which nothing is saved. Try "
-            f"{'; '.join(advice(config))} ({reason(error)})"
+            f"{'; '.join(map(str, remedies.of(config)))} ({reason(error)})"
         ) from error
-
-
-def advice(config: Config) -> list[str]:
-    """What would take less memory than this configuration, the least costly first."""
-    runtime, method = config.runtime, config.method
-    can_step_inside = config.optim.name in optim.FAMILY
-    clips = method.clip == "global" and method.max_grad_norm is not None
-    clip = " method.clip=exact" if clips else ""
-    samples = config.data.batch_size * runtime.accumulation
-    chances = {
-        f"runtime.fused_backward=true{clip}, which frees gradients as they are used": (
-            can_step_inside and not runtime.fused_backward and runtime.accumulation == 1
-        ),
-        "model.dtype=bfloat16, which halves the weights": config.model.dtype == "float32",
-        "runtime.gradient_checkpointing=true, which computes activations again": (
-            not runtime.gradient_checkpointing
-        ),
-        f"data.batch_size=1 runtime.accumulation={samples}": config.data.batch_size > 1,
-        "method.ema.device=cpu": method.ema is not None and method.ema.device != "cpu",
-        "optim=adafactor8bit, which keeps next to nothing": (
-            config.optim.name not in ("adafactor8bit", "adafactor8bit_apollo", "lomo")
-        ),
-        "method=lora, which trains few weights": isinstance(method, FullConfig),
-        "a smaller data.resolution": True,
-    }
-    return [remedy for remedy, helps in chances.items() if helps]

@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 _ADAPTED = (nn.Linear, nn.Conv2d)
 
 
-def attach(config: FullConfig | LoraConfig, model: Model, seed: int) -> None:
+def attach(
+    config: FullConfig | LoraConfig, model: Model, seed: int, is_resumed: bool = False
+) -> None:
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
-    up-projections zero).
+    up-projections zero), with the values of `method.start_from` unless a checkpoint has others.
 
     A text encoder's layers that nothing is read from are not trained and get no adapter, though
     kohya's scripts write one, of zeros: readers of LoRA files take the modules that are there.
@@ -43,21 +45,26 @@ def attach(config: FullConfig | LoraConfig, model: Model, seed: int) -> None:
     layers = {part: _trainable_layers(model.trained_parts[part]) for part in config.train}
     for part in config.train:
         _add_adapters(config, part, model.trained_parts[part], layers[part], seed)
-    if config.start_from:
+    if config.start_from and not is_resumed:
         _start_from(Path(config.start_from).expanduser(), model, layers)
 
 
 def check(config: FullConfig | LoraConfig, model: Model) -> None:
     """Refuse targets and rules that name nothing of the model, before anything is encoded for it,
     which may take hours, and before its UNet is loaded."""
+    if isinstance(config, LoraConfig) or config.rules:
+        empty = attached_on_meta(config, model)
+        groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
+
+
+def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
+    """The model as `attach` will make it, without any values."""
     if isinstance(config, LoraConfig):
         config = replace(config, start_from=None)
-    elif not config.rules:
-        return
     with torch.device("meta"):
-        empty = model.on_meta()
+        empty = model.on_meta(config.train)
         attach(config, empty, seed=0)
-    groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
+    return empty
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:

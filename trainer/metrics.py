@@ -25,10 +25,13 @@ class Metrics:
 
     def __init__(self, folder: Path, config: Config, start_step: int) -> None:
         """Open the files.  Rows of steps after `start_step`, which a resumed run will write again,
-        are dropped; so are all rows when a run starts anew."""
+        are dropped, and of one that is already finished the last evaluation; so are all rows when a
+        run starts anew."""
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
+        if start_step == config.schedule.steps:
+            kept = [row for row in kept if row["step"] < start_step or "eval/loss" not in row]
         disk.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._wandb = _Wandb(folder, config) if config.log.wandb else None
 

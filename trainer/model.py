@@ -60,6 +60,14 @@ class Model:
         return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     @property
+    def resolution(self) -> int | None:
+        """The side of the pictures that the model was made for, by its configuration; None where
+        that does not say one."""
+        side = self.origin.config("unet").get("sample_size")
+        levels = self.vae_origin.config("vae").get("block_out_channels")
+        return side * 2 ** (len(levels) - 1) if isinstance(side, int) and levels else None
+
+    @property
     def trained_parts(self) -> dict[str, nn.Module]:
         """What a method may train, by name: the UNet, and text encoders that it has asked for."""
         encoders = self.text_encoder.encoders if self.text_encoder else {}
@@ -67,26 +75,38 @@ class Model:
 
     def keep_text_encoders(self, trained: list[str]) -> None:
         """Have the text encoders stay where one of them is trained."""
+        if self._keeps_text_encoders(trained):
+            self.text_encoder = self.load_text_encoders()
+
+    def _keeps_text_encoders(self, trained: list[str]) -> bool:
+        """Whether one of them is trained.  Raises UserError for a part that there is not."""
         missing = sorted(set(trained) - {"unet", *self.text_parts})
         if missing:
             raise UserError(
                 f"method.train={trained}: {self.origin} has no {missing[0]}, but "
                 f"{', '.join(['unet', *self.text_parts])}"
             )
-        if set(trained) & set(self.text_parts):
-            self.text_encoder = self.load_text_encoders()
+        return bool(set(trained) & set(self.text_parts))
 
-    def on_meta(self) -> "Model":
-        """This model as it will be when the UNet is loaded, without any values: its names."""
+    def on_meta(self, trained: list[str]) -> "Model":
+        """This model as it will be when these parts are trained, in the dtypes that they will have,
+        without any values."""
         made = copy.copy(self)
-        made.unet = self._empty("unet")
-        if self.text_encoder:
-            parts = {part: self._empty(part) for part in self.text_parts}
-            made.text_encoder = text.Encoder(self.config, self.origin, parts)
+        made.unet = self.empty("unet", self.config.dtype)
+        keeps = self._keeps_text_encoders(trained)
+        made.text_encoder = self.empty_text_encoders() if keeps else None
         return made
 
-    def _empty(self, part: str) -> nn.Module:
-        return architectures.empty(part, self.origin.config(part)).requires_grad_(False)
+    def empty(self, part: str, dtype: str) -> nn.Module:
+        """A part on the meta device."""
+        source = self.vae_origin if part == "vae" else self.origin
+        module = architectures.empty(part, source.config(part)).requires_grad_(False)
+        return module.to(DTYPES[dtype]).eval()
+
+    def empty_text_encoders(self) -> text.Encoder:
+        """As `load_text_encoders`, on the meta device."""
+        parts = {part: self.empty(part, self.config.text_dtype) for part in self.text_parts}
+        return text.Encoder(self.config, self.origin, parts)
 
     def load_unet(self) -> None:
         """Read the UNet, in the configured dtype, onto the device."""

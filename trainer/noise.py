@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # What diffusers keeps of options that were not given, which another class would take from itself.
 _MARKS = "_use_default_values"
+# Of betas too, but only to be looked into where scipy or torchsde is installed.
+_WITH_EXTRAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")
 
 
 def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,9 +38,11 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
     v, sampling from the last timestep on ("trailing").  A class of scheduler that cannot rescale
     becomes DDIM, which can.
 
-    Raises UserError for a prediction type that training does not know, or zero terminal SNR with
-    epsilon prediction, which has nothing to predict from at the last timestep.
+    Raises UserError for a scheduler without betas, a prediction type that training does not know,
+    or zero terminal SNR with epsilon prediction, which has nothing to predict from at the last
+    timestep.
     """
+    _must_have_betas(model)
     changes: dict[str, Any] = {}
     if config.prediction != "model":
         changes["prediction_type"] = config.prediction
@@ -66,6 +70,21 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
         if model.get(key) != value:
             log.info("noise: the scheduler's %s: %s -> %s", key, model.get(key), value)
     return result
+
+
+def _must_have_betas(model: Mapping[str, Any]) -> None:
+    """Refuse a scheduler of another family (EDM, flow matching), whose configuration has nothing of
+    what DDPMScheduler reads: it would take its own defaults."""
+    name = model["_class_name"]
+    scheduler = getattr(diffusers, name, None)
+    options = inspect.signature(scheduler).parameters if scheduler else {}
+    has_betas = name in _WITH_EXTRAS or {"beta_start", "prediction_type"} <= set(options)
+    if not has_betas or model.get("use_flow_sigmas"):
+        raise UserError(
+            f"the model's scheduler is {name}{' with use_flow_sigmas' if has_betas else ''}, and "
+            "only noise by betas, as of DDPMScheduler or EulerDiscreteScheduler, can be trained; "
+            "take a model with such a scheduler/scheduler_config.json"
+        )
 
 
 def training_schedule(scheduler: Mapping[str, Any], config: NoiseConfig) -> DDPMScheduler:

@@ -45,6 +45,38 @@ def build(
     return optimizer
 
 
+def planned_state_bytes(
+    config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
+) -> int | None:
+    """Bytes of the state that `build` will allocate for a model of this layout, whose tensors are
+    on the meta device; of another package's optimizer, what its first step makes there.  None
+    where that needs numbers."""
+    if isinstance(config, ExternalConfig):
+        return _external_state_bytes(config, groups.parameter_groups(model, config.lr, rules))
+    optimizer = build(config, model, seed, rules)
+    assert isinstance(optimizer, optim.FusedOptimizer)
+    return optimizer.state_bytes()
+
+
+def _external_state_bytes(config: ExternalConfig, chosen: list[dict[str, Any]]) -> int | None:
+    try:
+        optimizer = _make_external(config, chosen)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.empty_like(p)
+        optimizer.step()
+    except UserError:
+        raise
+    except Exception:  # of somebody else's code, which reads numbers that are not there: any kind
+        return None
+    finally:
+        for group in chosen:
+            for p in group["params"]:
+                p.grad = None
+    tensors = [x for s in optimizer.state.values() for v in s.values() for x in _plain_tensors(v)]
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
 def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU) -> None:
     """Refuse a wrong optimizer, option or rule before a model is loaded, by building it for one
     small matrix, and one for each rule.  One that nobody here knows makes a step with it, on the

@@ -19,7 +19,7 @@ from torch import nn
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.formats import architectures, fingerprints, hub, kinds
-from trainer.formats.folder import find_weights
+from trainer.formats.folder import find_weights, variant_option
 from trainer.formats.single_file import SingleFile, vae_alone
 from trainer.formats.weights import Weights, digest, of_file
 
@@ -182,9 +182,17 @@ class Folder(Origin):
             ) from error
         if not isinstance(found, dict):
             raise UserError(
-                f"{self.option}={self.path}: {path.relative_to(self.path)} is no object"
+                f"{self.option}={self.path}: {path.relative_to(self.path)} is not a JSON object"
             )
         return found
+
+
+class Architecture(Folder):
+    """A published architecture, whose configuration ships with the trainer, without weights."""
+
+    def folder(self, part: str) -> Path:
+        is_tokenizer = part.startswith("tokenizer")
+        return architectures.tokenizer_folder(part) if is_tokenizer else super().folder(part)
 
 
 class Vae(Folder):
@@ -278,10 +286,12 @@ def at(
     path = Path(name).expanduser()
     if path.is_file():
         if variant:
-            log.warning("model.variant=%s has no effect: %s is a single file", variant, path)
+            key = variant_option(option)
+            log.warning("%s=%s has no effect: %s is a single file", key, variant, path)
         return File(path, option)
     folder = path if path.is_dir() else hub.pipeline(name, variant, option, with_weights)
-    return Folder(folder, variant, option)
+    ships = folder in map(architectures.folder, architectures.PUBLISHED)
+    return (Architecture if ships else Folder)(folder, variant, option)
 
 
 def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
@@ -298,7 +308,7 @@ def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
     for found in (folder / "vae", folder):
         if _is_vae(found):
             return Vae(found)
-    raise UserError(f"model.vae={name} is no folder of a VAE: it has no config.json, nor has vae/")
+    raise UserError(f"model.vae={name} is not a VAE's folder: it has no config.json, nor has vae/")
 
 
 def _is_vae(folder: Path) -> bool:

@@ -1,10 +1,11 @@
 """What is worth saying of a configuration that works: options without effect in it, two that do the
-same, and a rate that only a small model bears.  A run says it in its log."""
+same, a rate that only a small model bears, and pictures of another size than the model's.  A run
+says it in its log."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 import optim
 from trainer.config import (
@@ -12,12 +13,17 @@ from trainer.config import (
     ConstantConfig,
     FullConfig,
     LinearConfig,
+    LoraConfig,
     WsdConfig,
+    choices_of,
     conf_dir,
 )
 from trainer.schedule import decay_steps
 
-_LARGE = 100_000_000  # trained parameters, from which on a default rate is remarked
+_LARGE = 100_000_000  # a model's parameters, from which on a default rate is remarked
+# Where the rate of a large model is looked for first, by the method.
+_START = {"full": "1e-5", "lora": "1e-4"}
+_FAR = 1.5  # how many times a resolution may be another, unremarked
 
 
 def _no_tags_move(config: Config) -> bool:
@@ -27,6 +33,8 @@ def _no_tags_move(config: Config) -> bool:
 def _nothing_drawn(config: Config) -> bool:
     return not (config.log.prompts or config.log.sample_count)
 
+
+_PICTURES = "pictures: log.prompts or log.sample_count"
 
 # Options that say something only beside others: where they do not, and whose they are.
 _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
@@ -52,11 +60,12 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         lambda c: c.method.train == ["unet"],
         "text encoders in method.train",
     ),
-    (("log.sample_count",), lambda c: bool(c.log.prompts), "runs without log.prompts"),
+    (("data.resolution",), lambda c: bool(c.data.resolutions), "data.resolutions=[]"),
+    (("log.sample_count",), lambda c: bool(c.log.prompts), "log.prompts=[]"),
     (
         ("log.sample_every", "log.sample_steps", "log.guidance_scale"),
         _nothing_drawn,
-        "pictures: log.prompts or log.sample_count",
+        _PICTURES,
     ),
 )
 
@@ -71,18 +80,32 @@ def of_config(config: Config) -> list[str]:
     ]
 
 
-def of_rate(config: Config, trained: int) -> list[str]:
-    """That the rate is the default of the class, which is one for small models, where `trained`
-    parameters are those of a large one."""
+def of_rate(config: Config, size: int) -> list[str]:
+    """That the rate is the default of the class, which is one for small models, where the parts
+    that are trained have the parameters of a large one: `size`."""
     cls = optim.FAMILY.get(config.optim.name)
-    if cls is None or "d" in cls.shared or not isinstance(config.method, FullConfig):
+    if cls is None or "d" in cls.shared or size < _LARGE or config.method.rules:
         return []
     _, default = optim.options_of(config.optim.name)["lr"]
-    if trained < _LARGE or config.optim.lr != default or config.method.rules:
+    start, is_lora = _START[config.method.name], isinstance(config.method, LoraConfig)
+    if config.optim.lr != default or default <= float(start):
         return []
     return [
         f"optim.lr={default:g} is the default of optim={config.optim.name}, and was found with a "
-        "small model; for a full fine-tune of SDXL start near 1e-5"
+        f"small model; for a {'LoRA' if is_lora else 'full fine-tune'} of SDXL start near {start}"
+    ]
+
+
+def of_resolution(config: Config, own: int | None) -> list[str]:
+    """That the pictures are much larger or smaller than those that the model was made for, of `own`
+    pixels a side; None where it does not say."""
+    side = config.data.largest_resolution
+    if own is None or max(side, own) <= _FAR * min(side, own):
+        return []
+    key = "data.resolutions" if config.data.resolutions else "data.resolution"
+    return [
+        f"{key}={config.data.resolutions or side}: the model was made for {own} x {own} "
+        f"pixels; use data.resolution={own}, unless it is to learn another size"
     ]
 
 
@@ -91,8 +114,12 @@ def _without_effect(config: Config) -> Iterator[str]:
         for key in keys:
             group, _, option = key.partition(".")
             value = getattr(getattr(config, group), option, None)
-            if value is not None and is_idle(config) and value != _default(config, group, option):
-                yield f"{key}={value} has no effect here: it is of {owner}"
+            is_given = value is not None and value not in _defaults(config, group, option)
+            if is_given and is_idle(config):
+                yield f"{key}={value} has no effect here: it is only used with {owner}"
+    ema = config.method.ema
+    if ema and ema.sample == "last" and _nothing_drawn(config):
+        yield f"method.ema.sample=last has no effect here: it is only used with {_PICTURES}"
     if config.method.clip == "none" and config.method.max_grad_norm is not None:
         bound = config.method.max_grad_norm
         yield f"method.max_grad_norm={bound:g} has no effect with method.clip=none"
@@ -130,13 +157,12 @@ def _of_schedule(schedule: ConstantConfig) -> Iterator[str]:
         )
 
 
-def _default(config: Config, group: str, option: str) -> Any:
-    """The value in the group's file of conf/."""
-    named = {"noise": "default", "data": "folder", "log": "jsonl"}
-    name = named.get(group) or getattr(config, group).name
-    values = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
-    assert isinstance(values, DictConfig)
-    return values[option]
+def _defaults(config: Config, group: str, option: str) -> list[Any]:
+    """The values in those of the group's files of conf/ that may have been chosen."""
+    named = {"noise": ["default"], "data": choices_of("data"), "log": ["jsonl"]}
+    names = named.get(group) or [getattr(config, group).name]
+    files = [conf_dir() / group / f"{name}.yaml" for name in names]
+    return [OmegaConf.select(OmegaConf.load(file), option) for file in files]
 
 
 def _of_clips(config: Config) -> Iterator[str]:

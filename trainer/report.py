@@ -26,8 +26,8 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def costs_of(folder: Path, step: int) -> dict[str, Any]:
-    """What the summary of a run that ended at this step says of all that it took, where there is
-    one: its last checkpoint is older than that, by the end of the run."""
+    """Time and peak memory from an existing summary.json of this step: the checkpoint's counters
+    predate the final evaluation and export.  {} without one."""
     with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if summary.get("steps") == step:
@@ -38,7 +38,9 @@ def costs_of(folder: Path, step: int) -> dict[str, Any]:
 def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     """Where everything is and what it cost."""
     in_training = summary["peak_training_bytes"]
-    memory = f"{format_bytes(in_training)} in training, " if in_training else ""
+    planned = summary.get("planned_training_bytes")
+    aside = f" ({format_bytes(planned)} planned)" if planned else ""
+    memory = f"{format_bytes(in_training)} in training{aside}, " if in_training else ""
     cost = (
         f"{summary['steps']} steps in {summary['seconds']:.0f} s "
         f"({summary['images_per_second']:.1f} images/s), "

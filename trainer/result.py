@@ -116,7 +116,7 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
     told = copy.deepcopy(config)
     for private in ("resume", "log"):
         del told[private]
-    for private in ("path", "sources", "cache"):
+    for private in ("path", "sources", "cache", "caption_prefix", "caption_suffix"):
         del told["data"][private]
     for group, key in (("model", "path"), ("model", "vae"), ("method", "start_from")):
         if told[group].get(key):

@@ -76,8 +76,8 @@ def _refuse_occupied(folder: Path, config: Config) -> None:
     theirs = [name for name in written if (folder / name).exists()]
     if theirs and not (folder / "environment.json").exists():
         raise UserError(
-            f"{folder} is no run's folder, and its {theirs[0]} would be written over; name another "
-            "(hydra.run.dir)"
+            f"{folder} is not a run's folder, and its {theirs[0]} would be written over; name "
+            "another (hydra.run.dir)"
         )
 
 
@@ -87,7 +87,7 @@ def begin(
     """Everything in its place for the first step, or for the next of the run that is resumed; then
     the folder says so.  A run that is refused before that changes nothing there.
 
-    The checkpoint that it is resumed from ends here: it is as large as the model.
+    The checkpoint that it is resumed from, as large as the model, is freed on return.
     """
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = checkpoint.to_resume(config)
@@ -159,6 +159,8 @@ def train(state: State, writer: metrics.Metrics) -> None:
         state.clock.step(time.monotonic() - started, shapes, sum(map(len, members)))
         state.peaks.end("training")
         progress.advance()
+        if wrong := state.guard.complaint():
+            _give_up(state, wrong)
 
         # Report, evaluate, sample, save.
         if probe:
@@ -285,6 +287,7 @@ def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": state.peaks.run,
         "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
+        "planned_training_bytes": state.planned_bytes,
         "skipped_steps": state.guard.skipped,
         "prediction_before": now if state.trains_on else was,
         "prediction": now,
@@ -311,6 +314,17 @@ def _stopped(state: State) -> NoReturn:
     """Leave a run that is saved, as the signal asks."""
     log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
     signals.end(state.stop[0])
+
+
+def _give_up(state: State, wrong: UserError) -> NoReturn:
+    """Raise what is wrong with a run that only skips; the steps before, if any was whole, are saved
+    beside the older checkpoints, which may be better ones."""
+    if state.guard.skipped < state.step:
+        try:
+            save(state, more=1)
+        except UserError as error:
+            log.error("%s", error)
+    raise wrong
 
 
 def _report(

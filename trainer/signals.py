@@ -48,7 +48,7 @@ def stop_signals() -> Iterator[list[int]]:
         if caught:
             end(number)
         caught.append(number)
-        log.warning("signal %d: stopping after this step; once more ends at once", number)
+        log.warning("signal %d: stopping after this step; press again to quit now", number)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, catch) for number in handled}

@@ -19,6 +19,7 @@ from trainer import (
     method,
     noise,
     optimizers,
+    planner,
     remarks,
     result,
     sampling,
@@ -58,6 +59,7 @@ class State:
     overrides: Sequence[str]  # the command line's
     ema: Ema | None
     peaks: memory.Peaks
+    planned_bytes: int | None  # the peak of its steps, as it was planned; None of a small model
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
@@ -101,6 +103,8 @@ def assemble(
     peaks = memory.Peaks(device, counters.peak_training_bytes, counters.peak_bytes)
     dataset = data.load(config.data, stop)
     model = Model(config.model, device)
+    for remark in remarks.of_resolution(config, model.resolution):
+        log.warning("%s", remark)
     fingerprint, base = dataset.fingerprint, model.sketch()
     if resumed:
         checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
@@ -108,8 +112,9 @@ def assemble(
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     schedule = noise.training_schedule(model.scheduler, config.noise)
-    model.keep_text_encoders(config.method.train)
     method.check(config.method, model)
+    planned = planner.announce(config, model, device)
+    model.keep_text_encoders(config.method.train)
     encoded = conditioning.encode(model, dataset, config.log.prompts, stop)
 
     model.load_unet()
@@ -146,18 +151,18 @@ def assemble(
         overrides=overrides,
         ema=_average(config, model, resumed),
         peaks=peaks,
+        planned_bytes=planned,
         stop=stop,
     )
 
 
 def _trainable(config: Config, model: Model, device: torch.device) -> torch.optim.Optimizer:
     """Make the model what the method trains, executed as configured; -> its optimizer."""
-    method.attach(config.method, model, config.seed)
+    method.attach(config.method, model, config.seed, is_resumed=bool(config.resume))
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)
-    trained = sum(p.numel() for p in method.trained_parameters(model).values())
-    for remark in remarks.of_rate(config, trained):
+    for remark in remarks.of_rate(config, sum(p.numel() for p in parts.parameters())):
         log.warning("%s", remark)
     execution.prepare(config, model.trained_parts, device)
     return optimizer
@@ -177,8 +182,8 @@ def _put_back(
 def _count_on(
     config: Config, dataset: data.Dataset, base: str, resumed: checkpoint.Checkpoint
 ) -> None:
-    """Complete what an older checkpoint has counted, and drop what the changes of the configuration
-    have made another measure."""
+    """Complete what an older checkpoint has counted.  Drop eval_loss_before where the configuration
+    changed what it measures."""
     counters, before = resumed.counters, resumed.config
     if math.isnan(counters.epochs):  # an older checkpoint: by the options that it was made with
         batch_size, short = before["data"]["batch_size"], before["data"]["short_batches"]
@@ -211,8 +216,8 @@ def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None
     return Ema(config.method.ema, method.trained_parameters(model), config.seed, saved, step)
 
 
-def save(state: State) -> None:
-    """Write a checkpoint after this step."""
+def save(state: State, more: int = 0) -> None:
+    """Write a checkpoint after this step.  more: how many to keep beside the configured number."""
     state.peaks.end("rest")
     counters = replace(
         state.counters,
@@ -237,5 +242,5 @@ def save(state: State) -> None:
                 data=state.fingerprint,
                 counters=counters,
             ),
-            keep=state.config.runtime.keep_checkpoints,
+            keep=state.config.runtime.keep_checkpoints + more,
         )

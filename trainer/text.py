@@ -4,8 +4,8 @@
 SDXL was trained on the states before the last layer of both encoders, side by side, and on the
 second encoder's pooled projection (Podell et al. 2023, arXiv 2307.01952, section 2.1); Stable
 Diffusion 1.5 on the last states, normalised.  A caption longer than the 77 tokens that CLIP reads
-is cut, or read in chunks of 75 words' tokens each of which stands between a beginning and an end of
-its own; the states go side by side with one beginning and one end, and the pooled projection is the
+is cut, or read in chunks of 75 tokens each of which stands between a beginning and an end of its
+own; the states go side by side with one beginning and one end, and the pooled projection is the
 first chunk's.
 """
 

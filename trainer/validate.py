@@ -87,6 +87,8 @@ def check(config: Config) -> None:
     check_rules(config.method.rules)
     if isinstance(config.method, LoraConfig):
         _check_adapters(config.method)
+        if not config.resume:  # a checkpoint has the adapters' values
+            _check_start(config.method)
     _check_noise(config)
     _check_data(config.data)
     _check_paths(config)
@@ -136,8 +138,11 @@ def _check_adapters(config: LoraConfig) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(
-                    f"method.{key}: {pattern} is no regular expression: {error}"
+                    f"method.{key}: {pattern} is not a regular expression: {error}"
                 ) from error
+
+
+def _check_start(config: LoraConfig) -> None:
     if config.start_from and not Path(config.start_from).expanduser().is_file():
         raise UserError(
             f"method.start_from={config.start_from} does not exist; name a LoRA's .safetensors file"
@@ -194,7 +199,12 @@ def _check_curvature(config: Config) -> None:
     if is_sophia and not isinstance(config.loss, MseConfig):
         raise UserError(
             f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
-            f"{config.loss.name} is none; use loss=mse, or another optimizer"
+            f"{config.loss.name} is not one; use loss=mse, or another optimizer"
+        )
+    if is_sophia and config.optim.on_nonfinite == "raise":
+        raise UserError(
+            f"optim.on_nonfinite=raise: optim={config.optim.name} would end the run where a "
+            "gradient of its estimate of the curvature is not finite; use optim.on_nonfinite=skip"
         )
 
 
@@ -268,7 +278,7 @@ def _check_sources(config: DataConfig) -> None:
         )
     if config.sources and all(source.weight == 0 for source in config.sources):
         raise UserError(
-            "data.sources: every weight is 0, by which nothing is learned; give one a larger weight"
+            "data.sources: every weight is 0, so nothing would be learned; give one a larger weight"
         )
     named = [("data.path", config.path)] if config.path is not None else []
     named += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]

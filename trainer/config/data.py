@@ -31,7 +31,7 @@ class SourceConfig:
     path: str  # as data.path
     # How often an epoch shows each picture.
     repeats: int = field(default=1, metadata={"range": (1, math.inf)})
-    # By which the loss of its pictures is multiplied.
+    # Multiplies the loss of its pictures.
     weight: float = field(default=1.0, metadata={"range": (0, math.inf)})
     # Regularisation pictures: no caption_prefix or _suffix, and never an eval point or a sample.
     prior: bool = False

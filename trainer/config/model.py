@@ -39,5 +39,7 @@ class ModelConfig:
     text_dtype: str = one_of(*DTYPES)  # of the text encoders; trained ones cannot be in float16
     # A caption is read in this many chunks of 75 tokens; the rest of it is cut.
     prompt_chunks: int = within(1, 16)
-    # Layers left out at the end of the text encoders; null as published (SDXL 1, SD 1.5 none).
+    # Layers left out at the end of the text encoders; null as published (SDXL 1, SD 1.5 none).  It
+    # is the number of kohya's scripts and A1111 minus 1; diffusers' for SD 1.5, and diffusers' plus
+    # 1 for SDXL, whose published layer it counts from.
     clip_skip: int | None = within(0, 11)

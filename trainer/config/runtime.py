@@ -19,13 +19,13 @@ class RuntimeConfig:
     # skipped otherwise.
     fused_backward: bool
     # Micro-batches of data.batch_size samples for one optimizer step, whose gradient is that of the
-    # mean over them.  Schedules count optimizer steps.  Gradients are added up in the weights'
-    # dtype; with the fused backward they are all kept until the last micro-batch.
+    # mean over all their samples.  Schedules count optimizer steps.  Gradients are added up in the
+    # weights' dtype; with the fused backward they are all kept until the last micro-batch.
     accumulation: int = within(1)
     # Compute activations inside a block again in the backward pass instead of keeping them: the
     # same bits, less memory, about a third more time.
     gradient_checkpointing: bool
-    channels_last: bool  # activations pixel by pixel, which a GPU's convolutions like
+    channels_last: bool  # channels-last activations; faster convolutions on a GPU
     # torch.compile of the repeated transformer blocks: a while for the first steps, then faster.
     compile: str = one_of("none", "regional")
     # Steps in a row without a finite loss and gradient before the run stops.

@@ -12,7 +12,7 @@ class ConstantConfig:
 
     name: str = "constant"
     steps: int = within(1)
-    warmup_steps: int = within(0)
+    warmup_steps: int = within(0)  # by default 20, or a tenth of a run of less than 200
 
 
 @dataclass(kw_only=True)

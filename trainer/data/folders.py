@@ -50,7 +50,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
         entries = [(entry.name, _is_folder(entry)) for entry in os.scandir(folder)]
     except OSError as error:
         reading.broken.append(
-            f"{shown(folder)} cannot be read: {error.strerror}; let it, or take it out"
+            f"{shown(folder)} cannot be read: {error.strerror}; make it readable, or move it out"
         )
         return
     here = (state.st_dev, state.st_ino)
@@ -171,7 +171,7 @@ def _unused(file: Path, masks: Collection[str], texts: Collection[Path]) -> str 
     if file in texts:
         return None if file.stem.lower() in _ABOUT_ALL else "caption files are beside no picture"
     if is_mask(name) and os.path.normpath(file) not in masks:
-        return "masks are of no picture (NAME.mask.png is of NAME; call a picture otherwise)"
+        return "masks without a picture (NAME.mask.png is of NAME; rename it if it is a picture)"
     if name.endswith(_ARCHIVES):
         return "archives are passed over (uncompressed .tar files are read; unpack the others)"
     if name.endswith(_OTHER_PICTURES):

@@ -15,7 +15,7 @@ from trainer.data import captions
 from trainer.errors import UserError
 
 CAPTION_COLUMNS = ("captions", "text", "caption")
-IRREGULAR = "is no regular file (a pipe, a socket or a device)"
+IRREGULAR = "is not a regular file (a pipe, a socket or a device)"
 
 
 @dataclass(kw_only=True)

@@ -50,7 +50,7 @@ def decode(content: bytes, max_pixels: int, background: str = "white") -> Pictur
     try:
         opened = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
-        raise ValueError("it is no picture of a kind that Pillow reads") from None
+        raise ValueError("it is not a picture of a kind that Pillow reads") from None
     with opened as file:
         if file.width * file.height > max_pixels:
             raise ValueError(

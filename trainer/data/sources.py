@@ -66,7 +66,7 @@ def _expand(path: Path, reading: Reading) -> Iterator[Item]:
     reader = _HOLDERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
-            f"{shown(path)} is no folder and no file of pictures ({', '.join(_HOLDERS)})"
+            f"{shown(path)} is not a folder or a file of pictures ({', '.join(_HOLDERS)})"
         )
     return reader(path, reading)
 

@@ -41,7 +41,7 @@ PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w)
 TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
 
 _VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
-_CHUNK = 16  # captions encoded at a time
+CAPTIONS_AT_A_TIME = 16  # are encoded
 
 
 @dataclass(kw_only=True)
@@ -152,7 +152,10 @@ class Store:
         missing = self._missing(found, lambda key, entry: _is_text(entry))
         if missing:
             encode = make_encoder()
-            chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
+            chunks = [
+                missing[i : i + CAPTIONS_AT_A_TIME]
+                for i in range(0, len(missing), CAPTIONS_AT_A_TIME)
+            ]
             for chunk in _progress(chunks, len(missing), stop, "encoding captions", len):
                 for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
                     if not _is_finite(entry):

@@ -81,7 +81,7 @@ def decode(
                 f"{where}: {name} is of the {part}, which this model lacks, or method.train leaves "
                 "out"
                 if part in PARTS and part not in models
-                else f"{where}: {base} is of no module of this model; the LoRA is another model's"
+                else f"{where}: {base} matches no module of this model; the LoRA is another model's"
             )
         grouped.setdefault(base, {})[what] = lazy.read()
     alphas = _Alphas(metadata, where)

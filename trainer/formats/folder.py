@@ -18,6 +18,11 @@ def weights_name(part: str) -> str:
     return f"{_STEMS.get(part, 'model')}.safetensors"
 
 
+def variant_option(option: str) -> str:
+    """What chooses a variant of the model that `option` names."""
+    return "model.variant" if option.startswith("model.") else "--variant"
+
+
 def find_weights(
     folder: Path, part: str, variant: str | None, option: str = "model.path"
 ) -> tuple[Weights, list[Path]]:
@@ -40,7 +45,7 @@ def find_weights(
         if others and is_alone:
             remedy = f"name the file: model.vae={folder / others[0]}"
         elif others:
-            remedy = f"set model.variant={others[0].split('.')[1]}"
+            remedy = f"set {variant_option(option)}={others[0].split('.')[1]}"
         where = folder if is_alone else folder.parent
         missing = f"{'' if is_alone else f'{part}/'}{weights_name(part)}"
         raise UserError(f"{option}={where}: {missing} is missing; {remedy}")

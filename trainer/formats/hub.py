@@ -4,6 +4,7 @@ No ONNX or Flax files, and of a pipeline not the single files beside its folders
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.config.model import nothing_there
@@ -19,26 +20,34 @@ def pipeline(name: str, variant: str | None, option: str, with_weights: bool = T
     """The folder of a pipeline's snapshot, downloaded unless it is there; without weights, what
     tokenizers and configurations are made of.
 
-    Raises UserError that names `option` where there is none.
+    The files of `variant` are downloaded, and the plain ones of those parts that have none.  Raises
+    UserError that names `option` where there is no such repository.
     """
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
-    weights = _weights(variant) if with_weights else ()
-    for part in PARTS:
-        wanted += [f"{part}/{pattern}" for pattern in (*weights, "config.json")]
-    return _fetch(name, wanted, variant, option)
+    wanted += [f"{part}/config.json" for part in PARTS]
+    if not with_weights:
+        return _fetch(name, wanted, None, option)
+    folder = _fetch(name, wanted + _weights_of(PARTS, variant), variant, option)
+    there = [part for part in PARTS if (folder / part).is_dir()]
+    without = [part for part in there if not any((folder / part).glob(f"*.{variant}*.safetensors"))]
+    if variant and without:
+        folder = _fetch(name, _weights_of(without, None), None, option)
+    return folder
 
 
 def vae(name: str, option: str, with_weights: bool = True) -> Path:
     """The same of a VAE: of a repository of its own, where its files have no folder, or of a
     pipeline's part."""
-    weights = [f"vae/{pattern}" for pattern in _weights(None)]
-    weights.append("diffusion_pytorch_model.safetensors")
+    weights = [*_weights_of(["vae"], None), "diffusion_pytorch_model.safetensors"]
     return _fetch(name, [*_VAE, *(weights if with_weights else [])], None, option)
 
 
-def _weights(variant: str | None) -> tuple[str, ...]:
+def _weights_of(parts: Iterable[str], variant: str | None) -> list[str]:
+    """Patterns of these parts' files of weights, whole or in shards, and of the shards' index."""
     kind = f".{variant}" if variant else ""
-    return f"*{kind}.safetensors", f"*.safetensors.index{kind}.json"
+    indexes = {f"*.safetensors.index{kind}.json", f"*{kind}.safetensors.index.json"}
+    files = [f"*{kind}*.safetensors" if kind else "*.safetensors", *sorted(indexes)]
+    return [f"{part}/{pattern}" for part in parts for pattern in files]
 
 
 def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Path:
@@ -46,12 +55,12 @@ def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Pa
 
     if found := nothing_there(option, name):
         raise UserError(found)
-    wrong = [] if variant else ["*.fp16.*", "*.non_ema.*"]
+    wrong = [] if variant else ["*.fp16[.-]*", "*.non_ema[.-]*"]
     try:
         log.info("model: %s from the hub, or its cache", name)
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
         raise UserError(
-            f"{option}={name} is no folder and no file here, and the hub does not give it "
+            f"{option}={name} is not a folder or file here, and the hub does not give it "
             f"({reason(error)}); name a diffusers folder, or a .safetensors file"
         ) from error

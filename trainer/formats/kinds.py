@@ -60,7 +60,7 @@ def of_checkpoint(weights: Weights, where: Path) -> str:
             )
         some = next(iter(weights), "no tensor")
         raise UserError(
-            f"{where} is no Stable Diffusion checkpoint: it has {some}, but no {_CONV_IN}"
+            f"{where} is not a Stable Diffusion checkpoint: it has {some}, but no {_CONV_IN}"
         )
     for kind, prefixes in PREFIXES.items():
         if any(name.startswith(prefixes["text_encoder"]) for name in weights):

@@ -112,7 +112,7 @@ def _stranger(base: str, models: Mapping[str, nn.Module]) -> str:
                 return (
                     f"{base} is of the {part}, which this model lacks, or method.train leaves out"
                 )
-    return f"{base} is of no module of this model; the LoRA is another model's"
+    return f"{base} matches no module of this model; the LoRA is another model's"
 
 
 def _adapter(where: str, tensors: dict[str, Tensor]) -> Adapter:

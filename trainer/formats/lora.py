@@ -73,7 +73,7 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     weights, described = of_file(path)
     where = str(path)
     if not kinds.is_lora(weights):
-        raise UserError(f"{path} is no LoRA: it has {next(iter(weights), 'no tensor')}")
+        raise UserError(f"{path} is not a LoRA: it has {next(iter(weights), 'no tensor')}")
     if any(name.startswith(("lora_unet_", "lora_te")) for name in weights):
         found = kohya.decode(weights, models, where)
     else:

@@ -103,7 +103,7 @@ class _Unpickler(pickle.Unpickler):
         """A storage: its type, and which of the zip's files it is."""
         kind, dtype, key = pid[:3]
         if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"{kind} is no storage of tensors")
+            raise pickle.UnpicklingError(f"{kind} is not a storage of tensors")
         return dtype, str(key)
 
     def _lazy(

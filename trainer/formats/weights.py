@@ -52,7 +52,7 @@ def of_file(path: Path) -> tuple[Weights, dict[str, str]]:
     ending = path.suffix.lower()
     if ending not in (".safetensors", *PICKLED):
         raise UserError(
-            f"{path} is no checkpoint that can be read; its name ends in none of .safetensors, "
+            f"{path} is not a checkpoint that can be read; its name ends in none of .safetensors, "
             + ", ".join(PICKLED)
         )
     called = ".safetensors" if ending == ".safetensors" else ".ckpt"

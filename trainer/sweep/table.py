@@ -32,6 +32,7 @@ _COLUMNS: tuple[Column, ...] = (
     ("images/s", "images_per_second", "{:.1f}"),
     ("seconds in all", "wall_seconds", "{:.0f}"),
     ("optimizer state", "optimizer_state_bytes", "bytes"),
+    ("planned peak", "planned_training_bytes", "bytes"),
     ("peak in training", "peak_training_bytes", "bytes"),
     ("skipped", "skipped_steps", "{}"),
     ("spikes", "loss_spikes", "{}"),
@@ -42,10 +43,11 @@ _NOT_IN_ALL = {
     "ema_loss_after",
     "optimizer_seconds_per_step",
     "loss_spikes",
+    "planned_training_bytes",
     "grad_norm_over_median",
 }
 _NOT_OVER_SEEDS = {"eval before", "seconds in all"}
-_LARGEST = {"optimizer state", "peak in training", "norm/median"}
+_LARGEST = {"optimizer state", "planned peak", "peak in training", "norm/median"}
 _IN_ALL = {"skipped", "spikes"}
 RATE_FORM = "{:g}"
 

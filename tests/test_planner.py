@@ -1,0 +1,280 @@
+"""The plan of a run's memory: `trainer/planner/` and `trainer/remedies.py`."""
+
+import gc
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from trainer import cli, gradients, memory, method, optimizers, planner, remedies, run
+from trainer.errors import UserError
+from trainer.formats import architectures
+from trainer.model import Model
+from trainer.planner import before_run
+from trainer.planner.__main__ import _completed, _less, _with, main
+from trainer.planner.ledger import Ledger
+from trainer.planner.page import page
+from trainer.planner.rehearsal import rehearse
+from trainer.validate import to_dataclasses
+
+CPU = torch.device("cpu")
+FUSED = ("runtime.fused_backward=true", "method.clip=exact")
+CHECKPOINTING = "runtime.gradient_checkpointing=true"
+
+
+def rehearsed(config, device_type="cpu"):
+    return rehearse(config, Model(config.model, CPU, with_weights=False), device_type)
+
+
+def sdxl(*overrides):
+    """A configuration of the published SDXL, of which no weights are needed."""
+    return to_dataclasses(cli.composed(_completed(["model=sdxl", *overrides])))
+
+
+def test_a_ledger_counts_what_is_alive_and_a_view_adds_nothing():
+    with Ledger("made") as ledger:
+        x = torch.empty(1024)
+        y = x.view(32, 32)
+        assert ledger.alive["made"] == 4096
+        del x
+        assert ledger.alive["made"] == 4096
+        del y
+        assert ledger.alive["made"] == 0
+        z = torch.empty(256)
+        ledger.enter([z], "kept")
+    assert ledger.alive == {"made": 0, "kept": 1024}
+    assert ledger.peak == {"made": 4096}
+
+
+STEPS = {
+    "plain": (),
+    "fused": FUSED,
+    "checkpointing": (CHECKPOINTING,),
+    "accumulated": ("runtime.accumulation=2", "data.batch_size=4"),
+    "autocast": ("model.compute=bfloat16",),
+    "bf16": ("model.dtype=bfloat16", CHECKPOINTING, *FUSED),
+    "lora": ("method=lora", "model.dtype=bfloat16"),
+    "dora": ("method=lora", "method.dora=true", CHECKPOINTING),
+    "text": ("method.train=[unet,text_encoder]", "data.batch_size=4"),
+    "rules": ("method.rules=[{pattern: attn, trainable: false}]",),
+}
+
+
+@pytest.mark.parametrize("overrides", STEPS.values(), ids=STEPS)
+def test_a_rehearsal_counts_what_a_step_with_numbers_has(composed, tmp_path, overrides):
+    config = composed("optim=adamw", "log.sample_count=0", *overrides)
+    planned = rehearsed(config).training
+    state = run.begin(config, tmp_path)
+    trained = list(method.trained_parameters(state.model).values())
+    taken = gradients.make(config, trained, state.optimizer)
+    members = run.members_of(state, 0)
+    parts = torch.nn.ModuleDict(state.model.trained_parts)
+    gc.collect()
+    with Ledger("activations") as ledger:
+        ledger.enter([*parts.parameters(), *parts.buffers()], "weights")
+        taken.backward(partial(run.loss_of, state, 0), run.shares(members))
+    found = ledger.peak.total()
+    assert planned.weights == ledger.peak["weights"]
+    assert planned.optimizer_state == optimizers.state_bytes(state.optimizer)
+    assert planned.peak - planned.optimizer_state == pytest.approx(found, rel=0.03)
+
+
+def test_a_gpus_autocast_keeps_norms_in_fp32(composed):
+    config = composed("model.compute=bfloat16")
+    cpu, gpu = (rehearsed(config, kind).training.activations for kind in ("cpu", "cuda"))
+    assert 1.05 * cpu < gpu < rehearsed(composed(), "cuda").training.activations
+    assert torch.nn.functional.group_norm.__module__ == "torch.nn.functional"
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor8bit", "prodigy_factored", "apollo", "lion8bit"])
+def test_the_planned_state_is_what_is_allocated(composed, tmp_path, optimizer):
+    config = composed(f"optim={optimizer}", "log.sample_count=0")
+    state = run.begin(config, tmp_path)
+    planned = rehearsed(config).training.optimizer_state
+    assert planned == optimizers.state_bytes(state.optimizer)
+
+
+def test_the_state_of_another_package_is_planned_by_its_first_step(composed):
+    config = composed("optim=external", "optim.class_path=torch.optim.AdamW")
+    found = rehearsed(config)
+    steps = 4 * sum(1 for _ in Model(config.model, CPU).empty("unet", "float32").parameters())
+    assert found.training.optimizer_state == 2 * 4 * found.trained + steps
+
+
+def test_a_state_that_cannot_be_known_beforehand_is_said_to_be_left_out(composed, monkeypatch):
+    def needs_numbers(self, closure=None):
+        raise RuntimeError("this one reads its gradients")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", needs_numbers)
+    monkeypatch.setattr(optimizers, "_try_step", lambda *_: None)
+    config = composed("optim=external", "optim.class_path=torch.optim.SGD")
+    plan = planner.make(config, Model(config.model, CPU, with_weights=False), "cpu")
+    assert plan.rehearsal.training.optimizer_state is None
+    assert "the state of optim=external is not in it" in page(plan, planner.card(8))
+
+
+def test_an_average_costs_its_dtype_where_it_is(composed):
+    none, bf16 = (rehearsed(composed(f"ema={choice}")).training for choice in ("none", "bf16"))
+    assert bf16.averages == 2 * rehearsed(composed()).trained
+    assert none.averages == 0
+    assert rehearsed(composed("ema=bf16", "method.ema.device=cpu")).training.averages == 0
+
+
+@pytest.mark.slow
+def test_sdxl_is_planned_as_it_was_measured():
+    """Peaks by scripts/measure_sdxl.py: on a CPU without the imports, on an H200 as torch has
+    allocated it (docs/gpu.md)."""
+    low = ("experiment=low_memory",)
+    for overrides, device, measured in (
+        ((*low, "data.resolution=256", "runtime.gradient_checkpointing=false"), "cpu", 5.737e9),
+        ((*low, "data.resolution=512", "runtime.gradient_checkpointing=false"), "cpu", 6.987e9),
+        ((*low, "data.resolution=512"), "cpu", 5.541e9),
+        ((*low, "data.resolution=1024"), "cuda", 6.17e9),
+    ):
+        config = sdxl(*overrides)
+        plan = planner.make(config, Model(config.model, CPU, with_weights=False), device)
+        assert plan.training - plan.process == pytest.approx(measured, rel=0.02), overrides
+
+
+def test_remedies_are_tried_until_it_fits(composed):
+    overrides = ["optim=adamw", "data.batch_size=16", "log.sample_count=0"]
+    config = composed(*overrides)
+    model = Model(config.model, CPU, with_weights=False)
+    plan = planner.make(config, model, "cuda")
+    half = planner.Room(free=plan.libraries + plan.rehearsal.training.peak // 2, where="a card")
+    found = list(_less(plan, overrides, "cuda", half))
+    sizes = [plan.needed, *(better.needed for _, better in found)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= half.free < sizes[-2]
+    assert {r.overrides for r, _ in found} <= {r.overrides for r in EVERY_REMEDY}
+
+
+EVERY_REMEDY = [
+    remedies.Remedy(overrides=overrides, what="")
+    for overrides in (
+        ("runtime.fused_backward=true", "method.clip=exact"),
+        ("model.dtype=bfloat16",),
+        ("runtime.gradient_checkpointing=true",),
+        ("data.batch_size=1", "runtime.accumulation=16"),
+        ("optim=adafactor8bit",),
+        ("method=lora",),
+    )
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia", "peer/torch_adafactor"])
+@pytest.mark.parametrize("others", [(), ("method=lora", "method.rank=32", "ema=bf16")])
+def test_every_remedy_is_accepted(composed, optimizer, others):
+    overrides = (f"optim={optimizer}", *others)
+    found = remedies.of(composed(*overrides))
+    assert len(found) > 3
+    for remedy in found:
+        composed(*_with(overrides, remedy.overrides))
+
+
+def test_what_is_switched_on_is_no_remedy(composed):
+    config = composed(
+        *("optim=lomo", "model.dtype=bfloat16", "method=lora", "method.max_grad_norm=null"),
+        *(CHECKPOINTING, "data.batch_size=1"),
+    )
+    assert [r.overrides for r in remedies.of(config)] == []
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Call it as from the shell: command("optim=lion") -> exit status, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trainer.planner", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_command_says_whether_it_fits(command):
+    status, out, _ = command("optim=adamw")
+    assert status == 0
+    assert "fits: a run needs" in out
+    assert "optimizer state          22.0 MB" in out
+    status, out, _ = command("optim=adamw", "--card", "0.56")
+    assert status == 1
+    assert "does not fit: a run needs" in out
+    assert "model.dtype=bfloat16" in out.partition("what takes less")[2]
+    assert out.count("  fits  ") == 1
+
+
+def test_the_command_has_numbers(command):
+    status, out, _ = command("optim=lion", "--json", "--card", "8")
+    found = json.loads(out)
+    assert status == 0
+    assert found["in_training"]["optimizer_state"] > 4 * 2_743_620
+    assert found["training"] <= found["needed"] <= found["free"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--card", "-1"), "-1 is not above 0"),
+        (("--card", "big"), "'big' is not a number"),
+        (("optim=adamv",), "did you mean 'adamw'?"),
+        (("method=lora", "method.targets=[nothing]"), "is called nothing"),
+        (("model.path=/nowhere",), "model.path=/nowhere does not exist"),
+    ],
+)
+def test_a_wrong_option_is_one_line(command, arguments, says):
+    status, _, error = command(*arguments)
+    assert status == 2
+    assert says in error
+
+
+def test_without_a_model_or_pictures_the_published_architecture_is_planned():
+    config = sdxl()
+    assert config.model.path == str(architectures.folder("sdxl"))
+    assert config.data.resolution == 1024
+
+
+def test_a_large_model_is_planned_before_it_is_loaded(composed, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(memory, "LARGE_BYTES", 1)
+    config = composed("experiment=smoke", "log.sample_count=0")
+    with caplog.at_level("INFO"):
+        run.run(config, tmp_path / "a")
+    assert "memory: fits: a run needs" in (tmp_path / "a" / "train.log").read_text()
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["planned_training_bytes"] == pytest.approx(
+        summary["peak_training_bytes"], rel=0.5
+    )
+
+
+def test_what_does_not_fit_is_told_before_it_is_loaded(composed, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "LARGE_BYTES", 1)
+    small = planner.Room(free=1000, where="this machine")
+    monkeypatch.setattr(before_run, "room_of", lambda device: small)
+    config = composed()
+    model = Model(config.model, CPU, with_weights=False)
+    assert planner.announce(config, model, CPU)
+    assert "does not fit: a run needs" in caplog.text
+    assert "this machine has 1.0 kB free" in caplog.text
+
+
+def test_a_model_that_cannot_be_rehearsed_is_trained_all_the_same(composed, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "LARGE_BYTES", 1)
+
+    def refused(*_):
+        raise NotImplementedError("no fake kernel")
+
+    monkeypatch.setattr(before_run, "make", refused)
+    config = composed()
+    assert planner.announce(config, Model(config.model, CPU, with_weights=False), CPU) is None
+    assert "not planned, as the model cannot be rehearsed (no fake kernel)" in caplog.text
+
+
+def test_a_part_that_there_is_not_is_refused_while_planning(composed):
+    config = composed("method.train=[unet,text_encoder_2]")
+    model = Model(config.model, CPU, with_weights=False)
+    model.text_parts = ["text_encoder"]
+    with pytest.raises(UserError, match="has no text_encoder_2"):
+        rehearse(config, model, "cpu")

@@ -1,0 +1,163 @@
+"""`python -m trainer.planner`: how much memory a run will take, and whether that is there."""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import torch
+
+from trainer import cli, execution, planner, remedies
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.formats import architectures
+from trainer.model import Model
+from trainer.planner.page import page
+from trainer.report import format_bytes
+from trainer.validate import to_dataclasses
+
+_HELP = """\
+Say how much memory a run would take, phase by phase, and whether it fits; train nothing.
+
+  python -m trainer.planner model=sdxl experiment=low_memory
+  python -m trainer.planner model=sdxl experiment=low_memory optim=adamw8bit --card 12
+
+It takes the options of `python -m trainer`, goes through a step of the model with tensors that have
+shapes and no numbers, and needs neither weights nor pictures nor a GPU: without model.path it is
+the published architecture, without data.path pictures as large as data.resolution.  Where it does
+not fit, options are tried that would take less, the least costly first, until it does.  Exit
+status: 0, it fits; 1, it does not; 2, an option is wrong."""
+
+
+def main() -> None:
+    """The command line; leaves with 0, 1 or 2."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("trainer.planner", description=_HELP, formatter_class=form)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
+    parser.add_argument(
+        "--card",
+        type=_size,
+        metavar="GB",
+        help="plan for a GPU with this much memory, as it is sold (24), instead of this machine",
+    )
+    parser.add_argument("--json", action="store_true", help="print numbers, in bytes")
+    given = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    overrides = _completed(given.overrides)
+    try:
+        config = _config(overrides)
+        device = "cuda" if given.card else execution.device_of(config.runtime.device).type
+        room = _room(config, given.card)
+        plan = _plan(config, device)
+        if given.json:
+            print(json.dumps(_numbers(plan, room)))
+        else:
+            print(page(plan, room))
+            _print_remedies(plan, overrides, device, room)
+    except (UserError, OSError) as error:
+        cli.fail(str(error))
+    sys.exit(0 if plan.needed <= room.free else 1)
+
+
+def _size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _completed(overrides: Sequence[str]) -> list[str]:
+    """The options with what a plan does not need, where it is not given: the place of the model and
+    of the pictures."""
+    given = dict(o.partition("=")[::2] for o in overrides)
+    assumed = []
+    if (kind := given.get("model")) in architectures.PUBLISHED and "model.path" not in given:
+        assumed.append(f"model.path={architectures.folder(kind)}")
+    if given.get("model", "tiny") != "tiny" and "data" not in given:
+        assumed.append("data=folder")
+    is_folder = {given.get("data"), *assumed} & {"folder", "data=folder"}
+    if is_folder and not {"data.path", "data.sources"} & given.keys():
+        assumed.append("data.path=.")
+    return [*assumed, *overrides]
+
+
+def _config(overrides: list[str]) -> Config:
+    return to_dataclasses(cli.composed(overrides))
+
+
+def _plan(config: Config, device_type: str) -> planner.Plan:
+    model = Model(config.model, torch.device("cpu"), with_weights=False)
+    return planner.make(config, model, device_type)
+
+
+def _room(config: Config, card: float | None) -> planner.Room:
+    if card is None:
+        return planner.room_of(execution.device_of(config.runtime.device))
+    return planner.card(card)
+
+
+def _print_remedies(
+    plan: planner.Plan, overrides: list[str], device_type: str, room: planner.Room
+) -> None:
+    """Options that take less, each line with those above it, until it fits."""
+    if plan.needed <= room.free:
+        return
+    print("\nwhat takes less, one after another:")
+    for remedy, better in _less(plan, overrides, device_type, room):
+        fits = "  fits" if better.needed <= room.free else ""
+        size = f"{format_bytes(better.needed):>9}{fits}"
+        print(f"  {' '.join(remedy.overrides):<52}{size:<17}{remedy.what}", flush=True)
+        plan = better
+    if plan.needed > room.free:
+        print("with all of these it does not fit either")
+
+
+def _less(
+    plan: planner.Plan, overrides: list[str], device_type: str, room: planner.Room
+) -> Iterator[tuple[remedies.Remedy, planner.Plan]]:
+    """Remedies that help, each beside those before it, with what is then planned."""
+    tried: set[remedies.Remedy] = set()
+    while plan.needed > room.free:
+        remedy = next((r for r in remedies.of(plan.config) if r not in tried), None)
+        if remedy is None:
+            return
+        tried.add(remedy)
+        try:
+            changed = _with(overrides, remedy.overrides)
+            better = _plan(_config(changed), device_type)
+        except UserError:  # the remedy excludes another option
+            continue
+        if better.needed < plan.needed:
+            overrides, plan = changed, better
+            tried.clear()  # what did not help before may now
+            yield remedy, plan
+
+
+def _with(overrides: Sequence[str], new: Sequence[str]) -> list[str]:
+    """The options with these in the place of those of their names."""
+    keys = {o.partition("=")[0] for o in new}
+    return [*(o for o in overrides if o.partition("=")[0] not in keys), *new]
+
+
+def _numbers(plan: planner.Plan, room: planner.Room) -> dict[str, object]:
+    return {
+        "training": plan.training,
+        "captions": plan.captions,
+        "pictures": plan.pictures,
+        "drawing": plan.drawing,
+        "needed": plan.needed,
+        "free": room.free,
+        "where": room.where,
+        "in_training": asdict(plan.rehearsal.training)
+        | {"libraries": plan.libraries, "process": plan.process},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What a run says of its memory before it loads anything."""
+
+import logging
+
+import torch
+
+from trainer import memory
+from trainer.config import Config
+from trainer.errors import UserError, reason
+from trainer.model import Model
+from trainer.planner.page import verdict
+from trainer.planner.plan import make
+from trainer.planner.room import room_of
+
+log = logging.getLogger(__name__)
+
+
+def announce(config: Config, model: Model, device: torch.device) -> int | None:
+    """Say whether a run of a large model fits; -> the planned peak of its steps in bytes.
+
+    None for a small model, which a plan would keep waiting, and for one that cannot be rehearsed,
+    which is no reason not to train it.
+    """
+    unet = model.empty("unet", config.model.dtype)
+    if sum(p.nbytes for p in unet.parameters()) < memory.LARGE_BYTES:
+        return None
+    try:
+        plan = make(config, model, device.type)
+    except UserError:
+        raise
+    except Exception as error:  # torch's fake tensors, and modules that they have never met
+        log.warning("memory: not planned, as the model cannot be rehearsed (%s)", reason(error))
+        return None
+    room = room_of(device)
+    if plan.needed <= room.free:
+        log.info("memory: %s", verdict(plan, room))
+    else:
+        form = "memory: %s; `python -m trainer.planner` with these options tries others"
+        log.warning(form, verdict(plan, room))
+    return plan.training

@@ -1,0 +1,108 @@
+"""A plan, in words and as bars."""
+
+from collections.abc import Iterable
+
+from trainer.planner.plan import Plan
+from trainer.planner.room import Room
+from trainer.report import format_bytes
+
+_WIDTH = 48  # of a bar, in characters
+_KINDS = {  # what a bar is made of, by the letter that it is drawn with
+    "W": "weights",
+    "O": "optimizer state",
+    "E": "average of the weights",
+    "G": "gradients",
+    "A": "activations",
+    "L": "libraries' workspaces",
+    "P": "this process",
+}
+
+
+def page(plan: Plan, room: Room) -> str:
+    """The whole plan."""
+    most = max(plan.needed, plan.drawing)
+    scale = max(most, room.free) if most > room.free / 3 else most
+    phases = {
+        "encoding captions": plan.captions,
+        "encoding pictures": plan.pictures,
+        "training": plan.training,
+        "drawing pictures": plan.drawing,
+    }
+    lines = [_title(plan), ""]
+    for name, peak in phases.items():
+        parts = _parts(plan) if name == "training" else {"#": peak}
+        if peak:
+            lines.append(f"  {name:<18}{format_bytes(peak):>9}  {_bar(parts, scale, room.free)}")
+    lines += ["", "in training:"]
+    for letter, size in _parts(plan).items():
+        if size:
+            note = _note(plan, letter)
+            lines.append(f"  {letter} {_KINDS[letter]:<23}{format_bytes(size):>9}  {note}".rstrip())
+    return "\n".join([*lines, "", verdict(plan, room), *_remarks(plan, room)])
+
+
+def verdict(plan: Plan, room: Room) -> str:
+    """Whether it fits, in a line."""
+    fits = "fits" if plan.needed <= room.free else "does not fit"
+    needed, free = format_bytes(plan.needed), format_bytes(room.free)
+    return f"{fits}: a run needs {needed}, and {room.where} has {free} free"
+
+
+def _title(plan: Plan) -> str:
+    config, found = plan.config, plan.rehearsal
+    of = "all" if found.trained == found.parameters else f"{found.trained:,} of"
+    return (
+        f"method={config.method.name}, {of} {found.parameters:,} parameters, "
+        f"optim={config.optim.name}, {config.data.largest_resolution} px, batch "
+        f"{config.data.batch_size}; peaks:"
+    )
+
+
+def _parts(plan: Plan) -> dict[str, int]:
+    training = plan.rehearsal.training
+    return {
+        "W": training.weights,
+        "O": training.optimizer_state or 0,
+        "E": training.averages,
+        "G": training.gradients,
+        "A": training.activations,
+        "L": plan.libraries,
+        "P": plan.process,
+    }
+
+
+def _bar(parts: dict[str, int], scale: int, free: int) -> str:
+    """Letters in proportion, rounded so that the whole is right; an exclamation mark where memory
+    ends, if it does."""
+    drawn, total = "", 0
+    for letter, size in parts.items():
+        total += size
+        drawn += letter * (round(total / scale * _WIDTH) - len(drawn))
+    drawn = drawn.ljust(_WIDTH)
+    if free < scale:
+        end = round(free / scale * _WIDTH)
+        drawn = f"{drawn[:end]}!{drawn[end + 1 :]}"
+    return f"|{drawn}|"
+
+
+def _note(plan: Plan, letter: str) -> str:
+    runtime = plan.config.runtime
+    if letter == "G" and runtime.fused_backward and runtime.accumulation == 1:
+        return "freed as they are used (runtime.fused_backward)"
+    if letter == "A" and runtime.gradient_checkpointing:
+        return "computed again in the backward pass (runtime.gradient_checkpointing)"
+    return ""
+
+
+def _remarks(plan: Plan, room: Room) -> Iterable[str]:
+    if plan.rehearsal.training.optimizer_state is None:
+        yield (
+            f"the state of optim={plan.config.optim.name} is not in it: this optimizer does not "
+            "tell before it has numbers"
+        )
+    if plan.drawing_at_least > room.free:
+        yield "pictures will not be drawn: there is too little memory (log.sample_count=0 is none)"
+    elif plan.drawing > room.free:
+        yield "while the VAE decodes drawn pictures, the UNet is moved to the host's memory"
+    if plan.config.runtime.compile != "none":
+        yield "compiled blocks (runtime.compile) may need less"

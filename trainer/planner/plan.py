@@ -1,0 +1,82 @@
+"""The plan of a run's memory: what its phases take, beside the tensors that a rehearsal counts."""
+
+from dataclasses import dataclass
+
+from trainer import memory
+from trainer.config import Config
+from trainer.model import Model
+from trainer.planner.rehearsal import Rehearsal, rehearse
+
+# What libraries take for their own work while training, as measured with SDXL's UNet: on a CPU
+# oneDNN's copies; on an H200 cuDNN's and cuBLAS's workspaces, in torch's allocator.  Of a small
+# model at most this share of its tensors.
+_LIBRARIES = {"cpu": 150_000_000, "cuda": 250_000_000}
+_LIBRARIES_SHARE = 0.15
+# What torch's allocator has reserved and cannot use, measured there, as a share of the tensors.
+_FRAGMENTED = {"cpu": 0.0, "cuda": 0.05}
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """Bytes on the device that trains."""
+
+    config: Config
+    rehearsal: Rehearsal
+    libraries: int
+    process: int  # what this process has before a model is loaded; on a CPU it is there too
+    fragmented: float
+
+    @property
+    def training(self) -> int:
+        """The peak that a run will report as that of its steps."""
+        return self._with_rest(self.rehearsal.training.peak)
+
+    @property
+    def captions(self) -> int:
+        """The peak while captions are encoded; 0 where trained encoders read them in every step."""
+        return self._with_rest(self.rehearsal.captions) if self.rehearsal.captions else 0
+
+    @property
+    def pictures(self) -> int:
+        return self._with_rest(self.rehearsal.pictures)
+
+    @property
+    def drawing(self) -> int:
+        """The peak while pictures are drawn; 0 where none are."""
+        found, kept = self.rehearsal, self.rehearsal.training.kept
+        return self._with_rest(kept + max(found.denoising, found.decoding)) if found.decoding else 0
+
+    @property
+    def drawing_at_least(self) -> int:
+        """The same where memory is short, and the UNet is moved to the host for the VAE's part."""
+        found, kept = self.rehearsal, self.rehearsal.training.kept
+        if not found.decoding or self.process:
+            return self.drawing
+        return self._with_rest(kept + max(found.denoising, found.decoding - found.unet))
+
+    @property
+    def needed(self) -> int:
+        """What must be free for the run to come to its end.  Drawing is left out where there is too
+        little, and the run goes on."""
+        most = max(self.training, self.captions, self.pictures)
+        return round(most * (1 + self.fragmented))
+
+    def _with_rest(self, tensors: int) -> int:
+        return tensors + self.libraries + self.process
+
+
+def make(config: Config, model: Model, device_type: str) -> Plan:
+    """Plan a run of this configuration on a device of this type; `model` needs no weights.
+
+    Raises UserError where the run would refuse the method, its rules or the optimizer.
+    """
+    process = memory.resident_bytes() if device_type == "cpu" else 0
+    found = rehearse(config, model, device_type)
+    share = round(_LIBRARIES_SHARE * found.training.peak)
+    return Plan(
+        config=config,
+        rehearsal=found,
+        libraries=min(_LIBRARIES[device_type], share),
+        process=process,
+        fragmented=_FRAGMENTED[device_type],
+    )

@@ -1,0 +1,282 @@
+"""What a run does with memory, rehearsed with tensors that have shapes and no numbers.
+
+The model's own modules run, forward and backward, under torch's FakeTensorMode, and a ledger counts
+the bytes of the tensors that are alive.  So gradient checkpointing, adapters, autocast and trained
+text encoders cost what they cost in whatever UNet, and nobody keeps a formula of activations.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trainer import batches, execution, gradients, method, optimizers, text
+from trainer.config import DTYPES, Config
+from trainer.data.store import CAPTIONS_AT_A_TIME
+from trainer.model import Model
+from trainer.planner.ledger import Ledger
+
+_CPU = torch.device("cpu")  # where fake tensors are: torch without CUDA knows no others
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Bytes on the device that trains, when they are most."""
+
+    weights: int
+    optimizer_state: int | None  # None where an optimizer of another package does not tell
+    averages: int
+    gradients: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.kept + self.gradients + self.activations
+
+    @property
+    def kept(self) -> int:
+        """What is there between two steps as well."""
+        return self.weights + (self.optimizer_state or 0) + self.averages
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """The peaks of a run's phases, in bytes of tensors on the device that trains."""
+
+    parameters: int  # how many are loaded for training
+    trained: int  # how many of them are trained
+    unet: int  # bytes of its weights
+    training: Training
+    captions: int  # while they are encoded; 0 where it happens in training
+    pictures: int
+    denoising: int  # while pictures are drawn, beside what training keeps; 0 where none are
+    decoding: int  # the same of their last part, for which the UNet is set aside if need be
+
+
+def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
+    """Go through the phases of a run on a device of this type ("cpu" or "cuda").
+
+    `model` needs no weights.  Raises UserError where the run would refuse the method, its rules or
+    the optimizer.
+    """
+    with _quiet():  # a run says it, once
+        attached = method.attached_on_meta(config.method, model)
+        parts = nn.ModuleDict(attached.trained_parts)
+        state = optimizers.planned_state_bytes(
+            config.optim, parts, config.seed, config.method.rules
+        )
+        trained = [p for p in parts.parameters() if p.requires_grad]
+        vae = model.empty("vae", model.config.vae_dtype)
+        encoder = None if attached.text_encoder else model.empty_text_encoders()
+        with FakeTensorMode(), _autocast_of(device_type):
+            _give_storage(parts)
+            execution.prepare(_eager(config), attached.trained_parts, _CPU)
+            peak = _step(config, attached, device_type)
+            denoising = _denoised(config, attached)
+            _give_storage(vae)
+            return Rehearsal(
+                parameters=sum(p.numel() for p in parts.parameters()),
+                trained=sum(p.numel() for p in trained),
+                unet=sum(x.nbytes for x in _tensors(attached.unet)),
+                training=Training(
+                    weights=peak["weights"],
+                    optimizer_state=state,
+                    averages=_bytes_of_averages(config, trained),
+                    gradients=peak["gradients"],
+                    activations=peak["activations"],
+                ),
+                captions=_encoded_captions(encoder) if encoder else 0,
+                pictures=_encoded_picture(config, vae),
+                denoising=denoising,
+                decoding=_decoded(config, attached, vae) if denoising else 0,
+            )
+
+
+def _step(config: Config, model: Model, device_type: str) -> dict[str, int]:
+    """A step up to the optimizer's part: bytes of weights, gradients and activations when they are
+    most."""
+    parts = nn.ModuleDict(model.trained_parts)
+    trained = [p for p in parts.parameters() if p.requires_grad]
+    latents = _latents(config, model, config.data.batch_size)
+    with Ledger("activations") as ledger, _consuming(config, trained, device_type, ledger):
+        ledger.enter(_tensors(parts), "weights")
+        for _ in range(min(config.runtime.accumulation, 2)):  # a third is like the second
+            batch = _batch(config, model, latents)
+            F.mse_loss(batches.predict(model.unet, batch), latents).backward()
+    return ledger.peak
+
+
+@contextmanager
+def _consuming(
+    config: Config, trained: Sequence[Tensor], device_type: str, ledger: Ledger
+) -> Iterator[None]:
+    """Gradients enter the ledger as they come; a fused backward frees them by the bucket, all but
+    the last of them."""
+    frees = config.runtime.fused_backward and config.runtime.accumulation == 1
+    full = gradients.bucket_bytes(trained, device_type)
+    waiting: list[Tensor] = []
+
+    def arrived(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        ledger.enter([parameter.grad], "gradients")
+        waiting.append(parameter)
+        if frees and sum(p.grad.nbytes for p in waiting if p.grad is not None) >= full:
+            free()
+
+    def free() -> None:
+        for parameter in waiting:
+            parameter.grad = None
+        waiting.clear()
+
+    handles = [p.register_post_accumulate_grad_hook(arrived) for p in trained]
+    try:
+        yield
+    finally:
+        free()
+        for handle in handles:
+            handle.remove()
+
+
+def _encoded_captions(encoder: text.Encoder) -> int:
+    """Reading captions before the first step: the peak, with the text encoders."""
+    parts = nn.ModuleDict(encoder.encoders)
+    _give_storage(parts)
+    with Ledger("activations") as ledger, torch.no_grad():
+        ledger.enter(_tensors(parts), "weights")
+        encoder([""] * CAPTIONS_AT_A_TIME)
+    return ledger.peak.total()
+
+
+def _encoded_picture(config: Config, vae: AutoencoderKL) -> int:
+    """Encoding pictures, one at a time: the peak, with the VAE."""
+    side = config.data.largest_resolution
+    with Ledger("activations") as ledger, torch.no_grad():
+        ledger.enter(_tensors(vae), "weights")
+        vae.encode(torch.empty(1, 3, side, side, dtype=vae.dtype)).latent_dist.mode()
+    return ledger.peak.total()
+
+
+def _denoised(config: Config, model: Model) -> int:
+    """Drawing pictures, as far as the UNet does: the peak beside the weights."""
+    count = len(config.log.prompts) or config.log.sample_count
+    rows = min(count, config.data.batch_size) * (2 if config.log.guidance_scale > 1 else 1)
+    if not rows:
+        return 0
+    with Ledger("activations") as ledger, torch.no_grad():
+        ledger.enter(_tensors(nn.ModuleDict(model.trained_parts)), "weights")
+        batches.predict(model.unet, _batch(config, model, _latents(config, model, rows)))
+    return ledger.peak["activations"]
+
+
+def _decoded(config: Config, model: Model, vae: AutoencoderKL) -> int:
+    """The VAE's part of drawing, a picture at a time: the peak, with the VAE."""
+    with Ledger("activations") as ledger, torch.no_grad():
+        ledger.enter(_tensors(vae), "weights")
+        vae.decode(_latents(config, model, 1).to(vae.dtype))
+    return ledger.peak.total()
+
+
+def _latents(config: Config, model: Model, rows: int) -> Tensor:
+    """Of the square, which no bucket exceeds: (rows, 4, h, w)."""
+    halvings = len(model.vae_origin.config("vae")["block_out_channels"]) - 1
+    side = config.data.largest_resolution >> halvings
+    return torch.empty(rows, model.unet.config.in_channels, side, side)
+
+
+def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:
+    """A batch of these latents, with captions that trained text encoders read now."""
+    settings, rows, pooled = model.unet.config, len(latents), None
+    if settings.addition_embed_type == "text_time":
+        sizes = 6 * settings.addition_time_embed_dim
+        pooled = torch.empty(rows, settings.projection_class_embeddings_input_dim - sizes)
+    prompt = torch.empty(rows, _tokens(config), settings.cross_attention_dim)
+    if model.text_encoder:
+        told = model.text_encoder([""] * rows)
+        prompt, pooled = told.prompt, told.pooled
+    return batches.Batch(
+        noisy=latents,
+        target=latents,
+        timesteps=torch.zeros(rows, dtype=torch.int64),
+        prompt=prompt,
+        pooled=pooled,
+        time_ids=torch.empty(rows, 6) if pooled is not None else None,
+    )
+
+
+def _tokens(config: Config) -> int:
+    """Of a prompt: chunks of 75 words' tokens, with one beginning and one end."""
+    return 75 * config.model.prompt_chunks + 2
+
+
+def _bytes_of_averages(config: Config, trained: Sequence[Tensor]) -> int:
+    ema = config.method.ema
+    if ema is None or ema.device == "cpu":
+        return 0
+    return sum(p.numel() for p in trained) * DTYPES[ema.dtype].itemsize
+
+
+def _give_storage(module: nn.Module) -> None:
+    """Put tensors that can be computed with in the place of those on the meta device."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                made = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
+                owner._parameters[name] = made
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = _like(buffer)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=_CPU)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _eager(config: Config) -> Config:
+    """What is compiled needs no more than what is not."""
+    return replace(config, runtime=replace(config.runtime, compile="none"))
+
+
+@contextmanager
+def _autocast_of(device_type: str) -> Iterator[None]:
+    """Fake tensors are a CPU's, whose autocast leaves norms in bf16; a GPU's computes them in fp32
+    (PyTorch, "CUDA Ops that can autocast to float32"), and so keeps more of them."""
+    originals = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
+
+    def in_fp32(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
+            return original(*args, **kwargs)
+
+        return call
+
+    try:
+        if device_type == "cuda":
+            for name, original in originals.items():
+                setattr(F, name, in_fp32(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(F, name, original)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what is logged below a warning."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)

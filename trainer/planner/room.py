@@ -1,0 +1,46 @@
+"""How much memory there is to train in."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# What CUDA's context takes of a card; an assumption (0.3 to 0.6 GB are usual), no measurement.
+_CONTEXT = 500_000_000
+_MEMORY = Path("/proc/meminfo")
+# A container's limits and what it uses of them, of the newer kind and of the older.
+_CONTAINERS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Bytes that a run can have, and where."""
+
+    free: int
+    where: str
+
+
+def card(gib: float) -> Room:
+    """A GPU of this many GiB: what is left of it beside the driver's own."""
+    return Room(free=round(gib * (1 << 30)) - _CONTEXT, where=f"a card of {gib:g} GB")
+
+
+def room_of(device: torch.device) -> Room:
+    """What is free on a device now; on a CPU what this process has already counts as free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)
+        return Room(free=free, where=torch.cuda.get_device_name(device))
+    lines = dict(line.split(":") for line in _MEMORY.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit, used in _CONTAINERS:
+        with suppress(OSError, ValueError):  # "max", or no container of this kind
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return Room(free=free, where="this machine")

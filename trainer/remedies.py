@@ -1,0 +1,62 @@
+"""What would take less memory than a configuration does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import optim
+from trainer.config import Config, FullConfig, LoraConfig
+
+_SMALL_STATE = ("adafactor8bit", "adafactor8bit_apollo", "lomo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """Options to set, and what they do."""
+
+    overrides: tuple[str, ...]
+    what: str
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.overrides)}, {self.what}"
+
+
+def of(config: Config) -> list[Remedy]:
+    """What is not switched on yet, the least costly first: what changes no result, what costs time,
+    what trains otherwise."""
+    return list(_all(config))
+
+
+def _all(config: Config) -> Iterator[Remedy]:
+    runtime, method, data = config.runtime, config.method, config.data
+    is_family = config.optim.name in optim.FAMILY
+    if is_family and not runtime.fused_backward and runtime.accumulation == 1:
+        clips = method.clip == "global" and method.max_grad_norm is not None
+        overrides = ("runtime.fused_backward=true", *(["method.clip=exact"] if clips else []))
+        yield Remedy(overrides=overrides, what="which frees gradients as they are used")
+    if config.model.dtype == "float32":
+        yield Remedy(overrides=("model.dtype=bfloat16",), what="which halves the weights")
+    if method.ema is not None and method.ema.device != "cpu":
+        yield Remedy(
+            overrides=("method.ema.device=cpu",), what="which keeps the average with the host"
+        )
+    if not runtime.gradient_checkpointing:
+        yield Remedy(
+            overrides=("runtime.gradient_checkpointing=true",),
+            what="which computes activations again",
+        )
+    if data.batch_size > 1:
+        samples = data.batch_size * runtime.accumulation
+        yield Remedy(
+            overrides=("data.batch_size=1", f"runtime.accumulation={samples}"),
+            what="which takes a step's pictures one after another",
+        )
+    if config.optim.name not in _SMALL_STATE:
+        yield Remedy(overrides=("optim=adafactor8bit",), what="which keeps next to nothing")
+    if isinstance(method, FullConfig):
+        yield Remedy(overrides=("method=lora",), what="which trains few weights")
+    elif isinstance(method, LoraConfig) and method.rank > 16:
+        yield Remedy(overrides=("method.rank=16",), what="which trains fewer weights")
+    step = data.bucket_step
+    smaller = data.resolution * 3 // 4 // step * step
+    if not data.resolutions and smaller >= max(step, 64):
+        yield Remedy(overrides=(f"data.resolution={smaller}",), what="which trains on less detail")
