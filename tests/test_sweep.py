@@ -15,6 +15,21 @@ from trainer import cli
 from trainer.sweep import SweepTable, sweep_table
 
 
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def tables(text):
+    """The tables of a text by their first title: rows of cells, the titles first."""
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    return {cells(block[0])[0]: [cells(line) for line in block[:1] + block[2:]] for block in blocks}
+
+
+def column(text, table, title):
+    titles, *rows = tables(text)[table]
+    return {row[0]: row[titles.index(title)] for row in rows}
+
+
 @pytest.mark.slow
 def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
     done = new_process(
@@ -22,7 +37,7 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4 + 2 + 2
+    assert len(table) == 2 + 4 + 2 + 2  # and of rates none: each optimizer ran at one
     for part in (
         "eval after",
         "s/step",
@@ -34,7 +49,7 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
         assert part in table[0]
     assert sum(line.startswith("| optim=lion seed=") for line in table) == 2
     (kept,) = tmp_path.glob("runs/sweep-*/sweep.md")
-    assert kept.read_text().count("\n") == 6 + 1 + 4
+    assert "over seeds" in kept.read_text()
 
 
 @pytest.mark.slow
@@ -42,9 +57,10 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
     done = new_process("-m", *QUICK, "optim.lr=1e-3,-1,1e-4", "schedule.steps=1", cwd=tmp_path)
     assert done.returncode == 1
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 3
+    table, rates = table[:5], table[5:]
+    assert len(rates) == 2 + 1
     assert table[-1].startswith("| optim.lr=-1 ")
-    assert table[-1].split("|")[2].strip() == "failed"
+    assert cells(table[-1])[1:4] == ["-1", "failed", ""]
     assert "- optim.lr=-1 failed: optim=adafactor8bit: Adafactor8bit: lr=-1.0" in done.stdout
 
 
@@ -53,7 +69,7 @@ def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys
 
     _record_failure(tmp_path, MemoryError(), ["optim=sgd"])
     table = sweep_table([json.loads((tmp_path / "summary.json").read_text())])
-    assert table.endswith("- default failed: MemoryError")
+    assert "- default failed: MemoryError" in table
     assert "error: optim=sgd: MemoryError" in capsys.readouterr().err
 
 
@@ -125,8 +141,7 @@ NUMBERS = {
 def test_a_diverged_run_comes_after_the_finite_ones():
     losses = {"a": math.nan, "b": 0.5, "c": 0.1}
     runs = [NUMBERS | {"overrides": [k], "eval_loss_after": v} for k, v in losses.items()]
-    names = [line.split()[1] for line in sweep_table(runs).splitlines()[2:]]
-    assert names == ["c", "b", "a"]
+    assert list(column(sweep_table(runs), "run", "lr")) == ["c", "b", "a"]
 
 
 def test_runs_are_ranked_by_the_weights_that_are_exported():
@@ -135,7 +150,7 @@ def test_runs_are_ranked_by_the_weights_that_are_exported():
         NUMBERS | average | {"eval_loss_result": 0.1},
         NUMBERS | {"overrides": ["b"], "eval_loss_after": 0.5, "eval_loss_result": 0.5},
     ]
-    assert [line.split()[1] for line in sweep_table(runs).splitlines()[2:]] == ["a", "b"]
+    assert list(column(sweep_table(runs), "run", "lr")) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("other", "differs"), [(1.001, False), (2.0, True), (None, False)])
@@ -153,24 +168,136 @@ def test_runs_with_several_seeds_have_a_mean_and_a_spread():
         NUMBERS | {"overrides": [name, f"seed={seed}"], "seed": seed, "eval_loss_after": loss}
         for (name, seed), loss in losses.items()
     ]
-    _, below = sweep_table(runs).split("\n\n")
-    header, _, first, second = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in below.splitlines()
-    ]
-    assert header[:3] == ["over seeds", "runs", "eval after"]
-    assert first[:3] == ["optim=b", "1", "0.1500"]
-    assert second[:3] == ["optim=a", "2", "0.2000 ± 0.1414"]
-    assert "over seeds" not in sweep_table([run for run in runs if run["seed"] == 0])
+    text = sweep_table(runs)
+    assert column(text, "over seeds", "eval after") == {
+        "optim=a": "0.2000 ± 0.1414",
+        "optim=b": "0.1500",
+    }
+    assert "over seeds" not in tables(sweep_table([run for run in runs if run["seed"] == 0]))
 
 
 def test_losses_that_only_some_runs_have_get_a_column_where_one_has_them():
     plain = NUMBERS | {"overrides": ["a"], "eval_loss_after": 0.2}
     failed = {"overrides": ["b"], "error": "no"}
     assert "held out" not in sweep_table([plain, failed])
-    assert sweep_table([failed]).endswith("\n\n- default failed: no")
+    assert "\n\n- default failed: no" in sweep_table([failed])
     table = sweep_table([plain, failed, plain | {"overrides": ["c"], "holdout_loss_after": 0.25}])
-    header, _, first, second, last = [
-        [cell.strip() for cell in line.split("|")] for line in table.splitlines()[:5]
+    assert column(table, "run", "held out") == {"a": "", "c": "0.2500", "b": ""}
+
+
+FAILED = "no finite loss"
+
+
+def sweep_of(losses, lr=1e-3, **more):
+    """Summaries of {optimizer: a loss a seed}, or {(optimizer, lr): ...}; FAILED is no loss."""
+    runs = []
+    for key, found in losses.items():
+        (name, rate), swept = (key, True) if isinstance(key, tuple) else ((key, lr), False)
+        rates = [f"optim.lr={rate:g}"] if swept else []
+        for seed, loss in enumerate(found):
+            run = {"overrides": [f"optim={name}", *rates, f"seed={seed}"], "seed": seed}
+            run |= {"optimizer": name, "lr": rate}
+            ended = (
+                {"error": loss} if loss == FAILED else NUMBERS | {"eval_loss_after": loss} | more
+            )
+            runs.append(run | ended)
+    return runs
+
+
+def test_an_optimizer_that_fails_with_some_seeds_comes_after_those_that_never_do():
+    losses = {
+        "sgd": [FAILED, FAILED, FAILED],
+        "lion": [0.29, FAILED, FAILED],
+        "adamw": [0.30, 0.32, 0.31],
+    }
+    text = sweep_table(sweep_of(losses))
+    ended = column(text, "over seeds", "ended well")
+    assert list(ended.items()) == [
+        ("optim=adamw", "3 of 3"),
+        ("optim=lion", "1 of 3"),
+        ("optim=sgd", "0 of 3"),
     ]
-    at = header.index("held out")
-    assert (first[at], second[at], last[at]) == ("", "0.2500", "")
+    assert column(text, "over seeds", "eval after")["optim=sgd"] == "failed"
+    assert set(column(text, "over seeds", "lr").values()) == {"0.001"}
+
+
+def test_over_seeds_memory_is_the_largest_and_what_is_counted_the_sum():
+    runs = sweep_of({"adamw": [0.3, 0.4]}, loss_spikes=2)
+    runs[0] |= {"peak_training_bytes": 5000}
+    text = sweep_table(runs)
+    assert column(text, "over seeds", "peak in training") == {"default": "5.0 kB"}
+    assert column(text, "over seeds", "spikes") == {"default": "4"}
+
+
+def test_every_run_tells_its_rate():
+    text = sweep_table(sweep_of({"adamw": [0.3], "lion": [FAILED]}))
+    assert column(text, "run", "lr") == {"optim=adamw": "0.001", "optim=lion": "0.001"}
+    text = sweep_table(sweep_of({"prodigy": [0.3]}, lr=1.0, rate_found=0.00042))
+    assert column(text, "run", "lr") == {"default": "1 x 0.00042"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "lr", "note"),
+    [
+        ([0.5, 0.3, 0.4], "0.001", ""),
+        ([0.2, 0.3, 0.4], "0.0001", "the lowest tried: a lower one may be better"),
+        ([0.5, 0.3, 0.2], "0.01", "the highest tried: a higher one may be better"),
+        ([0.5, 0.3, FAILED], "0.001", ""),
+    ],
+)
+def test_where_rates_were_swept_each_optimizer_has_its_best_one(losses, lr, note):
+    tried = {("adamw", 10 ** (place - 4)): [loss] for place, loss in enumerate(losses)}
+    text = sweep_table(sweep_of(tried | {("lion", 1e-4): [0.9]}))
+    title = "each at its best rate"
+    assert column(text, title, "lr") == {"optim=adamw": lr, "optim=lion": "0.0001"}
+    assert column(text, title, "note") == {
+        "optim=adamw": note,
+        "optim=lion": "one rate only: another may be better",
+    }
+    assert column(text, title, "rates tried")["optim=adamw"] == "0.0001, 0.001, 0.01"
+    assert "at one learning rate" not in text
+
+
+REMARKS = {
+    "rates": "each optimizer ran at one learning rate",
+    "overlap": "overlap within their spread",
+    "few": "a spread over 2 seeds",
+    "chance": "a run with one seed says nothing of chance",
+    "memory": "shared a process on a CPU",
+    "trained": "eval is of the pictures that were trained on, and",
+    "holdout": "held out of those that were not",
+}
+
+
+@pytest.mark.parametrize(
+    ("losses", "more", "said"),
+    [
+        ({"a": [0.1], "b": [0.2]}, {}, {"rates", "chance", "trained"}),
+        ({"a": [0.1, 0.11, 0.12], "b": [0.2, 0.21, 0.22]}, {}, {"rates", "trained"}),
+        ({"a": [0.1, 0.3, 0.2], "b": [0.2, 0.4, 0.3]}, {}, {"rates", "overlap", "trained"}),
+        ({"a": [0.1, 0.11], "b": [0.2, 0.21]}, {}, {"rates", "few", "trained"}),
+        ({("a", 0.1): [0.1], ("a", 0.2): [0.2]}, {}, {"chance", "trained"}),
+        ({"a": [0.1]}, {"holdout_loss_after": 0.2}, {"holdout"}),
+        ({"a": [0.1]}, {"on_cpu": True, "runs_before_in_process": 1}, {"trained", "memory"}),
+        ({"a": [0.1]}, {"on_cpu": False, "runs_before_in_process": 1}, {"trained"}),
+    ],
+)
+def test_what_a_comparison_does_not_show_is_said(losses, more, said):
+    text = sweep_table(sweep_of(losses, **more))
+    assert {name for name, remark in REMARKS.items() if remark in text} == said
+
+
+@pytest.mark.parametrize(("slower", "said"), [(1.1, False), (2.0, True)])
+def test_speeds_of_a_busy_machine_are_said_not_to_be_compared(slower, said):
+    runs = sweep_of({"a": [0.1, 0.11, 0.12], "b": [0.2, 0.21, 0.22]})
+    runs[1]["seconds_per_step"] *= slower
+    text = sweep_table(runs)
+    assert (f"s/step of optim=a is {slower:.1f} times as much" in text) == said
+
+
+def test_numbers_end_at_the_right_and_names_begin_at_the_left():
+    titles, rule, *_ = sweep_table(sweep_of({"adamw": [0.3], "lion": [0.5]})).splitlines()
+    assert rule.startswith("|---")
+    assert rule.split("|")[1].endswith("-")
+    assert all(part.endswith("-:") for part in rule.split("|")[2:-1])
+    assert len(titles) == len(rule)

@@ -7,6 +7,7 @@ import wandb
 from helpers import QUICK, rows
 from wandb.proto import wandb_internal_pb2
 
+from trainer.metrics import Metrics
 from trainer.run import run
 
 BLOCK = 32768
@@ -56,6 +57,24 @@ def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
     losses = [float(row["eval/loss"]) for row in history if "eval/loss" in row]
     assert losses == [row["eval/loss"] for row in rows(folder) if "eval/loss" in row]
     assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+
+
+def test_the_runs_of_a_sweep_are_told_apart(composed, tmp_path, monkeypatch):
+    """By their folders' names, in a group of the sweep's; alone a run has no group."""
+    told = {}
+    monkeypatch.setattr(wandb, "init", lambda **options: told.update(options))
+    config = composed("log=wandb", "optim=lion")
+    folder = tmp_path / "sweep-1" / "0-lion-full-seed3"
+    folder.mkdir(parents=True)
+    Metrics(folder, config, 0)
+    assert (told["name"], told["group"]) == ("0-lion-full-seed3", None)
+    assert told["tags"] == ["lion", "full", "tiny_sdxl"]
+    (folder.parent / "multirun.yaml").touch()
+    Metrics(folder, config, 0)
+    assert told["group"] == "sweep-1"
+    (tmp_path / "mine").mkdir()
+    Metrics(tmp_path / "mine", config, 0)
+    assert told["name"] == "lion-full mine"
 
 
 @pytest.mark.parametrize("where", ["init", "log"])

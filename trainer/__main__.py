@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from trainer import signals
 
@@ -62,7 +63,7 @@ def train(composed: DictConfig) -> float:
         with contextlib.suppress(OSError):
             folder.rmdir()  # a run that never began leaves no empty folder
         if is_of_sweep:
-            _record_failure(folder, error, overrides)
+            _record_failure(folder, error, overrides, _told(composed))
             return math.nan
         if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
@@ -81,14 +82,23 @@ def _ended(folder: Path, overrides: list[str]) -> float | None:
     return loss
 
 
-def _record_failure(folder: Path, error: Exception, overrides: list[str]) -> None:
+def _told(composed: DictConfig) -> dict[str, Any]:
+    """What the table of a sweep says of a run that came to nothing."""
+    rate = composed.optim.get("lr")
+    told = {"seed": composed.get("seed"), "optimizer": composed.optim.get("name")}
+    return told | ({"lr": rate} if isinstance(rate, int | float) else {})
+
+
+def _record_failure(
+    folder: Path, error: Exception, overrides: list[str], known: dict[str, Any] | None = None
+) -> None:
     """A failed run of a sweep is a row of its table, and the sweep goes on."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
     told = str(error) or type(error).__name__
     print(f"error: {' '.join(overrides)}: {told}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder, {"overrides": overrides, "error": told})
+    write_summary(folder, {**(known or {}), "overrides": overrides, "error": told})
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Counters:
     # The most memory; 0: not known.
     peak_training_bytes: int = 0
     peak_bytes: int = 0
+    watch: dict[str, Any] = field(default_factory=dict)  # of `trainer.watch`
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from trainer.checkpoint import Counters
 from trainer.config import Config
 
@@ -93,6 +95,55 @@ class Clock:
         costs = {what: pace.seconds_per_step for what, pace in self._asides.items()}
         between = sum(costs.get(what, 0.0) * n for what, n in asides_left(config, done).items())
         return (config.schedule.steps - done) * self.pace(done).seconds_per_step + between
+
+
+class OptimizerClock:
+    """Measures `optimizer.step()`, of one session; its first, which compiles and allocates, is no
+    measure.  A fused backward steps elsewhere: nothing is known of it.
+
+    On a GPU events are queued around it, and read at a report, which waits for the GPU anyway.
+    """
+
+    def __init__(self, device: torch.device, is_fused: bool) -> None:
+        self._on_gpu, self._is_fused = device.type == "cuda", is_fused
+        self._is_warm = False
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._lately, self._all = Pace(), Pace()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within it the optimizer steps."""
+        if self._is_fused or not self._is_warm:
+            yield
+            self._is_warm = True
+        elif self._on_gpu:
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            yield
+            ended.record()
+            self._events.append((begun, ended))
+        else:
+            started = time.perf_counter()
+            yield
+            self._add(time.perf_counter() - started)
+
+    def lately(self) -> dict[str, float]:
+        """The seconds a step since this was asked the last time, once the GPU has been waited for;
+        nothing where none is known."""
+        for begun, ended in self._events:
+            self._add(begun.elapsed_time(ended) / 1000)
+        self._events = []
+        since, self._lately = self._lately, Pace()
+        return {"optimizer_seconds_per_step": since.seconds_per_step} if since.steps else {}
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of the session, as far as it has been reported."""
+        return self._all.seconds_per_step if self._all.steps else None
+
+    def _add(self, seconds: float) -> None:
+        for pace in (self._lately, self._all):
+            pace.add(seconds, 0)
 
 
 def asides_left(config: Config, done: int) -> dict[str, int]:

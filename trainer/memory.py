@@ -3,6 +3,7 @@ too little."""
 
 import ctypes
 import gc
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _BLOCK_BYTES = 128 << 10  # as glibc begins
 LARGE_BYTES = 1 << 30  # of weights, from which on a run goes about its memory with care
+_RUNS = itertools.count()  # of this process
 
 
 def return_freed_blocks(weight_bytes: int) -> bool:
@@ -71,6 +73,7 @@ class Peaks:
     def __init__(self, device: torch.device, training: int = 0, run: int = 0) -> None:
         """Begin with the peaks of the run's earlier sessions: `training`, and `run` in all."""
         self._device = device
+        self.runs_before = next(_RUNS)  # in this process, whose memory may be in the CPU's peaks
         self._of = {"training": training, "rest": run}
         gc.collect()
         reset_peak(device)

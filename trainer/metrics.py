@@ -12,9 +12,12 @@ from typing import Any
 from PIL import Image
 
 from trainer import disk
-from trainer.config import Config
+from trainer.config import Config, file_name
 
 log = logging.getLogger(__name__)
+
+MULTIRUN = "multirun.yaml"  # Hydra's, in a sweep's folder, which has its runs'
+_TAG = 64  # characters that W&B takes
 
 
 class Metrics:
@@ -88,7 +91,9 @@ class _Wandb:
             project=options.project,
             entity=options.entity,
             mode=mode,
-            name=config.name,
+            name=_wandb_name(folder, config),
+            group=folder.parent.name if (folder.parent / MULTIRUN).is_file() else None,
+            tags=[config.optim.name, config.method.name, Path(config.model.path).name[:_TAG]],
             id=_wandb_id(folder),
             resume="allow",
             dir=folder,
@@ -135,6 +140,12 @@ def _wandb_id(folder: Path) -> str:
     if not path.exists():
         disk.replace_text(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8")
+
+
+def _wandb_name(folder: Path, config: Config) -> str:
+    """The configuration's name, with what tells the runs of a sweep, or of a day, apart."""
+    own = file_name(config.name)
+    return folder.name if own in folder.name else f"{config.name} {folder.name}"
 
 
 def _image(picture: Image.Image) -> Any:

@@ -1,5 +1,6 @@
 """Pictures on the disk, and side by side: rows of the same captions from different steps."""
 
+import math
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-_LABEL, _MARGIN, _COLUMNS = 14, 64, 8  # pixels; pictures a band
+_LABEL, _MARGIN, COLUMNS = 14, 64, 8  # pixels; pictures a band
 _TILES = 96, 256  # pixels: the smallest and the largest side of a picture in a grid
 _CAPTION = "caption"  # the key of a PNG's text
 _POINTS = 11  # of the letters
@@ -42,6 +43,16 @@ def load(folder: Path, captions: list[str]) -> list[Image.Image]:
     return found
 
 
+def captions(folder: Path) -> list[str]:
+    """Those of what `save` wrote."""
+    found = []
+    for path in sorted(folder.glob("[0-9][0-9].png")):
+        with Image.open(path) as picture:
+            picture.load()
+            found.append(str(picture.info.get(_CAPTION, "")))
+    return found
+
+
 def of_pixels(pixels: Tensor) -> Image.Image:
     """fp32 (3, h, w) in [-1, 1] -> a picture."""
     return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
@@ -49,16 +60,17 @@ def of_pixels(pixels: Tensor) -> Image.Image:
 
 def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image:
     """Labelled pictures: {row title: one picture per caption} -> bands of eight columns, captions
-    on top, titles at the left."""
+    on top, titles of a line or more at the left."""
     count = len(captions)
     largest = max(max(picture.size) for row in rows.values() for picture in row)
     tile = min(max(largest, _TILES[0]), _TILES[1])
-    bands = -(-count // _COLUMNS)
+    bands = -(-count // COLUMNS)
     band_height = _LABEL + len(rows) * tile + 6
-    sheet = Image.new("RGB", (_MARGIN + min(count, _COLUMNS) * tile, bands * band_height), "white")
+    margin = max(_MARGIN, *(_width(title) + 12 for title in rows))
+    sheet = Image.new("RGB", (margin + min(count, COLUMNS) * tile, bands * band_height), "white")
     pen = ImageDraw.Draw(sheet)
     for number, caption in enumerate(captions):
-        left, top = _MARGIN + number % _COLUMNS * tile, number // _COLUMNS * band_height
+        left, top = margin + number % COLUMNS * tile, number // COLUMNS * band_height
         text, font = written(caption)
         pen.text((left + 2, top), _fit(pen, text, font, tile), fill="black", font=font)
         for row, pictures in enumerate(rows.values()):
@@ -69,12 +81,18 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
     for band in range(bands):
         for row, title in enumerate(rows):
             pen.text(
-                (4, band * band_height + _LABEL + row * tile + tile // 2 - 6),
+                (4, band * band_height + _LABEL + row * tile + tile // 2),
                 title,
                 fill="black",
                 font=_fonts()[0],
+                anchor="lm",
             )
     return sheet
+
+
+def _width(text: str) -> int:
+    """Pixels that the widest of its lines takes."""
+    return math.ceil(max(_fonts()[0].getlength(line) for line in text.splitlines()))
 
 
 def written(text: str) -> tuple[str, Font]:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from trainer import disk
+from trainer.config import Config
 
 _PACKAGES = (
     "torch",
@@ -34,14 +36,31 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "cpu",
+        "device": _name_of(device),
         "threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in packages},
         "git_revision": _git_revision(),
     }
     disk.replace_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def told(config: Config, device: torch.device) -> dict[str, Any]:
+    """What tells a run from others, for its summary."""
+    return {
+        "optimizer": config.optim.name,
+        "lr": config.optim.lr,  # at its peak
+        "method": config.method.name,
+        "model": Path(config.model.path).name,
+        "device": _name_of(device),
+        "on_cpu": device.type == "cpu",
+        "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or "cpu"
 
 
 def _version(package: str) -> str | None:

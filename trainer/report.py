@@ -9,6 +9,15 @@ from typing import Any
 from trainer import disk
 from trainer.metrics import as_json
 
+# What a run that is resumed at its end, and makes no step, cannot tell anew.
+_COSTS = (
+    "wall_seconds",
+    "peak_memory_bytes",
+    "optimizer_seconds_per_step",
+    "runs_before_in_process",
+    "ended",
+)
+
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json; a number that is not finite becomes null."""
@@ -22,14 +31,14 @@ def costs_of(folder: Path, step: int) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if summary.get("steps") == step:
-            return {k: summary[k] for k in ("wall_seconds", "peak_memory_bytes") if k in summary}
+            return {key: summary[key] for key in _COSTS if key in summary}
     return {}
 
 
 def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     """Where everything is and what it cost."""
     in_training = summary["peak_training_bytes"]
-    planned = summary["planned_training_bytes"]
+    planned = summary.get("planned_training_bytes")
     aside = f" ({format_bytes(planned)} planned)" if planned else ""
     memory = f"{format_bytes(in_training)} in training{aside}, " if in_training else ""
     cost = (

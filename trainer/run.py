@@ -146,10 +146,12 @@ def train(state: State, writer: metrics.Metrics) -> None:
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.
             if state.guard.accepts(step + 1, outcome.loss, outcome.grad_norm, outcome.begun):
-                optimizer.step()
+                with state.optimizer_clock.measuring():
+                    optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if state.ema:
                 state.ema.update(step + 1)
+        state.watch.step(outcome.loss, outcome.grad_norm)
         state.step, state.micro_batches = step + 1, first + len(members)
         if reports and state.device.type == "cuda":
             torch.cuda.synchronize(state.device)  # what a step queued belongs to its seconds
@@ -162,7 +164,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
 
         # Report, evaluate, sample, save.
         if probe:
-            values = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm}
+            values = state.watch.lately() | {"lr": lr, "grad_norm": outcome.grad_norm}
             _report(state, writer, progress, values | {"update_ratio": probe.ratio()})
         if _due(config.log.eval_every, state):
             evaluation.evaluate(state, writer)
@@ -289,6 +291,12 @@ def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "skipped_steps": state.guard.skipped,
         "prediction_before": now if state.trains_on else was,
         "prediction": now,
+        "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
+        "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
+        "loss_spikes": state.watch.loss_spikes,
+        "grad_norm_over_median": state.watch.grad_norm_over_median,
+        "runs_before_in_process": state.peaks.runs_before,
+        **record.told(state.config, state.device),
     } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
 
 
@@ -329,11 +337,13 @@ def _report(
         | {
             "train/epoch": state.epochs,
             "train/skipped_steps": state.guard.skipped,
+            "train/loss_spikes": state.watch.loss_spikes,
             "perf/seconds_per_step": pace.seconds_per_step,
             "perf/images_per_second": pace.images_per_second,
             "memory/peak_bytes": state.peaks.training,
             "memory/optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         }
+        | {f"perf/{key}": value for key, value in state.optimizer_clock.lately().items()}
         | optimizers.found_rate(state.optimizer),
     )
     seconds_left = state.clock.left(state.step, state.config)

@@ -24,12 +24,13 @@ from trainer import (
     result,
     sampling,
 )
-from trainer.clock import Clock
+from trainer.clock import Clock, OptimizerClock
 from trainer.config import Config
 from trainer.data.plan import Plan
 from trainer.ema import Ema
 from trainer.guard import Guard
 from trainer.model import Model
+from trainer.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class State:
     micro_batches: int  # the number of the next, of those that the run trains on
     counters: checkpoint.Counters
     clock: Clock
+    optimizer_clock: OptimizerClock
+    watch: Watch
     overrides: Sequence[str]  # the command line's
     ema: Ema | None
     peaks: memory.Peaks
@@ -143,6 +146,8 @@ def assemble(
         micro_batches=round(counters.epochs * dataset.plan.batches_per_epoch),
         counters=counters,
         clock=clock,
+        optimizer_clock=OptimizerClock(device, config.runtime.fused_backward),
+        watch=Watch(**counters.watch),
         overrides=overrides,
         ema=_average(config, model, resumed),
         peaks=peaks,
@@ -221,6 +226,7 @@ def save(state: State, more: int = 0) -> None:
         wall_seconds=state.clock.wall_seconds,
         peak_training_bytes=state.peaks.training,
         peak_bytes=state.peaks.run,
+        watch=asdict(state.watch),
     )
     with state.clock.aside("saving"):
         checkpoint.save(

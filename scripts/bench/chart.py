@@ -5,13 +5,13 @@ left is faster than the reference.  State is an amount, so its axis is linear an
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from bench.measure import Row
+from trainer.axis import Axis
 
 WIDTH, MARGIN, GAP = 1600, 32, 44  # pixels
 ROW, BAR = 36, 22
@@ -22,23 +22,6 @@ LABEL_ROOM = 78  # for the number at a bar's end
 INK, MUTED, GRID = "#1f2937", "#6b7280", "#e5e7eb"
 OURS, PEER, ONE = "#2563eb", "#b4bac4", "#111827"
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
-
-
-@dataclass
-class Axis:
-    """Maps a value to a pixel: linear, or logarithmic."""
-
-    left: float
-    right: float
-    low: float
-    high: float
-    log: bool
-
-    def __call__(self, value: float) -> float:
-        low, high, at = self.low, self.high, value
-        if self.log:
-            low, high, at = math.log(low), math.log(high), math.log(value)
-        return self.left + (at - low) / (high - low) * (self.right - self.left)
 
 
 def draw(rows: list[Row], path: Path, footer: str) -> None:

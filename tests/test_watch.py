@@ -1,0 +1,107 @@
+"""What is seen of every step: means and spikes; what is counted survives a resume."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from helpers import QUICK, deterministic, rows
+
+from trainer.clock import OptimizerClock
+from trainer.run import run
+from trainer.watch import Watch
+
+
+def watched(losses, norms=None, watch=None):
+    watch = watch or Watch()
+    for loss, norm in zip(losses, norms or [1.0] * len(losses), strict=True):
+        watch.step(loss, norm)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("losses", "spikes"),
+    [
+        ([1.0] * 20 + [2.9], 0),
+        ([1.0] * 20 + [3.1], 1),
+        ([1.0] * 20 + [3.1, 1.0, 9.0], 2),
+        ([1.0] * 9 + [9.0], 0),  # too few to know what is usual
+        ([1.0] * 20 + [math.nan, math.inf], 0),  # which the guard counts
+        ([1.0] * 20 + [5.0] * 100, 20),  # until half of those before are as large
+    ],
+)
+def test_a_spike_is_a_loss_of_three_times_the_median_before_it(losses, spikes):
+    assert watched(losses).loss_spikes == spikes
+
+
+def test_the_largest_gradient_norm_is_told_by_the_median_before_it():
+    norms = [2.0] * 20 + [9.0, 2.0, 4.0]
+    assert watched([1.0] * 23, norms).grad_norm_over_median == 4.5
+    assert watched([1.0] * 9).grad_norm_over_median is None
+
+
+def test_a_report_has_the_mean_loss_and_the_largest_norm_since_the_one_before():
+    watch = watched([1.0, 2.0, math.nan, 6.0], [5.0, 7.0, 1.0, 6.0])
+    assert watch.lately() == {"loss": 3.0, "grad_norm_max": 7.0}
+    watched([1.0], [0.5], watch)
+    assert watch.lately() == {"loss": 1.0, "grad_norm_max": 0.5}
+    assert all(map(math.isnan, watch.lately().values()))
+
+
+def test_what_was_watched_goes_on_where_it_was_saved():
+    losses = [1.0 + step % 7 / 3 for step in range(40)] + [9.0, 1.0, 8.0]
+    norms = [2.0 + step % 5 for step in range(43)]
+    for cut in (5, 30, 41):
+        half = watched(losses[:cut], norms[:cut])
+        again = Watch(**json.loads(json.dumps(asdict(half))))
+        assert watched(losses[cut:], norms[cut:], again) == watched(losses, norms)
+
+
+def test_a_line_of_metrics_is_the_mean_of_its_steps_through_a_resume_too(composed, tmp_path):
+    """Steps 3 and 4 are a line; the run is resumed between them."""
+    every = ("runtime.save_every=3", "runtime.keep_checkpoints=9", "optim=adamw")
+    run(composed(*QUICK, *every), tmp_path / "each")
+    run(composed(*QUICK, *every, "log.every=2"), tmp_path / "two")
+    single, double = (
+        [row for row in rows(tmp_path / name) if "train/loss" in row] for name in ("each", "two")
+    )
+    losses = [row["train/loss"] for row in single]
+    norms = [row["train/grad_norm"] for row in single]
+    assert [row["train/loss"] for row in double] == [sum(losses[:2]) / 2, sum(losses[2:]) / 2]
+    assert [row["train/grad_norm_max"] for row in double] == [max(norms[:2]), max(norms[2:])]
+    assert [row["train/grad_norm"] for row in double] == norms[1::2]
+
+    checkpoint = f"resume={tmp_path}/two/checkpoints/step-000003"
+    run(composed(*QUICK, *every, "log.every=2", checkpoint), tmp_path / "fork")
+    assert deterministic(tmp_path / "fork")[-2:] == deterministic(tmp_path / "two")[-2:]
+
+
+def test_the_optimizers_own_time_is_part_of_its_step(quick):
+    folder = quick("run", "optim=adamw")
+    told = [row for row in rows(folder) if "perf/optimizer_seconds_per_step" in row]
+    assert [row["step"] for row in told] == [2, 3, 4]  # the first step of a session is no measure
+    for row in told:
+        assert 0 < row["perf/optimizer_seconds_per_step"] < row["perf/seconds_per_step"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 < summary["optimizer_seconds_per_step"] < summary["seconds_per_step"]
+    assert summary["lr"] > 0
+    assert summary["optimizer"] == "adamw"
+
+
+def test_a_fused_backwards_optimizer_has_no_time_of_its_own(quick):
+    folder = quick("run", "optim=lomo")
+    assert not any("perf/optimizer_seconds_per_step" in row for row in rows(folder))
+    assert json.loads((folder / "summary.json").read_text())["optimizer_seconds_per_step"] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_optimizers_time_is_measured_by_events():
+    clock, work = OptimizerClock(torch.device("cuda"), False), torch.ones(2048, 2048, device="cuda")
+    for _ in range(3):
+        with clock.measuring():
+            work @ work
+    torch.cuda.synchronize()
+    assert 0 < clock.lately()["optimizer_seconds_per_step"] < 1
+    assert clock.lately() == {}

@@ -1,0 +1,97 @@
+"""When the tables of a sweep are made: after each run, and after the last."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from PIL.Image import Image
+
+from trainer import disk
+from trainer.errors import UserError
+from trainer.metrics import MULTIRUN
+from trainer.sweep import curves, sheet
+from trainer.sweep.head import head
+from trainer.sweep.runs import rank
+from trainer.sweep.table import sweep_table
+
+_TABLE = "sweep.md"
+_PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}
+
+
+class SweepTable(Callback):
+    """Keeps a table of the runs of a sweep that have ended, best first, as sweep.md, with pictures
+    of what they drew and of their losses, and prints it after the last.  A run that failed is a row
+    with its reason, and makes the sweep's exit status 1."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """A sweep that is stopped has a table too, and its runs that are resumed by themselves are
+        in it."""
+        folder = Path(config.hydra.runtime.output_dir).parent
+        if (folder / MULTIRUN).is_file():
+            _write(folder)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        runs = _write(folder)
+        if not runs:
+            return
+        print(f"\n{sweep_table(runs)}\n\n{folder / _TABLE}")
+        if any("error" in run for run in runs):
+            raise SystemExit(1)
+
+
+def _write(folder: Path) -> list[dict[str, Any]]:
+    """Write the table and the pictures of a sweep's folder, where a run of it has ended; -> their
+    summaries."""
+    found = _read(folder)
+    runs = [summary for _, summary in found]
+    if not runs:
+        return []
+    pictures = [name for name, draw in _PICTURES.items() if _wrote(folder / name, draw, found)]
+    parts = [head(folder.name, runs), sweep_table(runs), *(f"![]({name})" for name in pictures)]
+    disk.replace_text(folder / _TABLE, "\n\n".join(parts) + "\n")
+    return runs
+
+
+def _read(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The runs of a sweep's folder that have ended, and their summaries."""
+    paths = sorted(folder.glob("*/summary.json"))
+    return [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def _wrote(
+    path: Path,
+    draw: Callable[[Sequence[tuple[Path, dict[str, Any]]]], Image | None],
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+) -> bool:
+    """Whether there was something to draw, and it could be written: a sweep goes on without."""
+    try:
+        if picture := draw(runs):
+            picture.save(path)
+        return picture is not None
+    except OSError as error:
+        print(f"no {path} ({error})")
+        return False
+
+
+def ended(folder: Path, overrides: list[str]) -> float | None:
+    """The last eval loss of a run that has ended well in this folder; None where there is none.
+
+    Raises UserError for one without these options.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if "error" in summary:
+        return None
+    if not {*overrides} <= {*summary["overrides"]}:
+        raise UserError(
+            f"{folder} holds a run of another sweep ({' '.join(summary['overrides'])}); name "
+            "another folder (hydra.sweep.dir)"
+        )
+    return rank(summary)

@@ -1,0 +1,38 @@
+"""What the runs of a sweep have in common, so that its tables mean something outside its folder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.sweep.runs import Summary, common_overrides
+
+
+def head(name: str, runs: Sequence[Summary]) -> str:
+    """Markdown: a title, what was run, on what and when, and the options that all runs have."""
+    failed = sum("error" in run for run in runs)
+    facts = [
+        f"{len(runs)} runs" + (f", {failed} of them failed" if failed else ""),
+        _said(runs, "steps", "{} steps"),
+        _said(runs, "model", "model {}"),
+        _said(runs, "method", "method {}"),
+        _said(runs, "device", "on {}"),
+        _dates(runs),
+    ]
+    common = [o for o in runs[0]["overrides"] if o in common_overrides(runs)]
+    options = f"In all of them: `{' '.join(common)}`" if common else ""
+    parts = [f"# {name}", "; ".join(fact for fact in facts if fact) + ".", options]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _said(runs: Sequence[Summary], key: str, form: str) -> str:
+    """The values of a key, each once."""
+    values: list[Any] = sorted({run[key] for run in runs if run.get(key) is not None})
+    return form.format(", ".join(map(str, values))) if values else ""
+
+
+def _dates(runs: Sequence[Summary]) -> str:
+    """When the first and the last run ended."""
+    ended = sorted(run["ended"] for run in runs if "ended" in run)
+    if not ended:
+        return ""
+    first, last = (time[:16].replace("T", " ") for time in (ended[0], ended[-1]))
+    return f"ended {first}" if first == last else f"ended from {first} to {last}"

@@ -1,0 +1,112 @@
+"""What is to be kept in mind when the runs of a sweep are compared: which differences are none, and
+which are of something else than the optimizer."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+from trainer.sweep.runs import (
+    RATE,
+    SEED,
+    Group,
+    Summary,
+    lr_of,
+    name_of,
+    optimizer_of,
+    rank,
+)
+
+# Losses before the first step that differ by more than rounding are of other points.
+_SAME = 0.01
+_ENOUGH_SEEDS = 3
+_STEADY = 1.25  # times the fastest: steps that differ by the seed alone
+
+
+def of_runs(
+    runs: Sequence[Summary], common: Collection[str], groups: Sequence[Group]
+) -> Iterator[str]:
+    """Remarks on these runs, a sentence or two each; `groups` of them, the best first."""
+    for run in sorted(runs, key=rank):
+        if "error" in run:
+            yield f"{name_of(run, common)} failed: {run['error'].splitlines()[0]}"
+    before = [run["eval_loss_before"] for run in runs if run.get("eval_loss_before") is not None]
+    if before and max(before) > (1 + _SAME) * min(before):
+        yield (
+            "eval before differs: these losses are of another model, prediction or eval points "
+            "(data, log.eval_points), and one that is lower need not be better"
+        )
+    if before:
+        yield from _of_quality(runs)
+    yield from _of_rates(runs, common)
+    yield from _of_ties(groups)
+    yield from _of_speed(groups)
+    yield from _of_memory(runs)
+    if any(run.get("loss_spikes") is not None for run in runs):
+        yield (
+            "spikes: steps whose loss was above 3 times the median of the 50 before; norm/median: "
+            "the largest gradient norm over such a median"
+        )
+
+
+def _of_quality(runs: Sequence[Summary]) -> Iterator[str]:
+    if any(run.get("holdout_loss_after") is not None for run in runs):
+        yield "eval is of the pictures that were trained on, held out of those that were not"
+    else:
+        yield (
+            "eval is of the pictures that were trained on, and one who learns them by heart wins; "
+            "data.holdout=8 adds a column of others"
+        )
+
+
+def _of_rates(runs: Sequence[Summary], common: Collection[str]) -> Iterator[str]:
+    """That rates were not looked for, where several optimizers are compared at one rate each."""
+    rates: dict[str, set[float | None]] = {}
+    for run in runs:
+        rates.setdefault(name_of(run, common, SEED, RATE), set()).add(lr_of(run))
+    if len({optimizer_of(run) for run in runs}) > 1 and all(
+        len(r - {None}) < 2 for r in rates.values()
+    ):
+        yield (
+            "each optimizer ran at one learning rate; another may be better, and may change the "
+            "order: -m optim=... optim.lr=3e-4,1e-3,3e-3 looks for it"
+        )
+
+
+def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
+    """That the first place is not decided."""
+    if len(groups) < 2 or not groups[1].good:
+        return
+    first, second = groups[:2]
+    fewest = min(len(first.good), len(second.good))
+    if fewest == 1:
+        yield (
+            "a run with one seed says nothing of chance: another seed may change the order "
+            "(seed=0,1,2)"
+        )
+        return
+    if first.loss + first.spread >= second.loss - second.spread:
+        yield (
+            f"{first.name} and {second.name} overlap within their spread over seeds: neither is "
+            "shown to be the better"
+        )
+    if fewest < _ENOUGH_SEEDS:
+        yield f"a spread over {fewest} seeds is a rough one; {_ENOUGH_SEEDS} or more say more"
+
+
+def _of_speed(groups: Sequence[Group]) -> Iterator[str]:
+    """That steps of one kind took so different times that those of two kinds say little."""
+    for group in groups:
+        times = [run["seconds_per_step"] for run in group.good if run.get("seconds_per_step")]
+        if times and max(times) > _STEADY * min(times):
+            yield (
+                f"s/step of {group.name} is {max(times) / min(times):.1f} times as much with one "
+                "seed as with another: the machine had other work, and speeds are not to be "
+                "compared"
+            )
+            return
+
+
+def _of_memory(runs: Sequence[Summary]) -> Iterator[str]:
+    if any(run.get("on_cpu") and run.get("runs_before_in_process") for run in runs):
+        yield (
+            "peak in training: these runs shared a process on a CPU, and a later one's peak has "
+            "what earlier ones left behind; compare the optimizer state, or run them one by one"
+        )

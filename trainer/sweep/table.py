@@ -1,0 +1,150 @@
+"""The tables of a sweep: its runs, what several seeds have in common, each optimizer's best rate.
+
+Best is the lowest final eval loss of what is exported.
+"""
+
+from collections.abc import Collection, Sequence
+from statistics import mean, stdev
+
+from trainer.sweep import markdown, remarks
+from trainer.sweep.runs import (
+    RATE,
+    SEED,
+    Group,
+    Summary,
+    common_overrides,
+    grouped,
+    lr_of,
+    name_of,
+    rank,
+    seed_of,
+)
+
+Column = tuple[str, str, str]  # title, key in summary.json, format
+
+_COLUMNS: tuple[Column, ...] = (
+    ("eval before", "eval_loss_before", "{:.4f}"),
+    ("eval after", "eval_loss_after", "{:.4f}"),
+    ("held out", "holdout_loss_after", "{:.4f}"),
+    ("of averaged weights", "ema_loss_after", "{:.4f}"),
+    ("s/step", "seconds_per_step", "{:.3f}"),
+    ("optimizer s/step", "optimizer_seconds_per_step", "{:.4f}"),
+    ("images/s", "images_per_second", "{:.1f}"),
+    ("seconds in all", "wall_seconds", "{:.0f}"),
+    ("optimizer state", "optimizer_state_bytes", "bytes"),
+    ("planned peak", "planned_training_bytes", "bytes"),
+    ("peak in training", "peak_training_bytes", "bytes"),
+    ("skipped", "skipped_steps", "{}"),
+    ("spikes", "loss_spikes", "{}"),
+    ("norm/median", "grad_norm_over_median", "{:.1f}"),
+)
+_NOT_IN_ALL = {
+    "holdout_loss_after",
+    "ema_loss_after",
+    "optimizer_seconds_per_step",
+    "loss_spikes",
+    "planned_training_bytes",
+    "grad_norm_over_median",
+}
+_NOT_OVER_SEEDS = {"eval before", "seconds in all"}
+_LARGEST = {"optimizer state", "planned peak", "peak in training", "norm/median"}
+_IN_ALL = {"skipped", "spikes"}
+RATE_FORM = "{:g}"
+
+
+def sweep_table(runs: Sequence[Summary]) -> str:
+    """Markdown tables of run summaries: the runs, the best first and the failed last; below it what
+    is to be kept in mind of them; then what several seeds have in common, and each optimizer at its
+    best rate, where there is more than one.
+
+    A run is called by the overrides that not all of them have.  Values that only some runs have are
+    a column where one has them.
+    """
+    common = common_overrides(runs)
+    known = {key for run in runs for key, value in run.items() if value is not None}
+    columns = [c for c in _COLUMNS if c[1] in known or c[1] not in _NOT_IN_ALL]
+    groups = grouped(runs, common)
+    parts = [
+        _of_runs(runs, common, columns),
+        "\n".join(f"- {remark}" for remark in remarks.of_runs(runs, common, groups)),
+        _over_seeds(groups, columns),
+        _best_rates(groups, common),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _of_runs(runs: Sequence[Summary], common: Collection[str], columns: Sequence[Column]) -> str:
+    rows = [["run", "lr", *(title for title, _, _ in columns)]]
+    for run in sorted(runs, key=rank):
+        cells = [markdown.cell(run.get(key), form) for _, key, form in columns]
+        if "error" in run:
+            cells = ["failed", *[""] * (len(columns) - 1)]
+        rows.append([name_of(run, common), _rate(run), *cells])
+    return markdown.table(rows)
+
+
+def _rate(run: Summary) -> str:
+    """The learning rate, and what the optimizer has found that multiplies it."""
+    rate, found = lr_of(run), run.get("rate_found")
+    return markdown.cell(rate, RATE_FORM) + ("" if found is None else f" x {found:.2g}")
+
+
+def _over_seeds(groups: Sequence[Group], columns: Sequence[Column]) -> str:
+    """A table of what differs by more than the seed, where something was run with several: mean and
+    standard deviation over the runs that ended well, of memory and gradient norms the largest, of
+    what is counted the sum."""
+    if all(len({seed_of(run) for run in group.runs}) < 2 for group in groups):
+        return ""
+    columns = [column for column in columns if column[0] not in _NOT_OVER_SEEDS]
+    rows = [["over seeds", "ended well", "lr", *(title for title, _, _ in columns)]]
+    for group in groups:
+        cells = [_over(group.good, column) for column in columns]
+        rate = markdown.cell(group.lr, RATE_FORM)
+        rows.append([group.name, group.counted, rate, *(cells if group.good else _failed(cells))])
+    return markdown.table(rows)
+
+
+def _failed(cells: Sequence[str]) -> list[str]:
+    return ["failed", *[""] * (len(cells) - 1)]
+
+
+def _over(runs: Sequence[Summary], column: Column) -> str:
+    """One value for several runs; nothing where one of them has none."""
+    title, key, form = column
+    values = [value for run in runs if (value := run.get(key)) is not None]
+    if not values or len(values) < len(runs):
+        return ""
+    if title in _LARGEST:
+        return markdown.cell(max(values), form)
+    if title in _IN_ALL:
+        return markdown.cell(sum(values), form)
+    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
+    return form.format(mean(values)) + spread
+
+
+def _best_rates(groups: Sequence[Group], common: Collection[str]) -> str:
+    """A table of each optimizer, with whatever else it was given, at its best rate, where rates
+    were swept.  A best rate that is the lowest or highest of those tried may not be the best."""
+    by_rate: dict[str, list[Group]] = {}
+    for group in groups:  # the best first
+        by_rate.setdefault(name_of(group.runs[0], common, SEED, RATE), []).append(group)
+    if all(len({group.lr for group in tried}) < 2 for tried in by_rate.values()):
+        return ""
+    rows = [["each at its best rate", "lr", "eval after", "ended well", "rates tried", "note"]]
+    for name, tried in sorted(by_rate.items(), key=lambda item: item[1][0].place):
+        best, rates = tried[0], sorted({group.lr for group in tried if group.lr is not None})
+        row = [name, markdown.cell(best.lr, RATE_FORM)]
+        row += [_over(best.good, ("", "eval_loss_after", "{:.4f}")) or "failed", best.counted]
+        rows.append([*row, ", ".join(map(RATE_FORM.format, rates)), _edge(best, rates)])
+    return markdown.table(rows, words={"rates tried", "note"})
+
+
+def _edge(best: Group, rates: Sequence[float]) -> str:
+    """What the best rate's place among those tried says."""
+    if not best.good or best.lr is None:
+        return ""
+    if len(rates) < 2:
+        return "one rate only: another may be better"
+    if best.lr == rates[0]:
+        return "the lowest tried: a lower one may be better"
+    return "the highest tried: a higher one may be better" if best.lr == rates[-1] else ""
