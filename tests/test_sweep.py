@@ -277,6 +277,12 @@ REMARKS = {
         ({"a": [0.1, 0.3, 0.2], "b": [0.2, 0.4, 0.3]}, {}, {"rates", "overlap", "trained"}),
         ({"a": [0.1, 0.11], "b": [0.2, 0.21]}, {}, {"rates", "few", "trained"}),
         ({("a", 0.1): [0.1], ("a", 0.2): [0.2]}, {}, {"chance", "trained"}),
+        # What is compared is each optimizer at its best rate.
+        (
+            {("a", 0.1): [0.1, 0.11, 0.12], ("a", 0.2): [0.11] * 3, ("b", 0.1): [0.3] * 3},
+            {},
+            {"trained"},
+        ),
         ({"a": [0.1]}, {"holdout_loss_after": 0.2}, {"holdout"}),
         ({"a": [0.1]}, {"on_cpu": True, "runs_before_in_process": 1}, {"trained", "memory"}),
         ({"a": [0.1]}, {"on_cpu": False, "runs_before_in_process": 1}, {"trained"}),

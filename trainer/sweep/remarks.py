@@ -36,7 +36,7 @@ def of_runs(
     if before:
         yield from _of_quality(runs)
     yield from _of_rates(runs, common)
-    yield from _of_ties(groups)
+    yield from _of_ties(_best_of_each(groups, common))
     yield from _of_speed(groups)
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
@@ -68,6 +68,14 @@ def _of_rates(runs: Sequence[Summary], common: Collection[str]) -> Iterator[str]
             "each optimizer ran at one learning rate; another may be better, and may change the "
             "order: -m optim=... optim.lr=3e-4,1e-3,3e-3 looks for it"
         )
+
+
+def _best_of_each(groups: Sequence[Group], common: Collection[str]) -> Sequence[Group]:
+    """Each optimizer at its best rate; of a single one all rates."""
+    best: dict[str, Group] = {}
+    for group in groups:  # the best first
+        best.setdefault(name_of(group.runs[0], common, SEED, RATE), group)
+    return list(best.values()) if len(best) > 1 else groups
 
 
 def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
