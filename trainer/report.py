@@ -1,4 +1,4 @@
-"""What a run came to: its summary and its closing lines."""
+"""What is kept and said of a run that has ended: its summary.json and its closing lines."""
 
 import json
 import math

@@ -2,14 +2,12 @@
 
 import logging
 import math
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -30,13 +28,15 @@ from trainer import (
     remarks,
     report,
     result,
+    run_folder,
     signals,
 )
-from trainer.config import Config, file_name
+from trainer.config import Config
 from trainer.errors import UserError
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
 from trainer.state import State, assemble, save
+from trainer.summary import summary_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     `overrides` are the command line's: a sweep's table tells its runs apart by them, and a run that
     is resumed has them again.
     """
-    _refuse_occupied(folder, config)
+    run_folder.refuse_occupied(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     with console.logging_to(folder / "train.log"), signals.stop_signals() as stop:
         for remark in remarks.of_config(config):
@@ -59,26 +59,6 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         writer = metrics.Metrics(folder, config, start_step=state.step)
         train(state, writer)
         return finish(state, writer)
-
-
-def _refuse_occupied(folder: Path, config: Config) -> None:
-    """Raise UserError where a run would write over another, or over files that are no run's."""
-    if checkpoint.completed(folder / "checkpoints"):
-        if not config.resume:
-            raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
-        if checkpoint.run_folder_of(config.resume) != folder.resolve():
-            raise UserError(
-                f"{folder} holds a run that resume={config.resume} would write over; leave "
-                "hydra.run.dir out, or name another folder"
-            )
-    written = ["config.yaml", "metrics.jsonl", "samples", "model", "lora", "checkpoints"]
-    written.append(f"{file_name(config.name)}.safetensors")
-    theirs = [name for name in written if (folder / name).exists()]
-    if theirs and not (folder / "environment.json").exists():
-        raise UserError(
-            f"{folder} is not a run's folder, and its {theirs[0]} would be written over; name "
-            "another (hydra.run.dir)"
-        )
 
 
 def begin(
@@ -95,17 +75,9 @@ def begin(
         state = assemble(config, folder, resumed, stop, overrides)
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
-        _carry_before(checkpoint.find(config.resume or "")[-1].parents[1], folder)
+        run_folder.carry_before(checkpoint.find(config.resume or "")[-1].parents[1], folder)
     record.write(folder, asdict(config), state.device)
     return state
-
-
-def _carry_before(began: Path, folder: Path) -> None:
-    """Give a run that forks from another the pictures that the model drew before its first step."""
-    before = Path("samples") / f"step-{0:06d}"
-    if (began / before).is_dir() and not (folder / before).exists():
-        with suppress(OSError):  # of a full disk: a row of a grid
-            shutil.copytree(began / before, folder / before)
 
 
 def train(state: State, writer: metrics.Metrics) -> None:
@@ -231,7 +203,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         )
     picture = evaluation.sample(state, writer)
     state.peaks.end("rest")
-    summary = _summary(state, after)
+    summary = summary_of(state, after)
     if not state.clock.has_stepped:
         summary |= report.costs_of(state.folder, state.step)
     report.write_summary(state.folder, summary)
@@ -260,44 +232,6 @@ def _refuse_ruined(state: State, loss: float) -> None:
         f"model.path={state.model.origin}: eval/loss is {loss} before the first step, as {why}; "
         "take another copy of the model, or model.dtype=float32"
     )
-
-
-def _result_loss(state: State, after: Mapping[str, float]) -> float:
-    """The loss of the weights that are exported."""
-    return after.get("ema_loss" if state.exports_average else "loss", math.nan)
-
-
-def _summary(state: State, after: Mapping[str, float]) -> dict[str, Any]:
-    """What the run came to; `after` is its last evaluation."""
-    counters, pace = state.counters, state.clock.pace(state.step)
-    was, now = state.model.predictions
-    return {
-        "name": state.config.name,
-        "overrides": list(state.overrides),
-        "seed": state.config.seed,
-        "steps": state.step,
-        "eval_loss_before": counters.eval_loss_before,
-        "eval_loss_after": after.get("loss", math.nan),
-        "eval_loss_result": _result_loss(state, after),
-        "pictures": counters.pictures,
-        "wall_seconds": state.clock.wall_seconds,
-        "seconds": counters.seconds,
-        "seconds_per_step": pace.seconds_per_step,
-        "images_per_second": pace.images_per_second,
-        "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
-        "peak_memory_bytes": state.peaks.run,
-        "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
-        "planned_training_bytes": state.planned_bytes,
-        "skipped_steps": state.guard.skipped,
-        "prediction_before": now if state.trains_on else was,
-        "prediction": now,
-        "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
-        "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
-        "loss_spikes": state.watch.loss_spikes,
-        "grad_norm_over_median": state.watch.grad_norm_over_median,
-        "runs_before_in_process": state.peaks.runs_before,
-        **record.told(state.config, state.device),
-    } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
 
 
 def _nothing_to_train(state: State) -> None:

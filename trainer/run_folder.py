@@ -1,0 +1,37 @@
+"""The folder of a run: nothing of another is written over in it."""
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from trainer import checkpoint
+from trainer.config import Config, file_name
+from trainer.errors import UserError
+
+
+def refuse_occupied(folder: Path, config: Config) -> None:
+    """Raise UserError where a run would write over another, or over files that are no run's."""
+    if checkpoint.completed(folder / "checkpoints"):
+        if not config.resume:
+            raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
+        if checkpoint.run_folder_of(config.resume) != folder.resolve():
+            raise UserError(
+                f"{folder} holds a run that resume={config.resume} would write over; leave "
+                "hydra.run.dir out, or name another folder"
+            )
+    written = ["config.yaml", "metrics.jsonl", "samples", "model", "lora", "checkpoints"]
+    written.append(f"{file_name(config.name)}.safetensors")
+    theirs = [name for name in written if (folder / name).exists()]
+    if theirs and not (folder / "environment.json").exists():
+        raise UserError(
+            f"{folder} is not a run's folder, and its {theirs[0]} would be written over; name "
+            "another (hydra.run.dir)"
+        )
+
+
+def carry_before(began: Path, folder: Path) -> None:
+    """Give a run that forks from another the pictures that the model drew before its first step."""
+    before = Path("samples") / f"step-{0:06d}"
+    if (began / before).is_dir() and not (folder / before).exists():
+        with suppress(OSError):  # of a full disk: a row of a grid
+            shutil.copytree(began / before, folder / before)

@@ -1,0 +1,46 @@
+"""What a run came to, as its summary.json has it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from trainer import optimizers, record
+from trainer.state import State
+
+
+def _result_loss(state: State, after: Mapping[str, float]) -> float:
+    """The loss of the weights that are exported."""
+    return after.get("ema_loss" if state.exports_average else "loss", math.nan)
+
+
+def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
+    """What the run came to; `after` is its last evaluation."""
+    counters, pace = state.counters, state.clock.pace(state.step)
+    was, now = state.model.predictions
+    return {
+        "name": state.config.name,
+        "overrides": list(state.overrides),
+        "seed": state.config.seed,
+        "steps": state.step,
+        "eval_loss_before": counters.eval_loss_before,
+        "eval_loss_after": after.get("loss", math.nan),
+        "eval_loss_result": _result_loss(state, after),
+        "pictures": counters.pictures,
+        "wall_seconds": state.clock.wall_seconds,
+        "seconds": counters.seconds,
+        "seconds_per_step": pace.seconds_per_step,
+        "images_per_second": pace.images_per_second,
+        "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
+        "peak_memory_bytes": state.peaks.run,
+        "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
+        "planned_training_bytes": state.planned_bytes,
+        "skipped_steps": state.guard.skipped,
+        "prediction_before": now if state.trains_on else was,
+        "prediction": now,
+        "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
+        "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
+        "loss_spikes": state.watch.loss_spikes,
+        "grad_norm_over_median": state.watch.grad_norm_over_median,
+        "runs_before_in_process": state.peaks.runs_before,
+        **record.told(state.config, state.device),
+    } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
