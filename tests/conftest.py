@@ -25,6 +25,12 @@ torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Files that have slow tests come first: no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def no_wishes(monkeypatch):
     """Nothing but what a test says chooses the optimizers' backend."""

@@ -48,6 +48,7 @@ def test_a_ledger_counts_what_is_alive_and_a_view_adds_nothing():
     assert ledger.peak == {"made": 4096}
 
 
+QUIET = ("runtime.threads=1", "log.sample_count=0")
 STEPS = {
     "plain": (),
     "fused": FUSED,
@@ -64,7 +65,7 @@ STEPS = {
 
 @pytest.mark.parametrize("overrides", STEPS.values(), ids=STEPS)
 def test_a_rehearsal_counts_what_a_step_with_numbers_has(composed, tmp_path, overrides):
-    config = composed("optim=adamw", "log.sample_count=0", *overrides)
+    config = composed(*QUIET, "optim=adamw", *overrides)
     planned = rehearsed(config).training
     state = run.begin(config, tmp_path)
     trained = list(method.trained_parameters(state.model).values())
@@ -90,7 +91,7 @@ def test_a_gpus_autocast_keeps_norms_in_fp32(composed):
 
 @pytest.mark.parametrize("optimizer", ["adafactor8bit", "prodigy_factored", "apollo", "lion8bit"])
 def test_the_planned_state_is_what_is_allocated(composed, tmp_path, optimizer):
-    config = composed(f"optim={optimizer}", "log.sample_count=0")
+    config = composed(*QUIET, f"optim={optimizer}")
     state = run.begin(config, tmp_path)
     planned = rehearsed(config).training.optimizer_state
     assert planned == optimizers.state_bytes(state.optimizer)
@@ -239,7 +240,7 @@ def test_without_a_model_or_pictures_the_published_architecture_is_planned():
 
 def test_a_large_model_is_planned_before_it_is_loaded(composed, monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(memory, "LARGE_BYTES", 1)
-    config = composed("experiment=smoke", "log.sample_count=0")
+    config = composed(*QUIET, "experiment=smoke")
     with caplog.at_level("INFO"):
         run.run(config, tmp_path / "a")
     assert "memory: fits: a run needs" in (tmp_path / "a" / "train.log").read_text()

@@ -40,7 +40,8 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
     quarters = {f"eval/loss_t{q}" for q in ("000_250", "250_500", "500_750", "750_1000")}
     assert written[0].keys() == {"step", "eval/loss", *quarters}
     assert written[0]["step"] == 0
-    expected = {"loss", "lr", "grad_norm", "update_ratio", "epoch", "skipped_steps"}
+    expected = {"loss", "lr", "grad_norm", "grad_norm_max", "update_ratio", "epoch"}
+    expected |= {"skipped_steps", "loss_spikes"}
     for row in written[1:5]:
         assert {key.removeprefix("train/") for key in row if key.startswith("train/")} == expected
         assert row["memory/optimizer_state_bytes"] == 8 * 2_743_620 + 330 * 16

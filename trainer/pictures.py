@@ -92,7 +92,7 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
 
 def _width(text: str) -> int:
     """Pixels that the widest of its lines takes."""
-    return math.ceil(max(_fonts()[0].getlength(line) for line in text.splitlines()))
+    return math.ceil(max(map(_fonts()[0].getlength, text.split("\n"))))
 
 
 def written(text: str) -> tuple[str, Font]:
