@@ -12,7 +12,7 @@ from trainer import cli, gradients, memory, method, optimizers, planner, remedie
 from trainer.errors import UserError
 from trainer.formats import architectures
 from trainer.model import Model
-from trainer.planner import before_run
+from trainer.planner import before_run, room
 from trainer.planner.__main__ import _completed, _less, _with, main
 from trainer.planner.ledger import Ledger
 from trainer.planner.page import page
@@ -230,6 +230,14 @@ def test_a_wrong_option_is_one_line(command, arguments, says):
     status, _, error = command(*arguments)
     assert status == 2
     assert says in error
+
+
+def test_what_this_process_has_already_is_room_for_its_plan(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  4 kB\n")
+    monkeypatch.setattr(room, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(room, "_CONTAINERS", ())
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1000)
+    assert planner.room_of(CPU).free == 4096 + 1000
 
 
 def test_without_a_model_or_pictures_the_published_architecture_is_planned():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from trainer import memory
+
 # What CUDA's context takes of a card; an assumption (0.3 to 0.6 GB are usual), no measurement.
 _CONTEXT = 500_000_000
 _MEMORY = Path("/proc/meminfo")
@@ -33,7 +35,8 @@ def card(gib: float) -> Room:
 
 
 def room_of(device: torch.device) -> Room:
-    """What is free on a device now; on a CPU what this process has already counts as free."""
+    """What a run can have of a device now: what is free, and what this process has of it already,
+    which is part of a plan too (on a CPU, `Plan.process`)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device)
@@ -43,4 +46,4 @@ def room_of(device: torch.device) -> Room:
     for limit, used in _CONTAINERS:
         with suppress(OSError, ValueError):  # "max", or no container of this kind
             free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return Room(free=free, where="this machine")
+    return Room(free=free + memory.resident_bytes(), where="this machine")
