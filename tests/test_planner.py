@@ -220,7 +220,7 @@ def test_the_command_has_numbers(command):
     ("arguments", "says"),
     [
         (("--card", "-1"), "-1 is not above 0"),
-        (("--card", "big"), "'big' is not a number"),
+        (("--card", "big"), "invalid float value: 'big'"),
         (("optim=adamv",), "did you mean 'adamw'?"),
         (("method=lora", "method.targets=[nothing]"), "is called nothing"),
         (("model.path=/nowhere",), "model.path=/nowhere does not exist"),

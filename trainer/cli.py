@@ -1,6 +1,8 @@
 """The command line: Hydra's schema and help, the options a resumed run inherits, and where a run is
 written."""
 
+import argparse
+import math
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -187,6 +189,17 @@ def _warmup(most: int, steps: Any) -> int:
 
 def _groups() -> str:
     return "".join(f"  {group:<11}{', '.join(choices_of(group))}\n" for group in group_names())
+
+
+def positive(text: str) -> float:
+    """A number above 0, of a command's own option (argparse)."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def fail(message: str) -> NoReturn:

@@ -6,7 +6,6 @@ It takes the trainer's own options, reads every caption and picture, and trains 
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections import defaultdict
@@ -48,23 +47,13 @@ class Finding:
     names: list[str]  # of the pictures, captions or files it is about
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
 def main() -> None:
     """The command line; leaves with 0, 1 or 2."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("trainer.doctor", description=_HELP, formatter_class=form)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
-        "--images-per-second", type=_positive, help="to tell how long an epoch takes"
+        "--images-per-second", type=cli.positive, help="to tell how long an epoch takes"
     )
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help="draw pictures as a run would see them"

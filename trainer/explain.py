@@ -25,7 +25,6 @@ from trainer.config import choices_of, conf_dir, flatten, group_names
 _NAMES_ELSEWHERE = {
     "caption_dropout_rate": "data.caption_dropout",
     "gradient_accumulation_steps": "runtime.accumulation",
-    "keep_tokens": "data.keep_tokens",
     "learning_rate": "optim.lr",
     "lr_scheduler": "schedule",
     "lr_warmup_steps": "schedule.warmup_steps",
@@ -34,7 +33,6 @@ _NAMES_ELSEWHERE = {
     "network_alpha": "method.alpha",
     "network_dim": "method.rank",
     "noise_offset": "noise.offset",
-    "num_train_epochs": "schedule.steps",
     "optimizer": "optim",
     "optimizer_type": "optim",
     "output_dir": "hydra.run.dir",

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
         "--card",
-        type=_size,
+        type=cli.positive,
         metavar="GB",
         help="plan for a GPU with this much memory, as it is sold (24), instead of this machine",
     )
@@ -60,16 +59,6 @@ def main() -> None:
     except (UserError, OSError) as error:
         cli.fail(str(error))
     sys.exit(0 if plan.needed <= room.free else 1)
-
-
-def _size(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def _completed(overrides: Sequence[str]) -> list[str]:

@@ -211,7 +211,7 @@ def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:
 
 
 def _tokens(config: Config) -> int:
-    """Of a prompt: chunks of 75 words' tokens, with one beginning and one end."""
+    """Of a prompt: chunks of 75 tokens, with one beginning and one end."""
     return 75 * config.model.prompt_chunks + 2
 
 

@@ -11,11 +11,9 @@ from omegaconf import DictConfig
 from PIL.Image import Image
 
 from trainer import disk
-from trainer.errors import UserError
 from trainer.metrics import MULTIRUN
 from trainer.sweep import curves, sheet
 from trainer.sweep.head import head
-from trainer.sweep.runs import rank
 from trainer.sweep.table import sweep_table
 
 _TABLE = "sweep.md"
@@ -76,22 +74,3 @@ def _wrote(
     except OSError as error:
         print(f"no {path} ({error})")
         return False
-
-
-def ended(folder: Path, overrides: list[str]) -> float | None:
-    """The last eval loss of a run that has ended well in this folder; None where there is none.
-
-    Raises UserError for one without these options.
-    """
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    if "error" in summary:
-        return None
-    if not {*overrides} <= {*summary["overrides"]}:
-        raise UserError(
-            f"{folder} holds a run of another sweep ({' '.join(summary['overrides'])}); name "
-            "another folder (hydra.sweep.dir)"
-        )
-    return rank(summary)

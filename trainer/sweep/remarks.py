@@ -4,10 +4,9 @@ which are of something else than the optimizer."""
 from collections.abc import Collection, Iterator, Sequence
 
 from trainer.sweep.runs import (
-    RATE,
-    SEED,
     Group,
     Summary,
+    by_optimizer,
     lr_of,
     name_of,
     optimizer_of,
@@ -35,7 +34,7 @@ def of_runs(
         )
     if before:
         yield from _of_quality(runs)
-    yield from _of_rates(runs, common)
+    yield from _of_rates(groups, common)
     yield from _of_ties(_best_of_each(groups, common))
     yield from _of_speed(groups)
     yield from _of_memory(runs)
@@ -56,14 +55,12 @@ def _of_quality(runs: Sequence[Summary]) -> Iterator[str]:
         )
 
 
-def _of_rates(runs: Sequence[Summary], common: Collection[str]) -> Iterator[str]:
+def _of_rates(groups: Sequence[Group], common: Collection[str]) -> Iterator[str]:
     """That rates were not looked for, where several optimizers are compared at one rate each."""
-    rates: dict[str, set[float | None]] = {}
-    for run in runs:
-        rates.setdefault(name_of(run, common, SEED, RATE), set()).add(lr_of(run))
-    if len({optimizer_of(run) for run in runs}) > 1 and all(
-        len(r - {None}) < 2 for r in rates.values()
-    ):
+    rivals = by_optimizer(groups, common)
+    rates = [{lr_of(run) for group in tried for run in group.runs} for tried in rivals.values()]
+    is_of_several = len({optimizer_of(run) for group in groups for run in group.runs}) > 1
+    if is_of_several and all(len(tried - {None}) < 2 for tried in rates):
         yield (
             "each optimizer ran at one learning rate; another may be better, and may change the "
             "order: -m optim=... optim.lr=3e-4,1e-3,3e-3 looks for it"
@@ -72,10 +69,8 @@ def _of_rates(runs: Sequence[Summary], common: Collection[str]) -> Iterator[str]
 
 def _best_of_each(groups: Sequence[Group], common: Collection[str]) -> Sequence[Group]:
     """Each optimizer at its best rate; of a single one all rates."""
-    best: dict[str, Group] = {}
-    for group in groups:  # the best first
-        best.setdefault(name_of(group.runs[0], common, SEED, RATE), group)
-    return list(best.values()) if len(best) > 1 else groups
+    rivals = by_optimizer(groups, common)
+    return [tried[0] for tried in rivals.values()] if len(rivals) > 1 else groups
 
 
 def _of_ties(groups: Sequence[Group]) -> Iterator[str]:

@@ -4,12 +4,16 @@ A run that failed, or whose last loss is not finite, did not end well.  Groups w
 first: a mean over those that are left flatters an optimizer that often fails.
 """
 
+import json
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from trainer.errors import UserError
 
 Summary = dict[str, Any]
 SEED, RATE = "seed", "optim.lr"
@@ -99,3 +103,31 @@ def grouped(runs: Sequence[Summary], common: Collection[str]) -> list[Group]:
         found.setdefault(name_of(run, common, SEED), []).append(run)
     groups = [Group(name=name, runs=members) for name, members in found.items()]
     return sorted(groups, key=lambda group: group.place)
+
+
+def by_optimizer(groups: Sequence[Group], common: Collection[str]) -> dict[str, list[Group]]:
+    """Groups that differ by their rate alone, by the name of what they share; each in the order of
+    `groups`."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(name_of(group.runs[0], common, SEED, RATE), []).append(group)
+    return found
+
+
+def ended(folder: Path, overrides: list[str]) -> float | None:
+    """The last eval loss of a run that has ended well in this folder; None where there is none.
+
+    Raises UserError for one without these options.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if "error" in summary:
+        return None
+    if not {*overrides} <= {*summary["overrides"]}:
+        raise UserError(
+            f"{folder} holds a run of another sweep ({' '.join(summary['overrides'])}); name "
+            "another folder (hydra.sweep.dir)"
+        )
+    return rank(summary)

@@ -8,10 +8,9 @@ from statistics import mean, stdev
 
 from trainer.sweep import markdown, remarks
 from trainer.sweep.runs import (
-    RATE,
-    SEED,
     Group,
     Summary,
+    by_optimizer,
     common_overrides,
     grouped,
     lr_of,
@@ -125,13 +124,11 @@ def _over(runs: Sequence[Summary], column: Column) -> str:
 def _best_rates(groups: Sequence[Group], common: Collection[str]) -> str:
     """A table of each optimizer, with whatever else it was given, at its best rate, where rates
     were swept.  A best rate that is the lowest or highest of those tried may not be the best."""
-    by_rate: dict[str, list[Group]] = {}
-    for group in groups:  # the best first
-        by_rate.setdefault(name_of(group.runs[0], common, SEED, RATE), []).append(group)
-    if all(len({group.lr for group in tried}) < 2 for tried in by_rate.values()):
+    rivals = by_optimizer(groups, common)
+    if all(len({group.lr for group in tried}) < 2 for tried in rivals.values()):
         return ""
     rows = [["each at its best rate", "lr", "eval after", "ended well", "rates tried", "note"]]
-    for name, tried in sorted(by_rate.items(), key=lambda item: item[1][0].place):
+    for name, tried in sorted(rivals.items(), key=lambda item: item[1][0].place):
         best, rates = tried[0], sorted({group.lr for group in tried if group.lr is not None})
         row = [name, markdown.cell(best.lr, RATE_FORM)]
         row += [_over(best.good, ("", "eval_loss_after", "{:.4f}")) or "failed", best.counted]
