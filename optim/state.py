@@ -66,8 +66,7 @@ def check_groups(
     of `optimizer` (its class's name), which has these groups and options.  What has no label is
     judged by its keys."""
     for group in state_dict["param_groups"]:
-        # Older files have the version beside the groups.
-        version = group.get("state_version", state_dict.get("state_version", VERSION))
+        version = group.get("state_version", VERSION)
         if version != VERSION:
             raise ValueError(
                 f"{optimizer} reads state version {VERSION}, and this state has {version}; "

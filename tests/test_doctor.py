@@ -41,6 +41,7 @@ def test_the_shipped_pictures_have_no_problems(examine):
     assert "one bucket of 64 x 64, batches of 8, 3 an epoch" in lines
     assert "every run encodes 24 pictures and 25 captions" in out
     assert "an epoch: 24 pictures, 3 batches; how long it takes is not known" in out
+    assert "a run of these options: 550 steps, 183 epochs" in out
     assert lines[-1] == "no problems"
 
 

@@ -9,6 +9,7 @@ from models import TINY
 
 from trainer import remarks
 from trainer.model import Model
+from trainer.schedule import settled
 
 QUIET = [
     [],
@@ -39,8 +40,10 @@ IDLE = {
     "method=lora method.text_targets=[q_proj]": "text encoders in method.train",
     "data.resolutions=[32,64] data.resolution=32": "data.resolutions=[]",
     "log.prompts=[a] log.sample_count=3": "log.prompts",
+    "log.negative_prompt=blurred": "log.guidance_scale above 1",
+    "schedule.epochs=2 schedule.steps=99": "schedule.epochs=null",
     "ema=bf16 log.sample_count=0 method.ema.sample=last": "pictures",
-    "log.sample_count=0 log.guidance_scale=5": "pictures",
+    "log.sample_count=0 log.guidance_scale=6": "pictures",
     "optim.on_nonfinite=raise": "runtime.max_skipped_steps",
     "optim.lr=0": "changes no weight",
     "method.export=[]": "writes no model",
@@ -70,9 +73,10 @@ def test_an_option_without_effect_is_pointed_out_with_what_it_belongs_to(compose
     ],
 )
 def test_a_decay_without_room_is_remarked(composed, options, says):
-    (said,) = remarks.of_config(composed(*options))
+    (said,) = remarks.of_schedule(settled(composed(*options).schedule, 1))
     assert says in said
-    assert remarks.of_config(composed("schedule=cosine_restarts", "schedule.cycles=250")) == []
+    roomy = composed("schedule=cosine_restarts", "schedule.cycles=250").schedule
+    assert list(remarks.of_schedule(settled(roomy, 1))) == []
 
 
 def test_the_default_rate_is_remarked_where_a_large_model_is_trained_whole(composed):

@@ -35,6 +35,14 @@ def test_prompts_are_drawn_in_place_of_captions(quick):
     assert first.tobytes() != last.tobytes()
 
 
+def test_a_negative_prompt_changes_what_guidance_draws(quick):
+    guided = ("log.prompts=[two hearts]", "log.guidance_scale=3", "log.sample_steps=2")
+    plain = quick("plain", *guided)
+    other = quick("other", *guided, "log.negative_prompt=a red frog")
+    first, second = (Image.open(f / "samples/step-000000/00.png") for f in (plain, other))
+    assert first.tobytes() != second.tobytes()
+
+
 def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
     written = rows(quick("metrics", "optim=adamw"))
     quarters = {f"eval/loss_t{q}" for q in ("000_250", "250_500", "500_750", "750_1000")}

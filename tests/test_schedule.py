@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import get_scheduler
 
-from trainer.schedule import lr_scale
+from trainer.errors import UserError
+from trainer.schedule import lr_scale, settled
 
 CHOICES = ["constant", "linear", "cosine", "polynomial", "cosine_restarts", "wsd"]
 
@@ -17,15 +19,15 @@ CHOICES = ["constant", "linear", "cosine", "polynomial", "cosine_restarts", "wsd
         ("constant", 1, 1.0),
         ("constant", 99, 1.0),
         ("linear", 49, 1.0),
-        ("linear", 99, 0.1),
-        ("linear", 74, 0.1 + 0.9 * (1 - 24 / 49)),
+        ("linear", 50, 1.0),
+        ("linear", 75, 0.1 + 0.9 * 25 / 50),
+        ("linear", 99, 0.1 + 0.9 / 50),
         ("cosine", 50, 1.0),
-        ("cosine", 99, 0.1),
+        ("cosine", 75, 0.1 + 0.9 / 2),
         ("polynomial", 50, 1.0),
-        ("polynomial", 74, 0.1 + 0.9 * (25 / 49) ** 2),
-        ("polynomial", 99, 0.1),
+        ("polynomial", 75, 0.1 + 0.9 / 4),
         ("cosine_restarts", 50, 1.0),
-        ("cosine_restarts", 99, 0.1),
+        ("cosine_restarts", 75, 0.1 + 0.9 / 2),
     ],
 )
 def test_learning_rate_warms_up_holds_and_decays(schedule_config, choice, step, scale):
@@ -35,14 +37,29 @@ def test_learning_rate_warms_up_holds_and_decays(schedule_config, choice, step, 
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_schedule_warms_up_peaks_at_one_and_ends_where_it_says(schedule_config, choice):
+def test_every_schedule_warms_up_peaks_at_one_and_makes_no_step_for_nothing(
+    schedule_config, choice
+):
     made = schedule_config(choice, steps=60, warmup_steps=7)
     scales = [lr_scale(made, step) for step in range(60)]
     assert scales[:7] == [(step + 1) / 8 for step in range(7)]
     assert max(scales) == scales[7] == 1
-    assert min(scales) >= 0
-    final = getattr(made, "final_scale", 1.0)
-    assert scales[-1] == pytest.approx(final)
+    assert min(scales) > 0
+    assert scales[-1] == 1 if choice == "constant" else scales[-1] < 0.2
+
+
+@pytest.mark.parametrize("choice", ["linear", "cosine", "polynomial", "constant"])
+def test_after_the_warm_up_they_are_those_of_transformers(schedule_config, choice):
+    made = schedule_config(choice, steps=90, warmup_steps=7)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = "constant_with_warmup" if choice == "constant" else choice
+    more = {"power": 2.0, "lr_end": 0.0} if choice == "polynomial" else {}
+    peer = get_scheduler(name, optimizer, 7, 90, more)
+    for step in range(90):
+        if step >= 7:
+            assert lr_scale(made, step) == pytest.approx(peer.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        peer.step()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -61,12 +78,11 @@ def test_wsd_stays_until_its_share_of_decay_begins(schedule_config, shape, middl
     made = schedule_config("wsd", steps=101, warmup_steps=10, decay=0.2, shape=shape)
     scales = [lr_scale(made, step) for step in range(101)]
     assert set(scales[10:82]) == {1.0}
-    assert scales[-1] == pytest.approx(0)
     decay = scales[81:]
     assert all(a > b for a, b in pairwise(decay))
     made.steps = 1001  # so that a step lies in the middle
     begin = round(0.8 * 1001)
-    assert lr_scale(made, (begin + 1000) // 2) == pytest.approx(middle, abs=0.01)
+    assert lr_scale(made, (begin + 1001) // 2) == pytest.approx(middle, abs=0.01)
 
 
 def test_a_wsd_run_that_is_made_longer_has_stayed_where_it_was(schedule_config):
@@ -77,8 +93,7 @@ def test_a_wsd_run_that_is_made_longer_has_stayed_where_it_was(schedule_config):
 
 def test_restarts_are_those_of_torch(schedule_config):
     """CosineAnnealingWarmRestarts, with cycles of a length that divides the run's."""
-    # The last step is the end of the third cycle of 30.
-    options = {"steps": 91, "warmup_steps": 0, "final_scale": 0.0, "cycles": 3}
+    options = {"steps": 90, "warmup_steps": 0, "final_scale": 0.0, "cycles": 3}
     made = schedule_config("cosine_restarts", **options)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     peer = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 30)
@@ -86,11 +101,27 @@ def test_restarts_are_those_of_torch(schedule_config):
         assert lr_scale(made, step) == pytest.approx(peer.get_last_lr()[0], abs=1e-9)
         optimizer.step()
         peer.step()
-    assert lr_scale(made, 90) == pytest.approx(0)
 
 
 def test_a_power_of_one_is_linear(schedule_config):
-    options = {"hold": 0.3, "final_scale": 0.1}
+    options = {"warmup_steps": 20, "hold": 0.3, "final_scale": 0.1}
     linear = schedule_config("linear", **options)
     made = schedule_config("polynomial", power=1.0, **options)
     assert all(lr_scale(made, s) == pytest.approx(lr_scale(linear, s)) for s in range(550))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (60, 6), (200, 20), (5000, 20)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(schedule_config, steps, warmup):
+    assert settled(schedule_config("cosine", steps=steps), 3).warmup_steps == warmup
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 15), (0.5, 4), (0.01, 1), (100, 750)])
+def test_epochs_are_as_many_steps_as_they_take(schedule_config, epochs, steps):
+    known = settled(schedule_config("constant", steps=9, epochs=epochs), 7.5)
+    assert (known.steps, known.warmup_steps) == (steps, min(20, steps // 10))
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(schedule_config):
+    open_ended = schedule_config("linear", steps=550, epochs=2, warmup_steps=20)
+    with pytest.raises(UserError, match=r"warmup_steps=20 is out of range.* \[0, 6\]"):
+        settled(open_ended, 3)

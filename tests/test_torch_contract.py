@@ -126,20 +126,6 @@ def shapes_of(model):
     return [tuple(p.shape) for p in model.parameters()]
 
 
-def test_a_state_with_its_version_beside_the_groups_is_read():
-    """As it was saved before torch's own API was thought of."""
-
-    def older(first, *_):
-        saved = copy.deepcopy(first.state_dict())
-        for group in saved["param_groups"]:
-            del group["state_version"], group["optimizer"]
-        return saved | {"state_version": 2}
-
-    goes_on_alike("adamw8bit", older, None)
-    with pytest.raises(ValueError, match="state version 2, and this state has 1"):
-        goes_on_alike("adamw8bit", lambda *a: older(*a) | {"state_version": 1}, None)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_kahan_compensation_is_part_of_the_state(name, tmp_path):
     goes_on_alike(

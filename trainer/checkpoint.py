@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 # Options that do not change what is learned, in groups that do (`to_resume`).  What lies at a path
 # is compared by its content: `check_content`.
 _ANYWHERE = {
+    *("model.path", "model.vae"),
     *("data.path", "data.cache", "data.max_unreadable", "data.max_pixels"),
-    *("method.export", "method.export_dtype", "method.start_from"),
+    *("method.export", "method.export_dtype", "method.export_every", "method.start_from"),
     *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
@@ -52,9 +53,7 @@ class Counters:
     skipped_steps: int = 0
     eval_loss_before: float = math.nan  # before the first step; NaN where it is of other points
     grad_norm: float = math.nan  # of the last step, by which method.clip=lagged clips the next
-    # How often the data was gone through, by which the order of batches goes on; NaN in older
-    # checkpoints.
-    epochs: float = math.nan
+    epochs: float = 0.0  # how often the data was gone through; the order of batches goes on by it
     pictures: int = 0  # trained on, each time counted
     seconds: float = 0.0  # spent in training steps
     # Of steps that measure speed: `trainer.clock`.
@@ -78,7 +77,7 @@ class Checkpoint:
     average: dict[str, Tensor]  # of the weights; empty without method.ema
     config: dict[str, Any]
     overrides: list[str]  # of the command line that gave it
-    model: str  # a sketch of the one that training began with; empty in older checkpoints
+    model: str  # a sketch of the one that training began with
     data: str  # fingerprint of the samples
     counters: Counters
 
@@ -131,8 +130,8 @@ def load(folder: Path) -> Checkpoint:
                 ),
                 average=load_file(folder / _AVERAGE) if _AVERAGE in record["sha256"] else {},
                 config=record["config"],
-                overrides=record.get("overrides", []),
-                model=record.get("model", ""),
+                overrides=record["overrides"],
+                model=record["model"],
                 data=record["data"],
                 counters=Counters(**record["counters"]),
             )
@@ -285,20 +284,20 @@ def to_resume(config: Config) -> Checkpoint | None:
     if not config.resume:
         return None
     found = load_newest(find(config.resume))
-    if config.schedule.steps < found.step:
-        raise UserError(
-            f"resume: schedule.steps={config.schedule.steps}, and the checkpoint is at step "
-            f"{found.step}; schedule.steps={found.step} ends the run there, more goes on, and an "
-            "older checkpoint's folder in resume= goes back"
-        )
+    if config.schedule.epochs is None:  # else it is known later
+        check_length(found, config.schedule.steps)
     here, there = _options(asdict(config)), _options(found.config)
     learned = (
         *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
         "runtime.accumulation",
     )
     keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))
-    known = {"model.path", "model.vae"} if found.model else set()
-    keys = [key for key in keys if key not in _ANYWHERE | known]
+    known = set(_ANYWHERE)
+    if config.schedule.epochs is not None:  # the data decides, as it did
+        known.add("schedule.steps")
+    if config.schedule.warmup_steps is None:
+        known.add("schedule.warmup_steps")
+    keys = [key for key in keys if key not in known]
     changed = {
         k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)
     }
@@ -327,11 +326,21 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def check_length(checkpoint: Checkpoint, steps: int) -> None:
+    """Refuse a run of fewer steps than are done."""
+    if steps < checkpoint.step:
+        raise UserError(
+            f"resume: schedule.steps={steps}, and the checkpoint is at step {checkpoint.step}; "
+            f"schedule.steps={checkpoint.step} ends the run there, more goes on, and an older "
+            "checkpoint's folder in resume= goes back"
+        )
+
+
 def check_content(checkpoint: Checkpoint, model: str, data: str, may_change: bool) -> None:
     """Refuse to go on over another model, or with other pictures or captions, than the run began
     with; where they lie does not matter."""
     both = {
-        "the model is": (checkpoint.model or model, model),
+        "the model is": (checkpoint.model, model),
         "the pictures or captions are": (checkpoint.data, data),
     }
     for what, (there, here) in both.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,7 @@ from trainer.config import (
     Config,
     ExternalConfig,
     choices_of,
+    conf_dir,
     file_name,
     group_names,
     optimizer_schema,
@@ -36,11 +37,12 @@ Fine-tune SDXL, full or LoRA, with low-memory optimizers.
 The demo: a tiny SDXL learns 24 emoji, on a CPU, in minutes; then the same as a LoRA:
   python -m trainer optim=adafactor8bit
   python -m trainer method=lora optim=adamw optim.lr=5e-3
-Your own model and pictures:
-  python -m trainer model=sdxl model.path=/models/sdxl data=folder data.path=/pictures optim.lr=1e-5
+Your own model and pictures, as a LoRA, and all of the UNet:
+  python -m trainer experiment=sdxl_lora model.path=/models/sdxl.safetensors data.path=/pictures
+  python -m trainer experiment=sdxl model.path=/models/sdxl.safetensors data.path=/pictures
 What is wrong with the pictures, and whether memory suffices, before a run finds out:
   python -m trainer.doctor data=folder data.path=/pictures
-  python -m trainer.planner model=sdxl experiment=low_memory --card 8
+  python -m trainer.planner experiment=sdxl --card 8
 A sweep, with a table of the runs at the end; and going on with the newest run and its options:
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
   python -m trainer resume=latest
@@ -49,7 +51,7 @@ What is changed first:
   data.path=/pictures       pictures and captions, with data=folder
   model.path=/models/sdxl   a .safetensors file, a diffusers folder or a name on the hub
   optim.lr=1e-5             the learning rate
-  schedule.steps=2000       how long, in optimizer steps
+  schedule.steps=2000       how long, in optimizer steps; or schedule.epochs=10
   data.batch_size=4         pictures at once; runtime.accumulation=2 takes twice as many a step
 
 Choices (group=choice; several of experiment as experiment=[low_memory,smoke]):
@@ -62,6 +64,8 @@ and for optimizers in the docstrings of
 A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
 
+# Of an optimizer's default rate, with a large model.
+_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
 # Of a command line, what a later one that resumes the run must say itself.
 _ONCE = {"resume", "runtime.allow_config_change"}
 
@@ -89,7 +93,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
-    OmegaConf.register_new_resolver("warmup", _warmup, replace=True)
+    OmegaConf.register_new_resolver("default_lr", _default_lr, replace=True)
 
 
 def with_resumed(arguments: list[str]) -> list[str]:
@@ -151,15 +155,17 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", r"\'") + "'"
 
 
-def composed(overrides: list[str]) -> DictConfig:
+def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
     """The configuration that the command line would compose, for the commands beside the run.
+
+    with_hydra: Hydra's own node too, whose `runtime.choices` are those of all groups.
 
     A wrong override is one line and status 2.
     """
     register()
     refuse_repeated(overrides)
     try:
-        return composition(overrides)
+        return composition(overrides, with_hydra)
     except Exception as error:  # Hydra and OmegaConf raise many kinds
         fail(explain(error, overrides))
 
@@ -182,9 +188,15 @@ def _unused(fresh: str) -> str:
     return next(folder for folder in candidates if not Path(folder).exists())
 
 
-def _warmup(most: int, steps: Any) -> int:
-    """Steps of warming up: `most`, or a tenth of a run that is too short for as many."""
-    return min(most, steps // 10) if isinstance(steps, int) else most
+def _default_lr(optimizer: str, method: str) -> float:
+    """The rate to begin with for a large model: a share of the optimizer's default, which was found
+    with a small one; all of it where the optimizer finds its rate."""
+    cls = optim.FAMILY.get(optimizer)
+    if cls is None:
+        default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr
+    else:
+        _, default = optim.options_of(optimizer)["lr"]
+    return default * (1.0 if cls and "d" in cls.shared else _SHARE_OF_RATE[method])
 
 
 def _groups() -> str:

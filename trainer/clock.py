@@ -147,12 +147,13 @@ class OptimizerClock:
 
 
 def asides_left(config: Config, done: int) -> dict[str, int]:
-    """How many evaluations, drawings and saves are still to come after `done` steps, those at the
-    end of the run included."""
+    """How many evaluations, drawings, saves and exports are still to come after `done` steps, those
+    at the end of the run included."""
     last = config.schedule.steps - 1  # what is due after the last step is done at the end
     every = {
         "evaluating": config.log.eval_every,
         "drawing": config.log.sample_every,
         "saving": config.runtime.save_every,
+        "exporting": config.method.export_every,
     }
     return {k: 1 + (last // n - min(done, last) // n if n else 0) for k, n in every.items()}

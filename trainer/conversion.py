@@ -268,7 +268,7 @@ def _export_checkpoint(
     if base is not None:
         began.path, began.variant = base, None
     model = Model(began, torch.device("cpu"))
-    if record.get("model") not in ("", None, model.sketch()):  # older ones do not say
+    if record["model"] != model.sketch():
         raise UserError(
             f"the model at {began.path} is not what {folder} began with, and what was not trained "
             "would be another's; name that model where it is: --base=MODEL"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from trainer import cli, pictures
+from trainer import cli, pictures, schedule
 from trainer.config import Config
 from trainer.data import Store, dataset
 from trainer.data.survey import Survey, all_sources, survey
@@ -125,6 +125,7 @@ def examine(
         print(made.table())
         print(_cache_line(model, made))
         print(_epoch_line(config, made, images_per_second))
+        print(_run_line(config, made))
         if sheet:
             print(_draw(made, sheet))
     print(f"{len(findings)} kinds of problems" if findings else "no problems")
@@ -214,6 +215,12 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
         return f"{epoch}; how long it takes is not known (--images-per-second)"
     minutes, seconds = divmod(round(plan.pictures_per_epoch / images_per_second), 60)
     return f"{epoch}, {minutes} min {seconds} s at {images_per_second:g} images/s ({source})"
+
+
+def _run_line(config: Config, made: dataset.Dataset) -> str:
+    steps_per_epoch = made.plan.batches_per_epoch / config.runtime.accumulation
+    steps = schedule.settled(config.schedule, steps_per_epoch).steps
+    return f"a run of these options: {steps} steps, {steps / steps_per_epoch:.3g} epochs"
 
 
 def _measured_speed(config: Config) -> tuple[float | None, str]:

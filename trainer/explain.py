@@ -28,17 +28,19 @@ _NAMES_ELSEWHERE = {
     "learning_rate": "optim.lr",
     "lr_scheduler": "schedule",
     "lr_warmup_steps": "schedule.warmup_steps",
+    "max_train_epochs": "schedule.epochs",
     "max_train_steps": "schedule.steps",
     "min_snr_gamma": "loss.gamma",
     "network_alpha": "method.alpha",
     "network_dim": "method.rank",
     "noise_offset": "noise.offset",
+    "num_train_epochs": "schedule.epochs",
     "optimizer": "optim",
     "optimizer_type": "optim",
     "output_dir": "hydra.run.dir",
     "output_name": "name",
     "pretrained_model_name_or_path": "model.path",
-    "save_every_n_steps": "runtime.save_every",
+    "save_every_n_steps": "method.export_every",
     "shuffle_caption": "data.shuffle_tags",
     "snr_gamma": "loss.gamma",
     "train_batch_size": "data.batch_size",
@@ -95,11 +97,12 @@ def explain(error: BaseException, arguments: list[str]) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def composition(overrides: list[str]) -> DictConfig:
-    """What Hydra makes of these overrides.  Raises whatever it and OmegaConf raise."""
+def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    """What Hydra makes of these overrides; with its own node, `hydra`, on request.  Raises whatever
+    it and OmegaConf raise."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides=overrides)
+        return compose("config", overrides=overrides, return_hydra_config=with_hydra)
 
 
 def options_of(overrides: list[str]) -> list[str]:

@@ -61,6 +61,8 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "text encoders in method.train",
     ),
     (("data.resolution",), lambda c: bool(c.data.resolutions), "data.resolutions=[]"),
+    (("log.negative_prompt",), lambda c: c.log.guidance_scale <= 1, "log.guidance_scale above 1"),
+    (("schedule.steps",), lambda c: c.schedule.epochs is not None, "schedule.epochs=null"),
     (("log.sample_count",), lambda c: bool(c.log.prompts), "log.prompts=[]"),
     (
         ("log.sample_every", "log.sample_steps", "log.guidance_scale"),
@@ -74,7 +76,6 @@ def of_config(config: Config) -> list[str]:
     """What there is to say whatever the model, a line for each."""
     return [
         *_without_effect(config),
-        *_of_schedule(config.schedule),
         *_of_clips(config),
         *_of_others(config),
     ]
@@ -139,12 +140,12 @@ def _without_effect(config: Config) -> Iterator[str]:
         yield "optim.lr=0 changes no weight"
 
 
-def _of_schedule(schedule: ConstantConfig) -> Iterator[str]:
-    """A decay that has no room."""
+def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
+    """A decay that has no room, once it is known how long the run is."""
     if not isinstance(schedule, LinearConfig | WsdConfig) or schedule.steps == 1:
         return
     steps, cycles = decay_steps(schedule), getattr(schedule, "cycles", None)
-    if steps <= 0:
+    if steps <= 1:
         ends = "schedule.decay" if isinstance(schedule, WsdConfig) else "schedule.hold"
         yield (
             f"schedule={schedule.name} has no step left to decay in ({ends}, schedule.warmup_steps "
@@ -158,11 +159,13 @@ def _of_schedule(schedule: ConstantConfig) -> Iterator[str]:
 
 
 def _defaults(config: Config, group: str, option: str) -> list[Any]:
-    """The values in those of the group's files of conf/ that may have been chosen."""
+    """The values in those files of conf/ that may have been chosen."""
     named = {"noise": ["default"], "data": choices_of("data"), "log": ["jsonl"]}
     names = named.get(group) or [getattr(config, group).name]
     files = [conf_dir() / group / f"{name}.yaml" for name in names]
-    return [OmegaConf.select(OmegaConf.load(file), option) for file in files]
+    values = [OmegaConf.select(OmegaConf.load(file), option) for file in files]
+    presets = (conf_dir() / "experiment").glob("*.yaml")
+    return values + [OmegaConf.select(OmegaConf.load(p), f"{group}.{option}") for p in presets]
 
 
 def _of_clips(config: Config) -> Iterator[str]:

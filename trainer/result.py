@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import disk
-from trainer.config import DTYPES, Config, FullConfig, LoraConfig, file_name
+from trainer.config import DTYPES, Config, FullConfig, LoraConfig
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, lora, metadata, writing
 from trainer.model import Model
@@ -30,8 +30,10 @@ def check(method: FullConfig | LoraConfig, model: Model) -> None:
             )
 
 
-def export(config: Config, model: Model, folder: Path, step: int, num_images: int) -> list[Path]:
-    """Write the result as `method.export` says; returns the files and folders written.
+def export(
+    config: Config, name: str, model: Model, folder: Path, step: int, num_images: int
+) -> list[Path]:
+    """Write the result, called NAME, as `method.export` says; -> the files and folders written.
 
     A full fine-tune: `diffusers`, the whole pipeline in `folder/model`; `single_file`,
     `folder/NAME.safetensors`.  A LoRA: `kohya`, `folder/lora/NAME.safetensors`; `diffusers`,
@@ -43,7 +45,6 @@ def export(config: Config, model: Model, folder: Path, step: int, num_images: in
     parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
     if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
         parts["vae"] = model.vae_origin
-    name = file_name(config.name)
     told = described(asdict(config), step, num_images)
     written = []
     for kind in method.export:

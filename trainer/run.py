@@ -31,7 +31,7 @@ from trainer import (
     run_folder,
     signals,
 )
-from trainer.config import Config
+from trainer.config import Config, file_name
 from trainer.errors import UserError
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
@@ -56,7 +56,7 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         for remark in remarks.of_config(config):
             log.warning("%s", remark)
         state = begin(config, folder, stop, overrides)
-        writer = metrics.Metrics(folder, config, start_step=state.step)
+        writer = metrics.Metrics(folder, state.config, start_step=state.step)
         train(state, writer)
         return finish(state, writer)
 
@@ -76,7 +76,7 @@ def begin(
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
         run_folder.carry_before(checkpoint.find(config.resume or "")[-1].parents[1], folder)
-    record.write(folder, asdict(config), state.device)
+    record.write(folder, asdict(state.config), state.device)
     return state
 
 
@@ -142,11 +142,15 @@ def train(state: State, writer: metrics.Metrics) -> None:
             evaluation.evaluate(state, writer)
         if _due(config.log.sample_every, state):
             evaluation.sample(state, writer)
-        if _due(config.runtime.save_every, state):
-            try:
-                save(state)
-            except UserError as error:
-                log.warning("%s; training goes on", error)
+        for every, keep in (
+            (config.runtime.save_every, save),
+            (config.method.export_every, _export),
+        ):
+            if _due(every, state):
+                try:
+                    keep(state)
+                except UserError as error:
+                    log.warning("%s; training goes on", error)
     progress.close()
 
 
@@ -197,10 +201,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
             f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
             "look at train/loss in metrics.jsonl for the step where it went wrong"
         )
-    with state.averaged(state.exports_average):
-        exported = result.export(
-            state.config, state.model, state.folder, state.step, state.data.dataset.num_pictures
-        )
+    exported = _export(state)
     picture = evaluation.sample(state, writer)
     state.peaks.end("rest")
     summary = summary_of(state, after)
@@ -218,6 +219,18 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     if failure:
         raise failure
     return summary["eval_loss_result"]
+
+
+def _export(state: State) -> list[Path]:
+    """Write the result as it is now; -> its files and folders.  One that is not the run's last goes
+    to a folder of its own, and has the step in its name."""
+    name, folder = file_name(state.config.name), state.folder
+    if state.step < state.config.schedule.steps:
+        step = f"step-{state.step:06d}"
+        name, folder = f"{name}-{step}", folder / "results" / step
+    pictures = state.data.dataset.num_pictures
+    with state.clock.aside("exporting"), state.averaged(state.exports_average):
+        return result.export(state.config, name, state.model, folder, state.step, pictures)
 
 
 def _refuse_ruined(state: State, loss: float) -> None:

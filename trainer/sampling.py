@@ -100,12 +100,12 @@ class Sampler:
         like = known.new_zeros(known.shape[0], height // pixels, width // pixels)
         noise = sample_noise(like, self.count)[places]
         prompt = self.data.read([self.captions()[place] for place in places])
-        empty = self.data.read([None] * len(places))
+        negative = self.data.read([self.config.negative_prompt or None] * len(places))
         inputs = {
             "prompt_embeds": prompt.prompt,
-            "negative_prompt_embeds": empty.prompt,
+            "negative_prompt_embeds": negative.prompt,
             "pooled_prompt_embeds": prompt.pooled,
-            "negative_pooled_prompt_embeds": empty.pooled,
+            "negative_pooled_prompt_embeds": negative.pooled,
             "latents": noise,
         }
         given = {k: x.to(unet.device, unet.dtype) for k, x in inputs.items() if x is not None}

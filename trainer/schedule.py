@@ -1,7 +1,8 @@
-"""The learning rate along a run: a pure function of the optimizer's step, so that a resumed run
-needs no scheduler state."""
+"""The length of a run, and the learning rate along it: a pure function of the optimizer's step, so
+that a resumed run needs no scheduler state."""
 
 import math
+from dataclasses import replace
 
 from trainer.config import (
     ConstantConfig,
@@ -10,6 +11,33 @@ from trainer.config import (
     PolynomialConfig,
     WsdConfig,
 )
+from trainer.errors import UserError
+
+_WARMUP = 20  # steps at most, where it is left open
+
+
+def settled(config: ConstantConfig, steps_per_epoch: float) -> ConstantConfig:
+    """What the configuration leaves open decided: the steps of so many epochs, and of warming up.
+
+    Raises UserError for a run that is shorter than its warm-up.
+    """
+    steps, warmup = config.steps, config.warmup_steps
+    if config.epochs is not None:
+        steps = max(round(config.epochs * steps_per_epoch), 1)
+    if warmup is None:
+        warmup = min(_WARMUP, steps // 10)
+    known = replace(config, steps=steps, warmup_steps=warmup)
+    check(known)
+    return known
+
+
+def check(config: ConstantConfig) -> None:
+    """Raise UserError for a run of known length that is shorter than its warm-up."""
+    if config.warmup_steps is not None and config.warmup_steps > config.steps:
+        raise UserError(
+            f"schedule.warmup_steps={config.warmup_steps} is out of range; it must be in "
+            f"[0, {config.steps}], the run's steps; set schedule.warmup_steps=0 for none"
+        )
 
 
 def lr_scale(config: ConstantConfig, step: int) -> float:
@@ -23,28 +51,27 @@ def lr_scale(config: ConstantConfig, step: int) -> float:
 
 
 def decay_steps(config: LinearConfig | WsdConfig) -> int:
-    """How many steps the decay takes from the peak to its end; 0 or less where it has no room."""
+    """How many steps the decay has, the first of them at the peak; what it decays to is reached by
+    the step after the last.  Below 2 it has no room."""
     hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
-    return config.steps - 1 - max(config.warmup_steps, round(hold * config.steps))
+    return config.steps - max(config.warmup_steps, round(hold * config.steps))
 
 
 def _decayed(config: LinearConfig | WsdConfig, step: int) -> float:
-    """How far into the decay a step is: 0 until it begins, 1 at the last step."""
+    """How far into the decay a step is: 0 until it begins, 1 after the last step."""
     length = decay_steps(config)
-    done = (step - (config.steps - 1 - length)) / max(length, 1)
-    return min(max(done, 0.0), 1.0)
+    return max(step - (config.steps - length), 0) / max(length, 1)
 
 
 def _shape(config: LinearConfig | WsdConfig, done: float) -> float:
     """What is left of the learning rate, from 1 to 0, when a share `done` of the decay is over.
 
-    Restarts: Loshchilov & Hutter 2017 (arXiv 1608.03983), with cycles of one length; the
-    last step ends a cycle.  wsd: Hu et al. 2024 (arXiv 2404.06395); its sqrt: 1 - sqrt(done),
-    Haegele et al. 2024 (arXiv 2405.18392).
+    Restarts: Loshchilov & Hutter 2017 (arXiv 1608.03983), with cycles of one length.  wsd: Hu et
+    al. 2024 (arXiv 2404.06395); its sqrt: 1 - sqrt(done), Haegele et al. 2024 (arXiv 2405.18392).
     """
     name = config.shape if isinstance(config, WsdConfig) else config.name
-    if isinstance(config, CosineRestartsConfig) and done < 1:
-        done = done * config.cycles % 1
+    if isinstance(config, CosineRestartsConfig):
+        done = round(done * config.cycles, 9) % 1  # a third of the way, times 3, is 1
     if name in ("cosine", "cosine_restarts"):
         return (1 + math.cos(math.pi * done)) / 2
     if name == "sqrt":

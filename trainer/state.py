@@ -23,10 +23,10 @@ from trainer import (
     remarks,
     result,
     sampling,
+    schedule,
 )
 from trainer.clock import Clock, OptimizerClock
 from trainer.config import Config
-from trainer.data.plan import Plan
 from trainer.ema import Ema
 from trainer.guard import Guard
 from trainer.model import Model
@@ -98,24 +98,28 @@ def assemble(
     """Load the model and the data, encode the data, build the optimizer; then put back what a
     checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
     device = execution.device_of(config.runtime.device)
-    counters = resumed.counters if resumed else checkpoint.Counters(epochs=0.0)
+    counters = resumed.counters if resumed else checkpoint.Counters()
     clock = Clock(counters)
     peaks = memory.Peaks(device, counters.peak_training_bytes, counters.peak_bytes)
     dataset = data.load(config.data, stop)
+    config = _settled(config, dataset)
+    if resumed:
+        checkpoint.check_length(resumed, config.schedule.steps)
     model = Model(config.model, device)
     for remark in remarks.of_resolution(config, model.resolution):
         log.warning("%s", remark)
     fingerprint, base = dataset.fingerprint, model.sketch()
     if resumed:
         checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
-        _count_on(config, dataset, base, resumed)
+        _drop_other_measure(config, dataset, base, resumed)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
-    schedule = noise.training_schedule(model.scheduler, config.noise)
+    noise_schedule = noise.training_schedule(model.scheduler, config.noise)
     method.check(config.method, model)
     planned = planner.announce(config, model, device)
     model.keep_text_encoders(config.method.train)
-    encoded = conditioning.encode(model, dataset, config.log.prompts, stop)
+    drawn = [*config.log.prompts, *filter(None, [config.log.negative_prompt])]
+    encoded = conditioning.encode(model, dataset, drawn, stop)
 
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
@@ -126,7 +130,7 @@ def assemble(
         config=config,
         folder=folder,
         model=model,
-        schedule=schedule,
+        schedule=noise_schedule,
         data=encoded,
         fingerprint=fingerprint,
         base=base,
@@ -156,6 +160,17 @@ def assemble(
     )
 
 
+def _settled(config: Config, dataset: data.Dataset) -> Config:
+    """The configuration with what only the data decides: how long the run is."""
+    steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.accumulation
+    known = schedule.settled(config.schedule, steps_per_epoch)
+    if known.epochs is not None:
+        log.info("schedule.epochs=%g: %d steps", known.epochs, known.steps)
+    for remark in remarks.of_schedule(known):
+        log.warning("%s", remark)
+    return replace(config, schedule=known)
+
+
 def _trainable(config: Config, model: Model, device: torch.device) -> torch.optim.Optimizer:
     """Make the model what the method trains, executed as configured; -> its optimizer."""
     method.attach(config.method, model, config.seed, is_resumed=bool(config.resume))
@@ -179,23 +194,15 @@ def _put_back(
     log.info("resumed after step %d", resumed.step)
 
 
-def _count_on(
+def _drop_other_measure(
     config: Config, dataset: data.Dataset, base: str, resumed: checkpoint.Checkpoint
 ) -> None:
-    """Complete what an older checkpoint has counted.  Drop eval_loss_before where the configuration
-    changed what it measures."""
+    """Drop eval_loss_before where the configuration changed what it measures."""
     counters, before = resumed.counters, resumed.config
-    if math.isnan(counters.epochs):  # an older checkpoint: by the options that it was made with
-        batch_size, short = before["data"]["batch_size"], before["data"]["short_batches"]
-        members = dict(zip(dataset.plan.buckets, dataset.plan.members, strict=True))
-        plan = Plan(members, batch_size, short == "repeat")
-        number = resumed.step * before["runtime"]["accumulation"]
-        counters.epochs = number / plan.batches_per_epoch
-        counters.pictures = plan.pictures_in(config.seed, number)
     points = {
         "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
         "the data": (resumed.data, dataset.fingerprint),
-        "the model": (resumed.model or base, base),
+        "the model": (resumed.model, base),
         "noise.prediction": (before["noise"]["prediction"], config.noise.prediction),
         "noise.zero_terminal_snr": (
             before["noise"]["zero_terminal_snr"],

@@ -32,7 +32,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "images_per_second": pace.images_per_second,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": state.peaks.run,
-        "peak_training_bytes": state.peaks.training or None,  # of older checkpoints not known
+        "peak_training_bytes": state.peaks.training or None,  # None where no step was made
         "planned_training_bytes": state.planned_bytes,
         "skipped_steps": state.guard.skipped,
         "prediction_before": now if state.trains_on else was,

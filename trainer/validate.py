@@ -12,6 +12,7 @@ from PIL import ImageColor
 
 import optim
 from optim.options import unknown
+from trainer import schedule
 from trainer.config import (
     ALTERNATIVES,
     PICTURE_SUFFIXES,
@@ -75,11 +76,8 @@ def check(config: Config) -> None:
     for prefix, node in _nodes(config):
         if found := complaint(node, prefix):
             raise UserError(found)
-    if config.schedule.warmup_steps > config.schedule.steps:
-        raise UserError(
-            f"schedule.warmup_steps={config.schedule.warmup_steps} is out of range; it must be in "
-            f"[0, {config.schedule.steps}], the run's steps; set schedule.warmup_steps=0 for none"
-        )
+    if config.schedule.epochs is None:  # else the data says how long the run is
+        schedule.check(config.schedule)
     _check_names(config)
     _check_trained(config)
     _check_curvature(config)

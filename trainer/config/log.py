@@ -25,6 +25,7 @@ class LogConfig:
     # What is drawn instead, as often as there are prompts: squares of data.resolution, or of the
     # largest of data.resolutions.
     prompts: list[str]
+    negative_prompt: str  # what guidance leads away from; used where guidance_scale is above 1
     sample_steps: int = within(1, 1000)
     guidance_scale: float = within(0, 100)
     wandb: WandbConfig | None

@@ -39,6 +39,8 @@ class MethodConfig:
     # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.
     # The first whose pattern (a regular expression) is found in a name decides: trainer/groups.py.
     rules: list[dict[str, Any]]
+    # Steps from one result to the next, all of which are kept; 0 writes that of the end alone.
+    export_every: int = within(0)
     ema: EmaConfig | None  # chosen with ema=bf16 or ema=fp32
 
 

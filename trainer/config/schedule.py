@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.fields import one_of, within
+from trainer.config.fields import TINY, one_of, within
 
 
 @dataclass(kw_only=True)
@@ -12,7 +12,9 @@ class ConstantConfig:
 
     name: str = "constant"
     steps: int = within(1)
-    warmup_steps: int = within(0)  # by default 20, or a tenth of a run of less than 200
+    # How often the data is gone through; where it is set, steps are as many as that takes.
+    epochs: float | None = within(TINY)
+    warmup_steps: int | None = within(0)  # null: 20, or a tenth of a run of less than 200
 
 
 @dataclass(kw_only=True)
@@ -21,7 +23,7 @@ class LinearConfig(ConstantConfig):
 
     name: str = "linear"
     hold: float = within(0, 1)  # share of the run before the decay begins
-    final_scale: float = within(0, 1)  # the last step's learning rate as a share of the peak
+    final_scale: float = within(0, 1)  # share of the peak that the rate decays to
 
 
 @dataclass(kw_only=True)
@@ -54,4 +56,4 @@ class WsdConfig(ConstantConfig):
     name: str = "wsd"
     decay: float = within(0, 1)  # share of the run that the decay takes
     shape: str = one_of("linear", "cosine", "sqrt")
-    final_scale: float = within(0, 1)  # the last step's learning rate as a share of the peak
+    final_scale: float = within(0, 1)  # share of the peak that the rate decays to

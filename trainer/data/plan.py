@@ -50,14 +50,6 @@ class Plan:
         """How many batches a bucket of `count` pictures has in an epoch."""
         return -(-count // self.batch_size)
 
-    def pictures_in(self, seed: int, batches: int) -> int:
-        """How many pictures the first `batches` batches have."""
-        if len(self.members) == 1:
-            return batches * self.batch_size
-        epochs, rest = divmod(batches, int(self.batches_per_epoch))
-        whole = sum(map(len, self._epoch(seed, 0))) if epochs else 0
-        return epochs * whole + sum(len(b) for b in self._epoch(seed, epochs)[:rest])
-
     def batch(self, seed: int, number: int) -> list[int]:
         """The samples of batch `number` (from 0); all of them have one bucket."""
         if len(self.members) > 1:

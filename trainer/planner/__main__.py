@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
+from omegaconf import OmegaConf
 
 from trainer import cli, execution, planner, remedies
 from trainer.config import Config
@@ -21,8 +22,8 @@ from trainer.validate import to_dataclasses
 _HELP = """\
 Say how much memory a run would take, phase by phase, and whether it fits; train nothing.
 
-  python -m trainer.planner model=sdxl experiment=low_memory
-  python -m trainer.planner model=sdxl experiment=low_memory optim=adamw8bit --card 12
+  python -m trainer.planner experiment=sdxl
+  python -m trainer.planner experiment=sdxl_lora data.batch_size=4 --card 12
 
 It takes the options of `python -m trainer`, goes through a step of the model with tensors that have
 shapes and no numbers, and needs neither weights nor pictures nor a GPU: without model.path it is
@@ -64,14 +65,13 @@ def main() -> None:
 def _completed(overrides: Sequence[str]) -> list[str]:
     """The options with what a plan does not need, where it is not given: the place of the model and
     of the pictures."""
-    given = dict(o.partition("=")[::2] for o in overrides)
-    assumed = []
-    if (kind := given.get("model")) in architectures.PUBLISHED and "model.path" not in given:
-        assumed.append(f"model.path={architectures.folder(kind)}")
-    if given.get("model", "tiny") != "tiny" and "data" not in given:
-        assumed.append("data=folder")
-    is_folder = {given.get("data"), *assumed} & {"folder", "data=folder"}
-    if is_folder and not {"data.path", "data.sources"} & given.keys():
+    given = cli.composed([*overrides], with_hydra=True)
+    chosen, assumed = given.hydra.runtime.choices, []
+    if OmegaConf.is_missing(given.model, "path") and chosen.model in architectures.PUBLISHED:
+        assumed.append(f"model.path={architectures.folder(chosen.model)}")
+    if chosen.model != "tiny" and not any(o.startswith("data=") for o in overrides):
+        assumed.append("data=folder")  # the default goes with tiny
+    if "data=folder" in assumed or not (given.data.path or given.data.sources):
         assumed.append("data.path=.")
     return [*assumed, *overrides]
 
