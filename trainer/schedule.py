@@ -43,8 +43,9 @@ def check(config: ConstantConfig) -> None:
 def lr_scale(config: ConstantConfig, step: int) -> float:
     """Share of the peak learning rate that step `step` (from 0) uses: warm up linearly, hold,
     decay."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
+    warmup = _warmup_steps(config)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if not isinstance(config, LinearConfig | WsdConfig):
         return 1.0
     return config.final_scale + (1 - config.final_scale) * _shape(config, _decayed(config, step))
@@ -54,7 +55,12 @@ def decay_steps(config: LinearConfig | WsdConfig) -> int:
     """How many steps the decay has, the first of them at the peak; what it decays to is reached by
     the step after the last.  Below 2 it has no room."""
     hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
-    return config.steps - max(config.warmup_steps, round(hold * config.steps))
+    return config.steps - max(_warmup_steps(config), round(hold * config.steps))
+
+
+def _warmup_steps(config: ConstantConfig) -> int:
+    assert config.warmup_steps is not None, "not settled"
+    return config.warmup_steps
 
 
 def _decayed(config: LinearConfig | WsdConfig, step: int) -> float:
