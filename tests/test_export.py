@@ -269,14 +269,14 @@ def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
     cases = (
         ([TINY, tmp_path / "there.safetensors"], "there.safetensors exists"),
         ([tmp_path / "none.safetensors", tmp_path / "b"], "none.safetensors"),
-        ([TINY, tmp_path / "b", "--format", "file"], "must end in .safetensors"),
+        ([TINY, tmp_path / "b", "--format", "single_file"], "must end in .safetensors"),
         *(
             ([TINY, tmp_path / f"b{ending}"], f"ends in {ending}: single files are written as")
             for ending in (".ckpt", ".pt", ".bin", ".SafeTensors")
         ),
         ([path, tmp_path / "b.ckpt", "--base", TINY], "name it b.safetensors"),
-        ([TINY, tmp_path / "b", "--format", "kohya"], "use folder or file"),
-        ([path, tmp_path / "b", "--format", "folder", "--base", TINY], "use kohya or diffusers"),
+        ([TINY, tmp_path / "b", "--format", "kohya"], "use diffusers or single_file"),
+        ([path, tmp_path / "b", "--format", "single_file", "--base", TINY], "use kohya or diffusers"),
         ([TINY, tmp_path / "b", "--base", "sdxl"], "--base=sdxl has no effect"),
         ([tmp_path, tmp_path / "b"], "is not a model, LoRA or run"),
         ([tmp_path / "no.safetensors", tmp_path / "b", "--base", "sdxl"], "does not exist"),

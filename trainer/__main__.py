@@ -104,6 +104,9 @@ def _record_failure(
 def main() -> None:
     """Run Hydra's command line; a user's mistake becomes one line and status 2."""
     _runs_begun.clear()
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(cli.help_page())
+        return
     cli.register()
     cli.refuse_repeated(sys.argv[1:])
     sys.argv[1:] = cli.with_resumed(sys.argv[1:])

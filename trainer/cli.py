@@ -1,4 +1,4 @@
-"""The command line: Hydra's schema and help, the options a resumed run inherits, and where a run is
+"""The command line: Hydra's schema, the help page, the options a resumed run inherits, and where a run is
 written."""
 
 import argparse
@@ -71,7 +71,7 @@ _ONCE = {"resume", "runtime.allow_config_change"}
 
 
 def register() -> None:
-    """Give Hydra the schema, the help page and the resolvers that `conf/` refers to.
+    """Give Hydra the schema and the resolvers that `conf/` refers to.
 
     Safe to call again.
     """
@@ -85,10 +85,6 @@ def register() -> None:
     store.store(group="schema/optim", name="external", node=ExternalConfig)
     for name in choices_of("optim/peer"):
         store.store(group="schema/optim/peer", name=name, node=peer_schema(f"peer/{name}"))
-    schema, optimizers = config.__path__[0], optim.__path__[0]
-    page = _HELP.format(groups=_groups(), schema=schema, optimizers=optimizers)
-    help_node = {"app_name": "trainer", "header": "", "footer": "", "template": page}
-    store.store(group="hydra/help", name="trainer", node=help_node)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
@@ -199,8 +195,11 @@ def _default_lr(optimizer: str, method: str) -> float:
     return default * (1.0 if cls and "d" in cls.shared else _SHARE_OF_RATE[method])
 
 
-def _groups() -> str:
-    return "".join(f"  {group:<11}{', '.join(choices_of(group))}\n" for group in group_names())
+def help_page() -> str:
+    """What `--help` prints.  Hydra would take seconds over its own."""
+    groups = "".join(f"  {group:<11}{', '.join(choices_of(group))}\n" for group in group_names())
+    schema, optimizers = config.__path__[0], optim.__path__[0]
+    return _HELP.format(groups=groups, schema=schema, optimizers=optimizers)
 
 
 def positive(text: str) -> float:

@@ -121,13 +121,13 @@ def _write_model(
     told: dict[str, str] | None = None,
 ) -> None:
     """told: metadata that a file is to have; a folder has none."""
-    if form in ("kohya", "diffusers"):
+    if form == "kohya":
         raise UserError(
-            f"--format={form} is of LoRA files, and {found} is a model: use folder or file"
+            f"--format=kohya is for LoRAs, and {found} is a model: use diffusers or single_file"
         )
-    form = form or ("file" if target.suffix == ".safetensors" else "folder")
-    log.info("%s -> %s (a %s)", found, target, {"file": "single file", "folder": "folder"}[form])
-    if form == "folder":
+    form = form or ("single_file" if target.suffix == ".safetensors" else "diffusers")
+    log.info("%s -> %s (%s)", found, target, form)
+    if form == "diffusers":
         writing.save_folder(target, found, parts, scheduler, dtype)
         return
     _must_be_safetensors(target)
@@ -161,9 +161,9 @@ def _write_lora(
     told: dict[str, str],
 ) -> None:
     """told: metadata that the file is to have."""
-    if form not in ("kohya", "diffusers"):
+    if form == "single_file":
         raise UserError(
-            f"--format={form} is of models, and {source} is a LoRA: use kohya or diffusers"
+            f"--format=single_file is for models, and {source} is a LoRA: use kohya or diffusers"
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)

@@ -61,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="TARGET", help="what to write; it must not exist")
     parser.add_argument(
         "--format",
-        choices=["folder", "file", "kohya", "diffusers"],
-        help="of a model: a diffusers folder, or one file (what TARGET ends in decides: "
-        ".safetensors is a file); of a LoRA: kohya's or diffusers' (the one that SOURCE is "
-        "not; of a run, kohya's)",
+        choices=["diffusers", "single_file", "kohya"],
+        help="as in method.export; of a model: diffusers (a folder) or single_file (by default "
+        "what TARGET ends in decides: .safetensors is a file); of a LoRA: kohya or diffusers (by "
+        "default the one that SOURCE is not; of a run, kohya)",
     )
     parser.add_argument(
         "--dtype",
