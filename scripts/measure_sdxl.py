@@ -63,7 +63,6 @@ OPTIONS = (
     "optim.lr=1e-5",
     "runtime.fused_backward=true",
     "method.clip=none",
-    "method.max_grad_norm=null",
 )
 _BLOCK = 1 << 22  # random numbers that all weights are filled from
 

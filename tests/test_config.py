@@ -147,7 +147,7 @@ MISTAKES = [
     (["optim=external", "optim.class_path=optim.Lion"], ["use optim=lion"]),
     (
         ["runtime.fused_backward=true"],
-        ["method.max_grad_norm=1 ", "method.max_grad_norm=null", "runtime.fused_backward=false"],
+        ["method.clip=global ", "rms (each tensor by itself)", "runtime.fused_backward=false"],
     ),
     (["resume=latest"], ["resume=latest", "no checkpoint"]),
     (["resume=/nowhere"], ["resume=/nowhere", "no checkpoint"]),

@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import measure_sdxl
 
 TINY = ASSETS / "tiny_sdxl" / "unet" / "config.json"
-COMMON = ("method.clip=none", "method.max_grad_norm=null", "optim=adamw", "optim.lr=1e-3")
+COMMON = ("method.clip=none", "optim=adamw", "optim.lr=1e-3")
 CPU = torch.device("cpu")
 
 

@@ -276,7 +276,7 @@ def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
         ),
         ([path, tmp_path / "b.ckpt", "--base", TINY], "name it b.safetensors"),
         ([TINY, tmp_path / "b", "--format", "kohya"], "use diffusers or single_file"),
-        ([path, tmp_path / "b", "--format", "single_file", "--base", TINY], "use kohya or diffusers"),
+        ([path, tmp_path / "b", "--format", "single_file", "--base", TINY], "use kohya"),
         ([TINY, tmp_path / "b", "--base", "sdxl"], "--base=sdxl has no effect"),
         ([tmp_path, tmp_path / "b"], "is not a model, LoRA or run"),
         ([tmp_path / "no.safetensors", tmp_path / "b", "--base", "sdxl"], "does not exist"),

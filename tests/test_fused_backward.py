@@ -12,7 +12,7 @@ from trainer import gradients, losses, optimizers
 from trainer.run import run
 from trainer.state import assemble
 
-UNCLIPPED = "method.max_grad_norm=null"
+UNCLIPPED = "method.clip=none"
 FUSED = "runtime.fused_backward=true"
 
 
@@ -53,7 +53,7 @@ def test_lomo_and_adalomo_step_inside_the_backward_pass_without_further_options(
 ):
     config = composed(f"optim={name}")
     assert config.runtime.fused_backward
-    assert config.method.max_grad_norm is None
+    assert config.method.clip == "none"
     folder = quick("run", f"optim={name}", "schedule.steps=2", "log.eval_points=2")
     assert rows(folder)[-1]["eval/loss"] != rows(folder)[0]["eval/loss"]
 
@@ -134,7 +134,7 @@ def test_the_hooks_do_not_keep_a_finished_runs_model_alive(composed, tmp_path):
 
 
 REFUSED = [
-    (["method.max_grad_norm=1"], ["method.max_grad_norm=1 ", "method.clip=exact", "lagged", "rms"]),
+    ([], ["method.clip=global ", "method.clip=exact", "lagged", "rms"]),
     ([UNCLIPPED, "optim.max_grad_norm=2"], ["optim.max_grad_norm=2 ", "all gradients"]),
     ([UNCLIPPED, "optim.on_nonfinite=raise"], ["optim.on_nonfinite=raise", "skip"]),
     ([UNCLIPPED, "optim=peer/hf_adafactor"], ["optim=peer/hf_adafactor cannot", "family"]),
@@ -142,7 +142,7 @@ REFUSED = [
         [UNCLIPPED, "optim=external", "optim.class_path=torch.optim.RAdam"],
         ["optim=external cannot", "family"],
     ),
-    (["optim=lomo", "method.max_grad_norm=1"], ["method.max_grad_norm=1 "]),
+    (["optim=lomo", "method.clip=global"], ["method.clip=global "]),
 ]
 
 

@@ -177,7 +177,7 @@ def test_every_remedy_is_accepted(composed, optimizer, others):
 
 def test_what_is_switched_on_is_no_remedy(composed):
     config = composed(
-        *("optim=lomo", "model.dtype=bfloat16", "method=lora", "method.max_grad_norm=null"),
+        *("optim=lomo", "model.dtype=bfloat16", "method=lora", "method.clip=none"),
         *(CHECKPOINTING, "data.batch_size=1"),
     )
     assert [r.overrides for r in remedies.of(config)] == []

@@ -1,5 +1,5 @@
-"""The command line: Hydra's schema, the help page, the options a resumed run inherits, and where a run is
-written."""
+"""The command line: Hydra's schema, the help page, the options a resumed run inherits, and where a
+run is written."""
 
 import argparse
 import math

@@ -34,12 +34,11 @@ class Clip:
     def __init__(
         self,
         mode: str,
-        limit: float | None,
+        limit: float,
         parameters: Sequence[Tensor],
         last_norm: float = math.nan,
     ) -> None:
-        self.mode = mode if limit else "none"
-        self.limit = limit or math.inf
+        self.mode, self.limit = mode, limit
         self.last_norm = last_norm
         self._parameters = parameters
         self._numel = sum(p.numel() for p in parameters)

@@ -55,6 +55,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         lambda c: not c.data.buckets,
         "data.buckets=true",
     ),
+    (("method.max_grad_norm",), lambda c: c.method.clip == "none", "another method.clip than none"),
     (
         ("method.text_targets",),
         lambda c: c.method.train == ["unet"],
@@ -121,9 +122,6 @@ def _without_effect(config: Config) -> Iterator[str]:
     ema = config.method.ema
     if ema and ema.sample == "last" and _nothing_drawn(config):
         yield f"method.ema.sample=last has no effect here: it is only used with {_PICTURES}"
-    if config.method.clip == "none" and config.method.max_grad_norm is not None:
-        bound = config.method.max_grad_norm
-        yield f"method.max_grad_norm={bound:g} has no effect with method.clip=none"
     if isinstance(config.method, FullConfig) and config.model.compute == config.model.dtype:
         dtype = config.model.dtype
         yield (
@@ -171,7 +169,7 @@ def _defaults(config: Config, group: str, option: str) -> list[Any]:
 def _of_clips(config: Config) -> Iterator[str]:
     """A clip that repeats, or undoes, what the optimizer does itself."""
     clip, own = config.method.clip, _own_clip(config.optim)
-    if clip == "none" or config.method.max_grad_norm is None or not own:
+    if clip == "none" or not own:
         return
     if clip != "global" or "optim." in own:  # beside any other, the default is harmless
         yield f"method.clip={clip}, and optim={config.optim.name} {own}; one of them is enough"

@@ -30,8 +30,8 @@ def _all(config: Config) -> Iterator[Remedy]:
     runtime, method, data = config.runtime, config.method, config.data
     is_family = config.optim.name in optim.FAMILY
     if is_family and not runtime.fused_backward and runtime.accumulation == 1:
-        clips = method.clip == "global" and method.max_grad_norm is not None
-        overrides = ("runtime.fused_backward=true", *(["method.clip=exact"] if clips else []))
+        clip = ["method.clip=exact"] if method.clip == "global" else []
+        overrides = ("runtime.fused_backward=true", *clip)
         yield Remedy(overrides=overrides, what="which frees gradients as they are used")
     if config.model.dtype == "float32":
         yield Remedy(overrides=("model.dtype=bfloat16",), what="which halves the weights")

@@ -81,7 +81,6 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_trained(config)
     _check_curvature(config)
-    _check_clip(config)
     check_rules(config.method.rules)
     if isinstance(config.method, LoraConfig):
         _check_adapters(config.method)
@@ -156,38 +155,30 @@ def _check_fused_backward(config: Config) -> None:
             f"{choice}: optim={config.optim.name} cannot step inside the backward pass, only this "
             f"family's optimizers can ({', '.join(optim.FAMILY)}); choose one, or {without}"
         )
-    clips = config.method.clip == "global" and config.method.max_grad_norm is not None
-    for key, norm, remedy in (
+    is_global, norm = config.method.clip == "global", config.optim.max_grad_norm
+    for clip, given, remedy in (
         (
-            "method.max_grad_norm",
-            config.method.max_grad_norm if clips else None,
+            "method.clip=global",
+            is_global,
             "set method.clip=exact (a second backward pass), lagged (by the norm of the step "
-            "before) or rms (each tensor by itself), or method.max_grad_norm=null",
+            "before), rms (each tensor by itself) or none",
         ),
         (
-            "optim.max_grad_norm",
-            config.optim.max_grad_norm,
+            f"optim.max_grad_norm={norm or 0:g}",
+            norm is not None,
             "set optim.max_grad_norm=null (method.clip=exact and lagged can do without them)",
         ),
     ):
-        if norm is not None:
+        if given:
             raise UserError(
-                f"{choice}: {key}={norm:g} clips by the norm of all gradients, which are never "
-                f"there at once; {remedy}, or {without}"
+                f"{choice}: {clip} clips by the norm of all gradients, which are never there at "
+                f"once; {remedy}, or {without}"
             )
     if config.optim.on_nonfinite == "raise":
         raise UserError(
             f"{choice}: optim.on_nonfinite=raise stops before anything is updated, and parts of "
             f"the step are done when a gradient is found that is not finite; set "
             f"optim.on_nonfinite=skip, or {without}"
-        )
-
-
-def _check_clip(config: Config) -> None:
-    clip = config.method.clip
-    if config.method.max_grad_norm is None and clip not in ("global", "none"):
-        raise UserError(
-            f"method.clip={clip} needs a bound: set method.max_grad_norm, or method.clip=none"
         )
 
 

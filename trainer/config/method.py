@@ -34,7 +34,7 @@ class MethodConfig:
     # same with the fused backward, at the cost of a second pass; lagged, by the norm of the step
     # before; rms, each tensor by its share of the bound; none.
     clip: str = one_of("global", "exact", "lagged", "rms", "none")
-    max_grad_norm: float | None = within(TINY)  # the bound on the gradients' norm; null: no clip
+    max_grad_norm: float = within(TINY)  # the bound on the gradients' norm
     # Options for some parameters, by their names: [{pattern: attn2, lr_scale: 0.1}, {pattern:
     # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.
     # The first whose pattern (a regular expression) is found in a name decides: trainer/groups.py.
