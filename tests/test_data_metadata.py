@@ -139,6 +139,7 @@ def test_the_column_of_captions_can_be_named_in_metadata(load, pictures, name, t
         ("file_name,text\nred.png,a, b", r"metadata\.csv, line 2: it has more cells .* quotes"),
         ("name,text\nred.png,a", r"line 2: it has no \"file_name\""),
         ("file_name,weight\nred.png,much", r"red\.png: its weight is 'much'"),
+        ('file_name,text\nred.png,"a b\nblue.png,c', r"from line 2 on: .*; is a quote left open\?"),
         ("file_name\nred.png\nred.png", r"red\.png is listed for the second time"),
     ],
 )

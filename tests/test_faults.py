@@ -410,6 +410,41 @@ def test_a_full_disk_under_the_log_file_does_not_hide_what_ended_the_run(tmp_pat
         pass  # nor does it end a run that ends well
 
 
+def test_an_error_of_the_program_is_in_the_log_with_where_it_was(tmp_path):
+    with pytest.raises(ZeroDivisionError), console.logging_to(tmp_path / "train.log"):
+        1 / 0  # noqa: B018
+    text = (tmp_path / "train.log").read_text()
+    assert "Traceback" in text
+    assert "1 / 0" in text
+
+
+def test_a_folder_that_is_left_half_written_is_gone_whatever_ended_it(tmp_path):
+    def write_half():
+        with disk.whole_folder(tmp_path / "model") as temporary:
+            (temporary / "weights").write_text("half")
+            raise SystemExit(130)  # a second Ctrl-C
+
+    with pytest.raises(SystemExit):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_that_a_full_disk_cut_short_costs_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "tr{"step": 3}\n{"step": 4}\n')
+    assert [row["step"] for row in metrics.read(path)] == [1, 4]
+
+
+def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):
+    def full(*_):
+        raise UserError("could not save: no space")
+
+    monkeypatch.setattr("trainer.result.export", full)
+    with pytest.raises(UserError, match="no space"):
+        run(composed(*QUICK), tmp_path / "run")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
+
+
 def test_files_that_cannot_be_copied_are_one_line(tmp_path):
     failed = [("/a", "/b", "[Errno 28] No space left on device: '/b'"), ("/c", "/d", "another")]
     with (

@@ -316,10 +316,12 @@ def test_a_file_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_that_half_precision_cannot_hold_are_refused(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_half_precision_cannot_hold_are_refused(tmp_path, dtype):
     models = trained(TINY, ["unet"])
     layer = models["unet"].down_blocks[0].resnets[0].conv1
     layer.lora_A["default"].weight.data[0] = 1e5
+    models["unet"].to(dtype)
     with pytest.raises(UserError, match="float16 does not hold"):
         lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl", torch.float16)
     lora.save_lora(tmp_path / "b.safetensors", "kohya", models, "sdxl", torch.bfloat16)

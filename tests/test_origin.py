@@ -629,6 +629,20 @@ def test_of_a_variant_on_the_hub_each_part_is_downloaded_once(monkeypatch, tmp_p
         assert hub_of.weights == sorted(given)
 
 
+def test_of_a_repository_without_safetensors_the_bin_files_are_downloaded(monkeypatch, tmp_path):
+    stems = ("unet/diffusion_", "vae/diffusion_", "text_encoder/")
+    parts = [f"{stem}pytorch_model" for stem in stems]
+    files = [f"{part}{ending}" for part in parts for ending in (".bin", ".fp16.bin")]
+    files += ["unet/diffusion_flax_model.msgpack", "model_index.json"]
+    files += [f"{part}/config.json" for part in architectures.PARTS]
+    hub_of = Hub(tmp_path, files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub_of)
+    folder = hub.pipeline("owner/name", None, "model.path")
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.bin")) == sorted(
+        f"{part}.bin" for part in parts
+    )
+
+
 @pytest.mark.parametrize(("kind", "count"), [("sdxl", 2513), ("sd15", 1130)])
 def test_a_published_model_has_the_published_names(kind, count):
     """sd_xl_base_1.0.safetensors has 2515 tensors: these, CLIP's position_ids and OpenCLIP's

@@ -12,7 +12,7 @@ from trainer import cli, gradients, memory, method, optimizers, planner, remedie
 from trainer.errors import UserError
 from trainer.formats import architectures
 from trainer.model import Model
-from trainer.planner import before_run, room
+from trainer.planner import before_run
 from trainer.planner.__main__ import _completed, _less, _with, main
 from trainer.planner.ledger import Ledger
 from trainer.planner.page import page
@@ -234,10 +234,29 @@ def test_a_wrong_option_is_one_line(command, arguments, says):
 
 def test_what_this_process_has_already_is_room_for_its_plan(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  4 kB\n")
-    monkeypatch.setattr(room, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(room, "_CONTAINERS", ())
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "none")
     monkeypatch.setattr(memory, "resident_bytes", lambda: 1000)
     assert planner.room_of(CPU).free == 4096 + 1000
+
+
+@pytest.mark.parametrize(
+    ("folder", "files"), [("", "max current"), ("memory/", "limit_in_bytes usage_in_bytes")]
+)
+def test_a_containers_limit_counts_and_its_cached_files_do_not(
+    monkeypatch, tmp_path, folder, files
+):
+    """Of 3000 bytes it has 2500, of which 1500 are of files."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    limit, used = (tmp_path / f"{folder}memory.{name}" for name in files.split())
+    limit.write_text("3000\n")
+    used.write_text("2500\n")
+    prefix = "total_" if folder else ""
+    (tmp_path / f"{folder}memory.stat").write_text(f"anon 1000\n{prefix}inactive_file 1500\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_host_bytes() == 2000
+    limit.write_text("max\n")
+    assert memory.free_host_bytes() > 1e6
 
 
 def test_without_a_model_or_pictures_the_published_architecture_is_planned():

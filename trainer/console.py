@@ -10,6 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from trainer.errors import UserError
+
 log = logging.getLogger(__name__)
 logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks of its own
 
@@ -97,7 +99,10 @@ def logging_to(path: Path) -> Iterator[None]:
         with logging_redirect_tqdm():
             yield
     except Exception as error:
-        file.emit(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run ended: {error}"}))
+        record: dict[str, object] = {"levelname": "ERROR", "msg": f"the run ended: {error}"}
+        if not isinstance(error, UserError | OSError):
+            record["exc_info"] = (type(error), error, error.__traceback__)
+        file.emit(logging.makeLogRecord(record))
         raise
     finally:
         root.setLevel(previous)

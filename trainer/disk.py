@@ -35,12 +35,9 @@ def whole_folder(final: Path) -> Iterator[Path]:
         temporary.rename(final)
         _flush(final.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (UserError, KeyboardInterrupt):  # it is not what should have been, or not all of it
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap OSError
         written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # before what is free is told
         if old.exists() and not final.exists():
             os.rename(old, final)
         # Of a folder that is copied, the first of what could not be, and why.
@@ -49,6 +46,8 @@ def whole_folder(final: Path) -> Iterator[Path]:
             f"could not save {final}: {reason} ({written / 1e6:.1f} MB written, "
             f"{_free_bytes(final.parent) / 1e6:.1f} MB free); what was saved before is intact"
         ) from error
+    finally:  # of whatever else ended it, a second Ctrl-C too
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -137,10 +137,9 @@ def _findings(found: Survey) -> list[Finding]:
     by_bytes = defaultdict(list)
     for picture in found.usable:
         by_bytes[picture.digest].append(picture.item.name)
+    uncaptioned = set(found.uncaptioned)
     empty = [
-        f.item.name
-        for f in found.usable
-        if not all(f.captions) and f.item.name not in {*found.uncaptioned}
+        f.item.name for f in found.usable if not all(f.captions) and f.item.name not in uncaptioned
     ]
     small = [
         f"{f.item.name}: {f.size[1]} x {f.size[0]}"

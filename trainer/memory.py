@@ -5,6 +5,7 @@ import ctypes
 import gc
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,19 @@ from trainer.config import Config
 from trainer.errors import UserError, reason
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+# Of a container, newer and older: its limit, what it has, and the files' pages in that, which the
+# kernel drops when memory is wanted.
+_CGROUP = Path("/sys/fs/cgroup")
+_CONTAINERS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 # mallopt(3): parameters of glibc's allocator.  From a size of M_MMAP_THRESHOLD a block is a mapping
 # of its own, which free() returns to the system.
@@ -44,6 +58,25 @@ def return_freed_blocks(weight_bytes: int) -> bool:
     gc.collect()
     trim(0)
     return all([mallopt(x, _BLOCK_BYTES) == 1 for x in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)])
+
+
+def free_host_bytes() -> int:
+    """Memory that this process may still take, in bytes, within its container's limit; more than
+    there is anywhere where the system does not say."""
+    free = sys.maxsize
+    with suppress(OSError, KeyError, ValueError):
+        free = 1024 * _numbers(_MEMINFO)["MemAvailable:"]
+    for limit, used, statistics, droppable in _CONTAINERS:
+        with suppress(OSError, KeyError, ValueError):  # "max", or no container of this kind
+            left = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
+            free = min(free, left + _numbers(_CGROUP / statistics)[droppable])
+    return free
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """A file of names and numbers, one of each a line."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows}
 
 
 def reset_peak(device: torch.device) -> None:

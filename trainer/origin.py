@@ -135,10 +135,10 @@ class Folder(Origin):
                     f"{option}={path}: its {part} is a {self.index[part][1]}; it must be a "
                     f"{cls.__name__} (Stable Diffusion 1.x, 2.x and XL have one)"
                 )
-        if self.has("text_encoder_2") and not self.has("text_encoder"):
+        if not self.has("text_encoder"):
             raise UserError(
-                f"{option}={path} is the SDXL refiner, or another model without a first text "
-                "encoder; use the base model"
+                f"{option}={path} has no first text encoder (the SDXL refiner, or a model that is "
+                "conditioned on something else); use the base model"
             )
         kinds.check_channels(self.config("unet").get("in_channels", 4), path)
 

@@ -185,9 +185,10 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     """Save, evaluate, export and draw; then say where everything is and what it cost.
 
     A last checkpoint that cannot be saved does not keep the trained model from being exported, nor
-    does a loss that is not finite; the UserError is raised at the end.
+    does a loss that is not finite, and an export that fails keeps no summary from being written;
+    the first UserError is raised at the end.
     """
-    failure = None
+    failure, exported = None, list[Path]()
     try:
         save(state)
     except UserError as error:
@@ -201,7 +202,11 @@ def finish(state: State, writer: metrics.Metrics) -> float:
             f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
             "look at train/loss in metrics.jsonl for the step where it went wrong"
         )
-    exported = _export(state)
+    try:
+        exported = _export(state)
+    except UserError as error:
+        failure = failure or error
+        log.error("%s", error)
     picture = evaluation.sample(state, writer)
     state.peaks.end("rest")
     summary = summary_of(state, after)

@@ -235,7 +235,7 @@ def _check_data(config: DataConfig) -> None:
     _check_sources(config)
     _check_sizes(config)
     given = config.caption_extension
-    for extension in [given] if isinstance(given, str) else given or [""]:
+    for extension in given if isinstance(given, list) and given else [given]:
         if (
             not isinstance(extension, str)
             or not re.fullmatch(r"\.[^./\\]+", extension)

@@ -115,12 +115,16 @@ def _lines_of_json(path: Path) -> Iterator[tuple[int, str]]:
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows below the header; an empty cell is as good as none, and a weight is a number."""
     text = captions.decode(_content(path), shown(path))
-    rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST)
-    for row in rows:
-        record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
-        with suppress(KeyError, ValueError):  # what is no number is refused with all bad weights
-            record["weight"] = float(record["weight"])
-        yield rows.line_num, record
+    rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST, strict=True)
+    try:
+        for row in rows:
+            record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
+            with suppress(KeyError, ValueError):  # no number: refused with all bad weights
+                record["weight"] = float(record["weight"])
+            yield rows.line_num, record
+    except csv.Error as error:
+        where = f"{shown(path)}, from line {rows.line_num + 1} on"
+        raise UserError(f"{where}: {error}; is a quote left open?") from error
 
 
 # Lines and their numbers: of JSON, or already read.

@@ -10,7 +10,6 @@ and two may share a folder.
 
 import hashlib
 import logging
-import math
 import os
 import secrets
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trainer import console, signals
+from trainer import console, memory, signals
 from trainer.config import DTYPES
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
@@ -250,22 +249,13 @@ class Store:
 
 def _check_room(entry: Entry, total: int) -> None:
     """Raises UserError where so many entries would not fit in memory."""
-    needed, free = total * sum(t.nbytes for t in entry.values()), _free_bytes()
+    needed, free = total * sum(t.nbytes for t in entry.values()), memory.free_host_bytes()
     if needed > free:
         raise UserError(
             f"{total} encoded {'captions' if 'prompt' in entry else 'pictures'} need "
             f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; name a folder for "
             "them: data.cache=... (data.cache_dtype=bfloat16 needs half)"
         )
-
-
-def _free_bytes() -> float:
-    """Memory that a process may still take; without an answer, any."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return math.inf
 
 
 def _load(path: Path) -> Entry:

@@ -13,6 +13,7 @@ from trainer.formats.architectures import PARTS
 
 log = logging.getLogger(__name__)
 
+_PICKLED = ("*.bin", "*.bin.index.json")  # of a repository of before safetensors
 _VAE = ("config.json", "vae/config.json")  # of a VAE's own repository, and of a pipeline
 
 
@@ -20,7 +21,8 @@ def pipeline(name: str, variant: str | None, option: str, with_weights: bool = T
     """The folder of a pipeline's snapshot, downloaded unless it is there; without weights, what
     tokenizers and configurations are made of.
 
-    The files of `variant` are downloaded, and the plain ones of those parts that have none.  Raises
+    The files of `variant` are downloaded, and the plain ones of those parts that have none; .bin
+    files where a part has no others.  Raises
     UserError that names `option` where there is no such repository.
     """
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
@@ -29,10 +31,16 @@ def pipeline(name: str, variant: str | None, option: str, with_weights: bool = T
         return _fetch(name, wanted, None, option)
     folder = _fetch(name, wanted + _weights_of(PARTS, variant), variant, option)
     there = [part for part in PARTS if (folder / part).is_dir()]
-    without = [part for part in there if not any((folder / part).glob(f"*.{variant}*.safetensors"))]
-    if variant and without:
+    if without := _without(folder, there, f"*.{variant}*.safetensors") if variant else []:
         folder = _fetch(name, _weights_of(without, None), None, option)
+    if without := _without(folder, there, "*.safetensors"):
+        pickled = [f"{part}/{ending}" for part in without for ending in _PICKLED]
+        folder = _fetch(name, pickled, None, option)
     return folder
+
+
+def _without(folder: Path, parts: Iterable[str], pattern: str) -> list[str]:
+    return [part for part in parts if not any((folder / part).glob(pattern))]
 
 
 def vae(name: str, option: str, with_weights: bool = True) -> Path:

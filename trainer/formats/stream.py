@@ -57,7 +57,7 @@ def _hashes(metadata: dict[str, str], digest: str) -> dict[str, str]:
 def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Raises UserError where a finite number does not fit `dtype`."""
     rounded = tensor.to(dtype)
-    if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point:
+    if dtype != tensor.dtype and dtype.is_floating_point:
         lost = tensor.isfinite() & ~rounded.isfinite()
         if lost.any():
             raise UserError(

@@ -1,8 +1,6 @@
 """How much memory there is to train in."""
 
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -10,15 +8,6 @@ from trainer import memory
 
 # What CUDA's context takes of a card; an assumption (0.3 to 0.6 GB are usual), no measurement.
 _CONTEXT = 500_000_000
-_MEMORY = Path("/proc/meminfo")
-# A container's limits and what it uses of them, of the newer kind and of the older.
-_CONTAINERS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +30,4 @@ def room_of(device: torch.device) -> Room:
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device)
         return Room(free=free, where=torch.cuda.get_device_name(device))
-    lines = dict(line.split(":") for line in _MEMORY.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    for limit, used in _CONTAINERS:
-        with suppress(OSError, ValueError):  # "max", or no container of this kind
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return Room(free=free + memory.resident_bytes(), where="this machine")
+    return Room(free=memory.free_host_bytes() + memory.resident_bytes(), where="this machine")
