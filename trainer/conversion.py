@@ -1,6 +1,5 @@
 """From one form of a model or a LoRA to another: what a path holds, and how it is to be written."""
 
-import json
 import logging
 import math
 from functools import cache
@@ -11,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from trainer import checkpoint, noise, origin, result
+from trainer import checkpoint, noise, origin, report, result
 from trainer.config import ModelConfig, NoiseConfig
 from trainer.config.model import nothing_there
 from trainer.errors import UserError
@@ -105,10 +104,7 @@ def _in_run(path: Path) -> Path:
 
 def _finished(run: Path) -> float:
     """The step that a run's result is of; infinite where it does not say."""
-    try:
-        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
+    return report.read_summary(run).get("steps", math.inf)
 
 
 def _write_model(

@@ -4,7 +4,6 @@ It takes the trainer's own options, reads every caption and picture, and trains 
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from trainer import cli, pictures, schedule
+from trainer import cli, pictures, report, schedule
 from trainer.config import Config
 from trainer.data import Store, dataset
 from trainer.data.survey import Survey, all_sources, survey
@@ -228,7 +227,7 @@ def _measured_speed(config: Config) -> tuple[float | None, str]:
     summaries = sorted(Path("runs").glob("**/summary.json"), key=lambda p: -p.stat().st_mtime)
     for path in summaries:
         try:
-            speed = json.loads(path.read_text(encoding="utf-8"))["images_per_second"]
+            speed = report.read_summary(path.parent)["images_per_second"]
             then = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
             if _traits(then) == _traits(asdict(config)):
                 return float(speed), str(path)

@@ -40,7 +40,7 @@ class Model:
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
-        self.origin = origin.find(config, with_weights)
+        self.origin = origin.at(config.path, config.variant, with_weights=with_weights)
         self.vae_origin = self.origin
         if config.vae:
             self.vae_origin = origin.vae(config.vae, self.origin, with_weights)

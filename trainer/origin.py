@@ -16,7 +16,6 @@ import torch
 import transformers
 from torch import nn
 
-from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.formats import architectures, fingerprints, hub, kinds
 from trainer.formats.folder import find_weights, variant_option
@@ -267,22 +266,17 @@ class File(Origin):
         return [self.path]
 
 
-def find(config: ModelConfig, with_weights: bool = True) -> Origin:
-    """What `model.path` names: a folder, a file, or a hub repository, whose weights are downloaded
-    where they are wanted.
-
-    Raises UserError where it names nothing that can be loaded.
-    """
-    return at(config.path, config.variant, with_weights=with_weights)
-
-
 def at(
     name: str,
     variant: str | None = None,
     option: str = "model.path",
     with_weights: bool = True,
 ) -> Origin:
-    """`find` by a path or a hub name alone, which `option` gave."""
+    """What a name means: a folder, a file, or a hub repository, whose weights are downloaded where
+    they are wanted.  option: what gave the name, for errors.
+
+    Raises UserError where it names nothing that can be loaded.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         if variant:

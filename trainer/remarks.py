@@ -168,19 +168,24 @@ def _defaults(config: Config, group: str, option: str) -> list[Any]:
 
 def _of_clips(config: Config) -> Iterator[str]:
     """A clip that repeats, or undoes, what the optimizer does itself."""
-    clip, own = config.method.clip, _own_clip(config.optim)
-    if clip == "none" or not own:
-        return
-    if clip != "global" or "optim." in own:  # beside any other, the default is harmless
+    clip, own = config.method.clip, _clips_itself(config.optim)
+    if clip not in ("none", "global"):  # the default is harmless beside what bounds updates
+        own = own or _bounds_itself(config.optim)
+    if clip != "none" and own:
         yield f"method.clip={clip}, and optim={config.optim.name} {own}; one of them is enough"
 
 
-def _own_clip(options: Any) -> str | None:
-    """What the optimizer itself does about large gradients, in words, where it does something."""
-    cls = optim.FAMILY.get(options.name)
+def _clips_itself(options: Any) -> str | None:
+    """How the optimizer clips gradients, in words, where it does."""
     for option in ("max_grad_norm", "grad_clip"):
         if getattr(options, option, None) is not None:
             return f"clips them again by optim.{option}"
+    return None
+
+
+def _bounds_itself(options: Any) -> str | None:
+    """Why the size of a gradient hardly matters to the optimizer, in words, where it does not."""
+    cls = optim.FAMILY.get(options.name)
     if cls is None:
         return None
     if getattr(options, "clip_threshold", None) is not None:

@@ -25,14 +25,20 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     disk.replace_text(folder / "summary.json", text)
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of a run; {} where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary if isinstance(summary, dict) else {}
+    return {}
+
+
 def costs_of(folder: Path, step: int) -> dict[str, Any]:
     """Time and peak memory from an existing summary.json of this step: the checkpoint's counters
     predate the final evaluation and export.  {} without one."""
-    with suppress(OSError, ValueError):
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if summary.get("steps") == step:
-            return {key: summary[key] for key in _COSTS if key in summary}
-    return {}
+    summary = read_summary(folder)
+    is_of_step = summary.get("steps") == step
+    return {key: summary[key] for key in _COSTS if key in summary and is_of_step}
 
 
 def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:

@@ -8,11 +8,6 @@ from trainer import optimizers, record
 from trainer.state import State
 
 
-def _result_loss(state: State, after: Mapping[str, float]) -> float:
-    """The loss of the weights that are exported."""
-    return after.get("ema_loss" if state.exports_average else "loss", math.nan)
-
-
 def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
     """What the run came to; `after` is its last evaluation."""
     counters, pace = state.counters, state.clock.pace(state.step)
@@ -24,7 +19,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "steps": state.step,
         "eval_loss_before": counters.eval_loss_before,
         "eval_loss_after": after.get("loss", math.nan),
-        "eval_loss_result": _result_loss(state, after),
+        "eval_loss_result": after.get("ema_loss" if state.exports_average else "loss", math.nan),
         "pictures": counters.pictures,
         "wall_seconds": state.clock.wall_seconds,
         "seconds": counters.seconds,

@@ -1,6 +1,5 @@
 """When the tables of a sweep are made: after each run, and after the last."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from PIL.Image import Image
 
-from trainer import disk
+from trainer import disk, report
 from trainer.metrics import MULTIRUN
 from trainer.sweep import curves, sheet
 from trainer.sweep.head import head
@@ -57,8 +56,8 @@ def _write(folder: Path) -> list[dict[str, Any]]:
 
 def _read(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The runs of a sweep's folder that have ended, and their summaries."""
-    paths = sorted(folder.glob("*/summary.json"))
-    return [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    runs = (path.parent for path in sorted(folder.glob("*/summary.json")))
+    return [(run, summary) for run in runs if (summary := report.read_summary(run))]
 
 
 def _wrote(

@@ -4,7 +4,6 @@ A run that failed, or whose last loss is not finite, did not end well.  Groups w
 first: a mean over those that are left flatters an optimizer that often fails.
 """
 
-import json
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from trainer import report
 from trainer.errors import UserError
 
 Summary = dict[str, Any]
@@ -119,11 +119,8 @@ def ended(folder: Path, overrides: list[str]) -> float | None:
 
     Raises UserError for one without these options.
     """
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    if "error" in summary:
+    summary = report.read_summary(folder)
+    if not summary or "error" in summary:
         return None
     if not {*overrides} <= {*summary["overrides"]}:
         raise UserError(
