@@ -33,6 +33,14 @@ def folder(pictures):
     return ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.bucket_step=8"]
 
 
+def test_a_preset_needs_no_model(examine, pictures):
+    status, out, _ = examine("experiment=sdxl_lora", f"data.path={pictures}")
+    assert status == 1  # four small pictures
+    assert "a run of these options: 2000 steps, 500 epochs" in out
+    _, _, err = examine("experiment=sdxl_lora", f"data.path={pictures}", "data.cache=cache")
+    assert "model.path has no value" in err
+
+
 def test_the_shipped_pictures_have_no_problems(examine):
     status, out, err = examine("data.batch_size=8")
     assert (status, err) == (0, "")
@@ -81,7 +89,7 @@ def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):
     status, out, _ = examine(*folder)
     assert status == 1
     assert "PROBLEM: 1 archives are passed over" in out
-    assert out.splitlines()[-1] == "1 kinds of problems"
+    assert out.splitlines()[-1] == "1 kind of problem"
     (pictures / "more.tar.gz").unlink()
     (pictures / "loop").symlink_to(pictures)
     status, out, _ = examine(*folder)
@@ -255,5 +263,5 @@ def test_a_sheet_takes_the_place_of_no_picture(examine, pictures, folder, sheet,
 def test_it_has_a_help_page_that_tells_the_exit_statuses(examine):
     status, out, _ = examine("--help")
     assert status == 0
-    assert "Exit status: 0, nothing is wrong; 1, there are" in out
-    assert "data=folder data.path=/pictures" in out
+    assert "0, nothing is wrong; 1, there are" in out
+    assert "experiment=sdxl_lora data.path=/pictures" in out

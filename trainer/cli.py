@@ -41,7 +41,7 @@ Your own model and pictures, as a LoRA, and all of the UNet:
   python -m trainer experiment=sdxl_lora model.path=/models/sdxl.safetensors data.path=/pictures
   python -m trainer experiment=sdxl model.path=/models/sdxl.safetensors data.path=/pictures
 What is wrong with the pictures, and whether memory suffices, before a run finds out:
-  python -m trainer.doctor data=folder data.path=/pictures
+  python -m trainer.doctor experiment=sdxl_lora data.path=/pictures
   python -m trainer.planner experiment=sdxl --card 8
 A sweep, with a table of the runs at the end; and going on with the newest run and its options:
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
@@ -164,6 +164,18 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return composition(overrides, with_hydra)
     except Exception as error:  # Hydra and OmegaConf raise many kinds
         fail(explain(error, overrides))
+
+
+def with_published_model(overrides: list[str]) -> list[str]:
+    """The options with the published architecture where the model's place is not given: enough for
+    whatever reads no weights."""
+    from trainer.formats import architectures  # seconds, which a run's mistakes do not wait for
+
+    given = composed(overrides, with_hydra=True)
+    kind = given.hydra.runtime.choices.model
+    if not OmegaConf.is_missing(given.model, "path") or kind not in architectures.PUBLISHED:
+        return overrides
+    return [f"model.path={architectures.folder(kind)}", *overrides]
 
 
 def _run_dir(resume: str | None, name: str) -> str:

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 _HELP = """\
 Read every picture and caption of a data set and say what is wrong with it; train nothing.
 
-  python -m trainer.doctor data=folder data.path=/pictures
-  python -m trainer.doctor model=sdxl model.path=/models/sdxl data=folder data.path=/pictures \\
-      data.cache=/cache data.batch_size=4
+  python -m trainer.doctor experiment=sdxl_lora data.path=/pictures
+  python -m trainer.doctor experiment=sdxl_lora data.path=/pictures data.cache=/cache \\
+      model.path=/models/sd_xl_base_1.0.safetensors
 
-It takes the options of `python -m trainer`.  Exit status: 0, nothing is wrong; 1, there are
-problems, each of which is named; 2, the data cannot be read, or an option is wrong."""
+It takes the options of `python -m trainer`; without a cache it needs no model.  Exit status:
+0, nothing is wrong; 1, there are problems, each of which is named; 2, the data cannot be read, or
+an option is wrong."""
 
 _SHEET = 64  # pictures at most
 
@@ -63,13 +64,22 @@ def main() -> None:
         parser.error(f"--names={given.names} is negative")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
-        config = to_dataclasses(cli.composed(given.overrides))
+        config = _config(given.overrides)
         if given.sheet:
             _check_sheet(given.sheet, config)
         problems = examine(config, given.images_per_second, given.names, given.sheet)
     except (UserError, OSError) as error:
         cli.fail(str(error))
     sys.exit(1 if problems else 0)
+
+
+def _config(overrides: list[str]) -> Config:
+    """Captions are counted by the published model's tokenizers where no other is named; entries of
+    a cache are called by the weights."""
+    composed = cli.composed(overrides)
+    if composed.data.cache is None:
+        composed = cli.composed(cli.with_published_model(overrides))
+    return to_dataclasses(composed)
 
 
 def _check_sheet(path: Path, config: Config) -> None:
@@ -127,7 +137,8 @@ def examine(
         print(_run_line(config, made))
         if sheet:
             print(_draw(made, sheet))
-    print(f"{len(findings)} kinds of problems" if findings else "no problems")
+    several = f"{len(findings)} kinds of problems"
+    print({0: "no problems", 1: "1 kind of problem"}.get(len(findings), several))
     return len(findings)
 
 

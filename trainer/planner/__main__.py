@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
-from omegaconf import OmegaConf
 
 from trainer import cli, execution, planner, remedies
 from trainer.config import Config
 from trainer.errors import UserError
-from trainer.formats import architectures
 from trainer.model import Model
 from trainer.planner.page import page
 from trainer.report import format_bytes
@@ -65,10 +63,9 @@ def main() -> None:
 def _completed(overrides: Sequence[str]) -> list[str]:
     """The options with what a plan does not need, where it is not given: the place of the model and
     of the pictures."""
-    given = cli.composed([*overrides], with_hydra=True)
+    overrides = cli.with_published_model([*overrides])
+    given = cli.composed(overrides, with_hydra=True)
     chosen, assumed = given.hydra.runtime.choices, []
-    if OmegaConf.is_missing(given.model, "path") and chosen.model in architectures.PUBLISHED:
-        assumed.append(f"model.path={architectures.folder(chosen.model)}")
     if chosen.model != "tiny" and not any(o.startswith("data=") for o in overrides):
         assumed.append("data=folder")  # the default goes with tiny
     if "data=folder" in assumed or not (given.data.path or given.data.sources):
