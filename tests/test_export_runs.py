@@ -61,9 +61,10 @@ def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
 def test_a_runs_lora_is_exported_with_the_model_that_its_configuration_names(
     quick, tmp_path, capsys
 ):
-    folder = quick("run", "method=lora", *ONE_STEP)
-    for source, name in ((folder, "a"), (folder / "lora/pytorch_lora_weights.safetensors", "b")):
-        status, _, error = run_export(capsys, source, tmp_path / f"{name}.safetensors")
+    folder = quick("run", "method=lora", *ONE_STEP, "schedule.steps=2", "method.export_every=1")
+    weights = "lora/pytorch_lora_weights.safetensors"
+    for number, source in enumerate(("", weights, f"results/step-000001/{weights}")):
+        status, _, error = run_export(capsys, folder / source, tmp_path / f"{number}.safetensors")
         assert status == 0, error
     gone = (folder / "config.yaml").read_text().replace("assets/tiny_sdxl", "nowhere/tiny_sdxl")
     (folder / "config.yaml").write_text(gone)

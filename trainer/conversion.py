@@ -197,9 +197,9 @@ def _named(base: str, variant: str | None) -> tuple[str, dict[str, nn.Module]]:
 def _trained_on(path: Path) -> tuple[str, str | None] | None:
     """The model that a LoRA in a run's `lora` folder was trained on, and its variant, by the run's
     configuration; None for a file that is in no run."""
-    folder = path.resolve().parent
-    run = folder.parent
-    if folder.name != "lora" or not (run / "config.yaml").is_file():
+    above = path.resolve().parents  # RUN/lora, or RUN/results/STEP/lora
+    run = next((p for p in above[1:4] if (p / "config.yaml").is_file()), None)
+    if above[0].name != "lora" or run is None:
         return None
     try:
         model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
