@@ -148,7 +148,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     taken = gradients.make(config, parameters, optimizer)
     inputs = random_inputs(unet, arguments.batch, arguments.latent)
     scheduler = json.loads(SCHEDULER.read_text(encoding="utf-8"))
-    schedule = noise.training_schedule(
+    noise_schedule = noise.training_schedule(
         noise.scheduler_config(config.noise, scheduler), config.noise
     )
     seconds_to_build = time.monotonic() - started
@@ -158,10 +158,10 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     count, steps = config.runtime.accumulation, []
     for step in range(arguments.steps):
         drawn = [
-            batches.noised(inputs, schedule, config.noise, config.seed, step * count + place)
+            batches.noised(inputs, noise_schedule, config.noise, config.seed, step * count + place)
             for place in range(count)
         ]
-        losses_of = partial(loss_of, config, unet, schedule, drawn)
+        losses_of = partial(loss_of, config, unet, noise_schedule, drawn)
         steps.append(one_step(losses_of, count, optimizer, taken, device))
     alive.remove()
     kept = {
@@ -213,13 +213,13 @@ def planned_peak(config: Config, arguments: argparse.Namespace, imports: int) ->
 def loss_of(
     config: Config,
     unet: UNet2DConditionModel,
-    schedule: DDPMScheduler,
+    noise_schedule: DDPMScheduler,
     drawn: list[batches.Batch],
     place: int,
 ) -> Tensor:
     """The loss of a step's micro-batch at `place`."""
     prediction = batches.predict(unet, drawn[place])
-    return losses.loss(config.loss, schedule, prediction, drawn[place])
+    return losses.loss(config.loss, noise_schedule, prediction, drawn[place])
 
 
 def one_step(

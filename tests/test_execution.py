@@ -38,13 +38,13 @@ def small(composed, *options, look=lambda unet: None):
     taken = gradients.make(config, [p for p in unet.parameters() if p.requires_grad], optimizer)
     inputs = measure_sdxl.random_inputs(unet, 2, (8, 8))
     scheduler = measure_sdxl.json.loads(measure_sdxl.SCHEDULER.read_text())
-    schedule = noise.training_schedule(
+    noise_schedule = noise.training_schedule(
         noise.scheduler_config(config.noise, scheduler), config.noise
     )
     seen = []
     for step in range(2):
-        batch = noised(inputs, schedule, config.noise, config.seed, step)
-        losses_of = partial(measure_sdxl.loss_of, config, unet, schedule, [batch])
+        batch = noised(inputs, noise_schedule, config.noise, config.seed, step)
+        losses_of = partial(measure_sdxl.loss_of, config, unet, noise_schedule, [batch])
         seen.append(taken.backward(losses_of).loss)
         optimizer.step()
         optimizer.zero_grad()

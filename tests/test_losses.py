@@ -36,8 +36,8 @@ def value(loss_config, make_schedule, batch, prediction):
 
     def compute(options, predicts=EPSILON, **changes):
         made = Batch(**(vars(batch) | changes))
-        schedule = make_schedule(prediction_type=predicts)
-        return losses.loss(loss_config(**options), schedule, prediction, made)
+        noise_schedule = make_schedule(prediction_type=predicts)
+        return losses.loss(loss_config(**options), noise_schedule, prediction, made)
 
     return compute
 
@@ -90,8 +90,8 @@ def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
     timesteps = torch.tensor([10, 300, 700, 999])
     found = []
     for predicts in (EPSILON, V):
-        schedule = make_schedule(prediction_type=predicts)
-        a = schedule.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+        noise_schedule = make_schedule(prediction_type=predicts)
+        a = noise_schedule.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
         s = (1 - a.square()).sqrt()
         noisy = a * clean + s * noise
 
@@ -107,15 +107,15 @@ def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
             pooled=None,
             time_ids=None,
         )
-        found.append(losses.loss(config, schedule, output(wrong), batch).item())
+        found.append(losses.loss(config, noise_schedule, output(wrong), batch).item())
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_gamma_of_min_snr_is_where_weights_begin_to_fall(loss_config, make_schedule):
     config = loss_config(weighting="min_snr", gamma=2.0)
-    schedule, timesteps = make_schedule(), torch.arange(1000)
-    weights = losses.timestep_weights(config, schedule, timesteps)
-    is_noisy = compute_snr(schedule, timesteps) <= 2
+    noise_schedule, timesteps = make_schedule(), torch.arange(1000)
+    weights = losses.timestep_weights(config, noise_schedule, timesteps)
+    is_noisy = compute_snr(noise_schedule, timesteps) <= 2
     assert (weights[is_noisy] == 1).all()
     assert (weights[~is_noisy] < 1).all()
 
@@ -125,10 +125,10 @@ def test_gamma_of_min_snr_is_where_weights_begin_to_fall(loss_config, make_sched
 def test_zero_terminal_snr_gives_finite_losses_and_gradients(
     loss_config, make_schedule, batch, prediction, options, weighting
 ):
-    schedule = make_schedule(prediction_type=V, rescale_betas_zero_snr=True)
+    noise_schedule = make_schedule(prediction_type=V, rescale_betas_zero_snr=True)
     config = loss_config(**options, weighting=weighting)
     prediction.requires_grad_()
-    loss = losses.loss(config, schedule, prediction, batch)
+    loss = losses.loss(config, noise_schedule, prediction, batch)
     loss.backward()
     assert loss.isfinite()
     assert prediction.grad.isfinite().all()

@@ -116,7 +116,7 @@ def test_input_perturbation_is_in_the_input_and_not_in_the_target(
     noise_config, make_schedule, prediction
 ):
     """Ning et al. 2023: y = a x + s (e + gamma xi), and e is still what is wanted."""
-    schedule = make_schedule(prediction_type=prediction)
+    noise_schedule = make_schedule(prediction_type=prediction)
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(
         latents=torch.randn(8, 4, 16, 16, generator=generator),
@@ -125,11 +125,11 @@ def test_input_perturbation_is_in_the_input_and_not_in_the_target(
         time_ids=None,
     )
     plain, perturbed = (
-        noised(inputs, schedule, noise_config(input_perturbation=gamma), 0, 0)
+        noised(inputs, noise_schedule, noise_config(input_perturbation=gamma), 0, 0)
         for gamma in (0.0, 0.1)
     )
     assert torch.equal(plain.target, perturbed.target)
-    s = (1 - schedule.alphas_cumprod[plain.timesteps]).sqrt().view(-1, 1, 1, 1)
+    s = (1 - noise_schedule.alphas_cumprod[plain.timesteps]).sqrt().view(-1, 1, 1, 1)
     added = (perturbed.noisy - plain.noisy) / s
     assert added.std().item() == pytest.approx(0.1, rel=0.05)
     drawn = torch.stack([noise.draw(noise_config(), LIKE[:, :, :16], 0, 0, i) for i in range(8)])
@@ -146,10 +146,10 @@ def test_every_kind_of_draw_has_a_stream_of_its_own(noise_config):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_snr_is_that_of_diffusers_where_it_is_not_zero(make_schedule, terminal):
-    schedule = make_schedule(rescale_betas_zero_snr=terminal)
+    noise_schedule = make_schedule(rescale_betas_zero_snr=terminal)
     timesteps = torch.arange(1000)
-    ratio = noise.snr(schedule, timesteps)
-    assert torch.allclose(ratio, compute_snr(schedule, timesteps), rtol=1e-4, atol=1e-9)
+    ratio = noise.snr(noise_schedule, timesteps)
+    assert torch.allclose(ratio, compute_snr(noise_schedule, timesteps), rtol=1e-4, atol=1e-9)
     assert (ratio[-1] == 0) == terminal
     assert ratio.isfinite().all()
 
@@ -181,22 +181,22 @@ def test_zero_terminal_snr_is_written_for_whoever_draws_with_the_model(noise_con
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
     }
-    schedule = noise.training_schedule(written, options)
-    assert schedule.alphas_cumprod[-1] == 0
+    noise_schedule = noise.training_schedule(written, options)
+    assert noise_schedule.alphas_cumprod[-1] == 0
     euler = EulerDiscreteScheduler.from_config(written)
     euler.set_timesteps(10)
     assert euler.timesteps[0] == 999  # where there is no signal at all
-    assert torch.allclose(euler.alphas_cumprod[:-1], schedule.alphas_cumprod[:-1])
+    assert torch.allclose(euler.alphas_cumprod[:-1], noise_schedule.alphas_cumprod[:-1])
 
 
 def test_zero_terminal_snr_can_be_taken_off(noise_config):
     model = SDXL | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     options = noise_config(prediction="epsilon", zero_terminal_snr=False)
     written = noise.scheduler_config(options, model)
-    schedule = noise.training_schedule(written, options)
+    noise_schedule = noise.training_schedule(written, options)
     plain = DDPMScheduler.from_config(SDXL)
-    assert torch.equal(schedule.alphas_cumprod, plain.alphas_cumprod)
-    assert schedule.config.prediction_type == "epsilon"
+    assert torch.equal(noise_schedule.alphas_cumprod, plain.alphas_cumprod)
+    assert noise_schedule.config.prediction_type == "epsilon"
 
 
 def test_a_scheduler_that_cannot_rescale_its_betas_becomes_one_that_can(noise_config):

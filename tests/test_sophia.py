@@ -54,7 +54,7 @@ def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
 ):
     """Of a model that is linear, so that its Gauss-Newton matrix is its Hessian; with weights of
     samples, timesteps and places or without."""
-    config, schedule = loss_config(), make_schedule()
+    config, noise_schedule = loss_config(), make_schedule()
     if weighted:
         config.weighting, batch.timesteps = "min_snr", torch.tensor([0, 400, 999])
         batch.loss_weights = torch.tensor([4.0, 0.0, 1.0])
@@ -66,13 +66,13 @@ def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
     total = torch.zeros(4, 4)
     for step in range(draws):
         curvature.estimate(
-            *(optimizer, taken, unet, lambda: batch, config, schedule), seed=0, step=step
+            *(optimizer, taken, unet, lambda: batch, config, noise_schedule), seed=0, step=step
         )
         total += optimizer.state[unet.matrix]["hessian"]
 
     def loss(matrix):
         prediction = torch.einsum("oc,bchw->bohw", matrix, batch.noisy)
-        return losses.loss(config, schedule, prediction, batch)
+        return losses.loss(config, noise_schedule, prediction, batch)
 
     hessian = torch.autograd.functional.hessian(loss, unet.matrix.detach())
     diagonal = hessian.view(16, 16).diagonal().view(4, 4)

@@ -47,20 +47,20 @@ class Batch:
 
 
 def noised(
-    inputs: Inputs, schedule: DDPMScheduler, config: NoiseConfig, seed: int, number: int
+    inputs: Inputs, noise_schedule: DDPMScheduler, config: NoiseConfig, seed: int, number: int
 ) -> Batch:
     """Batch `number` of training: these inputs with fresh noise at fresh timesteps."""
     size, like = len(inputs.latents), inputs.latents[0]
-    steps = noise.timesteps(config, schedule.config.num_train_timesteps, seed, number, size)
+    steps = noise.timesteps(config, noise_schedule.config.num_train_timesteps, seed, number, size)
     drawn = [noise.draw(config, like, seed, number, place) for place in range(size)]
     seen = [noise.perturbed(config, x, seed, number, place) for place, x in enumerate(drawn)]
-    return _batch(inputs, schedule, steps, torch.stack(drawn), torch.stack(seen))
+    return _batch(inputs, noise_schedule, steps, torch.stack(drawn), torch.stack(seen))
 
 
 def eval_batches(
     rows: Sequence[int],
     gather: Callable[[list[int]], Inputs],
-    schedule: DDPMScheduler,
+    noise_schedule: DDPMScheduler,
     points: int,
     batch_size: int,
     size_of: Callable[[int], object] = lambda row: None,
@@ -73,7 +73,7 @@ def eval_batches(
     evenly among them.  Timesteps follow the golden-ratio sequence, which covers the schedule evenly
     for any number of points and does not fall into step with the rows.
     """
-    count = schedule.config.num_train_timesteps
+    count = noise_schedule.config.num_train_timesteps
     by_size: dict[object, list[int]] = {}  # the points' numbers
     few = len(rows) <= points
     row_of = [rows[p % len(rows) if few else p * len(rows) // points] for p in range(points)]
@@ -85,7 +85,7 @@ def eval_batches(
             inputs = gather([row_of[point] for point in chosen])
             timesteps = torch.tensor([int((p + 0.5) * _GOLDEN % 1 * count) for p in chosen])
             drawn = torch.stack([_fixed(inputs.latents[0], point) for point in chosen])
-            yield _batch(inputs, schedule, timesteps, drawn, drawn)
+            yield _batch(inputs, noise_schedule, timesteps, drawn, drawn)
 
 
 def sample_noise(like: Tensor, count: int) -> Tensor:
@@ -131,14 +131,14 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _batch(
-    inputs: Inputs, schedule: DDPMScheduler, timesteps: Tensor, noise: Tensor, seen: Tensor
+    inputs: Inputs, noise_schedule: DDPMScheduler, timesteps: Tensor, noise: Tensor, seen: Tensor
 ) -> Batch:
     """`seen` is the noise of the input, `noise` that of the target: both (B, 4, h, w)."""
     latents = inputs.latents.float()
-    predicts_v = schedule.config.prediction_type == "v_prediction"
+    predicts_v = noise_schedule.config.prediction_type == "v_prediction"
     return Batch(
-        noisy=schedule.add_noise(latents, seen, timesteps),
-        target=schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
+        noisy=noise_schedule.add_noise(latents, seen, timesteps),
+        target=noise_schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
         timesteps=timesteps,
         prompt=inputs.prompt,
         pooled=inputs.pooled,

@@ -22,7 +22,7 @@ def estimate(
     unet: UNet2DConditionModel,
     draw: Callable[[], batches.Batch],
     config: LossConfig,
-    schedule: DDPMScheduler,
+    noise_schedule: DDPMScheduler,
     seed: int,
     step: int,
 ) -> None:
@@ -40,7 +40,7 @@ def estimate(
     batch = draw()
     prediction = batches.predict(unet, batch)
     noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)
-    factor = losses.factor(config, schedule, batch)
+    factor = losses.factor(config, noise_schedule, batch)
     if factor is not None:
         noise = noise * factor.sqrt()
     target = prediction.detach() + batches.on_device(noise, prediction.device)

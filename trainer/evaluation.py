@@ -71,7 +71,7 @@ def _losses(state: State, aside: console.Aside) -> dict[str, float]:
     for prefix, rows in (("", dataset.own), ("holdout_", dataset.held_out)):
         if rows:
             points = counted(rows)
-            losses_of = losses.evaluate(state.model.unet, state.schedule, points)
+            losses_of = losses.evaluate(state.model.unet, state.noise_schedule, points)
             found |= {prefix + key: value for key, value in losses_of.items()}
     return found
 
@@ -88,7 +88,7 @@ def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
     return batches.eval_batches(
         rows,
         gather,
-        state.schedule,
+        state.noise_schedule,
         config.log.eval_points,
         config.data.batch_size,
         size_of=lambda row: dataset.samples[row].bucket,

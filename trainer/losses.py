@@ -29,27 +29,29 @@ from trainer.config import HuberConfig, LossConfig
 _PARTS = 4  # of the timesteps that evaluation reports apart
 
 
-def loss(config: LossConfig, schedule: DDPMScheduler, prediction: Tensor, batch: Batch) -> Tensor:
+def loss(
+    config: LossConfig, noise_schedule: DDPMScheduler, prediction: Tensor, batch: Batch
+) -> Tensor:
     """The mean over all elements of the configured distance times its factor: prediction fp32
     (B, 4, h, w) -> 0-d."""
     target = on_device(batch.target, prediction.device)
     if isinstance(config, HuberConfig):
-        distance = _huber(config, schedule, prediction, target, batch.timesteps)
+        distance = _huber(config, noise_schedule, prediction, target, batch.timesteps)
     else:
         distance = F.mse_loss(prediction, target, reduction="none")
-    weights = factor(config, schedule, batch)
+    weights = factor(config, noise_schedule, batch)
     if weights is not None:
         distance = distance * on_device(weights, prediction.device)
     return distance.mean()
 
 
-def factor(config: LossConfig, schedule: DDPMScheduler, batch: Batch) -> Tensor | None:
+def factor(config: LossConfig, noise_schedule: DDPMScheduler, batch: Batch) -> Tensor | None:
     """How much each element counts: -> fp32, to be broadcast to (B, 4, h, w); None for 1."""
     factors = []
     if batch.loss_weights is not None:
         factors.append(batch.loss_weights.float().view(-1, 1, 1, 1))
     if config.weighting != "none":
-        factors.append(timestep_weights(config, schedule, batch.timesteps).view(-1, 1, 1, 1))
+        factors.append(timestep_weights(config, noise_schedule, batch.timesteps).view(-1, 1, 1, 1))
     if batch.mask is not None:
         inside = batch.mask.float()
         factors.append(config.unmasked_weight + (1 - config.unmasked_weight) * inside)
@@ -58,7 +60,9 @@ def factor(config: LossConfig, schedule: DDPMScheduler, batch: Batch) -> Tensor 
     return math.prod(factors[1:], start=factors[0])
 
 
-def timestep_weights(config: LossConfig, schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+def timestep_weights(
+    config: LossConfig, noise_schedule: DDPMScheduler, timesteps: Tensor
+) -> Tensor:
     """The weight of each sample's squared error by its timestep's SNR: int64 (B,) -> fp32 (B,).
 
     The papers weight the error of the noise e; the error of v is (SNR + 1) / SNR times that of e
@@ -70,8 +74,8 @@ def timestep_weights(config: LossConfig, schedule: DDPMScheduler, timesteps: Ten
     Hang et al. 2023 (arXiv 2303.09556); Yu et al. 2023 (arXiv 2310.08442).  At zero
     terminal SNR, which only v-prediction has, both are 0.
     """
-    ratio = noise.snr(schedule, timesteps)
-    if schedule.config.prediction_type == "v_prediction":
+    ratio = noise.snr(noise_schedule, timesteps)
+    if noise_schedule.config.prediction_type == "v_prediction":
         wanted = ratio.clamp(max=config.gamma) if config.weighting == "min_snr" else ratio.sqrt()
         return wanted / (ratio + 1)
     if config.weighting == "min_snr":
@@ -79,7 +83,7 @@ def timestep_weights(config: LossConfig, schedule: DDPMScheduler, timesteps: Ten
     return ratio.rsqrt()
 
 
-def huber_deltas(config: HuberConfig, schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
     """Where each sample's distance becomes linear: int64 (B,) -> fp32 (B,).
 
     Khrapov et al. 2024 (arXiv 2403.16728): from 1 where there is no noise to `delta` where there is
@@ -87,21 +91,21 @@ def huber_deltas(config: HuberConfig, schedule: DDPMScheduler, timesteps: Tensor
     (1 - delta) / (1 + sigma)^2 + delta.  They schedule the pseudo-Huber loss; here it is Huber's.
     """
     if config.schedule == "exponential":
-        return config.delta ** (timesteps.float() / schedule.config.num_train_timesteps)
-    root = noise.snr(schedule, timesteps).sqrt()  # 1 / sigma
+        return config.delta ** (timesteps.float() / noise_schedule.config.num_train_timesteps)
+    root = noise.snr(noise_schedule, timesteps).sqrt()  # 1 / sigma
     return (1 - config.delta) * (root / (root + 1)).square() + config.delta
 
 
 @torch.no_grad()
 def evaluate(
-    unet: UNet2DConditionModel, schedule: DDPMScheduler, batches: Iterable[Batch]
+    unet: UNet2DConditionModel, noise_schedule: DDPMScheduler, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Mean squared error over fixed eval batches: {"loss": ..., "loss_t000_250": ..., ...}, over
     all elements and over those in each quarter of the timesteps that has any.
 
     Always the plain MSE, without weights and masks, so that runs with any loss can be compared.
     """
-    count = schedule.config.num_train_timesteps
+    count = noise_schedule.config.num_train_timesteps
     total, elements = 0.0, 0
     sums, sizes = [0.0] * _PARTS, [0] * _PARTS
     for batch in batches:
@@ -124,7 +128,7 @@ def evaluate(
 
 def _huber(
     config: HuberConfig,
-    schedule: DDPMScheduler,
+    noise_schedule: DDPMScheduler,
     prediction: Tensor,
     target: Tensor,
     timesteps: Tensor,
@@ -133,7 +137,7 @@ def _huber(
     if config.schedule == "constant":
         return F.huber_loss(prediction, target, reduction="none", delta=config.delta)
     delta = on_device(
-        huber_deltas(config, schedule, timesteps).view(-1, 1, 1, 1), prediction.device
+        huber_deltas(config, noise_schedule, timesteps).view(-1, 1, 1, 1), prediction.device
     )
     error = (prediction - target).abs()
     return torch.where(error <= delta, error.square() / 2, delta * (error - delta / 2))

@@ -93,18 +93,18 @@ def training_schedule(scheduler: Mapping[str, Any], config: NoiseConfig) -> DDPM
 
     Raises UserError for timesteps that it does not have.
     """
-    schedule = DDPMScheduler.from_config(dict(scheduler))
-    count = schedule.config.num_train_timesteps
+    noise_schedule = DDPMScheduler.from_config(dict(scheduler))
+    count = noise_schedule.config.num_train_timesteps
     for key, highest in (("timestep_low", count - 1), ("timestep_high", count)):
         value = getattr(config, key)
         if value is not None and value > highest:
             raise UserError(f"noise.{key}={value}: the model has timesteps in [0, {count})")
-    return schedule
+    return noise_schedule
 
 
-def snr(schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+def snr(noise_schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
     """The signal-to-noise ratio a^2 / s^2 of x_t = a x + s e: (B,) -> fp32 (B,), from 0."""
-    signal = schedule.alphas_cumprod[timesteps]
+    signal = noise_schedule.alphas_cumprod[timesteps]
     return signal / (1 - signal)
 
 

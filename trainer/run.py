@@ -111,7 +111,14 @@ def train(state: State, writer: metrics.Metrics) -> None:
         with memory.explained(config, f"in step {step + 1}"):
             first_batch = partial(draw, state, first)
             curvature.estimate(
-                optimizer, taken, unet, first_batch, config.loss, state.schedule, config.seed, step
+                optimizer,
+                taken,
+                unet,
+                first_batch,
+                config.loss,
+                state.noise_schedule,
+                config.seed,
+                step,
             )
             outcome = taken.backward(partial(loss_of, state, first), shares(members))
             state.counters.grad_norm = taken.clip.last_norm
@@ -158,7 +165,7 @@ def draw(state: State, number: int) -> batches.Batch:
     """The micro-batch of this number, of those that the run trains on."""
     config = state.config
     inputs = state.data.gather(state.data.dataset.batch(config.seed, number))
-    return batches.noised(inputs, state.schedule, config.noise, config.seed, number)
+    return batches.noised(inputs, state.noise_schedule, config.noise, config.seed, number)
 
 
 def members_of(state: State, first: int) -> list[list[int]]:
@@ -178,7 +185,7 @@ def loss_of(state: State, first: int, place: int) -> Tensor:
     """The loss of a step's micro-batch at `place`; `first` is the number of that at 0."""
     batch = draw(state, first + place)
     prediction = batches.predict(state.model.unet, batch)
-    return losses.loss(state.config.loss, state.schedule, prediction, batch)
+    return losses.loss(state.config.loss, state.noise_schedule, prediction, batch)
 
 
 def finish(state: State, writer: metrics.Metrics) -> float:

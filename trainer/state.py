@@ -42,7 +42,7 @@ class State:
     config: Config
     folder: Path
     model: Model
-    schedule: DDPMScheduler
+    noise_schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
     base: str  # a sketch of the model that training began with
@@ -130,7 +130,7 @@ def assemble(
         config=config,
         folder=folder,
         model=model,
-        schedule=noise_schedule,
+        noise_schedule=noise_schedule,
         data=encoded,
         fingerprint=fingerprint,
         base=base,
