@@ -145,7 +145,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     alive = AliveGradients(parameters)
     optimizer = optimizers.build(config.optim, nn.ModuleDict(model.trained_parts), config.seed)
     execution.prepare(config, model.trained_parts, device)
-    taken = gradients.make(config, parameters, optimizer)
+    backward = gradients.make(config, parameters, optimizer)
     inputs = random_inputs(unet, arguments.batch, arguments.latent)
     scheduler = json.loads(SCHEDULER.read_text(encoding="utf-8"))
     noise_schedule = noise.training_schedule(
@@ -162,7 +162,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
             for place in range(count)
         ]
         losses_of = partial(loss_of, config, unet, noise_schedule, drawn)
-        steps.append(one_step(losses_of, count, optimizer, taken, device))
+        steps.append(one_step(losses_of, count, optimizer, backward, device))
     alive.remove()
     kept = {
         "weights": sum(p.nbytes for p in unet.parameters()),
@@ -226,7 +226,7 @@ def one_step(
     losses_of: gradients.LossOf,
     count: int,
     optimizer: torch.optim.Optimizer,
-    taken: Any,
+    backward: Any,
     device: torch.device,
 ) -> dict[str, float]:
     """One optimizer step of `count` micro-batches, as a run makes it: its loss, gradient norm and
@@ -241,7 +241,7 @@ def one_step(
         return loss
 
     begun = now(device)
-    outcome = taken.backward(timed, [1 / count] * count)
+    outcome = backward.of_step(timed, [1 / count] * count)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     total = now(device) - begun

@@ -108,8 +108,8 @@ def test_what_is_looked_at_leaves_the_compilers_graphs_to_training(begun, monkey
     evaluation.sample(state, writer)
     assert made == []
     parameters = list(method.trained_parameters(state.model).values())
-    taken = gradients.make(state.config, parameters, state.optimizer)
-    taken.backward(lambda place: loss_of(state, 0, place))
+    backward = gradients.make(state.config, parameters, state.optimizer)
+    backward.of_step(lambda place: loss_of(state, 0, place))
     assert made
     assert all(made)
 

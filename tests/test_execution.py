@@ -35,7 +35,7 @@ def small(composed, *options, look=lambda unet: None):
     execution.prepare(config, model.trained_parts, CPU)
     look(unet)
     names = list(unet.state_dict())
-    taken = gradients.make(config, [p for p in unet.parameters() if p.requires_grad], optimizer)
+    backward = gradients.make(config, [p for p in unet.parameters() if p.requires_grad], optimizer)
     inputs = measure_sdxl.random_inputs(unet, 2, (8, 8))
     scheduler = measure_sdxl.json.loads(measure_sdxl.SCHEDULER.read_text())
     noise_schedule = noise.training_schedule(
@@ -45,7 +45,7 @@ def small(composed, *options, look=lambda unet: None):
     for step in range(2):
         batch = noised(inputs, noise_schedule, config.noise, config.seed, step)
         losses_of = partial(measure_sdxl.loss_of, config, unet, noise_schedule, [batch])
-        seen.append(taken.backward(losses_of).loss)
+        seen.append(backward.of_step(losses_of).loss)
         optimizer.step()
         optimizer.zero_grad()
     assert list(unet.state_dict()) == names

@@ -67,8 +67,8 @@ def peak_gradient_bytes(config, folder):
         parameter.register_post_accumulate_grad_hook(
             lambda _: seen.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
         )
-    taken = gradients.make(config, parameters, state.optimizer)
-    taken.backward(lambda _: sum(p.square().sum() for p in parameters))
+    backward = gradients.make(config, parameters, state.optimizer)
+    backward.of_step(lambda _: sum(p.square().sum() for p in parameters))
     return max(seen), sum(p.nbytes for p in parameters)
 
 
@@ -126,9 +126,9 @@ def test_the_hooks_do_not_keep_a_finished_runs_model_alive(composed, tmp_path):
     config = composed(*QUICK, UNCLIPPED, FUSED)
     state = assemble(config, tmp_path, None)
     unet = state.model.unet
-    taken = gradients.make(config, list(unet.parameters()), state.optimizer)
+    backward = gradients.make(config, list(unet.parameters()), state.optimizer)
     gone = weakref.ref(unet)
-    del state, unet, taken
+    del state, unet, backward
     gc.collect()
     assert gone() is None
 

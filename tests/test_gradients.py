@@ -39,7 +39,7 @@ def trained(clip, limit, fused, *, dtype=torch.float32, name="adamw", count=1, s
     loss."""
     model = network(dtype)
     optimizer = build(name, model.parameters())
-    taken, guard = way(model, optimizer, clip, limit, fused, count), Guard(9)
+    backward, guard = way(model, optimizer, clip, limit, fused, count), Guard(9)
     outcomes = []
     for step in range(STEPS):
 
@@ -47,7 +47,7 @@ def trained(clip, limit, fused, *, dtype=torch.float32, name="adamw", count=1, s
             loss = model(pictures(step * count + place).to(dtype)).square().mean()
             return loss * (1000 if step == spike else 1)
 
-        outcome = taken.backward(loss_of, [1 / count] * count)
+        outcome = backward.of_step(loss_of, [1 / count] * count)
         if guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -84,11 +84,11 @@ def test_the_exact_clip_inside_the_backward_pass_is_the_global_clip_bit_for_bit(
 
 def test_the_global_clip_of_fp32_gradients_is_torchs():
     model, reference = network(), network()
-    taken = way(model, None, "global", 0.05, fused=False)
+    backward = way(model, None, "global", 0.05, fused=False)
     for x in (model, reference):
         loss = x(pictures(0)).square().mean()
         found = (
-            taken.backward(lambda _, loss=loss: loss).grad_norm if x is model else loss.backward()
+            backward.of_step(lambda _, loss=loss: loss).grad_norm if x is model else loss.backward()
         )
         if x is model:
             whole = found
@@ -101,8 +101,8 @@ def gradients_of(clip, limit, factor=1.0, last_norm=math.nan):
     results = []
     for mode in ("none", clip):
         model = network()
-        taken = way(model, None, mode, limit, fused=False, last_norm=last_norm)
-        taken.backward(lambda _, model=model: model(pictures(0)).square().mean() * factor)
+        backward = way(model, None, mode, limit, fused=False, last_norm=last_norm)
+        backward.of_step(lambda _, model=model: model(pictures(0)).square().mean() * factor)
         results.append([p.grad for p in model.parameters()])
     return results
 
@@ -144,8 +144,8 @@ def test_micro_batches_make_the_gradient_of_the_mean_over_all_samples(fused):
     optimizer = build("sgd", model.parameters())
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: kept.append((p, p.grad.clone())))
-    taken = way(model, optimizer, "none", None, fused, count=3)
-    outcome = taken.backward(
+    backward = way(model, optimizer, "none", None, fused, count=3)
+    outcome = backward.of_step(
         lambda place: model(pictures(place, sizes[place])).square().mean(), [s / 12 for s in sizes]
     )
     loss = reference(torch.cat([pictures(i, s) for i, s in enumerate(sizes)])).square().mean()
@@ -160,14 +160,14 @@ def test_micro_batches_make_the_gradient_of_the_mean_over_all_samples(fused):
 def test_the_fused_backward_keeps_gradients_until_the_last_micro_batch_and_then_frees_them():
     model = network()
     optimizer = build("adafactor8bit", model.parameters())
-    taken, alive = way(model, optimizer, "none", None, True, count=2), []
+    backward, alive = way(model, optimizer, "none", None, True, count=2), []
 
     def loss_of(place):
         alive.append(sum(p.grad is not None for p in model.parameters()))
         return model(pictures(place)).square().mean()
 
     before = [p.detach().clone() for p in model.parameters()]
-    taken.backward(loss_of, [0.5, 0.5])
+    backward.of_step(loss_of, [0.5, 0.5])
     assert alive == [0, 6]
     assert sum(p.grad is not None for p in model.parameters()) < 6
     assert not same(before, [p.detach() for p in model.parameters()])
@@ -190,8 +190,8 @@ def test_what_only_an_earlier_micro_batch_reached_is_measured_clipped_and_steppe
         torch.manual_seed(0)
         model = Halves()
         optimizer = build("sgd", model.parameters())
-        taken = way(model, optimizer, "lagged", 0.05, fused, count=2, last_norm=1.0)
-        outcome = taken.backward(model.loss, [0.5, 0.5])
+        backward = way(model, optimizer, "lagged", 0.05, fused, count=2, last_norm=1.0)
+        outcome = backward.of_step(model.loss, [0.5, 0.5])
         optimizer.step()
         results.append(([p.detach() for p in model.parameters()], outcome.grad_norm))
     assert same(results[0][0], results[1][0])
@@ -202,7 +202,7 @@ def test_what_only_an_earlier_micro_batch_reached_is_measured_clipped_and_steppe
 def test_a_gradient_that_is_not_finite_is_found_before_anything_is_stepped_by_a_first_pass(clip):
     model = network()
     optimizer = build("sgd", model.parameters())
-    taken = way(model, optimizer, clip, 1.0, fused=True)
+    backward = way(model, optimizer, clip, 1.0, fused=True)
     before = [p.detach().clone() for p in model.parameters()]
     first = model[0].weight.flatten()[0]
 
@@ -210,14 +210,14 @@ def test_a_gradient_that_is_not_finite_is_found_before_anything_is_stepped_by_a_
         """Finite; the derivative of the root is not."""
         return model(pictures(0)).square().mean() + (first - first.detach()).sqrt()
 
-    outcome = taken.backward(loss_of)
+    outcome = backward.of_step(loss_of)
     assert math.isfinite(outcome.loss)
     assert not math.isfinite(outcome.grad_norm)
     assert not outcome.begun
     assert not Guard(9).accepts(0, outcome.loss, outcome.grad_norm, outcome.begun)
     assert same(before, [p.detach() for p in model.parameters()])
     assert all(p.grad is None for p in model.parameters())
-    assert math.isnan(taken.clip.last_norm)
+    assert math.isnan(backward.clip.last_norm)
 
 
 def test_the_norm_of_bf16_gradients_is_that_of_their_values_in_fp32():

@@ -69,13 +69,13 @@ def test_a_rehearsal_counts_what_a_step_with_numbers_has(composed, tmp_path, ove
     planned = rehearsed(config).training
     state = run.begin(config, tmp_path)
     trained = list(method.trained_parameters(state.model).values())
-    taken = gradients.make(config, trained, state.optimizer)
+    backward = gradients.make(config, trained, state.optimizer)
     members = run.members_of(state, 0)
     parts = torch.nn.ModuleDict(state.model.trained_parts)
     gc.collect()
     with Ledger("activations") as ledger:
         ledger.enter([*parts.parameters(), *parts.buffers()], "weights")
-        taken.backward(partial(run.loss_of, state, 0), run.shares(members))
+        backward.of_step(partial(run.loss_of, state, 0), run.shares(members))
     found = ledger.peak.total()
     assert planned.weights == ledger.peak["weights"]
     assert planned.optimizer_state == optimizers.state_bytes(state.optimizer)

@@ -62,11 +62,11 @@ def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
         batch.mask[:, :, 2:] = 0
     unet, draws = Pointwise(), 1500
     optimizer = optim.Sophia(unet.parameters(), betas=(0.9, 0.0))  # the curvature is the last one
-    taken = gradients.Gathered([], Clip("none", 1.0, []))
+    backward = gradients.GatheredBackward([], Clip("none", 1.0, []))
     total = torch.zeros(4, 4)
     for step in range(draws):
         curvature.estimate(
-            *(optimizer, taken, unet, lambda: batch, config, noise_schedule), seed=0, step=step
+            *(optimizer, backward, unet, lambda: batch, config, noise_schedule), seed=0, step=step
         )
         total += optimizer.state[unet.matrix]["hessian"]
 

@@ -18,7 +18,7 @@ from trainer.config import LossConfig
 
 def estimate(
     optimizer: Any,
-    taken: gradients.Gathered | gradients.Consumed,
+    backward: gradients.GatheredBackward | gradients.FusedBackward,
     unet: UNet2DConditionModel,
     draw: Callable[[], batches.Batch],
     config: LossConfig,
@@ -27,7 +27,7 @@ def estimate(
     step: int,
 ) -> None:
     """Where `optimizer` wants an estimate before this step, make it from the batch that `draw`
-    gives; else nothing is drawn.  `taken` is how a backward pass's gradients are used.
+    gives; else nothing is drawn.  `backward` is how a backward pass's gradients are used.
 
     The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
     elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.  Where an element's
@@ -45,5 +45,5 @@ def estimate(
         noise = noise * factor.sqrt()
     target = prediction.detach() + batches.on_device(noise, prediction.device)
     scale = prediction.numel() / 2
-    with taken.handing_to(lambda *params: optimizer.update_hessian(scale, params or None)):
+    with backward.handing_to(lambda *params: optimizer.update_hessian(scale, params or None)):
         F.mse_loss(prediction, target).backward()

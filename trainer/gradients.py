@@ -44,14 +44,14 @@ def make(
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     last_norm: float = math.nan,
-) -> "Gathered | Consumed":
+) -> "GatheredBackward | FusedBackward":
     """The way that the configuration chooses; `last_norm` is the gradients' norm in the step
     before, where there was one."""
     clip = Clip(config.method.clip, config.method.max_grad_norm, parameters, last_norm)
     if not config.runtime.fused_backward:
-        return Gathered(parameters, clip)
+        return GatheredBackward(parameters, clip)
     assert isinstance(optimizer, optim.FusedOptimizer)
-    return Consumed(parameters, optimizer, clip)
+    return FusedBackward(parameters, optimizer, clip)
 
 
 def bucket_bytes(parameters: Sequence[Tensor], device_type: str | None = None) -> int:
@@ -62,13 +62,13 @@ def bucket_bytes(parameters: Sequence[Tensor], device_type: str | None = None) -
     return max(1, min(largest, total // _BUCKET_SHARE))
 
 
-class Gathered:
+class GatheredBackward:
     """Backward passes that keep all gradients for the step that follows."""
 
     def __init__(self, parameters: Sequence[Tensor], clip: Clip) -> None:
         self._parameters, self.clip = parameters, clip
 
-    def backward(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
+    def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and clip it.
 
         `shares` says how much of the step's samples each micro-batch is; they sum to 1.
@@ -96,7 +96,7 @@ class Gathered:
         consume()
 
 
-class Consumed:
+class FusedBackward:
     """Backward passes of which the last steps inside and frees the gradients, a bucket at a time.
 
     A loss that is not finite gets no backward pass, so that it changes nothing.  A gradient that is
@@ -111,22 +111,22 @@ class Consumed:
     ) -> None:
         self._parameters, self.clip = parameters, clip
         self._bounding = math.nan  # the norm that this step is clipped by
-        self._takes = False  # whether a gradient that arrives is complete, and is to be used
+        self._is_last_pass = False  # whose gradients are complete: they are consumed
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
             parameter.register_post_accumulate_grad_hook(self._arrived)
         self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters))
 
-    def backward(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
+    def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and step all but the
         last bucket, which the optimizer's `step` takes.
 
-        `shares` as in `Gathered.backward`.
+        `shares` as in `GatheredBackward.of_step`.
         """
         self._bounding = self.clip.last_norm
         if self.clip.needs_this_norm():
             if len(shares) > 1:  # all gradients are alive anyway: nothing to gain by a second pass
                 with self._hooks.holding():
-                    return Gathered(self._parameters, self.clip).backward(loss_of, shares)
+                    return GatheredBackward(self._parameters, self.clip).of_step(loss_of, shares)
             first = self._measure(loss_of)
             if not math.isfinite(first.grad_norm):
                 return first
@@ -158,10 +158,10 @@ class Consumed:
             total += loss.item()
             if not math.isfinite(total):
                 return Outcome(loss=total, grad_norm=math.nan, begun=False)
-            self._takes = place == len(shares) - 1
-            with nullcontext() if self._takes else self._hooks.holding():
+            self._is_last_pass = place == len(shares) - 1
+            with nullcontext() if self._is_last_pass else self._hooks.holding():
                 loss.backward()
-        self._takes = False
+        self._is_last_pass = False
         for parameter in self._parameters:  # whom only earlier micro-batches reached
             if parameter.grad is not None and not clip.measured(parameter):
                 clip.measure(parameter)
@@ -171,7 +171,7 @@ class Consumed:
         return Outcome(loss=total, grad_norm=norm, begun=True)
 
     def _arrived(self, parameter: Tensor) -> None:
-        if self._takes:
+        if self._is_last_pass:
             self.clip.measure(parameter)
             self.clip.scale(parameter, self._bounding)
 

@@ -84,7 +84,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
     """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
     config, unet, optimizer = state.config, state.model.unet, state.optimizer
     parameters = list(method.trained_parameters(state.model).values())
-    taken = gradients.make(config, parameters, optimizer, state.counters.grad_norm)
+    backward = gradients.make(config, parameters, optimizer, state.counters.grad_norm)
     if state.step == 0:
         found = evaluation.evaluate(state, writer)
         _refuse_ruined(state, found.get("loss", 0.0))
@@ -112,7 +112,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
             first_batch = partial(draw, state, first)
             curvature.estimate(
                 optimizer,
-                taken,
+                backward,
                 unet,
                 first_batch,
                 config.loss,
@@ -120,8 +120,8 @@ def train(state: State, writer: metrics.Metrics) -> None:
                 config.seed,
                 step,
             )
-            outcome = taken.backward(partial(loss_of, state, first), shares(members))
-            state.counters.grad_norm = taken.clip.last_norm
+            outcome = backward.of_step(partial(loss_of, state, first), shares(members))
+            state.counters.grad_norm = backward.clip.last_norm
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.
             if state.guard.accepts(step + 1, outcome.loss, outcome.grad_norm, outcome.begun):
