@@ -108,22 +108,22 @@ def examine(
 
     Raises UserError for data that cannot be read at all.
     """
-    found = survey(config.data)
-    if not found.count:
-        raise dataset.nothing_found(found, config.data)
-    if not found.usable and not found.undecodable:
-        why = dict.fromkeys(found.uncaptioned, "no caption") | found.unreadable
+    surveyed = survey(config.data)
+    if not surveyed.count:
+        raise dataset.nothing_found(surveyed, config.data)
+    if not surveyed.usable and not surveyed.undecodable:
+        why = dict.fromkeys(surveyed.uncaptioned, "no caption") | surveyed.unreadable
         name = next(reversed(why))
-        raise UserError(f"of {found.count} pictures none can be used; {name}: {why[name]}")
-    made = dataset.build(found.usable, config.data)
-    print(f"{found.count} pictures, of which {len(found.usable)} can be used")
-    for what, names in found.remarks.items():
+        raise UserError(f"of {surveyed.count} pictures none can be used; {name}: {why[name]}")
+    made = dataset.build(surveyed.usable, config.data)
+    print(f"{surveyed.count} pictures, of which {len(surveyed.usable)} can be used")
+    for what, names in surveyed.remarks.items():
         print(f"{len(names)} {what}: {dataset.some(names)}")
     from trainer.model import Model  # now that there is something to examine: it takes seconds
 
     # A cache's entries are called by hashes of the weights; captions are counted without them.
     model = Model(config.model, torch.device("cpu"), with_weights=config.data.cache is not None)
-    findings = _findings(found) + _caption_findings(model, made)
+    findings = _findings(surveyed) + _caption_findings(model, made)
     for finding in findings:
         print(f"PROBLEM: {len(finding.names)} {finding.what}")
         for name in finding.names[:shown]:
@@ -142,33 +142,35 @@ def examine(
     return len(findings)
 
 
-def _findings(found: Survey) -> list[Finding]:
+def _findings(surveyed: Survey) -> list[Finding]:
     """What is wrong with pictures, and with captions as they are written."""
     by_bytes = defaultdict(list)
-    for picture in found.usable:
+    for picture in surveyed.usable:
         by_bytes[picture.digest].append(picture.item.name)
-    uncaptioned = set(found.uncaptioned)
+    uncaptioned = set(surveyed.uncaptioned)
     empty = [
-        f.item.name for f in found.usable if not all(f.captions) and f.item.name not in uncaptioned
+        picture.item.name
+        for picture in surveyed.usable
+        if not all(picture.captions) and picture.item.name not in uncaptioned
     ]
     small = [
-        f"{f.item.name}: {f.size[1]} x {f.size[0]}"
-        for f in found.usable
-        if any(fit.undersized for fit in f.fits)
+        f"{picture.item.name}: {picture.size[1]} x {picture.size[0]}"
+        for picture in surveyed.usable
+        if any(fit.undersized for fit in picture.fits)
     ]
     findings = {
-        "archives, tables or lines of metadata cannot be read": found.broken,
-        "pictures cannot be read": [f"{k}: {v}" for k, v in found.unreadable.items()],
-        "captions cannot be decoded": found.undecodable,
-        "pictures have no caption": found.uncaptioned,
+        "archives, tables or lines of metadata cannot be read": surveyed.broken,
+        "pictures cannot be read": [f"{k}: {v}" for k, v in surveyed.unreadable.items()],
+        "captions cannot be decoded": surveyed.undecodable,
+        "pictures have no caption": surveyed.uncaptioned,
         "captions are empty": empty,
         "pictures are the same bytes as others": [
             " = ".join(names) for names in by_bytes.values() if len(names) > 1
         ],
         "pictures are smaller than their bucket": small,
     }
-    findings |= {f"pictures have {note}": names for note, names in found.notes.items()}
-    findings |= found.problems
+    findings |= {f"pictures have {note}": names for note, names in surveyed.notes.items()}
+    findings |= surveyed.problems
     return [Finding(what=what, names=names) for what, names in findings.items() if names]
 
 

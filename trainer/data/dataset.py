@@ -14,7 +14,7 @@ from trainer.data.buckets import Size
 from trainer.data.holdout import holdout
 from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
-from trainer.data.survey import Found, Survey, all_sources, endings, survey
+from trainer.data.survey import Survey, UsablePicture, all_sources, endings, survey
 from trainer.errors import UserError
 from trainer.streams import Stream
 
@@ -110,80 +110,82 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
     caption cannot be decoded, or one is missing and that is an error; SystemExit once `stop` holds
     a signal.
     """
-    found = survey(config, for_run=True, stop=stop)
-    refuse(found, config)
-    dataset = build(found.usable, config)
-    report(found, dataset)
+    surveyed = survey(config, for_run=True, stop=stop)
+    refuse(surveyed, config)
+    dataset = build(surveyed.usable, config)
+    report(surveyed, dataset)
     return dataset
 
 
-def build(usable: list[Found], config: DataConfig) -> Dataset:
+def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
     """Samples and plan of these pictures.  Raises UserError where all of them are held out."""
-    usable = sorted(usable, key=lambda found: found.source.prior)  # stable
-    held_out = holdout([found.digest for found in usable if not found.source.prior], config.holdout)
+    usable = sorted(usable, key=lambda picture: picture.source.prior)  # stable
+    held_out = holdout(
+        [picture.digest for picture in usable if not picture.source.prior], config.holdout
+    )
     samples: list[Sample] = []
     members: dict[Size, list[int]] = {}
     for turn in range(max(len(config.resolutions), 1)):  # all pictures at one resolution, then next
-        for found in usable:
-            if turn < len(found.fits):
-                sample = _sample(found, turn, config, found.digest in held_out)
+        for picture in usable:
+            if turn < len(picture.fits):
+                sample = _sample(picture, turn, config, picture.digest in held_out)
                 if not sample.held_out:
                     places = members.setdefault(sample.bucket, [])
-                    places += [len(samples)] * found.source.repeats
+                    places += [len(samples)] * picture.source.repeats
                 samples.append(sample)
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
     return Dataset(samples=samples, plan=plan, config=config)
 
 
-def refuse(found: Survey, config: DataConfig) -> None:
+def refuse(surveyed: Survey, config: DataConfig) -> None:
     """Raise UserError for what a run does not go on with; warn of the rest."""
-    for what, names in (found.problems | found.remarks).items():
+    for what, names in (surveyed.problems | surveyed.remarks).items():
         log.warning("data: %d %s: %s", len(names), what, some(names))
-    for wrong in (found.broken, found.undecodable):
+    for wrong in (surveyed.broken, surveyed.undecodable):
         if wrong:
             more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` names them)"
             raise UserError(wrong[0] + (more if len(wrong) > 1 else ""))
-    if not found.count:
-        raise nothing_found(found, config)
-    if found.uncaptioned:
+    if not surveyed.count:
+        raise nothing_found(surveyed, config)
+    if surveyed.uncaptioned:
         extensions = " or ".join(endings(config))
         message = (
-            f"{len(found.uncaptioned)} pictures have no {extensions} file beside them, and no "
-            f"caption in metadata or a table: {some(found.uncaptioned)}"
+            f"{len(surveyed.uncaptioned)} pictures have no {extensions} file beside them, and no "
+            f"caption in metadata or a table: {some(surveyed.uncaptioned)}"
         )
         if config.on_missing_caption == "error":
             raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
         skipped = config.on_missing_caption == "skip"
         log.warning("%s; %s", message, "skipped" if skipped else "trained without a caption")
-    for name, reason in found.unreadable.items():
+    for name, reason in surveyed.unreadable.items():
         log.warning("skipped unreadable picture %s: %s", name, reason)
-    if len(found.unreadable) > config.max_unreadable:
-        name, reason = list(found.unreadable.items())[-1]
+    if len(surveyed.unreadable) > config.max_unreadable:
+        name, reason = list(surveyed.unreadable.items())[-1]
         raise UserError(
-            f"{len(found.unreadable)} unreadable pictures, the last {name} ({reason}); remove "
-            f"them, or allow more with data.max_unreadable={len(found.unreadable)}"
+            f"{len(surveyed.unreadable)} unreadable pictures, the last {name} ({reason}); remove "
+            f"them, or allow more with data.max_unreadable={len(surveyed.unreadable)}"
         )
-    if not found.usable:
+    if not surveyed.usable:
         raise UserError(
-            f"data.path={_where(config)}: of {found.count} pictures none can be used; see the "
+            f"data.path={_where(config)}: of {surveyed.count} pictures none can be used; see the "
             "warnings above"
         )
 
 
-def nothing_found(found: Survey, config: DataConfig) -> UserError:
+def nothing_found(surveyed: Survey, config: DataConfig) -> UserError:
     """The error of data without a picture, with what was found instead."""
-    others = (found.problems | found.remarks).items()
+    others = (surveyed.problems | surveyed.remarks).items()
     instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
-    broken = [some(found.broken)] if found.broken else []
+    broken = [some(surveyed.broken)] if surveyed.broken else []
     return UserError("; ".join([f"data.path={_where(config)} has no pictures", *broken, *instead]))
 
 
-def report(found: Survey, dataset: Dataset) -> None:
+def report(surveyed: Survey, dataset: Dataset) -> None:
     """Say what will be trained on, and what of it is not as one might think."""
     config = dataset.config
-    for note, names in found.notes.items():
+    for note, names in surveyed.notes.items():
         log.warning("%d pictures have %s: %s", len(names), note, some(names))
-    masked = [f.item.name for f in found.usable if f.item.read_mask]
+    masked = [picture.item.name for picture in surveyed.usable if picture.item.read_mask]
     if masked and config.mask != "file":
         log.warning(
             "%d pictures have a mask that data.mask=%s does not read: %s",
@@ -191,21 +193,31 @@ def report(found: Survey, dataset: Dataset) -> None:
             config.mask,
             some(masked),
         )
-    if config.mask == "file" and len(masked) < len(found.usable):
+    if config.mask == "file" and len(masked) < len(surveyed.usable):
         log.warning(
-            "%d pictures have no mask; the whole of each counts", len(found.usable) - len(masked)
+            "%d pictures have no mask; the whole of each counts", len(surveyed.usable) - len(masked)
         )
-    opaque = [f.item.name for f in found.usable if not f.is_transparent]
+    opaque = [picture.item.name for picture in surveyed.usable if not picture.is_transparent]
     if config.mask == "alpha" and opaque:
         log.warning("%d pictures have no transparent part; the whole of each counts", len(opaque))
-    small = [f.item.name for f in found.usable if any(fit.undersized for fit in f.fits)]
+    small = [
+        picture.item.name
+        for picture in surveyed.usable
+        if any(fit.undersized for fit in picture.fits)
+    ]
     if small:
         what = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
         log.warning(
             "%d pictures are smaller than their bucket, %s: %s", len(small), what, some(small)
         )
     form = "data: %d pictures in %s, %d unreadable, %d without a caption"
-    log.info(form, len(found.usable), _where(config), len(found.unreadable), len(found.uncaptioned))
+    log.info(
+        form,
+        len(surveyed.usable),
+        _where(config),
+        len(surveyed.unreadable),
+        len(surveyed.uncaptioned),
+    )
     if config.holdout:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
         log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
@@ -222,29 +234,31 @@ def some(names: list[str]) -> str:
     return ", ".join(counted[:5]) + (", ..." if len(counted) > 5 else "")
 
 
-def _sample(found: Found, turn: int, config: DataConfig, is_held_out: bool) -> Sample:
-    fitted, frame = found.fits[turn], not found.source.prior
+def _sample(picture: UsablePicture, turn: int, config: DataConfig, is_held_out: bool) -> Sample:
+    fitted, frame = picture.fits[turn], not picture.source.prior
     target = fitted.bucket
     first, crop = {
-        "original": (found.size, fitted.crop),
+        "original": (picture.size, fitted.crop),
         "resized": (fitted.resized, fitted.crop),
         "bucket": (target, (0, 0)),
     }[config.time_ids]
-    first_caption = found.captions[0]
+    first_caption = picture.captions[0]
     return Sample(
-        item=found.item,
-        digest=found.digest,
-        picture_digest=found.picture_digest,
-        is_transparent=found.is_transparent,
+        item=picture.item,
+        digest=picture.digest,
+        picture_digest=picture.picture_digest,
+        is_transparent=picture.is_transparent,
         caption=captions.framed(first_caption, config) if frame else first_caption,
         captions=tuple(
-            variant for text in found.captions for variant in captions.variants(text, config, frame)
+            variant
+            for text in picture.captions
+            for variant in captions.variants(text, config, frame)
         ),
-        size=found.size,
+        size=picture.size,
         fit=fitted,
         time_ids=(*first, *crop, *target),
-        loss_weight=found.source.weight * found.item.weight,
-        prior=found.source.prior,
+        loss_weight=picture.source.weight * picture.item.weight,
+        prior=picture.source.prior,
         held_out=is_held_out,
         config=config,
     )

@@ -27,7 +27,7 @@ _WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(kw_only=True)
-class Found:
+class UsablePicture:
     """A picture that can be used."""
 
     item: Item
@@ -46,7 +46,7 @@ class Survey:
     """What was found, by the names that messages show."""
 
     count: int = 0  # of all pictures
-    usable: list[Found] = field(default_factory=list)
+    usable: list[UsablePicture] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)  # and why
     broken: list[str] = field(default_factory=list)  # archives, tables, lines of metadata; and why
     undecodable: list[str] = field(default_factory=list)  # what is wrong with which caption
@@ -65,45 +65,47 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     `max_unreadable` pictures.  Raises SystemExit once `stop` holds a signal.
     """
     reading = Reading(extensions=endings(config), caption_column=config.caption_column)
-    found = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
+    surveyed = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
     captioned: list[Captioned] = []
     repeated, several = _Repeated(), len(config.sources) > 1
     for source in all_sources(config):
         path, reading.has_column = Path(source.path).expanduser(), False
         for item in sources.find(path, reading):
-            found.count += 1
+            surveyed.count += 1
             if several and (other := repeated.source(item.path, source)):
                 said = f"pictures of {other.path} are of {source.path} too, and trained on for both"
-                found.problems[said].append(item.name)
+                surveyed.problems[said].append(item.name)
             try:
                 texts = item.captions()
             except (UserError, OSError) as error:
-                found.undecodable.append(str(error))
+                surveyed.undecodable.append(str(error))
                 continue
             if not texts and source.caption is not None:
                 texts = [source.caption]
             if not texts:
-                found.uncaptioned.append(item.name)
+                surveyed.uncaptioned.append(item.name)
             if texts or config.on_missing_caption != "skip":
                 captioned.append((source, item, texts or [""]))
         if config.caption_column is not None and not reading.has_column:
             said = f"sources have nothing with data.caption_column={config.caption_column}"
             reading.remarks[said].append(source.path)
-    missing = found.uncaptioned and config.on_missing_caption == "error"
-    if for_run and (found.broken or found.undecodable or missing):
-        return found
+    missing = surveyed.uncaptioned and config.on_missing_caption == "error"
+    if for_run and (surveyed.broken or surveyed.undecodable or missing):
+        return surveyed
     limit = config.max_unreadable if for_run else len(captioned)
     checked = _Checked(config.cache)
     try:
-        _look_at_all(found, captioned, config, checked, limit, stop)
+        _look_at_all(surveyed, captioned, config, checked, limit, stop)
     finally:
         checked.save()
-    found.uncaptioned = [name for name in found.uncaptioned if name not in found.unreadable]
-    return found
+    surveyed.uncaptioned = [
+        name for name in surveyed.uncaptioned if name not in surveyed.unreadable
+    ]
+    return surveyed
 
 
 def _look_at_all(
-    found: Survey,
+    surveyed: Survey,
     captioned: list[Captioned],
     config: DataConfig,
     checked: "_Checked",
@@ -116,13 +118,13 @@ def _look_at_all(
             signals.end_if(stop, "reading pictures")
             aside.advance(1)
             if isinstance(look, Exception):
-                found.unreadable[item.name] = reason(look)
-                if len(found.unreadable) > max_unreadable:
+                surveyed.unreadable[item.name] = reason(look)
+                if len(surveyed.unreadable) > max_unreadable:
                     break
                 continue
             for note in look.notes:
-                found.notes[note].append(item.name)
-            found.usable.append(look)
+                surveyed.notes[note].append(item.name)
+            surveyed.usable.append(look)
     looks.close()
 
 
@@ -155,7 +157,7 @@ def ahead(
 
 def _look(
     source: SourceConfig, item: Item, texts: list[str], config: DataConfig, checked: "_Checked"
-) -> Found | Exception:
+) -> UsablePicture | Exception:
     """A picture, decoded once to know that it is whole, or the error that reading it raised.
 
     Decoders raise whatever hostile bytes lead them to, so every exception is one.
@@ -172,7 +174,7 @@ def _look(
             checked.add(content.digest, traits)
         size, is_transparent, notes = traits
         fits = [fit(size, side, config) for side in config.resolutions or [config.resolution]]
-        return Found(
+        return UsablePicture(
             item=item,
             source=source,
             captions=texts,

@@ -49,10 +49,10 @@ def verdict(plan: Plan, room: Room) -> str:
 
 
 def _title(plan: Plan) -> str:
-    config, found = plan.config, plan.rehearsal
-    of = "all" if found.trained == found.parameters else f"{found.trained:,} of"
+    config, rehearsal = plan.config, plan.rehearsal
+    of = "all" if rehearsal.trained == rehearsal.parameters else f"{rehearsal.trained:,} of"
     return (
-        f"method={config.method.name}, {of} {found.parameters:,} parameters, "
+        f"method={config.method.name}, {of} {rehearsal.parameters:,} parameters, "
         f"optim={config.optim.name}, {config.data.largest_resolution} px, batch "
         f"{config.data.batch_size}; peaks:"
     )

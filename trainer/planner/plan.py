@@ -43,16 +43,18 @@ class Plan:
     @property
     def drawing(self) -> int:
         """The peak while pictures are drawn; 0 where none are."""
-        found, kept = self.rehearsal, self.rehearsal.training.kept
-        return self._with_rest(kept + max(found.denoising, found.decoding)) if found.decoding else 0
+        rehearsal, kept = self.rehearsal, self.rehearsal.training.kept
+        if not rehearsal.decoding:
+            return 0
+        return self._with_rest(kept + max(rehearsal.denoising, rehearsal.decoding))
 
     @property
     def drawing_at_least(self) -> int:
         """The same where memory is short, and the UNet is moved to the host for the VAE's part."""
-        found, kept = self.rehearsal, self.rehearsal.training.kept
-        if not found.decoding or self.process:
+        rehearsal, kept = self.rehearsal, self.rehearsal.training.kept
+        if not rehearsal.decoding or self.process:
             return self.drawing
-        return self._with_rest(kept + max(found.denoising, found.decoding - found.unet))
+        return self._with_rest(kept + max(rehearsal.denoising, rehearsal.decoding - rehearsal.unet))
 
     @property
     def needed(self) -> int:
@@ -71,11 +73,11 @@ def make(config: Config, model: Model, device_type: str) -> Plan:
     Raises UserError where the run would refuse the method, its rules or the optimizer.
     """
     process = memory.resident_bytes() if device_type == "cpu" else 0
-    found = rehearse(config, model, device_type)
-    share = round(_LIBRARIES_SHARE * found.training.peak)
+    rehearsal = rehearse(config, model, device_type)
+    share = round(_LIBRARIES_SHARE * rehearsal.training.peak)
     return Plan(
         config=config,
-        rehearsal=found,
+        rehearsal=rehearsal,
         libraries=min(_LIBRARIES[device_type], share),
         process=process,
         fragmented=_FRAGMENTED[device_type],
