@@ -63,7 +63,7 @@ def train(composed: DictConfig) -> float:
         with contextlib.suppress(OSError):
             folder.rmdir()  # a run that never began leaves no empty folder
         if is_of_sweep:
-            _record_failure(folder, error, overrides, _told(composed))
+            _record_failure(folder, error, overrides, _known_of_failed(composed))
             return math.nan
         if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
@@ -82,11 +82,11 @@ def _ended(folder: Path, overrides: list[str]) -> float | None:
     return loss
 
 
-def _told(composed: DictConfig) -> dict[str, Any]:
+def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
     """What the table of a sweep says of a run that came to nothing."""
     rate = composed.optim.get("lr")
-    told = {"seed": composed.get("seed"), "optimizer": composed.optim.get("name")}
-    return told | ({"lr": rate} if isinstance(rate, int | float) else {})
+    known = {"seed": composed.get("seed"), "optimizer": composed.optim.get("name")}
+    return known | ({"lr": rate} if isinstance(rate, int | float) else {})
 
 
 def _record_failure(
@@ -95,10 +95,10 @@ def _record_failure(
     """A failed run of a sweep is a row of its table, and the sweep goes on."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-    told = str(error) or type(error).__name__
-    print(f"error: {' '.join(overrides)}: {told}", file=sys.stderr)
+    message = str(error) or type(error).__name__
+    print(f"error: {' '.join(overrides)}: {message}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder, {**(known or {}), "overrides": overrides, "error": told})
+    write_summary(folder, {**(known or {}), "overrides": overrides, "error": message})
 
 
 def main() -> None:

@@ -41,12 +41,12 @@ class Encoded:
         samples = [self.dataset.samples[pick.sample] for pick in picks]
         latents = [self.latents[pick.sample] for pick in picks]
         masks = [self.masks[pick.sample] for pick in picks] if self.masks is not None else None
-        told = self.read([pick.caption for pick in picks])
+        encoded = self.read([pick.caption for pick in picks])
         weights = [sample.loss_weight for sample in samples]
         return Inputs(
             latents=_stacked(latents, "latent"),
-            prompt=told.prompt,
-            pooled=told.pooled,
+            prompt=encoded.prompt,
+            pooled=encoded.pooled,
             time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
             loss_weights=None if set(weights) == {1.0} else torch.tensor(weights),
             mask=_stacked(masks, "mask") if masks is not None else None,
@@ -143,10 +143,10 @@ def _text_encoder(model: Model) -> Callable[[list[str | None]], list[Entry]]:
 
     @torch.no_grad()
     def encode(captions: list[str | None]) -> list[Entry]:
-        told = encoder(captions)
-        both = {"prompt": told.prompt.cpu()}
-        if told.pooled is not None:
-            both["pooled"] = told.pooled.cpu()
+        encoded = encoder(captions)
+        both = {"prompt": encoded.prompt.cpu()}
+        if encoded.pooled is not None:
+            both["pooled"] = encoded.pooled.cpu()
         return [{name: x[row] for name, x in both.items()} for row in range(len(captions))]
 
     return encode
@@ -172,8 +172,12 @@ def _report_cut_captions(model: Model, captions: list[str]) -> None:
     """Name the captions that are longer than the text encoders read."""
     cut, room = cut_captions(model, captions)
     if cut:
-        form = "%d captions are cut at %d tokens (model.prompt_chunks reads more): %s"
-        log.warning(form, len(cut), room, some([f"{caption[:40]}..." for caption in cut]))
+        log.warning(
+            "%d captions are cut at %d tokens (model.prompt_chunks reads more): %s",
+            len(cut),
+            room,
+            some([f"{caption[:40]}..." for caption in cut]),
+        )
 
 
 def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int]:

@@ -43,8 +43,8 @@ class Progress:
                 f"loss {loss:.4f}, {images_per_second:.1f} images/s, ETA {eta}"
             )
             return
-        form = "step %d/%d  loss %.4f  %.1f images/s  ETA %s"
-        log.info(form, step, self._bar.total, loss, images_per_second, eta)
+        message = "step %d/%d  loss %.4f  %.1f images/s  ETA %s"
+        log.info(message, step, self._bar.total, loss, images_per_second, eta)
 
     def close(self) -> None:
         self._bar.close()

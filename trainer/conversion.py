@@ -97,8 +97,12 @@ def _in_run(path: Path) -> Path:
             return (every or [path])[-1]
         found = first
     if every and int(every[-1].name[5:]) > (step := _finished(path)):
-        form = "%s is of step %d; the run has gone on since: name %s for its last checkpoint"
-        log.warning(form, found, step, every[-1])
+        log.warning(
+            "%s is of step %d; the run has gone on since: name %s for its last checkpoint",
+            found,
+            step,
+            every[-1],
+        )
     return found
 
 
@@ -114,9 +118,9 @@ def _write_model(
     form: str | None,
     dtype: torch.dtype | None,
     scheduler: dict[str, Any] | None = None,
-    told: dict[str, str] | None = None,
+    more_metadata: dict[str, str] | None = None,
 ) -> None:
-    """told: metadata that a file is to have; a folder has none."""
+    """more_metadata: what a file is to have; a folder has none."""
     if form == "kohya":
         raise UserError(
             f"--format=kohya is for LoRAs, and {found} is a model: use diffusers or single_file"
@@ -127,7 +131,7 @@ def _write_model(
         writing.save_folder(target, found, parts, scheduler, dtype)
         return
     _must_be_safetensors(target)
-    writing.save_single_file(target, found, parts, dtype, scheduler, told)
+    writing.save_single_file(target, found, parts, dtype, scheduler, more_metadata)
 
 
 def _must_be_safetensors(target: Path) -> None:
@@ -154,25 +158,25 @@ def _write_lora(
     base: str,
     models: dict[str, nn.Module],
     found: adapters.Adapters,
-    told: dict[str, str],
+    more_metadata: dict[str, str],
 ) -> None:
-    """told: metadata that the file is to have."""
+    """more_metadata: what the file is to have."""
     if form == "single_file":
         raise UserError(
             f"--format=single_file is for models, and {source} is a LoRA: use kohya or diffusers"
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    lora.save_lora(target, form, models, base, dtype, told, adapters=found)
+    lora.save_lora(target, form, models, base, dtype, more_metadata, adapters=found)
 
 
 def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
     """The kind of model that a LoRA is of, and that model without weights."""
     variant = None
     if base is None:
-        told = of_file(path)[1].get("ss_base_model_version", "")
-        kinds_told = [kind for kind, version in BASE_VERSION.items() if told.startswith(version)]
-        fits = [kind for kind in kinds_told or BASE_VERSION if _fits(path, kind)]
+        version = of_file(path)[1].get("ss_base_model_version", "")
+        named = [kind for kind, known in BASE_VERSION.items() if version.startswith(known)]
+        fits = [kind for kind in named or BASE_VERSION if _fits(path, kind)]
         if len(fits) == 1:
             base = fits[0]
         elif known := _trained_on(path):
@@ -244,7 +248,7 @@ def _export_checkpoint(
     try:
         config, step = record["config"], record["step"]
         began, noising = ModelConfig(**config["model"]), NoiseConfig(**config["noise"])
-        method, told = config["method"], result.described(config, step)
+        method, described = config["method"], result.described(config, step)
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is of another version: {error}") from error
     if base is None and nothing_there("model.path", began.path):
@@ -259,7 +263,7 @@ def _export_checkpoint(
         if named not in architectures.PUBLISHED:
             _warn_of_noise(noising, origin.at(named, variant))
         held = _adapters_of(trained, method)
-        _write_lora(folder, target, form or "kohya", dtype, kind, models, held, told)
+        _write_lora(folder, target, form or "kohya", dtype, kind, models, held, described)
         return
     if base is not None:
         began.path, began.variant = base, None
@@ -277,7 +281,7 @@ def _export_checkpoint(
     if model.vae_origin is not found:
         parts["vae"] = model.vae_origin
     scheduler = noise.scheduler_config(noising, model.scheduler)
-    trainer = {metadata.TRAINER: told[metadata.TRAINER]}
+    trainer = {metadata.TRAINER: described[metadata.TRAINER]}
     _write_model(target, found, parts, form, dtype, scheduler, trainer)
 
 

@@ -49,8 +49,8 @@ class Finding:
 
 def main() -> None:
     """The command line; leaves with 0, 1 or 2."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("trainer.doctor", description=_HELP, formatter_class=form)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("trainer.doctor", description=_HELP, formatter_class=formatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
         "--images-per-second", type=cli.positive, help="to tell how long an epoch takes"

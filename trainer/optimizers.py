@@ -235,8 +235,8 @@ def _try_reading_back(config: ExternalConfig, optimizer: torch.optim.Optimizer) 
         file.seek(0)
         torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:  # it trains, and may be wanted for a short run
-        form = "%s: no checkpoint of this run can be resumed: %s"
-        log.warning(form, _title(config), checkpoint.unread(error))
+        message = "%s: no checkpoint of this run can be resumed: %s"
+        log.warning(message, _title(config), checkpoint.unread(error))
     except Exception as error:  # as above
         raise UserError(f"{_title(config)}: its state cannot be saved: {error}") from error
 

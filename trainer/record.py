@@ -44,8 +44,8 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     disk.replace_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def told(config: Config, device: torch.device) -> dict[str, Any]:
-    """What tells a run from others, for its summary."""
+def identity(config: Config, device: torch.device) -> dict[str, Any]:
+    """What distinguishes a run from others, for its summary."""
     return {
         "optimizer": config.optim.name,
         "lr": config.optim.lr,  # at its peak

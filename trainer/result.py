@@ -45,12 +45,12 @@ def export(
     parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
     if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
         parts["vae"] = model.vae_origin
-    told = described(asdict(config), step, num_images)
+    more_metadata = described(asdict(config), step, num_images)
     written = []
     for kind in method.export:
         if isinstance(method, LoraConfig):
             target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
-            lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
+            lora.save_lora(target, kind, parts, model.origin.kind, dtype, more_metadata)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
             writing.save_single_file(
@@ -59,7 +59,7 @@ def export(
                 parts,
                 dtype,
                 model.scheduler,
-                {metadata.TRAINER: told[metadata.TRAINER]},
+                {metadata.TRAINER: more_metadata[metadata.TRAINER]},
             )
         else:
             target = folder / "model"
@@ -114,12 +114,12 @@ def described(config: dict[str, Any], step: int, num_images: int | None = None) 
 def _public(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what is private and decides nothing that another could repeat:
     where things are on this machine, captions and prompts.  Models have their names."""
-    told = copy.deepcopy(config)
+    public = copy.deepcopy(config)
     for private in ("resume", "log"):
-        del told[private]
+        del public[private]
     for private in ("path", "sources", "cache", "caption_prefix", "caption_suffix"):
-        del told["data"][private]
+        del public["data"][private]
     for group, key in (("model", "path"), ("model", "vae"), ("method", "start_from")):
-        if told[group].get(key):
-            told[group][key] = Path(told[group][key]).name
-    return told
+        if public[group].get(key):
+            public[group][key] = Path(public[group][key]).name
+    return public

@@ -212,8 +212,10 @@ def _drop_other_measure(
     changed = [name for name, (there, here) in points.items() if there != here]
     if changed and not math.isnan(counters.eval_loss_before):
         counters.eval_loss_before = math.nan
-        form = "%s changed: eval/loss is another measure now, and is not compared with that before"
-        log.warning(form, " and ".join(changed))
+        message = (
+            "%s changed: eval/loss is another measure now, and is not compared with that before"
+        )
+        log.warning(message, " and ".join(changed))
 
 
 def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None) -> Ema | None:

@@ -37,5 +37,5 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "loss_spikes": state.watch.loss_spikes,
         "grad_norm_over_median": state.watch.grad_norm_over_median,
         "runs_before_in_process": state.peaks.runs_before,
-        **record.told(state.config, state.device),
+        **record.identity(state.config, state.device),
     } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}

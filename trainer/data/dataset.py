@@ -210,9 +210,9 @@ def report(surveyed: Survey, dataset: Dataset) -> None:
         log.warning(
             "%d pictures are smaller than their bucket, %s: %s", len(small), what, some(small)
         )
-    form = "data: %d pictures in %s, %d unreadable, %d without a caption"
+    message = "data: %d pictures in %s, %d unreadable, %d without a caption"
     log.info(
-        form,
+        message,
         len(surveyed.usable),
         _where(config),
         len(surveyed.unreadable),

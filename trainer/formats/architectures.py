@@ -122,8 +122,8 @@ def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], whe
             "model's"
         )
     if spare:
-        form = "%s: %d tensors of the %s, such as %s, are not used"
-        log.warning(form, where, len(spare), part, spare[0])
+        message = "%s: %d tensors of the %s, such as %s, are not used"
+        log.warning(message, where, len(spare), part, spare[0])
 
 
 def filled(

@@ -135,10 +135,10 @@ def _adapter(
     if down.shape[0] != up.shape[1]:
         raise UserError(f"{where} has rank {down.shape[0]} down and {up.shape[1]} up")
     magnitude = tensors.get("magnitude")
-    told = tensors.get("alpha")
+    own_alpha = tensors.get("alpha")
     return Adapter(
         down=down,
         up=up,
-        alpha=alphas.of(part, path, down.shape[0]) if told is None else float(told),
+        alpha=alphas.of(part, path, down.shape[0]) if own_alpha is None else float(own_alpha),
         magnitude=None if magnitude is None else magnitude.flatten(),
     )

@@ -36,8 +36,8 @@ def find_weights(
     files = _files(folder, part, variant)
     if variant and not files:
         files = _files(folder, part, None)
-        form = "%s has no %s variant of the %s; its plain files are read"
-        log.info(form, folder.parent, variant, part)
+        message = "%s has no %s variant of the %s; its plain files are read"
+        log.info(message, folder.parent, variant, part)
     if not files:
         others = sorted(path.name for path in folder.glob("*.*.safetensors"))
         is_alone = option == "model.vae"

@@ -53,12 +53,12 @@ def save_lora(
         tensors, described = diffusers_lora.encode(adapters)
     described |= metadata.lora(base, adapters, target.stem) | dict(more_metadata or {})
     kept = (".alpha",)  # an exact number, whatever the matrices' type
-    kinds_of = {
+    dtypes = {
         name: tensor.dtype if dtype is None or name.endswith(kept) else dtype
         for name, tensor in tensors.items()
     }
     with disk.whole_file(target) as temporary:
-        stream.write(temporary, of_tensors(tensors), described, kinds_of)
+        stream.write(temporary, of_tensors(tensors), described, dtypes)
         count, rounding = _prove(read(temporary, models), adapters, dtype, target)
     changed = f" (rounded to {str(dtype).removeprefix('torch.')}: {rounding:.1e})" if dtype else ""
     log.info("%s: %d adapters read back, each adds what was trained%s", target, count, changed)

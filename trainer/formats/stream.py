@@ -34,20 +34,20 @@ def write(
 
     If metadata has HASH or SSHS, its value becomes the sha256 of everything after the header.
     """
-    kinds = {name: (dtypes or {}).get(name, lazy.dtype) for name, lazy in weights.items()}
-    header = _header(weights, kinds, metadata | _hashes(metadata, 64 * "0"))
+    dtypes = {name: (dtypes or {}).get(name, lazy.dtype) for name, lazy in weights.items()}
+    header = _header(weights, dtypes, metadata | _hashes(metadata, 64 * "0"))
     sha, is_hashed = hashlib.sha256(), bool(_hashes(metadata, ""))
     with open(path, "wb") as file:
         file.write(header)
-        for name in tqdm(_order(kinds), desc=path.name, unit="tensor", disable=None, leave=False):
+        for name in tqdm(_order(dtypes), desc=path.name, unit="tensor", disable=None, leave=False):
             tensor = weights[name].read()
             assert tuple(tensor.shape) == weights[name].shape, name
-            data = contents(_rounded(name, tensor, kinds[name])).numpy().data
+            data = contents(_rounded(name, tensor, dtypes[name])).numpy().data
             file.write(data)
             if is_hashed:
                 sha.update(data)
         file.seek(0)
-        file.write(_header(weights, kinds, metadata | _hashes(metadata, sha.hexdigest())))
+        file.write(_header(weights, dtypes, metadata | _hashes(metadata, sha.hexdigest())))
 
 
 def _hashes(metadata: dict[str, str], digest: str) -> dict[str, str]:
@@ -67,19 +67,19 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return rounded
 
 
-def _order(kinds: dict[str, torch.dtype]) -> list[str]:
+def _order(dtypes: dict[str, torch.dtype]) -> list[str]:
     """Wide types first, so that every tensor lies at a multiple of its element's size."""
-    return sorted(kinds, key=lambda name: (-kinds[name].itemsize, name))
+    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 
-def _header(weights: Weights, kinds: dict[str, torch.dtype], metadata: dict[str, str]) -> bytes:
+def _header(weights: Weights, dtypes: dict[str, torch.dtype], metadata: dict[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
     place = 0
-    for name in _order(kinds):
+    for name in _order(dtypes):
         shape = weights[name].shape
-        end = place + torch.Size(shape).numel() * kinds[name].itemsize
+        end = place + torch.Size(shape).numel() * dtypes[name].itemsize
         header[name] = {
-            "dtype": _NAMES[kinds[name]],
+            "dtype": _NAMES[dtypes[name]],
             "shape": list(shape),
             "data_offsets": [place, end],
         }

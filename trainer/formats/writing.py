@@ -61,15 +61,15 @@ def save_folder(
         for part, weights in sources.items():
             folder = temporary / part
             folder.mkdir()
-            kinds = _dtypes(part, weights, dtype)
-            stream.write(folder / weights_name(part), weights, {}, kinds)
+            dtypes = _dtypes(part, weights, dtype)
+            stream.write(folder / weights_name(part), weights, {}, dtypes)
             config = configs[part]
             if part.startswith("text_encoder"):
                 config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
-                floating = next(iter(kinds.values()))
+                floating = next(iter(dtypes.values()))
                 config["dtype"] = str(floating).removeprefix("torch.")
             _write_json(folder / "config.json", config)
-            count += proof.same(find_weights(folder, part, None)[0], weights, kinds, str(target))
+            count += proof.same(find_weights(folder, part, None)[0], weights, dtypes, str(target))
         (temporary / "scheduler").mkdir()
         _write_json(temporary / "scheduler/scheduler_config.json", scheduler)
         index = origin.index | {"scheduler": ["diffusers", scheduler["_class_name"]]}
@@ -102,18 +102,18 @@ def save_single_file(
     prefixes = names.PREFIXES[origin.kind]
     sources, configs = _sources(origin, parts)
     single: Weights = {}
-    kinds: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for part, weights in sources.items():
         entries = names.table(part, weights, configs[part])
         renamed = names.to_single(weights, entries, prefixes[part])
         single |= renamed
-        kinds |= _dtypes(part, renamed, dtype)
+        dtypes |= _dtypes(part, renamed, dtype)
     single |= origin.unused()
     single |= of_tensors({name: torch.zeros(0) for name in metadata.marks(scheduler)})
     configs |= {"scheduler": scheduler, "index": origin.index}
     described = metadata.checkpoint(origin.kind, configs, target.stem) | dict(more_metadata or {})
     with disk.whole_file(target) as temporary:
-        stream.write(temporary, single, described, kinds)
+        stream.write(temporary, single, described, dtypes)
         written = SingleFile(temporary)
         count = sum(
             proof.same(written.weights(part), weights, _dtypes(part, weights, dtype), str(target))

@@ -32,8 +32,10 @@ status: 0, it fits; 1, it does not; 2, an option is wrong."""
 
 def main() -> None:
     """The command line; leaves with 0, 1 or 2."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("trainer.planner", description=_HELP, formatter_class=form)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "trainer.planner", description=_HELP, formatter_class=formatter
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
         "--card",

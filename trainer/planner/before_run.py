@@ -35,6 +35,6 @@ def announce(config: Config, model: Model, device: torch.device) -> int | None:
     if plan.needed <= room.free:
         log.info("memory: %s", verdict(plan, room))
     else:
-        form = "memory: %s; `python -m trainer.planner` with these options tries others"
-        log.warning(form, verdict(plan, room))
+        message = "memory: %s; `python -m trainer.planner` with these options tries others"
+        log.warning(message, verdict(plan, room))
     return plan.training

@@ -198,8 +198,8 @@ def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:
         pooled = torch.empty(rows, settings.projection_class_embeddings_input_dim - sizes)
     prompt = torch.empty(rows, _tokens(config), settings.cross_attention_dim)
     if model.text_encoder:
-        told = model.text_encoder([""] * rows)
-        prompt, pooled = told.prompt, told.pooled
+        encoded = model.text_encoder([""] * rows)
+        prompt, pooled = encoded.prompt, encoded.pooled
     return batches.Batch(
         noisy=latents,
         target=latents,

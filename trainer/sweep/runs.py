@@ -36,8 +36,8 @@ def common_overrides(runs: Iterable[Summary]) -> set[str]:
 
 def name_of(run: Summary, common: Collection[str], *without: str) -> str:
     """What tells a run from the others: its overrides, but for what all have and these options."""
-    told = (o for o in run["overrides"] if o not in common and o.partition("=")[0] not in without)
-    return " ".join(told) or "default"
+    shown = (o for o in run["overrides"] if o not in common and o.partition("=")[0] not in without)
+    return " ".join(shown) or "default"
 
 
 def lr_of(run: Summary) -> float | None:
