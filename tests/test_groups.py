@@ -164,14 +164,14 @@ def test_an_option_that_the_optimizer_does_not_have_is_refused_before_anything_i
 ):
     config = composed(*f"optim={optimizer}".split(), f"method.rules=[{{pattern: attn, {options}}}]")
     with pytest.raises(UserError, match=says):
-        optimizers.check(config.optim, config.method.rules)
+        optimizers.try_out(config.optim, config.method.rules)
 
 
 def test_rates_of_rules_go_through_the_schedule_and_the_step(composed):
     model = network()
     rules = "method.rules=[{pattern: conv_in, lr_scale: 0}, {pattern: tokens, betas: [0.5, 0.9]}]"
     config = composed("optim=adamw", "optim.lr=0.1", rules)
-    optimizers.check(config.optim, config.method.rules)
+    optimizers.try_out(config.optim, config.method.rules)
     optimizer = optimizers.build(config.optim, model, 0, config.method.rules)
     assert optimizers.set_lr(optimizer, 0.5) == 0.05
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05, 0.0, 0.0, 0.05]

@@ -209,7 +209,7 @@ def test_no_preset_sets_an_option_that_does_nothing(name, composed, caplog):
 
 def test_a_run_says_once_which_option_does_nothing(composed, caplog, recwarn):
     of = composed("optim=sgd", "optim.momentum=0", "optim.nesterov=true").optim
-    optimizers.check(of)
+    optimizers.try_out(of)
     assert not caplog.text
     optimizers.build(of, torch.nn.Linear(2, 2), seed=0)
     assert caplog.text.count("optim.nesterov=True has no effect with momentum=0") == 1

@@ -47,7 +47,7 @@ def tiny(tmp_path):
 
 
 def parts_of(found):
-    return [part for part in architectures.PARTS if found.has(part)]
+    return [part for part in architectures.WEIGHT_PARTS if found.has(part)]
 
 
 def assert_equal_modules(ours, theirs):
@@ -621,7 +621,7 @@ def test_of_a_variant_on_the_hub_each_part_is_downloaded_once(monkeypatch, tmp_p
     ]
     both = [name.replace(".fp16", "") for name in variant]
     alone = ["vae/diffusion_pytorch_model.safetensors"]
-    configs = ["model_index.json", *(f"{part}/config.json" for part in architectures.PARTS)]
+    configs = ["model_index.json", *(f"{part}/config.json" for part in architectures.WEIGHT_PARTS)]
     for asked, given in (("fp16", variant + alone), (None, both + alone)):
         hub_of = Hub(tmp_path / str(asked), configs + variant + both + alone)
         monkeypatch.setattr("huggingface_hub.snapshot_download", hub_of)
@@ -634,7 +634,7 @@ def test_of_a_repository_without_safetensors_the_bin_files_are_downloaded(monkey
     parts = [f"{stem}pytorch_model" for stem in stems]
     files = [f"{part}{ending}" for part in parts for ending in (".bin", ".fp16.bin")]
     files += ["unet/diffusion_flax_model.msgpack", "model_index.json"]
-    files += [f"{part}/config.json" for part in architectures.PARTS]
+    files += [f"{part}/config.json" for part in architectures.WEIGHT_PARTS]
     hub_of = Hub(tmp_path, files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub_of)
     folder = hub.pipeline("owner/name", None, "model.path")

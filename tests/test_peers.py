@@ -73,7 +73,7 @@ def test_a_peer_trains_the_unet_and_resumes_bitwise(quick, composed, tmp_path, i
 def test_a_peer_takes_its_own_state_back_from_a_file(composed, installed, choice, dtype):
     installed(choice)
     made = composed(f"optim={choice}").optim
-    optimizers.check(made)
+    optimizers.try_out(made)
 
     def steps(params, optimizer, numbers):
         for number in numbers:
@@ -156,7 +156,7 @@ def test_an_optimizer_whose_state_does_not_come_back_from_a_file_says_so_first_a
     composed, quick, caplog
 ):
     path = f"optim.class_path={__name__}.Remembering"
-    optimizers.check(composed("optim=external", path, "optim.lr=0.01").optim)
+    optimizers.try_out(composed("optim=external", path, "optim.lr=0.01").optim)
     assert f"{path}: no checkpoint of this run can be resumed" in caplog.text
     assert "holds collections.deque" in caplog.text
     folder = quick("run", "optim=external", path, "optim.lr=0.01", "schedule.steps=1")
@@ -167,7 +167,7 @@ def test_an_optimizer_whose_state_does_not_come_back_from_a_file_says_so_first_a
         checkpoint.load_newest(checkpoint.find(str(folder)))
     of = composed("optim=external", f"optim.class_path={__name__}.Unsaved", "optim.lr=0.01").optim
     with pytest.raises(ValueError, match="Unsaved: its state cannot be saved"):
-        optimizers.check(of)
+        optimizers.try_out(of)
 
 
 @pytest.mark.parametrize("choice", [name for name in PEERS if name != "peer/torch_adafactor"])
@@ -191,7 +191,7 @@ def test_a_peer_without_the_class_is_one_line(composed, monkeypatch):
     made.class_path = "bitsandbytes.optim.Lion4bit"
     says = r"optim=peer/bnb_lion8bit cannot be imported .*pip install --upgrade bitsandbytes"
     with pytest.raises(optimizers.UserError, match=says):
-        optimizers.check(made)
+        optimizers.try_out(made)
 
 
 def test_an_eight_bit_peer_has_eight_bit_state(composed, installed):

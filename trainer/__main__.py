@@ -47,7 +47,7 @@ def train(composed: DictConfig) -> float:
         return loss
     try:
         checked = to_dataclasses(composed)
-        optimizers.check(
+        optimizers.try_out(
             checked.optim, checked.method.rules, execution.device_of(checked.runtime.device)
         )
         if is_of_sweep and completed(folder / "checkpoints"):

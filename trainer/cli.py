@@ -106,7 +106,7 @@ def with_resumed(arguments: list[str]) -> list[str]:
     if resume == "latest":
         with suppress(UserError):  # for the run to say
             resume = str(latest_run())
-            now = f"resume={_quoted(resume)}"
+            now = f"resume={_hydra_quoted(resume)}"
             arguments = [now if _key(a) == "resume" else a for a in arguments]
     inherited = [a for a in lasting(overrides_of(resume)) if _key(a) not in given]
     inherited = _without_orphans(inherited, arguments)
@@ -146,7 +146,7 @@ def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def _quoted(text: str) -> str:
+def _hydra_quoted(text: str) -> str:
     """A word of Hydra's grammar that means this text, spaces and all."""
     return "'" + text.replace("'", r"\'") + "'"
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer import checkpoint, noise, origin, report, result
 from trainer.config import ModelConfig, NoiseConfig
-from trainer.config.model import nothing_there
+from trainer.config.model import why_missing
 from trainer.errors import UserError
 from trainer.formats import (
     adapters,
@@ -59,7 +59,7 @@ def convert(
             form = form or "kohya"
         _export_lora(path, target, form, kind, base)
     else:
-        if wrong := nothing_there("SOURCE", source):
+        if wrong := why_missing("SOURCE", source):
             raise UserError(wrong)
         if base:
             raise UserError(f"--base={base} has no effect: {path} is a model, not a LoRA")
@@ -224,7 +224,7 @@ def _fits(path: Path, kind: str) -> bool:
 def _empty_published(kind: str) -> dict[str, nn.Module]:
     return {
         part: architectures.empty(part, architectures.config(kind, part))
-        for part in architectures.PARTS
+        for part in architectures.WEIGHT_PARTS
         if part in architectures.config(kind, "index") and part != "vae"
     }
 
@@ -232,7 +232,7 @@ def _empty_published(kind: str) -> dict[str, nn.Module]:
 def _empty(found: origin.Origin) -> dict[str, nn.Module]:
     return {
         part: architectures.empty(part, found.config(part))
-        for part in architectures.PARTS
+        for part in architectures.WEIGHT_PARTS
         if found.has(part) and part != "vae"
     }
 
@@ -251,7 +251,7 @@ def _export_checkpoint(
         method, described = config["method"], result.described(config, step)
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is of another version: {error}") from error
-    if base is None and nothing_there("model.path", began.path):
+    if base is None and why_missing("model.path", began.path):
         raise UserError(
             f"the model that {folder} began with is not at {began.path} any more; name it where it "
             "is now: --base=MODEL"

@@ -78,7 +78,7 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         if "is not a ListConfig" in reason:
             given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
             value = given[-1] if given else "..."
-            return f"{key} is a list; write {_quoted(f'{key}=[{value}]')}"
+            return f"{key} is a list; write {_shell_quoted(f'{key}=[{value}]')}"
         return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows what it may look like"
     if found := re.search(r"Error parsing override '(.*)'\s+missing EQUAL", text):
         return _no_option(found[1], arguments)
@@ -144,12 +144,11 @@ def _no_option(word: str, arguments: list[str]) -> str:
     before = arguments[at - 1] if at else ""
     if "=" not in before:
         return f"{word} is not an option; options are key=value, and choices group=choice"
-    return (
-        f"{word} is not an option; if it belongs to {before}, write {_quoted(f'{before} {word}')}"
-    )
+    together = _shell_quoted(f"{before} {word}")
+    return f"{word} is not an option; if it belongs to {before}, write {together}"
 
 
-def _quoted(argument: str) -> str:
+def _shell_quoted(argument: str) -> str:
     """An argument as a shell takes it for one."""
     return f'"{argument}"' if "'" in argument else f"'{argument}'"
 

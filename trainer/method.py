@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from optim import rng
 from trainer import groups
 from trainer.config import FullConfig, LoraConfig
-from trainer.config.method import PARTS
+from trainer.config.method import TRAINABLE_PARTS
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
 from trainer.model import Model
@@ -136,7 +136,7 @@ def _add_adapters(
         use_dora=config.dora,
         target_modules=_matching(layers, part, key, getattr(config, key)),
     )
-    number = () if part == "unet" else (PARTS.index(part),)
+    number = () if part == "unet" else (TRAINABLE_PARTS.index(part),)
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
         inject_adapter_in_model(peft_config, module.requires_grad_(False))

@@ -44,7 +44,7 @@ class Model:
         self.vae_origin = self.origin
         if config.vae:
             self.vae_origin = origin.vae(config.vae, self.origin, with_weights)
-        self.text_parts = [part for part in text.PARTS if self.origin.has(part)]
+        self.text_parts = [part for part in text.TEXT_ENCODERS if self.origin.has(part)]
         self.text_encoder: text.Encoder | None = None  # where text encoders are trained
         self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it
 

@@ -77,7 +77,7 @@ def _external_state_bytes(config: ExternalConfig, chosen: list[dict[str, Any]]) 
     return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
-def check(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU) -> None:
+def try_out(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU) -> None:
     """Refuse a wrong optimizer, option or rule before a model is loaded, by building it for one
     small matrix, and one for each rule.  One that nobody here knows makes a step with it, on the
     device of the run."""

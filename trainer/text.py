@@ -20,7 +20,7 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.origin import Origin
 
-PARTS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(kw_only=True)
@@ -39,7 +39,7 @@ class Encoder:
     """The text encoders of a model with their tokenizers: captions -> Text."""
 
     def __init__(self, config: ModelConfig, origin: Origin, encoders: dict[str, nn.Module]) -> None:
-        """`encoders` are the model's, by the names of PARTS."""
+        """`encoders` are the model's, by the names of TEXT_ENCODERS."""
         self.encoders = encoders
         self._tokenizers = {part: tokenizer(origin, part) for part in encoders}
         self._chunks = config.prompt_chunks
@@ -69,7 +69,7 @@ class Encoder:
         """No gradient for what nothing is read from: the layers after the last one that is, unless
         the pooled projection is read from them."""
         for part, encoder in self.encoders.items():
-            if self._is_pair and part != PARTS[0]:
+            if self._is_pair and part != TEXT_ENCODERS[0]:
                 continue
             tower = _tower(encoder)
             if self._is_pair:

@@ -22,8 +22,8 @@ from trainer.config import (
     MseConfig,
 )
 from trainer.config.fields import complaint
-from trainer.config.method import PARTS
-from trainer.config.model import nothing_there
+from trainer.config.method import TRAINABLE_PARTS
+from trainer.config.model import why_missing
 from trainer.errors import UserError
 from trainer.groups import check_rules
 
@@ -108,8 +108,8 @@ def _check_names(config: Config) -> None:
 def _check_trained(config: Config) -> None:
     parts = config.method.train
     for part in parts:
-        if part not in PARTS:
-            raise UserError(f"method.train={parts}: {unknown('part', part, PARTS)}")
+        if part not in TRAINABLE_PARTS:
+            raise UserError(f"method.train={parts}: {unknown('part', part, TRAINABLE_PARTS)}")
     if len(set(parts)) < len(parts):
         raise UserError(f"method.train={parts} names a part twice; once is enough")
     if not parts:
@@ -216,7 +216,7 @@ def _check_paths(config: Config) -> None:
     if not config.model.path.strip():
         raise UserError("model.path is empty; name a folder")
     _check_model(config.model.path)
-    if config.model.vae and (found := nothing_there("model.vae", config.model.vae)):
+    if config.model.vae and (found := why_missing("model.vae", config.model.vae)):
         raise UserError(found)
 
 
@@ -226,7 +226,7 @@ def _check_model(path: str) -> None:
         raise UserError(
             f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
         )
-    if found := nothing_there("model.path", path):
+    if found := why_missing("model.path", path):
         raise UserError(found)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from trainer.config.fields import TINY, one_of, within
 from trainer.config.model import DTYPES
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+TRAINABLE_PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from trainer.config.fields import one_of, within
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def nothing_there(option: str, name: str) -> str | None:
+def why_missing(option: str, name: str) -> str | None:
     """What to say where `name` is neither on the disk nor what a hub repository may be called."""
     is_pair = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
     is_repository = is_pair and not name.endswith((".safetensors", ".ckpt"))

@@ -29,7 +29,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
-PARTS = tuple(CLASSES)
+WEIGHT_PARTS = tuple(CLASSES)
 # Keys of configurations that say who wrote them, or in which type.
 COMPUTES_NOTHING = (
     "_diffusers_version",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.config.method import PARTS
+from trainer.config.method import TRAINABLE_PARTS
 from trainer.errors import UserError
 from trainer.formats.adapters import Adapter, Adapters, OtherModel, module_names, peft_config
 from trainer.formats.names import canonical
@@ -80,7 +80,7 @@ def decode(
             raise OtherModel(
                 f"{where}: {name} is of the {part}, which this model lacks, or method.train leaves "
                 "out"
-                if part in PARTS and part not in models
+                if part in TRAINABLE_PARTS and part not in models
                 else f"{where}: {base} matches no module of this model; the LoRA is another model's"
             )
         grouped.setdefault(base, {})[what] = lazy.read()

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.config.model import nothing_there
+from trainer.config.model import why_missing
 from trainer.errors import UserError, reason
-from trainer.formats.architectures import PARTS
+from trainer.formats.architectures import WEIGHT_PARTS
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ def pipeline(name: str, variant: str | None, option: str, with_weights: bool = T
     UserError that names `option` where there is no such repository.
     """
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
-    wanted += [f"{part}/config.json" for part in PARTS]
+    wanted += [f"{part}/config.json" for part in WEIGHT_PARTS]
     if not with_weights:
         return _fetch(name, wanted, None, option)
-    folder = _fetch(name, wanted + _weights_of(PARTS, variant), variant, option)
-    there = [part for part in PARTS if (folder / part).is_dir()]
+    folder = _fetch(name, wanted + _weights_of(WEIGHT_PARTS, variant), variant, option)
+    there = [part for part in WEIGHT_PARTS if (folder / part).is_dir()]
     if without := _without(folder, there, f"*.{variant}*.safetensors") if variant else []:
         folder = _fetch(name, _weights_of(without, None), None, option)
     if without := _without(folder, there, "*.safetensors"):
@@ -61,7 +61,7 @@ def _weights_of(parts: Iterable[str], variant: str | None) -> list[str]:
 def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    if found := nothing_there(option, name):
+    if found := why_missing(option, name):
         raise UserError(found)
     wrong = [] if variant else ["*.fp16[.-]*", "*.non_ema[.-]*"]
     try:

@@ -86,7 +86,9 @@ def stored_configs(metadata: dict[str, str], where: Path) -> dict[str, dict[str,
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: its metadata {CONFIGS} cannot be read: {error}") from error
     return {
-        part: found[part] for part in found if part in (*architectures.PARTS, "scheduler", "index")
+        part: found[part]
+        for part in found
+        if part in (*architectures.WEIGHT_PARTS, "scheduler", "index")
     }
 
 
@@ -99,7 +101,8 @@ def checkpoint(kind: str, configs: dict[str, dict[str, Any]], title: str) -> dic
     other = {
         part: settings
         for part, settings in configs.items()
-        if part in architectures.PARTS and not architectures.is_published(kind, part, settings)
+        if part in architectures.WEIGHT_PARTS
+        and not architectures.is_published(kind, part, settings)
     }
     published = architectures.config(kind, "scheduler")
     marked = marked_scheduler(published, marks(configs["scheduler"]), {})

@@ -133,7 +133,7 @@ def _sources(
     Raises UserError where the tensors are not those of the configuration.
     """
     sources, configs = {}, {}
-    for part in architectures.PARTS:
+    for part in architectures.WEIGHT_PARTS:
         if not origin.has(part):
             continue
         given = parts.get(part, origin)
