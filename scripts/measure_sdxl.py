@@ -207,7 +207,7 @@ def planned_peak(config: Config, arguments: argparse.Namespace, imports: int) ->
     data = replace(config.data, resolution=8 * height, batch_size=arguments.batch)
     model = Model(config.model, torch.device("cpu"), with_weights=False)
     plan = planner.make(replace(config, data=data), model, torch.device(arguments.device).type)
-    return plan.training - plan.process + imports
+    return plan.training_bytes - plan.process_bytes + imports
 
 
 def loss_of(

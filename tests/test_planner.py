@@ -101,7 +101,7 @@ def test_the_state_of_another_package_is_planned_by_its_first_step(composed):
     config = composed("optim=external", "optim.class_path=torch.optim.AdamW")
     found = rehearsed(config)
     steps = 4 * sum(1 for _ in Model(config.model, CPU).empty("unet", "float32").parameters())
-    assert found.training.optimizer_state == 2 * 4 * found.trained + steps
+    assert found.training.optimizer_state == 2 * 4 * found.num_trained + steps
 
 
 def test_a_state_that_cannot_be_known_beforehand_is_said_to_be_left_out(composed, monkeypatch):
@@ -118,7 +118,7 @@ def test_a_state_that_cannot_be_known_beforehand_is_said_to_be_left_out(composed
 
 def test_an_average_costs_its_dtype_where_it_is(composed):
     none, bf16 = (rehearsed(composed(f"ema={choice}")).training for choice in ("none", "bf16"))
-    assert bf16.averages == 2 * rehearsed(composed()).trained
+    assert bf16.averages == 2 * rehearsed(composed()).num_trained
     assert none.averages == 0
     assert rehearsed(composed("ema=bf16", "method.ema.device=cpu")).training.averages == 0
 
@@ -136,7 +136,9 @@ def test_sdxl_is_planned_as_it_was_measured():
     ):
         config = sdxl(*overrides)
         plan = planner.make(config, Model(config.model, CPU, with_weights=False), device)
-        assert plan.training - plan.process == pytest.approx(measured, rel=0.02), overrides
+        assert plan.training_bytes - plan.process_bytes == pytest.approx(measured, rel=0.02), (
+            overrides
+        )
 
 
 def test_remedies_are_tried_until_it_fits(composed):
@@ -144,11 +146,13 @@ def test_remedies_are_tried_until_it_fits(composed):
     config = composed(*overrides)
     model = Model(config.model, CPU, with_weights=False)
     plan = planner.make(config, model, "cuda")
-    half = planner.Room(free=plan.libraries + plan.rehearsal.training.peak // 2, where="a card")
+    half = planner.Room(
+        free_bytes=plan.libraries_bytes + plan.rehearsal.training.peak // 2, where="a card"
+    )
     found = list(_less(plan, overrides, "cuda", half))
-    sizes = [plan.needed, *(better.needed for _, better in found)]
+    sizes = [plan.needed_bytes, *(better.needed_bytes for _, better in found)]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] <= half.free < sizes[-2]
+    assert sizes[-1] <= half.free_bytes < sizes[-2]
     assert {r.overrides for r, _ in found} <= {r.overrides for r in EVERY_REMEDY}
 
 
@@ -237,7 +241,7 @@ def test_what_this_process_has_already_is_room_for_its_plan(monkeypatch, tmp_pat
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path / "none")
     monkeypatch.setattr(memory, "resident_bytes", lambda: 1000)
-    assert planner.room_of(CPU).free == 4096 + 1000
+    assert planner.room_of(CPU).free_bytes == 4096 + 1000
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_a_large_model_is_planned_before_it_is_loaded(composed, monkeypatch, cap
 
 def test_what_does_not_fit_is_told_before_it_is_loaded(composed, monkeypatch, caplog):
     monkeypatch.setattr(memory, "LARGE_BYTES", 1)
-    small = planner.Room(free=1000, where="this machine")
+    small = planner.Room(free_bytes=1000, where="this machine")
     monkeypatch.setattr(before_run, "room_of", lambda device: small)
     config = composed()
     model = Model(config.model, CPU, with_weights=False)

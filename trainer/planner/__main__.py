@@ -59,7 +59,7 @@ def main() -> None:
             _print_remedies(plan, overrides, device, room)
     except (UserError, OSError) as error:
         cli.fail(str(error))
-    sys.exit(0 if plan.needed <= room.free else 1)
+    sys.exit(0 if plan.needed_bytes <= room.free_bytes else 1)
 
 
 def _completed(overrides: Sequence[str]) -> list[str]:
@@ -94,15 +94,15 @@ def _print_remedies(
     plan: planner.Plan, overrides: list[str], device_type: str, room: planner.Room
 ) -> None:
     """Options that take less, each line with those above it, until it fits."""
-    if plan.needed <= room.free:
+    if plan.needed_bytes <= room.free_bytes:
         return
     print("\nwhat takes less, one after another:")
     for remedy, better in _less(plan, overrides, device_type, room):
-        fits = "  fits" if better.needed <= room.free else ""
-        size = f"{format_bytes(better.needed):>9}{fits}"
+        fits = "  fits" if better.needed_bytes <= room.free_bytes else ""
+        size = f"{format_bytes(better.needed_bytes):>9}{fits}"
         print(f"  {' '.join(remedy.overrides):<52}{size:<17}{remedy.what}", flush=True)
         plan = better
-    if plan.needed > room.free:
+    if plan.needed_bytes > room.free_bytes:
         print("with all of these it does not fit either")
 
 
@@ -111,7 +111,7 @@ def _less(
 ) -> Iterator[tuple[remedies.Remedy, planner.Plan]]:
     """Remedies that help, each beside those before it, with what is then planned."""
     tried: set[remedies.Remedy] = set()
-    while plan.needed > room.free:
+    while plan.needed_bytes > room.free_bytes:
         remedy = next((r for r in remedies.of(plan.config) if r not in tried), None)
         if remedy is None:
             return
@@ -121,7 +121,7 @@ def _less(
             better = _plan(_config(changed), device_type)
         except UserError:  # the remedy excludes another option
             continue
-        if better.needed < plan.needed:
+        if better.needed_bytes < plan.needed_bytes:
             overrides, plan = changed, better
             tried.clear()  # what did not help before may now
             yield remedy, plan
@@ -135,15 +135,15 @@ def _with(overrides: Sequence[str], new: Sequence[str]) -> list[str]:
 
 def _numbers(plan: planner.Plan, room: planner.Room) -> dict[str, object]:
     return {
-        "training": plan.training,
-        "captions": plan.captions,
-        "pictures": plan.pictures,
-        "drawing": plan.drawing,
-        "needed": plan.needed,
-        "free": room.free,
+        "training": plan.training_bytes,
+        "captions": plan.captions_bytes,
+        "pictures": plan.pictures_bytes,
+        "drawing": plan.drawing_bytes,
+        "needed": plan.needed_bytes,
+        "free": room.free_bytes,
         "where": room.where,
         "in_training": asdict(plan.rehearsal.training)
-        | {"libraries": plan.libraries, "process": plan.process},
+        | {"libraries": plan.libraries_bytes, "process": plan.process_bytes},
     }
 
 

@@ -32,9 +32,9 @@ def announce(config: Config, model: Model, device: torch.device) -> int | None:
         log.warning("memory: not planned, as the model cannot be rehearsed (%s)", reason(error))
         return None
     room = room_of(device)
-    if plan.needed <= room.free:
+    if plan.needed_bytes <= room.free_bytes:
         log.info("memory: %s", verdict(plan, room))
     else:
         message = "memory: %s; `python -m trainer.planner` with these options tries others"
         log.warning(message, verdict(plan, room))
-    return plan.training
+    return plan.training_bytes

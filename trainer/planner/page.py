@@ -20,19 +20,19 @@ _KINDS = {  # what a bar is made of, by the letter that it is drawn with
 
 def page(plan: Plan, room: Room) -> str:
     """The whole plan."""
-    most = max(plan.needed, plan.drawing)
-    scale = max(most, room.free) if most > room.free / 3 else most
+    free, most = room.free_bytes, max(plan.needed_bytes, plan.drawing_bytes)
+    scale = max(most, free) if most > free / 3 else most
     phases = {
-        "encoding captions": plan.captions,
-        "encoding pictures": plan.pictures,
-        "training": plan.training,
-        "drawing pictures": plan.drawing,
+        "encoding captions": plan.captions_bytes,
+        "encoding pictures": plan.pictures_bytes,
+        "training": plan.training_bytes,
+        "drawing pictures": plan.drawing_bytes,
     }
     lines = [_title(plan), ""]
     for name, peak in phases.items():
         parts = _parts(plan) if name == "training" else {"#": peak}
         if peak:
-            lines.append(f"  {name:<18}{format_bytes(peak):>9}  {_bar(parts, scale, room.free)}")
+            lines.append(f"  {name:<18}{format_bytes(peak):>9}  {_bar(parts, scale, free)}")
     lines += ["", "in training:"]
     for letter, size in _parts(plan).items():
         if size:
@@ -43,16 +43,17 @@ def page(plan: Plan, room: Room) -> str:
 
 def verdict(plan: Plan, room: Room) -> str:
     """Whether it fits, in a line."""
-    fits = "fits" if plan.needed <= room.free else "does not fit"
-    needed, free = format_bytes(plan.needed), format_bytes(room.free)
+    fits = "fits" if plan.needed_bytes <= room.free_bytes else "does not fit"
+    needed, free = format_bytes(plan.needed_bytes), format_bytes(room.free_bytes)
     return f"{fits}: a run needs {needed}, and {room.where} has {free} free"
 
 
 def _title(plan: Plan) -> str:
     config, rehearsal = plan.config, plan.rehearsal
-    of = "all" if rehearsal.trained == rehearsal.parameters else f"{rehearsal.trained:,} of"
+    count, trained = rehearsal.num_parameters, rehearsal.num_trained
+    of = "all" if trained == count else f"{trained:,} of"
     return (
-        f"method={config.method.name}, {of} {rehearsal.parameters:,} parameters, "
+        f"method={config.method.name}, {of} {count:,} parameters, "
         f"optim={config.optim.name}, {config.data.largest_resolution} px, batch "
         f"{config.data.batch_size}; peaks:"
     )
@@ -66,8 +67,8 @@ def _parts(plan: Plan) -> dict[str, int]:
         "E": training.averages,
         "G": training.gradients,
         "A": training.activations,
-        "L": plan.libraries,
-        "P": plan.process,
+        "L": plan.libraries_bytes,
+        "P": plan.process_bytes,
     }
 
 
@@ -100,9 +101,9 @@ def _remarks(plan: Plan, room: Room) -> Iterable[str]:
             f"the state of optim={plan.config.optim.name} is not in it: this optimizer does not "
             "tell before it has numbers"
         )
-    if plan.drawing_at_least > room.free:
+    if plan.least_drawing_bytes > room.free_bytes:
         yield "pictures will not be drawn: there is too little memory (log.sample_count=0 is none)"
-    elif plan.drawing > room.free:
+    elif plan.drawing_bytes > room.free_bytes:
         yield "while the VAE decodes drawn pictures, the UNet is moved to the host's memory"
     if plan.config.runtime.compile != "none":
         yield "compiled blocks (runtime.compile) may need less"

@@ -22,49 +22,52 @@ class Plan:
 
     config: Config
     rehearsal: Rehearsal
-    libraries: int
-    process: int  # what this process has before a model is loaded; on a CPU it is there too
+    libraries_bytes: int
+    process_bytes: int  # what this process has before a model is loaded; on a CPU it is there too
     fragmented: float
 
     @property
-    def training(self) -> int:
+    def training_bytes(self) -> int:
         """The peak that a run will report as that of its steps."""
         return self._with_rest(self.rehearsal.training.peak)
 
     @property
-    def captions(self) -> int:
+    def captions_bytes(self) -> int:
         """The peak while captions are encoded; 0 where trained encoders read them in every step."""
-        return self._with_rest(self.rehearsal.captions) if self.rehearsal.captions else 0
+        tensors = self.rehearsal.captions_bytes
+        return self._with_rest(tensors) if tensors else 0
 
     @property
-    def pictures(self) -> int:
-        return self._with_rest(self.rehearsal.pictures)
+    def pictures_bytes(self) -> int:
+        return self._with_rest(self.rehearsal.pictures_bytes)
 
     @property
-    def drawing(self) -> int:
+    def drawing_bytes(self) -> int:
         """The peak while pictures are drawn; 0 where none are."""
         rehearsal, kept = self.rehearsal, self.rehearsal.training.kept
-        if not rehearsal.decoding:
+        if not rehearsal.decoding_bytes:
             return 0
-        return self._with_rest(kept + max(rehearsal.denoising, rehearsal.decoding))
+        return self._with_rest(kept + max(rehearsal.denoising_bytes, rehearsal.decoding_bytes))
 
     @property
-    def drawing_at_least(self) -> int:
+    def least_drawing_bytes(self) -> int:
         """The same where memory is short, and the UNet is moved to the host for the VAE's part."""
         rehearsal, kept = self.rehearsal, self.rehearsal.training.kept
-        if not rehearsal.decoding or self.process:
-            return self.drawing
-        return self._with_rest(kept + max(rehearsal.denoising, rehearsal.decoding - rehearsal.unet))
+        if not rehearsal.decoding_bytes or self.process_bytes:
+            return self.drawing_bytes
+        return self._with_rest(
+            kept + max(rehearsal.denoising_bytes, rehearsal.decoding_bytes - rehearsal.unet_bytes)
+        )
 
     @property
-    def needed(self) -> int:
+    def needed_bytes(self) -> int:
         """What must be free for the run to come to its end.  Drawing is left out where there is too
         little, and the run goes on."""
-        most = max(self.training, self.captions, self.pictures)
+        most = max(self.training_bytes, self.captions_bytes, self.pictures_bytes)
         return round(most * (1 + self.fragmented))
 
     def _with_rest(self, tensors: int) -> int:
-        return tensors + self.libraries + self.process
+        return tensors + self.libraries_bytes + self.process_bytes
 
 
 def make(config: Config, model: Model, device_type: str) -> Plan:
@@ -78,7 +81,7 @@ def make(config: Config, model: Model, device_type: str) -> Plan:
     return Plan(
         config=config,
         rehearsal=rehearsal,
-        libraries=min(_LIBRARIES[device_type], share),
-        process=process,
+        libraries_bytes=min(_LIBRARIES[device_type], share),
+        process_bytes=process,
         fragmented=_FRAGMENTED[device_type],
     )

@@ -50,14 +50,14 @@ class Training:
 class Rehearsal:
     """The peaks of a run's phases, in bytes of tensors on the device that trains."""
 
-    parameters: int  # how many are loaded for training
-    trained: int  # how many of them are trained
-    unet: int  # bytes of its weights
+    num_parameters: int  # how many are loaded for training
+    num_trained: int  # how many of them are trained
+    unet_bytes: int  # of its weights
     training: Training
-    captions: int  # while they are encoded; 0 where it happens in training
-    pictures: int
-    denoising: int  # while pictures are drawn, beside what training keeps; 0 where none are
-    decoding: int  # the same of their last part, for which the UNet is set aside if need be
+    captions_bytes: int  # while they are encoded; 0 where it happens in training
+    pictures_bytes: int
+    denoising_bytes: int  # while pictures are drawn, beside what training keeps; 0 where none are
+    decoding_bytes: int  # the same of their last part, for which the UNet is set aside if need be
 
 
 def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
@@ -82,9 +82,9 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
             denoising = _denoised(config, attached)
             _give_storage(vae)
             return Rehearsal(
-                parameters=sum(p.numel() for p in parts.parameters()),
-                trained=sum(p.numel() for p in trained),
-                unet=sum(x.nbytes for x in _tensors(attached.unet)),
+                num_parameters=sum(p.numel() for p in parts.parameters()),
+                num_trained=sum(p.numel() for p in trained),
+                unet_bytes=sum(x.nbytes for x in _tensors(attached.unet)),
                 training=Training(
                     weights=peak["weights"],
                     optimizer_state=state,
@@ -92,10 +92,10 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
                     gradients=peak["gradients"],
                     activations=peak["activations"],
                 ),
-                captions=_encoded_captions(encoder) if encoder else 0,
-                pictures=_encoded_picture(config, vae),
-                denoising=denoising,
-                decoding=_decoded(config, attached, vae) if denoising else 0,
+                captions_bytes=_encoded_captions(encoder) if encoder else 0,
+                pictures_bytes=_encoded_picture(config, vae),
+                denoising_bytes=denoising,
+                decoding_bytes=_decoded(config, attached, vae) if denoising else 0,
             )
 
 

@@ -14,20 +14,20 @@ _CONTEXT = 500_000_000
 class Room:
     """Bytes that a run can have, and where."""
 
-    free: int
+    free_bytes: int
     where: str
 
 
 def card(gib: float) -> Room:
     """A GPU of this many GiB: what is left of it beside the driver's own."""
-    return Room(free=round(gib * (1 << 30)) - _CONTEXT, where=f"a card of {gib:g} GB")
+    return Room(free_bytes=round(gib * (1 << 30)) - _CONTEXT, where=f"a card of {gib:g} GB")
 
 
 def room_of(device: torch.device) -> Room:
     """What a run can have of a device now: what is free, and what this process has of it already,
-    which is part of a plan too (on a CPU, `Plan.process`)."""
+    which is part of a plan too (on a CPU, `Plan.process_bytes`)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device)
-        return Room(free=free, where=torch.cuda.get_device_name(device))
-    return Room(free=memory.free_host_bytes() + memory.resident_bytes(), where="this machine")
+        return Room(free_bytes=free, where=torch.cuda.get_device_name(device))
+    return Room(free_bytes=memory.free_host_bytes() + memory.resident_bytes(), where="this machine")
