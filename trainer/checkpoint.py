@@ -37,10 +37,19 @@ log = logging.getLogger(__name__)
 # Options that do not change what is learned, in groups that do (`to_resume`).  What lies at a path
 # is compared by its content: `check_content`.
 _ANYWHERE = {
-    *("model.path", "model.vae"),
-    *("data.path", "data.cache", "data.max_unreadable", "data.max_pixels"),
-    *("method.export", "method.export_dtype", "method.export_every", "method.start_from"),
-    *("method.ema.device", "method.ema.sample", "method.ema.export"),
+    "model.path",
+    "model.vae",
+    "data.path",
+    "data.cache",
+    "data.max_unreadable",
+    "data.max_pixels",
+    "method.export",
+    "method.export_dtype",
+    "method.export_every",
+    "method.start_from",
+    "method.ema.device",
+    "method.ema.sample",
+    "method.ema.export",
 }
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
 _AVERAGE = "average.safetensors"
@@ -288,7 +297,14 @@ def to_resume(config: Config) -> Checkpoint | None:
         check_length(found, config.schedule.steps)
     here, there = _options(asdict(config)), _options(found.config)
     learned = (
-        *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
+        "seed",
+        "model.",
+        "data.",
+        "method.",
+        "optim.",
+        "loss.",
+        "noise.",
+        "schedule.",
         "runtime.accumulation",
     )
     keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))

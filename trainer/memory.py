@@ -16,7 +16,8 @@ from trainer import remedies
 from trainer.config import Config
 from trainer.errors import UserError, reason
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
 # Of a container, newer and older: its limit, what it has, and the files' pages in that, which the
 # kernel drops when memory is wanted.
@@ -33,7 +34,8 @@ _CONTAINERS = (
 
 # mallopt(3): parameters of glibc's allocator.  From a size of M_MMAP_THRESHOLD a block is a mapping
 # of its own, which free() returns to the system.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _BLOCK_BYTES = 128 << 10  # as glibc begins
 LARGE_BYTES = 1 << 30  # of weights, from which on a run goes about its memory with care
 _RUNS = itertools.count()  # of this process

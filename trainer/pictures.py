@@ -9,8 +9,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-_LABEL, _MARGIN, COLUMNS = 14, 64, 8  # pixels; pictures a band
-_TILES = 96, 256  # pixels: the smallest and the largest side of a picture in a grid
+_LABEL = 14  # pixels: the height of a caption above its pictures
+_MARGIN = 64  # pixels: the least width of the titles at the left
+COLUMNS = 8  # pictures side by side in a band
+_SMALLEST_TILE = 96  # pixels: the side of a picture in a grid
+_LARGEST_TILE = 256
 _CAPTION = "caption"  # the key of a PNG's text
 _POINTS = 11  # of the letters
 # What Linux has of other letters, looked for in its folders of fonts; Pillow's own font is ASCII.
@@ -63,7 +66,7 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
     on top, titles of a line or more at the left."""
     count = len(captions)
     largest = max(max(picture.size) for row in rows.values() for picture in row)
-    tile = min(max(largest, _TILES[0]), _TILES[1])
+    tile = min(max(largest, _SMALLEST_TILE), _LARGEST_TILE)
     bands = -(-count // COLUMNS)
     band_height = _LABEL + len(rows) * tile + 6
     margin = max(_MARGIN, *(_width(title) + 12 for title in rows))

@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass, field
 from statistics import median
 
-_SPIKE, _WINDOW, _LEAST = 3.0, 50, 10  # times the median; steps that it is of; and at least
+_SPIKE = 3.0  # times the median, above which a loss is one
+_WINDOW = 50  # steps that the median is of
+_LEAST = 10  # steps before which there is no median
 
 
 @dataclass(kw_only=True)

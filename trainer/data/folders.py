@@ -27,12 +27,42 @@ from trainer.data.items import (
 
 # What may hold pictures, or be one, but is not read.
 _ARCHIVES = (
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
-    *(".zip", ".7z", ".rar"),
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tbz",
+    ".tbz2",
+    ".tar.xz",
+    ".txz",
+    ".tar.zst",
+    ".tzst",
+    ".zip",
+    ".7z",
+    ".rar",
 )
 _OTHER_PICTURES = (
-    *(".svg", ".svgz", ".pdf", ".ps", ".eps", ".ai", ".wmf", ".emf", ".mpo", ".exr", ".hdr"),
-    *(".fits", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".xcf", ".kra"),
+    ".svg",
+    ".svgz",
+    ".pdf",
+    ".ps",
+    ".eps",
+    ".ai",
+    ".wmf",
+    ".emf",
+    ".mpo",
+    ".exr",
+    ".hdr",
+    ".fits",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".raf",
+    ".orf",
+    ".rw2",
+    ".xcf",
+    ".kra",
 )
 _ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # text that is no caption
 _RUNS = "folders of runs are passed over (name one itself as data.path to read it)"

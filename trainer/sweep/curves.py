@@ -22,13 +22,32 @@ Points = list[tuple[int, float]]
 Pen = ImageDraw.ImageDraw
 
 _SCALE = 2  # drawn larger and made smaller, for smooth lines
-_PANEL, _HEIGHT, _GAP = 480, 400, 64  # pixels
-_LEFT, _TOP, _BOTTOM, _LEGEND, _ENTRY, _NAMES = 60, 52, 44, 24, 22, 36
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+# Pixels:
+_PANEL = 480  # width of the axes
+_HEIGHT = 400  # of the axes
+_GAP = 64  # between panels
+_LEFT = 60  # left of the first panel, for its ticks' numbers
+_TOP = 52  # above the axes, for titles
+_BOTTOM = 44  # below the axes, for steps
+_LEGEND = 24  # left of the legend
+_ENTRY = 22  # height of a line of the legend
+_NAMES = 36  # from the legend's left to its names, past the strokes
+# Colours:
+_INK = "#1f2937"  # text
+_MUTED = "#6b7280"  # ticks and axes
+_GRID = "#e5e7eb"
 # Those of Okabe and Ito, and three more; after the last they come again, in broken lines.
 _COLOURS = (
-    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
-    *("#56b4e9", "#111827", "#8c564b", "#7f7f7f", "#6a3d9a"),
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#111827",
+    "#8c564b",
+    "#7f7f7f",
+    "#6a3d9a",
 )
 _SMOOTH = 5  # lines of metrics.jsonl, of whose losses a point is the mean
 _FEW = 12  # points, each of which is a dot

@@ -16,7 +16,8 @@ from trainer import report
 from trainer.errors import UserError
 
 Summary = dict[str, Any]
-SEED, RATE = "seed", "optim.lr"
+SEED = "seed"
+RATE = "optim.lr"
 
 
 def rank(run: Summary) -> float:
