@@ -171,10 +171,10 @@ def test_a_grid_compares_pictures_of_the_same_captions_only(begun, caplog):
     assert pictures.load(written, ["a cat", "a dog"]) == []
     state.step = 1
     evaluation.sample(state, writer)
-    assert "no row of before" not in caplog.text
+    assert "no 'before' row" not in caplog.text
     pictures.save(written, pictures.load(written, ["a cat"]), ["a dog"])
     evaluation.sample(state, writer)
-    assert "no row of before" in caplog.text
+    assert "no 'before' row" in caplog.text
 
 
 def test_the_base_model_is_drawn_as_it_predicts_and_its_loss_is_not_compared(

@@ -262,7 +262,7 @@ REMARKS = {
     "rates": "each optimizer ran at one learning rate",
     "overlap": "overlap within their spread",
     "few": "a spread over 2 seeds",
-    "chance": "a run with one seed says nothing of chance",
+    "chance": "a run with one seed does not show how much is chance",
     "memory": "shared a process on a CPU",
     "trained": "eval is of the pictures that were trained on, and",
     "holdout": "held out of those that were not",

@@ -198,8 +198,8 @@ def load_newest(folders: list[Path]) -> Checkpoint:
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step` in a run's `checkpoints` folder, which are damaged where
-    the run goes on from there: step-000400 -> damaged-step-000400.  It will come to them again."""
+    """Rename checkpoints newer than `step`: they were damaged, and the resumed run will write those
+    steps again.  step-000400 -> damaged-step-000400."""
     for newer in completed(folder):
         if int(newer.name[5:]) <= step:
             continue
@@ -262,8 +262,8 @@ def _newest(pattern: str) -> tuple[float, Path] | None:
 
 
 def overrides_of(resume: str) -> list[str]:
-    """The command line's options of the run that `resume=` means; none where nobody can tell, which
-    is for `to_resume` to say."""
+    """The command line's options of the run that `resume=` means; [] where no checkpoint can be
+    read; `to_resume` reports that."""
     try:
         for folder in reversed(find(resume)):
             with contextlib.suppress(OSError, ValueError):

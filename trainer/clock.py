@@ -90,8 +90,8 @@ class Clock:
         return Pace(steps=c.steady_steps, seconds=c.steady_seconds, pictures=c.steady_pictures)
 
     def left(self, done: int, config: Config) -> float:
-        """The seconds until the run ends, after `done` steps: as steps took until now, and as what
-        is done between them did."""
+        """Estimated seconds left, from the mean time of a step and of each kind of work between
+        steps."""
         costs = {what: pace.seconds_per_step for what, pace in self._asides.items()}
         between = sum(costs.get(what, 0.0) * n for what, n in asides_left(config, done).items())
         return (config.schedule.steps - done) * self.pace(done).seconds_per_step + between

@@ -36,7 +36,7 @@ It takes the options of `python -m trainer`; without a cache it needs no model. 
 0, nothing is wrong; 1, there are problems, each of which is named; 2, the data cannot be read, or
 an option is wrong."""
 
-_SHEET = 64  # pictures at most
+_SHEET = 64  # most pictures on a sheet
 
 
 @dataclass(kw_only=True)

@@ -135,7 +135,8 @@ def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
         rows["before"] = pictures.load(samples / f"step-{0:06d}", captions)
         if not rows["before"]:
             log.warning(
-                "the grid of step %d has no row of before: those pictures are of others, or gone",
+                "the grid of step %d has no 'before' row: the pictures of step 0 are missing, or "
+                "of other prompts",
                 state.step,
             )
     is_last = state.step == state.config.schedule.steps

@@ -91,7 +91,8 @@ class GatheredBackward:
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
-        """A backward pass within it is not of a step: `consume()` is called after it."""
+        """For a pass that is no training step (Sophia's estimate): `consume()` is called after
+        it."""
         yield
         consume()
 
@@ -134,8 +135,8 @@ class FusedBackward:
         return self._step(loss_of, shares)
 
     def handing_to(self, consume: Callable[..., None]) -> AbstractContextManager[None]:
-        """A backward pass within it is not of a step: its gradients go to `consume(*params)`, a
-        bucket at a time."""
+        """For a pass that is no training step (Sophia's estimate): its gradients go to
+        `consume(*params)`, a bucket at a time."""
         return self._hooks.handing_to(consume)
 
     def _measure(self, loss_of: LossOf) -> Outcome:

@@ -114,7 +114,7 @@ class Peaks:
         reset_peak(device)
 
     def end(self, phase: str) -> None:
-        """What was taken since the last end was taken by this phase."""
+        """Attribute the peak since the previous `end` to `phase`, and reset the counter."""
         self._of[phase] = max(self._of[phase], peak_bytes(self._device))
         reset_peak(self._device)
 

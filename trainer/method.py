@@ -32,9 +32,9 @@ def attach(
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
     up-projections zero), with the values of `method.start_from` unless a checkpoint has others.
 
-    A text encoder's layers that nothing is read from are not trained and get no adapter, though
-    kohya's scripts write one, of zeros: readers of LoRA files take the modules that are there.
-    Raises UserError for a part that the model lacks and a target that no module is called by.
+    A text encoder's layers whose output is unused are not trained and get no adapter.  kohya's
+    scripts write one of zeros; readers of LoRA files do not need it.
+    Raises UserError for a part that the model lacks and a target that names no module.
     """
     for part in config.train:
         model.trained_parts[part].requires_grad_(True).train()
@@ -116,7 +116,7 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
 
 
 def _trainable_layers(module: nn.Module) -> list[str]:
-    """The linear and convolution layers that a gradient is wanted of, which something reads."""
+    """The linear and convolution layers that get adapters: those whose output is used."""
     return [
         name
         for name, layer in module.named_modules()

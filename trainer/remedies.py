@@ -21,8 +21,8 @@ class Remedy:
 
 
 def of(config: Config) -> list[Remedy]:
-    """What is not switched on yet, the least costly first: what changes no result, what costs time,
-    what trains otherwise."""
+    """Memory-saving options not in use, cheapest first: no effect on results, then slower, then
+    different training."""
     return list(_all(config))
 
 

@@ -162,7 +162,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
 
 
 def draw(state: State, number: int) -> batches.Batch:
-    """The micro-batch of this number, of those that the run trains on."""
+    """Training micro-batch `number`, counted over the whole run, with its noise and timesteps."""
     config = state.config
     inputs = state.data.gather(state.data.dataset.batch(config.seed, number))
     return batches.noised(inputs, state.noise_schedule, config.noise, config.seed, number)
@@ -182,7 +182,7 @@ def shares(members: list[list[int]]) -> list[float]:
 
 
 def loss_of(state: State, first: int, place: int) -> Tensor:
-    """The loss of a step's micro-batch at `place`; `first` is the number of that at 0."""
+    """The loss of the run's micro-batch number `first + place`; `place` counts within the step."""
     batch = draw(state, first + place)
     prediction = batches.predict(state.model.unet, batch)
     return losses.loss(state.config.loss, state.noise_schedule, prediction, batch)

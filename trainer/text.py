@@ -66,8 +66,8 @@ class Encoder:
         return Text(prompt=prompt, pooled=pooled)
 
     def freeze_unused(self) -> None:
-        """No gradient for what nothing is read from: the layers after the last one that is, unless
-        the pooled projection is read from them."""
+        """Freeze layers whose output is unused: those after the one that `clip_skip` selects,
+        except in SDXL's second encoder, whose pooled output needs them all."""
         for part, encoder in self.encoders.items():
             if self._is_pair and part != TEXT_ENCODERS[0]:
                 continue

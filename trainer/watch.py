@@ -1,17 +1,17 @@
-"""What is seen of every step: its loss and its gradients' norm.
+"""Every step's loss and gradient norm, and which of them stand out.
 
-Losses of single steps go up and down with their timesteps, so a spike is told by those before it: a
-loss above 3 times the median of the 50 before it.  Gradient norms are told alike.  Runs of a sweep
-with one seed see the same timesteps, so their counts can be compared.
+Losses of single steps go up and down with their timesteps.  A loss counts as a spike above 3 times
+the median of the 50 before it.  Norms are compared with their own median.  Runs of a sweep with one
+seed see the same timesteps, so their counts can be compared.
 """
 
 import math
 from dataclasses import dataclass, field
 from statistics import median
 
-_SPIKE = 3.0  # times the median, above which a loss is one
+_SPIKE = 3.0  # a loss above this times the median is one
 _WINDOW = 50  # steps that the median is of
-_LEAST = 10  # steps before which there is no median
+_LEAST = 10  # fewest steps for a median
 
 
 @dataclass(kw_only=True)

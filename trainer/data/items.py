@@ -22,8 +22,9 @@ IRREGULAR = "is not a regular file (a pipe, a socket or a device)"
 class Item:
     """One picture, wherever it is; nothing of it has been read."""
 
-    name: str  # as messages show it
-    path: str  # of its file, and what it is there: a member's name, or a row's number
+    # As messages show it; unique: the file's path, FILE:MEMBER in an archive, FILE:ROW in a table.
+    name: str
+    path: str  # the same as the file system has it
     read: Callable[[], bytes]
     # [] where there is none.  Raises UserError for text that cannot be decoded.
     captions: Callable[[], list[str]]
@@ -34,7 +35,7 @@ class Item:
 
 @dataclass(kw_only=True)
 class Reading:
-    """How sources are read, and what was noticed: names of files by what is to be said of them."""
+    """Options for reading sources, and what was noticed: {message: file names}."""
 
     extensions: list[str]  # of the text files that hold captions; the first found counts
     caption_column: str | None = None  # in tables and metadata; None: any of CAPTION_COLUMNS

@@ -39,8 +39,9 @@ Entry = dict[str, Tensor]
 PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w), scaled
 TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
 
-_VERSION = 1  # of what encoding means: latents are the posterior's mode, scaled
-CAPTIONS_AT_A_TIME = 16  # are encoded
+# Raise it when the meaning of an entry changes; now latents are the posterior's mode, scaled.
+_VERSION = 1
+CAPTIONS_AT_A_TIME = 16  # captions per encoder call
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, kind: str) -> None:
-        """`kind`: what tensors are entered as that operations make."""
+        """`kind`: the category of tensors that operations create."""
         super().__init__()
         self.alive: Counter[str] = Counter()  # bytes of each kind, now
         self.peak: Counter[str] = Counter()  # and when they were most

@@ -98,8 +98,8 @@ def _note(plan: Plan, letter: str) -> str:
 def _remarks(plan: Plan, room: Room) -> Iterable[str]:
     if plan.rehearsal.training.optimizer_state is None:
         yield (
-            f"the state of optim={plan.config.optim.name} is not in it: this optimizer does not "
-            "tell before it has numbers"
+            f"the state of optim={plan.config.optim.name} is not in it: it can only be "
+            "measured in a real step"
         )
     if plan.least_drawing_bytes > room.free_bytes:
         yield "pictures will not be drawn: there is too little memory (log.sample_count=0 is none)"

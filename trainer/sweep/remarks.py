@@ -50,8 +50,8 @@ def _of_quality(runs: Sequence[Summary]) -> Iterator[str]:
         yield "eval is of the pictures that were trained on, held out of those that were not"
     else:
         yield (
-            "eval is of the pictures that were trained on, and one who learns them by heart wins; "
-            "data.holdout=8 adds a column of others"
+            "eval is of the pictures that were trained on, so a run that memorises them looks "
+            "best; data.holdout=8 adds a column of others"
         )
 
 
@@ -81,8 +81,8 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
     fewest = min(len(first.good), len(second.good))
     if fewest == 1:
         yield (
-            "a run with one seed says nothing of chance: another seed may change the order "
-            "(seed=0,1,2)"
+            "a run with one seed does not show how much is chance: another seed may change the "
+            "order (seed=0,1,2)"
         )
         return
     if first.loss + first.spread >= second.loss - second.spread:
