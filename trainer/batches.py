@@ -65,13 +65,13 @@ def eval_batches(
     batch_size: int,
     size_of: Callable[[int], object] = lambda row: None,
 ) -> Iterator[Batch]:
-    """Fixed (row, timestep, noise) triples: `points` of them, white noise over all timesteps, the
-    same in every run whatever its noise options.
+    """`points` fixed (row, timestep, noise) triples: white noise over all timesteps, the same in
+    every run whatever its noise options.
 
     `gather` gives the inputs of some rows, without any dropout; only rows of one `size_of` share a
-    batch.  Rows take turns; where there are more of them than points, those that are taken lie
-    evenly among them.  Timesteps follow the golden-ratio sequence, which covers the schedule evenly
-    for any number of points and does not fall into step with the rows.
+    batch.  Rows take turns; where there are more rows than points, the rows used are evenly
+    spaced.  Timesteps follow the golden-ratio sequence, which covers the schedule evenly for any
+    number of points and does not fall into step with the rows.
     """
     count = noise_schedule.config.num_train_timesteps
     by_size: dict[object, list[int]] = {}  # the points' numbers
@@ -123,8 +123,8 @@ def predict(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """x where it is computed with; to a GPU through pinned memory, so that the host does not wait
-    until the GPU has done what it was asked for before."""
+    """x on `device`; to a GPU through pinned memory, so that the host need not wait for the GPU's
+    earlier work."""
     if device.type == "cuda" and x.is_cpu:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -149,8 +149,8 @@ def load(folder: Path) -> Checkpoint:
 
 
 def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
-    """What a checkpoint.json says.  Raises UserError where it, or a file of the checkpoint but
-    `without`, is not as it was written."""
+    """The contents of checkpoint.json.  Raises UserError where it, or a file of the checkpoint
+    other than `without`, has changed since it was written."""
     with _naming(folder):
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         digests = dict(record["sha256"])
@@ -167,7 +167,7 @@ def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Whatever is wrong with a checkpoint becomes a UserError that names it."""
+    """Turn whatever is wrong with a checkpoint into a UserError that names it."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -234,8 +234,8 @@ def find(resume: str) -> list[Path]:
 def latest_run() -> Path:
     """The run under ./runs with the newest checkpoint.
 
-    Raises UserError for none, and where a run has begun since that has none: it is the newest, and
-    going on with another would be silent.
+    Raises UserError where there is none, and where a newer run has begun but has no checkpoint: to
+    resume an older run instead would go unnoticed.
     """
     saved = _newest("checkpoints/step-*/checkpoint.json")
     if not saved:
@@ -253,7 +253,7 @@ def latest_run() -> Path:
 
 
 def _newest(pattern: str) -> tuple[float, Path] | None:
-    """When the newest of the runs' files of this name was written, and which it is."""
+    """The newest of the runs' files of this name, and when it was written."""
     found: dict[float, Path] = {}
     for path in Path("runs").glob(f"**/{pattern}"):
         with contextlib.suppress(OSError):  # of a run that goes on, and has just deleted it
@@ -288,7 +288,8 @@ def run_folder_of(resume: str) -> Path | None:
 def to_resume(config: Config) -> Checkpoint | None:
     """The checkpoint that `config.resume` names, once its configuration is known to be this run's.
 
-    What decides what is learned must be equal; where, how often and how loudly may change.
+    Options that decide what is learned must be equal; where, how often and how verbosely may
+    change.
     """
     if not config.resume:
         return None
@@ -353,8 +354,8 @@ def check_length(checkpoint: Checkpoint, steps: int) -> None:
 
 
 def check_content(checkpoint: Checkpoint, model: str, data: str, may_change: bool) -> None:
-    """Refuse to go on over another model, or with other pictures or captions, than the run began
-    with; where they lie does not matter."""
+    """Refuse to resume with another model, or other pictures or captions, than the run began with;
+    their paths may change."""
     both = {
         "the model is": (checkpoint.model, model),
         "the pictures or captions are": (checkpoint.data, data),

@@ -93,11 +93,11 @@ def register() -> None:
 
 
 def with_resumed(arguments: list[str]) -> list[str]:
-    """The command line with the options of the run that it resumes before `resume=`, but for those
-    that it gives itself and those that are meant once.
+    """The command line, preceded by the options of the run that it resumes, except those that it
+    sets itself and those meant for one session.
 
-    `latest` becomes the run that it is now: everything after this must read the same one, whichever
-    run saves meanwhile.
+    `latest` becomes that run's folder: everything after this must read the same one, whichever run
+    saves meanwhile.
     """
     given = {_key(a): a.partition("=")[2] for a in arguments if not a.startswith("-")}
     resume = given.get("resume", "").strip("'\"")
@@ -115,13 +115,13 @@ def with_resumed(arguments: list[str]) -> list[str]:
 
 
 def lasting(overrides: Iterable[str]) -> list[str]:
-    """Those of a run that it has again when it is resumed, and that a sweep knows it by."""
+    """The options that a resumed run has again, and by which a sweep knows a run."""
     return [override for override in overrides if _key(override) not in _ONCE]
 
 
 def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
-    """The inherited options but for those that no longer exist because their group is chosen anew:
-    log.wandb.project beside log=jsonl."""
+    """The inherited options except those that no longer exist because another choice is made in
+    their group: log.wandb.project beside log=jsonl."""
     anew = {_key(a) for a in given if "=" in a} & set(group_names())
     suspects = {_key(a) for a in inherited if anew.intersection(_key(a).split(".")[:-1])}
     if suspects:
@@ -132,7 +132,7 @@ def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
 
 
 def refuse_repeated(arguments: list[str]) -> None:
-    """End with one line where a group is chosen twice, of which Hydra would take the last."""
+    """End with one line where a group is chosen twice: Hydra would take the last choice."""
     for group in group_names():
         choices = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
         if len(set(choices)) > 1:
@@ -147,7 +147,7 @@ def _key(override: str) -> str:
 
 
 def _hydra_quoted(text: str) -> str:
-    """A word of Hydra's grammar that means this text, spaces and all."""
+    """This text as one word of Hydra's grammar, spaces and all."""
     return "'" + text.replace("'", r"\'") + "'"
 
 
@@ -179,26 +179,26 @@ def with_published_model(overrides: list[str]) -> list[str]:
 
 
 def _run_dir(resume: str | None, name: str) -> str:
-    """Where this run is written: where its checkpoint lies when it resumes, else a new folder."""
+    """Where this run is written: the folder of the run that it resumes, else a new one."""
     if resume and (folder := run_folder_of(resume)):
         return str(folder)
     return _unused(f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{file_name(name)}")
 
 
 def _sweep_dir() -> str:
-    """Where a sweep is written that names no folder."""
+    """Where a sweep without a given folder is written."""
     return _unused(f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def _unused(fresh: str) -> str:
-    """This folder, or if something began in the same second, with a number."""
+    """This folder, or with a number where another began in the same second."""
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
 
 
 def _default_lr(optimizer: str, method: str) -> float:
-    """The rate to begin with for a large model: a share of the optimizer's default, which was found
-    with a small one; all of it where the optimizer finds its rate."""
+    """The default learning rate of a large model: a share of the optimizer's, which was found with
+    a small one, or all of it where the optimizer finds its own rate."""
     cls = optim.FAMILY.get(optimizer)
     if cls is None:
         default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr
@@ -208,7 +208,7 @@ def _default_lr(optimizer: str, method: str) -> float:
 
 
 def help_page() -> str:
-    """What `--help` prints.  Hydra would take seconds over its own."""
+    """What `--help` prints.  Hydra's own would take seconds."""
     groups = "".join(f"  {group:<11}{', '.join(choices_of(group))}\n" for group in group_names())
     schema, optimizers = config.__path__[0], optim.__path__[0]
     return _HELP.format(groups=groups, schema=schema, optimizers=optimizers)

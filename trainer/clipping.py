@@ -61,7 +61,7 @@ class Clip:
         return parameter in self._norms
 
     def forget(self) -> None:
-        """Begin anew with measuring."""
+        """Start measuring anew."""
         self._norms.clear()
 
     def norm(self) -> float:
@@ -89,7 +89,7 @@ class Clip:
         return self._known[1]
 
     def end_step(self, norm: float) -> None:
-        """Keep this step's norm for the next one, unless it is no number."""
+        """Keep this step's norm for the next one, unless it is not finite."""
         if math.isfinite(norm):
             self.last_norm = norm
 

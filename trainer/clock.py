@@ -34,10 +34,10 @@ class Pace:
 
 
 class Clock:
-    """Counts time and pictures into a run's counters, which other sessions have begun.
+    """Counts time and pictures into a run's counters, across its sessions.
 
-    The first step of a session, and each that has a batch of a shape that is new in it, counts as
-    time but is no measure of speed: it compiles, allocates and tries kernels.
+    The first step of a session, and each with a batch shape new to it, counts as time but not for
+    speed: it compiles, allocates and tries kernels.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -49,7 +49,7 @@ class Clock:
 
     @property
     def wall_seconds(self) -> float:
-        """Of all sessions, with everything between the steps."""
+        """Seconds of all sessions, including the work between steps."""
         return time.monotonic() - self._began
 
     @property
@@ -77,13 +77,13 @@ class Clock:
         self._asides.setdefault(what, Pace()).add(time.monotonic() - started, 0)
 
     def lately(self) -> Pace:
-        """The pace since this was asked the last time."""
+        """The pace since the last call."""
         since, self._since = self._since, Pace()
         return since
 
     def pace(self, steps: int) -> Pace:
-        """That of the steps which measure speed, of all sessions; of all `steps` so far where there
-        are no others."""
+        """The pace of the steps that measure speed, in all sessions; of all `steps` so far where
+        there are none."""
         c = self._counters
         if not c.steady_steps:
             return Pace(steps=steps, seconds=c.seconds, pictures=c.pictures)
@@ -98,10 +98,11 @@ class Clock:
 
 
 class OptimizerClock:
-    """Measures `optimizer.step()`, of one session; its first, which compiles and allocates, is no
-    measure.  A fused backward steps elsewhere: nothing is known of it.
+    """Measures `optimizer.step()` in one session, except the first, which compiles and allocates.
+    With a fused backward, which steps elsewhere, it measures nothing.
 
-    On a GPU events are queued around it, and read at a report, which waits for the GPU anyway.
+    On a GPU, events are queued around the step and read at a report, which waits for the GPU
+    anyway.
     """
 
     def __init__(self, device: torch.device, is_fused: bool) -> None:
@@ -128,8 +129,8 @@ class OptimizerClock:
             self._add(time.perf_counter() - started)
 
     def lately(self) -> dict[str, float]:
-        """The seconds a step since this was asked the last time, once the GPU has been waited for;
-        nothing where none is known."""
+        """Seconds per step since the last call, once the GPU has been waited for; {} where none is
+        known."""
         for begun, ended in self._events:
             self._add(begun.elapsed_time(ended) / 1000)
         self._events = []
@@ -138,7 +139,7 @@ class OptimizerClock:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Of the session, as far as it has been reported."""
+        """Of the session, up to its last report."""
         return self._all.seconds_per_step if self._all.steps else None
 
     def _add(self, seconds: float) -> None:
@@ -147,8 +148,8 @@ class OptimizerClock:
 
 
 def asides_left(config: Config, done: int) -> dict[str, int]:
-    """How many evaluations, drawings, saves and exports are still to come after `done` steps, those
-    at the end of the run included."""
+    """How many evaluations, drawings, saves and exports remain after `done` steps, including those
+    at the end of the run."""
     last = config.schedule.steps - 1  # what is due after the last step is done at the end
     every = {
         "evaluating": config.log.eval_every,

@@ -1,8 +1,8 @@
-"""What the UNet is told and what it must restore: captions and pictures through the encoders.
+"""The UNet's inputs and targets: captions and pictures through the encoders.
 
-Frozen encoders give the same for the same input, so every caption and picture is encoded before the
-first step and kept on the CPU or on the disk (`trainer.data.store`).  Text encoders that are
-trained read the captions of each batch anew.
+Frozen encoders give the same output for the same input, so every caption and picture is encoded
+before the first step and kept on the CPU or on the disk (`trainer.data.store`).  Text encoders that
+are trained read the captions of each batch anew.
 """
 
 import logging
@@ -76,8 +76,8 @@ class Kept:
 def encode(
     model: Model, dataset: Dataset, prompts: Sequence[str] = (), stop: Sequence[int] = ()
 ) -> Encoded:
-    """Encode what the store does not have of the captions, of prompts beside them and of the
-    pictures; an encoder is loaded only for that.
+    """Encode the captions, `prompts` and pictures that the store lacks; an encoder is loaded only
+    where there are some.
 
     Raises UserError that names the picture when the VAE gives a latent that is not finite, and
     SystemExit once `stop` holds a signal.
@@ -98,7 +98,8 @@ def encode(
 
 
 def text_fingerprint(model: Model, cache: str) -> str:
-    """Of all that decides how captions are encoded; `cache` remembers what takes long."""
+    """A hash of all that decides how captions are encoded; `cache` remembers what is slow to
+    hash."""
     config, origin = model.config, model.origin
     memo = Path(cache).expanduser()
     read_by = (*model.text_parts, *map(text.tokenizer_part, model.text_parts))
@@ -108,7 +109,7 @@ def text_fingerprint(model: Model, cache: str) -> str:
 
 
 def picture_fingerprint(model: Model, cache: str) -> str:
-    """Of all that decides how pictures are encoded."""
+    """A hash of all that decides how pictures are encoded."""
     memo = Path(cache).expanduser()
     return repr((model.vae_origin.fingerprint("vae", memo), model.config.vae_dtype))
 
@@ -126,9 +127,9 @@ def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def _normalization(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """What is taken off a VAE's latents and what they are then multiplied by: -> numbers, or
-    (1, C, 1, 1) where the VAE has statistics of its channels, as diffusers' SDXL pipelines use
-    them (both or neither)."""
+    """What is subtracted from a VAE's latents, and what they are then multiplied by: numbers, or of
+    shape (1, C, 1, 1) where the VAE has statistics of its channels, as diffusers' SDXL pipelines
+    use them (both or neither)."""
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
@@ -181,8 +182,8 @@ def _report_cut_captions(model: Model, captions: list[str]) -> None:
 
 
 def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int]:
-    """The captions that are longer than the text encoders read, with their tokens; and how many
-    they read."""
+    """The captions longer than the text encoders read, with their token counts; and how many tokens
+    are read."""
     tokenizer = text.tokenizer(model.origin, model.text_parts[0])
     room = text.room(model.config, tokenizer)
     # A token is at least one character, so that most captions need not be made into tokens to know

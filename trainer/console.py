@@ -21,7 +21,7 @@ _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 class Progress:
-    """A bar with loss, images/s and ETA on a terminal; in a log file a line now and then."""
+    """A bar with loss, images/s and ETA on a terminal; an occasional line in a log file."""
 
     def __init__(self, step: int, steps: int) -> None:
         self._bar = tqdm(
@@ -51,8 +51,8 @@ class Progress:
 
 
 class Aside:
-    """A bar over what is done between steps, which goes when that is done; in a log file a line
-    before it, and one every half minute."""
+    """A bar for work between steps, removed when it is done; in a log file a line before it, and
+    one every half minute."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what = f"{what}: %d of {total} {unit}, ETA %s"
@@ -69,7 +69,7 @@ class Aside:
         self._bar.close()
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """Count this many more as done."""
         self._bar.update(count)
         self._done += count
         now = time.monotonic()

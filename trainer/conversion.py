@@ -73,7 +73,8 @@ def convert(
 
 
 def _check_target(target: Path) -> None:
-    """Refuse what exists, and the name of a file of another kind than what is written."""
+    """Refuse a target that exists, or whose name is that of another kind of file than is
+    written."""
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; name another target, or remove it")
     ending = target.suffix
@@ -199,8 +200,8 @@ def _named(base: str, variant: str | None) -> tuple[str, dict[str, nn.Module]]:
 
 
 def _trained_on(path: Path) -> tuple[str, str | None] | None:
-    """The model that a LoRA in a run's `lora` folder was trained on, and its variant, by the run's
-    configuration; None for a file that is in no run."""
+    """The model that a LoRA in a run's `lora` folder was trained on, and its variant, from the
+    run's configuration; None for a file that is in no run."""
     above = path.resolve().parents  # RUN/lora, or RUN/results/STEP/lora
     run = next((p for p in above[1:4] if (p / "config.yaml").is_file()), None)
     if above[0].name != "lora" or run is None:
@@ -286,7 +287,7 @@ def _export_checkpoint(
 
 
 def _warn_of_noise(noising: NoiseConfig, model: origin.Origin) -> None:
-    """Say where a LoRA was trained with another noise schedule than its model's."""
+    """Warn where a LoRA was trained with another noise schedule than its model's."""
     own = model.config("scheduler")
     if metadata.noise(noise.scheduler_config(noising, own)) != metadata.noise(own):
         log.warning(

@@ -1,4 +1,4 @@
-"""Writing so that no crash and no full disk can leave half of something."""
+"""Writing such that neither a crash nor a full disk leaves half a file."""
 
 import os
 import secrets
@@ -54,8 +54,8 @@ def whole_folder(final: Path) -> Iterator[Path]:
 def whole_file(final: Path) -> Iterator[Path]:
     """Give a temporary path to write to; when the block ends well, it becomes `final` at once.
 
-    Raises UserError when the disk does not take it, or when the block does; nothing half-written
-    stays then, and an older `final` is as it was.
+    Raises UserError when the disk does not take it, within the block too; then nothing half-written
+    stays, and an older `final` is as it was.
     """
     temporary = final.with_name(f".{final.stem}.tmp{final.suffix}")
     try:
@@ -72,7 +72,7 @@ def whole_file(final: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file anew: it has the old text or the new, never a part.  Raises OSError that
+    """Replace a small file: it has the old text or the new, never a part.  Raises OSError that
     names it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two may write at once
     try:

@@ -83,7 +83,7 @@ def _config(overrides: list[str]) -> Config:
 
 
 def _check_sheet(path: Path, config: Config) -> None:
-    """Refuse a place where the sheet would be lost, or would take the place of something."""
+    """Refuse a place where the sheet could not be found again, or would overwrite something."""
     if path.suffix.lower() not in (".png", ".jpg", ".webp"):
         raise UserError(f"--sheet {path}: call it .png, .jpg or .webp")
     if os.path.lexists(path):
@@ -175,7 +175,7 @@ def _findings(surveyed: Survey) -> list[Finding]:
 
 
 def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
-    """Captions that the model's text encoders read only the beginning of."""
+    """Captions longer than the model's text encoders read."""
     from trainer import conditioning
 
     cut, room = conditioning.cut_captions(model, made.all_captions())
@@ -185,8 +185,8 @@ def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
 
 
 def _draw(made: dataset.Dataset, path: Path) -> str:
-    """Pictures of all parts of the data, cropped and scaled as a run would see them, with their
-    captions."""
+    """Draw pictures from all parts of the data, cropped and scaled as a run would see them, with
+    their captions; -> a line about it."""
     every = -(-len(made.samples) // _SHEET)
     chosen = made.samples[::every]
     drawn = [pictures.of_pixels(sample.read_pixels()) for sample in chosen]
@@ -235,8 +235,8 @@ def _run_line(config: Config, made: dataset.Dataset) -> str:
 
 
 def _measured_speed(config: Config) -> tuple[float | None, str]:
-    """Of the newest run under ./runs that had this model, method and resolution, and where it is
-    said."""
+    """Images per second of the newest run under ./runs with this model, method and resolution, and
+    the file that says so."""
     summaries = sorted(Path("runs").glob("**/summary.json"), key=lambda p: -p.stat().st_mtime)
     for path in summaries:
         try:
@@ -250,7 +250,7 @@ def _measured_speed(config: Config) -> tuple[float | None, str]:
 
 
 def _traits(config: dict[str, Any]) -> tuple[Any, ...]:
-    """What a speed depends on most."""
+    """The options that decide most of the speed."""
     data = config["data"]
     named = (config["model"]["path"], config["method"]["name"])
     return (*named, data["resolution"], data["resolutions"], data["batch_size"])

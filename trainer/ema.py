@@ -90,10 +90,10 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it, the model has the averages for weights.
+        """Within it, the averages are the model's weights.
 
-        Where they have its dtype and device they change places and nothing is copied; elsewhere the
-        weights are kept, on the averages' device, and put back.
+        Where dtype and device agree, the two are swapped and nothing is copied; else the weights
+        are kept on the averages' device, and put back.
         """
         aside: dict[str, Tensor] = {}
         try:

@@ -1,4 +1,4 @@
-"""What the user can mend, and what is told of an error.
+"""Errors that the user can fix, and how an error is reported.
 
 A UserError is printed as one line, without a traceback, and the exit status is 2.
 """
@@ -9,6 +9,6 @@ class UserError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says; its kind where it says nothing."""
+    """The first line of an error's message; its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""What is seen of a model in training: losses at fixed points, and pictures of fixed prompts.
+"""Watching a model in training: losses at fixed points, and pictures of fixed prompts.
 
-Neither is compiled (`runtime.compile`): torch keeps a few graphs of a block, and without gradients
-it would make others, until none is left for the training steps.
+Neither is compiled (`runtime.compile`): torch keeps a few graphs of a block, and would make others
+without gradients, until none is left for the training steps.
 """
 
 import logging
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 @torch.compiler.set_stance("force_eager")
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
-    that of the pictures that are held out beside it, as eval/holdout_loss; and those of averaged
-    weights, as eval/ema_loss and eval/ema_holdout_loss.
+    that of held-out pictures, as eval/holdout_loss; and those of averaged weights, as eval/ema_loss
+    and eval/ema_holdout_loss.
 
-    Where memory runs out, or the run is asked to stop, there are none, and nothing is written.
-    That is no reason to end.
+    Where memory runs out, or the run is asked to stop, there are none and nothing is written, but
+    the run goes on.
     """
     try:
         with state.clock.aside("evaluating"):
@@ -58,8 +58,7 @@ def _all_losses(state: State) -> dict[str, float]:
 
 
 def _losses(state: State, aside: console.Aside) -> dict[str, float]:
-    """The model's losses at the eval points, of the pictures that it trains on and of those that
-    are held out."""
+    """The model's losses at the eval points, of the pictures trained on and of those held out."""
     dataset = state.data.dataset
     found: dict[str, float] = {}
 
@@ -77,8 +76,8 @@ def _losses(state: State, aside: console.Aside) -> dict[str, float]:
 
 
 def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
-    """The fixed eval points, of these rows.  They are made anew each time: what is read of a
-    caption changes where text encoders are trained."""
+    """The fixed eval points of these rows.  They are made anew each time: where text encoders are
+    trained, encoded captions change."""
     config, dataset = state.config, state.data.dataset
 
     def gather(chosen: list[int]) -> batches.Inputs:
@@ -99,9 +98,8 @@ def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
     """Draw the fixed prompts; write each picture, and a grid of original, before and now.
 
-    Returns the grid's path, or None where no pictures are wanted (log.sample_count=0), or where
-    there can be none: memory or the disk ran out, a file is gone, or the run is asked to stop.
-    That is no reason to end.
+    Returns the grid's path; None where no pictures are wanted (log.sample_count=0), or can be had:
+    memory or the disk ran out, a file is gone, or the run is asked to stop.  The run goes on.
     """
     if not state.sampler.count:
         return None

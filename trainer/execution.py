@@ -32,7 +32,7 @@ def device_of(name: str) -> torch.device:
 
 
 def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> None:
-    """Set up the parts that are trained as configured: diffusers' UNet, transformers' encoders."""
+    """Configure the parts that are trained: diffusers' UNet, transformers' encoders."""
     runtime, unet = config.runtime, parts["unet"]
     if runtime.gradient_checkpointing:
         for name, part in parts.items():
@@ -57,7 +57,7 @@ def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> N
 
 
 def _to_channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A convolution's input in the layout that its output then has too; attention loses it."""
+    """Give a convolution's input the layout that its output then has too; attention loses it."""
     return (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
 
 

@@ -98,15 +98,15 @@ def explain(error: BaseException, arguments: list[str]) -> str:
 
 
 def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """What Hydra makes of these overrides; with its own node, `hydra`, on request.  Raises whatever
-    it and OmegaConf raise."""
+    """What Hydra makes of these overrides; on request with its own node, `hydra`.  Raises whatever
+    Hydra and OmegaConf raise."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", overrides=overrides, return_hydra_config=with_hydra)
 
 
 def options_of(overrides: list[str]) -> list[str]:
-    """Every option that the group choices among these overrides compose."""
+    """Every option under the group choices among these overrides."""
     return _valid_keys(next(_compositions(_overrides(overrides))))
 
 
@@ -139,7 +139,7 @@ def _overrides(arguments: list[str]) -> list[str]:
 
 
 def _no_option(word: str, arguments: list[str]) -> str:
-    """A word that is no key=value, and may be the rest of the one before it."""
+    """A word that is not key=value, and may belong to the argument before it."""
     at = arguments.index(word) if word in arguments else 0
     before = arguments[at - 1] if at else ""
     if "=" not in before:
@@ -149,13 +149,13 @@ def _no_option(word: str, arguments: list[str]) -> str:
 
 
 def _shell_quoted(argument: str) -> str:
-    """An argument as a shell takes it for one."""
+    """This argument, quoted so that a shell takes it as one."""
     return f'"{argument}"' if "'" in argument else f"'{argument}'"
 
 
 def _wrong_key(key: str, overrides: list[str]) -> str:
-    """A key that cannot be set, against all keys of the configuration without it: in a sweep that
-    of the first run that does not have it."""
+    """A key that cannot be set, against all keys of the configuration without it: in a sweep, that
+    of the first run that lacks the key."""
     others = [o for o in overrides if not o.lstrip("+~").startswith(key)]
     for choices in _compositions(others):
         valid = _valid_keys(choices)
@@ -201,8 +201,8 @@ def _choices_with(key: str, chosen: list[str]) -> list[str]:
 
 
 def _compositions(overrides: list[str]) -> Iterator[list[str]]:
-    """The group choices of these overrides: of a sweep with the first choice of each group, then
-    with every other one of one group."""
+    """The group choices of these overrides: in a sweep, the first choice of each group, then in
+    turn every other choice of one group."""
     swept: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(overrides):
         group = override.key_or_group

@@ -1,7 +1,7 @@
-"""`python -m trainer.export SOURCE TARGET`: a model or a LoRA in the form that others read.
+"""`python -m trainer.export SOURCE TARGET`: a model or a LoRA in the format that others read.
 
 A model becomes a diffusers folder or a single file, a LoRA kohya's or diffusers' file; what was
-written is read back before it is called by its name.
+written is read back before it gets its name.
 """
 
 import argparse

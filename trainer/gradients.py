@@ -1,9 +1,9 @@
-"""From losses to gradients, clipped: all of them first, or each consumed as it arrives
+"""From losses to clipped gradients: all of them gathered first, or each consumed as it arrives
 (`runtime.fused_backward`).
 
-A step's gradient is that of the mean over its samples, in all of its micro-batches
-(`runtime.accumulation`).  Its norm, before any clip (`trainer.clipping`), is reported in both ways,
-and is the same.
+A step's gradient is that of the mean over the samples of all its micro-batches
+(`runtime.accumulation`).  Either way the norm before any clip (`trainer.clipping`) is reported, and
+is the same.
 """
 
 import logging
@@ -32,7 +32,7 @@ LossOf = Callable[[int], Tensor]
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What the backward passes of a step came to."""
+    """The result of a step's backward passes."""
 
     loss: float  # the mean over the step's samples
     grad_norm: float  # of all gradients, before a clip; NaN where a loss is not finite
@@ -45,8 +45,8 @@ def make(
     optimizer: torch.optim.Optimizer,
     last_norm: float = math.nan,
 ) -> "GatheredBackward | FusedBackward":
-    """The way that the configuration chooses; `last_norm` is the gradients' norm in the step
-    before, where there was one."""
+    """The kind that the configuration chooses; `last_norm` is the norm of the previous step's
+    gradients, where there was one."""
     clip = Clip(config.method.clip, config.method.max_grad_norm, parameters, last_norm)
     if not config.runtime.fused_backward:
         return GatheredBackward(parameters, clip)
@@ -55,7 +55,7 @@ def make(
 
 
 def bucket_bytes(parameters: Sequence[Tensor], device_type: str | None = None) -> int:
-    """How many bytes of these parameters' gradients come before they are consumed, on their own
+    """How many bytes of these parameters' gradients gather before they are consumed, on their own
     devices or on one of this type."""
     total = sum(p.numel() * p.element_size() for p in parameters)
     largest = max(_BUCKET_BYTES[device_type or p.device.type] for p in parameters)
@@ -98,13 +98,13 @@ class GatheredBackward:
 
 
 class FusedBackward:
-    """Backward passes of which the last steps inside and frees the gradients, a bucket at a time.
+    """Backward passes of which the last steps and frees the gradients, a bucket at a time.
 
-    A loss that is not finite gets no backward pass, so that it changes nothing.  A gradient that is
-    not finite under a finite loss is found too late for that, unless a pass before has measured the
-    norm: the optimizer leaves its elements alone (`on_nonfinite=skip`), and steps the others.
+    A loss that is not finite gets no backward pass, so it changes nothing.  A gradient that is not
+    finite under a finite loss is found too late for that, unless an earlier pass has measured the
+    norm: the optimizer skips its non-finite elements (`on_nonfinite=skip`), and steps the others.
 
-    Micro-batches but the last only add to the gradients, which are all alive until then.
+    All micro-batches but the last only add to the gradients, which are all alive until then.
     """
 
     def __init__(

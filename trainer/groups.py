@@ -27,7 +27,7 @@ _OWN = ("pattern", "lr_scale", "trainable")  # what a rule has besides options o
 
 
 def check_rules(rules: Sequence[Rule]) -> None:
-    """Refuse rules that say nothing sensible, whatever the model and the optimizer."""
+    """Refuse rules that are wrong whatever the model and the optimizer."""
     for number, rule in enumerate(rules):
         title = f"method.rules[{number}]"
         pattern = rule.get("pattern")
@@ -78,7 +78,7 @@ def besides(rule: Rule, known: Iterable[str]) -> str:
 def parameter_groups(
     model: nn.Module, lr: float, rules: Sequence[Rule] = ()
 ) -> list[dict[str, Any]]:
-    """The groups: those that no rule is about, then each rule's; and the table of them is logged.
+    """The groups: the parameters under no rule, then each rule's; logs a table of them.
 
     Parameters that a rule does not train stop requiring gradients.  Raises UserError as `assigned`
     does.
@@ -100,9 +100,9 @@ def parameter_groups(
 
 
 def assigned(model: nn.Module, rules: Sequence[Rule]) -> list[list[Member]]:
-    """The trained parameters that no rule is about, then each rule's.
+    """The trained parameters under no rule, then each rule's.
 
-    Raises UserError for a rule that matches nothing which an earlier one has not, and where nothing
+    Raises UserError for a rule that matches nothing that earlier rules have not, and where nothing
     is left to train.
     """
     members: list[list[Member]] = [[] for _ in range(1 + len(rules))]
@@ -122,7 +122,7 @@ def assigned(model: nn.Module, rules: Sequence[Rule]) -> list[list[Member]]:
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Every trained parameter once, with its name and whether it is spared weight decay."""
+    """Each trained parameter once, with its name and whether it is exempt from weight decay."""
     seen = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
@@ -134,8 +134,8 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
 
 
 def _split(members: list[Member], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """One group for those that decay and one for those that are spared it; one group for all where
-    the options say what they do."""
+    """One group for those that decay and one for those that do not; one for all where the options
+    set weight decay."""
     if "weight_decay" in options:
         parts = [([parameter for parameter, _ in members], options)]
     else:

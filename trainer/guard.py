@@ -12,10 +12,9 @@ log = logging.getLogger(__name__)
 class Guard:
     """Counts skipped steps, and stops a run that only skips.
 
-    `skipped` is the number so far.  Up to `max_in_a_row` may follow each other.  In a fused
-    backward pass a gradient is known only when parts of the step are done: a step that has begun
-    so goes on (the optimizer leaves the elements alone whose gradient is not finite), and counts as
-    skipped all the same.
+    `skipped` is the number so far, of which at most `max_in_a_row` may be consecutive.  In a fused
+    backward pass a gradient is known only when parts of the step are done: such a step is finished
+    (the optimizer skips elements whose gradient is not finite), and counts as skipped too.
     """
 
     def __init__(self, max_in_a_row: int, skipped: int = 0) -> None:
@@ -24,7 +23,7 @@ class Guard:
         self._in_a_row = 0
 
     def accepts(self, step: int, loss: float, grad_norm: float, begun: bool = False) -> bool:
-        """Whether this step may update the weights, or end what it has begun."""
+        """Whether this step may update the weights, or finish updating them."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._in_a_row = 0
             return True
@@ -37,7 +36,7 @@ class Guard:
         return begun
 
     def complaint(self) -> UserError | None:
-        """What ends the run after too many steps in a row that are not whole; None before."""
+        """The error that ends the run after too many skipped steps in a row; None before."""
         count = self._in_a_row
         if count <= self.max_in_a_row:
             return None

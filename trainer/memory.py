@@ -1,5 +1,4 @@
-"""How much memory a run took, measured; that freed memory is given back; and what to do where it is
-too little."""
+"""Memory: what a run took, giving back what is freed, and what to do where there is too little."""
 
 import ctypes
 import gc
@@ -48,7 +47,7 @@ def return_freed_blocks(weight_bytes: int) -> bool:
     By itself glibc raises that size to up to 32 MB as it sees blocks freed, and keeps smaller ones
     for later.  Between activations of all sizes that came to 350 MB after a step of SDXL.  With a
     small model, whose tensors are of about this size, it would only cost time.  Returns whether it
-    was done: the C library must be one that can be told.
+    was done: not every C library can.
     """
     if weight_bytes < LARGE_BYTES:
         return False
@@ -63,8 +62,8 @@ def return_freed_blocks(weight_bytes: int) -> bool:
 
 
 def free_host_bytes() -> int:
-    """Memory that this process may still take, in bytes, within its container's limit; more than
-    there is anywhere where the system does not say."""
+    """Bytes that this process may still take within its container's limit; more than any machine
+    has where the system does not say."""
     free = sys.maxsize
     with suppress(OSError, KeyError, ValueError):
         free = 1024 * _numbers(_MEMINFO)["MemAvailable:"]
@@ -147,7 +146,7 @@ def ran_out(error: Exception) -> bool:
 
 @contextmanager
 def explained(config: Config, when: str) -> Iterator[None]:
-    """Within it, running out of memory is a UserError that says what to switch on.
+    """Within it, running out of memory is a UserError that names options that save some.
 
     Nothing is saved then: a fused backward may have stepped some of the weights.
     """

@@ -50,8 +50,8 @@ def attach(
 
 
 def check(config: FullConfig | LoraConfig, model: Model) -> None:
-    """Refuse targets and rules that name nothing of the model, before anything is encoded for it,
-    which may take hours, and before its UNet is loaded."""
+    """Refuse targets and rules that match nothing in the model, before encoding, which may take
+    hours, and before the UNet is loaded."""
     if isinstance(config, LoraConfig) or config.rules:
         empty = attached_on_meta(config, model)
         groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
@@ -69,8 +69,7 @@ def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
     """The weights that a checkpoint holds, by part and name (unet.conv_in.weight): those that
-    training changes, and what belongs to them of an adapter, half of which `method.rules` may keep
-    as it was."""
+    training changes, and the frozen half of an adapter that `method.rules` trains in part."""
     trained = trained_parameters(model)
     adapted = {_adapted(name) for name in trained} - {None}
     return {
@@ -144,9 +143,9 @@ def _add_adapters(
 
 
 def _start_from(path: Path, model: Model, layers: dict[str, list[str]]) -> None:
-    """Give the adapters the values of a LoRA file, which must be of their ranks and scales.
+    """Give the adapters the values of a LoRA file, which must have their ranks and scales.
 
-    layers: of the trained parts, those that something reads; adapters of others have no effect.
+    layers: of the trained parts, those whose output is used; adapters of others have no effect.
     """
     found = lora.read(path, model.trained_parts)
     if missing := sorted(found.keys() - layers.keys()):

@@ -25,9 +25,8 @@ class Metrics:
     """Writes `metrics.jsonl` and `samples/*.png`, then to W&B, which may fail."""
 
     def __init__(self, folder: Path, config: Config, start_step: int) -> None:
-        """Open the files.  Rows of steps after `start_step`, which a resumed run will write again,
-        are dropped, and of one that is already finished the last evaluation; so are all rows when a
-        run starts anew."""
+        """Open the files, without rows of steps after `start_step`, which a resumed run will write
+        again, without a finished run's last evaluation, and without any where a run starts anew."""
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
@@ -126,7 +125,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null."""
+    """JSON with null for NaN and infinity, which it lacks."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
@@ -142,7 +141,7 @@ def _wandb_id(folder: Path) -> str:
 
 
 def _wandb_name(folder: Path, config: Config) -> str:
-    """The configuration's name, with what tells the runs of a sweep, or of a day, apart."""
+    """The configuration's name, with what distinguishes the runs of a sweep, or of a day."""
     own = file_name(config.name)
     return folder.name if own in folder.name else f"{config.name} {folder.name}"
 

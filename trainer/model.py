@@ -49,7 +49,7 @@ class Model:
         self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it
 
     def sketch(self) -> str:
-        """A hash by which this model is known wherever it lies, and told from another."""
+        """A hash that identifies this model, wherever it is stored."""
         parts = ["unet", *self.text_parts, *map(text.tokenizer_part, self.text_parts)]
         known = [
             *(self.origin.sketch(part) for part in parts),
@@ -61,25 +61,25 @@ class Model:
 
     @property
     def resolution(self) -> int | None:
-        """The side of the pictures that the model was made for, by its configuration; None where
-        that does not say one."""
+        """The picture side that the model was made for, by its configuration; None where that does
+        not say."""
         side = self.origin.config("unet").get("sample_size")
         levels = self.vae_origin.config("vae").get("block_out_channels")
         return side * 2 ** (len(levels) - 1) if isinstance(side, int) and levels else None
 
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
-        """What a method may train, by name: the UNet, and text encoders that it has asked for."""
+        """What a method may train, by name: the UNet, and the text encoders that are kept."""
         encoders = self.text_encoder.encoders if self.text_encoder else {}
         return {"unet": self.unet, **encoders}
 
     def keep_text_encoders(self, trained: list[str]) -> None:
-        """Have the text encoders stay where one of them is trained."""
+        """Keep the text encoders loaded where one of them is trained."""
         if self._keeps_text_encoders(trained):
             self.text_encoder = self.load_text_encoders()
 
     def _keeps_text_encoders(self, trained: list[str]) -> bool:
-        """Whether one of them is trained.  Raises UserError for a part that there is not."""
+        """Whether one of them is trained.  Raises UserError for a part that the model lacks."""
         missing = sorted(set(trained) - {"unet", *self.text_parts})
         if missing:
             raise UserError(
@@ -119,7 +119,7 @@ class Model:
 
     @property
     def predictions(self) -> tuple[str, str]:
-        """What the UNet's output means as the model came, and what it is trained to mean."""
+        """What the UNet predicted originally, and what it is trained to predict."""
         both = (self.origin.config("scheduler"), self.scheduler)
         before, after = (config.get("prediction_type", "epsilon") for config in both)
         return before, after
@@ -136,7 +136,7 @@ class Model:
 
     @contextmanager
     def unet_aside(self) -> Iterator[None]:
-        """The UNet in the host's memory for as long as the block lasts."""
+        """Keep the UNet in the host's memory within the block."""
         self.unet.to("cpu")
         try:
             yield

@@ -73,8 +73,8 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
 
 
 def _must_have_betas(model: Mapping[str, Any]) -> None:
-    """Refuse a scheduler of another family (EDM, flow matching), whose configuration has nothing of
-    what DDPMScheduler reads: it would take its own defaults."""
+    """Refuse a scheduler of another family (EDM, flow matching): its configuration has nothing that
+    DDPMScheduler reads, which would take its own defaults."""
     name = model["_class_name"]
     scheduler = getattr(diffusers, name, None)
     options = inspect.signature(scheduler).parameters if scheduler else {}

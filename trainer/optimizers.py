@@ -48,9 +48,9 @@ def build(
 def planned_state_bytes(
     config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
 ) -> int | None:
-    """Bytes of the state that `build` will allocate for a model of this layout, whose tensors are
-    on the meta device; of another package's optimizer, what its first step makes there.  None
-    where that needs numbers."""
+    """Bytes of the state that `build` will allocate for a model of this layout, on the meta device;
+    of another package's optimizer, what its first step allocates there.  None where that step needs
+    real values."""
     if isinstance(config, ExternalConfig):
         return _external_state_bytes(config, groups.parameter_groups(model, config.lr, rules))
     optimizer = build(config, model, seed, rules)
@@ -79,8 +79,8 @@ def _external_state_bytes(config: ExternalConfig, chosen: list[dict[str, Any]]) 
 
 def try_out(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU) -> None:
     """Refuse a wrong optimizer, option or rule before a model is loaded, by building it for one
-    small matrix, and one for each rule.  One that nobody here knows makes a step with it, on the
-    device of the run."""
+    small matrix, and one for each rule.  A class from elsewhere also makes a step, on the device of
+    the run."""
 
     def small(**options: Any) -> dict[str, Any]:
         return {"params": [nn.Parameter(torch.zeros(2, 2, device=device))], **options}
@@ -120,7 +120,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def _merged(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Any]:
-    """A group as it was saved, with what the configuration has decided of it."""
+    """A saved group, with the options that the configuration decides."""
     if isinstance(optimizer, optim.FusedOptimizer):
         found = {"params", "param_names", *optimizer.shared}
         return saved | {key: value for key, value in group.items() if key not in found}
@@ -140,8 +140,7 @@ def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
 
 
 def found_rate(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """`optim/d` of an optimizer that finds its learning rate: d, which multiplies lr; of others
-    nothing."""
+    """`optim/d` of an optimizer that finds its learning rate: d, which multiplies lr; else {}."""
     if "d" not in getattr(optimizer, "shared", ()):
         return {}
     return {"optim/d": float(optimizer.param_groups[0]["d"])}
@@ -150,8 +149,8 @@ def found_rate(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of memory behind the optimizer's state, the family's or anyone's.
 
-    What tensors share, as bitsandbytes' code books, counts once; a tensor that holds others, as
-    torchao's codes and scales, counts as these.
+    Shared tensors (bitsandbytes' code books) count once; a tensor that holds others (torchao's
+    codes and scales) counts as those.
     """
     states = optimizer.state.values()
     tensors = (x for state in states for value in state.values() for x in _plain_tensors(value))
@@ -161,7 +160,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors with memory of their own that a value of an optimizer's state is made of."""
+    """The tensors with memory of their own within a value of an optimizer's state."""
     if hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(value, name))
@@ -217,7 +216,7 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
 
 
 def _try_step(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
-    """Make a step with a gradient of zero: many optimizers look at their options no earlier."""
+    """Make a step with a zero gradient: many optimizers check their options no earlier."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -228,7 +227,8 @@ def _try_step(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _try_reading_back(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
-    """See that the state comes back from a file: a resume, hours later, is too late to know."""
+    """See that the state can be read back from a file: finding out at a resume, hours later, is too
+    late."""
     file = io.BytesIO()
     try:
         torch.save(optimizer.state_dict(), file)
@@ -242,7 +242,7 @@ def _try_reading_back(config: ExternalConfig, optimizer: torch.optim.Optimizer) 
 
 
 def _title(config: ExternalConfig) -> str:
-    """What the user has chosen, as it is chosen."""
+    """The user's choice, as it is written on the command line."""
     if isinstance(config, PeerConfig):
         return f"optim={config.name}"
     return f"optim.class_path={config.class_path}"

@@ -49,7 +49,7 @@ class Origin(ABC):
     @property
     @abstractmethod
     def index(self) -> dict[str, Any]:
-        """model_index.json, or what would be it."""
+        """model_index.json, or its equivalent."""
 
     @abstractmethod
     def config(self, part: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Origin(ABC):
     @abstractmethod
     def unused(self) -> Weights:
         """What a single file has beside its parts' weights, by its names there: CLIP's position_ids
-        and logit_scale, which nothing reads."""
+        and logit_scale, which are never used."""
 
     @property
     @abstractmethod
@@ -110,8 +110,8 @@ class Origin(ABC):
         )
 
     def sketch(self, part: str) -> str:
-        """As `fingerprint`, but of the weights only types, shapes and the ends of each: another
-        model is told from this one without reading either."""
+        """As `fingerprint`, but from the weights' types, shapes and first and last values only: it
+        tells models apart without reading them."""
         if part.startswith("tokenizer"):
             return _hash_of_files(self.folder(part))
         return _fingerprint(_computing(self.config(part)), self.weights(part), ends_only=True)
@@ -272,8 +272,8 @@ def at(
     option: str = "model.path",
     with_weights: bool = True,
 ) -> Origin:
-    """What a name means: a folder, a file, or a hub repository, whose weights are downloaded where
-    they are wanted.  option: what gave the name, for errors.
+    """What a name means: a folder, a file, or a hub repository, whose weights are downloaded when
+    they are needed.  option: where the name was given, for errors.
 
     Raises UserError where it names nothing that can be loaded.
     """
@@ -310,7 +310,7 @@ def _is_vae(folder: Path) -> bool:
 
 
 def _computing(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what changes nothing that is computed."""
+    """A configuration without the keys that do not affect results."""
     silent = architectures.COMPUTES_NOTHING
     return {key: value for key, value in config.items() if key not in silent}
 

@@ -32,7 +32,7 @@ def save(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None
 
 
 def load(folder: Path, captions: list[str]) -> list[Image.Image]:
-    """What `save` wrote; empty when it was not of these captions, or is not there."""
+    """What `save` wrote; [] where it is missing, or of other captions."""
     found = []
     for number, caption in enumerate(captions):
         path = folder / f"{number:02d}.png"
@@ -47,7 +47,7 @@ def load(folder: Path, captions: list[str]) -> list[Image.Image]:
 
 
 def captions(folder: Path) -> list[str]:
-    """Those of what `save` wrote."""
+    """The captions of what `save` wrote."""
     found = []
     for path in sorted(folder.glob("[0-9][0-9].png")):
         with Image.open(path) as picture:
@@ -99,8 +99,8 @@ def _width(text: str) -> int:
 
 
 def written(text: str) -> tuple[str, Font]:
-    """A text as it can be drawn, and the font: that which has most of its characters, and the rest
-    as escapes (\\u732b), since a font draws one box for all that it lacks."""
+    """A text as it can be drawn, and the font: the one with most of its characters.  The rest
+    become escapes (\\u732b), since a font draws the same box for all that it lacks."""
     font = max(_fonts(), key=lambda font: sum(_has(font, c) for c in text))
     return "".join(c if _has(font, c) else ascii(c)[1:-1] for c in text), font
 
@@ -116,13 +116,13 @@ def _fonts() -> list[Font]:
 
 @cache
 def _has(font: Font, character: str) -> bool:
-    """Whether it is drawn, and not as the box, which is what U+FFFF, no character, gets."""
+    """Whether a font has it, and does not draw the box that U+FFFF, no character, gets."""
     box = "\uffff"
     return character.isprintable() and bytes(font.getmask(character)) != bytes(font.getmask(box))
 
 
 def _fit(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
-    """As much of the text as a tile is wide."""
+    """As much of the text as fits a tile."""
     if pen.textlength(text[:width], font=font) <= width - 4:
         return text[:width]
     end = next(

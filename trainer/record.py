@@ -1,5 +1,4 @@
-"""What a run must remember of its surroundings, to be repeated: configuration, package versions,
-git revision."""
+"""What is needed to repeat a run: configuration, package versions, git revision."""
 
 import importlib.metadata
 import json

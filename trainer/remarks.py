@@ -1,6 +1,5 @@
-"""What is worth saying of a configuration that works: options without effect in it, two that do the
-same, a rate that only a small model bears, and pictures of another size than the model's.  A run
-says it in its log."""
+"""Warnings about a configuration that works: options without effect, two that do the same, a
+learning rate for small models only, pictures of another size than the model's.  A run logs them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,7 +73,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 
 
 def of_config(config: Config) -> list[str]:
-    """What there is to say whatever the model, a line for each."""
+    """The remarks that need no model, a line each."""
     return [
         *_without_effect(config),
         *_of_clips(config),
@@ -83,8 +82,8 @@ def of_config(config: Config) -> list[str]:
 
 
 def of_rate(config: Config, size: int) -> list[str]:
-    """That the rate is the default of the class, which is one for small models, where the parts
-    that are trained have the parameters of a large one: `size`."""
+    """Warn where the rate is the class's default, which is for small models, and the trained parts
+    have the parameters of a large one: `size`."""
     cls = optim.FAMILY.get(config.optim.name)
     if cls is None or "d" in cls.shared or size < _LARGE or config.method.rules:
         return []
@@ -99,8 +98,8 @@ def of_rate(config: Config, size: int) -> list[str]:
 
 
 def of_resolution(config: Config, own: int | None) -> list[str]:
-    """That the pictures are much larger or smaller than those that the model was made for, of `own`
-    pixels a side; None where it does not say."""
+    """Warn where the pictures are much larger or smaller than those that the model was made for, of
+    `own` pixels a side; None where it does not say."""
     side = config.data.largest_resolution
     if own is None or max(side, own) <= _FAR * min(side, own):
         return []
@@ -139,7 +138,7 @@ def _without_effect(config: Config) -> Iterator[str]:
 
 
 def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
-    """A decay that has no room, once it is known how long the run is."""
+    """Warn where the decay has no room, once the run's length is known."""
     if not isinstance(schedule, LinearConfig | WsdConfig) or schedule.steps == 1:
         return
     steps, cycles = decay_steps(schedule), getattr(schedule, "cycles", None)
@@ -167,7 +166,7 @@ def _defaults(config: Config, group: str, option: str) -> list[Any]:
 
 
 def _of_clips(config: Config) -> Iterator[str]:
-    """A clip that repeats, or undoes, what the optimizer does itself."""
+    """A clip that repeats, or undoes, what the optimizer does."""
     clip, own = config.method.clip, _clips_itself(config.optim)
     if clip not in ("none", "global"):  # the default is harmless beside what bounds updates
         own = own or _bounds_itself(config.optim)

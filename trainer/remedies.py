@@ -1,4 +1,4 @@
-"""What would take less memory than a configuration does."""
+"""Options that would save memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

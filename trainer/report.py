@@ -1,4 +1,4 @@
-"""What is kept and said of a run that has ended: its summary.json and its closing lines."""
+"""Reporting a run that has ended: its summary.json and its closing lines."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
 
 
 def _learned(summary: dict[str, Any]) -> str:
-    """The loss before and after, and what share of it is left where the two are comparable."""
+    """The loss before and after, and the share of it left where the two are comparable."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if math.isnan(before):
         return f"{after:.4f}"

@@ -71,14 +71,14 @@ def export(
 
 
 def _lora_stem(name: str, kind: str) -> str:
-    """What a LoRA's file is called: two kinds never alike, nor where case does not count."""
+    """The stem of a LoRA's file: different for two formats, even where case is ignored."""
     if kind == "diffusers":
         return diffusers_lora.STEM
     return f"{name}-kohya" if name.lower() == diffusers_lora.STEM else name
 
 
 def _write_scheduler(model: Model, folder: Path) -> Path:
-    """What an adapter was trained with, which its own formats cannot say."""
+    """The scheduler that an adapter was trained with, which its own formats cannot hold."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(model.scheduler, indent=2) + "\n"
     disk.replace_text(folder / "scheduler_config.json", text)
@@ -87,10 +87,10 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
 
 
 def described(config: dict[str, Any], step: int, num_images: int | None = None) -> dict[str, str]:
-    """How it was trained, by the keys of kohya's scripts, which model managers show; and what of
-    the configuration may be given away under a key of our own.
+    """How it was trained, by the keys of kohya's scripts, which model managers show; and under a
+    key of our own the public part of the configuration.
 
-    num_images: different pictures that were trained on; None where that is not known.
+    num_images: different pictures trained on; None where that is not known.
     """
     model, data = config["model"], config["data"]
     side = max(data.get("resolutions") or [data["resolution"]])
@@ -112,8 +112,8 @@ def described(config: dict[str, Any], step: int, num_images: int | None = None) 
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what is private and decides nothing that another could repeat:
-    where things are on this machine, captions and prompts.  Models have their names."""
+    """The configuration without private options, which nobody else could use: paths on this
+    machine, captions and prompts.  Models keep their names."""
     public = copy.deepcopy(config)
     for private in ("resume", "log"):
         del public[private]

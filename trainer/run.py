@@ -44,11 +44,11 @@ _THREADS = torch.get_num_threads()  # as torch chose
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
-    """Train as configured, writing everything to `folder`; returns the last eval loss, that of
-    what is exported.
+    """Train as configured, writing everything to `folder`; returns the last eval loss of the
+    exported weights.
 
-    `overrides` are the command line's: a sweep's table tells its runs apart by them, and a run that
-    is resumed has them again.
+    `overrides` are the command line's: they distinguish the runs of a sweep's table, and a resumed
+    run has them again.
     """
     run_folder.refuse_occupied(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +64,10 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
 def begin(
     config: Config, folder: Path, stop: Sequence[int] = (), overrides: Sequence[str] = ()
 ) -> State:
-    """Everything in its place for the first step, or for the next of the run that is resumed; then
-    the folder says so.  A run that is refused before that changes nothing there.
+    """Prepare the first step, or the next of a resumed run; then record it in the folder.  A run
+    that is refused before that changes nothing there.
 
-    The checkpoint that it is resumed from, as large as the model, is freed on return.
+    The checkpoint resumed from, as large as the model, is freed on return.
     """
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = checkpoint.to_resume(config)
@@ -175,8 +175,8 @@ def members_of(state: State, first: int) -> list[list[int]]:
 
 
 def shares(members: list[list[int]]) -> list[float]:
-    """How much of a step's samples each of its micro-batches is: every sample counts alike, those
-    of a short batch too."""
+    """Each micro-batch's share of a step's samples: every sample counts alike, those of a short
+    batch too."""
     sizes = list(map(len, members))
     return [size / sum(sizes) for size in sizes]
 
@@ -189,11 +189,10 @@ def loss_of(state: State, first: int, place: int) -> Tensor:
 
 
 def finish(state: State, writer: metrics.Metrics) -> float:
-    """Save, evaluate, export and draw; then say where everything is and what it cost.
+    """Save, evaluate, export and draw; then log where everything is and what it cost.
 
-    A last checkpoint that cannot be saved does not keep the trained model from being exported, nor
-    does a loss that is not finite, and an export that fails keeps no summary from being written;
-    the first UserError is raised at the end.
+    Neither a checkpoint that cannot be saved nor a loss that is not finite prevents the export, and
+    an export that fails does not prevent the summary; the first UserError is raised at the end.
     """
     failure, exported = None, list[Path]()
     try:
@@ -234,8 +233,8 @@ def finish(state: State, writer: metrics.Metrics) -> float:
 
 
 def _export(state: State) -> list[Path]:
-    """Write the result as it is now; -> its files and folders.  One that is not the run's last goes
-    to a folder of its own, and has the step in its name."""
+    """Write the result as it is now; -> its files and folders.  Before the end of the run, it goes
+    to a folder of its own, and its name has the step."""
     name, folder = file_name(state.config.name), state.folder
     if state.step < state.config.schedule.steps:
         step = f"step-{state.step:06d}"
@@ -246,8 +245,8 @@ def _export(state: State) -> list[Path]:
 
 
 def _refuse_ruined(state: State, loss: float) -> None:
-    """Raise UserError for a model whose loss is no number before anything is trained: no step would
-    change that."""
+    """Raise UserError for a model whose loss is not finite before anything is trained: no step
+    would change that."""
     if math.isfinite(loss):
         return
     weights = torch.nn.ModuleDict(state.model.trained_parts).named_parameters()
@@ -260,7 +259,7 @@ def _refuse_ruined(state: State, loss: float) -> None:
 
 
 def _nothing_to_train(state: State) -> None:
-    """Say so of a run that is resumed at its end: what follows is written anew."""
+    """Say that a resumed run is at its end: what follows is written anew."""
     log.info(
         "already at step %d of %d: nothing to train; it is evaluated, exported and drawn again "
         "(schedule.steps=... runtime.allow_config_change=true makes it longer)",
@@ -270,14 +269,14 @@ def _nothing_to_train(state: State) -> None:
 
 
 def _stopped(state: State) -> NoReturn:
-    """Leave a run that is saved, as the signal asks."""
+    """End a saved run, as the signal asks."""
     log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
     signals.end(state.stop[0])
 
 
 def _give_up(state: State, wrong: UserError) -> NoReturn:
-    """Raise what is wrong with a run that only skips; the steps before, if any was whole, are saved
-    beside the older checkpoints, which may be better ones."""
+    """Raise the error of a run that only skips; if any earlier step was whole, save first, beside
+    the older checkpoints, which may be better."""
     if state.guard.skipped < state.step:
         try:
             save(state, more=1)
@@ -310,5 +309,5 @@ def _report(
 
 
 def _due(every: int, state: State) -> bool:
-    """Whether something that happens every `every` steps, but not after the last, happens now."""
+    """Whether something due every `every` steps, but not after the last, is due now."""
     return every > 0 and state.step % every == 0 and state.step < state.config.schedule.steps

@@ -1,4 +1,4 @@
-"""The folder of a run: nothing of another is written over in it."""
+"""The folder of a run: nothing of another run is overwritten there."""
 
 import shutil
 from contextlib import suppress
@@ -10,7 +10,7 @@ from trainer.errors import UserError
 
 
 def refuse_occupied(folder: Path, config: Config) -> None:
-    """Raise UserError where a run would write over another, or over files that are no run's."""
+    """Raise UserError where a run would overwrite another, or files that belong to no run."""
     if checkpoint.completed(folder / "checkpoints"):
         if not config.resume:
             raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")

@@ -1,4 +1,4 @@
-"""Pictures from the model in training: the same prompts from the same noise each time, so that only
+"""Pictures from the model in training: each time the same prompts from the same noise, so that only
 the weights differ."""
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Sampler:
 
     @cached_property
     def sizes(self) -> list[Size]:
-        """Of what is drawn, in pixels: height and width."""
+        """Height and width in pixels of each picture drawn."""
         side = self.data.dataset.config.largest_resolution
         return [sample.bucket for sample in self.samples] or [(side, side)] * self.count
 
@@ -50,8 +50,8 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, is_trained: bool = True) -> list[Image.Image]:
-        """One picture for each of the `count` captions; of a model that is not trained yet with its
-        own scheduler, whose prediction `noise` may change.  Raises `signals.Stopped`."""
+        """One picture for each of the `count` captions; an untrained model is drawn with its own
+        scheduler, whose prediction `noise` may change.  Raises `signals.Stopped`."""
         unet = self.model.unet
         self._denoiser.scheduler = self.model.sampling_schedule(is_trained)
         was_training = unet.training
@@ -83,7 +83,7 @@ class Sampler:
         return drawn
 
     def _chunks(self) -> list[list[int]]:
-        """Places of what is drawn together: at most `batch_size`, all of one size."""
+        """Indices of pictures drawn together: at most `batch_size`, all of one size."""
         by_size: dict[Size, list[int]] = {}
         for place, size in enumerate(self.sizes):
             by_size.setdefault(size, []).append(place)

@@ -17,7 +17,8 @@ _WARMUP = 20  # steps at most, where it is left open
 
 
 def settled(config: ConstantConfig, steps_per_epoch: float) -> ConstantConfig:
-    """What the configuration leaves open decided: the steps of so many epochs, and of warming up.
+    """The configuration with its open values decided: the steps of so many epochs, and of the
+    warm-up.
 
     Raises UserError for a run that is shorter than its warm-up.
     """
@@ -52,8 +53,8 @@ def lr_scale(config: ConstantConfig, step: int) -> float:
 
 
 def decay_steps(config: LinearConfig | WsdConfig) -> int:
-    """How many steps the decay has, the first of them at the peak; what it decays to is reached by
-    the step after the last.  Below 2 it has no room."""
+    """How many steps the decay has; the first is at the peak, and the step after the last at the
+    final value.  Below 2 it has no room."""
     hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
     return config.steps - max(_warmup_steps(config), round(hold * config.steps))
 

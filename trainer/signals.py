@@ -1,4 +1,4 @@
-"""How a person or a scheduler stops a run: the first signal asks, the second insists."""
+"""How a person or a scheduler stops a run: the first signal asks it to, the second forces it."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """Work that nobody waits for was left because a signal asks the run to stop."""
+    """Optional work was abandoned because a signal asks the run to stop."""
 
 
 def leave_if(stop: Sequence[int]) -> None:
@@ -21,7 +21,7 @@ def leave_if(stop: Sequence[int]) -> None:
 
 
 def end(number: int) -> NoReturn:
-    """End the process, with the status that shells have for one that this signal ended."""
+    """End the process with the status that shells give one ended by this signal."""
     raise SystemExit(128 + number)
 
 
@@ -33,7 +33,7 @@ def end_if(stop: Sequence[int], doing: str) -> None:
 
 
 def leave_at_once(number: int, frame: Any) -> None:
-    """A handler for when there is nothing to finish."""
+    """A signal handler for when there is nothing to finish."""
     print("stopped", file=sys.stderr)
     end(number)
 

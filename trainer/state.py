@@ -68,13 +68,13 @@ class State:
 
     @property
     def is_new(self) -> bool:
-        """Whether the model is as it came; an adapter that is trained on is not, and what it was
-        trained to predict nobody knows."""
+        """Whether the model is untrained; one with an adapter to start from is not, and what that
+        was trained to predict is unknown."""
         return self.step == 0 and not self.trains_on
 
     @property
     def trains_on(self) -> bool:
-        """Whether the run goes on with an adapter of another."""
+        """Whether the run starts from another run's adapter."""
         return getattr(self.config.method, "start_from", None) is not None
 
     @property
@@ -84,7 +84,7 @@ class State:
 
     @property
     def epochs(self) -> float:
-        """How often the data has been gone through."""
+        """How many times the data has been gone through."""
         return self.micro_batches / self.data.dataset.plan.batches_per_epoch
 
 
@@ -95,8 +95,8 @@ def assemble(
     stop: Sequence[int] = (),
     overrides: Sequence[str] = (),
 ) -> State:
-    """Load the model and the data, encode the data, build the optimizer; then put back what a
-    checkpoint holds, where one is given.  Ends the process once `stop` holds a signal."""
+    """Load the model and the data, encode the data, build the optimizer; then restore a checkpoint,
+    where one is given.  Ends the process once `stop` holds a signal."""
     device = execution.device_of(config.runtime.device)
     counters = resumed.counters if resumed else checkpoint.Counters()
     clock = Clock(counters)
@@ -161,7 +161,7 @@ def assemble(
 
 
 def _settled(config: Config, dataset: data.Dataset) -> Config:
-    """The configuration with what only the data decides: how long the run is."""
+    """The configuration with the length of the run, which depends on the data."""
     steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.accumulation
     known = schedule.settled(config.schedule, steps_per_epoch)
     if known.epochs is not None:
@@ -172,7 +172,7 @@ def _settled(config: Config, dataset: data.Dataset) -> Config:
 
 
 def _trainable(config: Config, model: Model, device: torch.device) -> torch.optim.Optimizer:
-    """Make the model what the method trains, executed as configured; -> its optimizer."""
+    """Prepare the model for training, executed as configured; -> its optimizer."""
     method.attach(config.method, model, config.seed, is_resumed=bool(config.resume))
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     parts = torch.nn.ModuleDict(model.trained_parts)
@@ -186,7 +186,7 @@ def _trainable(config: Config, model: Model, device: torch.device) -> torch.opti
 def _put_back(
     model: Model, optimizer: torch.optim.Optimizer, resumed: checkpoint.Checkpoint
 ) -> None:
-    """Weights and optimizer as a checkpoint has them, which gives them up."""
+    """Restore weights and optimizer from a checkpoint, and free its tensors."""
     method.restore(model, resumed.weights)
     resumed.weights.clear()  # as large as the model, and in its place now
     optimizers.restore(optimizer, resumed.optimizer)
@@ -197,7 +197,7 @@ def _put_back(
 def _drop_other_measure(
     config: Config, dataset: data.Dataset, base: str, resumed: checkpoint.Checkpoint
 ) -> None:
-    """Drop eval_loss_before where the configuration changed what it measures."""
+    """Drop eval_loss_before where the configuration changes what it measures."""
     counters, before = resumed.counters, resumed.config
     points = {
         "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
@@ -226,7 +226,7 @@ def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None
 
 
 def save(state: State, more: int = 0) -> None:
-    """Write a checkpoint after this step.  more: how many to keep beside the configured number."""
+    """Write a checkpoint after this step.  more: how many to keep beyond the configured number."""
     state.peaks.end("rest")
     counters = replace(
         state.counters,

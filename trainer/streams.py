@@ -1,4 +1,4 @@
-"""The counter streams: every kind of draw has its own, so that no two ever share a number."""
+"""Random streams: every kind of draw has its own, so that no two share a number."""
 
 from enum import IntEnum, unique
 

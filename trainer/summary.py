@@ -1,4 +1,4 @@
-"""What a run came to, as its summary.json has it."""
+"""The results of a run, as its summary.json has them."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from trainer.state import State
 
 
 def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
-    """What the run came to; `after` is its last evaluation."""
+    """The results of the run; `after` is its last evaluation."""
     counters, pace = state.counters, state.clock.pace(state.step)
     was, now = state.model.predictions
     return {

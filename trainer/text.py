@@ -111,7 +111,7 @@ class Encoder:
 
 
 def tokenizer_part(encoder: str) -> str:
-    """The part that a text encoder's captions are read by: text_encoder_2 -> tokenizer_2."""
+    """The name of a text encoder's tokenizer: text_encoder_2 -> tokenizer_2."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
@@ -121,7 +121,7 @@ def tokenizer(origin: Origin, part: str) -> Any:
 
 
 def token_ids(tokenizer: Any, caption: str) -> list[int]:
-    """The tokens of a caption's words, without a beginning and an end."""
+    """The tokens of a caption's words, without begin and end tokens."""
     return tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
 
 
@@ -131,5 +131,5 @@ def room(config: ModelConfig, tokenizer: Any) -> int:
 
 
 def _tower(encoder: nn.Module) -> Any:
-    """The transformer of a CLIP text model, which transformers 5 keeps a level less deep than 4."""
+    """The transformer of a CLIP text model, nested one level less in transformers 5 than in 4."""
     return getattr(encoder, "text_model", encoder)

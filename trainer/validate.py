@@ -1,4 +1,4 @@
-"""What cannot work is refused here, once, before anything is loaded; after that it is trusted."""
+"""Refuses what cannot work, once, before anything is loaded; after that, options are trusted."""
 
 import re
 from collections.abc import Iterator
@@ -47,8 +47,8 @@ def to_dataclasses(composed: DictConfig) -> Config:
 
 
 def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The configuration's dataclasses, those in lists too, each with the beginning of its options'
-    names: ("", config), ("model.", config.model), ..."""
+    """The configuration's dataclasses, also those in lists, each with the prefix of its options:
+    ("", config), ("model.", config.model), ..."""
     yield prefix, node
     for key, value in vars(node).items():
         items = (
@@ -62,7 +62,7 @@ def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_additions(config: Config) -> None:
-    """A key added with `+` that no option has the name of would be ignored: refuse it."""
+    """Refuse a key added with `+` that is no option: it would be ignored."""
     for prefix, node in _nodes(config):
         known = [option.name for option in fields(node)]
         for key in vars(node):
@@ -95,7 +95,7 @@ def check(config: Config) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """The run has a name.  The `name` inside a group says what was chosen; setting it by hand would
+    """The run must have a name.  The `name` inside a group says what was chosen; setting it would
     choose nothing."""
     if not config.name.strip():
         raise UserError("name is empty; files are called by it")
@@ -122,7 +122,7 @@ def _check_trained(config: Config) -> None:
 
 
 def _check_adapters(config: LoraConfig) -> None:
-    """What is wrong with a LoRA whatever the model."""
+    """Refuse a LoRA that is wrong whatever the model."""
     texts = set(config.train) - {"unet"}
     for key, parts in (("targets", set(config.train) - texts), ("text_targets", texts)):
         if parts and not getattr(config, key):
@@ -147,8 +147,8 @@ def _check_start(config: LoraConfig) -> None:
 
 
 def _check_fused_backward(config: Config) -> None:
-    """Gradients that are consumed as they arrive: refuse what needs all of them, or a step that
-    can be taken back."""
+    """Refuse what a fused backward excludes: what needs all gradients at once, or a step that can
+    be undone."""
     choice, without = "runtime.fused_backward=true", "runtime.fused_backward=false"
     if config.optim.name not in optim.FAMILY:
         raise UserError(
@@ -183,7 +183,8 @@ def _check_fused_backward(config: Config) -> None:
 
 
 def _check_curvature(config: Config) -> None:
-    """Sophia's targets are sampled as a squared error has them (`trainer/curvature.py`)."""
+    """Refuse what Sophia's estimate excludes: it is that of a squared error
+    (`trainer/curvature.py`)."""
     is_sophia = issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia)
     if is_sophia and not isinstance(config.loss, MseConfig):
         raise UserError(
@@ -198,7 +199,7 @@ def _check_curvature(config: Config) -> None:
 
 
 def _check_noise(config: Config) -> None:
-    """What the noise options exclude of each other (`noise.scheduler_config` knows the model)."""
+    """Refuse noise options that exclude each other (`noise.scheduler_config` knows the model)."""
     noise = config.noise
     if noise.prediction == "epsilon" and noise.zero_terminal_snr:
         raise UserError(
@@ -231,7 +232,7 @@ def _check_model(path: str) -> None:
 
 
 def _check_data(config: DataConfig) -> None:
-    """Sources that are there, and sizes that the VAE and the buckets allow."""
+    """Refuse missing sources, and sizes that the VAE and the buckets do not allow."""
     _check_sources(config)
     _check_sizes(config)
     given = config.caption_extension

@@ -16,9 +16,9 @@ _LEAST = 10  # fewest steps for a median
 
 @dataclass(kw_only=True)
 class Watch:
-    """Counts over a run, of all its sessions: it is saved with the run's counters.
+    """Counts over all sessions of a run, saved with its counters.
 
-    Steps without a finite loss or norm are counted elsewhere (`trainer.guard`), and not in here.
+    Steps without a finite loss or norm are counted elsewhere (`trainer.guard`).
     """
 
     loss_spikes: int = 0
@@ -31,7 +31,7 @@ class Watch:
     grad_norm_max: float = 0.0
 
     def step(self, loss: float, grad_norm: float) -> None:
-        """Take in a step."""
+        """Count a step."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return
         self.steps, self.loss_sum = self.steps + 1, self.loss_sum + loss
@@ -47,8 +47,8 @@ class Watch:
         self.norms = [*self.norms, grad_norm][-_WINDOW:]
 
     def lately(self) -> dict[str, float]:
-        """The mean loss and the largest gradient norm since this was asked the last time; NaN where
-        no step was whole."""
+        """The mean loss and the largest gradient norm since the last call; NaN where no step was
+        whole."""
         count, total, largest = self.steps, self.loss_sum, self.grad_norm_max
         self.steps, self.loss_sum, self.grad_norm_max = 0, 0.0, 0.0
         if not count:
