@@ -178,7 +178,7 @@ def test_fewer_steps_than_are_done_are_refused(quick, command):
     folder = quick("run")
     status, _, err = command(*QUICK, "schedule.steps=3", f"resume={folder}")
     assert status == 2
-    assert "schedule.steps=3, and the checkpoint is at step 4" in err
+    assert "schedule.steps=3, and the checkpoint is at 4" in err
 
 
 def test_losses_at_other_points_are_not_compared(quick, composed, caplog):

@@ -79,5 +79,7 @@ def test_a_run_of_fewer_epochs_than_are_done_is_refused(composed, tmp_path):
     run(composed(*ON_TINY), tmp_path / "run")
     options = ("schedule.epochs=0.5", f"resume={tmp_path}/run", "runtime.allow_config_change=true")
     shorter = composed(*ON_TINY, *options)
-    with pytest.raises(UserError, match=r"schedule\.steps=3, and the checkpoint is at step 4"):
+    with pytest.raises(
+        UserError, match=r"schedule\.epochs=0\.5, and the checkpoint is at 0\.666667"
+    ):
         assemble(shorter, tmp_path / "again", checkpoint.to_resume(shorter))

@@ -264,7 +264,7 @@ REMARKS = {
     "few": "a spread over 2 seeds",
     "chance": "a run with one seed does not show how much is chance",
     "memory": "shared a process on a CPU",
-    "trained": "eval is of the pictures that were trained on, and",
+    "trained": "eval is of the pictures that were trained on, so",
     "holdout": "held out of those that were not",
 }
 

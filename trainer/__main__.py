@@ -108,6 +108,7 @@ def main() -> None:
         print(cli.help_page())
         return
     cli.register()
+    cli.refuse_dashes(sys.argv[1:])
     cli.refuse_repeated(sys.argv[1:])
     sys.argv[1:] = cli.with_resumed(sys.argv[1:])
     try:

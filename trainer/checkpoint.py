@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer import disk
-from trainer.config import Config, flatten
+from trainer.config import Config, ConstantConfig, flatten
 from trainer.errors import UserError
 from trainer.formats import stream
 from trainer.formats.weights import of_tensors
@@ -295,7 +295,7 @@ def to_resume(config: Config) -> Checkpoint | None:
         return None
     found = load_newest(find(config.resume))
     if config.schedule.epochs is None:  # else it is known later
-        check_length(found, config.schedule.steps)
+        check_length(found, config.schedule)
     here, there = _options(asdict(config)), _options(found.config)
     learned = (
         "seed",
@@ -343,14 +343,17 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def check_length(checkpoint: Checkpoint, steps: int) -> None:
-    """Refuse a run of fewer steps than are done."""
-    if steps < checkpoint.step:
-        raise UserError(
-            f"resume: schedule.steps={steps}, and the checkpoint is at step {checkpoint.step}; "
-            f"schedule.steps={checkpoint.step} ends the run there, more goes on, and an older "
-            "checkpoint's folder in resume= goes back"
-        )
+def check_length(checkpoint: Checkpoint, schedule: ConstantConfig) -> None:
+    """Refuse a run of fewer steps, or epochs, than are done."""
+    if schedule.steps >= checkpoint.step:
+        return
+    key, wanted, done = "schedule.steps", float(schedule.steps), float(checkpoint.step)
+    if schedule.epochs is not None:
+        key, wanted, done = "schedule.epochs", schedule.epochs, checkpoint.counters.epochs
+    raise UserError(
+        f"resume: {key}={wanted:g}, and the checkpoint is at {done:g}; {key}={done:g} ends the run "
+        "there, more goes on, and an older checkpoint's folder in resume= goes back"
+    )
 
 
 def check_content(checkpoint: Checkpoint, model: str, data: str, may_change: bool) -> None:

@@ -64,6 +64,16 @@ and for optimizers in the docstrings of
 A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
 
+# Flags of Hydra that take a value.
+_HYDRA_FLAGS = {
+    "cfg",
+    "package",
+    "config-path",
+    "config-name",
+    "config-dir",
+    "info",
+    "experimental-rerun",
+}
 # Of an optimizer's default rate, with a large model.
 _SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
 # Of a command line, what a later one that resumes the run must say itself.
@@ -139,6 +149,19 @@ def refuse_repeated(arguments: list[str]) -> None:
             both = ",".join(choices)
             remedy = f"write {group}=[{both}]" if group == "experiment" else "leave one out"
             fail(f"{group} is chosen more than once ({both}), and only the last counts; {remedy}")
+
+
+def refuse_dashes(arguments: list[str]) -> None:
+    """End with one line where an option is written as other programs want it: --seed=1."""
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name.startswith("--") and equals and name.lstrip("-") not in _HYDRA_FLAGS:
+            without = argument.lstrip("-")
+            try:
+                composition([without])
+            except Exception as error:  # Hydra and OmegaConf raise many kinds
+                fail(f"{argument}: options have no dashes, and {explain(error, [without])}")
+            fail(f"{argument}: options have no dashes; write {without}")
 
 
 def _key(override: str) -> str:

@@ -23,16 +23,24 @@ from trainer.config import choices_of, conf_dir, flatten, group_names
 
 # What other trainers (diffusers' scripts, kohya's) call our options.
 _NAMES_ELSEWHERE = {
+    "cache_latents_to_disk": "data.cache",
     "caption_dropout_rate": "data.caption_dropout",
+    "conv_dim": "method.targets",
+    "enable_bucket": "data.buckets",
+    "fused_backward_pass": "runtime.fused_backward",
+    "full_bf16": "model.dtype",
+    "ip_noise_gamma": "noise.input_perturbation",
     "gradient_accumulation_steps": "runtime.accumulation",
     "learning_rate": "optim.lr",
     "lr_scheduler": "schedule",
     "lr_warmup_steps": "schedule.warmup_steps",
     "max_train_epochs": "schedule.epochs",
     "max_train_steps": "schedule.steps",
-    "min_snr_gamma": "loss.gamma",
+    "min_snr_gamma": "loss.weighting=min_snr loss.gamma",
     "network_alpha": "method.alpha",
     "network_dim": "method.rank",
+    "mixed_precision": "model.compute",
+    "network_train_unet_only": "method.train",
     "noise_offset": "noise.offset",
     "num_train_epochs": "schedule.epochs",
     "optimizer": "optim",
@@ -41,10 +49,16 @@ _NAMES_ELSEWHERE = {
     "output_name": "name",
     "pretrained_model_name_or_path": "model.path",
     "save_every_n_steps": "method.export_every",
+    "sample_prompts": "log.prompts",
+    "save_every_n_epochs": "method.export_every",
     "shuffle_caption": "data.shuffle_tags",
-    "snr_gamma": "loss.gamma",
+    "snr_gamma": "loss.weighting=min_snr loss.gamma",
     "train_batch_size": "data.batch_size",
+    "text_encoder_lr": "method.rules",
     "train_data_dir": "data.path",
+    "train_text_encoder": "method.train",
+    "unet_lr": "optim.lr",
+    "v_parameterization": "noise.prediction",
 }
 
 _FEW = 3  # choices that are named as having an option
@@ -65,6 +79,9 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         return f"{found[1]} takes one choice; for a run with each, a sweep, {found[1]}=A,B and -m"
     if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text):
         key, value = found.groups()
+        if isinstance(OmegaConf.select(composition([]), key), str):
+            quoted = _shell_quoted(f'{key}="{value}"')
+            return f"{key}={value}: a text with commas is quoted twice: {quoted}"
         return f"{key}={value}: for a run with each, a sweep, add -m; as a list, {key}=[{value}]"
     if found := re.search(r"Could not override '([^']+)'.*Key '(\w+)' not in '(\w+)'", text, re.S):
         key, name, node = found.groups()
@@ -75,6 +92,13 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         return _wrong_key(found[1], overrides)
     if found := re.search(r"(.*)\n\s*full_key: ([\w.\[\]]+)", text):
         reason, key = found[1].strip(), found[2]
+        presets = [a for a in overrides if a.startswith("experiment=")]
+        if presets and not any(a.lstrip("+").startswith(f"{key}=") for a in overrides):
+            group = key.partition(".")[0]
+            return (
+                f"{presets[0]} sets {key}, which the chosen {group} does not have; leave out "
+                f"{group}=..., or choose another experiment"
+            )
         if "is not a ListConfig" in reason:
             given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
             value = given[-1] if given else "..."
@@ -164,7 +188,7 @@ def _wrong_key(key: str, overrides: list[str]) -> str:
     if key in valid or key in group_names():
         return f"{key} exists; set it without + or ~: {key}=..."
     owner, _, name = key.rpartition(".")
-    if ours := _NAMES_ELSEWHERE.get(key):
+    if ours := _NAMES_ELSEWHERE.get(key) or _NAMES_ELSEWHERE.get(name):
         return f"there is no option {key!r}; here it is called {ours!r}"
     if f"{owner}.class_path" in valid or owner.endswith(".options"):
         new = "NAME" if key == "optim.options" else name

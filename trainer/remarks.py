@@ -1,7 +1,7 @@
 """Warnings about a configuration that works: options without effect, two that do the same, a
 learning rate for small models only, pictures of another size than the model's.  A run logs them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,6 +19,7 @@ from trainer.config import (
 )
 from trainer.schedule import decay_steps
 
+_UNCLIPPED = ("lomo",)  # SGD without a clip by its own configuration
 _LARGE = 100_000_000  # a model's parameters, from which on a default rate is remarked
 # Where the rate of a large model is looked for first, by the method.
 _START = {"full": "1e-5", "lora": "1e-4"}
@@ -72,12 +73,17 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 )
 
 
-def of_config(config: Config) -> list[str]:
-    """The remarks that need no model, a line each."""
+def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
+    """The remarks that need no model, a line each.
+
+    overrides: the command line's, which say what was meant where it is the default too.
+    """
+    given = frozenset(o.lstrip("+").partition("=")[0] for o in overrides)
     return [
-        *_without_effect(config),
-        *_of_clips(config),
+        *_without_effect(config, given),
+        *_of_clips(config, given),
         *_of_others(config),
+        *_of_data(config, given),
     ]
 
 
@@ -110,13 +116,13 @@ def of_resolution(config: Config, own: int | None) -> list[str]:
     ]
 
 
-def _without_effect(config: Config) -> Iterator[str]:
+def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
     for keys, is_idle, owner in _IDLE:
         for key in keys:
             group, _, option = key.partition(".")
             value = getattr(getattr(config, group), option, None)
-            is_given = value is not None and value not in _defaults(config, group, option)
-            if is_given and is_idle(config):
+            is_meant = key in given or value not in _defaults(config, group, option)
+            if value is not None and is_meant and is_idle(config):
                 yield f"{key}={value} has no effect here: it is only used with {owner}"
     ema = config.method.ema
     if ema and ema.sample == "last" and _nothing_drawn(config):
@@ -165,12 +171,20 @@ def _defaults(config: Config, group: str, option: str) -> list[Any]:
     return values + [OmegaConf.select(OmegaConf.load(p), f"{group}.{option}") for p in presets]
 
 
-def _of_clips(config: Config) -> Iterator[str]:
-    """A clip that repeats, or undoes, what the optimizer does."""
+def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
+    """A clip that repeats, or undoes, what the optimizer does itself; and that there is none, where
+    nobody asked for that and the optimizer does not bound its updates."""
     clip, own = config.method.clip, _clips_itself(config.optim)
     if clip not in ("none", "global"):  # the default is harmless beside what bounds updates
         own = own or _bounds_itself(config.optim)
-    if clip != "none" and own:
+    is_unbounded = not (_clips_itself(config.optim) or _bounds_itself(config.optim))
+    if clip == "none" and is_unbounded and "method.clip" not in given:
+        if config.optim.name not in _UNCLIPPED:
+            yield (
+                f"no gradient is clipped, and optim={config.optim.name} does not bound its updates "
+                "itself; method.clip=exact clips beside the fused backward"
+            )
+    elif clip != "none" and own:
         yield f"method.clip={clip}, and optim={config.optim.name} {own}; one of them is enough"
 
 
@@ -194,6 +208,15 @@ def _bounds_itself(options: Any) -> str | None:
     if getattr(options, "atan2", False):
         return "has atan2, which bounds every update, whatever the size of its gradient"
     return None
+
+
+def _of_data(config: Config, given: frozenset[str]) -> Iterator[str]:
+    """Pictures of one's own with the demo's options."""
+    if "data.path" in given and not given & {"data", "experiment"}:
+        yield (
+            "data.path is given, and data=emoji24 is chosen, which has the demo's options "
+            f"({config.data.resolution} px, batches of {config.data.batch_size}); add data=folder"
+        )
 
 
 def _of_others(config: Config) -> Iterator[str]:

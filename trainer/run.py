@@ -53,7 +53,7 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     run_folder.refuse_occupied(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     with console.logging_to(folder / "train.log"), signals.stop_signals() as stop:
-        for remark in remarks.of_config(config):
+        for remark in remarks.of_config(config, overrides):
             log.warning("%s", remark)
         state = begin(config, folder, stop, overrides)
         writer = metrics.Metrics(folder, state.config, start_step=state.step)
@@ -262,9 +262,10 @@ def _nothing_to_train(state: State) -> None:
     """Say that a resumed run is at its end: what follows is written anew."""
     log.info(
         "already at step %d of %d: nothing to train; it is evaluated, exported and drawn again "
-        "(schedule.steps=... runtime.allow_config_change=true makes it longer)",
+        "(%s=... runtime.allow_config_change=true makes it longer)",
         state.step,
         state.config.schedule.steps,
+        "schedule.steps" if state.config.schedule.epochs is None else "schedule.epochs",
     )
 
 

@@ -16,15 +16,19 @@ from trainer.errors import UserError
 _WARMUP = 20  # steps at most, where it is left open
 
 
-def settled(config: ConstantConfig, steps_per_epoch: float) -> ConstantConfig:
+def settled(
+    config: ConstantConfig, steps_per_epoch: float, done: tuple[int, float] = (0, 0.0)
+) -> ConstantConfig:
     """The configuration with its open values decided: the steps of so many epochs, and of the
-    warm-up.
+    warm-up.  done: steps and epochs of a run that is resumed; others may have been as long.
 
     Raises UserError for a run that is shorter than its warm-up.
     """
     steps, warmup = config.steps, config.warmup_steps
     if config.epochs is not None:
-        steps = max(round(config.epochs * steps_per_epoch), 1)
+        steps_done, epochs_done = done
+        left = round((config.epochs - epochs_done) * steps_per_epoch)
+        steps = max(steps_done + left, 1)
     if warmup is None:
         warmup = min(_WARMUP, steps // 10)
     known = replace(config, steps=steps, warmup_steps=warmup)

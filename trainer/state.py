@@ -102,9 +102,9 @@ def assemble(
     clock = Clock(counters)
     peaks = memory.Peaks(device, counters.peak_training_bytes, counters.peak_bytes)
     dataset = data.load(config.data, stop)
-    config = _settled(config, dataset)
+    config = _settled(config, dataset, (resumed.step, counters.epochs) if resumed else (0, 0.0))
     if resumed:
-        checkpoint.check_length(resumed, config.schedule.steps)
+        checkpoint.check_length(resumed, config.schedule)
     model = Model(config.model, device)
     for remark in remarks.of_resolution(config, model.resolution):
         log.warning("%s", remark)
@@ -160,10 +160,11 @@ def assemble(
     )
 
 
-def _settled(config: Config, dataset: data.Dataset) -> Config:
-    """The configuration with the length of the run, which depends on the data."""
+def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> Config:
+    """The configuration with the length of the run, which depends on the data.  done: the steps and
+    epochs before."""
     steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.accumulation
-    known = schedule.settled(config.schedule, steps_per_epoch)
+    known = schedule.settled(config.schedule, steps_per_epoch, done)
     if known.epochs is not None:
         log.info("schedule.epochs=%g: %d steps", known.epochs, known.steps)
     for remark in remarks.of_schedule(known):

@@ -63,7 +63,7 @@ def _of_rates(groups: Sequence[Group], common: Collection[str]) -> Iterator[str]
     if is_of_several and all(len(tried - {None}) < 2 for tried in rates):
         yield (
             "each optimizer ran at one learning rate; another may be better, and may change the "
-            "order: -m optim=... optim.lr=3e-4,1e-3,3e-3 looks for it"
+            "order: -m optim=... optim.lr=..., with a third and three times each rate, looks for it"
         )
 
 
