@@ -1,6 +1,7 @@
 """Folders of pictures: what belongs to a picture, what is passed over, and that it is said."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -159,3 +160,14 @@ def test_a_text_file_of_two_pictures_is_noted(load, pictures, caplog):
     Image.new("RGB", (64, 64)).save(pictures / "red.jpg")
     assert [s.caption for s in load().samples].count("a red card") == 2
     assert "2 pictures have a .txt that is another picture's too, of the same name: " in caplog.text
+
+
+def test_kohyas_repeats_in_folder_names_are_pointed_out(pictures, load, caplog):
+    for name in ("10_cat", "1_dog", "2024"):
+        shutil.copytree(pictures, pictures / name, ignore=shutil.ignore_patterns("*_*", "2*"))
+    caplog.set_level(logging.INFO)
+    assert len(load().samples) == 16
+    (said,) = (message for message in caplog.messages if "repeats" in message)
+    assert "10_cat" in said
+    assert "1_dog" not in said
+    assert "2024" not in said

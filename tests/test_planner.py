@@ -163,6 +163,7 @@ EVERY_REMEDY = [
         ("model.dtype=bfloat16",),
         ("runtime.gradient_checkpointing=true",),
         ("data.batch_size=1", "runtime.accumulation=16"),
+        ("optim=adamw8bit",),
         ("optim=adafactor8bit",),
         ("method=lora",),
     )

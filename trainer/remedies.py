@@ -6,6 +6,17 @@ from dataclasses import dataclass
 import optim
 from trainer.config import Config, FullConfig, LoraConfig
 
+# The same rule with a smaller state.
+_SMALLER = {
+    "ademamix": "ademamix_factored",
+    "adamw": "adamw8bit",
+    "adopt": "adopt_factored",
+    "came": "came8bit",
+    "lion": "lion8bit",
+    "prodigy": "prodigy_factored",
+    "peer/bnb_adamw8bit": "adamw8bit",
+}
+_LEAST_RESOLUTION = 512  # below it no model is at home
 _SMALL_STATE = ("adafactor8bit", "adafactor8bit_apollo", "lomo")
 
 
@@ -50,13 +61,15 @@ def _all(config: Config) -> Iterator[Remedy]:
             overrides=("data.batch_size=1", f"runtime.accumulation={samples}"),
             what="which takes a step's pictures one after another",
         )
+    if smaller := _SMALLER.get(config.optim.name):
+        yield Remedy(overrides=(f"optim={smaller}",), what="which keeps its state in less")
+    if isinstance(method, LoraConfig) and method.rank > 16:
+        yield Remedy(overrides=("method.rank=16",), what="which trains fewer weights")
     if config.optim.name not in _SMALL_STATE:
         yield Remedy(overrides=("optim=adafactor8bit",), what="which keeps next to nothing")
     if isinstance(method, FullConfig):
         yield Remedy(overrides=("method=lora",), what="which trains few weights")
-    elif isinstance(method, LoraConfig) and method.rank > 16:
-        yield Remedy(overrides=("method.rank=16",), what="which trains fewer weights")
     step = data.bucket_step
-    smaller = data.resolution * 3 // 4 // step * step
-    if not data.resolutions and smaller >= max(step, 64):
-        yield Remedy(overrides=(f"data.resolution={smaller}",), what="which trains on less detail")
+    side = data.resolution * 3 // 4 // step * step
+    if not data.resolutions and side >= _LEAST_RESOLUTION:
+        yield Remedy(overrides=(f"data.resolution={side}",), what="which trains on less detail")

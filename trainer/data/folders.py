@@ -5,6 +5,7 @@ one, and is not used goes to `Reading.problems`, by its kind.
 """
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -66,6 +67,11 @@ _OTHER_PICTURES = (
 )
 _ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # text that is no caption
 _RUNS = "folders of runs are passed over (name one itself as data.path to read it)"
+_COUNTED = re.compile(r"(?!1_)\d+_.")  # 10_cat: ten times
+_REPEATS = (
+    "folders are called as kohya's scripts want repeats, which are not counted here (name each in "
+    "data.sources, with its repeats)"
+)
 _HIDDEN = "hidden pictures, or folders of them, are passed over (a dot begins their names)"
 
 
@@ -94,6 +100,8 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
         if not is_folder:
             yield folder / name
         elif not is_hidden(name):
+            if _COUNTED.match(name):
+                reading.remarks[_REPEATS].append(shown(folder / name))
             yield from _walk(folder / name, (*above, here), reading)
         elif _has_pictures(folder / name):
             reading.problems[_HIDDEN].append(shown(folder / name))

@@ -45,6 +45,8 @@ def verdict(plan: Plan, room: Room) -> str:
     """Whether it fits, in a line."""
     fits = "fits" if plan.needed_bytes <= room.free_bytes else "does not fit"
     needed, free = format_bytes(plan.needed_bytes), format_bytes(room.free_bytes)
+    if plan.needed_bytes < plan.drawing_bytes <= room.free_bytes:
+        needed += f" ({format_bytes(plan.drawing_bytes)} while it draws)"
     return f"{fits}: a run needs {needed}, and {room.where} has {free} free"
 
 
