@@ -167,7 +167,7 @@ def test_kohyas_repeats_in_folder_names_are_pointed_out(pictures, load, caplog):
         shutil.copytree(pictures, pictures / name, ignore=shutil.ignore_patterns("*_*", "2*"))
     caplog.set_level(logging.INFO)
     assert len(load().samples) == 16
-    (said,) = (message for message in caplog.messages if "repeats" in message)
+    (said,) = (message for message in caplog.messages if "called as kohya" in message)
     assert "10_cat" in said
     assert "1_dog" not in said
     assert "2024" not in said
