@@ -15,6 +15,7 @@ from trainer import execution, gradients, losses, memory, method, noise, optimiz
 from trainer.batches import noised
 from trainer.config import ASSETS, DTYPES
 from trainer.errors import UserError
+from trainer.model import Model
 from trainer.run import run
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -111,6 +112,18 @@ def _predict(unet, inputs):
 
 def test_gradient_checkpointing_keeps_fewer_activations(composed):
     assert saved_bytes(composed, CHECKPOINTING) < 0.7 * saved_bytes(composed)
+
+
+def test_a_trained_text_encoder_is_checkpointed_without_a_warning(composed, recwarn):
+    config = composed(CHECKPOINTING, "method.train=[unet,text_encoder]")
+    model = Model(config.model, CPU)
+    model.keep_text_encoders(config.method.train)
+    model.load_unet()
+    method.attach(config.method, model, config.seed)
+    execution.prepare(config, model.trained_parts, CPU)
+    layers = model.trained_parts["text_encoder"].modules()
+    assert any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    assert [str(w.message) for w in recwarn if "checkpointing" in str(w.message)] == []
 
 
 def test_gradient_checkpointing_is_of_a_frozen_unet_too(composed):

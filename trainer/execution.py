@@ -39,7 +39,9 @@ def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> N
             if name == "unet":  # trained or not: text encoders' gradients come through it
                 part.enable_gradient_checkpointing()
             elif any(p.requires_grad for p in part.parameters()):
-                part.gradient_checkpointing_enable({"use_reentrant": False})
+                # The name in transformers 5, which warns where that of 4 is called.
+                named = getattr(part, "activation_checkpointing_enable", None)
+                (named or part.gradient_checkpointing_enable)({"use_reentrant": False})
     if runtime.channels_last:
         for module in unet.modules():
             if isinstance(module, nn.Conv2d):
