@@ -41,6 +41,13 @@ def test_a_preset_needs_no_model(examine, pictures):
     assert "model.path has no value" in err
 
 
+def test_pictures_of_ones_own_with_the_demos_options_are_pointed_out(examine, pictures):
+    _, out, _ = examine(f"data.path={pictures}")
+    assert out.startswith("data.path is given, and data=emoji24 is chosen")
+    _, out, _ = examine("data=folder", f"data.path={pictures}")
+    assert "emoji24" not in out
+
+
 def test_the_shipped_pictures_have_no_problems(examine):
     status, out, err = examine("data.batch_size=8")
     assert (status, err) == (0, "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from trainer import cli, pictures, report, schedule
+from trainer import cli, pictures, remarks, report, schedule
 from trainer.config import Config
 from trainer.data import Store, dataset
 from trainer.data.survey import Survey, all_sources, survey
@@ -67,6 +67,8 @@ def main() -> None:
         config = _config(given.overrides)
         if given.sheet:
             _check_sheet(given.sheet, config)
+        for remark in remarks.of_data(config, given.overrides):
+            print(remark)
         problems = examine(config, given.images_per_second, given.names, given.sheet)
     except (UserError, OSError) as error:
         cli.fail(str(error))

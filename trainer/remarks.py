@@ -78,12 +78,12 @@ def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
 
     overrides: the command line's, which say what was meant where it is the default too.
     """
-    given = frozenset(o.lstrip("+").partition("=")[0] for o in overrides)
+    given = _keys(overrides)
     return [
         *_without_effect(config, given),
         *_of_clips(config, given),
         *_of_others(config),
-        *_of_data(config, given),
+        *of_data(config, overrides),
     ]
 
 
@@ -114,6 +114,10 @@ def of_resolution(config: Config, own: int | None) -> list[str]:
         f"{key}={config.data.resolutions or side}: the model was made for {own} x {own} "
         f"pixels; use data.resolution={own}, unless it is to learn another size"
     ]
+
+
+def _keys(overrides: Sequence[str]) -> frozenset[str]:
+    return frozenset(override.lstrip("+").partition("=")[0] for override in overrides)
 
 
 def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
@@ -210,8 +214,9 @@ def _bounds_itself(options: Any) -> str | None:
     return None
 
 
-def _of_data(config: Config, given: frozenset[str]) -> Iterator[str]:
+def of_data(config: Config, overrides: Sequence[str]) -> Iterator[str]:
     """Pictures of one's own with the demo's options."""
+    given = _keys(overrides)
     if "data.path" in given and not given & {"data", "experiment"}:
         yield (
             "data.path is given, and data=emoji24 is chosen, which has the demo's options "
