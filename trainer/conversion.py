@@ -250,6 +250,7 @@ def _export_checkpoint(
         config, step = record["config"], record["step"]
         began, noising = ModelConfig(**config["model"]), NoiseConfig(**config["noise"])
         method, described = config["method"], result.described(config, step)
+        sketch = record["model"]
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is of another version: {error}") from error
     if base is None and why_missing("model.path", began.path):
@@ -269,7 +270,7 @@ def _export_checkpoint(
     if base is not None:
         began.path, began.variant = base, None
     model = Model(began, torch.device("cpu"))
-    if record["model"] != model.sketch():
+    if sketch != model.sketch():
         raise UserError(
             f"the model at {began.path} is not what {folder} began with, and what was not trained "
             "would be another's; name that model where it is: --base=MODEL"
