@@ -11,7 +11,7 @@ from helpers import QUICK
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
-from trainer import cli
+from trainer import cli, resolvers
 from trainer.sweep import SweepTable, sweep_table
 
 
@@ -104,7 +104,7 @@ def test_sweeps_that_begin_in_one_second_have_folders_of_their_own(tmp_path, mon
             return cls(2026, 1, 2, 3, 4, 5)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "datetime", Clock)
+    monkeypatch.setattr(resolvers, "datetime", Clock)
     for name in ("runs/sweep-20260102-030405", "runs/sweep-20260102-030405-2"):
         cli.register()
         made = OmegaConf.create({"dir": "${sweep_dir:}"})

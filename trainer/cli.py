@@ -1,29 +1,24 @@
-"""The command line: Hydra's schema, the help page, the options a resumed run inherits, and where a
-run is written."""
+"""The command line: Hydra's schema, the help page, mistakes, and the options that a resumed run
+inherits."""
 
 import argparse
 import math
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import datetime
-from pathlib import Path
 from typing import NoReturn
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 import optim
-from trainer import config
-from trainer.checkpoint import latest_run, overrides_of, run_folder_of
+from trainer import config, resolvers
+from trainer.checkpoint import latest_run, overrides_of
 from trainer.config import (
     ALTERNATIVES,
-    ASSETS,
     Config,
     ExternalConfig,
     choices_of,
-    conf_dir,
-    file_name,
     group_names,
     optimizer_schema,
     peer_schema,
@@ -74,8 +69,6 @@ _HYDRA_FLAGS = {
     "info",
     "experimental-rerun",
 }
-# Of an optimizer's default rate, with a large model.
-_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
 # Of a command line, what a later one that resumes the run must say itself.
 _ONCE = {"resume", "runtime.allow_config_change"}
 
@@ -95,11 +88,7 @@ def register() -> None:
     store.store(group="schema/optim", name="external", node=ExternalConfig)
     for name in choices_of("optim/peer"):
         store.store(group="schema/optim/peer", name=name, node=peer_schema(f"peer/{name}"))
-    OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
-    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
-    OmegaConf.register_new_resolver("default_lr", _default_lr, replace=True)
+    resolvers.register()
 
 
 def with_resumed(arguments: list[str]) -> list[str]:
@@ -199,35 +188,6 @@ def with_published_model(overrides: list[str]) -> list[str]:
     if not OmegaConf.is_missing(given.model, "path") or kind not in architectures.PUBLISHED:
         return overrides
     return [f"model.path={architectures.folder(kind)}", *overrides]
-
-
-def _run_dir(resume: str | None, name: str) -> str:
-    """Where this run is written: the folder of the run that it resumes, else a new one."""
-    if resume and (folder := run_folder_of(resume)):
-        return str(folder)
-    return _unused(f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{file_name(name)}")
-
-
-def _sweep_dir() -> str:
-    """Where a sweep without a given folder is written."""
-    return _unused(f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}")
-
-
-def _unused(fresh: str) -> str:
-    """This folder, or with a number where another began in the same second."""
-    candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
-    return next(folder for folder in candidates if not Path(folder).exists())
-
-
-def _default_lr(optimizer: str, method: str) -> float:
-    """The default learning rate of a large model: a share of the optimizer's, which was found with
-    a small one, or all of it where the optimizer finds its own rate."""
-    cls = optim.FAMILY.get(optimizer)
-    if cls is None:
-        default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr
-    else:
-        _, default = optim.options_of(optimizer)["lr"]
-    return default * (1.0 if cls and "d" in cls.shared else _SHARE_OF_RATE[method])
 
 
 def help_page() -> str:
