@@ -6,7 +6,7 @@ and adds it.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -66,59 +66,13 @@ _FEW = 3  # choices that are named as having an option
 
 def explain(error: BaseException, arguments: list[str]) -> str:
     """One line for an error of composition: the key at fault, the nearest name, the remedy."""
-    text = "\n".join(dict.fromkeys(str(e) for e in _chain(error)))
-    overrides = _overrides(arguments)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; name another folder with hydra.run.dir=..."
-    if found := re.search(r"raised while resolving interpolation: (.*)", text):
-        return found[1]
-    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
-        group, choice = found.groups()
-        return f"{group}={choice}: {unknown(f'{group} choice', choice, choices_of(group))}"
-    if found := re.search(r"Multiple values for (?:schema/)?(\w+)", text):
-        return f"{found[1]} takes one choice; for a run with each, a sweep, {found[1]}=A,B and -m"
-    if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text):
-        key, value = found.groups()
-        if isinstance(OmegaConf.select(composition([]), key), str):
-            quoted = _shell_quoted(f'{key}="{value}"')
-            return f"{key}={value}: a text with commas is quoted twice: {quoted}"
-        return f"{key}={value}: for a run with each, a sweep, add -m; as a list, {key}=[{value}]"
-    if found := re.search(r"Could not override '([^']+)'.*Key '(\w+)' not in '(\w+)'", text, re.S):
-        key, name, node = found.groups()
-        if name not in key.split(".") and hasattr(config, node):  # of an item of a list
-            siblings = [option.name for option in fields(getattr(config, node))]
-            return f"{key}: {unknown(f'option of {key}', name, siblings)}"
-    if found := re.search(r"Could not (?:override|append|delete|add)[^']*'([^']+)'", text):
-        return _wrong_key(found[1], overrides)
-    if found := re.search(r"(.*)\n\s*full_key: ([\w.\[\]]+)", text):
-        reason, key = found[1].strip(), found[2]
-        presets = [a for a in overrides if a.startswith("experiment=")]
-        if presets and not any(a.lstrip("+").startswith(f"{key}=") for a in overrides):
-            group = key.partition(".")[0]
-            return (
-                f"{presets[0]} sets {key}, which the chosen {group} does not have; leave out "
-                f"{group}=..., or choose another experiment"
-            )
-        if "is not a ListConfig" in reason:
-            given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
-            value = given[-1] if given else "..."
-            return f"{key} is a list; write {_shell_quoted(f'{key}=[{value}]')}"
-        return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows what it may look like"
-    if found := re.search(r"Error parsing override '(.*)'\s+missing EQUAL", text):
-        return _no_option(found[1], arguments)
-    broken = [a for a in arguments if "=" in a and a not in overrides]
-    if broken:
-        key, _, value = broken[0].partition("=")
-        return f"{broken[0]}: this value needs quotes; write '{key}=\"{value}\"'"
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key, parent = override.key_or_group, override.key_or_group.rpartition(".")[0]
-        if key in group_names() and not override.value():
-            return f"{key} has no choice; there is {', '.join(choices_of(key))}"
-        if key in group_names() and not isinstance(override.value(), str | list):
-            return f"{key} takes a choice, one of {', '.join(choices_of(key))}"
-        if parent in options_of([]):
-            return f"{key}: {parent} is not set here; choose its group first ({_where(parent)})"
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    text = "\n".join(dict.fromkeys(str(e) for e in _chain(error)))
+    for pattern, answer in _ANSWERS:
+        if (found := re.search(pattern, text)) and (line := answer(found, arguments)):
+            return line
+    return _value_at_fault(arguments) or " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -132,6 +86,96 @@ def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
 def options_of(overrides: list[str]) -> list[str]:
     """Every option under the group choices among these overrides."""
     return _valid_keys(next(_compositions(_overrides(overrides))))
+
+
+def _no_such_choice(found: re.Match[str], arguments: list[str]) -> str:
+    group, choice = found.groups()
+    return f"{group}={choice}: {unknown(f'{group} choice', choice, choices_of(group))}"
+
+
+def _several_choices(found: re.Match[str], arguments: list[str]) -> str:
+    return f"{found[1]} takes one choice; for a run with each, a sweep, {found[1]}=A,B and -m"
+
+
+def _several_values(found: re.Match[str], arguments: list[str]) -> str:
+    key, value = found.groups()
+    if isinstance(OmegaConf.select(composition([]), key), str):
+        quoted = _shell_quoted(f'{key}="{value}"')
+        return f"{key}={value}: a text with commas is quoted twice: {quoted}"
+    return f"{key}={value}: for a run with each, a sweep, add -m; as a list, {key}=[{value}]"
+
+
+def _no_key_of_item(found: re.Match[str], arguments: list[str]) -> str | None:
+    """A key that an item of a list does not have: of data.sources=[{...}]."""
+    key, name, node = found.groups()
+    if name in key.split(".") or not hasattr(config, node):
+        return None
+    siblings = [option.name for option in fields(getattr(config, node))]
+    return f"{key}: {unknown(f'option of {key}', name, siblings)}"
+
+
+def _no_such_key(found: re.Match[str], arguments: list[str]) -> str:
+    return _wrong_key(found[1], _overrides(arguments))
+
+
+def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
+    """A value that its key cannot have, or a key that a preset sets and the choice lacks."""
+    reason, key = found[1].strip(), found[2]
+    overrides = _overrides(arguments)
+    given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
+    presets = [a for a in overrides if a.startswith("experiment=")]
+    if presets and not given:
+        group = key.partition(".")[0]
+        return (
+            f"{presets[0]} sets {key}, which the chosen {group} does not have; leave out "
+            f"{group}=..., or choose another experiment"
+        )
+    if "is not a ListConfig" in reason:
+        value = given[-1] if given else "..."
+        return f"{key} is a list; write {_shell_quoted(f'{key}=[{value}]')}"
+    return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows what it may look like"
+
+
+def _no_option(found: re.Match[str], arguments: list[str]) -> str:
+    """A word that is not key=value, and may belong to the argument before it."""
+    word = found[1]
+    at = arguments.index(word) if word in arguments else 0
+    before = arguments[at - 1] if at else ""
+    if "=" not in before:
+        return f"{word} is not an option; options are key=value, and choices group=choice"
+    together = _shell_quoted(f"{before} {word}")
+    return f"{word} is not an option; if it belongs to {before}, write {together}"
+
+
+# What Hydra and OmegaConf say, and who answers it; one that answers None leaves it to the next.
+_ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ...] = (
+    (r"raised while resolving interpolation: (.*)", lambda found, _: found[1]),
+    (r"Could not find '(\w+)/([^']+)'", _no_such_choice),
+    (r"Multiple values for (?:schema/)?(\w+)", _several_choices),
+    (r"Ambiguous value for argument '([^=']+)=([^']*)'", _several_values),
+    (r"(?s)Could not override '([^']+)'.*Key '(\w+)' not in '(\w+)'", _no_key_of_item),
+    (r"Could not (?:override|append|delete|add)[^']*'([^']+)'", _no_such_key),
+    (r"(.*)\n\s*full_key: ([\w.\[\]]+)", _wrong_value),
+    (r"Error parsing override '(.*)'\s+missing EQUAL", _no_option),
+)
+
+
+def _value_at_fault(arguments: list[str]) -> str | None:
+    """What is wrong with the arguments themselves, where Hydra's message does not tell."""
+    overrides = _overrides(arguments)
+    broken = [a for a in arguments if "=" in a and a not in overrides]
+    if broken:
+        key, _, value = broken[0].partition("=")
+        return f"{broken[0]}: this value needs quotes; write '{key}=\"{value}\"'"
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, parent = override.key_or_group, override.key_or_group.rpartition(".")[0]
+        if key in group_names() and not override.value():
+            return f"{key} has no choice; there is {', '.join(choices_of(key))}"
+        if key in group_names() and not isinstance(override.value(), str | list):
+            return f"{key} takes a choice, one of {', '.join(choices_of(key))}"
+        if parent in options_of([]):
+            return f"{key}: {parent} is not set here; choose its group first ({_where(parent)})"
+    return None
 
 
 def _where(node: str) -> str:
@@ -160,16 +204,6 @@ def _overrides(arguments: list[str]) -> list[str]:
         if not argument.startswith("-"):
             good.append(argument)
     return good
-
-
-def _no_option(word: str, arguments: list[str]) -> str:
-    """A word that is not key=value, and may belong to the argument before it."""
-    at = arguments.index(word) if word in arguments else 0
-    before = arguments[at - 1] if at else ""
-    if "=" not in before:
-        return f"{word} is not an option; options are key=value, and choices group=choice"
-    together = _shell_quoted(f"{before} {word}")
-    return f"{word} is not an option; if it belongs to {before}, write {together}"
 
 
 def _shell_quoted(argument: str) -> str:
