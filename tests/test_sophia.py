@@ -64,10 +64,12 @@ def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
     optimizer = optim.Sophia(unet.parameters(), betas=(0.9, 0.0))  # the curvature is the last one
     backward = gradients.GatheredBackward([], Clip("none", 1.0, []))
     total = torch.zeros(4, 4)
+
+    def predict():
+        return batches.predict(unet, batch), losses.factor(config, noise_schedule, batch)
+
     for step in range(draws):
-        curvature.estimate(
-            *(optimizer, backward, unet, lambda: batch, config, noise_schedule), seed=0, step=step
-        )
+        curvature.estimate(optimizer, backward, predict, seed=0, step=step)
         total += optimizer.state[unet.matrix]["hessian"]
 
     def loss(matrix):

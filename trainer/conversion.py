@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,19 @@ def _empty(found: origin.Origin) -> dict[str, nn.Module]:
     }
 
 
+@dataclass(kw_only=True)
+class _Saved:
+    """What a checkpoint knows of its run, for an export."""
+
+    folder: Path
+    model: ModelConfig  # that training began with
+    sketch: str  # of that model
+    noise: NoiseConfig
+    method: dict[str, Any]
+    metadata: dict[str, str]
+    parts: dict[str, Weights]  # as they are exported
+
+
 def _export_checkpoint(
     folder: Path, target: Path, form: str | None, dtype: torch.dtype | None, base: str | None
 ) -> None:
@@ -245,45 +259,64 @@ def _export_checkpoint(
 
     base: where that model lies now, if not where it was.
     """
+    saved = _saved(folder)
+    if base is None and why_missing("model.path", saved.model.path):
+        raise UserError(
+            f"the model that {folder} began with is not at {saved.model.path} any more; name it "
+            "where it is now: --base=MODEL"
+        )
+    if base is not None:
+        saved.model.path, saved.model.variant = base, None
+    export = _export_saved_lora if saved.method["name"] == "lora" else _export_saved_model
+    export(saved, target, form, dtype)
+
+
+def _saved(folder: Path) -> _Saved:
     record = checkpoint.verified(folder, without="optimizer.pt")
     try:
-        config, step = record["config"], record["step"]
-        began, noising = ModelConfig(**config["model"]), NoiseConfig(**config["noise"])
-        method, described = config["method"], result.described(config, step)
-        sketch = record["model"]
+        config = record["config"]
+        return _Saved(
+            folder=folder,
+            model=ModelConfig(**config["model"]),
+            sketch=record["model"],
+            noise=NoiseConfig(**config["noise"]),
+            method=config["method"],
+            metadata=result.described(config, record["step"]),
+            parts=_by_part(_exported_weights(folder, config["method"].get("ema"))),
+        )
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is of another version: {error}") from error
-    if base is None and why_missing("model.path", began.path):
+
+
+def _export_saved_lora(
+    saved: _Saved, target: Path, form: str | None, dtype: torch.dtype | None
+) -> None:
+    base, variant = saved.model.path, saved.model.variant
+    kind, models = _named(base, variant)
+    if base not in architectures.PUBLISHED:
+        _warn_of_noise(saved.noise, origin.at(base, variant))
+    held = _adapters_of(saved.parts, saved.method)
+    _write_lora(saved.folder, target, form or "kohya", dtype, kind, models, held, saved.metadata)
+
+
+def _export_saved_model(
+    saved: _Saved, target: Path, form: str | None, dtype: torch.dtype | None
+) -> None:
+    model = Model(saved.model, torch.device("cpu"))
+    if saved.sketch != model.sketch():
         raise UserError(
-            f"the model that {folder} began with is not at {began.path} any more; name it where it "
-            "is now: --base=MODEL"
-        )
-    trained = _by_part(_exported_weights(folder, method.get("ema")))
-    if method["name"] == "lora":
-        named, variant = base or began.path, None if base else began.variant
-        kind, models = _named(named, variant)
-        if named not in architectures.PUBLISHED:
-            _warn_of_noise(noising, origin.at(named, variant))
-        held = _adapters_of(trained, method)
-        _write_lora(folder, target, form or "kohya", dtype, kind, models, held, described)
-        return
-    if base is not None:
-        began.path, began.variant = base, None
-    model = Model(began, torch.device("cpu"))
-    if sketch != model.sketch():
-        raise UserError(
-            f"the model at {began.path} is not what {folder} began with, and what was not trained "
-            "would be another's; name that model where it is: --base=MODEL"
+            f"the model at {saved.model.path} is not what {saved.folder} began with, and what was "
+            "not trained would be another's; name that model where it is: --base=MODEL"
         )
     found = model.origin
     parts: dict[str, writing.Given] = {
         part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
-        for part, weights in trained.items()
+        for part, weights in saved.parts.items()
     }
     if model.vae_origin is not found:
         parts["vae"] = model.vae_origin
-    scheduler = noise.scheduler_config(noising, model.scheduler)
-    trainer = {metadata.TRAINER: described[metadata.TRAINER]}
+    scheduler = noise.scheduler_config(saved.noise, model.scheduler)
+    trainer = {metadata.TRAINER: saved.metadata[metadata.TRAINER]}
     _write_model(target, found, parts, form, dtype, scheduler, trainer)
 
 

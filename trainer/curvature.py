@@ -9,38 +9,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 import optim
-from trainer import batches, gradients, losses
-from trainer.config import LossConfig
+from trainer import batches, gradients
 
 
 def estimate(
     optimizer: Any,
     backward: gradients.GatheredBackward | gradients.FusedBackward,
-    unet: UNet2DConditionModel,
-    draw: Callable[[], batches.Batch],
-    config: LossConfig,
-    noise_schedule: DDPMScheduler,
+    predict: Callable[[], tuple[Tensor, Tensor | None]],
     seed: int,
     step: int,
 ) -> None:
-    """Where `optimizer` wants an estimate before this step, make it from the batch that `draw`
-    gives; else nothing is drawn.  `backward` is how a backward pass's gradients are used.
+    """Where `optimizer` wants an estimate before this step, make it; else `predict` is not called.
+
+    `backward` is how a backward pass's gradients are used.  `predict` gives the model's prediction
+    for a batch and how often the squared error of each element counts in the loss
+    (`losses.factor`); None: once.
 
     The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
     elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.  Where an element's
-    squared error counts f times (`losses.factor`), its target has the variance 1 / f; the gradient
-    of that is the plain squared error's with noise of sqrt(f) times the unit, which a factor of 0
-    has as well.
+    squared error counts f times, its target has the variance 1 / f; the gradient of that is the
+    plain squared error's with noise of sqrt(f) times the unit, which a factor of 0 has as well.
     """
     if not isinstance(optimizer, optim.Sophia) or not optimizer.wants_hessian():
         return
-    batch = draw()
-    prediction = batches.predict(unet, batch)
+    prediction, factor = predict()
     noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)
-    factor = losses.factor(config, noise_schedule, batch)
     if factor is not None:
         noise = noise * factor.sqrt()
     target = prediction.detach() + batches.on_device(noise, prediction.device)

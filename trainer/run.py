@@ -82,7 +82,7 @@ def begin(
 
 def train(state: State, writer: metrics.Metrics) -> None:
     """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
-    config, unet, optimizer = state.config, state.model.unet, state.optimizer
+    config, optimizer = state.config, state.optimizer
     parameters = list(method.trained_parameters(state.model).values())
     backward = gradients.make(config, parameters, optimizer, state.counters.grad_norm)
     if state.step == 0:
@@ -109,17 +109,8 @@ def train(state: State, writer: metrics.Metrics) -> None:
         lr = optimizers.set_lr(optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
         with memory.explained(config, f"in step {step + 1}"):
-            first_batch = partial(draw, state, first)
-            curvature.estimate(
-                optimizer,
-                backward,
-                unet,
-                first_batch,
-                config.loss,
-                state.noise_schedule,
-                config.seed,
-                step,
-            )
+            predict = partial(weighted_prediction, state, first)
+            curvature.estimate(optimizer, backward, predict, config.seed, step)
             outcome = backward.of_step(partial(loss_of, state, first), shares(members))
             state.counters.grad_norm = backward.clip.last_norm
 
@@ -141,24 +132,29 @@ def train(state: State, writer: metrics.Metrics) -> None:
         if wrong := state.guard.complaint():
             _give_up(state, wrong)
 
-        # Report, evaluate, sample, save.
         if probe:
             values = state.watch.lately() | {"lr": lr, "grad_norm": outcome.grad_norm}
             _report(state, writer, progress, values | {"update_ratio": probe.ratio()})
-        if _due(config.log.eval_every, state):
-            evaluation.evaluate(state, writer)
-        if _due(config.log.sample_every, state):
-            evaluation.sample(state, writer)
-        for every, keep in (
-            (config.runtime.save_every, save),
-            (config.method.export_every, _export),
-        ):
-            if _due(every, state):
-                try:
-                    keep(state)
-                except UserError as error:
-                    log.warning("%s; training goes on", error)
+        _between_steps(state, writer)
     progress.close()
+
+
+def _between_steps(state: State, writer: metrics.Metrics) -> None:
+    """Evaluate, sample, save and export: whatever is due after this step."""
+    config = state.config
+    if _due(config.log.eval_every, state):
+        evaluation.evaluate(state, writer)
+    if _due(config.log.sample_every, state):
+        evaluation.sample(state, writer)
+    for every, keep in (
+        (config.runtime.save_every, save),
+        (config.method.export_every, _export),
+    ):
+        if _due(every, state):
+            try:
+                keep(state)
+            except UserError as error:
+                log.warning("%s; training goes on", error)
 
 
 def draw(state: State, number: int) -> batches.Batch:
@@ -186,6 +182,14 @@ def loss_of(state: State, first: int, place: int) -> Tensor:
     batch = draw(state, first + place)
     prediction = batches.predict(state.model.unet, batch)
     return losses.loss(state.config.loss, state.noise_schedule, prediction, batch)
+
+
+def weighted_prediction(state: State, number: int) -> tuple[Tensor, Tensor | None]:
+    """The prediction for training micro-batch `number`, and how often each element's squared error
+    counts in the loss."""
+    batch = draw(state, number)
+    factor = losses.factor(state.config.loss, state.noise_schedule, batch)
+    return batches.predict(state.model.unet, batch), factor
 
 
 def finish(state: State, writer: metrics.Metrics) -> float:
