@@ -31,7 +31,9 @@ def data():
         for i in range(5)
     ]
     return Encoded(
-        dataset=Dataset(samples=samples, plan=None, config=SimpleNamespace(caption_dropout=0.0)),
+        dataset=Dataset(
+            samples=samples, mirrors={}, plan=None, config=SimpleNamespace(caption_dropout=0.0)
+        ),
         latents=Entries(
             keys={i: str(i) for i in range(5)},
             memory={str(i): {"latent": latent} for i, latent in enumerate(latents)},

@@ -252,3 +252,38 @@ def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures,
     assert held_out == [dataset.samples[i].name for i in dataset.held_out[:3]]
     with pytest.raises(UserError, match=r"data\.holdout=4: there are 4 different pictures"):
         load(holdout=4)
+
+
+def test_a_random_flip_trains_on_the_mirror_image_half_of_the_time(load):
+    plain, flipping = load(), load(random_flip=True)
+    assert not plain.mirrors
+    for row in range(4):
+        mirror = flipping.samples[flipping.mirrors[row]]
+        assert torch.equal(mirror.read_pixels(), plain.samples[row].read_pixels().flip(-1))
+        assert mirror.captions == plain.samples[row].captions
+    drawn = [pick.sample for n in range(2000) for pick in flipping.batch(0, n)]
+    of_plain = [pick.sample for n in range(2000) for pick in plain.batch(0, n)]
+    original = {mirror: row for row, mirror in flipping.mirrors.items()}
+    assert [original.get(row, row) for row in drawn] == of_plain
+    assert sum(row in original for row in drawn) / len(drawn) == pytest.approx(0.5, abs=0.05)
+    assert flipping.fingerprint != plain.fingerprint
+
+
+def test_mirror_images_are_neither_drawn_nor_evaluated_nor_held_out(load):
+    flipping = load(random_flip=True, holdout=1)
+    assert len(flipping.samples) == 4 + 3
+    assert flipping.own == flipping.shown == sorted(flipping.mirrors)
+    assert not any(flipping.samples[i].mirrored for i in flipping.held_out)
+    assert flipping.num_pictures == 3
+    assert flipping.plan.pictures_per_epoch == 3
+
+
+def test_the_mask_of_a_mirror_image_is_mirrored(load, pictures):
+    half = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    half.save(pictures / "red.png")
+    flipping = load(random_flip=True, mask="alpha")
+    (row,) = (i for i in flipping.mirrors if flipping.samples[i].name.endswith("red.png"))
+    mask = flipping.samples[row].read_mask()
+    assert mask[0, 0, 0] == 0
+    assert torch.equal(flipping.samples[flipping.mirrors[row]].read_mask(), mask.flip(-1))

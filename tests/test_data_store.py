@@ -105,6 +105,7 @@ CHANGES = {
     "captions": (lambda p: (p / "red.txt").write_text("other"), {"caption_prefix": "x"}, 0),
     "batch size": (None, {"batch_size": 7}, 0),
     "time_ids": (None, {"time_ids": "bucket"}, 0),
+    "mirror images": (None, {"random_flip": True}, 4),
 }
 
 

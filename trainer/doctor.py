@@ -189,8 +189,9 @@ def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
 def _draw(made: dataset.Dataset, path: Path) -> str:
     """Draw pictures from all parts of the data, cropped and scaled as a run would see them, with
     their captions; -> a line about it."""
-    every = -(-len(made.samples) // _SHEET)
-    chosen = made.samples[::every]
+    samples = [sample for sample in made.samples if not sample.mirrored]
+    every = -(-len(samples) // _SHEET)
+    chosen = samples[::every]
     drawn = [pictures.of_pixels(sample.read_pixels()) for sample in chosen]
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures.grid({"as seen": drawn}, [sample.caption for sample in chosen]).save(path)

@@ -27,6 +27,7 @@ _NAMES_ELSEWHERE = {
     "caption_dropout_rate": "data.caption_dropout",
     "conv_dim": "method.targets",
     "enable_bucket": "data.buckets",
+    "flip_aug": "data.random_flip",
     "full_bf16": "model.dtype",
     "fused_backward_pass": "runtime.fused_backward",
     "gradient_accumulation_steps": "runtime.accumulation",

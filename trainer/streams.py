@@ -15,6 +15,7 @@ class Stream(IntEnum):
     CURVATURE = 6  # sampled targets of an estimate
     CAPTION = 20  # which of a picture's captions
     VARIANT = 21  # order and choice of a caption's tags; no seed goes with it
+    FLIP = 22  # a picture or its mirror image
     OFFSET = 30  # a channel's shift of its noise
     PYRAMID = 31  # coarser levels of noise
     PERTURBATION = 32  # what is added to the input alone

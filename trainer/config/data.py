@@ -76,6 +76,8 @@ class DataConfig:
     max_aspect: float = within(1, 16)  # of a bucket; what is longer is cropped
     # Without it a picture smaller than its bucket goes to one of its own size, down to the step.
     upscale: bool
+    # Half of the times that a picture is trained on, its mirror image is; both are encoded.
+    random_flip: bool
     background: str  # behind transparent pixels: a colour's name, or #rrggbb
     # Of the loss: alpha (the transparent does not count), file (NAME.mask.png beside a picture, or
     # `mask` in metadata: white counts, black does not).

@@ -5,7 +5,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optim import rng
 from trainer.config import DataConfig
@@ -23,17 +23,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Dataset:
-    """All samples, regularisation pictures last."""
+    """All samples, regularisation pictures last, and after them mirror images."""
 
     samples: list[Sample]
-    plan: Plan
+    mirrors: dict[int, int]  # a sample -> its mirror image; with `random_flip` all trained ones
+    plan: Plan  # of samples that are not mirrored
     config: DataConfig
 
     @property
     def own(self) -> list[int]:
         """The samples that the run is about: for eval points and what is drawn.  All that are
-        trained on but those of `prior` sources, or with them where there are no others."""
-        trained = [i for i, sample in enumerate(self.samples) if not sample.held_out]
+        trained on but mirror images and those of `prior` sources, or with these where there are no
+        others."""
+        samples = enumerate(self.samples)
+        trained = [i for i, sample in samples if not (sample.held_out or sample.mirrored)]
         return [i for i in trained if not self.samples[i].prior] or trained
 
     @property
@@ -67,9 +70,18 @@ class Dataset:
         """Batch `number` (from 0): a function of these two alone.  All its picks have one bucket;
         it is smaller than `batch_size` where a bucket's last pictures train as a short batch."""
         return [
-            Pick(sample=index, caption=self.caption(index, seed, number, place))
+            Pick(
+                sample=self._turned(index, seed, number, place),
+                caption=self.caption(index, seed, number, place),
+            )
             for place, index in enumerate(self.plan.batch(seed, number))
         ]
+
+    def _turned(self, index: int, seed: int, number: int, place: int) -> int:
+        """This sample or, half of the times, its mirror image, where it has one."""
+        if index in self.mirrors and rng.uniform(seed, Stream.FLIP, number, place) < 0.5:
+            return self.mirrors[index]
+        return index
 
     def all_captions(self) -> list[str]:
         """Every caption that a batch or an eval point may have, each once."""
@@ -134,7 +146,11 @@ def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
                     places += [len(samples)] * picture.source.repeats
                 samples.append(sample)
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
-    return Dataset(samples=samples, plan=plan, config=config)
+    trained = [i for i, sample in enumerate(samples) if not sample.held_out]
+    turned = trained if config.random_flip else []
+    mirrors = {index: len(samples) + place for place, index in enumerate(turned)}
+    samples += [replace(samples[index], mirrored=True) for index in turned]
+    return Dataset(samples=samples, mirrors=mirrors, plan=plan, config=config)
 
 
 def refuse(surveyed: Survey, config: DataConfig) -> None:

@@ -1,4 +1,4 @@
-"""A sample: one picture at one size, with all that may be said of it."""
+"""A sample: one picture, or its mirror image, at one size, with all that may be said of it."""
 
 import hashlib
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ class Sample:
     loss_weight: float
     prior: bool  # of a source for regularisation
     held_out: bool  # never trained on
+    mirrored: bool = False
     config: DataConfig
 
     @property
@@ -64,11 +65,12 @@ class Sample:
         return is_of_file or (self.config.mask == "alpha" and self.is_transparent)
 
     def _transform(self, background: str, mask: str) -> str:
-        return repr((self.bucket, self.size, background, mask, "centre, lanczos"))
+        how = "centre, lanczos, mirrored" if self.mirrored else "centre, lanczos"
+        return repr((self.bucket, self.size, background, mask, how))
 
     def read_pixels(self) -> Tensor:
         """The picture as the VAE takes it: -> fp32 (3, h, w) in [-1, 1]."""
-        return pictures.pixels(self._decoded(self._read()).rgb, self.bucket)
+        return self._turned(pictures.pixels(self._decoded(self._read()).rgb, self.bucket))
 
     def read_mask(self) -> Tensor:
         """What counts of it in the loss: -> fp32 (1, h, w) in [0, 1]."""
@@ -77,10 +79,14 @@ class Sample:
         content = self._read()
         if content.mask is not None:
             grey = pictures.decode_mask(content.mask, self.size, self.config.max_pixels)
-            return pictures.mask(grey, self.bucket)
+            return self._turned(pictures.mask(grey, self.bucket))
         alpha = self._decoded(content).alpha
         assert alpha is not None  # it is transparent somewhere
-        return pictures.mask(alpha, self.bucket)
+        return self._turned(pictures.mask(alpha, self.bucket))
+
+    def _turned(self, planes: Tensor) -> Tensor:
+        """(..., h, w), left and right exchanged where the sample is the mirror image."""
+        return planes.flip(-1) if self.mirrored else planes
 
     def _decoded(self, content: "Content") -> pictures.Picture:
         return pictures.decode(content.picture, self.config.max_pixels, self.config.background)
