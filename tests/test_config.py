@@ -168,6 +168,8 @@ MISTAKES = [
     (["method=lora", "method.train=[unet,unet]"], ["method.train=['unet', 'unet']", "twice"]),
     (["ema=true"], ["ema takes a choice", "bf16"]),
     (["ema=null"], ["ema has no choice", "none"]),
+    (["log.prompts_file=nowhere.txt"], ["log.prompts_file=nowhere.txt", "No such file"]),
+    (["optim.lr=${nope}"], ["optim.lr: interpolation key 'nope' not found"]),
     (["log.prompts=a", "cat"], ["cat is not an option", "write 'log.prompts=a cat'"]),
     (["sdxl", "optim=lion"], ["sdxl is not an option", "key=value"]),
     (["hydra.run.dir=/proc/a"], ["/proc/a: No such file or directory; name another folder"]),

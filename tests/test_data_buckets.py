@@ -145,7 +145,8 @@ def test_several_resolutions_show_every_picture_at_each_that_it_is_large_enough_
     assert [s.bucket for s in dataset.samples] == [(64, 64), (64, 64), (128, 128)]
 
 
-def test_of_several_resolutions_the_largest_is_drawn(shapes):
+def test_of_several_resolutions_the_largest_is_drawn(shapes, composed):
+    log = composed("log.prompts=[a]").log
     for given in ([64, 128], [128, 64]):
         dataset = shapes([(300, 300), (70, 70), (200, 200)], resolutions=given)
         names_and_sides = [
@@ -155,10 +156,10 @@ def test_of_several_resolutions_the_largest_is_drawn(shapes):
         sampler = sampling.Sampler(
             model=None,
             data=SimpleNamespace(dataset=dataset),
-            config=SimpleNamespace(prompts=["a"], sample_count=9),
+            config=log,
             batch_size=1,
         )
-        assert sampler.sizes == [(128, 128)]
+        assert [prompt.size for prompt in sampler.prompts] == [(128, 128)]
 
 
 @pytest.mark.parametrize("repeats", [True, False])

@@ -48,6 +48,15 @@ def test_a_ledger_counts_what_is_alive_and_a_view_adds_nothing():
     assert ledger.peak == {"made": 4096}
 
 
+def test_drawing_is_planned_by_the_largest_prompt(composed):
+    small, tall = (
+        rehearsed(composed(f"log.prompts=[{line}]")) for line in ("a", "a --w 128 --h 256")
+    )
+    assert tall.denoising_bytes > 4 * small.denoising_bytes
+    assert tall.decoding_bytes > small.decoding_bytes
+    assert tall.training == small.training
+
+
 QUIET = ("runtime.threads=1", "log.sample_count=0")
 STEPS = {
     "plain": (),

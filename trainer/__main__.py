@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer import signals
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # already while the libraries are imported, which ta
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from trainer import cli, config, execution, optimizers, sweep
 from trainer.checkpoint import completed
@@ -41,7 +41,8 @@ def train(composed: DictConfig) -> float:
     """One run; returns its last eval loss, which a sweeper may minimise (NaN where it failed)."""
     _runs_begun.append(composed.name)
     context = HydraConfig.get()
-    folder, overrides = Path(context.runtime.output_dir), cli.lasting(context.overrides.task)
+    given = OmegaConf.to_container(context.overrides.task, resolve=False)  # optim.lr=${...}, too
+    folder, overrides = Path(context.runtime.output_dir), cli.lasting(cast(list[str], given))
     is_of_sweep = context.mode == RunMode.MULTIRUN
     if is_of_sweep and (loss := _ended(folder, overrides)) is not None:
         return loss
@@ -84,8 +85,11 @@ def _ended(folder: Path, overrides: list[str]) -> float | None:
 
 def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
     """What the table of a sweep says of a run that came to nothing."""
-    rate = composed.optim.get("lr")
-    known = {"seed": composed.get("seed"), "optimizer": composed.optim.get("name")}
+    rate, seed, name = (
+        OmegaConf.select(composed, key, throw_on_resolution_failure=False)
+        for key in ("optim.lr", "seed", "optim.name")
+    )
+    known = {"seed": seed, "optimizer": name}
     return known | ({"lr": rate} if isinstance(rate, int | float) else {})
 
 

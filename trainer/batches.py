@@ -88,10 +88,10 @@ def eval_batches(
             yield _batch(inputs, noise_schedule, timesteps, drawn, drawn)
 
 
-def sample_noise(like: Tensor, count: int) -> Tensor:
-    """The start noise of sample grids, the same in every run: like (4, h, w) -> (count, 4, h,
-    w)."""
-    return torch.stack([_fixed(like, _EVAL_SEED, place) for place in range(count)])
+def sample_noise(like: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The start noise of pictures that are drawn, the same in every run: like (4, h, w) -> (B, 4,
+    h, w), one for each seed."""
+    return torch.stack([_fixed(like, _EVAL_SEED, seed) for seed in seeds])
 
 
 def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import optim
+from trainer import prompts
 from trainer.config import (
     Config,
     ConstantConfig,
@@ -32,6 +33,16 @@ def _no_tags_move(config: Config) -> bool:
 
 def _nothing_drawn(config: Config) -> bool:
     return not (config.log.prompts or config.log.sample_count)
+
+
+def _never_guided(config: Config) -> bool:
+    drawn = prompts.of_config(config.log, config.data.largest_resolution)
+    return config.log.guidance_scale <= 1 and not any(prompt.is_guided for prompt in drawn)
+
+
+def _other_prompts(config: Config) -> bool:
+    path = config.log.prompts_file
+    return path is not None and prompts.read(path) != config.log.prompts
 
 
 _PICTURES = "pictures: log.prompts or log.sample_count"
@@ -62,7 +73,8 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "text encoders in method.train",
     ),
     (("data.resolution",), lambda c: bool(c.data.resolutions), "data.resolutions=[]"),
-    (("log.negative_prompt",), lambda c: c.log.guidance_scale <= 1, "log.guidance_scale above 1"),
+    (("log.negative_prompt",), _never_guided, "log.guidance_scale above 1"),
+    (("log.prompts_file",), _other_prompts, "no log.prompts beside it"),
     (("schedule.steps",), lambda c: c.schedule.epochs is not None, "schedule.epochs=null"),
     (("log.sample_count",), lambda c: bool(c.log.prompts), "log.prompts=[]"),
     (

@@ -1,4 +1,5 @@
-"""What `conf/` computes: where a run is written, and the rate that a preset begins with."""
+"""What `conf/` computes: where a run is written, the rate that a preset begins with, the lines of a
+file of prompts."""
 
 from datetime import datetime
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 import optim
+from trainer import prompts
 from trainer.checkpoint import run_folder_of
 from trainer.config import ASSETS, conf_dir, file_name
 
@@ -20,6 +22,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
+    OmegaConf.register_new_resolver(
+        "lines_of", lambda path: prompts.read(path) if path else [], replace=True
+    )
     OmegaConf.register_new_resolver("default_lr", _default_lr, replace=True)
 
 

@@ -11,13 +11,14 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from trainer import console, memory, pictures, signals
+from trainer import console, memory, pictures, prompts, signals
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
 from trainer.data import Sample
 from trainer.data.buckets import Size
 from trainer.model import Model
+from trainer.prompts import Prompt
 
 
 @dataclass(kw_only=True)
@@ -39,24 +40,29 @@ class Sampler:
         return [dataset.samples[row] for row in dataset.shown[:count]]
 
     @cached_property
-    def sizes(self) -> list[Size]:
-        """Height and width in pixels of each picture drawn."""
-        side = self.data.dataset.config.largest_resolution
-        return [sample.bucket for sample in self.samples] or [(side, side)] * self.count
+    def prompts(self) -> list[Prompt]:
+        """What is drawn: the configured prompts, or the samples' captions."""
+        if self.config.prompts:
+            side = self.data.dataset.config.largest_resolution
+            return prompts.of_config(self.config, side)
+        return [
+            prompts.of_caption(sample.caption, place, self.config, sample.bucket)
+            for place, sample in enumerate(self.samples)
+        ]
 
     @property
     def count(self) -> int:
-        return len(self.captions())
+        return len(self.prompts)
 
     @torch.no_grad()
     def draw(self, is_trained: bool = True) -> list[Image.Image]:
-        """One picture for each of the `count` captions; an untrained model is drawn with its own
+        """One picture for each of the `count` prompts; an untrained model is drawn with its own
         scheduler, whose prediction `noise` may change.  Raises `signals.Stopped`."""
         unet = self.model.unet
         self._denoiser.scheduler = self.model.sampling_schedule(is_trained)
         was_training = unet.training
         unet.eval()
-        latents: dict[int, Tensor] = {}  # by the caption's place
+        latents: dict[int, Tensor] = {}  # by the prompt's place
         try:
             with console.Aside("drawing", self.count, "pictures") as aside:
                 for places in self._chunks():
@@ -83,24 +89,26 @@ class Sampler:
         return drawn
 
     def _chunks(self) -> list[list[int]]:
-        """Indices of pictures drawn together: at most `batch_size`, all of one size."""
-        by_size: dict[Size, list[int]] = {}
-        for place, size in enumerate(self.sizes):
-            by_size.setdefault(size, []).append(place)
+        """Indices of pictures drawn together: at most `batch_size`, all of one size, with as many
+        steps and as much guidance."""
+        alike: dict[tuple[Size, int, float], list[int]] = {}
+        for place, prompt in enumerate(self.prompts):
+            alike.setdefault((prompt.size, prompt.steps, prompt.guidance_scale), []).append(place)
         count = self.batch_size
         return [
-            group[i : i + count] for group in by_size.values() for i in range(0, len(group), count)
+            group[i : i + count] for group in alike.values() for i in range(0, len(group), count)
         ]
 
     def _denoise(self, places: list[int]) -> Tensor:
         """-> latents (B, 4, h, w)."""
-        unet, (height, width) = self.model.unet, self.sizes[places[0]]
+        unet, wanted = self.model.unet, [self.prompts[place] for place in places]
+        first = wanted[0]
         known = self.data.latents[0]["latent"]
         pixels = self.data.dataset.samples[0].bucket[0] // known.shape[-2]  # of a latent's element
-        like = known.new_zeros(known.shape[0], height // pixels, width // pixels)
-        noise = sample_noise(like, self.count)[places]
-        prompt = self.data.read([self.captions()[place] for place in places])
-        negative = self.data.read([self.config.negative_prompt or None] * len(places))
+        like = known.new_zeros(known.shape[0], first.height // pixels, first.width // pixels)
+        noise = sample_noise(like, [prompt.seed for prompt in wanted])
+        prompt = self.data.read([prompt.text for prompt in wanted])
+        negative = self.data.read([prompt.negative or None for prompt in wanted])
         inputs = {
             "prompt_embeds": prompt.prompt,
             "negative_prompt_embeds": negative.prompt,
@@ -111,11 +119,11 @@ class Sampler:
         given = {k: x.to(unet.device, unet.dtype) for k, x in inputs.items() if x is not None}
         return self._denoiser(
             **given,
-            height=height,
-            width=width,
-            num_inference_steps=self.config.sample_steps,
-            guidance_scale=self.config.guidance_scale,
-            generator=[torch.Generator().manual_seed(place) for place in places],
+            height=first.height,
+            width=first.width,
+            num_inference_steps=first.steps,
+            guidance_scale=first.guidance_scale,
+            generator=[torch.Generator().manual_seed(prompt.seed) for prompt in wanted],
             output_type="latent",
         ).images
 
@@ -139,5 +147,5 @@ class Sampler:
         return [pictures.of_pixels(sample.read_pixels()) for sample in self.samples]
 
     def captions(self) -> list[str]:
-        """What is drawn."""
-        return self.config.prompts or [sample.caption for sample in self.samples]
+        """What is drawn, as it was given."""
+        return [prompt.line for prompt in self.prompts]

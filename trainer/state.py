@@ -20,6 +20,7 @@ from trainer import (
     noise,
     optimizers,
     planner,
+    prompts,
     remarks,
     result,
     sampling,
@@ -118,8 +119,10 @@ def assemble(
     method.check(config.method, model)
     planned = planner.announce(config, model, device)
     model.keep_text_encoders(config.method.train)
-    drawn = [*config.log.prompts, *filter(None, [config.log.negative_prompt])]
-    encoded = conditioning.encode(model, dataset, drawn, stop)
+    drawn = prompts.of_config(config.log, config.data.largest_resolution)
+    drawn_texts = [text for prompt in drawn for text in prompt.texts]
+    unwanted = filter(None, [config.log.negative_prompt])
+    encoded = conditioning.encode(model, dataset, [*drawn_texts, *unwanted], stop)
 
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import ImageColor
 
 import optim
 from optim.options import unknown
-from trainer import schedule
+from trainer import prompts, schedule
 from trainer.config import (
     ALTERNATIVES,
     PICTURE_SUFFIXES,
@@ -25,6 +26,7 @@ from trainer.config.fields import complaint
 from trainer.config.method import TRAINABLE_PARTS
 from trainer.config.model import why_missing
 from trainer.errors import UserError
+from trainer.explain import explain
 from trainer.groups import check_rules
 
 
@@ -37,10 +39,15 @@ def to_dataclasses(composed: DictConfig) -> Config:
     for group in groups:
         if OmegaConf.select(composed, group) is None:
             raise UserError(f"{group} has no choice; `python -m trainer --help` lists them")
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise UserError(f"{missing[0]} has no value; set it on the command line: {missing[0]}=...")
-    config = cast(Config, OmegaConf.to_object(composed))
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise UserError(
+                f"{missing[0]} has no value; set it on the command line: {missing[0]}=..."
+            )
+        config = cast(Config, OmegaConf.to_object(composed))
+    except OmegaConfBaseException as error:  # of an interpolation, which is resolved here
+        raise UserError(explain(error, [])) from error
     _refuse_additions(config)
     check(config)
     return config
@@ -76,6 +83,7 @@ def check(config: Config) -> None:
     for prefix, node in _nodes(config):
         if found := complaint(node, prefix):
             raise UserError(found)
+    prompts.of_config(config.log, config.data.largest_resolution)
     if config.schedule.epochs is None:  # else the data says how long the run is
         schedule.check(config.schedule)
     _check_names(config)

@@ -22,9 +22,11 @@ class LogConfig:
     eval_points: int = within(1)
     sample_every: int = within(0)  # 0 = only before and after
     sample_count: int = within(0)  # pictures in a sample grid: the first captions of the data
-    # What is drawn instead, as often as there are prompts: squares of data.resolution, or of the
-    # largest of data.resolutions.
+    # What is drawn instead: squares of data.resolution (of the largest of data.resolutions), or as
+    # a prompt itself says, in kohya's way: "a cat --w 832 --h 1216 --n blurred --d 7 --l 5 --s 30"
+    # (width, height, negative prompt, seed, guidance_scale, sample_steps).
     prompts: list[str]
+    prompts_file: str | None  # a text file of them, one a line
     negative_prompt: str  # what guidance leads away from; used where guidance_scale is above 1
     sample_steps: int = within(1, 1000)
     guidance_scale: float = within(0, 100)

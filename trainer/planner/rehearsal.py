@@ -6,6 +6,7 @@ text encoders cost what they cost in whatever UNet, and nobody keeps a formula o
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trainer import batches, execution, gradients, method, optimizers, text
+from trainer import batches, execution, gradients, method, optimizers, prompts, text
 from trainer.config import DTYPES, Config
+from trainer.data.buckets import Size
 from trainer.data.store import CAPTIONS_AT_A_TIME
 from trainer.model import Model
 from trainer.planner.ledger import Ledger
@@ -104,7 +106,8 @@ def _step(config: Config, model: Model, device_type: str) -> dict[str, int]:
     most."""
     parts = nn.ModuleDict(model.trained_parts)
     trained = [p for p in parts.parameters() if p.requires_grad]
-    latents = _latents(config, model, config.data.batch_size)
+    side = config.data.largest_resolution  # of the square, which no bucket exceeds
+    latents = _latents(model, config.data.batch_size, (side, side))
     with Ledger("activations") as ledger, _consuming(config, trained, device_type, ledger):
         ledger.enter(_tensors(parts), "weights")
         for _ in range(min(config.runtime.accumulation, 2)):  # a third is like the second
@@ -165,29 +168,43 @@ def _encoded_picture(config: Config, vae: AutoencoderKL) -> int:
 
 def _denoised(config: Config, model: Model) -> int:
     """Drawing pictures, as far as the UNet does: the peak beside the weights."""
-    count = len(config.log.prompts) or config.log.sample_count
-    rows = min(count, config.data.batch_size) * (2 if config.log.guidance_scale > 1 else 1)
-    if not rows:
+    drawn = _drawn(config)
+    if not drawn:
         return 0
+    largest = max(drawn, key=lambda prompt: prompt.width * prompt.height)
+    guided = any(prompt.is_guided for prompt in drawn)
+    rows = min(len(drawn), config.data.batch_size) * (2 if guided else 1)
     with Ledger("activations") as ledger, torch.no_grad():
         ledger.enter(_tensors(nn.ModuleDict(model.trained_parts)), "weights")
-        batches.predict(model.unet, _batch(config, model, _latents(config, model, rows)))
+        latents = _latents(model, rows, largest.size)
+        batches.predict(model.unet, _batch(config, model, latents))
     return ledger.peak["activations"]
 
 
 def _decoded(config: Config, model: Model, vae: AutoencoderKL) -> int:
     """The VAE's part of drawing, a picture at a time: the peak, with the VAE."""
+    largest = max((prompt.size for prompt in _drawn(config)), key=math.prod)
     with Ledger("activations") as ledger, torch.no_grad():
         ledger.enter(_tensors(vae), "weights")
-        vae.decode(_latents(config, model, 1).to(vae.dtype))
+        vae.decode(_latents(model, 1, largest).to(vae.dtype))
     return ledger.peak.total()
 
 
-def _latents(config: Config, model: Model, rows: int) -> Tensor:
-    """Of the square, which no bucket exceeds: (rows, 4, h, w)."""
+def _drawn(config: Config) -> list[prompts.Prompt]:
+    """What is drawn; of captions, whose pictures are not known, squares, which no bucket
+    exceeds."""
+    side = config.data.largest_resolution
+    places = range(config.log.sample_count)
+    return prompts.of_config(config.log, side) or [
+        prompts.of_caption("", place, config.log, (side, side)) for place in places
+    ]
+
+
+def _latents(model: Model, rows: int, size: Size) -> Tensor:
+    """(rows, 4, h, w)."""
     halvings = len(model.vae_origin.config("vae")["block_out_channels"]) - 1
-    side = config.data.largest_resolution >> halvings
-    return torch.empty(rows, model.unet.config.in_channels, side, side)
+    height, width = (side >> halvings for side in size)
+    return torch.empty(rows, model.unet.config.in_channels, height, width)
 
 
 def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:

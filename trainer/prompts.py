@@ -1,0 +1,127 @@
+"""What is drawn: `log.prompts`, each with options of its own in the form of kohya's prompt files.
+
+`a cat on a roof --w 832 --h 1216 --n blurred --d 7 --l 5 --s 30`
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optim.options import unknown
+from trainer.config import LogConfig
+from trainer.data.buckets import Size
+from trainer.errors import UserError
+
+_SIDE = 8  # pixels, of which the sides are multiples: an element of a latent
+# What an option is called, and what reads its value.
+_OPTIONS: dict[str, tuple[str, type]] = {
+    "w": ("width", int),
+    "h": ("height", int),
+    "n": ("negative", str),
+    "d": ("seed", int),
+    "l": ("guidance_scale", float),
+    "s": ("steps", int),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A picture that is to be drawn."""
+
+    line: str  # as it was given
+    text: str
+    negative: str  # what guidance leads away from
+    width: int  # pixels
+    height: int
+    seed: int  # of its noise
+    guidance_scale: float
+    steps: int
+
+    @property
+    def size(self) -> Size:
+        return self.height, self.width
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def texts(self) -> list[str]:
+        """What the text encoders read for it."""
+        return [self.text, self.negative] if self.negative else [self.text]
+
+
+def read(path: str) -> list[str]:
+    """The prompts of a text file: a line each, without empty lines and those that begin with #.
+
+    Raises UserError where it cannot be read, or has none.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"log.prompts_file={path} cannot be read: {error}") from error
+    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not found:
+        raise UserError(f"log.prompts_file={path} has no prompt; write one on each line")
+    return found
+
+
+def of_config(config: LogConfig, side: int) -> list[Prompt]:
+    """`log.prompts`, squares of `side` pixels unless they say otherwise.
+
+    Raises UserError that names the prompt for an option that there is not, or a value that cannot
+    be.
+    """
+    return [_of_line(line, place, config, side) for place, line in enumerate(config.prompts)]
+
+
+def of_caption(caption: str, place: int, config: LogConfig, size: Size) -> Prompt:
+    """A caption as it is, without options; `place`, which counts what is drawn, is its seed."""
+    return Prompt(
+        line=caption,
+        text=caption,
+        negative=config.negative_prompt,
+        height=size[0],
+        width=size[1],
+        seed=place,
+        guidance_scale=config.guidance_scale,
+        steps=config.sample_steps,
+    )
+
+
+def _of_line(line: str, place: int, config: LogConfig, side: int) -> Prompt:
+    text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
+    given = dict(_option(option, line) for option in options)
+    plain = of_caption(text.strip(), place, config, (side, side))
+    prompt = replace(plain, line=line, **given)
+    if wrong := _complaint(prompt, given):
+        raise UserError(f"log.prompts, {line!r}: {wrong}")
+    return prompt
+
+
+def _option(option: str, line: str) -> tuple[str, Any]:
+    """`w 832` -> (width, 832)."""
+    name, _, value = option.strip().partition(" ")
+    if name not in _OPTIONS:
+        raise UserError(f"log.prompts, {line!r}: {unknown('option of a prompt', name, _OPTIONS)}")
+    field, kind = _OPTIONS[name]
+    try:
+        return field, kind(value.strip())
+    except ValueError:
+        raise UserError(f"log.prompts, {line!r}: --{name} takes a number") from None
+
+
+def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:
+    for letter, side in (("w", given.get("width")), ("h", given.get("height"))):
+        if side is not None and (side < _SIDE or side % _SIDE):
+            return f"--{letter} {side} is no multiple of {_SIDE} pixels"
+    if not 1 <= prompt.steps <= 1000:
+        return f"--s {prompt.steps} must be from 1 to 1000 steps"
+    if not 0 <= prompt.guidance_scale <= 100:
+        return f"--l {prompt.guidance_scale} must be from 0 to 100"
+    if prompt.seed < 0:
+        return f"--d {prompt.seed} must not be negative"
+    if given.get("negative") and not prompt.is_guided:
+        return "--n has an effect with guidance alone: --l 5, or log.guidance_scale=5"
+    return None
