@@ -1,10 +1,12 @@
-"""What pyproject.toml cannot say: how the native engine is compiled, where there is a compiler.
+"""What pyproject.toml cannot say: how the native engine is compiled, where there is a compiler, and
+which folders a package has.
 
 `optional` lets the install go on without one; `optim` then runs on plain PyTorch and says so.
 """
 
 import platform
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
 
+SUBPACKAGES = ("assets", "config", "data", "formats", "planner", "sweep")
 CSRC = Path("csrc")
 SOURCES = runpy.run_path("optim/sources.py")  # importing the package would import torch
 FILES = SOURCES["of_module"](CSRC)
@@ -65,4 +68,20 @@ engine = Pybind11Extension(
     optional=True,
 )
 
-setup(ext_modules=[engine], cmdclass={"build_ext": BuildEngine})
+packages = ["optim", "trainer", *(f"trainer.{name}" for name in SUBPACKAGES)]
+package_dir = {"": "."}
+if "editable_wheel" not in sys.argv:
+    # The YAML files live at the top level, where people look for them, and travel inside the
+    # package.  So do the sources of the engine: GPU kernels are compiled from them, and the
+    # compiled module is compared with them.  (An editable install finds both where they are, and is
+    # a line in a .pth file, which type checkers and editors follow; these folders would make it
+    # code of setuptools', which they do not.)
+    moved = {"optim.csrc": "csrc", "trainer.conf": "conf"}
+    packages, package_dir = [*packages, *moved], package_dir | moved
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    ext_modules=[engine],
+    cmdclass={"build_ext": BuildEngine},
+)

@@ -8,6 +8,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 namespace survey {
 
 namespace py = pybind11;
@@ -36,6 +38,7 @@ enum Trait : int {
     kScattered = 1 << 1,  // a tensor is not contiguous
     kElsewhere = 1 << 2,  // a tensor is not on the CPU
     kForeign = 1 << 3,    // a tensor is neither fp32, bf16 nor fp16
+    kMisshapen = 1 << 5,  // a gradient has another shape than its parameter
 };
 
 // What a tensor is, apart from where.
@@ -54,8 +57,8 @@ inline const Exchange* exchange_of(const py::object& capsule) {
 }
 
 // Whether a tensor can be seen this way: a sparse one, say, has no view.
-inline bool look(const Exchange& exchange, PyObject* tensor, Kind& kind, uint64_t& address) {
-    View view;
+inline bool look(const Exchange& exchange, PyObject* tensor, View& view, Kind& kind,
+                 uint64_t& address) {
     if (exchange.view(tensor, &view) != 0) {
         PyErr_Clear();
         return false;
@@ -82,6 +85,21 @@ inline int traits_of(const Kind& kind) {
            (ours ? 0 : kForeign);
 }
 
+inline bool have_same_shape(const View& a, const View& b) {
+    return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+// Whether a tensor's signs are to be turned as they are read (torch.conj of what is complex), which
+// a view does not tell.  Autograd accumulates such a gradient into a contiguous one, unless that
+// has a single element.
+inline bool may_be_turned(PyObject* grad, const Kind& kind) {
+    if (kind.contiguous && kind.numel != 1) return false;
+    static PyObject* const kIsNeg = PyUnicode_InternFromString("is_neg");
+    auto turned = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(grad, kIsNeg));
+    if (!turned) throw py::error_already_set();
+    return turned.ptr() == Py_True;
+}
+
 // Parameters and their gradients: (gradients, kinds, addresses, traits), or None where one of them
 // cannot be seen.  Kinds and addresses are of a parameter, then of its gradient.
 inline py::object parameters(const py::list& params, const py::object& capsule) {
@@ -103,15 +121,17 @@ inline py::object parameters(const py::list& params, const py::object& capsule) 
         PyObject* grad = PyObject_GetAttr(param, kGrad);
         if (!grad) throw py::error_already_set();
         PyList_SET_ITEM(grads.ptr(), Py_ssize_t(i), grad);
-        if (!look(*exchange, param, kind[0], address[0])) return py::none();
+        View weight, gradient;
+        if (!look(*exchange, param, weight, kind[0], address[0])) return py::none();
         traits |= traits_of(kind[0]);
         if (grad == Py_None) {
             kind[1] = {};
             address[1] = 0;
             traits |= kMissing;
         } else {
-            if (!look(*exchange, grad, kind[1], address[1])) return py::none();
-            traits |= traits_of(kind[1]);
+            if (!look(*exchange, grad, gradient, kind[1], address[1])) return py::none();
+            if (may_be_turned(grad, kind[1])) return py::none();
+            traits |= traits_of(kind[1]) | (have_same_shape(weight, gradient) ? 0 : kMisshapen);
         }
     }
     return py::make_tuple(grads, kinds, addresses, traits);
@@ -126,9 +146,10 @@ inline py::object addresses(const py::list& tensors, const py::object& capsule) 
     if (!found) throw py::error_already_set();
     auto* address = reinterpret_cast<uint64_t*>(PyBytes_AS_STRING(found.ptr()));
     for (size_t i = 0; i < tensors.size(); ++i) {
+        View view;
         Kind kind;
-        if (!look(*exchange, PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i)), kind, address[i]))
-            return py::none();
+        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
+        if (!look(*exchange, tensor, view, kind, address[i])) return py::none();
     }
     return found;
 }

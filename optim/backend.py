@@ -48,8 +48,7 @@ class TorchEngine:
         except KeyError:  # an option that keeps something was set after the state was made
             optimizer.check_state(index, group, param)
             raise
-        state["step"] += 1
-        t, lr = int(state["step"]), float(group["lr"])
+        t, lr = int(state["step"]) + 1, float(group["lr"])
         shared = {k: group[k].to(param.device, torch.float32) for k in optimizer.shared}
         h = SimpleNamespace(**group | shared | {"lr": lr, "t": t, "index": index, "codec": codecs})
         h.rate = optimizer.rate(h)
@@ -59,19 +58,21 @@ class TorchEngine:
         if "compensation" in state:
             w = w + state["compensation"].float()
         h.usable = features.usable(raw)
-        state["nonfinite"] += (~h.usable).sum()
         g = features.clipped(h, torch.where(h.usable, raw, 0.0) * coefficient)
         if h.orthograd:
             g = torch.where(h.usable, features.orthogonal(w, g), 0.0)
 
         u, moments = optimizer.rule(h, w, g, moments)
+        state["step"] += 1
+        state["nonfinite"] += (~h.usable).sum()
         for salt, name in enumerate(codecs, start=1):
             if name in moments:
                 parts = codecs[name].encode(moments[name], key, salt)
                 for part, value in join({name: parts}).items():
                     state[part].copy_(value)
         if u is not None:
-            if any(isinstance(codec, FactoredSign) for codec in codecs.values()):
+            own = [codec for codec in codecs.values() if codec.shape == tuple(param.shape)]
+            if any(isinstance(codec, FactoredSign) for codec in own):
                 u = torch.where(raw == 0, 0.0, u)  # its momentum is its neighbours'
             u = features.aligned(h, u, g)
             moved = w - h.rate * (features.decayed(h, w, u) + u)

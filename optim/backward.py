@@ -13,50 +13,74 @@ one for each: they are collected, and stepped, by one thread at a time.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from optim.fused import FusedOptimizer
 
+# Which hooks have each parameter: of the one optimizer that steps it.
+_hooked = WeakTensorKeyDictionary()
+
 
 class FusedBackward:
-    """The hooks that `fuse_backward` installed; `remove()` takes them off."""
+    """The hooks that `fuse_backward` installed; `remove()` takes them off, and so does the end of
+    the optimizer."""
 
     def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int) -> None:
-        self._optimizer = optimizer
-        self._consume: Callable[..., None] = optimizer.step_param
+        self._optimizer_ref = weakref.ref(optimizer)
+        self._consume: Callable[..., None] | None = None  # the optimizer's `step_param`
         self._bucket_bytes = bucket_bytes
         self._arrived: set[Tensor] = set()  # in this round
+        self._num_expected = 0  # in this round
         self._waiting: list[Tensor] = []
         self._waiting_bytes = 0
         self._collected: dict[Tensor, tuple[int, int]] = {}  # gradients of `_waiting` as they came
         self._turn = threading.RLock()  # of the threads that bring gradients
         self._holds = False
         self._handles: dict[Tensor, RemovableHandle] = {}
+        self.attach()
         self._after_step = optimizer.register_step_post_hook(lambda *_: self._stepped())
         optimizer.fused_backward = self
-        self.attach()
+        weakref.finalize(optimizer, _take_off, self._handles)
+
+    @property
+    def _optimizer(self) -> FusedOptimizer:
+        optimizer = self._optimizer_ref()
+        assert optimizer is not None, "without it there are no hooks"
+        return optimizer
 
     def attach(self) -> None:
-        """Hook the parameters of the optimizer that have no hook yet."""
-        for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                if param not in self._handles:
-                    trainable = param.requires_grad
-                    param.requires_grad_(True)  # else torch takes no hook: it may be unfrozen later
-                    handle = param.register_post_accumulate_grad_hook(self._collect)
-                    self._handles[param] = handle
-                    param.requires_grad_(trainable)
+        """Hook the parameters of the optimizer that have no hook yet, and no others.  Raises
+        ValueError for one that another optimizer steps in this way."""
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        for param in params:
+            if _hooked.get(param, self) is not self:
+                raise ValueError(
+                    f"fuse_backward: a parameter {tuple(param.shape)} is stepped inside backward() "
+                    "by another optimizer already; call remove() on what the first "
+                    "fuse_backward() returned"
+                )
+        for param in self._handles.keys() - {*params}:
+            _take_off({param: self._handles.pop(param)})
+        collect = _weakly(self._collect)  # a parameter's hook keeps no optimizer alive
+        for param in params:
+            if param not in self._handles:
+                trainable = param.requires_grad
+                param.requires_grad_(True)  # else torch takes no hook: it may be unfrozen later
+                self._handles[param] = param.register_post_accumulate_grad_hook(collect)
+                _hooked[param] = self
+                param.requires_grad_(trainable)
 
     def remove(self) -> None:
         """Take the hooks off; gradients still waiting stay, for an ordinary `step()`."""
-        for handle in (*self._handles.values(), self._after_step):
-            handle.remove()
-        self._handles = {}
+        _take_off(self._handles)
+        self._after_step.remove()
         self.end_round()
         self._optimizer.fused_backward = None
 
@@ -72,12 +96,12 @@ class FusedBackward:
                 "handing_to: gradients of an earlier backward() wait for step() or zero_grad()"
             )
         self.end_round()
-        stepping, self._consume = self._consume, consume
+        self._consume = consume
         try:
             yield
             self._take()
         finally:
-            self._consume = stepping
+            self._consume = None
             _free(self._waiting)
             self.end_round()
 
@@ -85,11 +109,11 @@ class FusedBackward:
     def holding(self) -> Iterator[None]:
         """Within it, gradients are left where they are, to add up over several backward passes; the
         next pass outside of it steps with their sum."""
-        self._holds = True
+        held, self._holds = self._holds, True
         try:
             yield
         finally:
-            self._holds = False
+            self._holds = held
 
     def end_round(self) -> None:
         """Forget which gradients have come, and leave those that wait to whoever wants them."""
@@ -132,11 +156,15 @@ class FusedBackward:
             return
         if not self._arrived:
             _check_alone()
+            self._num_expected = sum(each.requires_grad for each in self._handles)
         self._arrived.add(param)
         self._waiting.append(param)
         self._collected[param] = _seen(param.grad)
         self._waiting_bytes += param.grad.numel() * param.grad.element_size()
-        if self._waiting_bytes >= self._bucket_bytes:
+        # The last bucket is left to `step()`, however full, so that a clip before it finds
+        # gradients, and `check_unchanged` sees that they were changed.
+        is_last = len(self._arrived) == self._num_expected
+        if self._waiting_bytes >= self._bucket_bytes and not is_last:
             self._take()
 
     def _live(self) -> list[Tensor]:
@@ -149,7 +177,7 @@ class FusedBackward:
         self._forget_waiting()
         try:
             if live:
-                self._consume(*live)
+                (self._consume or self._optimizer.step_param)(*live)
         finally:
             _free(taken)
 
@@ -167,6 +195,25 @@ def _seen(grad: Tensor) -> tuple[int, int]:
     return grad.data_ptr(), grad._version
 
 
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """This bound method, for as long as its object is there."""
+    weak = weakref.WeakMethod(method)
+
+    def call(param: Tensor) -> None:
+        if (found := weak()) is not None:
+            found(param)
+
+    return call
+
+
+def _take_off(handles: dict[Tensor, RemovableHandle]) -> None:
+    """Remove these hooks, and forget them."""
+    for param, handle in handles.items():
+        handle.remove()
+        _hooked.pop(param, None)
+    handles.clear()
+
+
 def _free(params: list[Tensor]) -> None:
     for param in params:
         param.grad = None
@@ -179,7 +226,8 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     steps what is left in the last bucket and clears its gradients.  The weights are bitwise those
     of the unfused loop.  A global norm, which needs all gradients at once, cannot be had this way:
     `clip_grad_norm_` would reach those of the last bucket alone, and a `step()` that finds these
-    changed is a RuntimeError (a clip that finds no gradient at all is not seen).  Several backward
+    changed is a RuntimeError (where some parameters take no part in the pass, it may be that no
+    gradient is left, and a clip is not seen).  Several backward
     passes add up inside `holding()`, which keeps the gradients.
 
     A step that is skipped wants `optimizer.zero_grad()` in its place; what the backward pass has
@@ -194,6 +242,12 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     has been fused before, where `bucket_bytes` is not positive, or a group has a `max_grad_norm` or
     on_nonfinite="raise", and TypeError for an optimizer that is not of this family.
     """
+    wrapped = getattr(optimizer, "optimizer", None)
+    if isinstance(wrapped, FusedOptimizer):
+        raise TypeError(
+            f"fuse_backward: {type(optimizer).__qualname__} wraps a {type(wrapped).__name__}; give "
+            "that one, which is its .optimizer"
+        )
     if not isinstance(optimizer, FusedOptimizer):
         cls = type(optimizer)
         raise TypeError(

@@ -73,8 +73,7 @@ class CudaEngine(DescriptorEngine):
                 for kernel, grid, block, shared in one.steps:
                     self._gpu.launch(kernel, grid, block, shared, one.tables.data_ptr())
             del read  # the launches are in the stream that will reuse their memory
-            for param, copy in weights:
-                param.copy_(copy)
+            self._write_back(places, weights)
 
     def grad_sq(self, places: Share) -> Tensor:
         """As `optim.interface.Engine`."""
@@ -207,7 +206,7 @@ class CudaEngine(DescriptorEngine):
             self._options.copy_(host, non_blocking=True)
             self._uploaded = raw
         for position, word, value in tensors:
-            self._options[position, word].copy_(value)
+            self._options[position, word].copy_(value.reshape(()))
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -25,7 +25,9 @@ class Dispatch:
     def shares(self, places: Share, rule: str | None = None) -> list[tuple[Engine, Share]]:
         """Which engine steps which parameters, or computes another rule for them."""
         torch_engine = backend.TorchEngine(self._optimizer)
-        if not self._is_fused():
+        if self._is_fused() and Trait.HIDDEN in places.traits:
+            backend.fall_back("a tensor without memory of its own has no fused kernel")
+        if not self._is_fused() or Trait.HIDDEN in places.traits:
             return [(torch_engine, places)]
         any_unfused = any(map(_unfused, self._optimizer.param_groups))
         if not any_unfused and Trait.ELSEWHERE not in places.traits:

@@ -45,8 +45,8 @@ class Work:
         self.addresses = self.members[:, None] * _WORDS + words  # where they are in the table
         self._parts = list(chain.from_iterable(state.values() for state in states))
         self._counts = array("i", map(len, states)).tobytes()
-        turns = max(1, -(-len(self._parts) // _ASKED))
-        self._samples = [self._parts[first::turns] for first in range(turns)]
+        starts = range(0, max(len(self._parts), 1), _ASKED)
+        self._samples = [self._parts[start : start + _ASKED] for start in starts]
         self._addresses = [where(sample) for sample in self._samples]
         # What is written to through an address stays alive as long as the address is here.
         self._storages = [x.untyped_storage() for x in self._parts]
@@ -60,9 +60,9 @@ class Work:
         work was made from.
 
         There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
-        at every step.  So all are looked at for being the same objects, and _ASKED of them, by
+        at every step.  So all are looked at for being the same objects, and _ASKED neighbours, by
         turns, for their addresses: whoever moves a state by assigning to `.data`, or by `set_()`,
-        moves all of its tensors, and is seen at once.
+        and all of its tensors or one moment of each parameter, is seen at once.
         """
         if not same_state(state, params, self._parts, self._counts):
             return False
@@ -108,7 +108,7 @@ class DescriptorEngine:
 
     def _put(self, work: Work, addresses: Tensor) -> None:
         """Write the members' addresses, int64 (n, 2) of weight and gradient, to the descriptors."""
-        self._words.view(-1).put_(work.addresses, addresses)
+        self._words.view(-1)[work.addresses] = addresses
 
     def _refresh(
         self, places: Share
@@ -119,13 +119,10 @@ class DescriptorEngine:
         contiguous copy that is to be copied back; and the tensors to keep alive until the launch is
         over, and no longer: a fused backward is about to free its gradients.
         """
-        weights, grads, addresses = places.params, places.grads, places.addresses
-        if Trait.FOREIGN in places.traits:
-            grads = [grad if grad.dtype in plan.DTYPES else grad.float() for grad in grads]
+        weights, grads, addresses = places.params, places.readable_grads(), places.addresses
         work = self._work_of(places, grads)
         copies: list[tuple[Tensor, Tensor]] = []
         if Trait.SCATTERED in places.traits:
-            grads = [grad.contiguous() for grad in grads]
             readable = [weight.contiguous() for weight in weights]
             copies = [(w, r) for w, r in zip(weights, readable, strict=True) if r is not w]
             weights = readable
@@ -134,6 +131,14 @@ class DescriptorEngine:
         if len(places):
             self._put(work, addresses)
         return work, copies, (weights, grads)
+
+    def _write_back(self, places: Share, copies: list[tuple[Tensor, Tensor]]) -> None:
+        """After the launches: copy weights to where they belong, and tell autograd that they have
+        changed, as a graph that still needs the old ones must not be gone through."""
+        for weight, copy in copies:
+            weight.copy_(copy)
+        if self._rule != plan.ESTIMATE:
+            torch.autograd.graph.increment_version(places.params)
 
     def _work_of(self, places: Share, grads: list[Tensor]) -> Work:
         """The work of these parameters: kept from an earlier step where nothing that descriptors
@@ -185,8 +190,10 @@ class DescriptorEngine:
         d.weight_dtype = plan.DTYPES[param.dtype]
         d.grad_dtype = plan.DTYPES[grad_dtype]
         d.group = next(i for i, g in enumerate(owner.param_groups) if g is group)
-        for name in ("step", "nonfinite", "compensation", "update_norm", "update_rms"):
+        for name in ("step", "nonfinite", "compensation"):
             setattr(d, name, state[name].data_ptr() if name in state else 0)
+        for name in ("update_norm", "update_rms"):
+            setattr(d, name, state[name].data_ptr() if name in codecs else 0)
         for name in ("start", "numerator", "denominator"):
             setattr(d.samples, name, state[name].data_ptr() if name in state else 0)
         vectors = partials = 0
@@ -218,11 +225,12 @@ def checked_state(
 ) -> dict[str, Tensor]:
     """A parameter's state, allocated when there is none yet.
 
-    Raises ValueError where it is not what the group's options ask for, or not where the parameter
-    is.
+    What somebody has put there that is not contiguous is made so.  Raises ValueError where the
+    state is not what the group's options ask for, or not where the parameter is.
     """
     state = owner.state_of(param, group)
     owner.check_state(index, group, param)
+    state.update({name: x.contiguous() for name, x in state.items() if not x.is_contiguous()})
     for name, x in state.items():
         if x.device != param.device:
             raise ValueError(

@@ -6,7 +6,7 @@ the functions that belong inside their arithmetic (`limited`); the step applies 
 """
 
 from types import SimpleNamespace
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -61,8 +61,8 @@ class Features(TypedDict, total=False):
         what OPTIM_BACKEND says, else the best there is.
     """
 
-    storage: str
-    rounding: str
+    storage: Literal["fp32", "bf16", "8bit", "factored"]
+    rounding: Literal["stochastic", "nearest", "kahan"]
     orthograd: bool
     max_grad_norm: float | None
     grad_clip: float | None
@@ -71,9 +71,9 @@ class Features(TypedDict, total=False):
     grams: bool
     cautious_decay: bool
     factor_1d: bool
-    on_nonfinite: str
+    on_nonfinite: Literal["skip", "raise"]
     seed: int
-    backend: str
+    backend: Literal["auto", "native", "torch"]
 
 
 DEFAULTS = Features(

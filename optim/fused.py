@@ -3,12 +3,14 @@ stored."""
 
 import copy
 import inspect
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import cached_property, partial
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +27,13 @@ from optim.share import Places, Share, Trait, same_objects
 Rule = Callable[..., tuple[Tensor | None, dict[str, Tensor]]]  # as in optim/reference.py
 
 META = torch.device("meta")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: Function) -> Function:
+    """`torch.compiler.disable`, whose own type hides what it wraps.  Else every shape and every
+    option of a step would be traced: minutes for nothing."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -143,7 +152,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.fused_backward is not None:
             self.fused_backward.end_round()
 
-    @torch.compiler.disable  # else every shape and every option is traced: minutes for nothing
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; a closure is called first and its loss
@@ -162,7 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.end_step()
         return loss
 
-    @torch.compiler.disable
+    @uncompiled
     @torch.no_grad()
     def step_param(self, *params: Tensor) -> None:
         """Update these parameters from their gradients, together, exactly as `step()` would.
@@ -173,19 +182,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         on_nonfinite="raise".
         """
         self.check_steps_alone("step_param")
-        places = [(*self._place_of(param), param) for param in params]
+        places = self._places_of("step_param", params)
         for index, _, param in places:
             if param.grad is None:
                 raise ValueError(
                     f"step_param: parameter {index} {tuple(param.shape)} has no gradient"
                 )
-        self._step(Share(Places(places)))
+        self._step(Share(places))
 
     def _step(self, places: Share) -> None:
-        """Update these parameters, which have gradients."""
-        self._check_options()
-        self._refuse_sparse(places)
-        self._raise_on_nonfinite(places)
+        """Update these parameters, which have gradients.  One thread at a time does."""
+        with self._turn, _without_autocast():
+            self._check_options()
+            self._refuse_gradients(places)
+            self._raise_on_nonfinite(places)
+            if len(places):
+                self._step_shares(places)
+
+    def _step_shares(self, places: Share) -> None:
         shares = self._dispatch.shares(places)
         coefficients: dict[int, float | Tensor] = {}
         if self._needs_all_gradients():
@@ -206,12 +220,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
         return options.Watch(name, known, partial(groups.check_agreement, name, self.common))
 
-    def _refuse_sparse(self, places: Share) -> None:
-        """Raise TypeError where a gradient is sparse."""
+    @cached_property
+    def _turn(self) -> threading.RLock:
+        return threading.RLock()
+
+    def _refuse_gradients(self, places: Share) -> None:
+        """Raise TypeError where a gradient is sparse, ValueError where it has another shape than
+        its parameter."""
         if Trait.SPARSE in places.traits:
             raise TypeError(
                 f"{type(self).__name__} does not take sparse gradients; "
                 "use nn.Embedding(sparse=False)"
+            )
+        if Trait.MISSHAPEN in places.traits:
+            index, shape, other = next(
+                (index, tuple(param.shape), tuple(param.grad.shape))
+                for index, _, param in places
+                if param.grad is not None and param.grad.shape != param.shape
+            )
+            raise ValueError(
+                f"parameter {index} has the shape {shape}, and its gradient {other}: it is of "
+                "another backward pass than the parameter is now; call zero_grad() after "
+                "a parameter is given another shape, and build a new optimizer"
             )
 
     @cached_property
@@ -228,6 +258,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's own, which this family has not
         if self.backend == "native":  # pickled on another machine, perhaps
             self.backend = backend.resolved("native", device_types(self.param_groups), strict=False)
 
@@ -308,7 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         states.check_keys(name, state_dict)
         saved_groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
-        expected = {*self.defaults, *self.shared}
+        expected = {*self.default_options(), *self.shared} - {"backend"}
         states.check_groups(name, self.param_groups, expected, state_dict)
         saved = [(index, group) for group in saved_groups for index in group["params"]]
         parts_of: dict[Tensor, states.Parts] = {}
@@ -364,6 +395,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, (group, param) in enumerate(pairs):
             yield index, group, param
 
+    def _places_of(self, caller: str, params: Iterable[Tensor]) -> Places:
+        """These parameters with their indices and groups.  Raises ValueError for one that is in no
+        group, or is given twice."""
+        places = Places((*self._place_of(param), param) for param in params)
+        if len({*places.members}) < len(places):
+            raise ValueError(f"{caller}: a parameter is given twice, and would be stepped twice")
+        return places
+
     def _place_of(self, param: Tensor) -> tuple[int, dict[str, Any]]:
         """This parameter's index and group."""
         self._places()
@@ -393,11 +432,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         return state
 
     def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """Raise ValueError where a parameter's state is not what its group's options ask for."""
-        place = f"{index} {tuple(param.shape)}"
-        states.check_parts(
-            type(self).__name__, place, self.state[param], self._blank(param, group, META)
-        )
+        """Raise ValueError where a parameter's state lacks what its group's options ask for.  More
+        may be there, of an option that has been switched off since."""
+        place, wanted = f"{index} {tuple(param.shape)}", self._blank(param, group, META)
+        own = {name: x for name, x in self.state[param].items() if name in wanted}
+        states.check_parts(type(self).__name__, place, own, wanted)
 
     def _blank(
         self, param: Tensor, group: dict[str, Any], device: torch.device
@@ -420,3 +459,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{bad} of {param.numel()} gradient elements of parameter {index} "
                     f"{tuple(param.shape)} are NaN, infinite or above 2^48; nothing was updated"
                 )
+
+
+def _without_autocast() -> ExitStack:
+    """A context without autocast, which would have products of fp32 tensors in bf16."""
+    stack = ExitStack()
+    for device in ("cpu", "cuda", "mps", "xpu"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack

@@ -81,10 +81,18 @@ def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
             "column means, norms) would be those of one shard; keep whole parameters in each "
             f"process instead ({remedies})"
         )
+    if getattr(param, "_fsdp_flattened", False):  # torch's own mark, of either `use_orig_params`
+        raise TypeError(
+            f"{optimizer} does not take the shards of FullyShardedDataParallel (FSDP; shape "
+            f"{shape}): they are vectors, which have no rows and columns to be factored, and whose "
+            f"moments would be as large as Adam's; keep whole parameters in each process "
+            f"({remedies})"
+        )
     if param.layout is not torch.strided or param.dtype not in DTYPES:
         raise TypeError(
             f"{optimizer} updates dense fp32, bf16 and fp16 parameters; "
-            f"this one is {param.layout}, {param.dtype}, shape {shape}"
+            f"this one is {param.layout}, {param.dtype}, shape {shape} (of a quantised or complex "
+            "model, give the parameters that require gradients)"
         )
 
 

@@ -74,8 +74,7 @@ class NativeEngine(DescriptorEngine):
         )
         self._launch(_native.launch, work, options)
         del read
-        for param, copy in weights:
-            param.copy_(copy)
+        self._write_back(places, weights)
 
     def grad_sq(self, places: Share) -> float:
         """As `optim.interface.Engine`."""

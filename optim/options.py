@@ -48,6 +48,8 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in names, f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
+_LEAST = 1.2e-38  # below it fp32 has no normal numbers, and what is added is nothing
+
 _SWITCHES = (
     *("orthograd", "cautious", "grams", "cautious_decay", "factor_1d", "nesterov", "atan2"),
     *("relative_step", "scale_parameter", "safeguard_warmup", "bias_correction", "residual"),
@@ -93,7 +95,29 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 # What may be a number or several has its length from the class's default.
 _ALLOWED_TUPLE = {
     "betas": (_fraction, "in [0, 1)"),
-    "eps": (_positive, "> 0"),
+    "eps": (lambda x: _number(x) and x >= _LEAST, f">= {_LEAST}"),
+}
+
+
+_DECOUPLED = "weight decay is always decoupled here; leave it out"
+_BITSANDBYTES = "8-bit state is a class (AdamW8bit, Lion8bit), or storage='8bit'; leave it out"
+_TORCH = "it is not to be had here; leave it out"
+# What other packages call an option, and what to do about it.
+_ELSEWHERE = {
+    "learning_rate": "it is called lr here",
+    **dict.fromkeys(("wd", "decay"), "it is called weight_decay here"),
+    **dict.fromkeys(("decouple", "decoupled_weight_decay", "weight_decouple"), _DECOUPLED),
+    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable", "dampening"), _TORCH),
+    **dict.fromkeys(("optim_bits", "block_wise", "min_8bit_size", "is_paged"), _BITSANDBYTES),
+    "percentile_clipping": "gradients are clipped by grad_clip or max_grad_norm here",
+    "scale_type": "it is called scaling here",
+    "update_proj_gap": "it is called update_gap here",
+    "proj": "projections are random; which, is projection='gaussian' or 'sign'",
+    "proj_type": "a tensor is projected along its shorter side; leave it out",
+    "decay_rate": "it is called beta2_decay here (with beta2=None)",
+    "warmup_init": "let a schedule warm lr up; leave it out",
+    "use_bias_correction": "averages are corrected as in each method's paper; leave it out",
+    "d": "the largest RMS of an update is clip_threshold here",
 }
 
 
@@ -104,9 +128,10 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
     without its parameters. Raises TypeError for an unknown name (with the nearest one that exists)
     and ValueError for a value.
     """
+    strangers = [name for name in values if name not in known]
+    if strangers:
+        raise TypeError(unknown_option(optimizer, strangers[0], known))
     for name, value in values.items():
-        if name not in known:
-            raise TypeError(unknown_option(optimizer, name, known))
         is_allowed, wanted = _rule(name, known[name])
         if not is_allowed(value):
             raise ValueError(f"{optimizer}: {name}={value!r} is not possible; it must be {wanted}")
@@ -163,7 +188,7 @@ def is_foreign(name: str, known: Iterable[str]) -> bool:
     name = name.lower()
     options = {*known, *_ALLOWED, *_ALLOWED_TUPLE}
     return not (
-        name in options | _options_of_torch()
+        name in options | _options_of_torch() | _ELSEWHERE.keys()
         or difflib.get_close_matches(name, options, n=1, cutoff=0.85)
     )
 
@@ -178,9 +203,10 @@ def _options_of_torch() -> set[str]:
 
 def plain(value: Any) -> Any:
     """An option's value with Python's numbers in place of others (numpy's), which the engines and a
-    file that is loaded with weights_only would not take."""
+    file that is loaded with weights_only would not take; and a tuple for a list, which could be
+    changed unseen."""
     if isinstance(value, (tuple, list)):
-        return type(value)(map(plain, value))
+        return tuple(map(plain, value))
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -208,6 +234,8 @@ def unknown_option(optimizer: str, name: str, known: Iterable[str]) -> str:
             f"there is no option of {optimizer} {name!r}: the whole family has one fused engine, "
             "and backend= chooses between it and plain PyTorch"
         )
+    if remedy := _ELSEWHERE.get(name):
+        return f"there is no option of {optimizer} {name!r}; {remedy}"
     return unknown(f"option of {optimizer}", name, known)
 
 

@@ -21,6 +21,8 @@ from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.share import Share
 
+_LOWEST_LR = 0.1  # of a group, below which it is taken for another optimizer's rate
+
 
 class DistanceAdapted(FusedOptimizer):
     """What the optimizers below have in common: d and its estimate.
@@ -41,6 +43,15 @@ class DistanceAdapted(FusedOptimizer):
         for name in self.shared:
             fresh = torch.tensor(last["d0"], dtype=torch.float64, device=device)
             last[name] = first.get(name, fresh)
+
+    def idle_options(self) -> list[str]:
+        """As `FusedOptimizer.idle_options`; and a rate with which d finds nothing."""
+        low = [group["lr"] for group in self.param_groups if 0 < float(group["lr"]) < _LOWEST_LR]
+        return super().idle_options() + [
+            f"lr={lr:g} multiplies the rate that is found, and with less than {_LOWEST_LR} hardly "
+            "anything is found; leave lr at 1 and let a schedule scale it"
+            for lr in sorted({*map(float, low)})
+        ]
 
     def statistics(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """How what the estimate needs of a parameter is stored: every `slice_p`-th weight as it was

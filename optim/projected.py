@@ -120,7 +120,10 @@ class ProjectedEngine(ABC):
             if not work.wide:
                 return
             share = Share(work.wide)
-            grads, addresses = _readable(share)
+            grads = share.readable_grads()
+            addresses = share.addresses[:, 1]
+            if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
+                addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
             self._put(work, addresses)
             self._low.refresh()
             of_lows, of_scaled = self._coefficients(coefficients)
@@ -212,7 +215,7 @@ class ProjectedEngine(ABC):
         """Fill in the portions, and put the parameters into their order."""
         by_kind: dict[ProjectedKind, list[Place]] = {}
         for place, grad in zip(work.wide, Share(work.wide).grads, strict=True):
-            dtype = grad.dtype if grad.dtype in plan.DTYPES else torch.float32  # as _readable
+            dtype = grad.dtype if grad.dtype in plan.DTYPES else torch.float32
             by_kind.setdefault(kind_of(place, dtype, self._p_dtype(dtype)), []).append(place)
         for kind, members in by_kind.items():
             sizes = [(place, Portion.bytes_of(place, kind)) for place in members]
@@ -268,15 +271,3 @@ class NativeProjectedEngine(ProjectedEngine):
 
     def _run(self, use: str, portion: Portion, count: int) -> None:
         native.project(use, portion.table, count, self._isa)
-
-
-def _readable(share: Share) -> tuple[list[Tensor], Tensor]:
-    """Gradients in a dtype and an order that the engines know, and their addresses."""
-    grads = share.grads
-    if Trait.FOREIGN in share.traits:
-        grads = [grad if grad.dtype in plan.DTYPES else grad.float() for grad in grads]
-    if Trait.SCATTERED in share.traits:
-        grads = [grad.contiguous() for grad in grads]
-    if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
-        return grads, torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
-    return grads, share.addresses[:, 1]

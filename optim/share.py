@@ -29,10 +29,12 @@ class Trait(IntFlag):
     """What some of the parameters and gradients of a share are (`Trait` in `csrc/survey.h`)."""
 
     MISSING = 1  # a parameter has no gradient
-    SCATTERED = 2  # a tensor is not contiguous
+    SCATTERED = 2  # a tensor is not contiguous, or has its signs to be turned (torch.conj)
     ELSEWHERE = 4  # a tensor is not on the CPU
     FOREIGN = 8  # a tensor has a dtype that parameters cannot have
     SPARSE = 16  # a gradient is sparse
+    MISSHAPEN = 32  # a gradient has another shape than its parameter
+    HIDDEN = 64  # a tensor's elements lie in other tensors (a subclass's), or nowhere
 
 
 class Places(list[Place]):
@@ -53,7 +55,8 @@ class Share:
 
     `kinds` is what they are, apart from where: equal for two shares of the same parameters where no
     size, dtype, device or contiguity has changed.  `addresses` are int64 (n, 2), of each parameter
-    and its gradient.  Where `traits` has MISSING or SPARSE, nothing else is to be relied upon.
+    and its gradient.  Where `traits` has MISSING, SPARSE or MISSHAPEN, nothing else is to be relied
+    upon.
     """
 
     def __init__(self, places: Places) -> None:
@@ -64,6 +67,15 @@ class Share:
         self.grads, self.kinds, addresses, traits = seen or seen_in_python(self.params)
         self.addresses = pairs(addresses)
         self.traits = Trait(traits)
+
+    def readable_grads(self) -> list[Tensor]:
+        """The gradients, in an order and a dtype that engines know."""
+        grads = self.grads
+        if Trait.FOREIGN in self.traits:
+            grads = [grad if grad.dtype in DTYPES else grad.float() for grad in grads]
+        if Trait.SCATTERED in self.traits:
+            grads = [grad.contiguous().resolve_neg() for grad in grads]
+        return grads
 
     def __len__(self) -> int:
         return len(self.places)
@@ -98,18 +110,23 @@ def seen_in_python(params: list[Tensor]) -> tuple[list[Any], Any, array, Trait]:
         return grads, None, array("q"), Trait.MISSING
     if not all([grad.layout is torch.strided for grad in grads]):
         return grads, None, array("q"), Trait.SPARSE
+    if [param.shape for param in params] != [grad.shape for grad in grads]:
+        return grads, None, array("q"), Trait.MISSHAPEN
     # A list for each question: several times faster than a loop with all questions inside.
     both = params + grads
     numels, dtypes = [x.numel() for x in both], [x.dtype for x in both]
     devices, contiguous = [x.device.type for x in both], [x.is_contiguous() for x in both]
     traits = Trait(0)
-    if not all(contiguous):
+    if not all(contiguous) or any([grad.is_neg() for grad in grads]):
         traits |= Trait.SCATTERED
     if set(devices) - {"cpu"}:
         traits |= Trait.ELSEWHERE
     if not set(DTYPES) >= set(dtypes):
         traits |= Trait.FOREIGN
-    return grads, (numels, dtypes, devices, contiguous), addresses_of(params, grads), traits
+    addresses = addresses_of(params, grads)
+    if not all(addresses) and any(x.numel() and not x.data_ptr() for x in both):
+        traits |= Trait.HIDDEN
+    return grads, (numels, dtypes, devices, contiguous), addresses, traits
 
 
 def same_objects_in_python(a: list[Any], b: list[Any]) -> bool:

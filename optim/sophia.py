@@ -14,10 +14,10 @@ from optim import gpu, plan, reference
 from optim.backend import TorchEngine, grad_of
 from optim.codecs import Codec, join, split, stored
 from optim.features import Features
-from optim.fused import FusedOptimizer
+from optim.fused import FusedOptimizer, uncompiled
 from optim.idle import IdleOption
 from optim.rng import mix
-from optim.share import Places, Share, Trait
+from optim.share import Share, Trait
 
 _ESTIMATE = 1 << 32  # keeps an estimate's rounding apart from the steps'; csrc/rules/sophia.h
 
@@ -139,7 +139,7 @@ class Sophia(FusedOptimizer):
         super()._forget()
         self._num_steps = None
 
-    @torch.compiler.disable
+    @uncompiled
     @torch.no_grad()
     def update_hessian(self, scale: float, params: Sequence[Tensor] | None = None) -> None:
         """Take the gradients of a sampled loss into the curvature, and clear them; no weight moves.
@@ -165,13 +165,13 @@ class Sophia(FusedOptimizer):
         self._check_options()
         if params is None:
             params = [param for _, _, param in self._places() if param.grad is not None]
-        places = Share(Places((*self._place_of(param), param) for param in params))
+        places = Share(self._places_of("update_hessian", params))
         if not params or Trait.MISSING in places.traits:
             which = "a parameter has no" if params else "no parameter has a"
             raise ValueError(
                 f"update_hessian: {which} gradient; call backward() of the sampled loss before it"
             )
-        self._refuse_sparse(places)
+        self._refuse_gradients(places)
         self._raise_on_nonfinite(places)
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
         for engine, share in self._dispatch.shares(places, plan.ESTIMATE):

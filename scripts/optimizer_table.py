@@ -40,14 +40,17 @@ def table() -> str:
     """A Markdown table, smallest state first."""
     steps = ratios()
     rows = [
-        "| `optim=` | class | state on the SDXL UNet | step, x torch fused AdamW | what is kept |",
-        "|---|---|--:|--:|---|",
+        "| `optim=` | class | lr | state on the SDXL UNet | step, x torch fused AdamW "
+        "| what is kept |",
+        "|---|---|--:|--:|--:|---|",
     ]
     for size, name in sorted((state_bytes(name), name) for name in optim.FAMILY):
         cls = optim.FAMILY[name]
         kept = (cls.__doc__ or "").splitlines()[0]
         took = steps.get(name, "")  # a new one has not been measured
-        rows.append(f"| `{name}` | `{cls.__name__}` | {size / 1e6:,.1f} MB | {took} | {kept} |")
+        _, lr = optim.options_of(name)["lr"]
+        names = f"`{name}` | `{cls.__name__}` | {lr:g}"
+        rows.append(f"| {names} | {size / 1e6:,.1f} MB | {took} | {kept} |")
     return "\n".join(rows)
 
 

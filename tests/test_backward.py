@@ -57,7 +57,7 @@ def test_gradients_are_freed_as_soon_as_a_bucket_is_full():
         counts[bucket_bytes] = []
         train(model, optimizer, 2, counts[bucket_bytes])
         assert all(p.grad is None for p in model.parameters())
-    assert counts[1] == [0, 0]
+    assert counts[1] == [1, 1]  # the last one's, which are for `step()`, however full the bucket
     assert counts[64 << 20] == [6, 6]
     assert counts[45_000] == [2, 2]
 
@@ -272,7 +272,8 @@ def test_a_parameter_that_is_trained_later_is_stepped_and_freed_like_the_others(
                 model.zero_grad()
             backward(model, number)
             if fused and number > 0 and later is not appended:  # which only a step can find
-                assert model[0].weight.grad is None
+                assert all(layer.weight.grad is None for layer in model[1:])
+                assert {*optimizer.fused_backward._waiting} == {model[0].weight}
             optimizer.step()
             if fused and number > 0:
                 assert all(p.grad is None for p in model.parameters())
@@ -412,3 +413,83 @@ def test_several_processes_are_refused_with_the_remedy(request):
     optimizer.zero_grad()
     backward(model, 0)
     optimizer.step()
+
+
+def test_the_end_of_an_optimizer_is_the_end_of_its_hooks():
+    model = layers()
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    optim.fuse_backward(optimizer, 1)
+    del optimizer
+    before = copy.deepcopy(model)
+    backward(model, 0)
+    assert_same(model.parameters(), before.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    second = optim.SGD(model.parameters(), lr=1.0)
+    optim.fuse_backward(second, 1)
+    backward(model, 0)
+    second.step()
+    assert not torch.equal(model[0].weight, before[0].weight)
+
+
+def test_a_parameter_is_stepped_inside_backward_by_one_optimizer():
+    model, _, _ = kept = fused_layers()
+    other = optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match=r"by another optimizer already.*remove\(\)"):
+        optim.fuse_backward(other)
+    assert other.fused_backward is None
+    kept[2].remove()
+    optim.fuse_backward(other)
+
+
+def test_parameters_that_leave_the_groups_lose_their_hooks():
+    model, optimizer, _ = fused_layers()
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [model[0].weight]})
+    backward(model, 0)
+    optimizer.step()
+    assert model[0].weight.grad is None
+    assert model[1].weight.grad is not None
+
+
+def test_holding_inside_of_holding_goes_on_holding():
+    model, optimizer, hooks = fused_layers()
+    with hooks.holding():
+        with hooks.holding():
+            backward(model, 0)
+        backward(model, 1)
+        assert all(p.grad is not None for p in model.parameters())
+    backward(model, 2)
+    optimizer.step()
+
+
+def test_a_clip_is_seen_even_where_the_last_gradient_fills_a_bucket():
+    """A token embedding's is the last, and larger than a bucket."""
+    model, optimizer = layers(), None
+    optimizer = optim.SGD(model.parameters())
+    optim.fuse_backward(optimizer, model[0].weight.nbytes)
+    backward(model, 0)
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1e-6) > 0
+    with pytest.raises(RuntimeError, match="gradients were changed"):
+        optimizer.step()
+
+
+def test_what_wraps_an_optimizer_is_told_apart():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    with pytest.raises(TypeError, match=r"Wrapper wraps a SGD.*\.optimizer"):
+        optim.fuse_backward(Wrapper(optim.SGD(layers().parameters())))
+
+
+def test_a_weight_that_a_graph_still_needs_is_not_stepped_unseen():
+    """The gradient of x passes through W's old value, which is gone."""
+    weight = nn.Parameter(torch.eye(4))
+    x = nn.Parameter(torch.ones(2, 4))
+    optimizer = optim.SGD([x, weight], lr=1.0)
+    optim.fuse_backward(optimizer, 1)
+    # W takes part twice, once detached: its gradient is complete before all have used it.
+    early = nn.functional.linear(x, weight.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nn.functional.linear(early, weight).sum().backward()

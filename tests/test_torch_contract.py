@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import gc
+import pickle
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,8 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 import optim
 from optim import native, plan
@@ -363,3 +368,173 @@ def test_the_number_of_threads_changes_no_bit():
         runs.append(params)
     torch.set_num_threads(before)
     assert_same(*runs)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_made_with_deterministic_algorithms(name, deterministic):
+    params = make_params(torch.bfloat16)
+    run(build(name, params), params, range(2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_takes_over_a_state(name):
+    params = make_params(torch.bfloat16)
+    optimizer = build(name, params)
+    run(optimizer, params, range(2))
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        again.load_state_dict(optimizer.state_dict())
+        again.add_param_group({"params": [Parameter(torch.ones(3))]})
+        assert again.param_groups[-1].keys() == optimizer.param_groups[0].keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_needs_the_old_weights_is_refused_after_a_step(dtype):
+    w = Parameter(torch.ones(4, dtype=dtype))
+    optimizer = optim.AdamW([w])
+    loss = w.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", ["apollo", "adamw_factored", "adafactor8bit"])
+def test_autocast_around_a_step_changes_nothing(name, backend):
+    ordinary, mixed = make_params(torch.float32), make_params(torch.float32)
+    run(build(name, ordinary, backend=backend), ordinary, range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(build(name, mixed, backend=backend), mixed, range(3))
+    assert_same(ordinary, mixed)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("shape", [(64, 64), (16,), (2, 8)])
+def test_a_gradient_of_another_shape_than_its_parameter_is_refused(shape, backend):
+    """An embedding that was resized, and kept its gradient."""
+    p = Parameter(torch.ones(4, 4))
+    optimizer = optim.SGD([Parameter(torch.ones(2)), p], backend=backend)
+    p.grad = torch.ones(4, 4)
+    p.data = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"parameter 1 .*its gradient \(4, 4\).*zero_grad"):
+        optimizer.step()
+
+
+def test_groups_without_parameters_are_stepped():
+    for name in NAMES:
+        optim.build(name, [{"params": []}]).step()
+
+
+def test_a_state_that_is_not_contiguous_is_made_so():
+    straight, odd = (Parameter(torch.ones(6, 8)) for _ in range(2))
+    optimizers = [optim.AdamW([p]) for p in (straight, odd)]
+    for step in range(3):
+        for p, optimizer in zip((straight, odd), optimizers, strict=True):
+            p.grad = torch.arange(48.0).view(6, 8) * (step + 1)
+            optimizer.step()
+        state = optimizers[1].state[odd]
+        state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+        state["exp_avg_sq"] = state["exp_avg_sq"].clone()
+    assert torch.equal(straight, odd)
+
+
+@pytest.mark.parametrize("count", [50, 200, 250])
+def test_moments_that_are_moved_between_steps_are_followed(count):
+    """As an offloader does, which leaves what is small where it is."""
+    ordinary, moved = ([Parameter(torch.ones(4)) for _ in range(count)] for _ in range(2))
+    first, second = optim.AdamW(ordinary), optim.AdamW(moved)
+    for step in range(8):
+        for params, optimizer in ((ordinary, first), (moved, second)):
+            for p in params:
+                p.grad = torch.full((4,), float(step % 3) - 0.5)
+            optimizer.step()
+        for p in moved:
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = second.state[p][name]
+                old, moment.data = moment.data, moment.data.clone()
+                old.fill_(torch.nan)
+    assert_same(ordinary, moved)
+
+
+def test_a_gradient_whose_signs_are_still_to_be_turned_is_read_right():
+    w = Parameter(torch.tensor(1.0))
+    z = torch.complex(torch.tensor(1.0), w).conj()
+    (z * z).real.backward()
+    assert w.grad.is_neg()
+    optim.SGD([w], lr=0.1, momentum=0.0).step()
+    assert w.item() == pytest.approx(1.2)
+
+
+def test_tensors_without_memory_of_their_own_are_stepped_by_plain_pytorch():
+    p = Parameter(TwoTensor(torch.ones(8, 8), torch.ones(8, 8)))
+    p.grad = TwoTensor(torch.ones(8, 8), torch.ones(8, 8))
+    with warnings.catch_warnings(record=True):
+        optim.SGD([p], lr=0.5, momentum=0.0).step()
+    assert torch.equal(p.detach().a, torch.full((8, 8), 0.5))
+    q = Parameter(torch.ones(8, 8))
+    q.grad = torch._efficientzerotensor(8, 8)
+    optim.SGD([q], lr=0.5, momentum=0.0).step()
+    assert torch.equal(q, torch.ones(8, 8))
+
+
+def test_a_parameter_is_given_once_to_what_steps_some():
+    p = Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    with pytest.raises(ValueError, match="given twice"):
+        optim.SGD([p]).step_param(p, p)
+
+
+def test_threads_that_step_parameters_of_one_optimizer_take_turns():
+    alone, together = ([Parameter(torch.ones(64, 64)) for _ in range(8)] for _ in range(2))
+    first, second = optim.AdamWFactored(alone), optim.AdamWFactored(together)
+    for _ in range(20):
+        for p in (*alone, *together):
+            p.grad = torch.arange(4096.0).view(64, 64) + 1
+        for p in alone:
+            first.step_param(p)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(second.step_param, together))
+    assert_same(alone, together)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_the_flat_parameters_of_fsdp_are_refused(tmp_path, use_orig_params):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/a", rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(
+            nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+        with pytest.raises(TypeError, match=r"FSDP.*DDP"):
+            optim.AdamWFactored(model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "later"),
+    [
+        ("sgd", {"momentum": 0.9}, {"momentum": 0.0}),
+        ("adamw", {"growth_limit": 1.1}, {"growth_limit": None}),
+        ("adafactor", {"beta1": 0.9}, {"beta1": None}),
+        ("adafactor", {"clip_norm": "lagged"}, {"clip_threshold": None}),
+    ],
+)
+def test_what_an_option_kept_is_no_hindrance_once_it_is_off(name, options, later):
+    ends = []
+    for backend in ("auto", "torch"):
+        params = make_params(torch.float32)
+        optimizer = build(name, params, backend=backend, **options)
+        run(optimizer, params, range(2))
+        optimizer.param_groups[0].update(later)
+        run(optimizer, params, range(2, 4))
+        ends.append(params)
+    for a, b in zip(*ends, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -55,9 +55,11 @@ HD F atan2(F y, F x) {
 // a half in the low 16 bits of a lane.
 HD F from_fp16(U half) {
     U magnitude = (half & U(0x7FFFu)) << 13;
-    F scaled = as_float(magnitude) * F(0x1p112f);  // moves the exponent's bias
+    U normal = magnitude + U(112u << 23);                          // moves the exponent's bias
+    F small = as_float(magnitude | U(0x38800000u)) - F(0x1p-14f);  // no subnormal on the way
     U special = magnitude | U(0x7F800000u);
-    U result = select(magnitude >= U(0x0F800000u), special, as_bits(scaled));
+    U result = select(magnitude < U(0x00800000u), as_bits(small), normal);
+    result = select(magnitude >= U(0x0F800000u), special, result);
     return as_float(result | ((half & U(0x8000u)) << 16));
 }
 HD U to_fp16(F x) {

@@ -5,7 +5,7 @@ The family's options are not written down here: they are its class's signature
 """
 
 from dataclasses import dataclass, field, make_dataclass
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import optim
 
@@ -40,5 +40,9 @@ def optimizer_schema(name: str) -> type:
 
     `seed` is left out: the rounding takes the run's.
     """
-    options = [(k, *option) for k, option in optim.options_of(name).items() if k != "seed"]
+    options = [
+        (k, str if get_origin(kind) is Literal else kind, default)  # OmegaConf knows no Literal
+        for k, (kind, default) in optim.options_of(name).items()
+        if k != "seed"
+    ]
     return make_dataclass(f"{name}_options", [("name", str, name), *options], kw_only=True)
