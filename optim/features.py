@@ -121,7 +121,7 @@ def orthogonal(w: Tensor, g: Tensor) -> Tensor:
     return (rest * scale).float()
 
 
-def summed(parts: list[float | Tensor]) -> float | Tensor:
+def total(parts: list[float | Tensor]) -> float | Tensor:
     """The sum of numbers and 0-d tensors, on the device of the first tensor if there is one."""
     device = next((x.device for x in parts if isinstance(x, Tensor)), None)
     return sum(x.to(device) if isinstance(x, Tensor) else x for x in parts)

@@ -203,7 +203,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         shares = self._dispatch.shares(places)
         coefficients: dict[int, float | Tensor] = {}
         if self._needs_all_gradients():
-            norm = features.summed([engine.grad_sq(share) for engine, share in shares]) ** 0.5
+            norm = features.total([engine.grad_sq(share) for engine, share in shares]) ** 0.5
             for group in self.param_groups:
                 if group["max_grad_norm"] is not None:
                     coefficients[id(group)] = features.shrinking(norm, group["max_grad_norm"])

@@ -146,7 +146,7 @@ class ProjectedEngine(ABC):
         """As `optim.interface.Engine`."""
         with self._here():
             work = self._work_of(places)
-            return features.summed(
+            return features.total(
                 [
                     self._scaled_engine.grad_sq(Share(work.wide)),
                     self._dense_engine.grad_sq(Share(work.others)),

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from optim import features as every
 from optim import gpu, plan, reference
 from optim.backend import TorchEngine, grad_of
 from optim.codecs import Codec, join, split, stored
-from optim.features import Features
+from optim.features import Features, usable
 from optim.fused import FusedOptimizer, uncompiled
 from optim.idle import IdleOption
 from optim.rng import mix
@@ -189,7 +188,7 @@ class Sophia(FusedOptimizer):
         codecs, state = self.codecs(param, group), self.state_of(param, group)
         codec, salt = codecs["hessian"], [*codecs].index("hessian") + 1
         raw = grad_of(param).float()
-        h = SimpleNamespace(**group | {"usable": every.usable(raw)})
+        h = SimpleNamespace(**group | {"usable": usable(raw)})
         state["nonfinite"] += (~h.usable).sum()
         moments = {"hessian": codec.decode(split(state, "hessian"))}
         moments = reference.curved(h, torch.where(h.usable, raw, 0.0), moments, scale)
