@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from datetime import datetime
 
 import pytest
@@ -74,27 +73,28 @@ def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_in_its_folder_and_runs_nothing_twice(tmp_path):
-    """After its second run was stopped before it began, as a kill would leave it."""
+def test_a_sweep_goes_on_in_its_folder_with_more_values_and_runs_nothing_twice(tmp_path):
+    """After its second run was stopped when it had saved, and with numbers that are others."""
     folder, steps = tmp_path / "sweep", ("schedule.steps=1", "schedule.warmup_steps=0")
     command = ("-m", *QUICK, *steps, f"hydra.sweep.dir={folder}")
-    assert new_process(*command, "seed=0", cwd=tmp_path).returncode == 0
+    assert new_process(*command, "seed=0,1", cwd=tmp_path).returncode == 0
     first, second = (folder / f"{n}-adafactor8bit-full-seed{n}" for n in range(2))
-    shutil.copytree(first / "checkpoints", second / "checkpoints")
-    (second / "environment.json").touch()  # what tells a run's folder
+    (second / "summary.json").unlink()
     before = (first / "summary.json").read_bytes()
 
-    done = new_process(*command, "seed=0,1", "runtime.allow_config_change=true", cwd=tmp_path)
+    done = new_process(*command, "seed=2,0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (first / "summary.json").read_bytes() == before
     assert f"{first} is already finished" in done.stdout
     assert f"resuming from {second}/checkpoints/step-000001" in done.stdout
-    assert "| seed=1 " in (folder / "sweep.md").read_text()
-
-    other = new_process(*command, "seed=0", "optim.lr=1e-4", cwd=tmp_path)
-    assert other.returncode == 2
-    assert f"{first} holds a run of another sweep" in other.stderr
-    assert (first / "summary.json").read_bytes() == before
+    assert column((folder / "sweep.md").read_text(), "over seeds", "ended well") == {
+        "default": "3 of 3"
+    }
+    assert {path.name for path in folder.glob("*seed*")} == {
+        first.name,
+        second.name,
+        "0-adafactor8bit-full-seed2",
+    }
 
 
 def test_sweeps_that_begin_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):

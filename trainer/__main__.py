@@ -26,7 +26,8 @@ from trainer import cli, config, execution, optimizers, sweep
 from trainer.checkpoint import completed
 from trainer.errors import UserError
 from trainer.explain import explain
-from trainer.report import write_summary
+from trainer.report import read_summary, write_summary
+from trainer.sweep import finished, rank
 from trainer.validate import to_dataclasses
 
 # Set it to see a traceback behind any error.  Without it Hydra would print a page of its own and
@@ -44,8 +45,11 @@ def train(composed: DictConfig) -> float:
     given = OmegaConf.to_container(context.overrides.task, resolve=False)  # optim.lr=${...}, too
     folder, overrides = Path(context.runtime.output_dir), cli.lasting(cast(list[str], given))
     is_of_sweep = context.mode == RunMode.MULTIRUN
-    if is_of_sweep and (loss := _ended(folder, overrides)) is not None:
-        return loss
+    if is_of_sweep:
+        folder = _placed(Path(context.sweep.dir).absolute(), folder, overrides)
+        if finished(summary := read_summary(folder)):
+            print(f"{folder} is already finished: {' '.join(overrides)}")
+            return rank(summary)
     try:
         checked = to_dataclasses(composed)
         optimizers.try_out(
@@ -71,16 +75,13 @@ def train(composed: DictConfig) -> float:
         cli.fail(str(error))
 
 
-def _ended(folder: Path, overrides: list[str]) -> float | None:
-    """The loss of a run that ended before its sweep was stopped, or None.  A folder of another
-    sweep's ends this one, which would leave its errors there."""
-    try:
-        loss = sweep.ended(folder, overrides)
-    except UserError as error:
-        cli.fail(str(error))
-    if loss is not None:
-        print(f"{folder} is already finished: {' '.join(overrides)}")
-    return loss
+def _placed(of_sweep: Path, proposed: Path, overrides: list[str]) -> Path:
+    """Where a sweep's run is, or will be; the folder that Hydra made goes where another is."""
+    folder = sweep.place_of(of_sweep, proposed, overrides)
+    if folder != proposed:
+        with contextlib.suppress(OSError):
+            proposed.rmdir()  # unless it is another run's
+    return folder
 
 
 def _known_of_failed(composed: DictConfig) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What a sweep came to: which of its runs was better, in memory, speed, stability and quality.
 
-`sweep.md` has the tables (`table`, of `runs`) with what is to be kept in mind of them (`remarks`).
-All of it is made of the runs' folders, so it can be made anew at any time.
+`folders` says which are its runs'.  `sweep.md` has the tables (`table`, of `runs`) with what is to
+be kept in mind of them (`remarks`).  All of it is made of the runs' folders, so it can be made anew
+at any time.
 """
 
 from trainer.sweep.callback import SweepTable
-from trainer.sweep.runs import ended
+from trainer.sweep.folders import place_of
+from trainer.sweep.runs import finished, rank
 from trainer.sweep.table import sweep_table
 
-__all__ = ["SweepTable", "ended", "sweep_table"]
+__all__ = ["SweepTable", "finished", "place_of", "rank", "sweep_table"]

@@ -9,9 +9,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from PIL.Image import Image
 
-from trainer import disk, report
+from trainer import disk
 from trainer.metrics import MULTIRUN
 from trainer.sweep import curves, sheet
+from trainer.sweep.folders import ended_runs
 from trainer.sweep.head import head
 from trainer.sweep.table import sweep_table
 
@@ -44,7 +45,7 @@ class SweepTable(Callback):
 def _write(folder: Path) -> list[dict[str, Any]]:
     """Write the table and the pictures of a sweep's folder, where a run of it has ended; -> their
     summaries."""
-    found = _read(folder)
+    found = ended_runs(folder)
     runs = [summary for _, summary in found]
     if not runs:
         return []
@@ -52,12 +53,6 @@ def _write(folder: Path) -> list[dict[str, Any]]:
     parts = [head(folder.name, runs), sweep_table(runs), *(f"![]({name})" for name in pictures)]
     disk.replace_text(folder / _TABLE, "\n\n".join(parts) + "\n")
     return runs
-
-
-def _read(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The runs of a sweep's folder that have ended, and their summaries."""
-    runs = (path.parent for path in sorted(folder.glob("*/summary.json")))
-    return [(run, summary) for run in runs if (summary := report.read_summary(run))]
 
 
 def _wrote(

@@ -26,6 +26,11 @@ def of_runs(
     for run in sorted(runs, key=rank):
         if "error" in run:
             yield f"{name_of(run, common)} failed: {run['error'].splitlines()[0]}"
+        elif run.get("times_run", 1) > 1:
+            yield (
+                f"{name_of(run, common)} was run {run['times_run']} times; the newest that is "
+                "finished counts"
+            )
     before = [run["eval_loss_before"] for run in runs if run.get("eval_loss_before") is not None]
     if before and max(before) > (1 + _SAME) * min(before):
         yield (

@@ -8,12 +8,8 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
-
-from trainer import report
-from trainer.errors import UserError
 
 Summary = dict[str, Any]
 SEED = "seed"
@@ -26,8 +22,13 @@ def rank(run: Summary) -> float:
     return value if value is not None and math.isfinite(value) else math.inf
 
 
+def finished(run: Summary) -> bool:
+    """Whether it came to its end; one that was killed has no summary."""
+    return bool(run) and "error" not in run
+
+
 def ended_well(run: Summary) -> bool:
-    return "error" not in run and math.isfinite(rank(run))
+    return finished(run) and math.isfinite(rank(run))
 
 
 def common_overrides(runs: Iterable[Summary]) -> set[str]:
@@ -113,19 +114,3 @@ def by_optimizer(groups: Sequence[Group], common: Collection[str]) -> dict[str, 
     for group in groups:
         found.setdefault(name_of(group.runs[0], common, SEED, RATE), []).append(group)
     return found
-
-
-def ended(folder: Path, overrides: list[str]) -> float | None:
-    """The last eval loss of a run that has ended well in this folder; None where there is none.
-
-    Raises UserError for one without these options.
-    """
-    summary = report.read_summary(folder)
-    if not summary or "error" in summary:
-        return None
-    if not {*overrides} <= {*summary["overrides"]}:
-        raise UserError(
-            f"{folder} holds a run of another sweep ({' '.join(summary['overrides'])}); name "
-            "another folder (hydra.sweep.dir)"
-        )
-    return rank(summary)

@@ -1,0 +1,69 @@
+"""The folders of a sweep's runs: one set of options is one run, wherever it lies."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from trainer.sweep import SweepTable, place_of
+from trainer.sweep.folders import ended_runs
+
+A, B = ["optim=a", "seed=0"], ["optim=a", "seed=0", "schedule.steps=9"]
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run in a folder: made("0-a", A, error="no") -> the folder."""
+
+    def make(name, overrides, day=1, **more):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        summary = {"overrides": overrides, "ended": f"2026-01-0{day}T00:00:00+00:00"}
+        summary |= {"eval_loss_before": 1.0, "eval_loss_after": 0.5} | more
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
+
+    return make
+
+
+def begun(folder, overrides):
+    """What a killed run leaves: a checkpoint, and no summary."""
+    saved = folder / "checkpoints/step-000001"
+    saved.mkdir(parents=True)
+    (saved / "checkpoint.json").write_text(json.dumps({"overrides": overrides}))
+    return folder
+
+
+def test_a_run_is_found_by_its_options_whatever_its_folder_is_called(tmp_path, made):
+    there = made("0-a", A)
+    assert place_of(tmp_path, tmp_path / "1-a", A[::-1]) == there
+    deep = begun(tmp_path / "a/0", ["optim=b"])
+    assert place_of(tmp_path, tmp_path / "b/0", ["optim=b"]) == deep
+    assert place_of(tmp_path, tmp_path / "1-a", ["optim=c"]) == tmp_path / "1-a"
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(A, B), (B, A)])
+def test_a_run_with_other_options_keeps_its_folder(tmp_path, made, theirs, ours):
+    there = made("0-a", theirs)
+    assert place_of(tmp_path, there, ours) == tmp_path / "0-a-2"
+    begun(tmp_path / "0-a-2", ["optim=b"])
+    assert place_of(tmp_path, there, ours) == tmp_path / "0-a-3"
+
+
+def test_a_failed_run_is_run_again_in_its_folder_unless_another_is_finished(tmp_path, made):
+    failed = made("0-a", A, day=3, error="no")
+    assert place_of(tmp_path, tmp_path / "1-a", A) == failed
+    good = made("1-a", A)
+    assert place_of(tmp_path, failed, A) == good
+
+
+def test_of_runs_with_the_same_options_the_newest_that_is_finished_counts(tmp_path, made, capsys):
+    made("0-a", A, day=1, eval_loss_after=0.1)
+    newest = made("deep/er/1-a", A[::-1], day=2, eval_loss_after=0.2)
+    made("2-a", A, day=3, error="no")
+    other = made("3-a", B)
+    assert {folder for folder, _ in ended_runs(tmp_path)} == {newest, other}
+    SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    said = capsys.readouterr().out
+    assert "- default was run 3 times; the newest that is finished counts" in said
+    assert "0.1000" not in said
