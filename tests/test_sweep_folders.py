@@ -5,6 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from trainer.run_folder import sweep_of
 from trainer.sweep import SweepTable, place_of
 from trainer.sweep.folders import ended_runs
 
@@ -67,3 +68,9 @@ def test_of_runs_with_the_same_options_the_newest_that_is_finished_counts(tmp_pa
     said = capsys.readouterr().out
     assert "- default was run 3 times; the newest that is finished counts" in said
     assert "0.1000" not in said
+
+
+def test_a_sweep_is_known_from_the_folders_of_its_runs_at_any_depth(tmp_path):
+    (tmp_path / "multirun.yaml").touch()
+    assert sweep_of(tmp_path / "a/0") == sweep_of(tmp_path / "a") == tmp_path
+    assert sweep_of(tmp_path) is None

@@ -14,10 +14,10 @@ from PIL import Image
 
 from trainer import disk
 from trainer.config import Config, file_name
+from trainer.run_folder import sweep_of
 
 log = logging.getLogger(__name__)
 
-MULTIRUN = "multirun.yaml"  # Hydra's, in a sweep's folder, which has its runs'
 _TAG = 64  # characters that W&B takes
 
 
@@ -92,7 +92,7 @@ class _Wandb:
             entity=options.entity,
             mode=mode,
             name=_wandb_name(folder, config),
-            group=folder.parent.name if (folder.parent / MULTIRUN).is_file() else None,
+            group=sweep.name if (sweep := sweep_of(folder)) else None,
             tags=[config.optim.name, config.method.name, Path(config.model.path).name[:_TAG]],
             id=_wandb_id(folder),
             resume="allow",

@@ -8,6 +8,14 @@ from trainer import checkpoint
 from trainer.config import Config, file_name
 from trainer.errors import UserError
 
+_MULTIRUN = "multirun.yaml"  # Hydra's, in a sweep's folder
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that a run's folder lies in, at any depth; None where it is of
+    none."""
+    return next((parent for parent in folder.parents if (parent / _MULTIRUN).is_file()), None)
+
 
 def refuse_occupied(folder: Path, config: Config) -> None:
     """Raise UserError where a run would overwrite another, or files that belong to no run."""

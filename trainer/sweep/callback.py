@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from PIL.Image import Image
 
 from trainer import disk
-from trainer.metrics import MULTIRUN
+from trainer.run_folder import sweep_of
 from trainer.sweep import curves, sheet
 from trainer.sweep.folders import ended_runs
 from trainer.sweep.head import head
@@ -28,8 +28,7 @@ class SweepTable(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """A sweep that is stopped has a table too, and its runs that are resumed by themselves are
         in it."""
-        folder = Path(config.hydra.runtime.output_dir).parent
-        if (folder / MULTIRUN).is_file():
+        if folder := sweep_of(Path(config.hydra.runtime.output_dir)):
             _write(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
