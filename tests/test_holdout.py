@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from helpers import rows
+from helpers import QUICK, rows
 
 from trainer import batches
 from trainer.data.holdout import holdout
 from trainer.errors import UserError
+from trainer.run import run
 
 DIGESTS = [f"{number:064x}" for number in range(30)]
 
@@ -31,6 +32,14 @@ def test_equal_pictures_are_held_out_together():
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(UserError, match=r"data\.holdout=30: there are 30 diff.*at most 29"):
         holdout(DIGESTS * 2, 30)
+
+
+def test_the_result_of_a_run_is_the_held_out_loss_of_what_it_exports(composed, tmp_path):
+    config = composed(*QUICK, "data.holdout=17", "data.batch_size=7", "ema=fp32")
+    result = run(config, tmp_path / "run")
+    assert result == rows(tmp_path / "run")[-1]["eval/ema_holdout_loss"]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert result == summary["holdout_loss_result"] != summary["holdout_loss_after"]
 
 
 def test_held_out_pictures_are_evaluated_and_never_trained_on(quick, monkeypatch):

@@ -11,6 +11,7 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from trainer import cli, resolvers
+from trainer.measure import objective
 from trainer.sweep import SweepTable, sweep_table
 
 
@@ -151,6 +152,58 @@ def test_runs_are_ranked_by_the_weights_that_are_exported():
         NUMBERS | {"overrides": ["b"], "eval_loss_after": 0.5, "eval_loss_result": 0.5},
     ]
     assert list(column(sweep_table(runs), "run", "lr")) == ["a", "b"]
+
+
+def held_out(**losses):
+    """Runs of one seed: {optimizer: (eval, held out)}."""
+    return [
+        NUMBERS
+        | {"overrides": [f"optim={name}", "seed=0"], "optimizer": name, "lr": 1e-3}
+        | {"eval_loss_after": loss, "holdout_loss_after": other}
+        for name, (loss, other) in losses.items()
+    ]
+
+
+def test_runs_are_ranked_by_held_out_pictures_where_all_that_ended_well_have_them():
+    runs = held_out(a=(0.1, 0.9), b=(0.2, 0.3))
+    failed = {"overrides": ["optim=c", "seed=0"], "error": "no"}
+    text = sweep_table([*runs, failed])
+    assert list(column(text, "run", "lr")) == ["optim=b", "optim=a", "optim=c"]
+    assert "held out of those that were not, which ranks the runs" in text
+    assert "by eval optim=a would be the best (0.1000, and optim=b 0.2000)" in text
+    assert "by eval" not in sweep_table(held_out(a=(0.1, 0.2), b=(0.2, 0.3)))
+    text = sweep_table(
+        [*runs, NUMBERS | {"overrides": ["optim=d", "seed=0"]} | {"eval_loss_after": 1.0}]
+    )
+    assert list(column(text, "run", "lr")) == ["optim=a", "optim=b", "optim=d"]
+    assert "eval ranks the runs, as not all of them have held-out pictures" in text
+
+
+def test_the_best_rate_is_that_of_held_out_pictures():
+    runs = held_out(a=(0.1, 0.9), b=(0.2, 0.3))
+    for run, rate in zip(runs, (1e-3, 1e-4), strict=True):
+        run |= {
+            "overrides": ["optim=a", f"optim.lr={rate}", "seed=0"],
+            "optimizer": "a",
+            "lr": rate,
+        }
+    text = sweep_table(runs)
+    titles, row = tables(text)["each at its best rate"]
+    best = dict(zip(titles, row, strict=True))
+    assert (best["lr"], best["eval after"], best["held out"]) == ("0.0001", "0.2000", "0.3000")
+
+
+@pytest.mark.parametrize(
+    ("summary", "value"),
+    [
+        ({"eval_loss_after": 0.5, "eval_loss_result": 0.4}, 0.4),
+        ({"eval_loss_result": 0.4, "holdout_loss_after": 0.6}, 0.6),
+        ({"eval_loss_result": 0.4, "holdout_loss_after": 0.6, "holdout_loss_result": 0.3}, 0.3),
+        ({"eval_loss_result": None, "holdout_loss_result": 0.3}, math.inf),
+    ],
+)
+def test_a_sweeper_minimises_what_ranks_the_runs(summary, value):
+    assert objective(summary) == value
 
 
 @pytest.mark.parametrize(("other", "differs"), [(1.001, False), (2.0, True), (None, False)])

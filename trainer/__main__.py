@@ -26,8 +26,8 @@ from trainer import cli, config, execution, optimizers, sweep
 from trainer.checkpoint import completed
 from trainer.errors import UserError
 from trainer.explain import explain
+from trainer.measure import ended_well, objective
 from trainer.report import read_summary, write_summary
-from trainer.sweep import finished, rank
 from trainer.validate import to_dataclasses
 
 # Set it to see a traceback behind any error.  Without it Hydra would print a page of its own and
@@ -39,7 +39,7 @@ _runs_begun: list[str] = []  # by name; an error after that is not the command l
 
 @hydra.main(config_path=str(config.conf_dir()), config_name="config", version_base="1.3")
 def train(composed: DictConfig) -> float:
-    """One run; returns its last eval loss, which a sweeper may minimise (NaN where it failed)."""
+    """One run; returns its final loss, which a sweeper may minimise (NaN where it failed)."""
     _runs_begun.append(composed.name)
     context = HydraConfig.get()
     given = OmegaConf.to_container(context.overrides.task, resolve=False)  # optim.lr=${...}, too
@@ -47,9 +47,9 @@ def train(composed: DictConfig) -> float:
     is_of_sweep = context.mode == RunMode.MULTIRUN
     if is_of_sweep:
         folder = _placed(Path(context.sweep.dir).absolute(), folder, overrides)
-        if finished(summary := read_summary(folder)):
+        if ended_well(summary := read_summary(folder)):
             print(f"{folder} is already finished: {' '.join(overrides)}")
-            return rank(summary)
+            return objective(summary)
     try:
         checked = to_dataclasses(composed)
         optimizers.try_out(

@@ -20,6 +20,7 @@ from trainer import (
     evaluation,
     gradients,
     losses,
+    measure,
     memory,
     method,
     metrics,
@@ -44,8 +45,8 @@ _THREADS = torch.get_num_threads()  # as torch chose
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
-    """Train as configured, writing everything to `folder`; returns the last eval loss of the
-    exported weights.
+    """Train as configured, writing everything to `folder`; returns the final loss of the
+    exported weights, of held-out pictures where there are some.
 
     `overrides` are the command line's: they distinguish the runs of a sweep's table, and a resumed
     run has them again.
@@ -233,7 +234,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if failure:
         raise failure
-    return summary["eval_loss_result"]
+    return measure.objective(summary)
 
 
 def _export(state: State) -> list[Path]:

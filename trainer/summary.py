@@ -38,4 +38,15 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "grad_norm_over_median": state.watch.grad_norm_over_median,
         "runs_before_in_process": state.peaks.runs_before,
         **record.identity(state.config, state.device),
-    } | {f"{key}_after": after[key] for key in ("holdout_loss", "ema_loss") if key in after}
+    } | _of_some(state, after)
+
+
+def _of_some(state: State, after: Mapping[str, float]) -> dict[str, float]:
+    """Losses that only runs with held-out pictures or averaged weights have."""
+    prefix = "ema_" if state.exports_average else ""
+    names = {
+        "holdout_loss_after": "holdout_loss",
+        "holdout_loss_result": f"{prefix}holdout_loss",
+        "ema_loss_after": "ema_loss",
+    }
+    return {name: after[key] for name, key in names.items() if key in after}

@@ -7,7 +7,6 @@ at any time.
 
 from trainer.sweep.callback import SweepTable
 from trainer.sweep.folders import place_of
-from trainer.sweep.runs import finished, rank
 from trainer.sweep.table import sweep_table
 
-__all__ = ["SweepTable", "finished", "place_of", "rank", "sweep_table"]
+__all__ = ["SweepTable", "place_of", "sweep_table"]

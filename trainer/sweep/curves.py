@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trainer import metrics
 from trainer.axis import Axis
-from trainer.sweep.runs import Group, Summary, common_overrides, grouped
+from trainer.sweep.runs import Comparison, Group, Summary
 
 Points = list[tuple[int, float]]
 Pen = ImageDraw.ImageDraw
@@ -66,8 +66,7 @@ class _Line:
 def draw(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
     """The chart; None where no run has two points.  runs: folders and summaries."""
     folders = {id(summary): folder for folder, summary in runs}
-    summaries = [summary for _, summary in runs]
-    groups = grouped(summaries, common_overrides(summaries))
+    groups = Comparison([summary for _, summary in runs]).groups
     panels: list[list[_Line]] = [[], []]
     for place, group in enumerate(groups):
         colour, is_broken = _style(place)
@@ -137,7 +136,14 @@ def _inside(points: Points, high: float) -> list[Points]:
 
 
 def _write_legend(pen: Pen, left: int, groups: Sequence[Group]) -> None:
-    _text(pen, left, _TOP - 20, "eval/loss in the end, best first", "ls", colour=_MUTED)
+    _text(
+        pen,
+        left,
+        _TOP - 20,
+        f"{groups[0].measure.metric} in the end, best first",
+        "ls",
+        colour=_MUTED,
+    )
     second = left + _NAMES + max(_text_width(group.name) for group in groups) + 16
     for place, group in enumerate(groups):
         middle, (colour, is_broken) = _TOP + place * _ENTRY, _style(place)

@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 
 from trainer import checkpoint, report
-from trainer.sweep.runs import Summary, finished
+from trainer.measure import ended_well
+from trainer.sweep.runs import Summary
 
 Found = list[tuple[Path, Summary]]
 
@@ -59,4 +60,4 @@ def _options_in(folder: Path) -> set[str] | None:
 def _worth(summary: Summary) -> tuple[bool, float]:
     """By which the run that counts is chosen: whether it is finished, and when it ended."""
     ended = datetime.fromisoformat(summary["ended"]).timestamp() if "ended" in summary else 0.0
-    return finished(summary), ended
+    return ended_well(summary), ended

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.sweep.runs import Summary, common_overrides
+from trainer.sweep.runs import Comparison, Summary
 
 
 def head(name: str, runs: Sequence[Summary]) -> str:
@@ -17,7 +17,8 @@ def head(name: str, runs: Sequence[Summary]) -> str:
         _said(runs, "device", "on {}"),
         _dates(runs),
     ]
-    common = [o for o in runs[0]["overrides"] if o in common_overrides(runs)]
+    shared = Comparison(runs).common
+    common = [o for o in runs[0]["overrides"] if o in shared]
     options = f"In all of them: `{' '.join(common)}`" if common else ""
     parts = [f"# {name}", "; ".join(fact for fact in facts if fact) + ".", options]
     return "\n\n".join(part for part in parts if part)

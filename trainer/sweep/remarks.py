@@ -1,17 +1,10 @@
 """What is to be kept in mind when the runs of a sweep are compared: which differences are none, and
 which are of something else than the optimizer."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from trainer.sweep.runs import (
-    Group,
-    Summary,
-    by_optimizer,
-    lr_of,
-    name_of,
-    optimizer_of,
-    rank,
-)
+from trainer.measure import EVAL, HOLDOUT
+from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 
 # Losses before the first step that differ by more than rounding are of other points.
 _SAME = 0.01
@@ -19,16 +12,15 @@ _ENOUGH_SEEDS = 3
 _STEADY = 1.25  # times the fastest: steps that differ by the seed alone
 
 
-def of_runs(
-    runs: Sequence[Summary], common: Collection[str], groups: Sequence[Group]
-) -> Iterator[str]:
-    """Remarks on these runs, a sentence or two each; `groups` of them, the best first."""
-    for run in sorted(runs, key=rank):
+def of_runs(comparison: Comparison) -> Iterator[str]:
+    """Remarks on these runs, a sentence or two each."""
+    runs, groups = comparison.runs, comparison.groups
+    for run in runs:
         if "error" in run:
-            yield f"{name_of(run, common)} failed: {run['error'].splitlines()[0]}"
+            yield f"{comparison.name_of(run)} failed: {run['error'].splitlines()[0]}"
         elif run.get("times_run", 1) > 1:
             yield (
-                f"{name_of(run, common)} was run {run['times_run']} times; the newest that is "
+                f"{comparison.name_of(run)} was run {run['times_run']} times; the newest that is "
                 "finished counts"
             )
     before = [run["eval_loss_before"] for run in runs if run.get("eval_loss_before") is not None]
@@ -38,9 +30,9 @@ def of_runs(
             "(data, log.eval_points), and one that is lower need not be better"
         )
     if before:
-        yield from _of_quality(runs)
-    yield from _of_rates(groups, common)
-    yield from _of_ties(_best_of_each(groups, common))
+        yield from _of_quality(comparison)
+    yield from _of_rates(comparison)
+    yield from _of_ties(_best_of_each(comparison))
     yield from _of_speed(groups)
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
@@ -50,21 +42,42 @@ def of_runs(
         )
 
 
-def _of_quality(runs: Sequence[Summary]) -> Iterator[str]:
-    if any(run.get("holdout_loss_after") is not None for run in runs):
-        yield "eval is of the pictures that were trained on, held out of those that were not"
+def _of_quality(comparison: Comparison) -> Iterator[str]:
+    """What the losses are of, and which of them ranks the runs."""
+    what = "eval is of the pictures that were trained on"
+    if comparison.measure is HOLDOUT:
+        yield f"{what}, held out of those that were not, which ranks the runs"
+        yield from _of_orders(comparison.groups)
+    elif any(run.get("holdout_loss_after") is not None for run in comparison.runs):
+        yield (
+            f"{what}, held out of those that were not; eval ranks the runs, as not all of them "
+            "have held-out pictures"
+        )
     else:
         yield (
-            "eval is of the pictures that were trained on, so a run that memorises them looks "
-            "best; data.holdout=8 adds a column of others"
+            f"{what}, so a run that memorises them looks best; it ranks the runs, and with "
+            "data.holdout=8 others would"
         )
 
 
-def _of_rates(groups: Sequence[Group], common: Collection[str]) -> Iterator[str]:
+def _of_orders(groups: Sequence[Group]) -> Iterator[str]:
+    """That the pictures trained on would have another run win."""
+    best = min(groups, key=lambda group: group.place(EVAL))
+    if best is not groups[0] and best.good:
+        yield (
+            f"by eval {best.name} would be the best ({best.loss_by(EVAL):.4f}, and "
+            f"{groups[0].name} {groups[0].loss_by(EVAL):.4f}): it learned more of the pictures "
+            "that were trained on, and less that holds for others"
+        )
+
+
+def _of_rates(comparison: Comparison) -> Iterator[str]:
     """That rates were not looked for, where several optimizers are compared at one rate each."""
-    rivals = by_optimizer(groups, common)
-    rates = [{lr_of(run) for group in tried for run in group.runs} for tried in rivals.values()]
-    is_of_several = len({optimizer_of(run) for group in groups for run in group.runs}) > 1
+    rates = [
+        {lr_of(run) for group in tried for run in group.runs}
+        for tried in comparison.rivals.values()
+    ]
+    is_of_several = len(set(map(optimizer_of, comparison.runs))) > 1
     if is_of_several and all(len(tried - {None}) < 2 for tried in rates):
         yield (
             "each optimizer ran at one learning rate; another may be better, and may change the "
@@ -72,10 +85,10 @@ def _of_rates(groups: Sequence[Group], common: Collection[str]) -> Iterator[str]
         )
 
 
-def _best_of_each(groups: Sequence[Group], common: Collection[str]) -> Sequence[Group]:
+def _best_of_each(comparison: Comparison) -> Sequence[Group]:
     """Each optimizer at its best rate; of a single one all rates."""
-    rivals = by_optimizer(groups, common)
-    return [tried[0] for tried in rivals.values()] if len(rivals) > 1 else groups
+    rivals = comparison.rivals
+    return [tried[0] for tried in rivals.values()] if len(rivals) > 1 else comparison.groups
 
 
 def _of_ties(groups: Sequence[Group]) -> Iterator[str]:

@@ -5,41 +5,17 @@ first: a mean over those that are left flatters an optimizer that often fails.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
+from trainer.measure import Measure, ended_well, measure_of
+
 Summary = dict[str, Any]
 SEED = "seed"
 RATE = "optim.lr"
-
-
-def rank(run: Summary) -> float:
-    """The final eval loss of what is exported; infinite where there is none."""
-    value = run.get("eval_loss_result", run.get("eval_loss_after"))
-    return value if value is not None and math.isfinite(value) else math.inf
-
-
-def finished(run: Summary) -> bool:
-    """Whether it came to its end; one that was killed has no summary."""
-    return bool(run) and "error" not in run
-
-
-def ended_well(run: Summary) -> bool:
-    return finished(run) and math.isfinite(rank(run))
-
-
-def common_overrides(runs: Iterable[Summary]) -> set[str]:
-    """The options that were given for all of them."""
-    return set.intersection(*(set(run["overrides"]) for run in runs))
-
-
-def name_of(run: Summary, common: Collection[str], *without: str) -> str:
-    """What tells a run from the others: its overrides, but for what all have and these options."""
-    shown = (o for o in run["overrides"] if o not in common and o.partition("=")[0] not in without)
-    return " ".join(shown) or "default"
 
 
 def lr_of(run: Summary) -> float | None:
@@ -67,6 +43,7 @@ class Group:
 
     name: str
     runs: list[Summary]
+    measure: Measure
 
     @cached_property
     def good(self) -> list[Summary]:
@@ -80,37 +57,59 @@ class Group:
     @property
     def loss(self) -> float:
         """The mean final loss of those that ended well."""
-        return mean(map(rank, self.good)) if self.good else math.inf
+        return self.loss_by(self.measure)
 
     @property
     def spread(self) -> float:
         """The standard deviation of that; 0 of a single run."""
-        return stdev(map(rank, self.good)) if len(self.good) > 1 else 0.0
-
-    @property
-    def place(self) -> tuple[bool, float]:
-        """What groups are sorted by: those with failures after those without."""
-        return len(self.good) < len(self.runs), self.loss
+        return stdev(map(self.measure, self.good)) if len(self.good) > 1 else 0.0
 
     @property
     def counted(self) -> str:
         """How many ended well: `1 of 3`."""
         return f"{len(self.good)} of {len(self.runs)}"
 
+    def loss_by(self, measure: Measure) -> float:
+        """The mean by another measure, too."""
+        return mean(map(measure, self.good)) if self.good else math.inf
 
-def grouped(runs: Sequence[Summary], common: Collection[str]) -> list[Group]:
-    """Groups of all runs, the best first."""
-    found: dict[str, list[Summary]] = {}
-    for run in runs:
-        found.setdefault(name_of(run, common, SEED), []).append(run)
-    groups = [Group(name=name, runs=members) for name, members in found.items()]
-    return sorted(groups, key=lambda group: group.place)
+    def place(self, measure: Measure) -> tuple[bool, float]:
+        """What groups are sorted by: those with failures after those without."""
+        return len(self.good) < len(self.runs), self.loss_by(measure)
 
 
-def by_optimizer(groups: Sequence[Group], common: Collection[str]) -> dict[str, list[Group]]:
-    """Groups that differ by their rate alone, by the name of what they share; each in the order of
-    `groups`."""
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        found.setdefault(name_of(group.runs[0], common, SEED, RATE), []).append(group)
-    return found
+class Comparison:
+    """Runs beside each other: what they are called, and which is better."""
+
+    def __init__(self, runs: Sequence[Summary]) -> None:
+        self.measure = measure_of(runs)
+        self.runs = sorted(runs, key=self.loss)  # the best first, those that failed last
+        self.common = {*set.intersection(*(set(run["overrides"]) for run in runs))}
+
+    def loss(self, run: Summary) -> float:
+        """What a run is ranked by; infinite where it failed."""
+        return self.measure(run) if ended_well(run) else math.inf
+
+    def name_of(self, run: Summary, *without: str) -> str:
+        """What tells a run from the others: its overrides, but for what all have and these
+        options."""
+        known = (o for o in run["overrides"] if o not in self.common)
+        return " ".join(o for o in known if o.partition("=")[0] not in without) or "default"
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Groups of all runs, the best first."""
+        found: dict[str, list[Summary]] = {}
+        for run in self.runs:
+            found.setdefault(self.name_of(run, SEED), []).append(run)
+        groups = [Group(name=k, runs=v, measure=self.measure) for k, v in found.items()]
+        return sorted(groups, key=lambda group: group.place(self.measure))
+
+    @cached_property
+    def rivals(self) -> dict[str, list[Group]]:
+        """Groups that differ by their rate alone, by the name of what they share; the best
+        first."""
+        found: dict[str, list[Group]] = {}
+        for group in self.groups:
+            found.setdefault(self.name_of(group.runs[0], SEED, RATE), []).append(group)
+        return found

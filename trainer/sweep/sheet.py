@@ -6,9 +6,11 @@ from pathlib import Path
 from PIL import Image
 
 from trainer import pictures
-from trainer.sweep.runs import Summary, common_overrides, lr_of, name_of, rank
+from trainer.measure import EVAL, HOLDOUT
+from trainer.sweep.runs import Comparison, Summary, lr_of
 
 _ROWS = 40
+_WORDS = {EVAL: "eval", HOLDOUT: "held out"}
 
 
 def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
@@ -18,10 +20,12 @@ def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
 
     runs: folders and summaries.
     """
-    common = common_overrides(summary for _, summary in runs)
+    folders = {id(summary): folder for folder, summary in runs}
+    comparison = Comparison([summary for _, summary in runs])
     captions: list[str] = []
     rows: dict[str, list[Image.Image]] = {}
-    for folder, summary in sorted(runs, key=lambda run: rank(run[1])):
+    for summary in comparison.runs:
+        folder = folders[id(summary)]
         drawn = folder / "samples" / f"step-{summary.get('steps', 0):06d}"
         if "error" in summary or len(rows) > _ROWS:
             continue
@@ -29,14 +33,14 @@ def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
             before = pictures.load(folder / "samples" / f"step-{0:06d}", captions)
             rows |= {"before": before} if before else {}
         if captions and (found := pictures.load(drawn, captions)):
-            rows[_title(summary, common)] = found
+            rows[_title(summary, comparison)] = found
     return pictures.grid(rows, captions) if captions else None
 
 
-def _title(run: Summary, common: set[str]) -> str:
+def _title(run: Summary, comparison: Comparison) -> str:
     """What differs, the rate and the loss, a line each."""
-    lines = name_of(run, common).split(" ")
+    lines = comparison.name_of(run).split(" ")
     rate = lr_of(run)
     if rate is not None and not any(line.startswith("optim.lr=") for line in lines):
         lines.append(f"lr {rate:g}")
-    return "\n".join([*lines, f"eval {rank(run):.4f}"])
+    return "\n".join([*lines, f"{_WORDS[comparison.measure]} {comparison.loss(run):.4f}"])

@@ -1,23 +1,14 @@
 """The tables of a sweep: its runs, what several seeds have in common, each optimizer's best rate.
 
-Best is the lowest final eval loss of what is exported.
+Best is the lowest final loss of what is exported (`trainer.measure`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from statistics import mean, stdev
 
+from trainer.measure import EVAL
 from trainer.sweep import markdown, remarks
-from trainer.sweep.runs import (
-    Group,
-    Summary,
-    by_optimizer,
-    common_overrides,
-    grouped,
-    lr_of,
-    name_of,
-    rank,
-    seed_of,
-)
+from trainer.sweep.runs import Comparison, Group, Summary, lr_of, seed_of
 
 Column = tuple[str, str, str]  # title, key in summary.json, format
 
@@ -59,26 +50,25 @@ def sweep_table(runs: Sequence[Summary]) -> str:
     A run is called by the overrides that not all of them have.  Values that only some runs have are
     a column where one has them.
     """
-    common = common_overrides(runs)
+    comparison = Comparison(runs)
     known = {key for run in runs for key, value in run.items() if value is not None}
     columns = [c for c in _COLUMNS if c[1] in known or c[1] not in _NOT_IN_ALL]
-    groups = grouped(runs, common)
     parts = [
-        _of_runs(runs, common, columns),
-        "\n".join(f"- {remark}" for remark in remarks.of_runs(runs, common, groups)),
-        _over_seeds(groups, columns),
-        _best_rates(groups, common),
+        _of_runs(comparison, columns),
+        "\n".join(f"- {remark}" for remark in remarks.of_runs(comparison)),
+        _over_seeds(comparison.groups, columns),
+        _best_rates(comparison),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _of_runs(runs: Sequence[Summary], common: Collection[str], columns: Sequence[Column]) -> str:
+def _of_runs(comparison: Comparison, columns: Sequence[Column]) -> str:
     rows = [["run", "lr", *(title for title, _, _ in columns)]]
-    for run in sorted(runs, key=rank):
+    for run in comparison.runs:
         cells = [markdown.cell(run.get(key), form) for _, key, form in columns]
         if "error" in run:
             cells = ["failed", *[""] * (len(columns) - 1)]
-        rows.append([name_of(run, common), _rate(run), *cells])
+        rows.append([comparison.name_of(run), _rate(run), *cells])
     return markdown.table(rows)
 
 
@@ -121,17 +111,19 @@ def _over(runs: Sequence[Summary], column: Column) -> str:
     return form.format(mean(values)) + spread
 
 
-def _best_rates(groups: Sequence[Group], common: Collection[str]) -> str:
+def _best_rates(comparison: Comparison) -> str:
     """A table of each optimizer, with whatever else it was given, at its best rate, where rates
     were swept.  A best rate that is the lowest or highest of those tried may not be the best."""
-    rivals = by_optimizer(groups, common)
+    measure, rivals = comparison.measure, comparison.rivals
     if all(len({group.lr for group in tried}) < 2 for tried in rivals.values()):
         return ""
-    rows = [["each at its best rate", "lr", "eval after", "ended well", "rates tried", "note"]]
-    for name, tried in sorted(rivals.items(), key=lambda item: item[1][0].place):
+    losses = [column for column in _COLUMNS if column[0] in (EVAL.title, measure.title)]
+    titles = [title for title, _, _ in losses]
+    rows = [["each at its best rate", "lr", *titles, "ended well", "rates tried", "note"]]
+    for name, tried in rivals.items():
         best, rates = tried[0], sorted({group.lr for group in tried if group.lr is not None})
         row = [name, markdown.cell(best.lr, RATE_FORM)]
-        row += [_over(best.good, ("", "eval_loss_after", "{:.4f}")) or "failed", best.counted]
+        row += [_over(best.good, column) or "failed" for column in losses] + [best.counted]
         rows.append([*row, ", ".join(map(RATE_FORM.format, rates)), _edge(best, rates)])
     return markdown.table(rows, words={"rates tried", "note"})
 

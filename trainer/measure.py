@@ -1,0 +1,45 @@
+"""The loss that runs are compared by: of what is exported, after the last step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A final loss in summary.json; the lower, the better."""
+
+    title: str  # in a table
+    metric: str  # in metrics.jsonl
+    keys: tuple[str, ...]  # in summary.json; the first that is there counts
+
+    def __call__(self, summary: dict[str, Any]) -> float:
+        """Its value; infinite where there is none."""
+        value = next((summary[key] for key in self.keys if key in summary), None)
+        return value if value is not None and math.isfinite(value) else math.inf
+
+
+EVAL = Measure(title="eval after", metric="eval/loss", keys=("eval_loss_result", "eval_loss_after"))
+HOLDOUT = Measure(
+    title="held out",
+    metric="eval/holdout_loss",
+    keys=("holdout_loss_result", "holdout_loss_after"),
+)
+
+
+def ended_well(summary: dict[str, Any]) -> bool:
+    """Whether a run did not fail, and has a final loss."""
+    return "error" not in summary and math.isfinite(EVAL(summary))
+
+
+def measure_of(summaries: Sequence[dict[str, Any]]) -> Measure:
+    """What these runs are ranked by: held-out pictures where all that ended well have some."""
+    good = [summary for summary in summaries if ended_well(summary)]
+    held_out = bool(good) and all(math.isfinite(HOLDOUT(summary)) for summary in good)
+    return HOLDOUT if held_out else EVAL
+
+
+def objective(summary: dict[str, Any]) -> float:
+    """What a sweeper minimises."""
+    return measure_of([summary])(summary)
