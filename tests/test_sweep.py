@@ -313,7 +313,8 @@ def test_where_rates_were_swept_each_optimizer_has_its_best_one(losses, lr, note
 
 REMARKS = {
     "rates": "each optimizer ran at one learning rate",
-    "overlap": "overlap within their spread",
+    "tied": "not shown to differ from the best, optim=a: optim=b (",
+    "picked": "is the best of those tried (up to 2) on the seeds that are reported",
     "few": "a spread over 2 seeds",
     "chance": "a run with one seed does not show how much is chance",
     "memory": "shared a process on a CPU",
@@ -327,14 +328,16 @@ REMARKS = {
     [
         ({"a": [0.1], "b": [0.2]}, {}, {"rates", "chance", "trained"}),
         ({"a": [0.1, 0.11, 0.12], "b": [0.2, 0.21, 0.22]}, {}, {"rates", "trained"}),
-        ({"a": [0.1, 0.3, 0.2], "b": [0.2, 0.4, 0.3]}, {}, {"rates", "overlap", "trained"}),
+        # Spreads that overlap, of differences that are equal; and the other way round.
+        ({"a": [0.1, 0.3, 0.2], "b": [0.2, 0.4, 0.3]}, {}, {"rates", "trained"}),
+        ({"a": [0.1, 0.1, 0.1], "b": [0.11, 0.2, 0.3]}, {}, {"rates", "tied", "trained"}),
         ({"a": [0.1, 0.11], "b": [0.2, 0.21]}, {}, {"rates", "few", "trained"}),
-        ({("a", 0.1): [0.1], ("a", 0.2): [0.2]}, {}, {"chance", "trained"}),
+        ({("a", 0.1): [0.1], ("a", 0.2): [0.2]}, {}, {"chance", "picked", "trained"}),
         # What is compared is each optimizer at its best rate.
         (
             {("a", 0.1): [0.1, 0.11, 0.12], ("a", 0.2): [0.11] * 3, ("b", 0.1): [0.3] * 3},
             {},
-            {"trained"},
+            {"picked", "trained"},
         ),
         ({"a": [0.1]}, {"holdout_loss_after": 0.2}, {"holdout"}),
         ({"a": [0.1]}, {"on_cpu": True, "runs_before_in_process": 1}, {"trained", "memory"}),

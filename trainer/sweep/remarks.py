@@ -4,6 +4,7 @@ which are of something else than the optimizer."""
 from collections.abc import Iterator, Sequence
 
 from trainer.measure import EVAL, HOLDOUT
+from trainer.sweep import paired
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 
 # Losses before the first step that differ by more than rounding are of other points.
@@ -32,7 +33,9 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
     if before:
         yield from _of_quality(comparison)
     yield from _of_rates(comparison)
-    yield from _of_ties(_best_of_each(comparison))
+    yield from _of_picked(comparison)
+    yield from _of_seeds(_best_of_each(comparison))
+    yield from _of_ties(groups)
     yield from _of_speed(groups)
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
@@ -91,8 +94,19 @@ def _best_of_each(comparison: Comparison) -> Sequence[Group]:
     return [tried[0] for tried in rivals.values()] if len(rivals) > 1 else comparison.groups
 
 
-def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
-    """That the first place is not decided."""
+def _of_picked(comparison: Comparison) -> Iterator[str]:
+    """That a best rate is the best on these very seeds."""
+    most = max(len({group.lr for group in tried}) for tried in comparison.rivals.values())
+    if most > 1:
+        yield (
+            f"each best rate is the best of those tried (up to {most}) on the seeds that are "
+            "reported, which flatters it, the more the more were tried; run it again with other "
+            "seeds"
+        )
+
+
+def _of_seeds(groups: Sequence[Group]) -> Iterator[str]:
+    """That the first place is decided by few seeds."""
     if len(groups) < 2 or not groups[1].good:
         return
     first, second = groups[:2]
@@ -103,13 +117,19 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
             "order (seed=0,1,2)"
         )
         return
-    if first.loss + first.spread >= second.loss - second.spread:
-        yield (
-            f"{first.name} and {second.name} overlap within their spread over seeds: neither is "
-            "shown to be the better"
-        )
     if fewest < _ENOUGH_SEEDS:
         yield f"a spread over {fewest} seeds is a rough one; {_ENOUGH_SEEDS} or more say more"
+
+
+def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
+    """Which groups may be as good as the first."""
+    found = zip(groups, paired.differences(groups), strict=True)
+    tied = [group.name for group, one in found if one and not one.shows_one]
+    if tied:
+        yield (
+            f"not shown to differ from the best, {groups[0].name}: {', '.join(tied)} (the 95 % "
+            "interval of the difference with the same seeds has 0 in it)"
+        )
 
 
 def _of_speed(groups: Sequence[Group]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from trainer.measure import EVAL
-from trainer.sweep import markdown, remarks
+from trainer.sweep import markdown, paired, remarks
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, seed_of
 
 Column = tuple[str, str, str]  # title, key in summary.json, format
@@ -56,7 +56,7 @@ def sweep_table(runs: Sequence[Summary]) -> str:
     parts = [
         _of_runs(comparison, columns),
         "\n".join(f"- {remark}" for remark in remarks.of_runs(comparison)),
-        _over_seeds(comparison.groups, columns),
+        _over_seeds(comparison, columns),
         _best_rates(comparison),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -78,16 +78,24 @@ def _rate(run: Summary) -> str:
     return markdown.cell(rate, RATE_FORM) + ("" if found is None else f" x {found:.2g}")
 
 
-def _over_seeds(groups: Sequence[Group], columns: Sequence[Column]) -> str:
+def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> str:
     """A table of what differs by more than the seed, where something was run with several: mean and
     standard deviation over the runs that ended well, of memory and gradient norms the largest, of
-    what is counted the sum."""
+    what is counted the sum.  Beside the loss that ranks them is how much higher it is than the best
+    one's with the same seeds."""
+    groups = comparison.groups
     if all(len({seed_of(run) for run in group.runs}) < 2 for group in groups):
         return ""
     columns = [column for column in columns if column[0] not in _NOT_OVER_SEEDS]
-    rows = [["over seeds", "ended well", "lr", *(title for title, _, _ in columns)]]
-    for group in groups:
+    titles, found = [title for title, _, _ in columns], paired.differences(groups)
+    place = titles.index(comparison.measure.title) + 1 if any(found) else None
+    if place is not None:
+        titles.insert(place, "minus the best, 95 % interval")
+    rows = [["over seeds", "ended well", "lr", *titles]]
+    for group, difference in zip(groups, found, strict=True):
         cells = [_over(group.good, column) for column in columns]
+        if place is not None:
+            cells.insert(place, str(difference or ""))
         rate = markdown.cell(group.lr, RATE_FORM)
         rows.append([group.name, group.counted, rate, *(cells if group.good else _failed(cells))])
     return markdown.table(rows)

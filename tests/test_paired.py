@@ -1,0 +1,43 @@
+"""Differences with the same seeds: their intervals, and which of them show something."""
+
+import math
+
+import pytest
+from test_sweep import FAILED, column, sweep_of
+
+from trainer.sweep import paired, sweep_table
+
+TITLE = "minus the best, 95 % interval"
+
+
+@pytest.mark.parametrize(
+    ("freedom", "value"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423), (99, 1.9842)],
+)
+def test_the_quantile_is_that_of_published_tables(freedom, value):
+    assert paired.quantile(freedom) == pytest.approx(value, abs=5e-5)
+
+
+def test_the_interval_is_that_of_student():
+    """A sample whose interval can be told by hand: sd 1, n 3."""
+    found = paired.interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.count) == (2.0, 3)
+    assert found.margin == pytest.approx(4.3027 / math.sqrt(3), abs=5e-5)
+    assert not found.shows_one
+    assert paired.interval([1.0, 1.1, 1.2]).shows_one
+
+
+def test_a_table_has_the_difference_from_the_best_by_the_seeds_in_common():
+    losses = {"a": [0.1, 0.3, 0.2], "b": [0.21, 0.40, 0.30], "c": [0.9, FAILED, FAILED]}
+    found = column(sweep_table(sweep_of(losses)), "over seeds", TITLE)
+    assert found == {
+        "optim=a": "",
+        "optim=b": "+0.1033 [+0.0890, +0.1177] n=3",
+        "optim=c": "",
+    }
+
+
+def test_without_two_seeds_in_common_there_is_no_such_column():
+    text = sweep_table(sweep_of({"a": [0.1, FAILED], "b": [FAILED, 0.2]}))
+    assert "over seeds" in text
+    assert TITLE not in text
