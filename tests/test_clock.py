@@ -52,6 +52,25 @@ def test_every_session_warms_up_and_the_speed_is_that_of_all(clock):
     assert (counters.seconds, counters.pictures) == (74.0, 8)
 
 
+def test_one_slow_step_does_not_change_how_fast_a_run_is_told_to_be(clock):
+    counters = Counters()
+    clock((30.0, "a"), *[(1.0, "a")] * 5, (500.0, "a"), counters=counters)
+    resumed = clock((40.0, "a"), *[(1.0, "a")] * 3, counters=counters)
+    pace = resumed.usual_pace(11)
+    assert (pace.seconds_per_step, pace.images_per_second) == (1.0, 2.0)
+    assert resumed.pace(11).seconds_per_step > 50  # by which the time left is estimated
+    assert resumed.quartiles() == [1.0, 1.0]
+
+
+def test_the_speed_is_that_of_the_last_steps_and_its_state_stays_small(clock):
+    counters = Counters()
+    one = clock(*[(9.0, "a")] * 600, *[(1.0, "a"), (3.0, "a")] * 250, counters=counters)
+    assert len(counters.steady_times) == 500
+    assert one.usual_pace(1100).seconds_per_step == 2.0
+    assert one.quartiles() == [1.0, 3.0]
+    assert clock((9.0, "a"), (1.0, "a")).quartiles() is None
+
+
 def test_metrics_have_the_pace_since_the_row_before(clock):
     one = clock((30.0, "a"), (1.0, "a"))
     assert one.lately().seconds_per_step == 15.5

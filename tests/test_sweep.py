@@ -357,6 +357,15 @@ def test_speeds_of_a_busy_machine_are_said_not_to_be_compared(slower, said):
     assert (f"s/step of optim=a is {slower:.1f} times as much" in text) == said
 
 
+@pytest.mark.parametrize(
+    ("quartiles", "said"), [([0.1, 0.12], False), ([0.1, 0.2], True), (None, False)]
+)
+def test_a_run_whose_own_steps_took_different_times_is_named(quartiles, said):
+    runs = sweep_of({"a": [0.1], "b": [0.2]})
+    runs[1]["seconds_per_step_quartiles"] = quartiles
+    assert ("several shapes: optim=b (0.100 to 0.200)" in sweep_table(runs)) == said
+
+
 def test_numbers_end_at_the_right_and_names_begin_at_the_left():
     titles, rule, *_ = sweep_table(sweep_of({"adamw": [0.3], "lion": [0.5]})).splitlines()
     assert rule.startswith("|---")

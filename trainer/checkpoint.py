@@ -69,6 +69,7 @@ class Counters:
     steady_steps: int = 0
     steady_seconds: float = 0.0
     steady_pictures: int = 0
+    steady_times: list[float] = field(default_factory=list)  # seconds, of the last
     wall_seconds: float = 0.0
     # The most memory; 0: not known.
     peak_training_bytes: int = 0

@@ -1,14 +1,24 @@
-"""Where a run's time goes: its steps, and what is done between them."""
+"""Where a run's time goes: its steps, and what is done between them.
+
+How fast a run is, is told by the median of its steps' seconds: a mean is that of the one step for
+which the machine had something else to do.  Of a long run it is that of the last steps, whose
+seconds are a part of what a checkpoint saves.  What is left is estimated by the mean.
+"""
 
 import time
+from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median, quantiles
 
 import torch
 
 from trainer.checkpoint import Counters
 from trainer.config import Config
+
+_WINDOW = 500  # steps that a median is of
+_LEAST = 8  # fewest steps for quartiles
 
 
 @dataclass(kw_only=True)
@@ -67,6 +77,7 @@ class Clock:
             counters.steady_steps += 1
             counters.steady_seconds += seconds
             counters.steady_pictures += pictures
+            counters.steady_times = [*counters.steady_times, round(seconds, 6)][-_WINDOW:]
         self._seen.update(batches)
 
     @contextmanager
@@ -82,12 +93,25 @@ class Clock:
         return since
 
     def pace(self, steps: int) -> Pace:
-        """The pace of the steps that measure speed, in all sessions; of all `steps` so far where
-        there are none."""
+        """The mean pace of the steps that measure speed, in all sessions; of all `steps` so far
+        where there are none."""
         c = self._counters
         if not c.steady_steps:
             return Pace(steps=steps, seconds=c.seconds, pictures=c.pictures)
         return Pace(steps=c.steady_steps, seconds=c.steady_seconds, pictures=c.steady_pictures)
+
+    def usual_pace(self, steps: int) -> Pace:
+        """The same with the median of the last of them in place of the mean."""
+        pace, times = self.pace(steps), self._counters.steady_times
+        return replace(pace, seconds=median(times) * pace.steps) if times else pace
+
+    def quartiles(self) -> list[float] | None:
+        """The first and the third quartile of what the median is of; None of too few steps."""
+        times = self._counters.steady_times
+        if len(times) < _LEAST:
+            return None
+        first, _, third = quantiles(times, n=4, method="inclusive")
+        return [first, third]
 
     def left(self, done: int, config: Config) -> float:
         """Estimated seconds left, from the mean time of a step and of each kind of work between
@@ -109,7 +133,7 @@ class OptimizerClock:
         self._on_gpu, self._is_fused = device.type == "cuda", is_fused
         self._is_warm = False
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._lately, self._all = Pace(), Pace()
+        self._lately, self._all = Pace(), deque[float](maxlen=_WINDOW)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -139,12 +163,12 @@ class OptimizerClock:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Of the session, up to its last report."""
-        return self._all.seconds_per_step if self._all.steps else None
+        """The median of the session's last steps, up to its last report."""
+        return median(self._all) if self._all else None
 
     def _add(self, seconds: float) -> None:
-        for pace in (self._lately, self._all):
-            pace.add(seconds, 0)
+        self._lately.add(seconds, 0)
+        self._all.append(seconds)
 
 
 def asides_left(config: Config, done: int) -> dict[str, int]:

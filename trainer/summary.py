@@ -10,7 +10,7 @@ from trainer.state import State
 
 def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
     """The results of the run; `after` is its last evaluation."""
-    counters, pace = state.counters, state.clock.pace(state.step)
+    counters, pace = state.counters, state.clock.usual_pace(state.step)
     was, now = state.model.predictions
     return {
         "name": state.config.name,
@@ -24,6 +24,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "wall_seconds": state.clock.wall_seconds,
         "seconds": counters.seconds,
         "seconds_per_step": pace.seconds_per_step,
+        "seconds_per_step_quartiles": state.clock.quartiles(),
         "images_per_second": pace.images_per_second,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": state.peaks.run,

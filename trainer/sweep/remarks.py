@@ -10,7 +10,7 @@ from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 # Losses before the first step that differ by more than rounding are of other points.
 _SAME = 0.01
 _ENOUGH_SEEDS = 3
-_STEADY = 1.25  # times the fastest: steps that differ by the seed alone
+_STEADY = 1.25  # times the fastest: steps that differ by the seed alone, or of one run
 
 
 def of_runs(comparison: Comparison) -> Iterator[str]:
@@ -37,6 +37,7 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
     yield from _of_seeds(_best_of_each(comparison))
     yield from _of_ties(groups)
     yield from _of_speed(groups)
+    yield from _of_steps(comparison)
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
         yield (
@@ -143,6 +144,21 @@ def _of_speed(groups: Sequence[Group]) -> Iterator[str]:
                 "compared"
             )
             return
+
+
+def _of_steps(comparison: Comparison) -> Iterator[str]:
+    """That a run's own steps took different times."""
+    uneven = [
+        f"{comparison.name_of(run)} ({first:.3f} to {third:.3f})"
+        for run in comparison.runs
+        for first, third in [run.get("seconds_per_step_quartiles") or (0.0, 0.0)]
+        if third > _STEADY * first
+    ]
+    if uneven:
+        yield (
+            "s/step is a median; the steps of these took different times, by the quartiles, as the "
+            "machine had other work or batches had several shapes: " + ", ".join(uneven)
+        )
 
 
 def _of_memory(runs: Sequence[Summary]) -> Iterator[str]:
