@@ -6,9 +6,12 @@ import pytest
 from PIL import Image
 
 from trainer import pictures
-from trainer.sweep import curves, sheet
+from trainer.sweep import chart, curves, sheet
 from trainer.sweep.callback import _write
+from trainer.sweep.chart import Line, Panel
 from trainer.sweep.head import head
+from trainer.sweep.runs import Comparison
+from trainer.sweep.strokes import Style
 
 CAPTIONS = [f"caption {n}" for n in range(3)]
 
@@ -63,10 +66,75 @@ def test_a_chart_has_a_colour_a_group_and_none_without_two_points(tmp_path):
     assert curves.draw([made(tmp_path, "c", losses=(1,))]) is None
 
 
+def test_forty_groups_have_strokes_of_their_own():
+    assert len({(style.colour, *style.dashes) for style in map(curves.style, range(40))}) == 40
+
+
+def line(*losses, **more):
+    return Line(style=Style(colour="#ff0000"), points=list(enumerate(losses)), **more)
+
+
+def has_red(panel):
+    """Whether red is drawn between the first step and the last."""
+    entry = chart.Entry(Style(colour="#000000"), "", "")
+    picture = chart.drawn([panel], "", [entry])
+    middle = chart._LEFT + chart._PANEL // 2
+    column = [picture.getpixel((middle, y)) for y in range(picture.height)]
+    return (255, 0, 0) in column
+
+
+def test_where_a_loss_is_known_before_and_after_alone_no_line_joins_them():
+    known = [line(1.0, 0.1), line(1.0, 0.5)]
+    assert not has_red(Panel(title="", lines=known, ceiling=None))
+    assert has_red(Panel(title="", lines=[line(1.0, 0.5, 0.1)], ceiling=None))
+
+
+def test_the_range_is_that_of_runs_that_ended_well_up_to_the_ceiling():
+    lines = [line(1.0, 5.0, 0.5), line(1.0, 90.0, failed=True)]
+    assert Panel(title="", lines=lines, ceiling=None).range() == pytest.approx((0.46, 5.4))
+    assert Panel(title="", lines=lines, ceiling=2.0).range() == pytest.approx((0.46, 2.16))
+    assert Panel(title="", lines=lines[1:], ceiling=None).range()[1] > 90
+
+
+def test_a_smoothed_line_is_centred_and_ends_with_what_is_known():
+    points = [(n, float(n == 4)) for n in range(9)]
+    assert [round(value, 2) for _, value in curves.smoothed(points)] == [
+        *(0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0)
+    ]
+    assert curves.smoothed(points[:5])[-1] == (4, 1.0)
+
+
+def lines_of(runs):
+    """The lines of eval/loss: their points, bands and crosses."""
+    rows = {id(summary): curves.metrics.read(run / "metrics.jsonl") for run, summary in runs}
+    groups = Comparison([summary for _, summary in runs]).groups
+    for place, group in enumerate(groups):
+        yield from curves._lines(group, "eval/loss", lambda r: rows[id(r)], curves.style(place))
+
+
+def test_seeds_are_a_mean_in_a_band_and_one_that_failed_a_line_with_a_cross(tmp_path):
+    losses = {0: (1.0, 0.2, 0.1), 1: (1.0, 0.4, 0.3), 2: (1.0, 7.0)}
+    runs = [
+        made(
+            tmp_path,
+            f"a{seed}",
+            losses=found,
+            overrides=["optim=a", f"seed={seed}"],
+            **({"error": "no"} if seed == 2 else {}),
+        )
+        for seed, found in losses.items()
+    ]
+    whole, failed = lines_of(runs)
+    assert whole.points == [(0, 1.0), (2, pytest.approx(0.3)), (4, pytest.approx(0.2))]
+    assert whole.band == [(0, 1.0, 1.0), (2, 0.2, 0.4), (4, 0.1, 0.3)]
+    assert not whole.has_cross
+    assert (failed.points, failed.has_cross) == ([(0, 1.0), (2, 7.0)], True)
+
+
 def test_a_run_that_diverges_leaves_at_the_top_and_may_come_back():
     points = [(0, 1.0), (1, 5.0), (2, 9.0), (3, 2.0)]
-    assert curves._inside(points, 3.0) == [[(0, 1.0), (1, 3.0)], [(2, 3.0), (3, 2.0)]]
-    assert curves._inside(points[:1], 3.0) == []
+    assert chart.inside(points, 3.0) == [[(0, 1.0), (1, 3.0)], [(2, 3.0), (3, 2.0)]]
+    assert chart.inside(points[:1], 3.0) == []
 
 
 @pytest.mark.parametrize(
@@ -79,7 +147,7 @@ def test_a_run_that_diverges_leaves_at_the_top_and_may_come_back():
     ],
 )
 def test_steps_have_a_few_round_ticks(last, ticks):
-    assert curves._ticks(last) == ticks
+    assert chart.ticks(last) == ticks
 
 
 def test_the_head_says_what_all_runs_have_in_common():

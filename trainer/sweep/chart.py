@@ -1,0 +1,226 @@
+"""A chart of losses: panels of lines side by side, and what the lines are called.
+
+Losses are on a logarithmic axis: they fall fast, then slowly, and what decides is at the end.  The
+axis is that of runs that ended well, up to a ceiling: one that diverges leaves at the top, and does
+not squeeze the others together.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+from trainer.axis import Axis
+from trainer.sweep.strokes import Pen, Point, Style, cross, dot, stroke, text, text_width
+
+Points = list[tuple[int, float]]
+
+SCALE = 2  # drawn larger and made smaller, for smooth lines
+# Pixels:
+_PANEL = 440  # width of the axes
+_HEIGHT = 400  # of the axes, at least
+_TALLEST = 680  # beside a long legend
+_GAP = 64  # between panels
+_LEFT = 60  # left of the first panel, for its ticks' numbers
+_TOP = 52  # above the axes, for titles
+_BOTTOM = 48  # below the axes, for steps
+_LEGEND = 28  # left of the legend
+_ENTRY = 22  # height of a line of the legend
+_NAMES = 40  # from the legend's left to its names, past the strokes
+_STRIP = 180  # the most that points of one step are spread over
+_APART = 12  # the most that two of them are
+# Colours:
+_MUTED = "#6b7280"  # ticks and axes
+_GRID = "#e5e7eb"
+_FAILED = "where a run failed"  # beside a cross
+_FEW = 12  # points, each of which is a dot
+
+
+@dataclass(kw_only=True)
+class Line:
+    """Losses, and how they are drawn."""
+
+    style: Style
+    points: Points
+    band: list[tuple[int, float, float]] = field(default_factory=list)  # step, lowest, highest
+    failed: bool = False
+    has_cross: bool = False  # at its last point
+
+
+@dataclass(kw_only=True)
+class Panel:
+    title: str
+    lines: Sequence[Line]
+    ceiling: float | None  # of the axis; None where it is not known
+
+    @property
+    def is_of_points(self) -> bool:
+        """Whether no line has more than a beginning and an end: what is between is not known."""
+        return all(len(line.points) < 3 for line in self.lines)
+
+    @property
+    def has_bands(self) -> bool:
+        return any(line.band for line in self.lines)
+
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest loss that are shown."""
+        judged = [line for line in self.lines if not line.failed] or self.lines
+        values = [value for line in judged for _, value in line.points]
+        values += [value for line in judged for _, low, high in line.band for value in (low, high)]
+        top = max(values) if self.ceiling is None else min(max(values), self.ceiling)
+        return min(values) * 0.92, max(top, min(values)) * 1.08
+
+
+class Entry(NamedTuple):
+    """A line of the legend."""
+
+    style: Style
+    name: str
+    result: str
+
+
+def drawn(panels: Sequence[Panel], title: str, entries: Sequence[Entry]) -> Image.Image:
+    """The panels, and at their right the legend with its title."""
+    notes = _notes(panels)
+    columns = ([e.name for e in entries], [e.result for e in entries])
+    legend = _NAMES + sum(max(map(text_width, texts)) for texts in columns) + 16
+    legend = max(legend, *(text_width(line) for line in (title, *notes))) + 24
+    left = _LEFT + len(panels) * (_PANEL + _GAP) - _GAP + _LEGEND
+    below = _ENTRY * (len(entries) + len(notes) + 1)
+    floor = _TOP + min(max(_HEIGHT, below - _BOTTOM), _TALLEST)
+    height = max(floor + _BOTTOM, _TOP + below)
+    picture = Image.new("RGB", ((left + legend) * SCALE, height * SCALE), "white")
+    pen = Pen(ImageDraw.Draw(picture, "RGBA"), SCALE)
+    for place, panel in enumerate(panels):
+        _Axes(pen, _LEFT + place * (_PANEL + _GAP), floor, panel).draw()
+    _write_legend(pen, left, title, entries)
+    for line, note in enumerate(notes):
+        middle = _TOP + (len(entries) + 0.5 + line) * _ENTRY
+        text(pen, left + (_NAMES if note == _FAILED else 0), middle, note, "lm", colour=_MUTED)
+        if note == _FAILED:
+            cross(pen, (left + 15, middle), _MUTED)
+    return picture.reduce(SCALE)
+
+
+def _notes(panels: Sequence[Panel]) -> list[str]:
+    """What the marks mean, where there are some."""
+    points = any(panel.has_bands and panel.is_of_points for panel in panels)
+    bands = any(panel.has_bands and not panel.is_of_points for panel in panels)
+    crosses = any(line.has_cross for panel in panels for line in panel.lines)
+    what = " and ".join(["bands"] * bands + ["bars"] * points)
+    notes = [f"means over seeds; {what} from the lowest to the highest"] if what else []
+    return notes + [_FAILED] * crosses
+
+
+def _write_legend(pen: Pen, left: int, title: str, entries: Sequence[Entry]) -> None:
+    text(pen, left, _TOP - 20, title, "ls", colour=_MUTED)
+    second = left + _NAMES + max(text_width(entry.name) for entry in entries) + 16
+    for place, entry in enumerate(entries):
+        middle = _TOP + place * _ENTRY
+        stroke(pen, [(left, middle), (left + 30, middle)], entry.style, 3)
+        text(pen, left + _NAMES, middle, entry.name, "lm")
+        text(pen, second, middle, entry.result, "lm")
+
+
+class _Axes:
+    """One panel at its place."""
+
+    def __init__(self, pen: Pen, left: int, floor: int, panel: Panel) -> None:
+        self._pen, self._panel = pen, panel
+        self._left, self._right, self._floor = left, left + _PANEL, floor
+        self._low, self._high = panel.range()
+        self._last = max(step for line in panel.lines for step, _ in line.points)
+        count = len(panel.lines)
+        self._apart = min(_APART, _STRIP / count) if panel.is_of_points else 0.0
+        margin = self._apart * count / 2
+        self._x = Axis(
+            left=left + margin,
+            right=self._right - margin,
+            low=0,
+            high=max(self._last, 1),
+            log=False,
+        )
+        self._y = Axis(left=self._floor, right=_TOP, low=self._low, high=self._high, log=True)
+
+    def draw(self) -> None:
+        """Title, axes, bands, then lines, the best on top."""
+        text(self._pen, self._left, _TOP - 20, self._panel.title, "ls", size=15)
+        self._draw_ticks()
+        numbered = list(enumerate(self._panel.lines))
+        for place, line in reversed(numbered):
+            self._draw_band(place, line)
+        for place, line in reversed(numbered):
+            self._draw_line(place, line)
+
+    def _at(self, place: int, step: int, value: float) -> Point:
+        """Pixels; what lies beyond the axis is put at its end."""
+        aside = (place - (len(self._panel.lines) - 1) / 2) * self._apart
+        return self._x(step) + aside, self._y(min(max(value, self._low), self._high))
+
+    def _draw_ticks(self) -> None:
+        grid, axis = Style(colour=_GRID), Style(colour=_MUTED)
+        for tick in log_ticks(self._low, self._high):
+            y = self._y(tick)
+            stroke(self._pen, [(self._left, y), (self._right, y)], grid, 1)
+            text(self._pen, self._left - 8, y, f"{tick:g}", "rm", colour=_MUTED)
+        for step in [0, self._last] if self._panel.is_of_points else ticks(self._last):
+            x = self._x(step)
+            stroke(self._pen, [(x, self._floor), (x, self._floor + 5)], axis, 1)
+            text(self._pen, x, self._floor + 10, str(step), "mt", colour=_MUTED)
+        stroke(self._pen, [(self._left, self._floor), (self._right, self._floor)], axis, 1)
+        text(self._pen, self._right, self._floor + 28, "steps", "rt", colour=_MUTED)
+
+    def _draw_band(self, place: int, line: Line) -> None:
+        lower = [self._at(place, step, low) for step, low, _ in line.band]
+        upper = [self._at(place, step, high) for step, _, high in line.band]
+        if self._panel.is_of_points:
+            for bar in zip(lower, upper, strict=True):
+                stroke(self._pen, bar, Style(colour=line.style.colour), 2)
+        elif len(line.band) > 1:
+            self._pen.fill([*lower, *reversed(upper)], line.style.colour)
+
+    def _draw_line(self, place: int, line: Line) -> None:
+        if not self._panel.is_of_points:
+            for piece in inside(line.points, self._high):
+                path = [self._at(place, step, value) for step, value in piece]
+                stroke(self._pen, path, line.style, 1 if line.failed else 2)
+        marked = line.points if len(line.points) < _FEW else line.points[-1:]
+        for step, value in marked[:-1] if line.has_cross else marked:
+            if value < self._high:
+                dot(self._pen, self._at(place, step, value), line.style.colour)
+        if line.has_cross:
+            cross(self._pen, self._at(place, *line.points[-1]), line.style.colour)
+
+
+def inside(points: Points, high: float) -> list[Points]:
+    """The pieces of a line below the top, each up to where it leaves or comes back."""
+    pieces: list[Points] = [[]]
+    for (step, value), (after, then) in pairwise(points):
+        if min(value, then) >= high:
+            pieces.append([])
+            continue
+        pieces[-1] = pieces[-1] or [(step, min(value, high))]
+        pieces[-1].append((after, min(then, high)))
+    return [piece for piece in pieces if piece]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ..., or where these are few every digit."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 2, 5), range(1, 10)):
+        found = [digit * 10.0**decade for decade in decades for digit in digits]
+        shown = [tick for tick in found if low <= tick <= high]
+        if len(shown) >= 4:
+            return shown
+    return shown
+
+
+def ticks(last: int) -> list[int]:
+    """0 and a few round steps."""
+    rough = max(last / 4, 1)
+    power = 10 ** math.floor(math.log10(rough))
+    size = max(digit * power for digit in (1, 2, 5) if digit * power <= rough)
+    return list(range(0, last + 1, size))

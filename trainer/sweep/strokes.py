@@ -1,0 +1,109 @@
+"""Lines, dots and words on a picture that is drawn larger than it will be."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle, pairwise
+
+from PIL import ImageColor, ImageDraw, ImageFont
+
+_INK = "#1f2937"
+_SIZE = 13  # of letters, in pixels
+_CLEAR = 44  # of 255: the opacity of a filled shape
+
+Point = tuple[float, float]  # in pixels of the finished picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a line is drawn.  dashes: pixels that are drawn and left out by turns; () is solid."""
+
+    colour: str
+    dashes: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Pen:
+    """Draws on a picture whose pixels are `scale` times finer."""
+
+    canvas: ImageDraw.ImageDraw
+    scale: int
+
+    def line(self, path: Sequence[Point], colour: str, width: float) -> None:
+        thick = round(width * self.scale)
+        self.canvas.line(self._scaled(path), fill=colour, width=thick, joint="curve")
+
+    def fill(self, outline: Sequence[Point], colour: str) -> None:
+        """A shape that what lies below is seen through."""
+        rgb = ImageColor.getrgb(colour)[:3]
+        self.canvas.polygon(self._scaled(outline), fill=(*rgb, _CLEAR))
+
+    def disc(self, centre: Point, radius: float, colour: str) -> None:
+        (x, y), r = self._scaled([centre])[0], radius * self.scale
+        self.canvas.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+
+    def write(self, at: Point, words: str, anchor: str, size: int, colour: str) -> None:
+        font = _font(size * self.scale)
+        self.canvas.text(self._scaled([at])[0], words, font=font, fill=colour, anchor=anchor)
+
+    def _scaled(self, path: Sequence[Point]) -> list[Point]:
+        return [(x * self.scale, y * self.scale) for x, y in path]
+
+
+def stroke(pen: Pen, path: Sequence[Point], style: Style, width: float) -> None:
+    """A line through these points."""
+    for piece in _pieces(path, style.dashes) if style.dashes else [path]:
+        pen.line(piece, style.colour, width)
+
+
+def _pieces(path: Sequence[Point], dashes: Sequence[float]) -> Iterator[list[Point]]:
+    """The parts of a path that are drawn, each around its corners."""
+    turns = cycle(zip(dashes, cycle((True, False)), strict=False))
+    left, is_drawn = next(turns)
+    piece = [path[0]]
+    for start, end in pairwise(path):
+        done, length = 0.0, math.dist(start, end)
+        while length - done > left:
+            done += left
+            at = _between(start, end, done / length)
+            if is_drawn:
+                yield [*piece, at]
+            piece, (left, is_drawn) = [at], next(turns)
+        left -= length - done
+        piece.append(end)
+    if is_drawn and len(piece) > 1:
+        yield piece
+
+
+def _between(a: Point, b: Point, share: float) -> Point:
+    return a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1])
+
+
+def dot(pen: Pen, at: Point, colour: str) -> None:
+    pen.disc(at, 3.5, "white")
+    pen.disc(at, 3, colour)
+
+
+def cross(pen: Pen, at: Point, colour: str, arm: float = 5) -> None:
+    (x, y) = at
+    for width, shade in ((5.0, "white"), (2.5, colour)):
+        pen.line([(x - arm, y - arm), (x + arm, y + arm)], shade, width)
+        pen.line([(x - arm, y + arm), (x + arm, y - arm)], shade, width)
+
+
+def text(
+    pen: Pen, x: float, y: float, words: str, anchor: str, size: int = _SIZE, colour: str = _INK
+) -> None:
+    """Words at a place of which `anchor` says what it is of them, as Pillow does."""
+    pen.write((x, y), words, anchor, size, colour)
+
+
+def text_width(words: str) -> int:
+    """Pixels that words of the usual size take."""
+    return math.ceil(_font(_SIZE * 4).getlength(words) / 4)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
