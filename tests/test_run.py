@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from PIL import Image
 
-from trainer import batches, losses, metrics, optimizers
+from trainer import batches, losses, metrics, optimizers, pictures
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -21,6 +21,9 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_loads(quick, dtype):
         assert torch.equal(tensor.float(), trained[f"unet.{name}"].float()), name
     grid = Image.open(folder / "samples/step-000004.png")
     assert grid.size == (64 + 2 * 96, 14 + 3 * 96 + 6)  # titles, two columns; original, before, now
+    kept = [pictures.captions(folder / "samples" / name) for name in ("original", "step-000004")]
+    assert len(kept[0]) == 2
+    assert kept[0] == kept[1]
     for name in ("config.yaml", "environment.json", "summary.json", "train.log"):
         assert (folder / name).stat().st_size > 0
 

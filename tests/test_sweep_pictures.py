@@ -16,12 +16,16 @@ from trainer.sweep.strokes import Style
 CAPTIONS = [f"caption {n}" for n in range(3)]
 
 
-def made(folder, name, colour="red", captions=CAPTIONS, losses=(1.0, 0.1), **more):
+def made(folder, name, colour="red", captions=CAPTIONS, losses=(1.0, 0.1), originals=None, **more):
     """A run's folder with its summary, pictures of one colour, and losses."""
     run = folder / name
     drawn = [Image.new("RGB", (64, 64), colour) for _ in captions]
     pictures.save(run / "samples/step-000004", drawn, captions)
     pictures.save(run / "samples/step-000000", [Image.new("RGB", (64, 64))] * len(drawn), captions)
+    if originals:
+        pictures.save(
+            run / "samples/original", [Image.new("RGB", (64, 64), originals)] * 3, captions
+        )
     rows = [{"step": 2 * n, "eval/loss": loss} for n, loss in enumerate(losses)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {"overrides": [f"optim={name}", "seed=0"], "lr": 1e-3, "steps": 4} | more
@@ -33,7 +37,7 @@ def made(folder, name, colour="red", captions=CAPTIONS, losses=(1.0, 0.1), **mor
 def bands(picture):
     """The colours of a sheet's last column from top to bottom, each once."""
     column = [picture.getpixel((picture.width - 48, y)) for y in range(picture.height)]
-    known = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 0, 0): "before"}
+    known = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 0, 0): "before", (0, 128, 0): "green"}
     found = [known[pixel] for pixel in column if pixel in known]
     return [c for n, c in enumerate(found) if n == 0 or found[n - 1] != c]
 
@@ -42,6 +46,11 @@ def test_a_sheet_has_a_row_a_run_the_best_first_and_what_was_drawn_before(tmp_pa
     runs = [made(tmp_path, "a", "red", losses=(1, 0.5)), made(tmp_path, "b", "blue")]
     assert [c for c in bands(sheet.sheet(runs)) if c != "before"] == ["blue", "red"]
     assert bands(sheet.sheet(runs))[0] == "before"
+
+
+def test_a_sheet_begins_with_the_pictures_of_the_data(tmp_path):
+    runs = [made(tmp_path, "a", "red", originals="green")]
+    assert bands(sheet.sheet(runs)) == ["green", "before", "red"]
 
 
 def test_a_run_that_failed_or_drew_other_captions_has_no_row(tmp_path):

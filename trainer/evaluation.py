@@ -129,6 +129,8 @@ def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
         rows["original"] = sampler.originals()
     except (UserError, OSError) as error:  # a file that is read again here
         log.warning("the grid of step %d has no originals: %s", state.step, error)
+    if rows.get("original"):
+        pictures.save(samples / pictures.ORIGINALS, rows["original"], captions)  # for a sweep
     if state.step:
         rows["before"] = pictures.load(samples / f"step-{0:06d}", captions)
         if not rows["before"]:

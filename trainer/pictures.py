@@ -14,6 +14,7 @@ _MARGIN = 64  # pixels: the least width of the titles at the left
 COLUMNS = 8  # pictures side by side in a band
 _SMALLEST_TILE = 96  # pixels: the side of a picture in a grid
 _LARGEST_TILE = 256
+ORIGINALS = "original"  # the folder of what captions belong to, beside those of what is drawn
 _CAPTION = "caption"  # the key of a PNG's text
 _POINTS = 11  # of the letters
 # What Linux has of other letters, looked for in its folders of fonts; Pillow's own font is ASCII.

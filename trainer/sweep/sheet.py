@@ -14,9 +14,9 @@ _WORDS = {EVAL: "eval", HOLDOUT: "held out"}
 
 
 def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
-    """One row a run, the best first, above them what the model drew before; one column a prompt, as
-    many as a band has.  Runs that drew other prompts than the best, or nothing, are left out; None
-    where none is left.
+    """One row a run, the best first, above them the pictures that captions of the data belong to
+    and what the model drew before; one column a prompt, as many as a band has.  Runs that drew
+    other prompts than the best, or nothing, are left out; None where none is left.
 
     runs: folders and summaries.
     """
@@ -30,8 +30,9 @@ def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
         if "error" in summary or len(rows) > _ROWS:
             continue
         if not captions and (captions := pictures.captions(drawn)[: pictures.COLUMNS]):
-            before = pictures.load(folder / "samples" / f"step-{0:06d}", captions)
-            rows |= {"before": before} if before else {}
+            for title, name in (("original", pictures.ORIGINALS), ("before", f"step-{0:06d}")):
+                found = pictures.load(folder / "samples" / name, captions)
+                rows |= {title: found} if found else {}
         if captions and (found := pictures.load(drawn, captions)):
             rows[_title(summary, comparison)] = found
     return pictures.grid(rows, captions) if captions else None
