@@ -311,6 +311,33 @@ def test_where_rates_were_swept_each_optimizer_has_its_best_one(losses, lr, note
     assert "at one learning rate" not in text
 
 
+def external(*paths):
+    """Runs of optimizers from elsewhere, and one of the family."""
+    made = [["optim=external", f"optim.class_path={path}"] for path in paths]
+    return [
+        NUMBERS
+        | {"overrides": [*given, "seed=0"], "seed": 0, "lr": 1e-3, "eval_loss_after": 0.1 + place}
+        | {"optimizer": given[0].partition("=")[2]}
+        for place, given in enumerate([*made, ["optim=lion"]])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["lion_pytorch.Lion"], ["optim=Lion", "optim=lion"]),
+        (["a.b.One", "'c.Two'"], ["optim=One", "optim=Two", "optim=lion"]),
+        (["a.One", "b.One", "c.Two"], ["optim=a.One", "optim=b.One", "optim=Two", "optim=lion"]),
+    ],
+)
+def test_an_external_optimizer_is_called_by_its_class(paths, names):
+    text = sweep_table(external(*paths))
+    assert list(column(text, "run", "lr")) == names
+    assert REMARKS["rates"] in text
+    # Several classes are several optimizers, with none of the family beside them.
+    assert (REMARKS["rates"] in sweep_table(external(*paths)[:-1])) == (len(paths) > 1)
+
+
 REMARKS = {
     "rates": "each optimizer ran at one learning rate",
     "tied": "not shown to differ from the best, optim=a: optim=b (",

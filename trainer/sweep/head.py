@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.sweep.runs import Comparison, Summary
+from trainer.sweep.runs import Summary
 
 
 def head(name: str, runs: Sequence[Summary]) -> str:
@@ -17,7 +17,7 @@ def head(name: str, runs: Sequence[Summary]) -> str:
         _said(runs, "device", "on {}"),
         _dates(runs),
     ]
-    shared = Comparison(runs).common
+    shared = set.intersection(*(set(run["overrides"]) for run in runs))
     common = [o for o in runs[0]["overrides"] if o in shared]
     options = f"In all of them: `{' '.join(common)}`" if common else ""
     parts = [f"# {name}", "; ".join(fact for fact in facts if fact) + ".", options]

@@ -16,6 +16,7 @@ from trainer.measure import Measure, ended_well, measure_of
 Summary = dict[str, Any]
 SEED = "seed"
 RATE = "optim.lr"
+_EXTERNAL = "optim=external"
 
 
 def lr_of(run: Summary) -> float | None:
@@ -29,7 +30,14 @@ def seed_of(run: Summary) -> str:
 
 
 def optimizer_of(run: Summary) -> str:
-    return str(run.get("optimizer", _overridden(run, "optim")))
+    """Its name; of one from elsewhere the dotted path of its class."""
+    return _class_of(run) or str(run.get("optimizer", _overridden(run, "optim")))
+
+
+def _class_of(run: Summary) -> str | None:
+    """The class of a run with optim=external."""
+    path = _overridden(run, "optim.class_path") if _EXTERNAL in run["overrides"] else None
+    return path and path.strip("'\"")
 
 
 def _overridden(run: Summary, option: str) -> str | None:
@@ -78,13 +86,27 @@ class Group:
         return len(self.good) < len(self.runs), self.loss_by(measure)
 
 
+def _options(run: Summary, runs: Sequence[Summary]) -> list[str]:
+    """A run's overrides, with the class of an external optimizer in the optimizer's place: by the
+    last part of its path, unless another run has one that ends alike."""
+    path = _class_of(run)
+    if path is None:
+        return run["overrides"]
+    last = path.rpartition(".")[2]
+    others = {other for run in runs if (other := _class_of(run)) and other != path}
+    name = path if any(other.rpartition(".")[2] == last for other in others) else last
+    kept = [o for o in run["overrides"] if not o.startswith("optim.class_path=")]
+    return [f"optim={name}" if o == _EXTERNAL else o for o in kept]
+
+
 class Comparison:
     """Runs beside each other: what they are called, and which is better."""
 
     def __init__(self, runs: Sequence[Summary]) -> None:
         self.measure = measure_of(runs)
         self.runs = sorted(runs, key=self.loss)  # the best first, those that failed last
-        self.common = {*set.intersection(*(set(run["overrides"]) for run in runs))}
+        self._options = {id(run): _options(run, runs) for run in runs}
+        self._common = set.intersection(*map(set, self._options.values()))
 
     def loss(self, run: Summary) -> float:
         """What a run is ranked by; infinite where it failed."""
@@ -93,7 +115,7 @@ class Comparison:
     def name_of(self, run: Summary, *without: str) -> str:
         """What tells a run from the others: its overrides, but for what all have and these
         options."""
-        known = (o for o in run["overrides"] if o not in self.common)
+        known = (o for o in self._options[id(run)] if o not in self._common)
         return " ".join(o for o in known if o.partition("=")[0] not in without) or "default"
 
     @cached_property
