@@ -14,7 +14,11 @@ _MULTIRUN = "multirun.yaml"  # Hydra's, in a sweep's folder
 def sweep_of(folder: Path) -> Path | None:
     """The folder of the sweep that a run's folder lies in, at any depth; None where it is of
     none."""
-    return next((parent for parent in folder.parents if (parent / _MULTIRUN).is_file()), None)
+    return next(filter(is_sweep, folder.parents), None)
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / _MULTIRUN).is_file()
 
 
 def refuse_occupied(folder: Path, config: Config) -> None:

@@ -1,8 +1,8 @@
 """What a sweep came to: which of its runs was better, in memory, speed, stability and quality.
 
-`folders` says which are its runs'.  `sweep.md` has the tables (`table`, of `runs`) with what is to
-be kept in mind of them (`remarks`).  All of it is made of the runs' folders, so it can be made anew
-at any time.
+`folders` says which are its runs'.  `sweep.md` (`page`) has the tables (`table`, of `runs`) with
+what is to be kept in mind of them (`remarks`).  All of it is made of the runs' folders, so it can
+be made anew at any time: `python -m trainer.sweep`.
 """
 
 from trainer.sweep.callback import SweepTable

@@ -1,23 +1,17 @@
 """When the tables of a sweep are made: after each run, and after the last."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from PIL.Image import Image
 
-from trainer import disk
 from trainer.run_folder import sweep_of
-from trainer.sweep import curves, sheet
+from trainer.sweep import page
 from trainer.sweep.folders import ended_runs
-from trainer.sweep.head import head
+from trainer.sweep.runs import Summary
 from trainer.sweep.table import sweep_table
-
-_TABLE = "sweep.md"
-_PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}
 
 
 class SweepTable(Callback):
@@ -36,34 +30,15 @@ class SweepTable(Callback):
         runs = _write(folder)
         if not runs:
             return
-        print(f"\n{sweep_table(runs)}\n\n{folder / _TABLE}")
+        print(f"\n{sweep_table(runs)}\n\n{folder / page.TABLE}")
         if any("error" in run for run in runs):
             raise SystemExit(1)
 
 
-def _write(folder: Path) -> list[dict[str, Any]]:
+def _write(folder: Path) -> list[Summary]:
     """Write the table and the pictures of a sweep's folder, where a run of it has ended; -> their
     summaries."""
     found = ended_runs(folder)
-    runs = [summary for _, summary in found]
-    if not runs:
-        return []
-    pictures = [name for name, draw in _PICTURES.items() if _wrote(folder / name, draw, found)]
-    parts = [head(folder.name, runs), sweep_table(runs), *(f"![]({name})" for name in pictures)]
-    disk.replace_text(folder / _TABLE, "\n\n".join(parts) + "\n")
-    return runs
-
-
-def _wrote(
-    path: Path,
-    draw: Callable[[Sequence[tuple[Path, dict[str, Any]]]], Image | None],
-    runs: Sequence[tuple[Path, dict[str, Any]]],
-) -> bool:
-    """Whether there was something to draw, and it could be written: a sweep goes on without."""
-    try:
-        if picture := draw(runs):
-            picture.save(path)
-        return picture is not None
-    except OSError as error:
-        print(f"no {path} ({error})")
-        return False
+    if found:
+        page.write(folder, found)
+    return [summary for _, summary in found]

@@ -29,11 +29,12 @@ def place_of(sweep: Path, proposed: Path, overrides: Sequence[str]) -> Path:
     return free
 
 
-def ended_runs(folder: Path) -> Found:
-    """The runs that have ended in a folder, at any depth, and their summaries.  Of those with the
-    same options the newest that is finished counts; `times_run` says how many there are."""
+def ended_runs(*folders: Path) -> Found:
+    """The runs that have ended in these folders, at any depth, and their summaries.  Of those with
+    the same options the newest that is finished counts; `times_run` says how many there are."""
     found: dict[frozenset[str], Found] = {}
-    for path in sorted(folder.rglob("summary.json")):
+    paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
+    for path in sorted(paths.values()):
         summary = report.read_summary(path.parent)
         if "overrides" in summary:
             alike = found.setdefault(frozenset(summary["overrides"]), [])

@@ -1,16 +1,28 @@
 """Tables as text: Markdown that can be read without being rendered, too."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.report import format_bytes
 
 
-def table(rows: Sequence[Sequence[str]], words: Collection[str] = ()) -> str:
-    """A table of these cells, the first row its titles.  The first column, and those whose titles
-    are in `words`, are of words; the others are of numbers, and end at the right."""
-    titles = rows[0]
-    left = [place == 0 or title in words for place, title in enumerate(titles)]
+@dataclass(kw_only=True)
+class Table:
+    """Cells, the first row its titles."""
+
+    rows: Sequence[Sequence[str]]
+    words: Collection[str] = ()  # titles of columns of words, as the first is one
+
+    @property
+    def is_left(self) -> list[bool]:
+        """Whether a column is of words, and begins at the left; numbers end at the right."""
+        return [not place or title in self.words for place, title in enumerate(self.rows[0])]
+
+
+def written(table: Table) -> str:
+    """Markdown."""
+    rows, left, titles = table.rows, table.is_left, table.rows[0]
     widths = [max(len(row[place]) for row in rows) for place in range(len(titles))]
     lines = [
         "| "

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 from trainer.measure import EVAL
 from trainer.sweep import markdown, paired, remarks
+from trainer.sweep.markdown import Table
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, seed_of
 
 Column = tuple[str, str, str]  # title, key in summary.json, format
@@ -51,25 +52,27 @@ def sweep_table(runs: Sequence[Summary]) -> str:
     a column where one has them.
     """
     comparison = Comparison(runs)
-    known = {key for run in runs for key, value in run.items() if value is not None}
+    first, *others = map(markdown.written, tables(comparison))
+    said = "\n".join(f"- {remark}" for remark in remarks.of_runs(comparison))
+    return "\n\n".join(part for part in (first, said, *others) if part)
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Of the runs, over seeds and of best rates, where there are several."""
+    known = {key for run in comparison.runs for key, value in run.items() if value is not None}
     columns = [c for c in _COLUMNS if c[1] in known or c[1] not in _NOT_IN_ALL]
-    parts = [
-        _of_runs(comparison, columns),
-        "\n".join(f"- {remark}" for remark in remarks.of_runs(comparison)),
-        _over_seeds(comparison, columns),
-        _best_rates(comparison),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    others = (_over_seeds(comparison, columns), _best_rates(comparison))
+    return [_of_runs(comparison, columns), *filter(None, others)]
 
 
-def _of_runs(comparison: Comparison, columns: Sequence[Column]) -> str:
+def _of_runs(comparison: Comparison, columns: Sequence[Column]) -> Table:
     rows = [["run", "lr", *(title for title, _, _ in columns)]]
     for run in comparison.runs:
         cells = [markdown.cell(run.get(key), form) for _, key, form in columns]
         if "error" in run:
             cells = ["failed", *[""] * (len(columns) - 1)]
         rows.append([comparison.name_of(run), _rate(run), *cells])
-    return markdown.table(rows)
+    return Table(rows=rows)
 
 
 def _rate(run: Summary) -> str:
@@ -78,14 +81,14 @@ def _rate(run: Summary) -> str:
     return markdown.cell(rate, RATE_FORM) + ("" if found is None else f" x {found:.2g}")
 
 
-def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> str:
+def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> Table | None:
     """A table of what differs by more than the seed, where something was run with several: mean and
     standard deviation over the runs that ended well, of memory and gradient norms the largest, of
     what is counted the sum.  Beside the loss that ranks them is how much higher it is than the best
     one's with the same seeds."""
     groups = comparison.groups
     if all(len({seed_of(run) for run in group.runs}) < 2 for group in groups):
-        return ""
+        return None
     columns = [column for column in columns if column[0] not in _NOT_OVER_SEEDS]
     titles, found = [title for title, _, _ in columns], paired.differences(groups)
     place = titles.index(comparison.measure.title) + 1 if any(found) else None
@@ -98,7 +101,7 @@ def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> str:
             cells.insert(place, str(difference or ""))
         rate = markdown.cell(group.lr, RATE_FORM)
         rows.append([group.name, group.counted, rate, *(cells if group.good else _failed(cells))])
-    return markdown.table(rows)
+    return Table(rows=rows)
 
 
 def _failed(cells: Sequence[str]) -> list[str]:
@@ -119,12 +122,12 @@ def _over(runs: Sequence[Summary], column: Column) -> str:
     return form.format(mean(values)) + spread
 
 
-def _best_rates(comparison: Comparison) -> str:
+def _best_rates(comparison: Comparison) -> Table | None:
     """A table of each optimizer, with whatever else it was given, at its best rate, where rates
     were swept.  A best rate that is the lowest or highest of those tried may not be the best."""
     measure, rivals = comparison.measure, comparison.rivals
     if all(len({group.lr for group in tried}) < 2 for tried in rivals.values()):
-        return ""
+        return None
     losses = [column for column in _COLUMNS if column[0] in (EVAL.title, measure.title)]
     titles = [title for title, _, _ in losses]
     rows = [["each at its best rate", "lr", *titles, "ended well", "rates tried", "note"]]
@@ -133,7 +136,7 @@ def _best_rates(comparison: Comparison) -> str:
         row = [name, markdown.cell(best.lr, RATE_FORM)]
         row += [_over(best.good, column) or "failed" for column in losses] + [best.counted]
         rows.append([*row, ", ".join(map(RATE_FORM.format, rates)), _edge(best, rates)])
-    return markdown.table(rows, words={"rates tried", "note"})
+    return Table(rows=rows, words={"rates tried", "note"})
 
 
 def _edge(best: Group, rates: Sequence[float]) -> str:

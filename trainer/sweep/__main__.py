@@ -1,0 +1,116 @@
+"""`python -m trainer.sweep FOLDER ...`: the table of a sweep anew, or of runs of several."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from trainer import cli
+from trainer.errors import UserError
+from trainer.run_folder import is_sweep
+from trainer.sweep import files, page
+from trainer.sweep.folders import Found, ended_runs
+from trainer.sweep.table import sweep_table
+
+_HELP = """\
+Compare runs that have ended: print the tables and remarks that a sweep ends with; train nothing.
+
+  python -m trainer.sweep runs/sweep-20260101-120000
+  python -m trainer.sweep runs/sweep-20260101-120000 --csv runs.csv --latex tables.tex
+  python -m trainer.sweep runs/sweep-20260101-120000 runs/2026-01-02 --out compared
+
+A FOLDER is a sweep's, a run's, or any that has some below it.  Of one sweep, its sweep.md,
+curves.png and sweep.png are written anew; of others they are written to --out.  Runs with the same
+options count once: the newest that is finished."""
+
+_EPILOG = """\
+Exit status: 0, the tables are printed and the files written; 2, a folder has no runs, a file exists
+already, or the command is wrong."""
+
+_FORMATS: dict[str, Callable[[Found], str]] = {
+    "csv": files.as_csv,
+    "json": files.as_json,
+    "latex": files.as_latex,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a mistake is one line and status 2."""
+    given = _parser().parse_args(arguments)
+    texts = {kind: path for kind in _FORMATS if (path := getattr(given, kind))}
+    try:
+        found = _found(given.folders)
+        own = _sweep_of(given.folders)
+        out = given.out or own
+        pages = [] if out is None or _is_same(out, own) else [out / name for name in page.FILES]
+        _refuse_existing([*texts.values(), *pages])
+        print(sweep_table([summary for _, summary in found]))
+        for kind, path in texts.items():
+            _write_new(path, _FORMATS[kind](found))
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            page.write(out, found)
+            print(f"\n{out / page.TABLE}")
+    except (UserError, OSError) as error:
+        cli.fail(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m trainer.sweep",
+        description=_HELP,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write sweep.md, curves.png and sweep.png to this folder, which has none of them",
+    )
+    for kind, what in (
+        ("csv", "a row a run, with all that its summary.json has"),
+        ("json", "the runs, what several seeds have in common, and the remarks"),
+        ("latex", "the tables, for a paper (booktabs)"),
+    ):
+        parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"a new file: {what}")
+    return parser
+
+
+def _found(folders: Sequence[Path]) -> Found:
+    """The runs of all folders, each of which has some."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; name that of a sweep, or of a run")
+        if not ended_runs(folder):
+            raise UserError(
+                f"{folder} has no run that has ended (a summary.json, in it or below); name the "
+                "folder of a sweep, or of a run"
+            )
+    return ended_runs(*folders)
+
+
+def _sweep_of(folders: Sequence[Path]) -> Path | None:
+    """The sweep that is compared, where it is one."""
+    return folders[0] if len(folders) == 1 and is_sweep(folders[0]) else None
+
+
+def _is_same(folder: Path, other: Path | None) -> bool:
+    return other is not None and folder.resolve() == other.resolve()
+
+
+def _refuse_existing(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} exists, and is not written over; name another")
+
+
+def _write_new(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

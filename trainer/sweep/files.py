@@ -1,0 +1,112 @@
+"""What a sweep came to, for other programs: CSV, JSON and LaTeX."""
+
+import csv
+import io
+import json
+import math
+from typing import Any
+
+from trainer.sweep import markdown, paired, remarks
+from trainer.sweep.folders import Found
+from trainer.sweep.runs import Comparison, Group, optimizer_of
+from trainer.sweep.table import tables
+
+_TEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}
+
+
+def as_csv(found: Found) -> str:
+    """A row a run, the best first; the columns are those of all summaries."""
+    rows = _rows(found)
+    names = dict.fromkeys(key for row in rows for key in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*names], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def as_json(found: Found) -> str:
+    """What the runs are ranked by, the runs and what differs by more than the seed, each the best
+    first, and the remarks.  What is not finite is null."""
+    comparison = Comparison([summary for _, summary in found])
+    groups = comparison.groups
+    content = {
+        "ranked_by": comparison.measure.metric,
+        "runs": _rows(found),
+        "over_seeds": [
+            _of_group(group, difference)
+            for group, difference in zip(groups, paired.differences(groups), strict=True)
+        ],
+        "remarks": [*remarks.of_runs(comparison)],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def as_latex(found: Found) -> str:
+    """The tables of sweep.md, each a tabular of the package booktabs."""
+    comparison = Comparison([summary for _, summary in found])
+    return "% \\usepackage{booktabs}\n" + "\n".join(map(_tabular, tables(comparison)))
+
+
+def _rows(found: Found) -> list[dict[str, Any]]:
+    """Summaries with the names of their runs, and where they are."""
+    folders = {id(summary): folder for folder, summary in found}
+    comparison = Comparison([summary for _, summary in found])
+    return [
+        {
+            "run": comparison.name_of(run),
+            "folder": str(folders[id(run)]),
+            "final_loss": _finite(comparison.loss(run)),
+            **run,
+            "optimizer": optimizer_of(run),
+        }
+        for run in comparison.runs
+    ]
+
+
+def _cell(value: Any) -> Any:
+    """Lists are words with spaces between."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _of_group(group: Group, difference: paired.Difference | None) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "lr": group.lr,
+        "runs": len(group.runs),
+        "ended_well": len(group.good),
+        "final_loss": _finite(group.loss),
+        "standard_deviation": group.spread if len(group.good) > 1 else None,
+        "minus_the_best": difference
+        and {
+            "mean": difference.mean,
+            "interval": [difference.mean - difference.margin, difference.mean + difference.margin],
+            "seeds": difference.count,
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _tabular(table: markdown.Table) -> str:
+    titles, *rows = ([*map(_escaped, row)] for row in table.rows)
+    columns = "".join("l" if is_left else "r" for is_left in table.is_left)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _line(titles), r"\midrule"]
+    return "\n".join([*lines, *map(_line, rows), r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _line(cells: list[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _escaped(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)

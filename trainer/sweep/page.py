@@ -1,0 +1,36 @@
+"""sweep.md and its pictures, made of the folders of runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL.Image import Image
+
+from trainer import disk
+from trainer.sweep import curves, sheet
+from trainer.sweep.folders import Found
+from trainer.sweep.head import head
+from trainer.sweep.table import sweep_table
+
+TABLE = "sweep.md"
+_PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}
+FILES = (TABLE, *_PICTURES)
+
+
+def write(folder: Path, found: Found) -> None:
+    """Write the table and the pictures of these runs, of which there are some, to a folder."""
+    runs = [summary for _, summary in found]
+    pictures = [name for name, draw in _PICTURES.items() if _wrote(folder / name, draw, found)]
+    title = folder.resolve().name
+    parts = [head(title, runs), sweep_table(runs), *(f"![]({name})" for name in pictures)]
+    disk.replace_text(folder / TABLE, "\n\n".join(parts) + "\n")
+
+
+def _wrote(path: Path, draw: Callable[[Found], Image | None], found: Found) -> bool:
+    """Whether there was something to draw, and it could be written: a sweep goes on without."""
+    try:
+        if picture := draw(found):
+            picture.save(path)
+        return picture is not None
+    except OSError as error:
+        print(f"no {path} ({error})")
+        return False
