@@ -1,5 +1,6 @@
-// The Python module optim._native: integers in, nothing out.  It does not link torch and owns no
-// memory; optim/native.py is its only caller, and optim/share.py of what is in survey.h.
+// The Python module optim._native.  It does not link torch and owns no memory: tensors come as
+// addresses.  optim/native.py calls what steps, optim/share.py what is in survey.h, and
+// optim/compiled.py asks what it was compiled from.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -4,9 +4,9 @@
 
 #define RARELY(condition) __builtin_expect(condition, 0)
 #if defined(__CUDACC_RTC__)
-#define TRUST(condition) __builtin_assume(condition)
+#define TRUST(condition) __builtin_assume(condition)  // a GPU issues what is not taken, too
 #else
-#define TRUST(condition)  // a GPU issues what is not taken, too
+#define TRUST(condition)
 #endif
 
 #if defined(ENGINE_CUDA)

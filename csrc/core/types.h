@@ -137,15 +137,17 @@ struct Hyper {
     float momentum, eps, alpha, limit;
     float curvature;           // Sophia's: what multiplies it
     float tilt, square_scale;  // atan2: of the numerator; Adafactor: of the second moment
-    float unit,
-        settled_scale;   // the update is settled_scale settled(update_scale unit direction())
+    // The update is cautious_scale settled_scale settled(update_scale unit direction()), and the
+    // step lr of it.
+    float unit;
+    float settled_scale;
     float update_scale;  // growth limiter and RMS clip
     float growth_scale;  // growth limiter alone
     float coefficient;   // of the gradient
     float rho, rho_low;  // orthograd: g - (rho + rho_low) w
     float cautious_scale;
-    float lr,
-        decay;  // lr: with relative step and parameter scale; decay: lr * weight_decay without
+    float lr;         // with relative step and parameter scale
+    float decay;      // lr * weight_decay, without them
     int32_t passive;  // the weights stay as they are in this step
     float d;          // Prodigy's: of the gradient
     float sum_decay, sum_weight;
