@@ -150,6 +150,13 @@ MISTAKES = [
         ["method.clip=global ", "rms (each tensor by itself)", "runtime.fused_backward=false"],
     ),
     (["resume=latest"], ["resume=latest", "no checkpoint"]),
+    (["-m", "optim=adamw,lion", "--cfg", "job"], ["Only one of --run, --multirun", "--cfg"]),
+    (["seed=0,1"], ["for a run with each, a sweep, add -m; as a list, seed=[0,1]"]),
+    (["-m", "seed=0,1", "optim=true"], ["optim takes a choice", "adamw"]),
+    (["hydra/launcher=submitit_slurm"], ["pip install hydra-submitit-launcher --upgrade"]),
+    (["-m", "hydra/launcher=joblib", "seed=0,1"], ["pip install hydra-joblib-launcher --upgrade"]),
+    (["hydra/launcher=basik"], ["no hydra/launcher choice 'basik'", "did you mean 'basic'"]),
+    (["hydra/sweeper=x"], ["no hydra/sweeper choice 'x'", "basic, nevergrad, optuna"]),
     (["resume=/nowhere"], ["resume=/nowhere", "no checkpoint"]),
     (["optim=external", "optim.class_path=torch.optim.Nope"], ["class_path", "Nope"]),
     (
@@ -225,6 +232,22 @@ def test_a_mistake_is_one_line_that_names_the_key_and_the_remedy(command, in_tmp
     for part in says:
         assert part in lines[0]
     assert not list(in_tmp.glob("runs/*/*/metrics.jsonl")), "a refused run has begun"
+
+
+def test_choices_of_ones_own_are_found_and_a_mistake_beside_them_is_one_line(command, in_tmp):
+    (in_tmp / "mine/optim").mkdir(parents=True)
+    (in_tmp / "mine/optim/radam.yaml").write_text(
+        "defaults: [external]\nclass_path: torch.optim.RAdam\noptions: {eps: 1e-7}\n"
+    )
+    given = ("--config-dir", "mine", "optim=radam")
+    status, out, _ = command(*given, "optim.options.eps=1e-6", "--cfg", "job", "--package", "optim")
+    assert status == 0
+    assert "class_path: torch.optim.RAdam" in out
+    assert "eps: 1.0e-06" in out
+    status, _, err = command(*given, "optim.lrr=3")
+    assert status == 2
+    assert err.startswith("error: Could not override 'optim.lrr'.")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -87,11 +87,15 @@ def test_a_loss_that_is_not_finite_changes_nothing(quick, monkeypatch):
         return original(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(losses, "loss", poisoned)
-    keep = ["runtime.save_every=1", "runtime.keep_checkpoints=9", "schedule.steps=3"]
+    keep = [
+        "runtime.save_every=1",
+        "runtime.keep_checkpoints=9",
+        "schedule.steps=2",
+    ]  # the last is always saved
     folder = quick("run", UNCLIPPED, FUSED, *keep)
     assert_same_weights(weights(folder, 1), weights(folder, 2))
     written = [row for row in rows(folder) if "train/loss" in row]
-    assert [row["train/skipped_steps"] for row in written] == [0, 1, 1]
+    assert [row["train/skipped_steps"] for row in written] == [0, 1]
 
 
 def test_a_gradient_that_is_not_finite_leaves_its_elements_alone_and_is_counted(

@@ -230,9 +230,37 @@ def test_the_command_has_numbers(command):
     assert found["training"] <= found["needed"] <= found["free"]
 
 
+def test_a_sweep_has_a_line_for_each_run(command):
+    status, out, _ = command("-m", "optim=adamw,lion", "seed=0,1", "data.batch_size=4")
+    assert status == 0
+    lines = out.splitlines()
+    names = [f"optim={name} seed={seed}" for name in ("adamw", "lion") for seed in (0, 1)]
+    assert [line.partition(": ")[0] for line in lines] == names
+    assert all(": fits: a run needs" in line for line in lines)
+    status, out, _ = command("optim=adamw,adafactor8bit", "--multirun", "--json", "--card", "0.56")
+    assert status == 1
+    plans = [json.loads(line) for line in out.splitlines()]
+    assert [plan["overrides"] for plan in plans] == [["optim=adamw"], ["optim=adafactor8bit"]]
+    states = [plan["in_training"]["optimizer_state"] for plan in plans]
+    assert states[0] > 100 * states[1]
+
+
+def test_the_runs_of_a_sweep_are_those_that_hydra_makes():
+    cli.register()
+    runs = cli.runs_of(["seed=range(0,2)", "+optim.foo=1,2", "method=lora"])
+    assert runs == [
+        [f"seed={seed}", f"+optim.foo={foo}", "method=lora"] for seed in (0, 1) for foo in (1, 2)
+    ]
+    assert cli.runs_of(["sweep=optimizers"])[1] == ["optim=adamw", "sweep=optimizers"]
+    assert cli.runs_of(["sweep=optimizers", "optim=lion"]) == [["sweep=optimizers", "optim=lion"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("-m", "optim=adamw,lionn"), "did you mean 'lion'?"),
+        (("-m", "data.path=/a=b"), "this value needs quotes"),
+        (("-m", "optim.lrr=1"), "did you mean 'lr'?"),
         (("--card", "-1"), "-1 is not above 0"),
         (("--card", "big"), "invalid float value: 'big'"),
         (("optim=adamv",), "did you mean 'adamw'?"),

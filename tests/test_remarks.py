@@ -1,6 +1,7 @@
 """Configurations that work, and say something that nobody meant."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -119,6 +120,30 @@ def test_a_model_says_the_size_that_it_was_made_for(composed, tmp_path):
     settings = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(settings | {"sample_size": None}))
     assert Model(composed(f"model.path={folder}").model, cpu).resolution is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "the model has hardly moved; optim.lr=1e-08 is too low, or 40 steps are too few"),
+        ({"rate_found": 1e-6}, "optim.lr=1e-08 times the 1e-06 found is too low"),
+        ({"eval_loss_after": 0.4989}, None),
+        ({"eval_loss_before": math.nan}, None),
+        ({"eval_loss_after": math.nan}, None),
+        ({"prediction": "v_prediction"}, None),
+    ],
+)
+def test_a_run_that_changed_next_to_nothing_is_remarked(changed, says):
+    losses = {"eval_loss_before": 0.5, "eval_loss_after": 0.4999}
+    same = {"prediction_before": "epsilon", "prediction": "epsilon"}
+    summary = losses | same | {"lr": 1e-8, "steps": 40, "rate_found": None} | changed
+    said = remarks.of_outcome(summary)
+    assert says in said[0] if says else not said
+
+
+def test_what_is_remarked_of_an_outcome_reaches_the_log(quick):
+    folder = quick("run", "optim.lr=1e-9")
+    assert "the model has hardly moved; optim.lr=1e-09" in (folder / "train.log").read_text()
 
 
 def test_a_remark_reaches_the_log_of_the_run(quick):

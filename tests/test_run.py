@@ -1,5 +1,6 @@
 """Whole runs of a few steps on the shipped model: what they write, and that they repeat."""
 
+import importlib.metadata
 import json
 import time
 
@@ -9,7 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from PIL import Image
 
-from trainer import batches, losses, metrics, optimizers, pictures
+from trainer import batches, losses, metrics, optimizers, pictures, record
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -44,6 +45,24 @@ def test_a_negative_prompt_changes_what_guidance_draws(quick):
     other = quick("other", *guided, "log.negative_prompt=a red frog")
     first, second = (Image.open(f / "samples/step-000000/00.png") for f in (plain, other))
     assert first.tobytes() != second.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [
+        ({"name": "external", "class_path": "yaml.Loader"}, "PyYAML"),  # as pip calls it
+        ({"name": "peer/x", "class_path": "yaml.Loader", "package": "pillow-simd"}, "pillow-simd"),
+        ({"name": "external", "class_path": "mine.Optimizer"}, None),  # a file beside the run
+        ({"name": "lion"}, None),
+    ],
+)
+def test_the_environment_has_the_version_of_the_optimizers_package(tmp_path, optimizer, package):
+    record.write(tmp_path, {"optim": optimizer}, torch.device("cpu"))
+    packages = json.loads((tmp_path / "environment.json").read_text())["packages"]
+    more = [name for name in packages if name not in record._PACKAGES]
+    assert more == ([package] if package else [])
+    if package == "PyYAML":
+        assert packages[package] == importlib.metadata.version("PyYAML")
 
 
 def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):

@@ -1,5 +1,7 @@
 """Weights & Biases: an offline run holds everything, and no failure of it stops training."""
 
+import json
+import math
 import struct
 
 import pytest
@@ -7,6 +9,8 @@ import wandb
 from helpers import QUICK, rows
 from wandb.proto import wandb_internal_pb2
 
+from trainer import losses
+from trainer.errors import UserError
 from trainer.metrics import Metrics
 from trainer.run import run
 
@@ -57,6 +61,44 @@ def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
     losses = [float(row["eval/loss"]) for row in history if "eval/loss" in row]
     assert losses == [row["eval/loss"] for row in rows(folder) if "eval/loss" in row]
     assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+
+
+def ending(folder):
+    """The exit status and the summary of the last session of an offline run."""
+    kept = list(records(max(folder.glob("wandb/offline-run-*/*.wandb"))))
+    told = {i.key: i.value_json for r in kept if r.HasField("summary") for i in r.summary.update}
+    return [r.exit.exit_code for r in kept if r.HasField("exit")], told
+
+
+def test_a_run_that_fails_has_failed_in_wandb_too(composed, tmp_path, monkeypatch):
+    original, calls = losses.loss, []
+    monkeypatch.setattr(
+        losses, "loss", lambda *a: original(*a) * (calls.append(a) or (1, math.inf)[len(calls) > 2])
+    )
+    options = [*QUICK, "log=wandb", "runtime.max_skipped_steps=0"]
+    with pytest.raises(UserError, match=r"^1 step without"):
+        run(composed(*options), tmp_path / "run")
+    statuses, told = ending(tmp_path / "run")
+    assert statuses == [1]
+    assert json.loads(told["error"]).startswith("1 step without")
+    assert json.loads(told["steps"]) == 3
+    monkeypatch.undo()
+    run(composed(*QUICK, "log=wandb"), tmp_path / "good")
+    statuses, told = ending(tmp_path / "good")
+    assert statuses == [0]
+    assert "error" not in told
+
+
+def test_a_run_whose_export_fails_has_failed_in_wandb_too(composed, tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("could not save: no space")
+
+    monkeypatch.setattr("trainer.result.export", full)
+    with pytest.raises(UserError, match="no space"):
+        run(composed(*QUICK, "log=wandb"), tmp_path / "run")
+    statuses, told = ending(tmp_path / "run")
+    assert statuses == [1]
+    assert json.loads(told["error"]) == "could not save: no space"
 
 
 def test_the_runs_of_a_sweep_are_told_apart(composed, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import QUICK, deterministic, rows
 
+from trainer import losses
 from trainer.clock import OptimizerClock
 from trainer.run import run
 from trainer.watch import Watch
@@ -35,10 +36,74 @@ def test_a_spike_is_a_loss_of_three_times_the_median_before_it(losses, spikes):
     assert watched(losses).loss_spikes == spikes
 
 
-def test_the_largest_gradient_norm_is_told_by_the_median_before_it():
-    norms = [2.0] * 20 + [9.0, 2.0, 4.0]
-    assert watched([1.0] * 23, norms).grad_norm_over_median == 4.5
-    assert watched([1.0] * 9).grad_norm_over_median is None
+@pytest.mark.parametrize(
+    ("losses", "before", "spikes"),
+    [
+        ([9.0, 90.0, 90.0] + [1.0] * 7, 1.0, 3),
+        ([9.0, 90.0, 90.0] + [1.0] * 7, 4.0, 2),
+        ([9.0, 90.0, 90.0] + [1.0] * 7, math.nan, 0),
+        ([1.0] * 10 + [9.0], 100.0, 1),  # the median is known
+    ],
+)
+def test_the_first_losses_are_told_by_the_loss_before_the_first_step(losses, before, spikes):
+    watch = Watch()
+    for loss in losses:
+        watch.step(loss, 1.0, before)
+    assert watch.loss_spikes == spikes
+
+
+@pytest.mark.parametrize(
+    ("norms", "ratio"),
+    [
+        ([2.0] * 20 + [9.0, 2.0, 4.0], 4.5),
+        ([1.0] * 9, None),
+        ([1.0, 8.0] + [2.0] * 8, 4.0),  # of the first ten by their own
+        ([100.0 * 0.9**step for step in range(60)], 100 / (50 * (0.9**4 + 0.9**5))),
+        ([0.0] * 10 + [6.0] * 12, 2.0),  # a median of 0 tells nothing
+    ],
+)
+def test_the_largest_gradient_norm_is_told_by_the_median_before_it(norms, ratio):
+    found = watched([1.0] * len(norms), norms).grad_norm_over_median
+    assert found == (ratio if ratio is None else pytest.approx(ratio))
+
+
+def test_norms_that_fall_are_no_less_than_their_median():
+    for share in (0.5, 0.9, 0.99):
+        norms = [share**step for step in range(100)]
+        assert watched([1.0] * 100, norms).grad_norm_over_median >= 1
+
+
+def test_a_run_that_diverges_is_found_once():
+    watch = watched([1.0] * 4)
+    assert watch.found_divergence(0.1) is None  # too few steps
+    watched([1.0], watch=watch)
+    for before in (0.4, math.nan):
+        assert watch.found_divergence(before) is None
+    watched([9.0] * 10, watch=watch)
+    assert watch.found_divergence(1.0) == 9.0
+    assert watch.found_divergence(1.0) is None
+
+
+def test_a_run_that_diverges_says_so_once_and_its_first_steps_are_spikes(quick):
+    options = ["optim=sgd", "optim.lr=5", "schedule=constant", "schedule.steps=8"]
+    folder = quick("run", *options)
+    said = (folder / "train.log").read_text()
+    assert said.count("the run diverges; stop it, and lower optim.lr=5") == 1
+    assert json.loads((folder / "summary.json").read_text())["loss_spikes"] > 0
+
+
+def test_losses_that_may_be_above_what_evaluation_measures_are_not_compared_with_it(composed):
+    for comparable in ([], ["loss=huber"], ["loss.weighting=min_snr"], ["data.mask=alpha"]):
+        assert losses.is_bounded_by_evaluation(composed(*comparable))
+    heavy = "data.sources=[{path: /, weight: 2}]"
+    for other in (
+        ["loss.weighting=debiased"],
+        ["noise.timesteps=logit_normal"],
+        ["noise.timestep_high=500"],
+        ["noise.timestep_low=1"],
+        ["data=folder", "data.path=null", heavy],
+    ):
+        assert not losses.is_bounded_by_evaluation(composed(*other))
 
 
 def test_a_report_has_the_mean_loss_and_the_largest_norm_since_the_one_before():

@@ -97,13 +97,15 @@ def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
 def _record_failure(
     folder: Path, error: Exception, overrides: list[str], known: dict[str, Any] | None = None
 ) -> None:
-    """A failed run of a sweep is a row of its table, and the sweep goes on."""
+    """A failed run of a sweep is a row of its table, and the sweep goes on.  known: what to say of
+    a run that never began; one that has left a summary itself."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
     message = str(error) or type(error).__name__
     print(f"error: {' '.join(overrides)}: {message}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder, {**(known or {}), "overrides": overrides, "error": message})
+    if read_summary(folder).get("error") != message:
+        write_summary(folder, {**(known or {}), "overrides": overrides, "error": message})
 
 
 def main() -> None:

@@ -60,6 +60,7 @@ class Counters:
     """What a run has counted so far, in all of its sessions."""
 
     skipped_steps: int = 0
+    last_whole_step: int = 0  # the last that was not skipped
     eval_loss_before: float = math.nan  # before the first step; NaN where it is of other points
     grad_norm: float = math.nan  # of the last step, by which method.clip=lagged clips the next
     epochs: float = 0.0  # how often the data was gone through; the order of batches goes on by it
@@ -92,11 +93,9 @@ class Checkpoint:
     counters: Counters
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-NNNNNN` unless it is there, then delete all but the newest `keep`.
-
-    Raises UserError when the disk does not take it; older checkpoints are then untouched.
-    """
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/step-NNNNNN` unless it is there.  Raises UserError when the disk does not take
+    it."""
     final = folder / f"step-{checkpoint.step:06d}"
     if final.exists():
         return final  # a finished run that was resumed
@@ -117,14 +116,28 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         }
         record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
         (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    return final
+
+
+def rotate(folder: Path, keep: int, last_whole: int) -> None:
+    """Delete all but the newest `keep`, and the newest that is known to be good: `proven`."""
+    spared = proven(folder, last_whole)
     for old in completed(folder)[:-keep]:
+        if old == spared:
+            continue
         try:  # under its own name it must not be there in parts
             old.rename(old.with_name(f".{old.name}.tmp"))
         except OSError as error:
             log.warning("%s is not deleted: %s", old, error)
     for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # what stays is tried again after the next
-    return final
+
+
+def proven(folder: Path, last_whole: int) -> Path | None:
+    """The newest checkpoint that a whole step followed, whose loss and gradient were therefore
+    finite; None where there is none."""
+    good = [path for path in completed(folder) if _step_of(path) < last_whole]
+    return good[-1] if good else None
 
 
 def load(folder: Path) -> Checkpoint:
@@ -202,7 +215,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
     """Rename checkpoints newer than `step`: they were damaged, and the resumed run will write those
     steps again.  step-000400 -> damaged-step-000400."""
     for newer in completed(folder):
-        if int(newer.name[5:]) <= step:
+        if _step_of(newer) <= step:
             continue
         names = (f"damaged-{newer.name}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
         aside = next(path for path in map(folder.joinpath, names) if not path.exists())
@@ -212,8 +225,12 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
 def completed(folder: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints` folder, oldest first."""
-    found = (path for path in folder.glob("step-*") if path.name[5:].isdigit())
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find(resume: str) -> list[Path]:

@@ -2,6 +2,7 @@
 inherits."""
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ from contextlib import suppress
 from typing import NoReturn
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import optim
@@ -175,6 +178,31 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
     try:
         return composition(overrides, with_hydra)
     except Exception as error:  # Hydra and OmegaConf raise many kinds
+        fail(explain(error, overrides))
+
+
+def runs_of(overrides: list[str]) -> list[list[str]]:
+    """The options of each run of a sweep, in the order in which Hydra runs them.
+
+    A wrong override is one line and status 2.
+    """
+    fixed = [o for o in overrides if not _is_swept(o, overrides)]
+    params = composed(fixed, with_hydra=True).hydra.sweeper.params or {}  # of sweep=
+    given = {_key(o) for o in overrides}
+    swept = [f"{key}={value}" for key, value in params.items() if key not in given]
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in OverridesParser.create().parse_overrides([*swept, *overrides])
+    ]
+    return [list(run) for run in itertools.product(*choices)]
+
+
+def _is_swept(override: str, overrides: list[str]) -> bool:
+    try:
+        return OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException as error:
         fail(explain(error, overrides))
 
 

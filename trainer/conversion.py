@@ -110,7 +110,8 @@ def _in_run(path: Path) -> Path:
 
 def _finished(run: Path) -> float:
     """The step that a run's result is of; infinite where it does not say."""
-    return report.read_summary(run).get("steps", math.inf)
+    step = report.result_step(report.read_summary(run))
+    return math.inf if step is None else step
 
 
 def _write_model(

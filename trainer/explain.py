@@ -63,6 +63,25 @@ _NAMES_ELSEWHERE = {
     "v_parameterization": "noise.prediction",
 }
 
+# The packages that add choices to Hydra's own groups (hydra/launcher=...).
+_PLUGINS = {
+    "launcher": {
+        "joblib": "hydra-joblib-launcher",
+        "ray": "hydra-ray-launcher",
+        "ray_aws": "hydra-ray-launcher",
+        "rq": "hydra-rq-launcher",
+        "submitit_local": "hydra-submitit-launcher",
+        "submitit_slurm": "hydra-submitit-launcher",
+    },
+    "sweeper": {
+        "ax": "hydra-ax-sweeper",
+        "nevergrad": "hydra-nevergrad-sweeper",
+        "optuna": "hydra-optuna-sweeper",
+    },
+    "job_logging": {"colorlog": "hydra-colorlog"},
+    "hydra_logging": {"colorlog": "hydra-colorlog"},
+}
+
 _FEW = 3  # choices that are named as having an option
 
 
@@ -71,10 +90,13 @@ def explain(error: BaseException, arguments: list[str]) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; name another folder with hydra.run.dir=..."
     text = "\n".join(dict.fromkeys(str(e) for e in _chain(error)))
-    for pattern, answer in _ANSWERS:
-        if (found := re.search(pattern, text)) and (line := answer(found, arguments)):
+    with suppress(HydraException):  # with choices of the user's own (--config-dir), unknown here
+        for pattern, answer in _ANSWERS:
+            if (found := re.search(pattern, text)) and (line := answer(found, arguments)):
+                return line
+        if line := _value_at_fault(arguments):
             return line
-    return _value_at_fault(arguments) or " ".join(filter(None, map(str.strip, text.splitlines())))
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -95,6 +117,15 @@ def _no_such_choice(found: re.Match[str], arguments: list[str]) -> str:
     return f"{group}={choice}: {unknown(f'{group} choice', choice, choices_of(group))}"
 
 
+def _no_such_choice_of_hydra(found: re.Match[str], arguments: list[str]) -> str:
+    group, choice, there = found.groups()
+    known = _PLUGINS.get(group, {})
+    given = f"hydra/{group}={choice}"
+    if package := known.get(choice):
+        return f"{given} needs {package}, which is not installed: pip install {package} --upgrade"
+    return f"{given}: {unknown(f'hydra/{group} choice', choice, {*there.split(), *known})}"
+
+
 def _several_choices(found: re.Match[str], arguments: list[str]) -> str:
     return f"{found[1]} takes one choice; for a run with each, a sweep, {found[1]}=A,B and -m"
 
@@ -104,7 +135,9 @@ def _several_values(found: re.Match[str], arguments: list[str]) -> str:
     if isinstance(OmegaConf.select(composition([]), key), str):
         quoted = _shell_quoted(f'{key}="{value}"')
         return f"{key}={value}: a text with commas is quoted twice: {quoted}"
-    return f"{key}={value}: for a run with each, a sweep, add -m; as a list, {key}=[{value}]"
+    sweep = f"{key}={value}: for a run with each, a sweep, add -m"
+    takes_one = key in group_names() and key != "experiment"
+    return sweep if takes_one else f"{sweep}; as a list, {key}=[{value}]"
 
 
 def _no_key_of_item(found: re.Match[str], arguments: list[str]) -> str | None:
@@ -152,6 +185,10 @@ def _no_option(found: re.Match[str], arguments: list[str]) -> str:
 # What Hydra and OmegaConf say, and who answers it; one that answers None leaves it to the next.
 _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ...] = (
     (r"raised while resolving interpolation: (.*)", lambda found, _: found[1]),
+    (
+        r"(?s)Could not find 'hydra/(\w+)/([^']+)'.*Available options in '[^']*':\n((?:\t.*\n)*)",
+        _no_such_choice_of_hydra,
+    ),
     (r"Could not find '(\w+)/([^']+)'", _no_such_choice),
     (r"Multiple values for (?:schema/)?(\w+)", _several_choices),
     (r"Ambiguous value for argument '([^=']+)=([^']*)'", _several_values),
@@ -173,7 +210,8 @@ def _value_at_fault(arguments: list[str]) -> str | None:
         key, parent = override.key_or_group, override.key_or_group.rpartition(".")[0]
         if key in group_names() and not override.value():
             return f"{key} has no choice; there is {', '.join(choices_of(key))}"
-        if key in group_names() and not isinstance(override.value(), str | list):
+        is_choice = isinstance(override.value(), str | list) or override.is_sweep_override()
+        if key in group_names() and not is_choice:
             return f"{key} takes a choice, one of {', '.join(choices_of(key))}"
         if parent in options_of([]):
             return f"{key}: {parent} is not set here; choose its group first ({_where(parent)})"

@@ -3,6 +3,10 @@ the weights."""
 
 import logging
 import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from trainer.errors import UserError
 
@@ -12,32 +16,36 @@ log = logging.getLogger(__name__)
 class Guard:
     """Counts skipped steps, and stops a run that only skips.
 
-    `skipped` is the number so far, of which at most `max_in_a_row` may be consecutive.  In a fused
-    backward pass a gradient is known only when parts of the step are done: such a step is finished
-    (the optimizer skips elements whose gradient is not finite), and counts as skipped too.
+    `skipped` is the number so far, of which at most `max_in_a_row` may be consecutive; `in_a_row`
+    are those since the last whole step, `last_whole` (0: none).  In a fused backward pass a
+    gradient is known only when parts of the step are done: such a step is finished (the optimizer
+    skips elements whose gradient is not finite), and counts as skipped too.  `last_update` is the
+    last step that changed weights, whole or not.
     """
 
-    def __init__(self, max_in_a_row: int, skipped: int = 0) -> None:
+    def __init__(self, max_in_a_row: int, skipped: int = 0, last_whole: int = 0) -> None:
         self.max_in_a_row = max_in_a_row
-        self.skipped = skipped
-        self._in_a_row = 0
+        self.skipped, self.last_whole = skipped, last_whole
+        self.last_update = last_whole
+        self.in_a_row = 0
 
     def accepts(self, step: int, loss: float, grad_norm: float, begun: bool = False) -> bool:
         """Whether this step may update the weights, or finish updating them."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._in_a_row = 0
+            self.in_a_row, self.last_whole, self.last_update = 0, step, step
             return True
         self.skipped += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         done, left = "skipped", "weights and optimizer are unchanged"
         if begun:
             done, left = "stepped in part", "elements without a finite gradient are unchanged"
+            self.last_update = step
         log.warning("step %d %s: loss %g, gradient norm %g; %s", step, done, loss, grad_norm, left)
         return begun
 
     def complaint(self) -> UserError | None:
         """The error that ends the run after too many skipped steps in a row; None before."""
-        count = self._in_a_row
+        count = self.in_a_row
         if count <= self.max_in_a_row:
             return None
         return UserError(
@@ -45,3 +53,15 @@ class Guard:
             "lower optim.lr, or check the model's VAE and the data (runtime.max_skipped_steps "
             "allows more)"
         )
+
+
+@torch.no_grad()
+def broken(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinity.  Each is read once, where it is, and the
+    host waits once."""
+    read = [name for name, x in tensors.items() if x.numel()]
+    if not read:
+        return []
+    extremes = [torch.stack(torch.aminmax(tensors[name].detach())).float() for name in read]
+    finite = torch.stack([pair.to(extremes[0].device) for pair in extremes]).isfinite().all(1)
+    return [name for name, is_finite in zip(read, finite.tolist(), strict=True) if not is_finite]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer import noise
 from trainer.batches import Batch, on_device, predict
-from trainer.config import HuberConfig, LossConfig
+from trainer.config import Config, HuberConfig, LossConfig
 
 _PARTS = 4  # of the timesteps that evaluation reports apart
 
@@ -94,6 +94,18 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
         return config.delta ** (timesteps.float() / noise_schedule.config.num_train_timesteps)
     root = noise.snr(noise_schedule, timesteps).sqrt()  # 1 / sigma
     return (1 - config.delta) * (root / (root + 1)).square() + config.delta
+
+
+def is_bounded_by_evaluation(config: Config) -> bool:
+    """Whether the loss of a training step is, in the mean, at most what `evaluate` measures of the
+    same model: no factor is above 1, and timesteps are drawn as evaluation spreads them."""
+    timesteps = config.noise
+    return (
+        config.loss.weighting != "debiased"
+        and all(source.weight <= 1 for source in config.data.sources)
+        and (timesteps.timesteps, timesteps.timestep_low) == ("uniform", 0)
+        and timesteps.timestep_high is None
+    )
 
 
 @torch.no_grad()

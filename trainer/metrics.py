@@ -27,7 +27,7 @@ class Metrics:
     def __init__(self, folder: Path, config: Config, start_step: int) -> None:
         """Open the files, without rows of steps after `start_step`, which a resumed run will write
         again, without a finished run's last evaluation, and without any where a run starts anew."""
-        self.folder = folder
+        self.folder, self.is_closed = folder, False
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
         if start_step == config.schedule.steps:
@@ -55,7 +55,9 @@ class Metrics:
         return path
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Give W&B the run's summary and let it finish."""
+        """Give W&B the run's summary and let it finish; one with an `error` has failed there
+        too."""
+        self.is_closed = True
         if self._wandb:
             self._wandb.close(summary)
 
@@ -79,7 +81,7 @@ class _Wandb:
 
     def close(self, summary: dict[str, Any]) -> None:
         self._try(lambda: self._run.summary.update(summary))
-        self._try(lambda: self._run.finish())
+        self._try(lambda: self._run.finish(exit_code=int("error" in summary)))
 
     def _start(self, folder: Path, config: Config) -> None:
         import wandb  # seconds to import, and not needed by most runs

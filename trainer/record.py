@@ -29,8 +29,7 @@ _PACKAGES = (
 
 def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     """Write config.yaml (resolved) and environment.json to the run's folder."""
-    peer = config["optim"].get("package")  # of an optimizer that is somebody else's
-    packages = dict.fromkeys([*_PACKAGES, *([peer] if peer else [])])
+    packages = dict.fromkeys([*_PACKAGES, *_packages_of(config["optim"])])
     disk.replace_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     environment = {
         "python": platform.python_version(),
@@ -60,6 +59,17 @@ def _name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or "cpu"
+
+
+def _packages_of(optimizer: dict[str, Any]) -> list[str]:
+    """What pip installed that an optimizer of somebody else's comes from; [] of the family's, and
+    of a file that no package has."""
+    if package := optimizer.get("package"):
+        return [package]
+    if not (path := optimizer.get("class_path")):
+        return []
+    module = path.partition(".")[0]
+    return list(dict.fromkeys(importlib.metadata.packages_distributions().get(module, [])))
 
 
 def _version(package: str) -> str | None:

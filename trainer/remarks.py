@@ -1,7 +1,8 @@
 """Warnings about a configuration that works: options without effect, two that do the same, a
-learning rate for small models only, pictures of another size than the model's.  A run logs them."""
+learning rate for small models only, pictures of another size than the model's; and about a run
+that has changed nothing.  A run logs them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -24,6 +25,7 @@ _UNCLIPPED = ("lomo",)  # SGD without a clip by its own configuration
 _LARGE = 100_000_000  # a model's parameters, from which on a default rate is remarked
 # Where the rate of a large model is looked for first, by the method.
 _START = {"full": "1e-5", "lora": "1e-4"}
+_STILL = 1e-3  # the share of its loss by which a model moves that has learned something
 _FAR = 1.5  # how many times a resolution may be another, unremarked
 
 
@@ -112,6 +114,22 @@ def of_rate(config: Config, size: int) -> list[str]:
     return [
         f"optim.lr={default:g} is the default of optim={config.optim.name}, and was found with a "
         f"small model; for a {'LoRA' if is_lora else 'full fine-tune'} of SDXL start near {start}"
+    ]
+
+
+def of_outcome(summary: Mapping[str, Any]) -> list[str]:
+    """Warn where a run has changed next to nothing."""
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    is_same = summary["prediction_before"] == summary["prediction"]
+    if not (is_same and abs(after - before) < _STILL * before):  # a NaN is not below
+        return []
+    found = summary["rate_found"]
+    rate = f"optim.lr={summary['lr']:g}" + (
+        "" if found is None else f" times the {found:.2g} found"
+    )
+    return [
+        f"eval/loss was {before:.6g} and is {after:.6g}: the model has hardly moved; {rate} is too "
+        f"low, or {summary['steps']} steps are too few"
     ]
 
 

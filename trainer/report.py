@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from trainer import disk
 from trainer.metrics import as_json
 
+_RESULT_STEP = "result_of_step"  # of a failed run, whose `steps` may be others
 # What a run that is resumed at its end, and makes no step, cannot tell anew.
 _COSTS = (
     "wall_seconds",
@@ -23,6 +25,21 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json; a number that is not finite becomes null."""
     text = json.dumps(as_json(summary), indent=2) + "\n"
     disk.replace_text(folder / "summary.json", text)
+
+
+def of_failure(
+    folder: Path, summary: Mapping[str, Any], error: Exception, has_result: bool = False
+) -> dict[str, Any]:
+    """The summary of a run that failed: with the `error`, and with the step of the result in its
+    folder, which may be an earlier session's, where there is one."""
+    failed = {**summary, "error": str(error) or type(error).__name__}
+    step = summary["steps"] if has_result else result_step(read_summary(folder))
+    return failed if step is None else failed | {_RESULT_STEP: step}
+
+
+def result_step(summary: Mapping[str, Any]) -> int | None:
+    """The step that the result beside a summary is of; None where it does not say."""
+    return summary.get(_RESULT_STEP if "error" in summary else "steps")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -34,10 +34,11 @@ from trainer import (
 )
 from trainer.config import Config, file_name
 from trainer.errors import UserError
+from trainer.guard import broken
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
-from trainer.state import State, assemble, save
-from trainer.summary import summary_of
+from trainer.state import State, assemble, rotate, save
+from trainer.summary import of_failed, summary_of
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,13 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
             log.warning("%s", remark)
         state = begin(config, folder, stop, overrides)
         writer = metrics.Metrics(folder, state.config, start_step=state.step)
-        train(state, writer)
-        return finish(state, writer)
+        try:
+            train(state, writer)
+            return finish(state, writer)
+        except Exception as error:
+            if not writer.is_closed:
+                _conclude_failed(state, writer, error)
+            raise
 
 
 def begin(
@@ -98,6 +104,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
     for step in range(state.step, config.schedule.steps):
         if state.stop:
             save(state)
+            rotate(state)
             _stopped(state)
         state.peaks.end("rest")
         started, first = time.monotonic(), state.micro_batches
@@ -122,7 +129,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
             optimizer.zero_grad(set_to_none=True)
             if state.ema:
                 state.ema.update(step + 1)
-        state.watch.step(outcome.loss, outcome.grad_norm)
+        state.watch.step(outcome.loss, outcome.grad_norm, state.loss_before)
         state.step, state.micro_batches = step + 1, first + len(members)
         if reports and state.device.type == "cuda":
             torch.cuda.synchronize(state.device)  # what a step queued belongs to its seconds
@@ -130,8 +137,13 @@ def train(state: State, writer: metrics.Metrics) -> None:
         state.clock.step(time.monotonic() - started, shapes, sum(map(len, members)))
         state.peaks.end("training")
         progress.advance()
-        if wrong := state.guard.complaint():
-            _give_up(state, wrong)
+        if state.guard.in_a_row:
+            _refuse_broken(state)
+            if wrong := state.guard.complaint():
+                _give_up(state, wrong)
+        if not (state.is_proven or state.guard.in_a_row):
+            state.is_proven = True
+            rotate(state)
 
         if probe:
             values = state.watch.lately() | {"lr": lr, "grad_norm": outcome.grad_norm}
@@ -148,7 +160,7 @@ def _between_steps(state: State, writer: metrics.Metrics) -> None:
     if _due(config.log.sample_every, state):
         evaluation.sample(state, writer)
     for every, keep in (
-        (config.runtime.save_every, save),
+        (config.runtime.save_every, _save_whole),
         (config.method.export_every, _export),
     ):
         if _due(every, state):
@@ -156,6 +168,15 @@ def _between_steps(state: State, writer: metrics.Metrics) -> None:
                 keep(state)
             except UserError as error:
                 log.warning("%s; training goes on", error)
+
+
+def _save_whole(state: State) -> None:
+    """Save, unless the last step was skipped."""
+    if state.guard.in_a_row:
+        log.warning("no checkpoint of step %d, as it was skipped", state.step)
+        return
+    save(state)
+    rotate(state)
 
 
 def draw(state: State, number: int) -> batches.Batch:
@@ -206,12 +227,14 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         failure = error
         log.error("%s", error)
     after = evaluation.evaluate(state, writer)
+    rotate(state, is_good=math.isfinite(after.get("loss", math.nan)))
     if state.stop:
         _stopped(state)
     if not math.isfinite(after.get("loss", 0.0)):
         failure = UserError(
             f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
-            "look at train/loss in metrics.jsonl for the step where it went wrong"
+            "look at train/loss in metrics.jsonl for the step where it went wrong. "
+            f"{_way_back(state)}"
         )
     try:
         exported = _export(state)
@@ -223,8 +246,12 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     summary = summary_of(state, after)
     if not state.clock.has_stepped:
         summary |= report.costs_of(state.folder, state.step)
+    if failure:
+        summary = report.of_failure(state.folder, summary, failure, has_result=bool(exported))
     report.write_summary(state.folder, summary)
     writer.close(summary)
+    for remark in remarks.of_outcome(summary):
+        log.warning("%s", remark)
     places = {
         "pictures": picture,
         "result": ", ".join(map(str, exported)),
@@ -235,6 +262,16 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     if failure:
         raise failure
     return measure.objective(summary)
+
+
+def _conclude_failed(state: State, writer: metrics.Metrics, error: Exception) -> None:
+    """Leave what is known of a run that failed.  Nothing that goes wrong here hides the error."""
+    try:
+        known = report.of_failure(state.folder, of_failed(state), error)
+        report.write_summary(state.folder, known)
+        writer.close(known)
+    except Exception as second:  # of a GPU that answers nothing more, of a full disk: any kind
+        log.warning("the summary of this run is lost: %s", second)
 
 
 def _export(state: State) -> list[Path]:
@@ -254,9 +291,8 @@ def _refuse_ruined(state: State, loss: float) -> None:
     would change that."""
     if math.isfinite(loss):
         return
-    weights = torch.nn.ModuleDict(state.model.trained_parts).named_parameters()
-    broken = [name for name, weight in weights if not weight.isfinite().all()]
-    why = f"its {broken[0]} is not finite" if broken else "it overflows"
+    names = broken(dict(torch.nn.ModuleDict(state.model.trained_parts).named_parameters()))
+    why = f"its {names[0]} is not finite" if names else "it overflows"
     raise UserError(
         f"model.path={state.model.origin}: eval/loss is {loss} before the first step, as {why}; "
         "take another copy of the model, or model.dtype=float32"
@@ -280,15 +316,44 @@ def _stopped(state: State) -> NoReturn:
     signals.end(state.stop[0])
 
 
+def _refuse_broken(state: State) -> None:
+    """Raise UserError after a skipped step for trained weights that are not finite: every later
+    step would be skipped too."""
+    names = broken(method.trained_parameters(state.model))
+    if not names:
+        return
+    others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
+    since = f" since step {state.guard.last_update}" if state.guard.last_update else ""
+    raise UserError(
+        f"{names[0]}{others} not finite{since}, and no later step can be whole; lower optim.lr. "
+        f"{_way_back(state)}"
+    )
+
+
 def _give_up(state: State, wrong: UserError) -> NoReturn:
-    """Raise the error of a run that only skips; if any earlier step was whole, save first, beside
-    the older checkpoints, which may be better."""
+    """Raise the error of a run that only skips, and say what to resume from.  If any earlier step
+    was whole, save first, beside the older checkpoints, which may be better."""
+    saved = None
     if state.guard.skipped < state.step:
         try:
-            save(state, more=1)
+            saved = save(state)
         except UserError as error:
             log.error("%s", error)
-    raise wrong
+    raise UserError(f"{wrong}. {_way_back(state, saved)}")
+
+
+def _way_back(state: State, saved: Path | None = None) -> str:
+    """Which checkpoint to go on from.  saved: that of the weights as they are, if it is there."""
+    last = state.guard.last_whole
+    was = f"The last whole step was {last}" if last else "No step was whole"
+    if best := checkpoint.proven(state.folder / "checkpoints", last):
+        return (
+            f"{was}; go on from the checkpoint before it with resume={best} (another optim.lr also "
+            "needs runtime.allow_config_change=true)"
+        )
+    if saved:
+        return f"{was}; what it left is saved: resume={saved}"
+    return f"{was}, and there is no checkpoint from before it: start again"
 
 
 def _report(
@@ -312,6 +377,13 @@ def _report(
     )
     seconds_left = state.clock.left(state.step, state.config)
     progress.show(state.step, values["loss"], pace.images_per_second, seconds_left)
+    before = state.loss_before
+    if (loss := state.watch.found_divergence(before)) is not None:
+        log.warning(
+            "step %d: the mean train/loss of the last steps is %.4g, and eval/loss was %.4g before "
+            "the first: the run diverges; stop it, and lower optim.lr=%g",
+            *(state.step, loss, before, state.config.optim.lr),
+        )
 
 
 def _due(every: int, state: State) -> bool:

@@ -15,6 +15,7 @@ from trainer import (
     conditioning,
     data,
     execution,
+    losses,
     memory,
     method,
     noise,
@@ -29,7 +30,8 @@ from trainer import (
 from trainer.clock import Clock, OptimizerClock
 from trainer.config import Config
 from trainer.ema import Ema
-from trainer.guard import Guard
+from trainer.errors import UserError
+from trainer.guard import Guard, broken
 from trainer.model import Model
 from trainer.watch import Watch
 
@@ -62,6 +64,7 @@ class State:
     peaks: memory.Peaks
     planned_bytes: int | None  # the peak of its steps, as it was planned; None of a small model
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
+    is_proven: bool = True  # whether a whole step has followed the newest checkpoint
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
         """The model with averaged weights, where there are some and they are wanted."""
@@ -82,6 +85,13 @@ class State:
     def exports_average(self) -> bool:
         """Whether the result has the averaged weights."""
         return self.ema is not None and self.ema.config.export == "average"
+
+    @property
+    def loss_before(self) -> float:
+        """The loss before the first step, for training losses to be compared with; NaN where there
+        is none, or they are another measure."""
+        is_one = losses.is_bounded_by_evaluation(self.config)
+        return self.counters.eval_loss_before if is_one else math.nan
 
     @property
     def epochs(self) -> float:
@@ -145,7 +155,9 @@ def assemble(
             stop=stop,
         ),
         optimizer=optimizer,
-        guard=Guard(config.runtime.max_skipped_steps, counters.skipped_steps),
+        guard=Guard(
+            config.runtime.max_skipped_steps, counters.skipped_steps, counters.last_whole_step
+        ),
         device=device,
         step=resumed.step if resumed else 0,
         # The same number where the batches are the same; where they are others (a changed batch
@@ -229,12 +241,18 @@ def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None
     return Ema(config.method.ema, method.trained_parameters(model), config.seed, saved, step)
 
 
-def save(state: State, more: int = 0) -> None:
-    """Write a checkpoint after this step.  more: how many to keep beyond the configured number."""
+def save(state: State) -> Path:
+    """Write a checkpoint after this step, beside the older ones (`rotate`).
+
+    Raises UserError for trained weights that are not finite, and where the disk does not take it.
+    """
+    if names := broken(method.trained_parameters(state.model)):
+        raise UserError(f"no checkpoint of step {state.step}: {names[0]} is not finite")
     state.peaks.end("rest")
     counters = replace(
         state.counters,
         skipped_steps=state.guard.skipped,
+        last_whole_step=state.guard.last_whole,
         epochs=state.epochs,
         wall_seconds=state.clock.wall_seconds,
         peak_training_bytes=state.peaks.training,
@@ -242,7 +260,7 @@ def save(state: State, more: int = 0) -> None:
         watch=asdict(state.watch),
     )
     with state.clock.aside("saving"):
-        checkpoint.save(
+        saved = checkpoint.save(
             state.folder / "checkpoints",
             checkpoint.Checkpoint(
                 step=state.step,
@@ -255,5 +273,20 @@ def save(state: State, more: int = 0) -> None:
                 data=state.fingerprint,
                 counters=counters,
             ),
-            keep=state.config.runtime.keep_checkpoints + more,
         )
+    state.is_proven = False
+    return saved
+
+
+def rotate(state: State, is_good: bool = False) -> None:
+    """Delete checkpoints beyond the configured number, but none while steps are skipped: those
+    before may have ruined the weights, and the older checkpoints be better.
+
+    The newest that a whole step has followed always stays.  is_good: so does the model as it is, by
+    its evaluation.
+    """
+    if state.guard.in_a_row and not is_good:
+        return
+    last_whole = state.step + 1 if is_good else state.guard.last_whole
+    keep = state.config.runtime.keep_checkpoints
+    checkpoint.rotate(state.folder / "checkpoints", keep, last_whole)

@@ -51,3 +51,18 @@ def _of_some(state: State, after: Mapping[str, float]) -> dict[str, float]:
         "ema_loss_after": "ema_loss",
     }
     return {name: after[key] for name, key in names.items() if key in after}
+
+
+def of_failed(state: State) -> dict[str, Any]:
+    """What is known of a run that failed: before its first step was done, what distinguishes it
+    from others."""
+    if state.counters.pictures:
+        return summary_of(state, {})
+    return {
+        "name": state.config.name,
+        "overrides": list(state.overrides),
+        "seed": state.config.seed,
+        "steps": state.step,
+        "eval_loss_before": state.counters.eval_loss_before,
+        **record.identity(state.config, state.device),
+    }

@@ -1,17 +1,20 @@
 """Every step's loss and gradient norm, and which of them stand out.
 
 Losses of single steps go up and down with their timesteps.  A loss counts as a spike above 3 times
-the median of the 50 before it.  Norms are compared with their own median.  Runs of a sweep with one
-seed see the same timesteps, so their counts can be compared.
+the median of the 50 before it, and in the first 10 steps above 3 times the loss before the first
+step, where that is of the same measure.  A norm is told by the median of the 50 before it, the
+first 10 by their own, so that the largest ratio is at least 1.  Runs of a sweep with one seed see
+the same timesteps, so their counts can be compared.
 """
 
 import math
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 
 _SPIKE = 3.0  # a loss above this times the median is one
 _WINDOW = 50  # steps that the median is of
 _LEAST = 10  # fewest steps for a median
+_FEW = 5  # fewest steps for a mean
 
 
 @dataclass(kw_only=True)
@@ -22,7 +25,8 @@ class Watch:
     """
 
     loss_spikes: int = 0
-    grad_norm_over_median: float | None = None  # the largest; None in the first few steps
+    grad_norm_over_median: float | None = None  # the largest; None in the first 9 steps
+    diverged: bool = False  # whether that has been found
     losses: list[float] = field(default_factory=list)  # the last, of _WINDOW steps
     norms: list[float] = field(default_factory=list)
     # Since the last report.
@@ -30,21 +34,31 @@ class Watch:
     loss_sum: float = 0.0
     grad_norm_max: float = 0.0
 
-    def step(self, loss: float, grad_norm: float) -> None:
-        """Count a step."""
+    def step(self, loss: float, grad_norm: float, before: float = math.nan) -> None:
+        """Count a step.  before: the loss before the first; NaN where it is not known."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return
         self.steps, self.loss_sum = self.steps + 1, self.loss_sum + loss
         self.grad_norm_max = max(self.grad_norm_max, grad_norm)
-        if len(self.losses) >= _LEAST:
-            self.loss_spikes += loss > _SPIKE * median(self.losses)
-            usual = median(self.norms)
-            if usual > 0:
-                self.grad_norm_over_median = max(
-                    self.grad_norm_over_median or 0.0, grad_norm / usual
-                )
+        usual = median(self.losses) if len(self.losses) >= _LEAST else before
+        self.loss_spikes += loss > _SPIKE * usual
+        judged, known = [grad_norm], self.norms
         self.losses = [*self.losses, loss][-_WINDOW:]
         self.norms = [*self.norms, grad_norm][-_WINDOW:]
+        if self.grad_norm_over_median is None:
+            judged = known = self.norms
+        if len(known) >= _LEAST and (usual_norm := median(known)) > 0:
+            ratio = max(judged) / usual_norm
+            self.grad_norm_over_median = max(self.grad_norm_over_median or 0.0, ratio)
+
+    def found_divergence(self, before: float) -> float | None:
+        """The mean loss of the last 10 steps, the first time that this is asked and it is above 3
+        times the loss before the first step; else None."""
+        lately = self.losses[-_LEAST:]
+        if self.diverged or len(lately) < _FEW or not mean(lately) > _SPIKE * before:
+            return None
+        self.diverged = True
+        return mean(lately)
 
     def lately(self) -> dict[str, float]:
         """The mean loss and the largest gradient norm since the last call; NaN where no step was

@@ -12,7 +12,8 @@ class RuntimeConfig:
     device: str  # auto, cpu, cuda or cuda:N
     threads: int | None = within(1, 1024)  # CPU threads; null leaves torch's choice
     save_every: int = within(0)  # steps between checkpoints; 0 saves only at the end
-    keep_checkpoints: int = within(1)  # older ones are deleted
+    # Older ones are deleted, except the newest that a whole step has followed.
+    keep_checkpoints: int = within(1)
     # Step inside the backward pass, with a bucket of gradients alive instead of all of them: the
     # same weights, bit for bit.  For this family's optimizers.  Under a finite loss, elements with
     # a gradient that is not are left alone, and the others are stepped, where the step would be

@@ -13,7 +13,7 @@ from trainer import cli, execution, planner, remedies
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.model import Model
-from trainer.planner.page import page
+from trainer.planner.page import page, verdict
 from trainer.report import format_bytes
 from trainer.validate import to_dataclasses
 
@@ -22,12 +22,14 @@ Say how much memory a run would take, phase by phase, and whether it fits; train
 
   python -m trainer.planner experiment=sdxl
   python -m trainer.planner experiment=sdxl_lora data.batch_size=4 --card 12
+  python -m trainer.planner -m experiment=sdxl optim=adamw8bit,adafactor8bit --card 24
 
 It takes the options of `python -m trainer`, goes through a step of the model with tensors that have
 shapes and no numbers, and needs neither weights nor pictures nor a GPU: without model.path it is
 the published architecture, without data.path pictures as large as data.resolution.  Where it does
-not fit, options are tried that would take less, the least costly first, until it does.  Exit
-status: 0, it fits; 1, it does not; 2, an option is wrong."""
+not fit, options are tried that would take less, the least costly first, until it does.  With -m
+there is a line for each run of a sweep.  Exit status: 0, it fits; 1, it, or a run of the sweep,
+does not; 2, an option is wrong."""
 
 
 def main() -> None:
@@ -44,22 +46,52 @@ def main() -> None:
         help="plan for a GPU with this much memory, as it is sold (24), instead of this machine",
     )
     parser.add_argument("--json", action="store_true", help="print numbers, in bytes")
+    parser.add_argument("-m", "--multirun", action="store_true", help="plan the runs of a sweep")
     given = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    overrides = _completed(given.overrides)
     try:
-        config = _config(overrides)
-        device = "cuda" if given.card else execution.device_of(config.runtime.device).type
-        room = _room(config, given.card)
-        plan = _plan(config, device)
-        if given.json:
-            print(json.dumps(_numbers(plan, room)))
+        if given.multirun:
+            fits = _print_sweep(cli.runs_of(given.overrides), given.card, given.json)
         else:
-            print(page(plan, room))
-            _print_remedies(plan, overrides, device, room)
+            fits = _print_run(given.overrides, given.card, given.json)
     except (UserError, OSError) as error:
         cli.fail(str(error))
-    sys.exit(0 if plan.needed_bytes <= room.free_bytes else 1)
+    sys.exit(0 if fits else 1)
+
+
+def _print_run(given: list[str], card: float | None, as_json: bool) -> bool:
+    """A page, or the numbers, of the run of these options; -> whether it fits."""
+    overrides = _completed(given)
+    config = _config(overrides)
+    device = _device_type(config, card)
+    room = _room(config, card)
+    plan = _plan(config, device)
+    if as_json:
+        print(json.dumps(_numbers(plan, room)))
+    else:
+        print(page(plan, room))
+        _print_remedies(plan, overrides, device, room)
+    return plan.needed_bytes <= room.free_bytes
+
+
+def _print_sweep(runs: list[list[str]], card: float | None, as_json: bool) -> bool:
+    """A line for each of these runs, called by the options that not all have; -> whether all
+    fit."""
+    common, all_fit = set.intersection(*map(set, runs)), True
+    for given in runs:
+        config = _config(_completed(given))
+        room, plan = _room(config, card), _plan(config, _device_type(config, card))
+        own = [option for option in given if option not in common]
+        if as_json:
+            print(json.dumps({"overrides": own} | _numbers(plan, room)), flush=True)
+        else:
+            print(f"{' '.join(own) or 'default'}: {verdict(plan, room)}", flush=True)
+        all_fit &= plan.needed_bytes <= room.free_bytes
+    return all_fit
+
+
+def _device_type(config: Config, card: float | None) -> str:
+    return "cuda" if card else execution.device_of(config.runtime.device).type
 
 
 def _completed(overrides: Sequence[str]) -> list[str]:
