@@ -59,6 +59,8 @@ class FusedBackward:
         """Hook the parameters of the optimizer that have no hook yet, and no others.  Raises
         ValueError for one that another optimizer steps in this way."""
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        if self._handles.keys() == {*params}:
+            return
         for param in params:
             if _hooked.get(param, self) is not self:
                 raise ValueError(
@@ -82,7 +84,9 @@ class FusedBackward:
         _take_off(self._handles)
         self._after_step.remove()
         self.end_round()
-        self._optimizer.fused_backward = None
+        optimizer = self._optimizer_ref()
+        if optimizer is not None and optimizer.fused_backward is self:
+            optimizer.fused_backward = None
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
@@ -227,8 +231,8 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     of the unfused loop.  A global norm, which needs all gradients at once, cannot be had this way:
     `clip_grad_norm_` would reach those of the last bucket alone, and a `step()` that finds these
     changed is a RuntimeError (where some parameters take no part in the pass, it may be that no
-    gradient is left, and a clip is not seen).  Several backward
-    passes add up inside `holding()`, which keeps the gradients.
+    gradient is left, and a clip is not seen).  Several backward passes add up inside `holding()`,
+    which keeps the gradients.
 
     A step that is skipped wants `optimizer.zero_grad()` in its place; what the backward pass has
     stepped by then stays stepped.  A gradient that comes twice without either is a RuntimeError
@@ -239,8 +243,9 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     is a RuntimeError, when one backward pass has done harm already (hooks cannot see the scale).
     Not for DistributedDataParallel, which averages gradients over processes only after they have
     been consumed here.  Raises ValueError where there are several processes, where the optimizer
-    has been fused before, where `bucket_bytes` is not positive, or a group has a `max_grad_norm` or
-    on_nonfinite="raise", and TypeError for an optimizer that is not of this family.
+    has been fused before or another one steps a parameter in this way, where `bucket_bytes` is not
+    positive, or a group has a `max_grad_norm` or on_nonfinite="raise", and TypeError for an
+    optimizer that is not of this family.
     """
     wrapped = getattr(optimizer, "optimizer", None)
     if isinstance(wrapped, FusedOptimizer):

@@ -61,8 +61,8 @@ class Work:
 
         There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
         at every step.  So all are looked at for being the same objects, and _ASKED neighbours, by
-        turns, for their addresses: whoever moves a state by assigning to `.data`, or by `set_()`,
-        and all of its tensors or one moment of each parameter, is seen at once.
+        turns, for their addresses: whoever moves states by assigning to `.data`, or by `set_()`,
+        all of them or one moment of each parameter, is seen at once.
         """
         if not same_state(state, params, self._parts, self._counts):
             return False

@@ -140,11 +140,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             groups.check(name, self.common, self.shared, self.param_groups)
             if hasattr(self, "backend"):  # all together, after the first groups
                 groups.check_apart(name, self.param_groups)
+            if self.fused_backward is not None:
+                self.fused_backward.attach()
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
-        if self.fused_backward is not None:
-            self.fused_backward.attach()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's; it also ends the round of a fused backward, whose gradients these were."""
@@ -220,9 +220,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         known = {k: v for k, v in self.default_options().items() if k != "backend"}
         return options.Watch(name, known, partial(groups.check_agreement, name, self.common))
 
-    @cached_property
+    @property
     def _turn(self) -> threading.RLock:
-        return threading.RLock()
+        """One for all threads, which `cached_property` does not promise."""
+        return self.__dict__.setdefault("_lock", threading.RLock())
 
     def _refuse_gradients(self, places: Share) -> None:
         """Raise TypeError where a gradient is sparse, ValueError where it has another shape than

@@ -99,25 +99,28 @@ _ALLOWED_TUPLE = {
 }
 
 
-_DECOUPLED = "weight decay is always decoupled here; leave it out"
-_BITSANDBYTES = "8-bit state is a class (AdamW8bit, Lion8bit), or storage='8bit'; leave it out"
-_TORCH = "it is not to be had here; leave it out"
-# What other packages call an option, and what to do about it.
-_ELSEWHERE = {
-    "learning_rate": "it is called lr here",
-    **dict.fromkeys(("wd", "decay"), "it is called weight_decay here"),
+# What other packages call an option: (its name here, or none, and what to do about it).
+_DECOUPLED = (None, "weight decay is always decoupled here; leave it out")
+_TORCHS = (None, "it is not to be had here; leave it out")
+_BITSANDBYTES = (
+    None,
+    "8-bit state is a class (AdamW8bit, Lion8bit), or storage='8bit'; leave it out",
+)
+_ELSEWHERE: dict[str, tuple[str | None, str]] = {
+    "learning_rate": ("lr", "it is called lr here"),
+    "wd": ("weight_decay", "it is called weight_decay here"),
     **dict.fromkeys(("decouple", "decoupled_weight_decay", "weight_decouple"), _DECOUPLED),
-    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable", "dampening"), _TORCH),
+    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable", "dampening"), _TORCHS),
     **dict.fromkeys(("optim_bits", "block_wise", "min_8bit_size", "is_paged"), _BITSANDBYTES),
-    "percentile_clipping": "gradients are clipped by grad_clip or max_grad_norm here",
-    "scale_type": "it is called scaling here",
-    "update_proj_gap": "it is called update_gap here",
-    "proj": "projections are random; which, is projection='gaussian' or 'sign'",
-    "proj_type": "a tensor is projected along its shorter side; leave it out",
-    "decay_rate": "it is called beta2_decay here (with beta2=None)",
-    "warmup_init": "let a schedule warm lr up; leave it out",
-    "use_bias_correction": "averages are corrected as in each method's paper; leave it out",
-    "d": "the largest RMS of an update is clip_threshold here",
+    "percentile_clipping": ("grad_clip", "gradients are clipped by grad_clip or max_grad_norm"),
+    "scale_type": ("scaling", "it is called scaling here"),
+    "update_proj_gap": ("update_gap", "it is called update_gap here"),
+    "proj": ("projection", "projections are random: projection='gaussian' or 'sign'"),
+    "proj_type": ("projection", "a tensor is projected along its shorter side; leave it out"),
+    "decay_rate": ("beta2_decay", "it is called beta2_decay here (with beta2=None)"),
+    "warmup_init": ("relative_step", "let a schedule warm lr up; leave it out"),
+    "use_bias_correction": ("d_coef", "averages are not corrected, as in the paper; leave it out"),
+    "d": ("clip_threshold", "the largest RMS of an update is clip_threshold here"),
 }
 
 
@@ -188,7 +191,8 @@ def is_foreign(name: str, known: Iterable[str]) -> bool:
     name = name.lower()
     options = {*known, *_ALLOWED, *_ALLOWED_TUPLE}
     return not (
-        name in options | _options_of_torch() | _ELSEWHERE.keys()
+        name in options | _options_of_torch()
+        or _remedy(name, known) is not None
         or difflib.get_close_matches(name, options, n=1, cutoff=0.85)
     )
 
@@ -234,9 +238,15 @@ def unknown_option(optimizer: str, name: str, known: Iterable[str]) -> str:
             f"there is no option of {optimizer} {name!r}: the whole family has one fused engine, "
             "and backend= chooses between it and plain PyTorch"
         )
-    if remedy := _ELSEWHERE.get(name):
+    if remedy := _remedy(name, known):
         return f"there is no option of {optimizer} {name!r}; {remedy}"
     return unknown(f"option of {optimizer}", name, known)
+
+
+def _remedy(name: str, known: Iterable[str]) -> str | None:
+    """What to do about another package's word for an option that there is, in words."""
+    own, words = _ELSEWHERE.get(name, (None, None))
+    return words if own is None or own in {*known} else None
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

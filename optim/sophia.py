@@ -173,12 +173,13 @@ class Sophia(FusedOptimizer):
         self._refuse_gradients(places)
         self._raise_on_nonfinite(places)
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
-        for engine, share in self._dispatch.shares(places, plan.ESTIMATE):
-            if isinstance(engine, TorchEngine):
-                for place in share:
-                    self._estimate(*place, scale)
-            else:
-                engine.step(share, coefficients)
+        with self._turn:
+            for engine, share in self._dispatch.shares(places, plan.ESTIMATE):
+                if isinstance(engine, TorchEngine):
+                    for place in share:
+                        self._estimate(*place, scale)
+                else:
+                    engine.step(share, coefficients)
         for param in params:
             param.grad = None
         self._num_blind = None

@@ -493,3 +493,26 @@ def test_a_weight_that_a_graph_still_needs_is_not_stepped_unseen():
     early = nn.functional.linear(x, weight.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         nn.functional.linear(early, weight).sum().backward()
+
+
+def test_a_handle_that_has_been_removed_does_nothing_more():
+    _model, optimizer, first = fused_layers()
+    first.remove()
+    second = optim.fuse_backward(optimizer, 1)
+    first.remove()
+    assert optimizer.fused_backward is second
+    second.remove()
+    assert optimizer.fused_backward is None
+    third = optim.fuse_backward(optimizer)
+    del optimizer
+    third.remove()
+
+
+def test_a_group_whose_parameters_another_optimizer_steps_is_not_added():
+    model, _optimizer, _ = fused_layers()
+    other = optim.SGD([nn.Parameter(torch.ones(2))])
+    optim.fuse_backward(other)
+    with pytest.raises(ValueError, match="by another optimizer already"):
+        other.add_param_group({"params": [model[0].weight]})
+    assert len(other.param_groups) == 1
+    other.step()

@@ -87,12 +87,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(quick, monkeypatch):
         return original(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(losses, "loss", poisoned)
-    keep = [
-        "runtime.save_every=1",
-        "runtime.keep_checkpoints=9",
-        "schedule.steps=2",
-    ]  # the last is always saved
-    folder = quick("run", UNCLIPPED, FUSED, *keep)
+    keep = ["runtime.save_every=1", "runtime.keep_checkpoints=9"]
+    folder = quick("run", UNCLIPPED, FUSED, *keep, "schedule.steps=2")  # the last is always saved
     assert_same_weights(weights(folder, 1), weights(folder, 2))
     written = [row for row in rows(folder) if "train/loss" in row]
     assert [row["train/skipped_steps"] for row in written] == [0, 1]

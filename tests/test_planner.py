@@ -348,3 +348,11 @@ def test_a_part_that_there_is_not_is_refused_while_planning(composed):
     model.text_parts = ["text_encoder"]
     with pytest.raises(UserError, match="has no text_encoder_2"):
         rehearse(config, model, "cpu")
+
+
+@pytest.mark.parametrize("swept", ["optim=glob(a*)", "optim.lr=interval(0,1)"])
+def test_a_sweep_that_only_a_sweeper_can_list_is_one_line(swept, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.runs_of([swept])
+    assert ended.value.code == 2
+    assert "the planner takes lists, choice() and range()" in capsys.readouterr().err

@@ -37,7 +37,8 @@ def test_a_prompt_has_options_of_its_own_and_the_configured_ones_otherwise(compo
     [
         ("a cat --w 833", "--w 833 is no multiple of 8 pixels"),
         ("a cat --h 0", "--h 0 is no multiple of 8"),
-        ("a cat --d -1", "--d -1 must not be negative"),
+        ("a cat --d -1", "--d -1 must be from 0 to 2^64"),
+        (f"a cat --d {2**64}", "must be from 0 to 2^64"),
         ("a cat --w wide", "--w takes a number"),
         ("a cat --s 0", "--s 0 must be from 1 to 1000 steps"),
         ("a cat --ar 16:9", "no option of a prompt 'ar'"),
@@ -53,9 +54,10 @@ def test_an_option_that_cannot_be_is_refused_with_its_prompt(composed, line, sai
 
 def test_a_file_has_a_prompt_a_line(composed, tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("\ufeff# mine\na cat, sitting --w 128\n\n two hearts\n", encoding="utf-8")
+    path.write_text("\ufeff # mine\na cat, sitting --w\t128\n\n two hearts\n", encoding="utf-8")
     config = composed(*QUICK, f"log.prompts_file={path}")
-    assert config.log.prompts == ["a cat, sitting --w 128", "two hearts"]
+    assert config.log.prompts == ["a cat, sitting --w\t128", "two hearts"]
+    assert of(config)[0].size == (64, 128)
     assert not any("prompts_file" in remark for remark in remarks.of_config(config))
     both = composed(*QUICK, f"log.prompts_file={path}", "log.prompts=[a dog]")
     assert both.log.prompts == ["a dog"]

@@ -27,7 +27,7 @@ from trainer.checkpoint import completed
 from trainer.errors import UserError
 from trainer.explain import explain
 from trainer.measure import ended_well, objective
-from trainer.report import read_summary, write_summary
+from trainer.report import of_failure, read_summary, write_summary
 from trainer.validate import to_dataclasses
 
 # Set it to see a traceback behind any error.  Without it Hydra would print a page of its own and
@@ -105,7 +105,7 @@ def _record_failure(
     print(f"error: {' '.join(overrides)}: {message}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     if read_summary(folder).get("error") != message:
-        write_summary(folder, {**(known or {}), "overrides": overrides, "error": message})
+        write_summary(folder, of_failure(folder, (known or {}) | {"overrides": overrides}, error))
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def rotate(folder: Path, keep: int, last_whole: int) -> None:
 def proven(folder: Path, last_whole: int) -> Path | None:
     """The newest checkpoint that a whole step followed, whose loss and gradient were therefore
     finite; None where there is none."""
-    good = [path for path in completed(folder) if _step_of(path) < last_whole]
+    good = [path for path in completed(folder) if step_of(path) < last_whole]
     return good[-1] if good else None
 
 
@@ -215,7 +215,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
     """Rename checkpoints newer than `step`: they were damaged, and the resumed run will write those
     steps again.  step-000400 -> damaged-step-000400."""
     for newer in completed(folder):
-        if _step_of(newer) <= step:
+        if step_of(newer) <= step:
             continue
         names = (f"damaged-{newer.name}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
         aside = next(path for path in map(folder.joinpath, names) if not path.exists())
@@ -226,10 +226,10 @@ def set_aside_newer(folder: Path, step: int) -> None:
 def completed(folder: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints` folder, oldest first."""
     found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -284,9 +284,9 @@ def overrides_of(resume: str) -> list[str]:
     read; `to_resume` reports that."""
     try:
         for folder in reversed(find(resume)):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-                return list(record.get("overrides", []))
+                return list(record["overrides"])
     except UserError:
         pass
     return []

@@ -190,12 +190,15 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
     params = composed(fixed, with_hydra=True).hydra.sweeper.params or {}  # of sweep=
     given = {_key(o) for o in overrides}
     swept = [f"{key}={value}" for key, value in params.items() if key not in given]
-    choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [str(o.input_line)]
-        for o in OverridesParser.create().parse_overrides([*swept, *overrides])
-    ]
+    try:
+        choices = [
+            [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+            if o.is_sweep_override()
+            else [str(o.input_line)]
+            for o in OverridesParser.create().parse_overrides([*swept, *overrides])
+        ]
+    except HydraException as error:  # of glob() and interval(), which a sweeper alone can list
+        fail(f"{error}; the planner takes lists, choice() and range()")
     return [list(run) for run in itertools.product(*choices)]
 
 

@@ -203,8 +203,10 @@ def _cache_line(model: "Model", made: dataset.Dataset) -> str:
     captions, samples, config = [None, *made.all_captions()], made.samples, made.config
     if config.cache is None:
         count = len({s.pixels_key for s in samples})
+        turned = len({s.pixels_key for s in samples if s.mirrored})
+        of_them = f" ({turned} of them mirror images)" if turned else ""
         return (
-            f"no cache (data.cache=null): every run encodes {count} pictures and "
+            f"no cache (data.cache=null): every run encodes {count} pictures{of_them} and "
             f"{len(captions)} captions"
         )
     from trainer import conditioning

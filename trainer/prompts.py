@@ -61,7 +61,7 @@ def read(path: str) -> list[str]:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"log.prompts_file={path} cannot be read: {error}") from error
-    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    found = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if not found:
         raise UserError(f"log.prompts_file={path} has no prompt; write one on each line")
     return found
@@ -102,12 +102,12 @@ def _of_line(line: str, place: int, config: LogConfig, side: int) -> Prompt:
 
 def _option(option: str, line: str) -> tuple[str, Any]:
     """`w 832` -> (width, 832)."""
-    name, _, value = option.strip().partition(" ")
+    name, *rest = option.split(maxsplit=1)
     if name not in _OPTIONS:
         raise UserError(f"log.prompts, {line!r}: {unknown('option of a prompt', name, _OPTIONS)}")
     field, kind = _OPTIONS[name]
     try:
-        return field, kind(value.strip())
+        return field, kind(rest[0].strip() if rest else "")
     except ValueError:
         raise UserError(f"log.prompts, {line!r}: --{name} takes a number") from None
 
@@ -120,8 +120,8 @@ def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:
         return f"--s {prompt.steps} must be from 1 to 1000 steps"
     if not 0 <= prompt.guidance_scale <= 100:
         return f"--l {prompt.guidance_scale} must be from 0 to 100"
-    if prompt.seed < 0:
-        return f"--d {prompt.seed} must not be negative"
+    if not 0 <= prompt.seed < 2**64:
+        return f"--d {prompt.seed} must be from 0 to 2^64 - 1"
     if given.get("negative") and not prompt.is_guided:
         return "--n has an effect with guidance alone: --l 5, or log.guidance_scale=5"
     return None

@@ -332,9 +332,12 @@ def _refuse_broken(state: State) -> None:
 
 def _give_up(state: State, wrong: UserError) -> NoReturn:
     """Raise the error of a run that only skips, and say what to resume from.  If any earlier step
-    was whole, save first, beside the older checkpoints, which may be better."""
-    saved = None
-    if state.guard.skipped < state.step:
+    was whole, save first what it left, unless that is done, beside the older checkpoints, which may
+    be better."""
+    newest = checkpoint.completed(state.folder / "checkpoints")[-1:]
+    saved = newest[0] if newest else None
+    is_saved = saved is not None and checkpoint.step_of(saved) >= state.guard.last_update
+    if state.guard.skipped < state.step and not is_saved:
         try:
             saved = save(state)
         except UserError as error:

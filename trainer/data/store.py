@@ -114,7 +114,10 @@ class Store:
                         "overflows in float16, its fp16-fix version does not)"
                     )
                 self._put(found, key, entry, len(missing))
-        self._report("pictures", len(set(keys.values())), len(missing))
+        count = len(set(keys.values()))
+        mirrored = sum(sample.mirrored for sample in by_key.values())
+        what = f"pictures ({mirrored} of {count} are mirror images)" if mirrored else "pictures"
+        self._report(what, count, len(missing))
         return found
 
     def masks(

@@ -72,7 +72,8 @@ def _lines(
 ) -> list[Line]:
     """A group's line: the runs that ended well as one, each that failed as another."""
     good = [found for run in group.good if (found := _drawn(rows_of(run), metric))]
-    lines = [_mean(good, style)] if good else []
+    mean_of_good = _mean(good, style) if good else None  # no points: no step in common
+    lines = [mean_of_good] if mean_of_good and mean_of_good.points else []
     for run in group.runs:
         found = [] if ended_well(run) else _drawn(rows_of(run), metric)
         is_end = bool(found) and found[-1][0] == _last_step(rows_of(run))

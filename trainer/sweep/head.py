@@ -10,8 +10,9 @@ def head(name: str, runs: Sequence[Summary]) -> str:
     """Markdown: a title, what was run, on what and when, and the options that all runs have."""
     failed = sum("error" in run for run in runs)
     facts = [
-        f"{len(runs)} runs" + (f", {failed} of them failed" if failed else ""),
-        _said(runs, "steps", "{} steps"),
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+        + (f", {failed} of them failed" if failed else ""),
+        _said([run for run in runs if "error" not in run] or runs, "steps", "{} steps"),
         _said(runs, "model", "model {}"),
         _said(runs, "method", "method {}"),
         _said(runs, "device", "on {}"),

@@ -3,7 +3,7 @@ which are of something else than the optimizer."""
 
 from collections.abc import Iterator, Sequence
 
-from trainer.measure import EVAL, HOLDOUT
+from trainer.measure import EVAL, HOLDOUT, ended_well
 from trainer.sweep import paired
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 
@@ -41,8 +41,9 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
         yield (
-            "spikes: steps whose loss was above 3 times the median of the 50 before; norm/median: "
-            "the largest gradient norm over such a median"
+            "spikes: steps whose loss was above 3 times the median of the 50 before, the first 10 "
+            "above 3 times eval before; norm/median: the largest gradient norm over such a median, "
+            "for the first 10 over their own"
         )
 
 
@@ -150,7 +151,7 @@ def _of_steps(comparison: Comparison) -> Iterator[str]:
     """That a run's own steps took different times."""
     uneven = [
         f"{comparison.name_of(run)} ({first:.3f} to {third:.3f})"
-        for run in comparison.runs
+        for run in filter(ended_well, comparison.runs)
         for first, third in [run.get("seconds_per_step_quartiles") or (0.0, 0.0)]
         if third > _STEADY * first
     ]
