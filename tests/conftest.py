@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -11,11 +12,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from helpers import QUICK
+from models import TINY, make_sd15
 from omegaconf import OmegaConf
 from PIL import Image
 
 from optim import backend
-from trainer import cli, config, data, explain, validate
+from trainer import cli, config, data, explain, origin, validate
+from trainer.formats import writing
 from trainer.run import run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -171,3 +174,24 @@ def new_process(*arguments, cwd, **environment):
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    return make_sd15(tmp_path_factory.mktemp("models") / "sd15")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, sd15):
+    """Both models as single files, by kind."""
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        kind: writing.save_single_file(folder / f"{kind}.safetensors", origin.at(str(path)), {})
+        for kind, path in (("sdxl", TINY), ("sd15", sd15))
+    }
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A copy of the shipped model, to be damaged."""
+    return shutil.copytree(TINY, tmp_path / "model")

@@ -1,5 +1,6 @@
 """What several test files share: small parameters and gradients, and short runs."""
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -8,7 +9,7 @@ from torch.nn import Parameter
 
 import optim
 from optim.projection import projection
-from trainer import export, metrics
+from trainer import export, losses, metrics
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
 
@@ -102,3 +103,9 @@ def projection_of(index, t, width, **options):
     known = {"seed": 0, "update_gap": 200, "projection": "gaussian", "residual": False}
     h = SimpleNamespace(**known | options | {"index": index, "t": t})
     return projection(h, width, torch.device("cpu")).double()
+
+
+def poisoned_from(call):
+    """A loss that is infinite from its n-th call on, counted from 1."""
+    calls, original = [], losses.loss
+    return lambda *a: original(*a) * (math.inf if calls.append(a) or len(calls) >= call else 1)

@@ -75,3 +75,15 @@ def assert_same_model(a, b, dtype=None):
             wanted = lazy.read() if dtype is None or part == "vae" else lazy.read().to(dtype)
             assert two[name].dtype == wanted.dtype, name
             assert torch.equal(two[name].read(), wanted), name
+
+
+def parts_of(found):
+    return [part for part in architectures.WEIGHT_PARTS if found.has(part)]
+
+
+def assert_equal_modules(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert not tensor.is_meta, name
+        assert torch.equal(tensor.float(), theirs[name].float()), name

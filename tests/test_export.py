@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from helpers import run_export
-from models import TINY, assert_same_model, make_sd15
+from models import TINY, assert_same_model
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,11 +21,6 @@ from trainer.errors import UserError
 from trainer.formats import adapters, architectures, lora, names, stream, weights, writing
 
 TRAINED = ("unet", "text_encoder")
-
-
-@pytest.fixture(scope="module")
-def sd15(tmp_path_factory):
-    return make_sd15(tmp_path_factory.mktemp("models") / "sd15")
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])

@@ -1,20 +1,15 @@
 """Where models come from: folders, variants, single files, the hub; and what is refused."""
 
 import json
-import os
 import re
 import shutil
-import sys
-import types
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import single_file_utils
-from models import TINY, make_sd15
+from models import TINY, assert_equal_modules, parts_of
 from safetensors.torch import load_file, save_file
 
 from trainer import origin
@@ -23,39 +18,6 @@ from trainer.formats import architectures, hub, names, stream, weights, writing
 from trainer.formats.weights import of_tensors
 
 FP32 = torch.float32
-
-
-@pytest.fixture(scope="module")
-def sd15(tmp_path_factory):
-    return make_sd15(tmp_path_factory.mktemp("models") / "sd15")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, sd15):
-    """Both models as single files, by kind."""
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        kind: writing.save_single_file(folder / f"{kind}.safetensors", origin.at(str(path)), {})
-        for kind, path in (("sdxl", TINY), ("sd15", sd15))
-    }
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """A copy of the shipped model, to be damaged."""
-    return shutil.copytree(TINY, tmp_path / "model")
-
-
-def parts_of(found):
-    return [part for part in architectures.WEIGHT_PARTS if found.has(part)]
-
-
-def assert_equal_modules(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert not tensor.is_meta, name
-        assert torch.equal(tensor.float(), theirs[name].float()), name
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
@@ -192,127 +154,6 @@ def test_marks_of_v_prediction_and_zero_terminal_snr_are_honoured(
         for key in ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
     )
     assert found == expected
-
-
-@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "of before torch 1.6"])
-def test_a_ckpt_is_read_with_the_names_of_2022_too(sd15, files, tmp_path, monkeypatch, is_zip):
-    """A .ckpt says nothing of its architecture; here the small model's is the published one."""
-    folder = origin.at(str(sd15))
-    monkeypatch.setattr(architectures, "config", lambda kind, part: folder.config(part))
-    old = {
-        name.replace("transformer.text_model.", "transformer."): tensor
-        for name, tensor in load_file(files["sd15"]).items()
-    }
-    assert "cond_stage_model.transformer.final_layer_norm.bias" in old
-    path = tmp_path / "model.ckpt"
-    held = {"state_dict": old, "global_step": 3}
-    torch.save(held, path, _use_new_zipfile_serialization=is_zip)
-    found = origin.at(str(path))
-    for part in ("unet", "vae", "text_encoder"):
-        assert_equal_modules(found.load(part, FP32), folder.load(part, FP32))
-
-
-@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".SafeTensors"])
-def test_a_file_is_read_by_what_it_begins_with_and_not_by_its_name(files, tmp_path, suffix, caplog):
-    caplog.set_level("INFO")
-    path = Path(shutil.copy(files["sdxl"], tmp_path / f"model{suffix}"))
-    found = origin.at(str(path)).load("unet", FP32)
-    assert_equal_modules(found, origin.at(str(TINY)).load("unet", FP32))
-    assert ("model.pt is read as what it is, a .safetensors file" in caplog.text) == (
-        suffix == ".pt"
-    )
-
-
-@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "of before torch 1.6"])
-def test_a_pickle_that_is_called_safetensors_is_read_as_a_pickle(tmp_path, is_zip, caplog):
-    caplog.set_level("INFO")
-    path = tmp_path / "model.safetensors"
-    torch.save({"x": torch.arange(3)}, path, _use_new_zipfile_serialization=is_zip)
-    assert torch.equal(weights.of_file(path)[0]["x"].read(), torch.arange(3))
-    assert "is read as what it is, a .ckpt file" in caplog.text
-
-
-class Calls:
-    """Pickled, it is a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def test_a_ckpt_of_another_program_gives_its_tensors_and_runs_nothing(tmp_path, monkeypatch):
-    """As Lightning writes them: with classes of packages that are not there."""
-    touched = [tmp_path / name for name in ("in", "beside", "before")]
-    module = types.ModuleType("pytorch_lightning")
-    for name in ("Checkpoint", "Settings"):
-        base = dict if name == "Settings" else object
-        setattr(module, name, type(name, (base,), {"__module__": module.__name__}))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    settings = module.Settings(lr=0.1)
-    settings.owner = module.Checkpoint()
-    tensors = {
-        "half": torch.randn(3, 5).half(),
-        "brain": torch.randn(4).bfloat16(),
-        "numbers": torch.arange(6).reshape(2, 3),
-        "turned": torch.arange(6.0).reshape(2, 3).t(),
-        "part": torch.arange(9.0)[4:7],
-        "parameter": torch.nn.Parameter(torch.ones(2)),
-        "eight": torch.ones(3).to(torch.float8_e4m3fn),
-        "scalar": torch.tensor(2.5),
-        "empty": torch.zeros(0),
-    }
-    state = OrderedDict(tensors) | {"evil": Calls(Path.touch, touched[0])}
-    held = {
-        "callbacks": {module.Checkpoint: settings, "more": [module.Checkpoint(), {1}]},
-        "first": Calls(os.system, f"touch {touched[2]}"),
-        "state_dict": state,
-        "loops": Calls(exec, f"open({str(touched[1])!r}, 'w')"),
-    }
-    torch.save(held, tmp_path / "model.ckpt")
-    torch.save(held | {"state_dict": {"evil": state["evil"]}}, tmp_path / "none.ckpt")
-    monkeypatch.delitem(sys.modules, module.__name__)
-    found, _ = weights.of_file(tmp_path / "model.ckpt")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        read = found[name].read()
-        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
-        assert (read.shape, read.dtype) == (tensor.shape, tensor.dtype), name
-        assert torch.equal(read.float(), tensor.detach().float()), name
-    assert not any(path.exists() for path in touched)
-    with pytest.raises(UserError, match="holds no tensors by name"):
-        weights.of_file(tmp_path / "none.ckpt")
-    assert not any(path.exists() for path in touched)
-
-
-OPCODES = {  # pickles that name, call or change what they should not
-    "getattr": b"cbuiltins\ngetattr\n(cbuiltins\nexec\nX\x01\x00\x00\x00atR.",
-    "by opcode": b"(X\x05\x00\x00\x00touchios\nsystem\n.",
-    "a function": b"ctorch._utils\n_rebuild_tensor\n(N}X\x08\x00\x00\x00__code__NstbK\x01.",
-    "a class": b"ccollections\nOrderedDict\n(N}X\x04\x00\x00\x00keysNstb.",
-    "no storage": b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00)))tR.",
-    "cut": b"(",
-}
-
-
-@pytest.mark.parametrize("what", OPCODES)
-def test_pickles_made_by_hand_are_refused_and_change_nothing(tmp_path, what):
-    path = tmp_path / "model.ckpt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/data.pkl", OPCODES[what])
-    with pytest.raises(UserError, match=r"model\.ckpt (cannot be read|holds no tensors)"):
-        weights.of_file(path)
-    torch.save({"x": torch.ones(2)}, path)
-    assert torch.equal(weights.of_file(path)[0]["x"].read(), torch.ones(2))
-
-
-def test_a_pickle_of_before_torch_1_6_with_code_in_it_is_not_loaded(tmp_path):
-    path = tmp_path / "model.ckpt"
-    held = {"state_dict": {"x": torch.ones(2)}, "callback": shutil.rmtree}
-    torch.save(held, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="could run any code"):
-        weights.of_file(path)
 
 
 def test_a_file_of_another_size_than_the_published_one_is_named(files, tmp_path):
@@ -480,114 +321,6 @@ def test_a_hub_name_comes_from_the_cache_or_is_a_clear_error(tmp_path, monkeypat
     (repository / "refs/main").write_text(commit)
     shutil.copytree(TINY, repository / "snapshots" / commit)
     assert origin.at("owner/name").kind == "sdxl"
-
-
-VAES = {  # what a file of a VAE alone may be, made of a pipeline's single file and its folder
-    "of sgm": lambda single, own: {n.removeprefix("first_stage_model."): t for n, t in single},
-    "with a prefix": lambda single, own: dict(single),
-    "with a discriminator": lambda single, own: dict(single) | {"loss.logvar": torch.zeros(())},
-    "of diffusers": lambda single, own: own,
-}
-
-
-@pytest.mark.parametrize("names_of", VAES)
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_a_vaes_own_file_is_read_by_either_names(names_of, suffix, files, tmp_path):
-    """Its configuration is the model's: a file does not say it."""
-    model = origin.at(str(TINY))
-    single = [x for x in load_file(files["sdxl"]).items() if x[0].startswith("first_stage_model.")]
-    tensors = VAES[names_of](single, load_file(TINY / "vae/diffusion_pytorch_model.safetensors"))
-    path = tmp_path / f"sdxl_vae{suffix}"
-    if suffix == ".ckpt":
-        torch.save({"state_dict": tensors}, path)
-    else:
-        save_file(tensors, path)
-    found = origin.vae(str(path), model)
-    assert_equal_modules(found.load("vae", FP32), model.load("vae", FP32))
-    assert found.fingerprint("vae") == model.fingerprint("vae")
-
-
-def test_a_vaes_file_under_diffusers_name_has_the_configuration_beside_it(tiny):
-    settings = json.loads((tiny / "vae/config.json").read_text())
-    (tiny / "vae/config.json").write_text(json.dumps(settings | {"scaling_factor": 0.5}))
-    path = tiny / "vae/diffusion_pytorch_model.safetensors"
-    model = origin.at(str(TINY))
-    assert origin.vae(str(path), model).config("vae")["scaling_factor"] == 0.5
-    path = path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(UserError, match=f"name the file: model.vae={path}"):
-        origin.vae(str(tiny / "vae"), model).load("vae", FP32)
-    other = path.rename(path.with_name("mine.safetensors"))
-    assert origin.vae(str(other), model).config("vae") == model.config("vae")
-
-
-def test_a_models_vae_is_found_in_its_file_and_its_folder(tiny, files):
-    model = origin.at(str(TINY))
-    shutil.rmtree(tiny / "unet")
-    for path in (files["sdxl"], tiny):
-        found = origin.vae(str(path), model)
-        assert_equal_modules(found.load("vae", FP32), model.load("vae", FP32))
-        assert found.option == "model.vae"  # which errors name
-
-
-def test_what_is_wrong_with_another_vae_names_model_vae(tiny, tmp_path):
-    model = origin.at(str(TINY))
-    tensors = load_file(tiny / "vae/diffusion_pytorch_model.safetensors")
-    save_file({"head.weight": torch.zeros(1)}, tmp_path / "none.safetensors")
-    save_file({n: t for n, t in tensors.items() if n != "decoder.conv_in.bias"},
-              tmp_path / "part.safetensors")  # fmt: skip
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "taesd").mkdir()
-    (tmp_path / "taesd/config.json").write_text('{"_class_name": "AutoencoderTiny"}')
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/config.json").write_text("{")
-    cases = {
-        "none.safetensors": "holds no VAE: it has head.weight",
-        "part.safetensors": "lacks decoder.conv_in.bias",
-        "empty": "it has no config.json",
-        "taesd": "is a AutoencoderTiny; it must be an AutoencoderKL",
-        "broken": "config.json cannot be read",
-    }
-    for name, said in cases.items():
-        with pytest.raises(UserError, match=said) as raised:
-            origin.vae(str(tmp_path / name), model)
-        assert f"model.vae={tmp_path / name}" in str(raised.value)
-
-
-def test_a_vae_on_the_hub_is_a_repository_of_its_own_or_a_pipelines_part(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    model = origin.at(str(TINY))
-    with pytest.raises(UserError, match=r"model\.vae=owner/none .*hub does not give it"):
-        origin.vae("owner/none", model)
-    for name, folder in (("alone", TINY / "vae"), ("pipeline", TINY)):
-        repository = tmp_path / f"models--owner--{name}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs/main").write_text(40 * "a")
-        shutil.copytree(folder, repository / "snapshots" / (40 * "a"))
-        found = origin.vae(f"owner/{name}", model)
-        assert_equal_modules(found.load("vae", FP32), model.load("vae", FP32))
-
-
-def test_only_the_files_of_a_vae_are_asked_of_the_hub(monkeypatch, tmp_path):
-    """As the hub filters them: sdxl-vae-fp16-fix, and SDXL."""
-    from huggingface_hub.utils import filter_repo_objects
-
-    asked = {}
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **which: asked.update(which) or tmp_path
-    )
-    with pytest.raises(UserError, match="not a VAE's folder"):
-        origin.vae("owner/name", origin.at(str(TINY)))
-    weights = "diffusion_pytorch_model.safetensors"
-    alone = ["config.json", weights]
-    part = ["vae/config.json", f"vae/{weights}"]
-    others = [
-        *("README.md", "sdxl_vae.safetensors", "diffusion_pytorch_model.bin"),
-        *(f"unet/{weights}", "unet/config.json", "vae_1_0/config.json", "model_index.json"),
-        "vae/diffusion_pytorch_model.fp16.safetensors",
-    ]
-    assert list(filter_repo_objects(alone + part + others, **asked)) == alone + part
 
 
 class Hub:

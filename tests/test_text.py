@@ -1,9 +1,7 @@
 """Captions as the UNet reads them, against diffusers' own pipelines."""
 
-import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from models import make_sd15
 
 from trainer import conditioning
 from trainer import text as texts
@@ -12,11 +10,6 @@ from trainer.model import Model
 CPU = torch.device("cpu")
 SHORT = ["a red card", "", "two cats and a dog, watercolour"]
 LONG = " ".join(f"word{number}" for number in range(90))
-
-
-@pytest.fixture(scope="module")
-def sd15(tmp_path_factory):
-    return make_sd15(tmp_path_factory.mktemp("models") / "sd15")
 
 
 @torch.no_grad()
