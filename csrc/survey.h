@@ -92,7 +92,7 @@ inline bool have_same_shape(const View& a, const View& b) {
 // Whether a tensor's signs are to be turned as they are read (torch.conj of what is complex), which
 // a view does not tell.  Autograd accumulates such a gradient into a contiguous one, unless that
 // has a single element.
-inline bool may_be_turned(PyObject* grad, const Kind& kind) {
+inline bool is_turned(PyObject* grad, const Kind& kind) {
     if (kind.contiguous && kind.numel != 1) return false;
     static PyObject* const kIsNeg = PyUnicode_InternFromString("is_neg");
     auto turned = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(grad, kIsNeg));
@@ -130,7 +130,7 @@ inline py::object parameters(const py::list& params, const py::object& capsule) 
             traits |= kMissing;
         } else {
             if (!look(*exchange, grad, gradient, kind[1], address[1])) return py::none();
-            if (may_be_turned(grad, kind[1])) return py::none();
+            if (is_turned(grad, kind[1])) return py::none();
             traits |= traits_of(kind[1]) | (have_same_shape(weight, gradient) ? 0 : kMisshapen);
         }
     }
