@@ -11,7 +11,7 @@ from helpers import QUICK, deterministic, rows
 
 from trainer import checkpoint, console
 from trainer.checkpoint import Counters
-from trainer.clock import Clock, asides_left
+from trainer.clock import Clock
 from trainer.data.plan import Plan
 from trainer.memory import Peaks
 from trainer.report import closing_lines
@@ -78,26 +78,15 @@ def test_metrics_have_the_pace_since_the_row_before(clock):
     assert one.lately().seconds_per_step == 2.0
 
 
-def test_the_time_left_has_what_is_done_between_steps(clock, composed, monkeypatch):
-    config = composed("schedule.steps=30", "log.sample_every=10")
+def test_the_time_left_has_what_is_done_between_steps(clock, monkeypatch):
     one = clock((9.0, "a"), (1.0, "a"))
-    assert one.left(2, config) == 28.0  # what a drawing costs is not known
+    assert one.left(2, 30, {"drawing": 3}) == 28.0  # what a drawing costs is not known
     ticks = iter([0.0, 5.0, 5.0, 12.0])
     monkeypatch.setattr("trainer.clock.time.monotonic", lambda: next(ticks))
     for _ in range(2):
         with one.aside("drawing"):
             pass
-    assert one.left(2, config) == 28.0 + 3 * 6.0
-
-
-@pytest.mark.parametrize(
-    ("every", "left"),
-    [(0, {0: 1, 10: 1}), (3, {0: 4, 3: 3, 4: 3, 9: 1, 10: 1}), (5, {0: 2, 5: 1}), (10, {0: 1})],
-)
-def test_what_is_due_after_the_last_step_is_done_once(composed, every, left):
-    """`left` by the steps done, of 10."""
-    config = composed(*QUICK, "schedule.steps=10", f"log.eval_every={every}")
-    assert {done: asides_left(config, done)["evaluating"] for done in left} == left
+    assert one.left(2, 30, {"drawing": 3}) == 28.0 + 3 * 6.0
 
 
 def test_a_summary_has_the_time_of_everything(quick):

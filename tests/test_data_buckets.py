@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -125,7 +126,7 @@ def test_batches_of_one_bucket_go_on_from_epoch_to_epoch(load):
     for epoch in range(6):
         assert sorted(seen[4 * epoch : 4 * epoch + 4]) == [0, 1, 2, 3]
     assert seen[:4] != seen[4:8]
-    assert dataset.plan.batches_per_epoch == 4 / 3
+    assert dataset.plan.batches_per_epoch == Fraction(4, 3)
 
 
 def test_fewer_pictures_than_a_batch_fill_it_by_repeating(load):

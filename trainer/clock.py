@@ -7,7 +7,7 @@ seconds are a part of what a checkpoint saves.  What is left is estimated by the
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
@@ -15,7 +15,6 @@ from statistics import median, quantiles
 import torch
 
 from trainer.checkpoint import Counters
-from trainer.config import Config
 
 _WINDOW = 500  # steps that a median is of
 _LEAST = 8  # fewest steps for quartiles
@@ -113,12 +112,12 @@ class Clock:
         first, _, third = quantiles(times, n=4, method="inclusive")
         return [first, third]
 
-    def left(self, done: int, config: Config) -> float:
-        """Estimated seconds left, from the mean time of a step and of each kind of work between
-        steps."""
+    def left(self, done: int, steps: int, asides: Mapping[str, int]) -> float:
+        """Estimated seconds left after `done` steps, from the mean time of a step and of each kind
+        of work between steps, done so often yet."""
         costs = {what: pace.seconds_per_step for what, pace in self._asides.items()}
-        between = sum(costs.get(what, 0.0) * n for what, n in asides_left(config, done).items())
-        return (config.schedule.steps - done) * self.pace(done).seconds_per_step + between
+        between = sum(costs.get(what, 0.0) * n for what, n in asides.items())
+        return (steps - done) * self.pace(done).seconds_per_step + between
 
 
 class OptimizerClock:
@@ -169,16 +168,3 @@ class OptimizerClock:
     def _add(self, seconds: float) -> None:
         self._lately.add(seconds, 0)
         self._all.append(seconds)
-
-
-def asides_left(config: Config, done: int) -> dict[str, int]:
-    """How many evaluations, drawings, saves and exports remain after `done` steps, including those
-    at the end of the run."""
-    last = config.schedule.steps - 1  # what is due after the last step is done at the end
-    every = {
-        "evaluating": config.log.eval_every,
-        "drawing": config.log.sample_every,
-        "saving": config.runtime.save_every,
-        "exporting": config.method.export_every,
-    }
-    return {k: 1 + (last // n - min(done, last) // n if n else 0) for k, n in every.items()}

@@ -226,7 +226,8 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
     plan, source = made.plan, "as given"
     if images_per_second is None:
         images_per_second, source = _measured_speed(config)
-    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {plan.batches_per_epoch:g} batches"
+    batches = float(plan.batches_per_epoch)
+    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {batches:g} batches"
     if not images_per_second:
         return f"{epoch}; how long it takes is not known (--images-per-second)"
     minutes, seconds = divmod(round(plan.pictures_per_epoch / images_per_second), 60)
@@ -234,7 +235,7 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
 
 
 def _run_line(config: Config, made: dataset.Dataset) -> str:
-    steps_per_epoch = made.plan.batches_per_epoch / config.runtime.accumulation
+    steps_per_epoch = float(made.plan.batches_per_epoch) / config.runtime.accumulation
     steps = schedule.settled(config.schedule, steps_per_epoch).steps
     return f"a run of these options: {steps} steps, {steps / steps_per_epoch:.3g} epochs"
 

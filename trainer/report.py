@@ -66,7 +66,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     memory = f"{format_bytes(in_training)} in training{aside}, " if in_training else ""
     cost = (
         f"{summary['steps']} steps in {summary['seconds']:.0f} s "
-        f"({summary['images_per_second']:.1f} images/s), "
+        f"(the median step {summary['images_per_second']:.1f} images/s), "
         f"{summary['wall_seconds']:.0f} s in all; "
         f"optimizer state {format_bytes(summary['optimizer_state_bytes'])}, "
         f"peak memory {memory}{format_bytes(summary['peak_memory_bytes'])} in all"

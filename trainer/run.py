@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer import (
     curvature,
     evaluation,
     gradients,
+    intervals,
     losses,
     measure,
     memory,
@@ -154,29 +156,40 @@ def train(state: State, writer: metrics.Metrics) -> None:
 
 def _between_steps(state: State, writer: metrics.Metrics) -> None:
     """Evaluate, sample, save and export: whatever is due after this step."""
-    config = state.config
-    if _due(config.log.eval_every, state):
+    is_due = partial(state.intervals.is_due, step=state.step)
+    if is_due(intervals.EVALUATING):
         evaluation.evaluate(state, writer)
-    if _due(config.log.sample_every, state):
+    if is_due(intervals.DRAWING):
         evaluation.sample(state, writer)
-    for every, keep in (
-        (config.runtime.save_every, _save_whole),
-        (config.method.export_every, _export),
-    ):
-        if _due(every, state):
-            try:
-                keep(state)
-            except UserError as error:
-                log.warning("%s; training goes on", error)
+    with _going_on():
+        if is_due(intervals.SAVING) or state.owes_checkpoint:
+            _save_whole(state)
+    with _going_on():
+        if is_due(intervals.EXPORTING):
+            _export(state)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Within it, what cannot be written does not end the run."""
+    try:
+        yield
+    except UserError as error:
+        log.warning("%s; training goes on", error)
 
 
 def _save_whole(state: State) -> None:
-    """Save, unless the last step was skipped."""
-    if state.guard.in_a_row:
-        log.warning("no checkpoint of step %d, as it was skipped", state.step)
-        return
-    save(state)
-    rotate(state)
+    """Save; after a step that was skipped, the next that is whole does."""
+    was_owed, state.owes_checkpoint = state.owes_checkpoint, state.guard.in_a_row > 0
+    if not state.owes_checkpoint:
+        save(state)
+        rotate(state)
+    elif not was_owed:
+        log.warning(
+            "no checkpoint of step %d, as it was skipped; there will be one of the next step that "
+            "is not",
+            state.step,
+        )
 
 
 def draw(state: State, number: int) -> batches.Batch:
@@ -378,7 +391,8 @@ def _report(
         | {f"perf/{key}": value for key, value in state.optimizer_clock.lately().items()}
         | optimizers.found_rate(state.optimizer),
     )
-    seconds_left = state.clock.left(state.step, state.config)
+    steps, asides = state.config.schedule.steps, state.intervals.left(state.step)
+    seconds_left = state.clock.left(state.step, steps, asides)
     progress.show(state.step, values["loss"], pace.images_per_second, seconds_left)
     before = state.loss_before
     if (loss := state.watch.found_divergence(before)) is not None:
@@ -387,8 +401,3 @@ def _report(
             "the first: the run diverges; stop it, and lower optim.lr=%g",
             *(state.step, loss, before, state.config.optim.lr),
         )
-
-
-def _due(every: int, state: State) -> bool:
-    """Whether something due every `every` steps, but not after the last, is due now."""
-    return every > 0 and state.step % every == 0 and state.step < state.config.schedule.steps

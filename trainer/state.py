@@ -32,6 +32,7 @@ from trainer.config import Config
 from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.guard import Guard, broken
+from trainer.intervals import Intervals
 from trainer.model import Model
 from trainer.watch import Watch
 
@@ -56,6 +57,7 @@ class State:
     step: int
     micro_batches: int  # the number of the next, of those that the run trains on
     counters: checkpoint.Counters
+    intervals: Intervals
     clock: Clock
     optimizer_clock: OptimizerClock
     watch: Watch
@@ -64,6 +66,7 @@ class State:
     peaks: memory.Peaks
     planned_bytes: int | None  # the peak of its steps, as it was planned; None of a small model
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
+    owes_checkpoint: bool = False  # whether one was due after a step that was skipped
     is_proven: bool = True  # whether a whole step has followed the newest checkpoint
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
@@ -96,7 +99,7 @@ class State:
     @property
     def epochs(self) -> float:
         """How many times the data has been gone through."""
-        return self.micro_batches / self.data.dataset.plan.batches_per_epoch
+        return float(self.micro_batches / self.data.dataset.plan.batches_per_epoch)
 
 
 def assemble(
@@ -162,8 +165,9 @@ def assemble(
         step=resumed.step if resumed else 0,
         # The same number where the batches are the same; where they are others (a changed batch
         # size, more pictures) the number that is as far into its epoch.
-        micro_batches=round(counters.epochs * dataset.plan.batches_per_epoch),
+        micro_batches=round(counters.epochs * float(dataset.plan.batches_per_epoch)),
         counters=counters,
+        intervals=Intervals(config, dataset.plan.batches_per_epoch),
         clock=clock,
         optimizer_clock=OptimizerClock(device, config.runtime.fused_backward),
         watch=Watch(**counters.watch),
@@ -179,7 +183,7 @@ def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> 
     """The configuration with the length of the run, which depends on the data.  done: the steps and
     epochs before."""
     steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.accumulation
-    known = schedule.settled(config.schedule, steps_per_epoch, done)
+    known = schedule.settled(config.schedule, float(steps_per_epoch), done)
     if known.epochs is not None:
         log.info("schedule.epochs=%g: %d steps", known.epochs, known.steps)
     for remark in remarks.of_schedule(known):

@@ -2,6 +2,7 @@
 Types, bounds and meaning live here, values in `conf/`."""
 
 from trainer.config.data import PICTURE_SUFFIXES, DataConfig, SourceConfig
+from trainer.config.fields import Interval, epochs_of
 from trainer.config.files import ASSETS, choices_of, conf_dir, file_name, flatten, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
@@ -34,6 +35,7 @@ __all__ = [
     "ExternalConfig",
     "FullConfig",
     "HuberConfig",
+    "Interval",
     "LinearConfig",
     "LogConfig",
     "LoraConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "WsdConfig",
     "choices_of",
     "conf_dir",
+    "epochs_of",
     "file_name",
     "flatten",
     "group_names",

@@ -2,18 +2,23 @@
 
     steps: int = within(1)               a number in [1, inf)
     dtype: str = one_of("float32", ...)  one of these words
+    every: Interval = interval()         steps or epochs: 500, 1epoch, 0.5epochs; 0 is never
 
 `trainer.validate` refuses anything else by the option's name.  They have no default: values are in
 `conf/`.  Where the type allows None, None passes.
 """
 
 import math
+import re
 from dataclasses import field, fields
+from fractions import Fraction
 from typing import Any
 
 from optim.options import unknown
 
 TINY = 1e-12  # the smallest sensible value of what must be positive
+Interval = Any  # int | str, which OmegaConf cannot merge
+_EPOCHS = re.compile(r"(\d+(?:\.\d+)?) ?epochs?")
 
 
 def within(low: float, high: float = math.inf) -> Any:
@@ -26,10 +31,23 @@ def one_of(*choices: str) -> Any:
     return field(metadata={"choices": choices})
 
 
+def interval() -> Any:
+    """So many steps, or epochs, from one time to the next, for a dataclass's field; 0 is never."""
+    return field(metadata={"is_interval": True})
+
+
+def epochs_of(every: Interval) -> Fraction | None:
+    """The epochs of an interval; None where it is in steps."""
+    found = _EPOCHS.fullmatch(str(every))
+    return Fraction(found[1]) if found else None
+
+
 def complaint(node: Any, prefix: str) -> str | None:
     """What is wrong with the first value of this dataclass that its field does not allow."""
     for option in fields(node):
         key, value = f"{prefix}{option.name}", getattr(node, option.name)
+        if option.metadata.get("is_interval") and not _is_interval(value):
+            return f"{key}={value} is no interval; give steps (500) or epochs (1epoch, 0.5epochs)"
         if value is None:
             continue
         choices, bounds = option.metadata.get("choices"), option.metadata.get("range")
@@ -38,9 +56,15 @@ def complaint(node: Any, prefix: str) -> str | None:
                 return f"{key}={value}: {unknown('choice', one, choices)}"
             if bounds and not bounds[0] <= one <= bounds[1]:
                 which = f": {one}" if isinstance(value, list) else ""
-                return f"{key}={value}{which} is out of range; it must be {_interval(*bounds)}"
+                return f"{key}={value}{which} is out of range; it must be {_between(*bounds)}"
     return None
 
 
-def _interval(low: float, high: float) -> str:
+def _is_interval(every: Interval) -> bool:
+    """Whether these are steps, or epochs."""
+    is_number = isinstance(every, int) and not isinstance(every, bool)
+    return every >= 0 if is_number else epochs_of(every) is not None
+
+
+def _between(low: float, high: float) -> str:
     return f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.fields import one_of, within
+from trainer.config.fields import Interval, interval, one_of, within
 
 
 @dataclass(kw_only=True)
@@ -14,13 +14,14 @@ class WandbConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """What is reported, and how often, in steps."""
+    """What is reported, and how often."""
 
-    every: int = within(1)
-    eval_every: int = within(0)  # 0 = only before the first step and after the last
+    every: int = within(1)  # steps
+    # Steps, or epochs (1epoch); 0 is only before the first step and after the last.
+    eval_every: Interval = interval()
     # Fixed (picture, timestep, noise) triples that eval/loss is the mean of.
     eval_points: int = within(1)
-    sample_every: int = within(0)  # 0 = only before and after
+    sample_every: Interval = interval()  # as eval_every
     sample_count: int = within(0)  # pictures in a sample grid: the first captions of the data
     # What is drawn instead: squares of data.resolution (of the largest of data.resolutions), or as
     # a prompt itself says, in kohya's way: "a cat --w 832 --h 1216 --n blurred --d 7 --l 5 --s 30"

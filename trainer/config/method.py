@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.fields import TINY, one_of, within
+from trainer.config.fields import TINY, Interval, interval, one_of, within
 from trainer.config.model import DTYPES
 
 TRAINABLE_PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -39,8 +39,9 @@ class MethodConfig:
     # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.
     # The first whose pattern (a regular expression) is found in a name decides: trainer/groups.py.
     rules: list[dict[str, Any]]
-    # Steps from one result to the next, all of which are kept; 0 writes that of the end alone.
-    export_every: int = within(0)
+    # Steps from one result to the next, or epochs (1epoch), all of which are kept; 0 writes that of
+    # the end alone.
+    export_every: Interval = interval()
     ema: EmaConfig | None  # chosen with ema=bf16 or ema=fp32
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.fields import one_of, within
+from trainer.config.fields import Interval, interval, one_of, within
 
 
 @dataclass(kw_only=True)
@@ -11,7 +11,8 @@ class RuntimeConfig:
 
     device: str  # auto, cpu, cuda or cuda:N
     threads: int | None = within(1, 1024)  # CPU threads; null leaves torch's choice
-    save_every: int = within(0)  # steps between checkpoints; 0 saves only at the end
+    # Steps from one checkpoint to the next, or epochs (1epoch); 0 saves only at the end.
+    save_every: Interval = interval()
     # Older ones are deleted, except the newest that a whole step has followed.
     keep_checkpoints: int = within(1)
     # Step inside the backward pass, with a bucket of gradients alive instead of all of them: the

@@ -95,7 +95,7 @@ class Dataset:
             ((height, width),) = plan.buckets
             return (
                 f"one bucket of {width} x {height}, batches of {plan.batch_size}, "
-                f"{plan.batches_per_epoch:g} an epoch"
+                f"{float(plan.batches_per_epoch):g} an epoch"
             )
         lines = ["  width x height  pictures  batches an epoch"]
         for (height, width), members in zip(plan.buckets, plan.members, strict=True):
@@ -104,7 +104,7 @@ class Dataset:
             note = f", the last {how}" if rest else ""
             lines.append(f"{width:>7} x {height:<6}{len(members):>10}{batches:>9}{note}")
         total = f"{len(plan.buckets)} buckets, batches of {plan.batch_size}, "
-        return "\n".join([f"{total}{plan.batches_per_epoch:g} an epoch:", *lines])
+        return "\n".join([f"{total}{float(plan.batches_per_epoch):g} an epoch:", *lines])
 
     def caption(self, index: int, seed: int, number: int, place: int) -> str | None:
         """What a sample is called at this place of batch `number`; None where it is dropped."""

@@ -7,6 +7,7 @@ each of one bucket, in an order drawn for the epoch.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -40,11 +41,11 @@ class Plan:
         return sum(map(len, self.members))
 
     @property
-    def batches_per_epoch(self) -> float:
+    def batches_per_epoch(self) -> Fraction:
         """A whole number where there are several buckets."""
         if len(self.members) == 1:
-            return len(self.members[0]) / self.batch_size
-        return sum(self.batches_of(len(m)) for m in self.members)
+            return Fraction(len(self.members[0]), self.batch_size)
+        return Fraction(sum(self.batches_of(len(m)) for m in self.members))
 
     def batches_of(self, count: int) -> int:
         """How many batches a bucket of `count` pictures has in an epoch."""

@@ -1,0 +1,100 @@
+"""What is due between steps, and after which of them."""
+
+from fractions import Fraction
+
+import pytest
+from helpers import QUICK, rows
+
+from trainer import checkpoint, losses
+from trainer.errors import UserError
+from trainer.intervals import EVALUATING, Intervals
+
+
+def steps_saved(folder):
+    """The steps of a run's checkpoints."""
+    return [checkpoint.step_of(path) for path in checkpoint.completed(folder / "checkpoints")]
+
+
+@pytest.fixture
+def due(composed):
+    """-> (the steps of 10 after which an evaluation is due; how many are left, by steps done)."""
+
+    def found(every, batches_per_epoch=Fraction(4)):
+        config = composed(*QUICK, "schedule.steps=10", f"log.eval_every={every}")
+        intervals = Intervals(config, batches_per_epoch)
+        steps = [step for step in range(1, 11) if intervals.is_due(EVALUATING, step)]
+        return steps, [intervals.left(done)[EVALUATING] for done in range(11)]
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (0, []),
+        (3, [3, 6, 9]),
+        (5, [5]),  # what is due after the last is done at the end
+        (10, []),
+        (11, []),
+        ("1epoch", [4, 8]),
+        ("2 epochs", [8]),
+        ("0.5epochs", [2, 4, 6, 8]),
+        ("0.1epochs", list(range(1, 10))),
+        ("0epochs", []),
+    ],
+)
+def test_an_interval_is_of_steps_or_of_epochs(due, every, steps):
+    found, left = due(every)
+    assert found == steps
+    assert left == [1 + sum(step > done for step in steps) for done in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("batches_per_epoch", "steps"),
+    [(Fraction(5, 2), [3, 5, 8]), (Fraction(10, 3), [4, 7]), (Fraction(1, 3), list(range(1, 10)))],
+)
+def test_an_epoch_that_ends_within_a_step_ends_with_it(due, batches_per_epoch, steps):
+    assert due("1epoch", batches_per_epoch)[0] == steps
+
+
+@pytest.mark.parametrize(
+    "wrong", ["-1", "1ep", "epoch", "-1epoch", "1e2epochs", "0.5", "True", "None"]
+)
+@pytest.mark.parametrize(
+    "key", ["log.eval_every", "log.sample_every", "runtime.save_every", "method.export_every"]
+)
+def test_what_is_no_interval_is_refused_by_its_name(composed, key, wrong):
+    with pytest.raises(UserError, match=f"^{key}={wrong} is no interval; give steps .* or epochs"):
+        composed(*QUICK, f"{key}={wrong}")
+
+
+def test_a_run_does_everything_at_the_end_of_an_epoch(quick):
+    """24 pictures in batches of 4, two for a step: 3 steps an epoch."""
+    folder = quick(
+        *("run", "data.batch_size=4", "runtime.accumulation=2", "schedule.steps=7"),
+        *("runtime.keep_checkpoints=9", "runtime.save_every=1epoch", "method.export_every=2epochs"),
+        *("log.eval_every=1epoch", "log.eval_points=2", "log.sample_every=1epoch"),
+        *("log.sample_count=1", "log.sample_steps=1"),
+    )
+    assert [row["step"] for row in rows(folder) if "eval/loss" in row] == [0, 3, 6, 7]
+    assert steps_saved(folder) == [3, 6, 7]
+    assert [path.name for path in (folder / "results").iterdir()] == ["step-000006"]
+    drawn = {path.name for path in (folder / "samples").glob("step-*.png")}
+    assert drawn == {f"step-{step:06d}.png" for step in (0, 3, 6, 7)}
+
+
+def test_a_checkpoint_that_was_due_after_a_skipped_step_follows_the_next_whole_one(
+    quick, monkeypatch
+):
+    original, calls = losses.loss, []
+
+    def failing(*arguments):
+        """The losses of steps 2 and 3 are not finite."""
+        calls.append(arguments)
+        return original(*arguments) * (float("inf") if len(calls) in (2, 3) else 1.0)
+
+    monkeypatch.setattr(losses, "loss", failing)
+    folder = quick("run", "runtime.save_every=2", "schedule.steps=7", "runtime.keep_checkpoints=9")
+    assert steps_saved(folder) == [4, 6, 7]
+    said = (folder / "train.log").read_text()
+    assert said.count("no checkpoint of step 2, as it was skipped; there will be one of the") == 1

@@ -1,0 +1,51 @@
+"""What is done between steps, and after which of them: every so many steps, or epochs."""
+
+from fractions import Fraction
+
+from trainer.config import Config, Interval, epochs_of
+
+EVALUATING, DRAWING, SAVING, EXPORTING = "evaluating", "drawing", "saving", "exporting"
+
+
+class Intervals:
+    """After which steps of a run something is due.
+
+    All of it is done at the end of the run too, so that after the last step nothing is due.
+    Where an epoch ends within a step, what is due with it follows that step.
+    """
+
+    def __init__(self, config: Config, batches_per_epoch: Fraction) -> None:
+        steps_per_epoch = batches_per_epoch / config.runtime.accumulation
+        options = {
+            EVALUATING: config.log.eval_every,
+            DRAWING: config.log.sample_every,
+            SAVING: config.runtime.save_every,
+            EXPORTING: config.method.export_every,
+        }
+        self._steps = config.schedule.steps
+        self._every = {what: _in_steps(n, steps_per_epoch) for what, n in options.items()}
+
+    def is_due(self, what: str, step: int) -> bool:
+        """Whether this is due after step `step`, counted from 1."""
+        return step < self._steps and self._times(what, step) > self._times(what, step - 1)
+
+    def left(self, done: int) -> dict[str, int]:
+        """How often each remains to be done after `done` steps, the end of the run included."""
+        last = self._steps - 1
+        return {
+            what: 1 + self._times(what, last) - self._times(what, min(done, last))
+            for what in self._every
+        }
+
+    def _times(self, what: str, steps: int) -> int:
+        """How often it was due in so many steps."""
+        every = self._every[what]
+        return int(steps // every) if every else 0
+
+
+def _in_steps(every: Interval, steps_per_epoch: Fraction) -> Fraction:
+    """An option's interval in steps, at least 1; 0 is never."""
+    epochs = epochs_of(every)
+    if epochs is None:
+        return Fraction(every)
+    return max(epochs * steps_per_epoch, Fraction(1)) if epochs else Fraction(0)
