@@ -190,6 +190,16 @@ def test_pictures_of_two_sources_are_named_with_both(load, pictures, tmp_path, c
         assert [line.startswith(says) for line in said] == ([True] if says else [])
 
 
+def test_pictures_that_a_link_leads_to_again_are_named(load, pictures, caplog):
+    (pictures / "sub").mkdir()
+    shutil.copy(pictures / "red.png", pictures / "sub/red.png")
+    load()
+    assert "several paths" not in caplog.text
+    (pictures / "tub").symlink_to(pictures / "sub")
+    assert len(load().samples) == 6
+    assert "1 pictures are found by several paths, through links, and trained on" in caplog.text
+
+
 def test_shuffled_and_thinned_captions_keep_their_first_tags_and_need_no_seed(options):
     config = dataclasses.replace(
         options, shuffle_tags=True, tag_dropout=0.3, keep_tokens=2, caption_variants=1000

@@ -63,6 +63,20 @@ def test_the_case_of_endings_in_a_shard_does_not_matter(load, tmp_path):
     assert sample.caption == "a card"
 
 
+def test_a_picture_of_a_shard_whose_name_has_dots_has_what_is_called_as_it_is(load, tmp_path):
+    members = {
+        "p.v1.png": png("red"),
+        "p.v2.png": png("lime"),
+        "p.v2.txt": b"two",
+        "p.v2.mask.png": png("black"),
+        "p.txt": b"any",
+    }
+    tar(tmp_path / "s.tar", members)
+    one, two = load(path=str(tmp_path / "s.tar"), mask="file").samples
+    assert (one.caption, two.caption) == ("any", "two")
+    assert (one.mask_key == (), two.mask_key == ()) == (True, False)
+
+
 def test_captions_of_a_shard_that_are_not_read_are_noted(load, tmp_path, caplog):
     members = {
         "a.png": png("red"),

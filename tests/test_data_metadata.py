@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 
 import pytest
 from helpers import names
@@ -41,6 +42,25 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
     assert (red.loss_weight, blue.loss_weight) == (0.5, 1.0)
     assert (red.read_mask() == 0).all()
     assert (blue.read_mask() == 1).all()
+
+
+@pytest.mark.parametrize("there", ["NFC", "NFD"])
+def test_names_are_the_same_in_any_unicode_normalisation(load, pictures, caplog, there):
+    """A Mac's archives have café in five characters, and editors write four."""
+    here = {"NFC": "NFD", "NFD": "NFC"}[there]
+    named, written = (unicodedata.normalize(form, "café") for form in (there, here))
+    for path in pictures.iterdir():
+        path.unlink()
+    for name in (f"{named}.png", f"b{named}.png"):
+        Image.new("RGB", (64, 64)).save(pictures / name)
+    Image.new("L", (64, 64)).save(pictures / f"{written}.mask.png")
+    (pictures / f"{written}.txt").write_text("beside")
+    line = {"file_name": f"b{written}.png", "text": "listed"}
+    (pictures / "metadata.jsonl").write_text(json.dumps(line))
+    samples = load(mask="file").samples
+    assert sorted(sample.caption for sample in samples) == ["beside", "listed"]
+    assert sum(sample.mask_key != () for sample in samples) == 1
+    assert "data: " not in caplog.text.replace("data: 1 pictures have no mask", "")
 
 
 @pytest.mark.parametrize("mask", ["none", "file"])

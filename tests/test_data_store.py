@@ -1,19 +1,23 @@
 """The store: what is encoded once is never encoded again, and nothing stale or damaged is used."""
 
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, deterministic
+from helpers import QUICK, assert_same_weights, deterministic, weights
 from PIL import Image
 from safetensors.torch import load, save_file
 
+import trainer.run
 from trainer import checkpoint, conditioning, data, memory
-from trainer.data import Store
+from trainer.data import Store, survey
 from trainer.errors import UserError
 from trainer.run import run
 
@@ -207,6 +211,49 @@ def test_an_entry_that_is_not_finite_is_named_when_it_is_used_and_made_again(loa
     assert vae.encoded == 5
 
 
+def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch, caplog):
+    samples = load().samples
+    latents = Store(str(cache), "float32").latents(samples, "vae", Vae().make)
+    pauses, failures, read = [], [], Path.read_bytes
+
+    def failing(path):
+        if failures:
+            raise failures.pop()
+        return read(path)
+
+    monkeypatch.setattr("trainer.disk.time.sleep", pauses.append)
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    failures += [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "broken")]
+    assert latents[0]["latent"].isfinite().all()
+    assert pauses == [0.5, 2.0]
+    assert "it is read again in 2 s" in caplog.text
+    failures += [OSError(errno.EIO, "broken")] * 4
+    with pytest.raises(UserError, match="cannot be read now"):
+        latents[0]
+    assert not failures
+    failures.append(FileNotFoundError(errno.ENOENT, "gone"))
+    with pytest.raises(UserError, match="cannot be read now"):
+        latents[0]
+    assert len(pauses) == 5
+
+
+def test_a_run_whose_cache_is_gone_is_saved_and_goes_on(quick, cache, tmp_path, monkeypatch):
+    options = [f"data.cache={cache}", "log.eval_points=2"]
+    whole = quick("whole", *options)
+
+    def gone(state, writer):
+        if state.step == 2:
+            shutil.rmtree(cache / "latents")
+
+    between_steps = trainer.run._between_steps
+    monkeypatch.setattr(trainer.run, "_between_steps", gone)
+    with pytest.raises(UserError, match=r"made again \(resume=\S*/run/checkpoints/step-000002\)$"):
+        quick("run", *options)
+    monkeypatch.setattr(trainer.run, "_between_steps", between_steps)
+    quick("run", *options, f"resume={tmp_path / 'run'}")
+    assert_same_weights(weights(tmp_path / "run", 4), weights(whole, 4))
+
+
 def test_a_start_reads_no_values_of_the_cache(encode, monkeypatch):
     encode()
     monkeypatch.setattr(data.store, "_load", lambda path: pytest.fail(f"{path} is read"))
@@ -241,11 +288,21 @@ def test_a_signal_ends_the_encoding_and_keeps_what_there_is(load, cache):
     assert len(entries(cache)) == vae.encoded == 1
 
 
-def test_a_signal_ends_the_reading_of_pictures_too(options, cache):
+@pytest.mark.parametrize("at", ["sources.find", "_captions_of", "_look"])
+def test_a_signal_ends_whatever_is_read_before_the_first_step(options, cache, monkeypatch, at):
+    """And what is known of pictures by then is kept."""
+    stop = []
+
+    def signalled(function):
+        return lambda *arguments: [stop.append(signal.SIGINT), function(*arguments)][1]
+
+    module = survey.sources if "." in at else survey
+    name = at.rpartition(".")[2]
+    monkeypatch.setattr(module, name, signalled(getattr(module, name)))
     with pytest.raises(SystemExit) as leaving:
-        data.load(dataclasses.replace(options, cache=str(cache)), [signal.SIGINT])
+        data.load(dataclasses.replace(options, cache=str(cache)), stop)
     assert leaving.value.code == 128 + signal.SIGINT
-    assert (cache / "pictures.json").is_file()  # what is read is not read again
+    assert (cache / "pictures.json").is_file() == (at == "_look")
 
 
 def test_a_full_disk_is_named_with_the_remedy_and_leaves_no_litter(load, cache, monkeypatch):
@@ -307,6 +364,38 @@ def test_a_picture_that_was_whole_once_is_not_decoded_again_to_know_it(load, cac
     (cache / "pictures.json").write_text("[1")
     assert len(load(cache=str(cache)).samples) == 4
     assert len(decoded) == 4
+
+
+def aged(folder):
+    """Date what is there so that its times tell of every change from now on."""
+    for path in folder.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+
+
+def test_a_picture_of_the_same_size_and_time_is_not_read_again(load, pictures, cache, monkeypatch):
+    aged(pictures)
+    first = load(cache=str(cache), mask="file")
+    read = []
+    original = survey.sample.read
+    monkeypatch.setattr(survey.sample, "read", lambda *a: read.append(a[0].name) or original(*a))
+    again = load(cache=str(cache), mask="file")
+    assert not read
+    assert again.fingerprint == first.fingerprint
+    load(cache=str(cache))  # without masks, of which the digests were
+    assert len(read) == 4
+    red = pictures / "red.png"
+    content = red.read_bytes()
+    red.write_bytes(content[:-1] + b"?")  # as long, and newer than what is trusted
+    for _ in range(2):
+        read.clear()
+        load(cache=str(cache), mask="file")
+        assert read == [str(red)]
+    Image.new("L", (100, 70)).save(pictures / "blue.mask.png")
+    red.write_bytes(content)
+    aged(pictures)
+    read.clear()
+    assert load(cache=str(cache), mask="file").fingerprint != first.fingerprint
+    assert read == [str(pictures / "blue.png")]
 
 
 def encode_and_leave(cache, kill_at):

@@ -56,6 +56,22 @@ def test_the_average_is_the_recursion_of_its_definition(warmup, every):
         assert torch.allclose(average, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_averages_of_another_dtype_take_the_place_of_the_weights_without_a_second_model():
+    parameters = weights(dtype=torch.bfloat16)
+    ema = Ema(config(), parameters, seed=0)
+    own = {name: (p.data_ptr(), p.detach().clone()) for name, p in parameters.items()}
+    move(parameters, 1)
+    moved = {name: p.detach().clone() for name, p in parameters.items()}
+    ema.update(1)
+    with ema.in_place():
+        for name, p in parameters.items():
+            assert p.data_ptr() == own[name][0]
+            assert torch.equal(p.detach(), ema.averages[name].detach().bfloat16())
+    for name, p in parameters.items():
+        assert p.data_ptr() == own[name][0]
+        assert torch.equal(p.detach(), moved[name])
+
+
 def test_the_decay_of_a_warm_up_grows_to_what_was_asked_for():
     decays = [decay_at(config(warmup=True, decay=0.99), step) for step in (1, 10, 100, 10_000)]
     assert decays == pytest.approx([2 / 11, 11 / 20, 101 / 110, 0.99])

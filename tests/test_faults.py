@@ -1,10 +1,12 @@
 """What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
 
+import errno
 import json
 import logging
 import os
 import pathlib
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -388,6 +390,34 @@ def test_a_line_that_a_full_disk_cut_short_costs_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "tr{"step": 3}\n{"step": 4}\n')
     assert [row["step"] for row in metrics.read(path)] == [1, 4]
+
+
+def test_folders_that_a_file_system_cannot_flush_are_written_all_the_same(quick, monkeypatch):
+    fsync = os.fsync
+
+    def refusing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    folder = quick("run", "log.eval_points=2")
+    assert checkpoint.completed(folder / "checkpoints")
+    assert list((folder / "model").glob("unet/*.safetensors"))
+
+
+def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(
+    composed, monkeypatch, tmp_path
+):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("trainer.result.export", full)
+    options = ["log.sample_count=1", "log.sample_steps=1", "method.export_every=2"]
+    with pytest.raises(UserError, match=r"^out of memory while the result .*trainer\.export"):
+        run(composed(*QUICK, *options), tmp_path / "run")
+    assert "2.00 GiB); training goes on" in (tmp_path / "run/train.log").read_text()
+    assert (tmp_path / "run/samples/step-000004.png").is_file()
 
 
 def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):

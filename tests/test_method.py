@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_same_weights, rows, weights
 from models import make_sd15
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from trainer import conditioning, method
@@ -32,6 +33,23 @@ def test_targets_are_patterns_at_the_end_of_layers_names(composed):
     for name in names:
         assert ("attn1.to_" in name and "down_blocks" in name) or "conv" in name, name
         assert "to_v" not in name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_doras_magnitudes_are_the_exact_norms_of_the_weights(composed, dtype):
+    """In bf16 they would scale each output by up to 0.4 % before anything is learned."""
+    targets = "method.targets=[to_q,conv1]"
+    model = attached(composed("method=lora", "method.dora=true", targets, f"model.dtype={dtype}"))
+    found = 0
+    for layer in model.unet.modules():
+        if isinstance(layer, LoraLayer):
+            weight, magnitude = layer.get_base_layer().weight, layer.lora_magnitude_vector
+            norms = weight.double().flatten(1).norm(dim=1).float()
+            (own,) = magnitude.parameters()
+            assert own.dtype == torch.float32
+            assert torch.allclose(own.flatten(), norms, rtol=1e-6, atol=0)
+            found += 1
+    assert found > 10
 
 
 def test_dora_trains_magnitudes_too_and_starts_as_the_base_model(composed):

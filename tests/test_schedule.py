@@ -121,6 +121,17 @@ def test_epochs_are_as_many_steps_as_they_take(schedule_config, epochs, steps):
     assert (known.steps, known.warmup_steps) == (steps, min(20, steps // 10))
 
 
+@pytest.mark.parametrize("per_epoch", [12.5, 7.5, 25 / 3, 50 / 3])
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+def test_a_run_of_epochs_is_as_long_from_whichever_step_it_goes_on(
+    schedule_config, per_epoch, epochs
+):
+    made = schedule_config("constant", epochs=epochs, warmup_steps=None)
+    whole = settled(made, per_epoch)
+    for step in range(1, whole.steps):
+        assert settled(made, per_epoch, (step, step / per_epoch)) == whole
+
+
 def test_a_warm_up_longer_than_the_epochs_is_refused(schedule_config):
     open_ended = schedule_config("linear", steps=550, epochs=2, warmup_steps=20)
     with pytest.raises(UserError, match=r"warmup_steps=20 is out of range.* \[0, 6\]"):

@@ -1,8 +1,12 @@
-"""Writing such that neither a crash nor a full disk leaves half a file."""
+"""Writing such that neither a crash nor a full disk leaves half a file, and reading that waits for
+a network drive."""
 
+import errno
+import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +14,33 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What passes: a network drive's, and that of a process that has too many files open.
+_PASSING = {
+    getattr(errno, name, errno.EIO)
+    for name in (
+        *("EIO", "EAGAIN", "EINTR", "EMFILE", "ENFILE", "ESTALE", "EREMOTEIO", "ETIMEDOUT"),
+        *("ECONNRESET", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH"),
+    )
+}
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before it is tried again
+# What file systems say that cannot flush a folder.
+_NEVER_FLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a file, asked for again where the drive could not give them.  Raises OSError."""
+    for pause in _PAUSES:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            log.warning("%s; it is read again in %g s", error, pause)
+            time.sleep(pause)
+    return path.read_bytes()
 
 
 @contextmanager
@@ -85,10 +116,13 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """fsync a file, or a folder's entries."""
+    """fsync a file, or a folder's entries where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NEVER_FLUSHED):
+            raise
     finally:
         os.close(descriptor)
 

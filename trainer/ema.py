@@ -75,13 +75,15 @@ class Ema:
             return
         for group in self._optimizer.param_groups:
             group["lr"] = 1 - decay_at(self.config, step)
-        bucket: list[Parameter] = []
+        bucket, size = list[Parameter](), 0
         for name, average in self.averages.items():
             weights = self._weights[name].detach().to(average.device)
             average.grad = (average.detach() - weights).to(average.dtype)
             bucket.append(average)
-            if sum(a.nbytes for a in bucket) >= _BUCKET_BYTES:
+            size += average.nbytes
+            if size >= _BUCKET_BYTES:
                 self._take(bucket)
+                size = 0
         self._take(bucket)
 
     def state(self) -> dict[str, Tensor]:
@@ -93,7 +95,7 @@ class Ema:
         """Within it, the averages are the model's weights.
 
         Where dtype and device agree, the two are swapped and nothing is copied; else the weights
-        are kept on the averages' device, and put back.
+        are kept in the host's memory, and put back.
         """
         aside: dict[str, Tensor] = {}
         try:
@@ -103,7 +105,7 @@ class Ema:
         finally:
             for name, own in aside.items():
                 parameter = self._weights[name]
-                if own.device == parameter.device:
+                if self._is_alike(name):
                     parameter.data = own
                 else:
                     parameter.data.copy_(own)
@@ -112,12 +114,17 @@ class Ema:
         """Give a parameter its average; returns its own weights."""
         parameter, average = self._weights[name], self.averages[name].detach()
         own = parameter.data
-        if average.device == own.device:
-            parameter.data = average.to(own.dtype)
+        if self._is_alike(name):
+            parameter.data = average
             return own
-        own = own.to(average.device, copy=True)
+        own = own.to("cpu", copy=True)  # the device may have no room for both
         parameter.data.copy_(average)
         return own
+
+    def _is_alike(self, name: str) -> bool:
+        """Whether an average has its parameter's dtype and device."""
+        parameter, average = self._weights[name], self.averages[name]
+        return (parameter.dtype, parameter.device) == (average.dtype, average.device)
 
     def _take(self, bucket: list[Parameter]) -> None:
         if bucket:

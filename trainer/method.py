@@ -10,6 +10,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from optim import rng
@@ -140,6 +141,21 @@ def _add_adapters(
         torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
         inject_adapter_in_model(peft_config, module.requires_grad_(False))
     cast_training_params(module, torch.float32)
+    if config.dora:
+        _set_magnitudes(module)
+
+
+@torch.no_grad()
+def _set_magnitudes(module: nn.Module) -> None:
+    """DoRA's magnitudes: the norms of each output's weights, in fp32.  PEFT takes them in the
+    weights' dtype and divides by fp32 norms, so that an untrained adapter of a bf16 model would
+    change it."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().get_parameter("weight")
+            norms = weight.float().flatten(1).norm(dim=1)
+            for magnitude in layer.lora_magnitude_vector.parameters():
+                magnitude.copy_(norms.view_as(magnitude))
 
 
 def _start_from(path: Path, model: Model, layers: dict[str, list[str]]) -> None:

@@ -35,7 +35,7 @@ from trainer import (
     signals,
 )
 from trainer.config import Config, file_name
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 from trainer.guard import broken
 from trainer.probe import UpdateProbe
 from trainer.schedule import lr_scale
@@ -118,7 +118,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
         # counters: they depend on the step alone.
         lr = optimizers.set_lr(optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        with memory.explained(config, f"in step {step + 1}"):
+        with memory.explained(config, f"in step {step + 1}"), _keeping(state):
             predict = partial(weighted_prediction, state, first)
             curvature.estimate(optimizer, backward, predict, config.seed, step)
             outcome = backward.of_step(partial(loss_of, state, first), shares(members))
@@ -152,6 +152,23 @@ def train(state: State, writer: metrics.Metrics) -> None:
             _report(state, writer, progress, values | {"update_ratio": probe.ratio()})
         _between_steps(state, writer)
     progress.close()
+
+
+@contextmanager
+def _keeping(state: State) -> Iterator[None]:
+    """Within it, a batch that cannot be read ends the run with a checkpoint of the step before: no
+    weight has changed since."""
+    try:
+        yield
+    except UserError as error:
+        if not state.step or state.guard.in_a_row:
+            raise
+        try:
+            saved = save(state)
+        except UserError as second:
+            log.error("%s", second)
+            raise error from None
+        raise UserError(f"{error} (resume={saved})") from error
 
 
 def _between_steps(state: State, writer: metrics.Metrics) -> None:
@@ -295,8 +312,16 @@ def _export(state: State) -> list[Path]:
         step = f"step-{state.step:06d}"
         name, folder = f"{name}-{step}", folder / "results" / step
     pictures = state.data.dataset.num_pictures
-    with state.clock.aside("exporting"), state.averaged(state.exports_average):
-        return result.export(state.config, name, state.model, folder, state.step, pictures)
+    try:
+        with state.clock.aside("exporting"), state.averaged(state.exports_average):
+            return result.export(state.config, name, state.model, folder, state.step, pictures)
+    except Exception as error:
+        if not memory.ran_out(error):
+            raise
+        raise UserError(
+            "out of memory while the result is written; python -m trainer.export makes one of a "
+            f"checkpoint ({reason(error)})"
+        ) from error
 
 
 def _refuse_ruined(state: State, loss: float) -> None:

@@ -15,7 +15,7 @@ from trainer import console, memory, pictures, prompts, signals
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
-from trainer.data import Sample
+from trainer.data import Sample, forget
 from trainer.data.buckets import Size
 from trainer.model import Model
 from trainer.prompts import Prompt
@@ -144,7 +144,9 @@ class Sampler:
 
     def originals(self) -> list[Image.Image]:
         """The pictures that the captions belong to, as the model sees them; none of prompts."""
-        return [pictures.of_pixels(sample.read_pixels()) for sample in self.samples]
+        originals = [pictures.of_pixels(sample.read_pixels()) for sample in self.samples]
+        forget()
+        return originals
 
     def captions(self) -> list[str]:
         """What is drawn, as it was given."""

@@ -14,6 +14,7 @@ from trainer.config import (
 from trainer.errors import UserError
 
 _WARMUP = 20  # steps at most, where it is left open
+_ALMOST = 1e-6  # steps
 
 
 def settled(
@@ -27,8 +28,9 @@ def settled(
     steps, warmup = config.steps, config.warmup_steps
     if config.epochs is not None:
         steps_done, epochs_done = done
-        left = round((config.epochs - epochs_done) * steps_per_epoch)
-        steps = max(steps_done + left, 1)
+        exact = steps_done + (config.epochs - epochs_done) * steps_per_epoch
+        # Half a step is one, from whichever step a run goes on: `exact` differs in its last bits.
+        steps = max(math.floor(exact + 0.5 + _ALMOST), 1)
     if warmup is None:
         warmup = min(_WARMUP, steps // 10)
     known = replace(config, steps=steps, warmup_steps=warmup)

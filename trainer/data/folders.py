@@ -6,6 +6,7 @@ one, and is not used goes to `Reading.problems`, by its kind.
 
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -154,7 +155,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    return os.path.splitext(path)[0]
+    """In one Unicode normalisation: a Mac's archives have another than what editors write."""
+    return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 
 
 def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading) -> Item:
@@ -169,6 +171,7 @@ def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading
         partial(read_file, mask) if mask else None,
         reading,
         partial(_caption, texts[:1]),
+        files=(path, mask) if mask else (path,),
     )
     note_texts(made, [file.suffix for file in texts], beside.pictures[stem] > 1)
     return made

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer import disk
 from trainer.config import PICTURE_SUFFIXES
 from trainer.data import captions
 from trainer.errors import UserError
@@ -28,6 +29,9 @@ class Item:
     read: Callable[[], bytes]
     # [] where there is none.  Raises UserError for text that cannot be decoded.
     captions: Callable[[], list[str]]
+    # What all of it is in, the mask too: while none of them changes, no byte of it does.  () where
+    # that is not known.
+    files: tuple[Path, ...]
     weight: float = 1.0
     read_mask: Callable[[], bytes] | None = None
     notes: list[str] = field(default_factory=list)  # what of it is not used
@@ -83,6 +87,8 @@ def item(
     read_mask: Callable[[], bytes] | None,
     reading: Reading,
     otherwise: Callable[[], list[str]] = list,
+    *,
+    files: tuple[Path, ...],
 ) -> Item:
     """A picture whose `record` may hold its captions (a string or a list, in one of the columns
     for them) and the weight of its loss; captions come from `otherwise` where it does not."""
@@ -104,6 +110,7 @@ def item(
         name=shown(name),
         path=name,
         read=read,
+        files=files,
         captions=(lambda: lines) if texts is not None else otherwise,
         weight=weight,
         read_mask=read_mask,
@@ -136,7 +143,7 @@ def read_file(path: Path) -> bytes:
     """The bytes of a regular file.  Raises OSError for anything else: a pipe may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(f"{shown(path)} {IRREGULAR}")
-    return path.read_bytes()
+    return disk.read(path)
 
 
 def shown(name: object) -> str:

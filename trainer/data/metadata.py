@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import cache, cached_property
@@ -76,8 +77,8 @@ def _record(line: Any, where: str) -> dict[str, Any]:
 
 
 class _Walked:
-    """The files of a folder, by any path that leads to them (../b.png, /abs/b.png): a picture that
-    is listed is one of them, not another beside it."""
+    """The files of a folder, by any path that leads to them (../b.png, /abs/b.png), in any Unicode
+    normalisation: a picture that is listed is one of them, not another beside it."""
 
     def __init__(self, files: Collection[Path]):
         self.files = {*files}
@@ -87,16 +88,20 @@ class _Walked:
         if named in self.files:
             return named
         place = _place(named)
-        return self._by_place.get(place, place if ".." in named.parts else named)
+        return self._by_place.get(_normal(place), place if ".." in named.parts else named)
 
     @cached_property
-    def _by_place(self) -> dict[Path, Path]:
+    def _by_place(self) -> dict[str, Path]:
         real = cache(os.path.realpath)
-        return {Path(real(file.parent), file.name): file for file in self.files}
+        return {_normal(Path(real(file.parent), file.name)): file for file in self.files}
 
 
 def _place(path: Path) -> Path:
     return Path(os.path.realpath(path.parent), path.name)
+
+
+def _normal(path: Path) -> str:
+    return unicodedata.normalize("NFC", str(path))
 
 
 def _content(path: Path) -> bytes:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trainer import console, memory, signals
+from trainer import console, disk, memory, signals
 from trainer.config import DTYPES
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
@@ -264,7 +264,7 @@ def _check_room(entry: Entry, total: int) -> None:
 
 def _load(path: Path) -> Entry:
     """Read, not mapped: a mapped file that is cut short ends the process."""
-    return load(path.read_bytes())
+    return load(disk.read(path))
 
 
 def _described(path: Path) -> Entry:

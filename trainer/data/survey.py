@@ -1,7 +1,6 @@
 """A look at everything that a configuration names, before any of it is used: what can be read, what
 cannot, and what is strange about it."""
 
-import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -9,18 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from trainer import console, disk, signals
+from trainer import console, signals
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
+from trainer.data.known import Known, Traits
 from trainer.errors import UserError, reason
 
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
-Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
 Captioned = tuple[SourceConfig, Item, list[str]]  # a picture, whose it is, and what it is called
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -66,53 +65,90 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     """
     reading = Reading(extensions=endings(config), caption_column=config.caption_column)
     surveyed = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
-    captioned: list[Captioned] = []
-    repeated, several = _Repeated(), len(config.sources) > 1
-    for source in all_sources(config):
-        path, reading.has_column = Path(source.path).expanduser(), False
-        for item in sources.find(path, reading):
-            surveyed.count += 1
-            if several and (other := repeated.source(item.path, source)):
-                said = f"pictures of {other.path} are of {source.path} too, and trained on for both"
-                surveyed.problems[said].append(item.name)
-            try:
-                texts = item.captions()
-            except (UserError, OSError) as error:
-                surveyed.undecodable.append(str(error))
-                continue
-            if not texts and source.caption is not None:
-                texts = [source.caption]
-            if not texts:
-                surveyed.uncaptioned.append(item.name)
-            if texts or config.on_missing_caption != "skip":
-                captioned.append((source, item, texts or [""]))
-        if config.caption_column is not None and not reading.has_column:
-            said = f"sources have nothing with data.caption_column={config.caption_column}"
-            reading.remarks[said].append(source.path)
+    found = _found(surveyed, config, reading, stop)
+    captioned = _captioned(surveyed, found, config, stop)
     missing = surveyed.uncaptioned and config.on_missing_caption == "error"
     if for_run and (surveyed.broken or surveyed.undecodable or missing):
         return surveyed
     limit = config.max_unreadable if for_run else len(captioned)
-    checked = _Checked(config.cache)
+    known = Known(config)
     try:
-        _look_at_all(surveyed, captioned, config, checked, limit, stop)
+        _look_at_all(surveyed, captioned, config, known, limit, stop)
     finally:
-        checked.save()
+        known.save()
     surveyed.uncaptioned = [
         name for name in surveyed.uncaptioned if name not in surveyed.unreadable
     ]
     return surveyed
 
 
+def _found(
+    surveyed: Survey, config: DataConfig, reading: Reading, stop: Sequence[int]
+) -> list[tuple[SourceConfig, Item]]:
+    """All pictures, with the sources that have them."""
+    found: list[tuple[SourceConfig, Item]] = []
+    repeated = _Repeated()
+    for source in all_sources(config):
+        path, reading.has_column = Path(source.path).expanduser(), False
+        for item in sources.find(path, reading):
+            signals.end_if(stop, "looking for pictures")
+            if other := repeated.source(item.path, source):
+                said = (
+                    f"pictures of {other.path} are of {source.path} too, and trained on for both"
+                    if other is not source
+                    else "pictures are found by several paths, through links, and trained on for "
+                    "each of them"
+                )
+                surveyed.problems[said].append(item.name)
+            found.append((source, item))
+        if config.caption_column is not None and not reading.has_column:
+            said = f"sources have nothing with data.caption_column={config.caption_column}"
+            reading.remarks[said].append(source.path)
+    surveyed.count = len(found)
+    return found
+
+
+def _captioned(
+    surveyed: Survey,
+    found: list[tuple[SourceConfig, Item]],
+    config: DataConfig,
+    stop: Sequence[int],
+) -> list[Captioned]:
+    """Those that have captions, or need none; what is wrong with others is noted."""
+    captioned: list[Captioned] = []
+    with console.Aside("reading captions", len(found), "pictures") as aside:
+        for (source, item), texts in zip(found, ahead(_captions_of, found), strict=True):
+            signals.end_if(stop, "reading captions")
+            aside.advance(1)
+            if isinstance(texts, Exception):
+                surveyed.undecodable.append(str(texts))
+                continue
+            if not texts:
+                surveyed.uncaptioned.append(item.name)
+            if texts or config.on_missing_caption != "skip":
+                captioned.append((source, item, texts or [""]))
+    return captioned
+
+
+def _captions_of(found: tuple[SourceConfig, Item]) -> list[str] | Exception:
+    """A picture's captions, its source's where it has none; or why they cannot be read."""
+    source, item = found
+    try:
+        texts = item.captions()
+    except (UserError, OSError) as error:
+        return error
+    return [source.caption] if not texts and source.caption is not None else texts
+
+
 def _look_at_all(
     surveyed: Survey,
     captioned: list[Captioned],
     config: DataConfig,
-    checked: "_Checked",
+    known: Known,
     max_unreadable: int,
     stop: Sequence[int],
 ) -> None:
-    looks = ahead(lambda one: _look(*one, config, checked), captioned)
+    looks = ahead(lambda one: _look(*one, config, known), captioned)
     with console.Aside("reading pictures", len(captioned), "pictures") as aside:
         for (_, item, _), look in zip(captioned, looks, strict=False):
             signals.end_if(stop, "reading pictures")
@@ -156,30 +192,29 @@ def ahead(
 
 
 def _look(
-    source: SourceConfig, item: Item, texts: list[str], config: DataConfig, checked: "_Checked"
+    source: SourceConfig, item: Item, texts: list[str], config: DataConfig, known: Known
 ) -> UsablePicture | Exception:
     """A picture, decoded once to know that it is whole, or the error that reading it raised.
 
     Decoders raise whatever hostile bytes lead them to, so every exception is one.
     """
     try:
-        content = sample.read(item, config)
-        if known := checked.get(content.digest, config):
-            traits = known
-        else:
-            picture = pictures.decode(content.picture, config.max_pixels)
-            if content.mask is not None:
-                pictures.decode_mask(content.mask, picture.size, config.max_pixels)
-            traits = picture.size, picture.is_transparent, picture.notes
-            checked.add(content.digest, traits)
+        stamp = known.stamp(item)  # before it is read, in case it is written now
+        digests = known.digests(stamp)
+        traits = known.traits(digests) if digests else None
+        if not digests or not traits:
+            content = sample.read(item, config)
+            digests = content.digest, content.picture_digest
+            traits = known.traits(digests) or _decoded(content, config)
+            known.add(stamp, digests, traits)
         size, is_transparent, notes = traits
         fits = [fit(size, side, config) for side in config.resolutions or [config.resolution]]
         return UsablePicture(
             item=item,
             source=source,
             captions=texts,
-            digest=content.digest,
-            picture_digest=content.picture_digest,
+            digest=digests[0],
+            picture_digest=digests[1],
             size=size,
             is_transparent=is_transparent,
             notes=[*item.notes, *notes],
@@ -189,56 +224,24 @@ def _look(
         return error
 
 
+def _decoded(content: sample.Content, config: DataConfig) -> Traits:
+    """What a picture is like, once it and its mask have been decoded."""
+    picture = pictures.decode(content.picture, config.max_pixels)
+    if content.mask is not None:
+        pictures.decode_mask(content.mask, picture.size, config.max_pixels)
+    return picture.size, picture.is_transparent, picture.notes
+
+
 class _Repeated:
     """Which source had a picture first, by whatever path that leads to it."""
 
     def __init__(self) -> None:
-        self.first: dict[str, SourceConfig] = {}
+        self.first: dict[str, tuple[str, SourceConfig]] = {}
         self.real = cache(os.path.realpath)
 
     def source(self, path: str, source: SourceConfig) -> SourceConfig | None:
-        """The earlier source of this picture, where there is one."""
+        """The source that this picture was found in before, by this path or another."""
         folder, name = os.path.split(path)
-        earlier = self.first.setdefault(os.path.join(self.real(folder), name), source)
-        return earlier if earlier is not source else None
-
-
-class _Checked:
-    """Pictures that have been decoded once, by their bytes: where there is a cache, the next run
-    need not decode them to know that they are whole."""
-
-    def __init__(self, cache: str | None) -> None:
-        self.path = Path(cache).expanduser() / "pictures.json" if cache else None
-        self.known: dict[str, Any] = {}
-        self.new: dict[str, Any] = {}
-        if self.path and self.path.is_file():
-            try:
-                self.known = dict(json.loads(self.path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
-                self.known = {}  # it only saves time
-
-    def get(self, digest: str, config: DataConfig) -> Traits | None:
-        try:
-            height, width, is_transparent, notes = self.known[digest]
-            return (
-                ((height, width), is_transparent, notes)
-                if height * width <= config.max_pixels
-                else None
-            )
-        except (KeyError, ValueError, TypeError):
-            return None
-
-    def add(self, digest: str, traits: Traits) -> None:
-        size, is_transparent, notes = traits
-        self.new[digest] = [*size, is_transparent, notes]
-
-    def save(self) -> None:
-        if self.path and self.new:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                disk.replace_text(self.path, json.dumps(self.known | self.new))
-            except OSError as error:
-                raise UserError(
-                    f"data.cache={self.path.parent} cannot be written: {error}; name another "
-                    "folder, or set data.cache=null"
-                ) from error
+        here = (path, source)
+        earlier = self.first.setdefault(os.path.join(self.real(folder), name), here)
+        return earlier[1] if earlier is not here else None

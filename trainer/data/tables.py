@@ -37,7 +37,8 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
             place = (path, group, row)
             mask = partial(_read, *place, "mask") if "mask" in names else None
             with reading.going_on():
-                yield item(f"{path}:{number}", partial(_read, *place, image), record, mask, reading)
+                read = partial(_read, *place, image)  # from a file beside the table, perhaps
+                yield item(f"{path}:{number}", read, record, mask, reading, files=())
 
 
 def has_pictures(path: Path) -> bool:
@@ -118,6 +119,11 @@ def _read(path: Path, group: int, row: int, column: str) -> bytes:
 def _group(path: Path, group: int, column: str) -> Any:
     with _one_reads:  # the others wait, and then find it
         return _read_group(path, group, column)
+
+
+def forget() -> None:
+    """Free the row groups that are kept for the next rows: gigabytes, perhaps."""
+    _read_group.cache_clear()
 
 
 @lru_cache(maxsize=2)  # row groups are read whole, and rows are asked for in their order

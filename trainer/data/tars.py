@@ -5,6 +5,7 @@ and a/0001.mask.png are one sample.  A shard is indexed once and its members are
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -65,19 +66,20 @@ _TWICE = "members of archives take the place of earlier ones with their name"
 
 def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading: Reading) -> Item:
     where = f"{path}:{name}"
+    own = _own(members, ending)
     record = {}
-    if ".json" in members:
+    if ".json" in own:
         try:
-            record = json.loads(_read(path, members[".json"]))
+            record = json.loads(_read(path, own[".json"]))
         except ValueError as error:
             raise UserError(f"{shown(where)}: its .json is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{shown(where)}: its .json holds no object")
         record.pop("mask", None)
     kinds = dict.fromkeys(extension.lower() for extension in reading.extensions)
-    endings = [kind for kind in kinds if kind in members]
-    text = members[endings[0]] if endings else None
-    mask = members.get(".mask.png")
+    endings = [kind for kind in kinds if kind in own]
+    text = own[endings[0]] if endings else None
+    mask = own.get(".mask.png")
     made = item(
         where,
         partial(_read, path, members[ending]),
@@ -85,9 +87,18 @@ def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading
         partial(_read, path, mask) if mask else None,
         reading,
         partial(_caption, path, text, where),
+        files=(path,),
     )
     note_texts(made, endings, sum(is_picture(f"x{e}") for e in members) > 1)
     return made
+
+
+def _own(members: dict[str, Place], ending: str) -> dict[str, Place]:
+    """The members beside a picture by their endings.  Where its name has dots, photo.v2.png, so may
+    theirs: photo.v2.txt."""
+    dots = os.path.splitext(f"x{ending}")[0][1:]
+    named = {end.removeprefix(dots): at for end, at in members.items() if end.startswith(dots)}
+    return members | named
 
 
 def _caption(path: Path, place: Place | None, where: str) -> list[str]:

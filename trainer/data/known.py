@@ -1,0 +1,88 @@
+"""What is known of pictures from one run to the next, where there is a cache."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer import disk
+from trainer.config import DataConfig
+from trainer.data.buckets import Size
+from trainer.data.items import Item
+from trainer.errors import UserError
+
+Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
+Digests = tuple[str, str]  # as of a Sample: with the mask, and of the picture alone
+
+_SETTLED = 3  # seconds after which a file that is written again has another time
+
+
+class Known:
+    """What is known of pictures where there is a cache: the next run need not decode what it has
+    decoded once to know that it is whole, nor read again what has the same size and time."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self._path = Path(config.cache).expanduser() / "pictures.json" if config.cache else None
+        self._traits: dict[str, Any] = {}  # by digests
+        self._digests: dict[str, Any] = {}  # by stamps
+        self._is_new = False
+        if self._path and self._path.is_file():
+            try:
+                saved = json.loads(self._path.read_text(encoding="utf-8"))
+                self._traits, self._digests = dict(saved["pictures"]), dict(saved["files"])
+            except (OSError, ValueError, TypeError, KeyError):
+                self._traits = {}  # it only saves time
+
+    def stamp(self, item: Item) -> str | None:
+        """What tells that a picture is as it was, without reading it: its files' sizes and times.
+
+        None where it does not: of what is in no file of its own, and of what has just been written,
+        as it may be again at what a file system calls the same time.
+        """
+        stats = [(os.path.abspath(file), file.stat()) for file in item.files]
+        latest = max((stat.st_mtime for _, stat in stats), default=math.inf)
+        if not self._path or latest > time.time() - _SETTLED:
+            return None
+        files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        key = (item.path, self._config.mask == "file", files)
+        return hashlib.sha256(repr(key).encode()).hexdigest()
+
+    def digests(self, stamp: str | None) -> Digests | None:
+        """Those of the picture with this stamp."""
+        try:
+            digest, of_picture = self._digests[stamp or ""]
+            return str(digest), str(of_picture)
+        except (KeyError, ValueError, TypeError):
+            return None
+
+    def traits(self, digests: Digests) -> Traits | None:
+        """Those of the picture with these digests, unless it is too large by now."""
+        try:
+            height, width, is_transparent, notes = self._traits[digests[0]]
+            fits = height * width <= self._config.max_pixels
+            return ((height, width), is_transparent, notes) if fits else None
+        except (KeyError, ValueError, TypeError):
+            return None
+
+    def add(self, stamp: str | None, digests: Digests, traits: Traits) -> None:
+        size, is_transparent, notes = traits
+        self._traits[digests[0]] = [*size, is_transparent, notes]
+        if stamp:
+            self._digests[stamp] = digests
+        self._is_new = True
+
+    def save(self) -> None:
+        if self._path and self._is_new:
+            copies = {"pictures": {**self._traits}, "files": {**self._digests}}  # threads may add
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                disk.replace_text(self._path, json.dumps(copies))
+            except OSError as error:
+                raise UserError(
+                    f"data.cache={self._path.parent} cannot be written: {error}; name another "
+                    "folder, or set data.cache=null"
+                ) from error
