@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim import cuda, features, gpu, native, plan
-from optim.codecs import FactoredSign, join, split
+from optim.codecs import FactoredSign, join, salts, split
 from optim.interface import Engine, Owner, RuledOwner
 from optim.projected import NativeProjectedEngine
 from optim.projected_cuda import CudaProjectedEngine
@@ -65,7 +65,7 @@ class TorchEngine:
         u, moments = optimizer.rule(h, w, g, moments)
         state["step"] += 1
         state["nonfinite"] += (~h.usable).sum()
-        for salt, name in enumerate(codecs, start=1):
+        for name, salt in salts(codecs).items():
             if name in moments:
                 parts = codecs[name].encode(moments[name], key, salt)
                 for part, value in join({name: parts}).items():

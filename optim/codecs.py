@@ -319,6 +319,12 @@ def stored(
     return codecs if square is None else codecs | {square: nonnegative(storage, shape, view)}
 
 
+def salts(codecs: Iterable[str]) -> dict[str, int]:
+    """The moments of a parameter, by their names, with the numbers that their random bits differ
+    by."""
+    return {name: salt for salt, name in enumerate(codecs, start=1)}
+
+
 def layout(codecs: Iterable[Codec], shape: tuple[int, ...]) -> tuple[int, int]:
     """The (R, C) matrix by which the draws of a parameter of this shape are addressed: the view of
     its codecs, of which there is one at most, or a single row.  Moments of another shape (of a

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optim import plan
-from optim.codecs import Factored, FactoredSign, layout, split
+from optim.codecs import Factored, FactoredSign, layout, salts, split
 from optim.interface import Owner
 from optim.share import Places, Share, Trait, addresses_of, pairs, same_state, where
 
@@ -197,7 +197,8 @@ class DescriptorEngine:
         for name in ("start", "numerator", "denominator"):
             setattr(d.samples, name, state[name].data_ptr() if name in state else 0)
         vectors = partials = 0
-        for salt, (name, codec) in enumerate(codecs.items(), start=1):
+        for name, salt in salts(codecs).items():
+            codec = codecs[name]
             if name == "grad_sum":
                 d.samples.sum = plan.moment_of(codec, split(state, name), salt)
             if name not in plan.SLOTS:

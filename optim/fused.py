@@ -340,8 +340,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         states.check_keys(name, state_dict)
         saved_groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
-        expected = {*self.default_options(), *self.shared} - {"backend"}
-        states.check_groups(name, self.param_groups, expected, state_dict)
+        known = {*self.default_options()} - {"backend"}
+        states.check_groups(name, self.param_groups, known, {*self.shared}, state_dict)
+        saved_groups = [
+            {option: group[option] for option in known} | saved_group
+            for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
+        ]
         saved = [(index, group) for group in saved_groups for index in group["params"]]
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optim import gpu, plan, reference
 from optim.backend import TorchEngine, grad_of
-from optim.codecs import Codec, join, split, stored
+from optim.codecs import Codec, join, salts, split, stored
 from optim.features import Features, usable
 from optim.fused import FusedOptimizer, uncompiled
 from optim.idle import IdleOption
@@ -187,7 +187,7 @@ class Sophia(FusedOptimizer):
     def _estimate(self, index: int, group: dict[str, Any], param: Tensor, scale: float) -> None:
         """The estimate of one parameter: decode, average, encode."""
         codecs, state = self.codecs(param, group), self.state_of(param, group)
-        codec, salt = codecs["hessian"], [*codecs].index("hessian") + 1
+        codec, salt = codecs["hessian"], salts(codecs)["hessian"]
         raw = grad_of(param).float()
         h = SimpleNamespace(**group | {"usable": usable(raw)})
         state["nonfinite"] += (~h.usable).sum()

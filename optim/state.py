@@ -60,11 +60,18 @@ def check_keys(optimizer: str, state_dict: dict[str, Any]) -> None:
 
 
 def check_groups(
-    optimizer: str, groups: list[dict[str, Any]], options: set[str], state_dict: dict[str, Any]
+    optimizer: str,
+    groups: list[dict[str, Any]],
+    options: set[str],
+    shared: set[str],
+    state_dict: dict[str, Any],
 ) -> None:
     """Raise ValueError, saying what differs, where a saved state's version or groups are not those
-    of `optimizer` (its class's name), which has these groups and options.  What has no label is
-    judged by its keys."""
+    of `optimizer` (its class's name), which has these groups, options and shared numbers.
+
+    What has no label is judged by its keys; of what has one an option may be missing, which the
+    release that saved it had not yet.
+    """
     for group in state_dict["param_groups"]:
         version = group.get("state_version", VERSION)
         if version != VERSION:
@@ -90,8 +97,8 @@ def check_groups(
             f"and the saved state has {sizes}"
         )
     for group in state_dict["param_groups"]:  # LR schedulers may have added keys of their own
-        missing = sorted(options - set(group))
-        if missing:
+        needed = shared if "optimizer" in group else options | shared
+        if missing := sorted(needed - set(group)):
             raise ValueError(
                 f"the saved state is not of {optimizer}: its groups lack {', '.join(missing)}"
             )

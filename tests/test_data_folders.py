@@ -169,5 +169,15 @@ def test_kohyas_repeats_in_folder_names_are_pointed_out(pictures, load, caplog):
     assert len(load().samples) == 16
     (said,) = (message for message in caplog.messages if "called as kohya" in message)
     assert "10_cat" in said
+    assert "repeats: 10, caption: cat}" in said
     assert "1_dog" not in said
     assert "2024" not in said
+
+
+def test_tables_that_are_called_otherwise_are_named(pictures, load, caplog):
+    (pictures / "metadata.csv").write_text("file_name,text\nred.png,listed\n")
+    for name in ("captions.csv", "train.JSONL"):
+        (pictures / name).write_text("file_name,text\n")
+    assert "listed" in [sample.caption for sample in load().samples]
+    (said,) = (message for message in caplog.messages if "tables are passed over" in message)
+    assert said.startswith("data: 2 tables are passed over (metadata.csv and metadata.jsonl are")

@@ -119,6 +119,11 @@ def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
         target = tmp_path / f"{name}.safetensors"
         assert run_export(capsys, folder / "checkpoints/step-000001", target)[0] == 0
         assert caplog.text.count("for another noise schedule than the model's") == times
+        for path in (target, folder / "lora/adafactor8bit-lora.safetensors"):
+            told = safe_open(path, "pt").metadata()
+            kind, is_v = ("epsilon", "False") if options else ("v", "True")
+            assert told["modelspec.prediction_type"] == kind
+            assert (told["ss_v_parameterization"], told["ss_zero_terminal_snr"]) == (is_v, is_v)
 
 
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):

@@ -1,10 +1,11 @@
 """What is trained: the parts and layers that are asked for, and nothing else."""
 
+import shlex
 import shutil
 
 import pytest
 import torch
-from helpers import assert_same_weights, rows, weights
+from helpers import QUICK, assert_same_weights, rows, weights
 from models import make_sd15
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from trainer import conditioning, method
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
 from trainer.model import Model
+from trainer.run import run
 
 CPU = torch.device("cpu")
 
@@ -138,6 +140,34 @@ def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
         other = composed("method=lora", "method.rank=8", f"method.start_from={file}")
         with pytest.raises(ValueError, match=r"is rank 4, alpha 2 in the file and rank 8"):
             attached(other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["method.rank=4", "method.alpha=2", "method.rslora=true"],
+        ["method.rank=2", "method.dora=true", "method.targets=[to_q,to_out.0,ff.net.0.proj]"],
+        ["method.rank=3", "method.train=[unet,text_encoder]", "method.targets=[conv1,proj_in]"],
+        ["method.rank=3", "method.train=[text_encoder_2]", "method.text_targets=[fc1,q_proj]"],
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused_early_with_the_options_that_do(
+    composed, tmp_path, monkeypatch, options
+):
+    model, file = attached(composed("method=lora", *options)), tmp_path / "some.safetensors"
+    with torch.no_grad():
+        for name, tensor in method.trained_tensors(model).items():
+            tensor.add_(0.01 if "lora_B" in name else 0)
+    lora.save_lora(file, "diffusers", model.trained_parts, "sdxl")
+    start = f"method.start_from={file}"
+    monkeypatch.setattr(conditioning, "encode", lambda *_: pytest.fail("too late"))
+    train = next((o for o in options if "train=" in o), "method.train=[unet]")
+    with pytest.raises(UserError, match=r"^the LoRA does not fit the run: ") as refused:
+        run(composed(*QUICK, "method=lora", "method.rank=16", train, start), tmp_path / "run")
+    fitting = shlex.split(str(refused.value).partition("a run that it fits has ")[2])
+    again = attached(composed("method=lora", *fitting, start), seed=1)
+    for name, tensor in method.trained_tensors(again).items():
+        assert torch.equal(tensor, method.trained_tensors(model)[name]), name
 
 
 def test_a_run_that_started_from_a_lora_is_resumed_without_its_file(quick, tmp_path):

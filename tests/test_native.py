@@ -3,6 +3,7 @@ the same gradients, one step of each, so that roundings do not add up."""
 
 import copy
 import math
+import re
 import sys
 
 import pytest
@@ -411,3 +412,13 @@ def test_weights_are_written_as_torch_rounds_them(dtype, rounding, decay):
         optim.build("sgd", [param], backend=backend, **options).step()
         moved.append(param.detach())
     assert torch.equal(*moved)
+
+
+def test_flags_are_the_same_bits_on_both_sides():
+    header = (REPOSITORY / "csrc/core/types.h").read_text()
+    found = re.findall(
+        r"^    k(\w+) = 1 << (\d+),", header.partition("enum Flag ")[2], re.MULTILINE
+    )
+    names = [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name, _ in found]
+    assert names == list(plan.FLAGS)
+    assert [int(bit) for _, bit in found] == list(range(len(found)))

@@ -93,6 +93,21 @@ def test_a_changed_learning_rate_is_used_after_resume_where_it_is_allowed(
     )
 
 
+def test_a_checkpoint_of_before_an_option_existed_is_resumed(quick, monkeypatch):
+    folder = quick("run", "runtime.save_every=2")
+    shutil.rmtree(folder / "checkpoints/step-000004")
+    load = checkpoint.load
+
+    def older(path):
+        found = load(path)
+        del found.config["noise"]["offset"], found.config["optim"]["cautious"]
+        return found
+
+    monkeypatch.setattr(checkpoint, "load", older)
+    quick("run", f"resume={folder}")
+    assert (folder / "checkpoints/step-000004").is_dir()
+
+
 def test_another_optimizer_on_resume_is_refused(quick, command):
     folder = quick("run")
     changed = ["optim=lion", "runtime.allow_config_change=true"]

@@ -333,8 +333,11 @@ def to_resume(config: Config) -> Checkpoint | None:
     if config.schedule.warmup_steps is None:
         known.add("schedule.warmup_steps")
     keys = [key for key in keys if key not in known]
+    # Of an option that there was not yet, the run knew what is its default now.
     changed = {
-        k: f"{k}: {there.get(k)} -> {here.get(k)}" for k in keys if here.get(k) != there.get(k)
+        k: f"{k}: {there[k]} -> {here.get(k)}"
+        for k in keys
+        if k in there and here.get(k) != there[k]
     }
     fixed = {"optim.name", "optim.class_path", "method.name", "method.rank"} & changed.keys()
     if fixed:

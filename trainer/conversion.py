@@ -294,10 +294,14 @@ def _export_saved_lora(
 ) -> None:
     base, variant = saved.model.path, saved.model.variant
     kind, models = _named(base, variant)
+    told = saved.metadata
     if base not in architectures.PUBLISHED:
-        _warn_of_noise(saved.noise, origin.at(base, variant))
+        own = origin.at(base, variant).config("scheduler")
+        trained = noise.scheduler_config(saved.noise, own)
+        told |= metadata.prediction(trained)
+        _warn_of_noise(trained, own)
     held = _adapters_of(saved.parts, saved.method)
-    _write_lora(saved.folder, target, form or "kohya", dtype, kind, models, held, saved.metadata)
+    _write_lora(saved.folder, target, form or "kohya", dtype, kind, models, held, told)
 
 
 def _export_saved_model(
@@ -321,10 +325,9 @@ def _export_saved_model(
     _write_model(target, found, parts, form, dtype, scheduler, trainer)
 
 
-def _warn_of_noise(noising: NoiseConfig, model: origin.Origin) -> None:
+def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
     """Warn where a LoRA was trained with another noise schedule than its model's."""
-    own = model.config("scheduler")
-    if metadata.noise(noise.scheduler_config(noising, own)) != metadata.noise(own):
+    if metadata.noise(trained) != metadata.noise(own):
         log.warning(
             "the adapter is for another noise schedule than the model's, which whoever loads it "
             "must set; the run's result has it in lora/scheduler"

@@ -37,25 +37,28 @@ def attach(
     scripts write one of zeros; readers of LoRA files do not need it.
     Raises UserError for a part that the model lacks and a target that names no module.
     """
-    for part in config.train:
-        model.trained_parts[part].requires_grad_(True).train()
-    if model.text_encoder:
-        model.text_encoder.freeze_unused()
+    layers = _begin(config, model)
     if not isinstance(config, LoraConfig):
         return
-    layers = {part: _trainable_layers(model.trained_parts[part]) for part in config.train}
     for part in config.train:
         _add_adapters(config, part, model.trained_parts[part], layers[part], seed)
     if config.start_from and not is_resumed:
-        _start_from(Path(config.start_from).expanduser(), model, layers)
+        adapters.fill(model.trained_parts, _start(config.start_from, model, layers))
+        log.info("adapters start from %s", config.start_from)
 
 
-def check(config: FullConfig | LoraConfig, model: Model) -> None:
-    """Refuse targets and rules that match nothing in the model, before encoding, which may take
-    hours, and before the UNet is loaded."""
+def check(config: FullConfig | LoraConfig, model: Model, is_resumed: bool = False) -> None:
+    """Refuse targets and rules that match nothing in the model, and adapters to start from that are
+    others than the run's, before encoding, which may take hours, and before the UNet is loaded."""
     if isinstance(config, LoraConfig) or config.rules:
         empty = attached_on_meta(config, model)
         groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
+        if isinstance(config, LoraConfig) and config.start_from and not is_resumed:
+            with torch.device("meta"):
+                bare = model.on_meta(config.train)
+                layers = _begin(config, bare)
+            found = _start(config.start_from, bare, layers)
+            adapters.refuse_others(empty.trained_parts, found)
 
 
 def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
@@ -66,6 +69,16 @@ def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
         empty = model.on_meta(config.train)
         attach(config, empty, seed=0)
     return empty
+
+
+def _begin(config: FullConfig | LoraConfig, model: Model) -> dict[str, list[str]]:
+    """Let the parts that are trained require gradients, but for what nothing is read from; -> of
+    each the linear and convolution layers that do."""
+    for part in config.train:
+        model.trained_parts[part].requires_grad_(True).train()
+    if model.text_encoder:
+        model.text_encoder.freeze_unused()
+    return {part: _trainable_layers(model.trained_parts[part]) for part in config.train}
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
@@ -158,11 +171,12 @@ def _set_magnitudes(module: nn.Module) -> None:
                 magnitude.copy_(norms.view_as(magnitude))
 
 
-def _start_from(path: Path, model: Model, layers: dict[str, list[str]]) -> None:
-    """Give the adapters the values of a LoRA file, which must have their ranks and scales.
+def _start(start_from: str, model: Model, layers: dict[str, list[str]]) -> adapters.Adapters:
+    """The adapters of a LoRA file that a run starts from.
 
     layers: of the trained parts, those whose output is used; adapters of others have no effect.
     """
+    path = Path(start_from).expanduser()
     found = lora.read(path, model.trained_parts)
     if missing := sorted(found.keys() - layers.keys()):
         raise UserError(
@@ -175,8 +189,7 @@ def _start_from(path: Path, model: Model, layers: dict[str, list[str]]) -> None:
     }
     if spare := sum(map(len, found.values())) - sum(map(len, used.values())):
         log.info("%s: %d adapters are of layers that nothing is read from", path, spare)
-    adapters.fill({part: model.trained_parts[part] for part in layers}, used)
-    log.info("adapters start from %s", path)
+    return used
 
 
 def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> list[str]:

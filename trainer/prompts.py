@@ -73,7 +73,12 @@ def of_config(config: LogConfig, side: int) -> list[Prompt]:
     Raises UserError that names the prompt for an option that there is not, or a value that cannot
     be.
     """
-    return [_of_line(line, place, config, side) for place, line in enumerate(config.prompts)]
+    try:
+        return [_of_line(line, place, config, side) for place, line in enumerate(config.prompts)]
+    except UserError as error:
+        file = config.prompts_file
+        where = f"log.prompts_file={file}" if file else "log.prompts"
+        raise UserError(f"{where}, {error}") from error
 
 
 def of_caption(caption: str, place: int, config: LogConfig, size: Size) -> Prompt:
@@ -96,7 +101,7 @@ def _of_line(line: str, place: int, config: LogConfig, side: int) -> Prompt:
     plain = of_caption(text.strip(), place, config, (side, side))
     prompt = replace(plain, line=line, **given)
     if wrong := _complaint(prompt, given):
-        raise UserError(f"log.prompts, {line!r}: {wrong}")
+        raise UserError(f"{line!r}: {wrong}")
     return prompt
 
 
@@ -104,12 +109,12 @@ def _option(option: str, line: str) -> tuple[str, Any]:
     """`w 832` -> (width, 832)."""
     name, *rest = option.split(maxsplit=1)
     if name not in _OPTIONS:
-        raise UserError(f"log.prompts, {line!r}: {unknown('option of a prompt', name, _OPTIONS)}")
+        raise UserError(f"{line!r}: {unknown('option of a prompt', name, _OPTIONS)}")
     field, kind = _OPTIONS[name]
     try:
         return field, kind(rest[0].strip() if rest else "")
     except ValueError:
-        raise UserError(f"log.prompts, {line!r}: --{name} takes a number") from None
+        raise UserError(f"{line!r}: --{name} takes a number") from None
 
 
 def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:

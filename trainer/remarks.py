@@ -78,7 +78,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("log.negative_prompt",), _never_guided, "log.guidance_scale above 1"),
     (("log.prompts_file",), _other_prompts, "no log.prompts beside it"),
     (("schedule.steps",), lambda c: c.schedule.epochs is not None, "schedule.epochs=null"),
-    (("log.sample_count",), lambda c: bool(c.log.prompts), "log.prompts=[]"),
+    (("log.sample_count",), lambda c: bool(c.log.prompts), "neither log.prompts nor prompts_file"),
     (
         ("log.sample_every", "log.sample_steps", "log.guidance_scale"),
         _nothing_drawn,

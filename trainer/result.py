@@ -50,7 +50,8 @@ def export(
     for kind in method.export:
         if isinstance(method, LoraConfig):
             target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
-            lora.save_lora(target, kind, parts, model.origin.kind, dtype, more_metadata)
+            told = more_metadata | metadata.prediction(model.scheduler)
+            lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
             writing.save_single_file(

@@ -129,7 +129,7 @@ def assemble(
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     noise_schedule = noise.training_schedule(model.scheduler, config.noise)
-    method.check(config.method, model)
+    method.check(config.method, model, is_resumed=resumed is not None)
     planned = planner.announce(config, model, device)
     model.keep_text_encoders(config.method.train)
     drawn = prompts.of_config(config.log, config.data.largest_resolution)

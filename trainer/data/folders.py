@@ -70,9 +70,11 @@ _ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # text that 
 _RUNS = "folders of runs are passed over (name one itself as data.path to read it)"
 _COUNTED = re.compile(r"(?!1_)\d+_.")  # 10_cat: ten times
 _REPEATS = (
-    "folders are called as kohya's scripts want repeats, which are not counted here (name each in "
-    "data.sources, with its repeats)"
+    "folders are called as kohya's scripts want repeats and a caption, which are not read (name "
+    "each: 'data.sources=[{path: FOLDER/10_cat, repeats: 10, caption: cat}, ...]')"
 )
+_TABLES = (".csv", ".tsv", ".jsonl")
+_OTHER_TABLES = "tables are passed over (metadata.csv and metadata.jsonl are read)"
 _HIDDEN = "hidden pictures, or folders of them, are passed over (a dot begins their names)"
 
 
@@ -200,7 +202,9 @@ def name_unused(
         if stem not in beside.pictures
     }
     for file in files:
-        if file not in listed and (kind := _unused(file, masks, texts)):
+        if file.suffix.lower() in _TABLES and file.name not in metadata.READERS:
+            reading.remarks[_OTHER_TABLES].append(shown(file))
+        elif file not in listed and (kind := _unused(file, masks, texts)):
             reading.problems[kind].append(shown(file))
 
 

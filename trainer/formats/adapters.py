@@ -1,6 +1,7 @@
 """Low-rank adapters as numbers: what one adds to a module's weight, taken from PEFT's modules and
 put back into them."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 
 NAME = "default"  # PEFT's for an adapter that was given none
+# What of a module's name says which of many blocks it is in.
+_IN_A_BLOCK = re.compile(r".*\.(transformer_blocks|attentions|resnets|\w+samplers|layers)\.\d+\.")
 
 
 class OtherModel(UserError):
@@ -91,12 +94,9 @@ def module_names(model: nn.Module) -> list[str]:
     return names
 
 
-@torch.no_grad()
-def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
-    """Put adapters' values into the PEFT modules that are there.
-
-    Raises UserError, before any is changed, where modules, ranks, scales or DoRA differ.
-    """
+def refuse_others(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
+    """Raise UserError, with the options of a run that they would fit, where adapters are not those
+    of the PEFT modules that are there: where modules, ranks, scales or DoRA differ."""
     own = of_models({part: models[part] for part in adapters})
     for part, found in adapters.items():
         for path in sorted(found.keys() | own[part].keys()):
@@ -109,8 +109,36 @@ def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
             if here != there:
                 raise UserError(
                     f"the LoRA does not fit the run: {part}.{path} is {there} in the file and "
-                    f"{here} here"
+                    f"{here} here; a run that it fits has {_options_of(adapters)}"
                 )
+
+
+def _options_of(adapters: Adapters) -> str:
+    """The options of a run with these adapters, as they are written on a command line."""
+    every = [adapter for found in adapters.values() for adapter in found.values()]
+    rank, alpha = commonest(every)
+    is_dora = any(adapter.magnitude is not None for adapter in every)
+    targets: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
+    for part, found in adapters.items():
+        ends = (_IN_A_BLOCK.sub("", path) for path in found)
+        targets["targets" if part == "unet" else "text_targets"] |= dict.fromkeys(ends)
+    lists = [f"'method.{key}=[{','.join(ends)}]'" for key, ends in targets.items() if ends]
+    return " ".join(
+        [
+            f"method.rank={rank} method.alpha={alpha:g} method.rslora=false",
+            f"method.dora={str(is_dora).lower()} 'method.train=[{','.join(adapters)}]'",
+            *lists,
+        ]
+    )
+
+
+@torch.no_grad()
+def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
+    """Put adapters' values into the PEFT modules that are there.
+
+    Raises UserError, before any is changed, as `refuse_others`.
+    """
+    refuse_others(models, adapters)
     for part, found in adapters.items():
         layers = dict(models[part].named_modules())
         for path, adapter in found.items():

@@ -134,6 +134,18 @@ def _modelspec(architecture: str, title: str, side: int) -> dict[str, str]:
     }
 
 
+def prediction(scheduler: dict[str, Any]) -> dict[str, str]:
+    """What a LoRA's metadata says of the noise that it was trained on, which whoever loads it must
+    set: modelspec's key, and those of kohya's scripts."""
+    of = noise(scheduler)
+    is_v = of["prediction_type"] == "v_prediction"
+    return {
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+        "ss_v_parameterization": str(is_v),
+        "ss_zero_terminal_snr": str(bool(of["rescale_betas_zero_snr"])),
+    }
+
+
 def carried(described: Mapping[str, str]) -> dict[str, str]:
     """What a LoRA's metadata says of its training and its title, for another file of it.
 
