@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from optim.codecs import Codec, Given
+from optim.features import DEFAULTS
 from optim.interface import RuledOwner
 from optim.projection import sides_of
 from optim.share import Place
 
-# What the step of a projection has of its group's options.
+# What the step of a projection has of its group's options: no feature, and those that say how
+# moments are stored.
+_KEPT = ("storage", "factor_1d", "on_nonfinite", "seed", "backend")
 _BARE: dict[str, Any] = {
+    **{name: default for name, default in DEFAULTS.items() if name not in _KEPT},
     **{"lr": -1.0, "weight_decay": 0.0, "rounding": "nearest", "clip_threshold": None},
-    **{"growth_limit": None, "grad_clip": None, "max_grad_norm": None},
-    **dict.fromkeys(("orthograd", "cautious", "grams", "cautious_decay"), False),
 }
 
 

@@ -280,6 +280,22 @@ def test_what_help_names_as_changed_first_are_options(command):
     compose_raw("data=folder", "model=sdxl", *(f"{key}={value}" for key, value in named))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["seed=3", "--cfg", "job", "optim=lion"],
+        ["-c", "job", "seed=3", "optim=lion"],
+        ["seed=3", "--config-dir", ".", "optim=lion", "--cfg=job"],
+        ["seed=3", "--resolve", "optim=lion", "-c", "job"],
+    ],
+)
+def test_flags_may_stand_between_options(command, arguments):
+    status, out, err = command(*arguments)
+    assert (status, err) == (0, "")
+    assert "seed: 3" in out
+    assert "name: lion" in out
+
+
 def test_several_experiments_are_a_list(composed):
     both = composed("experiment=[low_memory,smoke]")
     assert both.runtime.fused_backward

@@ -26,7 +26,7 @@ from helpers import SWIFT
 from torch.nn import Parameter
 
 import optim
-from optim import native, plan
+from optim import gpu, native, plan
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from bench.checks import PROJECTED_SLACK
@@ -422,3 +422,14 @@ def test_flags_are_the_same_bits_on_both_sides():
     names = [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name, _ in found]
     assert names == list(plan.FLAGS)
     assert [int(bit) for _, bit in found] == list(range(len(found)))
+
+
+def test_passes_over_tiles_are_asked_for_by_the_same_flags_on_both_sides():
+    """`_PASSES` of `optim/gpu.py`, by which a GPU launches, and what tensors ask for in C++."""
+    header = (REPOSITORY / "csrc/engine/tensor.h").read_text()
+    asked = {
+        name: {re.sub(r"(?<!^)(?=[A-Z])", "_", flag[1:]).lower() for flag in flags.split(" | ")}
+        for name, flags in re.findall(r"wants_(\w+)\(const Hyper.*has\(h, ([^)]*)\); \}", header)
+    }
+    asked["measure"] = asked.pop("measure_of_grad") | asked.pop("measure_of_weight")
+    assert asked == {name: set(flags) for name, flags, _ in gpu._PASSES if flags}

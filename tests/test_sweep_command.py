@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from test_sweep import sweep_of
@@ -54,6 +58,17 @@ def test_the_page_of_a_sweep_is_written_anew(compare, folder):
     assert (folder / "sweep.md").read_text().startswith("# sweep\n")
     assert (folder / "curves.png").is_file()
     assert compare(folder, "--out", folder)[0] == 0
+
+
+def test_a_reader_that_has_enough_is_no_error_and_the_files_are_there(folder):
+    command = [sys.executable, "-m", "trainer.sweep", folder, "--csv", folder / "runs.csv"]
+    ours, theirs = os.pipe()
+    os.close(ours)
+    found = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, timeout=300, check=False)
+    os.close(theirs)
+    assert (found.returncode, found.stderr) == (-signal.SIGPIPE, b"")
+    assert (folder / "runs.csv").is_file()
+    assert (folder / "sweep.md").is_file()
 
 
 def test_runs_of_several_folders_are_compared_and_kept_where_it_is_said(compare, folder, tmp_path):

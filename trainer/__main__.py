@@ -117,7 +117,7 @@ def main() -> None:
     cli.register()
     cli.refuse_dashes(sys.argv[1:])
     cli.refuse_repeated(sys.argv[1:])
-    sys.argv[1:] = cli.with_resumed(sys.argv[1:])
+    sys.argv[1:] = cli.flags_last(cli.with_resumed(sys.argv[1:]))
     try:
         train()
     except Exception as error:  # of the composition; Hydra and OmegaConf raise many kinds

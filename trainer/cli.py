@@ -4,6 +4,7 @@ inherits."""
 import argparse
 import itertools
 import math
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -62,15 +63,15 @@ and for optimizers in the docstrings of
 A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
 
-# Flags of Hydra that take a value.
+# Flags of Hydra that take a value, and how they may be shortened.
 _HYDRA_FLAGS = {
-    "cfg",
-    "package",
-    "config-path",
-    "config-name",
-    "config-dir",
-    "info",
-    "experimental-rerun",
+    "cfg": "c",
+    "package": "p",
+    "config-path": "cp",
+    "config-name": "cn",
+    "config-dir": "cd",
+    "info": "i",
+    "experimental-rerun": "experimental-rerun",
 }
 # Of a command line, what a later one that resumes the run must say itself.
 _ONCE = {"resume", "runtime.allow_config_change"}
@@ -141,6 +142,22 @@ def refuse_repeated(arguments: list[str]) -> None:
             both = ",".join(choices)
             remedy = f"write {group}=[{both}]" if group == "experiment" else "leave one out"
             fail(f"{group} is chosen more than once ({both}), and only the last counts; {remedy}")
+
+
+def flags_last(arguments: list[str]) -> list[str]:
+    """The command line with its options together, in their order, and then its flags: Hydra takes
+    no flag between options."""
+    takes_value = {f"--{name}" for name in _HYDRA_FLAGS} | {f"-{s}" for s in _HYDRA_FLAGS.values()}
+    options, flags = list[str](), list[str]()
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            options.append(argument)
+            continue
+        flags.append(argument)
+        if argument in takes_value:
+            flags += [value] if (value := next(rest, None)) is not None else []
+    return options + flags
 
 
 def refuse_dashes(arguments: list[str]) -> None:
@@ -237,6 +254,12 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def end_with_the_reader() -> None:
+    """From now on end without a word where nobody reads what is printed: `... | head`."""
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def fail(message: str) -> NoReturn:

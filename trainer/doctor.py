@@ -263,4 +263,5 @@ def _traits(config: dict[str, Any]) -> tuple[Any, ...]:
 
 
 if __name__ == "__main__":
+    cli.end_with_the_reader()
     main()

@@ -180,4 +180,5 @@ def _numbers(plan: planner.Plan, room: planner.Room) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    cli.end_with_the_reader()
     main()

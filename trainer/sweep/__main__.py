@@ -43,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = given.out or own
         pages = [] if out is None or _is_same(out, own) else [out / name for name in page.FILES]
         _refuse_existing([*texts.values(), *pages])
-        print(sweep_table([summary for _, summary in found]))
         for kind, path in texts.items():
             _write_new(path, _FORMATS[kind](found))
         if out:
             out.mkdir(parents=True, exist_ok=True)
             page.write(out, found)
-            print(f"\n{out / page.TABLE}")
+        print(sweep_table([summary for _, summary in found]))
+        written = [*texts.values(), *([out / page.TABLE] if out else [])]
+        print("".join(f"\n{path}" for path in written))
     except (UserError, OSError) as error:
         cli.fail(str(error))
 
@@ -109,8 +110,8 @@ def _write_new(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
-    print(f"\n{path}")
 
 
 if __name__ == "__main__":
+    cli.end_with_the_reader()
     main()
