@@ -1,5 +1,6 @@
 """What is trained: the parts and layers that are asked for, and nothing else."""
 
+import re
 import shlex
 import shutil
 
@@ -35,6 +36,56 @@ def test_targets_are_patterns_at_the_end_of_layers_names(composed):
     for name in names:
         assert ("attn1.to_" in name and "down_blocks" in name) or "conv" in name, name
         assert "to_v" not in name
+
+
+LOCON = [
+    *("method=lora", "method.rank=8", "method.alpha=4", "method.targets=[to_q,to_k,conv1,conv2]"),
+    "method.ranks=[{pattern: conv1, rank: 4, alpha: 1}, {pattern: 'conv|mid', rank: 2}]",
+]
+
+
+def test_some_modules_have_another_rank(composed):
+    found = adapters.of_models(attached(composed(*LOCON)).trained_parts)["unet"]
+    for name, adapter in found.items():
+        first, second = "conv1" in name, "conv2" in name or "mid" in name
+        assert (adapter.rank, adapter.alpha) == (
+            (4, 1.0) if first else (2, 4.0) if second else (8, 4.0)
+        )
+    assert {adapter.rank for adapter in found.values()} == {2, 4, 8}
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_adapters_of_several_ranks_are_exported_and_started_from(quick, composed, kind):
+    folder = quick("run", *LOCON, f"method.export=[{kind}]")
+    (file,) = (folder / "lora").glob("*.safetensors")
+    model = attached(composed(*LOCON, f"method.start_from={file}"))
+    trained = weights(folder, 4)
+    for key, tensor in method.trained_tensors(model).items():
+        assert torch.equal(tensor, trained[key]), key
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        ("[{pattern: to_v, rank: 2}]", r"method.ranks\[0\]: to_v is in the name of no module"),
+        (
+            "[{pattern: to, rank: 2}, {pattern: to_q, rank: 4}]",
+            r"method.ranks\[1\]: to_q is in the name of no module .* none before it is in, such as",
+        ),
+        ("[{pattern: '(', rank: 2}]", r"method.ranks: \( is not a regular expression"),
+        ("[{pattern: to_q, rank: 0}]", r"method.ranks.0.rank=0 is out of range"),
+        ("[{pattern: to_q, rank: 2, alpha: 0}]", r"method.ranks.0.alpha=0.* is out of range"),
+        ("[{pattern: to_q}]", r"method.ranks\[0\].rank has no value"),
+        ("[{pattern: to_q, ranks: 3}]", r"ranks"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_by_name(command, ranks, says):
+    status, _, err = command(
+        *QUICK, *LOCON[:-2], "method.targets=[to_q,to_k]", f"method.ranks={ranks}"
+    )
+    assert status == 2
+    assert re.search(says, err), err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -149,6 +200,10 @@ def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
         ["method.rank=2", "method.dora=true", "method.targets=[to_q,to_out.0,ff.net.0.proj]"],
         ["method.rank=3", "method.train=[unet,text_encoder]", "method.targets=[conv1,proj_in]"],
         ["method.rank=3", "method.train=[text_encoder_2]", "method.text_targets=[fc1,q_proj]"],
+        [
+            *("method.rank=8", "method.targets=[to_q,to_k,to_out.0,conv1]"),
+            "method.ranks=[{pattern: conv, rank: 4, alpha: 1}, {pattern: 'to_out[.]0', rank: 2}]",
+        ],
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused_early_with_the_options_that_do(

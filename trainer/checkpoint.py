@@ -339,7 +339,8 @@ def to_resume(config: Config) -> Checkpoint | None:
         for k in keys
         if k in there and here.get(k) != there[k]
     }
-    fixed = {"optim.name", "optim.class_path", "method.name", "method.rank"} & changed.keys()
+    fixed = {"optim.name", "optim.class_path", "method.name", "method.rank", "method.ranks"}
+    fixed &= changed.keys()
     if fixed:
         raise UserError(
             f"resume: {changed[min(fixed)]} cannot change; the optimizer's state and the trained "

@@ -25,7 +25,8 @@ from trainer.config import choices_of, conf_dir, flatten, group_names
 _NAMES_ELSEWHERE = {
     "cache_latents_to_disk": "data.cache",
     "caption_dropout_rate": "data.caption_dropout",
-    "conv_dim": "method.targets",
+    "conv_alpha": "method.ranks",
+    "conv_dim": "method.ranks",
     "enable_bucket": "data.buckets",
     "flip_aug": "data.random_flip",
     "full_bf16": "model.dtype",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from optim import rng
 from trainer import groups
-from trainer.config import FullConfig, LoraConfig
+from trainer.config import FullConfig, LoraConfig, RankConfig
 from trainer.config.method import TRAINABLE_PARTS
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
@@ -40,8 +40,10 @@ def attach(
     layers = _begin(config, model)
     if not isinstance(config, LoraConfig):
         return
+    modules = _adapted_layers(config, layers)
+    ranks = _ranks(config, modules)
     for part in config.train:
-        _add_adapters(config, part, model.trained_parts[part], layers[part], seed)
+        _add_adapters(config, part, model.trained_parts[part], modules[part], ranks, seed)
     if config.start_from and not is_resumed:
         adapters.fill(model.trained_parts, _start(config.start_from, model, layers))
         log.info("adapters start from %s", config.start_from)
@@ -137,17 +139,52 @@ def _trainable_layers(module: nn.Module) -> list[str]:
     ]
 
 
+def _adapted_layers(config: LoraConfig, layers: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Of each part's layers, those that are asked for."""
+    keys = {part: "targets" if part == "unet" else "text_targets" for part in config.train}
+    return {
+        part: _matching(layers[part], part, key, getattr(config, key)) for part, key in keys.items()
+    }
+
+
+def _ranks(config: LoraConfig, modules: dict[str, list[str]]) -> dict[str, RankConfig]:
+    """The modules, by part and name, whose rank is not `method.rank`.
+
+    Raises UserError for a pattern that is found in none, or in those of earlier ones alone.
+    """
+    names = [f"{part}.{name}" for part, found in modules.items() for name in found]
+    chosen = {
+        name: next((one for one in config.ranks if re.search(one.pattern, name)), None)
+        for name in names
+    }
+    for number, one in enumerate(config.ranks):
+        if not any(found is one for found in chosen.values()):
+            raise UserError(
+                f"method.ranks[{number}]: {one.pattern} is in the name of no module that has an "
+                f"adapter, and that none before it is in, such as {names[0]}; correct it or leave "
+                "it out"
+            )
+    return {name: one for name, one in chosen.items() if one}
+
+
 def _add_adapters(
-    config: LoraConfig, part: str, module: nn.Module, layers: list[str], seed: int
+    config: LoraConfig,
+    part: str,
+    module: nn.Module,
+    layers: list[str],
+    ranks: dict[str, RankConfig],
+    seed: int,
 ) -> None:
-    """Adapters for those of `layers` that are asked for; of the module, nothing else is trained."""
-    key = "targets" if part == "unet" else "text_targets"
+    """Adapters for `layers`; of the module, nothing else is trained.  ranks: `_ranks`."""
+    own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
         use_rslora=config.rslora,
         use_dora=config.dora,
-        target_modules=_matching(layers, part, key, getattr(config, key)),
+        target_modules=layers,
+        rank_pattern={name: one.rank for name, one in own.items()},
+        alpha_pattern={name: one.alpha for name, one in own.items() if one.alpha is not None},
     )
     number = () if part == "unet" else (TRAINABLE_PARTS.index(part),)
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator

@@ -131,6 +131,7 @@ def _check_trained(config: Config) -> None:
 
 def _check_adapters(config: LoraConfig) -> None:
     """Refuse a LoRA that is wrong whatever the model."""
+    patterns = [("ranks", one.pattern) for one in config.ranks]
     texts = set(config.train) - {"unet"}
     for key, parts in (("targets", set(config.train) - texts), ("text_targets", texts)):
         if parts and not getattr(config, key):
@@ -138,13 +139,14 @@ def _check_adapters(config: LoraConfig) -> None:
                 f"method.{key}=[] adapts no layer of {', '.join(sorted(parts))}; name some, or "
                 f"leave it out of method.train"
             )
-        for pattern in getattr(config, key):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"method.{key}: {pattern} is not a regular expression: {error}"
-                ) from error
+        patterns += [(key, pattern) for pattern in getattr(config, key)]
+    for key, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"method.{key}: {pattern} is not a regular expression: {error}"
+            ) from error
 
 
 def _check_start(config: LoraConfig) -> None:

@@ -6,7 +6,7 @@ from trainer.config.fields import Interval, epochs_of
 from trainer.config.files import ASSETS, choices_of, conf_dir, file_name, flatten, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
-from trainer.config.method import EmaConfig, FullConfig, LoraConfig
+from trainer.config.method import EmaConfig, FullConfig, LoraConfig, RankConfig
 from trainer.config.model import DTYPES, ModelConfig
 from trainer.config.noise import NoiseConfig
 from trainer.config.optimizer import ExternalConfig, PeerConfig, optimizer_schema, peer_schema
@@ -45,6 +45,7 @@ __all__ = [
     "NoiseConfig",
     "PeerConfig",
     "PolynomialConfig",
+    "RankConfig",
     "RuntimeConfig",
     "SourceConfig",
     "WandbConfig",

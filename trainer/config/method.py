@@ -1,6 +1,7 @@
 """`method=`: which weights are trained, and how the result is written."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config.fields import TINY, Interval, interval, one_of, within
@@ -56,12 +57,23 @@ class FullConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
+class RankConfig:
+    """The rank of some adapters: 'method.ranks=[{pattern: conv, rank: 8, alpha: 4}]'."""
+
+    pattern: str  # a regular expression that is searched for in modules' names: unet.conv_in
+    rank: int = field(metadata={"range": (1, math.inf)})
+    alpha: float | None = field(default=None, metadata={"range": (TINY, math.inf)})  # null: alpha's
+
+
+@dataclass(kw_only=True)
 class LoraConfig(MethodConfig):
     """Train low-rank adapters (PEFT)."""
 
     name: str = "lora"
     rank: int = within(1)
     alpha: float = within(TINY)  # the adapter's output is scaled by alpha / rank
+    # Ranks of some adapters by their modules' names; the first whose pattern is found counts.
+    ranks: list[RankConfig]
     rslora: bool  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
     # Train each output's magnitude apart from its direction (DoRA: Liu et al. 2024, 2402.09353).
     dora: bool

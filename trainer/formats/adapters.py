@@ -119,10 +119,18 @@ def _options_of(adapters: Adapters) -> str:
     rank, alpha = commonest(every)
     is_dora = any(adapter.magnitude is not None for adapter in every)
     targets: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
+    others: dict[str, None] = {}
     for part, found in adapters.items():
-        ends = (_IN_A_BLOCK.sub("", path) for path in found)
-        targets["targets" if part == "unet" else "text_targets"] |= dict.fromkeys(ends)
+        for path, adapter in found.items():
+            end = _IN_A_BLOCK.sub("", path)
+            targets["targets" if part == "unet" else "text_targets"][end] = None
+            if (adapter.rank, adapter.alpha) != (rank, alpha):
+                where = f"{part}.*{end.replace('.', '[.]')}$"
+                others[
+                    f"{{pattern: '{where}', rank: {adapter.rank}, alpha: {adapter.alpha:g}}}"
+                ] = None
     lists = [f"'method.{key}=[{','.join(ends)}]'" for key, ends in targets.items() if ends]
+    lists += [f'"method.ranks=[{", ".join(others)}]"'] if others else []
     return " ".join(
         [
             f"method.rank={rank} method.alpha={alpha:g} method.rslora=false",
