@@ -203,7 +203,9 @@ def test_an_entry_that_is_not_finite_is_named_when_it_is_used_and_made_again(loa
     for path in entries(cache):
         replaced(lambda x: x / 0)(path)
     latents = Store(str(cache), "float32").latents(samples, "vae", vae.make)
-    with pytest.raises(UserError, match=r"latents/.* was not finite and is deleted; resume"):
+    with pytest.raises(
+        UserError, match=r"latents/.* was not finite and is deleted; a run that is resumed"
+    ):
         latents[0]
     assert vae.encoded == 4
     latents = Store(str(cache), "float32").latents(samples, "vae", vae.make)
@@ -247,7 +249,9 @@ def test_a_run_whose_cache_is_gone_is_saved_and_goes_on(quick, cache, tmp_path, 
 
     between_steps = trainer.run._between_steps
     monkeypatch.setattr(trainer.run, "_between_steps", gone)
-    with pytest.raises(UserError, match=r"made again \(resume=\S*/run/checkpoints/step-000002\)$"):
+    with pytest.raises(
+        UserError, match=r"makes it again \(resume=\S*/run/checkpoints/step-000002\)$"
+    ):
         quick("run", *options)
     monkeypatch.setattr(trainer.run, "_between_steps", between_steps)
     quick("run", *options, f"resume={tmp_path / 'run'}")

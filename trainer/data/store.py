@@ -62,14 +62,14 @@ class Entries:
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the cache's {path} was there when the run began and cannot be read now: {error}; "
-                "resume the run, and it is made again"
+                "a run that is resumed, or started again, makes it again"
             ) from error
         if not _is_finite(entry):
             with suppress(OSError):
                 path.unlink()  # else the next run would find it again
             raise UserError(
-                f"the cache's {path} was not finite and is deleted; resume the run, and it is made "
-                "again"
+                f"the cache's {path} was not finite and is deleted; a run that is resumed, or "
+                "started again, makes it again"
             )
         return entry
 
