@@ -55,12 +55,16 @@ def test_names_are_the_same_in_any_unicode_normalisation(load, pictures, caplog,
         Image.new("RGB", (64, 64)).save(pictures / name)
     Image.new("L", (64, 64)).save(pictures / f"{written}.mask.png")
     (pictures / f"{written}.txt").write_text("beside")
-    line = {"file_name": f"b{written}.png", "text": "listed"}
+    Image.new("L", (64, 64)).save(pictures / f"c{named}.png")
+    line = {"file_name": f"b{written}.png", "text": "listed", "mask": f"c{written}.png"}
     (pictures / "metadata.jsonl").write_text(json.dumps(line))
     samples = load(mask="file").samples
     assert sorted(sample.caption for sample in samples) == ["beside", "listed"]
-    assert sum(sample.mask_key != () for sample in samples) == 1
-    assert "data: " not in caplog.text.replace("data: 1 pictures have no mask", "")
+    assert all(sample.mask_key for sample in samples)
+    assert [line for line in caplog.messages if line.startswith("data: ")] == [
+        f"data: 1 pictures are masks, as metadata says, and not trained on (list them there to do "
+        f"so): {pictures}/c{named}.png"
+    ]
 
 
 @pytest.mark.parametrize("mask", ["none", "file"])

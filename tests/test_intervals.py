@@ -41,6 +41,7 @@ def due(composed):
         ("0.5epochs", [2, 4, 6, 8]),
         ("0.1epochs", list(range(1, 10))),
         ("0epochs", []),
+        ("'3'", [3, 6, 9]),  # as an environment's variable is
     ],
 )
 def test_an_interval_is_of_steps_or_of_epochs(due, every, steps):
@@ -81,6 +82,20 @@ def test_a_run_does_everything_at_the_end_of_an_epoch(quick):
     assert [path.name for path in (folder / "results").iterdir()] == ["step-000006"]
     drawn = {path.name for path in (folder / "samples").glob("step-*.png")}
     assert drawn == {f"step-{step:06d}.png" for step in (0, 3, 6, 7)}
+
+
+def test_a_checkpoint_that_is_owed_at_the_end_is_saved_once(quick, monkeypatch):
+    original, calls, saved = losses.loss, [], []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        return original(*arguments) * (float("inf") if len(calls) == 3 else 1.0)
+
+    save = checkpoint.save
+    monkeypatch.setattr(losses, "loss", failing)
+    monkeypatch.setattr(checkpoint, "save", lambda *a: saved.append(a[1].step) or save(*a))
+    quick("run", "runtime.save_every=3", "schedule.steps=4")
+    assert saved == [4]
 
 
 def test_a_checkpoint_that_was_due_after_a_skipped_step_follows_the_next_whole_one(

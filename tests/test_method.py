@@ -88,6 +88,31 @@ def test_ranks_that_cannot_be_are_refused_by_name(command, ranks, says):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("only", ["down_blocks.1", "mid_block"])
+def test_no_options_are_named_for_a_lora_of_some_blocks(composed, tmp_path, only):
+    options = ["method=lora", "method.rank=4", f"method.targets=[{only}.*to_q]"]
+    model, file = attached(composed(*options)), tmp_path / "some.safetensors"
+    lora.save_lora(file, "diffusers", model.trained_parts, "sdxl")
+    with pytest.raises(
+        UserError, match=r"is (absent|rank 4, alpha 16) in the file and [^;]+ here$"
+    ):
+        attached(composed("method=lora", "method.rank=4", f"method.start_from={file}"))
+
+
+def test_a_lora_of_layers_that_nothing_is_read_from_alone_is_refused(composed, tmp_path):
+    options = ["method=lora", "method.rank=4", "method.train=[text_encoder]"]
+    model = attached(composed(*options))
+    own = adapters.of_models(model.trained_parts)["text_encoder"]
+    path, adapter = next((p, a) for p, a in own.items() if p.endswith("q_proj"))
+    file, spare = tmp_path / "some.safetensors", {path.replace("layers.0", "layers.1"): adapter}
+    found = {"text_encoder": spare}
+    lora.save_lora(file, "kohya", model.trained_parts, "sdxl", adapters=found)
+    with pytest.raises(
+        UserError, match=r"some\.safetensors has no adapter of a layer that is read"
+    ):
+        attached(composed(*options, f"method.start_from={file}"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_doras_magnitudes_are_the_exact_norms_of_the_weights(composed, dtype):
     """In bf16 they would scale each output by up to 0.4 % before anything is learned."""

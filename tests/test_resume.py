@@ -93,7 +93,7 @@ def test_a_changed_learning_rate_is_used_after_resume_where_it_is_allowed(
     )
 
 
-def test_a_checkpoint_of_before_an_option_existed_is_resumed(quick, monkeypatch):
+def test_a_checkpoint_of_before_an_option_existed_is_resumed(quick, composed, monkeypatch):
     folder = quick("run", "runtime.save_every=2")
     shutil.rmtree(folder / "checkpoints/step-000004")
     load = checkpoint.load
@@ -104,8 +104,27 @@ def test_a_checkpoint_of_before_an_option_existed_is_resumed(quick, monkeypatch)
         return found
 
     monkeypatch.setattr(checkpoint, "load", older)
+    given = [*QUICK, f"resume={folder}", "noise.offset=0.5"]
+    with pytest.raises(UserError, match=r"noise\.offset: None -> 0\.5"):
+        run(composed(*given), folder, given)
     quick("run", f"resume={folder}")
     assert (folder / "checkpoints/step-000004").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([], ["ema=fp32"]),
+        (
+            ["optim=external", "optim.class_path=torch.optim.SGD", "optim.lr=0.01"],
+            ["+optim.options.weight_decay=5.0"],
+        ),
+    ],
+)
+def test_what_is_chosen_anew_is_another_configuration(quick, composed, before, after):
+    folder = quick("run", *before)
+    with pytest.raises(UserError, match="the checkpoint was made with another configuration"):
+        run(composed(*QUICK, *before, *after, f"resume={folder}"), folder)
 
 
 def test_another_optimizer_on_resume_is_refused(quick, command):

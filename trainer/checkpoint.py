@@ -16,7 +16,7 @@ import math
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -303,11 +303,12 @@ def run_folder_of(resume: str) -> Path | None:
     return newest.parents[1] if goes_on else None
 
 
-def to_resume(config: Config) -> Checkpoint | None:
+def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     """The checkpoint that `config.resume` names, once its configuration is known to be this run's.
 
     Options that decide what is learned must be equal; where, how often and how verbosely may
-    change.
+    change.  given: those on this command line; of others that the checkpoint does not know, as
+    there were none yet, the run had what is their default.
     """
     if not config.resume:
         return None
@@ -333,11 +334,10 @@ def to_resume(config: Config) -> Checkpoint | None:
     if config.schedule.warmup_steps is None:
         known.add("schedule.warmup_steps")
     keys = [key for key in keys if key not in known]
-    # Of an option that there was not yet, the run knew what is its default now.
     changed = {
-        k: f"{k}: {there[k]} -> {here.get(k)}"
+        k: f"{k}: {there.get(k)} -> {here.get(k)}"
         for k in keys
-        if k in there and here.get(k) != there[k]
+        if here.get(k) != there.get(k) and not (k not in given and _is_newer(k, there))
     }
     fixed = {"optim.name", "optim.class_path", "method.name", "method.rank", "method.ranks"}
     fixed &= changed.keys()
@@ -355,6 +355,13 @@ def to_resume(config: Config) -> Checkpoint | None:
     if changed:
         log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
     return found
+
+
+def _is_newer(key: str, there: Mapping[str, Any]) -> bool:
+    """Whether an option did not exist when a checkpoint was made: it has others of its group."""
+    group = key.rpartition(".")[0]
+    is_own = group == "optim.options"  # of another's optimizer, whatever there is
+    return key not in there and not is_own and any(k.startswith(f"{group}.") for k in there)
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

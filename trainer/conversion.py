@@ -294,13 +294,16 @@ def _export_saved_lora(
 ) -> None:
     base, variant = saved.model.path, saved.model.variant
     kind, models = _named(base, variant)
-    told = saved.metadata
-    if base not in architectures.PUBLISHED:
-        own = origin.at(base, variant).config("scheduler")
-        trained = noise.scheduler_config(saved.noise, own)
-        told |= metadata.prediction(trained)
-        _warn_of_noise(trained, own)
+    is_published = base in architectures.PUBLISHED
+    own = (
+        architectures.config(base, "scheduler")
+        if is_published
+        else origin.at(base, variant).config("scheduler")
+    )
+    trained = noise.scheduler_config(saved.noise, own)
+    _warn_of_noise(trained, own)
     held = _adapters_of(saved.parts, saved.method)
+    told = saved.metadata | metadata.prediction(trained)
     _write_lora(saved.folder, target, form or "kohya", dtype, kind, models, held, told)
 
 

@@ -15,6 +15,11 @@ import optim
 from trainer import batches, gradients
 
 
+def is_due(optimizer: Any) -> bool:
+    """Whether an estimate is wanted before this step."""
+    return isinstance(optimizer, optim.Sophia) and optimizer.wants_hessian()
+
+
 def estimate(
     optimizer: Any,
     backward: gradients.GatheredBackward | gradients.FusedBackward,
@@ -33,7 +38,7 @@ def estimate(
     squared error counts f times, its target has the variance 1 / f; the gradient of that is the
     plain squared error's with noise of sqrt(f) times the unit, which a factor of 0 has as well.
     """
-    if not isinstance(optimizer, optim.Sophia) or not optimizer.wants_hessian():
+    if not is_due(optimizer):
         return
     prediction, factor = predict()
     noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)

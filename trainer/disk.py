@@ -7,12 +7,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from trainer import memory
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,21 +28,31 @@ _PASSING = {
     )
 }
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before it is tried again
+_ENOUGH = 3  # failures that no pause helped, after which none is made
 # What file systems say that cannot flush a folder.
 _NEVER_FLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+_hopeless: list[OSError] = []
+
+Answer = TypeVar("Answer")
 
 
-def read(path: Path) -> bytes:
-    """The bytes of a file, asked for again where the drive could not give them.  Raises OSError."""
-    for pause in _PAUSES:
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """What a file system answers, asked again where a drive could not.  Raises OSError; after some
+    that no pause has helped, at once."""
+    for pause in _PAUSES if len(_hopeless) < _ENOUGH else ():
         try:
-            return path.read_bytes()
+            return ask()
         except OSError as error:
             if error.errno not in _PASSING:
                 raise
-            log.warning("%s; it is read again in %g s", error, pause)
+            log.warning("%s; tried again in %g s", error, pause)
             time.sleep(pause)
-    return path.read_bytes()
+    try:
+        return ask()
+    except OSError as error:
+        if error.errno in _PASSING:
+            _hopeless.append(error)
+        raise
 
 
 @contextmanager
@@ -67,6 +79,8 @@ def whole_folder(final: Path) -> Iterator[Path]:
         _flush(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap OSError
+        if memory.ran_out(error):
+            raise
         written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         shutil.rmtree(temporary, ignore_errors=True)  # before what is free is told
         if old.exists() and not final.exists():
@@ -96,6 +110,8 @@ def whole_file(final: Path) -> Iterator[Path]:
         os.replace(temporary, final)
         _flush(final.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
+        if memory.ran_out(error):
+            raise
         free = _free_bytes(final.parent) / 1e6
         raise UserError(f"could not save {final}: {error} ({free:.1f} MB free)") from error
     finally:

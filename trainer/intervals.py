@@ -11,7 +11,8 @@ class Intervals:
     """After which steps of a run something is due.
 
     All of it is done at the end of the run too, so that after the last step nothing is due.
-    Where an epoch ends within a step, what is due with it follows that step.
+    Epochs have as many steps as this configuration gives them, counted from the run's first; where
+    one ends within a step, what is due with it follows that step.
     """
 
     def __init__(self, config: Config, batches_per_epoch: Fraction) -> None:

@@ -45,8 +45,11 @@ def attach(
     for part in config.train:
         _add_adapters(config, part, model.trained_parts[part], modules[part], ranks, seed)
     if config.start_from and not is_resumed:
-        adapters.fill(model.trained_parts, _start(config.start_from, model, layers))
+        found, spare = _start(config.start_from, model, layers)
+        adapters.fill(model.trained_parts, found, layers)
         log.info("adapters start from %s", config.start_from)
+        if spare:
+            log.info("  without %d of layers that nothing is read from", spare)
 
 
 def check(config: FullConfig | LoraConfig, model: Model, is_resumed: bool = False) -> None:
@@ -59,8 +62,8 @@ def check(config: FullConfig | LoraConfig, model: Model, is_resumed: bool = Fals
             with torch.device("meta"):
                 bare = model.on_meta(config.train)
                 layers = _begin(config, bare)
-            found = _start(config.start_from, bare, layers)
-            adapters.refuse_others(empty.trained_parts, found)
+            found, _ = _start(config.start_from, bare, layers)
+            adapters.refuse_others(empty.trained_parts, found, layers)
 
 
 def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
@@ -208,8 +211,10 @@ def _set_magnitudes(module: nn.Module) -> None:
                 magnitude.copy_(norms.view_as(magnitude))
 
 
-def _start(start_from: str, model: Model, layers: dict[str, list[str]]) -> adapters.Adapters:
-    """The adapters of a LoRA file that a run starts from.
+def _start(
+    start_from: str, model: Model, layers: dict[str, list[str]]
+) -> tuple[adapters.Adapters, int]:
+    """The adapters of a LoRA file that a run starts from, and how many of them are left out.
 
     layers: of the trained parts, those whose output is used; adapters of others have no effect.
     """
@@ -224,9 +229,10 @@ def _start(start_from: str, model: Model, layers: dict[str, list[str]]) -> adapt
         part: {name: found[part][name] for name in layers[part] if name in found[part]}
         for part in found
     }
-    if spare := sum(map(len, found.values())) - sum(map(len, used.values())):
-        log.info("%s: %d adapters are of layers that nothing is read from", path, spare)
-    return used
+    count = sum(map(len, used.values()))
+    if not count:
+        raise UserError(f"method.start_from={path} has no adapter of a layer that is read")
+    return used, sum(map(len, found.values())) - count
 
 
 def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> list[str]:

@@ -50,7 +50,8 @@ def load(folder: Path, captions: list[str]) -> list[Image.Image]:
 def captions(folder: Path) -> list[str]:
     """The captions of what `save` wrote."""
     found = []
-    for path in sorted(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem)):
+    numbered = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
+    for path in sorted(numbered, key=lambda path: int(path.stem)):
         with Image.open(path) as picture:
             picture.load()
             found.append(str(picture.info.get(_CAPTION, "")))

@@ -18,6 +18,7 @@ from trainer.config import (
     WsdConfig,
     choices_of,
     conf_dir,
+    keys_of,
 )
 from trainer.schedule import decay_steps
 
@@ -92,7 +93,7 @@ def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
 
     overrides: the command line's, which say what was meant where it is the default too.
     """
-    given = _keys(overrides)
+    given = keys_of(overrides)
     return [
         *_without_effect(config, given),
         *_of_clips(config, given),
@@ -144,10 +145,6 @@ def of_resolution(config: Config, own: int | None) -> list[str]:
         f"{key}={config.data.resolutions or side}: the model was made for {own} x {own} "
         f"pixels; use data.resolution={own}, unless it is to learn another size"
     ]
-
-
-def _keys(overrides: Sequence[str]) -> frozenset[str]:
-    return frozenset(override.lstrip("+").partition("=")[0] for override in overrides)
 
 
 def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
@@ -246,7 +243,7 @@ def _bounds_itself(options: Any) -> str | None:
 
 def of_data(config: Config, overrides: Sequence[str]) -> Iterator[str]:
     """Pictures of one's own with the demo's options."""
-    given = _keys(overrides)
+    given = keys_of(overrides)
     if "data.path" in given and not given & {"data", "experiment"}:
         yield (
             "data.path is given, and data=emoji24 is chosen, which has the demo's options "

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from trainer import (
     run_folder,
     signals,
 )
-from trainer.config import Config, file_name
+from trainer.config import Config, file_name, keys_of
 from trainer.errors import UserError, reason
 from trainer.guard import broken
 from trainer.probe import UpdateProbe
@@ -79,7 +79,7 @@ def begin(
     The checkpoint resumed from, as large as the model, is freed on return.
     """
     torch.set_num_threads(config.runtime.threads or _THREADS)
-    resumed = checkpoint.to_resume(config)
+    resumed = checkpoint.to_resume(config, keys_of(overrides))
     with memory.explained(config, "before the first step"):
         state = assemble(config, folder, resumed, stop, overrides)
     if resumed:
@@ -118,7 +118,9 @@ def train(state: State, writer: metrics.Metrics) -> None:
         # counters: they depend on the step alone.
         lr = optimizers.set_lr(optimizer, lr_scale(config.schedule, step))
         probe = UpdateProbe(parameters) if reports else None
-        with memory.explained(config, f"in step {step + 1}"), _keeping(state):
+        # What an estimate has changed is no state between two steps.
+        keeping = nullcontext() if curvature.is_due(optimizer) else _keeping(state)
+        with memory.explained(config, f"in step {step + 1}"), keeping:
             predict = partial(weighted_prediction, state, first)
             curvature.estimate(optimizer, backward, predict, config.seed, step)
             outcome = backward.of_step(partial(loss_of, state, first), shares(members))
@@ -156,8 +158,8 @@ def train(state: State, writer: metrics.Metrics) -> None:
 
 @contextmanager
 def _keeping(state: State) -> Iterator[None]:
-    """Within it, a batch that cannot be read ends the run with a checkpoint of the step before: no
-    weight has changed since."""
+    """Within it, a batch that cannot be read ends the run with a checkpoint of the last step, since
+    which neither weights nor optimizer have changed."""
     try:
         yield
     except UserError as error:
@@ -175,11 +177,13 @@ def _between_steps(state: State, writer: metrics.Metrics) -> None:
     """Evaluate, sample, save and export: whatever is due after this step."""
     is_due = partial(state.intervals.is_due, step=state.step)
     if is_due(intervals.EVALUATING):
-        evaluation.evaluate(state, writer)
+        with _keeping(state):
+            evaluation.evaluate(state, writer)
     if is_due(intervals.DRAWING):
         evaluation.sample(state, writer)
     with _going_on():
-        if is_due(intervals.SAVING) or state.owes_checkpoint:
+        is_last = state.step == state.config.schedule.steps  # which is saved at the end
+        if is_due(intervals.SAVING) or (state.owes_checkpoint and not is_last):
             _save_whole(state)
     with _going_on():
         if is_due(intervals.EXPORTING):

@@ -3,7 +3,15 @@ Types, bounds and meaning live here, values in `conf/`."""
 
 from trainer.config.data import PICTURE_SUFFIXES, DataConfig, SourceConfig
 from trainer.config.fields import Interval, epochs_of
-from trainer.config.files import ASSETS, choices_of, conf_dir, file_name, flatten, group_names
+from trainer.config.files import (
+    ASSETS,
+    choices_of,
+    conf_dir,
+    file_name,
+    flatten,
+    group_names,
+    keys_of,
+)
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
 from trainer.config.method import EmaConfig, FullConfig, LoraConfig, RankConfig
@@ -56,6 +64,7 @@ __all__ = [
     "file_name",
     "flatten",
     "group_names",
+    "keys_of",
     "optimizer_schema",
     "peer_schema",
 ]

@@ -62,8 +62,7 @@ def complaint(node: Any, prefix: str) -> str | None:
 
 def _is_interval(every: Interval) -> bool:
     """Whether these are steps, or epochs."""
-    is_number = isinstance(every, int) and not isinstance(every, bool)
-    return every >= 0 if is_number else epochs_of(every) is not None
+    return str(every).isdecimal() or epochs_of(every) is not None
 
 
 def _between(low: float, high: float) -> str:

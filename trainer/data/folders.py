@@ -164,7 +164,7 @@ def _stem(path: Path) -> str:
 def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading) -> Item:
     """A picture file, with what a metadata file says of it and what lies beside it."""
     stem = _stem(path)
-    mask = path.parent / record["mask"] if record.get("mask") else beside.masks.get(stem)
+    mask = Path(record["mask"]) if record.get("mask") else beside.masks.get(stem)
     texts = [file for file in beside.texts.get(stem, ()) if file.is_file()]
     made = item(
         str(path),
@@ -185,8 +185,7 @@ def _caption(files: list[Path]) -> list[str]:
 
 def named_masks(listed: Mapping[Path, dict[str, Any]]) -> set[str]:
     """The files that metadata names as masks."""
-    named = (p.parent / record["mask"] for p, record in listed.items() if record.get("mask"))
-    return {os.path.normpath(mask) for mask in named}
+    return {os.path.normpath(record["mask"]) for record in listed.values() if record.get("mask")}
 
 
 def name_unused(

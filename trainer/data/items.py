@@ -141,9 +141,13 @@ def _disagrees(read: Callable[[], list[str]], lines: list[str]) -> bool:
 
 def read_file(path: Path) -> bytes:
     """The bytes of a regular file.  Raises OSError for anything else: a pipe may never end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(f"{shown(path)} {IRREGULAR}")
-    return disk.read(path)
+
+    def read() -> bytes:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(f"{shown(path)} {IRREGULAR}")
+        return path.read_bytes()
+
+    return disk.patiently(read)
 
 
 def shown(name: object) -> str:

@@ -29,7 +29,7 @@ class Known:
         self._path = Path(config.cache).expanduser() / "pictures.json" if config.cache else None
         self._traits: dict[str, Any] = {}  # by digests
         self._digests: dict[str, Any] = {}  # by stamps
-        self._is_new = False
+        self._has_new_traits = self._has_new_stamps = False
         if self._path and self._path.is_file():
             try:
                 saved = json.loads(self._path.read_text(encoding="utf-8"))
@@ -43,11 +43,11 @@ class Known:
         None where it does not: of what is in no file of its own, and of what has just been written,
         as it may be again at what a file system calls the same time.
         """
-        stats = [(os.path.abspath(file), file.stat()) for file in item.files]
+        stats = [(os.path.abspath(file), disk.patiently(file.stat)) for file in item.files]
         latest = max((stat.st_mtime for _, stat in stats), default=math.inf)
         if not self._path or latest > time.time() - _SETTLED:
             return None
-        files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        files = [(file, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino) for file, x in stats]
         key = (item.path, self._config.mask == "file", files)
         return hashlib.sha256(repr(key).encode()).hexdigest()
 
@@ -70,18 +70,22 @@ class Known:
 
     def add(self, stamp: str | None, digests: Digests, traits: Traits) -> None:
         size, is_transparent, notes = traits
+        self._has_new_traits |= digests[0] not in self._traits
         self._traits[digests[0]] = [*size, is_transparent, notes]
         if stamp:
             self._digests[stamp] = digests
-        self._is_new = True
+            self._has_new_stamps = True
 
     def save(self) -> None:
-        if self._path and self._is_new:
+        """Raises UserError where a cache that lacks pictures cannot be written."""
+        if self._path and (self._has_new_traits or self._has_new_stamps):
             copies = {"pictures": {**self._traits}, "files": {**self._digests}}  # threads may add
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 disk.replace_text(self._path, json.dumps(copies))
             except OSError as error:
+                if not self._has_new_traits:  # it is complete, and perhaps for reading alone
+                    return
                 raise UserError(
                     f"data.cache={self._path.parent} cannot be written: {error}; name another "
                     "folder, or set data.cache=null"

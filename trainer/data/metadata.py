@@ -33,6 +33,8 @@ def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, An
             if picture in found:
                 twice = f"{where}: {record['file_name']} is listed for the second time"
                 reading.broken.append(f"{twice}; leave one of them")
+            if record.get("mask"):
+                record["mask"] = str(walked.path(picture.parent / record["mask"]))
             found.setdefault(picture, record)
             columns |= dict.fromkeys(record)
         if column is not None and columns and column not in columns:

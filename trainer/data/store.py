@@ -264,7 +264,7 @@ def _check_room(entry: Entry, total: int) -> None:
 
 def _load(path: Path) -> Entry:
     """Read, not mapped: a mapped file that is cut short ends the process."""
-    return load(disk.read(path))
+    return load(disk.patiently(path.read_bytes))
 
 
 def _described(path: Path) -> Entry:

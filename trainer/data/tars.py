@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from trainer import disk
 from trainer.data import captions
 from trainer.data.items import Item, Reading, is_hidden, is_picture, item, note_texts, shown
 from trainer.errors import UserError
@@ -109,9 +110,13 @@ def _caption(path: Path, place: Place | None, where: str) -> list[str]:
 
 def _read(path: Path, place: Place) -> bytes:
     offset, length = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        content = file.read(length)
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    content = disk.patiently(read)
     if len(content) < length:
         raise OSError(f"the archive ends after {len(content)} of its {length} bytes")
     return content

@@ -94,9 +94,15 @@ def module_names(model: nn.Module) -> list[str]:
     return names
 
 
-def refuse_others(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
-    """Raise UserError, with the options of a run that they would fit, where adapters are not those
-    of the PEFT modules that are there: where modules, ranks, scales or DoRA differ."""
+def refuse_others(
+    models: Mapping[str, nn.Module], adapters: Adapters, layers: Mapping[str, list[str]]
+) -> None:
+    """Raise UserError where adapters are not those of the PEFT modules that are there: where
+    modules, ranks, scales or DoRA differ.  It has the options of a run that they would fit, where
+    there are some.
+
+    layers: of each part, those that may have adapters.
+    """
     own = of_models({part: models[part] for part in adapters})
     for part, found in adapters.items():
         for path in sorted(found.keys() | own[part].keys()):
@@ -107,46 +113,56 @@ def refuse_others(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
                 for a in (own[part].get(path), found.get(path))
             )
             if here != there:
+                options = _options_of(adapters, layers)
                 raise UserError(
                     f"the LoRA does not fit the run: {part}.{path} is {there} in the file and "
-                    f"{here} here; a run that it fits has {_options_of(adapters)}"
+                    f"{here} here" + (f"; a run that it fits has {options}" if options else "")
                 )
 
 
-def _options_of(adapters: Adapters) -> str:
-    """The options of a run with these adapters, as they are written on a command line."""
+def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | None:
+    """The options of a run with these adapters, as they are written on a command line; None where
+    they are not alike in all blocks."""
     every = [adapter for found in adapters.values() for adapter in found.values()]
     rank, alpha = commonest(every)
-    is_dora = any(adapter.magnitude is not None for adapter in every)
-    targets: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
-    others: dict[str, None] = {}
+    kinds: dict[str, tuple[int, float]] = {}  # by part and the end of a module's name
+    lists: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
     for part, found in adapters.items():
+        ends = {path: _IN_A_BLOCK.sub("", path) for path in found}
+        named = re.compile(rf"(^|\.)({'|'.join(sorted({*ends.values()}))})$")
+        if found.keys() != {path for path in layers[part] if named.search(path)}:
+            return None
         for path, adapter in found.items():
-            end = _IN_A_BLOCK.sub("", path)
-            targets["targets" if part == "unet" else "text_targets"][end] = None
-            if (adapter.rank, adapter.alpha) != (rank, alpha):
-                where = f"{part}.*{end.replace('.', '[.]')}$"
-                others[
-                    f"{{pattern: '{where}', rank: {adapter.rank}, alpha: {adapter.alpha:g}}}"
-                ] = None
-    lists = [f"'method.{key}=[{','.join(ends)}]'" for key, ends in targets.items() if ends]
-    lists += [f'"method.ranks=[{", ".join(others)}]"'] if others else []
-    return " ".join(
-        [
-            f"method.rank={rank} method.alpha={alpha:g} method.rslora=false",
-            f"method.dora={str(is_dora).lower()} 'method.train=[{','.join(adapters)}]'",
-            *lists,
-        ]
-    )
+            kind = adapter.rank, adapter.alpha
+            if kinds.setdefault(f"{part}.*{ends[path].replace('.', '[.]')}$", kind) != kind:
+                return None
+            lists["targets" if part == "unet" else "text_targets"][ends[path]] = None
+    is_dora = {adapter.magnitude is not None for adapter in every}
+    if len(is_dora) > 1:
+        return None
+    others = [
+        f"{{pattern: '{where}', rank: {own}, alpha: {scale:g}}}"
+        for where, (own, scale) in kinds.items()
+        if (own, scale) != (rank, alpha)
+    ]
+    options = [
+        f"method.rank={rank} method.alpha={alpha:g} method.rslora=false",
+        f"method.dora={str(is_dora.pop()).lower()} 'method.train=[{','.join(adapters)}]'",
+        *(f"'method.{key}=[{','.join(ends)}]'" for key, ends in lists.items() if ends),
+        *([f'"method.ranks=[{", ".join(others)}]"'] if others else []),
+    ]
+    return " ".join(options)
 
 
 @torch.no_grad()
-def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
+def fill(
+    models: Mapping[str, nn.Module], adapters: Adapters, layers: Mapping[str, list[str]]
+) -> None:
     """Put adapters' values into the PEFT modules that are there.
 
     Raises UserError, before any is changed, as `refuse_others`.
     """
-    refuse_others(models, adapters)
+    refuse_others(models, adapters, layers)
     for part, found in adapters.items():
         layers = dict(models[part].named_modules())
         for path, adapter in found.items():
