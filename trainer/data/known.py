@@ -40,12 +40,14 @@ class Known:
     def stamp(self, item: Item) -> str | None:
         """What tells that a picture is as it was, without reading it: its files' sizes and times.
 
-        None where it does not: of what is in no file of its own, and of what has just been written,
-        as it may be again at what a file system calls the same time.
+        None where there is no cache, and where it does not tell: of what is in no file of its own,
+        and of what has just been written, as it may be again at what a file system calls the same
+        time.
         """
+        if not self._path:
+            return None
         stats = [(os.path.abspath(file), disk.patiently(file.stat)) for file in item.files]
-        latest = max((stat.st_mtime for _, stat in stats), default=math.inf)
-        if not self._path or latest > time.time() - _SETTLED:
+        if max((x.st_mtime for _, x in stats), default=math.inf) > time.time() - _SETTLED:
             return None
         files = [(file, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino) for file, x in stats]
         key = (item.path, self._config.mask == "file", files)

@@ -125,18 +125,19 @@ def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | No
     they are not alike in all blocks."""
     every = [adapter for found in adapters.values() for adapter in found.values()]
     rank, alpha = commonest(every)
-    kinds: dict[str, tuple[int, float]] = {}  # by part and the end of a module's name
+    key_of = {part: "targets" if part == "unet" else "text_targets" for part in adapters}
     lists: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
+    kinds: dict[str, tuple[int, float]] = {}  # by part and the end of a module's name
     for part, found in adapters.items():
-        ends = {path: _IN_A_BLOCK.sub("", path) for path in found}
-        named = re.compile(rf"(^|\.)({'|'.join(sorted({*ends.values()}))})$")
+        for path, adapter in found.items():
+            end, kind = _IN_A_BLOCK.sub("", path), (adapter.rank, adapter.alpha)
+            if kinds.setdefault(f"{part}.*{end.replace('.', '[.]')}$", kind) != kind:
+                return None
+            lists[key_of[part]][end] = None
+    for part, found in adapters.items():
+        named = re.compile(rf"(^|\.)({'|'.join(lists[key_of[part]])})$")
         if found.keys() != {path for path in layers[part] if named.search(path)}:
             return None
-        for path, adapter in found.items():
-            kind = adapter.rank, adapter.alpha
-            if kinds.setdefault(f"{part}.*{ends[path].replace('.', '[.]')}$", kind) != kind:
-                return None
-            lists["targets" if part == "unet" else "text_targets"][ends[path]] = None
     is_dora = {adapter.magnitude is not None for adapter in every}
     if len(is_dora) > 1:
         return None
@@ -164,9 +165,9 @@ def fill(
     """
     refuse_others(models, adapters, layers)
     for part, found in adapters.items():
-        layers = dict(models[part].named_modules())
+        modules = dict(models[part].named_modules())
         for path, adapter in found.items():
-            layer = layers[path]
+            layer = modules[path]
             for target, value in (
                 (layer.lora_A[NAME].weight, adapter.down),
                 (layer.lora_B[NAME].weight, adapter.up),
