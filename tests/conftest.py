@@ -65,6 +65,11 @@ def options(pictures):
 
 
 @pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def load(options):
     """The data set of these options with some changed: load(batch_size=4)."""
     return lambda **changes: data.load(dataclasses.replace(options, **changes))

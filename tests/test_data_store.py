@@ -1,63 +1,21 @@
 """The store: what is encoded once is never encoded again, and nothing stale or damaged is used."""
 
-import dataclasses
-import errno
 import hashlib
 import multiprocessing
 import os
-import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, assert_same_weights, deterministic, weights
+from encoders import Clip, Vae, entries, truncate
+from helpers import QUICK, deterministic
 from PIL import Image
 from safetensors.torch import load, save_file
 
-import trainer.run
 from trainer import checkpoint, conditioning, data, memory
-from trainer.data import Store, survey
+from trainer.data import Store
 from trainer.errors import UserError
 from trainer.run import run
-
-
-class Vae:
-    """An encoder that counts: the means of 8 x 8 pixels, and of all, in four channels."""
-
-    def __init__(self):
-        self.made = self.encoded = 0
-        self.spoiled = None  # number of the picture whose latent is not finite
-
-    def make(self):
-        self.made += 1
-        return self
-
-    def __call__(self, pixels):
-        self.encoded += 1
-        means = torch.nn.functional.avg_pool2d(pixels, 8)
-        latent = torch.cat([means, means.mean(dim=0, keepdim=True)])
-        return latent * (float("nan") if self.encoded == self.spoiled else 1)
-
-
-class Clip:
-    def __init__(self):
-        self.captions = []
-        self.calls = 0
-
-    def make(self):
-        return self
-
-    def __call__(self, captions):
-        self.calls += 1
-        self.captions += captions
-        rows = [torch.full((3, 4), float(len(caption))) for caption in captions]
-        return [{"prompt": row, "pooled": row[0]} for row in rows]
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -75,10 +33,6 @@ def encode(load, cache):
         return [latents[i] | (masks[i] if masks else {}) for i in range(len(samples))], vae.encoded
 
     return run
-
-
-def entries(cache, kind="latents"):
-    return sorted((cache / kind).rglob("*.safetensors"))
 
 
 def test_what_has_not_changed_is_never_encoded_twice(encode, pictures, cache):
@@ -165,10 +119,6 @@ def test_a_latents_name_is_what_it_has_been(encode, load, cache):
     assert [path.stem for path in entries(cache)] == expected
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-3])
-
-
 def replaced(change):
     return lambda path: save_file(
         {k: change(v).contiguous() for k, v in load(path.read_bytes()).items()}, path
@@ -213,57 +163,6 @@ def test_an_entry_that_is_not_finite_is_named_when_it_is_used_and_made_again(loa
     assert vae.encoded == 5
 
 
-def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch, caplog):
-    samples = load().samples
-    latents = Store(str(cache), "float32").latents(samples, "vae", Vae().make)
-    pauses, failures, read = [], [], Path.read_bytes
-
-    def failing(path):
-        if failures:
-            raise failures.pop()
-        return read(path)
-
-    monkeypatch.setattr("trainer.disk.time.sleep", pauses.append)
-    monkeypatch.setattr("trainer.disk._hopeless", [])
-    monkeypatch.setattr(Path, "read_bytes", failing)
-    failures += [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "broken")]
-    assert latents[0]["latent"].isfinite().all()
-    assert pauses == [0.5, 2.0]
-    assert "tried again in 2 s" in caplog.text
-    failures += [OSError(errno.EIO, "broken")] * 4
-    with pytest.raises(UserError, match="cannot be read now"):
-        latents[0]
-    assert not failures
-    assert len(pauses) == 5
-    monkeypatch.setattr("trainer.disk._hopeless", [OSError()] * 3)
-    failures.append(OSError(errno.EIO, "broken"))
-    with pytest.raises(UserError, match="cannot be read now"):
-        latents[0]
-    failures.append(FileNotFoundError(errno.ENOENT, "gone"))
-    with pytest.raises(UserError, match="cannot be read now"):
-        latents[0]
-    assert len(pauses) == 5
-
-
-def test_a_run_whose_cache_is_gone_is_saved_and_goes_on(quick, cache, tmp_path, monkeypatch):
-    options = [f"data.cache={cache}", "log.eval_points=2"]
-    whole = quick("whole", *options)
-
-    def gone(state, writer):
-        if state.step == 2:
-            shutil.rmtree(cache / "latents")
-
-    between_steps = trainer.run._between_steps
-    monkeypatch.setattr(trainer.run, "_between_steps", gone)
-    with pytest.raises(
-        UserError, match=r"makes it again \(resume=\S*/run/checkpoints/step-000002\)$"
-    ):
-        quick("run", *options)
-    monkeypatch.setattr(trainer.run, "_between_steps", between_steps)
-    quick("run", *options, f"resume={tmp_path / 'run'}")
-    assert_same_weights(weights(tmp_path / "run", 4), weights(whole, 4))
-
-
 def test_a_start_reads_no_values_of_the_cache(encode, monkeypatch):
     encode()
     monkeypatch.setattr(data.store, "_load", lambda path: pytest.fail(f"{path} is read"))
@@ -296,68 +195,6 @@ def test_a_signal_ends_the_encoding_and_keeps_what_there_is(load, cache):
         store.latents(load().samples, "vae", lambda: encode, stop)
     assert leaving.value.code == 128 + signal.SIGTERM
     assert len(entries(cache)) == vae.encoded == 1
-
-
-def test_an_evaluation_too_that_finds_no_cache_is_no_reason_to_lose_what_was_learned(
-    quick, cache, monkeypatch
-):
-    original = trainer.run.evaluation.evaluate
-
-    def gone(state, writer):
-        if state.step == 2:
-            shutil.rmtree(cache / "latents")
-        return original(state, writer)
-
-    monkeypatch.setattr(trainer.run.evaluation, "evaluate", gone)
-    every = "log.eval_every=2"
-    with pytest.raises(UserError, match=r"again \(resume=\S*/run/checkpoints/step-000002\)$"):
-        quick("run", f"data.cache={cache}", every, "log.eval_points=2")
-
-
-def test_a_cache_that_is_complete_need_not_be_written(load, pictures, cache, monkeypatch):
-    aged(pictures)
-    load(cache=str(cache))
-    shutil.copytree(pictures, pictures.with_name("elsewhere"))
-    monkeypatch.setattr("trainer.disk.replace_text", full)
-    assert len(load(cache=str(cache), path=str(pictures.with_name("elsewhere"))).samples) == 4
-    Image.new("RGB", (64, 64)).save(pictures / "new.png")
-    with pytest.raises(UserError, match=r"data\.cache=.* cannot be written"):
-        load(cache=str(cache))
-
-
-def full(path, text):
-    raise OSError(errno.EROFS, "Read-only file system", str(path))
-
-
-def test_a_picture_that_is_replaced_with_its_time_kept_is_read(load, pictures, cache):
-    one, two = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
-    for path in pictures.iterdir():
-        path.unlink()
-    one.save(pictures / "a.bmp")
-    aged(pictures)
-    first = load(cache=str(cache)).samples[0].digest
-    two.save(pictures / "a.bmp")
-    aged(pictures)
-    (sample,) = load(cache=str(cache)).samples
-    assert sample.digest != first
-    assert sample.read_pixels()[2].mean() > 0
-
-
-@pytest.mark.parametrize("at", ["sources.find", "_captions_of", "_look"])
-def test_a_signal_ends_whatever_is_read_before_the_first_step(options, cache, monkeypatch, at):
-    """And what is known of pictures by then is kept."""
-    stop = []
-
-    def signalled(function):
-        return lambda *arguments: [stop.append(signal.SIGINT), function(*arguments)][1]
-
-    module = survey.sources if "." in at else survey
-    name = at.rpartition(".")[2]
-    monkeypatch.setattr(module, name, signalled(getattr(module, name)))
-    with pytest.raises(SystemExit) as leaving:
-        data.load(dataclasses.replace(options, cache=str(cache)), stop)
-    assert leaving.value.code == 128 + signal.SIGINT
-    assert (cache / "pictures.json").is_file() == (at == "_look")
 
 
 def test_a_full_disk_is_named_with_the_remedy_and_leaves_no_litter(load, cache, monkeypatch):
@@ -406,51 +243,6 @@ def test_captions_are_encoded_once_each_and_with_the_encoder_they_name(cache):
     assert len(clip.captions) == 24
 
 
-def test_a_picture_that_was_whole_once_is_not_decoded_again_to_know_it(load, cache, monkeypatch):
-    load(cache=str(cache))
-    decoded = []
-    original = data.survey.pictures.decode
-    monkeypatch.setattr(
-        data.survey.pictures, "decode", lambda *a: decoded.append(a) or original(*a)
-    )
-    dataset = load(cache=str(cache))
-    assert not decoded
-    assert [s.size for s in dataset.samples] == [(70, 100), (70, 90), (70, 80), (70, 110)]
-    (cache / "pictures.json").write_text("[1")
-    assert len(load(cache=str(cache)).samples) == 4
-    assert len(decoded) == 4
-
-
-def aged(folder):
-    """Date what is there so that its times tell of every change from now on."""
-    for path in folder.rglob("*"):
-        os.utime(path, (1e9, 1e9))
-
-
-def test_a_picture_of_the_same_size_and_time_is_not_read_again(load, pictures, cache, monkeypatch):
-    aged(pictures)
-    first = load(cache=str(cache), mask="file")
-    read = []
-    original = survey.sample.read
-    monkeypatch.setattr(survey.sample, "read", lambda *a: read.append(a[0].name) or original(*a))
-    again = load(cache=str(cache), mask="file")
-    assert not read
-    assert again.fingerprint == first.fingerprint
-    load(cache=str(cache))  # without masks, of which the digests were
-    assert len(read) == 4
-    red = pictures / "red.png"
-    content = red.read_bytes()
-    red.write_bytes(content[:-1] + b"?")  # as long, and newer than what is trusted
-    for _ in range(2):
-        read.clear()
-        load(cache=str(cache), mask="file")
-        assert read == [str(red)]
-    Image.new("L", (100, 70)).save(pictures / "blue.mask.png")
-    read.clear()
-    assert load(cache=str(cache), mask="file").fingerprint != first.fingerprint
-    assert sorted(read) == [str(pictures / "blue.png"), str(red)]
-
-
 def encode_and_leave(cache, kill_at):
     """In a process of its own: encode twelve captions, dying at a rename; leave with the number of
     entries that were written."""
@@ -488,16 +280,6 @@ def test_a_killed_process_loses_one_entry_and_two_processes_may_share_a_folder(c
     assert max(written) <= 8 <= sum(written)  # what was there is not encoded again
     assert len(entries(cache, "texts")) == 12
     assert ends(start(0)) == 0
-
-
-@pytest.mark.parametrize("gone", ["deleted", "damaged"])
-def test_an_entry_that_vanishes_during_the_run_is_named(load, cache, gone):
-    samples = load().samples
-    latents = Store(str(cache), "float32").latents(samples, "vae", Vae().make)
-    for path in entries(cache):
-        path.unlink() if gone == "deleted" else truncate(path)
-    with pytest.raises(UserError, match=r"latents/.*cannot be read now.*resume"):
-        latents[0]
 
 
 def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(

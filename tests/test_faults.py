@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import QUICK, assert_same_weights, poisoned_from, rows, weights
+from helpers import QUICK, assert_same_weights, rows, weights
 from models import TINY
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -404,87 +404,6 @@ def test_folders_that_a_file_system_cannot_flush_are_written_all_the_same(quick,
     folder = quick("run", "log.eval_points=2")
     assert checkpoint.completed(folder / "checkpoints")
     assert list((folder / "model").glob("unet/*.safetensors"))
-
-
-def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(
-    composed, monkeypatch, tmp_path
-):
-    def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr("trainer.formats.stream.write", full)
-    monkeypatch.setattr("trainer.run.save", lambda state: None)  # it is written by that, too
-    options = ["method=lora", "log.sample_count=1", "log.sample_steps=1", "method.export_every=2"]
-    with pytest.raises(UserError, match=r"^out of memory while the result .*trainer\.export"):
-        run(composed(*QUICK, *options), tmp_path / "run")
-    assert "2.00 GiB); training goes on" in (tmp_path / "run/train.log").read_text()
-    assert (tmp_path / "run/samples/step-000004.png").is_file()
-
-
-def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):
-    def full(*_):
-        raise UserError("could not save: no space")
-
-    monkeypatch.setattr("trainer.result.export", full)
-    with pytest.raises(UserError, match="no space"):
-        run(composed(*QUICK), tmp_path / "run")
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (summary["steps"], summary["error"]) == (4, "could not save: no space")
-    assert summary["eval_loss_after"] > 0
-
-
-def test_a_run_that_fails_leaves_what_is_known_and_which_step_its_result_is_of(
-    quick, composed, monkeypatch
-):
-    folder = quick("run", "schedule.steps=2")
-    monkeypatch.setattr(losses, "loss", poisoned_from(2))
-    longer = ["schedule.steps=9", f"resume={folder}", "runtime.allow_config_change=true"]
-    for step in (4, 5):  # the second session fails at once
-        with pytest.raises(UserError, match=r"^1 step without"):
-            run(composed(*QUICK, *longer, "runtime.max_skipped_steps=0"), folder)
-        summary = report.read_summary(folder)
-        assert (summary["steps"], summary["skipped_steps"]) == (step, step - 3)
-        assert summary["error"].startswith("1 step without")
-        assert summary["images_per_second"] > 0
-        assert summary["eval_loss_before"] > 0
-        assert report.result_step(summary) == 2
-
-
-def test_a_run_that_fails_before_a_step_is_done_leaves_who_it_was(quick, tmp_path, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(losses, "loss", fail)
-    with pytest.raises(UserError, match="out of memory"):
-        quick("run", "optim=lion", "optim.lr=1e-4")
-    summary = report.read_summary(tmp_path / "run")
-    assert (summary["steps"], summary["optimizer"], summary["lr"]) == (0, "lion", 1e-4)
-    assert "out of memory" in summary["error"]
-
-
-def test_a_run_of_a_sweep_that_fails_leaves_what_is_known_in_its_row(command, in_tmp, monkeypatch):
-    monkeypatch.setattr(losses, "loss", poisoned_from(6))
-    options = ["runtime.max_skipped_steps=0", "method.export=[]", "hydra.sweep.dir=sweep"]
-    status, out, _ = command("-m", *QUICK, "seed=0,1", *options)
-    assert status == 1
-    assert "seed=1 failed: 1 step without a finite loss" in out
-    good, failed = (report.read_summary(run) for run in sorted(in_tmp.glob("sweep/*-seed*")))
-    assert {"error"} <= failed.keys() - good.keys() <= {"error", "result_of_step"}
-    assert good.keys() <= failed.keys()
-    assert (failed["steps"], failed["seed"], failed["skipped_steps"]) == (2, 1, 1)
-
-
-def test_a_summary_that_cannot_be_written_does_not_hide_what_ended_the_run(
-    quick, tmp_path, monkeypatch
-):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report, "write_summary", full)
-    monkeypatch.setattr(losses, "loss", poisoned_from(1))
-    with pytest.raises(UserError, match=r"^1 step without"):
-        quick("run", "runtime.max_skipped_steps=0")
-    assert "the summary of this run is lost" in (tmp_path / "run/train.log").read_text()
 
 
 def test_files_that_cannot_be_copied_are_one_line(tmp_path):

@@ -337,7 +337,7 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     changed = {
         k: f"{k}: {there.get(k)} -> {here.get(k)}"
         for k in keys
-        if here.get(k) != there.get(k) and not (k not in given and _is_newer(k, there))
+        if here.get(k) != there.get(k) and (k in given or not _is_newer(k, there))
     }
     fixed = {"optim.name", "optim.class_path", "method.name", "method.rank", "method.ranks"}
     fixed &= changed.keys()

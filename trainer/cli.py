@@ -24,6 +24,7 @@ from trainer.config import (
     ExternalConfig,
     choices_of,
     group_names,
+    key_of,
     optimizer_schema,
     peer_schema,
 )
@@ -63,15 +64,10 @@ and for optimizers in the docstrings of
 A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
 
-# Flags of Hydra that take a value, and how they may be shortened.
-_HYDRA_FLAGS = {
-    "cfg": "c",
-    "package": "p",
-    "config-path": "cp",
-    "config-name": "cn",
-    "config-dir": "cd",
-    "info": "i",
-    "experimental-rerun": "experimental-rerun",
+# Flags of Hydra that take a value.
+_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 }
 # Of a command line, what a later one that resumes the run must say itself.
 _ONCE = {"resume", "runtime.allow_config_change"}
@@ -102,7 +98,7 @@ def with_resumed(arguments: list[str]) -> list[str]:
     `latest` becomes that run's folder: everything after this must read the same one, whichever run
     saves meanwhile.
     """
-    given = {_key(a): a.partition("=")[2] for a in arguments if not a.startswith("-")}
+    given = {key_of(a): a.partition("=")[2] for a in arguments if not a.startswith("-")}
     resume = given.get("resume", "").strip("'\"")
     if resume in ("", "null"):
         return arguments
@@ -110,27 +106,27 @@ def with_resumed(arguments: list[str]) -> list[str]:
         with suppress(UserError):  # for the run to say
             resume = str(latest_run())
             now = f"resume={_hydra_quoted(resume)}"
-            arguments = [now if _key(a) == "resume" else a for a in arguments]
-    inherited = [a for a in lasting(overrides_of(resume)) if _key(a) not in given]
+            arguments = [now if key_of(a) == "resume" else a for a in arguments]
+    inherited = [a for a in lasting(overrides_of(resume)) if key_of(a) not in given]
     inherited = _without_orphans(inherited, arguments)
-    at = next(i for i, a in enumerate(arguments) if _key(a) == "resume")  # not between flags
+    at = next(i for i, a in enumerate(arguments) if key_of(a) == "resume")  # not between flags
     return arguments[:at] + inherited + arguments[at:]
 
 
 def lasting(overrides: Iterable[str]) -> list[str]:
     """The options that a resumed run has again, and by which a sweep knows a run."""
-    return [override for override in overrides if _key(override) not in _ONCE]
+    return [override for override in overrides if key_of(override) not in _ONCE]
 
 
 def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
     """The inherited options except those that no longer exist because another choice is made in
     their group: log.wandb.project beside log=jsonl."""
-    anew = {_key(a) for a in given if "=" in a} & set(group_names())
-    suspects = {_key(a) for a in inherited if anew.intersection(_key(a).split(".")[:-1])}
+    anew = {key_of(a) for a in given if "=" in a} & set(group_names())
+    suspects = {key_of(a) for a in inherited if anew.intersection(key_of(a).split(".")[:-1])}
     if suspects:
         with suppress(Exception):  # a wrong choice, of which Hydra tells
             suspects -= set(options_of([*inherited, *given]))
-            return [a for a in inherited if _key(a) not in suspects]
+            return [a for a in inherited if key_of(a) not in suspects]
     return inherited
 
 
@@ -147,7 +143,6 @@ def refuse_repeated(arguments: list[str]) -> None:
 def flags_last(arguments: list[str]) -> list[str]:
     """The command line with its options together, in their order, and then its flags: Hydra takes
     no flag between options."""
-    takes_value = {f"--{name}" for name in _HYDRA_FLAGS} | {f"-{s}" for s in _HYDRA_FLAGS.values()}
     options, flags = list[str](), list[str]()
     rest = iter(arguments)
     for argument in rest:
@@ -155,7 +150,7 @@ def flags_last(arguments: list[str]) -> list[str]:
             options.append(argument)
             continue
         flags.append(argument)
-        if argument in takes_value:
+        if argument in _WITH_VALUE:
             flags += [value] if (value := next(rest, None)) is not None else []
     return options + flags
 
@@ -164,18 +159,13 @@ def refuse_dashes(arguments: list[str]) -> None:
     """End with one line where an option is written as other programs want it: --seed=1."""
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        if name.startswith("--") and equals and name.lstrip("-") not in _HYDRA_FLAGS:
+        if name.startswith("--") and equals and name not in _WITH_VALUE:
             without = argument.lstrip("-")
             try:
                 composition([without])
             except Exception as error:  # Hydra and OmegaConf raise many kinds
                 fail(f"{argument}: options have no dashes, and {explain(error, [without])}")
             fail(f"{argument}: options have no dashes; write {without}")
-
-
-def _key(override: str) -> str:
-    """+optim.lr=1e-4 -> optim.lr"""
-    return override.lstrip("+~").partition("=")[0]
 
 
 def _hydra_quoted(text: str) -> str:
@@ -205,7 +195,7 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
     """
     fixed = [o for o in overrides if not _is_swept(o, overrides)]
     params = composed(fixed, with_hydra=True).hydra.sweeper.params or {}  # of sweep=
-    given = {_key(o) for o in overrides}
+    given = {key_of(o) for o in overrides}
     swept = [f"{key}={value}" for key, value in params.items() if key not in given]
     try:
         choices = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer import text
 from trainer.batches import Inputs
-from trainer.data import Dataset, Entries, Entry, Pick, Store, forget
+from trainer.data import Dataset, Entries, Entry, Pick, Store, free_rows
 from trainer.data.dataset import some
 from trainer.model import Model
 from trainer.text import Text
@@ -94,7 +94,7 @@ def encode(
     of_pictures = picture_fingerprint(model, config.cache) if config.cache else ""
     latents = store.latents(dataset.samples, of_pictures, lambda: _picture_encoder(model), stop)
     masks = store.masks(dataset.samples, latents, stop)
-    forget()
+    free_rows()
     return Encoded(dataset=dataset, latents=latents, masks=masks, read=read)
 
 

@@ -1,58 +1,20 @@
-"""Writing such that neither a crash nor a full disk leaves half a file, and reading that waits for
-a network drive."""
+"""Writing such that neither a crash nor a full disk leaves half a file."""
 
 import errno
-import logging
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from trainer import memory
 from trainer.errors import UserError
 
-log = logging.getLogger(__name__)
-
-# What passes: a network drive's, and that of a process that has too many files open.
-_PASSING = {
-    getattr(errno, name, errno.EIO)
-    for name in (
-        *("EIO", "EAGAIN", "EINTR", "EMFILE", "ENFILE", "ESTALE", "EREMOTEIO", "ETIMEDOUT"),
-        *("ECONNRESET", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH"),
-    )
-}
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before it is tried again
-_ENOUGH = 3  # failures that no pause helped, after which none is made
 # What file systems say that cannot flush a folder.
 _NEVER_FLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
-_hopeless: list[OSError] = []
-
-Answer = TypeVar("Answer")
-
-
-def patiently(ask: Callable[[], Answer]) -> Answer:
-    """What a file system answers, asked again where a drive could not.  Raises OSError; after some
-    that no pause has helped, at once."""
-    for pause in _PAUSES if len(_hopeless) < _ENOUGH else ():
-        try:
-            return ask()
-        except OSError as error:
-            if error.errno not in _PASSING:
-                raise
-            log.warning("%s; tried again in %g s", error, pause)
-            time.sleep(pause)
-    try:
-        return ask()
-    except OSError as error:
-        if error.errno in _PASSING:
-            _hopeless.append(error)
-        raise
 
 
 @contextmanager

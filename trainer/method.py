@@ -37,15 +37,16 @@ def attach(
     scripts write one of zeros; readers of LoRA files do not need it.
     Raises UserError for a part that the model lacks and a target that names no module.
     """
-    layers = _begin(config, model)
+    _require_gradients(config, model)
     if not isinstance(config, LoraConfig):
         return
+    layers = _trainable_layers(config, model)
     modules = _adapted_layers(config, layers)
     ranks = _ranks(config, modules)
     for part in config.train:
         _add_adapters(config, part, model.trained_parts[part], modules[part], ranks, seed)
     if config.start_from and not is_resumed:
-        found, spare = _start(config.start_from, model, layers)
+        found, spare = _read_start(config.start_from, model, layers)
         adapters.fill(model.trained_parts, found, layers)
         log.info("adapters start from %s", config.start_from)
         if spare:
@@ -61,8 +62,9 @@ def check(config: FullConfig | LoraConfig, model: Model, is_resumed: bool = Fals
         if isinstance(config, LoraConfig) and config.start_from and not is_resumed:
             with torch.device("meta"):
                 bare = model.on_meta(config.train)
-                layers = _begin(config, bare)
-            found, _ = _start(config.start_from, bare, layers)
+                _require_gradients(config, bare)
+            layers = _trainable_layers(config, bare)
+            found, _ = _read_start(config.start_from, bare, layers)
             adapters.refuse_others(empty.trained_parts, found, layers)
 
 
@@ -76,14 +78,12 @@ def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
     return empty
 
 
-def _begin(config: FullConfig | LoraConfig, model: Model) -> dict[str, list[str]]:
-    """Let the parts that are trained require gradients, but for what nothing is read from; -> of
-    each the linear and convolution layers that do."""
+def _require_gradients(config: FullConfig | LoraConfig, model: Model) -> None:
+    """Of the parts that are trained, but for what nothing is read from."""
     for part in config.train:
         model.trained_parts[part].requires_grad_(True).train()
     if model.text_encoder:
         model.text_encoder.freeze_unused()
-    return {part: _trainable_layers(model.trained_parts[part]) for part in config.train}
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
@@ -133,13 +133,17 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
-def _trainable_layers(module: nn.Module) -> list[str]:
-    """The linear and convolution layers that get adapters: those whose output is used."""
-    return [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, _ADAPTED) and layer.weight.requires_grad
-    ]
+def _trainable_layers(config: LoraConfig, model: Model) -> dict[str, list[str]]:
+    """Of each trained part, the linear and convolution layers that may have adapters: those whose
+    output is used."""
+    return {
+        part: [
+            name
+            for name, layer in model.trained_parts[part].named_modules()
+            if isinstance(layer, _ADAPTED) and layer.weight.requires_grad
+        ]
+        for part in config.train
+    }
 
 
 def _adapted_layers(config: LoraConfig, layers: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -211,7 +215,7 @@ def _set_magnitudes(module: nn.Module) -> None:
                 magnitude.copy_(norms.view_as(magnitude))
 
 
-def _start(
+def _read_start(
     start_from: str, model: Model, layers: dict[str, list[str]]
 ) -> tuple[adapters.Adapters, int]:
     """The adapters of a LoRA file that a run starts from, and how many of them are left out.

@@ -15,7 +15,7 @@ from trainer import console, memory, pictures, prompts, signals
 from trainer.batches import sample_noise
 from trainer.conditioning import Encoded, unscaled
 from trainer.config import LogConfig
-from trainer.data import Sample, forget
+from trainer.data import Sample, free_rows
 from trainer.data.buckets import Size
 from trainer.model import Model
 from trainer.prompts import Prompt
@@ -145,7 +145,7 @@ class Sampler:
     def originals(self) -> list[Image.Image]:
         """The pictures that the captions belong to, as the model sees them; none of prompts."""
         originals = [pictures.of_pixels(sample.read_pixels()) for sample in self.samples]
-        forget()
+        free_rows()
         return originals
 
     def captions(self) -> list[str]:

@@ -10,7 +10,6 @@ from trainer.config.files import (
     file_name,
     flatten,
     group_names,
-    keys_of,
 )
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
@@ -18,6 +17,7 @@ from trainer.config.method import EmaConfig, FullConfig, LoraConfig, RankConfig
 from trainer.config.model import DTYPES, ModelConfig
 from trainer.config.noise import NoiseConfig
 from trainer.config.optimizer import ExternalConfig, PeerConfig, optimizer_schema, peer_schema
+from trainer.config.overrides import key_of, keys_of
 from trainer.config.root import ALTERNATIVES, Config
 from trainer.config.runtime import RuntimeConfig
 from trainer.config.schedule import (
@@ -64,6 +64,7 @@ __all__ = [
     "file_name",
     "flatten",
     "group_names",
+    "key_of",
     "keys_of",
     "optimizer_schema",
     "peer_schema",

@@ -1,6 +1,6 @@
 """The YAML files: where they are, and what they offer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,6 @@ def file_name(run: str) -> str:
     """What a run's files and its folder are called by its name: peer/hf_adafactor-full ->
     peer-hf_adafactor-full."""
     return run.replace("/", "-")
-
-
-def keys_of(overrides: Iterable[str]) -> frozenset[str]:
-    """The options and groups that a command line sets: +optim.lr=1 -> optim.lr."""
-    return frozenset(override.lstrip("+~").partition("=")[0] for override in overrides)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

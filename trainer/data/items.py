@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import disk
 from trainer.config import PICTURE_SUFFIXES
 from trainer.data import captions
 from trainer.errors import UserError
+from trainer.patience import patiently
 
 CAPTION_COLUMNS = ("captions", "text", "caption")
 IRREGULAR = "is not a regular file (a pipe, a socket or a device)"
@@ -147,7 +147,7 @@ def read_file(path: Path) -> bytes:
             raise OSError(f"{shown(path)} {IRREGULAR}")
         return path.read_bytes()
 
-    return disk.patiently(read)
+    return patiently(read)
 
 
 def shown(name: object) -> str:

@@ -13,6 +13,7 @@ from trainer.config import DataConfig
 from trainer.data.buckets import Size
 from trainer.data.items import Item
 from trainer.errors import UserError
+from trainer.patience import patiently
 
 Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
 Digests = tuple[str, str]  # as of a Sample: with the mask, and of the picture alone
@@ -46,7 +47,7 @@ class Known:
         """
         if not self._path:
             return None
-        stats = [(os.path.abspath(file), disk.patiently(file.stat)) for file in item.files]
+        stats = [(os.path.abspath(file), patiently(file.stat)) for file in item.files]
         if max((x.st_mtime for _, x in stats), default=math.inf) > time.time() - _SETTLED:
             return None
         files = [(file, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino) for file, x in stats]

@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trainer import console, disk, memory, signals
+from trainer import console, memory, signals
 from trainer.config import DTYPES
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.formats.weights import SAFETENSORS_DTYPES
+from trainer.patience import patiently
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ def _check_room(entry: Entry, total: int) -> None:
 
 def _load(path: Path) -> Entry:
     """Read, not mapped: a mapped file that is cut short ends the process."""
-    return load(disk.patiently(path.read_bytes))
+    return load(patiently(path.read_bytes))
 
 
 def _described(path: Path) -> Entry:

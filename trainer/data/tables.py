@@ -121,7 +121,7 @@ def _group(path: Path, group: int, column: str) -> Any:
         return _read_group(path, group, column)
 
 
-def forget() -> None:
+def free_rows() -> None:
     """Free the row groups that are kept for the next rows: gigabytes, perhaps."""
     _read_group.cache_clear()
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from trainer import disk
 from trainer.data import captions
 from trainer.data.items import Item, Reading, is_hidden, is_picture, item, note_texts, shown
 from trainer.errors import UserError
+from trainer.patience import patiently
 
 Place = tuple[int, int]  # offset and length, in bytes
 
@@ -116,7 +116,7 @@ def _read(path: Path, place: Place) -> bytes:
             file.seek(offset)
             return file.read(length)
 
-    content = disk.patiently(read)
+    content = patiently(read)
     if len(content) < length:
         raise OSError(f"the archive ends after {len(content)} of its {length} bytes")
     return content

@@ -1,0 +1,90 @@
+"""A cache that was there when the run began, and is not now, or not at once."""
+
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+from encoders import Vae, entries, truncate
+from helpers import assert_same_weights, weights
+
+import trainer.run
+from trainer.data import Store
+from trainer.errors import UserError
+
+
+def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch, caplog):
+    samples = load().samples
+    latents = Store(str(cache), "float32").latents(samples, "vae", Vae().make)
+    pauses, failures, read = [], [], Path.read_bytes
+
+    def failing(path):
+        if failures:
+            raise failures.pop()
+        return read(path)
+
+    monkeypatch.setattr("trainer.patience.time.sleep", pauses.append)
+    monkeypatch.setattr("trainer.patience._hopeless", [])
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    failures += [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "broken")]
+    assert latents[0]["latent"].isfinite().all()
+    assert pauses == [0.5, 2.0]
+    assert "tried again in 2 s" in caplog.text
+    failures += [OSError(errno.EIO, "broken")] * 4
+    with pytest.raises(UserError, match="cannot be read now"):
+        latents[0]
+    assert not failures
+    assert len(pauses) == 5
+    monkeypatch.setattr("trainer.patience._hopeless", [OSError()] * 3)
+    failures.append(OSError(errno.EIO, "broken"))
+    with pytest.raises(UserError, match="cannot be read now"):
+        latents[0]
+    failures.append(FileNotFoundError(errno.ENOENT, "gone"))
+    with pytest.raises(UserError, match="cannot be read now"):
+        latents[0]
+    assert len(pauses) == 5
+
+
+def test_a_run_whose_cache_is_gone_is_saved_and_goes_on(quick, cache, tmp_path, monkeypatch):
+    options = [f"data.cache={cache}", "log.eval_points=2"]
+    whole = quick("whole", *options)
+
+    def gone(state, writer):
+        if state.step == 2:
+            shutil.rmtree(cache / "latents")
+
+    between_steps = trainer.run._between_steps
+    monkeypatch.setattr(trainer.run, "_between_steps", gone)
+    with pytest.raises(
+        UserError, match=r"makes it again \(resume=\S*/run/checkpoints/step-000002\)$"
+    ):
+        quick("run", *options)
+    monkeypatch.setattr(trainer.run, "_between_steps", between_steps)
+    quick("run", *options, f"resume={tmp_path / 'run'}")
+    assert_same_weights(weights(tmp_path / "run", 4), weights(whole, 4))
+
+
+def test_an_evaluation_too_that_finds_no_cache_is_no_reason_to_lose_what_was_learned(
+    quick, cache, monkeypatch
+):
+    original = trainer.run.evaluation.evaluate
+
+    def gone(state, writer):
+        if state.step == 2:
+            shutil.rmtree(cache / "latents")
+        return original(state, writer)
+
+    monkeypatch.setattr(trainer.run.evaluation, "evaluate", gone)
+    every = "log.eval_every=2"
+    with pytest.raises(UserError, match=r"again \(resume=\S*/run/checkpoints/step-000002\)$"):
+        quick("run", f"data.cache={cache}", every, "log.eval_points=2")
+
+
+@pytest.mark.parametrize("gone", ["deleted", "damaged"])
+def test_an_entry_that_vanishes_during_the_run_is_named(load, cache, gone):
+    samples = load().samples
+    latents = Store(str(cache), "float32").latents(samples, "vae", Vae().make)
+    for path in entries(cache):
+        path.unlink() if gone == "deleted" else truncate(path)
+    with pytest.raises(UserError, match=r"latents/.*cannot be read now.*resume"):
+        latents[0]
