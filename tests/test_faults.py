@@ -26,6 +26,7 @@ from trainer import (
     record,
     report,
     sampling,
+    trackers,
 )
 from trainer.errors import UserError
 from trainer.formats import fingerprints
@@ -334,7 +335,7 @@ def test_a_small_file_of_a_run_is_the_old_or_the_new_when_the_disk_is_full(tmp_p
         "summary.json": lambda: report.write_summary(tmp_path, {"steps": 4}),
         "0/summary.json": lambda: report.write_summary(tmp_path / "0", table[0]),
         "sweep.md": lambda: SweepTable().on_multirun_end(config),
-        "wandb_id": lambda: metrics._wandb_id(tmp_path),
+        "wandb_id": lambda: trackers.wandb_id(tmp_path),
     }
     for write in writers.values():
         write()

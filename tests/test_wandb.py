@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import pytest
 import wandb
@@ -39,6 +40,18 @@ def records(path):
             whole = b""
 
 
+def written_whole(path):
+    """The records of a .wandb file once the last is there: a process of W&B's writes them, on a
+    busy machine after `finish` has returned."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        kept = list(records(path))
+        if any(record.HasField("exit") for record in kept):
+            return kept
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
 def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
     folder = tmp_path / "day" / "run"
     run(
@@ -46,7 +59,7 @@ def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
         folder,
     )
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    kept = list(records(file))
+    kept = written_whole(file)
     config = {i.key: i.value_json for r in kept if r.HasField("run") for i in r.run.config.update}
     assert '"adafactor8bit"' in config["optim"]
     history = [
@@ -65,7 +78,7 @@ def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
 
 def ending(folder):
     """The exit status and the summary of the last session of an offline run."""
-    kept = list(records(max(folder.glob("wandb/offline-run-*/*.wandb"))))
+    kept = written_whole(max(folder.glob("wandb/offline-run-*/*.wandb")))
     told = {i.key: i.value_json for r in kept if r.HasField("summary") for i in r.summary.update}
     return [r.exit.exit_code for r in kept if r.HasField("exit")], told
 

@@ -1,5 +1,6 @@
 """Refuses what cannot work, once, before anything is loaded; after that, options are trusted."""
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -19,6 +20,7 @@ from trainer.config import (
     PICTURE_SUFFIXES,
     Config,
     DataConfig,
+    LogConfig,
     LoraConfig,
     MseConfig,
 )
@@ -98,6 +100,7 @@ def check(config: Config) -> None:
     _check_data(config.data)
     _check_paths(config)
     _check_device(config.runtime.device)
+    _check_tensorboard(config.log)
     if config.runtime.fused_backward:
         _check_fused_backward(config)
 
@@ -305,6 +308,13 @@ def _check_sizes(config: DataConfig) -> None:
                 f"{what} is less than data.bucket_step={config.bucket_step}; "
                 "choose a smaller step, or data.buckets=false"
             )
+
+
+def _check_tensorboard(config: LogConfig) -> None:
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "log.tensorboard=true needs a package that is not installed: pip install tensorboard"
+        )
 
 
 def _check_device(device: str) -> None:

@@ -32,3 +32,5 @@ class LogConfig:
     sample_steps: int = within(1, 1000)
     guidance_scale: float = within(0, 100)
     wandb: WandbConfig | None
+    # Event files in the run's folder too: tensorboard --logdir runs shows all runs.
+    tensorboard: bool
