@@ -5,13 +5,14 @@ import json
 import pytest
 from PIL import Image
 
-from trainer import pictures
-from trainer.sweep import chart, curves, sheet
+from trainer import metrics, pictures
+from trainer.charts import chart, points
+from trainer.charts.chart import Line, Panel
+from trainer.charts.strokes import Style, style
+from trainer.sweep import curves, sheet
 from trainer.sweep.callback import _write
-from trainer.sweep.chart import Line, Panel
 from trainer.sweep.head import head
 from trainer.sweep.runs import Comparison
-from trainer.sweep.strokes import Style
 
 CAPTIONS = [f"caption {n}" for n in range(3)]
 
@@ -76,7 +77,7 @@ def test_a_chart_has_a_colour_a_group_and_none_without_two_points(tmp_path):
 
 
 def test_forty_groups_have_strokes_of_their_own():
-    assert len({(style.colour, *style.dashes) for style in map(curves.style, range(40))}) == 40
+    assert len({(one.colour, *one.dashes) for one in map(style, range(40))}) == 40
 
 
 def line(*losses, **more):
@@ -106,19 +107,20 @@ def test_the_range_is_that_of_runs_that_ended_well_up_to_the_ceiling():
 
 
 def test_a_smoothed_line_is_centred_and_ends_with_what_is_known():
-    points = [(n, float(n == 4)) for n in range(9)]
-    assert [round(value, 2) for _, value in curves.smoothed(points)] == [
+    known = [(n, float(n == 4)) for n in range(9)]
+    assert [round(value, 2) for _, value in points.smoothed(known, 5)] == [
         *(0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0)
     ]
-    assert curves.smoothed(points[:5])[-1] == (4, 1.0)
+    assert points.smoothed(known[:5], 5)[-1] == (4, 1.0)
+    assert points.smoothed(known, 1) == known
 
 
 def lines_of(runs):
     """The lines of eval/loss: their points, bands and crosses."""
-    rows = {id(summary): curves.metrics.read(run / "metrics.jsonl") for run, summary in runs}
-    groups = Comparison([summary for _, summary in runs]).groups
-    for place, group in enumerate(groups):
-        yield from curves._lines(group, "eval/loss", lambda r: rows[id(r)], curves.style(place))
+    rows = {id(summary): metrics.read(run / "metrics.jsonl") for run, summary in runs}
+    known = {key: points.of(found, "eval/loss") for key, found in rows.items()}
+    last = {key: found[-1]["step"] for key, found in rows.items()}
+    return curves._lines(Comparison([summary for _, summary in runs]).groups, known, last)
 
 
 def test_seeds_are_a_mean_in_a_band_and_one_that_failed_a_line_with_a_cross(tmp_path):

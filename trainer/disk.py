@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL.Image import Image
 from safetensors import SafetensorError
 
 from trainer import memory
@@ -83,9 +84,21 @@ def whole_file(final: Path) -> Iterator[Path]:
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file: it has the old text or the new, never a part.  Raises OSError that
     names it."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def replace_picture(path: Path, picture: Image) -> None:
+    """Replace a PNG as `replace_text` does a text."""
+    with _replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two may write at once
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:  # which does not say where the disk is full
         raise OSError(error.errno, error.strerror, str(path)) from error

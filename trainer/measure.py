@@ -20,6 +20,7 @@ class Measure:
         return value if value is not None and math.isfinite(value) else math.inf
 
 
+TRAIN = "train/loss"  # in metrics.jsonl: the mean of the steps since the line before
 EVAL = Measure(title="eval after", metric="eval/loss", keys=("eval_loss_result", "eval_loss_after"))
 HOLDOUT = Measure(
     title="held out",

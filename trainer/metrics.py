@@ -9,20 +9,20 @@ from typing import Any
 
 from PIL import Image
 
-from trainer import disk, trackers
+from trainer import curves, disk, trackers
 from trainer.config import Config
 
 log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Writes `metrics.jsonl` and `samples/*.png`, then to the run's trackers."""
+    """Writes `metrics.jsonl`, `curves.png` and `samples/*.png`, then to the run's trackers."""
 
     def __init__(self, folder: Path, config: Config, start_step: int) -> None:
         """Open the files, without rows of steps after `start_step`, which a resumed run will write
         again, without a finished run's last evaluation, and without any where a run starts anew."""
         self.folder, self.is_closed = folder, False
-        self.path = folder / "metrics.jsonl"
+        self.path, self.curves = folder / "metrics.jsonl", folder / "curves.png"
         kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
         if start_step == config.schedule.steps:
             kept = [row for row in kept if row["step"] < start_step or "eval/loss" not in row]
@@ -43,14 +43,24 @@ class Metrics:
         """Save `samples/step-NNNNNN.png`; returns its path."""
         path = self.folder / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        disk.replace_picture(path, picture)
         for tracker in self._trackers:
             tracker.write_picture(step, picture)
         return path
 
+    def draw_curves(self) -> None:
+        """Draw what has been written so far: `curves.png`, once there are two points."""
+        try:
+            picture = curves.draw(read(self.path))
+            if picture:
+                disk.replace_picture(self.curves, picture)
+        except OSError as error:  # a full disk must not end the training
+            log.warning("curves.png is not drawn: %s", error)
+
     def close(self, summary: dict[str, Any]) -> None:
-        """Give trackers the run's summary, and let them finish."""
+        """Draw the curves; give trackers the run's summary, and let them finish."""
         self.is_closed = True
+        self.draw_curves()
         for tracker in self._trackers:
             tracker.close(summary)
 

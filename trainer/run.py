@@ -107,6 +107,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
         if state.stop:
             save(state)
             rotate(state)
+            writer.draw_curves()
             _stopped(state)
         state.peaks.end("rest")
         started, first = time.monotonic(), state.micro_batches
@@ -181,6 +182,8 @@ def _between_steps(state: State, writer: metrics.Metrics) -> None:
             evaluation.evaluate(state, writer)
     if is_due(intervals.DRAWING):
         evaluation.sample(state, writer)
+    if is_due(intervals.EVALUATING) or is_due(intervals.SAVING):
+        writer.draw_curves()
     with _going_on():
         is_last = state.step == state.config.schedule.steps  # which is saved at the end
         if is_due(intervals.SAVING) or (state.owes_checkpoint and not is_last):
@@ -290,6 +293,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         "pictures": picture,
         "result": ", ".join(map(str, exported)),
         "metrics": writer.path,
+        "curves": writer.curves if writer.curves.exists() else None,
         "checkpoints": state.folder / "checkpoints",
     }
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))

@@ -31,8 +31,8 @@ def refuse_occupied(folder: Path, config: Config) -> None:
                 f"{folder} holds a run that resume={config.resume} would write over; leave "
                 "hydra.run.dir out, or name another folder"
             )
-    written = ["config.yaml", "metrics.jsonl", "samples", "model", "lora", "results", "checkpoints"]
-    written.append(f"{file_name(config.name)}.safetensors")
+    written = ["config.yaml", "metrics.jsonl", "curves.png", "samples", "model", "lora", "results"]
+    written += ["checkpoints", f"{file_name(config.name)}.safetensors"]
     theirs = [name for name in written if (folder / name).exists()]
     if theirs and not (folder / "environment.json").exists():
         raise UserError(

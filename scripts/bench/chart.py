@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from bench.measure import Row
-from trainer.axis import Axis
+from trainer.charts.axis import Axis
 
 WIDTH, MARGIN, GAP = 1600, 32, 44  # pixels
 ROW, BAR = 36, 22

@@ -11,6 +11,20 @@ from PIL import ImageColor, ImageDraw, ImageFont
 _INK = "#1f2937"
 _SIZE = 13  # of letters, in pixels
 _CLEAR = 44  # of 255: the opacity of a filled shape
+# Those of Okabe and Ito, and three more; after the last they come again, in other strokes.
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#111827",
+    "#8c564b",
+    "#7f7f7f",
+    "#6a3d9a",
+)
+_DASHES = ((), (9, 5), (2, 4), (11, 4, 2, 4))  # pixels, drawn and left out by turns
 
 Point = tuple[float, float]  # in pixels of the finished picture
 
@@ -21,6 +35,14 @@ class Style:
 
     colour: str
     dashes: Sequence[float] = ()
+
+
+def style(place: int) -> Style:
+    """The colour and the strokes of what stands at this place of a legend; forty are different."""
+    return Style(
+        colour=_COLOURS[place % len(_COLOURS)],
+        dashes=_DASHES[place // len(_COLOURS) % len(_DASHES)],
+    )
 
 
 @dataclass(frozen=True)

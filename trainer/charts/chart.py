@@ -1,8 +1,8 @@
-"""A chart of losses: panels of lines side by side, and what the lines are called.
+"""Panels of lines side by side, and what the lines are called.
 
-Losses are on a logarithmic axis: they fall fast, then slowly, and what decides is at the end.  The
-axis is that of runs that ended well, up to a ceiling: one that diverges leaves at the top, and does
-not squeeze the others together.
+Values are on a logarithmic axis: losses fall fast, then slowly, and what decides is at the end.
+The axis is that of runs that ended well, up to a ceiling: one that diverges leaves at the top, and
+does not squeeze the others together.
 """
 
 import math
@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from trainer.axis import Axis
-from trainer.sweep.strokes import Pen, Point, Style, cross, dot, stroke, text, text_width
-
-Points = list[tuple[int, float]]
+from trainer.charts.axis import Axis
+from trainer.charts.points import Points, thinned
+from trainer.charts.strokes import Pen, Point, Style, cross, dot, stroke, text, text_width
 
 SCALE = 2  # drawn larger and made smaller, for smooth lines
 # Pixels:
@@ -41,7 +40,7 @@ _FEW = 12  # points, each of which is a dot
 
 @dataclass(kw_only=True)
 class Line:
-    """Losses, and how they are drawn."""
+    """Values at steps, and how they are drawn."""
 
     style: Style
     points: Points
@@ -186,7 +185,7 @@ class _Axes:
     def _draw_line(self, place: int, line: Line) -> None:
         if not self._panel.is_of_points:
             for piece in inside(line.points, self._high):
-                path = [self._at(place, step, value) for step, value in piece]
+                path = [self._at(place, step, value) for step, value in thinned(piece)]
                 stroke(self._pen, path, line.style, 1 if line.failed else 2)
         marked = line.points if len(line.points) < _FEW else line.points[-1:]
         for step, value in marked[:-1] if line.has_cross else marked:

@@ -1,0 +1,1 @@
+"""What charts are drawn with: axes, strokes, and panels of lines beside their legend."""

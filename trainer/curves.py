@@ -1,0 +1,48 @@
+"""curves.png of a run: what its metrics.jsonl has, against steps.
+
+Three panels: the losses; the gradient's norm, largest of the steps since the line before; the
+update beside the weights.  A fourth, where the optimizer finds its learning rate itself.
+"""
+
+from PIL import Image
+
+from trainer.charts import chart, points
+from trainer.charts.chart import Entry, Line, Panel
+from trainer.charts.points import Rows
+from trainer.charts.strokes import Style, style
+from trainer.measure import EVAL, HOLDOUT, TRAIN
+
+_NOISY = (TRAIN, "train/grad_norm_max")  # of which means are drawn
+_PALE = Style(colour="#d1d5db")  # of what they are the means of
+# The title of each panel, and what it shows.
+_PANELS = {
+    "loss": (TRAIN, EVAL.metric, HOLDOUT.metric, "eval/ema_loss", "eval/ema_holdout_loss"),
+    "gradient norm": ("train/grad_norm_max",),
+    "update / weights": ("train/update_ratio",),
+    "found rate": ("optim/d",),
+}
+
+
+def draw(rows: Rows) -> Image.Image | None:
+    """The chart of a metrics.jsonl; None where nothing has two points."""
+    panels, entries, shown = [], list[Entry](), list[Line]()
+    begins = [value for _, value in points.of(rows, EVAL.metric)[:1]]
+    for title, metrics in _PANELS.items():
+        lines, pale = list[Line](), list[Line]()
+        for metric in metrics:
+            known = points.of(rows, metric)
+            if len(known) < 2:
+                continue
+            stroke, over = style(len(entries)), points.window(len(known))
+            entries.append(Entry(stroke, metric, f"{known[-1][1]:.4g}"))
+            if metric in _NOISY and len(known) > over:
+                pale.append(Line(style=_PALE, points=known))
+                known = points.smoothed(known, over)
+            lines.append(Line(style=stroke, points=known))
+        shown += pale
+        if lines:
+            top = points.ceiling(begins) if title == "loss" else None
+            panels.append(Panel(title=title, lines=[*lines, *pale], ceiling=top))
+    if shown:
+        entries.append(Entry(_PALE, "each line of metrics.jsonl", ""))
+    return chart.drawn(panels, "in the end", entries) if panels else None
