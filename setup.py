@@ -22,7 +22,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
 
-SUBPACKAGES = ("assets", "config", "data", "formats", "planner", "sweep")
+SUBPACKAGES = ("assets", "charts", "config", "data", "formats", "planner", "sweep")
 CSRC = Path("csrc")
 SOURCES = runpy.run_path("optim/sources.py")  # importing the package would import torch
 FILES = SOURCES["of_module"](CSRC)
