@@ -25,7 +25,7 @@ _PANELS = {
 
 def draw(rows: Rows) -> Image.Image | None:
     """The chart of a metrics.jsonl; None where nothing has two points."""
-    panels, entries, shown = [], list[Entry](), list[Line]()
+    panels, entries, is_smoothed = [], list[Entry](), False
     begins = [value for _, value in points.of(rows, EVAL.metric)[:1]]
     for title, metrics in _PANELS.items():
         lines, pale = list[Line](), list[Line]()
@@ -39,10 +39,10 @@ def draw(rows: Rows) -> Image.Image | None:
                 pale.append(Line(style=_PALE, points=known))
                 known = points.smoothed(known, over)
             lines.append(Line(style=stroke, points=known))
-        shown += pale
+        is_smoothed = is_smoothed or bool(pale)
         if lines:
             top = points.ceiling(begins) if title == "loss" else None
             panels.append(Panel(title=title, lines=[*lines, *pale], ceiling=top))
-    if shown:
+    if is_smoothed:
         entries.append(Entry(_PALE, "each line of metrics.jsonl", ""))
     return chart.drawn(panels, "in the end", entries) if panels else None
