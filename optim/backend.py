@@ -11,6 +11,7 @@ from torch import Tensor
 from optim import cuda, features, gpu, native, plan
 from optim.codecs import FactoredSign, join, salts, split
 from optim.interface import Engine, Owner, RuledOwner
+from optim.options import learning_rate
 from optim.projected import NativeProjectedEngine
 from optim.projected_cuda import CudaProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
@@ -48,7 +49,7 @@ class TorchEngine:
         except KeyError:  # an option that keeps something was set after the state was made
             optimizer.check_state(index, group, param)
             raise
-        t, lr = int(state["step"]) + 1, float(group["lr"])
+        t, lr = int(state["step"]) + 1, learning_rate(group["lr"])
         shared = {k: group[k].to(param.device, torch.float32) for k in optimizer.shared}
         h = SimpleNamespace(**group | shared | {"lr": lr, "t": t, "index": index, "codec": codecs})
         h.rate = optimizer.rate(h)

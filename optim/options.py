@@ -17,10 +17,22 @@ def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+# What rounding may leave of a learning rate of zero (LinearLR of torch ends at -2e-22), and no
+# weight would notice.
+_NO_RATE = 1e-12
+
+
 def _learning_rate(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return _one_number(value) and _learning_rate(value.item())
-    return _number(value) and value >= 0
+    return _number(value) and value > -_NO_RATE
+
+
+def learning_rate(value: Any) -> float:
+    """A learning rate, a number or a tensor, as a number: zero for the little below it that a
+    schedule's rounding leaves."""
+    rate = float(value)
+    return 0.0 if -_NO_RATE < rate < 0 else rate
 
 
 def _one_number(value: torch.Tensor) -> bool:

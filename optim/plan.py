@@ -25,6 +25,7 @@ from optim.codecs import (
     Given,
     Parts,
 )
+from optim.options import learning_rate
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
@@ -272,7 +273,7 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
         "growth_settled": limits and rule == "came",
     }
     return Options(
-        lr=float(group["lr"]),
+        lr=learning_rate(group["lr"]),
         weight_decay=group["weight_decay"],
         beta1=first_decay(group) or 0.0,
         beta2=beta2 or 0.0,

@@ -264,6 +264,34 @@ def test_torch_schedulers_drive_the_rate_and_survive_a_reload(scheduler):
     assert twin.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rate_that_rounding_has_left_below_zero_is_zero(name, backend):
+    """LinearLR of torch ends there, and weights of zero would follow any rate."""
+    ends = []
+    for rate in (0.0, -2e-22, torch.tensor(-2e-22)):
+        params = [*make_params(), Parameter(torch.zeros(3))]
+        optimizer = build(name, params, backend=backend, weight_decay=0.5)
+        run(optimizer, params, range(2))
+        optimizer.param_groups[0]["lr"] = rate
+        run(optimizer, params, range(2, 4))
+        ends.append([*params, *(x for p in params for x in optimizer.state[p].values())])
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
+
+
+def test_linear_schedules_to_zero_may_end_below_it():
+    params = make_params(shapes=[(2, 2)])
+    optimizer = optim.SGD(params, lr=1e-4)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, 4)
+    rates = []
+    for step in range(6):
+        run(optimizer, params, [step])
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert min(rates) < 0, "this is about a rate that rounds below zero"
+
+
 def test_a_grad_scaler_skips_an_overflow_and_scales_the_rest():
     param = Parameter(torch.ones(4))
     optimizer = optim.build("sgd", [param], lr=0.5, momentum=0.0)
