@@ -117,6 +117,7 @@ class ApolloMini(Apollo):
     are `Apollo`'s.
     """
 
+    rule = staticmethod(reference.apollo)
     storage = "bf16"
 
     def __init__(

@@ -41,8 +41,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     A subclass names its `rule` and says in `moments` how each moment of a parameter is stored; it
     has no loop.  Its options are its signature's and those of `Features` that it does not refuse.
-    Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is decoupled:
-    w <- (1 - lr * weight_decay) w, before the update.
+    A class that names no rule is its base with something added or set, and what its constructor
+    takes is its own affair.  Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is
+    decoupled: w <- (1 - lr * weight_decay) w, before the update.
 
     `backend` is who computes a step: "native" (`csrc/`, on a CPU and on CUDA) or "torch"; see
     `optim/state.py` for what the state is made of.
@@ -58,8 +59,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     fused_backward: InBackward | None = None  # what steps it inside the backward pass
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
-        """`arguments` are the subclass's own, as its `locals()`: its signature is the list of its
-        options, and what else is in there is left out."""
+        """`arguments` are those of the class that names the rule, as its `locals()`: its signature
+        is the list of options, and what else is in there is left out."""
         known = self.default_options()
         given = {k: v for k, v in arguments.items() if k in known} | arguments["features"]
         for name, reason in self.refuses.items():
@@ -81,9 +82,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         return idle.options(self.default_options(), self.param_groups)
 
     @classmethod
+    def ruled(cls) -> type["FusedOptimizer"]:
+        """The class that names the rule: this one, or the nearest that it is derived from."""
+        return next(each for each in cls.__mro__ if "rule" in vars(each))
+
+    @classmethod
     def default_options(cls) -> dict[str, Any]:
-        """Every option of this optimizer with its default: its signature's, then the features."""
-        parameters = inspect.signature(cls).parameters.values()
+        """Every option of this optimizer with its default: those of the signature, then the
+        features."""
+        parameters = inspect.signature(cls.ruled()).parameters.values()
         own = {p.name: p.default for p in parameters if p.name not in ("params", "features")}
         defaults = {"storage": cls.storage, "growth_limit": cls.growth_limit}
         shared = features.DEFAULTS | defaults
@@ -315,7 +322,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with the class's name and the version of this state's layout in each
         group."""
-        return states.labelled(type(self).__name__, super().state_dict())
+        name, family = type(self).__name__, self.ruled().__name__
+        return states.labelled(name, family, super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,7 +349,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         states.check_keys(name, state_dict)
         saved_groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
         known = {*self.default_options()} - {"backend"}
-        states.check_groups(name, self.param_groups, known, {*self.shared}, state_dict)
+        family = self.ruled().__name__
+        states.check_groups(name, family, self.param_groups, known, {*self.shared}, state_dict)
         saved_groups = [
             {option: group[option] for option in known} | saved_group
             for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
@@ -353,8 +362,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if state_dict["state"].get(index):  # torch's flattened states have empty ones
                 parts_of[param] = state_dict["state"][index]
                 blank_of[param] = self._blank(param, group, META)  # but what is always on the host
-                place = f"{index} {tuple(param.shape)}"
-                states.check_parts(name, place, parts_of[param], blank_of[param])
+                states.check_parts(name, index, param, group, parts_of[param], blank_of[param])
         state = self._room_for(parts_of, blank_of)  # all memory, before anything changes
         for owner, parts in parts_of.items():
             for key, x in parts.items():
@@ -439,9 +447,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Raise ValueError where a parameter's state lacks what its group's options ask for.  More
         may be there, of an option that has been switched off since."""
-        place, wanted = f"{index} {tuple(param.shape)}", self._blank(param, group, META)
+        wanted = self._blank(param, group, META)
         own = {name: x for name, x in self.state[param].items() if name in wanted}
-        states.check_parts(type(self).__name__, place, own, wanted)
+        states.check_parts(type(self).__name__, index, param, group, own, wanted)
 
     def _blank(
         self, param: Tensor, group: dict[str, Any], device: torch.device

@@ -69,6 +69,8 @@ class AdaLomo(Adafactor):
     Source: Lv et al. 2023 (arXiv 2310.10195), Alg. 1.
     """
 
+    rule = staticmethod(reference.adafactor)
+
     def __init__(
         self,
         params: Iterable[Any],

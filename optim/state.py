@@ -15,7 +15,16 @@ from torch import Tensor
 from optim.codecs import Codec, Parts, join
 
 VERSION = 2
-LABELS = ("state_version", "optimizer")  # of saved groups
+LABELS = ("state_version", "optimizer", "family")  # of saved groups
+# Which options decide whether a moment is kept, and in which shape; of the others these do.
+_OPTIONS = ("storage", "beta1", "momentum", "factor_1d", "conv_view", "rank")
+_OPTIONS_OF = {
+    "compensation": ("rounding",),
+    "update_norm": ("growth_limit",),
+    "update_rms": ("clip_norm", "clip_threshold"),
+    "start": ("slice_p",),
+    "grad_sum": ("slice_p",),
+}
 
 
 def blank(
@@ -36,11 +45,11 @@ def blank(
     return state | join({name: codec.zeros(device) for name, codec in codecs.items()})
 
 
-def labelled(optimizer: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose groups say which layout the state has, and whose it is: torch's own savers
-    keep nothing but `state` and `param_groups`, and some of them nothing of a group but its
-    options."""
-    label = {"state_version": VERSION, "optimizer": optimizer}
+def labelled(optimizer: str, family: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose groups say which layout the state has, whose it is (a class's name), and
+    whose options and rule these are (another's, perhaps): torch's own savers keep nothing but
+    `state` and `param_groups`, and some of them nothing of a group but its options."""
+    label = {"state_version": VERSION, "optimizer": optimizer, "family": family}
     return state_dict | {"param_groups": [group | label for group in state_dict["param_groups"]]}
 
 
@@ -61,13 +70,15 @@ def check_keys(optimizer: str, state_dict: dict[str, Any]) -> None:
 
 def check_groups(
     optimizer: str,
+    family: str,
     groups: list[dict[str, Any]],
     options: set[str],
     shared: set[str],
     state_dict: dict[str, Any],
 ) -> None:
     """Raise ValueError, saying what differs, where a saved state's version or groups are not those
-    of `optimizer` (its class's name), which has these groups, options and shared numbers.
+    of `optimizer` (its class's name; `family` as in `labelled`), which has these groups, options
+    and shared numbers.
 
     What has no label is judged by its keys; of what has one an option may be missing, which the
     release that saved it had not yet.
@@ -80,7 +91,8 @@ def check_groups(
                 "it was saved by another optimizer or release"
             )
         owner = group.get("optimizer", optimizer)
-        if owner != optimizer:  # several rules have moments of the same names and shapes
+        # Several rules have moments of the same names and shapes.
+        if owner != optimizer and group.get("family") != family:
             raise ValueError(f"this is the state of {owner}, and {optimizer} cannot go on from it")
         stranger = _stranger(group, state_dict["state"].values())
         if stranger and "optimizer" not in group:
@@ -96,6 +108,13 @@ def check_groups(
             f"{optimizer} has parameter groups of {own_sizes} tensors, "
             f"and the saved state has {sizes}"
         )
+    for own, group in zip(groups, state_dict["param_groups"], strict=True):
+        owner, storage = group.get("optimizer", optimizer), group.get("storage")
+        if owner != optimizer and storage != own.get("storage"):
+            raise ValueError(
+                f"this is the state of {owner} with storage={storage!r}, from which {optimizer} "
+                f"goes on with that alone, and it has storage={own['storage']!r}"
+            )
     for group in state_dict["param_groups"]:  # LR schedulers may have added keys of their own
         needed = shared if "optimizer" in group else options | shared
         if missing := sorted(needed - set(group)):
@@ -121,16 +140,28 @@ def _stranger(group: dict[str, Any], states: Iterable[Parts]) -> str:
     return "torch.optim." + " or ".join(nearest) if nearest else ""
 
 
-def check_parts(optimizer: str, parameter: str, saved: Parts, wanted: Parts) -> None:
+def check_parts(
+    optimizer: str,
+    index: int,
+    param: Tensor,
+    group: dict[str, Any],
+    saved: Parts,
+    wanted: Parts,
+) -> None:
     """Raise ValueError where one parameter's saved state differs from `wanted` (tensors of any
-    device) in a name, a shape or a dtype."""
+    device), what this group's options ask for, in a name, a shape or a dtype."""
     own = {key: (tuple(x.shape), x.dtype) for key, x in wanted.items()}
     found = {key: (tuple(x.shape), x.dtype) for key, x in saved.items()}
     for key in sorted(own.keys() | found.keys()):
         if own.get(key) != found.get(key):
+            names = _OPTIONS_OF.get(key.partition(".")[0], _OPTIONS)
+            options = [f", {name}={group[name]!r}" for name in names if name in group]
             raise ValueError(
-                f"the state of parameter {parameter} does not fit {optimizer}: {key!r} is "
-                f"{found.get(key, 'missing')} and should be {own.get(key, 'absent')}"
+                f"the state of parameter {index} {tuple(param.shape)} does not fit {optimizer}: "
+                f"{key!r} is {found.get(key, 'missing')} and should be {own.get(key, 'absent')} "
+                f"for {param.dtype} weights{''.join(options)}. "
+                f"{group.get('optimizer', optimizer)} made it with another dtype or option: "
+                "go back to that, or begin with a new optimizer"
             )
 
 

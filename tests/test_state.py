@@ -162,8 +162,106 @@ def test_only_the_optimizers_own_state_is_loaded(name):
         if owner == name:
             loader.load_state_dict(state)
         else:
-            with pytest.raises(ValueError, match=rf"state of {optim.FAMILY[owner].__name__}, and"):
+            says = rf"state of {optim.FAMILY[owner].__name__}(, and| with storage)"
+            with pytest.raises(ValueError, match=says):
                 loader.load_state_dict(state)
+
+
+class MyAdam(optim.AdamW):
+    """A subclass as people write them."""
+
+    def __init__(self, params, lr=3e-4, **others):
+        super().__init__(params, lr=lr, **others)
+
+
+class MyLion(optim.Lion8bit):
+    """One with a single setting."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.25, seed=3)
+
+
+ALIKE = [  # optimizers that go on from each other's state
+    (optim.AdamW8bit, lambda params: optim.AdamW(params, storage="8bit")),
+    (optim.LionFactored, lambda params: optim.Lion8bit(params, storage="factored")),
+    (optim.ProdigyFactored, lambda params: optim.Prodigy(params, storage="factored")),
+    (optim.AdamW, MyAdam),
+    (lambda params: MyAdam(params, storage="8bit"), optim.AdamW8bit),
+    (MyLion, optim.Lion8bit),
+]
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("cls", [MyAdam, MyLion])
+def test_a_subclass_with_a_constructor_of_its_own_is_its_base_with_other_options(cls, copier):
+    ours, theirs = make_params(), make_params()
+    optimizer = cls(ours)
+    options = {"lr": 3e-4} if cls is MyAdam else {"lr": 0.25, "seed": 3}
+    run(optimizer, ours, range(2))
+    base = cls.__base__(theirs, **options)
+    run(base, theirs, range(2))
+    assert optimizer.defaults == base.defaults
+    ours, optimizer = copier((ours, optimizer))
+    optimizer.add_param_group({"params": [Parameter(torch.ones(3))], "weight_decay": 0.0})
+    run(optimizer, ours, range(2, 4))
+    run(base, theirs, range(2, 4))
+    assert_same(ours, theirs)
+    with pytest.raises(TypeError, match=f"no option of {cls.__name__} 'weight_deca'"):
+        optimizer.add_param_group({"params": make_params(), "weight_deca": 1})
+
+
+@pytest.mark.parametrize("which", range(len(ALIKE)))
+def test_a_class_and_its_like_go_on_from_each_others_state(which):
+    for first, second in (ALIKE[which], ALIKE[which][::-1]):
+        straight, stopped = make_params(torch.bfloat16), make_params(torch.bfloat16)
+        run(first(straight), straight, range(5))
+        optimizer = first(stopped)
+        run(optimizer, stopped, range(2))
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = second(stopped)
+        optimizer.load_state_dict(saved)
+        run(optimizer, stopped, range(2, 5))
+        assert_same(straight, stopped)
+
+
+def test_a_state_of_before_classes_shared_theirs_is_its_own_classs():
+    saved = optim.AdamW8bit(make_params()).state_dict()
+    for group in saved["param_groups"]:
+        del group["family"]
+    optim.AdamW8bit(make_params()).load_state_dict(saved)
+    with pytest.raises(ValueError, match="state of AdamW8bit, and AdamW cannot"):
+        optim.AdamW(make_params(), storage="8bit").load_state_dict(saved)
+
+
+WAYS = [  # (what a state was made with, what it meets, what is said)
+    ("prodigy", "dtype", torch.float32, torch.bfloat16, "for torch.bfloat16 weights, slice_p=11"),
+    ("prodigy", "dtype", torch.bfloat16, torch.float32, "for torch.float32 weights, slice_p=11"),
+    ("adafactor", "beta1", None, 0.9, "'exp_avg' is missing .* storage='fp32', beta1=0.9"),
+    ("adafactor", "beta1", 0.9, None, "'exp_avg' is .* should be absent .* beta1=None"),
+    ("adamw", "storage", "fp32", "bf16", "'exp_avg' is .*float32.*bfloat16.* storage='bf16'"),
+    ("lion", "rounding", "kahan", "nearest", "'compensation' is .* rounding='nearest'"),
+    ("adamw", "growth_limit", None, 1.1, "'update_norm' is missing .*growth_limit=1.1"),
+    ("apollo", "rank", 4, 2, "'exp_avg' is .*rank=2"),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "first", "second", "says"), WAYS, ids=str)
+def test_a_state_that_another_dtype_or_option_made_is_refused_with_what_is_wanted(
+    name, option, first, second, says
+):
+    dtypes, options = (torch.bfloat16, torch.bfloat16), ({option: first}, {option: second})
+    if option == "dtype":
+        dtypes, options = (first, second), ({}, {})
+    saved = []
+    for dtype, each in zip(dtypes, options, strict=True):
+        params = make_params(dtype)
+        optimizer = optim.build(name, params, **each)
+        run(optimizer, params, range(1))
+        saved.append(optimizer.state_dict())
+    mixed = saved[0] | {"param_groups": saved[1]["param_groups"]}
+    says += f".* {optim.FAMILY[name].__name__} made it with another dtype or option: go back to"
+    with pytest.raises(ValueError, match=says):
+        optimizer.load_state_dict(mixed)
 
 
 STRANGERS = [
