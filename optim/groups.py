@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from optim.share import DTYPES
 
@@ -74,6 +75,11 @@ def _check_options(optimizer: str, group: Group) -> None:
 
 
 def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
+    if is_lazy(param):
+        raise ValueError(
+            f"{optimizer}: a parameter of a lazy layer has no shape yet; run the model forward once, "
+            "under torch.no_grad(), before the optimizer is built"
+        )
     shape = tuple(param.shape)
     if _is_dtensor(param):
         raise TypeError(

@@ -249,6 +249,16 @@ def test_parameters_of_another_dtype_or_layout_are_refused(param, says):
         optim.build("adamw", [Parameter(param)])
 
 
+def test_parameters_without_a_shape_are_refused_until_the_model_has_run_once():
+    layer = torch.nn.LazyLinear(3)
+    with pytest.raises(ValueError, match=r"AdamW: .* lazy layer has no shape yet; run the model"):
+        optim.AdamW(layer.parameters())
+    with torch.no_grad():
+        layer(torch.ones(2, 5))
+    optimizer = optim.AdamW(layer.parameters())
+    run(optimizer, list(layer.parameters()), range(1))
+
+
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     params = make_params()
     optimizer = optim.build("adamw", params)
