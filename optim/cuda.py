@@ -59,6 +59,7 @@ class CudaEngine(DescriptorEngine):
         self._table = torch.empty_like(self._words, device=device)
         shape = (len(owner.param_groups), ctypes.sizeof(plan.Options) // 8)
         self._options = torch.empty(shape, dtype=torch.float64, device=device)
+        self._numbers = (plan.Options * len(owner.param_groups))()  # as the host knows them
         self._uploaded = b""  # the options that are on the device, if they came from the host
         self._captured = False  # a graph's replays write there too, unseen: nothing is known
         self._of_graphs: dict[int, tuple[Work, Tensor]] = {}  # what graphs point to, with its room
@@ -68,7 +69,7 @@ class CudaEngine(DescriptorEngine):
         """As `optim.interface.Engine`."""
         with self._gpu.here():
             work, weights, read = self._refresh(places)
-            self._put_options(coefficients)
+            self._put_options(work, coefficients)
             for one in work.launches:
                 for kernel, grid, block, shared in one.steps:
                     self._gpu.launch(kernel, grid, block, shared, one.tables.data_ptr())
@@ -93,18 +94,17 @@ class CudaEngine(DescriptorEngine):
         return total
 
     def _stamp(self, places: Share) -> list[Any]:
-        return [*super()._stamp(places), self._flags()]
+        return [*super()._stamp(places), [self._flags(group) for group in places.places.groups]]
 
-    def _flags(self) -> list[int]:
-        groups = self._owner.param_groups
-        return [plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags for group in groups]
+    def _flags(self, group: dict[str, Any]) -> int:
+        return plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags
 
     def _before_making(self) -> None:
         self._staging.refuse_in_capture()
 
     def _make(self, work: Work, places: Share) -> None:
         by_kind: dict[Kind, list[int]] = {}
-        flags = self._flags()
+        flags = {number: self._flags(self._owner.param_groups[number]) for number in work.groups}
         for index, _, _ in places:
             d = self._descriptors[index]
             kind = kind_of(self._rule, d, flags[d.group])
@@ -185,21 +185,21 @@ class CudaEngine(DescriptorEngine):
         self._staging.spare(addresses, alike)
         self._staging.spare(self._options, len(self._work))
 
-    def _put_options(self, coefficients: dict[int, float | Tensor]) -> None:
-        """Write the groups' options to the device: numbers where they have changed, tensors (a
-        learning rate, what a global norm makes of the gradients) always, from the device."""
-        groups = self._groups(self._device)
-        options, tensors = [], []
-        for position, (own, group) in enumerate(zip(self._owner.param_groups, groups, strict=True)):
-            lr, coefficient = group["lr"], coefficients.get(id(own), 1.0)
+    def _put_options(self, work: Work, coefficients: dict[int, float | Tensor]) -> None:
+        """Write the options of the members' groups to the device: numbers where they have changed,
+        tensors (a learning rate, what a global norm makes of the gradients) always, from the
+        device."""
+        tensors = []
+        for position, key, group in self._groups(work, self._device):
+            lr, coefficient = group["lr"], coefficients.get(key, 1.0)
             for field, value in (("lr", lr), ("coefficient", coefficient)):
                 if isinstance(value, Tensor) and value.is_cuda:
                     word = getattr(plan.Options, field).offset // 8
                     tensors.append((position, word, value))
             numbers = group | {"lr": 0.0 if isinstance(lr, Tensor) and lr.is_cuda else lr}
             number = 1.0 if isinstance(coefficient, Tensor) else coefficient
-            options.append(plan.group_options(numbers, number, self._rule))
-        raw = bytes((plan.Options * len(groups))(*options))
+            self._numbers[position] = plan.group_options(numbers, number, self._rule)
+        raw = bytes(self._numbers)
         if raw != self._uploaded or tensors or self._captured:
             host = torch.frombuffer(bytearray(raw), dtype=torch.float64).view_as(self._options)
             host = self._staging.readable(host)

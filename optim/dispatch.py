@@ -29,7 +29,7 @@ class Dispatch:
             backend.fall_back("a tensor without memory of its own has no fused kernel")
         if not self._is_fused() or Trait.HIDDEN in places.traits:
             return [(torch_engine, places)]
-        any_unfused = any(map(_unfused, self._optimizer.param_groups))
+        any_unfused = any(map(_unfused, places.places.groups))
         if not any_unfused and Trait.ELSEWHERE not in places.traits:
             return [(self.engine(CPU, rule) or torch_engine, places)]
         self.say_what_is_unfused()

@@ -40,6 +40,7 @@ class Work:
     def __init__(self, places: Places, stamp: list[Any], states: list[dict[str, Tensor]]) -> None:
         self.members, self.stamp = torch.tensor(places.members), stamp
         self.launches: list[Any] = []  # the engine's own, like what else it notes down here
+        self.groups: list[int] = []  # the numbers of the members' groups
         self.on_device = self.members
         words = torch.arange(ADDRESSES.start, ADDRESSES.stop)
         self.addresses = self.members[:, None] * _WORDS + words  # where they are in the table
@@ -96,15 +97,17 @@ class DescriptorEngine:
         """Fill in the launches of a new work, whose descriptors are complete but for addresses."""
         raise NotImplementedError
 
-    def _groups(self, device: torch.device) -> list[dict[str, Any]]:
-        """The groups, with the tensors that they share where this device can read them."""
-        shared = self._owner.shared
-        return [
-            group | {name: group[name].to(device) for name in shared}
-            if any(group[name].device != device for name in shared)
-            else group
-            for group in self._owner.param_groups
-        ]
+    def _groups(self, work: Work, device: torch.device) -> list[tuple[int, int, dict[str, Any]]]:
+        """The groups of a work's members, as (number, id, group), with the tensors that all groups
+        share where this device can read them."""
+        groups, shared = self._owner.param_groups, self._owner.shared
+        found = []
+        for number in work.groups:
+            group = groups[number]
+            if any(group[name].device != device for name in shared):
+                group = group | {name: group[name].to(device) for name in shared}
+            found.append((number, id(groups[number]), group))
+        return found
 
     def _put(self, work: Work, addresses: Tensor) -> None:
         """Write the members' addresses, int64 (n, 2) of weight and gradient, to the descriptors."""
@@ -153,6 +156,7 @@ class DescriptorEngine:
                     if self._describe(*place, grad.dtype):  # of which other works knew
                         self._drop([key for key in self._work if place[0] in key])
                 work = Work(places.places, stamp, [state[param] for param in places.params])
+                work.groups = sorted({self._descriptors[i].group for i in places.places.members})
                 self._make(work, places)
             self._drop(superfluous(self._work, members, len(self._params)))
             self._work[members] = work
@@ -162,9 +166,9 @@ class DescriptorEngine:
 
     def _stamp(self, places: Share) -> list[Any]:
         """What the descriptors of these parameters depend on, but for their state: which groups
-        there are and how they store moments, and what weights and gradients are.  (Which parameters
-        there are is the optimizer's to watch: it drops this engine when they change.)"""
-        return [[storing(group) for group in self._owner.param_groups], places.kinds]
+        they are of and how these store moments, and what weights and gradients are.  (Which
+        parameters there are is the optimizer's to watch: it drops this engine when they change.)"""
+        return [[storing(group) for group in places.places.groups], places.kinds]
 
     def _drop(self, keys: list[tuple[int, ...]]) -> None:
         for key in keys:

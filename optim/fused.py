@@ -170,6 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.fused_backward is not None:
             self.fused_backward.check_unchanged()
+        self._watch.check(self.param_groups)
         places = Share(self._places())
         if Trait.MISSING in places.traits:
             there = [place for place in places if place[2].grad is not None]
@@ -190,6 +191,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self.check_steps_alone("step_param")
         places = self._places_of("step_param", params)
+        self._watch.check(self.param_groups, places.groups)
         for index, _, param in places:
             if param.grad is None:
                 raise ValueError(
@@ -200,7 +202,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step(self, places: Share) -> None:
         """Update these parameters, which have gradients.  One thread at a time does."""
         with self._turn, _without_autocast():
-            self._check_options()
             self._refuse_gradients(places)
             self._raise_on_nonfinite(places)
             if len(places):
@@ -209,17 +210,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_shares(self, places: Share) -> None:
         shares = self._dispatch.shares(places)
         coefficients: dict[int, float | Tensor] = {}
-        if self._needs_all_gradients():
+        limited = [g for g in places.places.groups if g["max_grad_norm"] is not None]
+        if limited:
             norm = features.total([engine.grad_sq(share) for engine, share in shares]) ** 0.5
-            for group in self.param_groups:
-                if group["max_grad_norm"] is not None:
-                    coefficients[id(group)] = features.shrinking(norm, group["max_grad_norm"])
+            for group in limited:
+                coefficients[id(group)] = features.shrinking(norm, group["max_grad_norm"])
         for engine, share in shares:
             engine.step(share, coefficients)
-
-    def _check_options(self) -> None:
-        """Raise ValueError where an option has been set to what it may not be."""
-        self._watch.check(self.param_groups)
 
     @cached_property
     def _watch(self) -> options.Watch:
@@ -285,7 +282,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def check_steps_alone(self, caller: str) -> None:
         """Raise ValueError where a parameter cannot be stepped before all gradients are there."""
-        if self._needs_all_gradients():
+        if any(group["max_grad_norm"] is not None for group in self.param_groups):
             raise ValueError(
                 f"{caller}: max_grad_norm needs all gradients at once, and they are stepped one by "
                 "one; use grad_clip (the norm of each tensor's gradient) or step()"
@@ -398,9 +395,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param, parts in parts_of.items()
         }
 
-    def _needs_all_gradients(self) -> bool:
-        return any(group["max_grad_norm"] is not None for group in self.param_groups)
-
     def _indexed_params(self) -> Iterator[tuple[int, dict[str, Any], Parameter]]:
         """Every parameter with its group and its index, which is the same in every process and
         after a resume."""
@@ -411,17 +405,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _places_of(self, caller: str, params: Iterable[Tensor]) -> Places:
         """These parameters with their indices and groups.  Raises ValueError for one that is in no
         group, or is given twice."""
-        places = Places((*self._place_of(param), param) for param in params)
+        self._places()  # else what is known of the groups may be old
+        places = Places()
+        for param in params:
+            if id(param) not in self._place_by_id:
+                raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
+            places.append((*self._place_by_id[id(param)], param))
         if len({*places.members}) < len(places):
             raise ValueError(f"{caller}: a parameter is given twice, and would be stepped twice")
         return places
-
-    def _place_of(self, param: Tensor) -> tuple[int, dict[str, Any]]:
-        """This parameter's index and group."""
-        self._places()
-        if id(param) not in self._place_by_id:
-            raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
-        return self._place_by_id[id(param)]
 
     def _places(self) -> Places:
         """Every parameter with its index and group, as a list that is kept until they change."""
@@ -460,7 +452,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _raise_on_nonfinite(self, places: Share) -> None:
         """Before a step: raise where a group asks for it and a gradient element is not usable."""
-        if not any(group["on_nonfinite"] == "raise" for group in self.param_groups):
+        if not any(group["on_nonfinite"] == "raise" for group in places.places.groups):
             return
         strict = [place for place in places if place[1]["on_nonfinite"] == "raise"]
         if features.all_usable([grad_of(param) for _, _, param in strict]):

@@ -77,8 +77,8 @@ def _check_options(optimizer: str, group: Group) -> None:
 def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
     if is_lazy(param):
         raise ValueError(
-            f"{optimizer}: a parameter of a lazy layer has no shape yet; run the model forward once, "
-            "under torch.no_grad(), before the optimizer is built"
+            f"{optimizer}: a parameter of a lazy layer has no shape yet; run the model forward "
+            "once, under torch.no_grad(), before the optimizer is built"
         )
     shape = tuple(param.shape)
     if _is_dtensor(param):

@@ -67,11 +67,10 @@ class NativeEngine(DescriptorEngine):
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.interface.Engine`."""
         work, weights, read = self._refresh(places)
-        own = [float(coefficients.get(id(g), 1.0)) for g in self._owner.param_groups]
-        groups = self._groups(CPU)
-        options = (plan.Options * len(groups))(
-            *(plan.group_options(g, c, self._rule) for g, c in zip(groups, own, strict=True))
-        )
+        options = (plan.Options * len(self._owner.param_groups))()
+        for number, key, group in self._groups(work, CPU):
+            coefficient = float(coefficients.get(key, 1.0))
+            options[number] = plan.group_options(group, coefficient, self._rule)
         self._launch(_native.launch, work, options)
         del read
         self._write_back(places, weights)

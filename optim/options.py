@@ -167,14 +167,16 @@ class Watch:
         self._optimizer, self._known, self._agree = optimizer, known, agree
         self._values_of = itemgetter(*known)
         self._none = (object(),) * len(known)
-        self._seen: list[tuple[Any, ...]] = []  # of each group
+        self._seen: dict[int, tuple[Any, ...]] = {}  # values, by the id of their group
 
-    def check(self, groups: list[dict[str, Any]]) -> None:
-        """Refuse what has changed to a value that it may not take: ValueError, as `check`."""
-        now = [self._values_of(group) for group in groups]
-        seen = self._seen if len(self._seen) == len(now) else [self._none] * len(now)
+    def check(self, groups: list[dict[str, Any]], some: list[dict[str, Any]] | None = None) -> None:
+        """Refuse what has changed to a value that it may not take, in `some` of the groups where
+        these alone are asked for: ValueError, as `check`."""
+        asked = groups if some is None else some
+        now = {id(group): self._values_of(group) for group in asked}
         others = False
-        for group, values, before in zip(groups, now, seen, strict=True):
+        for group in asked:
+            values, before = now[id(group)], self._seen.get(id(group), self._none)
             rate = group["lr"]
             if isinstance(rate, torch.Tensor):
                 self._check_tensor(rate)
@@ -188,7 +190,7 @@ class Watch:
             check(self._optimizer, self._known, changed)
         if others:
             self._agree(groups)
-        self._seen = now
+        self._seen |= now
 
     def _check_tensor(self, rate: torch.Tensor) -> None:
         """Refuse a learning rate; its value is looked at where nothing is waited for."""

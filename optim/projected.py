@@ -125,8 +125,8 @@ class ProjectedEngine(ABC):
             if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
                 addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
             self._put(work, addresses)
-            self._low.refresh()
-            of_lows, of_scaled = self._coefficients(coefficients)
+            self._low.refresh(work.wide.groups)
+            of_lows, of_scaled = self._coefficients(work.wide.groups, coefficients)
             first = 0
             for portion in work.portions:
                 own = grads[first : first + len(portion.places)]
@@ -154,7 +154,7 @@ class ProjectedEngine(ABC):
             )
 
     def _coefficients(
-        self, coefficients: dict[int, float | Tensor]
+        self, groups: list[dict[str, Any]], coefficients: dict[int, float | Tensor]
     ) -> tuple[dict[int, float | Tensor], dict[int, float | Tensor]]:
         """What multiplies the gradients of projections and those of the weights.
 
@@ -163,7 +163,8 @@ class ProjectedEngine(ABC):
         """
         of_lows: dict[int, float | Tensor] = {}
         of_scaled: dict[int, float | Tensor] = {}
-        for group, own in zip(self._optimizer.param_groups, self._low.param_groups, strict=True):
+        for group in groups:
+            own = self._low.group_of(group)
             of_lows[id(own)] = group["rank"] ** -0.5
             if is_conditioned(group):
                 of_scaled[id(group)] = coefficients.get(id(group), 1.0)
@@ -184,9 +185,7 @@ class ProjectedEngine(ABC):
     def _work_of(self, places: Share) -> Portions:
         """The portions of these parameters: kept from an earlier step where nothing that they
         depend on has changed since."""
-        groups = [
-            (*storing(group), *map(group.get, _SHAPING)) for group in self._optimizer.param_groups
-        ]
+        groups = [(*storing(group), *map(group.get, _SHAPING)) for group in places.places.groups]
         members, stamp = places.places.members, [groups, places.kinds]
         work = self._works.get(members)
         state = self._optimizer.state

@@ -49,6 +49,11 @@ class Places(list[Place]):
         """The parameters' indices."""
         return tuple([index for index, _, _ in self])
 
+    @cached_property
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups that they are of."""
+        return list({id(group): group for _, group, _ in self}.values())
+
 
 class Share:
     """Parameters that are stepped together, as they and their gradients are now.

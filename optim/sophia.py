@@ -161,7 +161,7 @@ class Sophia(FusedOptimizer):
                 f"update_hessian: scale={scale} is not possible; it must be a number > 0, "
                 "for the mean of n squared errors n/2"
             )
-        self._check_options()
+        self._watch.check(self.param_groups)
         if params is None:
             params = [param for _, _, param in self._places() if param.grad is not None]
         places = Share(self._places_of("update_hessian", params))

@@ -32,15 +32,17 @@ class LowSteps:
 
     def __init__(self, optimizer: RuledOwner) -> None:
         self._optimizer = optimizer
-        self.param_groups = [dict(group) for group in optimizer.param_groups]
+        self._groups = {id(group): dict(group) for group in optimizer.param_groups}
+        self.param_groups = list(self._groups.values())
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._places: dict[Tensor, Place] = {}
         self._unread: dict[int, Tensor] = {}  # counts of what is not usable in projections
 
-    def refresh(self) -> None:
-        """Take over the options as they are now."""
-        for group, own in zip(self._optimizer.param_groups, self.param_groups, strict=True):
-            own.update(group | {name: x for name, x in _BARE.items() if name in group})
+    def refresh(self, groups: list[dict[str, Any]]) -> None:
+        """Take over the options of these groups as they are now."""
+        for group in groups:
+            bare = {name: x for name, x in _BARE.items() if name in group}
+            self.group_of(group).update(group | bare)
 
     def adopt(self, place: Place, low: Tensor) -> Place:
         """Let a tensor (r, L) stand for a parameter, with its moments and its step count."""
@@ -62,11 +64,7 @@ class LowSteps:
 
     def group_of(self, group: dict[str, Any]) -> dict[str, Any]:
         """The options for the projections of a group's parameters."""
-        return next(
-            own
-            for theirs, own in zip(self._optimizer.param_groups, self.param_groups, strict=True)
-            if theirs is group
-        )
+        return self._groups[id(group)]
 
     def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """Those of the parameter's moments."""

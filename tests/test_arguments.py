@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 import optim
+from optim import engine, native, plan
 from optim.options import Watch
 
 NAMES = sorted(optim.FAMILY)
@@ -102,7 +103,7 @@ def test_an_impossible_value_that_is_set_later_is_refused_before_anything_change
         with pytest.raises(ValueError, match=says):
             run(optimizer, params, [2])
     with pytest.raises(ValueError, match=says):
-        optimizer.step_param(params[3])
+        optimizer.step_param(params[0])
     assert_same(params, before[0])
     for state, old in zip(optimizer.state.values(), before[1], strict=True):
         assert_same(state.values(), old.values())
@@ -142,6 +143,23 @@ def test_only_what_has_changed_is_checked_again(monkeypatch):
     optimizer.param_groups[0].update(lr=0.5)
     run(optimizer, params, range(3, 5))
     assert checked == [{"lr": 0.5}]
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="no native engine")
+@pytest.mark.parametrize("name", ["adafactor8bit", "apollo"])
+def test_a_share_of_the_parameters_asks_after_the_options_of_its_own_groups_alone(
+    name, monkeypatch
+):
+    """A fused backward with a group for each tensor has thousands of shares and groups."""
+    params, asked = make_params(shapes=[(24, 16)] * 20), []
+    groups = [{"params": [p]} for p in params]
+    optimizer = optim.build(name, groups, rank=4) if name == "apollo" else optim.build(name, groups)
+    run(optimizer, params, range(2))
+    original, known = plan.group_options, engine.storing
+    monkeypatch.setattr(plan, "group_options", lambda *a: asked.append(a) or original(*a))
+    monkeypatch.setattr(engine, "storing", lambda group: asked.append(group) or known(group))
+    optimizer.step_param(params[3], params[5])
+    assert 0 < len(asked) <= 4 * 2  # its two groups, by each of an APOLLO's two engines
 
 
 def test_numbers_of_numpy_are_taken_as_pythons(tmp_path):
