@@ -22,12 +22,12 @@ class Features(TypedDict, total=False):
         or "factored" (rank-1 factors and a sign bit, about 1/8; SMMF); the default is the class's.
 
     rounding: how bf16 and fp16 weights are written: "stochastic" (unbiased; fp16 is written to the
-        nearest, and compensated as "kahan" does where the learning rate is to be found), "nearest",
-        or "kahan", which keeps the rounding error in 2 more bytes a parameter and adds it to the
-        next step.
+        nearest, where small steps are lost, which is said; it is compensated as "kahan" does where
+        the learning rate is to be found), "nearest", or "kahan", which keeps the rounding error in
+        2 more bytes a parameter and adds it to the next step.
 
     orthograd: remove from the gradient its component along the weights, and keep its norm (Prieto
-        et al. 2025).
+        et al. 2025).  A parameter of one element has no other and stays where it is, which is said.
 
     max_grad_norm: largest norm of all of the optimizer's gradients together, over all groups; it
         needs them all at once, so `step_param` and the fused backward refuse it, and under ZeRO-1

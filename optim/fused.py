@@ -77,9 +77,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             warnings.warn(f"{type(self).__name__}: {line}", idle.IdleOption, stacklevel=3)
 
     def idle_options(self) -> list[str]:
-        """The options that are set and have no effect, in words with the remedy: a line for
-        each."""
-        return idle.options(self.default_options(), self.param_groups)
+        """The options that are set and have no effect, or leave weights where they are, in words
+        with the remedy: a line for each."""
+        return [
+            *idle.options(self.default_options(), self.param_groups),
+            *idle.stalled(self.param_groups, self.compensates),
+        ]
 
     @classmethod
     def ruled(cls) -> type["FusedOptimizer"]:

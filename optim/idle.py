@@ -17,7 +17,7 @@ Group = dict[str, Any]
 
 
 class IdleOption(UserWarning):
-    """An option of an optimizer has no effect."""
+    """An option of an optimizer has no effect, or leaves weights where they are."""
 
 
 def _follows_the_gradient(group: Group) -> bool:
@@ -116,4 +116,27 @@ def options(defaults: Group, groups: list[Group]) -> list[str]:
         if setting and all(map(is_idle, setting)):
             value = setting[0][option]
             lines.append(f"{option}={value!r} has no effect {where}; {remedy}, or leave it out")
+    return lines
+
+
+def stalled(groups: list[Group], compensates: Callable[[torch.Tensor, Group], bool]) -> list[str]:
+    """A line for each option that leaves trained weights where they are, with the remedy.
+    `compensates(param, group)`: whether the error of rounding a parameter is kept."""
+    trained = [(p, group) for group in groups for p in group["params"] if p.requires_grad]
+    numbers = sum(group["orthograd"] and p.numel() == 1 for p, group in trained)
+    lines = []
+    if numbers:
+        lines.append(
+            f"orthograd=True leaves parameters of one element where they are ({numbers} of them): "
+            "all of their gradient is along them; give them a group with orthograd=False"
+        )
+    if any(
+        p.dtype == torch.float16 and group["rounding"] == "stochastic" and not compensates(p, group)
+        for p, group in trained
+    ):
+        lines.append(
+            "rounding='stochastic' is of bf16 weights alone: fp16 ones are rounded to the nearest, "
+            "and steps of less than half their spacing are lost; use rounding='kahan' or fp32 "
+            "weights"
+        )
     return lines

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import FOR_SMALL, PRODIGIES, make_params, set_grads
+from helpers import FOR_SMALL, PRODIGIES, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
@@ -149,6 +149,44 @@ def test_an_option_of_other_tensors_is_said_to_do_nothing_unless_there_is_one(op
     with warnings.catch_warnings():
         warnings.simplefilter("error", optim.IdleOption)
         optim.build("adafactor", groups, **option)
+
+
+def test_fp16_weights_that_small_steps_leave_where_they_are_are_said():
+    def moved(name="adamw", dtype=torch.float16, **options):
+        param = Parameter(torch.ones(8, dtype=dtype))
+        optimizer = optim.build(name, [param], **{"lr": 1e-5, "weight_decay": 0.0} | options)
+        for _ in range(200):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        return 1 - param.mean().item()
+
+    says = "rounding='stochastic' is of bf16 weights alone.*use rounding='kahan' or fp32"
+    with pytest.warns(optim.IdleOption, match=says) as said:
+        assert moved() == 0
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optim.IdleOption)
+        assert moved(rounding="kahan") > 1e-3
+        assert moved(dtype=torch.bfloat16) > 0
+        moved(rounding="nearest")  # as it was asked for
+        moved("prodigy", lr=1.0)  # keeps the error
+        optim.AdamW([Parameter(torch.ones(8, dtype=torch.float16), requires_grad=False)])
+
+
+def test_numbers_that_orthograd_leaves_where_they_are_are_said():
+    params = make_params(shapes=[(24, 16), (), (1,)])
+    before = [p.detach().clone() for p in params]
+    says = r"orthograd=True leaves parameters of one element .*\(2 of them\).* orthograd=False"
+    with pytest.warns(optim.IdleOption, match=says) as said:
+        optimizer = optim.AdamW(params, orthograd=True, weight_decay=0.0)
+    assert len(said) == 1
+    run(optimizer, params, range(2))
+    assert [same([p], [q]) for p, q in zip(params, before, strict=True)] == [False, True, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optim.IdleOption)
+        optim.AdamW(
+            [{"params": params[:1]}, {"params": params[1:], "orthograd": False}], orthograd=True
+        )
 
 
 def test_an_option_that_acts_in_one_group_may_be_set_for_all():
