@@ -119,14 +119,40 @@ _BITSANDBYTES = (
     "8-bit state is a class (AdamW8bit, Lion8bit), or storage='8bit'; leave it out",
 )
 _ELSEWHERE: dict[str, tuple[str | None, str]] = {
-    "learning_rate": ("lr", "it is called lr here"),
-    "wd": ("weight_decay", "it is called weight_decay here"),
-    **dict.fromkeys(("decouple", "decoupled_weight_decay", "weight_decouple"), _DECOUPLED),
+    **{
+        theirs: (ours, f"it is called {ours} here")
+        for theirs, ours in {
+            "learning_rate": "lr",
+            "wd": "weight_decay",
+            "cautious_wd": "cautious_decay",
+            "orthogonal_gradient": "orthograd",
+            "use_atan2": "atan2",
+            "t_alpha": "warmup_steps",
+            "t_beta3": "warmup_steps",
+            "t_alpha_beta3": "warmup_steps",
+            "scale_type": "scaling",
+            "update_proj_gap": "update_gap",
+        }.items()
+    },
+    **dict.fromkeys(
+        ("decouple", "decoupled_weight_decay", "weight_decouple", "fixed_decay"), _DECOUPLED
+    ),
+    "stochastic_rounding": (
+        "rounding",
+        "it is rounding='stochastic' here, the default, or 'nearest'",
+    ),
+    "correct_bias": (None, "averages are corrected where the paper does; leave it out"),
+    "kahan_sum": ("rounding", "it is rounding='kahan' here"),
+    "nnmf_factor": ("storage", "it is storage='factored' here"),
+    "factored_2nd": ("storage", "it is storage='factored' here, for both moments"),
+    **dict.fromkeys(
+        ("state_precision", "momentum_dtype"), ("storage", "how moments are kept is storage here")
+    ),
+    **dict.fromkeys(("eps1", "eps2"), ("eps", "it is eps here, a pair where there are two")),
     **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable", "dampening"), _TORCHS),
+    **dict.fromkeys(("ams_bound", "clip_lambda", "kourkoutas_beta"), _TORCHS),
     **dict.fromkeys(("optim_bits", "block_wise", "min_8bit_size", "is_paged"), _BITSANDBYTES),
     "percentile_clipping": ("grad_clip", "gradients are clipped by grad_clip or max_grad_norm"),
-    "scale_type": ("scaling", "it is called scaling here"),
-    "update_proj_gap": ("update_gap", "it is called update_gap here"),
     "proj": ("projection", "projections are random: projection='gaussian' or 'sign'"),
     "proj_type": ("projection", "a tensor is projected along its shorter side; leave it out"),
     "decay_rate": ("beta2_decay", "it is called beta2_decay here (with beta2=None)"),

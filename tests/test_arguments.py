@@ -198,6 +198,30 @@ def test_torchs_choice_of_an_engine_is_refused_with_the_familys(option):
             make(make_params(), **{option: True})
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs", "says"),
+    [
+        ("adamw", "stochastic_rounding", "rounding='stochastic' here, the default, or 'nearest'"),
+        ("adamw", "kahan_sum", "rounding='kahan'"),
+        ("lion", "orthogonal_gradient", "orthograd"),
+        ("prodigy", "use_atan2", "atan2"),
+        ("adopt", "cautious_wd", "cautious_decay"),
+        ("adamw", "nnmf_factor", "storage='factored'"),
+        ("prodigy", "state_precision", "storage"),
+        ("ademamix", "t_alpha", "warmup_steps"),
+        ("came", "eps1", "eps here, a pair"),
+        ("apollo", "scale_type", "scaling"),
+        ("apollo", "correct_bias", "leave it out"),
+        ("lion", "fixed_decay", "always decoupled"),
+        ("adamw", "ams_bound", "not to be had here"),
+    ],
+)
+def test_another_packages_word_for_an_option_is_answered_with_ours(name, theirs, says):
+    for make in (optim.FAMILY[name], lambda *a, **k: optim.build(name, *a, **k)):
+        with pytest.raises(TypeError, match=rf"no option of .* '{theirs}'; .*{says}"):
+            make(make_params(), **{theirs: True})
+
+
 def test_keys_of_others_are_kept_in_a_group_and_come_back_with_its_state(tmp_path):
     others = {"name": "text", "lr_scale": 0.5, "layer_id": 3, "initial_lr": 0.1, "index": "x"}
     params = make_params()
