@@ -4,7 +4,7 @@ configuration becomes."""
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_snr,
@@ -199,14 +199,16 @@ def test_zero_terminal_snr_can_be_taken_off(noise_config):
     assert noise_schedule.config.prediction_type == "epsilon"
 
 
-def test_a_scheduler_that_cannot_rescale_its_betas_becomes_one_that_can(noise_config):
-    model = {"_class_name": "PNDMScheduler"} | dict(
-        PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").config
-    )
+@pytest.mark.parametrize("name", ["PNDM", "DEISMultistep", "KDPM2Discrete"])
+def test_a_scheduler_that_cannot_rescale_its_betas_becomes_one_that_can(noise_config, name):
+    cls = getattr(diffusers, f"{name}Scheduler")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    model = {"_class_name": cls.__name__} | dict(cls(**betas).config)
     options = noise_config(prediction="v_prediction", zero_terminal_snr=True)
     written = noise.scheduler_config(options, model)
     scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
     assert scheduler.alphas_cumprod[-1] == 0
+    assert not scheduler.config.clip_sample  # latents leave [-1, 1]
     scheduler.set_timesteps(5)
     assert scheduler.timesteps[0] == 999
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from optim import rng
 from trainer.config import NoiseConfig
 from trainer.errors import UserError
+from trainer.formats import metadata
 from trainer.streams import Stream
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,6 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
     """The configuration of the model's scheduler after training: `model`, as its
     scheduler_config.json has it, with the options that change it.  Without any it is the same.
 
-    Zero terminal SNR as Lin et al. 2023 (arXiv 2305.08891): betas rescaled, a model that predicts
-    v, sampling from the last timestep on ("trailing").  A class of scheduler that cannot rescale
-    becomes DDIM, which can.
-
     Raises UserError for a scheduler without betas, a prediction type that training does not know,
     or zero terminal SNR with epsilon prediction, which has nothing to predict from at the last
     timestep.
@@ -46,13 +43,10 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
     changes: dict[str, Any] = {}
     if config.prediction != "model":
         changes["prediction_type"] = config.prediction
-    if config.zero_terminal_snr is not None:
-        changes["rescale_betas_zero_snr"] = config.zero_terminal_snr
     if config.zero_terminal_snr:
-        changes["timestep_spacing"] = "trailing"
-        scheduler = getattr(diffusers, model["_class_name"])
-        if "rescale_betas_zero_snr" not in inspect.signature(scheduler).parameters:
-            changes["_class_name"] = "DDIMScheduler"
+        changes |= metadata.zero_snr(model)
+    elif config.zero_terminal_snr is not None:
+        changes["rescale_betas_zero_snr"] = False
     model = {k: v for k, v in model.items() if k != _MARKS}
     result = {**model, **changes}
     prediction = result.get("prediction_type", "epsilon")

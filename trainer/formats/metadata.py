@@ -1,11 +1,14 @@
 """What files say about themselves: prediction type and terminal SNR, and the parts' configurations
 where they are not the published ones."""
 
+import inspect
 import json
 from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import diffusers
 
 from trainer.errors import UserError
 from trainer.formats import architectures, stream
@@ -55,24 +58,24 @@ def marked_scheduler(
     `v_pred` and `ztsnr` are empty tensors; `modelspec.prediction_type` is `epsilon` or `v`.
     """
     kind = metadata.get("modelspec.prediction_type", "")
-    is_v = V_PRED in names or kind.startswith("v")
-    if not is_v:
+    if V_PRED not in names and not kind.startswith("v"):
         return scheduler
-    return scheduler | predicting_v(scheduler, zero_snr=ZTSNR in names)
+    marked = scheduler | {"prediction_type": "v_prediction"}
+    return marked | zero_snr(scheduler) if ZTSNR in names else marked
 
 
-def predicting_v(scheduler: dict[str, Any], zero_snr: bool) -> dict[str, Any]:
-    """The changes that make a scheduler's configuration one for v-prediction.
+def zero_snr(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes that give a scheduler's configuration zero terminal SNR (Lin et al. 2023,
+    arXiv 2305.08891): betas rescaled, sampling from the last timestep on ("trailing").
 
-    PNDM, which Stable Diffusion 1.5 was published with, knows no zero terminal SNR; DDIM does.
+    A class that cannot rescale, such as PNDM, becomes DDIM, which can; and which unless told would
+    clip to [-1, 1] what it predicts of latents, as others do not.
     """
-    changes: dict[str, Any] = {"prediction_type": "v_prediction"}
-    if not zero_snr:
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    options = inspect.signature(getattr(diffusers, scheduler["_class_name"])).parameters
+    if "rescale_betas_zero_snr" in options:
         return changes
-    changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if scheduler["_class_name"] == "PNDMScheduler":
-        changes |= {"_class_name": "DDIMScheduler", "clip_sample": False}
-    return changes
+    return changes | {"_class_name": "DDIMScheduler", "clip_sample": False}
 
 
 def stored_configs(metadata: dict[str, str], where: Path) -> dict[str, dict[str, Any]]:
