@@ -115,8 +115,11 @@ def main() -> None:
         print(cli.help_page())
         return
     cli.register()
-    cli.refuse_dashes(sys.argv[1:])
-    cli.refuse_repeated(sys.argv[1:])
+    try:
+        cli.refuse_dashes(sys.argv[1:])
+        cli.refuse_repeated(sys.argv[1:])
+    except UserError as error:
+        cli.fail(str(error))
     sys.argv[1:] = cli.flags_last(cli.with_resumed(sys.argv[1:]))
     try:
         train()

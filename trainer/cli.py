@@ -131,13 +131,15 @@ def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
 
 
 def refuse_repeated(arguments: list[str]) -> None:
-    """End with one line where a group is chosen twice: Hydra would take the last choice."""
+    """Raise UserError where a group is chosen twice: Hydra would take the last choice."""
     for group in group_names():
         choices = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
         if len(set(choices)) > 1:
             both = ",".join(choices)
             remedy = f"write {group}=[{both}]" if group == "experiment" else "leave one out"
-            fail(f"{group} is chosen more than once ({both}), and only the last counts; {remedy}")
+            raise UserError(
+                f"{group} is chosen more than once ({both}), and only the last counts; {remedy}"
+            )
 
 
 def flags_last(arguments: list[str]) -> list[str]:
@@ -156,7 +158,7 @@ def flags_last(arguments: list[str]) -> list[str]:
 
 
 def refuse_dashes(arguments: list[str]) -> None:
-    """End with one line where an option is written as other programs want it: --seed=1."""
+    """Raise UserError where an option is written as other programs want it: --seed=1."""
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if name.startswith("--") and equals and name not in _WITH_VALUE:
@@ -164,8 +166,10 @@ def refuse_dashes(arguments: list[str]) -> None:
             try:
                 composition([without])
             except Exception as error:  # Hydra and OmegaConf raise many kinds
-                fail(f"{argument}: options have no dashes, and {explain(error, [without])}")
-            fail(f"{argument}: options have no dashes; write {without}")
+                raise UserError(
+                    f"{argument}: options have no dashes, and {explain(error, [without])}"
+                ) from error
+            raise UserError(f"{argument}: options have no dashes; write {without}")
 
 
 def _hydra_quoted(text: str) -> str:
@@ -178,20 +182,20 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
 
     with_hydra: Hydra's own node too, whose `runtime.choices` are those of all groups.
 
-    A wrong override is one line and status 2.
+    Raises UserError for a wrong override.
     """
     register()
     refuse_repeated(overrides)
     try:
         return composition(overrides, with_hydra)
     except Exception as error:  # Hydra and OmegaConf raise many kinds
-        fail(explain(error, overrides))
+        raise UserError(explain(error, overrides)) from error
 
 
 def runs_of(overrides: list[str]) -> list[list[str]]:
     """The options of each run of a sweep, in the order in which Hydra runs them.
 
-    A wrong override is one line and status 2.
+    Raises UserError for a wrong override.
     """
     fixed = [o for o in overrides if not _is_swept(o, overrides)]
     params = composed(fixed, with_hydra=True).hydra.sweeper.params or {}  # of sweep=
@@ -205,7 +209,7 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
             for o in OverridesParser.create().parse_overrides([*swept, *overrides])
         ]
     except HydraException as error:  # of glob() and interval(), which a sweeper alone can list
-        fail(f"{error}; the planner takes lists, choice() and range()")
+        raise UserError(f"{error}; the planner takes lists, choice() and range()") from error
     return [list(run) for run in itertools.product(*choices)]
 
 
@@ -213,7 +217,7 @@ def _is_swept(override: str, overrides: list[str]) -> bool:
     try:
         return OverridesParser.create().parse_override(override).is_sweep_override()
     except HydraException as error:
-        fail(explain(error, overrides))
+        raise UserError(explain(error, overrides)) from error
 
 
 def with_published_model(overrides: list[str]) -> list[str]:

@@ -98,13 +98,11 @@ def _completed(overrides: Sequence[str]) -> list[str]:
     """The options with what a plan does not need, where it is not given: the place of the model and
     of the pictures."""
     overrides = cli.with_published_model([*overrides])
-    given = cli.composed(overrides, with_hydra=True)
-    chosen, assumed = given.hydra.runtime.choices, []
-    if chosen.model != "tiny" and not any(o.startswith("data=") for o in overrides):
-        assumed.append("data=folder")  # the default goes with tiny
-    if "data=folder" in assumed or not (given.data.path or given.data.sources):
-        assumed.append("data.path=.")
-    return [*assumed, *overrides]
+    choices = cli.composed(overrides, with_hydra=True).hydra.runtime.choices
+    if choices.model != "tiny" and not any(o.startswith("data=") for o in overrides):
+        overrides = ["data=folder", *overrides]  # the default goes with tiny
+    data = cli.composed(overrides).data
+    return overrides if data.path or data.sources else ["data.path=.", *overrides]
 
 
 def _config(overrides: list[str]) -> Config:
