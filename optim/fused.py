@@ -6,7 +6,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -98,6 +98,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults = {"storage": cls.storage, "growth_limit": cls.growth_limit}
         shared = features.DEFAULTS | defaults
         return own | {k: v for k, v in shared.items() if k not in cls.refuses}
+
+    @classmethod
+    def bounds_updates(cls, group: Mapping[str, Any]) -> str | None:
+        """Why the size of a gradient hardly matters with these options, in words that follow the
+        optimizer's name; None where it does matter."""
+        if group.get("clip_threshold") is not None:
+            return "bounds the RMS of each tensor's update, whatever the size of its gradient"
+        if group.get("atan2"):
+            return "has atan2, which bounds every update, whatever the size of its gradient"
+        return None
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         """How each moment of this parameter is stored: {moment name: codec}."""

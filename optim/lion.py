@@ -1,6 +1,6 @@
 """Lion: the sign of an interpolated momentum, kept in fp32, in 8-bit blocks, or as factors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
@@ -40,6 +40,10 @@ class Lion(FusedOptimizer):
         **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
+
+    @classmethod
+    def bounds_updates(cls, group: Mapping[str, Any]) -> str:
+        return "uses the sign of an average of gradients, whose size hardly matters"
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         return stored(param.shape, group, "exp_avg")

@@ -8,7 +8,7 @@ whichever order the parameters were stepped.  A parameter without a gradient kee
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar, Unpack
 
@@ -244,6 +244,10 @@ class LionProdigy(DistanceAdapted):
         **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
+
+    @classmethod
+    def bounds_updates(cls, group: Mapping[str, Any]) -> str:
+        return "uses the sign of an average of gradients, whose size hardly matters"
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         return stored(param.shape, group, "exp_avg") | self.statistics(param, group)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, Unpack
 
@@ -73,6 +73,10 @@ class Sophia(FusedOptimizer):
         **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
+
+    @classmethod
+    def bounds_updates(cls, group: Mapping[str, Any]) -> str:
+        return "clips each element of an update, whatever the size of its gradient"
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         return stored(param.shape, group, "exp_avg", square="hessian")

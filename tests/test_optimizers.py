@@ -80,6 +80,24 @@ def test_came_divides_by_the_factors_of_its_instability():
     assert torch.allclose(params[0].reshape(6, 8), w, atol=1e-6)
 
 
+@pytest.mark.parametrize("atan2", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_says_that_it_bounds_its_updates_moves_no_further_by_a_larger_gradient(name, atan2):
+    """By one of 1e4 times the size, which SGD would follow; ADOPT's first step moves nothing."""
+    options = {"atan2": True} if atan2 and "atan2" in optim.options_of(name) else {}
+    params = make_params(shapes=[(24, 16)])
+    optimizer = build(name, params, **options)
+    lengths = []
+    for size in (1, 1, 1e4):
+        before = params[0].detach().clone()
+        set_grads(params, 0)
+        params[0].grad *= size
+        optimizer.step()
+        lengths.append((params[0] - before).norm().item())
+    is_bounded = optimizer.bounds_updates(optimizer.param_groups[0]) is not None
+    assert lengths[2] < 12 * lengths[1] or not is_bounded
+
+
 def test_clip_threshold_bounds_the_rms_of_an_update():
     params = make_params(shapes=[(32, 32)])
     optimizer = optim.build("adafactor", params, lr=1.0, clip_threshold=0.25)

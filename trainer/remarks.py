@@ -230,15 +230,7 @@ def _clips_itself(options: Any) -> str | None:
 def _bounds_itself(options: Any) -> str | None:
     """Why the size of a gradient hardly matters to the optimizer, in words, where it does not."""
     cls = optim.FAMILY.get(options.name)
-    if cls is None:
-        return None
-    if getattr(options, "clip_threshold", None) is not None:
-        return "bounds the RMS of each tensor's update, whatever the size of its gradient"
-    if cls.rule in (optim.Lion.rule, optim.LionProdigy.rule):
-        return "uses the sign of an average of gradients, whose size hardly matters"
-    if getattr(options, "atan2", False):
-        return "has atan2, which bounds every update, whatever the size of its gradient"
-    return None
+    return cls.bounds_updates(vars(options)) if cls else None
 
 
 def of_data(config: Config, overrides: Sequence[str]) -> Iterator[str]:
