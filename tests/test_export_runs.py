@@ -188,6 +188,27 @@ def test_a_checkpoint_is_exported_over_the_model_that_it_began_with_and_no_other
     assert_same_model(origin.at(str(tmp_path / "a")), origin.at(str(tmp_path / "b")))
 
 
+def test_a_checkpoint_is_exported_with_the_variant_of_its_run_or_the_one_that_is_named(
+    quick, tmp_path, capsys
+):
+    began = shutil.copytree(TINY, tmp_path / "began")
+    weights = began / "unet/diffusion_pytorch_model.safetensors"
+    weights = weights.rename(weights.with_suffix(".fp16.safetensors"))
+    options = (f"model.path={began}", "model.variant=fp16", *ONE_STEP)
+    folder = quick("run", *options) / "checkpoints/step-000001"
+    moved = began.rename(tmp_path / "moved")
+    status, _, error = run_export(capsys, folder, tmp_path / "a", "--base", moved)
+    assert status == 0, error
+
+    weights = moved / weights.relative_to(began)
+    weights.rename(weights.with_name("diffusion_pytorch_model.ema.safetensors"))
+    status, _, error = run_export(capsys, folder, tmp_path / "b", "--base", moved)
+    assert (status, error.rstrip().rpartition("; ")[2]) == (2, "set --variant=ema")
+    arguments = (folder, tmp_path / "b", "--base", moved, "--variant", "ema")
+    assert run_export(capsys, *arguments)[0] == 0
+    assert_same_model(origin.at(str(tmp_path / "a")), origin.at(str(tmp_path / "b")))
+
+
 def test_a_checkpoints_lora_says_what_the_runs_says(quick, tmp_path, capsys):
     options = ("method=lora", "data.resolutions=[32,64]", "data.resolution=32", *ONE_STEP)
     folder = quick("run", *options)

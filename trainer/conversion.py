@@ -52,13 +52,13 @@ def convert(
     named = Path(source).expanduser()
     path = _in_run(named)
     if (path / "checkpoint.json").is_file():
-        _export_checkpoint(path, target, form, kind, base)
+        _export_checkpoint(path, target, form, kind, base, variant)
     elif (path / _LORA_NAME).is_file():
-        _export_lora(path / _LORA_NAME, target, form, kind, base)
+        _export_lora(path / _LORA_NAME, target, form, kind, base, variant)
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
         if path != named:  # a run's result becomes what its checkpoint does
             form = form or "kohya"
-        _export_lora(path, target, form, kind, base)
+        _export_lora(path, target, form, kind, base, variant)
     else:
         if wrong := why_missing("SOURCE", source):
             raise UserError(wrong)
@@ -98,7 +98,7 @@ def _in_run(path: Path) -> Path:
         if not first:
             return (every or [path])[-1]
         found = first
-    if every and int(every[-1].name[5:]) > (step := _finished(path)):
+    if every and checkpoint.step_of(every[-1]) > (step := _finished(path)):
         log.warning(
             "%s is of step %d; the run has gone on since: name %s for its last checkpoint",
             found,
@@ -143,14 +143,19 @@ def _must_be_safetensors(target: Path) -> None:
 
 
 def _export_lora(
-    path: Path, target: Path, form: str | None, dtype: torch.dtype | None, base: str | None
+    path: Path,
+    target: Path,
+    form: str | None,
+    dtype: torch.dtype | None,
+    base: str | None,
+    variant: str | None,
 ) -> None:
-    name, models = _base_of(path, base)
-    found = lora.read(path, models)
+    found = _base_of(path, base, variant)
+    held = lora.read(path, _empty(found))
     weights, described = of_file(path)
     is_kohya = any(key.startswith("lora_") for key in weights)
     form = form or ("diffusers" if is_kohya else "kohya")
-    _write_lora(path, target, form, dtype, name, models, found, metadata.carried(described))
+    _write_lora(path, target, form, dtype, found, held, metadata.carried(described))
 
 
 def _write_lora(
@@ -158,9 +163,8 @@ def _write_lora(
     target: Path,
     form: str,
     dtype: torch.dtype | None,
-    base: str,
-    models: dict[str, nn.Module],
-    found: adapters.Adapters,
+    base: origin.Origin,
+    held: adapters.Adapters,
     more_metadata: dict[str, str],
 ) -> None:
     """more_metadata: what the file is to have."""
@@ -170,12 +174,11 @@ def _write_lora(
         )
     _must_be_safetensors(target)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    lora.save_lora(target, form, models, base, dtype, more_metadata, adapters=found)
+    lora.save_lora(target, form, _empty(base), base.kind, dtype, more_metadata, adapters=held)
 
 
-def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
-    """The kind of model that a LoRA is of, and that model without weights."""
-    variant = None
+def _base_of(path: Path, base: str | None, variant: str | None) -> origin.Origin:
+    """The model that a LoRA is of."""
     if base is None:
         version = of_file(path)[1].get("ss_base_model_version", "")
         named = [kind for kind, known in BASE_VERSION.items() if version.startswith(known)]
@@ -183,7 +186,8 @@ def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
         if len(fits) == 1:
             base = fits[0]
         elif known := _trained_on(path):
-            base, variant = known
+            base, own = known
+            variant = variant or own
             log.info("the LoRA is of %s, as its run's config.yaml says", base)
         else:
             raise UserError(
@@ -193,12 +197,11 @@ def _base_of(path: Path, base: str | None) -> tuple[str, dict[str, nn.Module]]:
     return _named(base, variant)
 
 
-def _named(base: str, variant: str | None) -> tuple[str, dict[str, nn.Module]]:
-    """The kind of a model that --base names, and the model without weights."""
-    if base in architectures.PUBLISHED:
-        return base, _empty_published(base)
-    found = origin.at(base, variant, "--base")
-    return found.kind, _empty(found)
+def _named(base: str, variant: str | None = None) -> origin.Origin:
+    """The model that --base names."""
+    is_published = base in architectures.PUBLISHED
+    path = str(architectures.folder(base)) if is_published else base
+    return origin.at(path, variant, "--base")
 
 
 def _trained_on(path: Path) -> tuple[str, str | None] | None:
@@ -217,22 +220,15 @@ def _trained_on(path: Path) -> tuple[str, str | None] | None:
 
 def _fits(path: Path, kind: str) -> bool:
     try:
-        lora.read(path, _empty_published(kind))
+        lora.read(path, _empty(_named(kind)))
     except adapters.OtherModel:
         return False
     return True
 
 
-@cache
-def _empty_published(kind: str) -> dict[str, nn.Module]:
-    return {
-        part: architectures.empty(part, architectures.config(kind, part))
-        for part in architectures.WEIGHT_PARTS
-        if part in architectures.config(kind, "index") and part != "vae"
-    }
-
-
+@cache  # a second for SDXL
 def _empty(found: origin.Origin) -> dict[str, nn.Module]:
+    """What of a model a LoRA may adapt, without weights."""
     return {
         part: architectures.empty(part, found.config(part))
         for part in architectures.WEIGHT_PARTS
@@ -254,11 +250,16 @@ class _Saved:
 
 
 def _export_checkpoint(
-    folder: Path, target: Path, form: str | None, dtype: torch.dtype | None, base: str | None
+    folder: Path,
+    target: Path,
+    form: str | None,
+    dtype: torch.dtype | None,
+    base: str | None,
+    variant: str | None,
 ) -> None:
     """A run's checkpoint: the model that it began with and the trained tensors in it, or a LoRA.
 
-    base: where that model lies now, if not where it was.
+    base, variant: where that model lies now, and which of its files, if not as they were.
     """
     saved = _saved(folder)
     if base is None and why_missing("model.path", saved.model.path):
@@ -266,8 +267,8 @@ def _export_checkpoint(
             f"the model that {folder} began with is not at {saved.model.path} any more; name it "
             "where it is now: --base=MODEL"
         )
-    if base is not None:
-        saved.model.path, saved.model.variant = base, None
+    saved.model.path = base or saved.model.path
+    saved.model.variant = variant or saved.model.variant
     export = _export_saved_lora if saved.method["name"] == "lora" else _export_saved_model
     export(saved, target, form, dtype)
 
@@ -292,25 +293,19 @@ def _saved(folder: Path) -> _Saved:
 def _export_saved_lora(
     saved: _Saved, target: Path, form: str | None, dtype: torch.dtype | None
 ) -> None:
-    base, variant = saved.model.path, saved.model.variant
-    kind, models = _named(base, variant)
-    is_published = base in architectures.PUBLISHED
-    own = (
-        architectures.config(base, "scheduler")
-        if is_published
-        else origin.at(base, variant).config("scheduler")
-    )
+    found = _named(saved.model.path, saved.model.variant)
+    own = found.config("scheduler")
     trained = noise.scheduler_config(saved.noise, own)
     _warn_of_noise(trained, own)
     held = _adapters_of(saved.parts, saved.method)
     told = saved.metadata | metadata.prediction(trained)
-    _write_lora(saved.folder, target, form or "kohya", dtype, kind, models, held, told)
+    _write_lora(saved.folder, target, form or "kohya", dtype, found, held, told)
 
 
 def _export_saved_model(
     saved: _Saved, target: Path, form: str | None, dtype: torch.dtype | None
 ) -> None:
-    model = Model(saved.model, torch.device("cpu"))
+    model = Model(saved.model, torch.device("cpu"), option="--base")
     if saved.sketch != model.sketch():
         raise UserError(
             f"the model at {saved.model.path} is not what {saved.folder} began with, and what was "

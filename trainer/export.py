@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what a LoRA file is of: sdxl, sd15, or a model (by default what the file or its run "
         "says); of a checkpoint, where the model that its run began with is now",
     )
-    parser.add_argument("--variant", help="of a diffusers folder's files, such as fp16")
+    parser.add_argument(
+        "--variant",
+        help="of a diffusers folder's files, such as fp16 (of a checkpoint, by default its run's)",
+    )
     return parser
 
 

@@ -32,15 +32,19 @@ class Model:
     unet: UNet2DConditionModel
 
     def __init__(
-        self, config: ModelConfig, device: torch.device, with_weights: bool = True
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        with_weights: bool = True,
+        option: str = "model.path",
     ) -> None:
         """Find the model; no weights are read yet, nor downloaded unless they are wanted.  Raises
-        UserError where there is none."""
+        UserError, which says what named it, `option`, where there is none."""
         self.config, self.device = config, device
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
-        self.origin = origin.at(config.path, config.variant, with_weights=with_weights)
+        self.origin = origin.at(config.path, config.variant, option, with_weights)
         self.vae_origin = self.origin
         if config.vae:
             self.vae_origin = origin.vae(config.vae, self.origin, with_weights)
