@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from encoders import Vae, entries, truncate
-from helpers import assert_same_weights, weights
+from helpers import QUICK, assert_same_weights, weights
 
 import trainer.run
+from trainer import patience
 from trainer.data import Store
 from trainer.errors import UserError
 
@@ -43,6 +44,22 @@ def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch
     with pytest.raises(UserError, match="cannot be read now"):
         latents[0]
     assert len(pauses) == 5
+
+
+def test_a_run_has_patience_whatever_an_earlier_one_of_its_process_has_lost(
+    composed, tmp_path, monkeypatch
+):
+    pauses, failures = [], [OSError(errno.EIO, "broken")]
+
+    def failing():
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("trainer.patience.time.sleep", pauses.append)
+    monkeypatch.setattr("trainer.patience._hopeless", [OSError()] * 3)
+    trainer.run.begin(composed(*QUICK), tmp_path)
+    patience.patiently(failing)
+    assert pauses == [0.5]
 
 
 def test_a_run_whose_cache_is_gone_is_saved_and_goes_on(quick, cache, tmp_path, monkeypatch):

@@ -207,6 +207,15 @@ def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
     assert "\n" not in text
 
 
+def test_where_no_option_saves_memory_the_line_says_so(composed):
+    options = ("optim=lomo", "method=lora", "method.clip=none", "model.dtype=bfloat16")
+    more = ("runtime.gradient_checkpointing=true", "data.batch_size=1")
+    config = composed(*options, *more)
+    says = r"nothing is saved\. No option saves more; it takes a device with more memory \(CUDA"
+    with pytest.raises(UserError, match=says), memory.explained(config, "in step 3"):
+        raise ERRORS["cuda"]
+
+
 def test_other_errors_pass(composed):
     with pytest.raises(RuntimeError, match="shapes differ"), memory.explained(composed(), "now"):
         raise RuntimeError("shapes differ")

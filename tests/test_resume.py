@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
-from trainer import checkpoint, cli
+from trainer import checkpoint, cli, run_folder
 from trainer.config import ASSETS
 from trainer.errors import UserError
 from trainer.run import run
@@ -208,6 +209,11 @@ def test_a_run_that_forks_has_the_pictures_of_before(quick, tmp_path):
     fork = quick("fork", *drawn, f"resume={folder / 'checkpoints/step-000002'}")
     one, two = (f / "samples/step-000004.png" for f in (folder, fork))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_checkpoint_at_the_root_of_a_file_system_has_no_pictures_of_before(tmp_path):
+    run_folder.carry_before(Path("/checkpoint"), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_resume_latest_takes_the_newest_run(command, in_tmp):

@@ -155,7 +155,12 @@ def explained(config: Config, when: str) -> Iterator[None]:
     except Exception as error:
         if not ran_out(error):
             raise
+        savers = "; ".join(map(str, remedies.of(config)))
+        advice = (
+            f"Try {savers}"
+            if savers
+            else "No option saves more; it takes a device with more memory"
+        )
         raise UserError(
-            f"out of memory {when}, of which nothing is saved. Try "
-            f"{'; '.join(map(str, remedies.of(config)))} ({reason(error)})"
+            f"out of memory {when}, of which nothing is saved. {advice} ({reason(error)})"
         ) from error

@@ -111,7 +111,7 @@ class Origin(ABC):
 
     def sketch(self, part: str) -> str:
         """As `fingerprint`, but from the weights' types, shapes and first and last values only: it
-        tells models apart without reading them."""
+        tells models apart without reading them (a .ckpt's are read, a tensor at a time)."""
         if part.startswith("tokenizer"):
             return _hash_of_files(self.folder(part))
         return _fingerprint(_computing(self.config(part)), self.weights(part), ends_only=True)

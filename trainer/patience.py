@@ -23,6 +23,11 @@ _hopeless: list[OSError] = []
 Answer = TypeVar("Answer")
 
 
+def renew() -> None:
+    """Pause again whatever has failed before: another run may have another drive."""
+    _hopeless.clear()
+
+
 def patiently(ask: Callable[[], Answer]) -> Answer:
     """What a file system answers, asked again where a drive could not.  Raises OSError; after some
     that no pause has helped, at once."""

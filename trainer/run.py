@@ -27,6 +27,7 @@ from trainer import (
     method,
     metrics,
     optimizers,
+    patience,
     record,
     remarks,
     report,
@@ -78,13 +79,14 @@ def begin(
 
     The checkpoint resumed from, as large as the model, is freed on return.
     """
+    patience.renew()
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = checkpoint.to_resume(config, keys_of(overrides))
     with memory.explained(config, "before the first step"):
         state = assemble(config, folder, resumed, stop, overrides)
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
-        run_folder.carry_before(checkpoint.find(config.resume or "")[-1].parents[1], folder)
+        run_folder.carry_before(checkpoint.find(config.resume or "")[-1], folder)
     record.write(folder, asdict(state.config), state.device)
     return state
 

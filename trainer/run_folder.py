@@ -41,9 +41,10 @@ def refuse_occupied(folder: Path, config: Config) -> None:
         )
 
 
-def carry_before(began: Path, folder: Path) -> None:
-    """Give a run that forks from another the pictures that the model drew before its first step."""
-    before = Path("samples") / f"step-{0:06d}"
+def carry_before(forked: Path, folder: Path) -> None:
+    """Give a run that forks from another's checkpoint the pictures that the model drew before the
+    first step.  The checkpoint may lie anywhere, in no run too."""
+    before, began = Path("samples") / f"step-{0:06d}", forked.parent.parent
     if (began / before).is_dir() and not (folder / before).exists():
         with suppress(OSError):  # of a full disk: a row of a grid
             shutil.copytree(began / before, folder / before)
