@@ -4,6 +4,8 @@ import itertools
 import json
 import logging
 import math
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from trainer.data.plan import Plan
 from trainer.memory import Peaks
 from trainer.report import closing_lines
 from trainer.run import run
+from trainer.state import _drop_other_measure
 
 LONGER = ["schedule.steps=6", "runtime.allow_config_change=true"]
 
@@ -198,6 +201,33 @@ def test_losses_at_other_points_are_not_compared(quick, composed, caplog):
     assert "log.eval_points changed: eval/loss is another measure now" in caplog.text
     assert "of what it was" not in caplog.text
     assert summary_of(folder)["eval_loss_before"] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "before"),
+    [
+        (None, None),
+        ("log.eval_points", 5),
+        ("noise.prediction", "epsilon"),
+        ("noise.zero_terminal_snr", True),
+        ("the data", "others"),
+        ("the model", "another"),
+    ],
+)
+def test_what_changes_the_measure_of_a_loss_drops_that_of_before(composed, caplog, option, before):
+    config = composed("log.eval_points=6", "noise.prediction=v_prediction")
+    there = asdict(config) | {"the data": "data", "the model": "model"}
+    *group, key = option.split(".") if option else ["unknown"]
+    (there[group[0]] if group else there)[key] = before
+    resumed = SimpleNamespace(
+        config=there,
+        counters=Counters(eval_loss_before=2.0),
+        data=there["the data"],
+        model=there["the model"],
+    )
+    _drop_other_measure(config, SimpleNamespace(fingerprint="data"), "model", resumed)
+    assert math.isnan(resumed.counters.eval_loss_before) == (option is not None)
+    assert (f"{option} changed" in caplog.text) == (option is not None)
 
 
 NUMBERS = {

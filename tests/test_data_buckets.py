@@ -11,6 +11,7 @@ from PIL import Image
 
 from trainer import sampling
 from trainer.data import buckets
+from trainer.data.plan import Plan
 from trainer.errors import UserError
 
 
@@ -110,6 +111,15 @@ def test_an_epoch_sees_every_picture_once_and_a_batch_has_one_bucket(shapes, pol
     orders = [tuple(p.sample for b in batches[i * epoch : i * epoch + epoch] for p in b)
               for i in range(3)]  # fmt: skip
     assert len({*orders}) == 3
+
+
+def test_buckets_of_as_many_pictures_have_orders_of_their_own():
+    plan = Plan({(64, 64): [*range(12)], (64, 96): [*range(12, 24)]}, 3, repeats_short=False)
+    batches = [plan.batch(0, number) for number in range(8)]
+    square = {tuple(batch) for batch in batches if max(batch) < 12}
+    wide = {tuple(row - 12 for row in batch) for batch in batches if min(batch) >= 12}
+    assert len(square) == len(wide) == 4
+    assert square != wide
 
 
 def test_a_batch_is_a_function_of_seed_and_number_alone(shapes):

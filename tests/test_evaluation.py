@@ -65,6 +65,13 @@ def test_pictures_differ_by_the_weights_alone_with_a_sampler_that_draws_noise(be
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(first, alone, strict=True))
 
 
+def test_a_unet_is_in_training_again_after_it_has_drawn(begun):
+    state, _ = begun("log.sample_count=1", "log.sample_steps=1")
+    assert state.model.unet.training
+    state.sampler.draw()
+    assert state.model.unet.training
+
+
 def test_a_unet_that_leaves_no_room_for_the_vae_goes_aside_for_it(begun, monkeypatch):
     state, _ = begun("log.sample_count=1", "log.sample_steps=2")
     expected = pixels(state.sampler.draw())

@@ -107,6 +107,15 @@ def gradients_of(clip, limit, factor=1.0, last_norm=math.nan):
     return results
 
 
+@pytest.mark.parametrize("clip", ["global", "exact"])
+def test_a_gradient_is_clipped_as_soon_as_it_is_longer_than_the_bound(clip):
+    whole = norm(gradients_of(clip, 1e9)[0])
+    for share in (0.99, 0.7, 0.4):
+        _, after = gradients_of(clip, share * whole)
+        assert norm(after) == pytest.approx(share * whole, rel=1e-5)
+    assert same(*gradients_of(clip, 1.01 * whole))
+
+
 def test_the_rms_clip_bounds_each_tensor_by_its_share_and_the_whole_with_it():
     before, after = gradients_of("rms", 0.05, factor=100)
     total = sum(g.numel() for g in before)

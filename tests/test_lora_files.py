@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer import origin
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, kohya, lora, stream, weights
+from trainer.formats import adapters, architectures, diffusers_lora, kohya, lora, stream, weights
 from trainer.formats.adapters import Adapter
 
 BLOCK = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"
@@ -211,6 +211,14 @@ def test_a_file_that_diffusers_wrote_is_read_with_its_alpha(tmp_path):
     )
     found = lora.read(tmp_path / "pytorch_lora_weights.safetensors", fresh(TINY, ["unet"]))
     assert_same_adapters(found, {"unet": adapters.of_models(models)["unet"]})
+
+
+def test_of_the_patterns_that_name_a_module_the_first_says_its_alpha():
+    said = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2, "attn1.to_q": 3}}
+    alphas = diffusers_lora._Alphas({diffusers_lora.METADATA: json.dumps(said)}, "a file")
+    assert alphas.of("unet", "mid_block.attn1.to_q", rank=4) == 2
+    assert alphas.of("unet", "mid_block.attn1.to_k", rank=4) == 8
+    assert alphas.of("text_encoder", "q_proj", rank=4) == 4
 
 
 def test_the_file_says_what_it_is_of(tmp_path):

@@ -91,13 +91,15 @@ def test_a_wsd_run_that_is_made_longer_has_stayed_where_it_was(schedule_config):
     assert [lr_scale(short, s) for s in range(80)] == [lr_scale(long, s) for s in range(80)]
 
 
-def test_restarts_are_those_of_torch(schedule_config):
+@pytest.mark.parametrize("cycles", [3, 49])  # 49 of a 49th are a little less than 1
+def test_restarts_are_those_of_torch(schedule_config, cycles):
     """CosineAnnealingWarmRestarts, with cycles of a length that divides the run's."""
-    options = {"steps": 90, "warmup_steps": 0, "final_scale": 0.0, "cycles": 3}
+    steps = 30 * cycles
+    options = {"steps": steps, "warmup_steps": 0, "final_scale": 0.0, "cycles": cycles}
     made = schedule_config("cosine_restarts", **options)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     peer = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 30)
-    for step in range(90):
+    for step in range(steps):
         assert lr_scale(made, step) == pytest.approx(peer.get_last_lr()[0], abs=1e-9)
         optimizer.step()
         peer.step()

@@ -135,6 +135,15 @@ def test_a_run_whose_weights_are_not_finite_saves_none_and_ends_at_the_next_step
     assert steps_saved(tmp_path / "run") == [2]
 
 
+def test_a_step_that_was_made_in_part_is_the_last_update_and_not_the_last_whole_step():
+    judge = guard.Guard(max_in_a_row=9)
+    assert judge.accepts(1, 0.5, 2.0)
+    assert judge.accepts(2, 0.5, math.nan, begun=True)
+    assert (judge.last_whole, judge.last_update) == (1, 2)
+    assert not judge.accepts(3, math.nan, math.nan)
+    assert (judge.last_whole, judge.last_update) == (1, 2)
+
+
 def test_broken_tensors_are_named_in_any_dtype():
     named = {
         "fine": torch.ones(3),

@@ -112,6 +112,18 @@ def test_noise_of_an_estimate_depends_on_its_counters_and_is_not_the_batchs():
     assert all(not torch.equal(first, other) for other in others)
 
 
+def test_an_element_whose_error_counts_more_has_that_many_times_the_curvature():
+    weight, factor = Parameter(torch.zeros(1, 2, 3, 1)), torch.tensor([4.0, 0.25, 1.0])
+    estimates = []
+    for counts in (None, factor.view(1, 1, 3, 1)):
+        optimizer = optim.Sophia([weight])
+        backward = gradients.GatheredBackward([weight], Clip("none", 1.0, [weight]))
+        curvature.estimate(optimizer, backward, lambda counts=counts: (weight * 1, counts), 0, 0)
+        estimates.append(optimizer.state[weight]["hessian"])
+    assert (estimates[0] > 0).all()
+    torch.testing.assert_close(estimates[1], estimates[0] * factor.view(1, 1, 3, 1))
+
+
 def test_the_trajectory_is_sophia_h_of_pytorch_optimizer_given_the_same_curvature():
     """clip(m / max(h, eps), p) with p = rho is rho times our clip(m / max(rho h, rho eps), 1)."""
     shapes, rho, scale = [(24, 16), (24,)], 0.04, 3.0

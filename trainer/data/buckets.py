@@ -41,7 +41,7 @@ def fit(size: Size, resolution: int, config: DataConfig) -> Fit:
         return covering(size, (resolution, resolution))
     aspect = math.log(size[1] / size[0])
     candidates = sizes(resolution, config.bucket_step, config.max_aspect)
-    nearest = min(candidates, key=lambda b: (abs(math.log(b[1] / b[0]) - aspect), -b[0] * b[1], b))
+    nearest = min(candidates, key=lambda b: (abs(math.log(b[1] / b[0]) - aspect), b))
     fitted = covering(size, nearest)
     if config.upscale or not fitted.undersized:
         return fitted
