@@ -350,8 +350,10 @@ def test_parameters_that_are_parts_of_one_tensor_are_taken():
     params = [Parameter(x) for x in (*parts, *meta)]
     optimizer = optim.AdamW(params[3:])
     optimizer.add_param_group({"params": params[:3]})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(params) - 3, 3]
     with FakeTensorMode():  # which has no memory
-        optim.AdamW([Parameter(torch.zeros(4)) for _ in range(2)])
+        params = [Parameter(torch.zeros(4)) for _ in range(2)]
+        assert optim.AdamW(params).param_groups[0]["params"] == params
 
 
 def test_sparse_gradients_are_refused():

@@ -85,11 +85,20 @@ def test_portions_do_not_change_a_bit_nor_does_stepping_one_by_one(options, monk
 
 def test_an_engine_keeps_to_the_instruction_set_that_it_was_made_for(monkeypatch):
     """In whose dtype it has drawn P."""
+    used, project, made_for = set(), native.project, native.isa()
+
+    def noted(use, table, count, isa):
+        used.add(isa)
+        project(use, table, count, isa)
+
+    monkeypatch.setattr(native, "project", noted)
     params = make_params(torch.bfloat16, SHAPES)
     optimizer = optim.build("apollo", params, rank=4, backend="native")
     run(optimizer, params, range(1))
     monkeypatch.setenv("OPTIM_ISA", "mmx")
+    used.clear()
     run(optimizer, params, range(1, 3))
+    assert used == {made_for}
 
 
 def test_what_a_step_holds_is_of_the_projections_size(portions, monkeypatch):
