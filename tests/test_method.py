@@ -24,7 +24,7 @@ def attached(config, seed=0):
     model = Model(config.model, CPU)
     model.keep_text_encoders(config.method.train)
     model.load_unet()
-    method.attach(config.method, model, seed)
+    method.attach(config.method, model, seed, getattr(config.method, "start_from", None))
     return model
 
 

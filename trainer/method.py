@@ -3,7 +3,6 @@ the text encoders."""
 
 import logging
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,10 +27,10 @@ _ADAPTED = (nn.Linear, nn.Conv2d)
 
 
 def attach(
-    config: FullConfig | LoraConfig, model: Model, seed: int, is_resumed: bool = False
+    config: FullConfig | LoraConfig, model: Model, seed: int, start_from: str | None = None
 ) -> None:
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
-    up-projections zero), with the values of `method.start_from` unless a checkpoint has others.
+    up-projections zero), with the values of the file `start_from`, where one is given.
 
     A text encoder's layers whose output is unused are not trained and get no adapter.  kohya's
     scripts write one of zeros; readers of LoRA files do not need it.
@@ -45,33 +44,31 @@ def attach(
     ranks = _ranks(config, modules)
     for part in config.train:
         _add_adapters(config, part, model.trained_parts[part], modules[part], ranks, seed)
-    if config.start_from and not is_resumed:
-        found, spare = _read_start(config.start_from, model, layers)
+    if start_from:
+        found, spare = _read_start(start_from, model, layers)
         adapters.fill(model.trained_parts, found, layers)
-        log.info("adapters start from %s", config.start_from)
+        log.info("adapters start from %s", start_from)
         if spare:
             log.info("  without %d of layers that nothing is read from", spare)
 
 
-def check(config: FullConfig | LoraConfig, model: Model, is_resumed: bool = False) -> None:
+def check(config: FullConfig | LoraConfig, model: Model, start_from: str | None = None) -> None:
     """Refuse targets and rules that match nothing in the model, and adapters to start from that are
     others than the run's, before encoding, which may take hours, and before the UNet is loaded."""
     if isinstance(config, LoraConfig) or config.rules:
         empty = attached_on_meta(config, model)
         groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
-        if isinstance(config, LoraConfig) and config.start_from and not is_resumed:
+        if isinstance(config, LoraConfig) and start_from:
             with torch.device("meta"):
                 bare = model.on_meta(config.train)
                 _require_gradients(config, bare)
             layers = _trainable_layers(config, bare)
-            found, _ = _read_start(config.start_from, bare, layers)
+            found, _ = _read_start(start_from, bare, layers)
             adapters.refuse_others(empty.trained_parts, found, layers)
 
 
 def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
     """The model as `attach` will make it, without any values."""
-    if isinstance(config, LoraConfig):
-        config = replace(config, start_from=None)
     with torch.device("meta"):
         empty = model.on_meta(config.train)
         attach(config, empty, seed=0)

@@ -77,10 +77,10 @@ class State:
     def is_new(self) -> bool:
         """Whether the model is untrained; one with an adapter to start from is not, and what that
         was trained to predict is unknown."""
-        return self.step == 0 and not self.trains_on
+        return self.step == 0 and not self.starts_from_adapter
 
     @property
-    def trains_on(self) -> bool:
+    def starts_from_adapter(self) -> bool:
         """Whether the run starts from another run's adapter."""
         return getattr(self.config.method, "start_from", None) is not None
 
@@ -129,7 +129,9 @@ def assemble(
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     noise_schedule = noise.training_schedule(model.scheduler, config.noise)
-    method.check(config.method, model, is_resumed=resumed is not None)
+    # A checkpoint has the adapters' values.
+    start_from = None if resumed else getattr(config.method, "start_from", None)
+    method.check(config.method, model, start_from)
     planned = planner.announce(config, model, device)
     model.keep_text_encoders(config.method.train)
     drawn = prompts.of_config(config.log, config.data.largest_resolution)
@@ -139,7 +141,7 @@ def assemble(
 
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
-    optimizer = _trainable(config, model, device)
+    optimizer = _trainable(config, model, device, start_from)
     if resumed:
         _put_back(model, optimizer, resumed)
     return State(
@@ -191,9 +193,11 @@ def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> 
     return replace(config, schedule=known)
 
 
-def _trainable(config: Config, model: Model, device: torch.device) -> torch.optim.Optimizer:
+def _trainable(
+    config: Config, model: Model, device: torch.device, start_from: str | None
+) -> torch.optim.Optimizer:
     """Prepare the model for training, executed as configured; -> its optimizer."""
-    method.attach(config.method, model, config.seed, is_resumed=bool(config.resume))
+    method.attach(config.method, model, config.seed, start_from)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)

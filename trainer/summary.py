@@ -31,7 +31,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "peak_training_bytes": state.peaks.training or None,  # None where no step was made
         "planned_training_bytes": state.planned_bytes,
         "skipped_steps": state.guard.skipped,
-        "prediction_before": now if state.trains_on else was,
+        "prediction_before": now if state.starts_from_adapter else was,
         "prediction": now,
         "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
         "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
