@@ -16,6 +16,7 @@ def batch():
     generator = torch.Generator().manual_seed(0)
     nothing = torch.zeros(4, 1)
     return Batch(
+        latents=torch.zeros(4, 4, 6, 5),
         noisy=torch.randn(4, 4, 6, 5, generator=generator),
         target=torch.randn(4, 4, 6, 5, generator=generator),
         timesteps=torch.tensor([0, 300, 700, 999]),
@@ -100,6 +101,7 @@ def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
             return implied if predicts == EPSILON else a * implied - s * picture
 
         batch = Batch(
+            latents=clean,
             noisy=noisy,
             target=output(clean),
             timesteps=timesteps,

@@ -39,6 +39,7 @@ def batch():
     noisy = torch.randn(3, 4, 5, 2, generator=generator) * torch.arange(1, 5).view(1, 4, 1, 1)
     nothing = torch.zeros(3, 1)
     return batches.Batch(
+        latents=torch.zeros_like(noisy),
         noisy=noisy,
         target=torch.randn(3, 4, 5, 2, generator=generator),
         timesteps=torch.zeros(3, dtype=torch.int64),
@@ -101,11 +102,11 @@ def test_a_weighted_loss_wants_noise_over_the_root_of_its_weights():
 
 def test_noise_of_an_estimate_depends_on_its_counters_and_is_not_the_batchs():
     like = torch.zeros(4, 2, 2)
-    first, again = (batches.bartlett_noise(like, 3, 0, 7) for _ in range(2))
+    first, again = (curvature.bartlett_noise(like, 3, 0, 7) for _ in range(2))
     assert torch.equal(first, again)
     others = [
-        batches.bartlett_noise(like, 3, 1, 7),
-        batches.bartlett_noise(like, 3, 0, 8),
+        curvature.bartlett_noise(like, 3, 1, 7),
+        curvature.bartlett_noise(like, 3, 0, 8),
         torch.stack([noise.normal(like.shape, Stream.NOISE, 0, 7, i) for i in range(3)]),
         first.roll(1, dims=0),
     ]

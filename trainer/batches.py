@@ -26,24 +26,19 @@ class Inputs:
 
     latents: Tensor  # (B, 4, h, w), scaled by the VAE's scaling factor
     prompt: Tensor  # (B, tokens, dim)
-    pooled: Tensor | None  # (B, dim), of models that have it (SDXL); so the next
-    time_ids: Tensor | None  # (B, 6)
+    pooled: Tensor | None  # (B, dim), of models that have it (SDXL)
+    time_ids: Tensor | None  # (B, 6), which such a model takes too
     loss_weights: Tensor | None = None  # (B,): how much each counts in the loss; None: all 1
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]: where the loss counts; None: everywhere
 
 
 @dataclass(kw_only=True)
-class Batch:
-    """Inputs and target of one forward pass; B rows."""
+class Batch(Inputs):
+    """Inputs with their noise: what one forward pass takes, and its target."""
 
     noisy: Tensor  # (B, 4, h, w)
     target: Tensor  # (B, 4, h, w): the noise, or v
     timesteps: Tensor  # (B,) int64
-    prompt: Tensor  # (B, tokens, dim)
-    pooled: Tensor | None  # (B, dim)
-    time_ids: Tensor | None  # (B, 6)
-    loss_weights: Tensor | None = None  # (B,)
-    mask: Tensor | None = None  # (B, 1, h, w)
 
 
 def noised(
@@ -94,13 +89,6 @@ def sample_noise(like: Tensor, seeds: Sequence[int]) -> Tensor:
     return torch.stack([_fixed(like, _EVAL_SEED, seed) for seed in seeds])
 
 
-def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
-    """Unit noise added to the prediction to sample Sophia's targets: like (4, h, w) ->
-    (count, 4, h, w), on the CPU."""
-    draws = [noise.normal(like.shape, Stream.CURVATURE, seed, step, i) for i in range(count)]
-    return torch.stack(draws)
-
-
 def predict(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
     """The UNet's prediction in fp32: (B, 4, h, w).  The batch goes to its device and dtype.
 
@@ -137,14 +125,10 @@ def _batch(
     latents = inputs.latents.float()
     predicts_v = noise_schedule.config.prediction_type == "v_prediction"
     return Batch(
+        **vars(inputs),
         noisy=noise_schedule.add_noise(latents, seen, timesteps),
         target=noise_schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
         timesteps=timesteps,
-        prompt=inputs.prompt,
-        pooled=inputs.pooled,
-        time_ids=inputs.time_ids,
-        loss_weights=inputs.loss_weights,
-        mask=inputs.mask,
     )
 
 

@@ -8,11 +8,13 @@ squared gradient of that loss, scaled, is the diagonal of the Gauss-Newton matri
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import optim
-from trainer import batches, gradients
+from trainer import batches, gradients, noise
+from trainer.streams import Stream
 
 
 def is_due(optimizer: Any) -> bool:
@@ -41,10 +43,17 @@ def estimate(
     if not is_due(optimizer):
         return
     prediction, factor = predict()
-    noise = batches.bartlett_noise(prediction[0], len(prediction), seed, step)
+    drawn = bartlett_noise(prediction[0], len(prediction), seed, step)
     if factor is not None:
-        noise = noise * factor.sqrt()
-    target = prediction.detach() + batches.on_device(noise, prediction.device)
+        drawn = drawn * factor.sqrt()
+    target = prediction.detach() + batches.on_device(drawn, prediction.device)
     scale = prediction.numel() / 2
     with backward.handing_to(lambda *params: optimizer.update_hessian(scale, params or None)):
         F.mse_loss(prediction, target).backward()
+
+
+def bartlett_noise(like: Tensor, count: int, seed: int, step: int) -> Tensor:
+    """Unit noise added to the prediction to sample the targets: like (4, h, w) -> (count, 4, h, w),
+    on the CPU."""
+    draws = [noise.normal(like.shape, Stream.CURVATURE, seed, step, i) for i in range(count)]
+    return torch.stack(draws)

@@ -218,6 +218,7 @@ def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:
         encoded = model.text_encoder([""] * rows)
         prompt, pooled = encoded.prompt, encoded.pooled
     return batches.Batch(
+        latents=latents,
         noisy=latents,
         target=latents,
         timesteps=torch.zeros(rows, dtype=torch.int64),
