@@ -67,7 +67,7 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
 def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys):
     from trainer.__main__ import _record_failure
 
-    _record_failure(tmp_path, MemoryError(), ["optim=sgd"])
+    _record_failure(tmp_path, MemoryError(), ["optim=sgd"], {})
     table = sweep_table([json.loads((tmp_path / "summary.json").read_text())])
     assert "- default failed: MemoryError" in table
     assert "error: optim=sgd: MemoryError" in capsys.readouterr().err

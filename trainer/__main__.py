@@ -95,7 +95,7 @@ def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
 
 
 def _record_failure(
-    folder: Path, error: Exception, overrides: list[str], known: dict[str, Any] | None = None
+    folder: Path, error: Exception, overrides: list[str], known: dict[str, Any]
 ) -> None:
     """A failed run of a sweep is a row of its table, and the sweep goes on.  known: what to say of
     a run that never began; one that has left a summary itself."""
@@ -105,7 +105,7 @@ def _record_failure(
     print(f"error: {' '.join(overrides)}: {message}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     if read_summary(folder).get("error") != message:
-        write_summary(folder, of_failure(folder, (known or {}) | {"overrides": overrides}, error))
+        write_summary(folder, of_failure(folder, known | {"overrides": overrides}, error))
 
 
 def main() -> None:

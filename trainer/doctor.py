@@ -50,7 +50,9 @@ class Finding:
 def main() -> None:
     """The command line; leaves with 0, 1 or 2."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("trainer.doctor", description=_HELP, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        "python -m trainer.doctor", description=_HELP, formatter_class=formatter
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
         "--images-per-second", type=cli.positive, help="to tell how long an epoch takes"

@@ -99,12 +99,12 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
 def is_bounded_by_evaluation(config: Config) -> bool:
     """Whether the loss of a training step is, in the mean, at most what `evaluate` measures of the
     same model: no factor is above 1, and timesteps are drawn as evaluation spreads them."""
-    timesteps = config.noise
+    noise_config = config.noise
     return (
         config.loss.weighting != "debiased"
         and all(source.weight <= 1 for source in config.data.sources)
-        and (timesteps.timesteps, timesteps.timestep_low) == ("uniform", 0)
-        and timesteps.timestep_high is None
+        and (noise_config.timesteps, noise_config.timestep_low) == ("uniform", 0)
+        and noise_config.timestep_high is None
     )
 
 

@@ -1,7 +1,6 @@
 """`data=`: pictures, their captions, and how batches are made of them."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -30,9 +29,9 @@ class SourceConfig:
 
     path: str  # as data.path
     # How often an epoch shows each picture.
-    repeats: int = field(default=1, metadata={"range": (1, math.inf)})
+    repeats: int = within(1, default=1)
     # Multiplies the loss of its pictures.
-    weight: float = field(default=1.0, metadata={"range": (0, math.inf)})
+    weight: float = within(0, default=1.0)
     # Regularisation pictures: no caption_prefix or _suffix, and never an eval point or a sample.
     prior: bool = False
     caption: str | None = None  # of its pictures that have none

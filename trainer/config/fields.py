@@ -4,13 +4,13 @@
     dtype: str = one_of("float32", ...)  one of these words
     every: Interval = interval()         steps or epochs: 500, 1epoch, 0.5epochs; 0 is never
 
-`trainer.validate` refuses anything else by the option's name.  They have no default: values are in
-`conf/`.  Where the type allows None, None passes.
+`trainer.validate` refuses anything else by the option's name.  They have no default, as
+values are in `conf/`, but those of an item in a list.  Where the type allows None, None passes.
 """
 
 import math
 import re
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from fractions import Fraction
 from typing import Any
 
@@ -21,9 +21,9 @@ Interval = Any  # int | str, which OmegaConf cannot merge
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?) ?epochs?")
 
 
-def within(low: float, high: float = math.inf) -> Any:
+def within(low: float, high: float = math.inf, default: Any = MISSING) -> Any:
     """A number in [low, high], or a list of some, for a dataclass's field."""
-    return field(metadata={"range": (low, high)})
+    return field(default=default, metadata={"range": (low, high)})
 
 
 def one_of(*choices: str) -> Any:

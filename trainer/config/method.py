@@ -1,7 +1,6 @@
 """`method=`: which weights are trained, and how the result is written."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.fields import TINY, Interval, interval, one_of, within
@@ -61,8 +60,8 @@ class RankConfig:
     """The rank of some adapters: 'method.ranks=[{pattern: conv, rank: 8, alpha: 4}]'."""
 
     pattern: str  # a regular expression that is searched for in modules' names: unet.conv_in
-    rank: int = field(metadata={"range": (1, math.inf)})
-    alpha: float | None = field(default=None, metadata={"range": (TINY, math.inf)})  # null: alpha's
+    rank: int = within(1)
+    alpha: float | None = within(TINY, default=None)  # null: method.alpha
 
 
 @dataclass(kw_only=True)

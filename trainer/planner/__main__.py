@@ -36,7 +36,7 @@ def main() -> None:
     """The command line; leaves with 0, 1 or 2."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "trainer.planner", description=_HELP, formatter_class=formatter
+        "python -m trainer.planner", description=_HELP, formatter_class=formatter
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
