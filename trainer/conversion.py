@@ -20,6 +20,7 @@ from trainer.formats import (
     architectures,
     diffusers_lora,
     kinds,
+    kohya,
     lora,
     metadata,
     writing,
@@ -153,8 +154,7 @@ def _export_lora(
     found = _base_of(path, base, variant)
     held = lora.read(path, _empty(found))
     weights, described = of_file(path)
-    is_kohya = any(key.startswith("lora_") for key in weights)
-    form = form or ("diffusers" if is_kohya else "kohya")
+    form = form or ("diffusers" if kohya.is_own(weights) else "kohya")
     _write_lora(path, target, form, dtype, found, held, metadata.carried(described))
 
 

@@ -132,8 +132,6 @@ def _adapter(
         if what not in tensors:
             raise UserError(f"{where} has no {what} projection; the file is damaged")
     down, up = tensors["down"], tensors["up"]
-    if down.shape[0] != up.shape[1]:
-        raise UserError(f"{where} has rank {down.shape[0]} down and {up.shape[1]} up")
     magnitude = tensors.get("magnitude")
     own_alpha = tensors.get("alpha")
     return Adapter(

@@ -40,6 +40,11 @@ _OTHER_KINDS = {  # what else is kept under these names: of LyCORIS and others
 _WANTED = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
 
 
+def is_own(weights: Weights) -> bool:
+    """Whether a LoRA file's names are of this kind."""
+    return any(name.startswith(("lora_unet_", "lora_te")) for name in weights)
+
+
 def encode(
     adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
@@ -120,8 +125,6 @@ def _adapter(where: str, tensors: dict[str, Tensor]) -> Adapter:
         if what not in tensors:
             raise UserError(f"{where}.{what} is missing; the file is damaged")
     down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-    if down.shape[0] != up.shape[1]:
-        raise UserError(f"{where} has rank {down.shape[0]} down and {up.shape[1]} up")
     magnitude = tensors.get("dora_scale")
     if magnitude is not None:
         if magnitude.shape[0] != up.shape[0] or magnitude.numel() != up.shape[0]:

@@ -74,7 +74,7 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     where = str(path)
     if not kinds.is_lora(weights):
         raise UserError(f"{path} is not a LoRA: it has {next(iter(weights), 'no tensor')}")
-    if any(name.startswith(("lora_unet_", "lora_te")) for name in weights):
+    if kohya.is_own(weights):
         found = kohya.decode(weights, models, where)
     else:
         found = diffusers_lora.decode(weights, described, models, where)
@@ -85,6 +85,8 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
 
 
 def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
+    if adapter.rank != adapter.up.shape[1]:
+        raise UserError(f"{where} has rank {adapter.rank} down and {adapter.up.shape[1]} up")
     weight = getattr(module, "base_layer", module).get_parameter("weight")
     shape = (adapter.up.shape[0], *adapter.down.shape[1:])
     # A matrix may be written as a 1x1 convolution.
