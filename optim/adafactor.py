@@ -35,21 +35,19 @@ class Adafactor(FusedOptimizer):
             first update is then not clipped.
         conv_view: the matrix that a convolution (O, I, kh, kw) is factored as: "flatten" is
             O x (I*kh*kw); "last2" is O*I matrices kh x kw, as torch.optim.Adafactor has it.  It is
-            there for comparison: it keeps 977 MB for the SDXL UNet in place of 18.7, and runs on
+            there for comparison: it keeps 977 MB for the SDXL UNet instead of 18.7, and runs on
             the torch backend.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         relative_step: use min(lr, 1/sqrt(t)) as the step size.
         scale_parameter: multiply a tensor's step by max(eps[1], RMS(weights)).
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 (matrices), Alg. 5 (vectors).
     """
 
     rule = staticmethod(reference.adafactor)
     float8: ClassVar[bool] = False  # are the means stored as codes?
-    refuses: ClassVar[dict[str, str]] = {
-        "factor_1d": "the second moment of a 1-D tensor has no factors here"
-    }
+    refuses: ClassVar[dict[str, str]] = {"factor_1d": "1-D second moments are not factored here"}
 
     def __init__(
         self,
@@ -91,8 +89,8 @@ class Adafactor8bit(Adafactor):
     State on the SDXL UNet: 9.5 MB.  A mean of zero is stored exactly.
 
     Row and column means are stored as floats of 4 mantissa bits (`optim.codecs.Float8`), the
-    optional first moment in symmetric blocks (`optim.codecs.Block8`, 1.016 bytes a parameter); 1-D
-    tensors keep an fp32 second moment.  The update uses the second moment before it is coded.
+    optional first moment in symmetric blocks (`optim.codecs.Block8`, 1.016 bytes per parameter);
+    1-D tensors keep an fp32 second moment.  The update uses the second moment before it is coded.
     Arguments and source are `Adafactor`'s.
     """
 

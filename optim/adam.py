@@ -14,16 +14,16 @@ from optim.fused import FusedOptimizer
 class AdamW(FusedOptimizer):
     """Adam with decoupled weight decay, both moments in fp32.
 
-    State: 8 bytes a parameter.
+    State: 8 bytes per parameter.
 
     Args:
         params: parameters or parameter groups.
         lr: step size; an update is at most about lr in each element.
         betas: decay of the averages of the gradient and of its square.
         eps: added to sqrt(v).
-        atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + eps): bounded, and without eps.
+        atan2: 4/pi atan2(m, sqrt v) instead of m / (sqrt v + eps): bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Kingma & Ba 2014 (arXiv 1412.6980), Alg. 1; Loshchilov & Hutter 2017 (arXiv 1711.05101),
     Alg. 2.
@@ -51,17 +51,16 @@ class AdamW(FusedOptimizer):
 class AdamW8bit(AdamW):
     """AdamW with both moments in 8-bit codes, written with stochastic rounding.
 
-    State: 2.02 bytes a parameter.  Arguments and source are `AdamW`'s.
+    State: 2.02 bytes per parameter.  Arguments and source are `AdamW`'s.
     """
 
     storage = "8bit"
 
 
 class AdamWFactored(AdamW):
-    """AdamW with both moments as rank-1 factors, the first with one sign bit an element (SMMF).
+    """AdamW with both moments as rank-1 factors, the first with one sign bit per element (SMMF).
 
-    State: 0.14 bytes a parameter.  Arguments are `AdamW`'s; see `AdoptFactored` for what factoring
-    means.
+    State: 0.14 bytes per parameter.  Arguments are `AdamW`'s; `AdoptFactored` explains factoring.
 
     Source: `AdamW`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """
@@ -72,7 +71,7 @@ class AdamWFactored(AdamW):
 class AdEMAMix(FusedOptimizer):
     """AdamW with a second, much slower average of the gradient, in fp32.
 
-    State: 12 bytes a parameter.
+    State: 12 bytes per parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -81,9 +80,9 @@ class AdEMAMix(FusedOptimizer):
         alpha: weight of the slow average.
         warmup_steps: over which alpha and the slow average's half-life grow to their values.
         eps: added to sqrt(v).
-        atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + eps): bounded, and without eps.
+        atan2: 4/pi atan2(m, sqrt v) instead of m / (sqrt v + eps): bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Pagliardini et al. 2024 (arXiv 2409.03137), Alg. 1.
     """
@@ -112,7 +111,7 @@ class AdEMAMix(FusedOptimizer):
 class AdEMAMixFactored(AdEMAMix):
     """AdEMAMix with all three moments as rank-1 factors, two of them with sign bits (SMMF).
 
-    State: 0.27 bytes a parameter.  Arguments are `AdEMAMix`'s.
+    State: 0.27 bytes per parameter.  Arguments are `AdEMAMix`'s.
 
     Source: `AdEMAMix`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """

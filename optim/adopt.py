@@ -14,16 +14,16 @@ from optim.fused import FusedOptimizer
 class Adopt(FusedOptimizer):
     """ADOPT, which normalises by the previous second moment; both moments in fp32.
 
-    State: 8 bytes a parameter.  The first step only initialises the second moment.
+    State: 8 bytes per parameter.  The first step only initialises the second moment.
 
     Args:
         params: parameters or parameter groups.
         lr: step size.
         betas: decay of the averages of the normalised gradient and of the squared gradient.
         eps: floor of the denominator, max(sqrt(v), eps).
-        atan2: 4/pi atan2(g, sqrt v) in place of the clipped quotient: bounded, and without eps.
+        atan2: 4/pi atan2(g, sqrt v) instead of the clipped quotient: bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Taniguchi et al. 2024 (arXiv 2411.02853), Alg. 2.
     """
@@ -48,9 +48,9 @@ class Adopt(FusedOptimizer):
 
 
 class AdoptFactored(Adopt):
-    """ADOPT with both moments as rank-1 factors, the first with one sign bit an element (SMMF).
+    """ADOPT with both moments as rank-1 factors, the first with one sign bit per element (SMMF).
 
-    State: 0.14 bytes a parameter.  The update uses the moments before they are factored, so
+    State: 0.14 bytes per parameter.  The update uses the moments before they are factored, so
     factoring costs accuracy only in what is carried over.  An element whose gradient is exactly
     zero is not moved in that step: in a rank-1 state its momentum is its neighbours'.  Arguments
     are `Adopt`'s.
@@ -64,7 +64,7 @@ class AdoptFactored(Adopt):
 class AdoptFactoredAdEMAMix(FusedOptimizer):
     """ADOPT with a second, much slower average; all three moments as rank-1 factors (SMMF).
 
-    State: 0.27 bytes a parameter.
+    State: 0.27 bytes per parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -74,9 +74,9 @@ class AdoptFactoredAdEMAMix(FusedOptimizer):
         alpha: weight of the slow average.
         warmup_steps: over which alpha and the slow average's half-life grow to their values.
         eps: floor of the denominator, max(sqrt(v), eps).
-        atan2: 4/pi atan2(g, sqrt v) in place of the clipped quotient: bounded, and without eps.
+        atan2: 4/pi atan2(g, sqrt v) instead of the clipped quotient: bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: `AdoptFactored`'s; Pagliardini et al. 2024 (arXiv 2409.03137), Alg. 1.
     """

@@ -14,47 +14,45 @@ from optim.projection import projected_shape
 
 
 class Apollo(FusedOptimizer):
-    """The gradient, scaled to the steps that Adam makes for a random projection of it (APOLLO).
+    """The gradient, scaled by Adam's step for a random projection of it (APOLLO).
 
-    State: 8 rank / min(R, C) bytes a parameter of an (R, C) matrix, a quarter of that with
+    State: 8 rank / min(R, C) bytes per parameter of an (R, C) matrix, a quarter of that with
     storage="8bit".
 
     The gradient's smaller dimension, of length D, is projected to `rank` numbers: P G is (rank, L)
     where L is the larger one, as in the paper.  Convolutions are O x (I*kh*kw).  Adam's moments are
-    kept of P G alone; the weights follow G itself, of which every channel (of the L) is scaled by
-    how much longer or shorter Adam makes its projection.  P is drawn from counters at every step
-    (`optim/projection.py`) and is no part of the state.  1-D tensors, and matrices of which the
+    kept only for P G; the weights follow G itself, with each of its L channels scaled by how much
+    Adam lengthens or shortens its projection.  P is drawn from counters at every step
+    (`optim/projection.py`) and is not part of the state.  1-D tensors, and matrices for which the
     rank would save nothing (rank >= D), are stepped by AdamW with moments of the same `storage`.
-    Where that is all of them, it is said (`IdleOption`).
+    If that is all of them, a warning says so (`IdleOption`).
 
-    growth_limit is 1.01 unless asked otherwise, as Fira has it, and is of projected tensors alone.
-    It judges bias-corrected updates, before weight decay.  After a small update steps grow by 1 %
-    each: where gradients' norms vary much from step to step (a batch of one), they stay smaller
-    than lr, most of all without a first moment; growth_limit=None takes it off.  Moments are kept
-    where P changes, as in the paper.  An unusable element counts as 0 in its projection, and a
-    channel without any usable one keeps its moments.  A scaled gradient points nowhere but along
-    the gradient, so cautious and grams change something only in tensors that are not projected, and
-    with residual.
+    growth_limit defaults to 1.01, as in Fira, and only applies to projected tensors.  It limits
+    bias-corrected updates, before weight decay.  After a small update, steps grow by 1 % each: if
+    gradient norms vary much from step to step (a batch of one), they stay smaller than lr, most of
+    all without a first moment; growth_limit=None switches it off.  Moments are kept when P changes,
+    as in the paper.  An unusable element counts as 0 in its projection, and a channel without any
+    usable one keeps its moments.  A scaled gradient only points along the gradient, so cautious and
+    grams only affect tensors that are not projected, and residual.
 
     Args:
         params: parameters or parameter groups.
         lr: step size.
         rank: rows of the projection.
-        scale: an update is multiplied by sqrt(scale).  A projection of D to rank numbers makes
-            steps that are sqrt(rank / D) of AdamW's; "auto" is D / rank, which undoes that, so that
-            an update's RMS is about lr in layers of every width.  The paper has 1, and 128 for
-            APOLLO-Mini.
-        scaling: "channel" scales every channel by itself, "tensor" all by the ratio of whole norms.
-        update_gap: steps after which P is drawn anew.
+        scale: an update is multiplied by sqrt(scale).  Projecting D to rank numbers makes steps of
+            sqrt(rank / D) times AdamW's; "auto" is D / rank, which undoes that, so that an update's
+            RMS is about lr in layers of every width.  The paper uses 1, and 128 for APOLLO-Mini.
+        scaling: "channel" scales each channel separately, "tensor" all by the ratio of whole norms.
+        update_gap: steps between redraws of P.
         projection: elements of P: "gaussian" (`optim.rng.normals`) or "sign" (-1 and 1, faster).
-        residual: map Adam's step for P G back to the weights, and scale only what is left of G
-            without its part in the rows of P, which are made orthonormal (Fira).  The growth limit
-            then acts on what is left.  It runs on the torch backend.
+        residual: map Adam's step for P G back to the weights, and scale only the part of G outside
+            the rows of P, which are made orthonormal (Fira).  The growth limit then acts on that
+            part.  It runs on the torch backend.
         betas: decay of the averages of P G and of its square.
         eps: added to sqrt(v).
-        atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + eps): bounded, and without eps.
+        atan2: 4/pi atan2(m, sqrt v) instead of m / (sqrt v + eps): bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Zhu et al. 2024 (arXiv 2412.05270), Alg. 1; Chen et al. 2024 (Fira, arXiv 2410.01623).
     """
@@ -110,7 +108,7 @@ class Apollo(FusedOptimizer):
 
 
 class ApolloMini(Apollo):
-    """APOLLO with a single projected number a channel and one scale a tensor; moments in bf16.
+    """APOLLO with a projection of rank 1 and one scale per tensor; moments in bf16.
 
     State on the SDXL UNet: 15.1 MB, or 7.6 with storage="8bit".  What the projection says of one
     channel is worth little at rank 1, so all of them together make one scale.  Arguments and source
@@ -165,9 +163,7 @@ class Adafactor8bitApollo(Apollo):
     rule = staticmethod(reference.adafactor_apollo)
     storage = "8bit"
     dense = "Adafactor8bit"
-    refuses: ClassVar[dict[str, str]] = {
-        "factor_1d": "the second moment of a 1-D tensor has no factors here"
-    }
+    refuses: ClassVar[dict[str, str]] = {"factor_1d": "1-D second moments are not factored here"}
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Who computes a step: a fused engine where there is one, plain PyTorch otherwise."""
+"""What computes a step: a fused engine if there is one, plain PyTorch otherwise."""
 
 import os
 import warnings
@@ -144,7 +144,7 @@ def resolved(choice: str, devices: set[str], strict: bool) -> str:
     missing = {device: unavailable(device) for device in sorted(devices or {"cpu"})}
     for reason in filter(None, missing.values()):
         if strict:
-            raise RuntimeError(f"backend='native' cannot be had: {reason}")
+            raise RuntimeError(f"backend='native' is not available: {reason}")
         fall_back(reason)
     return "torch" if all(missing.values()) else "native"
 

@@ -29,8 +29,8 @@ _hooked = WeakTensorKeyDictionary()
 
 
 class FusedBackward:
-    """The hooks that `fuse_backward` installed; `remove()` takes them off, and so does the end of
-    the optimizer."""
+    """The hooks that `fuse_backward` installed; `remove()` removes them, and so does deleting the
+    optimizer."""
 
     def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int) -> None:
         self._optimizer_ref = weakref.ref(optimizer)
@@ -64,8 +64,8 @@ class FusedBackward:
         for param in params:
             if _hooked.get(param, self) is not self:
                 raise ValueError(
-                    f"fuse_backward: a parameter {tuple(param.shape)} is stepped inside backward() "
-                    "by another optimizer already; call remove() on what the first "
+                    f"fuse_backward: a parameter {tuple(param.shape)} is already stepped inside "
+                    "backward() by another optimizer; call remove() on what the first "
                     "fuse_backward() returned"
                 )
         for param in self._handles.keys() - {*params}:
@@ -136,10 +136,10 @@ class FusedBackward:
         if changed and len(self._waiting) < len(self._arrived):
             raise RuntimeError(
                 f"fuse_backward: {changed} of {len(self._arrived)} gradients were changed after "
-                "backward(), by a clip perhaps, which could not reach those that had been stepped "
-                "inside it. Clip by the optimizer's grad_clip (the norm of each tensor's "
-                "gradient), in the trainer by method.clip=exact, lagged or rms, or call remove() "
-                "on what fuse_backward() returned"
+                "backward(), perhaps by clipping, which could not reach those already applied "
+                "inside it. Clip with the optimizer's grad_clip (the norm of each tensor's "
+                "gradient), in the trainer method.clip=exact, lagged or rms, or call remove() on "
+                "what fuse_backward() returned"
             )
 
     def _collect(self, param: Tensor) -> None:
@@ -150,11 +150,11 @@ class FusedBackward:
         assert param.grad is not None
         if param in self._arrived:
             raise RuntimeError(
-                f"fuse_backward: the gradient of a parameter {tuple(param.shape)} came twice, and "
-                "the parameter may have been stepped with the first alone. Between two backward() "
-                "passes call optimizer.step() or optimizer.zero_grad(); passes that add up belong "
-                "inside holding(), all but the last; a parameter of several checkpoints wants "
-                "checkpoint(use_reentrant=False)"
+                f"fuse_backward: the gradient of a parameter {tuple(param.shape)} arrived twice, "
+                "and the parameter may have been updated with the first only. Between two "
+                "backward() passes call optimizer.step() or optimizer.zero_grad(); passes that "
+                "accumulate belong inside holding(), except the last; a parameter used in several "
+                "checkpoints needs checkpoint(use_reentrant=False)"
             )
         if self._holds:
             return
@@ -224,48 +224,48 @@ def _free(params: list[Tensor]) -> None:
 
 
 def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> FusedBackward:
-    """Let `optimizer` step inside every backward pass from now on.
+    """Make `optimizer` step inside every backward pass from now on.
 
-    The training loop keeps its form: set the learning rate, call `backward()`, then `step()`, which
-    steps what is left in the last bucket and clears its gradients.  The weights are bitwise those
-    of the unfused loop.  A global norm, which needs all gradients at once, cannot be had this way:
-    `clip_grad_norm_` would reach those of the last bucket alone, and a `step()` that finds these
-    changed is a RuntimeError (where some parameters take no part in the pass, it may be that no
-    gradient is left, and a clip is not seen).  Several backward passes add up inside `holding()`,
+    The training loop stays the same: set the learning rate, call `backward()`, then `step()`, which
+    applies and clears the gradients left in the last bucket.  The weights are bitwise those of the
+    unfused loop.  A global norm, which needs all gradients at once, is unavailable:
+    `clip_grad_norm_` would only reach the last bucket, and a `step()` that finds its gradients
+    changed is a RuntimeError (if some parameters take no part in the pass, there may be no gradient
+    left, and clipping goes unnoticed).  Several backward passes accumulate inside `holding()`,
     which keeps the gradients.
 
-    A step that is skipped wants `optimizer.zero_grad()` in its place; what the backward pass has
-    stepped by then stays stepped.  A gradient that comes twice without either is a RuntimeError
-    inside `backward()`: of a second pass outside of `holding()`, or of a parameter that several
-    reentrant checkpoints share (`use_reentrant=False` adds its gradient up first).
+    To skip a step, call `optimizer.zero_grad()` instead; updates already made by the backward pass
+    remain.  A gradient that arrives twice without either is a RuntimeError inside `backward()`: in
+    a second pass outside `holding()`, or for a parameter that several reentrant checkpoints share
+    (`use_reentrant=False` accumulates its gradient first).
 
     Not for `torch.amp.GradScaler`, whose scale would still be in the gradients: its first `step()`
-    is a RuntimeError, when one backward pass has done harm already (hooks cannot see the scale).
+    is a RuntimeError, after one backward pass has already done harm (hooks cannot see the scale).
     Not for DistributedDataParallel, which averages gradients over processes only after they have
-    been consumed here.  Raises ValueError where there are several processes, where the optimizer
-    has been fused before or another one steps a parameter in this way, where `bucket_bytes` is not
-    positive, or a group has a `max_grad_norm` or on_nonfinite="raise", and TypeError for an
-    optimizer that is not of this family.
+    been consumed here.  Raises ValueError if there are several processes, if the optimizer is
+    already fused or another one steps a parameter in this way, if `bucket_bytes` is not positive,
+    or a group has a `max_grad_norm` or on_nonfinite="raise", and TypeError for an optimizer that is
+    not of this family.
     """
     wrapped = getattr(optimizer, "optimizer", None)
     if isinstance(wrapped, FusedOptimizer):
         raise TypeError(
-            f"fuse_backward: {type(optimizer).__qualname__} wraps a {type(wrapped).__name__}; give "
-            "that one, which is its .optimizer"
+            f"fuse_backward: {type(optimizer).__qualname__} wraps a {type(wrapped).__name__}; pass "
+            "that one, its .optimizer"
         )
     if not isinstance(optimizer, FusedOptimizer):
         cls = type(optimizer)
         raise TypeError(
-            f"fuse_backward: {cls.__module__}.{cls.__qualname__} is no optimizer of this family, "
-            "which can step a few parameters by themselves; build one of optim.FAMILY"
+            f"fuse_backward: {cls.__module__}.{cls.__qualname__} is not an optimizer of this "
+            "family; use one of optim.FAMILY"
         )
     optimizer.check_steps_alone("fuse_backward")
     if bucket_bytes <= 0:
         raise ValueError(f"fuse_backward: bucket_bytes={bucket_bytes} must be > 0")
     if optimizer.fused_backward is not None:
         raise ValueError(
-            f"fuse_backward: this {type(optimizer).__name__} has been fused already, and would "
-            "step twice; call remove() on what the first fuse_backward() returned"
+            f"fuse_backward: this {type(optimizer).__name__} is already fused, and would step "
+            "twice; call remove() on what the first fuse_backward() returned"
         )
     _check_alone()
     return FusedBackward(optimizer, bucket_bytes)

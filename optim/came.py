@@ -12,14 +12,14 @@ from optim.fused import FusedOptimizer
 
 
 class CAME(FusedOptimizer):
-    """Adafactor with momentum, slowed where updates stray from it (CAME); momentum in fp32.
+    """Adafactor with momentum, damped where updates deviate from it (CAME); momentum in fp32.
 
-    State: 4 bytes a parameter.  The second moment of an (R, C) matrix and its instability, the
+    State: 4 bytes per parameter.  The second moment of an (R, C) matrix and its instability, the
     average of (u - m)^2, are kept as R + C means each.  1-D tensors, and others that factors would
     not make smaller, keep the second moment in full, in fp32, and step by the first moment alone.
     `storage` is that of the first moment.
 
-    As in the paper no average is corrected for having started at zero, so with these betas a
+    As in the paper, averages have no bias correction, so with these betas a
     matrix's first update has an RMS of up to 11 lr: (1 - b1) / (b1 sqrt(1 - b3)).
 
     The authors' package, came_pytorch, differs in two ways.  It factors the last two dimensions of
@@ -37,16 +37,14 @@ class CAME(FusedOptimizer):
         clip_threshold: largest RMS of the normalised gradient before it is averaged; none does not
             clip.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Luo et al. 2023 (arXiv 2307.02047), Alg. 2.
     """
 
     rule = staticmethod(reference.came)
     float8: ClassVar[bool] = False  # are the means stored as codes?
-    refuses: ClassVar[dict[str, str]] = {
-        "factor_1d": "the second moment of a 1-D tensor has no factors here"
-    }
+    refuses: ClassVar[dict[str, str]] = {"factor_1d": "1-D second moments are not factored here"}
 
     def __init__(
         self,
@@ -74,8 +72,8 @@ class CAME(FusedOptimizer):
 class CAME8bit(CAME):
     """CAME with its momentum and its means in 8-bit codes, written with stochastic rounding.
 
-    State: 1.02 bytes a parameter.  Row and column means are stored as in `Adafactor8bit`, the first
-    moment in symmetric blocks.  Arguments and source are `CAME`'s.
+    State: 1.02 bytes per parameter.  Row and column means are stored as in `Adafactor8bit`, the
+    first moment in symmetric blocks.  Arguments and source are `CAME`'s.
     """
 
     storage = "8bit"

@@ -42,9 +42,9 @@ def check(described: dict[str, Any], file: str) -> None:
     differing = [name for name, value in wanted.items() if described.get(name) != value]
     if differing:
         raise ImportError(
-            f"{file} is not of the sources beside it ({', '.join(differing)} changed since it was "
-            "compiled): compile it again, `pip install -e .` where csrc/ is; or delete it, to run "
-            "on plain PyTorch"
+            f"{file} was not compiled from the sources next to it ({', '.join(differing)} changed "
+            "since): compile it again, `pip install -e .` where csrc/ is; or delete it, to run on "
+            "plain PyTorch"
         )
 
 

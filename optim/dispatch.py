@@ -26,7 +26,7 @@ class Dispatch:
         """Which engine steps which parameters, or computes another rule for them."""
         torch_engine = backend.TorchEngine(self._optimizer)
         if self._is_fused() and Trait.HIDDEN in places.traits:
-            backend.fall_back("a tensor without memory of its own has no fused kernel")
+            backend.fall_back("a tensor without its own memory has no fused kernel")
         if not self._is_fused() or Trait.HIDDEN in places.traits:
             return [(torch_engine, places)]
         any_unfused = any(map(_unfused, places.places.groups))

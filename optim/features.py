@@ -1,5 +1,4 @@
-"""What any optimizer of the family can be asked for besides its rule; each is independent of the
-others.
+"""Options of every optimizer of the family, independent of its rule and of each other.
 
 A feature is an option (`Features`) and a pure function on one parameter's fp32 tensors.  Rules call
 the functions that belong inside their arithmetic (`limited`); the step applies the rest.
@@ -18,16 +17,17 @@ LARGEST_GRAD = 2.0**48
 class Features(TypedDict, total=False):
     """Options of every optimizer.
 
-    storage: how moments are kept between steps: "fp32" (4 bytes an element), "bf16" (2), "8bit" (1)
-        or "factored" (rank-1 factors and a sign bit, about 1/8; SMMF); the default is the class's.
+    storage: how moments are stored: "fp32" (4 bytes per element), "bf16" (2), "8bit" (1) or
+        "factored" (rank-1 factors and a sign bit, about 1/8; SMMF); the default is the class's.
 
     rounding: how bf16 and fp16 weights are written: "stochastic" (unbiased; fp16 is written to the
-        nearest, where small steps are lost, which is said; it is compensated as "kahan" does where
-        the learning rate is to be found), "nearest", or "kahan", which keeps the rounding error in
-        2 more bytes a parameter and adds it to the next step.
+        nearest, so small steps are lost, which a warning says; if the optimizer finds its own rate,
+        fp16 is compensated as by "kahan"), "nearest", or "kahan", which keeps the rounding error in
+        2 more bytes per parameter and adds it to the next step.
 
     orthograd: remove from the gradient its component along the weights, and keep its norm (Prieto
-        et al. 2025).  A parameter of one element has no other and stays where it is, which is said.
+        et al. 2025).  A parameter of one element has no other component and does
+        not move, which a warning says.
 
     max_grad_norm: largest norm of all of the optimizer's gradients together, over all groups; it
         needs them all at once, so `step_param` and the fused backward refuse it, and under ZeRO-1

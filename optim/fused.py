@@ -37,7 +37,7 @@ def uncompiled(function: Function) -> Function:
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """A rule and the codecs of its moments, made into a torch optimizer.
+    """A torch optimizer made of a rule and the codecs of its moments.
 
     A subclass names its `rule` and says in `moments` how each moment of a parameter is stored; it
     has no loop.  Its options are its signature's and those of `Features` that it does not refuse.
@@ -45,7 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     takes is its own affair.  Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is
     decoupled: w <- (1 - lr * weight_decay) w, before the update.
 
-    `backend` is who computes a step: "native" (`csrc/`, on a CPU and on CUDA) or "torch"; see
+    `backend` selects what computes a step: "native" (`csrc/`, on a CPU and on CUDA) or "torch"; see
     `optim/state.py` for what the state is made of.
     """
 
@@ -257,9 +257,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None and param.grad.shape != param.shape
             )
             raise ValueError(
-                f"parameter {index} has the shape {shape}, and its gradient {other}: it is of "
-                "another backward pass than the parameter is now; call zero_grad() after "
-                "a parameter is given another shape, and build a new optimizer"
+                f"parameter {index} has the shape {shape}, and its gradient {other}: the gradient "
+                "is older than this shape; call zero_grad() after changing a parameter's shape, "
+                "and build a new optimizer"
             )
 
     @cached_property
@@ -425,7 +425,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"a tensor of shape {tuple(param.shape)} is in no parameter group")
             places.append((*self._place_by_id[id(param)], param))
         if len({*places.members}) < len(places):
-            raise ValueError(f"{caller}: a parameter is given twice, and would be stepped twice")
+            raise ValueError(f"{caller}: a parameter is passed twice, and would be stepped twice")
         return places
 
     def _places(self) -> Places:

@@ -74,9 +74,9 @@ def unavailable() -> str | None:
     if torch.version.hip is not None:
         return "its kernels are CUDA's, and this torch is ROCm's"
     if failed:
-        return f"NVRTC does not answer ({failed})"
+        return f"NVRTC does not work ({failed})"
     if sources.folder() is None:
-        return "csrc/ is not beside the package"
+        return "csrc/ is not next to the package"
     return None
 
 
@@ -226,7 +226,7 @@ class Gpu:
             self.num_compiled += len(fresh)
             both = list(zip(fresh, made, strict=True))
             failures = [self._keep(raw, self._path(name)) for name, raw in both]
-            kept = next(filter(None, failures), None) or f"they are kept in {cache_folder()}"
+            kept = next(filter(None, failures), None) or f"they are cached in {cache_folder()}"
             _log.warning(
                 "compiled %d CUDA kernels for %s in %.1f s; %s",
                 *(len(fresh), self._arch, seconds, kept),
@@ -259,7 +259,7 @@ class Gpu:
                     Path(partial.name).unlink(missing_ok=True)
                     raise
         except OSError as error:
-            return f"they cannot be kept for the next run ({error}); OPTIM_CACHE names a folder"
+            return f"they cannot be cached for the next run ({error}); set OPTIM_CACHE to a folder"
         return None
 
     def _read(self, path: Path) -> Any:

@@ -48,7 +48,7 @@ def check_apart(optimizer: str, groups: list[Group]) -> None:
         if device == other_device and start < end:
             raise ValueError(
                 f"{optimizer}: parameters of shapes {shape} and {other_shape} are views of the "
-                "same memory, which would be stepped twice; give one of them, or the tensor that "
+                "same memory, which would be stepped twice; pass one of them, or the tensor that "
                 "both are views of"
             )
 
@@ -64,8 +64,8 @@ def _is_dense(param: Tensor) -> bool:
 def _check_options(optimizer: str, group: Group) -> None:
     if group.get("factor_1d") and group["storage"] != "factored":
         raise ValueError(
-            f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, "
-            "which factors nothing; use storage='factored'"
+            f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, which does "
+            "not factor; use storage='factored'"
         )
     if group["grams"] and group["cautious"]:
         raise ValueError(
@@ -96,9 +96,9 @@ def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
         )
     if param.layout is not torch.strided or param.dtype not in DTYPES:
         raise TypeError(
-            f"{optimizer} updates dense fp32, bf16 and fp16 parameters; "
-            f"this one is {param.layout}, {param.dtype}, shape {shape} (of a quantised or complex "
-            "model, give the parameters that require gradients)"
+            f"{optimizer} updates dense fp32, bf16 and fp16 parameters; this one is "
+            f"{param.layout}, {param.dtype}, shape {shape} (for a quantised or complex model, pass "
+            "only the parameters that require gradients)"
         )
 
 

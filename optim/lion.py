@@ -12,9 +12,9 @@ from optim.fused import FusedOptimizer
 
 
 class Lion(FusedOptimizer):
-    """The sign of an interpolated momentum, which is kept in fp32.
+    """The sign of an interpolated momentum; momentum in fp32.
 
-    Every element moves by exactly lr.  State: 4 bytes a parameter.
+    Every element moves by exactly lr.  State: 4 bytes per parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -22,7 +22,7 @@ class Lion(FusedOptimizer):
         betas: interpolation between momentum and gradient for the update, and decay of the
             momentum.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Chen et al. 2023 (arXiv 2302.06675), Alg. 2.
     """
@@ -52,16 +52,16 @@ class Lion(FusedOptimizer):
 class Lion8bit(Lion):
     """Lion with its momentum in 8-bit codes, written with stochastic rounding.
 
-    State: 1.02 bytes a parameter.  Arguments and source are `Lion`'s.
+    State: 1.02 bytes per parameter.  Arguments and source are `Lion`'s.
     """
 
     storage = "8bit"
 
 
 class LionFactored(Lion):
-    """Lion with its momentum as rank-1 factors and one sign bit an element (SMMF).
+    """Lion with its momentum as rank-1 factors and one sign bit per element (SMMF).
 
-    State: 0.13 bytes a parameter.  Arguments are `Lion`'s.
+    State: 0.13 bytes per parameter.  Arguments are `Lion`'s.
 
     Source: `Lion`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """

@@ -18,7 +18,7 @@ from optim.fused import FusedOptimizer
 
 
 class Lomo(FusedOptimizer):
-    """SGD without momentum, made for the fused backward: nothing is kept but counters (LOMO).
+    """SGD without momentum, for the fused backward: keeps only counters (LOMO).
 
     State: 16 bytes a tensor.
 
@@ -29,7 +29,7 @@ class Lomo(FusedOptimizer):
         params: parameters or parameter groups.
         lr: step size.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Lv et al. 2023 (arXiv 2306.09782), Alg. 1.
     """
@@ -55,7 +55,7 @@ class Lomo(FusedOptimizer):
 
 
 class AdaLomo(Adafactor):
-    """Adafactor with each tensor's step relative to its RMS, made for the fused backward (AdaLomo).
+    """Adafactor with each tensor's step relative to its RMS, for the fused backward (AdaLomo).
 
     State on the SDXL UNet: 18.7 MB.
 

@@ -29,7 +29,7 @@ _USES = {"draw": 0, "project": 1, "lengths": 2, "whole": 3}  # csrc/engine/proje
 def unavailable() -> str | None:
     """Why the native engine cannot be used, or None where it can."""
     if _native is None:
-        why = f"({compiled.missing}); it needs a C++ compiler at the install"
+        why = f"({compiled.missing}); it needs a C++ compiler at install time"
         return f"the native engine is not built {why}"
     return None
 

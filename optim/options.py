@@ -113,7 +113,7 @@ _ALLOWED_TUPLE = {
 
 # What other packages call an option: (its name here, or none, and what to do about it).
 _DECOUPLED = (None, "weight decay is always decoupled here; leave it out")
-_TORCHS = (None, "it is not to be had here; leave it out")
+_TORCHS = (None, "it does not exist here; leave it out")
 _BITSANDBYTES = (
     None,
     "8-bit state is a class (AdamW8bit, Lion8bit), or storage='8bit'; leave it out",
@@ -246,7 +246,7 @@ def _options_of_torch() -> set[str]:
 
 
 def plain(value: Any) -> Any:
-    """An option's value with Python's numbers in place of others (numpy's), which the engines and a
+    """An option's value with Python's numbers instead of others (numpy's), which the engines and a
     file that is loaded with weights_only would not take; and a tuple for a list, which could be
     changed unseen."""
     if isinstance(value, (tuple, list)):
@@ -296,7 +296,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     near = nearest(name, names)
-    remedy = f"did you mean {near!r}?" if near else f"there is {', '.join(names)}"
+    remedy = f"did you mean {near!r}?" if near else f"choose from {', '.join(names)}"
     return f"there is no {what} {name!r}; {remedy}"
 
 

@@ -109,7 +109,7 @@ def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
     Element e, row-major, is (S - 1530) / 256, rounded to bf16, where S, the sum of the twelve bytes
     of words 3 e, 3 e + 1 and 3 e + 2, has mean 1530 and variance 65535.  A logarithm or a cosine
     has other last bits on another device; integers and one multiplication do not.  All odd moments
-    are 0, the kurtosis is 2.9 in place of 3, and no draw is beyond 5.98.
+    are 0, the kurtosis is 2.9 instead of 3, and no draw is beyond 5.98.
     """
     count = shape[0] * shape[1]
     words = words32(torch.arange(3 * count, device=device, dtype=torch.int64), key).view(-1, 3)

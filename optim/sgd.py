@@ -14,7 +14,7 @@ from optim.fused import FusedOptimizer
 class SGD(FusedOptimizer):
     """Gradient descent with (Nesterov) momentum in fp32.
 
-    State: 4 bytes a parameter, none when momentum = 0.
+    State: 4 bytes per parameter, none when momentum = 0.
 
     Args:
         params: parameters or parameter groups.
@@ -22,7 +22,7 @@ class SGD(FusedOptimizer):
         momentum: decay of the momentum sum m <- momentum * m + g.
         nesterov: step along g + momentum * m instead of m.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Sutskever et al. 2013, "On the importance of initialization and momentum in deep
     learning".

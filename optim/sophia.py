@@ -24,7 +24,7 @@ _ESTIMATE = 1 << 32  # keeps an estimate's rounding apart from the steps'; csrc/
 class Sophia(FusedOptimizer):
     """Sophia-G: the momentum over the Gauss-Newton diagonal, elements clipped at 1; both in fp32.
 
-    State: 8 bytes a parameter.
+    State: 8 bytes per parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -36,7 +36,7 @@ class Sophia(FusedOptimizer):
         eps: least value of rho * curvature that is divided by; where it is reached, the element is
             clipped, or has hardly any gradient.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        features: options of every optimizer, `optim.features.Features`.
+        features: options shared by all optimizers, `optim.features.Features`.
 
     The training loop computes the estimates, because they need a backward pass of their own:
 
@@ -46,8 +46,8 @@ class Sophia(FusedOptimizer):
             F.mse_loss(prediction, noisy).backward()
             optimizer.update_hessian(prediction.numel() / 2)  # before the loss's own backward()
 
-    Without any the curvature is 0 and every element is clipped: lr times the momentum's sign.  That
-    is said once (`IdleOption`), after `hessian_every` steps.
+    Without any the curvature is 0 and every element is clipped: lr times the momentum's sign.  A
+    warning says so once (`IdleOption`), after `hessian_every` steps.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), Alg. 2 and 3.
     """
@@ -117,7 +117,7 @@ class Sophia(FusedOptimizer):
             warnings.warn(
                 f"Sophia: rho={group['rho']!r} and hessian_every={group['hessian_every']!r} have "
                 f"no effect without estimates of the curvature: {num_steps} steps were made "
-                "without one, each of lr times the momentum's sign; call update_hessian() where "
+                "without one, each lr times the momentum's sign; call update_hessian() when "
                 "wants_hessian() says so, or use Lion",
                 IdleOption,
                 stacklevel=2,
@@ -162,8 +162,8 @@ class Sophia(FusedOptimizer):
         """
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(
-                f"update_hessian: scale={scale} is not possible; it must be a number > 0, "
-                "for the mean of n squared errors n/2"
+                f"update_hessian: scale={scale} is not possible; it must be a number > 0(n/2 for "
+                "the mean of n squared errors)"
             )
         self._watch.check(self.param_groups)
         if params is None:

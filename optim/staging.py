@@ -10,7 +10,7 @@ from optim.gpu import Gpu
 # twice.
 COPIES = 2
 _WANTS_A_STEP = (
-    "a CUDA graph of optimizer.step() wants an ordinary step() of the same parameters before each "
+    "a CUDA graph of optimizer.step() needs an ordinary step() of the same parameters before each "
     "capture"
 )
 

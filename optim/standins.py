@@ -1,7 +1,7 @@
 """What stands for an optimizer where an engine steps APOLLO's projections, and weights by them.
 
 An engine asks an optimizer for groups, codecs and state.  Of `LowSteps` it gets the projections in
-place of the parameters, and of `ScaledSteps` factors in place of the moments.
+place of the parameters, and of `ScaledSteps` factors instead of the moments.
 """
 
 from math import prod
@@ -26,7 +26,7 @@ _BARE: dict[str, Any] = {
 
 
 class LowSteps:
-    """What an engine asks of an optimizer, of the projections in place of the parameters."""
+    """What an engine asks of an optimizer, of the projections instead of the parameters."""
 
     shared: tuple[str, ...] = ()
 
@@ -110,7 +110,7 @@ class ScaledSteps:
         return factors
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """The factors, in place of the moments."""
+        """The factors, instead of the moments."""
         shape = tuple(param.shape)
         codecs = self._optimizer.codecs(param, group)
         others = {k: codec for k, codec in codecs.items() if not k.startswith("exp_avg")}

@@ -63,8 +63,8 @@ def check_keys(optimizer: str, state_dict: dict[str, Any]) -> None:
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
         raise ValueError(
-            f"this is no state of {optimizer}: it has no {' and no '.join(missing)}; "
-            "give what state_dict() returned"
+            f"this is not a state of {optimizer}: it has no {' and no '.join(missing)}; pass what "
+            "state_dict() returned"
         )
 
 
@@ -93,13 +93,15 @@ def check_groups(
         owner = group.get("optimizer", optimizer)
         # Several rules have moments of the same names and shapes.
         if owner != optimizer and group.get("family") != family:
-            raise ValueError(f"this is the state of {owner}, and {optimizer} cannot go on from it")
+            raise ValueError(
+                f"this is the state of {owner}, which cannot be loaded into {optimizer}"
+            )
         stranger = _stranger(group, state_dict["state"].values())
         if stranger and "optimizer" not in group:
             raise ValueError(
-                f"this seems to be a state of {stranger}, and {optimizer} cannot go on from it: "
-                "moments of another package do not convert. Load it into the optimizer that made "
-                f"it, or leave it out, and {optimizer} begins with moments of its own"
+                f"this seems to be a state of {stranger}, which cannot be loaded into {optimizer}: "
+                "moments of other packages are not converted. Load it into the optimizer that made "
+                f"it, or start {optimizer} without it"
             )
     sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     own_sizes = [len(group["params"]) for group in groups]

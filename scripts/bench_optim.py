@@ -1,15 +1,15 @@
 """Measure a step of our optimizers and of installed peers, against torch's fused AdamW.
 
     python scripts/bench_optim.py                               # ours and all peers, one thread
-    python scripts/bench_optim.py --peers none --check          # ours, and are the targets met?
-    python scripts/bench_optim.py --threads 2 --peers none      # and how two threads scale
+    python scripts/bench_optim.py --peers none --check          # only ours, checked against targets
+    python scripts/bench_optim.py --threads 2 --peers none      # scaling to two threads
     python scripts/bench_optim.py --ours adamw_factored adafactor8bit:clip_norm=lagged --peers torch
     python scripts/bench_optim.py --json bench.json --png bench.png
 
 The tensors are a systematic sample of the SDXL UNet's shapes with fixed random gradients; every
-candidate's step is timed between two steps of torch.optim.AdamW(fused=True) in the same run, and
-the ratio to their mean counts.  The table goes to stdout, progress to stderr.  What each column is,
-and what a ratio says and does not say: docs/benchmarks.md.
+candidate's step is timed between two steps of torch.optim.AdamW(fused=True) in the same run and
+divided by their mean.  The table goes to stdout, progress to stderr.  docs/benchmarks.md explains
+the columns and their limits.
 """
 
 import argparse
@@ -60,21 +60,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--ours", nargs="+", metavar="NAME[:OPTION=VALUE,...]", help="default: all of the family")
+    add("--ours", nargs="+", metavar="NAME[:OPTION=VALUE,...]", help="default: the whole family")
     add("--peers", nargs="+", metavar="PACKAGE[/NAME]", help="default: all installed; none: none")
-    add("--backend", choices=("auto", "native", "torch"), default="auto", help="of ours")
-    add("--isa", choices=("baseline", "avx2", "avx512"), help="of the native module (OPTIM_ISA)")
+    add("--backend", choices=("auto", "native", "torch"), default="auto", help="backend of ours")
+    add("--isa", choices=("baseline", "avx2", "avx512"), help="instruction set (OPTIM_ISA)")
     add("--device", default="cpu", help="cpu (default) or cuda")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and gradients")
-    add(
-        "--threads", type=int, default=1, help="1 (default) is timed in CPU time, more in wall time"
-    )
-    add("--params", type=float, default=98e6, help="size of the slice (default 98e6)")
-    add("--rounds", type=int, default=21, help="steps measured of each (default 21)")
-    add("--peer-rounds", type=int, default=3, help="... of those 5x slower than torch (default 3)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of weights, gradients")
+    add("--threads", type=int, default=1, help="1 (default): CPU time is measured; more: wall time")
+    add("--params", type=float, default=98e6, help="size of the sample (default 98e6)")
+    add("--rounds", type=int, default=21, help="steps measured per optimizer (default 21)")
+    add("--peer-rounds", type=int, default=3, help="... if 5x slower than torch (default 3)")
+    add("--json", type=Path, metavar="FILE", help="write all measurements")
     add("--png", type=Path, metavar="FILE", help="draw a chart")
-    add("--quick", action="store_true", help="1M parameters, two rounds: does it run at all?")
+    add("--quick", action="store_true", help="smoke test: 1M parameters, two rounds")
     add("--check", action="store_true", help="exit with status 1 if a target is missed")
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.rounds < 1 or args.peer_rounds < 1:

@@ -1,14 +1,14 @@
-"""Check on a GPU what only a GPU can show: that the fused optimizers compute what they compute on a
-CPU, always the same, without waiting, in few launches, and how fast.
+"""Check on a GPU that the fused optimizers give the CPU's results, reproducibly, without waiting
+for the device and in few launches; and measure their speed.
 
     python scripts/gpu_check.py                          # everything, in at most eight minutes
     python scripts/gpu_check.py --quick                  # fewer cases, a small model
     python scripts/gpu_check.py --only compile parity
     python scripts/gpu_check.py --json gpu.json --markdown gpu.md
 
-It runs from a checkout and needs torch and cuda-core only; what else is installed (our CPU engine,
-peers, compute-sanitizer) is used.  A line says PASS, FAIL or SKIPPED for each section; the exit
-status is 1 where one failed, 2 where there is no GPU.
+It runs from a checkout and only needs torch and cuda-core; our CPU engine, peers and
+compute-sanitizer are used if installed.  Each section prints a line with PASS, FAIL or SKIPPED;
+exit status: 1 if one failed, 2 without a GPU.
 """
 
 import argparse
@@ -87,8 +87,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--only", nargs="+", choices=CLAIMS, metavar="SECTION", help=f"of: {', '.join(CLAIMS)}")
     add("--peers", nargs="+", metavar="PACKAGE[/NAME]", help="default: all installed; none: none")
     add("--quick", action="store_true", help="fewer cases, 98M parameters, three rounds")
-    add("--seconds", type=float, default=SECONDS, help="begin nothing that takes longer (480)")
-    add("--json", type=Path, metavar="FILE", help="write everything found")
+    add("--seconds", type=float, default=SECONDS, help="time limit for starting sections (480)")
+    add("--json", type=Path, metavar="FILE", help="write all results")
     add("--markdown", type=Path, metavar="FILE", help="write the report")
     args = parser.parse_args(arguments)
     if args.seconds <= 0:

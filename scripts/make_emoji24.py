@@ -3,7 +3,7 @@
     npm pack emojibase-data@17.0.0 && tar xf emojibase-data-17.0.0.tgz
     python scripts/make_emoji24.py --emojibase package --out trainer/assets/emoji24
 
-The base model in trainer/assets/tiny_sdxl has never seen them: they are there to be learnt.
+The base model in trainer/assets/tiny_sdxl has never seen them: the demo trains on them.
 """
 
 import argparse

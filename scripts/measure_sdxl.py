@@ -1,4 +1,4 @@
-"""What training the real SDXL UNet takes: memory, by what holds it, and seconds a step.
+"""Measure training of the real SDXL UNet: memory by category, and seconds per step.
 
     python scripts/measure_sdxl.py                       # full, batch 1, 32x32 latents
     python scripts/measure_sdxl.py --latent 64 --json
@@ -6,12 +6,11 @@
     python scripts/measure_sdxl.py --grid                # 1024 px: full and LoRA, batch 1 and 4
 
 The UNet is built from its configuration, 2,567,463,684 parameters, with random weights: memory and
-time do not depend on what the weights are.  Everything else is the trainer's own: further arguments
-are its options (`optim=`, `method.clip=`, ...), and parameters, gradients, clipping and steps are
-made by the code that makes a run's.  By default Adafactor8bit trains bf16 weights with the fused
-backward.  On a GPU the peak is what torch has allocated, on a CPU the process's resident memory,
-with the imports and everything; beside it stands what `python -m trainer.planner` says of the same
-step without making it.
+time do not depend on their values.  Everything else is the trainer's own code; further arguments
+are its options (`optim=`, `method.clip=`, ...).  By default Adafactor8bit trains bf16 weights with
+the fused backward.  On a GPU the peak is the memory allocated by torch, on a CPU the process's
+resident memory, including imports; it is shown next to the prediction of `python -m
+trainer.planner` for the same step.
 """
 
 import argparse
@@ -309,15 +308,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("options", nargs="*", help="the trainer's, as group=choice or key=value")
-    parser.add_argument("--latent", type=latent_size, default=(32, 32), help="H or HxW, of 8 px")
+    parser.add_argument("options", nargs="*", help="trainer options: group=choice or key=value")
+    parser.add_argument(
+        "--latent", type=latent_size, default=(32, 32), help="H or HxW, in units of 8 px"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--unet", type=Path, default=UNET, help="another configuration")
+    parser.add_argument("--unet", type=Path, default=UNET, help="another configuration file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--grid", action="store_true", help="1024 px: full, LoRA; batch 1, 4")
-    parser.add_argument("--most-gb", type=float, default=math.inf, help="exit 1 above this peak")
+    parser.add_argument("--grid", action="store_true", help="1024 px: full and LoRA, batch 1 and 4")
+    parser.add_argument(
+        "--most-gb", type=float, default=math.inf, help="exit with 1 above this peak"
+    )
     arguments = parser.parse_args(argv)
     config = configured(arguments.options)
     results = grid(arguments) if arguments.grid else iter([measure(config, arguments)])

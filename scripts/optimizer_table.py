@@ -1,9 +1,9 @@
-"""Print what each optimizer keeps between steps for the SDXL UNet, and what its step takes beside
-torch's: `python scripts/optimizer_table.py`.
+"""Print each optimizer's state size for the SDXL UNet, and its step time relative to torch's:
+`python scripts/optimizer_table.py`.
 
-The state is laid out, not estimated: every optimizer allocates it (on torch's meta device, which
-holds shapes and no numbers) for the UNet's 1680 bf16 tensors, at its default options.  What a step
-takes is not measured here but taken from the first table of docs/benchmarks.md.
+The state size is exact: every optimizer allocates its state (on torch's meta device, shapes only)
+for the UNet's 1680 bf16 tensors, at its default options.  Step times are not measured here but
+taken from the first table of docs/benchmarks.md.
 """
 
 import json

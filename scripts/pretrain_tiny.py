@@ -4,14 +4,14 @@
     OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py --emojibase package
 
 A real StableDiffusionXLPipeline folder in miniature: 64-pixel pictures, 15 MB, about 65 minutes on
-one CPU core. It learns 300 of Noto's emoji by heart, no more, so that a fine-tuning run has
-something to start from without a download. Kill it whenever you like: the same command continues
-from the checkpoints in --work, and ends with the same weights.
+one CPU core. It only memorises 300 of Noto's emoji, so that a fine-tuning run has a base model
+without a download. It can be killed at any time: the same command continues from the checkpoints
+in --work, and ends with the same weights.
 
-Decisions, each measured: v-prediction on a schedule that ends in pure noise, because with epsilon
-the shapes come out right and the colours wrong (Lin et al. 2024). Text encoders trained along,
-because random ones are hardly listened to. Latents rescaled by what each channel is worth in
-pixels, because after full whitening the UNet spends half of its loss on detail that nobody sees.
+Decisions, each measured: v-prediction on a schedule that ends in pure noise, because epsilon
+prediction gets the shapes right but the colours wrong (Lin et al. 2024). Text encoders are trained
+too, because random ones have little effect. Latents are rescaled by each channel's effect on the
+pixels, because after full whitening the UNet spends half of its loss on invisible detail.
 """
 
 import argparse

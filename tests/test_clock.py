@@ -198,7 +198,7 @@ def test_losses_at_other_points_are_not_compared(quick, composed, caplog):
     assert "of what it was" in caplog.text
     caplog.clear()
     run(composed(*QUICK, *LONGER, "log.eval_points=5", f"resume={folder}"), folder)
-    assert "log.eval_points changed: eval/loss is another measure now" in caplog.text
+    assert "log.eval_points changed, so eval/loss is no longer comparable" in caplog.text
     assert "of what it was" not in caplog.text
     assert summary_of(folder)["eval_loss_before"] is None
 
@@ -245,7 +245,7 @@ NUMBERS = {
         ({"eval_loss_after": math.nan}, "eval/loss   2.0000 -> nan"),
         ({"eval_loss_before": math.nan}, "eval/loss   0.5000"),
         ({"skipped_steps": 7}, "skipped     7 of 8 steps, without a finite loss and gradient"),
-        ({"ema_loss_after": 0.25}, "of average  0.2500"),
+        ({"ema_loss_after": 0.25}, "averaged    0.2500"),
     ],
 )
 def test_the_closing_lines_say_what_there_is(changed, line):
@@ -258,7 +258,7 @@ def test_nothing_is_said_of_what_there_is_not():
 
 def test_a_peak_that_nobody_knows_is_left_out():
     said = closing_lines(NUMBERS | {"peak_training_bytes": None}, {})
-    assert "peak memory 2 B in all" in said
+    assert "peak memory 2 B in total" in said
 
 
 def test_what_takes_long_between_steps_is_told(caplog, monkeypatch, capsys):

@@ -71,5 +71,5 @@ def test_curves_that_cannot_be_written_stop_no_run(composed, tmp_path, monkeypat
 
     monkeypatch.setattr(disk, "replace_picture", full)
     run(composed(*QUICK), tmp_path / "run")
-    assert "curves.png is not drawn" in caplog.text
+    assert "could not draw curves.png" in caplog.text
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4

@@ -93,7 +93,7 @@ def test_an_empty_folder_and_a_folder_of_nothing_usable_are_refused(load, tmp_pa
     with pytest.raises(UserError, match="has no pictures"):
         load(path=str(empty))
     (empty / "x.png").write_bytes(b"")
-    with pytest.raises(UserError, match="none can be used"):
+    with pytest.raises(UserError, match="none of the 1 pictures can be used"):
         load(path=str(empty))
 
 
@@ -178,15 +178,18 @@ def test_pictures_of_two_sources_are_named_with_both(load, pictures, tmp_path, c
     (tmp_path / "alias").symlink_to(pictures)
     whole, part, alias = str(pictures), f"{pictures}/sub", f"{tmp_path}/alias"
     for paths, says in (
-        ([whole, part], f"data: 1 pictures of {whole} are of {part} too, and trained on for both"),
-        ([part, alias], f"data: 1 pictures of {part} are of {alias} too"),
-        ([whole, alias], f"data: 5 pictures of {whole} are of {alias} too"),
-        ([whole, whole], f"data: 5 pictures of {whole} are of {whole} too"),
+        (
+            [whole, part],
+            f"data: 1 pictures are in both {whole} and {part} and are trained on twice",
+        ),
+        ([part, alias], f"data: 1 pictures are in both {part} and {alias} and"),
+        ([whole, alias], f"data: 5 pictures are in both {whole} and {alias} and"),
+        ([whole, whole], f"data: 5 pictures are in both {whole} and {whole} and"),
         ([whole], None),
     ):
         caplog.clear()
         load(path=None, sources=[SourceConfig(path=path) for path in paths])
-        said = [line for line in caplog.messages if "trained on for both" in line]
+        said = [line for line in caplog.messages if "are trained on twice" in line]
         assert [line.startswith(says) for line in said] == ([True] if says else [])
 
 
@@ -197,7 +200,7 @@ def test_pictures_that_a_link_leads_to_again_are_named(load, pictures, caplog):
     assert "several paths" not in caplog.text
     (pictures / "tub").symlink_to(pictures / "sub")
     assert len(load().samples) == 6
-    assert "1 pictures are found by several paths, through links, and trained on" in caplog.text
+    assert "1 pictures are found by several paths (links) and are trained on once" in caplog.text
 
 
 def test_shuffled_and_thinned_captions_keep_their_first_tags_and_need_no_seed(options):

@@ -52,8 +52,8 @@ def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog
     assert [s.name.rpartition("tar:")[2] for s in dataset.samples][2] == "ä.png"
     assert (dataset.samples[3].read_mask() == 0).all()
     assert (dataset.samples[2].read_pixels()[:, 0, 0].tolist()) == [-1, 1, -1]
-    assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
-    assert "1 samples of archives have no picture: " in caplog.text
+    assert "1 pictures have a .caption next to their .txt; it is ignored: " in caplog.text
+    assert "1 samples in archives have no picture: " in caplog.text
     assert load(path=str(tmp_path / "shard-0.tar")).fingerprint != dataset.fingerprint
 
 
@@ -89,7 +89,7 @@ def test_captions_of_a_shard_that_are_not_read_are_noted(load, tmp_path, caplog)
     tar(tmp_path / "s.tar", members)
     assert len(load(path=str(tmp_path / "s.tar")).samples) == 3
     assert "2 pictures have a .txt that is another picture's too" in caplog.text
-    assert "1 pictures have a text file that their metadata disagrees with" in caplog.text
+    assert "1 pictures have a text file that contradicts their metadata" in caplog.text
 
 
 def test_no_picture_of_a_shard_is_passed_over_without_a_word(load, tmp_path, caplog):
@@ -101,10 +101,10 @@ def test_no_picture_of_a_shard_is_passed_over_without_a_word(load, tmp_path, cap
         archive.addfile(link)
     assert len(load(path=str(tmp_path / "shard.tar")).samples) == 1
     for says in (
-        "1 hidden pictures of archives are passed over",
-        "1 pictures of archives are links",
-        "1 members of archives take the place of earlier ones",
-        "1 samples of archives have no picture",
+        "1 hidden pictures in archives are ignored",
+        "1 pictures in archives are links",
+        "1 members of archives replace earlier ones",
+        "1 samples in archives have no picture",
     ):
         assert f"data: {says}" in caplog.text
 
@@ -187,7 +187,7 @@ def test_other_columns_of_pictures_and_captions_are_found_or_named(load, tmp_pat
     write_parquet(path, {"jpg": [png("red")], "captions": [["one", "two"]]})
     assert load(path=str(path)).samples[0].captions == ("one", "two")
     write_parquet(path, {"text": ["x"], "label": [1]})
-    with pytest.raises(UserError, match="has the columns text, label; one that holds pictures"):
+    with pytest.raises(UserError, match="has the columns text, label; it needs one with pictures"):
         load(path=str(path))
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
@@ -229,7 +229,7 @@ def test_the_column_of_captions_can_be_named_in_a_shard(load, tmp_path, caplog):
     assert sample.caption == "one"
     assert "caption_column" not in caplog.text
     load(path=str(tmp_path / "s.tar"), caption_column="promt")
-    assert "1 sources have nothing with data.caption_column=promt" in caplog.text
+    assert "1 sources have no captions in data.caption_column=promt" in caplog.text
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -241,12 +241,14 @@ def test_a_table_without_pictures_is_passed_over_in_a_folder(load, tmp_path, cap
     table = folder / f"00000{name[1:]}"
     WRITERS[name](table, {"url": ["u"], "caption": ["c"], "key": ["0"], "status": ["success"]})
     config = load(path=str(folder)).config
-    says = f"1 tables without a column of pictures are passed over: {table}"
+    says = f"1 tables without a column of pictures are ignored: {table}"
     assert f"data: {says}" in caplog.text
     assert not survey(config).problems
     table.rename(folder / f"alone{name[1:]}")
     assert len(survey(config).problems) == 1
-    with pytest.raises(UserError, match="has the columns url, caption, key, status; one that hold"):
+    with pytest.raises(
+        UserError, match="has the columns url, caption, key, status; it needs one with"
+    ):
         load(path=str(folder / f"alone{name[1:]}"))
 
 

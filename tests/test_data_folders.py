@@ -33,17 +33,17 @@ def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
     dataset = load(path=str(folder), max_unreadable=0)
     assert len(dataset.samples) == 5
     assert names(dataset) == ["A.PNG", "a.png", f"{'p' * 200}.png", "o.png", "ä\\n1.png"]
-    assert "passed over" in caplog.text
-    assert "1 links to a folder above" in caplog.text
+    assert "ignored" in caplog.text
+    assert "1 links to a parent folder" in caplog.text
 
 
 PASSED_OVER = {
     # files beside the four pictures, what is said of them
-    "a.tar.gz b.tgz c.ZIP": "3 archives are passed over",
-    "a.svg b.NEF c.mpo": "3 pictures of a kind that is not read",
+    "a.tar.gz b.tgz c.ZIP": "3 archives are ignored",
+    "a.svg b.NEF c.mpo": "3 pictures in unsupported formats",
     "gas.mask.png red.mask.jpg": "2 masks without a picture",
-    "gas.txt gas.caption sub/red.txt": "3 caption files are beside no picture",
-    ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures, or folders of them,",
+    "gas.txt gas.caption sub/red.txt": "3 caption files have no picture",
+    ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures and folders are ignored",
     # and those that nothing is said of
     "README.txt LICENSE.txt ._red.png .git/config .hidden.txt red.mask.png notes.md": None,
 }
@@ -86,7 +86,7 @@ def test_every_kind_of_picture_that_pillow_opens_is_one(load, pictures, suffix):
 def test_data_without_a_picture_tells_what_is_there_instead(load, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/0.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"has no pictures; 1 archives are passed over.*0\.tar\.gz"):
+    with pytest.raises(UserError, match=r"has no pictures; 1 archives are ignored.*0\.tar\.gz"):
         load(path=str(tmp_path / "shards"))
 
 
@@ -125,7 +125,7 @@ def test_pictures_that_runs_left_in_the_folder_are_no_data(load, pictures, caplo
     assert len(load().samples) == 4
     said = [line for line in caplog.messages if "folders of runs" in line]
     assert len(said) == 1
-    assert said[0].startswith("data: 2 folders of runs are passed over")
+    assert said[0].startswith("data: 2 folders of runs are ignored")
     assert len(load(path=str(folder)).samples) == 1  # which was asked for
 
 
@@ -138,7 +138,7 @@ def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictu
         "a red card",
         "a yellow card",
     ]
-    assert "1 pictures have a .caption beside their .txt; it is not read: " in caplog.text
+    assert "1 pictures have a .caption next to their .txt; it is ignored: " in caplog.text
     chosen = load(caption_extension=".caption", on_missing_caption="skip")
     assert [s.caption for s in chosen.samples] == ["unread", "a red card"]
 
@@ -149,11 +149,11 @@ def test_the_case_of_a_text_files_ending_does_not_matter(load, pictures, caplog,
     (pictures / "red.png").rename(pictures / "red.PNG")
     dataset = load(caption_extension=extension, on_missing_caption="error")
     assert dataset.samples[2].caption == "a red card"
-    assert "not read" not in caplog.text
+    assert "it is ignored" not in caplog.text
     (pictures / "blue.TXT").write_text("another")
     first = load(caption_extension=extension).samples[0].caption
     assert first == ("another" if extension == ".TXT" else "a blue card")
-    assert "it is not read" in caplog.text
+    assert "it is ignored" in caplog.text
 
 
 def test_a_text_file_of_two_pictures_is_noted(load, pictures, caplog):
@@ -167,7 +167,7 @@ def test_kohyas_repeats_in_folder_names_are_pointed_out(pictures, load, caplog):
         shutil.copytree(pictures, pictures / name, ignore=shutil.ignore_patterns("*_*", "2*"))
     caplog.set_level(logging.INFO)
     assert len(load().samples) == 16
-    (said,) = (message for message in caplog.messages if "called as kohya" in message)
+    (said,) = (message for message in caplog.messages if "in kohya's style" in message)
     assert "10_cat" in said
     assert "repeats: 10, caption: cat}" in said
     assert "1_dog" not in said
@@ -179,5 +179,5 @@ def test_tables_that_are_called_otherwise_are_named(pictures, load, caplog):
     for name in ("captions.csv", "train.JSONL"):
         (pictures / name).write_text("file_name,text\n")
     assert "listed" in [sample.caption for sample in load().samples]
-    (said,) = (message for message in caplog.messages if "tables are passed over" in message)
-    assert said.startswith("data: 2 tables are passed over (metadata.csv and metadata.jsonl are")
+    (said,) = (message for message in caplog.messages if "tables are ignored" in message)
+    assert said.startswith("data: 2 tables are ignored (only metadata.csv and metadata.jsonl are")

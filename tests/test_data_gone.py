@@ -30,18 +30,18 @@ def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch
     failures += [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "broken")]
     assert latents[0]["latent"].isfinite().all()
     assert pauses == [0.5, 2.0]
-    assert "tried again in 2 s" in caplog.text
+    assert "retrying in 2 s" in caplog.text
     failures += [OSError(errno.EIO, "broken")] * 4
-    with pytest.raises(UserError, match="cannot be read now"):
+    with pytest.raises(UserError, match="has become unreadable"):
         latents[0]
     assert not failures
     assert len(pauses) == 5
     monkeypatch.setattr("trainer.patience._hopeless", [OSError()] * 3)
     failures.append(OSError(errno.EIO, "broken"))
-    with pytest.raises(UserError, match="cannot be read now"):
+    with pytest.raises(UserError, match="has become unreadable"):
         latents[0]
     failures.append(FileNotFoundError(errno.ENOENT, "gone"))
-    with pytest.raises(UserError, match="cannot be read now"):
+    with pytest.raises(UserError, match="has become unreadable"):
         latents[0]
     assert len(pauses) == 5
 
@@ -73,7 +73,7 @@ def test_a_run_whose_cache_is_gone_is_saved_and_goes_on(quick, cache, tmp_path, 
     between_steps = trainer.run._between_steps
     monkeypatch.setattr(trainer.run, "_between_steps", gone)
     with pytest.raises(
-        UserError, match=r"makes it again \(resume=\S*/run/checkpoints/step-000002\)$"
+        UserError, match=r"to recreate it \(resume=\S*/run/checkpoints/step-000002\)$"
     ):
         quick("run", *options)
     monkeypatch.setattr(trainer.run, "_between_steps", between_steps)
@@ -93,7 +93,9 @@ def test_an_evaluation_too_that_finds_no_cache_is_no_reason_to_lose_what_was_lea
 
     monkeypatch.setattr(trainer.run.evaluation, "evaluate", gone)
     every = "log.eval_every=2"
-    with pytest.raises(UserError, match=r"again \(resume=\S*/run/checkpoints/step-000002\)$"):
+    with pytest.raises(
+        UserError, match=r"to recreate it \(resume=\S*/run/checkpoints/step-000002\)$"
+    ):
         quick("run", f"data.cache={cache}", every, "log.eval_points=2")
 
 
@@ -103,5 +105,5 @@ def test_an_entry_that_vanishes_during_the_run_is_named(load, cache, gone):
     latents = Store(str(cache), "float32").latents(samples, "vae", Vae().make)
     for path in entries(cache):
         path.unlink() if gone == "deleted" else truncate(path)
-    with pytest.raises(UserError, match=r"latents/.*cannot be read now.*resume"):
+    with pytest.raises(UserError, match=r"latents/.*has become unreadable.*resume"):
         latents[0]

@@ -24,7 +24,7 @@ def test_a_mask_or_hidden_picture_that_metadata_lists_is_a_picture(load, picture
     assert names(load())[:1] == [".hidden.png"]
     assert "gas.mask.png" in names(load())
     assert "data: " not in caplog.text
-    assert "1 pictures have a text file that their metadata disagrees with" in caplog.text
+    assert "1 pictures have a text file that contradicts their metadata" in caplog.text
 
 
 def test_metadata_gives_captions_weights_and_masks(load, pictures):
@@ -62,8 +62,8 @@ def test_names_are_the_same_in_any_unicode_normalisation(load, pictures, caplog,
     assert sorted(sample.caption for sample in samples) == ["beside", "listed"]
     assert all(sample.mask_key for sample in samples)
     assert [line for line in caplog.messages if line.startswith("data: ")] == [
-        f"data: 1 pictures are masks, as metadata says, and not trained on (list them there to do "
-        f"so): {pictures}/c{named}.png"
+        f"data: 1 pictures are masks according to metadata, and not trained on (list them there to "
+        f"train on them): {pictures}/c{named}.png"
     ]
 
 
@@ -79,7 +79,7 @@ def test_a_picture_that_metadata_names_as_a_mask_is_not_trained_on(load, picture
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert names(load(mask=mask)) == ["blue.png", "green.png", "red.png", "yellow.png"]
-    said = [line for line in caplog.messages if "are masks, as metadata says" in line]
+    said = [line for line in caplog.messages if "are masks according to metadata" in line]
     assert len(said) == 1
     assert said[0].startswith("data: 2 pictures are masks")
 
@@ -101,7 +101,7 @@ def test_a_text_file_that_metadata_overrules_is_noted(load, pictures, caplog, te
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert load().samples[2].caption == "metadata says other"
-    said = "1 pictures have a text file that their metadata disagrees with; it is not read: "
+    said = "1 pictures have a text file that contradicts their metadata; it is ignored: "
     assert (said in caplog.text) == is_noted
 
 
@@ -134,7 +134,7 @@ def test_a_picture_is_one_by_whatever_path_metadata_lists_it(
     assert [s.caption for s in dataset.samples] == ["the b", ""]
     assert names(dataset) == ["b.png", "a.png"]
     (folder / "metadata.jsonl").write_text('{"file_name": "b.png"}')
-    with pytest.raises(UserError, match="listed for the second time"):
+    with pytest.raises(UserError, match="listed twice"):
         load(path=start.format(folder=folder))
 
 
@@ -152,7 +152,7 @@ def test_the_column_of_captions_can_be_named_in_metadata(load, pictures, name, t
     (pictures / name).write_text(text)
     blue, _, red, yellow = load(caption_column="prompt").samples
     assert [s.caption for s in (red, blue, yellow)] == ["one", "a blue card", "a yellow card"]
-    says = r"data\.caption_column=promt; there is file_name, text, prompt$"
+    says = r"data\.caption_column=promt; it has file_name, text, prompt$"
     with pytest.raises(UserError, match=says):
         load(caption_column="promt")
 
@@ -163,8 +163,8 @@ def test_the_column_of_captions_can_be_named_in_metadata(load, pictures, name, t
         ("file_name,text\nred.png,a, b", r"metadata\.csv, line 2: it has more cells .* quotes"),
         ("name,text\nred.png,a", r"line 2: it has no \"file_name\""),
         ("file_name,weight\nred.png,much", r"red\.png: its weight is 'much'"),
-        ('file_name,text\nred.png,"a b\nblue.png,c', r"from line 2 on: .*; is a quote left open\?"),
-        ("file_name\nred.png\nred.png", r"red\.png is listed for the second time"),
+        ('file_name,text\nred.png,"a b\nblue.png,c', r"from line 2 on: .*; is a quote unclosed\?"),
+        ("file_name\nred.png\nred.png", r"red\.png is listed twice"),
     ],
 )
 def test_a_bad_metadata_csv_is_refused_by_its_line(load, pictures, text, says):
@@ -192,7 +192,7 @@ def test_bad_metadata_is_refused_by_its_line(load, pictures, line, says):
 def test_a_run_is_refused_for_the_first_of_many_bad_lines_and_says_who_names_them(load, pictures):
     (pictures / "metadata.jsonl").write_text("{\n[]\n")
     with pytest.raises(
-        UserError, match=r"line 1: .*, or leave it out \(and 1 more .*doctor` names"
+        UserError, match=r"line 1: .*, or leave it out \(and 1 more .*doctor` lists"
     ):
         load(max_unreadable=9)
 

@@ -151,7 +151,7 @@ def test_exif_that_cannot_be_read_is_noted_and_the_picture_kept(monkeypatch):
     monkeypatch.setattr("PIL.ImageOps.exif_transpose", damaged)
     picture = decode(GOLDEN["rgb"][0])
     assert np.asarray(picture.rgb).tolist() == [GOLDEN["rgb"][1]]
-    assert picture.notes == ["EXIF data that cannot be read; they are not turned"]
+    assert picture.notes == ["unreadable EXIF data; not rotated"]
 
 
 JPEG = encoded(Image.effect_noise((200, 200), 80).convert("RGB"), "jpeg")
@@ -189,7 +189,7 @@ def test_what_is_no_whole_picture_is_skipped_by_name_and_never_silently(
 def test_a_kind_of_picture_that_cannot_be_read_is_named(load, pictures, caplog):
     (pictures / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     assert len(load().samples) == 4
-    assert "phone.heic: it is not a picture of a kind that Pillow reads" in caplog.text
+    assert "phone.heic: it is not in a picture format that Pillow reads" in caplog.text
 
 
 def test_pixels_are_the_centre_antialiased():
@@ -209,7 +209,7 @@ def test_the_alpha_channel_can_be_the_mask(load, pictures, tmp_path, caplog):
     image.paste((0, 0, 0, 0), (0, 0, 36, 64))  # of the central square: its first 4 columns of 64
     image.save(pictures / "red.png")
     dataset = load(mask="alpha")
-    assert "3 pictures have no transparent part; the whole of each counts" in caplog.text
+    assert "3 pictures have no transparent part; the loss covers all of them" in caplog.text
     mask = dataset.samples[2].read_mask()
     assert dataset.samples[2].read_pixels().shape == (3, 64, 64)
     assert mask.shape == (1, 64, 64)

@@ -154,7 +154,7 @@ def test_an_entry_that_is_not_finite_is_named_when_it_is_used_and_made_again(loa
         replaced(lambda x: x / 0)(path)
     latents = Store(str(cache), "float32").latents(samples, "vae", vae.make)
     with pytest.raises(
-        UserError, match=r"latents/.* was not finite and is deleted; a run that is resumed"
+        UserError, match=r"latents/.* was not finite and has been deleted; resume or restart"
     ):
         latents[0]
     assert vae.encoded == 4

@@ -36,14 +36,14 @@ def folder(pictures):
 def test_a_preset_needs_no_model(examine, pictures):
     status, out, _ = examine("experiment=sdxl_lora", f"data.path={pictures}")
     assert status == 1  # four small pictures
-    assert "a run of these options: 2000 steps, 500 epochs" in out
+    assert "a run with these options: 2000 steps, 500 epochs" in out
     _, _, err = examine("experiment=sdxl_lora", f"data.path={pictures}", "data.cache=cache")
     assert "model.path has no value" in err
 
 
 def test_pictures_of_ones_own_with_the_demos_options_are_pointed_out(examine, pictures):
     _, out, _ = examine(f"data.path={pictures}")
-    assert out.startswith("data.path is given, and data=emoji24 is chosen")
+    assert out.startswith("data.path is given, but data=emoji24 is chosen")
     _, out, _ = examine("data=folder", f"data.path={pictures}")
     assert "emoji24" not in out
 
@@ -52,11 +52,11 @@ def test_the_shipped_pictures_have_no_problems(examine):
     status, out, err = examine("data.batch_size=8")
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0] == "24 pictures, of which 24 can be used"
-    assert "one bucket of 64 x 64, batches of 8, 3 an epoch" in lines
+    assert lines[0] == "24 pictures, 24 of them usable"
+    assert "one bucket of 64 x 64, batches of 8, 3 per epoch" in lines
     assert "every run encodes 24 pictures and 25 captions" in out
-    assert "an epoch: 24 pictures, 3 batches; how long it takes is not known" in out
-    assert "a run of these options: 550 steps, 183 epochs" in out
+    assert "an epoch: 24 pictures, 3 batches; its duration is unknown" in out
+    assert "a run with these options: 550 steps, 183 epochs" in out
     assert lines[-1] == "no problems"
 
 
@@ -75,16 +75,16 @@ def test_every_problem_is_counted_and_named(examine, pictures, folder):
         (pictures / f"{name}.txt").write_text("a card")
     status, out, _ = examine(*folder)
     assert status == 1
-    assert "8 pictures, of which 6 can be used" in out
+    assert "8 pictures, 6 of them usable" in out
     for problem, name in {
-        "1 pictures cannot be read": "broken.png: it is not a picture",
+        "1 pictures cannot be read": "broken.png: it is not in a picture format",
         "1 captions cannot be decoded": "yellow.txt is not UTF-8",
         "1 pictures have no caption": "red.png",
         "1 captions are empty": "blue.png",
-        "1 pictures are the same bytes as others": "red.png = ",
+        "1 pictures are byte-for-byte duplicates": "red.png = ",
         "1 pictures are smaller than their bucket": "small.png: 40 x 40",
         "1 pictures have more than one frame": "moving.gif",
-        "1 captions are cut at 75 tokens": "tokens: word word",
+        "1 captions are truncated at 75 tokens": "tokens: word word",
     }.items():
         assert f"PROBLEM: {problem}" in out
         assert name in out.split(problem)[1].splitlines()[1]
@@ -95,13 +95,13 @@ def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):
     (pictures / "more.tar.gz").write_bytes(b"")
     status, out, _ = examine(*folder)
     assert status == 1
-    assert "PROBLEM: 1 archives are passed over" in out
+    assert "PROBLEM: 1 archives are ignored" in out
     assert out.splitlines()[-1] == "1 kind of problem"
     (pictures / "more.tar.gz").unlink()
     (pictures / "loop").symlink_to(pictures)
     status, out, _ = examine(*folder)
     assert status == 0
-    assert "1 links to a folder above them are passed over: " in out
+    assert "1 links to a parent folder are ignored: " in out
 
 
 def test_what_cannot_be_read_at_all_is_named_and_the_rest_examined(examine, pictures, folder):
@@ -126,15 +126,15 @@ def test_what_cannot_be_read_at_all_is_named_and_the_rest_examined(examine, pict
         sorted(lines[at + 1 : at + 6]),
         (
             r"blue\.png: its weight is -1",
-            r"cut\.tar cannot be read as an uncompressed tar .*; make it again, or take it out",
+            r"cut\.tar cannot be read as an uncompressed tar .*; recreate it, or remove it",
             r"metadata\.jsonl, line 2: it is not JSON: .*; correct it, or leave it out",
             r"metadata\.jsonl, line 3: it has no \"file_name\"; name a picture, or leave it out",
-            r"table\.parquet (cannot be read: .*; make it again|needs the package pyarrow)",
+            r"table\.parquet (cannot be read: .*; recreate it|needs the package pyarrow)",
         ),
         strict=True,
     ):
         assert re.search(says, line)
-    assert lines[0] == "4 pictures, of which 4 can be used"  # red, green, yellow and the good tar's
+    assert lines[0] == "4 pictures, 4 of them usable"  # red, green, yellow and the good tar's
     assert "PROBLEM: 1 captions are empty" in lines  # which line 5 says
 
 
@@ -162,7 +162,7 @@ def test_only_so_many_names_are_shown(examine, pictures, folder):
         (["data=folder", "data.path=/nowhere"], "data.path=/nowhere is not a folder"),
         (["data.pth=/x"], "data.pth"),
         (["data=folder", "data.path={empty}"], "has no pictures"),
-        (["data=folder", "data.path={broken}"], "of 1 pictures none can be used; "),
+        (["data=folder", "data.path={broken}"], "none of the 1 pictures can be used; "),
         (["data=folder", "data.path={captioned}"], "x.png: the file is empty"),
         (["data=folder", "data.path={shards}"], "has no pictures; "),
         (["data=folder", "data.path={shards}/0.tar"], "0.tar cannot be read as an uncompressed"),
@@ -247,15 +247,15 @@ def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder
     blue = drawn.getpixel((64 + 96 + 48, 14 + 48))
     assert blue[2] > 200 > 60 > blue[0]
     status, _, err = examine(*folder, "--sheet=sheet")
-    assert (status, err) == (2, "error: --sheet sheet: call it .png, .jpg or .webp\n")
+    assert (status, err) == (2, "error: --sheet sheet: name it .png, .jpg or .webp\n")
 
 
 @pytest.mark.parametrize(
     ("sheet", "says"),
     [
-        ("pictures/red.png", "exists, and is not overwritten"),
-        ("pictures/new/sheet.png", "is in data.path="),
-        ("link.png", "exists, and is not overwritten"),
+        ("pictures/red.png", "already exists"),
+        ("pictures/new/sheet.png", "is inside data.path="),
+        ("link.png", "already exists"),
     ],
 )
 def test_a_sheet_takes_the_place_of_no_picture(examine, pictures, folder, sheet, says):
@@ -270,5 +270,5 @@ def test_a_sheet_takes_the_place_of_no_picture(examine, pictures, folder, sheet,
 def test_it_has_a_help_page_that_tells_the_exit_statuses(examine):
     status, out, _ = examine("--help")
     assert status == 0
-    assert "0, nothing is wrong; 1, there are" in out
+    assert "0, no problems; 1, there are" in out
     assert "experiment=sdxl_lora data.path=/pictures" in out

@@ -201,7 +201,7 @@ def test_the_base_model_is_drawn_as_it_predicts_and_its_loss_is_not_compared(
     again = pixels(pictures.load(state.folder / "samples/step-000000", captions))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert state.sampler._denoiser.scheduler.config.prediction_type == "epsilon"
-    assert "(not to be compared: the model predicted v_prediction, not epsilon)" in caplog.text
+    assert "(not comparable: the model predicted v_prediction, not epsilon)" in caplog.text
 
 
 @pytest.mark.filterwarnings("error")

@@ -193,7 +193,7 @@ def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
     with pytest.raises(UserError) as raised, memory.explained(config, "in step 3"):
         raise ERRORS[kind]
     text = str(raised.value)
-    assert text.startswith("out of memory in step 3, of which nothing is saved. Try ")
+    assert text.startswith("out of memory in step 3; nothing of it was saved. Try ")
     for remedy in (
         *("runtime.fused_backward=true", "model.dtype=bfloat16", "gradient_checkpointing=true"),
         *(

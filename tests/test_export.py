@@ -137,9 +137,9 @@ def test_an_export_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_pa
         return rounded + 1 if "conv_out.bias" in name or name.endswith("out.2.bias") else rounded
 
     monkeypatch.setattr(stream, "_rounded", careless)
-    with pytest.raises(UserError, match=r"conv_out\.bias has other values; it is not kept"):
+    with pytest.raises(UserError, match=r"conv_out\.bias has other values; the file is discarded"):
         writing.save_folder(tmp_path / "a", found, {})
-    with pytest.raises(UserError, match=r"conv_out\.bias has other values; it is not kept"):
+    with pytest.raises(UserError, match=r"conv_out\.bias has other values; the file is discarded"):
         writing.save_single_file(tmp_path / "a.safetensors", found, {})
     monkeypatch.setattr(stream, "_rounded", whole)
     table = names.table

@@ -79,11 +79,11 @@ def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_war
 ):
     folder = quick("run", *ONE_STEP)
     assert run_export(capsys, folder, tmp_path / "a")[0] == 0
-    assert "has gone on" not in caplog.text
+    assert "has continued" not in caplog.text
     assert run_export(capsys, folder / "checkpoints", tmp_path / "c")[0] == 0  # the last of them
     newer = shutil.copytree(folder / "checkpoints/step-000001", folder / "checkpoints/step-000003")
     assert run_export(capsys, folder, tmp_path / "b")[0] == 0
-    assert f"model is of step 1; the run has gone on since: name {newer}" in caplog.text
+    assert f"model is from step 1, and the run has continued since; use {newer}" in caplog.text
 
 
 def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
         folder = quick(name, "method=lora", *options, *ONE_STEP)
         target = tmp_path / f"{name}.safetensors"
         assert run_export(capsys, folder / "checkpoints/step-000001", target)[0] == 0
-        assert caplog.text.count("for another noise schedule than the model's") == times
+        assert caplog.text.count("needs another noise schedule than the model's") == times
         for path in (target, folder / "lora/adafactor8bit-lora.safetensors"):
             told = safe_open(path, "pt").metadata()
             kind, is_v = ("epsilon", "False") if options else ("v", "True")
@@ -177,7 +177,7 @@ def test_a_checkpoint_is_exported_over_the_model_that_it_began_with_and_no_other
     vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": 2.0}))
     status, _, error = run_export(capsys, folder, tmp_path / "b")
     assert (status, (tmp_path / "b").exists()) == (2, False)
-    assert f"the model at {began} is not what" in error
+    assert f"the model at {began} is not the one" in error
 
     shutil.rmtree(began)
     status, _, error = run_export(capsys, folder, tmp_path / "b")

@@ -35,9 +35,11 @@ def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(
     monkeypatch.setattr("trainer.formats.stream.write", full)
     monkeypatch.setattr("trainer.run.save", lambda state: None)  # it is written by that, too
     options = ["method=lora", "log.sample_count=1", "log.sample_steps=1", "method.export_every=2"]
-    with pytest.raises(UserError, match=r"^out of memory while the result .*trainer\.export"):
+    with pytest.raises(
+        UserError, match=r"^out of memory while writing the result.*trainer\.export"
+    ):
         run(composed(*QUICK, *options), tmp_path / "run")
-    assert "2.00 GiB); training goes on" in (tmp_path / "run/train.log").read_text()
+    assert "2.00 GiB); training continues" in (tmp_path / "run/train.log").read_text()
     assert (tmp_path / "run/samples/step-000004.png").is_file()
 
 
@@ -92,4 +94,4 @@ def test_a_summary_that_cannot_be_written_does_not_hide_what_ended_the_run(
     monkeypatch.setattr(losses, "loss", poisoned_from(1))
     with pytest.raises(UserError, match=r"^1 step without"):
         quick("run", "runtime.max_skipped_steps=0")
-    assert "the summary of this run is lost" in (tmp_path / "run/train.log").read_text()
+    assert "could not write the summary of this run" in (tmp_path / "run/train.log").read_text()

@@ -139,7 +139,7 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_part_of_it(
 
 
 def test_a_model_that_training_has_ruined_is_an_error_after_everything_is_written(quick, tmp_path):
-    with pytest.raises(ValueError, match="it is of no use"):
+    with pytest.raises(ValueError, match="so it is unusable"):
         quick("run", "optim=sgd", "optim.lr=1e9", "schedule=constant")
     for path in ("summary.json", "model/model_index.json", "checkpoints/step-000004"):
         assert (tmp_path / "run" / path).exists()
@@ -152,7 +152,7 @@ def test_a_model_that_is_ruined_before_the_first_step_is_not_trained(quick, tmp_
     tensors["conv_in.bias"][0] = float("nan")
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"before the first step, as its unet\.conv_in\.bias is not"
+        UserError, match=r"before the first step, because its unet\.conv_in\.bias is not"
     ):
         quick("run", f"model.path={model}")
     assert not (tmp_path / "run/checkpoints").exists()
@@ -195,7 +195,7 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
     with pytest.raises(ValueError, match=r"could not save .*run/.*No space left"):
         run(composed(*QUICK, *options), folder)
     monkeypatch.undo()
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     after = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     assert after == before
     assert not list((folder / "checkpoints").glob(".*"))
@@ -267,7 +267,7 @@ def test_pictures_that_cannot_be_drawn_are_named_and_training_goes_on(quick, mon
 
     monkeypatch.setattr(sampling.Sampler, "_denoise", failing)
     folder = quick("failing", *drawn)
-    assert f"no pictures of step 0 ({error})" in (folder / "train.log").read_text()
+    assert f"no pictures at step 0 ({error})" in (folder / "train.log").read_text()
     assert not (folder / "samples/step-000000.png").exists()
     assert (folder / "samples/step-000004.png").exists()
     assert_same_weights(weights(folder, 4), weights(whole, 4))
@@ -287,7 +287,7 @@ def test_memory_that_runs_out_in_an_evaluation_costs_its_loss_and_nothing_else(q
     folder = quick("failing", "log.eval_every=2")
     said = (folder / "train.log").read_text()
     for step in (2, 4):
-        assert f"no eval/loss of step {step} (no room)" in said
+        assert f"no eval/loss at step {step} (no room)" in said
     assert [row["step"] for row in rows(folder) if "eval/loss" in row] == [0]
     assert json.loads((folder / "summary.json").read_text())["eval_loss_after"] is None
     assert_same_weights(weights(folder, 4), weights(whole, 4))
@@ -318,7 +318,7 @@ def test_a_folder_of_other_files_is_not_written_to(composed, tmp_path, theirs):
     folder = tmp_path / "mine"
     (folder / theirs).parent.mkdir(parents=True)
     (folder / theirs).write_text("precious")
-    with pytest.raises(UserError, match=r"is not a run's folder, and its .* would be written over"):
+    with pytest.raises(UserError, match=r"is not a run's folder, and its .* would be overwritten"):
         run(composed(*QUICK, "name=a/run"), folder)
     assert [path for path in folder.rglob("*") if path.is_file()] == [folder / theirs]
     assert (folder / theirs).read_text() == "precious"

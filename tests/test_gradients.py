@@ -243,7 +243,7 @@ WARNED = [
     (["method.clip=none", "optim=sophia"], None),
     (["method.clip=none", "experiment=low_memory", "optim=adamw"], "adamw does not bound"),
     (["optim=adamw", "optim.grad_clip=1"], "clips them again by optim.grad_clip"),
-    (["method.clip=none", "method.max_grad_norm=2"], "used with another method.clip"),
+    (["method.clip=none", "method.max_grad_norm=2"], "used with a method.clip other than none"),
     (["method.clip=none"], None),
     (
         ["runtime.accumulation=2", "runtime.fused_backward=true", "method.clip=none"],

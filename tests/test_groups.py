@@ -106,11 +106,11 @@ def test_the_table_of_rules_is_logged(caplog):
 NOWHERE = [
     (
         [{"pattern": "mid_block", "lr_scale": 2}],
-        r"method.rules\[0\]: mid_block matches no parameter",
+        r"method.rules\[0\]: mid_block matches no trained parameter",
     ),
     (
         [{"pattern": "attn", "lr_scale": 2}, {"pattern": r"attn\.bias", "lr": 1}],
-        r"method.rules\[1\]: attn\\.bias matches no parameter .* not taken by a rule before",
+        r"method.rules\[1\]: attn\\.bias matches no trained parameter that earlier rules leave",
     ),
     ([{"pattern": ".", "trainable": False}], "leave nothing to train"),
 ]
@@ -125,7 +125,7 @@ def test_a_rule_that_matches_nothing_is_refused(rules, says):
 WRONG = [
     ({"lr": 1}, "has no pattern"),
     ({"pattern": "("}, "not a regular expression"),
-    ({"pattern": "a"}, "says nothing"),
+    ({"pattern": "a"}, "sets nothing"),
     ({"pattern": "a", "lr": 1, "lr_scale": 2}, "lr and lr_scale"),
     ({"pattern": "a", "lr_scale": "much"}, "lr_scale=much"),
     ({"pattern": "a", "trainable": 3}, "true or false"),
@@ -143,12 +143,12 @@ def test_a_rule_that_says_nothing_sensible_is_refused(rule, says):
     ("optimizer", "options", "says"),
     [
         ("adamw", "beta: 0.9", r"method.rules\[0\] \(attn\): .*no option of AdamW 'beta'"),
-        ("adamw", "lr_scal: 0.1", r"no option of AdamW 'lr_scal'.* \(or lr_scale, which a rule"),
-        ("adamw", "trainabel: false", r"'trainabel'.*\(or trainable, which a rule"),
+        ("adamw", "lr_scal: 0.1", r"no option of AdamW 'lr_scal'.* \(or the rule's own lr_scale"),
+        ("adamw", "trainabel: false", r"'trainabel'.*\(or the rule's own trainable"),
         (
             "adamw",
             "xyzzy: 1",
-            r"'xyzzy'; there is .*lr.*\(a rule also has lr_scale and trainable\)",
+            r"'xyzzy'; choose from .*lr.*\(a rule also has lr_scale and trainable\)",
         ),
         ("adamw", "weight_decay: -1", r"weight_decay=-1 is not possible[^(]*$"),
         ("sophia", "hessian_every: 3", "must be the same in all"),

@@ -65,7 +65,9 @@ def test_an_epoch_that_ends_within_a_step_ends_with_it(due, batches_per_epoch, s
     "key", ["log.eval_every", "log.sample_every", "runtime.save_every", "method.export_every"]
 )
 def test_what_is_no_interval_is_refused_by_its_name(composed, key, wrong):
-    with pytest.raises(UserError, match=f"^{key}={wrong} is no interval; give steps .* or epochs"):
+    with pytest.raises(
+        UserError, match=f"^{key}={wrong} is not an interval; use steps .* or epochs"
+    ):
         composed(*QUICK, f"{key}={wrong}")
 
 
@@ -112,4 +114,6 @@ def test_a_checkpoint_that_was_due_after_a_skipped_step_follows_the_next_whole_o
     folder = quick("run", "runtime.save_every=2", "schedule.steps=7", "runtime.keep_checkpoints=9")
     assert steps_saved(folder) == [4, 6, 7]
     said = (folder / "train.log").read_text()
-    assert said.count("no checkpoint of step 2, as it was skipped; there will be one of the") == 1
+    assert (
+        said.count("no checkpoint at step 2, which was skipped; one will be saved after the") == 1
+    )

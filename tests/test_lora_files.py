@@ -256,7 +256,7 @@ def test_the_file_says_what_it_is_of(tmp_path):
 
 REFUSED = {
     "no module": ({"lora_unet_input_blocks_9_1_to_q.alpha": torch.ones(())}, "no module of this"),
-    "loha": ({f"{BLOCK}.hada_w1_a": torch.ones(1)}, "LoHa; LoRA and DoRA can be read"),
+    "loha": ({f"{BLOCK}.hada_w1_a": torch.ones(1)}, "LoHa; only LoRA and DoRA can be read"),
     "lokr": ({f"{BLOCK}.lokr_w1": torch.ones(1)}, "LoKr"),
     "unknown": ({f"{BLOCK}.lora_sideways.weight": torch.ones(1)}, "unknown kind"),
     "no up": ({f"{BLOCK}.lora_down.weight": torch.ones(2, 64)}, "lora_up.weight is missing"),
@@ -301,7 +301,9 @@ def test_adapters_of_another_shape_do_not_fill_those_of_a_run(tmp_path):
     models = trained(TINY, ["unet"], r=8)
     before = {name: p.clone() for name, p in models["unet"].named_parameters()}
     found = lora.read(path, models)
-    with pytest.raises(UserError, match="rank 4, alpha 10 in the file and rank 8, alpha 10 here"):
+    with pytest.raises(
+        UserError, match="rank 4, alpha 10 in the file and rank 8, alpha 10 in the run"
+    ):
         adapters.fill(models, found, {part: [*of_part] for part, of_part in found.items()})
     assert all(torch.equal(p, before[name]) for name, p in models["unet"].named_parameters())
 
@@ -315,7 +317,7 @@ def test_a_file_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_path,
         return tensors | {f"{BLOCK}.alpha": torch.tensor(4.0)}
 
     monkeypatch.setattr(kohya, "encode", forgetful)
-    with pytest.raises(UserError, match=r"attn1\.to_q adds something else"):
+    with pytest.raises(UserError, match=r"attn1\.to_q has another effect"):
         lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl")
     monkeypatch.setattr(
         kohya, "encode", lambda *a: {n: t for n, t in whole(*a).items() if BLOCK not in n}
@@ -331,7 +333,7 @@ def test_numbers_that_half_precision_cannot_hold_are_refused(tmp_path, dtype):
     layer = models["unet"].down_blocks[0].resnets[0].conv1
     layer.lora_A["default"].weight.data[0] = 1e5
     models["unet"].to(dtype)
-    with pytest.raises(UserError, match="float16 does not hold"):
+    with pytest.raises(UserError, match="float16 cannot represent"):
         lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl", torch.float16)
     lora.save_lora(tmp_path / "b.safetensors", "kohya", models, "sdxl", torch.bfloat16)
 

@@ -132,7 +132,7 @@ def test_a_state_that_cannot_be_known_beforehand_is_said_to_be_left_out(composed
     config = composed("optim=external", "optim.class_path=torch.optim.SGD")
     plan = planner.make(config, Model(config.model, CPU, with_weights=False), "cpu")
     assert plan.rehearsal.training.optimizer_state is None
-    assert "the state of optim=external is not in it" in page(plan, planner.card(8))
+    assert "without the state of optim=external" in page(plan, planner.card(8))
 
 
 def test_an_average_costs_its_dtype_where_it_is(composed):
@@ -228,7 +228,7 @@ def test_the_command_says_whether_it_fits(command):
     status, out, _ = command("optim=adamw", "--card", "0.56")
     assert status == 1
     assert "does not fit: a run needs" in out
-    assert "model.dtype=bfloat16" in out.partition("what takes less")[2]
+    assert "model.dtype=bfloat16" in out.partition("options that need less")[2]
     assert out.count("  fits  ") == 1
 
 
@@ -282,7 +282,7 @@ def test_the_runs_of_a_sweep_are_those_that_hydra_makes():
         (("--card", "-1"), "-1 is not above 0"),
         (("--card", "big"), "invalid float value: 'big'"),
         (("optim=adamv",), "did you mean 'adamw'?"),
-        (("method=lora", "method.targets=[nothing]"), "is called nothing"),
+        (("method=lora", "method.targets=[nothing]"), "nothing matches no linear"),
         (("model.path=/nowhere",), "model.path=/nowhere does not exist"),
     ],
 )
@@ -357,7 +357,7 @@ def test_a_model_that_cannot_be_rehearsed_is_trained_all_the_same(composed, monk
     monkeypatch.setattr(before_run, "make", refused)
     config = composed()
     assert planner.announce(config, Model(config.model, CPU, with_weights=False), CPU) is None
-    assert "not planned, as the model cannot be rehearsed (no fake kernel)" in caplog.text
+    assert "no plan, because the model cannot be simulated (no fake kernel)" in caplog.text
 
 
 def test_a_part_that_there_is_not_is_refused_while_planning(composed):
@@ -370,5 +370,5 @@ def test_a_part_that_there_is_not_is_refused_while_planning(composed):
 
 @pytest.mark.parametrize("swept", ["optim=glob(a*)", "optim.lr=interval(0,1)"])
 def test_a_sweep_that_only_a_sweeper_can_list_is_one_line(swept):
-    with pytest.raises(UserError, match=r"the planner takes lists, choice\(\) and range\(\)"):
+    with pytest.raises(UserError, match=r"the planner supports lists, choice\(\) and range\(\)"):
         cli.runs_of([swept])

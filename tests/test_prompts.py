@@ -35,14 +35,14 @@ def test_a_prompt_has_options_of_its_own_and_the_configured_ones_otherwise(compo
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("a cat --w 833", "--w 833 is no multiple of 8 pixels"),
-        ("a cat --h 0", "--h 0 is no multiple of 8"),
+        ("a cat --w 833", "--w 833 is not a multiple of 8 pixels"),
+        ("a cat --h 0", "--h 0 is not a multiple of 8"),
         ("a cat --d -1", "--d -1 must be from 0 to 2^64"),
         (f"a cat --d {2**64}", "must be from 0 to 2^64"),
         ("a cat --w wide", "--w takes a number"),
         ("a cat --s 0", "--s 0 must be from 1 to 1000 steps"),
         ("a cat --ar 16:9", "no option of a prompt 'ar'"),
-        ("a cat --n blurred", "--n has an effect with guidance alone"),
+        ("a cat --n blurred", "--n only has an effect with guidance"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_with_its_prompt(composed, line, said):

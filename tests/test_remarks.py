@@ -48,7 +48,7 @@ IDLE = {
     "optim.on_nonfinite=raise": "runtime.max_skipped_steps",
     "optim.lr=0": "changes no weight",
     "method.export=[]": "writes no model",
-    "ema=bf16 method.ema.decay=1": "never moves the average",
+    "ema=bf16 method.ema.decay=1": "never changes the average",
 }
 
 
@@ -70,7 +70,10 @@ def test_an_option_without_effect_is_pointed_out_with_what_it_belongs_to(compose
     [
         (["schedule.hold=1"], "schedule=cosine has no step left to decay in (schedule.hold"),
         (["schedule=wsd", "schedule.decay=0"], "to decay in (schedule.decay"),
-        (["schedule=cosine_restarts", "schedule.cycles=300"], "schedule.cycles=300 leaves a cycle"),
+        (
+            ["schedule=cosine_restarts", "schedule.cycles=300"],
+            "schedule.cycles=300 leaves fewer than two",
+        ),
     ],
 )
 def test_a_decay_without_room_is_remarked(composed, options, says):

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_before_an_option_existed_is_resumed(quick, composed, mo
 )
 def test_what_is_chosen_anew_is_another_configuration(quick, composed, before, after):
     folder = quick("run", *before)
-    with pytest.raises(UserError, match="the checkpoint was made with another configuration"):
+    with pytest.raises(UserError, match="the checkpoint has another configuration"):
         run(composed(*QUICK, *before, *after, f"resume={folder}"), folder)
 
 
@@ -155,7 +155,7 @@ def test_other_pictures_on_resume_are_refused_and_the_runs_own_files_stay_as_the
     before = {path.name: path.read_bytes() for path in run_files}
     assert {"config.yaml", "environment.json", "summary.json", "metrics.jsonl"} <= before.keys()
     changed = ["log.every=3", f"resume={tmp_path / 'run'}"]
-    with pytest.raises(ValueError, match="pictures or captions are not what the run began with"):
+    with pytest.raises(ValueError, match="pictures or captions are not what the run started with"):
         run(composed(*options, *changed), tmp_path / "run")
     assert before == {path.name: path.read_bytes() for path in run_files}
 
@@ -184,10 +184,10 @@ def test_moved_pictures_and_a_moved_model_go_on_and_another_model_at_the_same_pa
     other = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
     weights.unlink()
     save_file(other, weights)
-    with pytest.raises(ValueError, match="the model is not what the run began with"):
+    with pytest.raises(ValueError, match="the model is not what the run started with"):
         run(composed(*there), folder)
     run(composed(*there, "runtime.allow_config_change=true"), folder)
-    assert "resuming although the model is not what the run began with" in caplog.text
+    assert "resuming, although the model is not what the run started with" in caplog.text
 
 
 def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_an_older(
@@ -321,7 +321,7 @@ def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_f
 def test_a_run_is_not_resumed_from_an_older_checkpoint_into_its_own_folder(quick, composed):
     folder = quick("run", "runtime.save_every=2")
     older = folder / "checkpoints/step-000002"
-    with pytest.raises(ValueError, match="would write over"):
+    with pytest.raises(ValueError, match="would overwrite"):
         run(composed(*QUICK, "runtime.save_every=2", f"resume={older}"), folder)
 
 
@@ -354,7 +354,7 @@ def test_the_checkpoint_of_a_resumed_run_is_gone_when_training_begins(quick, com
 
 def test_a_fresh_run_in_a_used_folder_is_refused(quick, composed):
     folder = quick("run")
-    with pytest.raises(ValueError, match=f"{folder} holds a run"):
+    with pytest.raises(ValueError, match=f"{folder} already holds a run"):
         run(composed(*QUICK), folder)
 
 

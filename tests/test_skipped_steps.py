@@ -57,7 +57,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(quick, composed, tmp_path,
 def test_a_run_that_only_skips_stops_with_the_reason(composed, tmp_path, monkeypatch):
     original = losses.loss
     monkeypatch.setattr(losses, "loss", lambda *a: original(*a) * float("inf"))
-    says = "3 steps in a row without a finite loss.*No step was whole, and there is no checkpoint"
+    says = "3 steps in a row without a finite loss.*No step succeeded, and there is no checkpoint"
     with pytest.raises(ValueError, match=says):
         run(composed(*QUICK, "runtime.max_skipped_steps=2"), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -76,7 +76,7 @@ def test_what_was_learned_before_a_run_only_skips_is_saved_and_nothing_is_delete
         return lambda *a: original(*a) * (calls.append(a) or (1 if len(calls) < 3 else math.inf))
 
     monkeypatch.setattr(losses, "loss", failing())
-    says = r"^1 step without a finite loss.* whole step was 2; .* resume=\S*/run/.*/step-000001 "
+    says = r"^1 step without a finite loss.* good step was 2; .* resume=\S*/run/.*/step-000001 "
     with pytest.raises(UserError, match=says):
         quick("run", *options, "runtime.max_skipped_steps=0")
     assert steps_saved(tmp_path / "run") == [1, 2]  # 1 is known to be good: step 2 was whole
@@ -92,7 +92,7 @@ def test_steps_that_are_skipped_push_no_checkpoint_away(quick, tmp_path, monkeyp
     """Steps 7 to 9 of 9 are skipped: that of step 6 may be of weights that the step had ruined."""
     monkeypatch.setattr(losses, "loss", poisoned_from(8))
     options = [f"runtime.keep_checkpoints={keep}", "runtime.max_skipped_steps=1"]
-    with pytest.raises(UserError, match=r"last whole step was 7; .*resume=\S*/step-000006 "):
+    with pytest.raises(UserError, match=r"last good step was 7; .*resume=\S*/step-000006 "):
         quick("run", *options, "runtime.save_every=3", "schedule.steps=9")
     assert steps_saved(tmp_path / "run") == left
 
@@ -123,14 +123,14 @@ def test_a_run_whose_weights_are_not_finite_saves_none_and_ends_at_the_next_step
     between_steps = trainer.run._between_steps
     monkeypatch.setattr(trainer.run, "_between_steps", spoiled)
     says = (
-        r"^unet\.conv_in\.weight is not finite since step 3, .*; lower optim\.lr\. The last whole "
-        r"step was 3; go on from the checkpoint before it with resume=\S*/step-000002 "
+        r"^unet\.conv_in\.weight is not finite since step 3, .*; lower optim\.lr\. The last good "
+        r"step was 3; resume from the checkpoint before it: resume=\S*/step-000002 "
     )
     options = [*options, "method.clip=rms", "schedule.steps=40"]
     with pytest.raises(UserError, match=says):
         quick("run", "runtime.save_every=1", "runtime.keep_checkpoints=1", *options)
     said = (tmp_path / "run/train.log").read_text()
-    assert re.search(r"no checkpoint of step 3: unet\.\S+ is not finite; training goes on", said)
+    assert re.search(r"no checkpoint at step 3: unet\.\S+ is not finite; training continues", said)
     assert said.count("skipped") == 1
     assert steps_saved(tmp_path / "run") == [2]
 

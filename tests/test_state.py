@@ -162,7 +162,7 @@ def test_only_the_optimizers_own_state_is_loaded(name):
         if owner == name:
             loader.load_state_dict(state)
         else:
-            says = rf"state of {optim.FAMILY[owner].__name__}(, and| with storage)"
+            says = rf"state of {optim.FAMILY[owner].__name__}(, which| with storage)"
             with pytest.raises(ValueError, match=says):
                 loader.load_state_dict(state)
 
@@ -283,7 +283,7 @@ def test_a_state_of_another_package_is_named_and_changes_nothing(cls, whose, ste
     if stepped:
         run(theirs, params, range(1))
     optimizer = optim.build("adamw", make_params(shapes=[(128, 64)]))
-    with pytest.raises(ValueError, match=rf"state of {whose}, and AdamW cannot.*or leave it out"):
+    with pytest.raises(ValueError, match=rf"state of {whose}, which cannot be loaded into AdamW: "):
         optimizer.load_state_dict(theirs.state_dict())
     assert not optimizer.state
 
@@ -344,7 +344,7 @@ def test_a_state_of_before_an_option_existed_is_taken_with_the_option_as_it_is()
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda s: s.clear(), "no state of Adafactor8bit: it has no state and no param_groups"),
+        (lambda s: s.clear(), "not a state of Adafactor8bit: it has no state and no param_groups"),
         (lambda s: s.pop("param_groups"), "it has no param_groups"),
         (lambda s: s["param_groups"][0].update(state_version=1), "state version"),
         (lambda s: s["param_groups"][0]["params"].pop(), "parameter groups of"),

@@ -42,7 +42,7 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
         "eval after",
         "s/step",
         "images/s",
-        "seconds in all",
+        "total seconds",
         "optimizer state",
         "peak in training",
     ):
@@ -169,14 +169,14 @@ def test_runs_are_ranked_by_held_out_pictures_where_all_that_ended_well_have_the
     failed = {"overrides": ["optim=c", "seed=0"], "error": "no"}
     text = sweep_table([*runs, failed])
     assert list(column(text, "run", "lr")) == ["optim=b", "optim=a", "optim=c"]
-    assert "held out of those that were not, which ranks the runs" in text
+    assert "held out on others, which rank the runs" in text
     assert "by eval optim=a would be the best (0.1000, and optim=b 0.2000)" in text
     assert "by eval" not in sweep_table(held_out(a=(0.1, 0.2), b=(0.2, 0.3)))
     text = sweep_table(
         [*runs, NUMBERS | {"overrides": ["optim=d", "seed=0"]} | {"eval_loss_after": 1.0}]
     )
     assert list(column(text, "run", "lr")) == ["optim=a", "optim=b", "optim=d"]
-    assert "eval ranks the runs, as not all of them have held-out pictures" in text
+    assert "eval ranks the runs, because not all of them have held-out pictures" in text
 
 
 def test_the_best_rate_is_that_of_held_out_pictures():
@@ -343,10 +343,10 @@ REMARKS = {
     "tied": "not shown to differ from the best, optim=a: optim=b (",
     "picked": "is the best of those tried (up to 2) on the seeds that are reported",
     "few": "a spread over 2 seeds",
-    "chance": "a run with one seed does not show how much is chance",
+    "chance": "one seed does not show how much is chance",
     "memory": "shared a process on a CPU",
-    "trained": "eval is of the pictures that were trained on, so",
-    "holdout": "held out of those that were not",
+    "trained": "eval is on training pictures, so",
+    "holdout": "held out on others",
 }
 
 

@@ -83,7 +83,7 @@ def test_runs_of_several_folders_are_compared_and_kept_where_it_is_said(compare,
     status, _, err = compare(folder, other, "--out", place)
     assert (status, err) == (
         2,
-        f"error: {place}/sweep.md exists, and is not written over; name another\n",
+        f"error: {place}/sweep.md already exists; name another\n",
     )
 
 
@@ -128,12 +128,14 @@ def test_a_file_that_exists_is_left_as_it_is(compare, folder, tmp_path, kind):
     path.write_text("mine")
     status, out, err = compare(folder, f"--{kind}", path)
     assert (status, out) == (2, "")
-    assert err == f"error: {path} exists, and is not written over; name another\n"
+    assert err == f"error: {path} already exists; name another\n"
     assert path.read_text() == "mine"
     assert not (folder / "sweep.md").exists()
 
 
-@pytest.mark.parametrize(("name", "says"), [("gone", "is no folder"), ("", "has no run that")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("gone", "is not a folder"), ("", "contains no finished run")]
+)
 def test_a_folder_without_runs_is_one_line(compare, tmp_path, name, says):
     status, _, err = compare(tmp_path / name)
     assert status == 2

@@ -178,7 +178,7 @@ def test_the_head_says_what_all_runs_have_in_common():
     for part in (
         "3 runs, 1 of them failed; 4 steps; model tiny; method full; on cpu",
         "ended from 2026-11-26 20:40 to 2026-11-26 20:41",
-        "In all of them: `schedule.steps=4`",
+        "Shared options: `schedule.steps=4`",
     ):
         assert part in text
 

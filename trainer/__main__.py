@@ -62,7 +62,7 @@ def train(composed: DictConfig) -> float:
         return run(checked, folder, overrides)
     except SystemExit:
         if is_of_sweep:
-            print(f"a sweep goes on by its command and hydra.sweep.dir={context.sweep.dir}")
+            print(f"to resume a sweep, repeat its command with hydra.sweep.dir={context.sweep.dir}")
         raise
     except Exception as error:
         with contextlib.suppress(OSError):
@@ -97,8 +97,8 @@ def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
 def _record_failure(
     folder: Path, error: Exception, overrides: list[str], known: dict[str, Any]
 ) -> None:
-    """A failed run of a sweep is a row of its table, and the sweep goes on.  known: what to say of
-    a run that never began; one that has left a summary itself."""
+    """Make a failed run of a sweep a row of its table, so that the sweep continues.  known: the
+    summary of a run that never began; other runs have written their own."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
     message = str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: everything a run needs to resume as if it had never stopped.
 
 A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (the trained tensors),
 `average.safetensors` (their averages, where there are some), `optimizer.pt` and `checkpoint.json`
@@ -193,18 +193,18 @@ def unread(error: pickle.UnpicklingError) -> str:
     """Why `torch.load` does not read an optimizer's state, in one line."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return (
-        f"the optimizer's state holds {found[1] if found else 'an object'}, which is not read from "
-        "a file, as reading objects may run code"
+        f"the optimizer's state holds {found[1] if found else 'an object'}, which is not loaded "
+        "from a file, because unpickling objects can run code"
     )
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:
-    """The last of these that is undamaged; each damaged one is named and passed over."""
+    """The last of these that is undamaged; each damaged one is named and skipped."""
     for folder in reversed(folders):
         try:
             loaded = load(folder)
         except UserError as error:
-            log.warning("%s; trying the one before", error)
+            log.warning("%s; trying the previous one", error)
             continue
         log.info("resuming from %s", folder)
         return loaded
@@ -265,7 +265,7 @@ def latest_run() -> Path:
     if begun and begun[0] > when and not completed(begun[1].parent / "checkpoints"):
         raise UserError(
             f"resume=latest: the newest run, {begun[1].parent}, has no checkpoint; start it again, "
-            f"or go on with the newest that has one: resume={run}"
+            f"or resume the newest that has one: resume={run}"
         )
     return run.resolve()
 
@@ -343,14 +343,13 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     fixed &= changed.keys()
     if fixed:
         raise UserError(
-            f"resume: {changed[min(fixed)]} cannot change; the optimizer's state and the trained "
-            "tensors are of the other kind. Start a new run from the exported model instead"
+            f"resume: {changed[min(fixed)]} cannot change; the saved optimizer state and trained "
+            "tensors do not fit the change. Start a new run from the exported model instead"
         )
     if changed and not config.runtime.allow_config_change:
         raise UserError(
-            "resume: the checkpoint was made with another configuration "
-            f"({', '.join(changed.values())}); leave these options out, or set "
-            "runtime.allow_config_change=true"
+            f"resume: the checkpoint has another configuration ({', '.join(changed.values())}); "
+            "leave these options out, or set runtime.allow_config_change=true"
         )
     if changed:
         log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
@@ -380,8 +379,8 @@ def check_length(checkpoint: Checkpoint, schedule: ConstantConfig) -> None:
     if schedule.epochs is not None:
         key, wanted, done = "schedule.epochs", schedule.epochs, checkpoint.counters.epochs
     raise UserError(
-        f"resume: {key}={wanted:g}, and the checkpoint is at {done:g}; {key}={done:g} ends the run "
-        "there, more goes on, and an older checkpoint's folder in resume= goes back"
+        f"resume: {key}={wanted:g}, and the checkpoint is at {done:g}; {key}={done:g} stops there, "
+        "a larger value continues, resume=OLDER_CHECKPOINT goes back"
     )
 
 
@@ -395,12 +394,12 @@ def check_content(checkpoint: Checkpoint, model: str, data: str, may_change: boo
     for what, (there, here) in both.items():
         if there == here:
             continue
-        message = f"{what} not what the run began with"
+        message = f"{what} not what the run started with"
         if not may_change:
             raise UserError(
                 f"resume: {message}; put that back, or set runtime.allow_config_change=true"
             )
-        log.warning("resuming although %s", message)
+        log.warning("resuming, although %s", message)
 
 
 def _canonical(record: dict[str, Any]) -> bytes:

@@ -34,32 +34,33 @@ from trainer.explain import composition, explain, options_of
 _HELP = """\
 Fine-tune SDXL, full or LoRA, with low-memory optimizers.
 
-The demo: a tiny SDXL learns 24 emoji, on a CPU, in minutes; then the same as a LoRA:
+The demo: a tiny SDXL learns 24 emoji, on a CPU, in minutes; as a full fine-tune and as a LoRA:
   python -m trainer optim=adafactor8bit
   python -m trainer method=lora optim=adamw optim.lr=5e-3
-Your own model and pictures, as a LoRA, and all of the UNet:
+Your own model and pictures, as a LoRA and as a full fine-tune:
   python -m trainer experiment=sdxl_lora model.path=/models/sdxl.safetensors data.path=/pictures
   python -m trainer experiment=sdxl model.path=/models/sdxl.safetensors data.path=/pictures
-What is wrong with the pictures, and whether memory suffices, before a run finds out:
+Before a run: check the pictures, and whether there is enough memory:
   python -m trainer.doctor experiment=sdxl_lora data.path=/pictures
   python -m trainer.planner experiment=sdxl --card 8
-A sweep, with a table of the runs at the end; and going on with the newest run and its options:
+A sweep, with a table of the runs at the end; and resuming the newest run with its options:
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
   python -m trainer resume=latest
 
-What is changed first:
+Options to set first:
   data.path=/pictures       pictures and captions, with data=folder
   model.path=/models/sdxl   a .safetensors file, a diffusers folder or a name on the hub
   optim.lr=1e-5             the learning rate
-  schedule.steps=2000       how long, in optimizer steps; or schedule.epochs=10
-  data.batch_size=4         pictures at once; runtime.accumulation=2 takes twice as many a step
+  schedule.steps=2000       length in optimizer steps; or schedule.epochs=10
+  data.batch_size=4         pictures per micro-batch; runtime.accumulation=2 doubles the effective
+                            batch
 
-Choices (group=choice; several of experiment as experiment=[low_memory,smoke]):
+Choices (group=choice; several experiments as experiment=[low_memory,smoke]):
 {groups}
-Options (key=value) and their values, for what was chosen: add `--cfg job`, or for one group
-`--cfg job --package optim`.  What an option means is written beside it in
+To print all options (key=value) of these choices with their values, add `--cfg job`, or
+`--cfg job --package optim` for one group.  Options are explained in
   {schema}
-and for optimizers in the docstrings of
+and those of optimizers in the docstrings of
   {optimizers}
 A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
@@ -138,7 +139,7 @@ def refuse_repeated(arguments: list[str]) -> None:
             both = ",".join(choices)
             remedy = f"write {group}=[{both}]" if group == "experiment" else "leave one out"
             raise UserError(
-                f"{group} is chosen more than once ({both}), and only the last counts; {remedy}"
+                f"{group} is given more than once ({both}), and only the last counts; {remedy}"
             )
 
 
@@ -209,7 +210,7 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
             for o in OverridesParser.create().parse_overrides([*swept, *overrides])
         ]
     except HydraException as error:  # of glob() and interval(), which a sweeper alone can list
-        raise UserError(f"{error}; the planner takes lists, choice() and range()") from error
+        raise UserError(f"{error}; the planner supports lists, choice() and range()") from error
     return [list(run) for run in itertools.product(*choices)]
 
 

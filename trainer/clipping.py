@@ -4,7 +4,7 @@
             once, so not with the fused backward.
     exact   the same, bit for bit, with the fused backward too: a first backward pass only measures
             the norm, a second one steps.  Costs a forward and a backward pass.
-    lagged  as `global`, with the norm of the step before in place of this one's; the first step of
+    lagged  as `global`, with the norm of the step before instead of this one's; the first step of
             a run, which has none before it, is clipped exactly.  Costs nothing; a sudden spike is
             clipped one step late.
     rms     each tensor on its own: its root mean square is at most bound / sqrt(N), with N the

@@ -1,8 +1,7 @@
-"""Where a run's time goes: its steps, and what is done between them.
+"""Where a run's time goes: its steps, and the work between them.
 
-How fast a run is, is told by the median of its steps' seconds: a mean is that of the one step for
-which the machine had something else to do.  Of a long run it is that of the last steps, whose
-seconds are a part of what a checkpoint saves.  What is left is estimated by the mean.
+Speed is the median step time; one slow step would distort a mean.  In a long run it covers the last
+steps, whose times are saved in checkpoints.  The remaining time is estimated by the mean.
 """
 
 import time
@@ -100,7 +99,7 @@ class Clock:
         return Pace(steps=c.steady_steps, seconds=c.steady_seconds, pictures=c.steady_pictures)
 
     def usual_pace(self, steps: int) -> Pace:
-        """The same with the median of the last of them in place of the mean."""
+        """The same with the median of the last of them instead of the mean."""
         pace, times = self.pace(steps), self._counters.steady_times
         return replace(pace, seconds=median(times) * pace.steps) if times else pace
 

@@ -175,7 +175,7 @@ def _report_cut_captions(model: Model, captions: list[str]) -> None:
     cut, room = cut_captions(model, captions)
     if cut:
         log.warning(
-            "%d captions are cut at %d tokens (model.prompt_chunks reads more): %s",
+            "%d captions are truncated at %d tokens (model.prompt_chunks allows more): %s",
             len(cut),
             room,
             some([f"{caption[:40]}..." for caption in cut]),

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: messages and progress."""
+"""What the user sees during a run: messages and progress."""
 
 import logging
 import sys

@@ -83,7 +83,7 @@ def _check_target(target: Path) -> None:
     if ending != ".safetensors" and ending.lower() in (".safetensors", ".sft", *PICKLED):
         raise UserError(
             f"{target} ends in {ending}: single files are written as .safetensors; name it "
-            f"{target.with_suffix('.safetensors').name}, or leave the ending out for a folder"
+            f"{target.with_suffix('.safetensors').name}, or drop the suffix for a folder"
         )
 
 
@@ -101,7 +101,7 @@ def _in_run(path: Path) -> Path:
         found = first
     if every and checkpoint.step_of(every[-1]) > (step := _finished(path)):
         log.warning(
-            "%s is of step %d; the run has gone on since: name %s for its last checkpoint",
+            "%s is from step %d, and the run has continued since; use %s for its last checkpoint",
             found,
             step,
             every[-1],
@@ -140,7 +140,7 @@ def _write_model(
 
 def _must_be_safetensors(target: Path) -> None:
     if target.suffix != ".safetensors":
-        raise UserError(f"{target} must end in .safetensors, as what is written")
+        raise UserError(f"{target} must end in .safetensors, the format that is written")
 
 
 def _export_lora(
@@ -188,11 +188,11 @@ def _base_of(path: Path, base: str | None, variant: str | None) -> origin.Origin
         elif known := _trained_on(path):
             base, own = known
             variant = variant or own
-            log.info("the LoRA is of %s, as its run's config.yaml says", base)
+            log.info("base model of the LoRA: %s (from its run's config.yaml)", base)
         else:
             raise UserError(
                 f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "
-                "name the model that it is of: --base=MODEL"
+                "name its base model: --base=MODEL"
             )
     return _named(base, variant)
 
@@ -264,8 +264,8 @@ def _export_checkpoint(
     saved = _saved(folder)
     if base is None and why_missing("model.path", saved.model.path):
         raise UserError(
-            f"the model that {folder} began with is not at {saved.model.path} any more; name it "
-            "where it is now: --base=MODEL"
+            f"the model that {folder} started from is no longer at {saved.model.path}; give its "
+            "new location: --base=MODEL"
         )
     saved.model.path = base or saved.model.path
     saved.model.variant = variant or saved.model.variant
@@ -287,7 +287,7 @@ def _saved(folder: Path) -> _Saved:
             parts=_by_part(_exported_weights(folder, config["method"].get("ema"))),
         )
     except (KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder} is of another version: {error}") from error
+        raise UserError(f"checkpoint {folder} is from another version: {error}") from error
 
 
 def _export_saved_lora(
@@ -308,8 +308,8 @@ def _export_saved_model(
     model = Model(saved.model, torch.device("cpu"), option="--base")
     if saved.sketch != model.sketch():
         raise UserError(
-            f"the model at {saved.model.path} is not what {saved.folder} began with, and what was "
-            "not trained would be another's; name that model where it is: --base=MODEL"
+            f"the model at {saved.model.path} is not the one that {saved.folder} started from, so "
+            "the untrained weights would be wrong; give the location of the original: --base=MODEL"
         )
     found = model.origin
     parts: dict[str, writing.Given] = {
@@ -327,8 +327,8 @@ def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
     """Warn where a LoRA was trained with another noise schedule than its model's."""
     if metadata.noise(trained) != metadata.noise(own):
         log.warning(
-            "the adapter is for another noise schedule than the model's, which whoever loads it "
-            "must set; the run's result has it in lora/scheduler"
+            "the adapter needs another noise schedule than the model's: load it with the scheduler "
+            "in the run's lora/scheduler"
         )
 
 
@@ -338,7 +338,7 @@ def _exported_weights(folder: Path, ema: dict[str, Any] | None) -> Weights:
     weights = of_file(folder / "weights.safetensors")[0]
     if not ema or ema["export"] != "average":
         return weights
-    log.info("the weights' averages are exported (method.ema.export)")
+    log.info("exporting the averaged weights (method.ema.export)")
     averages = of_file(folder / "average.safetensors")[0]
     return weights | {name: lazy.to(weights[name].dtype) for name, lazy in averages.items()}
 

@@ -45,4 +45,4 @@ def draw(rows: Rows) -> Image.Image | None:
             panels.append(Panel(title=title, lines=[*lines, *pale], ceiling=top))
     if is_smoothed:
         entries.append(Entry(_PALE, "each line of metrics.jsonl", ""))
-    return chart.drawn(panels, "in the end", entries) if panels else None
+    return chart.drawn(panels, "at the end", entries) if panels else None

@@ -52,7 +52,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise UserError(
             f"could not save {final}: {reason} ({written / 1e6:.1f} MB written, "
-            f"{_free_bytes(final.parent) / 1e6:.1f} MB free); what was saved before is intact"
+            f"{_free_bytes(final.parent) / 1e6:.1f} MB free); earlier files are intact"
         ) from error
     finally:  # of whatever else ended it, a second Ctrl-C too
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`python -m trainer.doctor`: what is wrong with a data set, before a run finds out.
+"""`python -m trainer.doctor`: check a data set before a run.
 
 It takes the trainer's own options, reads every caption and picture, and trains nothing.
 """
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from trainer.model import Model
 
 _HELP = """\
-Read every picture and caption of a data set and say what is wrong with it; train nothing.
+Check every picture and caption of a data set and list the problems, without training.
 
   python -m trainer.doctor experiment=sdxl_lora data.path=/pictures
   python -m trainer.doctor experiment=sdxl_lora data.path=/pictures data.cache=/cache \\
       model.path=/models/sd_xl_base_1.0.safetensors
 
 It takes the options of `python -m trainer`; without a cache it needs no model.  Exit status:
-0, nothing is wrong; 1, there are problems, each of which is named; 2, the data cannot be read, or
-an option is wrong."""
+0, no problems; 1, there are problems, all of them listed; 2, the data cannot be read, or an option
+is wrong."""
 
 _SHEET = 64  # most pictures on a sheet
 
@@ -55,12 +55,16 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
-        "--images-per-second", type=cli.positive, help="to tell how long an epoch takes"
+        "--images-per-second",
+        type=cli.positive,
+        help="training speed, to estimate an epoch's length",
     )
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help="draw pictures as a run would see them"
     )
-    parser.add_argument("--names", type=int, default=10, help="shown of each problem (default 10)")
+    parser.add_argument(
+        "--names", type=int, default=10, help="how many names to list per problem (default 10)"
+    )
     given = parser.parse_intermixed_args()
     if given.names < 0:
         parser.error(f"--names={given.names} is negative")
@@ -89,14 +93,14 @@ def _config(overrides: list[str]) -> Config:
 def _check_sheet(path: Path, config: Config) -> None:
     """Refuse a place where the sheet could not be found again, or would overwrite something."""
     if path.suffix.lower() not in (".png", ".jpg", ".webp"):
-        raise UserError(f"--sheet {path}: call it .png, .jpg or .webp")
+        raise UserError(f"--sheet {path}: name it .png, .jpg or .webp")
     if os.path.lexists(path):
-        raise UserError(f"--sheet {path} exists, and is not overwritten; name another file")
+        raise UserError(f"--sheet {path} already exists; name another file")
     for source in all_sources(config.data):
         if path.resolve().is_relative_to(Path(source.path).expanduser().resolve()):
             raise UserError(
-                f"--sheet {path} is in data.path={source.path}, where it would be taken for one of "
-                "the pictures; name a file elsewhere"
+                f"--sheet {path} is inside data.path={source.path}, where it would be taken for a "
+                "training picture; name a file elsewhere"
             )
 
 
@@ -118,9 +122,9 @@ def examine(
     if not surveyed.usable and not surveyed.undecodable:
         why = dict.fromkeys(surveyed.uncaptioned, "no caption") | surveyed.unreadable
         name = next(reversed(why))
-        raise UserError(f"of {surveyed.count} pictures none can be used; {name}: {why[name]}")
+        raise UserError(f"none of the {surveyed.count} pictures can be used; {name}: {why[name]}")
     made = dataset.build(surveyed.usable, config.data)
-    print(f"{surveyed.count} pictures, of which {len(surveyed.usable)} can be used")
+    print(f"{surveyed.count} pictures, {len(surveyed.usable)} of them usable")
     for what, names in surveyed.remarks.items():
         print(f"{len(names)} {what}: {dataset.some(names)}")
     from trainer.model import Model  # now that there is something to examine: it takes seconds
@@ -168,7 +172,7 @@ def _findings(surveyed: Survey) -> list[Finding]:
         "captions cannot be decoded": surveyed.undecodable,
         "pictures have no caption": surveyed.uncaptioned,
         "captions are empty": empty,
-        "pictures are the same bytes as others": [
+        "pictures are byte-for-byte duplicates": [
             " = ".join(names) for names in by_bytes.values() if len(names) > 1
         ],
         "pictures are smaller than their bucket": small,
@@ -184,7 +188,7 @@ def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
 
     cut, room = conditioning.cut_captions(model, made.all_captions())
     long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
-    what = f"captions are cut at {room} tokens (model.prompt_chunks reads more)"
+    what = f"captions are truncated at {room} tokens (model.prompt_chunks allows more)"
     return [Finding(what=what, names=long)] if long else []
 
 
@@ -219,8 +223,8 @@ def _cache_line(model: "Model", made: dataset.Dataset) -> str:
     latents, total = store.missing_latents(samples, of_pictures), len(samples)
     texts = store.missing_texts(captions, of_text)
     return (
-        f"to be encoded, as the cache in {config.cache} has the others: {latents} of {total} "
-        f"pictures, {texts} of {len(captions)} captions (one of them is the empty prompt)"
+        f"to be encoded (the others are cached in {config.cache}): {latents} of {total} "
+        f"pictures, {texts} of {len(captions)} captions (including the empty prompt)"
     )
 
 
@@ -231,7 +235,7 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
     batches = float(plan.batches_per_epoch)
     epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {batches:g} batches"
     if not images_per_second:
-        return f"{epoch}; how long it takes is not known (--images-per-second)"
+        return f"{epoch}; its duration is unknown (--images-per-second)"
     minutes, seconds = divmod(round(plan.pictures_per_epoch / images_per_second), 60)
     return f"{epoch}, {minutes} min {seconds} s at {images_per_second:g} images/s ({source})"
 
@@ -239,7 +243,7 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
 def _run_line(config: Config, made: dataset.Dataset) -> str:
     steps_per_epoch = float(made.plan.batches_per_epoch) / config.runtime.accumulation
     steps = schedule.settled(config.schedule, steps_per_epoch).steps
-    return f"a run of these options: {steps} steps, {steps / steps_per_epoch:.3g} epochs"
+    return f"a run with these options: {steps} steps, {steps / steps_per_epoch:.3g} epochs"
 
 
 def _measured_speed(config: Config) -> tuple[float | None, str]:

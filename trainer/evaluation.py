@@ -1,7 +1,7 @@
-"""Watching a model in training: losses at fixed points, and pictures of fixed prompts.
+"""Monitoring a model during training: losses at fixed points, and pictures of fixed prompts.
 
-Neither is compiled (`runtime.compile`): torch keeps a few graphs of a block, and would make others
-without gradients, until none is left for the training steps.
+Neither is compiled (`runtime.compile`): torch keeps only a few graphs per block, and graphs without
+gradients would take the places of those for training steps.
 """
 
 import logging
@@ -24,8 +24,8 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     that of held-out pictures, as eval/holdout_loss; and those of averaged weights, as eval/ema_loss
     and eval/ema_holdout_loss.
 
-    Where memory runs out, or the run is asked to stop, there are none and nothing is written, but
-    the run goes on.
+    If memory runs out, or the run is asked to stop, there are none and nothing is written, but the
+    run continues.
     """
     try:
         with state.clock.aside("evaluating"):
@@ -35,7 +35,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     except Exception as error:
         if not memory.ran_out(error):
             raise
-        log.warning("no eval/loss of step %d (%s); the run goes on", state.step, error)
+        log.warning("no eval/loss at step %d (%s); the run continues", state.step, error)
         return {}
     writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
     log.info("eval/loss %.4f at step %d", found["loss"], state.step)
@@ -115,7 +115,7 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     except Exception as error:
         if not isinstance(error, UserError | OSError) and not memory.ran_out(error):
             raise
-        log.warning("no pictures of step %d (%s); the run goes on", state.step, error)
+        log.warning("no pictures at step %d (%s); the run continues", state.step, error)
         return None
 
 
@@ -136,7 +136,7 @@ def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
         if not rows["before"]:
             log.warning(
                 "the grid of step %d has no 'before' row: the pictures of step 0 are missing, or "
-                "of other prompts",
+                "were drawn for other prompts",
                 state.step,
             )
     is_last = state.step == state.config.schedule.steps

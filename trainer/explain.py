@@ -128,15 +128,15 @@ def _no_such_choice_of_hydra(found: re.Match[str], arguments: list[str]) -> str:
 
 
 def _several_choices(found: re.Match[str], arguments: list[str]) -> str:
-    return f"{found[1]} takes one choice; for a run with each, a sweep, {found[1]}=A,B and -m"
+    return f"{found[1]} takes one choice; to sweep over several, use {found[1]}=A,B with -m"
 
 
 def _several_values(found: re.Match[str], arguments: list[str]) -> str:
     key, value = found.groups()
     if isinstance(OmegaConf.select(composition([]), key), str):
         quoted = _shell_quoted(f'{key}="{value}"')
-        return f"{key}={value}: a text with commas is quoted twice: {quoted}"
-    sweep = f"{key}={value}: for a run with each, a sweep, add -m"
+        return f"{key}={value}: text with commas must be quoted twice: {quoted}"
+    sweep = f"{key}={value}: to sweep over these values, add -m"
     takes_one = key in group_names() and key != "experiment"
     return sweep if takes_one else f"{sweep}; as a list, {key}=[{value}]"
 
@@ -169,7 +169,7 @@ def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
     if "is not a ListConfig" in reason:
         value = given[-1] if given else "..."
         return f"{key} is a list; write {_shell_quoted(f'{key}=[{value}]')}"
-    return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows what it may look like"
+    return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows its present value"
 
 
 def _no_option(found: re.Match[str], arguments: list[str]) -> str:
@@ -210,10 +210,10 @@ def _value_at_fault(arguments: list[str]) -> str | None:
     for override in OverridesParser.create().parse_overrides(overrides):
         key, parent = override.key_or_group, override.key_or_group.rpartition(".")[0]
         if key in group_names() and not override.value():
-            return f"{key} has no choice; there is {', '.join(choices_of(key))}"
+            return f"{key} has no choice; choose from {', '.join(choices_of(key))}"
         is_choice = isinstance(override.value(), str | list) or override.is_sweep_override()
         if key in group_names() and not is_choice:
-            return f"{key} takes a choice, one of {', '.join(choices_of(key))}"
+            return f"{key} must be one of {', '.join(choices_of(key))}"
         if parent in options_of([]):
             return f"{key}: {parent} is not set here; choose its group first ({_where(parent)})"
     return None
@@ -261,13 +261,13 @@ def _wrong_key(key: str, overrides: list[str]) -> str:
         if key not in valid:
             break
     if key in valid or key in group_names():
-        return f"{key} exists; set it without + or ~: {key}=..."
+        return f"{key} already exists; set it without + or ~: {key}=..."
     owner, _, name = key.rpartition(".")
     if ours := _NAMES_ELSEWHERE.get(key) or _NAMES_ELSEWHERE.get(name):
-        return f"there is no option {key!r}; here it is called {ours!r}"
+        return f"there is no option {key!r}; it is called {ours!r} here"
     if f"{owner}.class_path" in valid or owner.endswith(".options"):
         new = "NAME" if key == "optim.options" else name
-        return f"{key}: arguments of the class are added, with a +: '+optim.options.{new}=...'"
+        return f"{key}: add arguments of the class with a +: '+optim.options.{new}=...'"
     elsewhere = [k for k in valid if k.rpartition(".")[2] == name and "." in k]
     if elsewhere:
         return f"there is no option {key!r}; did you mean {' or '.join(map(repr, elsewhere))}?"

@@ -1,7 +1,7 @@
-"""`python -m trainer.export SOURCE TARGET`: a model or a LoRA in the format that others read.
+"""`python -m trainer.export SOURCE TARGET`: convert a model or a LoRA to another format.
 
-A model becomes a diffusers folder or a single file, a LoRA kohya's or diffusers' file; what was
-written is read back before it gets its name.
+A model becomes a diffusers folder or a single file, a LoRA a file in kohya's or diffusers' format;
+the result is read back and compared before it gets its name.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from trainer.errors import UserError
 _EPILOG = """\
 SOURCE is one of
   a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub repository (owner/name)
-  a LoRA file of kohya's kind or diffusers'
+  a LoRA file in kohya's or diffusers' format
   a run's folder (its model/ or lora/, or else its last checkpoint), or one of its checkpoints
 
 Examples:
   python -m trainer.export sd_xl_base_1.0.safetensors sdxl-base
   python -m trainer.export runs/2026-01-01/12-00-00-cats cats.safetensors --dtype float16
   python -m trainer.export cats-diffusers.safetensors cats.safetensors --format kohya
-Exit status: 0, the target is written and reads back equal; 1, an error of the program; 2, the
-command, the source or the target is wrong, and nothing is written; 130, stopped by Ctrl-C.
+Exit status: 0, the target is written and verified; 1, an internal error; 2, the command, the source
+or the target is wrong, and nothing is written; 130, stopped by Ctrl-C.
 """
 
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing is written", file=sys.stderr)
+        print("stopped; nothing was written", file=sys.stderr)
         return 130
     return 0
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.export",
-        description="Write a model or a LoRA in the form that another program reads.",
+        description="Convert a model or a LoRA to another program's format.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,24 +62,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=["diffusers", "single_file", "kohya"],
-        help="as in method.export; of a model: diffusers (a folder) or single_file (by default "
-        "what TARGET ends in decides: .safetensors is a file); of a LoRA: kohya or diffusers (by "
-        "default the one that SOURCE is not; of a run, kohya)",
+        help="as in method.export; for a model: diffusers (a folder) or single_file (default: by "
+        "TARGET's suffix, .safetensors is a file); for a LoRA: kohya or diffusers (default: the "
+        "other format than SOURCE's; for a run, kohya)",
     )
     parser.add_argument(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="of the weights; a VAE keeps its own (all do, by default)",
+        help="dtype to write (default: unchanged; a VAE always keeps its own)",
     )
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="what a LoRA file is of: sdxl, sd15, or a model (by default what the file or its run "
-        "says); of a checkpoint, where the model that its run began with is now",
+        help="base model of a LoRA: sdxl, sd15, or a model (default: as recorded in the file or "
+        "its run); for a checkpoint, the new location of the model its run started from",
     )
     parser.add_argument(
         "--variant",
-        help="of a diffusers folder's files, such as fp16 (of a checkpoint, by default its run's)",
+        help="variant of a diffusers folder's files, such as fp16 (default for a checkpoint: its "
+        "run's)",
     )
     return parser
 

@@ -2,8 +2,7 @@
 (`runtime.fused_backward`).
 
 A step's gradient is that of the mean over the samples of all its micro-batches
-(`runtime.accumulation`).  Either way the norm before any clip (`trainer.clipping`) is reported, and
-is the same.
+(`runtime.accumulation`).  Both ways report the same norm, before any clip (`trainer.clipping`).
 """
 
 import logging

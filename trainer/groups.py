@@ -39,7 +39,7 @@ def check_rules(rules: Sequence[Rule]) -> None:
             raise UserError(f"{title}: {pattern} is not a regular expression: {error}") from error
         rest = [key for key in rule if key != "pattern"]
         if not rest:
-            raise UserError(f"{title} ({pattern}) says nothing; give it lr_scale, or trainable")
+            raise UserError(f"{title} ({pattern}) sets nothing; give it lr_scale, or trainable")
         if "lr" in rule and "lr_scale" in rule:
             raise UserError(f"{title} ({pattern}) has lr and lr_scale; keep one of them")
         scale = rule.get("lr_scale", 1.0)
@@ -49,7 +49,8 @@ def check_rules(rules: Sequence[Rule]) -> None:
             raise UserError(f"{title} ({pattern}): trainable must be true or false")
         if rule.get("trainable") is False and len(rest) > 1:
             raise UserError(
-                f"{title} ({pattern}): what is not trained has no other options; keep trainable"
+                f"{title} ({pattern}): parameters that are not trained take no other options; keep "
+                "only trainable"
             )
 
 
@@ -71,7 +72,7 @@ def besides(rule: Rule, known: Iterable[str]) -> str:
     own = [name for name in _OWN if name not in rule]
     near = [name for key in others for name in difflib.get_close_matches(key, own, 1, 0.7)]
     if near:
-        return f" (or {near[0]}, which a rule has of its own?)"
+        return f" (or the rule's own {near[0]}?)"
     return f" (a rule also has {' and '.join(own)})" if others and own else ""
 
 
@@ -113,11 +114,11 @@ def assigned(model: nn.Module, rules: Sequence[Rule]) -> list[list[Member]]:
     for number, rule in enumerate(rules):
         if not members[number + 1]:
             raise UserError(
-                f"method.rules[{number}]: {rule['pattern']} matches no parameter that is trained "
-                "and not taken by a rule before it; correct it or leave it out"
+                f"method.rules[{number}]: {rule['pattern']} matches no trained parameter that "
+                "earlier rules leave; correct or remove it"
             )
     if not members[0] and all(rule.get("trainable") is False for rule in rules):
-        raise UserError("method.rules leave nothing to train; one of them must match less")
+        raise UserError("method.rules leave nothing to train; narrow one of them")
     return members
 
 

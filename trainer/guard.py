@@ -36,9 +36,10 @@ class Guard:
             return True
         self.skipped += 1
         self.in_a_row += 1
-        done, left = "skipped", "weights and optimizer are unchanged"
+        done, left = "was skipped", "weights and optimizer are unchanged"
         if begun:
-            done, left = "stepped in part", "elements without a finite gradient are unchanged"
+            done = "was applied only partly"
+            left = "elements without a finite gradient are unchanged"
             self.last_update = step
         log.warning("step %d %s: loss %g, gradient norm %g; %s", step, done, loss, grad_norm, left)
         return begun

@@ -162,5 +162,5 @@ def explained(config: Config, when: str) -> Iterator[None]:
             else "No option saves more; it takes a device with more memory"
         )
         raise UserError(
-            f"out of memory {when}, of which nothing is saved. {advice} ({reason(error)})"
+            f"out of memory {when}; nothing of it was saved. {advice} ({reason(error)})"
         ) from error

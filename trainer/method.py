@@ -49,7 +49,7 @@ def attach(
         adapters.fill(model.trained_parts, found, layers)
         log.info("adapters start from %s", start_from)
         if spare:
-            log.info("  without %d of layers that nothing is read from", spare)
+            log.info("  leaving out %d for layers whose output is unused", spare)
 
 
 def check(config: FullConfig | LoraConfig, model: Model, start_from: str | None = None) -> None:
@@ -124,7 +124,8 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
         )
         if here != there:
             raise UserError(
-                f"the checkpoint does not fit the model: {name} is {there} in it and {here} here"
+                f"the checkpoint does not fit the model: {name} is {there} in the checkpoint and "
+                f"{here} in the model"
             )
     for name, tensor in own.items():
         tensor.copy_(weights[name])
@@ -164,9 +165,8 @@ def _ranks(config: LoraConfig, modules: dict[str, list[str]]) -> dict[str, RankC
     for number, one in enumerate(config.ranks):
         if not any(found is one for found in chosen.values()):
             raise UserError(
-                f"method.ranks[{number}]: {one.pattern} is in the name of no module that has an "
-                f"adapter, and that none before it is in, such as {names[0]}; correct it or leave "
-                "it out"
+                f"method.ranks[{number}]: {one.pattern} matches no adapted module that earlier "
+                f"patterns leave (modules are named like {names[0]}); correct or remove it"
             )
     return {name: one for name, one in chosen.items() if one}
 
@@ -232,7 +232,7 @@ def _read_start(
     }
     count = sum(map(len, used.values()))
     if not count:
-        raise UserError(f"method.start_from={path} has no adapter of a layer that is read")
+        raise UserError(f"method.start_from={path} has no adapter of a layer whose output is used")
     return used, sum(map(len, found.values())) - count
 
 
@@ -244,8 +244,8 @@ def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> li
         matched = [name for name in layers if end.search(name)]
         if not matched:
             raise UserError(
-                f"method.{key}={patterns}: no linear or convolution layer of the "
-                f"{part.replace('_', ' ')} that is read is called {pattern}"
+                f"method.{key}={patterns}: {pattern} matches no linear or convolution layer of the "
+                f"{part.replace('_', ' ')} whose output is used"
             )
         found.update(matched)
     return sorted(found)

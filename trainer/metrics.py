@@ -35,7 +35,7 @@ class Metrics:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **as_json(values)}) + "\n")
         except OSError as error:  # a full disk must not end the training
-            log.warning("metrics of step %d are lost: %s", step, error)
+            log.warning("could not write the metrics of step %d: %s", step, error)
         for tracker in self._trackers:
             tracker.write(step, values)
 
@@ -55,7 +55,7 @@ class Metrics:
             if picture:
                 disk.replace_picture(self.curves, picture)
         except OSError as error:  # a full disk must not end the training
-            log.warning("curves.png is not drawn: %s", error)
+            log.warning("could not draw curves.png: %s", error)
 
     def close(self, summary: dict[str, Any]) -> None:
         """Draw the curves; give trackers the run's summary, and let them finish."""

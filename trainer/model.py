@@ -87,7 +87,7 @@ class Model:
         missing = sorted(set(trained) - {"unet", *self.text_parts})
         if missing:
             raise UserError(
-                f"method.train={trained}: {self.origin} has no {missing[0]}, but "
+                f"method.train={trained}: {self.origin} has no {missing[0]}; it has "
                 f"{', '.join(['unet', *self.text_parts])}"
             )
         return bool(set(trained) & set(self.text_parts))

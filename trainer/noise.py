@@ -76,8 +76,8 @@ def _must_have_betas(model: Mapping[str, Any]) -> None:
     if not has_betas or model.get("use_flow_sigmas"):
         raise UserError(
             f"the model's scheduler is {name}{' with use_flow_sigmas' if has_betas else ''}, and "
-            "only noise by betas, as of DDPMScheduler or EulerDiscreteScheduler, can be trained; "
-            "take a model with such a scheduler/scheduler_config.json"
+            "only beta schedules, as of DDPMScheduler or EulerDiscreteScheduler, can be trained; "
+            "use a model with such a scheduler/scheduler_config.json"
         )
 
 

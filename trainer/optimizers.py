@@ -189,10 +189,10 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
     cls, title = _import(config), _title(config)
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        raise UserError(f"{title} needs a closure, which is not given")
+        raise UserError(f"{title} needs a closure, which the trainer does not provide")
     if issubclass(cls, optim.FusedOptimizer):
         name = next((n for n, c in optim.FAMILY.items() if c is cls), "NAME")
-        raise UserError(f"{title} is of the family; use optim={name}")
+        raise UserError(f"{title} belongs to this family; use optim={name}")
     known = inspect.signature(cls).parameters
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for option in config.options:

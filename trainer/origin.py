@@ -125,8 +125,8 @@ class Folder(Origin):
         self.path, self.variant, self.option = path, variant, option
         if not self.has("unet"):
             raise UserError(
-                f"{option}={path} is a {self.index.get('_class_name')} without a UNet; a "
-                "pipeline with a UNet2DConditionModel can be trained"
+                f"{option}={path} is a {self.index.get('_class_name')} without a UNet; only "
+                "pipelines with a UNet2DConditionModel can be trained"
             )
         for part, cls in architectures.CLASSES.items():
             if self.has(part) and self.index[part][1] != cls.__name__:
@@ -302,7 +302,7 @@ def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
     for found in (folder / "vae", folder):
         if _is_vae(found):
             return Vae(found)
-    raise UserError(f"model.vae={name} is not a VAE's folder: it has no config.json, nor has vae/")
+    raise UserError(f"model.vae={name} is not a VAE folder: neither it nor vae/ has a config.json")
 
 
 def _is_vae(folder: Path) -> bool:

@@ -37,7 +37,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
         except OSError as error:
             if error.errno not in _PASSING:
                 raise
-            log.warning("%s; tried again in %g s", error, pause)
+            log.warning("%s; retrying in %g s", error, pause)
             time.sleep(pause)
     try:
         return ask()

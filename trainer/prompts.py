@@ -120,7 +120,7 @@ def _option(option: str, line: str) -> tuple[str, Any]:
 def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:
     for letter, side in (("w", given.get("width")), ("h", given.get("height"))):
         if side is not None and (side < _SIDE or side % _SIDE):
-            return f"--{letter} {side} is no multiple of {_SIDE} pixels"
+            return f"--{letter} {side} is not a multiple of {_SIDE} pixels"
     if not 1 <= prompt.steps <= 1000:
         return f"--s {prompt.steps} must be from 1 to 1000 steps"
     if not 0 <= prompt.guidance_scale <= 100:
@@ -128,5 +128,5 @@ def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:
     if not 0 <= prompt.seed < 2**64:
         return f"--d {prompt.seed} must be from 0 to 2^64 - 1"
     if given.get("negative") and not prompt.is_guided:
-        return "--n has an effect with guidance alone: --l 5, or log.guidance_scale=5"
+        return "--n only has an effect with guidance: --l 5, or log.guidance_scale=5"
     return None

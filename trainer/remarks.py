@@ -1,6 +1,6 @@
 """Warnings about a configuration that works: options without effect, two that do the same, a
-learning rate for small models only, pictures of another size than the model's; and about a run
-that has changed nothing.  A run logs them."""
+learning rate for small models only, pictures of another size than the model's; and about a run that
+changed nothing.  A run logs them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -69,7 +69,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         lambda c: not c.data.buckets,
         "data.buckets=true",
     ),
-    (("method.max_grad_norm",), lambda c: c.method.clip == "none", "another method.clip than none"),
+    (("method.max_grad_norm",), lambda c: c.method.clip == "none", "a method.clip other than none"),
     (
         ("method.text_targets",),
         lambda c: c.method.train == ["unet"],
@@ -77,9 +77,13 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     ),
     (("data.resolution",), lambda c: bool(c.data.resolutions), "data.resolutions=[]"),
     (("log.negative_prompt",), _never_guided, "log.guidance_scale above 1"),
-    (("log.prompts_file",), _other_prompts, "no log.prompts beside it"),
+    (("log.prompts_file",), _other_prompts, "log.prompts unset"),
     (("schedule.steps",), lambda c: c.schedule.epochs is not None, "schedule.epochs=null"),
-    (("log.sample_count",), lambda c: bool(c.log.prompts), "neither log.prompts nor prompts_file"),
+    (
+        ("log.sample_count",),
+        lambda c: bool(c.log.prompts),
+        "log.prompts and log.prompts_file unset",
+    ),
     (
         ("log.sample_every", "log.sample_steps", "log.guidance_scale"),
         _nothing_drawn,
@@ -91,7 +95,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
     """The remarks that need no model, a line each.
 
-    overrides: the command line's, which say what was meant where it is the default too.
+    overrides: the command line's, which also show what was set to its default on purpose.
     """
     given = keys_of(overrides)
     return [
@@ -113,13 +117,13 @@ def of_rate(config: Config, size: int) -> list[str]:
     if config.optim.lr != default or default <= float(start):
         return []
     return [
-        f"optim.lr={default:g} is the default of optim={config.optim.name}, and was found with a "
+        f"optim.lr={default:g} is the default of optim={config.optim.name}, which was found with a "
         f"small model; for a {'LoRA' if is_lora else 'full fine-tune'} of SDXL start near {start}"
     ]
 
 
 def of_outcome(summary: Mapping[str, Any]) -> list[str]:
-    """Warn where a run has changed next to nothing."""
+    """Warn if a run has hardly changed the model."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     is_same = summary["prediction_before"] == summary["prediction"]
     if not (is_same and abs(after - before) < _STILL * before):  # a NaN is not below
@@ -142,8 +146,8 @@ def of_resolution(config: Config, own: int | None) -> list[str]:
         return []
     key = "data.resolutions" if config.data.resolutions else "data.resolution"
     return [
-        f"{key}={config.data.resolutions or side}: the model was made for {own} x {own} "
-        f"pixels; use data.resolution={own}, unless it is to learn another size"
+        f"{key}={config.data.resolutions or side}: the model was made for {own} x {own} pixels; "
+        f"use data.resolution={own}unless it should learn another size"
     ]
 
 
@@ -161,8 +165,8 @@ def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
     if isinstance(config.method, FullConfig) and config.model.compute == config.model.dtype:
         dtype = config.model.dtype
         yield (
-            f"model.compute={dtype} has no effect with model.dtype={dtype}, whose products are of "
-            "that dtype"
+            f"model.compute={dtype} has no effect with model.dtype={dtype}, whose matrix products "
+            "use that dtype anyway"
         )
     fused = config.runtime.fused_backward
     if not fused and getattr(config.optim, "on_nonfinite", "skip") == "raise":
@@ -187,8 +191,8 @@ def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
         )
     elif cycles and steps < 2 * cycles:
         yield (
-            f"schedule.cycles={cycles} leaves a cycle less than two of the decay's {steps} steps, "
-            f"and the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
+            f"schedule.cycles={cycles} leaves fewer than two of the decay's {steps} steps per "
+            f"cycle, so the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
         )
 
 
@@ -213,7 +217,7 @@ def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
         if config.optim.name not in _UNCLIPPED:
             yield (
                 f"no gradient is clipped, and optim={config.optim.name} does not bound its updates "
-                "itself; method.clip=exact clips beside the fused backward"
+                "itself; method.clip=exact works with the fused backward"
             )
     elif clip != "none" and own:
         yield f"method.clip={clip}, and optim={config.optim.name} {own}; one of them is enough"
@@ -238,7 +242,7 @@ def of_data(config: Config, overrides: Sequence[str]) -> Iterator[str]:
     given = keys_of(overrides)
     if "data.path" in given and not given & {"data", "experiment"}:
         yield (
-            "data.path is given, and data=emoji24 is chosen, which has the demo's options "
+            "data.path is given, but data=emoji24 is chosen, which has the demo's options "
             f"({config.data.resolution} px, batches of {config.data.batch_size}); add data=folder"
         )
 
@@ -249,12 +253,12 @@ def _of_others(config: Config) -> Iterator[str]:
         yield (
             f"runtime.accumulation={runtime.accumulation} keeps the gradients of all trained "
             "weights between micro-batches, in their dtype, which runtime.fused_backward=true "
-            "alone would not; the last backward pass frees them"
+            "alone would free; the last backward pass frees them"
         )
     if config.method.ema and config.method.ema.decay == 1:
-        yield "method.ema.decay=1 never moves the average from the weights it begins with"
+        yield "method.ema.decay=1 never changes the average from its initial weights"
     if not config.method.export:
         yield (
-            "method.export=[] writes no model; python -m trainer.export makes one of the run's "
-            "last checkpoint"
+            "method.export=[] writes no model; python -m trainer.export can write one from the "
+            "run's last checkpoint"
         )

@@ -48,28 +48,30 @@ def _all(config: Config) -> Iterator[Remedy]:
         yield Remedy(overrides=("model.dtype=bfloat16",), what="which halves the weights")
     if method.ema is not None and method.ema.device != "cpu":
         yield Remedy(
-            overrides=("method.ema.device=cpu",), what="which keeps the average with the host"
+            overrides=("method.ema.device=cpu",), what="which keeps the average in host memory"
         )
     if not runtime.gradient_checkpointing:
         yield Remedy(
             overrides=("runtime.gradient_checkpointing=true",),
-            what="which computes activations again",
+            what="which recomputes activations",
         )
     if data.batch_size > 1:
         samples = data.batch_size * runtime.accumulation
         yield Remedy(
             overrides=("data.batch_size=1", f"runtime.accumulation={samples}"),
-            what="which takes a step's pictures one after another",
+            what="which processes a step's pictures one at a time",
         )
     if smaller := _SMALLER.get(config.optim.name):
-        yield Remedy(overrides=(f"optim={smaller}",), what="which keeps its state in less")
+        yield Remedy(overrides=(f"optim={smaller}",), what="which has a smaller state")
     if isinstance(method, LoraConfig) and method.rank > 16:
         yield Remedy(overrides=("method.rank=16",), what="which trains fewer weights")
     if config.optim.name not in _SMALL_STATE:
-        yield Remedy(overrides=("optim=adafactor8bit",), what="which keeps next to nothing")
+        yield Remedy(overrides=("optim=adafactor8bit",), what="whose state is tiny")
     if isinstance(method, FullConfig):
         yield Remedy(overrides=("method=lora",), what="which trains few weights")
     step = data.bucket_step
     side = data.resolution * 3 // 4 // step * step
     if not data.resolutions and side >= _LEAST_RESOLUTION:
-        yield Remedy(overrides=(f"data.resolution={side}",), what="which trains on less detail")
+        yield Remedy(
+            overrides=(f"data.resolution={side}",), what="which trains at a lower resolution"
+        )

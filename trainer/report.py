@@ -1,4 +1,4 @@
-"""Reporting a run that has ended: its summary.json and its closing lines."""
+"""Reporting a finished run: its summary.json and its closing lines."""
 
 import json
 import math
@@ -66,16 +66,15 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     memory = f"{format_bytes(in_training)} in training{aside}, " if in_training else ""
     cost = (
         f"{summary['steps']} steps in {summary['seconds']:.0f} s "
-        f"(the median step {summary['images_per_second']:.1f} images/s), "
-        f"{summary['wall_seconds']:.0f} s in all; "
-        f"optimizer state {format_bytes(summary['optimizer_state_bytes'])}, "
-        f"peak memory {memory}{format_bytes(summary['peak_memory_bytes'])} in all"
+        f"({summary['images_per_second']:.1f} images/s, median), {summary['wall_seconds']:.0f} s "
+        f"in total; optimizer state {format_bytes(summary['optimizer_state_bytes'])}, peak memory "
+        f"{memory}{format_bytes(summary['peak_memory_bytes'])} in total"
     )
     skipped = summary["skipped_steps"]
     lines = {
         "eval/loss": _learned(summary),
         "held out": _loss(summary, "holdout_loss_after"),
-        "of average": _loss(summary, "ema_loss_after"),
+        "averaged": _loss(summary, "ema_loss_after"),
         "cost": cost,
         "skipped": f"{skipped} of {summary['steps']} steps, without a finite loss and gradient"
         if skipped
@@ -92,7 +91,7 @@ def _learned(summary: dict[str, Any]) -> str:
         return f"{after:.4f}"
     was, now = summary["prediction_before"], summary["prediction"]
     if was != now:
-        why = f"not to be compared: the model predicted {was}, not {now}"
+        why = f"not comparable: the model predicted {was}, not {now}"
         return f"{before:.4f} -> {after:.4f} ({why})"
     share = f" ({after / before:.0%} of what it was)" if math.isfinite(after / before) else ""
     return f"{before:.4f} -> {after:.4f}{share}"

@@ -83,7 +83,7 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(model.scheduler, indent=2) + "\n"
     disk.replace_text(folder / "scheduler_config.json", text)
-    log.warning("the adapter is for the scheduler in %s, which whoever loads it must use", folder)
+    log.warning("load this adapter with the scheduler in %s", folder)
     return folder
 
 

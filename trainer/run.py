@@ -75,7 +75,7 @@ def begin(
     config: Config, folder: Path, stop: Sequence[int] = (), overrides: Sequence[str] = ()
 ) -> State:
     """Prepare the first step, or the next of a resumed run; then record it in the folder.  A run
-    that is refused before that changes nothing there.
+    that is refused before that has only opened train.log there.
 
     The checkpoint resumed from, as large as the model, is freed on return.
     """
@@ -201,19 +201,19 @@ def _going_on() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        log.warning("%s; training goes on", error)
+        log.warning("%s; training continues", error)
 
 
 def _save_whole(state: State) -> None:
-    """Save; after a step that was skipped, the next that is whole does."""
+    """Save now or, after a skipped step, after the next good one."""
     was_owed, state.owes_checkpoint = state.owes_checkpoint, state.guard.in_a_row > 0
     if not state.owes_checkpoint:
         save(state)
         rotate(state)
     elif not was_owed:
         log.warning(
-            "no checkpoint of step %d, as it was skipped; there will be one of the next step that "
-            "is not",
+            "no checkpoint at step %d, which was skipped; one will be saved after the next good "
+            "step",
             state.step,
         )
 
@@ -271,7 +271,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         _stopped(state)
     if not math.isfinite(after.get("loss", 0.0)):
         failure = UserError(
-            f"the trained model's loss is {after['loss']}: it is of no use. Lower optim.lr, or "
+            f"the trained model's loss is {after['loss']}, so it is unusable. Lower optim.lr, or "
             "look at train/loss in metrics.jsonl for the step where it went wrong. "
             f"{_way_back(state)}"
         )
@@ -311,7 +311,7 @@ def _conclude_failed(state: State, writer: metrics.Metrics, error: Exception) ->
         report.write_summary(state.folder, known)
         writer.close(known)
     except Exception as second:  # of a GPU that answers nothing more, of a full disk: any kind
-        log.warning("the summary of this run is lost: %s", second)
+        log.warning("could not write the summary of this run: %s", second)
 
 
 def _export(state: State) -> list[Path]:
@@ -329,7 +329,7 @@ def _export(state: State) -> list[Path]:
         if not memory.ran_out(error):
             raise
         raise UserError(
-            "out of memory while the result is written; python -m trainer.export makes one of a "
+            "out of memory while writing the result; python -m trainer.export can write it from a "
             f"checkpoint ({reason(error)})"
         ) from error
 
@@ -342,16 +342,16 @@ def _refuse_ruined(state: State, loss: float) -> None:
     names = broken(dict(torch.nn.ModuleDict(state.model.trained_parts).named_parameters()))
     why = f"its {names[0]} is not finite" if names else "it overflows"
     raise UserError(
-        f"model.path={state.model.origin}: eval/loss is {loss} before the first step, as {why}; "
-        "take another copy of the model, or model.dtype=float32"
+        f"model.path={state.model.origin}: eval/loss is {loss} before the first step, because "
+        f"{why}; use another copy of the model, or model.dtype=float32"
     )
 
 
 def _nothing_to_train(state: State) -> None:
     """Say that a resumed run is at its end: what follows is written anew."""
     log.info(
-        "already at step %d of %d: nothing to train; it is evaluated, exported and drawn again "
-        "(%s=... runtime.allow_config_change=true makes it longer)",
+        "already at step %d of %d: nothing to train; evaluating, exporting and drawing again (to "
+        "train longer set %s=... runtime.allow_config_change=true)",
         state.step,
         state.config.schedule.steps,
         "schedule.steps" if state.config.schedule.epochs is None else "schedule.epochs",
@@ -360,7 +360,7 @@ def _nothing_to_train(state: State) -> None:
 
 def _stopped(state: State) -> NoReturn:
     """End a saved run, as the signal asks."""
-    log.info("stopped; go on with: python -m trainer resume=%s", state.folder)
+    log.info("stopped; resume with: python -m trainer resume=%s", state.folder)
     signals.end(state.stop[0])
 
 
@@ -373,7 +373,7 @@ def _refuse_broken(state: State) -> None:
     others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
     since = f" since step {state.guard.last_update}" if state.guard.last_update else ""
     raise UserError(
-        f"{names[0]}{others} not finite{since}, and no later step can be whole; lower optim.lr. "
+        f"{names[0]}{others} not finite{since}, so no later step can succeed; lower optim.lr. "
         f"{_way_back(state)}"
     )
 
@@ -396,14 +396,14 @@ def _give_up(state: State, wrong: UserError) -> NoReturn:
 def _way_back(state: State, saved: Path | None = None) -> str:
     """Which checkpoint to go on from.  saved: that of the weights as they are, if it is there."""
     last = state.guard.last_whole
-    was = f"The last whole step was {last}" if last else "No step was whole"
+    was = f"The last good step was {last}" if last else "No step succeeded"
     if best := checkpoint.proven(state.folder / "checkpoints", last):
         return (
-            f"{was}; go on from the checkpoint before it with resume={best} (another optim.lr also "
+            f"{was}; resume from the checkpoint before it: resume={best} (another optim.lr also "
             "needs runtime.allow_config_change=true)"
         )
     if saved:
-        return f"{was}; what it left is saved: resume={saved}"
+        return f"{was}; the state is saved: resume={saved}"
     return f"{was}, and there is no checkpoint from before it: start again"
 
 

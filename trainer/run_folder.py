@@ -25,10 +25,13 @@ def refuse_occupied(folder: Path, config: Config) -> None:
     """Raise UserError where a run would overwrite another, or files that belong to no run."""
     if checkpoint.completed(folder / "checkpoints"):
         if not config.resume:
-            raise UserError(f"{folder} holds a run; go on with resume={folder}, or name another")
+            raise UserError(
+                f"{folder} already holds a run; resume it with resume={folder}, or name another "
+                "folder"
+            )
         if checkpoint.run_folder_of(config.resume) != folder.resolve():
             raise UserError(
-                f"{folder} holds a run that resume={config.resume} would write over; leave "
+                f"{folder} holds a run that resume={config.resume} would overwrite; leave "
                 "hydra.run.dir out, or name another folder"
             )
     written = ["config.yaml", "metrics.jsonl", "curves.png", "samples", "model", "lora", "results"]
@@ -36,7 +39,7 @@ def refuse_occupied(folder: Path, config: Config) -> None:
     theirs = [name for name in written if (folder / name).exists()]
     if theirs and not (folder / "environment.json").exists():
         raise UserError(
-            f"{folder} is not a run's folder, and its {theirs[0]} would be written over; name "
+            f"{folder} is not a run's folder, and its {theirs[0]} would be overwritten; name "
             "another (hydra.run.dir)"
         )
 

@@ -236,9 +236,7 @@ def _drop_other_measure(
     changed = [name for name, (there, here) in points.items() if there != here]
     if changed and not math.isnan(counters.eval_loss_before):
         counters.eval_loss_before = math.nan
-        message = (
-            "%s changed: eval/loss is another measure now, and is not compared with that before"
-        )
+        message = "%s changed, so eval/loss is no longer comparable with earlier values"
         log.warning(message, " and ".join(changed))
 
 
@@ -255,7 +253,7 @@ def save(state: State) -> Path:
     Raises UserError for trained weights that are not finite, and where the disk does not take it.
     """
     if names := broken(method.trained_parameters(state.model)):
-        raise UserError(f"no checkpoint of step {state.step}: {names[0]} is not finite")
+        raise UserError(f"no checkpoint at step {state.step}: {names[0]} is not finite")
     state.peaks.end("rest")
     counters = replace(
         state.counters,

@@ -1,8 +1,8 @@
-"""Where a run's numbers and pictures are shown, beside the files in its folder: Weights & Biases,
-TensorBoard.
+"""Trackers that show a run's metrics and pictures, besides the files in its folder: Weights &
+Biases, TensorBoard.
 
-A tracker has `start`, `write`, `write_picture` and `close`, and may raise whatever it likes:
-`Tracked` sees to it that none of them ever stops a run.
+A tracker has `start`, `write`, `write_picture` and `close`, and may raise anything: `Tracked` makes
+sure that no tracker ever stops a run.
 """
 
 import logging
@@ -126,7 +126,7 @@ class Tracked:
         except Exception as error:
             self._failed = True
             log.warning(
-                "%s is off for the rest of this run (%s: %s); metrics.jsonl goes on",
+                "%s is off for the rest of this run (%s: %s); metrics.jsonl continues",
                 self._tracker.title,
                 type(error).__name__,
                 error,

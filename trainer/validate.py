@@ -109,7 +109,7 @@ def _check_names(config: Config) -> None:
     """The run must have a name.  The `name` inside a group says what was chosen; setting it would
     choose nothing."""
     if not config.name.strip():
-        raise UserError("name is empty; files are called by it")
+        raise UserError("name is empty; it names the run's files")
     for group in ("method", "optim", "loss", "schedule"):
         node = getattr(config, group)
         if node.name != type(node).name:
@@ -173,24 +173,24 @@ def _check_fused_backward(config: Config) -> None:
         (
             "method.clip=global",
             is_global,
-            "set method.clip=exact (a second backward pass), lagged (by the norm of the step "
-            "before), rms (each tensor by itself) or none",
+            "set method.clip=exact (a second backward pass), lagged (by the norm of the previous "
+            "step), rms (each tensor by itself) or none",
         ),
         (
             f"optim.max_grad_norm={norm or 0:g}",
             norm is not None,
-            "set optim.max_grad_norm=null (method.clip=exact and lagged can do without them)",
+            "set optim.max_grad_norm=null (method.clip=exact and lagged work without them)",
         ),
     ):
         if given:
             raise UserError(
-                f"{choice}: {clip} clips by the norm of all gradients, which are never there at "
+                f"{choice}: {clip} clips by the norm of all gradients, which never exist all at "
                 f"once; {remedy}, or {without}"
             )
     if config.optim.on_nonfinite == "raise":
         raise UserError(
-            f"{choice}: optim.on_nonfinite=raise stops before anything is updated, and parts of "
-            f"the step are done when a gradient is found that is not finite; set "
+            f"{choice}: optim.on_nonfinite=raise stops before anything is updated, but part of the "
+            "step is done when a gradient that is not finite is found; set "
             f"optim.on_nonfinite=skip, or {without}"
         )
 
@@ -206,8 +206,8 @@ def _check_curvature(config: Config) -> None:
         )
     if is_sophia and config.optim.on_nonfinite == "raise":
         raise UserError(
-            f"optim.on_nonfinite=raise: optim={config.optim.name} would end the run where a "
-            "gradient of its estimate of the curvature is not finite; use optim.on_nonfinite=skip"
+            f"optim.on_nonfinite=raise: optim={config.optim.name} would end the run if a gradient "
+            "of its curvature estimate is not finite; use optim.on_nonfinite=skip"
         )
 
 
@@ -259,7 +259,7 @@ def _check_data(config: DataConfig) -> None:
                 f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
             )
     if not config.tag_separator:
-        raise UserError("data.tag_separator is empty; it is what tags end with, such as ','")
+        raise UserError("data.tag_separator is empty; set what separates tags, such as ','")
     try:
         ImageColor.getrgb(config.background)
     except ValueError:

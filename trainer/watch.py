@@ -2,9 +2,9 @@
 
 Losses of single steps go up and down with their timesteps.  A loss counts as a spike above 3 times
 the median of the 50 before it, and in the first 10 steps above 3 times the loss before the first
-step, where that is of the same measure.  A norm is told by the median of the 50 before it, the
-first 10 by their own, so that the largest ratio is at least 1.  Runs of a sweep with one seed see
-the same timesteps, so their counts can be compared.
+step, if that is of the same measure.  A gradient norm is compared with the median of the 50 before
+it, the first 10 with their own, so that the largest ratio is at least 1.  Runs of a sweep with the
+same seed see the same timesteps, so their counts can be compared.
 """
 
 import math
@@ -52,8 +52,8 @@ class Watch:
             self.grad_norm_over_median = max(self.grad_norm_over_median or 0.0, ratio)
 
     def found_divergence(self, before: float) -> float | None:
-        """The mean loss of the last 10 steps, the first time that this is asked and it is above 3
-        times the loss before the first step; else None."""
+        """The mean loss of the last 10 steps (5 suffice), the first time that it is above 3 times
+        the loss before the first step; else None."""
         lately = self.losses[-_LEAST:]
         if self.diverged or len(lately) < _FEW or not mean(lately) > _SPIKE * before:
             return None
@@ -61,8 +61,8 @@ class Watch:
         return mean(lately)
 
     def lately(self) -> dict[str, float]:
-        """The mean loss and the largest gradient norm since the last call; NaN where no step was
-        whole."""
+        """The mean loss and the largest gradient norm since the last call; NaN if no step was
+        good."""
         count, total, largest = self.steps, self.loss_sum, self.grad_norm_max
         self.steps, self.loss_sum, self.grad_norm_max = 0, 0.0, 0.0
         if not count:

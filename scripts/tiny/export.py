@@ -22,7 +22,7 @@ MAX_BYTES = 16_000_000  # of the shipped folder
 
 
 def export(base: Base, vae: AutoencoderKL, captions: Captions, bpe: Bpe, out: Path) -> None:
-    """Write a StableDiffusionXLPipeline folder with fp16 weights, in place of an earlier one.
+    """Write a StableDiffusionXLPipeline folder with fp16 weights, instead of an earlier one.
 
     The text encoders get CLIP's whole vocabulary; rows of words that never occurred are random.
     """

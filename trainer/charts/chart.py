@@ -110,7 +110,7 @@ def _notes(panels: Sequence[Panel]) -> list[str]:
     bands = any(panel.has_bands and not panel.is_of_points for panel in panels)
     crosses = any(line.has_cross for panel in panels for line in panel.lines)
     what = " and ".join(["bands"] * bands + ["bars"] * points)
-    notes = [f"means over seeds; {what} from the lowest to the highest"] if what else []
+    notes = [f"means over seeds; {what} from lowest to highest"] if what else []
     notes += ["points stand in this order"] * any(panel.is_of_points for panel in panels)
     return notes + [_FAILED] * crosses
 

@@ -4,8 +4,8 @@
     dtype: str = one_of("float32", ...)  one of these words
     every: Interval = interval()         steps or epochs: 500, 1epoch, 0.5epochs; 0 is never
 
-`trainer.validate` refuses anything else by the option's name.  They have no default, as
-values are in `conf/`, but those of an item in a list.  Where the type allows None, None passes.
+`trainer.validate` rejects anything else, naming the option.  They have no default, as values are in
+`conf/`, except those of an item in a list.  None passes if the type allows it.
 """
 
 import math
@@ -47,7 +47,9 @@ def complaint(node: Any, prefix: str) -> str | None:
     for option in fields(node):
         key, value = f"{prefix}{option.name}", getattr(node, option.name)
         if option.metadata.get("is_interval") and not _is_interval(value):
-            return f"{key}={value} is no interval; give steps (500) or epochs (1epoch, 0.5epochs)"
+            return (
+                f"{key}={value} is not an interval; use steps (500) or epochs (1epoch, 0.5epochs)"
+            )
         if value is None:
             continue
         choices, bounds = option.metadata.get("choices"), option.metadata.get("range")

@@ -11,15 +11,15 @@ TRAINABLE_PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 @dataclass(kw_only=True)
 class EmaConfig:
-    """An average of the trained weights, in checkpoints beside them; eval/ema_loss is its loss."""
+    """A moving average of the trained weights, saved in checkpoints; eval/ema_loss is its loss."""
 
-    decay: float = within(0, 1)  # of the average, for every optimizer step
-    warmup: bool  # begin with an average of fewer steps: decay at most (1 + step) / (10 + step)
-    every: int = within(1)  # steps from one update to the next, which counts for all of them
-    dtype: str = one_of("bfloat16", "float32")  # bfloat16 is written with stochastic rounding
-    # same: as the weights; cpu: no memory of the GPU, and a transfer at every update.
+    decay: float = within(0, 1)  # of the average, per optimizer step
+    warmup: bool  # average over fewer steps at first: decay at most (1 + step) / (10 + step)
+    every: int = within(1)  # steps between updates, each of which counts for all of them
+    dtype: str = one_of("bfloat16", "float32")  # bfloat16 uses stochastic rounding
+    # same: the weights' device; cpu: no GPU memory, but a transfer at every update.
     device: str = one_of("same", "cpu")
-    sample: str = one_of("average", "last")  # whose pictures are drawn: the average's, or the last
+    sample: str = one_of("average", "last")  # which weights draw samples
     export: str = one_of("average", "last")  # which weights are the run's result
 
 
@@ -27,20 +27,20 @@ class EmaConfig:
 class MethodConfig:
     """What all methods share."""
 
-    # Parts that are trained: unet, text_encoder, text_encoder_2.  The captions of a trained text
-    # encoder are read anew in every step.
+    # Parts to train: unet, text_encoder, text_encoder_2.  A trained text encoder encodes its
+    # captions in every step.
     train: list[str]
-    # How gradients are clipped (`trainer/clipping.py`): global, by the norm of them all; exact, the
-    # same with the fused backward, at the cost of a second pass; lagged, by the norm of the step
-    # before; rms, each tensor by its share of the bound; none.
+    # Gradient clipping (`trainer/clipping.py`): global, by the norm of all gradients; exact, the
+    # same with the fused backward, at the cost of a second pass; lagged, by the norm of the
+    # previous step; rms, each tensor by its share of the bound; none.
     clip: str = one_of("global", "exact", "lagged", "rms", "none")
     max_grad_norm: float = within(TINY)  # the bound on the gradients' norm
-    # Options for some parameters, by their names: [{pattern: attn2, lr_scale: 0.1}, {pattern:
-    # conv_in, trainable: false}], with lr, lr_scale, trainable, and any option of the optimizer.
-    # The first whose pattern (a regular expression) is found in a name decides: trainer/groups.py.
+    # Options per parameter name: [{pattern: attn2, lr_scale: 0.1}, {pattern: conv_in, trainable:
+    # false}], with lr, lr_scale, trainable, and any option of the optimizer.  The first rule whose
+    # pattern (a regular expression) is found in the name applies: trainer/groups.py.
     rules: list[dict[str, Any]]
-    # Steps from one result to the next, or epochs (1epoch), all of which are kept; 0 writes that of
-    # the end alone.
+    # Steps, or epochs (1epoch), between intermediate results, all of which are kept; 0: only write
+    # the final result.
     export_every: Interval = interval()
     ema: EmaConfig | None  # chosen with ema=bf16 or ema=fp32
 
@@ -50,16 +50,16 @@ class FullConfig(MethodConfig):
     """Train every weight."""
 
     name: str = "full"
-    # How the result is written: diffusers (a folder), single_file (what A1111 and ComfyUI read).
+    # Formats of the result: diffusers (a folder), single_file (for A1111 and ComfyUI).
     export: list[str] = one_of("diffusers", "single_file")
-    export_dtype: str | None = one_of(*DTYPES)  # of what is written; null: as trained
+    export_dtype: str | None = one_of(*DTYPES)  # of the written weights; null: as trained
 
 
 @dataclass(kw_only=True)
 class RankConfig:
     """The rank of some adapters: 'method.ranks=[{pattern: conv, rank: 8, alpha: 4}]'."""
 
-    pattern: str  # a regular expression that is searched for in modules' names: unet.conv_in
+    pattern: str  # a regular expression, searched for in module names: unet.conv_in
     rank: int = within(1)
     alpha: float | None = within(TINY, default=None)  # null: method.alpha
 
@@ -71,18 +71,18 @@ class LoraConfig(MethodConfig):
     name: str = "lora"
     rank: int = within(1)
     alpha: float = within(TINY)  # the adapter's output is scaled by alpha / rank
-    # Ranks of some adapters by their modules' names; the first whose pattern is found counts.
+    # Ranks per module name; the first one whose pattern is found applies.
     ranks: list[RankConfig]
     rslora: bool  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
-    # Train each output's magnitude apart from its direction (DoRA: Liu et al. 2024, 2402.09353).
+    # Train magnitude and direction separately (DoRA: Liu et al. 2024, arXiv 2402.09353).
     dora: bool
-    # Modules that get an adapter, by the end of their names, as regular expressions: to_q, or
+    # Modules to adapt: regular expressions that match the end of their names: to_q, or
     # down_blocks.*attn1.to_q, or conv[12].  One list for the UNet, one for text encoders.
     targets: list[str]
     text_targets: list[str]
-    # A LoRA file, of kohya's kind or diffusers', that training starts from: of this rank, alpha and
-    # these targets.  Null starts from nothing.
+    # A LoRA file (kohya's or diffusers' format) to start from, with this rank, alpha and these
+    # targets; null: start from zero.
     start_from: str | None
-    # How the result is written: kohya (what A1111 and ComfyUI read), diffusers.
+    # Formats of the result: kohya (for A1111 and ComfyUI), diffusers.
     export: list[str] = one_of("kohya", "diffusers")
-    export_dtype: str | None = one_of(*DTYPES)  # of what is written; null: as trained
+    export_dtype: str | None = one_of(*DTYPES)  # of the written weights; null: as trained

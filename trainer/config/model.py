@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def why_missing(option: str, name: str) -> str | None:
-    """What to say where `name` is neither on the disk nor what a hub repository may be called."""
+    """The error for a `name` that is neither on disk nor a valid name of a hub repository."""
     is_pair = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
     is_repository = is_pair and not name.endswith((".safetensors", ".ckpt"))
     if is_repository or Path(name).expanduser().exists():
@@ -31,15 +31,14 @@ class ModelConfig:
     path: str  # a diffusers folder, a single .safetensors or .ckpt file, or a name on the hub
     variant: str | None  # of a diffusers folder's files, such as fp16
     dtype: str = one_of("float32", "bfloat16")  # of the UNet's weights
-    # Of its matrix products: as the weights, or bf16 with fp32 weights (autocast).
+    # Dtype of its matrix products: the weights', or bf16 with fp32 weights (autocast).
     compute: str = one_of("same", "bfloat16")
-    # Another VAE, exported with the result: its folder, file or hub repository, or a model's.
+    # Another VAE, exported with the result: a folder, file or hub repository of a VAE or a model.
     vae: str | None
     vae_dtype: str = one_of(*DTYPES)  # the original SDXL VAE overflows in float16
-    text_dtype: str = one_of(*DTYPES)  # of the text encoders; trained ones cannot be in float16
-    # A caption is read in this many chunks of 75 tokens; the rest of it is cut.
+    text_dtype: str = one_of(*DTYPES)  # of the text encoders; not float16 if they are trained
+    # A caption is encoded in up to this many chunks of 75 tokens; the rest is truncated.
     prompt_chunks: int = within(1, 16)
-    # Layers left out at the end of the text encoders; null as published (SDXL 1, SD 1.5 none).  It
-    # is the number of kohya's scripts and A1111 minus 1; diffusers' for SD 1.5, and diffusers' plus
-    # 1 for SDXL, whose published layer it counts from.
+    # Layers left out at the end; null: as published (SDXL 1, SD 1.5 0).  Equals kohya's/A1111's
+    # number - 1; diffusers' for SD 1.5; diffusers' + 1 for SDXL.
     clip_skip: int | None = within(0, 11)

@@ -1,7 +1,7 @@
-"""`optim=`: the optimizer, of the family or from anywhere.
+"""`optim=`: the optimizer, of this family or any other.
 
-The family's options are not written down here: they are its class's signature
-(`optim.options_of`), turned into a dataclass by `optimizer_schema`, so that a default has one home.
+The family's options are not listed here: `optimizer_schema` turns a class's signature
+(`optim.options_of`) into a dataclass, so that each default has one home.
 """
 
 from dataclasses import dataclass, field, make_dataclass
@@ -22,7 +22,7 @@ class ExternalConfig:
 
 @dataclass(kw_only=True)
 class PeerConfig(ExternalConfig):
-    """An optimizer of somebody else's package, with options under which it can be compared."""
+    """An optimizer of another package, with options that make it comparable."""
 
     package: str  # what pip installs; the run records its version
 

@@ -12,7 +12,7 @@ class ConstantConfig:
 
     name: str = "constant"
     steps: int = within(1)
-    # How often the data is gone through; where it is set, steps are as many as that takes.
+    # Length in epochs; overrides steps.
     epochs: float | None = within(TINY)
     warmup_steps: int | None = within(0)  # null: 20, or a tenth of a run of less than 200
 
@@ -35,15 +35,15 @@ class CosineConfig(LinearConfig):
 
 @dataclass(kw_only=True)
 class PolynomialConfig(LinearConfig):
-    """Warm up, hold, then decay as a power of the share of the decay that is left."""
+    """Warm up, hold, then decay as a power of the remaining share of the decay."""
 
     name: str = "polynomial"
-    power: float = within(1e-3, 100)  # 1 is linear; above, fast at first
+    power: float = within(1e-3, 100)  # 1: linear; above 1: fast at first
 
 
 @dataclass(kw_only=True)
 class CosineRestartsConfig(LinearConfig):
-    """Warm up, hold, then decay along half a cosine again and again, each time from the peak."""
+    """Warm up, hold, then decay along half a cosine several times, each time from the peak."""
 
     name: str = "cosine_restarts"
     cycles: int = within(1)
@@ -51,9 +51,9 @@ class CosineRestartsConfig(LinearConfig):
 
 @dataclass(kw_only=True)
 class WsdConfig(ConstantConfig):
-    """Warm up, stay, decay at the end."""
+    """Warm up, stay, then decay at the end (warmup-stable-decay)."""
 
     name: str = "wsd"
-    decay: float = within(0, 1)  # share of the run that the decay takes
+    decay: float = within(0, 1)  # share of the run used for the decay
     shape: str = one_of("linear", "cosine", "sqrt")
     final_scale: float = within(0, 1)  # share of the peak that the rate decays to

@@ -95,16 +95,16 @@ class Dataset:
             ((height, width),) = plan.buckets
             return (
                 f"one bucket of {width} x {height}, batches of {plan.batch_size}, "
-                f"{float(plan.batches_per_epoch):g} an epoch"
+                f"{float(plan.batches_per_epoch):g} per epoch"
             )
-        lines = ["  width x height  pictures  batches an epoch"]
+        lines = ["  width x height  pictures  batches per epoch"]
         for (height, width), members in zip(plan.buckets, plan.members, strict=True):
             batches, rest = plan.batches_of(len(members)), len(members) % plan.batch_size
             how = "filled by repeating" if plan.repeats_short else f"of {rest}"
             note = f", the last {how}" if rest else ""
             lines.append(f"{width:>7} x {height:<6}{len(members):>10}{batches:>9}{note}")
         total = f"{len(plan.buckets)} buckets, batches of {plan.batch_size}, "
-        return "\n".join([f"{total}{float(plan.batches_per_epoch):g} an epoch:", *lines])
+        return "\n".join([f"{total}{float(plan.batches_per_epoch):g} per epoch:", *lines])
 
     def caption(self, index: int, seed: int, number: int, place: int) -> str | None:
         """What a sample is called at this place of batch `number`; None where it is dropped."""
@@ -159,14 +159,14 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
         log.warning("data: %d %s: %s", len(names), what, some(names))
     for wrong in (surveyed.broken, surveyed.undecodable):
         if wrong:
-            more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` names them)"
+            more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` lists them)"
             raise UserError(wrong[0] + (more if len(wrong) > 1 else ""))
     if not surveyed.count:
         raise nothing_found(surveyed, config)
     if surveyed.uncaptioned:
         extensions = " or ".join(endings(config))
         message = (
-            f"{len(surveyed.uncaptioned)} pictures have no {extensions} file beside them, and no "
+            f"{len(surveyed.uncaptioned)} pictures have no {extensions} file next to them, and no "
             f"caption in metadata or a table: {some(surveyed.uncaptioned)}"
         )
         if config.on_missing_caption == "error":
@@ -183,8 +183,8 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
         )
     if not surveyed.usable:
         raise UserError(
-            f"data.path={_where(config)}: of {surveyed.count} pictures none can be used; see the "
-            "warnings above"
+            f"data.path={_where(config)}: none of the {surveyed.count} pictures can be used; see "
+            "the warnings above"
         )
 
 
@@ -211,11 +211,14 @@ def report(surveyed: Survey, dataset: Dataset) -> None:
         )
     if config.mask == "file" and len(masked) < len(surveyed.usable):
         log.warning(
-            "%d pictures have no mask; the whole of each counts", len(surveyed.usable) - len(masked)
+            "%d pictures have no mask; the loss covers all of them",
+            len(surveyed.usable) - len(masked),
         )
     opaque = [picture.item.name for picture in surveyed.usable if not picture.is_transparent]
     if config.mask == "alpha" and opaque:
-        log.warning("%d pictures have no transparent part; the whole of each counts", len(opaque))
+        log.warning(
+            "%d pictures have no transparent part; the loss covers all of them", len(opaque)
+        )
     small = [
         picture.item.name
         for picture in surveyed.usable

@@ -1,7 +1,7 @@
-"""A folder of pictures: its files, what lies beside each picture, and what is passed over.
+"""A folder of pictures: its files, those that belong to each picture, and those that are ignored.
 
-No picture is left out without a word: whatever looks like one, or like something that belongs to
-one, and is not used goes to `Reading.problems`, by its kind.
+No picture is dropped silently: whatever looks like one, or like something that belongs to one, and
+is not used is listed in `Reading.problems`, by kind.
 """
 
 import os
@@ -67,15 +67,15 @@ _OTHER_PICTURES = (
     ".kra",
 )
 _ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # text that is no caption
-_RUNS = "folders of runs are passed over (name one itself as data.path to read it)"
+_RUNS = "folders of runs are ignored (to read one, make it data.path)"
 _COUNTED = re.compile(r"(?!1_)\d+_.")  # 10_cat: ten times
 _REPEATS = (
-    "folders are called as kohya's scripts want repeats and a caption, which are not read (name "
-    "each: 'data.sources=[{path: FOLDER/10_cat, repeats: 10, caption: cat}, ...]')"
+    "folders are named in kohya's style (REPEATS_CAPTION), which is not interpreted (list each: "
+    "'data.sources=[{path: FOLDER/10_cat, repeats: 10, caption: cat}, ...]')"
 )
 _TABLES = (".csv", ".tsv", ".jsonl")
-_OTHER_TABLES = "tables are passed over (metadata.csv and metadata.jsonl are read)"
-_HIDDEN = "hidden pictures, or folders of them, are passed over (a dot begins their names)"
+_OTHER_TABLES = "tables are ignored (only metadata.csv and metadata.jsonl are read)"
+_HIDDEN = "hidden pictures and folders are ignored (their names start with a dot)"
 
 
 def walk(folder: Path, reading: Reading) -> Iterator[Path]:
@@ -89,12 +89,13 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
         entries = [(entry.name, _is_folder(entry)) for entry in os.scandir(folder)]
     except OSError as error:
         reading.broken.append(
-            f"{shown(folder)} cannot be read: {error.strerror}; make it readable, or move it out"
+            f"{shown(folder)} cannot be read: {error.strerror}; make it readable, or move it "
+            "elsewhere"
         )
         return
     here = (state.st_dev, state.st_ino)
     if here in above:
-        reading.remarks["links to a folder above them are passed over"].append(shown(folder))
+        reading.remarks["links to a parent folder are ignored"].append(shown(folder))
         return
     if above and _is_run({name for name, _ in entries}):
         reading.remarks[_RUNS].append(shown(folder))
@@ -213,11 +214,13 @@ def _unused(file: Path, masks: Collection[str], texts: Collection[Path]) -> str 
     if is_hidden(name):
         return _HIDDEN if is_picture(name) else None
     if file in texts:
-        return None if file.stem.lower() in _ABOUT_ALL else "caption files are beside no picture"
+        return None if file.stem.lower() in _ABOUT_ALL else "caption files have no picture"
     if is_mask(name) and os.path.normpath(file) not in masks:
-        return "masks without a picture (NAME.mask.png is of NAME; rename it if it is a picture)"
+        return (
+            "masks without a picture (NAME.mask.png belongs to NAME; rename it if it is a picture)"
+        )
     if name.endswith(_ARCHIVES):
-        return "archives are passed over (uncompressed .tar files are read; unpack the others)"
+        return "archives are ignored (only uncompressed .tar files are read; unpack the others)"
     if name.endswith(_OTHER_PICTURES):
-        return "pictures of a kind that is not read are passed over (convert them)"
+        return "pictures in unsupported formats are ignored (convert them)"
     return None

@@ -114,7 +114,7 @@ def item(
         captions=(lambda: lines) if texts is not None else otherwise,
         weight=weight,
         read_mask=read_mask,
-        notes=["a text file that their metadata disagrees with; it is not read"]
+        notes=["a text file that contradicts their metadata; it is ignored"]
         if is_overruled
         else [],
     )
@@ -126,7 +126,7 @@ def note_texts(made: Item, endings: list[str], is_shared: bool) -> None:
     `is_shared`: another picture has them too.
     """
     if len(endings) > 1:
-        made.notes.append(f"a {endings[1]} beside their {endings[0]}; it is not read")
+        made.notes.append(f"a {endings[1]} next to their {endings[0]}; it is ignored")
     if endings and is_shared:
         made.notes.append(f"a {endings[0]} that is another picture's too, of the same name")
 

@@ -31,15 +31,15 @@ def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, An
         for where, record in _records(file, reading):
             picture = walked.path(file.parent / record["file_name"])
             if picture in found:
-                twice = f"{where}: {record['file_name']} is listed for the second time"
-                reading.broken.append(f"{twice}; leave one of them")
+                twice = f"{where}: {record['file_name']} is listed twice"
+                reading.broken.append(f"{twice}; keep one of them")
             if record.get("mask"):
                 record["mask"] = str(walked.path(picture.parent / record["mask"]))
             found.setdefault(picture, record)
             columns |= dict.fromkeys(record)
         if column is not None and columns and column not in columns:
             reading.broken.append(
-                f"{shown(file)} has no data.caption_column={column}; there is "
+                f"{shown(file)} has no data.caption_column={column}; it has "
                 f"{shown(', '.join(columns))}"
             )
     return found
@@ -131,7 +131,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield rows.line_num, record
     except csv.Error as error:
         where = f"{shown(path)}, from line {rows.line_num + 1} on"
-        raise UserError(f"{where}: {error}; is a quote left open?") from error
+        raise UserError(f"{where}: {error}; is a quote unclosed?") from error
 
 
 # Lines and their numbers: of JSON, or already read.

@@ -50,7 +50,7 @@ def decode(content: bytes, max_pixels: int, background: str = "white") -> Pictur
     try:
         opened = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
-        raise ValueError("it is not a picture of a kind that Pillow reads") from None
+        raise ValueError("it is not in a picture format that Pillow reads") from None
     with opened as file:
         if file.width * file.height > max_pixels:
             raise ValueError(
@@ -94,7 +94,7 @@ def decode_mask(content: bytes, size: Size, max_pixels: int) -> Image.Image:
     grey = decode(content, max_pixels).rgb.convert("L")
     if abs(math.log(grey.width / grey.height * size[0] / size[1])) > 0.02:
         raise ValueError(
-            f"its mask is {grey.width} x {grey.height} pixels, of another shape than the picture, "
+            f"its mask is {grey.width} x {grey.height} pixels, which does not match the picture, "
             f"{size[1]} x {size[0]}"
         )
     return grey
@@ -122,7 +122,7 @@ def _upright(file: Image.Image, notes: list[str]) -> Image.Image:
     try:
         return ImageOps.exif_transpose(file)
     except Exception:  # its parser raises whatever damaged bytes lead it to
-        notes.append("EXIF data that cannot be read; they are not turned")
+        notes.append("unreadable EXIF data; not rotated")
         return file.copy()
 
 
@@ -154,7 +154,7 @@ def _srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.
             return image.convert("RGB")
         converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
-        notes.append("a colour profile that does not fit the picture; it is taken for sRGB")
+        notes.append("a colour profile that does not fit them; sRGB is assumed")
         return image.convert("RGB")
     assert converted is not None  # it would be in place
     return converted

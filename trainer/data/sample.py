@@ -94,7 +94,7 @@ class Sample:
     def _read(self) -> "Content":
         content = read(self.item, self.config)
         if content.digest != self.digest:
-            raise UserError(f"{self.name} has changed since this run began; start it again")
+            raise UserError(f"{self.name} has changed since this run began; restart the run")
         return content
 
 

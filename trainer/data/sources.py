@@ -8,14 +8,17 @@ from trainer.data import folders, metadata, tables, tars
 from trainer.data.items import IRREGULAR, Item, Reading, is_hidden, is_picture, shown
 from trainer.errors import UserError
 
-_MASKS = "pictures are masks, as metadata says, and not trained on (list them there to do so)"
+_MASKS = (
+    "pictures are masks according to metadata, and not trained on (list them there to train on "
+    "them)"
+)
 _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}
 
 
 def find(path: Path, reading: Reading) -> Iterator[Item]:
     """Everything in a folder, in the order of the paths, or in one file.
 
-    What is passed over goes to `reading`, and so does what cannot be read at all.
+    What is ignored goes to `reading`, and so does what cannot be read at all.
     """
     if not path.is_dir():
         with reading.going_on():
@@ -49,12 +52,12 @@ def _is_aside(file: Path, reading: Reading) -> bool:
     """Whether an archive or table is in a folder for another reason than to be read."""
     _check_regular(file)
     if file.name.startswith("cache-"):
-        reading.remarks["caches of data sets are passed over"].append(shown(file))
+        reading.remarks["caches of data sets are ignored"].append(shown(file))
     elif file.suffix.lower() in (".parquet", ".arrow") and not tables.has_pictures(file):
         # what img2dataset writes beside each shard holds nothing that is not in the shard
         is_listing = file.with_suffix(".tar").is_file()
         said = reading.remarks if is_listing else reading.problems
-        said["tables without a column of pictures are passed over"].append(shown(file))
+        said["tables without a column of pictures are ignored"].append(shown(file))
     else:
         return False
     return True

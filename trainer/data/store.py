@@ -62,15 +62,15 @@ class Entries:
             entry = _load(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the cache's {path} was there when the run began and cannot be read now: {error}; "
-                "a run that is resumed, or started again, makes it again"
+                f"the cache's {path} has become unreadable since the run began: {error}; resume or "
+                "restart to recreate it"
             ) from error
         if not _is_finite(entry):
             with suppress(OSError):
                 path.unlink()  # else the next run would find it again
             raise UserError(
-                f"the cache's {path} was not finite and is deleted; a run that is resumed, or "
-                "started again, makes it again"
+                f"the cache's {path} was not finite and has been deleted; resume or restart to "
+                "recreate it"
             )
         return entry
 
@@ -165,7 +165,7 @@ class Store:
                     if not _is_finite(entry):
                         raise UserError(
                             f"the text encoders' embedding of {by_key[key]!r} is not finite; run "
-                            "them in float32, or look at their weights"
+                            "them in float32, or check their weights"
                         )
                     self._put(found, key, entry, len(missing))
         self._report("captions", len(keys), len(missing))
@@ -243,8 +243,8 @@ class Store:
 
     def _unwritable(self, path: Path, error: Exception) -> UserError:
         return UserError(
-            f"data.cache={self.folder}: {path} cannot be written: {error}; make room there, name "
-            "another folder, or set data.cache=null"
+            f"data.cache={self.folder}: {path} cannot be written: {error}; free some space there, "
+            "name another folder, or set data.cache=null"
         )
 
     def _report(self, what: str, count: int, encoded: int) -> None:
@@ -258,8 +258,8 @@ def _check_room(entry: Entry, total: int) -> None:
     if needed > free:
         raise UserError(
             f"{total} encoded {'captions' if 'prompt' in entry else 'pictures'} need "
-            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; name a folder for "
-            "them: data.cache=... (data.cache_dtype=bfloat16 needs half)"
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; store them in a "
+            "folder: data.cache=... (data.cache_dtype=bfloat16 needs half)"
         )
 
 
@@ -319,7 +319,7 @@ def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
             raise
         except Exception as error:  # decoders raise many kinds
             raise UserError(
-                f"{sample.name} could be read when the run began and cannot be now: {error}"
+                f"{sample.name} has become unreadable since the run began: {error}"
             ) from error
 
     return read

@@ -94,15 +94,17 @@ def _found(
             signals.end_if(stop, "looking for pictures")
             if other := repeated.source(item.path, source):
                 said = (
-                    f"pictures of {other.path} are of {source.path} too, and trained on for both"
+                    f"pictures are in both {other.path} and {source.path} and are trained on twice"
                     if other is not source
-                    else "pictures are found by several paths, through links, and trained on for "
-                    "each of them"
+                    else (
+                        "pictures are found by several paths (links) and are trained on once for "
+                        "each"
+                    )
                 )
                 surveyed.problems[said].append(item.name)
             found.append((source, item))
         if config.caption_column is not None and not reading.has_column:
-            said = f"sources have nothing with data.caption_column={config.caption_column}"
+            said = f"sources have no captions in data.caption_column={config.caption_column}"
             reading.remarks[said].append(source.path)
     surveyed.count = len(found)
     return found

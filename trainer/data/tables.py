@@ -24,7 +24,7 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
     names, image = _columns(path)
     has = f"the columns {shown(', '.join(names))}"
     if image is None:
-        raise UserError(f"{shown(path)} has {has}; one that holds pictures is needed")
+        raise UserError(f"{shown(path)} has {has}; it needs one with pictures")
     column = reading.caption_column
     if column is not None and column not in names:
         raise UserError(f"{shown(path)} has no data.caption_column={column}; it has {has}")
@@ -59,8 +59,8 @@ def _named_errors(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{shown(path)} cannot be read: {error}; make it again, or take it out of the data "
-            "(data.max_unreadable is for pictures alone)"
+            f"{shown(path)} cannot be read: {error}; recreate it, or remove it from the data "
+            "(data.max_unreadable only covers pictures)"
         ) from error
 
 

@@ -39,7 +39,7 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
                 yield _item(path, f"{stem.lstrip('/')}{ending}", members, ending, reading)
         if not pictures:
             where = shown(f"{path}:{stem.lstrip('/')}")
-            reading.problems["samples of archives have no picture"].append(where)
+            reading.problems["samples in archives have no picture"].append(where)
 
 
 def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Place]]:
@@ -55,14 +55,14 @@ def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Place]]:
                     reading.problems[unused].append(shown(f"{path}:{member.name}"))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
-            f"{shown(path)} cannot be read as an uncompressed tar archive: {error}; make it again, "
-            "or take it out of the data (data.max_unreadable is for pictures alone)"
+            f"{shown(path)} cannot be read as an uncompressed tar archive: {error}; recreate it, "
+            "or remove it from the data (data.max_unreadable only covers pictures)"
         ) from error
 
 
-_HIDDEN = "hidden pictures of archives are passed over (a dot begins their names)"
-_LINK = "pictures of archives are links, and passed over (make it with tar --hard-dereference -h)"
-_TWICE = "members of archives take the place of earlier ones with their name"
+_HIDDEN = "hidden pictures in archives are ignored (their names start with a dot)"
+_LINK = "pictures in archives are links and are ignored (pack with tar --hard-dereference -h)"
+_TWICE = "members of archives replace earlier ones of the same name"
 
 
 def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading: Reading) -> Item:
@@ -75,7 +75,7 @@ def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading
         except ValueError as error:
             raise UserError(f"{shown(where)}: its .json is not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise UserError(f"{shown(where)}: its .json holds no object")
+            raise UserError(f"{shown(where)}: its .json is not a JSON object")
         record.pop("mask", None)
     kinds = dict.fromkeys(extension.lower() for extension in reading.extensions)
     endings = [kind for kind in kinds if kind in own]

@@ -116,7 +116,8 @@ def refuse_others(
                 options = _options_of(adapters, layers)
                 raise UserError(
                     f"the LoRA does not fit the run: {part}.{path} is {there} in the file and "
-                    f"{here} here" + (f"; a run that it fits has {options}" if options else "")
+                    f"{here} in the "
+                    "run" + (f"; it fits a run with {options}" if options else "")
                 )
 
 
@@ -195,7 +196,7 @@ def peft_config(found: dict[str, Adapter]) -> LoraConfig:
     is_dora = {adapter.magnitude is not None for adapter in found.values()}
     if len(is_dora) > 1:
         raise UserError(
-            "some of the LoRA's modules are DoRA and others not; they cannot be trained"
+            "some of the LoRA's modules are DoRA and others are not; such a LoRA cannot be trained"
         )
     rank, alpha = commonest(found.values())
     return LoraConfig(

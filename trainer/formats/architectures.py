@@ -109,17 +109,17 @@ def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], whe
     the architecture does not have."""
     for name, shape in wanted.items():
         if name not in weights:
-            raise UserError(f"{where}: the {part} lacks {name}; the file is not whole")
+            raise UserError(f"{where}: the {part} lacks {name}; the file is incomplete")
         if weights[name].shape != shape:
             raise UserError(
                 f"{where}: {name} of the {part} is {weights[name].shape}, and {shape} in this "
-                "architecture; it is another model's"
+                "architecture; it belongs to another model"
             )
     spare = [name for name in weights if name not in wanted and not name.endswith(NOT_WEIGHTS)]
     if spare and part == "unet":
         raise UserError(
-            f"{where}: the unet has {spare[0]}, which this architecture does not; it is another "
-            "model's"
+            f"{where}: the unet has {spare[0]}, which this architecture does not; it belongs to "
+            "another model"
         )
     if spare:
         message = "%s: %d tensors of the %s, such as %s, are not used"

@@ -75,13 +75,18 @@ def decode(
         if part.startswith("text_encoder"):
             base = f"{part}.{canonical(part, base.removeprefix(f'{part}.'))}"
         if what is None:
-            raise UserError(f"{where}: {name} is of an unknown kind; LoRA and DoRA can be read")
+            raise UserError(
+                f"{where}: {name} is of an unknown kind; only LoRA and DoRA can be read"
+            )
         if base not in known:
             raise OtherModel(
-                f"{where}: {name} is of the {part}, which this model lacks, or method.train leaves "
-                "out"
+                f"{where}: {name} belongs to the {part}, which this model lacks or method.train "
+                "leaves out"
                 if part in TRAINABLE_PARTS and part not in models
-                else f"{where}: {base} matches no module of this model; the LoRA is another model's"
+                else (
+                    f"{where}: {base} matches no module of this model; the LoRA is for another "
+                    "model"
+                )
             )
         grouped.setdefault(base, {})[what] = lazy.read()
     alphas = _Alphas(metadata, where)

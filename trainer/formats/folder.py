@@ -36,7 +36,7 @@ def find_weights(
     files = _files(folder, part, variant)
     if variant and not files:
         files = _files(folder, part, None)
-        message = "%s has no %s variant of the %s; its plain files are read"
+        message = "%s has no %s variant of the %s; reading its plain files"
         log.info(message, folder.parent, variant, part)
     if not files:
         others = sorted(path.name for path in folder.glob("*.*.safetensors"))

@@ -69,6 +69,6 @@ def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Pa
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
         raise UserError(
-            f"{option}={name} is not a folder or file here, and the hub does not give it "
+            f"{option}={name} is not a folder or file here, and cannot be loaded from the hub "
             f"({reason(error)}); name a diffusers folder, or a .safetensors file"
         ) from error

@@ -49,13 +49,13 @@ def of_checkpoint(weights: Weights, where: Path) -> str:
     for prefix, what in _OTHERS.items():
         if any(name.startswith(prefix) for name in weights):
             raise UserError(
-                f"{where} is {what} checkpoint; as a single file, SDXL (base) and Stable Diffusion "
-                "1.x can be read"
+                f"{where} is {what} checkpoint; as single files, only SDXL (base) and Stable "
+                "Diffusion 1.x can be read"
             )
     if _CONV_IN not in weights:
         if any(name in weights for name in _BARE_UNET):
             raise UserError(
-                f"{where} holds a UNet alone; put it into the unet folder of a model in diffusers "
+                f"{where} holds only a UNet; put it into the unet folder of a model in diffusers "
                 "layout, and name that folder"
             )
         some = next(iter(weights), "no tensor")
@@ -79,8 +79,8 @@ def check_channels(channels: int, where: Path) -> None:
     if channels != 4:
         what = {9: "an inpainting model", 8: "an image-editing model"}.get(channels, "another kind")
         raise UserError(
-            f"{where}: its UNet takes {channels} channels, so it is {what}; models that take a "
-            "latent of 4 channels can be trained: use the base model"
+            f"{where}: its UNet takes {channels} channels, so it is {what}; only models with "
+            "latents of 4 channels can be trained: use the base model"
         )
 
 

@@ -79,7 +79,7 @@ def decode(weights: Weights, models: Mapping[str, nn.Module], where: str) -> Ada
             kind = _OTHER_KINDS.get(what)
             raise UserError(
                 f"{where}: {name} is "
-                + (f"of {kind}; LoRA and DoRA can be read" if kind else "of an unknown kind")
+                + (f"of {kind}; only LoRA and DoRA can be read" if kind else "of an unknown kind")
             )
         if base not in known:
             raise OtherModel(f"{where}: {_stranger(base, models)}")
@@ -115,9 +115,10 @@ def _stranger(base: str, models: Mapping[str, nn.Module]) -> str:
         for part, prefix in prefixes.items():
             if base.startswith(prefix) and part not in models:
                 return (
-                    f"{base} is of the {part}, which this model lacks, or method.train leaves out"
+                    f"{base} belongs to the {part}, which this model lacks or method.train leaves "
+                    "out"
                 )
-    return f"{base} matches no module of this model; the LoRA is another model's"
+    return f"{base} matches no module of this model; the LoRA is for another model"
 
 
 def _adapter(where: str, tensors: dict[str, Tensor]) -> Adapter:

@@ -40,7 +40,7 @@ def save_lora(
     adapters = of_models(models) if adapters is None else adapters
     adapters = {part: found for part, found in adapters.items() if found}
     if not adapters:
-        raise UserError(f"{target}: none of {', '.join(models)} has an adapter to be written")
+        raise UserError(f"{target}: none of {', '.join(models)} has an adapter to write")
     if kind == "kohya":
         if base not in kohya.PREFIXES:
             raise UserError(
@@ -61,7 +61,7 @@ def save_lora(
         stream.write(temporary, of_tensors(tensors), described, dtypes)
         count, rounding = _prove(read(temporary, models), adapters, dtype, target)
     changed = f" (rounded to {str(dtype).removeprefix('torch.')}: {rounding:.1e})" if dtype else ""
-    log.info("%s: %d adapters read back, each adds what was trained%s", target, count, changed)
+    log.info("%s: %d adapters read back, all equal to what was trained%s", target, count, changed)
     return target
 
 
@@ -93,7 +93,7 @@ def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
     if adapter.up.shape[0] != weight.shape[0] or math.prod(shape) != weight.numel():
         raise OtherModel(
             f"{where} is for a weight of {shape}, and here it is {tuple(weight.shape)}; the LoRA "
-            "is another model's"
+            "is for another model"
         )
 
 
@@ -111,10 +111,12 @@ def _prove(
         for path in sorted(here.keys() | there.keys()):
             if path not in here or path not in there:
                 lost = "is missing in" if path in there else "should not be in"
-                raise NotProved(f"{target}, read back: {part}.{path} {lost} it; it is not kept")
+                raise NotProved(
+                    f"{target}, read back: {part}.{path} {lost} it; the file is discarded"
+                )
             rounded = _rounded(there[path], dtype)
             if why := _difference(here[path], rounded):
-                raise NotProved(f"{target}, read back: {part}.{path} {why}; it is not kept")
+                raise NotProved(f"{target}, read back: {part}.{path} {why}; the file is discarded")
             if dtype is not None:
                 rounding = max(rounding, _relative(rounded.delta(), there[path].delta()))
             count += 1
@@ -134,7 +136,7 @@ def _rounded(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
 def _difference(written: Adapter, wanted: Adapter) -> str | None:
     error = _relative(written.delta(), wanted.delta())
     if error > 1e-6:  # alpha is fp32 in the file
-        return f"adds something else (relative error {error:.1e})"
+        return f"has another effect (relative error {error:.1e})"
     here, there = written.magnitude, wanted.magnitude
     if here is None or there is None:
         return None if here is there else "has lost its DoRA scale, or gained one"

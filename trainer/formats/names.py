@@ -73,7 +73,7 @@ _OPENCLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-# Names that old files have beside, or in place of, today's.
+# Names that old files have beside, or instead of, today's.
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 NOT_WEIGHTS = ("position_ids", "logit_scale")  # nothing that encoding a text would use
 

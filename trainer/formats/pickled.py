@@ -44,7 +44,7 @@ def read(path: Path) -> Any:
     archive = zipfile.ZipFile(path)
     roots = [n.removesuffix("data.pkl") for n in archive.namelist() if n.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise UserError(f"{path} is a zip, but no checkpoint that torch wrote")
+        raise UserError(f"{path} is a zip file, but not a torch checkpoint")
     order = f"{roots[0]}byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
         raise UserError(f"{path} was written on a big-endian machine; it cannot be read")

@@ -23,15 +23,15 @@ def same(written: Weights, wanted: Weights, dtypes: Mapping[str, torch.dtype], w
     for name in (*wanted, *written):
         if name not in written or name not in wanted:
             lost = "is missing in" if name in wanted else "should not be in"
-            raise NotProved(f"{where}, read back: {name} {lost} it; it is not kept")
+            raise NotProved(f"{where}, read back: {name} {lost} it; the file is discarded")
     bar = tqdm(wanted.items(), desc="reading back", unit="tensor", disable=None, leave=False)
     for name, lazy in bar:
         found, dtype = written[name], dtypes.get(name, lazy.dtype)
         if (found.shape, found.dtype) != (lazy.shape, dtype):
             raise NotProved(
-                f"{where}, read back: {name} is {found.dtype} {found.shape} in place of {dtype} "
-                f"{lazy.shape}; it is not kept"
+                f"{where}, read back: {name} is {found.dtype} {found.shape} instead of {dtype} "
+                f"{lazy.shape}; the file is discarded"
             )
         if not torch.equal(contents(found.read()), contents(lazy.read().to(dtype))):
-            raise NotProved(f"{where}, read back: {name} has other values; it is not kept")
+            raise NotProved(f"{where}, read back: {name} has other values; the file is discarded")
     return len(wanted)

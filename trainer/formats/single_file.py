@@ -46,8 +46,8 @@ class SingleFile:
         known = {prefix + entry.single for entry in entries}
         if part == "unet" and (spare := [name for name in found if name not in known]):
             raise UserError(
-                f"{self.path} has {spare[0]}, which its architecture does not; its UNet is another "
-                "model's"
+                f"{self.path} has {spare[0]}, which its architecture does not; its UNet belongs to "
+                "another model"
             )
         own = names.to_own(found, entries, prefix)
         architectures.compare(part, own, wanted, str(self.path))

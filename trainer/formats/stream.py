@@ -62,7 +62,7 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
         if lost.any():
             raise UserError(
                 f"{name} has values up to {tensor[lost].abs().max():.3g}, which "
-                f"{str(dtype).removeprefix('torch.')} does not hold; write another type"
+                f"{str(dtype).removeprefix('torch.')} cannot represent; choose another dtype"
             )
     return rounded
 

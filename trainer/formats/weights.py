@@ -58,7 +58,7 @@ def of_file(path: Path) -> tuple[Weights, dict[str, str]]:
     called = ".safetensors" if ending == ".safetensors" else ".ckpt"
     form = _form(path) or called
     if form != called:
-        log.info("%s is read as what it is, a %s file", path, form)
+        log.info("%s is a %s file despite its name, and is read as such", path, form)
     return _of_safetensors(path) if form == ".safetensors" else (_of_pickle(path), {})
 
 
@@ -137,7 +137,7 @@ def _of_pickle(path: Path) -> Weights:
     weights = of_tensors({name: t for name, t in every.items() if isinstance(t, Tensor)})
     weights |= {name: lazy for name, lazy in every.items() if isinstance(lazy, Lazy)}
     if not weights:
-        raise UserError(f"{path} holds no tensors by name")
+        raise UserError(f"{path} holds no named tensors")
     return weights
 
 
@@ -150,8 +150,8 @@ def _of_old_pickle(path: Path) -> Any:
         if "Weights only load failed" not in str(error):
             raise
         raise UserError(
-            f"{path} holds more than tensors, in the form of before torch 1.6, and unpickling that "
-            "could run any code; it is not loaded. Where you trust it, convert it to .safetensors "
+            f"{path} holds more than tensors, in the format of before torch 1.6, and unpickling it "
+            "could run any code; it is not loaded. If you trust it, convert it to .safetensors "
             "with the program it came from"
         ) from error
 

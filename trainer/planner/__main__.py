@@ -1,4 +1,4 @@
-"""`python -m trainer.planner`: how much memory a run will take, and whether that is there."""
+"""`python -m trainer.planner`: how much memory a run needs, and whether it is available."""
 
 import argparse
 import json
@@ -18,18 +18,18 @@ from trainer.report import format_bytes
 from trainer.validate import to_dataclasses
 
 _HELP = """\
-Say how much memory a run would take, phase by phase, and whether it fits; train nothing.
+Print how much memory a run needs, phase by phase, and whether it fits, without training.
 
   python -m trainer.planner experiment=sdxl
   python -m trainer.planner experiment=sdxl_lora data.batch_size=4 --card 12
   python -m trainer.planner -m experiment=sdxl optim=adamw8bit,adafactor8bit --card 24
 
-It takes the options of `python -m trainer`, goes through a step of the model with tensors that have
-shapes and no numbers, and needs neither weights nor pictures nor a GPU: without model.path it is
-the published architecture, without data.path pictures as large as data.resolution.  Where it does
-not fit, options are tried that would take less, the least costly first, until it does.  With -m
-there is a line for each run of a sweep.  Exit status: 0, it fits; 1, it, or a run of the sweep,
-does not; 2, an option is wrong."""
+It takes the options of `python -m trainer` and executes a step of the model on tensors without
+data (shapes only), so it needs neither weights nor pictures nor a GPU: without model.path it
+assumes the published architecture, without data.path pictures of data.resolution.  If the run does
+not fit, it tries memory-saving options, the least costly first, until it does.  -m prints one line
+for each run of a sweep.  Exit status: 0, it fits; 1, it (or a run of the sweep) does not; 2, an
+option is wrong."""
 
 
 def main() -> None:
@@ -43,9 +43,9 @@ def main() -> None:
         "--card",
         type=cli.positive,
         metavar="GB",
-        help="plan for a GPU with this much memory, as it is sold (24), instead of this machine",
+        help="plan for a GPU of this nominal memory size (24), instead of this machine",
     )
-    parser.add_argument("--json", action="store_true", help="print numbers, in bytes")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
     parser.add_argument("-m", "--multirun", action="store_true", help="plan the runs of a sweep")
     given = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -126,14 +126,14 @@ def _print_remedies(
     """Options that take less, each line with those above it, until it fits."""
     if plan.needed_bytes <= room.free_bytes:
         return
-    print("\nwhat takes less, one after another:")
+    print("\noptions that need less, cumulative:")
     for remedy, better in _less(plan, overrides, device_type, room):
         fits = "  fits" if better.needed_bytes <= room.free_bytes else ""
         size = f"{format_bytes(better.needed_bytes):>9}{fits}"
         print(f"  {' '.join(remedy.overrides):<52}{size:<17}{remedy.what}", flush=True)
         plan = better
     if plan.needed_bytes > room.free_bytes:
-        print("with all of these it does not fit either")
+        print("even with all of these it does not fit")
 
 
 def _less(

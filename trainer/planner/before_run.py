@@ -29,12 +29,12 @@ def announce(config: Config, model: Model, device: torch.device) -> int | None:
     except UserError:
         raise
     except Exception as error:  # torch's fake tensors, and modules that they have never met
-        log.warning("memory: not planned, as the model cannot be rehearsed (%s)", reason(error))
+        log.warning("memory: no plan, because the model cannot be simulated (%s)", reason(error))
         return None
     room = room_of(device)
     if plan.needed_bytes <= room.free_bytes:
         log.info("memory: %s", verdict(plan, room))
     else:
-        message = "memory: %s; `python -m trainer.planner` with these options tries others"
+        message = "memory: %s; `python -m trainer.planner` with these options suggests others"
         log.warning(message, verdict(plan, room))
     return plan.training_bytes

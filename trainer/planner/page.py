@@ -93,19 +93,22 @@ def _note(plan: Plan, letter: str) -> str:
     if letter == "G" and runtime.fused_backward and runtime.accumulation == 1:
         return "freed as they are used (runtime.fused_backward)"
     if letter == "A" and runtime.gradient_checkpointing:
-        return "computed again in the backward pass (runtime.gradient_checkpointing)"
+        return "recomputed in the backward pass (runtime.gradient_checkpointing)"
     return ""
 
 
 def _remarks(plan: Plan, room: Room) -> Iterable[str]:
     if plan.rehearsal.training.optimizer_state is None:
         yield (
-            f"the state of optim={plan.config.optim.name} is not in it: it can only be "
-            "measured in a real step"
+            f"without the state of optim={plan.config.optim.name}, which can only be measured in a "
+            "real step"
         )
     if plan.least_drawing_bytes > room.free_bytes:
-        yield "pictures will not be drawn: there is too little memory (log.sample_count=0 is none)"
+        yield (
+            "pictures will not be drawn: there is too little memory (log.sample_count=0 turns "
+            "drawing off)"
+        )
     elif plan.drawing_bytes > room.free_bytes:
-        yield "while the VAE decodes drawn pictures, the UNet is moved to the host's memory"
+        yield "while the VAE decodes drawn pictures, the UNet is moved to host memory"
     if plan.config.runtime.compile != "none":
         yield "compiled blocks (runtime.compile) may need less"

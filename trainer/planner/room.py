@@ -1,4 +1,4 @@
-"""How much memory there is to train in."""
+"""How much memory is available for training."""
 
 from dataclasses import dataclass
 
@@ -19,13 +19,13 @@ class Room:
 
 
 def card(gib: float) -> Room:
-    """A GPU of this many GiB: what is left of it beside the driver's own."""
+    """A GPU of this many GiB, less what the driver takes."""
     return Room(free_bytes=round(gib * (1 << 30)) - _CONTEXT, where=f"a card of {gib:g} GB")
 
 
 def room_of(device: torch.device) -> Room:
-    """What a run can have of a device now: what is free, and what this process has of it already,
-    which is part of a plan too (on a CPU, `Plan.process_bytes`)."""
+    """The memory that a run can use on a device now: what is free, plus what this process already
+    uses, which is also part of a plan (on a CPU, `Plan.process_bytes`)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device)

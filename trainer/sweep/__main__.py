@@ -1,4 +1,4 @@
-"""`python -m trainer.sweep FOLDER ...`: the table of a sweep anew, or of runs of several."""
+"""`python -m trainer.sweep FOLDER ...`: rebuild the tables of a sweep, or of several."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -12,15 +12,15 @@ from trainer.sweep.folders import Found, ended_runs
 from trainer.sweep.table import sweep_table
 
 _HELP = """\
-Compare runs that have ended: print the tables and remarks that a sweep ends with; train nothing.
+Compare finished runs: print the tables and remarks that end a sweep, without training.
 
   python -m trainer.sweep runs/sweep-20260101-120000
   python -m trainer.sweep runs/sweep-20260101-120000 --csv runs.csv --latex tables.tex
   python -m trainer.sweep runs/sweep-20260101-120000 runs/2026-01-02 --out compared
 
-A FOLDER is a sweep's, a run's, or any that has some below it.  Of one sweep, its sweep.md,
-curves.png and sweep.png are written anew; of others they are written to --out.  Runs with the same
-options count once: the newest that is finished."""
+FOLDER is the folder of a sweep or a run, or any folder that contains some.  For a single sweep,
+its sweep.md, curves.png and sweep.png are rewritten; otherwise they are written to --out.  Runs
+with the same options count once: the newest finished one."""
 
 _EPILOG = """\
 Exit status: 0, the tables are printed and the files written; 2, a folder has no runs, a file exists
@@ -62,19 +62,21 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="folder that contains runs"
+    )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write sweep.md, curves.png and sweep.png to this folder, which has none of them",
+        help="write sweep.md, curves.png and sweep.png here; must not contain them yet",
     )
     for kind, what in (
-        ("csv", "a row a run, with all that its summary.json has"),
-        ("json", "the runs, what several seeds have in common, and the remarks"),
+        ("csv", "one row per run, with everything in its summary.json"),
+        ("json", "the runs, statistics over seeds, and the remarks"),
         ("latex", "the tables, for a paper (booktabs)"),
     ):
-        parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"a new file: {what}")
+        parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"new file: {what}")
     return parser
 
 
@@ -82,11 +84,11 @@ def _found(folders: Sequence[Path]) -> Found:
     """The runs of all folders, each of which has some."""
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; name that of a sweep, or of a run")
+            raise UserError(f"{folder} is not a folder; name the folder of a sweep or a run")
         if not ended_runs(folder):
             raise UserError(
-                f"{folder} has no run that has ended (a summary.json, in it or below); name the "
-                "folder of a sweep, or of a run"
+                f"{folder} contains no finished run (no summary.json in it or below); name the "
+                "folder of a sweep or a run"
             )
     return ended_runs(*folders)
 
@@ -103,7 +105,7 @@ def _is_same(folder: Path, other: Path | None) -> bool:
 def _refuse_existing(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.exists():
-            raise UserError(f"{path} exists, and is not written over; name another")
+            raise UserError(f"{path} already exists; name another")
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -39,7 +39,7 @@ def draw(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
     if not shown:
         return None
     entries = [chart.Entry(style(n), group.name, _result(group)) for n, group in enumerate(groups)]
-    return chart.drawn(shown, f"{groups[0].measure.metric} in the end, best first", entries)
+    return chart.drawn(shown, f"{groups[0].measure.metric} at the end, best first", entries)
 
 
 def _lines(

@@ -20,7 +20,7 @@ def head(name: str, runs: Sequence[Summary]) -> str:
     ]
     shared = set.intersection(*(set(run["overrides"]) for run in runs))
     common = [o for o in runs[0]["overrides"] if o in shared]
-    options = f"In all of them: `{' '.join(common)}`" if common else ""
+    options = f"Shared options: `{' '.join(common)}`" if common else ""
     parts = [f"# {name}", "; ".join(fact for fact in facts if fact) + ".", options]
     return "\n\n".join(part for part in parts if part)
 

@@ -17,7 +17,7 @@ FILES = (TABLE, *_PICTURES)
 
 
 def write(folder: Path, found: Found) -> None:
-    """Write the table and the pictures of these runs, of which there are some, to a folder."""
+    """Write the table and the pictures of these runs (at least one) to a folder."""
     runs = [summary for _, summary in found]
     pictures = [name for name, draw in _PICTURES.items() if _wrote(folder / name, draw, found)]
     title = folder.resolve().name
@@ -32,5 +32,5 @@ def _wrote(path: Path, draw: Callable[[Found], Image | None], found: Found) -> b
             picture.save(path)
         return picture is not None
     except OSError as error:
-        print(f"no {path} ({error})")
+        print(f"could not write {path} ({error})")
         return False

@@ -1,5 +1,5 @@
-"""What is to be kept in mind when the runs of a sweep are compared: which differences are none, and
-which are of something else than the optimizer."""
+"""Caveats of a comparison of runs: which differences mean nothing, and which have other causes than
+the optimizer."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,14 +21,14 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
             yield f"{comparison.name_of(run)} failed: {run['error'].splitlines()[0]}"
         elif run.get("times_run", 1) > 1:
             yield (
-                f"{comparison.name_of(run)} was run {run['times_run']} times; the newest that is "
-                "finished counts"
+                f"{comparison.name_of(run)} was run {run['times_run']} times; the newest finished "
+                "one counts"
             )
     before = [run["eval_loss_before"] for run in runs if run.get("eval_loss_before") is not None]
     if before and max(before) > (1 + _SAME) * min(before):
         yield (
             "eval before differs: these losses are of another model, prediction or eval points "
-            "(data, log.eval_points), and one that is lower need not be better"
+            "(data, log.eval_points), and a lower one need not be better"
         )
     if before:
         yield from _of_quality(comparison)
@@ -41,27 +41,27 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
         yield (
-            "spikes: steps whose loss was above 3 times the median of the 50 before, the first 10 "
-            "above 3 times eval before; norm/median: the largest gradient norm over such a median, "
-            "for the first 10 over their own"
+            "spikes: steps with a loss above 3 times the median of the previous 50 (the first 10: "
+            "above 3 times eval before); norm/median: the largest gradient norm divided by such a "
+            "median (the first 10: by their own)"
         )
 
 
 def _of_quality(comparison: Comparison) -> Iterator[str]:
     """What the losses are of, and which of them ranks the runs."""
-    what = "eval is of the pictures that were trained on"
+    what = "eval is on training pictures"
     if comparison.measure is HOLDOUT:
-        yield f"{what}, held out of those that were not, which ranks the runs"
+        yield f"{what}, held out on others, which rank the runs"
         yield from _of_orders(comparison.groups)
     elif any(run.get("holdout_loss_after") is not None for run in comparison.runs):
         yield (
-            f"{what}, held out of those that were not; eval ranks the runs, as not all of them "
-            "have held-out pictures"
+            f"{what}, held out on others; eval ranks the runs, because not all of them have "
+            "held-out pictures"
         )
     else:
         yield (
-            f"{what}, so a run that memorises them looks best; it ranks the runs, and with "
-            "data.holdout=8 others would"
+            f"{what}, so a run that memorises them looks best; it ranks the runs (with "
+            "data.holdout=8, held-out pictures do)"
         )
 
 
@@ -71,8 +71,8 @@ def _of_orders(groups: Sequence[Group]) -> Iterator[str]:
     if best is not groups[0] and best.good:
         yield (
             f"by eval {best.name} would be the best ({best.loss_by(EVAL):.4f}, and "
-            f"{groups[0].name} {groups[0].loss_by(EVAL):.4f}): it learned more of the pictures "
-            "that were trained on, and less that holds for others"
+            f"{groups[0].name} {groups[0].loss_by(EVAL):.4f}): it learned the training pictures "
+            "better, but generalises less"
         )
 
 
@@ -86,7 +86,7 @@ def _of_rates(comparison: Comparison) -> Iterator[str]:
     if is_of_several and all(len(tried - {None}) < 2 for tried in rates):
         yield (
             "each optimizer ran at one learning rate; another may be better, and may change the "
-            "order: -m optim=... optim.lr=..., with a third and three times each rate, looks for it"
+            "order; try a third and three times each rate (-m optim=... optim.lr=...)"
         )
 
 
@@ -102,8 +102,8 @@ def _of_picked(comparison: Comparison) -> Iterator[str]:
     if most > 1:
         yield (
             f"each best rate is the best of those tried (up to {most}) on the seeds that are "
-            "reported, which flatters it, the more the more were tried; run it again with other "
-            "seeds"
+            "reported, so it looks better than it is, the more so the more rates were tried; rerun "
+            "it with other seeds"
         )
 
 
@@ -115,12 +115,11 @@ def _of_seeds(groups: Sequence[Group]) -> Iterator[str]:
     fewest = min(len(first.good), len(second.good))
     if fewest == 1:
         yield (
-            "a run with one seed does not show how much is chance: another seed may change the "
-            "order (seed=0,1,2)"
+            "one seed does not show how much is chance: another may change the order (seed=0,1,2)"
         )
         return
     if fewest < _ENOUGH_SEEDS:
-        yield f"a spread over {fewest} seeds is a rough one; {_ENOUGH_SEEDS} or more say more"
+        yield f"a spread over {fewest} seeds is rough; use {_ENOUGH_SEEDS} or more"
 
 
 def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
@@ -130,7 +129,7 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
     if tied:
         yield (
             f"not shown to differ from the best, {groups[0].name}: {', '.join(tied)} (the 95 % "
-            "interval of the difference with the same seeds has 0 in it)"
+            "interval of the difference with the same seeds contains 0)"
         )
 
 
@@ -141,8 +140,7 @@ def _of_speed(groups: Sequence[Group]) -> Iterator[str]:
         if times and max(times) > _STEADY * min(times):
             yield (
                 f"s/step of {group.name} is {max(times) / min(times):.1f} times as much with one "
-                "seed as with another: the machine had other work, and speeds are not to be "
-                "compared"
+                "seed as with another: the machine had other load, so speeds are not comparable"
             )
             return
 
@@ -157,14 +155,15 @@ def _of_steps(comparison: Comparison) -> Iterator[str]:
     ]
     if uneven:
         yield (
-            "s/step is a median; the steps of these took different times, by the quartiles, as the "
-            "machine had other work or batches had several shapes: " + ", ".join(uneven)
+            "s/step is a median; step times of these runs vary (quartiles), because the machine "
+            "had other load or batches had several shapes: " + ", ".join(uneven)
         )
 
 
 def _of_memory(runs: Sequence[Summary]) -> Iterator[str]:
     if any(run.get("on_cpu") and run.get("runs_before_in_process") for run in runs):
         yield (
-            "peak in training: these runs shared a process on a CPU, and a later one's peak has "
-            "what earlier ones left behind; compare the optimizer state, or run them one by one"
+            "peak in training: these runs shared a process on a CPU, so a later one's peak "
+            "includes what earlier ones left behind; compare the optimizer state, or run them "
+            "separately"
         )

@@ -1,7 +1,7 @@
-"""The runs of a sweep, as their summaries tell them, and the groups that differ by the seed alone.
+"""The runs of a sweep, read from their summaries, and groups of runs that differ only by the seed.
 
-A run that failed, or whose last loss is not finite, did not end well.  Groups where all did come
-first: a mean over those that are left flatters an optimizer that often fails.
+A run that failed, or whose last loss is not finite, did not end well.  Groups where all ended well
+come first: a mean over the rest makes an optimizer that often fails look better than it is.
 """
 
 import math

@@ -17,11 +17,11 @@ _COLUMNS: tuple[Column, ...] = (
     ("eval before", "eval_loss_before", "{:.4f}"),
     ("eval after", "eval_loss_after", "{:.4f}"),
     ("held out", "holdout_loss_after", "{:.4f}"),
-    ("of averaged weights", "ema_loss_after", "{:.4f}"),
+    ("averaged weights", "ema_loss_after", "{:.4f}"),
     ("s/step", "seconds_per_step", "{:.3f}"),
     ("optimizer s/step", "optimizer_seconds_per_step", "{:.4f}"),
     ("images/s", "images_per_second", "{:.1f}"),
-    ("seconds in all", "wall_seconds", "{:.0f}"),
+    ("total seconds", "wall_seconds", "{:.0f}"),
     ("optimizer state", "optimizer_state_bytes", "bytes"),
     ("planned peak", "planned_training_bytes", "bytes"),
     ("peak in training", "peak_training_bytes", "bytes"),
@@ -37,7 +37,7 @@ _NOT_IN_ALL = {
     "planned_training_bytes",
     "grad_norm_over_median",
 }
-_NOT_OVER_SEEDS = {"eval before", "seconds in all"}
+_NOT_OVER_SEEDS = {"eval before", "total seconds"}
 _LARGEST = {"optimizer state", "planned peak", "peak in training", "norm/median"}
 _IN_ALL = {"skipped", "spikes"}
 RATE_FORM = "{:g}"
