@@ -1,11 +1,13 @@
 """Differences with the same seeds: their intervals, and which of them show something."""
 
 import math
+from random import Random
 
 import pytest
 from test_sweep import FAILED, column, sweep_of
 
 from trainer.sweep import paired, sweep_table
+from trainer.sweep.runs import Comparison
 
 TITLE = "minus the best, 95 % interval"
 
@@ -35,6 +37,23 @@ def test_a_table_has_the_difference_from_the_best_by_the_seeds_in_common():
         "optim=b": "+0.1033 [+0.0890, +0.1177] n=3",
         "optim=c": "",
     }
+
+
+def test_of_sweeps_whose_rows_are_equal_at_most_one_in_twenty_shows_a_difference():
+    """Ten rows of three seeds, by each row alone half of the sweeps show one."""
+    random, shown = Random(0), 0
+    for _ in range(200):
+        losses = {str(row): [random.gauss(1, 0.1) for _ in range(3)] for row in range(10)}
+        groups = Comparison(sweep_of(losses)).groups
+        shown += any(one.shows_one for one in paired.differences(groups)[1:])
+    assert shown <= 10
+
+
+def test_that_intervals_are_of_all_rows_together_is_said():
+    losses = {"a": [0.1, 0.2], "b": [0.2, 0.4], "c": [0.5, 0.6]}
+    assert "the intervals are of 3 rows together" in sweep_table(sweep_of(losses))
+    losses.pop("c")
+    assert "rows together" not in sweep_table(sweep_of(losses))
 
 
 def test_without_two_seeds_in_common_there_is_no_such_column():

@@ -270,6 +270,8 @@ def test_the_runs_of_a_sweep_are_those_that_hydra_makes():
         [f"seed={seed}", f"+optim.foo={foo}", "method=lora"] for seed in (0, 1) for foo in (1, 2)
     ]
     assert cli.runs_of(["sweep=optimizers"])[1] == ["optim=adamw", "sweep=optimizers"]
+    both = cli.runs_of(["optim=adamw,lion", "optim.betas=[0.9,0.99]"])  # the default has no betas
+    assert both == [[f"optim={name}", "optim.betas=[0.9,0.99]"] for name in ("adamw", "lion")]
     assert cli.runs_of(["sweep=optimizers", "optim=lion"]) == [["sweep=optimizers", "optim=lion"]]
 
 

@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import TINY
 
-from trainer import remarks
+from trainer import remarks, summary
 from trainer.model import Model
 from trainer.schedule import settled
 
@@ -139,9 +140,40 @@ def test_a_model_says_the_size_that_it_was_made_for(composed, tmp_path):
 def test_a_run_that_changed_next_to_nothing_is_remarked(changed, says):
     losses = {"eval_loss_before": 0.5, "eval_loss_after": 0.4999}
     same = {"prediction_before": "epsilon", "prediction": "epsilon"}
-    summary = losses | same | {"lr": 1e-8, "steps": 40, "rate_found": None} | changed
-    said = remarks.of_outcome(summary)
+    found = losses | same | {"lr": 1e-8, "steps": 40, "rate_found": None} | changed
+    said = remarks.of_outcome(found)
     assert says in said[0] if says else not said
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"eval_loss_after": 7.74}, "worse than before the first step; lower optim.lr=0.03"),
+        ({"eval_loss_after": 0.4, "holdout_loss_after": 0.7}, "eval/holdout_loss was 0.6 and is"),
+        ({"eval_loss_after": 0.4, "holdout_loss_after": 0.5}, None),
+        ({"eval_loss_after": 0.4, "holdout_loss_before": math.nan}, None),
+        ({"eval_loss_after": 7.74, "prediction": "v_prediction"}, None),
+    ],
+)
+def test_a_run_that_made_the_model_worse_is_remarked(changed, says):
+    losses = {"eval_loss_before": 0.5, "holdout_loss_before": 0.6, "holdout_loss_after": 0.7}
+    same = {"prediction_before": "epsilon", "prediction": "epsilon"}
+    said = remarks.of_outcome(losses | same | {"lr": 0.03, "steps": 40} | changed)
+    assert says in said[0] if says else not said
+
+
+@pytest.mark.parametrize(
+    ("after", "found", "diverged"),
+    [(7.0, False, True), (1.2, False, False), (1.2, True, True), (math.nan, False, False)],
+)
+def test_a_run_that_ends_far_above_its_beginning_has_diverged(after, found, diverged):
+    state = SimpleNamespace(
+        model=SimpleNamespace(predictions=("epsilon", "epsilon")),
+        trains_on=False,
+        watch=SimpleNamespace(diverged=found),
+        counters=SimpleNamespace(eval_loss_before=1.0),
+    )
+    assert summary._has_diverged(state, after) == diverged
 
 
 def test_what_is_remarked_of_an_outcome_reaches_the_log(quick):

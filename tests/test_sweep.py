@@ -69,7 +69,7 @@ def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys
 
     _record_failure(tmp_path, MemoryError(), ["optim=sgd"], {})
     table = sweep_table([json.loads((tmp_path / "summary.json").read_text())])
-    assert "- default failed: MemoryError" in table
+    assert "- optim=sgd failed: MemoryError" in table
     assert "error: optim=sgd: MemoryError" in capsys.readouterr().err
 
 
@@ -89,7 +89,7 @@ def test_a_sweep_goes_on_in_its_folder_with_more_values_and_runs_nothing_twice(t
     assert f"{first} is already finished" in done.stdout
     assert f"resuming from {second}/checkpoints/step-000001" in done.stdout
     assert column((folder / "sweep.md").read_text(), "over seeds", "ended well") == {
-        "default": "3 of 3"
+        "optim=adafactor8bit": "3 of 3"
     }
     assert {path.name for path in folder.glob("*seed*")} == {
         first.name,
@@ -117,12 +117,14 @@ def test_sweeps_that_begin_in_one_second_have_folders_of_their_own(tmp_path, mon
 def test_a_sweeps_table_is_kept_after_every_run_and_nowhere_else(tmp_path):
     done = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path / "0-a")}}})
     (tmp_path / "0-a").mkdir()
-    (tmp_path / "0-a/summary.json").write_text(json.dumps({"overrides": [], "error": "no"}))
+    (tmp_path / "0-a/summary.json").write_text(
+        json.dumps({"overrides": [], "optimizer": "b", "error": "no"})
+    )
     SweepTable().on_job_end(done, JobReturn())
     assert not (tmp_path / "sweep.md").exists()
     (tmp_path / "multirun.yaml").touch()
     SweepTable().on_job_end(done, JobReturn())
-    assert "default failed: no" in (tmp_path / "sweep.md").read_text()
+    assert "optim=b failed: no" in (tmp_path / "sweep.md").read_text()
 
 
 def test_a_callback_without_runs_prints_nothing(tmp_path, capsys):
@@ -206,6 +208,16 @@ def test_a_sweeper_minimises_what_ranks_the_runs(summary, value):
     assert objective(summary) == value
 
 
+def test_runs_that_diverged_or_made_the_model_worse_are_told():
+    runs = held_out(a=(0.9, 0.9), b=(7.0, 7.0))
+    assert "diverged" not in sweep_table(runs[:1])
+    assert "worse than" not in sweep_table(runs[:1])
+    runs[1]["diverged"] = True
+    text = sweep_table(runs)
+    assert column(text, "run", "diverged") == {"optim=a": "", "optim=b": "1"}
+    assert "first step, by eval: optim=b (1.0000, then 7.0000); lower their rates" in text
+
+
 @pytest.mark.parametrize(("other", "differs"), [(1.001, False), (2.0, True), (None, False)])
 def test_losses_of_other_points_are_said_not_to_rank_the_runs(other, differs):
     runs = [
@@ -231,9 +243,9 @@ def test_runs_with_several_seeds_have_a_mean_and_a_spread():
 
 def test_losses_that_only_some_runs_have_get_a_column_where_one_has_them():
     plain = NUMBERS | {"overrides": ["a"], "eval_loss_after": 0.2}
-    failed = {"overrides": ["b"], "error": "no"}
+    failed = {"overrides": ["b"], "optimizer": "b", "error": "no"}
     assert "held out" not in sweep_table([plain, failed])
-    assert "\n\n- default failed: no" in sweep_table([failed])
+    assert "\n\n- optim=b failed: no" in sweep_table([failed])
     table = sweep_table([plain, failed, plain | {"overrides": ["c"], "holdout_loss_after": 0.25}])
     assert column(table, "run", "held out") == {"a": "", "c": "0.2500", "b": ""}
 
@@ -278,15 +290,15 @@ def test_over_seeds_memory_is_the_largest_and_what_is_counted_the_sum():
     runs = sweep_of({"adamw": [0.3, 0.4]}, loss_spikes=2)
     runs[0] |= {"peak_training_bytes": 5000}
     text = sweep_table(runs)
-    assert column(text, "over seeds", "peak in training") == {"default": "5.0 kB"}
-    assert column(text, "over seeds", "spikes") == {"default": "4"}
+    assert column(text, "over seeds", "peak in training") == {"optim=adamw": "5.0 kB"}
+    assert column(text, "over seeds", "spikes") == {"optim=adamw": "4"}
 
 
 def test_every_run_tells_its_rate():
     text = sweep_table(sweep_of({"adamw": [0.3], "lion": [FAILED]}))
     assert column(text, "run", "lr") == {"optim=adamw": "0.001", "optim=lion": "0.001"}
     text = sweep_table(sweep_of({"prodigy": [0.3]}, lr=1.0, rate_found=0.00042))
-    assert column(text, "run", "lr") == {"default": "1 x 0.00042"}
+    assert column(text, "run", "lr") == {"optim=prodigy": "1 x 0.00042"}
 
 
 @pytest.mark.parametrize(
@@ -309,6 +321,42 @@ def test_where_rates_were_swept_each_optimizer_has_its_best_one(losses, lr, note
     }
     assert column(text, title, "rates tried")["optim=adamw"] == "0.0001, 0.001, 0.01"
     assert "at one learning rate" not in text
+
+
+def configured(overrides, seed=0, loss=0.1, rate=1e-3, **more):
+    config = {"seed": seed, "optim": {"name": "a", "lr": rate}} | more
+    known = {"optimizer": "a", "lr": rate, "seed": seed, "eval_loss_after": loss}
+    return NUMBERS | known | {"overrides": overrides, "config": config}
+
+
+def test_groups_are_told_by_configurations_and_called_by_the_shortest_of_their_overrides():
+    runs = [
+        configured(["optim.lr=0.001", "optim=a", "log.every=2"], 0, 0.1),
+        configured(["optim=a", "optim.lr=1e-3", "seed=1"], 1, 0.2),
+        configured(["optim=a", "seed=2"], 2, 0.3),  # whose default it is
+        configured(["optim=a", "optim.lr=1e-4"], 0, 0.9, rate=1e-4),
+    ]
+    text = sweep_table(runs)
+    assert column(text, "over seeds", "ended well") == {
+        "optim=a": "3 of 3",
+        "optim.lr=1e-4": "1 of 1",
+    }
+    assert column(text, "each at its best rate", "rates tried") == {"optim=a": "0.0001, 0.001"}
+    assert list(column(text, "run", "lr")) == [
+        *(f"optim=a seed={seed}" for seed in range(3)),
+        "optim.lr=1e-4 seed=0",
+    ]
+
+
+def test_what_overrides_do_not_tell_apart_is_told_by_the_options():
+    runs = [
+        configured(["optim=a"], loss=0.1, loss_of={"kind": "mse"}),
+        configured(["optim=a"], loss=0.2, loss_of={"kind": "huber"}),  # of another version
+    ]
+    assert list(column(sweep_table(runs), "run", "lr")) == [
+        "optim=a loss_of.kind=mse",
+        "optim=a loss_of.kind=huber",
+    ]
 
 
 def external(*paths):

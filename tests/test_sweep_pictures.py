@@ -131,20 +131,34 @@ def test_seeds_are_a_mean_in_a_band_and_one_that_failed_a_line_with_a_cross(tmp_
             f"a{seed}",
             losses=found,
             overrides=["optim=a", f"seed={seed}"],
-            **({"error": "no"} if seed == 2 else {}),
+            **({"error": "no", "steps": 3} if seed == 2 else {}),
         )
         for seed, found in losses.items()
     ]
     whole, failed = lines_of(runs)
     assert whole.points == [(0, 1.0), (2, pytest.approx(0.3)), (4, pytest.approx(0.2))]
     assert whole.band == [(0, 1.0, 1.0), (2, 0.2, 0.4), (4, 0.1, 0.3)]
-    assert not whole.has_cross
-    assert (failed.points, failed.has_cross) == ([(0, 1.0), (2, 7.0)], True)
+    assert whole.cross is None
+    assert (failed.points, failed.cross) == ([(0, 1.0), (2, 7.0)], (3, 7.0))
 
 
-def test_a_run_that_diverges_leaves_at_the_top_and_may_come_back():
-    points = [(0, 1.0), (1, 5.0), (2, 9.0), (3, 2.0)]
-    assert chart.inside(points, 3.0) == [[(0, 1.0), (1, 3.0)], [(2, 3.0), (3, 2.0)]]
+@pytest.mark.parametrize(
+    ("losses", "pieces"),
+    [
+        ([1, 4, 4, 1], [[(0, 1), (0.5, 2)], [(2.5, 2), (3, 1)]]),
+        ([1, 16, 1, 1], [[(0, 1), (0.25, 2)], [(1.75, 2), (2, 1), (3, 1)]]),
+        ([1, 2, 1], [[(0, 1), (1, 2), (2, 1)]]),
+        ([4, 1], [[(0.5, 2), (1, 1)]]),
+        ([4, 8], []),
+    ],
+)
+def test_a_run_that_diverges_keeps_its_slope_to_where_it_leaves_and_comes_back(losses, pieces):
+    found = chart.inside([*enumerate(losses)], 2)
+    assert found == pieces
+
+
+def test_one_point_is_no_piece_of_a_line():
+    points = [(0, 1.0)]
     assert chart.inside(points[:1], 3.0) == []
 
 
@@ -159,6 +173,20 @@ def test_a_run_that_diverges_leaves_at_the_top_and_may_come_back():
 )
 def test_steps_have_a_few_round_ticks(last, ticks):
     assert chart.ticks(last) == ticks
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.002, 20.0, [0.01, 0.1, 1, 10]),
+        (0.09, 1.2, [0.1, 0.2, 0.5, 1]),
+        (0.105, 0.165, [0.11, 0.12, 0.13, 0.14, 0.15, 0.16]),
+        (0.12011, 0.12041, [0.12015, 0.1202, 0.12025, 0.1203, 0.12035, 0.1204]),
+        (1.2, 3.9, [1.5, 2, 2.5, 3, 3.5]),
+    ],
+)
+def test_losses_have_round_ticks_however_close_they_are(low, high, ticks):
+    assert chart.log_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_the_head_says_what_all_runs_have_in_common():

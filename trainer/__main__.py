@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer import cli, config, execution, optimizers, sweep
 from trainer.checkpoint import completed
+from trainer.claim import TakenError, claimed, in_turn
 from trainer.errors import UserError
 from trainer.explain import explain
 from trainer.measure import ended_well, objective
@@ -44,40 +45,68 @@ def train(composed: DictConfig) -> float:
     context = HydraConfig.get()
     given = OmegaConf.to_container(context.overrides.task, resolve=False)  # optim.lr=${...}, too
     folder, overrides = Path(context.runtime.output_dir), cli.lasting(cast(list[str], given))
-    is_of_sweep = context.mode == RunMode.MULTIRUN
-    if is_of_sweep:
-        folder = _placed(Path(context.sweep.dir).absolute(), folder, overrides)
-        if ended_well(summary := read_summary(folder)):
-            print(f"{folder} is already finished: {' '.join(overrides)}")
-            return objective(summary)
+    resolved = _resolved(composed)
+    if context.mode == RunMode.MULTIRUN:
+        return _run_of_sweep(composed, folder, overrides, resolved)
     try:
-        checked = to_dataclasses(composed)
-        optimizers.try_out(
-            checked.optim, checked.method.rules, execution.device_of(checked.runtime.device)
-        )
-        if is_of_sweep and completed(folder / "checkpoints"):
-            checked.resume = str(folder)  # a sweep that was stopped goes on
-        from trainer.run import run  # now that the configuration is good: diffusers takes seconds
-
-        return run(checked, folder, overrides)
-    except SystemExit:
-        if is_of_sweep:
-            print(f"to resume a sweep, repeat its command with hydra.sweep.dir={context.sweep.dir}")
-        raise
+        with claimed(folder, resolved):
+            return _run(composed, folder, overrides)
     except Exception as error:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # a run that never began leaves no empty folder
-        if is_of_sweep:
-            _record_failure(folder, error, overrides, _known_of_failed(composed))
-            return math.nan
         if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
         cli.fail(str(error))
 
 
-def _placed(of_sweep: Path, proposed: Path, overrides: list[str]) -> Path:
+def _run_of_sweep(
+    composed: DictConfig, proposed: Path, overrides: list[str], resolved: dict[str, Any]
+) -> float:
+    """One run of a sweep, which may be finished, begun, or another process's; NaN where it failed,
+    and the sweep goes on."""
+    of_sweep = Path(HydraConfig.get().sweep.dir).absolute()
+    with contextlib.ExitStack() as holding:
+        with in_turn(of_sweep):
+            folder = _placed(of_sweep, proposed, overrides, resolved)
+            if ended_well(summary := read_summary(folder)):
+                print(f"{folder} is already finished: {' '.join(overrides)}")
+                return objective(summary)
+            try:
+                holding.enter_context(claimed(folder, resolved))
+            except TakenError as error:
+                print(f"left to another process: {error}")
+                return math.nan
+        try:
+            return _run(composed, folder, overrides, goes_on=True)
+        except SystemExit:
+            print(f"to resume a sweep, repeat its command with hydra.sweep.dir={of_sweep}")
+            raise
+        except Exception as error:
+            _record_failure(folder, error, overrides, _known_of_failed(composed))
+            return math.nan
+
+
+def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool = False) -> float:
+    """Check the configuration and train.  goes_on: from a checkpoint in the folder."""
+    checked = to_dataclasses(composed)
+    optimizers.try_out(
+        checked.optim, checked.method.rules, execution.device_of(checked.runtime.device)
+    )
+    if goes_on and completed(folder / "checkpoints"):
+        checked.resume = str(folder)  # a sweep that was stopped
+    from trainer.run import run  # now that the configuration is good: diffusers takes seconds
+
+    return run(checked, folder, overrides)
+
+
+def _resolved(composed: DictConfig) -> dict[str, Any]:
+    """The configuration, by which a sweep knows its runs; {} where it cannot be resolved."""
+    with contextlib.suppress(Exception):  # of the user's own resolvers: any kind
+        return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    return {}
+
+
+def _placed(of_sweep: Path, proposed: Path, overrides: list[str], resolved: dict[str, Any]) -> Path:
     """Where a sweep's run is, or will be; the folder that Hydra made goes where another is."""
-    folder = sweep.place_of(of_sweep, proposed, overrides)
+    folder = sweep.place_of(of_sweep, proposed, overrides, resolved)
     if folder != proposed:
         with contextlib.suppress(OSError):
             proposed.rmdir()  # unless it is another run's
@@ -118,9 +147,11 @@ def main() -> None:
     try:
         cli.refuse_dashes(sys.argv[1:])
         cli.refuse_repeated(sys.argv[1:])
+        sys.argv[1:] = cli.flags_last(cli.with_resumed(sys.argv[1:]))
+        if {"-m", "--multirun"} & set(sys.argv) or any(a.startswith("sweep=") for a in sys.argv):
+            sys.argv[1:] = cli.with_swept_groups(sys.argv[1:])
     except UserError as error:
         cli.fail(str(error))
-    sys.argv[1:] = cli.flags_last(cli.with_resumed(sys.argv[1:]))
     try:
         train()
     except Exception as error:  # of the composition; Hydra and OmegaConf raise many kinds

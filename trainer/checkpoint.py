@@ -62,6 +62,7 @@ class Counters:
     skipped_steps: int = 0
     last_whole_step: int = 0  # the last that was not skipped
     eval_loss_before: float = math.nan  # before the first step; NaN where it is of other points
+    holdout_loss_before: float = math.nan  # of held-out pictures, alike
     grad_norm: float = math.nan  # of the last step, by which method.clip=lagged clips the next
     epochs: float = 0.0  # how often the data was gone through; the order of batches goes on by it
     pictures: int = 0  # trained on, each time counted

@@ -198,6 +198,7 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
 
     Raises UserError for a wrong override.
     """
+    overrides = with_swept_groups(overrides)
     fixed = [o for o in overrides if not _is_swept(o, overrides)]
     params = composed(fixed, with_hydra=True).hydra.sweeper.params or {}  # of sweep=
     given = {key_of(o) for o in overrides}
@@ -212,6 +213,22 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
     except HydraException as error:  # of glob() and interval(), which a sweeper alone can list
         raise UserError(f"{error}; the planner supports lists, choice() and range()") from error
     return [list(run) for run in itertools.product(*choices)]
+
+
+def with_swept_groups(arguments: list[str]) -> list[str]:
+    """A sweep's command line, with the options of a group that is swept over as choices of one:
+    Hydra checks what is fixed against the group's default, which may not have them."""
+    swept = {key for a in arguments if (key := key_of(a)) in group_names() and _is_swept(a, [a])}
+    if any(a.startswith("sweep=") for a in arguments):
+        swept.add("optim")
+    return [_as_choice(a) if key_of(a).split(".")[0] in swept else a for a in arguments]
+
+
+def _as_choice(override: str) -> str:
+    """optim.eps=1e-6 -> optim.eps=choice(1e-6); what is swept, or no option, is as it was."""
+    key, _, value = override.partition("=")
+    is_fixed = "." in key and value and not _is_swept(override, [override])
+    return f"{key}=choice({value})" if is_fixed else override
 
 
 def _is_swept(override: str, overrides: list[str]) -> bool:

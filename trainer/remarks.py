@@ -1,7 +1,8 @@
 """Warnings about a configuration that works: options without effect, two that do the same, a
 learning rate for small models only, pictures of another size than the model's; and about a run that
-changed nothing.  A run logs them."""
+changed nothing, or made the model worse.  A run logs them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -123,11 +124,18 @@ def of_rate(config: Config, size: int) -> list[str]:
 
 
 def of_outcome(summary: Mapping[str, Any]) -> list[str]:
-    """Warn if a run has hardly changed the model."""
+    """Warn if a run has hardly changed the model, made it worse, or made it better only for the
+    pictures it was trained on."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    is_same = summary["prediction_before"] == summary["prediction"]
-    if not (is_same and abs(after - before) < _STILL * before):  # a NaN is not below
+    if summary["prediction_before"] != summary["prediction"]:
         return []
+    if after - before >= _STILL * before:  # a NaN is not above, nor below
+        return [
+            f"eval/loss was {before:.6g} and is {after:.6g}: the model is worse than before the "
+            f"first step; lower optim.lr={summary['lr']:g}"
+        ]
+    if not abs(after - before) < _STILL * before:
+        return _of_holdout(summary)
     found = summary["rate_found"]
     rate = f"optim.lr={summary['lr']:g}" + (
         "" if found is None else f" times the {found:.2g} found"
@@ -135,6 +143,19 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"eval/loss was {before:.6g} and is {after:.6g}: the model has hardly moved; {rate} is too "
         f"low, or {summary['steps']} steps are too few"
+    ]
+
+
+def _of_holdout(summary: Mapping[str, Any]) -> list[str]:
+    """Warn where a model has learned its pictures, and nothing that holds for others."""
+    before = summary.get("holdout_loss_before", math.nan)
+    after = summary.get("holdout_loss_after", math.nan)
+    if not after - before >= _STILL * before:
+        return []
+    return [
+        f"eval/holdout_loss was {before:.6g} and is {after:.6g}, while eval/loss fell: the model "
+        "memorises the pictures that it is trained on; make fewer steps (log.eval_every shows how "
+        "many), lower optim.lr, or add pictures"
     ]
 
 

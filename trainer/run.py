@@ -87,7 +87,7 @@ def begin(
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
         run_folder.carry_before(checkpoint.find(config.resume or "")[-1], folder)
-    record.write(folder, asdict(state.config), state.device)
+    record.write(folder, asdict(config), state.device)  # as it was asked for, to be known by
     return state
 
 
@@ -100,6 +100,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
         found = evaluation.evaluate(state, writer)
         _refuse_ruined(state, found.get("loss", 0.0))
         state.counters.eval_loss_before = found.get("loss", math.nan)
+        state.counters.holdout_loss_before = found.get("holdout_loss", math.nan)
         evaluation.sample(state, writer)
     if state.step == config.schedule.steps:
         _nothing_to_train(state)

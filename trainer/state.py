@@ -235,7 +235,7 @@ def _drop_other_measure(
     }
     changed = [name for name, (there, here) in points.items() if there != here]
     if changed and not math.isnan(counters.eval_loss_before):
-        counters.eval_loss_before = math.nan
+        counters.eval_loss_before = counters.holdout_loss_before = math.nan
         message = "%s changed, so eval/loss is no longer comparable with earlier values"
         log.warning(message, " and ".join(changed))
 

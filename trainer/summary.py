@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer import optimizers, record
 from trainer.state import State
+from trainer.watch import is_far
 
 
 def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
         "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
         "loss_spikes": state.watch.loss_spikes,
+        "diverged": _has_diverged(state, after.get("loss", math.nan)),
         "grad_norm_over_median": state.watch.grad_norm_over_median,
         "runs_before_in_process": state.peaks.runs_before,
         **record.identity(state.config, state.device),
@@ -50,7 +52,16 @@ def _of_some(state: State, after: Mapping[str, float]) -> dict[str, float]:
         "holdout_loss_result": f"{prefix}holdout_loss",
         "ema_loss_after": "ema_loss",
     }
-    return {name: after[key] for name, key in names.items() if key in after}
+    found = {name: after[key] for name, key in names.items() if key in after}
+    before = state.counters.holdout_loss_before
+    return found if math.isnan(before) else {"holdout_loss_before": before} | found
+
+
+def _has_diverged(state: State, after: float) -> bool:
+    """Whether the loss was far above the one before the first step, in training or in the end."""
+    was, now = state.model.predictions
+    is_same = was == now or state.starts_from_adapter
+    return state.watch.diverged or (is_same and is_far(after, state.counters.eval_loss_before))
 
 
 def of_failed(state: State) -> dict[str, Any]:

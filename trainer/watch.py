@@ -17,6 +17,11 @@ _LEAST = 10  # fewest steps for a median
 _FEW = 5  # fewest steps for a mean
 
 
+def is_far(loss: float, before: float) -> bool:
+    """Whether a loss is so far above the one before the first step that the run has diverged."""
+    return loss > _SPIKE * before
+
+
 @dataclass(kw_only=True)
 class Watch:
     """Counts over all sessions of a run, saved with its counters.
@@ -55,7 +60,7 @@ class Watch:
         """The mean loss of the last 10 steps (5 suffice), the first time that it is above 3 times
         the loss before the first step; else None."""
         lately = self.losses[-_LEAST:]
-        if self.diverged or len(lately) < _FEW or not mean(lately) > _SPIKE * before:
+        if self.diverged or len(lately) < _FEW or not is_far(mean(lately), before):
             return None
         self.diverged = True
         return mean(lately)

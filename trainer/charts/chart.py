@@ -44,9 +44,9 @@ class Line:
 
     style: Style
     points: Points
-    band: list[tuple[int, float, float]] = field(default_factory=list)  # step, lowest, highest
+    band: list[tuple[float, float, float]] = field(default_factory=list)  # step, lowest, highest
     failed: bool = False
-    has_cross: bool = False  # at its last point
+    cross: tuple[float, float] | None = None  # step and value, where it failed
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ def drawn(panels: Sequence[Panel], title: str, entries: Sequence[Entry]) -> Imag
     notes = _notes(panels)
     columns = ([e.name for e in entries], [e.result for e in entries])
     legend = _NAMES + sum(max(map(text_width, texts)) for texts in columns) + 16
-    legend = max(legend, *(text_width(line) for line in (title, *notes))) + 24
+    legend = max(legend, *(_aside(line) + text_width(line) for line in (title, *notes))) + 24
     left = _LEFT + len(panels) * (_PANEL + _GAP) - _GAP + _LEGEND
     below = _ENTRY * (len(entries) + len(notes) + 1)
     floor = _TOP + min(max(_HEIGHT, below - _BOTTOM), _TALLEST)
@@ -98,7 +98,7 @@ def drawn(panels: Sequence[Panel], title: str, entries: Sequence[Entry]) -> Imag
     _write_legend(pen, left, title, entries)
     for line, note in enumerate(notes):
         middle = _TOP + (len(entries) + 0.5 + line) * _ENTRY
-        text(pen, left + (_NAMES if note == _FAILED else 0), middle, note, "lm", colour=_MUTED)
+        text(pen, left + _aside(note), middle, note, "lm", colour=_MUTED)
         if note == _FAILED:
             cross(pen, (left + 15, middle), _MUTED)
     return picture.reduce(SCALE)
@@ -108,11 +108,16 @@ def _notes(panels: Sequence[Panel]) -> list[str]:
     """What the marks mean, where there are some."""
     points = any(panel.has_bands and panel.is_of_points for panel in panels)
     bands = any(panel.has_bands and not panel.is_of_points for panel in panels)
-    crosses = any(line.has_cross for panel in panels for line in panel.lines)
+    crosses = any(line.cross for panel in panels for line in panel.lines)
     what = " and ".join(["bands"] * bands + ["bars"] * points)
     notes = [f"means over seeds; {what} from lowest to highest"] if what else []
     notes += ["points stand in this order"] * any(panel.is_of_points for panel in panels)
     return notes + [_FAILED] * crosses
+
+
+def _aside(note: str) -> int:
+    """Where a line of the legend begins: beside its mark, where it has one."""
+    return _NAMES if note == _FAILED else 0
 
 
 def _write_legend(pen: Pen, left: int, title: str, entries: Sequence[Entry]) -> None:
@@ -132,7 +137,9 @@ class _Axes:
         self._pen, self._panel = pen, panel
         self._left, self._right, self._floor = left, left + _PANEL, floor
         self._low, self._high = panel.range()
-        self._last = max(step for line in panel.lines for step, _ in line.points)
+        ends = (line.cross for line in panel.lines if line.cross)
+        points = (point for line in panel.lines for point in line.points)
+        self._last = round(max(step for step, _ in (*points, *ends)))
         count = len(panel.lines)
         self._apart = min(_APART, _STRIP / count) if panel.is_of_points else 0.0
         margin = self._apart * count / 2
@@ -155,7 +162,7 @@ class _Axes:
         for place, line in reversed(numbered):
             self._draw_line(place, line)
 
-    def _at(self, place: int, step: int, value: float) -> Point:
+    def _at(self, place: int, step: float, value: float) -> Point:
         """Pixels; what lies beyond the axis is put at its end."""
         aside = (place - (len(self._panel.lines) - 1) / 2) * self._apart
         return self._x(step) + aside, self._y(min(max(value, self._low), self._high))
@@ -188,39 +195,48 @@ class _Axes:
                 path = [self._at(place, step, value) for step, value in thinned(piece)]
                 stroke(self._pen, path, line.style, 1 if line.failed else 2)
         marked = line.points if len(line.points) < _FEW else line.points[-1:]
-        for step, value in marked[:-1] if line.has_cross else marked:
-            if value < self._high:
+        for step, value in marked:
+            if value < self._high and (step, value) != line.cross:
                 dot(self._pen, self._at(place, step, value), line.style.colour)
-        if line.has_cross:
-            cross(self._pen, self._at(place, *line.points[-1]), line.style.colour)
+        if line.cross:
+            cross(self._pen, self._at(place, *line.cross), line.style.colour)
 
 
 def inside(points: Points, high: float) -> list[Points]:
-    """The pieces of a line below the top, each up to where it leaves or comes back."""
+    """The pieces of a line below the top, each up to where it leaves or comes back: straight lines
+    on a logarithmic axis."""
     pieces: list[Points] = [[]]
     for (step, value), (after, then) in pairwise(points):
         if min(value, then) >= high:
-            pieces.append([])
             continue
-        pieces[-1] = pieces[-1] or [(step, min(value, high))]
-        pieces[-1].append((after, min(then, high)))
+        if max(value, then) > high:
+            share = math.log(high / value) / math.log(then / value)
+            edge = (step + share * (after - step), high)
+        if value > high:
+            pieces.append([edge])
+        pieces[-1] = pieces[-1] or [(step, value)]
+        pieces[-1].append(edge if then > high else (after, then))
     return [piece for piece in pieces if piece]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ..., or where these are few every digit."""
+    """1, 2, 5, 10, ..., or where these are few every digit, or round steps."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1,), (1, 2, 5), range(1, 10)):
         found = [digit * 10.0**decade for decade in decades for digit in digits]
         shown = [tick for tick in found if low <= tick <= high]
         if len(shown) >= 4:
             return shown
-    return shown
+    size = _round_step((high - low) / 4)
+    return [n * size for n in range(math.ceil(low / size), math.floor(high / size) + 1)]
 
 
 def ticks(last: int) -> list[int]:
     """0 and a few round steps."""
-    rough = max(last / 4, 1)
-    power = 10 ** math.floor(math.log10(rough))
-    size = max(digit * power for digit in (1, 2, 5) if digit * power <= rough)
-    return list(range(0, last + 1, size))
+    return list(range(0, last + 1, int(_round_step(max(last / 4, 1)))))
+
+
+def _round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, no more than this."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return max(digit * power for digit in (1, 2, 5) if digit * power <= rough)

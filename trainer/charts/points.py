@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 Rows = list[dict[str, Any]]
-Points = list[tuple[int, float]]  # step, value
+Points = list[tuple[float, float]]  # step, value
 
 _LEAST = 5  # rows, of which a point of a smoothed line is the mean
 _PART = 40  # of a long line, where that is more
@@ -48,7 +48,7 @@ def thinned(points: Points) -> Points:
     return [*sorted(point for pair in ends for point in pair if point != points[-1]), points[-1]]
 
 
-def _value(point: tuple[int, float]) -> float:
+def _value(point: tuple[float, float]) -> float:
     return point[1]
 
 

@@ -7,6 +7,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from trainer import claim
 from trainer.run_folder import sweep_of
 from trainer.sweep import page
 from trainer.sweep.folders import ended_runs
@@ -37,8 +38,9 @@ class SweepTable(Callback):
 
 def _write(folder: Path) -> list[Summary]:
     """Write the table and the pictures of a sweep's folder, where a run of it has ended; -> their
-    summaries."""
-    found = ended_runs(folder)
-    if found:
-        page.write(folder, found)
+    summaries.  Of several processes the last one writes what all of them left."""
+    with claim.in_turn(folder):
+        found = ended_runs(folder)
+        if found:
+            page.write(folder, found)
     return [summary for _, summary in found]

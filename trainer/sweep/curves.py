@@ -1,7 +1,7 @@
 """curves.png: losses against steps, a line for what differs by more than the seed.
 
 Of several seeds it is the mean, in a band from the lowest to the highest; a seed that failed has a
-line of its own, with a cross at its end.
+line of its own, with a cross at the step where it failed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def draw(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
 
 
 def _lines(
-    groups: Sequence[Group], known: Mapping[int, Points], last: Mapping[int, int]
+    groups: Sequence[Group], known: Mapping[int, Points], last: Mapping[int, float]
 ) -> list[Line]:
     """Each group's: the runs that ended well as one, each that failed as another.
 
@@ -58,7 +58,9 @@ def _lines(
             found = [] if ended_well(run) else known[id(run)]
             is_end = bool(found) and found[-1][0] == last[id(run)]
             if len(found) > 1 or is_end:
-                lines.append(Line(style=style(place), points=found, failed=True, has_cross=is_end))
+                failed_at = max(run.get("steps", 0), last[id(run)])
+                cross = (failed_at, found[-1][1]) if is_end else None
+                lines.append(Line(style=style(place), points=found, failed=True, cross=cross))
     return lines
 
 
@@ -77,7 +79,7 @@ def _mean(runs: Sequence[Points], style: Style) -> Line:
     )
 
 
-def _last_step(rows: Rows) -> int:
+def _last_step(rows: Rows) -> float:
     """The last step with a loss; 0 where none has one."""
     ends = (points.of(rows, metric)[-1:] for metric in (EVAL.metric, TRAIN))
     return max((step for end in ends for step, _ in end), default=0)

@@ -56,7 +56,8 @@ def as_latex(found: Found) -> str:
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:
-    """Summaries with the names of their runs, and where they are."""
+    """Summaries with the names of their runs, and where they are.  Their configurations are long,
+    and there."""
     folders = {id(summary): folder for folder, summary in found}
     comparison = Comparison([summary for _, summary in found])
     return [
@@ -64,7 +65,7 @@ def _rows(found: Found) -> list[dict[str, Any]]:
             "run": comparison.name_of(run),
             "folder": str(folders[id(run)]),
             "final_loss": _finite(comparison.loss(run)),
-            **run,
+            **{key: value for key, value in run.items() if key != "config"},
             "optimizer": optimizer_of(run),
         }
         for run in comparison.runs

@@ -1,61 +1,78 @@
-"""The folders of a sweep's runs, which are known by their options.
+"""The folders of a sweep's runs, which are known by their configurations.
 
 A folder's name has the number of its job, and with more values on the command line the job has
-another.  So one set of options is one run, wherever in the sweep's folder it lies.
+another.  So one configuration with one seed is one run, wherever in the sweep's folder it lies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from trainer import checkpoint, report
+from trainer.claim import claims_below, config_in
 from trainer.measure import ended_well
-from trainer.sweep.runs import Summary
+from trainer.sweep.identity import canonical, settings_of
+from trainer.sweep.runs import Summary, seed_of
 
 Found = list[tuple[Path, Summary]]
 
 
-def place_of(sweep: Path, proposed: Path, overrides: Sequence[str]) -> Path:
-    """Where the run with these options is, or will be: the folder of one that has them, finished or
-    begun, else the proposed one, with a number where a run with other options lies there."""
-    options = {*overrides}
-    same = [folder for folder in {*_begun(sweep), proposed} if _options_in(folder) == options]
+def place_of(
+    sweep: Path, proposed: Path, overrides: Sequence[str], config: Mapping[str, Any]
+) -> Path:
+    """Where the run with this configuration is, or will be: the folder of one that has it, finished
+    or begun, else the proposed one, with a number where another run lies there.  Runs with equal
+    overrides are one, too: a new version may have more options."""
+    ours = {"overrides": [*overrides], "config": config}
+    same = [folder for folder in {*_begun(sweep), proposed} if _are_same(_run_in(folder), ours)]
     if same:
         return max(same, key=lambda folder: (*_worth(report.read_summary(folder)), str(folder)))
     number, free = 1, proposed
-    while _options_in(free) is not None:
+    while _run_in(free):
         number += 1
         free = proposed.with_name(f"{proposed.name}-{number}")
     return free
 
 
 def ended_runs(*folders: Path) -> Found:
-    """The runs that have ended in these folders, at any depth, and their summaries.  Of those with
-    the same options the newest that is finished counts; `times_run` says how many there are."""
-    found: dict[frozenset[str], Found] = {}
+    """The runs that have ended in these folders, at any depth, and their summaries, with their
+    configuration as `config`.  Of those with the same one and the same seed the newest that is
+    finished counts; `times_run` says how many there are."""
+    found: dict[tuple[str, str], Found] = {}
     paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
     for path in sorted(paths.values()):
         summary = report.read_summary(path.parent)
         if "overrides" in summary:
-            alike = found.setdefault(frozenset(summary["overrides"]), [])
-            alike.append((path.parent, summary))
+            summary |= {"config": config_in(path.parent)}
+            found.setdefault(_identity(summary), []).append((path.parent, summary))
     kept = [(max(runs, key=lambda run: _worth(run[1])), len(runs)) for runs in found.values()]
     return [(run, summary | {"times_run": count}) for (run, summary), count in kept]
 
 
 def _begun(sweep: Path) -> set[Path]:
-    """The folders of runs that have ended or saved a checkpoint."""
-    return {path.parent for name in ("summary.json", "checkpoints") for path in sweep.rglob(name)}
+    """The folders of runs that have begun, saved a checkpoint or ended."""
+    names = ("summary.json", "checkpoints")
+    return {*claims_below(sweep), *(path.parent for name in names for path in sweep.rglob(name))}
 
 
-def _options_in(folder: Path) -> set[str] | None:
-    """The options of the run in this folder; None where no run has ended or saved there."""
-    summary = report.read_summary(folder)
-    if "overrides" in summary:
-        return {*summary["overrides"]}
-    if checkpoint.completed(folder / "checkpoints"):
-        return {*checkpoint.overrides_of(str(folder))}
-    return None
+def _run_in(folder: Path) -> Summary | None:
+    """What distinguishes the run in this folder; None where none has begun there."""
+    summary, config = report.read_summary(folder), config_in(folder)
+    overrides = summary.get("overrides")
+    if overrides is None and checkpoint.completed(folder / "checkpoints"):
+        overrides = checkpoint.overrides_of(str(folder))
+    return {"overrides": overrides or [], "config": config} if config or overrides else None
+
+
+def _are_same(run: Summary | None, other: Summary) -> bool:
+    if run is None:
+        return False
+    return {*run["overrides"]} == {*other["overrides"]} or _identity(run) == _identity(other)
+
+
+def _identity(run: Summary) -> tuple[str, str]:
+    return canonical(settings_of(run["config"], run["overrides"])), seed_of(run)
 
 
 def _worth(summary: Summary) -> tuple[bool, float]:

@@ -2,6 +2,10 @@
 
 Runs with one seed see the same batches, noise and timesteps, so part of what is chance is the same
 in both and leaves their difference, whose spread is smaller than that of the losses.
+
+The best is known only once the runs are done, so a difference from it is one of all pairs: the
+intervals are widened by their number (Bonferroni), and of sweeps whose rows are all equal at most
+5 % have any that does not hold 0.
 """
 
 import math
@@ -17,7 +21,8 @@ _HALVINGS = 60  # of an angle: as exact as a float
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The mean of differences and half of its interval's width, at 95 % by Student's t."""
+    """The mean of differences and half of its interval's width, by Student's t, at 95 % for all
+    rows together."""
 
     mean: float
     margin: float
@@ -35,30 +40,33 @@ class Difference:
 
 def differences(groups: Sequence[Group]) -> list[Difference | None]:
     """Of each from the first, the best; None of the first itself."""
-    return [None, *(difference(group, groups[0]) for group in groups[1:])]
+    found = [_in_common(group, groups[0]) for group in groups[1:]]
+    rows = 1 + sum(len(values) > 1 for values in found)
+    pairs = rows * (rows - 1) // 2
+    return [None, *(interval(values, pairs) if len(values) > 1 else None for values in found)]
 
 
-def difference(group: Group, best: Group) -> Difference | None:
+def _in_common(group: Group, best: Group) -> list[float]:
     """How much higher a group's losses are than the best group's, by seeds with which both ended
-    well; None with fewer than two."""
+    well."""
     ours, theirs = ({seed_of(run): one.measure(run) for run in one.good} for one in (group, best))
-    found = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return interval(found) if len(found) > 1 else None
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def interval(values: Sequence[float]) -> Difference:
-    """Of two values or more."""
+def interval(values: Sequence[float], pairs: int = 1) -> Difference:
+    """Of two values or more.  pairs: of rows, that are compared together."""
     count = len(values)
-    margin = quantile(count - 1) * stdev(values) / math.sqrt(count)
+    margin = quantile(count - 1, pairs) * stdev(values) / math.sqrt(count)
     return Difference(mean=mean(values), margin=margin, count=count)
 
 
-def quantile(freedom: int) -> float:
-    """What |t| stays below with 95 %, with so many degrees of freedom."""
-    low, high = 0.0, math.pi / 2
+def quantile(freedom: int, pairs: int = 1) -> float:
+    """What |t| stays below with 95 %, with so many degrees of freedom; with several pairs what all
+    of theirs do."""
+    low, high, level = 0.0, math.pi / 2, 1 - (1 - _LEVEL) / pairs
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < _LEVEL else (low, middle)
+        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
 
 

@@ -1,6 +1,7 @@
 """Caveats of a comparison of runs: which differences mean nothing, and which have other causes than
 the optimizer."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from trainer.measure import EVAL, HOLDOUT, ended_well
@@ -24,6 +25,7 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
                 f"{comparison.name_of(run)} was run {run['times_run']} times; the newest finished "
                 "one counts"
             )
+    yield from _of_worse(comparison)
     before = [run["eval_loss_before"] for run in runs if run.get("eval_loss_before") is not None]
     if before and max(before) > (1 + _SAME) * min(before):
         yield (
@@ -45,6 +47,19 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
             "above 3 times eval before); norm/median: the largest gradient norm divided by such a "
             "median (the first 10: by their own)"
         )
+
+
+def _of_worse(comparison: Comparison) -> Iterator[str]:
+    """Which runs made the model worse."""
+    worse = [
+        f"{comparison.name_of(run)} ({before:.4f}, then {after:.4f})"
+        for run in filter(ended_well, comparison.runs)
+        for before in [run.get("eval_loss_before") or math.inf]
+        for after in [run.get("eval_loss_after") or 0.0]
+        if run.get("prediction_before") == run.get("prediction") and after > before
+    ]
+    if worse:
+        yield f"worse than before the first step, by eval: {', '.join(worse)}; lower their rates"
 
 
 def _of_quality(comparison: Comparison) -> Iterator[str]:
@@ -124,7 +139,15 @@ def _of_seeds(groups: Sequence[Group]) -> Iterator[str]:
 
 def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
     """Which groups may be as good as the first."""
-    found = zip(groups, paired.differences(groups), strict=True)
+    differences = paired.differences(groups)
+    rows = 1 + sum(one is not None for one in differences)
+    if rows > 2:
+        yield (
+            f"the intervals are of {rows} rows together: where all are equal, one sweep in twenty "
+            "at most shows any difference (Bonferroni, over all pairs); fewer rows or more seeds "
+            "narrow them"
+        )
+    found = zip(groups, differences, strict=True)
     tied = [group.name for group, one in found if one and not one.shows_one]
     if tied:
         yield (

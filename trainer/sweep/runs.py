@@ -11,7 +11,9 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
+from trainer.config import key_of
 from trainer.measure import Measure, ended_well, measure_of
+from trainer.sweep.identity import below, canonical, is_setting, settings_of
 
 Summary = dict[str, Any]
 SEED = "seed"
@@ -26,7 +28,7 @@ def lr_of(run: Summary) -> float | None:
 
 
 def seed_of(run: Summary) -> str:
-    return str(run.get("seed", _overridden(run, SEED)))
+    return str(run.get("seed", run.get("config", {}).get("seed", _overridden(run, SEED))))
 
 
 def optimizer_of(run: Summary) -> str:
@@ -47,7 +49,7 @@ def _overridden(run: Summary, option: str) -> str | None:
 
 @dataclass(kw_only=True)
 class Group:
-    """Runs that differ by the seed alone."""
+    """Runs of one configuration, that differ by the seed alone."""
 
     name: str
     runs: list[Summary]
@@ -105,33 +107,80 @@ class Comparison:
     def __init__(self, runs: Sequence[Summary]) -> None:
         self.measure = measure_of(runs)
         self.runs = sorted(runs, key=self.loss)  # the best first, those that failed last
+        self._settings = {
+            id(run): settings_of(run.get("config", {}), run["overrides"]) for run in runs
+        }
         self._options = {id(run): _options(run, runs) for run in runs}
         self._common = set.intersection(*map(set, self._options.values()))
+        self._has_seeds = len(set(map(seed_of, runs))) > 1
 
     def loss(self, run: Summary) -> float:
         """What a run is ranked by; infinite where it failed."""
         return self.measure(run) if ended_well(run) else math.inf
 
-    def name_of(self, run: Summary, *without: str) -> str:
-        """What tells a run from the others: its overrides, but for what all have and these
-        options."""
-        known = (o for o in self._options[id(run)] if o not in self._common)
-        return " ".join(o for o in known if o.partition("=")[0] not in without) or "default"
+    def name_of(self, run: Summary) -> str:
+        """Its group's name, and its seed where there are several."""
+        name = self._group_names[id(run)]
+        return f"{name} {SEED}={seed_of(run)}" if self._has_seeds else name
 
     @cached_property
     def groups(self) -> list[Group]:
         """Groups of all runs, the best first."""
-        found: dict[str, list[Summary]] = {}
-        for run in self.runs:
-            found.setdefault(self.name_of(run, SEED), []).append(run)
-        groups = [Group(name=k, runs=v, measure=self.measure) for k, v in found.items()]
+        alike = self._alike(self.runs)
+        groups = [Group(name=k, runs=v, measure=self.measure) for k, v in alike.items()]
         return sorted(groups, key=lambda group: group.place(self.measure))
 
     @cached_property
     def rivals(self) -> dict[str, list[Group]]:
         """Groups that differ by their rate alone, by the name of what they share; the best
         first."""
-        found: dict[str, list[Group]] = {}
-        for group in self.groups:
-            found.setdefault(self.name_of(group.runs[0], SEED, RATE), []).append(group)
-        return found
+        groups = {id(group.runs[0]): group for group in self.groups}
+        alike = self._alike([group.runs[0] for group in self.groups], RATE)
+        return {name: [groups[id(run)] for run in tried] for name, tried in alike.items()}
+
+    @cached_property
+    def _group_names(self) -> dict[int, str]:
+        return {id(run): group.name for group in self.groups for run in group.runs}
+
+    def _alike(self, runs: Sequence[Summary], *without: str) -> dict[str, list[Summary]]:
+        """Runs whose settings are equal, but for these options: by the shortest of their names, and
+        where others are called alike, by what differs."""
+        alike: dict[str, list[Summary]] = {}
+        for run in runs:
+            alike.setdefault(canonical(self._settings[id(run)], *without), []).append(run)
+        named: dict[str, list[list[Summary]]] = {}
+        for same in alike.values():
+            name = min((self._name(run, without) for run in same), key=len)
+            named.setdefault(name, []).append(same)
+        return {
+            f"{name} {self._apart(same[0], several)}".strip(): same
+            for name, several in named.items()
+            for same in several
+        }
+
+    def _name(self, run: Summary, without: Sequence[str]) -> str:
+        """What tells a run from the others: its overrides, but for what all have, what changes
+        nothing, and these options."""
+        known = (o for o in self._options[id(run)] if o not in self._common and self._tells(o))
+        kept = " ".join(o for o in known if key_of(o) not in without)
+        return kept or f"optim={optimizer_of(run)}"
+
+    def _tells(self, override: str) -> bool:
+        """Whether runs differ by what an override sets: an option, a group, or a preset, which has
+        no options of its own."""
+        key = key_of(override)
+        found = {canonical(below(settings, key)) for settings in self._settings.values()}
+        return is_setting(key) and (len(found) > 1 or found == {canonical({})})
+
+    def _apart(self, run: Summary, several: Sequence[Sequence[Summary]]) -> str:
+        """How a run differs from others of its name, whose overrides are no others: in options that
+        have another default."""
+        if len(several) == 1:
+            return ""
+        if not run.get("config"):
+            return "(whose configuration is not known)"
+        ours = self._settings[id(run)]
+        others = [self._settings[id(same[0])] for same in several if same[0].get("config")]
+        keys = sorted({key for other in others for key in other.keys() - {RATE}})
+        told = (f"{k}={ours.get(k)}" for k in keys if any(o.get(k) != ours.get(k) for o in others))
+        return " ".join(told)

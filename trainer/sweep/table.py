@@ -16,6 +16,7 @@ Column = tuple[str, str, str]  # title, key in summary.json, format
 _COLUMNS: tuple[Column, ...] = (
     ("eval before", "eval_loss_before", "{:.4f}"),
     ("eval after", "eval_loss_after", "{:.4f}"),
+    ("held out before", "holdout_loss_before", "{:.4f}"),
     ("held out", "holdout_loss_after", "{:.4f}"),
     ("averaged weights", "ema_loss_after", "{:.4f}"),
     ("s/step", "seconds_per_step", "{:.3f}"),
@@ -27,19 +28,22 @@ _COLUMNS: tuple[Column, ...] = (
     ("peak in training", "peak_training_bytes", "bytes"),
     ("skipped", "skipped_steps", "{}"),
     ("spikes", "loss_spikes", "{}"),
+    ("diverged", "diverged", "{:d}"),
     ("norm/median", "grad_norm_over_median", "{:.1f}"),
 )
 _NOT_IN_ALL = {
+    "holdout_loss_before",
     "holdout_loss_after",
+    "diverged",
     "ema_loss_after",
     "optimizer_seconds_per_step",
     "loss_spikes",
     "planned_training_bytes",
     "grad_norm_over_median",
 }
-_NOT_OVER_SEEDS = {"eval before", "total seconds"}
+_NOT_OVER_SEEDS = {"eval before", "held out before", "total seconds"}
 _LARGEST = {"optimizer state", "planned peak", "peak in training", "norm/median"}
-_IN_ALL = {"skipped", "spikes"}
+_IN_ALL = {"skipped", "spikes", "diverged"}
 RATE_FORM = "{:g}"
 
 
@@ -59,7 +63,8 @@ def sweep_table(runs: Sequence[Summary]) -> str:
 
 def tables(comparison: Comparison) -> list[Table]:
     """Of the runs, over seeds and of best rates, where there are several."""
-    known = {key for run in comparison.runs for key, value in run.items() if value is not None}
+    values = [item for run in comparison.runs for item in run.items()]
+    known = {key for key, value in values if value is not None and value is not False}
     columns = [c for c in _COLUMNS if c[1] in known or c[1] not in _NOT_IN_ALL]
     others = (_over_seeds(comparison, columns), _best_rates(comparison))
     return [_of_runs(comparison, columns), *filter(None, others)]
