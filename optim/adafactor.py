@@ -88,9 +88,9 @@ class Adafactor8bit(Adafactor):
 
     State on the SDXL UNet: 9.5 MB.  A mean of zero is stored exactly.
 
-    Row and column means are stored as floats of 4 mantissa bits (`optim.codecs.Float8`), the
-    optional first moment in symmetric blocks (`optim.codecs.Block8`, 1.016 bytes per parameter);
-    1-D tensors keep an fp32 second moment.  The update uses the second moment before it is coded.
+    Row and column means are stored as 8-bit floats (`optim.codecs.Float8`), the optional first
+    moment as those with a sign (`optim.codecs.SignedFloat8`, 1.008 bytes a parameter); 1-D tensors
+    keep an fp32 second moment.  The update uses the second moment before it is coded.
     Arguments and source are `Adafactor`'s.
     """
 

@@ -78,13 +78,16 @@ class TorchEngine:
             u = features.aligned(h, u, g)
             moved = w - h.rate * (features.decayed(h, w, u) + u)
             w = torch.where(h.usable, moved, w)
+            view = optimizer.layout(param, group)
             if h.rounding == "stochastic" and param.dtype == torch.bfloat16:
-                view = optimizer.layout(param, group)
                 param.copy_(round_stochastic_bf16(w, key, view))
             else:
                 param.copy_(w)
             if "compensation" in state:
-                state["compensation"].copy_(w - param.float())
+                rest = w - param.float()
+                if param.dtype == torch.bfloat16:  # to the nearest, a small step would be lost
+                    rest = round_stochastic_bf16(rest, key, view)
+                state["compensation"].copy_(rest)
 
 
 def unavailable(device: str) -> str | None:

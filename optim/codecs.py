@@ -21,6 +21,9 @@ from optim.rng import draws, mix, round_stochastic_bf16
 
 Parts = dict[str, Tensor]
 
+_BLOCK = 128  # elements of a row that 8-bit floats have an exponent for
+_CUT = 20  # bits of an fp32 that they lack, and of a draw
+
 
 class Codec(Protocol):
     """Storage of one moment.  `zeros`, `encode` and `decode` agree on part names, shapes and
@@ -98,94 +101,78 @@ class Bf16:
 
 
 @dataclass(frozen=True)
-class Block8:
-    """Signed 8-bit codes, one fp32 absolute maximum for every `block` elements of a row: 1.016
+class Float8:
+    """Non-negative 8-bit floats with 3 mantissa bits, exponents relative to the block's: 1.008
     bytes an element.
 
-    code = 127 x / absmax, rounded to an integer in [-127, 127]: symmetric, so a moment and its
-    negative are stored alike, and 0 is exact.  It is rounded in two steps, neither of which has a
-    bias: to the nearest 1/65536 of a code, and from there by a draw of that many steps.  A block
-    whose maximum is below 1e-31, where 127 * 65536 / absmax would overflow, is zero.
+    Code 0 is exactly 0; code q in 1..255 is the fp32 with the bits (8 (top + 96) + q) << 20, where
+    `top` is one int8 exponent for every 128 elements: codes 248..255 span one octave from 2^top.
+    Because `top` is an integer, all blocks at all times share one grid, the floats of 3 mantissa
+    bits: a value that does not change is stored without any rounding, which a grid refitted to each
+    block's range cannot do.  Neighbours are 1/8 to 1/16 of a value apart.  The range ends 31
+    octaves below the block's largest (a factor of 46,000 in the gradient); smaller values are held
+    there and never become 0.  Rounding adds a draw below the cut and truncates, which is unbiased.
+    """
+
+    shape: tuple[int, ...]
+
+    def zeros(self, device: torch.device) -> Parts:
+        return _zeros8(prod(self.shape), -(-prod(self.shape) // _BLOCK), device)
+
+    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
+        view = (1, x.numel())
+        blocks, drawn = _with_draws(x, view, key, salt)
+        exponent = _exponent(blocks)
+        codes = (((blocks.view(torch.int32) + drawn) >> _CUT) - (exponent - 31) * 8).clamp(1, 255)
+        return _coded(torch.where(blocks == 0, 0, codes), exponent, view, x.numel())
+
+    def decode(self, parts: Parts) -> Tensor:
+        view = (1, prod(self.shape))
+        codes, exponent = _uncoded(parts, view)
+        bits = ((exponent - 31) * 8 + codes) << _CUT
+        return _unblocked(torch.where(codes == 0, 0, bits).view(torch.float32), view, self.shape)
+
+
+@dataclass(frozen=True)
+class SignedFloat8:
+    """8-bit floats of either sign: a sign bit, 3 mantissa bits, and exponents for 15 octaves below
+    the block's largest; evenly spaced below those.  1.008 bytes an element.
+
+    c = 2^(top - 14) is added to |x| before it is cut as in `Float8`, and subtracted from what is
+    decoded.  So codes are c / 8 apart where |x| < c, which is 2^-17 of the block's largest, and 1/8
+    to 1/16 of a value apart where it is large.  A small value becomes one code or another, without
+    bias.  A moment and its negative are stored alike, and 0 is exact.
+
+    Evenly spaced codes (127 x / absmax) are wider than all values of a block that are small beside
+    its largest.  Adam divides by the root of the element's own second moment, so one such code
+    moved a weight by 18 learning rates where neighbours' gradients were 1000 times as large; these
+    move it as fp32 does (docs/LOG.md, 2026-11-27).
     """
 
     shape: tuple[int, ...]
     view: tuple[int, int] | None = None
-    block: int = 256
 
     def zeros(self, device: torch.device) -> Parts:
         rows, cols = self._view()
-        return {
-            "codes": torch.zeros(prod(self.shape), dtype=torch.int8, device=device),
-            "absmax": torch.zeros(
-                rows * -(-cols // self.block), dtype=torch.float32, device=device
-            ),
-        }
+        return _zeros8(prod(self.shape), rows * -(-cols // _BLOCK), device)
 
     def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
-        blocks = _blocks(x, self._view(), self.block)
-        drawn = draws(key, self._view(), x.numel(), x.device, salt)
-        absmax = blocks.abs().amax(dim=1, keepdim=True)
-        scale = torch.where(absmax > 1e-31, 127 / absmax * 65536, 0.0)
-        # At most 127 + 2^-17 codes, which is rounded to 127 * 65536.
-        fixed = torch.round(blocks * scale).to(torch.int32)
-        codes = ((fixed + _blocks(drawn, self._view(), self.block)) >> 16).to(torch.int8)
-        return {
-            "codes": _unblocked(codes, self._view(), (x.numel(),)),
-            "absmax": absmax.flatten(),
-        }
+        blocks, drawn = _with_draws(x, self._view(), key, salt)
+        exponent = _exponent(blocks.abs())
+        zero = (exponent - 14) << 23
+        bits = (blocks.abs() + zero.view(torch.float32)).view(torch.int32)
+        codes = ((bits + drawn - zero) >> _CUT) | (torch.signbit(blocks).int() << 7)
+        return _coded(codes, exponent, self._view(), x.numel())
 
     def decode(self, parts: Parts) -> Tensor:
-        blocks = _blocks(parts["codes"].float(), self._view(), self.block)
-        return _unblocked(blocks * (parts["absmax"] / 127)[:, None], self._view(), self.shape)
+        codes, exponent = _uncoded(parts, self._view())
+        zero = (exponent - 14) << 23
+        bits = ((codes & 127) << _CUT) + zero
+        size = bits.view(torch.float32) - zero.view(torch.float32)
+        return _unblocked(torch.where(codes < 128, size, -size), self._view(), self.shape)
 
     def _view(self) -> tuple[int, int]:
         return self.view or (1, prod(self.shape))
-
-
-@dataclass(frozen=True)
-class Float8:
-    """Non-negative 8-bit floats with 4 mantissa bits, exponents relative to the block's: 1.008
-    bytes an element.
-
-    Code 0 is exactly 0; code q in 1..255 is the fp32 with the bits (16 (top + 112) + q) << 19,
-    where `top` is one int8 exponent for every `block` elements: codes 240..255 span one octave from
-    2^top.  Because `top` is an integer, all blocks at all times share one grid, the floats of 4
-    mantissa bits: a value that does not change is stored without any rounding, which a grid
-    refitted to each block's range cannot do.  Neighbours are 1/16 to 1/32 of a value apart.  The
-    range ends 14.9 to 15.9 octaves below the block's largest (a factor 175 to 244 in the gradient);
-    smaller values are held there and never become 0.  Rounding adds a draw below the cut and
-    truncates, which is unbiased.
-    """
-
-    shape: tuple[int, ...]
-    block: int = 128
-
-    def zeros(self, device: torch.device) -> Parts:
-        numel = prod(self.shape)
-        return {
-            "codes": torch.zeros(numel, dtype=torch.uint8, device=device),
-            "top": torch.full((-(-numel // self.block),), -111, dtype=torch.int8, device=device),
-        }
-
-    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
-        view = (1, x.numel())
-        blocks = _blocks(x, view, self.block)
-        bits = blocks.view(torch.int32)
-        drawn = _blocks(draws(key, view, x.numel(), x.device, salt, bits=19), view, self.block)
-        # The largest may round up, past its octave.
-        exponent = ((bits.amax(dim=1, keepdim=True) + 0x7FFFF) >> 23).clamp(16, 254)
-        codes = (((bits + drawn) >> 19) - (exponent * 16 - 240)).clamp(1, 255)
-        codes = torch.where(blocks == 0, 0, codes).to(torch.uint8)
-        return {
-            "codes": _unblocked(codes, view, (x.numel(),)),
-            "top": (exponent - 127).flatten().to(torch.int8),
-        }
-
-    def decode(self, parts: Parts) -> Tensor:
-        view = (1, prod(self.shape))
-        codes = _blocks(parts["codes"].to(torch.int32), view, self.block)
-        bits = ((parts["top"].to(torch.int32)[:, None] + 112) * 16 + codes) << 19
-        return _unblocked(torch.where(codes == 0, 0, bits).view(torch.float32), view, self.shape)
 
 
 @dataclass(frozen=True)
@@ -296,7 +283,7 @@ def signed(storage: str, shape: tuple[int, ...], view: tuple[int, int] | None = 
     """
     if storage == "factored" and view is not None:
         return FactoredSign(shape, view)
-    kinds: dict[str, Codec] = {"bf16": Bf16(shape, view), "8bit": Block8(shape, view)}
+    kinds: dict[str, Codec] = {"bf16": Bf16(shape, view), "8bit": SignedFloat8(shape, view)}
     return kinds.get(storage, Dense(shape))
 
 
@@ -378,6 +365,40 @@ def square_view(numel: int) -> tuple[int, int] | None:
         cols = -(-root // 8) * 8
     rows = -(-numel // max(cols, 1))
     return (rows, cols) if rows + cols < numel else None
+
+
+def _zeros8(codes: int, blocks: int, device: torch.device) -> Parts:
+    """The parts of 8-bit floats that are zero."""
+    return {
+        "codes": torch.zeros(codes, dtype=torch.uint8, device=device),
+        "top": torch.full((blocks,), 32 - 127, dtype=torch.int8, device=device),
+    }
+
+
+def _with_draws(x: Tensor, view: tuple[int, int], key: int, salt: int) -> tuple[Tensor, Tensor]:
+    """The blocks of 8-bit floats, and a draw for each of their elements: (*, _BLOCK) both."""
+    drawn = draws(key, view, x.numel(), x.device, salt, _CUT)
+    return _blocks(x, view, _BLOCK), _blocks(drawn, view, _BLOCK)
+
+
+def _exponent(sizes: Tensor) -> Tensor:
+    """The biased exponent of each block's largest, which may round up, past its octave; at least
+    32, so that what lies 31 octaves below is a normal number: (*, _BLOCK) -> int32 (*, 1)."""
+    bits = sizes.view(torch.int32).amax(dim=1, keepdim=True)
+    return ((bits + (1 << _CUT) - 1) >> 23).clamp(32, 254)
+
+
+def _coded(codes: Tensor, exponent: Tensor, view: tuple[int, int], numel: int) -> Parts:
+    return {
+        "codes": _unblocked(codes.to(torch.uint8), view, (numel,)),
+        "top": (exponent - 127).flatten().to(torch.int8),
+    }
+
+
+def _uncoded(parts: Parts, view: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The inverse of `_coded`: codes int32 (*, _BLOCK), exponents int32 (*, 1)."""
+    codes = _blocks(parts["codes"].to(torch.int32), view, _BLOCK)
+    return codes, parts["top"].to(torch.int32)[:, None] + 127
 
 
 def _blocks(x: Tensor, view: tuple[int, int], block: int) -> Tensor:

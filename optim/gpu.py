@@ -37,7 +37,7 @@ _SLOTS = (
     "NoSlot",
     "DenseSlot",
     "Bf16Slot",
-    "Block8Slot",
+    "SignedFloat8Slot",
     "Float8Slot",
     "FactoredSlot<false>",
     "FactoredSlot<true>",

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from optim.codecs import (
     Bf16,
-    Block8,
     Codec,
     Dense,
     Factored,
@@ -24,6 +23,7 @@ from optim.codecs import (
     Float8,
     Given,
     Parts,
+    SignedFloat8,
 )
 from optim.options import learning_rate
 
@@ -85,7 +85,7 @@ FLAGS = (  # Flag, from bit 0
 _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
     Dense: (1, ("",)),
     Bf16: (2, ("",)),
-    Block8: (3, ("codes", "absmax")),
+    SignedFloat8: (3, ("codes", "top")),
     Float8: (4, ("codes", "top")),
     Factored: (5, ("row", "col")),
     FactoredSign: (6, ("row", "col", "", "", "sign")),

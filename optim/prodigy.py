@@ -122,7 +122,7 @@ class Prodigy(DistanceAdapted):
         params: parameters or parameter groups.
         lr: multiplies d; leave it at 1 and let a schedule scale it.  Each group has its own: it
             scales the group's steps and, as much, its share of both sums that d comes from.  While
-            it is 0 the group stays, and so does its share.
+            it is 0 the group stays, and so do its averages and its share.
         betas: decay of the averages of the gradient and of its square.
         beta3: decay of the sums that d comes from; none is the square root of the second beta.
         d0: d before the first step, below any sensible one.

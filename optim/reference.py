@@ -70,8 +70,9 @@ def lion(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
 
 def prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
-    """Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4: Adam on d g, with steps of d lr."""
-    beta1, beta2 = h.betas
+    """Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4: Adam on d g, with steps of d lr.  While
+    lr is 0 the averages wait, as prodigyopt's do."""
+    beta1, beta2 = h.betas if h.lr > 0 else (1.0, 1.0)
     m = ema(h, s["exp_avg"], h.d * g, beta1)
     v = ema(h, s["exp_avg_sq"], (h.d * g).square(), beta2)
     u = arctan(m, v.sqrt()) if h.atan2 else m / (v.sqrt() + h.d * h.eps)
@@ -80,8 +81,8 @@ def prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
 def lion_prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Lion on d g, with steps of d lr: both averages are of d g, so that momentum and gradient keep
-    their proportion while d grows."""
-    beta1, beta2 = h.betas
+    their proportion while d grows.  While lr is 0 they wait."""
+    beta1, beta2 = h.betas if h.lr > 0 else (1.0, 1.0)
     u = torch.lerp(s["exp_avg"], h.d * g, 1 - beta1).sign()
     return u, {"exp_avg": ema(h, s["exp_avg"], h.d * g, beta2)} | travelled(h, w, g, s)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optim.codecs import Codec, Parts, join
 
-VERSION = 2
+VERSION = 3
 LABELS = ("state_version", "optimizer", "family")  # of saved groups
 # Which options decide whether a moment is kept, and in which shape; of the others these do.
 _OPTIONS = ("storage", "beta1", "momentum", "factor_1d", "conv_view", "rank")

@@ -221,11 +221,12 @@ def untouched(shape, dtype):
     return torch.frombuffer(memory_map, dtype=dtype, count=count).view(shape)
 
 
-def draws_at(key, elements, salt=0):
+def draws_at(key, elements, salt=0, bits=16):
     """`rng.draws` of some elements of one long row."""
     words = rng.words32(elements // 32 * 16 + elements % 16, key) * 0x16AB7965**salt
     words = words.to(torch.int64)
-    return (words >> 16 * (elements // 16 % 2) & 0xFFFF).to(torch.int32)
+    shift = (32 - bits) * (elements // 16 % 2)
+    return (words >> shift & (1 << bits) - 1).to(torch.int32)
 
 
 def rounded(x, draws):
@@ -271,9 +272,14 @@ def test_elements_beyond_32_bits_are_found_and_drawn_for(storage, monkeypatch):
     elif storage == "bf16":
         assert torch.equal(state["exp_avg"][elements], rounded(g, draws))
     else:
-        scale = 127 / state["exp_avg.absmax"][elements // 256] * 65536
-        codes = (torch.round(g * scale).to(torch.int32) + draws) >> 16
+        top = state["exp_avg.top"]
+        exponent = top[elements // 128].to(torch.int32) + 127
+        zero = (exponent - 14) << 23
+        bits = (g.abs() + zero.view(FP32)).view(torch.int32)
+        draws = draws_at(key, elements, salt=1, bits=20)
+        codes = ((bits + draws - zero) >> 20) | (g < 0).int() << 7
         assert torch.equal(state["exp_avg.codes"][elements].int(), codes)
-        blocks = [b for part in g.view(-1, 700) for b in part.split(256)]
-        absmax = state["exp_avg.absmax"][(starts[:, None] // 256 + torch.arange(3)).flatten()]
-        assert absmax.tolist() == [b.abs().max().item() for b in blocks]
+        blocks = [b for part in g.view(-1, 700) for b in part.split(128)]
+        tops = top[(starts[:, None] // 128 + torch.arange(6)).flatten()]
+        largest = torch.stack([b.abs().max() for b in blocks]).view(torch.int32)
+        assert tops.tolist() == (((largest + 0xFFFFF) >> 23) - 127).tolist()

@@ -178,8 +178,8 @@ def test_factored_moments_follow_the_smmf_cycle_of_adv_optm(name, peer):
 @pytest.mark.parametrize(
     ("name", "peer", "tolerance"),
     [
-        ("adamw8bit", bitsandbytes.optim.AdamW8bit, 0.05),
-        ("lion8bit", bitsandbytes.optim.Lion8bit, 0.1),  # it moves by signs
+        ("adamw8bit", bitsandbytes.optim.AdamW8bit, 0.08),
+        ("lion8bit", bitsandbytes.optim.Lion8bit, 0.16),  # it moves by signs
     ],
 )
 def test_eight_bit_moments_lead_where_those_of_bitsandbytes_do(name, peer, tolerance):

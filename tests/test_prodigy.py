@@ -51,7 +51,16 @@ def d_of(optimizer):
     ids=str,
 )
 def test_d_is_prodigyopts_at_every_step(options, warmup):
-    """With an eps so small that it is no matter which d multiplies it."""
+    compare_with_prodigyopt(options, warmup, waits=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"safeguard_warmup": True}], ids=str)
+def test_d_is_prodigyopts_after_steps_at_rate_zero(options):
+    compare_with_prodigyopt(options, warmup=8, waits=5)
+
+
+def compare_with_prodigyopt(options, warmup, waits):
+    """With an eps so small that it is no matter which d multiplies it; lr is 0 while it waits."""
     ours, theirs = make_params(shapes=SHAPES), make_params(shapes=SHAPES)
     options = {"slice_p": 1, "weight_decay": 0.0, "eps": 1e-12, "lr": 1.0} | options
     peer = prodigyopt.Prodigy(theirs, **options)
@@ -61,7 +70,8 @@ def test_d_is_prodigyopts_at_every_step(options, warmup):
     largest = 0.0
     for step in range(60):
         for which in (optimizer, peer):
-            which.param_groups[0]["lr"] = options["lr"] * min(1.0, (step + 1) / warmup)
+            scale = min(1.0, (step + 1) / warmup) if step >= waits else 0.0
+            which.param_groups[0]["lr"] = options["lr"] * scale
         descend(ours, step)
         for p, q in zip(ours, theirs, strict=True):
             q.grad = p.grad.clone()

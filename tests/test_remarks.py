@@ -169,7 +169,7 @@ def test_a_run_that_made_the_model_worse_is_remarked(changed, says):
 def test_a_run_that_ends_far_above_its_beginning_has_diverged(after, found, diverged):
     state = SimpleNamespace(
         model=SimpleNamespace(predictions=("epsilon", "epsilon")),
-        trains_on=False,
+        starts_from_adapter=False,
         watch=SimpleNamespace(diverged=found),
         counters=SimpleNamespace(eval_loss_before=1.0),
     )

@@ -8,7 +8,7 @@ from helpers import SHAPES, assert_same, build, make_params, run
 from torch.nn import Parameter
 
 import optim
-from optim.codecs import Bf16, Block8, Dense, Factored, FactoredSign
+from optim.codecs import Bf16, Dense, Factored, FactoredSign, SignedFloat8
 
 NAMES = sorted(name for name in optim.FAMILY if "storage" in optim.options_of(name))
 STORAGES = ["fp32", "bf16", "8bit", "factored"]
@@ -71,8 +71,8 @@ def test_every_optimizer_descends_and_resumes_in_every_storage(name, storage):
 
 # Distance from the fp32 trajectory, as a share of how far it leads.  Lion moves by signs, and
 # so does Sophia before it knows any curvature.
-TOLERANCE = {"bf16": 0.01, "8bit": 0.03}
-LION_TOLERANCE = {"bf16": 0.04, "8bit": 0.08}
+TOLERANCE = {"bf16": 0.01, "8bit": 0.08}
+LION_TOLERANCE = {"bf16": 0.04, "8bit": 0.16}
 
 
 @pytest.mark.parametrize("storage", TOLERANCE)
@@ -97,7 +97,7 @@ def test_rounded_moments_lead_where_fp32_moments_do(name, storage):
 
 @pytest.mark.parametrize(
     ("storage", "size"),
-    [("fp32", 4), ("bf16", 2), ("8bit", 1 + 4 / 256), ("factored", 1 / 8 + 4 / 128)],
+    [("fp32", 4), ("bf16", 2), ("8bit", 1 + 1 / 128), ("factored", 1 / 8 + 4 / 128)],
 )
 @pytest.mark.parametrize("name", ["sgd", "lion", "adafactor", "adafactor8bit", "came"])
 def test_a_moment_takes_this_many_bytes_an_element(name, storage, size):
@@ -114,7 +114,7 @@ def test_adafactors_storage_is_the_first_moments_and_its_means_are_the_classs():
     first = {
         "fp32": (Dense(shape), Dense((24,))),
         "bf16": (Bf16(shape, view), Bf16((24,))),
-        "8bit": (Block8(shape, view), Block8((24,))),
+        "8bit": (SignedFloat8(shape, view), SignedFloat8((24,))),
         "factored": (FactoredSign(shape, view), Dense((24,))),
     }
     for name, is_float8 in (("adafactor", False), ("adafactor8bit", True)):
@@ -124,3 +124,39 @@ def test_adafactors_storage_is_the_first_moments_and_its_means_are_the_classs():
             assert matrix["exp_avg_sq"] == Factored(shape, view, is_float8)
             assert vector["exp_avg_sq"] == Dense((24,))
             assert (matrix["exp_avg"], vector["exp_avg"]) == first[storage]
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-4, 1e-6])
+def test_8bit_adamw_moves_what_has_small_gradients_beside_large_ones_as_fp32_does(ratio):
+    """In blocks of their own and of both: what moves a weight is relative to its own gradients."""
+    scale = torch.ones(2, 256)
+    scale[0, 128:] = ratio
+    scale[1, ::2] = max(ratio, 1e-4)  # smaller ones are slowed down
+    moved = {}
+    for name in ("adamw", "adamw8bit"):
+        (param,) = make_params(shapes=[(2, 256)])
+        start, generator = param.detach().clone(), torch.Generator().manual_seed(0)
+        optimizer = optim.build(name, [param], lr=1e-3, weight_decay=0.0)
+        largest = 0.0
+        for _ in range(100):
+            before = param.detach().clone()
+            param.grad = torch.randn(2, 256, generator=generator) * scale
+            optimizer.step()
+            largest = max(largest, (param.detach() - before).abs().max().item())
+        change = param.detach() - start
+        moved[name] = change[0, 128:].norm().item(), change[1, ::2].norm().item()
+        assert largest <= 1.2e-3
+    assert moved["adamw8bit"][0] == pytest.approx(moved["adamw"][0], rel=0.05)
+    assert moved["adamw8bit"][1] == pytest.approx(moved["adamw"][1], rel=0.05)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_kahan_compensation_keeps_steps_far_below_the_weights_spacing(backend):
+    """Half a spacing of bf16 at 1 is 0.002, and half a spacing of what is kept of it 1e-5."""
+    param = torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
+    optimizer = optim.SGD([param], lr=1e-6, momentum=0.0, rounding="kahan", backend=backend)
+    for _ in range(2000):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    whole = param.detach().float() + optimizer.state[param]["compensation"].float()
+    assert whole.mean().item() == pytest.approx(1 - 2e-3, abs=1e-4)

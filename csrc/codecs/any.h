@@ -2,7 +2,6 @@
 // after it, so that every rule is compiled once and not once a codec.
 #pragma once
 
-#include "codecs/block8.h"
 #include "codecs/dense.h"
 #include "codecs/factored.h"
 #include "codecs/float8.h"
@@ -17,7 +16,7 @@ struct AnySlot {
     F* values;
     DenseSlot dense;
     Bf16Slot bf16;
-    Block8Slot block8;
+    SignedFloat8Slot signed_float8;
     Float8Slot float8;
     FactoredSlot<false> factored;
     FactoredSlot<true> factored_sign;
@@ -30,7 +29,7 @@ struct AnySlot {
           values(s.values),
           dense(p, slot, s),
           bf16(p, slot, s),
-          block8(p, slot, s),
+          signed_float8(p, slot, s),
           float8(p, slot, s),
           factored(p, slot, s),
           factored_sign(p, slot, s),
@@ -44,8 +43,8 @@ struct AnySlot {
                 return f(dense);
             case kBf16:
                 return f(bf16);
-            case kBlock8:
-                return f(block8);
+            case kSignedFloat8:
+                return f(signed_float8);
             case kFloat8:
                 return f(float8);
             case kFactored:

@@ -1,5 +1,5 @@
-// Non-negative 8-bit codes: an fp32 cut to 4 bits of mantissa, its exponent relative to its
-// block's.
+// 8-bit floats with 3 bits of mantissa, their exponents relative to their block's: an fp32 that is
+// cut, with a draw added below the cut.
 #pragma once
 
 #include "engine/place.h"
@@ -8,30 +8,53 @@ namespace engine {
 namespace ENGINE_ISA {
 
 constexpr int kFloat8Block = 128;
+constexpr int kFloat8Cut = 20;  // bits of an fp32 that are cut off, and of a draw
 
-// The block's exponent (biased), and with it the grid: code q stands for the float with bits
-// (16 exponent - 240 + q) << 19.
+// The block's exponent, biased.  It has room below for all codes, and for the largest to round up.
 HD int32_t float8_exponent(float largest) {
-    int32_t exponent = int32_t((bits_of_float(largest) + 0x7FFFFu) >> 23);
-    return exponent < 16 ? 16 : exponent > 254 ? 254 : exponent;
+    int32_t exponent = int32_t((bits_of_float(largest) + 0xFFFFFu) >> 23);
+    return exponent < 32 ? 32 : exponent > 254 ? 254 : exponent;
 }
-HD uint32_t float8_base(int32_t exponent) { return uint32_t(exponent * 16 - 240); }
 
-constexpr int kFloat8Cut = 19;  // bits of an fp32 that are cut off, and of a draw
+// Of a number that is not negative.  Code q is the fp32 with the bits (base + q) << 20, of 32
+// octaves; code 0 is zero, and nothing but zero.
+struct Unsigned8 {
+    static constexpr bool kSigned = false;
 
-// At most 255, of what is at most the block's largest, and that below 2^127; averages of squares of
-// usable gradients are below 2^96.
-HD U float8_encode(F x, U draws, U base) {
-    U cut = (as_bits(x) + draws) >> kFloat8Cut;
-    U code = max(cut, base + U(1u)) - base;
-    return min(code, as_bits(x));  // nothing but zero is smaller than its code
-}
-HD F float8_decode(U code, U base) {
-    return as_float(only(code > U(0u), (code << kFloat8Cut) + (base << kFloat8Cut)));
-}
+    HD static uint32_t base(int32_t exponent) { return uint32_t(exponent - 31) << 3; }
+    // At most 255, of what is at most the block's largest, and that below 2^127; averages of
+    // squares of usable gradients are below 2^96.
+    HD static U encode(F x, U draws, U base) {
+        U cut = (as_bits(x) + draws) >> kFloat8Cut;
+        U code = max(cut, base + U(1u)) - base;
+        return min(code, as_bits(x));  // nothing but zero is smaller than its code
+    }
+    HD static F decode(U code, U base) {
+        return as_float(only(code > U(0u), (code + base) << kFloat8Cut));
+    }
+};
+
+// Of a number of either sign, which the highest bit has.  Code q is the fp32 with the bits
+// (base + q) << 20, less that of code 0: so codes are evenly spaced around zero, and further apart
+// in each of 14 octaves above.
+struct Signed8 {
+    static constexpr bool kSigned = true;
+
+    HD static uint32_t base(int32_t exponent) { return uint32_t(exponent - 14) << 3; }
+    HD static F zero(U base) { return as_float(base << kFloat8Cut); }
+    // At most 121, of what is at most the block's largest.
+    HD static U encode(F x, U draws, U base) {
+        U code = ((as_bits(abs(x) + zero(base)) + draws) >> kFloat8Cut) - base;
+        return code | ((as_bits(x) >> 24) & U(0x80u));
+    }
+    HD static F decode(U code, U base) {
+        F size = as_float(((code & U(0x7Fu)) + base) << kFloat8Cut) - zero(base);
+        return as_float(as_bits(size) | ((code & U(0x80u)) << 24));
+    }
+};
 
 // DrawsT: where its random bits come from.
-template <class DrawsT>
+template <class Code, class DrawsT>
 struct Float8 : Slot {
     uint8_t* const first;
     Exec::Row<uint8_t> codes;
@@ -56,13 +79,13 @@ struct Float8 : Slot {
         codes.begin(place, first, row, width);
         exponents.begin(place, tops, row);
         Exec::each_block<kFloat8Block>(
-            width, [&](int at) INLINED { base[at] = U(float8_base(exponents.load(at) + 127)); });
+            width, [&](int at) INLINED { base[at] = U(Code::base(exponents.load(at) + 127)); });
         draws.begin_row(row, cols, first_col());
     }
 
     HD F load(int i, int col, int n) {
         U grid = base[Exec::block_of<kFloat8Block>(i, col)];
-        return float8_decode(codes.uint(i, col, n), grid);
+        return Code::decode(codes.uint(i, col, n), grid);
     }
 
     HD void store(int i, int, int, F x) { values[i] = x; }
@@ -70,21 +93,22 @@ struct Float8 : Slot {
     HD void end_row(int64_t, int width) {
         Exec::each_block<kFloat8Block>(width, [&](int at) INLINED {
             int32_t exponent =
-                float8_exponent(Exec::largest<kFloat8Block, false>(values, at, width));
-            base[at] = U(float8_base(exponent));
+                float8_exponent(Exec::largest<kFloat8Block, Code::kSigned>(values, at, width));
+            base[at] = U(Code::base(exponent));
             exponents.store(at, int8_t(exponent - 127), width);
         });
         Exec::each(width, [&](int i, int col, int n) INLINED {
             U grid = base[Exec::block_of<kFloat8Block>(i, col)];
             U draw = draws.template next<kFloat8Cut>(i, col);
-            codes.put_u8(i, col, n, float8_encode(values[i], draw, grid));
+            codes.put_u8(i, col, n, Code::encode(values[i], draw, grid));
         });
         codes.end(place);
     }
     HD void begin() {}
     HD void end() {}
 };
-using Float8Slot = Float8<Exec::RowDraws>;
+using Float8Slot = Float8<Unsigned8, Exec::RowDraws>;
+using SignedFloat8Slot = Float8<Signed8, Exec::RowDraws>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -157,7 +157,8 @@ struct AnyWeight {
             if (!compensated) return;
             const U code = upper >> 16;
             const F rest = w - (bf16 ? from_bf16(code) : from_fp16(code));
-            lost.put_uint(i, col, n, bf16 ? to_bf16(rest) : to_fp16(rest));
+            // To the nearest, a small step would be lost as it is without.
+            lost.put_uint(i, col, n, bf16 ? to_bf16(rest, draws.next(i, col)) : to_fp16(rest));
         });
         row.end(place);
         if (compensated) lost.end(place);

@@ -66,13 +66,13 @@ struct Stored {
 constexpr Stored kStorages[] = {
     {kFactoredTriple, kFactoredSign, kFactoredSign, kFactored},
     {kFactoredPair, kFactoredSign, kAbsent, kFactored},
-    {kCodedPair, kBlock8, kAbsent, kFloat8},
+    {kCodedPair, kSignedFloat8, kAbsent, kFloat8},
     {kDenseTriple, kDense, kDense, kDense},
     {kDensePair, kDense, kAbsent, kDense},
     {kSquareAlone, kAbsent, kAbsent, kFactored},
     {kGivenAlone, kAbsent, kAbsent, kGiven},
     {kSignAlone, kFactoredSign, kAbsent, kAbsent},
-    {kCodedAlone, kBlock8, kAbsent, kAbsent},
+    {kCodedAlone, kSignedFloat8, kAbsent, kAbsent},
     {kDenseAlone, kDense, kAbsent, kAbsent},
     {kNothing, kAbsent, kAbsent, kAbsent},
 };

@@ -87,9 +87,7 @@ HD F sqrt(F x) {
     return map<F>(root, x);
 }
 
-// Functions of their own because a GPU has ways of its own.
-HD float quotient(float x, float y) { return x / y; }
-HD float over_127(float x) { return x / 127.f; }
+// A function of its own because a GPU has a way of its own.
 HD F over_root(F a, F x, float b) { return a / (sqrt(x) + F(b)); }
 
 // a < b ? a : b and a > b ? a : b, NaN included: that is how the instructions are defined.
@@ -119,28 +117,6 @@ LANES_CHOICE(U, max, >, i, max_epu32)
 HD F to_float(U x) {  // of lanes in two's complement
     return map<F>(
         [](auto x) INLINED { return __builtin_convertvector((IntRegister)x, FloatRegister); }, x);
-}
-HD U to_int(F x) {  // towards zero, |x| < 2^31, in two's complement
-    return map<U>([](auto x) INLINED { return __builtin_convertvector(x, IntRegister); }, x);
-}
-HD U round_to_int(F x) {  // to nearest even, |x| < 2^31, in two's complement
-    auto round = [](auto x) INLINED {
-#if defined(__AVX512F__)
-        return _mm512_cvtps_epi32((__m512)x);
-#elif defined(__AVX2__)
-        return _mm256_cvtps_epi32((__m256)x);
-#elif defined(__SSE2__)
-        return _mm_cvtps_epi32((__m128)x);
-#else
-        IntRegister whole;
-        for (int j = 0; j < kEach; ++j) whole[j] = int32_t(__builtin_rintf(x[j]));
-        return whole;
-#endif
-    };
-    return map<U>(round, x);
-}
-HD U shifted_down(U x, int by) {  // in two's complement
-    return map<U>([by](auto x) INLINED { return (IntRegister)x >> by; }, x);
 }
 
 // One bit a lane, lane 0 lowest, and back.

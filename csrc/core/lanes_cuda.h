@@ -150,13 +150,6 @@ HD float about_root(float x) {
     const float inverse = about_rsqrt(x), about = x * inverse;
     return __fmaf_rn(__fmaf_rn(-about, about, x), inverse * 0.5f, about);
 }
-// One that is known to be large enough, as x is, and y below 2^126.
-HD float quotient(float x, float y) { return about_quotient(x, y); }
-// x / 127, of a finite x >= 1e-31; about that where x is smaller.
-HD float over_127(float x) {
-    const float about = x * (1.f / 127.f);
-    return __fmaf_rn(__fmaf_rn(-127.f, about, x), 1.f / 127.f, about);
-}
 HD F operator/(F a, F b) {
     F q;
     bool large = true;
@@ -199,9 +192,6 @@ HD F over_root(F a, F x, float b) {
 
 HD F to_float(U x) {  // of lanes in two's complement
     return map<F>([](uint32_t x) { return __int2float_rn(int(x)); }, x);
-}
-HD U round_to_int(F x) {  // to nearest even, |x| < 2^31, in two's complement
-    return map<U>([](float x) { return uint32_t(__float2int_rn(x)); }, x);
 }
 HD D widen(F x) {
     return map<D>([](float x) { return double(x); }, x);
@@ -264,11 +254,9 @@ HD void store_saturated(uint8_t* to, U x, int n) { store_uint(to, min(x, U(255u)
 
 // The upper halves of two words, as one.
 HD uint32_t upper_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
-// The byte of this number, 0 being the lowest, of each lane, as one word.
-template <int kByte>
+// The lowest byte of each lane, as one word.
 HD uint32_t word_of_bytes(U x) {
-    constexpr unsigned kTwo = kByte | (4 + kByte) << 4;
-    return __byte_perm(__byte_perm(x.r[0], x.r[1], kTwo), __byte_perm(x.r[2], x.r[3], kTwo),
+    return __byte_perm(__byte_perm(x.r[0], x.r[1], 0x40), __byte_perm(x.r[2], x.r[3], 0x40),
                        0x5410);
 }
 

@@ -172,44 +172,6 @@ HD bool any_beyond(const uint16_t* from, int n, int16_t limit) {
 #endif
 }
 
-// Signed bytes, as floats.
-HD F load_s8(const int8_t* from, int n) {
-    U bytes;
-#if defined(__AVX512F__)
-    if (!RARELY(n < kLanes)) {
-        bytes.r[0] = (UintRegister)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
-        return to_float(bytes);
-    }
-#elif defined(__AVX2__)
-    if (!RARELY(n < kLanes)) {
-        for (int i = 0; i < kRegisters; ++i)
-            bytes.r[i] = (UintRegister)_mm256_cvtepi8_epi32(
-                _mm_loadl_epi64((const __m128i*)(from + i * kEach)));
-        return to_float(bytes);
-    }
-#endif
-    bytes = load_uint(reinterpret_cast<const uint8_t*>(from), n);
-    auto extend = [](auto x) INLINED { return (IntRegister)(x << 24) >> 24; };
-    return to_float(map<U>(extend, bytes));
-}
-#if defined(__AVX2__)
-// The sixteen bytes that two packings of two registers have left in quarters.
-HD __m128i in_order(__m256i bytes) {
-    const __m256i quarters = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
-    return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, quarters));
-}
-#endif
-// Integers of -128 to 127 in two's complement, as bytes.
-HD void store_s8(int8_t* to, U x, int n) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (!RARELY(n < kLanes)) {
-        __m256i words = _mm256_packs_epi32((__m256i)x.r[0], (__m256i)x.r[1]);
-        __m128i bytes = in_order(_mm256_packs_epi16(words, words));
-        return _mm_storeu_si128((__m128i*)to, bytes);
-    }
-#endif
-    store_uint(reinterpret_cast<uint8_t*>(to), x, n);
-}
 // Bytes, 255 for what is larger; x < 2^15.
 HD void store_saturated(uint8_t* to, U x, int n) {
     if (RARELY(n < kLanes)) return store_uint(to, min(x, U(255u)), n);
@@ -217,7 +179,10 @@ HD void store_saturated(uint8_t* to, U x, int n) {
     _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8((__m512i)x.r[0]));
 #elif defined(__AVX2__)
     __m256i words = _mm256_packus_epi32((__m256i)x.r[0], (__m256i)x.r[1]);
-    _mm_storeu_si128((__m128i*)to, in_order(_mm256_packus_epi16(words, words)));
+    // The two packings have left the sixteen bytes in quarters.
+    const __m256i quarters = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words), quarters);
+    _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(bytes));
 #else
     store_narrow(to, min(x, U(255u)));
 #endif

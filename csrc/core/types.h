@@ -33,7 +33,7 @@ enum CodecId : int32_t {
     kAbsent = 0,
     kDense = 1,         // parts: fp32
     kBf16 = 2,          // parts: bf16
-    kBlock8 = 3,        // parts: codes, absmax
+    kSignedFloat8 = 3,  // parts: codes, top
     kFloat8 = 4,        // parts: codes, top
     kFactored = 5,      // parts: row, col, row_top, col_top (tops null: row and col are fp32)
     kFactoredSign = 6,  // parts: row, col, -, -, sign

@@ -98,7 +98,7 @@ constexpr int32_t kCodecOf<DenseSlot> = kDense;
 template <>
 constexpr int32_t kCodecOf<Bf16Slot> = kBf16;
 template <>
-constexpr int32_t kCodecOf<Block8Slot> = kBlock8;
+constexpr int32_t kCodecOf<SignedFloat8Slot> = kSignedFloat8;
 template <>
 constexpr int32_t kCodecOf<Float8Slot> = kFloat8;
 template <>

@@ -23,9 +23,9 @@
 //   knowing(place, f)           f(), compiled for each kind of tile that Row reads in its own way
 //   Row<T>                      a tile's rows of T in memory: once a tile start(place, data); to
 //                               read a row begin(place, data, row, width), to write one
-//                               open(place, data, row, width); f32, bf16, s8, uint(i, col, n) and
+//                               open(place, data, row, width); f32, bf16, uint(i, col, n) and
 //                               put_...(i, col, n, x); end(place).  Of x, put_upper takes bits 16
-//                               to 31, put_third 16 to 23 and put_u8 those below 8
+//                               to 31 and put_u8 those below 8
 //   Bits                        the same of one bit a column, lowest first
 //   PerBlock<T, B>              of a number for each block of B columns: start(place, data), once a
 //                               row begin(place, data, row); load(at), store(at, x, width)

@@ -46,12 +46,10 @@ struct Exec {
             ask(col);
             return load_bf16(at + col, n);
         }
-        HD F s8(int, int col, int n) const { return load_s8(at + col, n); }
 
         HD void put_uint(int, int col, int n, U x) { store_uint(at + col, x, n); }
         HD void put_f32(int, int col, int n, F x) { store_f32(at + col, x, n); }
         HD void put_upper(int, int col, int n, U x) { store_upper(at + col, x, n); }
-        HD void put_third(int, int col, int n, U x) { store_s8(at + col, shifted_down(x, 16), n); }
         HD void put_u8(int, int col, int n, U x) { store_saturated(at + col, x, n); }
 
        private:

@@ -29,7 +29,7 @@ HD bool serves(uint32_t at, const Function& f) {
     return false;
 }
 template <class RuleT, class SquareT>
-using Coded = PlainAccess<RuleT, Block8<SharedDraws>, NoSlot, SquareT, false, true>;
+using Coded = PlainAccess<RuleT, Float8<Signed8, SharedDraws>, NoSlot, SquareT, false, true>;
 
 // Calls f<Access>() with the fastest access that serves this tensor's strip.
 template <class RuleT, class Function>
@@ -42,7 +42,7 @@ HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
     const uint32_t at = plain ? storage_of(fast, slow, square) : 0;
     if (serves<RuleT, kFactoredTriple, PlainAccess<RuleT, Signed, Signed, Squares>>(at, f) ||
         serves<RuleT, kFactoredPair, PlainAccess<RuleT, Signed, NoSlot, Squares>>(at, f) ||
-        serves<RuleT, kCodedPair, Coded<RuleT, Float8<SharedDraws>>>(at, f) ||
+        serves<RuleT, kCodedPair, Coded<RuleT, Float8<Unsigned8, SharedDraws>>>(at, f) ||
         serves<RuleT, kDenseTriple, PlainAccess<RuleT, DenseSlot, DenseSlot, DenseSlot>>(at, f) ||
         serves<RuleT, kDensePair, PlainAccess<RuleT, DenseSlot, NoSlot, DenseSlot>>(at, f) ||
         serves<RuleT, kGivenAlone, PlainAccess<RuleT, NoSlot, NoSlot, GivenSlot>>(at, f) ||
@@ -61,8 +61,8 @@ HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
     if constexpr (kReads && !Function::kDirectionAlone) {
         if (plain && fast == kDense)
             return f.template operator()<SettlingAccess<RuleT, DenseSlot>>();
-        if (plain && fast == kBlock8)
-            return f.template operator()<SettlingAccess<RuleT, Block8Slot>>();
+        if (plain && fast == kSignedFloat8)
+            return f.template operator()<SettlingAccess<RuleT, SignedFloat8Slot>>();
     }
     f.template operator()<AnyAccess<RuleT>>();
 }

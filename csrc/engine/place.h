@@ -124,7 +124,6 @@ HD bool is_whole(const Launch& launch, int64_t tile) {
 // and for the roots of a strip's column factors.
 struct SlotScratch {
     F values[Exec::kSpan], encoded[Exec::kSpan], roots[Exec::kStripTiles * Exec::kSpan];
-    F scale[kTileCols / 128];
     U base[kTileCols / 128];
     const U* words = nullptr;  // of SharedDraws
 };

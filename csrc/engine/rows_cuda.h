@@ -151,11 +151,6 @@ struct ThreadRows {
                 k % 2 ? read[i][k / 2] & 0xFFFF0000u : read[i][k / 2] << 16;
             return as_float(x);
         }
-        HD F s8(int i, int, int) const {
-            F x;
-            UNROLLED for (int k = 0; k < kLanes; ++k) x.r[k] = float(int8_t(read[i][0] >> 8 * k));
-            return x;
-        }
 
         HD void put_uint(int i, int, int, U x) {
             UNROLLED for (int k = 0; k < kLanes; ++k) {
@@ -168,8 +163,7 @@ struct ThreadRows {
             UNROLLED for (int k = 0; k < kLanes; k += 2) written[i][k / 2] =
                 upper_halves(x.r[k], x.r[k + 1]);
         }
-        HD void put_third(int i, int, int, U x) { written[i][0] = word_of_bytes<2>(x); }
-        HD void put_u8(int i, int, int, U x) { written[i][0] = word_of_bytes<0>(x); }
+        HD void put_u8(int i, int, int, U x) { written[i][0] = word_of_bytes(x); }
 
        private:
         // For the n'th row from this one on, or, where the tile has none, for this one.

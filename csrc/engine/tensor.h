@@ -75,8 +75,8 @@ struct Factors {
             F x;
             if (tops) {
                 int32_t top = n ? pointer<int8_t>(tops)[at / kFloat8Block] : 0;
-                x = float8_decode(load_uint(pointer<uint8_t>(from) + at, n),
-                                  U(float8_base(top + 127)));
+                x = Unsigned8::decode(load_uint(pointer<uint8_t>(from) + at, n),
+                                      U(Unsigned8::base(top + 127)));
             } else {
                 x = load_f32(pointer<float>(from) + at, n);
             }
@@ -96,8 +96,8 @@ struct Factors {
             const int32_t exponent = float8_exponent(Exec::largest_of(from + first, run));
             if (Exec::leads_warp()) pointer<int8_t>(tops)[block] = int8_t(exponent - 127);
             Exec::each_pack_of_run(run, [&](int at, int n) INLINED {
-                U code = float8_encode(load_f32(from + first + at, n), draws.at<kFloat8Cut>(at),
-                                       U(float8_base(exponent)));
+                U code = Unsigned8::encode(load_f32(from + first + at, n), draws.at<kFloat8Cut>(at),
+                                           U(Unsigned8::base(exponent)));
                 store_saturated(pointer<uint8_t>(to) + first + at, code, n);
             });
         });

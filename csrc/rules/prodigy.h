@@ -24,6 +24,7 @@ struct DistanceAdapted : Rule {
         // d / d0 where the paper has d, lest sums underflow: its remark on implementation.
         const float growth = h.d / float(o.d0);
         h.learns = o.lr > 0;
+        if (!h.learns) h.weight1 = h.weight2 = 0.f;  // averages wait, as prodigyopt's do
         h.sum_decay = float(o.beta3);
         h.sum_weight = growth * (has(h, kSafeguardWarmup) ? h.d : h.lr);
         h.progress_weight = growth * h.lr;
