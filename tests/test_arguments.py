@@ -213,7 +213,7 @@ def test_torchs_choice_of_an_engine_is_refused_with_the_familys(option):
         ("apollo", "scale_type", "scaling"),
         ("apollo", "correct_bias", "leave it out"),
         ("lion", "fixed_decay", "always decoupled"),
-        ("adamw", "ams_bound", "not to be had here"),
+        ("adamw", "ams_bound", "does not exist here"),
     ],
 )
 def test_another_packages_word_for_an_option_is_answered_with_ours(name, theirs, says):
