@@ -164,7 +164,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_kernel_used(
     for _ in range(2):
         assert card.load(["k", "l"]).keys() == {"k", "l"}
     (record,) = caplog.records
-    assert "cannot be kept" in record.getMessage()
+    assert "cannot be cached" in record.getMessage()
     assert "OPTIM_CACHE" in record.getMessage()
     assert compiled == ["k", "l"]
 
