@@ -211,7 +211,7 @@ def test_where_no_option_saves_memory_the_line_says_so(composed):
     options = ("optim=lomo", "method=lora", "method.clip=none", "model.dtype=bfloat16")
     more = ("runtime.gradient_checkpointing=true", "data.batch_size=1")
     config = composed(*options, *more)
-    says = r"nothing of it was saved\. No option saves more; it takes a device with more memory \(CUDA"
+    says = r"was saved\. No option saves more; it takes a device with more memory \(CUDA"
     with pytest.raises(UserError, match=says), memory.explained(config, "in step 3"):
         raise ERRORS["cuda"]
 
