@@ -229,7 +229,7 @@ def test_a_state_of_before_classes_shared_theirs_is_its_own_classs():
     for group in saved["param_groups"]:
         del group["family"]
     optim.AdamW8bit(make_params()).load_state_dict(saved)
-    with pytest.raises(ValueError, match="state of AdamW8bit, and AdamW cannot"):
+    with pytest.raises(ValueError, match="state of AdamW8bit, which cannot be loaded into AdamW"):
         optim.AdamW(make_params(), storage="8bit").load_state_dict(saved)
 
 

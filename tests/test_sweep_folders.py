@@ -69,7 +69,7 @@ def test_of_runs_with_the_same_options_the_newest_that_is_finished_counts(tmp_pa
     assert {folder for folder, _ in ended_runs(tmp_path)} == {newest, other}
     SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     said = capsys.readouterr().out
-    assert "- optim=a was run 3 times; the newest that is finished counts" in said
+    assert "- optim=a was run 3 times; the newest finished one counts" in said
     assert "0.1000" not in said
 
 

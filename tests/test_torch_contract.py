@@ -453,7 +453,7 @@ def test_a_group_without_parameters_is_stepped_and_keeps_no_state(name):
 def test_a_parameter_is_given_once_to_what_steps_some():
     p = Parameter(torch.ones(4))
     p.grad = torch.ones(4)
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="passed twice"):
         optim.SGD([p]).step_param(p, p)
 
 
