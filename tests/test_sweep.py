@@ -320,6 +320,7 @@ def test_where_rates_were_swept_each_optimizer_has_its_best_one(losses, lr, note
         "optim=lion": "one rate only: another may be better",
     }
     assert column(text, title, "rates tried")["optim=adamw"] == "0.0001, 0.001, 0.01"
+    assert column(text, title, "optimizer state")["optim=lion"] == "10 B"
     assert "at one learning rate" not in text
 
 
@@ -430,6 +431,27 @@ def test_speeds_of_a_busy_machine_are_said_not_to_be_compared(slower, said):
     runs[1]["seconds_per_step"] *= slower
     text = sweep_table(runs)
     assert (f"s/step of optim=a is {slower:.1f} times as much" in text) == said
+
+
+@pytest.mark.parametrize(
+    ("spent", "other", "said"),
+    [(0.2, {}, False), (0.01, {}, True), (None, {}, False), (0.01, {"device": "other"}, False)],
+)
+def test_what_takes_longer_beside_the_optimizer_is_the_machines_load(spent, other, said):
+    runs = sweep_of({"a": [0.1], "b": [0.2]})
+    runs[0] |= {"seconds_per_step": 0.11, "optimizer_seconds_per_step": 0.01}
+    runs[1] |= {"seconds_per_step": 0.3, "optimizer_seconds_per_step": spent} | other
+    text = sweep_table(runs)
+    told = "without the optimizer, a step of optim=b took 0.290 s and one of optim=a 0.100 s"
+    assert (told in text) == said
+
+
+def test_runs_on_several_devices_are_said_to_be():
+    runs = sweep_of({"a": [0.1], "b": [0.2], "c": [0.3]})
+    for run, device in zip(runs, ("X", "X", "Y"), strict=True):
+        run["device"] = device
+    assert "on several devices (2 on X, 1 on Y)" in sweep_table(runs)
+    assert "several devices" not in sweep_table(runs[:2])
 
 
 @pytest.mark.parametrize(

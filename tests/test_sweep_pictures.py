@@ -68,6 +68,15 @@ def colours(picture):
     return {colour for _, colour in picture.getcolors(1 << 20)}
 
 
+def test_a_sheet_of_many_runs_has_one_of_each_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(sheet, "_ROWS", 2)
+    runs = [made(tmp_path, "a", "red", losses=(1, 0.1)), made(tmp_path, "b", "blue", losses=(1, 0))]
+    again = made(tmp_path, "a2", "green", losses=(1, 0.3), overrides=["optim=a", "seed=1"])
+    third = made(tmp_path, "c", "green", losses=(1, 0.9))
+    assert [c for c in bands(sheet.sheet([*runs, again])) if c != "before"] == ["blue", "red"]
+    assert [c for c in bands(sheet.sheet([*runs, third])) if c != "before"] == ["blue", "red"]
+
+
 def test_a_chart_has_a_colour_a_group_and_none_without_two_points(tmp_path):
     runs = [made(tmp_path, name) for name in ("a", "b")]
     blue, orange = (0, 0x72, 0xB2), (0xD5, 0x5E, 0)

@@ -107,6 +107,7 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
 def _placed(of_sweep: Path, proposed: Path, overrides: list[str], resolved: dict[str, Any]) -> Path:
     """Where a sweep's run is, or will be; the folder that Hydra made goes where another is."""
     folder = sweep.place_of(of_sweep, proposed, overrides, resolved)
+    sweep.planned.begun(of_sweep, overrides, folder)
     if folder != proposed:
         with contextlib.suppress(OSError):
             proposed.rmdir()  # unless it is another run's

@@ -204,15 +204,15 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
     given = {key_of(o) for o in overrides}
     swept = [f"{key}={value}" for key, value in params.items() if key not in given]
     try:
-        choices = [
-            [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        choices = {  # of what is given twice the last, as with Hydra
+            (key := o.get_key_element()): [f"{key}={value}" for value in o.sweep_string_iterator()]
             if o.is_sweep_override()
-            else [str(o.input_line)]
+            else [f"{key}={o.get_value_element_as_str()}"]
             for o in OverridesParser.create().parse_overrides([*swept, *overrides])
-        ]
+        }
     except HydraException as error:  # of glob() and interval(), which a sweeper alone can list
         raise UserError(f"{error}; the planner supports lists, choice() and range()") from error
-    return [list(run) for run in itertools.product(*choices)]
+    return [list(run) for run in itertools.product(*choices.values())]
 
 
 def with_swept_groups(arguments: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ class Progress:
         self._bar.update()
 
     def show(self, step: int, loss: float, images_per_second: float, seconds_left: float) -> None:
-        eta = _minutes(seconds_left)
+        eta = minutes(seconds_left)
         if not self._bar.disable:
             self._bar.set_postfix_str(
                 f"loss {loss:.4f}, {images_per_second:.1f} images/s, ETA {eta}"
@@ -76,10 +76,10 @@ class Aside:
         if self._bar.disable and now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             left = (now - self._began) / self._done * (self._total - self._done)
-            log.info(self._what, self._done, _minutes(left))
+            log.info(self._what, self._done, minutes(left))
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     """83.4 -> '1:23'."""
     return "{}:{:02d}".format(*divmod(round(seconds), 60))
 

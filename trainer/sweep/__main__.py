@@ -7,8 +7,9 @@ from pathlib import Path
 from trainer import cli
 from trainer.errors import UserError
 from trainer.run_folder import is_sweep
-from trainer.sweep import files, page
+from trainer.sweep import files, page, planned
 from trainer.sweep.folders import Found, ended_runs
+from trainer.sweep.head import left
 from trainer.sweep.table import sweep_table
 
 _HELP = """\
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = {kind: path for kind in _FORMATS if (path := getattr(given, kind))}
     try:
         found = _found(given.folders)
+        missing = [run for folder in given.folders for run in planned.missing(folder)]
         own = _sweep_of(given.folders)
         out = given.out or own
         pages = [] if out is None or _is_same(out, own) else [out / name for name in page.FILES]
@@ -47,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _write_new(path, _FORMATS[kind](found))
         if out:
             out.mkdir(parents=True, exist_ok=True)
-            page.write(out, found)
+            page.write(out, found, missing)
         print(sweep_table([summary for _, summary in found]))
+        if missing:
+            print(f"\n{left(missing)}")
         written = [*texts.values(), *([out / page.TABLE] if out else [])]
         print("".join(f"\n{path}" for path in written))
     except (UserError, OSError) as error:

@@ -5,9 +5,12 @@ from typing import Any
 
 from trainer.sweep.runs import Summary
 
+_NAMED = 8  # of the runs that are missing
 
-def head(name: str, runs: Sequence[Summary]) -> str:
-    """Markdown: a title, what was run, on what and when, and the options that all runs have."""
+
+def head(name: str, runs: Sequence[Summary], missing: Sequence[str] = ()) -> str:
+    """Markdown: a title, what was run, on what and when, the options that all runs have, and which
+    runs have not ended."""
     failed = sum("error" in run for run in runs)
     facts = [
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
@@ -21,7 +24,7 @@ def head(name: str, runs: Sequence[Summary]) -> str:
     shared = set.intersection(*(set(run["overrides"]) for run in runs))
     common = [o for o in runs[0]["overrides"] if o in shared]
     options = f"Shared options: `{' '.join(common)}`" if common else ""
-    parts = [f"# {name}", "; ".join(fact for fact in facts if fact) + ".", options]
+    parts = [f"# {name}", "; ".join(fact for fact in facts if fact) + ".", options, left(missing)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -38,3 +41,15 @@ def _dates(runs: Sequence[Summary]) -> str:
         return ""
     first, last = (time[:16].replace("T", " ") for time in (ended[0], ended[-1]))
     return f"ended {first}" if first == last else f"ended from {first} to {last}"
+
+
+def left(missing: Sequence[str]) -> str:
+    """Which runs of a sweep have not ended; "" where all have."""
+    if not missing:
+        return ""
+    named = ", ".join(f"`{run}`" for run in missing[:_NAMED])
+    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    return (
+        f"Not ended, {len(missing)} of the planned runs: {named}{more}.  The command of the sweep, "
+        "repeated with its hydra.sweep.dir=, runs them."
+    )

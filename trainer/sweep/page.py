@@ -1,6 +1,6 @@
 """sweep.md and its pictures, made of the folders of runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL.Image import Image
@@ -16,12 +16,13 @@ _PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}
 FILES = (TABLE, *_PICTURES)
 
 
-def write(folder: Path, found: Found) -> None:
-    """Write the table and the pictures of these runs (at least one) to a folder."""
+def write(folder: Path, found: Found, missing: Sequence[str]) -> None:
+    """Write the table and the pictures of these runs (at least one) to a folder.  missing: those of
+    the sweep that have not ended."""
     runs = [summary for _, summary in found]
     pictures = [name for name, draw in _PICTURES.items() if _wrote(folder / name, draw, found)]
     title = folder.resolve().name
-    parts = [head(title, runs), sweep_table(runs), *(f"![]({name})" for name in pictures)]
+    parts = [head(title, runs, missing), sweep_table(runs), *(f"![]({name})" for name in pictures)]
     disk.replace_text(folder / TABLE, "\n\n".join(parts) + "\n")
 
 

@@ -2,6 +2,7 @@
 the optimizer."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from trainer.measure import EVAL, HOLDOUT, ended_well
@@ -38,14 +39,19 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
     yield from _of_picked(comparison)
     yield from _of_seeds(_best_of_each(comparison))
     yield from _of_ties(groups)
-    yield from _of_speed(groups)
+    yield from _of_devices(runs)
+    yield from _of_speed(comparison)
     yield from _of_steps(comparison)
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
         yield (
             "spikes: steps with a loss above 3 times the median of the previous 50 (the first 10: "
-            "above 3 times eval before); norm/median: the largest gradient norm divided by such a "
-            "median (the first 10: by their own)"
+            "above 3 times eval before)"
+        )
+    if any(run.get("grad_norm_over_median") is not None for run in runs):
+        yield (
+            "norm/median: the largest gradient norm divided by the median of the previous 50 (the "
+            "first 10: by their own)"
         )
 
 
@@ -156,9 +162,34 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
         )
 
 
-def _of_speed(groups: Sequence[Group]) -> Iterator[str]:
-    """That steps of one kind took so different times that those of two kinds say little."""
-    for group in groups:
+def _of_devices(runs: Sequence[Summary]) -> Iterator[str]:
+    """That speeds and memory are of several devices."""
+    devices = Counter(run["device"] for run in runs if "device" in run)
+    if len(devices) > 1:
+        counts = ", ".join(f"{count} on {device}" for device, count in devices.items())
+        yield f"these runs were on several devices ({counts}): compare speed and memory on one"
+
+
+def _of_speed(comparison: Comparison) -> Iterator[str]:
+    """That steps of one kind took so different times that those of two kinds say little; first of
+    all where the optimizer cannot be why: the rest of a step is the same with each."""
+    for alike in comparison.equal_but_for("optim"):
+        rest = {
+            comparison.name_of(run): run["seconds_per_step"] - spent
+            for run in filter(ended_well, alike)
+            if (spent := run.get("optimizer_seconds_per_step")) and run.get("seconds_per_step")
+        }
+        if len(rest) < 2:
+            continue
+        slow, fast = max(rest, key=rest.__getitem__), min(rest, key=rest.__getitem__)
+        if rest[slow] > _STEADY * rest[fast] > 0:
+            yield (
+                f"without the optimizer, a step of {slow} took {rest[slow]:.3f} s and one of "
+                f"{fast} {rest[fast]:.3f} s, though model and batch are the same: the machine had "
+                "other load, so speeds are not comparable"
+            )
+            return
+    for group in comparison.groups:
         times = [run["seconds_per_step"] for run in group.good if run.get("seconds_per_step")]
         if times and max(times) > _STEADY * min(times):
             yield (

@@ -138,6 +138,15 @@ class Comparison:
         alike = self._alike([group.runs[0] for group in self.groups], RATE)
         return {name: [groups[id(run)] for run in tried] for name, tried in alike.items()}
 
+    def equal_but_for(self, group: str) -> list[list[Summary]]:
+        """Runs on one device whose settings are equal, but for those of a group of options."""
+        alike: dict[tuple[Any, str], list[Summary]] = {}
+        for run in self.runs:
+            settings = self._settings[id(run)]
+            rest = {k: v for k, v in settings.items() if k not in below(settings, group)}
+            alike.setdefault((run.get("device"), canonical(rest)), []).append(run)
+        return [*alike.values()]
+
     @cached_property
     def _group_names(self) -> dict[int, str]:
         return {id(run): group.name for group in self.groups for run in group.runs}

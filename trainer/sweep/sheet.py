@@ -15,8 +15,9 @@ _WORDS = {EVAL: "eval", HOLDOUT: "held out"}
 
 def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
     """One row a run, the best first, above them the pictures that captions of the data belong to
-    and what the model drew before; one column a prompt, as many as a band has.  Runs that drew
-    other prompts than the best, or nothing, are left out; None where none is left.
+    and what the model drew before; one column a prompt, as many as a band has.  Of more than 40
+    runs one of each group has a row, of more groups the best 40.  Runs that drew other prompts than
+    the best, or nothing, are left out; None where none is left.
 
     runs: folders and summaries.
     """
@@ -24,11 +25,9 @@ def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
     comparison = Comparison([summary for _, summary in runs])
     captions: list[str] = []
     rows: dict[str, list[Image.Image]] = {}
-    for summary in comparison.runs:
+    for summary in _shown(comparison):
         folder = folders[id(summary)]
         drawn = folder / "samples" / f"step-{summary.get('steps', 0):06d}"
-        if "error" in summary or len(rows) > _ROWS:
-            continue
         if not captions and (captions := pictures.captions(drawn)[: pictures.COLUMNS]):
             for title, name in (("original", pictures.ORIGINALS), ("before", f"step-{0:06d}")):
                 found = pictures.load(folder / "samples" / name, captions)
@@ -36,6 +35,14 @@ def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
         if captions and (found := pictures.load(drawn, captions)):
             rows[_title(summary, comparison)] = found
     return pictures.grid(rows, captions) if captions else None
+
+
+def _shown(comparison: Comparison) -> list[Summary]:
+    """The runs that have a row: of many seeds the best one of each group."""
+    ended = [run for run in comparison.runs if "error" not in run]
+    if len(ended) > _ROWS:
+        ended = [group.good[0] for group in comparison.groups if group.good]
+    return ended[:_ROWS]
 
 
 def _title(run: Summary, comparison: Comparison) -> str:

@@ -43,6 +43,7 @@ _NOT_IN_ALL = {
 }
 _NOT_OVER_SEEDS = {"eval before", "held out before", "total seconds"}
 _LARGEST = {"optimizer state", "planned peak", "peak in training", "norm/median"}
+_COSTS = {"s/step", "optimizer state", "peak in training"}  # of an optimizer, whatever its rate
 _IN_ALL = {"skipped", "spikes", "diverged"}
 RATE_FORM = "{:g}"
 
@@ -66,7 +67,7 @@ def tables(comparison: Comparison) -> list[Table]:
     values = [item for run in comparison.runs for item in run.items()]
     known = {key for key, value in values if value is not None and value is not False}
     columns = [c for c in _COLUMNS if c[1] in known or c[1] not in _NOT_IN_ALL]
-    others = (_over_seeds(comparison, columns), _best_rates(comparison))
+    others = (_over_seeds(comparison, columns), _best_rates(comparison, columns))
     return [_of_runs(comparison, columns), *filter(None, others)]
 
 
@@ -127,19 +128,21 @@ def _over(runs: Sequence[Summary], column: Column) -> str:
     return form.format(mean(values)) + spread
 
 
-def _best_rates(comparison: Comparison) -> Table | None:
+def _best_rates(comparison: Comparison, columns: Sequence[Column]) -> Table | None:
     """A table of each optimizer, with whatever else it was given, at its best rate, where rates
     were swept.  A best rate that is the lowest or highest of those tried may not be the best."""
     measure, rivals = comparison.measure, comparison.rivals
     if all(len({group.lr for group in tried}) < 2 for tried in rivals.values()):
         return None
-    losses = [column for column in _COLUMNS if column[0] in (EVAL.title, measure.title)]
-    titles = [title for title, _, _ in losses]
+    wanted = {EVAL.title, measure.title, *_COSTS}
+    columns = [column for column in columns if column[0] in wanted]
+    titles = [title for title, _, _ in columns]
     rows = [["each at its best rate", "lr", *titles, "ended well", "rates tried", "note"]]
     for name, tried in rivals.items():
         best, rates = tried[0], sorted({group.lr for group in tried if group.lr is not None})
         row = [name, markdown.cell(best.lr, RATE_FORM)]
-        row += [_over(best.good, column) or "failed" for column in losses] + [best.counted]
+        cells = [_over(best.good, column) for column in columns]
+        row += [*(cells if best.good else _failed(cells)), best.counted]
         rows.append([*row, ", ".join(map(RATE_FORM.format, rates)), _edge(best, rates)])
     return Table(rows=rows, words={"rates tried", "note"})
 
