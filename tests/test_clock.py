@@ -17,8 +17,8 @@ from trainer.clock import Clock
 from trainer.data.plan import Plan
 from trainer.memory import Peaks
 from trainer.report import closing_lines
+from trainer.resuming import drop_other_measure
 from trainer.run import run
-from trainer.state import _drop_other_measure
 
 LONGER = ["schedule.steps=6", "runtime.allow_config_change=true"]
 
@@ -225,7 +225,7 @@ def test_what_changes_the_measure_of_a_loss_drops_that_of_before(composed, caplo
         data=there["the data"],
         model=there["the model"],
     )
-    _drop_other_measure(config, SimpleNamespace(fingerprint="data"), "model", resumed)
+    drop_other_measure(config, "data", "model", resumed)
     assert math.isnan(resumed.counters.eval_loss_before) == (option is not None)
     assert (f"{option} changed" in caplog.text) == (option is not None)
 

@@ -12,7 +12,7 @@ from helpers import QUICK, deterministic
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from trainer import checkpoint, conditioning, data, memory
+from trainer import conditioning, data, memory, resuming
 from trainer.data import Store
 from trainer.errors import UserError
 from trainer.run import run
@@ -306,7 +306,7 @@ def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
     run(composed(*options, "schedule.steps=1"), tmp_path / "run")
     assert len(encoded) == 4
     elsewhere = [*options, "schedule.steps=1", "data.cache=null", f"resume={tmp_path / 'run'}"]
-    assert checkpoint.to_resume(composed(*elsewhere)).step == 1  # a cache decides nothing
+    assert resuming.to_resume(composed(*elsewhere)).step == 1  # a cache decides nothing
 
 
 def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(

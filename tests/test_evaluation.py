@@ -24,7 +24,8 @@ from trainer import (
 )
 from trainer.config import ASSETS
 from trainer.memory import Peaks
-from trainer.run import finish, loss_of, train
+from trainer.micro_batches import loss_of
+from trainer.run import finish, train
 from trainer.state import assemble
 
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("trainer.formats.stream.write", full)
-    monkeypatch.setattr("trainer.run.save", lambda state: None)  # it is written by that, too
+    monkeypatch.setattr("trainer.saving.save", lambda state: None)  # it is written by that, too
     options = ["method=lora", "log.sample_count=1", "log.sample_steps=1", "method.export_every=2"]
     with pytest.raises(
         UserError, match=r"^out of memory while writing the result.*trainer\.export"

@@ -25,6 +25,7 @@ from trainer import (
     metrics,
     record,
     report,
+    resuming,
     sampling,
     trackers,
 )
@@ -58,7 +59,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(quick, caplog
     newest = folder / "checkpoints/step-000004"
     name = next(word for word in damage.split() if "." in word)
     DAMAGE[damage](newest / name)
-    loaded = checkpoint.load_newest(checkpoint.find(str(folder)))
+    loaded = resuming.load_newest(resuming.find(str(folder)))
     assert loaded.step == 2
     assert f"{newest} is damaged: " in caplog.text
 

@@ -14,7 +14,7 @@ from conftest import new_process
 from helpers import QUICK, assert_same_weights, make_params, rows, set_grads, weights
 from omegaconf import OmegaConf
 
-from trainer import checkpoint, config, optimizers
+from trainer import checkpoint, config, optimizers, resuming
 from trainer.run import run
 
 PEERS = {  # choice: may a resumed run differ from an unbroken one with bf16 weights?
@@ -164,7 +164,7 @@ def test_an_optimizer_whose_state_does_not_come_back_from_a_file_says_so_first_a
     with pytest.raises(ValueError, match=says):
         checkpoint.load(folder / "checkpoints/step-000001")
     with pytest.raises(ValueError, match="no undamaged checkpoint"):
-        checkpoint.load_newest(checkpoint.find(str(folder)))
+        resuming.load_newest(resuming.find(str(folder)))
     of = composed("optim=external", f"optim.class_path={__name__}.Unsaved", "optim.lr=0.01").optim
     with pytest.raises(ValueError, match="Unsaved: its state cannot be saved"):
         optimizers.try_out(of)

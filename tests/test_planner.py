@@ -8,7 +8,17 @@ from functools import partial
 import pytest
 import torch
 
-from trainer import cli, gradients, memory, method, optimizers, planner, remedies, run
+from trainer import (
+    cli,
+    gradients,
+    memory,
+    method,
+    micro_batches,
+    optimizers,
+    planner,
+    remedies,
+    run,
+)
 from trainer.errors import UserError
 from trainer.formats import architectures
 from trainer.model import Model
@@ -89,12 +99,12 @@ def test_a_rehearsal_counts_what_a_step_with_numbers_has(composed, tmp_path, ove
     state = run.begin(config, tmp_path)
     trained = list(method.trained_parameters(state.model).values())
     backward = gradients.make(config, trained, state.optimizer)
-    members = run.members_of(state, 0)
+    members = micro_batches.members_of(state, 0)
     parts = torch.nn.ModuleDict(state.model.trained_parts)
     gc.collect()
     with Ledger("activations") as ledger:
         ledger.enter([*parts.parameters(), *parts.buffers()], "weights")
-        backward.of_step(partial(run.loss_of, state, 0), run.shares(members))
+        backward.of_step(partial(micro_batches.loss_of, state, 0), micro_batches.shares(members))
     found = ledger.peak.total()
     assert planned.weights == ledger.peak["weights"]
     assert planned.optimizer_state == optimizers.state_bytes(state.optimizer)

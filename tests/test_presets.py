@@ -3,7 +3,7 @@
 import pytest
 from helpers import QUICK, assert_same_weights, weights
 
-from trainer import checkpoint, config
+from trainer import config, resuming
 from trainer.errors import UserError
 from trainer.run import run
 from trainer.state import assemble
@@ -82,4 +82,4 @@ def test_a_run_of_fewer_epochs_than_are_done_is_refused(composed, tmp_path):
     with pytest.raises(
         UserError, match=r"schedule\.epochs=0\.5, and the checkpoint is at 0\.666667"
     ):
-        assemble(shorter, tmp_path / "again", checkpoint.to_resume(shorter))
+        assemble(shorter, tmp_path / "again", resuming.to_resume(shorter))

@@ -15,7 +15,7 @@ from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
-from trainer import checkpoint, cli, run_folder
+from trainer import checkpoint, cli, resuming, run_folder
 from trainer.config import ASSETS
 from trainer.errors import UserError
 from trainer.run import run
@@ -195,12 +195,12 @@ def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_a
 ):
     folder = quick("run", "runtime.save_every=2")
     newest, older = (folder / f"checkpoints/step-00000{n}" for n in (4, 2))
-    assert checkpoint.run_folder_of(str(folder)) == folder
-    assert checkpoint.run_folder_of(str(newest)) == folder
-    assert checkpoint.run_folder_of(str(older)) is None
+    assert resuming.run_folder_of(str(folder)) == folder
+    assert resuming.run_folder_of(str(newest)) == folder
+    assert resuming.run_folder_of(str(older)) is None
     copy = in_tmp / "copy"
     older.rename(copy)
-    assert checkpoint.run_folder_of(str(copy)) is None
+    assert resuming.run_folder_of(str(copy)) is None
 
 
 def test_a_run_that_forks_has_the_pictures_of_before(quick, tmp_path):
@@ -235,10 +235,10 @@ def test_resume_latest_does_not_pass_over_a_newer_run_without_a_checkpoint(in_tm
         path.write_text("{}")
         os.utime(path, (when, when))
     with pytest.raises(UserError, match=r"runs/second, has no checkpoint; .* resume=runs/first"):
-        checkpoint.latest_run()
+        resuming.latest_run()
     (second / RECORD).parent.mkdir(parents=True)
     (second / RECORD).write_text("{}")
-    assert checkpoint.latest_run() == second
+    assert resuming.latest_run() == second
 
 
 RECORD = "checkpoints/step-000004/checkpoint.json"
@@ -261,7 +261,7 @@ def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):
     assert given.key_or_group == "resume"
     flags = ["--cfg", "job"]  # overrides stay together: Hydra refuses them on both sides of a flag
     assert cli.with_resumed([*flags, "resume=latest"])[:2] == flags
-    (found,) = checkpoint.find(given.value())
+    (found,) = resuming.find(given.value())
     assert found == in_tmp / "runs/it's mine, 1/checkpoints/step-000004"
 
 
@@ -391,5 +391,5 @@ def test_a_signal_saves_and_the_run_goes_on_where_it_stopped(tmp_path, number):
     output = process.stdout.read()
     assert process.wait(timeout=120) == 128 + number
     assert "resume=" in output
-    saved = checkpoint.load_newest(checkpoint.find(str(tmp_path / "run")))
+    saved = resuming.load_newest(resuming.find(str(tmp_path / "run")))
     assert saved.step >= 3

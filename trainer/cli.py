@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 import optim
 from trainer import config, resolvers
-from trainer.checkpoint import latest_run, overrides_of
 from trainer.config import (
     ALTERNATIVES,
     Config,
@@ -30,6 +29,7 @@ from trainer.config import (
 )
 from trainer.errors import UserError
 from trainer.explain import composition, explain, options_of
+from trainer.resuming import latest_run, overrides_of
 
 _HELP = """\
 Fine-tune SDXL, full or LoRA, with low-memory optimizers.

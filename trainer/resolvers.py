@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 import optim
 from trainer import prompts
-from trainer.checkpoint import run_folder_of
 from trainer.config import ASSETS, conf_dir, file_name
+from trainer.resuming import run_folder_of
 
 # Of an optimizer's default rate, with a large model.
 _SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}

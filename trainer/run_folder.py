@@ -4,7 +4,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from trainer import checkpoint
+from trainer import checkpoint, resuming
 from trainer.config import Config, file_name
 from trainer.errors import UserError
 
@@ -29,7 +29,7 @@ def refuse_occupied(folder: Path, config: Config) -> None:
                 f"{folder} already holds a run; resume it with resume={folder}, or name another "
                 "folder"
             )
-        if checkpoint.run_folder_of(config.resume) != folder.resolve():
+        if resuming.run_folder_of(config.resume) != folder.resolve():
             raise UserError(
                 f"{folder} holds a run that resume={config.resume} would overwrite; leave "
                 "hydra.run.dir out, or name another folder"

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,14 +24,14 @@ from trainer import (
     prompts,
     remarks,
     result,
+    resuming,
     sampling,
     schedule,
 )
 from trainer.clock import Clock, OptimizerClock
 from trainer.config import Config
 from trainer.ema import Ema
-from trainer.errors import UserError
-from trainer.guard import Guard, broken
+from trainer.guard import Guard
 from trainer.intervals import Intervals
 from trainer.model import Model
 from trainer.watch import Watch
@@ -118,14 +118,14 @@ def assemble(
     dataset = data.load(config.data, stop)
     config = _settled(config, dataset, (resumed.step, counters.epochs) if resumed else (0, 0.0))
     if resumed:
-        checkpoint.check_length(resumed, config.schedule)
+        resuming.check_length(resumed, config.schedule)
     model = Model(config.model, device)
     for remark in remarks.of_resolution(config, model.resolution):
         log.warning("%s", remark)
     fingerprint, base = dataset.fingerprint, model.sketch()
     if resumed:
-        checkpoint.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
-        _drop_other_measure(config, dataset, base, resumed)
+        resuming.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
+        resuming.drop_other_measure(config, fingerprint, base, resumed)
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     noise_schedule = noise.training_schedule(model.scheduler, config.noise)
@@ -218,81 +218,8 @@ def _put_back(
     log.info("resumed after step %d", resumed.step)
 
 
-def _drop_other_measure(
-    config: Config, dataset: data.Dataset, base: str, resumed: checkpoint.Checkpoint
-) -> None:
-    """Drop eval_loss_before where the configuration changes what it measures."""
-    counters, before = resumed.counters, resumed.config
-    points = {
-        "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
-        "the data": (resumed.data, dataset.fingerprint),
-        "the model": (resumed.model, base),
-        "noise.prediction": (before["noise"]["prediction"], config.noise.prediction),
-        "noise.zero_terminal_snr": (
-            before["noise"]["zero_terminal_snr"],
-            config.noise.zero_terminal_snr,
-        ),
-    }
-    changed = [name for name, (there, here) in points.items() if there != here]
-    if changed and not math.isnan(counters.eval_loss_before):
-        counters.eval_loss_before = counters.holdout_loss_before = math.nan
-        message = "%s changed, so eval/loss is no longer comparable with earlier values"
-        log.warning(message, " and ".join(changed))
-
-
 def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None) -> Ema | None:
     if config.method.ema is None:
         return None
     saved, step = (resumed.average, resumed.step) if resumed else ({}, 0)
     return Ema(config.method.ema, method.trained_parameters(model), config.seed, saved, step)
-
-
-def save(state: State) -> Path:
-    """Write a checkpoint after this step, beside the older ones (`rotate`).
-
-    Raises UserError for trained weights that are not finite, and where the disk does not take it.
-    """
-    if names := broken(method.trained_parameters(state.model)):
-        raise UserError(f"no checkpoint at step {state.step}: {names[0]} is not finite")
-    state.peaks.end("rest")
-    counters = replace(
-        state.counters,
-        skipped_steps=state.guard.skipped,
-        last_whole_step=state.guard.last_whole,
-        epochs=state.epochs,
-        wall_seconds=state.clock.wall_seconds,
-        peak_training_bytes=state.peaks.training,
-        peak_bytes=state.peaks.run,
-        watch=asdict(state.watch),
-    )
-    with state.clock.aside("saving"):
-        saved = checkpoint.save(
-            state.folder / "checkpoints",
-            checkpoint.Checkpoint(
-                step=state.step,
-                weights=method.trained_tensors(state.model),
-                optimizer=state.optimizer.state_dict(),
-                average=state.ema.state() if state.ema else {},
-                config=asdict(state.config),
-                overrides=list(state.overrides),
-                model=state.base,
-                data=state.fingerprint,
-                counters=counters,
-            ),
-        )
-    state.is_proven = False
-    return saved
-
-
-def rotate(state: State, is_good: bool = False) -> None:
-    """Delete checkpoints beyond the configured number, but none while steps are skipped: those
-    before may have ruined the weights, and the older checkpoints be better.
-
-    The newest that a whole step has followed always stays.  is_good: so does the model as it is, by
-    its evaluation.
-    """
-    if state.guard.in_a_row and not is_good:
-        return
-    last_whole = state.step + 1 if is_good else state.guard.last_whole
-    keep = state.config.runtime.keep_checkpoints
-    checkpoint.rotate(state.folder / "checkpoints", keep, last_whole)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, report
+from trainer import checkpoint, report, resuming
 from trainer.claim import claims_below, config_in
 from trainer.measure import ended_well
 from trainer.sweep.identity import canonical, settings_of
@@ -61,7 +61,7 @@ def _run_in(folder: Path) -> Summary | None:
     summary, config = report.read_summary(folder), config_in(folder)
     overrides = summary.get("overrides")
     if overrides is None and checkpoint.completed(folder / "checkpoints"):
-        overrides = checkpoint.overrides_of(str(folder))
+        overrides = resuming.overrides_of(str(folder))
     return {"overrides": overrides or [], "config": config} if config or overrides else None
 
 
