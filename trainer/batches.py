@@ -1,4 +1,4 @@
-"""Batches: what the UNet gets, which target it has, and what it makes of it.
+"""Batches: the UNet's inputs, its targets and its predictions.
 
 A training batch is a function of (seed, number, place in the batch) and of the data, and nothing
 here draws from a global generator.  Two runs with one seed therefore train on the same noise and
@@ -22,19 +22,19 @@ _EVAL_SEED = 20_260_101  # eval points are the same in every run, whatever its s
 
 @dataclass(kw_only=True)
 class Inputs:
-    """What a batch is made of, before the noise; B rows of one size, on the CPU."""
+    """A batch without its noise: B rows of one size, on the CPU."""
 
     latents: Tensor  # (B, 4, h, w), scaled by the VAE's scaling factor
     prompt: Tensor  # (B, tokens, dim)
-    pooled: Tensor | None  # (B, dim), of models that have it (SDXL)
-    time_ids: Tensor | None  # (B, 6), which such a model takes too
+    pooled: Tensor | None  # (B, dim); None for models without it (SD 1.5)
+    time_ids: Tensor | None  # (B, 6)
     loss_weights: Tensor | None = None  # (B,): how much each counts in the loss; None: all 1
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]: where the loss counts; None: everywhere
 
 
 @dataclass(kw_only=True)
 class Batch(Inputs):
-    """Inputs with their noise: what one forward pass takes, and its target."""
+    """The inputs and the target of one forward pass."""
 
     noisy: Tensor  # (B, 4, h, w)
     target: Tensor  # (B, 4, h, w): the noise, or v
@@ -44,7 +44,7 @@ class Batch(Inputs):
 def noised(
     inputs: Inputs, noise_schedule: DDPMScheduler, config: NoiseConfig, seed: int, number: int
 ) -> Batch:
-    """Batch `number` of training: these inputs with fresh noise at fresh timesteps."""
+    """Training batch `number`: these inputs with its noise and timesteps."""
     size, like = len(inputs.latents), inputs.latents[0]
     steps = noise.timesteps(config, noise_schedule.config.num_train_timesteps, seed, number, size)
     drawn = [noise.draw(config, like, seed, number, place) for place in range(size)]

@@ -43,8 +43,13 @@ Your own model and pictures, as a LoRA and as a full fine-tune:
 Before a run: check the pictures, and whether there is enough memory:
   python -m trainer.doctor experiment=sdxl_lora data.path=/pictures
   python -m trainer.planner experiment=sdxl --card 8
-A sweep, with a table of the runs at the end; and resuming the newest run with its options:
+Sweeps, with tables of the runs at the end: over seeds, over rates, and of the whole family; and the
+tables of several sweeps together:
   python -m trainer -m optim=adafactor8bit,adamw seed=0,1
+  python -m trainer -m optim=adamw,lion optim.lr=1e-4,3e-4,1e-3
+  python -m trainer sweep=optimizers log=wandb
+  python -m trainer.sweep runs/sweep-DATE1 runs/sweep-DATE2 --out compared
+Resuming the newest run with its options:
   python -m trainer resume=latest
 
 Options to set first:

@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 @torch.compiler.set_stance("force_eager")
 def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
-    """The loss at the fixed eval points, written as eval/loss, and by quarters of the timesteps;
-    that of held-out pictures, as eval/holdout_loss; and those of averaged weights, as eval/ema_loss
-    and eval/ema_holdout_loss.
+    """Write eval/loss, the mean loss at the fixed eval points, in total and by quarters of the
+    timesteps; eval/holdout_loss of held-out pictures; and eval/ema_loss and eval/ema_holdout_loss
+    of averaged weights.  Returns them without the prefix.
 
-    If memory runs out, or the run is asked to stop, there are none and nothing is written, but the
-    run continues.
+    If memory runs out, or the run is asked to stop, it returns {} and writes nothing; the run
+    continues.
     """
     try:
         with state.clock.aside("evaluating"):
@@ -43,7 +43,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
 
 
 def _all_losses(state: State) -> dict[str, float]:
-    """The losses of the model, and of its averaged weights where there are some."""
+    """The losses of the model and, with method.ema, of its averaged weights."""
     times = (1 + bool(state.data.dataset.held_out)) * (1 + bool(state.ema))
     total = times * state.config.log.eval_points
     with console.Aside("evaluating", total, "points") as aside:
@@ -76,8 +76,8 @@ def _losses(state: State, aside: console.Aside) -> dict[str, float]:
 
 
 def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
-    """The fixed eval points of these rows.  They are made anew each time: where text encoders are
-    trained, encoded captions change."""
+    """The fixed eval points of these rows, made anew each time: encoded captions change while text
+    encoders are trained."""
     config, dataset = state.config, state.data.dataset
 
     def gather(chosen: list[int]) -> batches.Inputs:
@@ -98,8 +98,8 @@ def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
     """Draw the fixed prompts; write each picture, and a grid of original, before and now.
 
-    Returns the grid's path; None where no pictures are wanted (log.sample_count=0), or can be had:
-    memory or the disk ran out, a file is gone, or the run is asked to stop.  The run goes on.
+    Returns the grid's path.  Returns None, and the run continues, if no pictures are wanted
+    (log.sample_count=0), memory or the disk ran out, a file is gone, or the run is asked to stop.
     """
     if not state.sampler.count:
         return None

@@ -1,7 +1,6 @@
-"""What a run leaves for others: the trained model or adapter, in the formats that they read.
+"""The result of a run: the trained model or adapter in the formats of other programs.
 
-Each file is read back and compared with what was trained before it counts as written
-(`trainer.formats`).
+Each file is read back and compared with the trained tensors (`trainer.formats`).
 """
 
 import copy
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def check(method: FullConfig | LoraConfig, model: Model) -> None:
-    """Refuse, before anything is trained, a format that the result cannot be written in."""
+    """Raise UserError for a format that the model has no layout in, before anything is trained."""
     for kind in method.export:
         if kind in ("kohya", "single_file") and model.origin.kind == "other":
             raise UserError(
@@ -33,12 +32,12 @@ def check(method: FullConfig | LoraConfig, model: Model) -> None:
 def export(
     config: Config, name: str, model: Model, folder: Path, step: int, num_images: int
 ) -> list[Path]:
-    """Write the result, called NAME, as `method.export` says; -> the files and folders written.
+    """Write the result in the formats of `method.export`; returns the files and folders written.
 
     A full fine-tune: `diffusers`, the whole pipeline in `folder/model`; `single_file`,
     `folder/NAME.safetensors`.  A LoRA: `kohya`, `folder/lora/NAME.safetensors`; `diffusers`,
     `folder/lora/pytorch_lora_weights.safetensors` (a run of that name has NAME-kohya beside it).
-    Raises UserError where one cannot be written, or does not read back equal.
+    Raises UserError if a file cannot be written, or does not read back equal.
     """
     method = config.method
     dtype = None if method.export_dtype is None else DTYPES[method.export_dtype]
@@ -79,7 +78,8 @@ def _lora_stem(name: str, kind: str) -> str:
 
 
 def _write_scheduler(model: Model, folder: Path) -> Path:
-    """The scheduler that an adapter was trained with, which its own formats cannot hold."""
+    """Write the scheduler that an adapter was trained with, for which LoRA formats have no
+    place."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(model.scheduler, indent=2) + "\n"
     disk.replace_text(folder / "scheduler_config.json", text)
@@ -88,10 +88,10 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
 
 
 def described(config: dict[str, Any], step: int, num_images: int | None = None) -> dict[str, str]:
-    """How it was trained, by the keys of kohya's scripts, which model managers show; and under a
-    key of our own the public part of the configuration.
+    """Metadata: how it was trained, under the keys of kohya's scripts, which model managers show,
+    and the public part of the configuration under a key of our own.
 
-    num_images: different pictures trained on; None where that is not known.
+    num_images: the number of distinct training pictures; None if unknown.
     """
     model, data = config["model"], config["data"]
     side = max(data.get("resolutions") or [data["resolution"]])
@@ -113,8 +113,8 @@ def described(config: dict[str, Any], step: int, num_images: int | None = None) 
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without private options, which nobody else could use: paths on this
-    machine, captions and prompts.  Models keep their names."""
+    """The configuration without what is private or of no use elsewhere: paths, captions, prompts.
+    Of model paths the last part is kept."""
     public = copy.deepcopy(config)
     for private in ("resume", "log"):
         del public[private]

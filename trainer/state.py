@@ -1,4 +1,4 @@
-"""A run between two steps: everything that a step changes or reads, assembled and saved."""
+"""A run between two steps: everything that a step reads or changes."""
 
 import logging
 import math
@@ -49,13 +49,13 @@ class State:
     noise_schedule: DDPMScheduler
     data: conditioning.Encoded
     fingerprint: str  # of the data
-    base: str  # a sketch of the model that training began with
+    base: str  # fingerprint of the model that training began with
     sampler: sampling.Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
     device: torch.device
     step: int
-    micro_batches: int  # the number of the next, of those that the run trains on
+    micro_batches: int  # the number of the next one
     counters: checkpoint.Counters
     intervals: Intervals
     clock: Clock
@@ -64,19 +64,19 @@ class State:
     overrides: Sequence[str]  # the command line's
     ema: Ema | None
     peaks: memory.Peaks
-    planned_bytes: int | None  # the peak of its steps, as it was planned; None of a small model
+    planned_bytes: int | None  # the planned peak of a step; None for a small model
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
     owes_checkpoint: bool = False  # whether one was due after a step that was skipped
     is_proven: bool = True  # whether a whole step has followed the newest checkpoint
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
-        """The model with averaged weights, where there are some and they are wanted."""
+        """A block in which the model has the averaged weights, if any, if they are wanted."""
         return self.ema.in_place() if self.ema and wanted else nullcontext()
 
     @property
     def is_new(self) -> bool:
-        """Whether the model is untrained; one with an adapter to start from is not, and what that
-        was trained to predict is unknown."""
+        """Whether the model is untrained.  With an adapter to start from it is not, and the
+        prediction type that the adapter was trained for is unknown."""
         return self.step == 0 and not self.starts_from_adapter
 
     @property
@@ -91,14 +91,14 @@ class State:
 
     @property
     def loss_before(self) -> float:
-        """The loss before the first step, for training losses to be compared with; NaN where there
-        is none, or they are another measure."""
+        """The loss before the first step, if training losses are comparable with it, otherwise
+        NaN."""
         is_one = losses.is_bounded_by_evaluation(self.config)
         return self.counters.eval_loss_before if is_one else math.nan
 
     @property
     def epochs(self) -> float:
-        """How many times the data has been gone through."""
+        """The number of epochs done."""
         return float(self.micro_batches / self.data.dataset.plan.batches_per_epoch)
 
 
@@ -109,8 +109,8 @@ def assemble(
     stop: Sequence[int] = (),
     overrides: Sequence[str] = (),
 ) -> State:
-    """Load the model and the data, encode the data, build the optimizer; then restore a checkpoint,
-    where one is given.  Ends the process once `stop` holds a signal."""
+    """Load the model and the data, encode the data, build the optimizer, and restore `resumed`.
+    Ends the process once `stop` holds a signal."""
     device = execution.device_of(config.runtime.device)
     counters = resumed.counters if resumed else checkpoint.Counters()
     clock = Clock(counters)
@@ -129,7 +129,7 @@ def assemble(
     result.check(config.method, model)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     noise_schedule = noise.training_schedule(model.scheduler, config.noise)
-    # A checkpoint has the adapters' values.
+    # A checkpoint already contains the adapter.
     start_from = None if resumed else getattr(config.method, "start_from", None)
     method.check(config.method, model, start_from)
     planned = planner.announce(config, model, device)
@@ -165,8 +165,7 @@ def assemble(
         ),
         device=device,
         step=resumed.step if resumed else 0,
-        # The same number where the batches are the same; where they are others (a changed batch
-        # size, more pictures) the number that is as far into its epoch.
+        # With a changed batch size or number of pictures: the number at the same point of an epoch.
         micro_batches=round(counters.epochs * float(dataset.plan.batches_per_epoch)),
         counters=counters,
         intervals=Intervals(config, dataset.plan.batches_per_epoch),
@@ -182,8 +181,8 @@ def assemble(
 
 
 def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> Config:
-    """The configuration with the length of the run, which depends on the data.  done: the steps and
-    epochs before."""
+    """The configuration with schedule.steps resolved from the data and schedule.epochs.  done: the
+    steps and epochs already done."""
     steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.accumulation
     known = schedule.settled(config.schedule, float(steps_per_epoch), done)
     if known.epochs is not None:
@@ -196,7 +195,7 @@ def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> 
 def _trainable(
     config: Config, model: Model, device: torch.device, start_from: str | None
 ) -> torch.optim.Optimizer:
-    """Prepare the model for training, executed as configured; -> its optimizer."""
+    """Prepare the model for training; returns its optimizer."""
     method.attach(config.method, model, config.seed, start_from)
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
     parts = torch.nn.ModuleDict(model.trained_parts)
