@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+import trainer
 from optim import compiled
 from trainer.config import ASSETS
 
@@ -34,6 +35,15 @@ def test_the_optimizers_import_nothing_of_the_trainer():
         if path.name == "gpu.py":
             known.add("cuda")  # cuda-core
         assert roots <= known, path
+
+
+def test_the_map_of_the_trainer_has_every_module_once():
+    folder = REPOSITORY / "trainer"
+    table = trainer.__doc__.split("\n\n")[-1]
+    named = " ".join(line.split("  ")[-1] for line in table.rstrip().splitlines()).split()
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    packages = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")} - {"assets/"}
+    assert sorted(named) == sorted(modules | packages)
 
 
 def test_only_the_command_line_knows_hydra():
