@@ -1,4 +1,4 @@
-"""Pictures and captions: where they come from, what is read of them, which make up a batch."""
+"""Pictures and captions: finding and reading them, caching their encodings, forming batches."""
 
 from trainer.data.dataset import Dataset, load
 from trainer.data.plan import Pick

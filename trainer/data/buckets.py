@@ -1,4 +1,4 @@
-"""Aspect buckets: pictures of like shape share a batch, at nearly their own shape and one area."""
+"""Aspect buckets: a batch holds pictures of similar aspect ratio, resized to about equal area."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ Size = tuple[int, int]  # height, width, in pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How a picture becomes one of its bucket's size: resized to cover it, then cropped."""
+    """How a picture is fitted to its bucket: resized to cover it, then cropped."""
 
     bucket: Size
     resized: Size
@@ -22,7 +22,7 @@ class Fit:
 @lru_cache(maxsize=64)
 def sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
     """All buckets: sides are multiples of `step`, aspects within [1 / max_aspect, max_aspect], and
-    areas as near to resolution^2 as that allows, never above: the square needs the most memory."""
+    areas as close to resolution^2 as that allows, never above (the square needs most memory)."""
     area = resolution * resolution
     found = set()
     for side in range(step, int(resolution * math.sqrt(max_aspect)) + 1, step):
@@ -33,9 +33,9 @@ def sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
 
 
 def fit(size: Size, resolution: int, config: DataConfig) -> Fit:
-    """The bucket of a picture of this size: the nearest in the logarithm of the aspect.
+    """Fit a picture of this size to the bucket whose log aspect ratio is nearest.
 
-    Raises ValueError for a picture that is smaller than one step and must not be enlarged.
+    Raises ValueError for a picture that is smaller than one step and may not be enlarged.
     """
     if not config.buckets:
         return covering(size, (resolution, resolution))

@@ -1,8 +1,8 @@
 """Captions: from bytes to the strings that a step may draw.
 
-What is drawn must have been encoded before training, so shuffled and thinned captions are drawn in
-advance: `caption_variants` of each, functions of the caption and of the options alone.  They are
-the same in every run, and their embeddings are found in the cache.
+Captions are encoded before training, so tags are shuffled and dropped in advance: each caption gets
+`caption_variants` variants, which depend only on the caption and the options.  Every run has the
+same ones and finds their embeddings in the cache.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def decode(content: bytes, where: object) -> str:
-    """UTF-8, with or without a byte order mark, or UTF-16 with one, whatever the machine's locale.
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one; ignores the locale.
 
-    Raises UserError that names `where` and the byte for anything else, NUL characters included.
+    Anything else, NUL characters included, raises a UserError that names `where` and the byte.
     """
     encoding = "utf-16" if content.startswith(_UTF16) else "utf-8-sig"
     try:
@@ -40,7 +40,7 @@ def decode(content: bytes, where: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """All lines of a caption, joined; runs of white space count as one blank."""
+    """A caption's lines joined into one; runs of white space become one space."""
     return " ".join(text.split())
 
 
@@ -50,8 +50,8 @@ def framed(caption: str, config: DataConfig) -> str:
 
 
 def variants(caption: str, config: DataConfig, frame: bool) -> list[str]:
-    """What is drawn for this caption: itself, or `caption_variants` that are shuffled and thinned;
-    with prefix and suffix where `frame` is set."""
+    """What a step may draw for this caption: itself, or `caption_variants` variants with shuffled
+    or dropped tags.  `frame` adds prefix and suffix."""
     drawn = [caption]
     if config.shuffle_tags or config.tag_dropout > 0:
         drawn = [_variant(caption, config, number) for number in range(config.caption_variants)]
@@ -59,7 +59,7 @@ def variants(caption: str, config: DataConfig, frame: bool) -> list[str]:
 
 
 def _variant(caption: str, config: DataConfig, number: int) -> str:
-    """Tags after the first `keep_tokens`: some left out, the others in another order."""
+    """Drop some of the tags after the first `keep_tokens` and shuffle the rest."""
     separator = config.tag_separator
     tags = [tag for part in caption.split(separator) if (tag := part.strip())]
     content = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little")

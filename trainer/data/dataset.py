@@ -1,4 +1,4 @@
-"""The data set of a run: samples in their buckets, and who makes up which batch."""
+"""The dataset of a run: its samples, their buckets, and the batches."""
 
 import hashlib
 import logging
@@ -23,25 +23,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Dataset:
-    """All samples, regularisation pictures last, and after them mirror images."""
+    """All samples, each resolution's regularisation pictures last; after all of them the mirror
+    images."""
 
     samples: list[Sample]
-    mirrors: dict[int, int]  # a sample -> its mirror image; with `random_flip` all trained ones
-    plan: Plan  # of samples that are not mirrored
+    mirrors: dict[int, int]  # trained sample -> its mirror image; {} without `random_flip`
+    plan: Plan  # of the samples that are not mirrored
     config: DataConfig
 
     @property
     def own(self) -> list[int]:
-        """The samples that the run is about: for eval points and what is drawn.  All that are
-        trained on but mirror images and those of `prior` sources, or with these where there are no
-        others."""
+        """The samples for eval points and generated pictures: all trained ones except mirror images
+        and those of `prior` sources.  If all sources are `prior`, theirs are used."""
         samples = enumerate(self.samples)
         trained = [i for i, sample in samples if not (sample.held_out or sample.mirrored)]
         return [i for i in trained if not self.samples[i].prior] or trained
 
     @property
     def shown(self) -> list[int]:
-        """The samples that are drawn: each picture of `own` once, at the largest of its sizes."""
+        """The samples to generate pictures of: each picture of `own` once, at its largest size."""
         by_area = sorted(self.own, key=lambda row: math.prod(self.samples[row].bucket))
         largest = {id(self.samples[row].item): row for row in by_area}
         return list(dict.fromkeys(largest[id(self.samples[row].item)] for row in self.own))
@@ -53,7 +53,7 @@ class Dataset:
 
     @property
     def num_pictures(self) -> int:
-        """Different pictures that are trained on, whatever their resolutions and repeats."""
+        """How many distinct pictures are trained on; resolutions and repeats do not count."""
         return len({sample.digest for sample in self.samples if not sample.held_out})
 
     @property
@@ -67,8 +67,8 @@ class Dataset:
         return digest.hexdigest()
 
     def batch(self, seed: int, number: int) -> list[Pick]:
-        """Batch `number` (from 0): a function of these two alone.  All its picks have one bucket;
-        it is smaller than `batch_size` where a bucket's last pictures train as a short batch."""
+        """Batch `number` (from 0); depends on nothing but the two arguments.  All picks share one
+        bucket.  A bucket's last batch may be smaller than `batch_size`."""
         return [
             Pick(
                 sample=self._turned(index, seed, number, place),
@@ -78,18 +78,18 @@ class Dataset:
         ]
 
     def _turned(self, index: int, seed: int, number: int, place: int) -> int:
-        """This sample or, half of the times, its mirror image, where it has one."""
+        """This sample or, half of the time, its mirror image if it has one."""
         if index in self.mirrors and rng.uniform(seed, Stream.FLIP, number, place) < 0.5:
             return self.mirrors[index]
         return index
 
     def all_captions(self) -> list[str]:
-        """Every caption that a batch or an eval point may have, each once."""
+        """Every distinct caption that a batch or an eval point may use."""
         texts = (text for s in self.samples for text in (s.caption, *s.captions))
         return list(dict.fromkeys(texts))
 
     def table(self) -> str:
-        """Buckets with their pictures and batches, a line each."""
+        """A table of buckets with their picture and batch counts."""
         plan = self.plan
         if len(plan.buckets) == 1:
             ((height, width),) = plan.buckets
@@ -107,7 +107,7 @@ class Dataset:
         return "\n".join([f"{total}{float(plan.batches_per_epoch):g} per epoch:", *lines])
 
     def caption(self, index: int, seed: int, number: int, place: int) -> str | None:
-        """What a sample is called at this place of batch `number`; None where it is dropped."""
+        """The caption of a sample at this place of batch `number`; None if it is dropped."""
         if rng.uniform(seed, Stream.DROPOUT, number, place) < self.config.caption_dropout:
             return None
         drawn = self.samples[index].captions
@@ -116,11 +116,11 @@ class Dataset:
 
 
 def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
-    """Look at all pictures and captions and lay out the batches.  What is skipped is named.
+    """Read all pictures and captions and plan the batches.  Logs what is skipped.
 
-    Raises UserError where there are no pictures, more than `max_unreadable` cannot be read, a
-    caption cannot be decoded, or one is missing and that is an error; SystemExit once `stop` holds
-    a signal.
+    Raises UserError if there are no pictures, more than `max_unreadable` cannot be read, a caption
+    cannot be decoded, or one is missing and that is an error; SystemExit once `stop` holds a
+    signal.
     """
     surveyed = survey(config, for_run=True, stop=stop)
     refuse(surveyed, config)
@@ -130,7 +130,7 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
 
 
 def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
-    """Samples and plan of these pictures.  Raises UserError where all of them are held out."""
+    """Samples and plan of these pictures.  Raises UserError if all of them would be held out."""
     usable = sorted(usable, key=lambda picture: picture.source.prior)  # stable
     held_out = holdout(
         [picture.digest for picture in usable if not picture.source.prior], config.holdout
@@ -154,7 +154,7 @@ def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
 
 
 def refuse(surveyed: Survey, config: DataConfig) -> None:
-    """Raise UserError for what a run does not go on with; warn of the rest."""
+    """Raise UserError for problems that stop a run; warn about the others."""
     for what, names in (surveyed.problems | surveyed.remarks).items():
         log.warning("data: %d %s: %s", len(names), what, some(names))
     for wrong in (surveyed.broken, surveyed.undecodable):
@@ -189,7 +189,7 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
 
 
 def nothing_found(surveyed: Survey, config: DataConfig) -> UserError:
-    """The error of data without a picture, with what was found instead."""
+    """The error for data without pictures; says what was found instead."""
     others = (surveyed.problems | surveyed.remarks).items()
     instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
     broken = [some(surveyed.broken)] if surveyed.broken else []
@@ -197,7 +197,7 @@ def nothing_found(surveyed: Survey, config: DataConfig) -> UserError:
 
 
 def report(surveyed: Survey, dataset: Dataset) -> None:
-    """Say what will be trained on, and what of it is not as one might think."""
+    """Log what will be trained on, and warn about possible surprises."""
     config = dataset.config
     for note, names in surveyed.notes.items():
         log.warning("%d pictures have %s: %s", len(names), note, some(names))
@@ -248,7 +248,7 @@ def _where(config: DataConfig) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first few of these names."""
+    """The first five distinct names."""
     counted = list(Counter(names))
     return ", ".join(counted[:5]) + (", ..." if len(counted) > 5 else "")
 

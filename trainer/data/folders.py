@@ -1,7 +1,7 @@
-"""A folder of pictures: its files, those that belong to each picture, and those that are ignored.
+"""A folder of pictures: its files, the text files and masks of each picture, and ignored files.
 
-No picture is dropped silently: whatever looks like one, or like something that belongs to one, and
-is not used is listed in `Reading.problems`, by kind.
+No picture is dropped silently: unused files that look like pictures, or like files that belong to
+one, are listed in `Reading.problems`, by kind.
 """
 
 import os
@@ -27,7 +27,7 @@ from trainer.data.items import (
     shown,
 )
 
-# What may hold pictures, or be one, but is not read.
+# Files that may hold pictures, or be one, but are not read.
 _ARCHIVES = (
     ".tar.gz",
     ".tgz",
@@ -66,9 +66,9 @@ _OTHER_PICTURES = (
     ".xcf",
     ".kra",
 )
-_ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # text that is no caption
+_ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # not captions
 _RUNS = "folders of runs are ignored (to read one, make it data.path)"
-_COUNTED = re.compile(r"(?!1_)\d+_.")  # 10_cat: ten times
+_COUNTED = re.compile(r"(?!1_)\d+_.")  # 10_cat: ten repeats; 1_cat changes nothing
 _REPEATS = (
     "folders are named in kohya's style (REPEATS_CAPTION), which is not interpreted (list each: "
     "'data.sources=[{path: FOLDER/10_cat, repeats: 10, caption: cat}, ...]')"
@@ -79,7 +79,7 @@ _HIDDEN = "hidden pictures and folders are ignored (their names start with a dot
 
 
 def walk(folder: Path, reading: Reading) -> Iterator[Path]:
-    """All files below, through links too, but not round in circles, and not in hidden folders."""
+    """All files below, following links (but no link cycles), without those in hidden folders."""
     return _walk(folder, (), reading)
 
 
@@ -114,7 +114,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: no folder, and unreadable where it is called a picture
+    except OSError:  # a link to itself; if it is named like a picture, reading it fails later
         return False
 
 
@@ -123,20 +123,20 @@ def _has_pictures(folder: Path) -> bool:
 
 
 def _is_run(names: Collection[str]) -> bool:
-    """Whether a folder of these names is what a run of this trainer, or any by Hydra, left: its
-    pictures are results, and a run in data.path would train on those of the last."""
+    """Whether a folder with these names is the output of a run of this trainer or of Hydra.  Its
+    pictures are results; a run inside data.path must not train on those of the previous run."""
     signs = ({"environment.json", "config.yaml"}, {"metrics.jsonl", "checkpoints"}, {".hydra"})
     return any(sign <= set(names) for sign in signs)
 
 
 class Beside:
-    """Text files and masks, by the path of what they lie beside, without its ending."""
+    """Text files and masks, by the path of the picture beside them without its extension."""
 
     def __init__(self, files: Collection[Path], pictures: Collection[Path], reading: Reading):
         self.pictures = Counter(_stem(picture) for picture in pictures)
         self.texts: dict[str, list[Path]] = defaultdict(list)
         self.masks: dict[str, Path] = {}
-        elsewhere = {picture.parent for picture in {*pictures} - {*files}}  # as metadata says
+        elsewhere = {picture.parent for picture in {*pictures} - {*files}}  # named in metadata
         files = [*files, *(file for folder in sorted(elsewhere) for file in _files(folder))]
         files = [file for file in files if file not in pictures]
         given = reading.extensions
@@ -147,23 +147,23 @@ class Beside:
                 self.texts[_stem(file)].append(file)
             elif is_mask(file.name) and file.suffix == ".png":
                 self.masks[_stem(file).removesuffix(".mask")] = file
-        for texts in self.texts.values():  # the first counts: .txt before .TXT before .caption
+        for texts in self.texts.values():  # the first is used: .txt before .TXT before .caption
             texts.sort(key=lambda f: (kinds.index(f.suffix.lower()), f.suffix not in given))
 
 
 def _files(folder: Path) -> list[Path]:
-    with suppress(OSError):  # of a picture that is not there either
+    with suppress(OSError):  # the picture itself will be reported as unreadable
         return sorted(folder.iterdir())
     return []
 
 
 def _stem(path: Path) -> str:
-    """In one Unicode normalisation: a Mac's archives have another than what editors write."""
+    """The path without extension, in NFC: archives made on a Mac use another Unicode form."""
     return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 
 
 def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading) -> Item:
-    """A picture file, with what a metadata file says of it and what lies beside it."""
+    """A picture file with its metadata record and the text file and mask beside it."""
     stem = _stem(path)
     mask = Path(record["mask"]) if record.get("mask") else beside.masks.get(stem)
     texts = [file for file in beside.texts.get(stem, ()) if file.is_file()]
@@ -192,7 +192,7 @@ def named_masks(listed: Mapping[Path, dict[str, Any]]) -> set[str]:
 def name_unused(
     files: Iterable[Path], listed: Mapping[Path, dict[str, Any]], beside: Beside, reading: Reading
 ) -> None:
-    """Put into `reading.problems` what looks like a picture, or belongs to one, and is not used."""
+    """Add unused files that look like pictures, or belong to one, to `reading.problems`."""
     masks = named_masks(listed)
     masks |= {str(mask) for stem, mask in beside.masks.items() if stem in beside.pictures}
     texts = {
@@ -209,7 +209,7 @@ def name_unused(
 
 
 def _unused(file: Path, masks: Collection[str], texts: Collection[Path]) -> str | None:
-    """Of which kind a file is that is not used as it may be meant to be."""
+    """The message for a file that may be meant to be used but is not; None for others."""
     name = file.name.lower()
     if is_hidden(name):
         return _HIDDEN if is_picture(name) else None

@@ -1,4 +1,4 @@
-"""Pictures that are never trained on, by which memorising can be told from learning."""
+"""Pictures that are never trained on, to distinguish memorising from learning."""
 
 import hashlib
 from collections.abc import Collection
@@ -7,15 +7,14 @@ from trainer.errors import UserError
 
 
 def holdout(digests: Collection[str], count: int) -> set[str]:
-    """The `count` pictures to hold out, of those with these digests: the last in the order of a
-    hash of them.
+    """Choose `count` of these digests to hold out: the last ones, ordered by a hash of them.
 
-    The order depends neither on the seed, on names, nor on what else there is: every run holds out
-    the same pictures, and one that is added puts at most itself in another's place.  Pictures that
-    are equal byte for byte are one.  The hash is salted, so that another choice by the same digests
-    is not this one.
+    The order depends neither on the seed, nor on names or other pictures, so every run holds out
+    the same ones, and an added picture can at most replace one of them.  Pictures that are equal
+    byte for byte count as one.  The hash is salted, so that it is independent of other choices by
+    digest.
 
-    Raises UserError where nothing would be left to train on.
+    Raises UserError if nothing would be left to train on.
     """
     different = set(digests)
     if count and count >= len(different):

@@ -1,4 +1,4 @@
-"""A picture wherever it is: in a file, in an archive, in a row of a table."""
+"""One picture, from a file, an archive or a row of a table."""
 
 import math
 import os
@@ -21,41 +21,41 @@ IRREGULAR = "is not a regular file (a pipe, a socket or a device)"
 
 @dataclass(kw_only=True)
 class Item:
-    """One picture, wherever it is; nothing of it has been read."""
+    """One picture, not read yet."""
 
-    # As messages show it; unique: the file's path, FILE:MEMBER in an archive, FILE:ROW in a table.
+    # Shown in messages; unique: the file's path, FILE:MEMBER in an archive, FILE:ROW in a table.
     name: str
-    path: str  # the same as the file system has it
+    path: str  # the same, unescaped
     read: Callable[[], bytes]
-    # [] where there is none.  Raises UserError for text that cannot be decoded.
+    # [] if there is none.  Raises UserError for text that cannot be decoded.
     captions: Callable[[], list[str]]
-    # What all of it is in, the mask too: while none of them changes, no byte of it does.  () where
-    # that is not known.
+    # The files that hold the picture and its mask: while they are unchanged, so is the picture.
+    # () if they are not known.
     files: tuple[Path, ...]
     weight: float = 1.0
     read_mask: Callable[[], bytes] | None = None
-    notes: list[str] = field(default_factory=list)  # what of it is not used
+    notes: list[str] = field(default_factory=list)  # what is ignored or odd about it
 
 
 @dataclass(kw_only=True)
 class Reading:
-    """Options for reading sources, and what was noticed: {message: file names}."""
+    """Options for reading sources, and findings: {message: file names}."""
 
-    extensions: list[str]  # of the text files that hold captions; the first found counts
+    extensions: list[str]  # of caption files; the first one found is used
     caption_column: str | None = None  # in tables and metadata; None: any of CAPTION_COLUMNS
-    has_column: bool = False  # whether something had it
-    broken: list[str] = field(default_factory=list)  # what cannot be read at all, and why
+    has_column: bool = False  # whether a record of the current source has `caption_column`
+    broken: list[str] = field(default_factory=list)  # messages: what cannot be read at all
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # harmless
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
-        """Where captions may be in a table; the first that is there counts."""
+        """The columns that may hold captions; the first one present is used."""
         return (self.caption_column,) if self.caption_column is not None else CAPTION_COLUMNS
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """A UserError inside goes to `broken`, and reading goes on after the block."""
+        """Add a UserError raised in the block to `broken` and continue after it."""
         try:
             yield
         except UserError as error:
@@ -63,7 +63,7 @@ class Reading:
 
 
 def is_picture(name: str) -> bool:
-    """By the ending; NAME.mask.png is a mask and no picture."""
+    """By extension; NAME.mask.png is a mask, not a picture."""
     return _has_suffix(name) and not is_mask(name) and not name.startswith("._")
 
 
@@ -72,7 +72,7 @@ def is_mask(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """._NAME, which a Mac keeps beside NAME, is hidden and not even a picture."""
+    """By the leading dot.  ._NAME, which macOS writes beside NAME, is hidden, and no picture."""
     return name.startswith(".")
 
 
@@ -90,8 +90,8 @@ def item(
     *,
     files: tuple[Path, ...],
 ) -> Item:
-    """A picture whose `record` may hold its captions (a string or a list, in one of the columns
-    for them) and the weight of its loss; captions come from `otherwise` where it does not."""
+    """A picture with the captions (a string or a list, in one of the caption columns) and the loss
+    weight from `record`.  Without captions there, they come from `otherwise`."""
     reading.has_column |= reading.caption_column in record
     words = (record.get(column) for column in reading.caption_columns)
     given = next((word for word in words if word is not None), None)
@@ -121,9 +121,9 @@ def item(
 
 
 def note_texts(made: Item, endings: list[str], is_shared: bool) -> None:
-    """Note what is odd about the text files of a picture, the first of which is its caption.
+    """Note what is odd about a picture's text files, of which the first is its caption.
 
-    `is_shared`: another picture has them too.
+    `is_shared`: another picture has the same text files.
     """
     if len(endings) > 1:
         made.notes.append(f"a {endings[1]} next to their {endings[0]}; it is ignored")
@@ -132,10 +132,10 @@ def note_texts(made: Item, endings: list[str], is_shared: bool) -> None:
 
 
 def _disagrees(read: Callable[[], list[str]], lines: list[str]) -> bool:
-    """Whether a caption is there that is none of these lines."""
+    """Whether `read` gives a caption that is not among these lines."""
     try:
         return not {*read()} <= {*lines}
-    except (UserError, OSError):  # of what is not used anyway
+    except (UserError, OSError):  # harmless: the text is not used
         return True
 
 
@@ -151,6 +151,6 @@ def read_file(path: Path) -> bytes:
 
 
 def shown(name: object) -> str:
-    """A name on one line, whatever characters it has."""
+    """A name for messages, with unprintable characters escaped."""
     printable = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in printable)

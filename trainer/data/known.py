@@ -1,4 +1,4 @@
-"""What is known of pictures from one run to the next, where there is a cache."""
+"""Digests and traits of pictures, remembered between runs in `data.cache`."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ from trainer.patience import patiently
 Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
 Digests = tuple[str, str]  # as of a Sample: with the mask, and of the picture alone
 
-_SETTLED = 3  # seconds after which a file that is written again has another time
+_SETTLED = 3  # seconds after which writing a file again is sure to change its time
 
 
 class Known:
-    """What is known of pictures where there is a cache: the next run need not decode what it has
-    decoded once to know that it is whole, nor read again what has the same size and time."""
+    """Digests and traits of pictures, kept in the cache: a picture that was once decoded without
+    error is not decoded again, and a file whose size and time are unchanged is not read again."""
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
@@ -39,11 +39,10 @@ class Known:
                 self._traits = {}  # it only saves time
 
     def stamp(self, item: Item) -> str | None:
-        """What tells that a picture is as it was, without reading it: its files' sizes and times.
+        """A key that changes whenever the picture does, from its files' sizes and times.
 
-        None where there is no cache, and where it does not tell: of what is in no file of its own,
-        and of what has just been written, as it may be again at what a file system calls the same
-        time.
+        None without a cache, and where such a key is unreliable: for a picture whose files are not
+        known, and for one just written, as another write may get the same time stamp.
         """
         if not self._path:
             return None
@@ -55,7 +54,7 @@ class Known:
         return hashlib.sha256(repr(key).encode()).hexdigest()
 
     def digests(self, stamp: str | None) -> Digests | None:
-        """Those of the picture with this stamp."""
+        """The digests of the picture with this stamp, if known."""
         try:
             digest, of_picture = self._digests[stamp or ""]
             return str(digest), str(of_picture)
@@ -63,7 +62,7 @@ class Known:
             return None
 
     def traits(self, digests: Digests) -> Traits | None:
-        """Those of the picture with these digests, unless it is too large by now."""
+        """The traits of the picture with these digests, if known and within `max_pixels`."""
         try:
             height, width, is_transparent, notes = self._traits[digests[0]]
             fits = height * width <= self._config.max_pixels
@@ -80,14 +79,14 @@ class Known:
             self._has_new_stamps = True
 
     def save(self) -> None:
-        """Raises UserError where a cache that lacks pictures cannot be written."""
+        """Write the cache's file.  Raises UserError if new traits cannot be saved."""
         if self._path and (self._has_new_traits or self._has_new_stamps):
             copies = {"pictures": {**self._traits}, "files": {**self._digests}}  # threads may add
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 disk.replace_text(self._path, json.dumps(copies))
             except OSError as error:
-                if not self._has_new_traits:  # it is complete, and perhaps for reading alone
+                if not self._has_new_traits:  # only stamps are lost; the cache may be read-only
                     return
                 raise UserError(
                     f"data.cache={self._path.parent} cannot be written: {error}; name another "

@@ -1,4 +1,4 @@
-"""metadata.jsonl and metadata.csv: what they say of the pictures of their folder."""
+"""metadata.jsonl and metadata.csv: captions, masks and weights for the pictures of a folder."""
 
 import csv
 import io
@@ -19,15 +19,15 @@ _REST = "more cells than the header has"
 
 
 def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, Any]]:
-    """What the metadata among these files says, by the pictures that it is about.
+    """The records of the metadata files among `files`, by picture.
 
-    A line that cannot be used goes to `reading`, and so does the second line of a picture, and a
-    file without the column that was asked for.
+    Unusable lines, a second line for the same picture, and files without the requested caption
+    column are added to `reading.broken`.
     """
     found: dict[Path, dict[str, Any]] = {}
     walked, column = _Walked(files), reading.caption_column
     for file in files:
-        columns: dict[str, None] = {}  # in their order
+        columns: dict[str, None] = {}  # an ordered set
         for where, record in _records(file, reading):
             picture = walked.path(file.parent / record["file_name"])
             if picture in found:
@@ -46,8 +46,8 @@ def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, An
 
 
 def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a metadata file: each of its lines, and what is said there of a picture; of any other file
-    nothing."""
+    """Each line of a metadata file: its place, for messages, and its record.  Nothing for other
+    files."""
     if path.name not in READERS:
         return
     with reading.going_on():
@@ -58,7 +58,7 @@ def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _record(line: Any, where: str) -> dict[str, Any]:
-    """What a line says.  Raises UserError where that is nothing which can be used."""
+    """A line's record.  Raises UserError if it is unusable."""
     if isinstance(line, str):
         try:
             line = json.loads(line)
@@ -79,14 +79,14 @@ def _record(line: Any, where: str) -> dict[str, Any]:
 
 
 class _Walked:
-    """The files of a folder, by any path that leads to them (../b.png, /abs/b.png), in any Unicode
-    normalisation: a picture that is listed is one of them, not another beside it."""
+    """Looks up a folder's files by any path to them (../b.png, /abs/b.png) and in any Unicode form,
+    so that a listed picture is recognised as the file that was found."""
 
     def __init__(self, files: Collection[Path]):
         self.files = {*files}
 
     def path(self, named: Path) -> Path:
-        """That of the walk; where it has not been there, the given one without ".."."""
+        """The path as the walk found it; for a file it did not find, the given one without ".."."""
         if named in self.files:
             return named
         place = _place(named)
@@ -120,13 +120,13 @@ def _lines_of_json(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows below the header; an empty cell is as good as none, and a weight is a number."""
+    """The rows below the header, without empty cells; the weight becomes a number."""
     text = captions.decode(_content(path), shown(path))
     rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST, strict=True)
     try:
         for row in rows:
             record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
-            with suppress(KeyError, ValueError):  # no number: refused with all bad weights
+            with suppress(KeyError, ValueError):  # `item` rejects a weight that is no number
                 record["weight"] = float(record["weight"])
             yield rows.line_num, record
     except csv.Error as error:
@@ -134,7 +134,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{where}: {error}; is a quote unclosed?") from error
 
 
-# Lines and their numbers: of JSON, or already read.
+# Each gives (line number, line); lines are JSON text or already a record.
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     "metadata.jsonl": _lines_of_json,
     "metadata.csv": _rows_of_csv,

@@ -1,6 +1,6 @@
-"""A picture's bytes, and what the VAE sees of them: upright, sRGB, 8 bits, on a known background.
+"""From a picture's bytes to what the VAE sees: upright, sRGB, 8 bits, on a known background.
 
-Everything is decoded from bytes, so a path may hold any character.
+Everything is decoded from bytes, so paths may contain any character.
 """
 
 import io
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.data.buckets import Size
 
-Image.MAX_IMAGE_PIXELS = None  # the limit is data.max_pixels, which `decode` keeps
+Image.MAX_IMAGE_PIXELS = None  # `decode` enforces data.max_pixels instead
 
 _SRGB = ImageCms.createProfile("sRGB")
 _ALPHA = {"RGBA", "LA", "PA", "RGBa", "La"}
@@ -25,8 +25,8 @@ class Picture:
     """A decoded picture."""
 
     rgb: Image.Image
-    alpha: Image.Image | None  # L: 255 where it is opaque
-    notes: list[str] = field(default_factory=list)  # what was not taken from the file
+    alpha: Image.Image | None  # mode L; 255 is opaque
+    notes: list[str] = field(default_factory=list)  # what was ignored in the file
 
     @property
     def size(self) -> Size:
@@ -34,16 +34,15 @@ class Picture:
 
     @property
     def is_transparent(self) -> bool:
-        """Whether any of it is, be it a little."""
+        """Whether any pixel is not fully opaque."""
         return self.alpha is not None and self.alpha.getextrema() != (255, 255)
 
 
 def decode(content: bytes, max_pixels: int, background: str = "white") -> Picture:
-    """The first frame, turned as its EXIF says, in sRGB, over `background` where transparent.
+    """The first frame, rotated by its EXIF orientation, in sRGB, composited over `background`.
 
-    Raises an error of many kinds (Pillow's decoders do) for bytes that are no whole picture, and
-    ValueError for one that is too large, or whose values have no defined place between black and
-    white.
+    Raises whatever Pillow's decoders raise for damaged bytes, and ValueError for a picture that is
+    too large or whose pixel values have no defined range.
     """
     if not content:
         raise ValueError("the file is empty")
@@ -81,7 +80,7 @@ def pixels(rgb: Image.Image, bucket: Size) -> Tensor:
 
 
 def mask(grey: Image.Image, bucket: Size) -> Tensor:
-    """The same part of a mask: -> fp32 (1, h, w) in [0, 1]."""
+    """A mask, cropped and resized like its picture: -> fp32 (1, h, w) in [0, 1]."""
     resized = _centre(grey.convert("L"), bucket, Image.Resampling.BOX)  # no overshoot
     return torch.from_numpy(np.array(resized, dtype=np.float32))[None] / 255
 
@@ -89,7 +88,7 @@ def mask(grey: Image.Image, bucket: Size) -> Tensor:
 def decode_mask(content: bytes, size: Size, max_pixels: int) -> Image.Image:
     """A mask file for a picture of this size, as grey values.
 
-    Raises ValueError where its shape is another than the picture's.
+    Raises ValueError if its aspect ratio is not the picture's.
     """
     grey = decode(content, max_pixels).rgb.convert("L")
     if abs(math.log(grey.width / grey.height * size[0] / size[1])) > 0.02:
@@ -101,7 +100,7 @@ def decode_mask(content: bytes, size: Size, max_pixels: int) -> Image.Image:
 
 
 def _centre(image: Image.Image, bucket: Size, how: Image.Resampling) -> Image.Image:
-    """Resample the largest central part that has the bucket's shape, antialiased."""
+    """Resize the largest central crop of the bucket's aspect ratio to the bucket, antialiased."""
     if image.width * bucket[0] >= image.height * bucket[1]:
         height: float = image.height
         width: float = image.height * bucket[1] / bucket[0]
@@ -113,7 +112,7 @@ def _centre(image: Image.Image, bucket: Size, how: Image.Resampling) -> Image.Im
 
 
 def _is_animated(file: Image.Image) -> bool:
-    """Or has pages.  The second frame of an MPO is what phones keep beside a photograph."""
+    """Whether it has several frames or pages; the extra picture in a phone's MPO does not count."""
     return getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
 
 
@@ -121,13 +120,13 @@ def _upright(file: Image.Image, notes: list[str]) -> Image.Image:
     file.load()
     try:
         return ImageOps.exif_transpose(file)
-    except Exception:  # its parser raises whatever damaged bytes lead it to
+    except Exception:  # damaged EXIF makes Pillow's parser raise almost anything
         notes.append("unreadable EXIF data; not rotated")
         return file.copy()
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """16 bits a pixel, scaled to 8: Pillow's own conversion would clip."""
+    """Scale 16-bit pixels to 8 bits; Pillow's own conversion would clip them."""
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
         values = np.asarray(image, dtype=np.float32)
         grey = Image.fromarray((values / 257).round().astype("uint8"))
@@ -143,7 +142,7 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
 
 
 def _srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """RGB in sRGB, by the file's colour profile where there is one."""
+    """Convert to sRGB, using the file's colour profile if it has one."""
     if not profile:
         return image.convert("RGB")
     if image.mode not in ("RGB", "L", "CMYK", "LAB"):
@@ -156,5 +155,5 @@ def _srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append("a colour profile that does not fit them; sRGB is assumed")
         return image.convert("RGB")
-    assert converted is not None  # it would be in place
+    assert converted is not None  # None only for in-place conversion
     return converted

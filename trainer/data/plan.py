@@ -1,9 +1,9 @@
-"""The order of batches: which samples, with which captions, make up batch number n.
+"""The order of batches: which samples make up batch n.
 
-A batch depends on (seed, n) alone, so a resumed run needs no sampler state, and runs that differ in
-the optimizer see the same batches.  With one bucket the epochs' permutations form an endless row,
-of which batch n takes the next `batch_size` places.  With several, an epoch is a list of batches,
-each of one bucket, in an order drawn for the epoch.
+A batch depends only on (seed, n), so a resumed run needs no sampler state, and runs that differ in
+the optimizer see the same batches.  With one bucket, the epochs' permutations are concatenated and
+batch n takes `batch_size` entries from n * `batch_size` on.  With several, an epoch is a list of
+batches, each from one bucket, shuffled anew for the epoch.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Pick:
 
 
 class Plan:
-    """Batches over `members`: {bucket: its samples, one as often as an epoch shows it}."""
+    """Batches over `members`: {bucket: its samples, each as often as an epoch shows it}."""
 
     def __init__(self, members: dict[Size, list[int]], batch_size: int, repeats_short: bool):
         self.members = [members[bucket] for bucket in sorted(members)]
@@ -42,17 +42,17 @@ class Plan:
 
     @property
     def batches_per_epoch(self) -> Fraction:
-        """A whole number where there are several buckets."""
+        """A whole number if there are several buckets."""
         if len(self.members) == 1:
             return Fraction(len(self.members[0]), self.batch_size)
         return Fraction(sum(self.batches_of(len(m)) for m in self.members))
 
     def batches_of(self, count: int) -> int:
-        """How many batches a bucket of `count` pictures has in an epoch."""
+        """How many batches a bucket of `count` pictures yields per epoch."""
         return -(-count // self.batch_size)
 
     def batch(self, seed: int, number: int) -> list[int]:
-        """The samples of batch `number` (from 0); all of them have one bucket."""
+        """The samples of batch `number` (from 0), all from one bucket."""
         if len(self.members) > 1:
             epoch, place = divmod(number, int(self.batches_per_epoch))
             return self._epoch(seed, epoch)[place]
@@ -62,7 +62,7 @@ class Plan:
         return [members[self._order(seed, p // count, 0)[p % count]] for p in places]
 
     def _batches(self, seed: int, epoch: int) -> list[list[int]]:
-        """All batches of an epoch, in its order."""
+        """All batches of an epoch, in order."""
         batches, size = [], self.batch_size
         for bucket, members in enumerate(self.members):
             order = [members[i] for i in self._order(seed, epoch, bucket)]

@@ -1,4 +1,4 @@
-"""A sample: one picture, or its mirror image, at one size, with all that may be said of it."""
+"""A sample: one picture, or its mirror image, at one size, with its captions."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from trainer.errors import UserError
 
 @dataclass(kw_only=True)
 class Sample:
-    """One picture; its pixels are read when they are needed (`read_pixels`)."""
+    """One picture; its pixels are read on demand (`read_pixels`)."""
 
     item: Item
-    digest: str  # sha256 of the picture's bytes, and of its mask's where it has one
-    picture_digest: str  # of the picture's alone
-    is_transparent: bool  # somewhere
-    caption: str  # as it is written, with prefix and suffix: for eval points and samples
-    captions: tuple[str, ...]  # that a step draws from, all equally likely
-    size: Size  # of the file, upright
+    digest: str  # sha256 of the picture's bytes, and of its mask's if it has one
+    picture_digest: str  # sha256 of the picture's bytes
+    is_transparent: bool  # anywhere
+    caption: str  # the first, unshuffled, with prefix and suffix: for eval points and samples
+    captions: tuple[str, ...]  # a step draws one of these, all equally likely
+    size: Size  # of the upright picture
     fit: Fit
     time_ids: tuple[int, int, int, int, int, int]  # original h, w; crop top, left; target h, w
     loss_weight: float
-    prior: bool  # of a source for regularisation
+    prior: bool  # from a regularisation source
     held_out: bool  # never trained on
     mirrored: bool = False
     config: DataConfig
@@ -39,28 +39,28 @@ class Sample:
 
     @property
     def bucket(self) -> Size:
-        """Height and width that are trained on, in pixels."""
+        """Height and width that it is trained at, in pixels."""
         return self.fit.bucket
 
     @property
     def transform(self) -> str:
-        """All that was asked for of the pixels and the mask."""
+        """Everything besides the file that may affect the pixels or the mask."""
         return self._transform(self.config.background, self.config.mask)
 
     @property
     def pixels_key(self) -> tuple[str, str]:
-        """All that decides the pixels.  No mask does, nor the background of an opaque picture."""
+        """Everything the pixels depend on: not the mask, nor an opaque picture's background."""
         background = self.config.background if self.is_transparent else "white"
         return self.picture_digest, self._transform(background, "none")
 
     @property
     def mask_key(self) -> tuple[str, ...]:
-        """All that decides the mask, but its size; () where everything counts."""
+        """Everything the mask depends on, except its size; () if nothing is masked."""
         return (self.digest, self.transform) if self._has_mask else ()
 
     @property
     def _has_mask(self) -> bool:
-        """Whether a part of the picture may not count in the loss."""
+        """Whether the loss may exclude parts of the picture."""
         is_of_file = self.config.mask == "file" and self.item.read_mask is not None
         return is_of_file or (self.config.mask == "alpha" and self.is_transparent)
 
@@ -69,11 +69,11 @@ class Sample:
         return repr((self.bucket, self.size, background, mask, how))
 
     def read_pixels(self) -> Tensor:
-        """The picture as the VAE takes it: -> fp32 (3, h, w) in [-1, 1]."""
+        """The picture as the VAE's input: -> fp32 (3, h, w) in [-1, 1]."""
         return self._turned(pictures.pixels(self._decoded(self._read()).rgb, self.bucket))
 
     def read_mask(self) -> Tensor:
-        """What counts of it in the loss: -> fp32 (1, h, w) in [0, 1]."""
+        """The loss weight of each pixel: -> fp32 (1, h, w) in [0, 1]."""
         if not self._has_mask:
             return torch.ones(1, *self.bucket)
         content = self._read()
@@ -81,11 +81,11 @@ class Sample:
             grey = pictures.decode_mask(content.mask, self.size, self.config.max_pixels)
             return self._turned(pictures.mask(grey, self.bucket))
         alpha = self._decoded(content).alpha
-        assert alpha is not None  # it is transparent somewhere
+        assert alpha is not None  # `_has_mask` implies is_transparent
         return self._turned(pictures.mask(alpha, self.bucket))
 
     def _turned(self, planes: Tensor) -> Tensor:
-        """(..., h, w), left and right exchanged where the sample is the mirror image."""
+        """(..., h, w), flipped horizontally if the sample is a mirror image."""
         return planes.flip(-1) if self.mirrored else planes
 
     def _decoded(self, content: "Content") -> pictures.Picture:
@@ -100,10 +100,10 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Content:
-    """What is on the disk of a picture."""
+    """A picture's bytes as stored."""
 
     picture: bytes
-    mask: bytes | None  # where masks are wanted and it has one
+    mask: bytes | None  # with data.mask=file, if it has one
 
     @cached_property
     def picture_digest(self) -> str:
@@ -112,7 +112,7 @@ class Content:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the picture's bytes, and of its mask's where it has one."""
+        """sha256 of the picture's bytes, and of its mask's if it has one."""
         if not self.mask:
             return self.picture_digest
         return hashlib.sha256(bytes.fromhex(self.picture_digest) + self.mask).hexdigest()

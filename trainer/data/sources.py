@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder of files, or a file that holds many."""
+"""Sources of pictures: a folder of files, or one file that holds many."""
 
 import os
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items
 
 
 def find(path: Path, reading: Reading) -> Iterator[Item]:
-    """Everything in a folder, in the order of the paths, or in one file.
+    """All pictures in a folder, in path order, or in one file.
 
-    What is ignored goes to `reading`, and so does what cannot be read at all.
+    Ignored and unreadable files are recorded in `reading`.
     """
     if not path.is_dir():
         with reading.going_on():
@@ -49,12 +49,12 @@ def _is_holder(file: Path) -> bool:
 
 
 def _is_aside(file: Path, reading: Reading) -> bool:
-    """Whether an archive or table is in a folder for another reason than to be read."""
+    """Whether an archive or table in a folder is not training data."""
     _check_regular(file)
     if file.name.startswith("cache-"):
         reading.remarks["caches of data sets are ignored"].append(shown(file))
     elif file.suffix.lower() in (".parquet", ".arrow") and not tables.has_pictures(file):
-        # what img2dataset writes beside each shard holds nothing that is not in the shard
+        # img2dataset writes a table beside each shard, which only repeats the shard's metadata
         is_listing = file.with_suffix(".tar").is_file()
         said = reading.remarks if is_listing else reading.problems
         said["tables without a column of pictures are ignored"].append(shown(file))

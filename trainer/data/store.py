@@ -1,11 +1,10 @@
-"""What the frozen encoders make of pictures and captions, kept in memory or on the disk.
+"""Latents, embeddings and masks, computed once and kept in memory or in a cache folder.
 
-An entry's name is a hash of all that decides it: the picture's bytes, how it is cropped and
-resized, the VAE, the dtype; the caption, the text encoders, the dtype; of a mask, which is kept
-beside the latent, the mask's bytes.  So an entry is never stale: with an edited picture or another
-resolution the name is another, and what has not changed is never encoded twice, in whichever run.
-Entries are written beside and renamed: a process that is killed while it encodes loses one of them,
-and two may share a folder.
+An entry's name is a hash of everything it depends on: for a latent, the picture's bytes, crop and
+resize, VAE and dtype; for an embedding, the caption, text encoders and dtype; for a mask, also the
+mask's bytes.  So no entry is ever stale (an edited picture or another resolution gives another
+name), and nothing is encoded twice, in whichever run.  An entry is written to a temporary file and
+renamed: a process killed while encoding loses at most one, and two processes may share a folder.
 """
 
 import hashlib
@@ -38,20 +37,20 @@ log = logging.getLogger(__name__)
 Thing = TypeVar("Thing")
 Entry = dict[str, Tensor]
 PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w), scaled
-TextEncoder = Callable[[list[Any]], list[Entry]]  # of prompt (tokens, dim) and pooled (dim,)
+TextEncoder = Callable[[list[Any]], list[Entry]]  # entries of prompt (tokens, dim), pooled (dim,)
 
-# Raise it when the meaning of an entry changes; now latents are the posterior's mode, scaled.
+# Increment when the meaning of an entry changes.  1: latents are the posterior's mode, scaled.
 _VERSION = 1
 CAPTIONS_AT_A_TIME = 16  # captions per encoder call
 
 
 @dataclass(kw_only=True)
 class Entries:
-    """Encoded samples by their numbers, or captions by themselves."""
+    """Entries of samples by their index, or of captions by their text."""
 
     keys: dict[Any, str]
     memory: dict[str, Entry] = field(default_factory=dict)
-    folder: Path | None = None  # entries are read from here each time they are asked for
+    folder: Path | None = None  # if set, every access reads the entry from here
 
     def __getitem__(self, name: Hashable) -> Entry:
         key = self.keys[name]
@@ -76,7 +75,7 @@ class Entries:
 
 
 class Store:
-    """Where entries are kept: `data.cache`, or memory where that is null."""
+    """Keeps entries in `data.cache`, or in memory if that is null."""
 
     def __init__(self, cache: str | None, dtype: str) -> None:
         self.folder = Path(cache).expanduser() if cache else None
@@ -94,9 +93,9 @@ class Store:
         make_encoder: Callable[[], PictureEncoder],
         stop: Sequence[int] = (),
     ) -> Entries:
-        """An entry of `latent` (4, h, w) for the number of each sample.
+        """An entry with `latent` (4, h, w) for each sample, by index.
 
-        `make_encoder` is called only where an entry is missing; `fingerprint` names the VAE.
+        `make_encoder` is called only if an entry is missing; `fingerprint` identifies the VAE.
         Raises UserError for a latent that is not finite, and SystemExit once `stop` holds a signal.
         """
         keys = {i: self._latent_key(s, fingerprint) for i, s in enumerate(samples)}
@@ -124,8 +123,8 @@ class Store:
     def masks(
         self, samples: list[Sample], latents: Entries, stop: Sequence[int] = ()
     ) -> Entries | None:
-        """An entry of `mask` (1, h, w), as large as the latent, for the number of each sample; None
-        where the loss is not masked.  As `latents`, which are what that has made."""
+        """An entry with `mask` (1, h, w), at the latent's size, for each sample, by index; None if
+        the loss is not masked.  `latents` is the result of that method; errors are as there."""
         if samples[0].config.mask == "none":
             return None
         scale = samples[0].bucket[0] // latents[0]["latent"].shape[1]
@@ -148,8 +147,9 @@ class Store:
         make_encoder: Callable[[], TextEncoder],
         stop: Sequence[int] = (),
     ) -> Entries:
-        """An entry of `prompt` (tokens, dim), and of `pooled` (dim,) where the model has it, for
-        each caption; None is no prompt.  As `latents`; `fingerprint` names the text encoders."""
+        """An entry with `prompt` (tokens, dim), and `pooled` (dim,) if the model has it, for each
+        caption; the caption None is no prompt.  As `latents`; `fingerprint` identifies the text
+        encoders."""
         keys = {text: self._text_key(text, fingerprint) for text in captions}
         found = self._entries("texts", keys)
         by_key = {key: text for text, key in keys.items()}
@@ -195,10 +195,10 @@ class Store:
         return Entries(keys=keys, folder=self.folder / kind if self.folder else None)
 
     def _missing(self, found: Entries, is_good: Callable[[str, Entry], bool]) -> list[str]:
-        """The keys without an entry, in order; one that is damaged is none.
+        """The keys without an intact entry, in order.
 
-        Entries are known by their headers and lengths: to read a cache of a hundred gigabytes takes
-        longer than a start may.  Values are looked at when they are used.
+        Only headers and file lengths are checked: reading a cache of a hundred gigabytes would
+        delay the start too much.  Values are checked when they are used.
         """
         keys = list(dict.fromkeys(found.keys.values()))
         folder = found.folder
@@ -223,7 +223,7 @@ class Store:
         return [key for key in keys if states[key] != "good"]
 
     def _put(self, found: Entries, key: str, entry: Entry, total: int) -> None:
-        """Keep an entry, of `total` like it."""
+        """Store an entry, one of `total` that will be stored."""
         kept = {name: t.to("cpu", self.dtype, copy=True).contiguous() for name, t in entry.items()}
         if found.folder is None:
             if not found.memory:
@@ -253,7 +253,7 @@ class Store:
 
 
 def _check_room(entry: Entry, total: int) -> None:
-    """Raises UserError where so many entries would not fit in memory."""
+    """Raise UserError if `total` such entries would not fit in memory."""
     needed, free = total * sum(t.nbytes for t in entry.values()), memory.free_host_bytes()
     if needed > free:
         raise UserError(
@@ -264,13 +264,13 @@ def _check_room(entry: Entry, total: int) -> None:
 
 
 def _load(path: Path) -> Entry:
-    """Read, not mapped: a mapped file that is cut short ends the process."""
+    """Read an entry.  Not memory-mapped: truncating a mapped file would kill the process."""
     return load(patiently(path.read_bytes))
 
 
 def _described(path: Path) -> Entry:
-    """An entry's names, shapes and types, on the meta device.  Raises SafetensorError where the
-    file's length is not what its header says."""
+    """An entry's tensors on the meta device.  Raises SafetensorError if the file's length
+    contradicts its header."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return {
@@ -292,7 +292,7 @@ def _is_finite(entry: Entry) -> bool:
 
 
 def _is_latent(entry: Entry, sample: Sample) -> bool:
-    """Whether all sides are the bucket's, divided by one number: the VAE's."""
+    """Whether both sides are the bucket's, divided by the same integer (the VAE's scale)."""
     if entry.keys() != {"latent"} or entry["latent"].ndim != 3:
         return False
     sides = zip(sample.bucket, entry["latent"].shape[1:], strict=True)
@@ -310,14 +310,14 @@ def _is_text(entry: Entry) -> bool:
 
 
 def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
-    """`of`, a reader of samples, with what it raises as a UserError that names the picture."""
+    """`of`, with its exceptions turned into a UserError that names the picture."""
 
     def read(sample: Sample) -> Tensor:
         try:
             return of(sample)
         except UserError:
             raise
-        except Exception as error:  # decoders raise many kinds
+        except Exception as error:  # decoders raise many types
             raise UserError(
                 f"{sample.name} has become unreadable since the run began: {error}"
             ) from error
@@ -332,8 +332,8 @@ def _progress(
     what: str = "encoding pictures",
     entries_of: Callable[[Thing], int] = lambda thing: 1,
 ) -> Iterator[Thing]:
-    """The things, their progress told, of `total` entries.  Ends the process once `stop` holds a
-    signal: what is encoded is kept where there is a cache."""
+    """Yield the things and report progress out of `total` entries.  Ends the process once `stop`
+    holds a signal; entries encoded so far stay in the cache, if there is one."""
     with console.Aside(what, total, "entries") as aside:
         for thing in things:
             signals.end_if(stop, what)

@@ -1,5 +1,4 @@
-"""A look at everything that a configuration names, before any of it is used: what can be read, what
-cannot, and what is strange about it."""
+"""Read all configured data before use: what is usable, what is not, and what looks wrong."""
 
 import os
 from collections import defaultdict, deque
@@ -20,7 +19,7 @@ from trainer.errors import UserError, reason
 
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
-Captioned = tuple[SourceConfig, Item, list[str]]  # a picture, whose it is, and what it is called
+Captioned = tuple[SourceConfig, Item, list[str]]  # source, picture, captions
 
 _WORKERS = min(8, os.cpu_count() or 1)
 
@@ -32,26 +31,26 @@ class UsablePicture:
     item: Item
     source: SourceConfig
     captions: list[str]  # as they are written
-    digest: str  # as of a Sample, and the next
+    digest: str  # this and the next: as in Sample
     picture_digest: str
     size: Size
-    is_transparent: bool  # somewhere
-    notes: list[str]  # what of it is not used, or not as one might think
-    fits: list[Fit]  # one for each of the resolutions; none twice
+    is_transparent: bool  # anywhere
+    notes: list[str]  # what is ignored or odd about it
+    fits: list[Fit]  # one for each resolution, without duplicate buckets
 
 
 @dataclass(kw_only=True)
 class Survey:
-    """What was found, by the names that messages show."""
+    """What was found; pictures are identified by `Item.name`."""
 
     count: int = 0  # of all pictures
     usable: list[UsablePicture] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)  # and why
-    broken: list[str] = field(default_factory=list)  # archives, tables, lines of metadata; and why
-    undecodable: list[str] = field(default_factory=list)  # what is wrong with which caption
-    uncaptioned: list[str] = field(default_factory=list)  # but those that are unreadable
+    unreadable: dict[str, str] = field(default_factory=dict)  # picture -> reason
+    broken: list[str] = field(default_factory=list)  # messages: archives, tables, metadata lines
+    undecodable: list[str] = field(default_factory=list)  # messages: captions
+    uncaptioned: list[str] = field(default_factory=list)  # without those that are unreadable
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    # Of files that are no such pictures, by what is to be said of them; and what is harmless.
+    # message -> files that are not used; `remarks` are harmless
     problems: dict[str, list[str]] = field(default_factory=dict)
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
@@ -59,9 +58,9 @@ class Survey:
 def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) -> Survey:
     """Read every caption, then every picture, in the order of the sources and their paths.
 
-    With `for_run` it stops early, with what it has, at what no run goes on with: a file or a line
-    of metadata that is broken, a caption that is missing or cannot be decoded, or more than
-    `max_unreadable` pictures.  Raises SystemExit once `stop` holds a signal.
+    `for_run` returns early, with what was found so far, on anything that stops a run: a broken file
+    or metadata line, a missing or undecodable caption, or more than `max_unreadable` unreadable
+    pictures.  Raises SystemExit once `stop` holds a signal.
     """
     reading = Reading(extensions=endings(config), caption_column=config.caption_column)
     surveyed = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
@@ -85,7 +84,7 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
 def _found(
     surveyed: Survey, config: DataConfig, reading: Reading, stop: Sequence[int]
 ) -> list[tuple[SourceConfig, Item]]:
-    """All pictures, with the sources that have them."""
+    """All pictures, with their sources."""
     found: list[tuple[SourceConfig, Item]] = []
     repeated = _Repeated()
     for source in all_sources(config):
@@ -116,7 +115,7 @@ def _captioned(
     config: DataConfig,
     stop: Sequence[int],
 ) -> list[Captioned]:
-    """Those that have captions, or need none; what is wrong with others is noted."""
+    """The pictures that have captions or need none; the others are noted in `surveyed`."""
     captioned: list[Captioned] = []
     with console.Aside("reading captions", len(found), "pictures") as aside:
         for (source, item), texts in zip(found, ahead(_captions_of, found), strict=True):
@@ -133,7 +132,7 @@ def _captioned(
 
 
 def _captions_of(found: tuple[SourceConfig, Item]) -> list[str] | Exception:
-    """A picture's captions, its source's where it has none; or why they cannot be read."""
+    """A picture's captions, or else its source's; or the error that reading them raised."""
     source, item = found
     try:
         texts = item.captions()
@@ -179,7 +178,7 @@ def endings(config: DataConfig) -> list[str]:
 def ahead(
     function: Callable[[Thing], Made], things: Iterable[Thing]
 ) -> Generator[Made, None, None]:
-    """`map` in threads, a few things ahead of the caller: decoders release Python's lock."""
+    """`map` in threads, a few things ahead of the caller: decoders release the GIL."""
     pool = ThreadPoolExecutor(_WORKERS)
     waiting: deque[Future[Made]] = deque()
     try:
@@ -196,12 +195,12 @@ def ahead(
 def _look(
     source: SourceConfig, item: Item, texts: list[str], config: DataConfig, known: Known
 ) -> UsablePicture | Exception:
-    """A picture, decoded once to know that it is whole, or the error that reading it raised.
+    """A usable picture, or the error that reading or decoding it raised.
 
-    Decoders raise whatever hostile bytes lead them to, so every exception is one.
+    Decoders may raise anything for hostile bytes, so all exceptions are caught.
     """
     try:
-        stamp = known.stamp(item)  # before it is read, in case it is written now
+        stamp = known.stamp(item)  # before reading, in case the file is being written
         digests = known.digests(stamp)
         traits = known.traits(digests) if digests else None
         if not digests or not traits:
@@ -227,7 +226,7 @@ def _look(
 
 
 def _decoded(content: sample.Content, config: DataConfig) -> Traits:
-    """What a picture is like, once it and its mask have been decoded."""
+    """Decode a picture, and its mask to check it."""
     picture = pictures.decode(content.picture, config.max_pixels)
     if content.mask is not None:
         pictures.decode_mask(content.mask, picture.size, config.max_pixels)
@@ -235,14 +234,14 @@ def _decoded(content: sample.Content, config: DataConfig) -> Traits:
 
 
 class _Repeated:
-    """Which source had a picture first, by whatever path that leads to it."""
+    """Remembers which source had a picture first, under any path to it."""
 
     def __init__(self) -> None:
         self.first: dict[str, tuple[str, SourceConfig]] = {}
         self.real = cache(os.path.realpath)
 
     def source(self, path: str, source: SourceConfig) -> SourceConfig | None:
-        """The source that this picture was found in before, by this path or another."""
+        """The source in which this picture was found before, under this path or another."""
         folder, name = os.path.split(path)
         here = (path, source)
         earlier = self.first.setdefault(os.path.join(self.real(folder), name), here)

@@ -1,8 +1,8 @@
-"""Hugging Face datasets on the disk: .parquet files, and the .arrow files of `save_to_disk`.
+"""Hugging Face datasets on disk: .parquet files, and the .arrow files of `save_to_disk`.
 
-The picture is in a column `image`, or in the first that holds bytes; captions are in
-`data.caption_column`, or `captions`, `text` or `caption`; `weight` and `mask` may be there.
-Pictures are read when they are needed.
+Pictures are in the column `image`, or in the first that holds bytes; captions in
+`data.caption_column`, or `captions`, `text` or `caption`; `weight` and `mask` are optional.
+Pictures are read on demand.
 """
 
 import threading
@@ -15,12 +15,12 @@ from typing import Any
 from trainer.data.items import Item, Reading, item, read_file, shown
 from trainer.errors import UserError
 
-_one_reads = threading.Lock()  # of the threads that read ahead
+_one_reads = threading.Lock()  # one of the read-ahead threads reads a row group at a time
 
 
 def items(path: Path, reading: Reading) -> Iterator[Item]:
-    """One item for each row.  Raises UserError where pyarrow is missing, or the file is damaged or
-    has no pictures, or not the column of captions that was asked for."""
+    """One item for each row.  Raises UserError if pyarrow is missing, or the file is damaged, has
+    no pictures, or lacks the requested caption column."""
     names, image = _columns(path)
     has = f"the columns {shown(', '.join(names))}"
     if image is None:
@@ -37,7 +37,8 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
             place = (path, group, row)
             mask = partial(_read, *place, "mask") if "mask" in names else None
             with reading.going_on():
-                read = partial(_read, *place, image)  # from a file beside the table, perhaps
+                read = partial(_read, *place, image)
+                # files=(): the picture may be in a file that the table names
                 yield item(f"{path}:{number}", read, record, mask, reading, files=())
 
 
@@ -48,7 +49,7 @@ def has_pictures(path: Path) -> bool:
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """What goes wrong with the table as a UserError that names it."""
+    """Turn errors in reading the table into a UserError that names it."""
     try:
         import pyarrow as pa
     except ImportError:
@@ -65,7 +66,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def _columns(path: Path) -> tuple[list[str], str | None]:
-    """All columns, and the one that pictures are in."""
+    """All columns, and the one that holds pictures."""
     with _named_errors(path):
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -84,7 +85,7 @@ def _columns(path: Path) -> tuple[list[str], str | None]:
 
 
 def _records(path: Path, words: list[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(row group, row in it, its small values) of every row."""
+    """(row group, row within it, caption and weight columns) of every row."""
     import pyarrow.parquet as pq
 
     if path.suffix.lower() == ".arrow":
@@ -102,7 +103,7 @@ def _rows(table: Any, words: list[str]) -> list[dict[str, Any]]:
 
 
 def _read(path: Path, group: int, row: int, column: str) -> bytes:
-    """The bytes in one cell, or in the file beside the table that it names."""
+    """The bytes in one cell, or in the file that it names, relative to the table's folder."""
     if path.suffix.lower() == ".arrow":
         cell = _arrow(path).column(column)[row].as_py()
     else:
@@ -117,16 +118,16 @@ def _read(path: Path, group: int, row: int, column: str) -> bytes:
 
 
 def _group(path: Path, group: int, column: str) -> Any:
-    with _one_reads:  # the others wait, and then find it
+    with _one_reads:  # the others wait, then find it in the cache
         return _read_group(path, group, column)
 
 
 def free_rows() -> None:
-    """Free the row groups that are kept for the next rows: gigabytes, perhaps."""
+    """Free the cached row groups, which may be gigabytes."""
     _read_group.cache_clear()
 
 
-@lru_cache(maxsize=2)  # row groups are read whole, and rows are asked for in their order
+@lru_cache(maxsize=2)  # row groups are read whole, and rows are requested in order
 def _read_group(path: Path, group: int, column: str) -> Any:
     import pyarrow.parquet as pq
 
@@ -136,7 +137,7 @@ def _read_group(path: Path, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _arrow(path: Path) -> Any:
-    """An arrow file, stream or random access, mapped into memory."""
+    """A memory-mapped arrow file, in stream or random-access format."""
     import pyarrow as pa
 
     source = pa.memory_map(str(path))

@@ -20,7 +20,7 @@ Place = tuple[int, int]  # offset and length, in bytes
 
 
 def items(path: Path, reading: Reading) -> Iterator[Item]:
-    """The pictures of a shard in their order, with captions from .txt, .caption or .json members.
+    """The pictures of a shard, in order, with captions from text or .json members.
 
     Raises UserError for a damaged or compressed archive.
     """
@@ -43,7 +43,7 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
 
 
 def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Place]]:
-    """Name and place of every file that is not hidden."""
+    """Name and place of every regular file that is not hidden."""
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as archive:
             for member in archive:
@@ -95,8 +95,8 @@ def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading
 
 
 def _own(members: dict[str, Place], ending: str) -> dict[str, Place]:
-    """The members beside a picture by their endings.  Where its name has dots, photo.v2.png, so may
-    theirs: photo.v2.txt."""
+    """The members of a picture's sample, by extension.  For a name with dots, photo.v2.png, that of
+    photo.v2.txt counts as .txt."""
     dots = os.path.splitext(f"x{ending}")[0][1:]
     named = {end.removeprefix(dots): at for end, at in members.items() if end.startswith(dots)}
     return members | named

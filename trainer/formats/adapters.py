@@ -1,5 +1,4 @@
-"""Low-rank adapters as numbers: what one adds to a module's weight, taken from PEFT's modules and
-put back into them."""
+"""Low-rank adapters as plain tensors, read from PEFT's modules and written back into them."""
 
 import re
 from collections import Counter
@@ -13,25 +12,25 @@ from torch import Tensor, nn
 
 from trainer.errors import UserError
 
-NAME = "default"  # PEFT's for an adapter that was given none
-# What of a module's name says which of many blocks it is in.
+NAME = "default"  # PEFT's name for an unnamed adapter
+# The part of a module's name that says in which block it is.
 _IN_A_BLOCK = re.compile(r".*\.(transformer_blocks|attentions|resnets|\w+samplers|layers)\.\d+\.")
 
 
 class OtherModel(UserError):
-    """A LoRA of modules that this model does not have, or of other shapes."""
+    """The LoRA's modules are not in this model, or have other shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """up @ down * alpha / rank is added to a module's weight (Hu et al. 2021, eq. 3).
 
-    alpha is the one of readers that divide by the rank; where training divided by its root (rank
-    stabilised, Kalajdzievski 2023) it is alpha * sqrt(rank), which gives the same scale.
+    alpha is for readers that divide by the rank.  If training divided by sqrt(rank) (rank
+    stabilised, Kalajdzievski 2023), it is training's alpha * sqrt(rank): the same scale.
     """
 
-    down: Tensor  # (rank, in), of a convolution (rank, in, kh, kw)
-    up: Tensor  # (out, rank), of a convolution (out, rank, 1, 1)
+    down: Tensor  # (rank, in); for a convolution (rank, in, kh, kw)
+    up: Tensor  # (out, rank); for a convolution (out, rank, 1, 1)
     alpha: float
     magnitude: Tensor | None = None  # (out,): DoRA's norms of the weight's rows
 
@@ -53,9 +52,9 @@ Adapters = dict[str, dict[str, Adapter]]  # part -> the module's name in it -> a
 
 
 def of_models(models: Mapping[str, nn.Module], name: str = NAME) -> Adapters:
-    """The adapters called `name` in PEFT's modules, at the scale they are applied with.
+    """The adapters called `name` in PEFT's modules, with the scale at which they are applied.
 
-    Raises UserError for what no LoRA file can say (an adapter with a bias, or of an embedding).
+    Raises UserError for adapters that LoRA files cannot hold (with a bias, or of an embedding).
     """
     return {
         part: {
@@ -85,7 +84,7 @@ def _of_layer(path: str, layer: LoraLayer, name: str) -> Adapter:
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """The names of a model's Linear and convolution modules, whether adapters wrap them or not."""
+    """The names of a model's Linear and convolution modules, whether wrapped by adapters or not."""
     names = []
     for name, module in model.named_modules():
         inside = ".base_layer" in name or ".lora_" in name
@@ -97,11 +96,10 @@ def module_names(model: nn.Module) -> list[str]:
 def refuse_others(
     models: Mapping[str, nn.Module], adapters: Adapters, layers: Mapping[str, list[str]]
 ) -> None:
-    """Raise UserError where adapters are not those of the PEFT modules that are there: where
-    modules, ranks, scales or DoRA differ.  It has the options of a run that they would fit, where
-    there are some.
+    """Raise UserError if modules, ranks, scales or DoRA of `adapters` differ from the models' PEFT
+    modules.  The message names options of a run that they would fit, if there are any.
 
-    layers: of each part, those that may have adapters.
+    layers: of each part, the modules that may have adapters.
     """
     own = of_models({part: models[part] for part in adapters})
     for part, found in adapters.items():
@@ -122,8 +120,8 @@ def refuse_others(
 
 
 def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | None:
-    """The options of a run with these adapters, as they are written on a command line; None where
-    they are not alike in all blocks."""
+    """The command-line options of a run with these adapters; None if no options describe them (they
+    differ between blocks, say)."""
     every = [adapter for found in adapters.values() for adapter in found.values()]
     rank, alpha = commonest(every)
     key_of = {part: "targets" if part == "unet" else "text_targets" for part in adapters}
@@ -160,9 +158,9 @@ def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | No
 def fill(
     models: Mapping[str, nn.Module], adapters: Adapters, layers: Mapping[str, list[str]]
 ) -> None:
-    """Put adapters' values into the PEFT modules that are there.
+    """Copy the adapters' values into the models' PEFT modules.
 
-    Raises UserError, before any is changed, as `refuse_others`.
+    Raises UserError like `refuse_others`, before anything is changed.
     """
     refuse_others(models, adapters, layers)
     for part, found in adapters.items():
@@ -182,16 +180,16 @@ def fill(
 
 
 def commonest(adapters: Collection[Adapter]) -> tuple[int, float]:
-    """The rank that most of them have, and the alpha."""
+    """The most common rank, and the most common alpha."""
     ranks = Counter(adapter.rank for adapter in adapters)
     alphas = Counter(adapter.alpha for adapter in adapters)
     return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
 
 
 def peft_config(found: dict[str, Adapter]) -> LoraConfig:
-    """PEFT's description of a part's adapters, each module by its whole name.
+    """PEFT's configuration for a part's adapters, with full module names.
 
-    Raises UserError where only some are DoRA, which PEFT cannot hold together.
+    Raises UserError if only some are DoRA: PEFT has one setting for all.
     """
     is_dora = {adapter.magnitude is not None for adapter in found.values()}
     if len(is_dora) > 1:

@@ -1,7 +1,7 @@
-"""The published architectures, and modules made from a configuration without their weights.
+"""The published architectures, and modules made from a configuration without weights.
 
-A single file says nothing of its architecture, so those of SDXL and Stable Diffusion 1.5 ship as
-small JSON files (no hub is asked).  The tokenizer of both is the one that ships with the tiny SDXL.
+A single file does not describe its architecture, so those of SDXL and Stable Diffusion 1.5 ship as
+small JSON files (no download).  Both use the tokenizer that ships with the tiny SDXL.
 """
 
 import json
@@ -30,7 +30,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 WEIGHT_PARTS = tuple(CLASSES)
-# Keys of configurations that say who wrote them, or in which type.
+# Configuration keys that do not affect the computation.
 COMPUTES_NOTHING = (
     "_diffusers_version",
     "_name_or_path",
@@ -42,7 +42,7 @@ COMPUTES_NOTHING = (
 
 
 def folder(kind: str) -> Path:
-    """Where a published architecture's configuration ships, laid out like a diffusers folder."""
+    """The shipped configuration of a published architecture, laid out like a diffusers folder."""
     return ASSETS / "architectures" / kind
 
 
@@ -79,7 +79,7 @@ def _published(kind: str, part: str) -> dict[str, Any]:
 
 
 def _complete(part: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the defaults that it leaves out, and without what computes nothing."""
+    """A configuration with its defaults filled in, without keys that compute nothing."""
     described: Any = empty(part, settings).config
     every = described.to_dict() if part.startswith("text_encoder") else dict(described)
     return {
@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
 
 
 def shapes(part: str, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor that such a part has, by its name in a diffusers folder."""
+    """The shape of every tensor of such a part, by its name in a diffusers folder."""
     return dict(_shapes(part, json.dumps(settings)))
 
 
@@ -105,8 +105,8 @@ def _shapes(part: str, settings: str) -> dict[str, tuple[int, ...]]:
 
 
 def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raise UserError that names the first tensor which is missing, or has another shape, or which
-    the architecture does not have."""
+    """Raise UserError for the first tensor that is missing or has another shape, or, in a UNet, is
+    not in the architecture; in other parts extra tensors only cause a warning."""
     for name, shape in wanted.items():
         if name not in weights:
             raise UserError(f"{where}: the {part} lacks {name}; the file is incomplete")
@@ -129,9 +129,9 @@ def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], whe
 def filled(
     part: str, settings: dict[str, Any], weights: Weights, dtype: torch.dtype, where: str
 ) -> nn.Module:
-    """The part with `weights` in `dtype`, on the CPU, made a tensor at a time; in eval mode.
+    """The part with `weights` in `dtype`, on the CPU, loaded one tensor at a time; in eval mode.
 
-    Raises UserError where `weights` (by their names in a diffusers folder) are not all of it.
+    Raises UserError if `weights` (named as in a diffusers folder) are incomplete.
     """
     module = empty(part, settings)
     state = module.state_dict()
@@ -140,11 +140,11 @@ def filled(
     compare(part, weights, wanted, where)
     read = {}
     for name in wanted:
-        # A copy: what a file is mapped to must not change under a module, nor the file by it.
+        # A copy: the module must not share memory with a mapped file.
         read[own[name]] = weights[name].read().to(dtype, copy=True).contiguous()
     module.load_state_dict(read, assign=True)
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:  # what a module computes itself and does not save
+        if buffer.is_meta:  # not saved: the module computes it itself
             _restore_positions(module, name, buffer)
     return module.eval()
 

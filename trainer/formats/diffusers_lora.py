@@ -1,5 +1,5 @@
-"""LoRA files as diffusers' pipelines save and load them: `unet.PATH.lora_A.weight`, and PEFT's
-configuration of each part in the metadata, without which a reader takes alpha for the rank."""
+"""LoRA files as diffusers' pipelines save and load them: `unet.PATH.lora_A.weight`, with PEFT's
+configuration of each part in the metadata; without it readers assume alpha = rank."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from trainer.formats.names import canonical
 from trainer.formats.weights import Weights
 
 METADATA = "lora_adapter_metadata"
-STEM = "pytorch_lora_weights"  # what diffusers calls it, and looks for in a folder
-_SUFFIXES = {  # today's, and those of 2023
+STEM = "pytorch_lora_weights"  # the file name that diffusers writes and looks for
+_SUFFIXES = {  # current ones, and those of 2023
     ".lora_A.weight": "down",
     ".lora.down.weight": "down",
     ".lora_linear_layer.down.weight": "down",
@@ -39,7 +39,7 @@ def encode(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[f"{name}.lora_A.weight"] = adapter.down
             tensors[f"{name}.lora_B.weight"] = adapter.up
             if adapter.magnitude is not None:
-                # PEFT writes it without `.weight` and reads both; transformers 5 reads this alone.
+                # PEFT writes no `.weight` and reads both; transformers 5 needs `.weight`.
                 shape = (1, -1, 1, 1) if adapter.down.ndim == 4 else (-1,)
                 tensors[f"{name}.lora_magnitude_vector.weight"] = adapter.magnitude.reshape(shape)
         if found:
@@ -49,8 +49,8 @@ def encode(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _short(part: str, path: str) -> str:
-    """A text encoder's module without the level that transformers 5 has dropped: PEFT finds modules
-    by the ends of their names, so this names it in every version."""
+    """A text encoder's module name without the level that transformers 5 dropped: PEFT matches
+    modules by suffix, so this name works with every version."""
     return path.removeprefix("text_model.") if part.startswith("text_encoder") else path
 
 
@@ -61,8 +61,8 @@ def _plain(value: Any) -> Any:
 def decode(
     weights: Weights, metadata: Mapping[str, str], models: Mapping[str, nn.Module], where: str
 ) -> Adapters:
-    """A file's tensors -> adapters of the models' modules.  Raises UserError that names a module
-    which the models do not have, and what is no LoRA."""
+    """A file's tensors -> adapters of the models' modules.  Raises UserError for a module that the
+    models lack, or a tensor that is not part of a LoRA."""
     known = {
         f"{part}.{canonical(part, path)}": (part, path)
         for part, model in models.items()
@@ -112,7 +112,7 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 class _Alphas:
-    """What a file's metadata says of the scale of its modules."""
+    """The alpha of each module, from a file's metadata."""
 
     def __init__(self, metadata: Mapping[str, str], where: str) -> None:
         try:
@@ -121,10 +121,10 @@ class _Alphas:
             raise UserError(f"{where}: its metadata {METADATA} cannot be read: {error}") from error
 
     def of(self, part: str, path: str, rank: int) -> float:
-        """The alpha of readers that divide by the rank; the rank itself where nothing is said."""
+        """The alpha for readers that divide by the rank; the rank itself if none is given."""
         alpha = self._all.get(f"{part}.lora_alpha", rank)
         for pattern, value in (self._all.get(f"{part}.alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT looks them up: the first
+            if re.match(rf"(.*\.)?({pattern})$", path):  # like PEFT: the first match
                 alpha = value
                 break
         return float(alpha) * (rank**0.5 if self._all.get(f"{part}.use_rslora") else 1.0)

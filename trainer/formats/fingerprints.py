@@ -1,4 +1,4 @@
-"""Hashes of weights that need not be computed twice: remembered by each file's size and time."""
+"""Hashes of weights, cached by each file's size and modification time."""
 
 import json
 import logging
@@ -17,9 +17,9 @@ _MEMO = "fingerprints.json"
 def remembered(
     what: dict[str, Any], files: list[Path], cache: Path | None, compute: Callable[[], str]
 ) -> str:
-    """`compute()`, or what it gave when `what` and the files (path, size, time) were the same.
+    """`compute()`, or its earlier result for the same `what` and files (path, size, time).
 
-    `cache` is the folder that remembers; None computes.
+    `cache` is the folder of the memo; with None nothing is remembered.
     """
     if cache is None:
         return compute()
@@ -30,14 +30,14 @@ def remembered(
     memo = _read(cache / _MEMO)
     if key not in memo:
         memo[key] = compute()
-        with suppress(OSError):  # a cache that is only read, or a full disk: computed again then
+        with suppress(OSError):  # read-only cache or full disk: it will be computed again
             cache.mkdir(parents=True, exist_ok=True)
             disk.replace_text(cache / _MEMO, json.dumps(_read(cache / _MEMO) | memo, indent=0))
     return memo[key]
 
 
 def _read(path: Path) -> dict[str, str]:
-    """What is remembered; a damaged or missing memo remembers nothing."""
+    """The memo; {} if it is damaged or missing."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}

@@ -14,12 +14,12 @@ _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
 def weights_name(part: str) -> str:
-    """What a part's file of weights is called."""
+    """The file name of a part's weights."""
     return f"{_STEMS.get(part, 'model')}.safetensors"
 
 
 def variant_option(option: str) -> str:
-    """What chooses a variant of the model that `option` names."""
+    """The option that selects a variant of the model named by `option`."""
     return "model.variant" if option.startswith("model.") else "--variant"
 
 
@@ -28,10 +28,10 @@ def find_weights(
 ) -> tuple[Weights, list[Path]]:
     """A part's tensors by name, and the files that hold them.
 
-    option: what named the model, of which `folder` is a part, or with `model.vae` all.
+    option: the option that named the model; `folder` is one part of it, or with `model.vae` all.
 
-    The files of `variant` (such as fp16) are taken where there are any, and the plain ones
-    otherwise.  Raises UserError where there are none, or one is damaged.
+    The files of `variant` (such as fp16) are preferred to the plain ones.  Raises UserError if
+    there are no files, or one is damaged.
     """
     files = _files(folder, part, variant)
     if variant and not files:
@@ -56,7 +56,7 @@ def find_weights(
 
 
 def _files(folder: Path, part: str, variant: str | None) -> list[Path]:
-    """The part's file, or those that its index lists; [] where neither is there."""
+    """The part's file, or the shards that its index lists; [] if there is neither."""
     stem = _STEMS.get(part, "model")
     pickled = "pytorch_model" if stem == "model" else stem
     kind = f".{variant}" if variant else ""

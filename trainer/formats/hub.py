@@ -1,6 +1,6 @@
-"""What the hub gives: the files of a repository that training reads, and no others.
+"""Downloads from the hub: only the files of a repository that training reads.
 
-No ONNX or Flax files, and of a pipeline not the single files beside its folders.
+No ONNX or Flax files, and no single files beside a pipeline's folders.
 """
 
 import logging
@@ -13,17 +13,16 @@ from trainer.formats.architectures import WEIGHT_PARTS
 
 log = logging.getLogger(__name__)
 
-_PICKLED = ("*.bin", "*.bin.index.json")  # of a repository of before safetensors
-_VAE = ("config.json", "vae/config.json")  # of a VAE's own repository, and of a pipeline
+_PICKLED = ("*.bin", "*.bin.index.json")  # in repositories older than safetensors
+_VAE = ("config.json", "vae/config.json")  # in a VAE's own repository, and in a pipeline
 
 
 def pipeline(name: str, variant: str | None, option: str, with_weights: bool = True) -> Path:
-    """The folder of a pipeline's snapshot, downloaded unless it is there; without weights, what
-    tokenizers and configurations are made of.
+    """The folder of a pipeline's snapshot, downloaded if necessary; without weights, only
+    tokenizers and configurations.
 
-    The files of `variant` are downloaded, and the plain ones of those parts that have none; .bin
-    files where a part has no others.  Raises
-    UserError that names `option` where there is no such repository.
+    Parts without files of `variant` are downloaded in plain form, and as .bin files if they have no
+    others.  Raises UserError that names `option` if the repository cannot be loaded.
     """
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     wanted += [f"{part}/config.json" for part in WEIGHT_PARTS]
@@ -44,14 +43,14 @@ def _without(folder: Path, parts: Iterable[str], pattern: str) -> list[str]:
 
 
 def vae(name: str, option: str, with_weights: bool = True) -> Path:
-    """The same of a VAE: of a repository of its own, where its files have no folder, or of a
-    pipeline's part."""
+    """The same for a VAE: from its own repository, where its files are at the top level, or from a
+    pipeline."""
     weights = [*_weights_of(["vae"], None), "diffusion_pytorch_model.safetensors"]
     return _fetch(name, [*_VAE, *(weights if with_weights else [])], None, option)
 
 
 def _weights_of(parts: Iterable[str], variant: str | None) -> list[str]:
-    """Patterns of these parts' files of weights, whole or in shards, and of the shards' index."""
+    """Patterns for these parts' weights, whole or in shards, and for the shards' index."""
     kind = f".{variant}" if variant else ""
     indexes = {f"*.safetensors.index{kind}.json", f"*{kind}.safetensors.index.json"}
     files = [f"*{kind}*.safetensors" if kind else "*.safetensors", *sorted(indexes)]
@@ -67,7 +66,7 @@ def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Pa
     try:
         log.info("model: %s from the hub, or its cache", name)
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
-    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these
         raise UserError(
             f"{option}={name} is not a folder or file here, and cannot be loaded from the hub "
             f"({reason(error)}); name a diffusers folder, or a .safetensors file"

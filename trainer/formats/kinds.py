@@ -1,5 +1,5 @@
-"""What a checkpoint file holds, told from the names and shapes of its tensors; what cannot be
-trained is named, with the remedy."""
+"""Identify a checkpoint file by its tensors' names and shapes; for a model that cannot be trained,
+the error says what it is and what to do."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _BARE_UNET = (
     "conv_in.weight",
     "diffusion_model.input_blocks.0.0.weight",
 )
-_OTHERS = {  # of which no other model has tensors
+_OTHERS = {  # name prefixes that no other model uses
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3",
     "model.diffusion_model.double_blocks.": "a Flux",
     "double_blocks.": "a Flux",
@@ -27,7 +27,7 @@ _LORA = ("lora_unet_", "lora_te", "unet.", "text_encoder.", "text_encoder_2.", "
 
 
 def is_lora(weights: Weights) -> bool:
-    """Whether the file holds adapters, and not a model."""
+    """Whether the file holds adapters instead of a model."""
     return any(name.startswith(_LORA) and "lora" in name.lower() for name in weights) or any(
         name.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1"))
         for name in weights
@@ -35,12 +35,12 @@ def is_lora(weights: Weights) -> bool:
 
 
 def has_unet(weights: Weights) -> bool:
-    """Whether the file holds a whole model, or would but for what is missing."""
+    """Whether the file holds a UNet as whole checkpoints do; other parts may be missing."""
     return _CONV_IN in weights
 
 
 def of_checkpoint(weights: Weights, where: Path) -> str:
-    """`sdxl` or `sd15`, by the text encoders that the file has.  Raises UserError for others."""
+    """`sdxl` or `sd15`, by the file's text encoders.  Raises UserError for other models."""
     if is_lora(weights):
         raise UserError(
             f"{where} is a LoRA, not a model; name the checkpoint that it belongs to, an SDXL or "
@@ -75,7 +75,7 @@ def of_checkpoint(weights: Weights, where: Path) -> str:
 
 
 def check_channels(channels: int, where: Path) -> None:
-    """Refuse a UNet that takes more than a noisy latent.  channels: of its first convolution."""
+    """Refuse a UNet with inputs besides the noisy latent.  channels: its first convolution's."""
     if channels != 4:
         what = {9: "an inpainting model", 8: "an image-editing model"}.get(channels, "another kind")
         raise UserError(

@@ -1,9 +1,8 @@
-"""LoRA files as kohya's scripts, A1111 and ComfyUI have them.
+"""LoRA files as kohya's scripts, A1111 and ComfyUI use them.
 
-A module's path with `_` for `.`, then what of it: `lora_unet_..._to_q.lora_down.weight`, `.lora_up.
-weight`, `.alpha` (0-d) and, for DoRA, `.dora_scale`.  The UNet's path is sgm's for SDXL and
-diffusers' for Stable Diffusion 1.x, as kohya's scripts train the one and the other; both are read
-of both.
+A name is a module's path with `_` for `.`, then the tensor: `lora_unet_..._to_q.lora_down.weight`,
+`.lora_up.weight`, `.alpha` (0-d) and, for DoRA, `.dora_scale`.  As in kohya's scripts, the UNet's
+paths are sgm's for SDXL and diffusers' for Stable Diffusion 1.x; both are read for either model.
 """
 
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ PREFIXES = {
     },
     "sd15": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
 }
-_OTHER_KINDS = {  # what else is kept under these names: of LyCORIS and others
+_OTHER_KINDS = {  # other adapters (LyCORIS etc.), by their tensors' suffix
     "hada_w1_a": "LoHa",
     "lokr_w1": "LoKr",
     "lokr_w1_a": "LoKr",
@@ -41,14 +40,14 @@ _WANTED = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
 
 
 def is_own(weights: Weights) -> bool:
-    """Whether a LoRA file's names are of this kind."""
+    """Whether a LoRA file's names are in this format."""
     return any(name.startswith(("lora_unet_", "lora_te")) for name in weights)
 
 
 def encode(
     adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
-    """Adapters -> a file's tensors.  unet_config: of the UNet whose modules they are of."""
+    """Adapters -> a file's tensors.  unet_config: of the UNet that they belong to."""
     tensors = {}
     for part, found in adapters.items():
         for path, adapter in found.items():
@@ -69,8 +68,8 @@ def _path(part: str, path: str, kind: str, unet_config: Mapping[str, Any] | None
 
 
 def decode(weights: Weights, models: Mapping[str, nn.Module], where: str) -> Adapters:
-    """A file's tensors -> adapters of the models' modules.  Raises UserError that names a module
-    which the models do not have, and what is no LoRA."""
+    """A file's tensors -> adapters of the models' modules.  Raises UserError for a module that the
+    models lack, or a tensor that is not part of a LoRA."""
     known = _known(models)
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, lazy in weights.items():
@@ -92,7 +91,7 @@ def decode(weights: Weights, models: Mapping[str, nn.Module], where: str) -> Ada
 
 
 def _known(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """Every name that a file may have for a module of these models -> its part and own name."""
+    """Every name that a file may use for a module of these models -> its part and own name."""
     known = {}
     for part, model in models.items():
         config: Any = model.config

@@ -1,4 +1,4 @@
-"""LoRA files: written from PEFT's modules and proved, and read by a model's own names."""
+"""LoRA files: written from PEFT's modules and verified, and read under a model's own names."""
 
 import logging
 import math
@@ -31,11 +31,11 @@ def save_lora(
 ) -> Path:
     """Write the adapters of `models` to the .safetensors file `target`.
 
-    kind: `kohya` or `diffusers`.  models: unet, text_encoder, text_encoder_2, those that have
-    adapters.  base: `sdxl` or `sd15`, the model they were trained on (`Origin.kind`; any where kind
-    is `diffusers`).  dtype: of the matrices (None: as trained); alphas are fp32.  adapters: in
-    place of those in the models.
-    Raises UserError where it cannot be written, or does not read back as what was trained.
+    kind: `kohya` or `diffusers`.  models: those of unet, text_encoder and text_encoder_2 that have
+    adapters.  base: `sdxl` or `sd15`, the model they were trained on (`Origin.kind`; anything if
+    kind is `diffusers`).  dtype: of the matrices (None: as trained); alphas are fp32.  adapters:
+    written instead of those in the models.
+    Raises UserError if it cannot be written, or does not read back as trained.
     """
     adapters = of_models(models) if adapters is None else adapters
     adapters = {part: found for part, found in adapters.items() if found}
@@ -52,7 +52,7 @@ def save_lora(
     else:
         tensors, described = diffusers_lora.encode(adapters)
     described |= metadata.lora(base, adapters, target.stem) | dict(more_metadata or {})
-    kept = (".alpha",)  # an exact number, whatever the matrices' type
+    kept = (".alpha",)  # must stay exact, whatever the matrices' type
     dtypes = {
         name: tensor.dtype if dtype is None or name.endswith(kept) else dtype
         for name, tensor in tensors.items()
@@ -66,7 +66,7 @@ def save_lora(
 
 
 def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
-    """The adapters of a LoRA file, of kohya's kind or diffusers', by the models' own module names.
+    """The adapters of a LoRA file, in kohya's or diffusers' format, by the models' module names.
 
     Raises UserError for a damaged file, another kind of adapter, or modules that the models lack.
     """
@@ -100,10 +100,10 @@ def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
 def _prove(
     written: Adapters, trained: Adapters, dtype: torch.dtype | None, target: Path
 ) -> tuple[int, float]:
-    """Compare what each adapter adds to its module's weight with what the trained one does.
+    """Compare the weight change of each written adapter with that of the trained one.
 
-    Returns how many there are, and the largest relative change that rounding to `dtype` made.
-    Raises NotProved that names the first module which differs otherwise.
+    Returns their number, and the largest relative change caused by rounding to `dtype`.  Raises
+    NotProved for the first module with any other difference.
     """
     count, rounding = 0, 0.0
     for part in sorted(written.keys() | trained.keys()):
@@ -144,7 +144,7 @@ def _difference(written: Adapter, wanted: Adapter) -> str | None:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted|; 0 where they are equal, infinite where one is not finite."""
+    """|found - wanted| / |wanted|; 0 if they are equal, inf if the ratio is not finite."""
     if torch.equal(found, wanted.to(found.device)):
         return 0.0
     error = float((found - wanted.to(found.device)).norm() / wanted.norm())

@@ -1,5 +1,5 @@
-"""What files say about themselves: prediction type and terminal SNR, and the parts' configurations
-where they are not the published ones."""
+"""Metadata of checkpoint and LoRA files: prediction type, terminal SNR, and the configurations of
+parts that are not the published ones."""
 
 import inspect
 import json
@@ -15,11 +15,11 @@ from trainer.formats import architectures, stream
 from trainer.formats.adapters import Adapters, commonest
 
 RESOLUTION = "modelspec.resolution"
-TRAINER = "trainer"  # JSON: how a run of ours trained it
+TRAINER = "trainer"  # JSON: how a run of this trainer made it
 CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
 
-_NOISE = {  # what of a scheduler's configuration decides the noise, and what it is by default
+_NOISE = {  # the keys of a scheduler's configuration that define the noise, and their defaults
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -28,22 +28,22 @@ _NOISE = {  # what of a scheduler's configuration decides the noise, and what it
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }
-_SPEC = {  # modelspec's architecture, and the side of the pictures it was trained on
+_SPEC = {  # modelspec's architecture name, and the resolution it was trained at
     "sdxl": ("stable-diffusion-xl-v1-base", 1024),
     "sd15": ("stable-diffusion-v1", 512),
 }
-# As LyCORIS's arguments say it: a scale for each row of the weight.
+# LyCORIS's arguments for DoRA with one scale per row of the weight.
 _DORA = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
 BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
 
 
 def noise(scheduler: dict[str, Any]) -> dict[str, Any]:
-    """What a scheduler's configuration says of the noise that a model is trained on."""
+    """The part of a scheduler's configuration that defines the noise a model is trained on."""
     return {key: scheduler.get(key, default) for key, default in _NOISE.items()}
 
 
 def marks(scheduler: dict[str, Any]) -> list[str]:
-    """The empty tensors that say in a single file what its UNet predicts."""
+    """The empty tensors that mark a single file's prediction type and terminal SNR."""
     of = noise(scheduler)
     if of["prediction_type"] != "v_prediction":
         return []
@@ -53,7 +53,7 @@ def marks(scheduler: dict[str, Any]) -> list[str]:
 def marked_scheduler(
     scheduler: dict[str, Any], names: Container[str], metadata: dict[str, str]
 ) -> dict[str, Any]:
-    """`scheduler` with what a file's marks change in it.
+    """`scheduler` with the changes that a file's marks imply.
 
     `v_pred` and `ztsnr` are empty tensors; `modelspec.prediction_type` is `epsilon` or `v`.
     """
@@ -68,8 +68,8 @@ def zero_snr(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """The changes that give a scheduler's configuration zero terminal SNR (Lin et al. 2023,
     arXiv 2305.08891): betas rescaled, sampling from the last timestep on ("trailing").
 
-    A class that cannot rescale, such as PNDM, becomes DDIM, which can; and which unless told would
-    clip to [-1, 1] what it predicts of latents, as others do not.
+    A class that cannot rescale, such as PNDM, becomes DDIM, which by default, unlike the others,
+    clips predicted latents to [-1, 1]; that is turned off.
     """
     changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     options = inspect.signature(getattr(diffusers, scheduler["_class_name"])).parameters
@@ -79,7 +79,7 @@ def zero_snr(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_configs(metadata: dict[str, str], where: Path) -> dict[str, dict[str, Any]]:
-    """The configurations that a file of ours carries; none in others."""
+    """The configurations that a file written by this trainer carries; {} for other files."""
     if CONFIGS not in metadata:
         return {}
     try:
@@ -96,8 +96,8 @@ def stored_configs(metadata: dict[str, str], where: Path) -> dict[str, dict[str,
 
 
 def checkpoint(kind: str, configs: dict[str, dict[str, Any]], title: str) -> dict[str, str]:
-    """The metadata of a whole model in one file: modelspec 1.0.1, and the configurations that the
-    published ones do not say.  configs: of every part, `scheduler` and `index`.
+    """The metadata of a whole model in one file: modelspec 1.0.1, and the configurations that
+    differ from the published ones.  configs: of every part, `scheduler` and `index`.
 
     https://github.com/Stability-AI/ModelSpec
     """
@@ -138,8 +138,8 @@ def _modelspec(architecture: str, title: str, side: int) -> dict[str, str]:
 
 
 def prediction(scheduler: dict[str, Any]) -> dict[str, str]:
-    """What a LoRA's metadata says of the noise that it was trained on, which whoever loads it must
-    set: modelspec's key, and those of kohya's scripts."""
+    """A LoRA's metadata on the noise it was trained with, which whoever loads it must set: the keys
+    of modelspec and of kohya's scripts."""
     of = noise(scheduler)
     is_v = of["prediction_type"] == "v_prediction"
     return {
@@ -150,9 +150,9 @@ def prediction(scheduler: dict[str, Any]) -> dict[str, str]:
 
 
 def carried(described: Mapping[str, str]) -> dict[str, str]:
-    """What a LoRA's metadata says of its training and its title, for another file of it.
+    """A LoRA's metadata on its training and title, for another file with the same LoRA.
 
-    What is of the file itself is not: the hashes of its tensors.
+    Hashes of the tensors are left out: they belong to the file itself.
     """
     return {
         key: value
@@ -162,8 +162,8 @@ def carried(described: Mapping[str, str]) -> dict[str, str]:
 
 
 def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
-    """The metadata of a LoRA: modelspec, and of kohya's `ss_` keys those that programs sort by.
-    What was trained on (`ss_tag_frequency`) is not told."""
+    """The metadata of a LoRA: modelspec, and those of kohya's `ss_` keys that programs sort by.
+    The training data (`ss_tag_frequency`) is not disclosed."""
     every = [adapter for found in adapters.values() for adapter in found.values()]
     rank, alpha = commonest(every)
     is_dora = any(adapter.magnitude is not None for adapter in every)

@@ -1,12 +1,12 @@
-"""What a tensor is called in diffusers' folders and in a single checkpoint file: one table, read in
-both directions.
+"""Tensor names in diffusers' folders and in a single checkpoint file: one table for both
+directions.
 
-A single file has the names of the code that Stable Diffusion and SDXL were published with: the
-UNet's of `sgm`, the VAE's of `ldm`, the first text encoder's of Hugging Face, and SDXL's second
-one's of OpenCLIP, which keeps q, k and v in one matrix and its projection transposed.
+A single file uses the names of the code that Stable Diffusion and SDXL were published with: `sgm`'s
+for the UNet, `ldm`'s for the VAE, Hugging Face's for the first text encoder, and for SDXL's second
+one OpenCLIP's, which has q, k and v in one matrix and the projection transposed.
 
-Diffusers' names here are those of its folders: a text encoder's begin with `text_model.`, which
-transformers 5 has dropped from the module (`canonical`).
+Diffusers' names here are those in its folders: a text encoder's begin with `text_model.`, which
+transformers 5 dropped from the module (`canonical`).
 """
 
 import re
@@ -73,9 +73,9 @@ _OPENCLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-# Names that old files have beside, or instead of, today's.
+# Names in old files -> current ones.
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-NOT_WEIGHTS = ("position_ids", "logit_scale")  # nothing that encoding a text would use
+NOT_WEIGHTS = ("position_ids", "logit_scale")  # not used for encoding text
 
 
 Form = Literal["same", "conv", "transposed", "fused"]
@@ -83,10 +83,10 @@ Form = Literal["same", "conv", "transposed", "fused"]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor of a single file: what it is called there, which of diffusers' it holds, and how.
+    """One tensor of a single file: its name there, and the diffusers tensors that it holds.
 
-    same: alone, as it is.  conv: a Linear's matrix as a 1x1 convolution's.  transposed: a matrix.
-    fused: three, one below the other.
+    same: one, unchanged.  conv: a Linear's matrix as a 1x1 convolution.  transposed: a matrix,
+    transposed.  fused: three, concatenated along rows.
     """
 
     single: str
@@ -149,7 +149,7 @@ def _vae_name(name: str, config: dict[str, Any]) -> str:
 
 
 def _inside(rest: str, names: dict[str, str]) -> str:
-    """`.conv1.weight` -> `.in_layers.2.weight`: the submodule at the beginning is renamed."""
+    """`.conv1.weight` -> `.in_layers.2.weight`: rename the leading submodule."""
     for own, single in names.items():
         if rest == f".{own}" or rest.startswith(f".{own}."):
             return f".{single}{rest.removeprefix(f'.{own}')}"
@@ -157,7 +157,7 @@ def _inside(rest: str, names: dict[str, str]) -> str:
 
 
 def table(part: str, names: Iterable[str], config: dict[str, Any]) -> list[Entry]:
-    """The entries of a part's tensors, which are called `names` in a diffusers folder."""
+    """The entries of a part's tensors, given their names in a diffusers folder."""
     if part == "unet":
         return [Entry(single=unet_name(name, config), own=(name,)) for name in names]
     if part == "vae":
@@ -194,7 +194,7 @@ def _openclip(names: Iterable[str]) -> list[Entry]:
 
 
 def to_single(own: Weights, entries: list[Entry], prefix: str) -> Weights:
-    """A part's tensors, renamed and reshaped as a single file has them."""
+    """A part's tensors, renamed and reshaped for a single file."""
     return {prefix + entry.single: _single(entry, own) for entry in entries}
 
 
@@ -216,8 +216,8 @@ def _single(entry: Entry, own: Weights) -> Lazy:
 
 
 def to_own(single: Weights, entries: list[Entry], prefix: str) -> Weights:
-    """A part's tensors of a single file, as diffusers names and shapes them; what the file lacks is
-    left out."""
+    """A part's tensors from a single file, with diffusers' names and shapes; those that the file
+    lacks are left out."""
     found: Weights = {}
     for entry in entries:
         if lazy := single.get(prefix + entry.single):

@@ -1,8 +1,8 @@
-"""A torch checkpoint (.ckpt) without running anything in it: its tensors, one at a time.
+"""Read the tensors of a torch checkpoint (.ckpt), one at a time, without running code from it.
 
-Such a file is a zip of a pickle and of each tensor's bytes.  A pickle can call whatever it names,
-and those of training programs name classes of packages that are not installed (Lightning's
-callbacks, say).  Here every name but the few that tensors are made of stands for a class that
+Such a file is a zip with a pickle and each tensor's bytes.  A pickle can call anything it names,
+and those of training programs name classes of packages that may not be installed (Lightning's
+callbacks, say).  Here every name, except the few that tensors need, resolves to a class that
 accepts everything and does nothing.
 https://docs.python.org/3/library/pickle.html#restricting-globals
 """
@@ -36,10 +36,11 @@ _STORAGES = {
 
 
 def read(path: Path) -> Any:
-    """What the pickle of a zip holds, with a `Lazy` for each tensor and nothing of other classes.
+    """The content of the zip's pickle, with a `Lazy` for each tensor and placeholders for other
+    objects.
 
-    Raises UserError where it is no such zip, and whatever a damaged one makes pickle and zipfile
-    raise.  The zip stays open for as long as there are tensors of it.
+    Raises UserError if it is not such a zip, and whatever pickle and zipfile raise for a damaged
+    one.  The zip stays open while any of its tensors exists.
     """
     archive = zipfile.ZipFile(path)
     roots = [n.removesuffix("data.pkl") for n in archive.namelist() if n.endswith("/data.pkl")]
@@ -53,7 +54,7 @@ def read(path: Path) -> Any:
 
 
 class _Nothing:
-    """Stands for an object of any class: it accepts what a pickle does to one."""
+    """Placeholder for an object of any class: accepts everything that a pickle does to it."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Nothing":
         return super().__new__(cls)
@@ -76,8 +77,8 @@ class _Unpickler(pickle.Unpickler):
         self._archive, self._root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may name.  Each answer is a new object, which it cannot spoil for others,
-        or one that cannot be changed."""
+        """Resolve a name in the pickle, to a new or an immutable object, so that a pickle cannot
+        change anything that others use."""
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
@@ -100,7 +101,7 @@ class _Unpickler(pickle.Unpickler):
         return type("Nothing", (_Nothing,), {})
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, str]:
-        """A storage: its type, and which of the zip's files it is."""
+        """A storage: its type, and the name of its file in the zip."""
         kind, dtype, key = pid[:3]
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"{kind} is not a storage of tensors")
@@ -128,7 +129,7 @@ def _tensor(
     stride: tuple[int, ...],
     offset: int,
 ) -> Tensor:
-    """A tensor of a zip's file.  Raises UserError where that is damaged or changed."""
+    """A tensor from a file in the zip.  Raises UserError if that was damaged or changed."""
     if 0 in shape:
         return torch.empty(shape, dtype=dtype)
     try:

@@ -1,5 +1,4 @@
-"""Reading back what was written: an export that differs from what was trained is an error, and not
-a file."""
+"""Reading back what was written: an export that differs from what was trained raises an error."""
 
 from collections.abc import Mapping
 
@@ -11,14 +10,13 @@ from trainer.formats.weights import Weights, contents
 
 
 class NotProved(UserError):
-    """What was written is not what should have been; a full or failing disk can be the reason."""
+    """The written file differs from what was to be written; the disk may be full or failing."""
 
 
 def same(written: Weights, wanted: Weights, dtypes: Mapping[str, torch.dtype], where: str) -> int:
-    """Compare names, shapes, types and every byte, a tensor at a time; returns how many.
+    """Compare names, shapes, types and every byte, one tensor at a time; returns how many.
 
-    `dtypes` are those that `wanted` was written in.  Raises NotProved that names the first tensor
-    which differs.
+    `wanted` was written in `dtypes`.  Raises NotProved for the first tensor that differs.
     """
     for name in (*wanted, *written):
         if name not in written or name not in wanted:

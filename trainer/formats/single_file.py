@@ -1,7 +1,7 @@
 """One checkpoint file with all parts, as A1111, ComfyUI and kohya's scripts read it.
 
-The file's architecture is the published one of its kind, unless its metadata says another: where we
-write a model of another architecture, the configurations of its parts travel under `CONFIGS`.
+The file has the published architecture of its kind, unless its metadata says otherwise: a model of
+another architecture is written with its parts' configurations under `CONFIGS`.
 """
 
 from pathlib import Path
@@ -15,24 +15,24 @@ _OF_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
 class SingleFile:
-    """A checkpoint file that is open; its tensors are read one at a time."""
+    """An open checkpoint file; its tensors are read one at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError where it is damaged, or not an SDXL or SD 1.x checkpoint."""
+        """Raises UserError if it is damaged, or not an SDXL or SD 1.x checkpoint."""
         self.path = path
         self.all, self.metadata = of_file(path)
         self.kind = kinds.of_checkpoint(self.all, path)
         self._configs = metadata.stored_configs(self.metadata, path)
 
     def config(self, part: str) -> dict[str, Any]:
-        """A part's configuration; the scheduler's says what the file's marks say."""
+        """A part's configuration; the scheduler's includes the changes of the file's marks."""
         found = self._configs.get(part) or architectures.config(self.kind, part)
         if part == "scheduler":
             return metadata.marked_scheduler(found, self.all, self.metadata)
         return found
 
     def weights(self, part: str) -> Weights:
-        """A part's tensors by their names in a diffusers folder; complete, or UserError."""
+        """A part's tensors by their names in a diffusers folder; UserError if incomplete."""
         prefix = names.PREFIXES[self.kind][part]
         found = self._modern(part, prefix)
         wanted = architectures.shapes(part, self.config(part))
@@ -54,7 +54,7 @@ class SingleFile:
         return own
 
     def unused(self) -> Weights:
-        """The file's own tensors that are no weights, by their names in it."""
+        """The file's tensors that are not weights (NOT_WEIGHTS), by their names in it."""
         prefixes = tuple(names.PREFIXES[self.kind].values())
         return {
             name: lazy
@@ -63,7 +63,7 @@ class SingleFile:
         }
 
     def _modern(self, part: str, prefix: str) -> Weights:
-        """The part's tensors; a text encoder of 2022, without the level `text_model`, has it."""
+        """The part's tensors; adds the level `text_model` to a text encoder of 2022."""
         found = {name: lazy for name, lazy in self.all.items() if name.startswith(prefix)}
         if part != "text_encoder":
             return found
@@ -71,10 +71,10 @@ class SingleFile:
 
 
 def vae_alone(weights: Weights, settings: dict[str, Any], where: str) -> Weights:
-    """A VAE's tensors by their names in a diffusers folder, of a file that has it alone: by those
-    names, or by a single file's, with its prefix or without.
+    """A VAE's tensors by their names in a diffusers folder, from a file of only a VAE that uses
+    those names or a single file's, with or without prefix.
 
-    Raises UserError where there is no VAE, or not that of `settings`.
+    Raises UserError if there is no VAE, or not that of `settings`.
     """
     prefix = names.PREFIXES["sdxl"]["vae"]
     found = {

@@ -1,8 +1,8 @@
-"""A safetensors file that is written one tensor at a time.
+"""Writes a safetensors file one tensor at a time.
 
-The safetensors package takes all tensors at once, which of a checkpoint that is converted, or whose
-weights are on a GPU, would all have to be in memory.  The format asks for less: eight bytes of
-length, a JSON header with each tensor's type, shape and place, then the tensors' bytes.
+The safetensors package takes all tensors at once, so a checkpoint that is being converted, or whose
+weights are on a GPU, would have to be in memory as a whole.  The format does not require that: it
+is eight bytes of length, a JSON header with each tensor's type, shape and place, then the bytes.
 https://github.com/huggingface/safetensors#format
 """
 
@@ -18,7 +18,8 @@ from trainer.errors import UserError
 from trainer.formats.weights import SAFETENSORS_DTYPES, Weights, contents
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-# Of the tensors' bytes, as modelspec and as A1111 write it; as wide before it is known as after.
+# Keys for the hash of the tensors' bytes, in modelspec's and A1111's form.  Its length is fixed, so
+# a placeholder can be overwritten once it is known.
 HASH = "modelspec.hash_sha256"
 SSHS = "sshs_model_hash"
 _FORMS = {HASH: "0x{}", SSHS: "{}"}
@@ -30,7 +31,7 @@ def write(
     metadata: dict[str, str],
     dtypes: dict[str, torch.dtype] | None = None,
 ) -> None:
-    """Write `weights`, each in its type of `dtypes` where it has one there.
+    """Write `weights`, each in its type from `dtypes`, or its own if it is not in there.
 
     If metadata has HASH or SSHS, its value becomes the sha256 of everything after the header.
     """
@@ -55,7 +56,7 @@ def _hashes(metadata: dict[str, str], digest: str) -> dict[str, str]:
 
 
 def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Raises UserError where a finite number does not fit `dtype`."""
+    """The tensor in `dtype`.  Raises UserError if a finite value overflows."""
     rounded = tensor.to(dtype)
     if dtype != tensor.dtype and dtype.is_floating_point:
         lost = tensor.isfinite() & ~rounded.isfinite()
@@ -68,7 +69,7 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def _order(dtypes: dict[str, torch.dtype]) -> list[str]:
-    """Wide types first, so that every tensor lies at a multiple of its element's size."""
+    """Wide types first, so that every tensor is aligned to its element size."""
     return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 

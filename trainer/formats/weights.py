@@ -1,6 +1,6 @@
-"""Tensors by name that are read when they are asked for: of files, or of a module in memory.
+"""Named tensors that are read on demand, from files or from a module in memory.
 
-A checkpoint of 7 GB is then converted, compared or loaded a tensor at a time, in the memory of one.
+So a checkpoint of 7 GB is converted, compared or loaded with one tensor in memory at a time.
 """
 
 import hashlib
@@ -38,16 +38,16 @@ SAFETENSORS_DTYPES = {
 }
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _WINDOW_BYTES = 256 << 20
-_END_BYTES = 1024  # of a tensor that is known by its ends
+_END_BYTES = 1024  # hashed at each end of a tensor by `digest(ends_only=True)`
 
 Weights = dict[str, Lazy]
 
 
 def of_file(path: Path) -> tuple[Weights, dict[str, str]]:
-    """The tensors of a .safetensors or .ckpt file, and its metadata (of a .ckpt: none).
+    """The tensors of a .safetensors or .ckpt file, and its metadata (none in a .ckpt).
 
-    What the file begins with decides, where it is known, and not what it is called.  Raises
-    UserError where the file is damaged or would run code to be read.
+    The format is recognised by the file's first bytes, else by its name.  Raises UserError if the
+    file is damaged, or if reading it would run code.
     """
     ending = path.suffix.lower()
     if ending not in (".safetensors", *PICKLED):
@@ -63,13 +63,13 @@ def of_file(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def _form(path: Path) -> str | None:
-    """What a file is by its first bytes: .safetensors or .ckpt; None for neither."""
+    """A file's format by its first bytes: .safetensors or .ckpt; None if neither."""
     try:
         with open(path, "rb") as file:
             begin, size = file.read(9), path.stat().st_size
     except OSError:
         return None
-    if begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < size:  # a header's length
+    if begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < size:  # length of a JSON header
         return ".safetensors"
     return ".ckpt" if begin.startswith((b"PK\3\4", b"\x80\2")) else None  # a zip, or a pickle
 
@@ -99,10 +99,10 @@ def _of_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 class _Mapped:
-    """Tensors of a safetensors file, through a mapping that lasts for `_WINDOW_BYTES` of them.
+    """Tensors of a safetensors file, which is mapped anew after every `_WINDOW_BYTES` read.
 
-    What has been read of a mapping counts as the process's memory until the mapping ends, and would
-    come to the whole checkpoint beside the model that was made of it.
+    Pages read from a mapping count as the process's memory until it is unmapped; with one mapping
+    that would be the whole checkpoint, in addition to the model made from it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +111,7 @@ class _Mapped:
         self._bytes = 0  # read through this mapping
 
     def read(self, name: str) -> Tensor:
-        """A view of the file.  Raises UserError where it is not what it was when it was opened."""
+        """A view of the file.  Raises UserError if the file can no longer be read."""
         try:
             if self._file is None or self._bytes > _WINDOW_BYTES:
                 self._file, self._bytes = safe_open(self._path, framework="pt"), 0
@@ -142,7 +142,7 @@ def _of_pickle(path: Path) -> Weights:
 
 
 def _of_old_pickle(path: Path) -> Any:
-    """What torch wrote before 1.6, which is no zip."""
+    """The format before torch 1.6, which is not a zip."""
     try:
         with open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -175,8 +175,8 @@ def contents(tensor: Tensor) -> Tensor:
 
 
 def digest(weights: Weights, names: Iterable[str], ends_only: bool = False) -> str:
-    """sha256 over names, types, shapes and bytes; of the bytes only each tensor's first and last,
-    where a look at a model of gigabytes must cost next to nothing."""
+    """sha256 over names, types, shapes and bytes.  `ends_only` hashes only the first and last bytes
+    of each tensor, which makes it cheap for a model of gigabytes."""
     sha = hashlib.sha256()
     for name in sorted(names):
         lazy = weights[name]

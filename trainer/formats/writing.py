@@ -1,5 +1,5 @@
-"""Writing a whole model, as a diffusers folder or as one file: the trained parts from memory, the
-others from where they came, a tensor at a time; and every one is read back."""
+"""Writing a whole model, as a diffusers folder or as one file: trained parts from memory, others
+from the original model, one tensor at a time.  Every tensor is read back and compared."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """What `trainer.origin` gives: where the parts that were not trained come from."""
+    """The source of parts that were not trained (`trainer.origin`)."""
 
     @property
     def kind(self) -> str: ...
@@ -47,12 +47,11 @@ def save_folder(
 ) -> Path:
     """Write a pipeline in diffusers layout to `target`.
 
-    parts: what was trained, by name: modules, or their tensors as a diffusers folder names them, or
-    another origin, whose part (a VAE, say) this model is to have.  What is not among them is
-    carried over from `origin`.
-    scheduler: its configuration, where it is not the origin's.  dtype: of all weights but the
-    VAE's, which keep their own; None leaves every part in its own.
-    Raises UserError where it cannot be written, or does not read back equal.
+    parts: the parts to replace, by name: modules, or tensors named as in a diffusers folder, or
+    another origin from which the part (a VAE, say) is taken.  All others are copied from `origin`.
+    scheduler: its configuration, if it is not the origin's.  dtype: of all weights except the
+    VAE's, which keep their own; None keeps the dtype of every part.
+    Raises UserError if it cannot be written, or does not read back equal.
     """
     scheduler = scheduler or origin.config("scheduler")
     sources, configs = _sources(origin, parts)
@@ -89,9 +88,8 @@ def save_single_file(
     """Write the model as one .safetensors file, with the names that A1111, ComfyUI and kohya's
     scripts read.  Arguments and errors are those of `save_folder`.
 
-    more_metadata: added to what the file says of itself (`modelspec.*`, where it is not the
-    published architecture the parts' configurations, and for v-prediction the tensors that ComfyUI
-    looks for).
+    more_metadata: added to the file's own (`modelspec.*`, and the configurations of parts that do
+    not have the published architecture).
     """
     if origin.kind not in names.PREFIXES:
         raise UserError(
@@ -130,7 +128,7 @@ def _sources(
 ) -> tuple[dict[str, Weights], dict[str, dict[str, Any]]]:
     """Every part's tensors by their names in a diffusers folder, and its configuration.
 
-    Raises UserError where the tensors are not those of the configuration.
+    Raises UserError if the tensors do not match the configuration.
     """
     sources, configs = {}, {}
     for part in architectures.WEIGHT_PARTS:
@@ -157,7 +155,7 @@ def _sources(
 def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """The type that each tensor is written in.
 
-    A VAE keeps its own: SDXL's overflows in fp16, and which one this is cannot be seen.
+    A VAE keeps its own: SDXL's overflows in fp16, and which VAE this is cannot be determined.
     """
     if dtype is None or part == "vae":
         return {name: lazy.dtype for name, lazy in weights.items()}
@@ -168,7 +166,7 @@ def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str,
 
 
 def _carry_over(origin: Source, index: dict[str, Any], target: Path) -> dict[str, Any]:
-    """Copy tokenizers and what else the pipeline has; returns `index` without what is not there."""
+    """Copy tokenizers and the pipeline's other parts; returns `index` without those missing."""
     found = dict(index)
     for part, entry in index.items():
         if (target / part).exists() or not isinstance(entry, list) or entry[-1] is None:
