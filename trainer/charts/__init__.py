@@ -1,1 +1,1 @@
-"""What charts are drawn with: axes, strokes, and panels of lines beside their legend."""
+"""Drawing charts: axes, strokes, and panels of lines with a legend."""

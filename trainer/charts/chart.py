@@ -1,8 +1,8 @@
-"""Panels of lines side by side, and what the lines are called.
+"""Panels of lines side by side, with a legend.
 
-Values are on a logarithmic axis: losses fall fast, then slowly, and what decides is at the end.
-The axis is that of runs that ended well, up to a ceiling: one that diverges leaves at the top, and
-does not squeeze the others together.
+The value axis is logarithmic: losses fall fast, then slowly, and the end matters most.  It covers
+the runs that ended well, up to a ceiling: a run that diverges leaves at the top instead of
+squeezing the others together.
 """
 
 import math
@@ -17,11 +17,11 @@ from trainer.charts.axis import Axis
 from trainer.charts.points import Points, thinned
 from trainer.charts.strokes import Pen, Point, Style, cross, dot, stroke, text, text_width
 
-SCALE = 2  # drawn larger and made smaller, for smooth lines
+SCALE = 2  # drawn this much larger, then reduced, for smooth lines
 # Pixels:
 _PANEL = 440  # width of the axes
 _HEIGHT = 400  # of the axes, at least
-_TALLEST = 680  # beside a long legend
+_TALLEST = 680  # of the axes, at most, beside a long legend
 _GAP = 64  # between panels
 _LEFT = 60  # left of the first panel, for its ticks' numbers
 _TOP = 52  # above the axes, for titles
@@ -29,13 +29,13 @@ _BOTTOM = 48  # below the axes, for steps
 _LEGEND = 28  # left of the legend
 _ENTRY = 22  # height of a line of the legend
 _NAMES = 40  # from the legend's left to its names, past the strokes
-_STRIP = 180  # the most that points of one step are spread over
-_APART = 12  # the most that two of them are
+_STRIP = 180  # width, at most, over which the points of one step are spread
+_APART = 12  # distance, at most, between two of them
 # Colours:
 _MUTED = "#6b7280"  # ticks and axes
 _GRID = "#e5e7eb"
 _FAILED = "where a run failed"  # beside a cross
-_FEW = 12  # points, each of which is a dot
+_FEW = 12  # a line with fewer points has a dot at each
 
 
 @dataclass(kw_only=True)
@@ -53,11 +53,11 @@ class Line:
 class Panel:
     title: str
     lines: Sequence[Line]
-    ceiling: float | None  # of the axis; None where it is not known
+    ceiling: float | None  # of the axis; None if unknown
 
     @property
     def is_of_points(self) -> bool:
-        """Whether no line has more than a beginning and an end: what is between is not known."""
+        """Whether no line has more than two points, so that nothing is known in between."""
         return all(len(line.points) < 3 for line in self.lines)
 
     @property
@@ -82,7 +82,7 @@ class Entry(NamedTuple):
 
 
 def drawn(panels: Sequence[Panel], title: str, entries: Sequence[Entry]) -> Image.Image:
-    """The panels, and at their right the legend with its title."""
+    """The panels, with the legend and its title on the right."""
     notes = _notes(panels)
     columns = ([e.name for e in entries], [e.result for e in entries])
     legend = _NAMES + sum(max(map(text_width, texts)) for texts in columns) + 16
@@ -105,7 +105,7 @@ def drawn(panels: Sequence[Panel], title: str, entries: Sequence[Entry]) -> Imag
 
 
 def _notes(panels: Sequence[Panel]) -> list[str]:
-    """What the marks mean, where there are some."""
+    """Explanations of the marks that occur."""
     points = any(panel.has_bands and panel.is_of_points for panel in panels)
     bands = any(panel.has_bands and not panel.is_of_points for panel in panels)
     crosses = any(line.cross for panel in panels for line in panel.lines)
@@ -116,7 +116,7 @@ def _notes(panels: Sequence[Panel]) -> list[str]:
 
 
 def _aside(note: str) -> int:
-    """Where a line of the legend begins: beside its mark, where it has one."""
+    """The indent of a legend line: room for its mark, if it has one."""
     return _NAMES if note == _FAILED else 0
 
 
@@ -163,7 +163,7 @@ class _Axes:
             self._draw_line(place, line)
 
     def _at(self, place: int, step: float, value: float) -> Point:
-        """Pixels; what lies beyond the axis is put at its end."""
+        """Pixel coordinates; values beyond the axis are clamped to its ends."""
         aside = (place - (len(self._panel.lines) - 1) / 2) * self._apart
         return self._x(step) + aside, self._y(min(max(value, self._low), self._high))
 
@@ -203,8 +203,8 @@ class _Axes:
 
 
 def inside(points: Points, high: float) -> list[Points]:
-    """The pieces of a line below the top, each up to where it leaves or comes back: straight lines
-    on a logarithmic axis."""
+    """The pieces of a line below the top, cut where it crosses it (interpolated linearly on the
+    logarithmic axis)."""
     pieces: list[Points] = [[]]
     for (step, value), (after, then) in pairwise(points):
         if min(value, then) >= high:
@@ -220,7 +220,7 @@ def inside(points: Points, high: float) -> list[Points]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ..., or where these are few every digit, or round steps."""
+    """Powers of ten, with 2 and 5 or all digits if that gives fewer than 4; else round steps."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1,), (1, 2, 5), range(1, 10)):
         found = [digit * 10.0**decade for decade in decades for digit in digits]
@@ -237,6 +237,6 @@ def ticks(last: int) -> list[int]:
 
 
 def _round_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, no more than this."""
+    """The largest 1, 2 or 5 times a power of ten that does not exceed `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return max(digit * power for digit in (1, 2, 5) if digit * power <= rough)

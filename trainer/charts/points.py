@@ -1,4 +1,4 @@
-"""What is drawn of the rows of a metrics.jsonl."""
+"""Points of a chart, from the rows of a metrics.jsonl."""
 
 import math
 from collections.abc import Sequence
@@ -8,26 +8,26 @@ from typing import Any
 Rows = list[dict[str, Any]]
 Points = list[tuple[float, float]]  # step, value
 
-_LEAST = 5  # rows, of which a point of a smoothed line is the mean
-_PART = 40  # of a long line, where that is more
-_MOST = 800  # points of a line
-_ROOM = 1.5  # above the largest loss before the first step
+_LEAST = 5  # points in a smoothing window, at least
+_PART = 40  # the window of a long line is this fraction of it
+_MOST = 800  # points drawn per line
+_ROOM = 1.5  # the ceiling, as a multiple of the largest loss before the first step
 
 
 def of(rows: Rows, metric: str) -> Points:
-    """Its values; what is not finite, or has no place on a logarithmic axis, is left out."""
+    """A metric's values, without those that are missing, NaN or not positive (logarithmic axis)."""
     known = ((row["step"], row.get(metric)) for row in rows)
     return [(step, value) for step, value in known if value is not None and value > 0]
 
 
 def window(count: int) -> int:
-    """How many of a line's points a smoothed line has the mean of."""
+    """The smoothing window of a line with `count` points."""
     return max(_LEAST, count // _PART)
 
 
 def smoothed(points: Points, over: int) -> Points:
-    """The mean of each value and as many on both of its sides, `over` in all; the first and the
-    last are as they are."""
+    """The centred moving mean over `over` points; the window shrinks towards the ends, so that the
+    first and the last value are unchanged."""
     sums = list(accumulate((value for _, value in points), initial=0.0))
     found = []
     for place, (step, _) in enumerate(points):
@@ -38,8 +38,8 @@ def smoothed(points: Points, over: int) -> Points:
 
 
 def thinned(points: Points) -> Points:
-    """As many as a panel can show: of neighbours the lowest and the highest, so that no spike is
-    lost."""
+    """As many points as a panel can show: the lowest and the highest of each block of neighbours,
+    so that no spike is lost."""
     size = math.ceil(2 * len(points) / _MOST)
     if size <= 2:
         return points
@@ -53,6 +53,6 @@ def _value(point: tuple[float, float]) -> float:
 
 
 def ceiling(begins: Sequence[float]) -> float | None:
-    """The top of an axis of losses: what a run that diverges rises above.  begins: the losses
-    before the first step; None where none is known."""
+    """The top of an axis of losses, which only a diverging run exceeds; None if unknown.  begins:
+    the known losses before the first step."""
     return _ROOM * max(begins) if begins else None

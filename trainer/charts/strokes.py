@@ -1,4 +1,4 @@
-"""Lines, dots and words on a picture that is drawn larger than it will be."""
+"""Lines, dots and text on a picture that is drawn at a larger scale and then reduced."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from PIL import ImageColor, ImageDraw, ImageFont
 _INK = "#1f2937"
 _SIZE = 13  # of letters, in pixels
 _CLEAR = 44  # of 255: the opacity of a filled shape
-# Those of Okabe and Ito, and three more; after the last they come again, in other strokes.
+# Okabe and Ito's, and three more; after the last they repeat, with other dashes.
 _COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -24,21 +24,21 @@ _COLOURS = (
     "#7f7f7f",
     "#6a3d9a",
 )
-_DASHES = ((), (9, 5), (2, 4), (11, 4, 2, 4))  # pixels, drawn and left out by turns
+_DASHES = ((), (9, 5), (2, 4), (11, 4, 2, 4))  # pixels, alternately drawn and skipped
 
 Point = tuple[float, float]  # in pixels of the finished picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How a line is drawn.  dashes: pixels that are drawn and left out by turns; () is solid."""
+    """How a line is drawn.  dashes: pixels, alternately drawn and skipped; () is solid."""
 
     colour: str
     dashes: Sequence[float] = ()
 
 
 def style(place: int) -> Style:
-    """The colour and the strokes of what stands at this place of a legend; forty are different."""
+    """The style of the entry at this place of a legend; the first forty are distinct."""
     return Style(
         colour=_COLOURS[place % len(_COLOURS)],
         dashes=_DASHES[place // len(_COLOURS) % len(_DASHES)],
@@ -57,7 +57,7 @@ class Pen:
         self.canvas.line(self._scaled(path), fill=colour, width=thick, joint="curve")
 
     def fill(self, outline: Sequence[Point], colour: str) -> None:
-        """A shape that what lies below is seen through."""
+        """A translucent shape."""
         rgb = ImageColor.getrgb(colour)[:3]
         self.canvas.polygon(self._scaled(outline), fill=(*rgb, _CLEAR))
 
@@ -80,7 +80,7 @@ def stroke(pen: Pen, path: Sequence[Point], style: Style, width: float) -> None:
 
 
 def _pieces(path: Sequence[Point], dashes: Sequence[float]) -> Iterator[list[Point]]:
-    """The parts of a path that are drawn, each around its corners."""
+    """The dashes of a path, each following its corners."""
     turns = cycle(zip(dashes, cycle((True, False)), strict=False))
     left, is_drawn = next(turns)
     piece = [path[0]]
@@ -117,12 +117,12 @@ def cross(pen: Pen, at: Point, colour: str, arm: float = 5) -> None:
 def text(
     pen: Pen, x: float, y: float, words: str, anchor: str, size: int = _SIZE, colour: str = _INK
 ) -> None:
-    """Words at a place of which `anchor` says what it is of them, as Pillow does."""
+    """Text at a point; `anchor` says, as in Pillow, which point of the text that is."""
     pen.write((x, y), words, anchor, size, colour)
 
 
 def text_width(words: str) -> int:
-    """Pixels that words of the usual size take."""
+    """The width in pixels of text of the usual size."""
     return math.ceil(_font(_SIZE * 4).getlength(words) / 4)
 
 

@@ -12,9 +12,9 @@ _NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 def _picture_suffixes() -> set[str]:
-    """Of the formats that this Pillow opens, and of some that not every Pillow does, so that such a
-    picture is reported instead of silently ignored."""
-    Image.preinit()  # common kinds are tried first, as they are where nobody asks for all
+    """Suffixes of the formats that this Pillow opens, and of some that not every Pillow does, so
+    that such pictures are reported instead of silently ignored."""
+    Image.preinit()  # so that Pillow still tries common formats first
     known = Image.registered_extensions().items()
     opened = {end for end, kind in known if kind in Image.OPEN and kind not in _NO_PICTURES}
     return opened | {".avif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}

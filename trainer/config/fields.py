@@ -1,4 +1,4 @@
-"""Options with bounds: what a value may be is written where the option is.
+"""Options with bounds, declared where the option is.
 
     steps: int = within(1)               a number in [1, inf)
     dtype: str = one_of("float32", ...)  one of these words
@@ -16,7 +16,7 @@ from typing import Any
 
 from optim.options import unknown
 
-TINY = 1e-12  # the smallest sensible value of what must be positive
+TINY = 1e-12  # lower bound of options that must be positive
 Interval = Any  # int | str, which OmegaConf cannot merge
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?) ?epochs?")
 
@@ -32,18 +32,18 @@ def one_of(*choices: str) -> Any:
 
 
 def interval() -> Any:
-    """So many steps, or epochs, from one time to the next, for a dataclass's field; 0 is never."""
+    """Steps or epochs between two events, for a dataclass's field; 0 is never."""
     return field(metadata={"is_interval": True})
 
 
 def epochs_of(every: Interval) -> Fraction | None:
-    """The epochs of an interval; None where it is in steps."""
+    """The epochs of an interval; None if it is in steps."""
     found = _EPOCHS.fullmatch(str(every))
     return Fraction(found[1]) if found else None
 
 
 def complaint(node: Any, prefix: str) -> str | None:
-    """What is wrong with the first value of this dataclass that its field does not allow."""
+    """The error for the first value of this dataclass that its field does not allow, if any."""
     for option in fields(node):
         key, value = f"{prefix}{option.name}", getattr(node, option.name)
         if option.metadata.get("is_interval") and not _is_interval(value):
@@ -63,7 +63,7 @@ def complaint(node: Any, prefix: str) -> str | None:
 
 
 def _is_interval(every: Interval) -> bool:
-    """Whether these are steps, or epochs."""
+    """Whether it is a number of steps or of epochs."""
     return str(every).isdecimal() or epochs_of(every) is not None
 
 

@@ -1,4 +1,4 @@
-"""The YAML files: where they are, and what they offer."""
+"""The YAML files: where they are, and the choices they offer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +9,8 @@ ASSETS = _PACKAGE / "assets"
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: inside the package where it was installed from a wheel, beside it
-    in a source tree."""
+    """The folder of YAML files: inside the package if installed from a wheel, beside it in a source
+    tree."""
     packaged = _PACKAGE / "conf"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "conf"
 
@@ -21,14 +21,14 @@ def group_names() -> list[str]:
 
 
 def choices_of(group: str) -> list[str]:
-    """What a group offers, subfolders included: adamw, peer/hf_adafactor."""
+    """A group's choices, subfolders included: adamw, peer/hf_adafactor."""
     folder = conf_dir() / group
     files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
     return sorted(path.with_suffix("").as_posix() for path in files)
 
 
 def file_name(run: str) -> str:
-    """What a run's files and its folder are called by its name: peer/hf_adafactor-full ->
+    """A run's name in names of files and folders: peer/hf_adafactor-full ->
     peer-hf_adafactor-full."""
     return run.replace("/", "-")
 

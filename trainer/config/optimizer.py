@@ -28,8 +28,7 @@ class PeerConfig(ExternalConfig):
 
 
 def peer_schema(choice: str) -> type:
-    """PeerConfig for one file of conf/optim/peer, which is called by its choice:
-    peer/hf_adafactor."""
+    """PeerConfig for one file of conf/optim/peer, named after its choice: peer/hf_adafactor."""
     title = choice.replace("/", "_")
     return make_dataclass(title, [("name", str, choice)], bases=(PeerConfig,), kw_only=True)
 
@@ -38,7 +37,7 @@ def optimizer_schema(name: str) -> type:
     """A dataclass of this optimizer's options with the defaults of its class's signature, and its
     name.
 
-    `seed` is left out: the rounding takes the run's.
+    `seed` is left out: rounding uses the run's.
     """
     options = [
         (k, str if get_origin(kind) is Literal else kind, default)  # OmegaConf knows no Literal

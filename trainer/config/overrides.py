@@ -1,4 +1,4 @@
-"""What a command line's options set."""
+"""Keys of command-line overrides."""
 
 from collections.abc import Iterable
 
@@ -9,5 +9,5 @@ def key_of(override: str) -> str:
 
 
 def keys_of(overrides: Iterable[str]) -> frozenset[str]:
-    """The options and groups that these set."""
+    """The options and groups that the overrides set."""
     return frozenset(map(key_of, overrides))

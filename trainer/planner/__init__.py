@@ -1,4 +1,4 @@
-"""Before a run: how much memory it will take, and whether that is there."""
+"""How much memory a run will need, and whether it is available."""
 
 from trainer.planner.before_run import announce
 from trainer.planner.plan import Plan, make

@@ -33,7 +33,7 @@ option is wrong."""
 
 
 def main() -> None:
-    """The command line; leaves with 0, 1 or 2."""
+    """The command line; exits with 0, 1 or 2."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m trainer.planner", description=_HELP, formatter_class=formatter
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _print_run(given: list[str], card: float | None, as_json: bool) -> bool:
-    """A page, or the numbers, of the run of these options; -> whether it fits."""
+    """Print the plan of one run as a page or as JSON; -> whether it fits."""
     overrides = _completed(given)
     config = _config(overrides)
     device = _device_type(config, card)
@@ -75,8 +75,7 @@ def _print_run(given: list[str], card: float | None, as_json: bool) -> bool:
 
 
 def _print_sweep(runs: list[list[str]], card: float | None, as_json: bool) -> bool:
-    """A line for each of these runs, called by the options that not all have; -> whether all
-    fit."""
+    """Print one line per run, named by the options that not all runs share; -> whether all fit."""
     common, all_fit = set.intersection(*map(set, runs)), True
     for given in runs:
         config = _config(_completed(given))
@@ -95,8 +94,8 @@ def _device_type(config: Config, card: float | None) -> str:
 
 
 def _completed(overrides: Sequence[str]) -> list[str]:
-    """The options with what a plan does not need, where it is not given: the place of the model and
-    of the pictures."""
+    """The options, with placeholders for paths of model and pictures if they are missing: a plan
+    does not need them."""
     overrides = cli.with_published_model([*overrides])
     choices = cli.composed(overrides, with_hydra=True).hydra.runtime.choices
     if choices.model != "tiny" and not any(o.startswith("data=") for o in overrides):
@@ -123,7 +122,7 @@ def _room(config: Config, card: float | None) -> planner.Room:
 def _print_remedies(
     plan: planner.Plan, overrides: list[str], device_type: str, room: planner.Room
 ) -> None:
-    """Options that take less, each line with those above it, until it fits."""
+    """Print options that need less memory, each on top of those above it, until the run fits."""
     if plan.needed_bytes <= room.free_bytes:
         return
     print("\noptions that need less, cumulative:")
@@ -139,7 +138,7 @@ def _print_remedies(
 def _less(
     plan: planner.Plan, overrides: list[str], device_type: str, room: planner.Room
 ) -> Iterator[tuple[remedies.Remedy, planner.Plan]]:
-    """Remedies that help, each beside those before it, with what is then planned."""
+    """Remedies that help, each on top of those before it, with the resulting plan."""
     tried: set[remedies.Remedy] = set()
     while plan.needed_bytes > room.free_bytes:
         remedy = next((r for r in remedies.of(plan.config) if r not in tried), None)
@@ -158,7 +157,7 @@ def _less(
 
 
 def _with(overrides: Sequence[str], new: Sequence[str]) -> list[str]:
-    """The options with these in the place of those of their names."""
+    """The options, with `new` replacing those of the same name."""
     keys = {o.partition("=")[0] for o in new}
     return [*(o for o in overrides if o.partition("=")[0] not in keys), *new]
 

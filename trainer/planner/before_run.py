@@ -1,4 +1,4 @@
-"""What a run says of its memory before it loads anything."""
+"""A run's message about memory, before it loads anything."""
 
 import logging
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def announce(config: Config, model: Model, device: torch.device) -> int | None:
-    """Say whether a run of a large model fits; -> the planned peak of its steps in bytes.
+    """Log whether a run of a large model fits; -> the planned peak of its steps in bytes.
 
-    None for a small model, which a plan would keep waiting, and for one that cannot be rehearsed,
-    which is no reason not to train it.
+    None for a small model, where planning would only delay the start, and for one that cannot be
+    rehearsed, which may be trained nevertheless.
     """
     unet = model.empty("unet", config.model.dtype)
     if sum(p.nbytes for p in unet.parameters()) < memory.LARGE_BYTES:
@@ -28,7 +28,7 @@ def announce(config: Config, model: Model, device: torch.device) -> int | None:
         plan = make(config, model, device.type)
     except UserError:
         raise
-    except Exception as error:  # torch's fake tensors, and modules that they have never met
+    except Exception as error:  # fake tensors may fail in unusual modules
         log.warning("memory: no plan, because the model cannot be simulated (%s)", reason(error))
         return None
     room = room_of(device)

@@ -1,5 +1,4 @@
-"""How many bytes of tensors are alive at once while some code runs, whether there are numbers in
-them or not."""
+"""Counts the bytes of live tensors while code runs, whether the tensors are real or fake."""
 
 import weakref
 from collections import Counter
@@ -10,27 +9,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_BLOCK = 512  # bytes: torch's CUDA allocator gives multiples of it
+_BLOCK = 512  # bytes: torch's CUDA allocator returns multiples of it
 
 
 class Ledger(TorchDispatchMode):
-    """Within it, every storage that an operation makes is counted until the last tensor of it is
-    gone; a view adds nothing.
+    """Counts every storage that an operation creates until its last tensor is freed; views add
+    nothing.
 
-    What an operation needs for its own duration (a library's workspace, the partial results of a
-    sum) is no tensor, and not seen.
+    Temporary memory inside an operation (a library's workspace, a sum's partial results) is not a
+    tensor and not counted.
     """
 
     def __init__(self, kind: str) -> None:
         """`kind`: the category of tensors that operations create."""
         super().__init__()
         self.alive: Counter[str] = Counter()  # bytes of each kind, now
-        self.peak: Counter[str] = Counter()  # and when they were most
+        self.peak: Counter[str] = Counter()  # the same, when their total was largest
         self._kind = kind
-        self._entries: dict[int, tuple[str, int]] = {}  # of storages, by their addresses
+        self._entries: dict[int, tuple[str, int]] = {}  # storage's address -> kind, bytes
 
     def enter(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors as this kind, those too that are counted as another."""
+        """Count tensors as this kind, even if they are counted as another."""
         for tensor in tensors:
             self._enter(tensor, kind)
 
@@ -49,7 +48,7 @@ class Ledger(TorchDispatchMode):
 
     def _enter(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
-        address = storage._cdata  # by which a storage without memory is known
+        address = storage._cdata  # identifies a storage even if it has no memory
         if address in self._entries:
             self._strike(address)
         else:

@@ -1,4 +1,4 @@
-"""A plan, in words and as bars."""
+"""A plan as text and bars."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from trainer.planner.room import Room
 from trainer.report import format_bytes
 
 _WIDTH = 48  # of a bar, in characters
-_KINDS = {  # what a bar is made of, by the letter that it is drawn with
+_KINDS = {  # the parts of a bar, by their letters
     "W": "weights",
     "O": "optimizer state",
     "E": "average of the weights",
@@ -75,8 +75,8 @@ def _parts(plan: Plan) -> dict[str, int]:
 
 
 def _bar(parts: dict[str, int], scale: int, free: int) -> str:
-    """Letters in proportion, rounded so that the whole is right; an exclamation mark where memory
-    ends, if it does."""
+    """Letters in proportion, rounded so that the total is right; an exclamation mark where free
+    memory ends, if it is within the bar."""
     drawn, total = "", 0
     for letter, size in parts.items():
         total += size

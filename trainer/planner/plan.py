@@ -1,4 +1,4 @@
-"""The plan of a run's memory: what its phases take, beside the tensors that a rehearsal counts."""
+"""The memory plan of a run: a rehearsal's tensors, plus what libraries and the process take."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from trainer.config import Config
 from trainer.model import Model
 from trainer.planner.rehearsal import Rehearsal, rehearse
 
-# What libraries take for their own work while training, as measured with SDXL's UNet: on a CPU
-# oneDNN's copies; on an H200 cuDNN's and cuBLAS's workspaces, in torch's allocator.  Of a small
-# model at most this share of its tensors.
+# Memory that libraries use for themselves in training, measured with SDXL's UNet: on a CPU oneDNN's
+# copies; on an H200 cuDNN's and cuBLAS's workspaces, in torch's allocator.  For a small model, at
+# most _LIBRARIES_SHARE of its tensors.
 _LIBRARIES = {"cpu": 150_000_000, "cuda": 250_000_000}
 _LIBRARIES_SHARE = 0.15
-# What torch's allocator has reserved and cannot use, measured there, as a share of the tensors.
+# Memory that torch's allocator reserves but cannot use, measured there, as a share of the peak.
 _FRAGMENTED = {"cpu": 0.0, "cuda": 0.05}
 
 
@@ -23,17 +23,17 @@ class Plan:
     config: Config
     rehearsal: Rehearsal
     libraries_bytes: int
-    process_bytes: int  # what this process has before a model is loaded; on a CPU it is there too
+    process_bytes: int  # what this process uses without a model; 0 on a GPU
     fragmented: float
 
     @property
     def training_bytes(self) -> int:
-        """The peak that a run will report as that of its steps."""
+        """The peak that a run will report for its steps."""
         return self._with_rest(self.rehearsal.training.peak)
 
     @property
     def captions_bytes(self) -> int:
-        """The peak while captions are encoded; 0 where trained encoders read them in every step."""
+        """The peak while captions are encoded; 0 if trained text encoders do that in every step."""
         tensors = self.rehearsal.captions_bytes
         return self._with_rest(tensors) if tensors else 0
 
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def drawing_bytes(self) -> int:
-        """The peak while pictures are drawn; 0 where none are."""
+        """The peak while pictures are drawn; 0 if none are."""
         rehearsal, kept = self.rehearsal, self.rehearsal.training.kept
         if not rehearsal.decoding_bytes:
             return 0
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def least_drawing_bytes(self) -> int:
-        """The same where memory is short, and the UNet is moved to the host for the VAE's part."""
+        """The same if memory is short and the UNet is moved to the host while the VAE decodes."""
         rehearsal, kept = self.rehearsal, self.rehearsal.training.kept
         if not rehearsal.decoding_bytes or self.process_bytes:
             return self.drawing_bytes
@@ -61,8 +61,8 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free for the run to come to its end.  Drawing is left out where there is too
-        little, and the run goes on."""
+        """The free memory that a run needs to finish.  Drawing does not count: a run skips it if
+        there is too little."""
         most = max(self.training_bytes, self.captions_bytes, self.pictures_bytes)
         return round(most * (1 + self.fragmented))
 
@@ -73,7 +73,7 @@ class Plan:
 def make(config: Config, model: Model, device_type: str) -> Plan:
     """Plan a run of this configuration on a device of this type; `model` needs no weights.
 
-    Raises UserError where the run would refuse the method, its rules or the optimizer.
+    Raises UserError if the run would refuse the method, its rules or the optimizer.
     """
     process = memory.resident_bytes() if device_type == "cpu" else 0
     rehearsal = rehearse(config, model, device_type)

@@ -1,8 +1,8 @@
-"""What a run does with memory, rehearsed with tensors that have shapes and no numbers.
+"""A rehearsal of a run's memory use, with tensors that have shapes but no data.
 
 The model's own modules run, forward and backward, under torch's FakeTensorMode, and a ledger counts
-the bytes of the tensors that are alive.  So gradient checkpointing, adapters, autocast and trained
-text encoders cost what they cost in whatever UNet, and nobody keeps a formula of activations.
+the bytes of live tensors.  So gradient checkpointing, adapters, autocast and trained text encoders
+are accounted for in any UNet, and no formula for activations has to be maintained.
 """
 
 import logging
@@ -25,15 +25,15 @@ from trainer.data.store import CAPTIONS_AT_A_TIME
 from trainer.model import Model
 from trainer.planner.ledger import Ledger
 
-_CPU = torch.device("cpu")  # where fake tensors are: torch without CUDA knows no others
+_CPU = torch.device("cpu")  # of fake tensors: torch without CUDA supports no other
 
 
 @dataclass(kw_only=True)
 class Training:
-    """Bytes on the device that trains, when they are most."""
+    """Bytes on the training device, at the peak."""
 
     weights: int
-    optimizer_state: int | None  # None where an optimizer of another package does not tell
+    optimizer_state: int | None  # None if it is not known (an optimizer of another package)
     averages: int
     gradients: int
     activations: int
@@ -44,31 +44,32 @@ class Training:
 
     @property
     def kept(self) -> int:
-        """What is there between two steps as well."""
+        """What stays allocated between steps."""
         return self.weights + (self.optimizer_state or 0) + self.averages
 
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """The peaks of a run's phases, in bytes of tensors on the device that trains."""
+    """The peaks of a run's phases, in bytes of tensors on the training device."""
 
-    num_parameters: int  # how many are loaded for training
-    num_trained: int  # how many of them are trained
+    num_parameters: int  # loaded for training
+    num_trained: int  # of these
     unet_bytes: int  # of its weights
     training: Training
-    captions_bytes: int  # while they are encoded; 0 where it happens in training
-    pictures_bytes: int
-    denoising_bytes: int  # while pictures are drawn, beside what training keeps; 0 where none are
-    decoding_bytes: int  # the same of their last part, for which the UNet is set aside if need be
+    captions_bytes: int  # while they are encoded; 0 if training steps do that
+    pictures_bytes: int  # while they are encoded
+    # While pictures are drawn, in addition to what training keeps; 0 if none are.
+    denoising_bytes: int
+    decoding_bytes: int  # the same for the VAE's part, when the UNet can be moved to the host
 
 
 def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
-    """Go through the phases of a run on a device of this type ("cpu" or "cuda").
+    """Simulate the phases of a run on a device of this type ("cpu" or "cuda").
 
-    `model` needs no weights.  Raises UserError where the run would refuse the method, its rules or
+    `model` needs no weights.  Raises UserError if the run would refuse the method, its rules or
     the optimizer.
     """
-    with _quiet():  # a run says it, once
+    with _quiet():  # the run itself logs the same, once
         attached = method.attached_on_meta(config.method, model)
         parts = nn.ModuleDict(attached.trained_parts)
         state = optimizers.planned_state_bytes(
@@ -102,11 +103,10 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
 
 
 def _step(config: Config, model: Model, device_type: str) -> dict[str, int]:
-    """A step up to the optimizer's part: bytes of weights, gradients and activations when they are
-    most."""
+    """A step without the optimizer: bytes of weights, gradients and activations at the peak."""
     parts = nn.ModuleDict(model.trained_parts)
     trained = [p for p in parts.parameters() if p.requires_grad]
-    side = config.data.largest_resolution  # of the square, which no bucket exceeds
+    side = config.data.largest_resolution  # a square: no bucket has a larger area
     latents = _latents(model, config.data.batch_size, (side, side))
     with Ledger("activations") as ledger, _consuming(config, trained, device_type, ledger):
         ledger.enter(_tensors(parts), "weights")
@@ -120,8 +120,7 @@ def _step(config: Config, model: Model, device_type: str) -> dict[str, int]:
 def _consuming(
     config: Config, trained: Sequence[Tensor], device_type: str, ledger: Ledger
 ) -> Iterator[None]:
-    """Gradients enter the ledger as they come; a fused backward frees them by the bucket, all but
-    the last of them."""
+    """Enter gradients into the ledger as they arrive; a fused backward frees each full bucket."""
     frees = config.runtime.fused_backward and config.runtime.accumulation == 1
     full = gradients.bucket_bytes(trained, device_type)
     waiting: list[Tensor] = []
@@ -148,7 +147,7 @@ def _consuming(
 
 
 def _encoded_captions(encoder: text.Encoder) -> int:
-    """Reading captions before the first step: the peak, with the text encoders."""
+    """The peak of encoding captions before the first step, including the text encoders."""
     parts = nn.ModuleDict(encoder.encoders)
     _give_storage(parts)
     with Ledger("activations") as ledger, torch.no_grad():
@@ -158,7 +157,7 @@ def _encoded_captions(encoder: text.Encoder) -> int:
 
 
 def _encoded_picture(config: Config, vae: AutoencoderKL) -> int:
-    """Encoding pictures, one at a time: the peak, with the VAE."""
+    """The peak of encoding pictures one at a time, including the VAE."""
     side = config.data.largest_resolution
     with Ledger("activations") as ledger, torch.no_grad():
         ledger.enter(_tensors(vae), "weights")
@@ -167,7 +166,7 @@ def _encoded_picture(config: Config, vae: AutoencoderKL) -> int:
 
 
 def _denoised(config: Config, model: Model) -> int:
-    """Drawing pictures, as far as the UNet does: the peak beside the weights."""
+    """The peak of the UNet's part of drawing pictures, without the weights."""
     drawn = _drawn(config)
     if not drawn:
         return 0
@@ -182,7 +181,7 @@ def _denoised(config: Config, model: Model) -> int:
 
 
 def _decoded(config: Config, model: Model, vae: AutoencoderKL) -> int:
-    """The VAE's part of drawing, a picture at a time: the peak, with the VAE."""
+    """The peak of the VAE's part of drawing, one picture at a time, including the VAE."""
     largest = max((prompt.size for prompt in _drawn(config)), key=math.prod)
     with Ledger("activations") as ledger, torch.no_grad():
         ledger.enter(_tensors(vae), "weights")
@@ -191,8 +190,8 @@ def _decoded(config: Config, model: Model, vae: AutoencoderKL) -> int:
 
 
 def _drawn(config: Config) -> list[prompts.Prompt]:
-    """What is drawn; of captions, whose pictures are not known, squares, which no bucket
-    exceeds."""
+    """The prompts to draw.  For captions, whose pictures are not known yet, they are square: no
+    bucket has a larger area."""
     side = config.data.largest_resolution
     places = range(config.log.sample_count)
     return prompts.of_config(config.log, side) or [
@@ -208,7 +207,7 @@ def _latents(model: Model, rows: int, size: Size) -> Tensor:
 
 
 def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:
-    """A batch of these latents, with captions that trained text encoders read now."""
+    """A batch with these latents; text encoders that are trained encode its captions here."""
     settings, rows, pooled = model.unet.config, len(latents), None
     if settings.addition_embed_type == "text_time":
         sizes = 6 * settings.addition_time_embed_dim
@@ -229,7 +228,7 @@ def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:
 
 
 def _tokens(config: Config) -> int:
-    """Of a prompt: chunks of 75 tokens, with one beginning and one end."""
+    """The length of a prompt: chunks of 75 tokens, with one start and one end token."""
     return 75 * config.model.prompt_chunks + 2
 
 
@@ -241,7 +240,7 @@ def _bytes_of_averages(config: Config, trained: Sequence[Tensor]) -> int:
 
 
 def _give_storage(module: nn.Module) -> None:
-    """Put tensors that can be computed with in the place of those on the meta device."""
+    """Replace tensors on the meta device by tensors that can be computed with."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
@@ -261,14 +260,14 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _eager(config: Config) -> Config:
-    """What is compiled needs no more than what is not."""
+    """The configuration without compilation, which needs no less memory."""
     return replace(config, runtime=replace(config.runtime, compile="none"))
 
 
 @contextmanager
 def _autocast_of(device_type: str) -> Iterator[None]:
-    """Fake tensors are a CPU's, whose autocast leaves norms in bf16; a GPU's computes them in fp32
-    (PyTorch, "CUDA Ops that can autocast to float32"), and so keeps more of them."""
+    """Make autocast behave as on a GPU: there norms run in fp32 (PyTorch, "CUDA Ops that can
+    autocast to float32") and keep more bytes, while fake tensors follow the CPU's, in bf16."""
     originals = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
 
     def in_fp32(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -291,7 +290,7 @@ def _autocast_of(device_type: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what is logged below a warning."""
+    """Suppress log messages below warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -6,20 +6,20 @@ import torch
 
 from trainer import memory
 
-# What CUDA's context takes of a card; an assumption (0.3 to 0.6 GB are usual), no measurement.
+# Memory that CUDA's context takes: assumed (0.3 to 0.6 GB are usual), not measured.
 _CONTEXT = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """Bytes that a run can have, and where."""
+    """The memory available to a run, and where it is."""
 
     free_bytes: int
     where: str
 
 
 def card(gib: float) -> Room:
-    """A GPU of this many GiB, less what the driver takes."""
+    """A GPU of this many GiB, less CUDA's context."""
     return Room(free_bytes=round(gib * (1 << 30)) - _CONTEXT, where=f"a card of {gib:g} GB")
 
 

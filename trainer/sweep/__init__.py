@@ -1,8 +1,8 @@
-"""What a sweep came to: which of its runs was better, in memory, speed, stability and quality.
+"""The results of a sweep: its runs compared by memory, speed, stability and quality.
 
-`planned` knows which runs it is to have, `folders` which it has.  `sweep.md` (`page`) has the
-tables (`table`, of `runs`) with what is to be kept in mind of them (`remarks`).  All of it is made
-of the runs' folders, so it can be made anew at any time: `python -m trainer.sweep`.
+`planned` records which runs it should have, `folders` finds those it has.  `sweep.md` (`page`) has
+the tables (`table`, from `runs`) and caveats (`remarks`).  All of it is derived from the runs'
+folders, so `python -m trainer.sweep` can rebuild it at any time.
 """
 
 from trainer.sweep import planned

@@ -35,7 +35,7 @@ _FORMATS: dict[str, Callable[[Found], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake is one line and status 2."""
+    """The command line; an error prints one line and exits with status 2."""
     given = _parser().parse_args(arguments)
     texts = {kind: path for kind in _FORMATS if (path := getattr(given, kind))}
     try:
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _found(folders: Sequence[Path]) -> Found:
-    """The runs of all folders, each of which has some."""
+    """The ended runs in all folders.  Raises UserError for a folder without any."""
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; name the folder of a sweep or a run")
@@ -98,7 +98,7 @@ def _found(folders: Sequence[Path]) -> Found:
 
 
 def _sweep_of(folders: Sequence[Path]) -> Path | None:
-    """The sweep that is compared, where it is one."""
+    """The sweep's folder, if a single sweep is compared."""
     return folders[0] if len(folders) == 1 and is_sweep(folders[0]) else None
 
 

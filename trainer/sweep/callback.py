@@ -1,4 +1,4 @@
-"""What a sweep says between its runs, and when its tables are made: after each run."""
+"""A sweep's messages between its runs, and its tables, rewritten after each run."""
 
 from pathlib import Path
 from statistics import mean
@@ -19,19 +19,18 @@ from trainer.sweep.table import sweep_table
 
 
 class SweepTable(Callback):
-    """Says which run of a sweep begins, and of how many.  Keeps a table of those that have ended,
-    best first, as sweep.md, with pictures of what they drew and of their losses, and prints it
-    after the last.  A run that failed is a row with its reason, and makes the sweep's exit status
-    1."""
+    """Prints which run of how many begins.  After each run, rewrites sweep.md, a table of the ended
+    runs, best first, with pictures of their samples and losses; prints the table at the end.  A
+    failed run is listed with its reason and makes the sweep's exit status 1."""
 
     def __init__(self) -> None:
-        self._runs = list[list[str]]()  # in their order; none where only the sweeper knows them
+        self._runs = list[list[str]]()  # overrides, in order; [] if only the sweeper knows them
         self._summaries = list[Summary]()  # of those that have ended
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             self._runs = cli.runs_of(_overrides(config))
-        except UserError:  # which the sweep itself tells, or a sweeper that has others
+        except UserError:  # the sweep reports it itself, or its sweeper chooses other runs
             self._runs = []
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -47,7 +46,7 @@ class SweepTable(Callback):
         print(f"\nrun {number + 1}{self._of_all(number)}: {apart or 'the defaults'}")
 
     def _of_all(self, number: int) -> str:
-        """How many runs there are, and how long those that are left take, as far as is known."""
+        """The number of runs and the estimated time left, as far as they are known."""
         if not self._runs:
             return ""
         seconds = [run["wall_seconds"] for run in self._summaries if run.get("wall_seconds")]
@@ -55,8 +54,8 @@ class SweepTable(Callback):
         return f" of {len(self._runs)}" + (f", ETA {console.minutes(eta)}" if eta else "")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """A sweep that is stopped has a table too, and its runs that are resumed by themselves are
-        in it."""
+        """Rewrites the table, so that a stopped sweep has one, also with runs resumed on their
+        own."""
         if folder := sweep_of(Path(config.hydra.runtime.output_dir)):
             self._summaries = _write(folder)
 
@@ -77,8 +76,8 @@ def _overrides(config: DictConfig) -> list[str]:
 
 
 def _write(folder: Path) -> list[Summary]:
-    """Write the table and the pictures of a sweep's folder, where a run of it has ended; -> their
-    summaries.  Of several processes the last one writes what all of them left."""
+    """Write a sweep's table and pictures if any of its runs has ended; -> their summaries.
+    Processes take turns, so the last one writes the runs of all."""
     with claim.in_turn(folder):
         found = ended_runs(folder)
         if found:

@@ -1,7 +1,7 @@
-"""curves.png: losses against steps, a line for what differs by more than the seed.
+"""curves.png: loss against steps, one line for each group of runs that differ only by the seed.
 
-Of several seeds it is the mean, in a band from the lowest to the highest; a seed that failed has a
-line of its own, with a cross at the step where it failed.
+With several seeds it is their mean, in a band from the lowest to the highest; a failed run has its
+own line, with a cross at the step where it failed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from trainer.sweep.runs import Comparison, Group, Summary
 
 
 def draw(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
-    """The chart; None where no run has two points.  runs: folders and summaries."""
+    """The chart; None if no run has two points.  runs: folders and summaries."""
     rows = {id(summary): metrics.read(folder / "metrics.jsonl") for folder, summary in runs}
     groups = Comparison([summary for _, summary in runs]).groups
     begins = [value for found in rows.values() for _, value in points.of(found, EVAL.metric)[:1]]
@@ -45,7 +45,7 @@ def draw(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
 def _lines(
     groups: Sequence[Group], known: Mapping[int, Points], last: Mapping[int, float]
 ) -> list[Line]:
-    """Each group's: the runs that ended well as one, each that failed as another.
+    """The lines of each group: one for all runs that ended well, one for each that failed.
 
     known, last: the points of each run, and the last step with a loss, by the id of its summary.
     """
@@ -65,8 +65,7 @@ def _lines(
 
 
 def _mean(runs: Sequence[Points], style: Style) -> Line:
-    """The mean of several runs' losses at the steps that all of them have, and what they lie
-    between."""
+    """The mean and range of several runs' losses, at the steps that all of them have."""
     if len(runs) == 1:
         return Line(style=style, points=runs[0])
     known = [dict(found) for found in runs]
@@ -86,7 +85,7 @@ def _last_step(rows: Rows) -> float:
 
 
 def _result(group: Group) -> str:
-    """A group's loss, and how many of its runs ended well, where not all did."""
+    """A group's loss, and how many of its runs ended well if not all did."""
     loss = f"{group.loss:.4f}" if group.good else "failed"
     spread = f" ± {group.spread:.4f}" if len(group.good) > 1 else ""
     few = f" ({group.counted})" if 0 < len(group.good) < len(group.runs) else ""

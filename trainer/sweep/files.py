@@ -1,4 +1,4 @@
-"""What a sweep came to, for other programs: CSV, JSON and LaTeX."""
+"""The results of a sweep for other programs: CSV, JSON and LaTeX."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ _TEX = {
 
 
 def as_csv(found: Found) -> str:
-    """A row a run, the best first; the columns are those of all summaries."""
+    """One row per run, best first; the columns are those of all summaries."""
     rows = _rows(found)
     names = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
@@ -33,8 +33,8 @@ def as_csv(found: Found) -> str:
 
 
 def as_json(found: Found) -> str:
-    """What the runs are ranked by, the runs and what differs by more than the seed, each the best
-    first, and the remarks.  What is not finite is null."""
+    """The ranking metric, the runs and groups over seeds, both best first, and the remarks.  Final
+    losses that are not finite are null."""
     comparison = Comparison([summary for _, summary in found])
     groups = comparison.groups
     content = {
@@ -50,14 +50,14 @@ def as_json(found: Found) -> str:
 
 
 def as_latex(found: Found) -> str:
-    """The tables of sweep.md, each a tabular of the package booktabs."""
+    """The tables of sweep.md, each as a booktabs tabular."""
     comparison = Comparison([summary for _, summary in found])
     return "% \\usepackage{booktabs}\n" + "\n".join(map(_tabular, tables(comparison)))
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:
-    """Summaries with the names of their runs, and where they are.  Their configurations are long,
-    and there."""
+    """Summaries with their runs' names and folders, without the (long) configurations, which are in
+    the folders."""
     folders = {id(summary): folder for folder, summary in found}
     comparison = Comparison([summary for _, summary in found])
     return [
@@ -73,7 +73,7 @@ def _rows(found: Found) -> list[dict[str, Any]]:
 
 
 def _cell(value: Any) -> Any:
-    """Lists are words with spaces between."""
+    """Lists become words separated by spaces."""
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 

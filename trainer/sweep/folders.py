@@ -1,7 +1,7 @@
-"""The folders of a sweep's runs, which are known by their configurations.
+"""The folders of a sweep's runs, which are identified by their configurations.
 
-A folder's name has the number of its job, and with more values on the command line the job has
-another.  So one configuration with one seed is one run, wherever in the sweep's folder it lies.
+A folder's name has its job's number, which changes when the command line gets more values.  So runs
+with the same configuration and seed are the same run, wherever in the sweep's folder they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ Found = list[tuple[Path, Summary]]
 def place_of(
     sweep: Path, proposed: Path, overrides: Sequence[str], config: Mapping[str, Any]
 ) -> Path:
-    """Where the run with this configuration is, or will be: the folder of one that has it, finished
-    or begun, else the proposed one, with a number where another run lies there.  Runs with equal
-    overrides are one, too: a new version may have more options."""
+    """The folder for the run with this configuration: that of a finished or begun run with the
+    same, else the proposed one, with a number appended if it has another run.  Equal overrides make
+    it the same run, too: a newer version may have more options."""
     ours = {"overrides": [*overrides], "config": config}
     same = [folder for folder in {*_begun(sweep), proposed} if _are_same(_run_in(folder), ours)]
     if same:
@@ -37,8 +37,8 @@ def place_of(
 
 def ended_runs(*folders: Path) -> Found:
     """The runs that have ended in these folders, at any depth, and their summaries, with their
-    configuration as `config`.  Of those with the same one and the same seed the newest that is
-    finished counts; `times_run` says how many there are."""
+    configuration as `config`.  Of runs with the same configuration and seed, the newest finished
+    one is kept; `times_run` says how many there are."""
     found: dict[tuple[str, str], Found] = {}
     paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
     for path in sorted(paths.values()):
@@ -57,7 +57,7 @@ def _begun(sweep: Path) -> set[Path]:
 
 
 def _run_in(folder: Path) -> Summary | None:
-    """What distinguishes the run in this folder; None where none has begun there."""
+    """The overrides and configuration of the run in this folder; None if none has begun there."""
     summary, config = report.read_summary(folder), config_in(folder)
     overrides = summary.get("overrides")
     if overrides is None and checkpoint.completed(folder / "checkpoints"):
@@ -76,6 +76,6 @@ def _identity(run: Summary) -> tuple[str, str]:
 
 
 def _worth(summary: Summary) -> tuple[bool, float]:
-    """By which the run that counts is chosen: whether it is finished, and when it ended."""
+    """Sort key to choose among equal runs: whether it ended well, and when."""
     ended = datetime.fromisoformat(summary["ended"]).timestamp() if "ended" in summary else 0.0
     return ended_well(summary), ended

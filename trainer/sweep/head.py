@@ -1,16 +1,16 @@
-"""What the runs of a sweep have in common, so that its tables mean something outside its folder."""
+"""What a sweep's runs have in common, so that its tables can be understood on their own."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from trainer.sweep.runs import Summary
 
-_NAMED = 8  # of the runs that are missing
+_NAMED = 8  # missing runs that are named; the rest is counted
 
 
 def head(name: str, runs: Sequence[Summary], missing: Sequence[str] = ()) -> str:
-    """Markdown: a title, what was run, on what and when, the options that all runs have, and which
-    runs have not ended."""
+    """Markdown: a title, what was run, on what and when, the options that all runs share, and the
+    runs that have not ended."""
     failed = sum("error" in run for run in runs)
     facts = [
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
@@ -29,7 +29,7 @@ def head(name: str, runs: Sequence[Summary], missing: Sequence[str] = ()) -> str
 
 
 def _said(runs: Sequence[Summary], key: str, form: str) -> str:
-    """The values of a key, each once."""
+    """The distinct values of a key."""
     values: list[Any] = sorted({run[key] for run in runs if run.get(key) is not None})
     return form.format(", ".join(map(str, values))) if values else ""
 
@@ -44,7 +44,7 @@ def _dates(runs: Sequence[Summary]) -> str:
 
 
 def left(missing: Sequence[str]) -> str:
-    """Which runs of a sweep have not ended; "" where all have."""
+    """Which runs of a sweep have not ended; "" if all have."""
     if not missing:
         return ""
     named = ", ".join(f"`{run}`" for run in missing[:_NAMED])

@@ -1,7 +1,7 @@
-"""What a run is, whatever its command line says of it: the options that decide what comes of it.
+"""The identity of a run: the options that affect its result, however they were written.
 
 `optim.lr=1e-3` and `0.001`, a default that is spelled out, another order, another logger: all of
-these are one run.  So runs are compared by the configuration that they resolved to.
+these are the same run.  So runs are compared by their resolved configurations.
 """
 
 import json
@@ -10,7 +10,8 @@ from typing import Any
 
 from trainer.config import flatten, key_of
 
-# What a run is called, how it is begun and what it reports, keeps and writes.
+# Options that do not identify a run: name, start, reporting, and what it keeps and writes.  Seeds
+# are compared separately.
 _AROUND = (
     "seed",
     "name",
@@ -24,19 +25,19 @@ _AROUND = (
     "method.export_every",
     "data.cache",
 )
-_MEASURED = "log.eval_points"  # that eval/loss is the mean of
-_SHIPPED = "/trainer/assets/"  # lies elsewhere on another machine
+_MEASURED = "log.eval_points"  # an exception in `log`: it affects eval/loss
+_SHIPPED = "/trainer/assets/"  # what precedes it depends on the machine
 
 
 def settings_of(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A run's options by name, without its seed and without what is around it.  Of a run that left
-    no configuration, {}, they are those of its command line."""
+    """A run's options by name, without those in _AROUND.  For a run that left no configuration, {},
+    they are those of its command line."""
     options = flatten(config) or {key_of(o): o.partition("=")[2] for o in overrides}
     return {key: _anywhere(value) for key, value in options.items() if is_setting(key)}
 
 
 def is_setting(key: str) -> bool:
-    """Whether an option, or a group, decides what comes of a run."""
+    """Whether an option, or a group, affects a run's result."""
     return key == _MEASURED or not any(f"{key}.".startswith(f"{name}.") for name in _AROUND)
 
 
@@ -46,11 +47,11 @@ def below(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def canonical(settings: Mapping[str, Any], *without: str) -> str:
-    """A text that is equal for equal settings, but for these options."""
+    """A text that is equal for settings that are equal except for the options in `without`."""
     kept = {name: value for name, value in settings.items() if name not in without}
     return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _anywhere(value: Any) -> Any:
-    """A path of what ships with the trainer, as it is on every machine."""
+    """The value; for a path of a shipped asset, the part that is the same on every machine."""
     return value.rpartition(_SHIPPED)[2] if isinstance(value, str) else value

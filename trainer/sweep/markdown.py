@@ -1,4 +1,4 @@
-"""Tables as text: Markdown that can be read without being rendered, too."""
+"""Tables as Markdown that is also readable as plain text."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from trainer.report import format_bytes
 
 @dataclass(kw_only=True)
 class Table:
-    """Cells, the first row its titles."""
+    """Rows of cells; the first row has the titles."""
 
     rows: Sequence[Sequence[str]]
-    words: Collection[str] = ()  # titles of columns of words, as the first is one
+    words: Collection[str] = ()  # titles of text columns; the first column always is one
 
     @property
     def is_left(self) -> list[bool]:
-        """Whether a column is of words, and begins at the left; numbers end at the right."""
+        """Whether each column is text, which is aligned left; numbers are aligned right."""
         return [not place or title in self.words for place, title in enumerate(self.rows[0])]
 
 
@@ -41,7 +41,7 @@ def written(table: Table) -> str:
 
 
 def cell(value: Any, form: str) -> str:
-    """A value in a form of `str.format`, or as `bytes`; nothing where it is not known."""
+    """A value formatted by `str.format`, or as `bytes`; "" for None."""
     if value is None:
         return ""
     return format_bytes(value) if form == "bytes" else form.format(value)

@@ -1,4 +1,4 @@
-"""sweep.md and its pictures, made of the folders of runs."""
+"""sweep.md and its pictures, made from the folders of runs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ FILES = (TABLE, *_PICTURES)
 
 
 def write(folder: Path, found: Found, missing: Sequence[str]) -> None:
-    """Write the table and the pictures of these runs (at least one) to a folder.  missing: those of
+    """Write the table and the pictures of these runs (at least one) to a folder.  missing: runs of
     the sweep that have not ended."""
     runs = [summary for _, summary in found]
     pictures = [name for name, draw in _PICTURES.items() if _wrote(folder / name, draw, found)]
@@ -27,7 +27,7 @@ def write(folder: Path, found: Found, missing: Sequence[str]) -> None:
 
 
 def _wrote(path: Path, draw: Callable[[Found], Image | None], found: Found) -> bool:
-    """Whether there was something to draw, and it could be written: a sweep goes on without."""
+    """Draw and save a picture; -> whether it exists now.  A failure does not stop the sweep."""
     try:
         if picture := draw(found):
             picture.save(path)

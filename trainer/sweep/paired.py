@@ -1,11 +1,11 @@
-"""Differences of losses that have a seed in common.
+"""Paired differences between losses of runs with the same seed.
 
-Runs with one seed see the same batches, noise and timesteps, so part of what is chance is the same
-in both and leaves their difference, whose spread is smaller than that of the losses.
+Runs with the same seed see the same batches, noise and timesteps, so part of the randomness cancels
+in their difference, whose spread is smaller than that of the losses.
 
-The best is known only once the runs are done, so a difference from it is one of all pairs: the
-intervals are widened by their number (Bonferroni), and of sweeps whose rows are all equal at most
-5 % have any that does not hold 0.
+Which group is best is known only after the runs, so a difference from it may be that of any pair:
+the intervals are widened for the number of pairs (Bonferroni).  If all groups are equal, at most
+5 % of sweeps have an interval that excludes 0.
 """
 
 import math
@@ -16,13 +16,13 @@ from statistics import mean, stdev
 from trainer.sweep.runs import Group, seed_of
 
 _LEVEL = 0.95
-_HALVINGS = 60  # of an angle: as exact as a float
+_HALVINGS = 60  # bisections of an angle: exact to a float's precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The mean of differences and half of its interval's width, by Student's t, at 95 % for all
-    rows together."""
+    """The mean difference and half the width of its interval, by Student's t, at 95 % for all rows
+    together."""
 
     mean: float
     margin: float
@@ -39,7 +39,8 @@ class Difference:
 
 
 def differences(groups: Sequence[Group]) -> list[Difference | None]:
-    """Of each from the first, the best; None of the first itself."""
+    """Each group's difference from the first, the best; None for the first itself, and for groups
+    with fewer than two seeds in common with it."""
     found = [_in_common(group, groups[0]) for group in groups[1:]]
     rows = 1 + sum(len(values) > 1 for values in found)
     pairs = rows * (rows - 1) // 2
@@ -47,22 +48,22 @@ def differences(groups: Sequence[Group]) -> list[Difference | None]:
 
 
 def _in_common(group: Group, best: Group) -> list[float]:
-    """How much higher a group's losses are than the best group's, by seeds with which both ended
-    well."""
+    """How much higher a group's losses are than the best group's, for each seed with which both
+    ended well."""
     ours, theirs = ({seed_of(run): one.measure(run) for run in one.good} for one in (group, best))
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def interval(values: Sequence[float], pairs: int = 1) -> Difference:
-    """Of two values or more.  pairs: of rows, that are compared together."""
+    """The interval of two or more values.  pairs: how many pairs of rows are compared together."""
     count = len(values)
     margin = quantile(count - 1, pairs) * stdev(values) / math.sqrt(count)
     return Difference(mean=mean(values), margin=margin, count=count)
 
 
 def quantile(freedom: int, pairs: int = 1) -> float:
-    """What |t| stays below with 95 %, with so many degrees of freedom; with several pairs what all
-    of theirs do."""
+    """The bound that |t| stays below with probability 95 %, for these degrees of freedom; with
+    several pairs, the bound for all of them together."""
     low, high, level = 0.0, math.pi / 2, 1 - (1 - _LEVEL) / pairs
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

@@ -1,7 +1,7 @@
-"""Which runs a sweep is to have, so that one that was interrupted says what is missing.
+"""The planned runs of a sweep, so that an interrupted one can say which are missing.
 
-planned.json has them by their options, of every command that ran in the sweep's folder, and where
-each of them lies as soon as it has begun: with equal configurations two of them are one run.
+planned.json has their options, from every command that ran in the sweep's folder, and the folder of
+each that has begun; two with equal configurations are the same run.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any
 from trainer import disk
 
 _NAME = "planned.json"
-Run = dict[str, Any]  # its overrides, and its folder from the sweep's, or None
+Run = dict[str, Any]  # overrides, and folder (relative to the sweep's, or None)
 
 
 def add(sweep: Path, runs: Sequence[Sequence[str]]) -> None:
-    """The sweep is to have these runs, too; each by its overrides."""
+    """Add runs, each given by its overrides, to the sweep's plan."""
     known = _read(sweep)
     for overrides in runs:
         _entry(known, overrides)
@@ -26,15 +26,15 @@ def add(sweep: Path, runs: Sequence[Sequence[str]]) -> None:
 
 
 def begun(sweep: Path, overrides: Sequence[str], folder: Path) -> None:
-    """The run with these overrides is the one in this folder."""
+    """Record that the run with these overrides is in this folder."""
     known = _read(sweep)
     _entry(known, overrides)["folder"] = os.path.relpath(folder, sweep)
     _write(sweep, known)
 
 
 def missing(sweep: Path) -> list[str]:
-    """The runs that have not ended, neither well nor in a failure, by what tells them apart from
-    other planned ones."""
+    """The runs that have neither finished nor failed, named by the overrides that not all planned
+    runs share."""
     known = _read(sweep)
     common = set.intersection(*(set(run["overrides"]) for run in known)) if len(known) > 1 else ()
     return [
@@ -45,7 +45,7 @@ def missing(sweep: Path) -> list[str]:
 
 
 def _entry(known: list[Run], overrides: Sequence[str]) -> Run:
-    """The run with these overrides, in any order; a new one at the end where there is none."""
+    """The run with these overrides, in any order; appended if there is none."""
     for run in known:
         if sorted(run["overrides"]) == sorted(overrides):
             return run
@@ -60,5 +60,5 @@ def _read(sweep: Path) -> list[Run]:
 
 
 def _write(sweep: Path, runs: list[Run]) -> None:
-    with suppress(OSError):  # of a full disk, of which the run itself tells
+    with suppress(OSError):  # a full disk, say, which the run itself reports
         disk.replace_text(sweep / _NAME, json.dumps(runs, indent=1) + "\n")

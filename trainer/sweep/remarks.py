@@ -1,5 +1,5 @@
-"""Caveats of a comparison of runs: which differences mean nothing, and which have other causes than
-the optimizer."""
+"""Caveats of a comparison of runs: differences that mean nothing, or have other causes than the
+optimizer."""
 
 import math
 from collections import Counter
@@ -9,10 +9,10 @@ from trainer.measure import EVAL, HOLDOUT, ended_well
 from trainer.sweep import paired
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 
-# Losses before the first step that differ by more than rounding are of other points.
+# Losses before the first step that differ by a larger share were measured on other points.
 _SAME = 0.01
 _ENOUGH_SEEDS = 3
-_STEADY = 1.25  # times the fastest: steps that differ by the seed alone, or of one run
+_STEADY = 1.25  # slowest / fastest, above which equal steps are said to have varied
 
 
 def of_runs(comparison: Comparison) -> Iterator[str]:
@@ -69,7 +69,7 @@ def _of_worse(comparison: Comparison) -> Iterator[str]:
 
 
 def _of_quality(comparison: Comparison) -> Iterator[str]:
-    """What the losses are of, and which of them ranks the runs."""
+    """Which pictures the losses are measured on, and which loss ranks the runs."""
     what = "eval is on training pictures"
     if comparison.measure is HOLDOUT:
         yield f"{what}, held out on others, which rank the runs"
@@ -87,7 +87,7 @@ def _of_quality(comparison: Comparison) -> Iterator[str]:
 
 
 def _of_orders(groups: Sequence[Group]) -> Iterator[str]:
-    """That the pictures trained on would have another run win."""
+    """Whether the loss on training pictures would rank another group first."""
     best = min(groups, key=lambda group: group.place(EVAL))
     if best is not groups[0] and best.good:
         yield (
@@ -98,7 +98,7 @@ def _of_orders(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _of_rates(comparison: Comparison) -> Iterator[str]:
-    """That rates were not looked for, where several optimizers are compared at one rate each."""
+    """Several optimizers were compared at one learning rate each."""
     rates = [
         {lr_of(run) for group in tried for run in group.runs}
         for tried in comparison.rivals.values()
@@ -112,13 +112,13 @@ def _of_rates(comparison: Comparison) -> Iterator[str]:
 
 
 def _best_of_each(comparison: Comparison) -> Sequence[Group]:
-    """Each optimizer at its best rate; of a single one all rates."""
+    """Each optimizer at its best rate; all rates if there is only one optimizer."""
     rivals = comparison.rivals
     return [tried[0] for tried in rivals.values()] if len(rivals) > 1 else comparison.groups
 
 
 def _of_picked(comparison: Comparison) -> Iterator[str]:
-    """That a best rate is the best on these very seeds."""
+    """Best rates were selected on the same seeds that are reported."""
     most = max(len({group.lr for group in tried}) for tried in comparison.rivals.values())
     if most > 1:
         yield (
@@ -129,7 +129,7 @@ def _of_picked(comparison: Comparison) -> Iterator[str]:
 
 
 def _of_seeds(groups: Sequence[Group]) -> Iterator[str]:
-    """That the first place is decided by few seeds."""
+    """Few seeds decide the first place."""
     if len(groups) < 2 or not groups[1].good:
         return
     first, second = groups[:2]
@@ -163,7 +163,7 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _of_devices(runs: Sequence[Summary]) -> Iterator[str]:
-    """That speeds and memory are of several devices."""
+    """Speed and memory come from several devices."""
     devices = Counter(run["device"] for run in runs if "device" in run)
     if len(devices) > 1:
         counts = ", ".join(f"{count} on {device}" for device, count in devices.items())
@@ -171,8 +171,8 @@ def _of_devices(runs: Sequence[Summary]) -> Iterator[str]:
 
 
 def _of_speed(comparison: Comparison) -> Iterator[str]:
-    """That steps of one kind took so different times that those of two kinds say little; first of
-    all where the optimizer cannot be why: the rest of a step is the same with each."""
+    """Equal work took different times, so speeds are not comparable.  Checked first for the rest of
+    a step, which does not depend on the optimizer, then between seeds."""
     for alike in comparison.equal_but_for("optim"):
         rest = {
             comparison.name_of(run): run["seconds_per_step"] - spent
@@ -200,7 +200,7 @@ def _of_speed(comparison: Comparison) -> Iterator[str]:
 
 
 def _of_steps(comparison: Comparison) -> Iterator[str]:
-    """That a run's own steps took different times."""
+    """Step times vary within a run."""
     uneven = [
         f"{comparison.name_of(run)} ({first:.3f} to {third:.3f})"
         for run in filter(ended_well, comparison.runs)

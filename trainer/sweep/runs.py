@@ -22,7 +22,7 @@ _EXTERNAL = "optim=external"
 
 
 def lr_of(run: Summary) -> float | None:
-    """The peak of its learning rate; of a summary without it, as it was overridden."""
+    """Its peak learning rate; from the overrides if the summary lacks it."""
     value = run.get("lr", _overridden(run, RATE))
     return None if value is None else float(value)
 
@@ -32,7 +32,7 @@ def seed_of(run: Summary) -> str:
 
 
 def optimizer_of(run: Summary) -> str:
-    """Its name; of one from elsewhere the dotted path of its class."""
+    """The optimizer's name; for an external one, the dotted path of its class."""
     return _class_of(run) or str(run.get("optimizer", _overridden(run, "optim")))
 
 
@@ -49,7 +49,7 @@ def _overridden(run: Summary, option: str) -> str | None:
 
 @dataclass(kw_only=True)
 class Group:
-    """Runs of one configuration, that differ by the seed alone."""
+    """Runs of one configuration, which differ only by the seed."""
 
     name: str
     runs: list[Summary]
@@ -71,7 +71,7 @@ class Group:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of that; 0 of a single run."""
+        """The standard deviation of that; 0 for a single run."""
         return stdev(map(self.measure, self.good)) if len(self.good) > 1 else 0.0
 
     @property
@@ -80,17 +80,17 @@ class Group:
         return f"{len(self.good)} of {len(self.runs)}"
 
     def loss_by(self, measure: Measure) -> float:
-        """The mean by another measure, too."""
+        """The mean by any measure."""
         return mean(map(measure, self.good)) if self.good else math.inf
 
     def place(self, measure: Measure) -> tuple[bool, float]:
-        """What groups are sorted by: those with failures after those without."""
+        """Sort key of groups: those with failures after those without."""
         return len(self.good) < len(self.runs), self.loss_by(measure)
 
 
 def _options(run: Summary, runs: Sequence[Summary]) -> list[str]:
-    """A run's overrides, with the class of an external optimizer in the optimizer's place: by the
-    last part of its path, unless another run has one that ends alike."""
+    """A run's overrides, with an external optimizer named by its class: by the last part of its
+    path, unless another run's class ends alike."""
     path = _class_of(run)
     if path is None:
         return run["overrides"]
@@ -102,7 +102,7 @@ def _options(run: Summary, runs: Sequence[Summary]) -> list[str]:
 
 
 class Comparison:
-    """Runs beside each other: what they are called, and which is better."""
+    """Names, groups and ranks runs."""
 
     def __init__(self, runs: Sequence[Summary]) -> None:
         self.measure = measure_of(runs)
@@ -115,11 +115,11 @@ class Comparison:
         self._has_seeds = len(set(map(seed_of, runs))) > 1
 
     def loss(self, run: Summary) -> float:
-        """What a run is ranked by; infinite where it failed."""
+        """The loss that ranks a run; infinite if it did not end well."""
         return self.measure(run) if ended_well(run) else math.inf
 
     def name_of(self, run: Summary) -> str:
-        """Its group's name, and its seed where there are several."""
+        """Its group's name, and its seed if there are several."""
         name = self._group_names[id(run)]
         return f"{name} {SEED}={seed_of(run)}" if self._has_seeds else name
 
@@ -132,14 +132,14 @@ class Comparison:
 
     @cached_property
     def rivals(self) -> dict[str, list[Group]]:
-        """Groups that differ by their rate alone, by the name of what they share; the best
-        first."""
+        """Lists of groups that differ only by the learning rate, best first, by their name without
+        it."""
         groups = {id(group.runs[0]): group for group in self.groups}
         alike = self._alike([group.runs[0] for group in self.groups], RATE)
         return {name: [groups[id(run)] for run in tried] for name, tried in alike.items()}
 
     def equal_but_for(self, group: str) -> list[list[Summary]]:
-        """Runs on one device whose settings are equal, but for those of a group of options."""
+        """Lists of runs on one device whose settings are equal except for a group of options."""
         alike: dict[tuple[Any, str], list[Summary]] = {}
         for run in self.runs:
             settings = self._settings[id(run)]
@@ -152,8 +152,8 @@ class Comparison:
         return {id(run): group.name for group in self.groups for run in group.runs}
 
     def _alike(self, runs: Sequence[Summary], *without: str) -> dict[str, list[Summary]]:
-        """Runs whose settings are equal, but for these options: by the shortest of their names, and
-        where others are called alike, by what differs."""
+        """Runs whose settings are equal except for these options, by the shortest of their names;
+        if several have the same name, the options that differ are appended."""
         alike: dict[str, list[Summary]] = {}
         for run in runs:
             alike.setdefault(canonical(self._settings[id(run)], *without), []).append(run)
@@ -168,22 +168,22 @@ class Comparison:
         }
 
     def _name(self, run: Summary, without: Sequence[str]) -> str:
-        """What tells a run from the others: its overrides, but for what all have, what changes
-        nothing, and these options."""
+        """A run's overrides, without those that all runs share, that change nothing, or that are in
+        `without`."""
         known = (o for o in self._options[id(run)] if o not in self._common and self._tells(o))
         kept = " ".join(o for o in known if key_of(o) not in without)
         return kept or f"optim={optimizer_of(run)}"
 
     def _tells(self, override: str) -> bool:
-        """Whether runs differ by what an override sets: an option, a group, or a preset, which has
-        no options of its own."""
+        """Whether runs may differ by what an override sets: an option, a group, or a preset (which
+        has no options of its own)."""
         key = key_of(override)
         found = {canonical(below(settings, key)) for settings in self._settings.values()}
         return is_setting(key) and (len(found) > 1 or found == {canonical({})})
 
     def _apart(self, run: Summary, several: Sequence[Sequence[Summary]]) -> str:
-        """How a run differs from others of its name, whose overrides are no others: in options that
-        have another default."""
+        """How a run differs from others with the same name and overrides: in options whose defaults
+        differed."""
         if len(several) == 1:
             return ""
         if not run.get("config"):

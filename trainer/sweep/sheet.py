@@ -1,4 +1,4 @@
-"""sweep.png: what each run draws in the end, below each other, for the same prompts and noise."""
+"""sweep.png: the final samples of each run, one row per run, for the same prompts and noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ _WORDS = {EVAL: "eval", HOLDOUT: "held out"}
 
 
 def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
-    """One row a run, the best first, above them the pictures that captions of the data belong to
-    and what the model drew before; one column a prompt, as many as a band has.  Of more than 40
-    runs one of each group has a row, of more groups the best 40.  Runs that drew other prompts than
-    the best, or nothing, are left out; None where none is left.
+    """One row per run, best first, below the original pictures (of captions from the data) and the
+    samples before training; one column per prompt, up to `pictures.COLUMNS`.  More than 40 runs get
+    one row per group, more groups only the best 40.  Runs that drew other prompts than the best, or
+    nothing, are left out; None if none is left.
 
     runs: folders and summaries.
     """
@@ -38,7 +38,7 @@ def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
 
 
 def _shown(comparison: Comparison) -> list[Summary]:
-    """The runs that have a row: of many seeds the best one of each group."""
+    """The runs that get a row: if there are too many, the best of each group."""
     ended = [run for run in comparison.runs if "error" not in run]
     if len(ended) > _ROWS:
         ended = [group.good[0] for group in comparison.groups if group.good]
@@ -46,7 +46,7 @@ def _shown(comparison: Comparison) -> list[Summary]:
 
 
 def _title(run: Summary, comparison: Comparison) -> str:
-    """What differs, the rate and the loss, a line each."""
+    """The words of its name, the rate and the loss, one per line."""
     lines = comparison.name_of(run).split(" ")
     rate = lr_of(run)
     if rate is not None and not any(line.startswith("optim.lr=") for line in lines):

@@ -1,6 +1,6 @@
-"""The tables of a sweep: its runs, what several seeds have in common, each optimizer's best rate.
+"""The tables of a sweep: its runs, groups over seeds, and each optimizer's best rate.
 
-Best is the lowest final loss of what is exported (`trainer.measure`).
+Best is the lowest final loss of the exported weights (`trainer.measure`).
 """
 
 from collections.abc import Sequence
@@ -43,18 +43,17 @@ _NOT_IN_ALL = {
 }
 _NOT_OVER_SEEDS = {"eval before", "held out before", "total seconds"}
 _LARGEST = {"optimizer state", "planned peak", "peak in training", "norm/median"}
-_COSTS = {"s/step", "optimizer state", "peak in training"}  # of an optimizer, whatever its rate
+_COSTS = {"s/step", "optimizer state", "peak in training"}  # independent of the learning rate
 _IN_ALL = {"skipped", "spikes", "diverged"}
 RATE_FORM = "{:g}"
 
 
 def sweep_table(runs: Sequence[Summary]) -> str:
-    """Markdown tables of run summaries: the runs, the best first and the failed last; below it what
-    is to be kept in mind of them; then what several seeds have in common, and each optimizer at its
-    best rate, where there is more than one.
+    """Markdown tables of run summaries: the runs, best first and failed last; then remarks; then
+    groups over seeds, and each optimizer at its best rate, if there is more than one.
 
-    A run is called by the overrides that not all of them have.  Values that only some runs have are
-    a column where one has them.
+    A run is named by the overrides that not all runs share.  Optional values get a column if any
+    run has them.
     """
     comparison = Comparison(runs)
     first, *others = map(markdown.written, tables(comparison))
@@ -63,7 +62,7 @@ def sweep_table(runs: Sequence[Summary]) -> str:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Of the runs, over seeds and of best rates, where there are several."""
+    """The tables of runs, over seeds, and of best rates; the last two if there are several."""
     values = [item for run in comparison.runs for item in run.items()]
     known = {key for key, value in values if value is not None and value is not False}
     columns = [c for c in _COLUMNS if c[1] in known or c[1] not in _NOT_IN_ALL]
@@ -82,16 +81,15 @@ def _of_runs(comparison: Comparison, columns: Sequence[Column]) -> Table:
 
 
 def _rate(run: Summary) -> str:
-    """The learning rate, and what the optimizer has found that multiplies it."""
+    """The learning rate, and the factor that the optimizer found for it, if any."""
     rate, found = lr_of(run), run.get("rate_found")
     return markdown.cell(rate, RATE_FORM) + ("" if found is None else f" x {found:.2g}")
 
 
 def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> Table | None:
-    """A table of what differs by more than the seed, where something was run with several: mean and
-    standard deviation over the runs that ended well, of memory and gradient norms the largest, of
-    what is counted the sum.  Beside the loss that ranks them is how much higher it is than the best
-    one's with the same seeds."""
+    """A table of groups over seeds; None if no group has several.  Cells are mean and standard
+    deviation over the runs that ended well, the largest for memory and gradient norms, the sum for
+    counts.  The ranking loss is followed by its paired difference from the best group's."""
     groups = comparison.groups
     if all(len({seed_of(run) for run in group.runs}) < 2 for group in groups):
         return None
@@ -115,7 +113,7 @@ def _failed(cells: Sequence[str]) -> list[str]:
 
 
 def _over(runs: Sequence[Summary], column: Column) -> str:
-    """One value for several runs; nothing where one of them has none."""
+    """One cell for several runs; "" if any of them lacks the value."""
     title, key, form = column
     values = [value for run in runs if (value := run.get(key)) is not None]
     if not values or len(values) < len(runs):
@@ -129,8 +127,8 @@ def _over(runs: Sequence[Summary], column: Column) -> str:
 
 
 def _best_rates(comparison: Comparison, columns: Sequence[Column]) -> Table | None:
-    """A table of each optimizer, with whatever else it was given, at its best rate, where rates
-    were swept.  A best rate that is the lowest or highest of those tried may not be the best."""
+    """A table of each optimizer, with its other options, at its best rate; None if rates were not
+    swept.  A note marks a best rate that is the lowest or highest tried: others may be better."""
     measure, rivals = comparison.measure, comparison.rivals
     if all(len({group.lr for group in tried}) < 2 for tried in rivals.values()):
         return None
@@ -148,7 +146,7 @@ def _best_rates(comparison: Comparison, columns: Sequence[Column]) -> Table | No
 
 
 def _edge(best: Group, rates: Sequence[float]) -> str:
-    """What the best rate's place among those tried says."""
+    """A note if the best rate is the only, lowest or highest one tried."""
     if not best.good or best.lr is None:
         return ""
     if len(rates) < 2:
