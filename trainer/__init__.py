@@ -20,6 +20,6 @@ Where things live, from the command line to the files of a run:
 import logging
 import os
 
-# What libraries say of themselves when they are imported is nothing a user can act on.
+# Silence messages on import that users cannot act on.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)

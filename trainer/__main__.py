@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from trainer import signals
 
-if __name__ == "__main__":  # already while the libraries are imported, which takes seconds
+if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signals.leave_at_once)
 
 import hydra
@@ -31,16 +31,16 @@ from trainer.measure import ended_well, objective
 from trainer.report import of_failure, read_summary, write_summary
 from trainer.validate import to_dataclasses
 
-# Set it to see a traceback behind any error.  Without it Hydra would print a page of its own and
-# exit, so it is always on below this line.
+# Users set it to see tracebacks.  Without it Hydra would print its own error page and exit, so it
+# is always set from here on.
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"
-_runs_begun: list[str] = []  # by name; an error after that is not the command line's
+_runs_begun: list[str] = []  # names; errors after that are not about the command line
 
 
 @hydra.main(config_path=str(config.conf_dir()), config_name="config", version_base="1.3")
 def train(composed: DictConfig) -> float:
-    """One run; returns its final loss, which a sweeper may minimise (NaN where it failed)."""
+    """One run; returns its final loss, which a sweeper may minimise (NaN if it failed)."""
     _runs_begun.append(composed.name)
     context = HydraConfig.get()
     given = OmegaConf.to_container(context.overrides.task, resolve=False)  # optim.lr=${...}, too
@@ -60,8 +60,8 @@ def train(composed: DictConfig) -> float:
 def _run_of_sweep(
     composed: DictConfig, proposed: Path, overrides: list[str], resolved: dict[str, Any]
 ) -> float:
-    """One run of a sweep, which may be finished, begun, or another process's; NaN where it failed,
-    and the sweep goes on."""
+    """One run of a sweep, which may already be finished, begun, or taken by another process.
+    Returns NaN if it failed or is taken, so that the sweep continues."""
     of_sweep = Path(HydraConfig.get().sweep.dir).absolute()
     with contextlib.ExitStack() as holding:
         with in_turn(of_sweep):
@@ -91,21 +91,21 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool
         checked.optim, checked.method.rules, execution.device_of(checked.runtime.device)
     )
     if goes_on and completed(folder / "checkpoints"):
-        checked.resume = str(folder)  # a sweep that was stopped
-    from trainer.run import run  # now that the configuration is good: diffusers takes seconds
+        checked.resume = str(folder)  # the sweep was stopped
+    from trainer.run import run  # imported after the checks: diffusers takes seconds
 
     return run(checked, folder, overrides)
 
 
 def _resolved(composed: DictConfig) -> dict[str, Any]:
-    """The configuration, by which a sweep knows its runs; {} where it cannot be resolved."""
-    with contextlib.suppress(Exception):  # of the user's own resolvers: any kind
+    """The configuration, by which a sweep identifies its runs; {} if it cannot be resolved."""
+    with contextlib.suppress(Exception):  # users' own resolvers may raise anything
         return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     return {}
 
 
 def _placed(of_sweep: Path, proposed: Path, overrides: list[str], resolved: dict[str, Any]) -> Path:
-    """Where a sweep's run is, or will be; the folder that Hydra made goes where another is."""
+    """The folder of a sweep's run; if it is not the one that Hydra made, that one is removed."""
     folder = sweep.place_of(of_sweep, proposed, overrides, resolved)
     sweep.planned.begun(of_sweep, overrides, folder)
     if folder != proposed:
@@ -115,7 +115,7 @@ def _placed(of_sweep: Path, proposed: Path, overrides: list[str], resolved: dict
 
 
 def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
-    """What the table of a sweep says of a run that came to nothing."""
+    """What a sweep's table shows of a run that failed before it began."""
     rate, seed, name = (
         OmegaConf.select(composed, key, throw_on_resolution_failure=False)
         for key in ("optim.lr", "seed", "optim.name")
@@ -155,7 +155,7 @@ def main() -> None:
         cli.fail(str(error))
     try:
         train()
-    except Exception as error:  # of the composition; Hydra and OmegaConf raise many kinds
+    except Exception as error:  # from composition; Hydra and OmegaConf raise many types
         if _wants_traceback or _runs_begun:
             raise
         cli.fail(explain(error, sys.argv[1:]))

@@ -1,7 +1,7 @@
 """A run's folder belongs to one process at a time.
 
-Its claim.json says which run it is, as soon as it begins, and is locked by its process: the system
-frees it when that ends, however it ends, so no lock is ever stale.
+Its claim.json identifies the run as soon as it begins and is locked by its process: the system
+releases the lock when the process ends, in whatever way, so no lock is ever stale.
 """
 
 import json
@@ -17,12 +17,12 @@ import yaml
 
 from trainer.errors import UserError
 
-if sys.platform != "win32":  # where nothing is locked
+if sys.platform != "win32":  # nothing is locked there
     import fcntl
 
 _CLAIM, _TURN = "claim.json", ".lock"
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is
-_LEFT = ("environment.json", "summary.json")  # by a run that began, or failed
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C: ten times as fast
+_LEFT = ("environment.json", "summary.json")  # files of a run that began or failed
 
 
 class TakenError(UserError):
@@ -31,9 +31,9 @@ class TakenError(UserError):
 
 @contextmanager
 def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a run's folder within the block.  A folder where nothing was begun is removed after it.
+    """Hold a run's folder within the block.  A folder where no run began is removed afterwards.
 
-    config: of the run, for `config_in`.  Raises TakenError where another process holds the folder.
+    config: of the run, for `config_in`.  Raises TakenError if another process holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _CLAIM, "a+", encoding="utf-8") as file:
@@ -65,8 +65,8 @@ def in_turn(sweep: Path) -> Iterator[None]:
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in this folder, which may have only begun; {} where none is
-    known."""
+    """The configuration of the run in this folder, which may have only just begun; {} if
+    unknown."""
     with suppress(OSError, ValueError, yaml.YAMLError):
         return yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _LOADER) or {}
     return _claim_in(folder).get("config", {})
@@ -84,8 +84,8 @@ def _claim_in(folder: Path) -> dict[str, Any]:
 
 
 def _lock(file: IO[str], waits: bool) -> bool:
-    """Lock an open file until it is closed; whether that worked.  A file system that has no locks
-    grants them all."""
+    """Lock an open file until it is closed; -> whether that worked, which it always does on a file
+    system without locks."""
     if sys.platform == "win32":
         return True
     try:

@@ -75,7 +75,7 @@ _WITH_VALUE = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 }
-# Of a command line, what a later one that resumes the run must say itself.
+# Options that a resumed run does not inherit.
 _ONCE = {"resume", "runtime.allow_config_change"}
 
 
@@ -101,15 +101,15 @@ def with_resumed(arguments: list[str]) -> list[str]:
     """The command line, preceded by the options of the run that it resumes, except those that it
     sets itself and those meant for one session.
 
-    `latest` becomes that run's folder: everything after this must read the same one, whichever run
-    saves meanwhile.
+    `latest` is replaced by that run's folder, so that everything after this reads the same run even
+    if another one saves meanwhile.
     """
     given = {key_of(a): a.partition("=")[2] for a in arguments if not a.startswith("-")}
     resume = given.get("resume", "").strip("'\"")
     if resume in ("", "null"):
         return arguments
     if resume == "latest":
-        with suppress(UserError):  # for the run to say
+        with suppress(UserError):  # the run will report it
             resume = str(latest_run())
             now = f"resume={_hydra_quoted(resume)}"
             arguments = [now if key_of(a) == "resume" else a for a in arguments]
@@ -120,24 +120,24 @@ def with_resumed(arguments: list[str]) -> list[str]:
 
 
 def lasting(overrides: Iterable[str]) -> list[str]:
-    """The options that a resumed run has again, and by which a sweep knows a run."""
+    """The options that a resumed run inherits, and by which a sweep identifies a run."""
     return [override for override in overrides if key_of(override) not in _ONCE]
 
 
 def _without_orphans(inherited: list[str], given: list[str]) -> list[str]:
-    """The inherited options except those that no longer exist because another choice is made in
-    their group: log.wandb.project beside log=jsonl."""
+    """The inherited options except those that no longer exist because their group has another
+    choice: log.wandb.project with log=jsonl."""
     anew = {key_of(a) for a in given if "=" in a} & set(group_names())
     suspects = {key_of(a) for a in inherited if anew.intersection(key_of(a).split(".")[:-1])}
     if suspects:
-        with suppress(Exception):  # a wrong choice, of which Hydra tells
+        with suppress(Exception):  # a wrong choice, which Hydra reports
             suspects -= set(options_of([*inherited, *given]))
             return [a for a in inherited if key_of(a) not in suspects]
     return inherited
 
 
 def refuse_repeated(arguments: list[str]) -> None:
-    """Raise UserError where a group is chosen twice: Hydra would take the last choice."""
+    """Raise UserError if a group is chosen twice: Hydra would use the last choice."""
     for group in group_names():
         choices = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
         if len(set(choices)) > 1:
@@ -149,8 +149,8 @@ def refuse_repeated(arguments: list[str]) -> None:
 
 
 def flags_last(arguments: list[str]) -> list[str]:
-    """The command line with its options together, in their order, and then its flags: Hydra takes
-    no flag between options."""
+    """The command line with its options first, in their order, then its flags: Hydra accepts no
+    flag between options."""
     options, flags = list[str](), list[str]()
     rest = iter(arguments)
     for argument in rest:
@@ -164,7 +164,7 @@ def flags_last(arguments: list[str]) -> list[str]:
 
 
 def refuse_dashes(arguments: list[str]) -> None:
-    """Raise UserError where an option is written as other programs want it: --seed=1."""
+    """Raise UserError for an option with dashes, as in other programs: --seed=1."""
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if name.startswith("--") and equals and name not in _WITH_VALUE:
@@ -179,14 +179,14 @@ def refuse_dashes(arguments: list[str]) -> None:
 
 
 def _hydra_quoted(text: str) -> str:
-    """This text as one word of Hydra's grammar, spaces and all."""
+    """This text, which may have spaces, as one word of Hydra's grammar."""
     return "'" + text.replace("'", r"\'") + "'"
 
 
 def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """The configuration that the command line would compose, for the commands beside the run.
+    """The configuration that the command line would compose, for commands other than the run.
 
-    with_hydra: Hydra's own node too, whose `runtime.choices` are those of all groups.
+    with_hydra: include Hydra's own node, whose `runtime.choices` has the choices of all groups.
 
     Raises UserError for a wrong override.
     """
@@ -209,20 +209,20 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
     given = {key_of(o) for o in overrides}
     swept = [f"{key}={value}" for key, value in params.items() if key not in given]
     try:
-        choices = {  # of what is given twice the last, as with Hydra
+        choices = {  # the last of repeated keys, as in Hydra
             (key := o.get_key_element()): [f"{key}={value}" for value in o.sweep_string_iterator()]
             if o.is_sweep_override()
             else [f"{key}={o.get_value_element_as_str()}"]
             for o in OverridesParser.create().parse_overrides([*swept, *overrides])
         }
-    except HydraException as error:  # of glob() and interval(), which a sweeper alone can list
+    except HydraException as error:  # glob() and interval(), which only a sweeper can expand
         raise UserError(f"{error}; the planner supports lists, choice() and range()") from error
     return [list(run) for run in itertools.product(*choices.values())]
 
 
 def with_swept_groups(arguments: list[str]) -> list[str]:
-    """A sweep's command line, with the options of a group that is swept over as choices of one:
-    Hydra checks what is fixed against the group's default, which may not have them."""
+    """A sweep's command line, with the options of a swept group written as choices of one value:
+    Hydra checks fixed options against the group's default, which may not have them."""
     swept = {key for a in arguments if (key := key_of(a)) in group_names() and _is_swept(a, [a])}
     if any(a.startswith("sweep=") for a in arguments):
         swept.add("optim")
@@ -230,7 +230,7 @@ def with_swept_groups(arguments: list[str]) -> list[str]:
 
 
 def _as_choice(override: str) -> str:
-    """optim.eps=1e-6 -> optim.eps=choice(1e-6); what is swept, or no option, is as it was."""
+    """optim.eps=1e-6 -> optim.eps=choice(1e-6); swept options and other words are unchanged."""
     key, _, value = override.partition("=")
     is_fixed = "." in key and value and not _is_swept(override, [override])
     return f"{key}=choice({value})" if is_fixed else override
@@ -244,9 +244,9 @@ def _is_swept(override: str, overrides: list[str]) -> bool:
 
 
 def with_published_model(overrides: list[str]) -> list[str]:
-    """The options with the published architecture where the model's place is not given: enough for
-    whatever reads no weights."""
-    from trainer.formats import architectures  # seconds, which a run's mistakes do not wait for
+    """The options, with the published architecture if model.path is not given: enough for commands
+    that read no weights."""
+    from trainer.formats import architectures  # takes seconds, so only when needed
 
     given = composed(overrides, with_hydra=True)
     kind = given.hydra.runtime.choices.model
@@ -256,14 +256,14 @@ def with_published_model(overrides: list[str]) -> list[str]:
 
 
 def help_page() -> str:
-    """What `--help` prints.  Hydra's own would take seconds."""
+    """The text of `--help`.  Hydra's own would take seconds."""
     groups = "".join(f"  {group:<11}{', '.join(choices_of(group))}\n" for group in group_names())
     schema, optimizers = config.__path__[0], optim.__path__[0]
     return _HELP.format(groups=groups, schema=schema, optimizers=optimizers)
 
 
 def positive(text: str) -> float:
-    """A number above 0, of a command's own option (argparse)."""
+    """An argparse type: a number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -274,12 +274,12 @@ def positive(text: str) -> float:
 
 
 def end_with_the_reader() -> None:
-    """From now on end without a word where nobody reads what is printed: `... | head`."""
+    """From now on, end silently when nobody reads the output any more: `... | head`."""
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def fail(message: str) -> NoReturn:
-    """Print an error for the user and leave with status 2."""
+    """Print an error for the user and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

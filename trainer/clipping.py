@@ -1,18 +1,17 @@
-"""What bounds a step's gradients: `method.clip`, with `method.max_grad_norm` as the bound.
+"""Gradient clipping: `method.clip`, with `method.max_grad_norm` as the bound.
 
     global  the whole gradient is scaled to a norm of at most the bound.  Needs all gradients at
             once, so not with the fused backward.
     exact   the same, bit for bit, with the fused backward too: a first backward pass only measures
             the norm, a second one steps.  Costs a forward and a backward pass.
-    lagged  as `global`, with the norm of the step before instead of this one's; the first step of
-            a run, which has none before it, is clipped exactly.  Costs nothing; a sudden spike is
-            clipped one step late.
+    lagged  as `global`, with the norm of the previous step; the first step of a run is clipped
+            exactly.  Costs nothing; a sudden spike is clipped one step late.
     rms     each tensor on its own: its root mean square is at most bound / sqrt(N), with N the
             number of trained elements, which keeps the whole gradient's norm within the bound
             too.  Changes the gradient's direction; needs nothing of other tensors.
 
-All scale the gradients themselves, in their own dtype, as `torch.nn.utils.clip_grad_norm_` does:
-whoever steps, and whenever, sees the same bits.
+All modes scale the gradients in place, in their own dtype, as `torch.nn.utils.clip_grad_norm_`
+does, so the optimizer sees the same bits whenever it steps.
 """
 
 import math
@@ -21,14 +20,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements a CPU sums at a time: it makes an fp32 copy of them
-_TINY = 1e-6  # as `clip_grad_norm_` adds it to the norm that it divides by
+_CHUNK = 1 << 20  # elements summed at a time on a CPU, which makes an fp32 copy of them
+_TINY = 1e-6  # `clip_grad_norm_` adds it to the divisor, too
 
 
 class Clip:
-    """What each gradient of a step is multiplied by, and the norms that decide it.
+    """Measures and scales a step's gradients.
 
-    `last_norm` is that of the last step with a finite one, NaN before it.
+    `last_norm` is the norm of the last step with a finite one, NaN before that.
     """
 
     def __init__(
@@ -43,16 +42,16 @@ class Clip:
         self._parameters = parameters
         self._numel = sum(p.numel() for p in parameters)
         self._norms: dict[Tensor, Tensor] = {}  # 0-d fp32, on the parameter's device
-        self._known = (math.nan, 1.0)  # a norm, and what it makes of the gradients
+        self._known = (math.nan, 1.0)  # a norm, and its coefficient
 
     def needs_this_norm(self) -> bool:
-        """Whether no gradient may be used before all of them are measured."""
+        """Whether all gradients must be measured before any is used."""
         if self.mode == "lagged":
             return not math.isfinite(self.last_norm)
         return self.mode in ("global", "exact")
 
     def measure(self, *parameters: Tensor) -> None:
-        """Take note of these gradients' norms."""
+        """Record the norms of these parameters' gradients."""
         for parameter in parameters:
             assert parameter.grad is not None
             self._norms[parameter] = norm_of(parameter.grad)
@@ -61,7 +60,7 @@ class Clip:
         return parameter in self._norms
 
     def forget(self) -> None:
-        """Start measuring anew."""
+        """Discard the recorded norms."""
         self._norms.clear()
 
     def norm(self) -> float:
@@ -73,8 +72,8 @@ class Clip:
         return torch.linalg.vector_norm(torch.stack([x.to(device) for x in norms])).item()
 
     def scale(self, parameter: Tensor, norm: float) -> None:
-        """Clip one measured gradient in place; `norm` is that of them all, where the mode asks for
-        one."""
+        """Clip one measured gradient in place; `norm` is that of all gradients, for modes that need
+        it."""
         assert parameter.grad is not None
         if self.mode == "rms":
             share = (parameter.numel() / self._numel) ** 0.5
@@ -83,7 +82,7 @@ class Clip:
             parameter.grad.mul_(self._whole(norm))
 
     def _whole(self, norm: float) -> float:
-        """The coefficient of the whole gradient's norm, computed once a step."""
+        """The coefficient for the whole gradient's norm, computed once per step."""
         if self._known[0] != norm:
             self._known = (norm, _coefficient(torch.tensor(norm), self.limit).item())
         return self._known[1]
@@ -95,7 +94,7 @@ class Clip:
 
 
 def norm_of(grad: Tensor) -> Tensor:
-    """The Euclidean norm, in fp32 whatever the dtype: (*) -> 0-d."""
+    """The Euclidean norm, in fp32 for any dtype: (*) -> 0-d."""
     in_parts = grad.is_cpu and grad.numel() > _CHUNK
     chunks = grad.flatten().split(_CHUNK) if in_parts else (grad,)
     norms = [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
@@ -103,5 +102,5 @@ def norm_of(grad: Tensor) -> Tensor:
 
 
 def _coefficient(norm: Tensor, limit: float) -> Tensor:
-    """What a gradient of this norm is multiplied by to have at most `limit`: 0-d -> 0-d."""
+    """The factor that limits a gradient of this norm to `limit`: 0-d -> 0-d."""
     return (limit / (norm + _TINY)).clamp(max=1.0)

@@ -15,7 +15,7 @@ import torch
 
 from trainer.checkpoint import Counters
 
-_WINDOW = 500  # steps that a median is of
+_WINDOW = 500  # steps in a median
 _LEAST = 8  # fewest steps for quartiles
 
 
@@ -28,7 +28,7 @@ class Pace:
     pictures: int = 0
 
     def add(self, seconds: float, pictures: int) -> None:
-        """Take in one more step."""
+        """Add one step."""
         self.steps, self.seconds = self.steps + 1, self.seconds + seconds
         self.pictures += pictures
 
@@ -66,7 +66,7 @@ class Clock:
         return bool(self._seen)
 
     def step(self, seconds: float, batches: Sequence[Hashable], pictures: int) -> None:
-        """Count a step that took so long; `batches` are the shapes of what it trained on."""
+        """Count a step; `batches` are the shapes of its batches."""
         counters = self._counters
         counters.seconds += seconds
         counters.pictures += pictures
@@ -80,7 +80,7 @@ class Clock:
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Measure what is done between steps."""
+        """Measure work between steps."""
         started = time.monotonic()
         yield
         self._asides.setdefault(what, Pace()).add(time.monotonic() - started, 0)
@@ -91,20 +91,20 @@ class Clock:
         return since
 
     def pace(self, steps: int) -> Pace:
-        """The mean pace of the steps that measure speed, in all sessions; of all `steps` so far
-        where there are none."""
+        """The mean pace of the steps that count for speed, in all sessions; of all `steps` so far
+        if there are none."""
         c = self._counters
         if not c.steady_steps:
             return Pace(steps=steps, seconds=c.seconds, pictures=c.pictures)
         return Pace(steps=c.steady_steps, seconds=c.steady_seconds, pictures=c.steady_pictures)
 
     def usual_pace(self, steps: int) -> Pace:
-        """The same with the median of the last of them instead of the mean."""
+        """The same, with the median of the latest such steps instead of the mean."""
         pace, times = self.pace(steps), self._counters.steady_times
         return replace(pace, seconds=median(times) * pace.steps) if times else pace
 
     def quartiles(self) -> list[float] | None:
-        """The first and the third quartile of what the median is of; None of too few steps."""
+        """The first and the third quartile of the times in the median; None if they are too few."""
         times = self._counters.steady_times
         if len(times) < _LEAST:
             return None
@@ -113,7 +113,7 @@ class Clock:
 
     def left(self, done: int, steps: int, asides: Mapping[str, int]) -> float:
         """Estimated seconds left after `done` steps, from the mean time of a step and of each kind
-        of work between steps, done so often yet."""
+        of work between steps.  asides: how often each of these is still to be done."""
         costs = {what: pace.seconds_per_step for what, pace in self._asides.items()}
         between = sum(costs.get(what, 0.0) * n for what, n in asides.items())
         return (steps - done) * self.pace(done).seconds_per_step + between
@@ -135,7 +135,7 @@ class OptimizerClock:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Within it the optimizer steps."""
+        """Measure the optimizer's step in the block."""
         if self._is_fused or not self._is_warm:
             yield
             self._is_warm = True
@@ -151,8 +151,8 @@ class OptimizerClock:
             self._add(time.perf_counter() - started)
 
     def lately(self) -> dict[str, float]:
-        """Seconds per step since the last call, once the GPU has been waited for; {} where none is
-        known."""
+        """Seconds per step since the last call, to be called after a GPU synchronisation; {} if no
+        step was measured."""
         for begun, ended in self._events:
             self._add(begun.elapsed_time(ended) / 1000)
         self._events = []

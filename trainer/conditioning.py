@@ -1,8 +1,8 @@
-"""The UNet's inputs and targets: captions and pictures through the encoders.
+"""The UNet's inputs: encoded captions and pictures.
 
 Frozen encoders give the same output for the same input, so every caption and picture is encoded
-before the first step and kept on the CPU or on the disk (`trainer.data.store`).  Text encoders that
-are trained read the captions of each batch anew.
+before the first step and kept in memory or on disk (`trainer.data.store`).  Text encoders that are
+trained encode the captions of each batch.
 """
 
 import logging
@@ -23,21 +23,21 @@ from trainer.text import Text
 
 log = logging.getLogger(__name__)
 
-# Captions -> what the UNet is told of them; None is no prompt.
+# Captions -> their encoding; None is no prompt.
 Read = Callable[[Sequence[str | None]], Text]
 
 
 @dataclass(kw_only=True)
 class Encoded:
-    """A data set as the UNet sees it."""
+    """An encoded dataset."""
 
     dataset: Dataset
-    latents: Entries  # by a sample's number: latent (4, h, w), scaled
-    masks: Entries | None  # and mask (1, h, w), where the loss is masked
+    latents: Entries  # by sample index: latent (4, h, w), scaled
+    masks: Entries | None  # by sample index: mask (1, h, w), if the loss is masked
     read: Read
 
     def gather(self, picks: Sequence[Pick]) -> Inputs:
-        """The inputs of a batch, in fp32.  All picks have one bucket."""
+        """The inputs of a batch, in fp32.  All picks share one bucket."""
         samples = [self.dataset.samples[pick.sample] for pick in picks]
         latents = [self.latents[pick.sample] for pick in picks]
         masks = [self.masks[pick.sample] for pick in picks] if self.masks is not None else None
@@ -53,7 +53,7 @@ class Encoded:
         )
 
     def plain(self, rows: Sequence[int]) -> Inputs:
-        """The inputs of these samples with their captions as they are written: none is dropped."""
+        """The inputs of these samples with their captions as written, without dropout."""
         captions = zip(rows, self.captions(rows), strict=True)
         return self.gather([Pick(sample=row, caption=caption) for row, caption in captions])
 
@@ -62,7 +62,7 @@ class Encoded:
 
 
 class Kept:
-    """Captions that were encoded once: looked up on the CPU or on the disk."""
+    """Looks up captions encoded before training, in memory or on disk."""
 
     def __init__(self, texts: Entries) -> None:
         self._texts = texts
@@ -77,10 +77,10 @@ def encode(
     model: Model, dataset: Dataset, prompts: Sequence[str] = (), stop: Sequence[int] = ()
 ) -> Encoded:
     """Encode the captions, `prompts` and pictures that the store lacks; an encoder is loaded only
-    where there are some.
+    if there are any.
 
-    Raises UserError that names the picture when the VAE gives a latent that is not finite, and
-    SystemExit once `stop` holds a signal.
+    Raises a UserError that names the picture if the VAE's latent is not finite, and SystemExit once
+    `stop` holds a signal.
     """
     captions = list(dict.fromkeys([*dataset.all_captions(), *prompts]))
     config = dataset.config
@@ -99,8 +99,8 @@ def encode(
 
 
 def text_fingerprint(model: Model, cache: str) -> str:
-    """A hash of all that decides how captions are encoded; `cache` remembers what is slow to
-    hash."""
+    """Identifies everything that encoded captions depend on; slow hashes are remembered in
+    `cache`."""
     config, origin = model.config, model.origin
     memo = Path(cache).expanduser()
     read_by = (*model.text_parts, *map(text.tokenizer_part, model.text_parts))
@@ -110,27 +110,27 @@ def text_fingerprint(model: Model, cache: str) -> str:
 
 
 def picture_fingerprint(model: Model, cache: str) -> str:
-    """A hash of all that decides how pictures are encoded."""
+    """Identifies the VAE that pictures are encoded with, and its dtype."""
     memo = Path(cache).expanduser()
     return repr((model.vae_origin.fingerprint("vae", memo), model.config.vae_dtype))
 
 
 def scaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """The VAE's latents as the UNet takes them: (B, C, h, w) -> (B, C, h, w)."""
+    """The VAE's latents, scaled for the UNet: (B, C, h, w) -> (B, C, h, w)."""
     shift, scale = _normalization(vae, latents)
     return (latents - shift) * scale
 
 
 def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """The UNet's latents as the VAE takes them: (B, C, h, w) -> (B, C, h, w)."""
+    """The UNet's latents, scaled back for the VAE: (B, C, h, w) -> (B, C, h, w)."""
     shift, scale = _normalization(vae, latents)
     return latents / scale + shift
 
 
 def _normalization(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """What is subtracted from a VAE's latents, and what they are then multiplied by: numbers, or of
-    shape (1, C, 1, 1) where the VAE has statistics of its channels, as diffusers' SDXL pipelines
-    use them (both or neither)."""
+    """The shift to subtract from a VAE's latents, and the factor to multiply them by: numbers, or
+    (1, C, 1, 1) if the VAE has per-channel statistics (used as in diffusers' SDXL pipelines: both
+    or neither)."""
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
@@ -171,7 +171,7 @@ def _stacked(entries: Sequence[Entry], name: str) -> Tensor:
 
 
 def _report_cut_captions(model: Model, captions: list[str]) -> None:
-    """Name the captions that are longer than the text encoders read."""
+    """Warn about captions that are longer than the text encoders read."""
     cut, room = cut_captions(model, captions)
     if cut:
         log.warning(
@@ -187,8 +187,8 @@ def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int
     are read."""
     tokenizer = text.tokenizer(model.origin, model.text_parts[0])
     room = text.room(model.config, tokenizer)
-    # A token is at least one character, so that most captions need not be made into tokens to know
-    # that they fit (what is not ASCII may be of several).
+    # A token has at least one character, so most captions are known to fit without being tokenized
+    # (but a character that is not ASCII may be several tokens).
     long = [caption for caption in captions if len(caption) > room or not caption.isascii()]
     counts = {caption: len(text.token_ids(tokenizer, caption)) for caption in long}
     return {caption: count for caption, count in counts.items() if count > room}, room

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks of its own
 
 _REPORT_SECONDS = 30
-# Without tqdm's own estimate of the time left, which knows of nothing but steps.
+# Without tqdm's own estimate of the time left, which only considers steps.
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
@@ -51,8 +51,8 @@ class Progress:
 
 
 class Aside:
-    """A bar for work between steps, removed when it is done; in a log file a line before it, and
-    one every half minute."""
+    """A bar for work between steps, removed when it is done; in a log file, a line before the work
+    and one every half minute."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what = f"{what}: %d of {total} {unit}, ETA %s"
@@ -108,5 +108,5 @@ def logging_to(path: Path) -> Iterator[None]:
         root.setLevel(previous)
         for handler in (console, file):
             root.removeHandler(handler)
-        with suppress(OSError):  # of a full disk, which would hide what ended the run
+        with suppress(OSError):  # a full disk must not hide what ended the run
             file.close()

@@ -1,4 +1,4 @@
-"""From one form of a model or a LoRA to another: what a path holds, and how it is to be written."""
+"""Conversion of models and LoRAs between formats: identifying what a path holds, and writing it."""
 
 import logging
 import math
@@ -46,7 +46,7 @@ def convert(
 ) -> None:
     """Write `source` as `target`; the arguments are those of `python -m trainer.export`.
 
-    Raises UserError for what cannot be read, written or proved.
+    Raises UserError for what cannot be read, written or verified.
     """
     kind = getattr(torch, dtype) if dtype else None
     _check_target(target)
@@ -57,7 +57,7 @@ def convert(
     elif (path / _LORA_NAME).is_file():
         _export_lora(path / _LORA_NAME, target, form, kind, base, variant)
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
-        if path != named:  # a run's result becomes what its checkpoint does
+        if path != named:  # the same default for a run's result as for its checkpoints
             form = form or "kohya"
         _export_lora(path, target, form, kind, base, variant)
     else:
@@ -75,8 +75,7 @@ def convert(
 
 
 def _check_target(target: Path) -> None:
-    """Refuse a target that exists, or whose name is that of another kind of file than is
-    written."""
+    """Refuse a target that exists, or whose suffix is that of a file type that is not written."""
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; name another target, or remove it")
     ending = target.suffix
@@ -88,7 +87,7 @@ def _check_target(target: Path) -> None:
 
 
 def _in_run(path: Path) -> Path:
-    """What is meant by a run's folder: its model, its LoRA, or its last checkpoint."""
+    """What to convert for a run's folder: its model, its LoRA, or its last checkpoint."""
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
     every = checkpoint.completed(path / "checkpoints") or checkpoint.completed(path)
@@ -110,7 +109,7 @@ def _in_run(path: Path) -> Path:
 
 
 def _finished(run: Path) -> float:
-    """The step that a run's result is of; infinite where it does not say."""
+    """The step of a run's result; infinite if unknown."""
     step = report.result_step(report.read_summary(run))
     return math.inf if step is None else step
 
@@ -124,7 +123,7 @@ def _write_model(
     scheduler: dict[str, Any] | None = None,
     more_metadata: dict[str, str] | None = None,
 ) -> None:
-    """more_metadata: what a file is to have; a folder has none."""
+    """more_metadata: for a single file; a folder has none."""
     if form == "kohya":
         raise UserError(
             f"--format=kohya is for LoRAs, and {found} is a model: use diffusers or single_file"
@@ -167,7 +166,7 @@ def _write_lora(
     held: adapters.Adapters,
     more_metadata: dict[str, str],
 ) -> None:
-    """more_metadata: what the file is to have."""
+    """more_metadata: added to the file's own."""
     if form == "single_file":
         raise UserError(
             f"--format=single_file is for models, and {source} is a LoRA: use kohya or diffusers"
@@ -178,7 +177,7 @@ def _write_lora(
 
 
 def _base_of(path: Path, base: str | None, variant: str | None) -> origin.Origin:
-    """The model that a LoRA is of."""
+    """The base model of a LoRA."""
     if base is None:
         version = of_file(path)[1].get("ss_base_model_version", "")
         named = [kind for kind, known in BASE_VERSION.items() if version.startswith(known)]
@@ -226,9 +225,9 @@ def _fits(path: Path, kind: str) -> bool:
     return True
 
 
-@cache  # a second for SDXL
+@cache  # takes a second for SDXL
 def _empty(found: origin.Origin) -> dict[str, nn.Module]:
-    """What of a model a LoRA may adapt, without weights."""
+    """The parts of a model that a LoRA may adapt, without weights."""
     return {
         part: architectures.empty(part, found.config(part))
         for part in architectures.WEIGHT_PARTS
@@ -238,10 +237,10 @@ def _empty(found: origin.Origin) -> dict[str, nn.Module]:
 
 @dataclass(kw_only=True)
 class _Saved:
-    """What a checkpoint knows of its run, for an export."""
+    """What an export needs from a checkpoint."""
 
     folder: Path
-    model: ModelConfig  # that training began with
+    model: ModelConfig  # that training started from
     sketch: str  # of that model
     noise: NoiseConfig
     method: dict[str, Any]
@@ -257,9 +256,9 @@ def _export_checkpoint(
     base: str | None,
     variant: str | None,
 ) -> None:
-    """A run's checkpoint: the model that it began with and the trained tensors in it, or a LoRA.
+    """Export a run's checkpoint: its original model with the trained tensors, or a LoRA.
 
-    base, variant: where that model lies now, and which of its files, if not as they were.
+    base, variant: the original model's location and variant, if they have changed.
     """
     saved = _saved(folder)
     if base is None and why_missing("model.path", saved.model.path):
@@ -324,7 +323,7 @@ def _export_saved_model(
 
 
 def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
-    """Warn where a LoRA was trained with another noise schedule than its model's."""
+    """Warn if a LoRA was trained with another noise schedule than its model's."""
     if metadata.noise(trained) != metadata.noise(own):
         log.warning(
             "the adapter needs another noise schedule than the model's: load it with the scheduler "
@@ -333,8 +332,8 @@ def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _exported_weights(folder: Path, ema: dict[str, Any] | None) -> Weights:
-    """A checkpoint's tensors as its run would export them: averages where there are some and they
-    are wanted (`method.ema.export`), in the dtype of the weights."""
+    """A checkpoint's tensors as its run would export them: the averages if `method.ema.export` asks
+    for them, in the weights' dtype."""
     weights = of_file(folder / "weights.safetensors")[0]
     if not ema or ema["export"] != "average":
         return weights

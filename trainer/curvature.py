@@ -1,4 +1,4 @@
-"""The extra backward pass that Sophia asks for every few steps: its estimate of the curvature.
+"""Sophia's estimate of the curvature: an extra backward pass every few steps.
 
 Liu et al. 2023 (arXiv 2305.14342), Alg. 2 (Gauss-Newton-Bartlett), for a squared error: the target
 is sampled from the normal distribution of unit variance around the model's own prediction, and the
@@ -29,16 +29,15 @@ def estimate(
     seed: int,
     step: int,
 ) -> None:
-    """Where `optimizer` wants an estimate before this step, make it; else `predict` is not called.
+    """Make an estimate if `optimizer` wants one before this step; else `predict` is not called.
 
-    `backward` is how a backward pass's gradients are used.  `predict` gives the model's prediction
-    for a batch and how often the squared error of each element counts in the loss
-    (`losses.factor`); None: once.
+    `backward` passes the gradients on.  `predict` returns the model's prediction for a batch and
+    the factor of each element's squared error in the loss (`losses.factor`); None: 1.
 
     The noise is a function of (seed, step, place in the batch).  The loss is the mean over the n
-    elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.  Where an element's
-    squared error counts f times, its target has the variance 1 / f; the gradient of that is the
-    plain squared error's with noise of sqrt(f) times the unit, which a factor of 0 has as well.
+    elements of the prediction, so the scale is n / 2: `Sophia.update_hessian`.  With a factor f, an
+    element's target has the variance 1 / f.  The gradient is the same as the plain squared error's
+    with unit noise times sqrt(f), which is also defined for f = 0.
     """
     if not is_due(optimizer):
         return

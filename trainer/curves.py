@@ -1,7 +1,7 @@
-"""curves.png of a run: what its metrics.jsonl has, against steps.
+"""curves.png of a run: the values in its metrics.jsonl against steps.
 
-Three panels: the losses; the gradient's norm, largest of the steps since the line before; the
-update beside the weights.  A fourth, where the optimizer finds its learning rate itself.
+Three panels: the losses; the gradient norm, largest since the previous line; the update relative to
+the weights.  A fourth for the learning rate of an optimizer that finds it itself.
 """
 
 from PIL import Image
@@ -12,9 +12,9 @@ from trainer.charts.points import Rows
 from trainer.charts.strokes import Style, style
 from trainer.measure import EVAL, HOLDOUT, TRAIN
 
-_NOISY = (TRAIN, "train/grad_norm_max")  # of which means are drawn
-_PALE = Style(colour="#d1d5db")  # of what they are the means of
-# The title of each panel, and what it shows.
+_NOISY = (TRAIN, "train/grad_norm_max")  # drawn smoothed
+_PALE = Style(colour="#d1d5db")  # of their unsmoothed values
+# The title of each panel, and its metrics.
 _PANELS = {
     "loss": (TRAIN, EVAL.metric, HOLDOUT.metric, "eval/ema_loss", "eval/ema_holdout_loss"),
     "gradient norm": ("train/grad_norm_max",),
@@ -24,7 +24,7 @@ _PANELS = {
 
 
 def draw(rows: Rows) -> Image.Image | None:
-    """The chart of a metrics.jsonl; None where nothing has two points."""
+    """The chart of a metrics.jsonl; None if no metric has two points."""
     panels, entries, is_smoothed = [], list[Entry](), False
     begins = [value for _, value in points.of(rows, EVAL.metric)[:1]]
     for title, metrics in _PANELS.items():

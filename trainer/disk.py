@@ -1,4 +1,4 @@
-"""Writing such that neither a crash nor a full disk leaves half a file."""
+"""Writing files so that neither a crash nor a full disk leaves a partial one."""
 
 import errno
 import os
@@ -14,17 +14,17 @@ from safetensors import SafetensorError
 from trainer import memory
 from trainer.errors import UserError
 
-# What file systems say that cannot flush a folder.
+# Errors of file systems that cannot flush a folder.
 _NEVER_FLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Give a temporary folder to write in; when the block ends well, it becomes `final` at once.
+    """Yield a temporary folder, which is renamed to `final` if the block succeeds.
 
     Everything is flushed to the disk before the rename, so a folder called `final` is complete or
-    does not exist.  Raises UserError when the disk does not take it: nothing half-written stays,
-    and an older `final` is as it was.
+    does not exist.  Raises UserError if writing fails: nothing half-written remains, and an older
+    `final` is unchanged.
     """
     temporary, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():
@@ -45,25 +45,25 @@ def whole_folder(final: Path) -> Iterator[Path]:
         if memory.ran_out(error):
             raise
         written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        shutil.rmtree(temporary, ignore_errors=True)  # before what is free is told
+        shutil.rmtree(temporary, ignore_errors=True)  # before free space is measured
         if old.exists() and not final.exists():
             os.rename(old, final)
-        # Of a folder that is copied, the first of what could not be, and why.
+        # shutil.Error holds (source, target, reason) of each file that could not be copied.
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise UserError(
             f"could not save {final}: {reason} ({written / 1e6:.1f} MB written, "
             f"{_free_bytes(final.parent) / 1e6:.1f} MB free); earlier files are intact"
         ) from error
-    finally:  # of whatever else ended it, a second Ctrl-C too
+    finally:  # for any other exception, a second Ctrl-C included
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def whole_file(final: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; when the block ends well, it becomes `final` at once.
+    """Yield a temporary path, which is renamed to `final` if the block succeeds.
 
-    Raises UserError when the disk does not take it, within the block too; then nothing half-written
-    stays, and an older `final` is as it was.
+    Raises UserError if writing fails, within the block too; then nothing half-written remains, and
+    an older `final` is unchanged.
     """
     temporary = final.with_name(f".{final.stem}.tmp{final.suffix}")
     try:
@@ -82,14 +82,14 @@ def whole_file(final: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small file: it has the old text or the new, never a part.  Raises OSError that
+    """Replace a small file: it has the old text or the new, never a part.  Raises an OSError that
     names it."""
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def replace_picture(path: Path, picture: Image) -> None:
-    """Replace a PNG as `replace_text` does a text."""
+    """Replace a PNG, like `replace_text`."""
     with _replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -100,14 +100,14 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:  # which does not say where the disk is full
+    except OSError as error:  # for a full disk, it does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
-    """fsync a file, or a folder's entries where the file system can."""
+    """fsync a file, or a folder's entries if the file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -44,11 +44,11 @@ class Finding:
     """One kind of problem."""
 
     what: str
-    names: list[str]  # of the pictures, captions or files it is about
+    names: list[str]  # of the pictures, captions or files concerned
 
 
 def main() -> None:
-    """The command line; leaves with 0, 1 or 2."""
+    """The command line; exits with 0, 1 or 2."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m trainer.doctor", description=_HELP, formatter_class=formatter
@@ -82,8 +82,8 @@ def main() -> None:
 
 
 def _config(overrides: list[str]) -> Config:
-    """Captions are counted by the published model's tokenizers where no other is named; entries of
-    a cache are called by the weights."""
+    """Without a cache, the published model is enough if none is given: its tokenizers count tokens.
+    With one, the model's weights are needed for the entries' names."""
     composed = cli.composed(overrides)
     if composed.data.cache is None:
         composed = cli.composed(cli.with_published_model(overrides))
@@ -91,7 +91,7 @@ def _config(overrides: list[str]) -> Config:
 
 
 def _check_sheet(path: Path, config: Config) -> None:
-    """Refuse a place where the sheet could not be found again, or would overwrite something."""
+    """Refuse an unknown suffix, an existing file, and a place inside the data."""
     if path.suffix.lower() not in (".png", ".jpg", ".webp"):
         raise UserError(f"--sheet {path}: name it .png, .jpg or .webp")
     if os.path.lexists(path):
@@ -112,7 +112,7 @@ def examine(
 ) -> int:
     """Print a report on the data; returns how many kinds of problems it has.
 
-    `sheet`: where to draw what a run would see of the data.
+    `sheet`: file in which to draw pictures as a run would see them.
 
     Raises UserError for data that cannot be read at all.
     """
@@ -127,9 +127,9 @@ def examine(
     print(f"{surveyed.count} pictures, {len(surveyed.usable)} of them usable")
     for what, names in surveyed.remarks.items():
         print(f"{len(names)} {what}: {dataset.some(names)}")
-    from trainer.model import Model  # now that there is something to examine: it takes seconds
+    from trainer.model import Model  # imported after the checks: it takes seconds
 
-    # A cache's entries are called by hashes of the weights; captions are counted without them.
+    # Names of cache entries depend on the weights; counting tokens does not need them.
     model = Model(config.model, torch.device("cpu"), with_weights=config.data.cache is not None)
     findings = _findings(surveyed) + _caption_findings(model, made)
     for finding in findings:

@@ -2,11 +2,11 @@
 
     average <- decay * average + (1 - decay) * weights
 
-A bf16 average cannot follow slow weights when it is rounded to the nearest: its spacing is 1/256 of
-a value, and a decay of 0.9999 moves it by a ten-thousandth of the difference.  It is written with
-stochastic rounding, by the optimizers' own engine: the average is a parameter with the gradient
-average - weights, which SGD moves at the rate 1 - decay.  Its draws are functions of (seed, tensor,
-number of the update), so that a resumed average is the same bit for bit.
+Rounded to nearest, a bf16 average could not follow slow weights: its spacing is 1/256 of a value,
+and a decay of 0.9999 moves it by a ten-thousandth of the difference.  So it is rounded
+stochastically, by the optimizers' own engine: the average is a parameter with the gradient
+average - weights, updated by SGD at the rate 1 - decay.  The random draws depend only on (seed,
+tensor, number of the update), so a resumed average is the same bit for bit.
 """
 
 import logging
@@ -24,20 +24,20 @@ from trainer.streams import Stream
 
 log = logging.getLogger(__name__)
 
-_BUCKET_BYTES = 16 << 20  # of differences that exist at once
+_BUCKET_BYTES = 16 << 20  # of differences in memory at once
 
 
 def decay_at(config: EmaConfig, step: int) -> float:
-    """The decay of the update after step `step`, from 1, for the `every` steps that it stands for.
+    """The decay of the update after step `step` (from 1), which covers `every` steps.
 
-    With `warmup` at most (1 + step) / (10 + step), as TensorFlow's moving average begins.
+    With `warmup` at most (1 + step) / (10 + step), as in TensorFlow's moving average.
     """
     decay = min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay
     return decay**config.every
 
 
 class Ema:
-    """The averages of some parameters, by name, in a dtype and on a device of their own."""
+    """The averages of some parameters, by name, with their own dtype and device."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Ema:
         saved: Mapping[str, Tensor] | None = None,
         step: int = 0,
     ) -> None:
-        """Begin with the parameters as they are, or with the `saved` averages of a run that has
-        made `step` steps."""
+        """Start from the parameters' values, or from the `saved` averages of a run that has made
+        `step` steps."""
         self.config = config
         self._weights = dict(parameters)
         start = saved or {name: p.detach() for name, p in self._weights.items()}
@@ -70,7 +70,7 @@ class Ema:
         log.info("  average of the weights: %.1f MB in %s", count / 1e6, config.dtype)
 
     def update(self, step: int) -> None:
-        """Take in the weights after step `step`, from 1, where an update is due."""
+        """Update the averages after step `step` (from 1), if an update is due."""
         if step % self.config.every:
             return
         for group in self._optimizer.param_groups:
@@ -92,10 +92,10 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it, the averages are the model's weights.
+        """Within the block, the averages are the model's weights.
 
-        Where dtype and device agree, the two are swapped and nothing is copied; else the weights
-        are kept in the host's memory, and put back.
+        If dtype and device agree, the two are swapped without copying; else the weights are kept in
+        host memory, and copied back.
         """
         aside: dict[str, Tensor] = {}
         try:

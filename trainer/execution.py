@@ -2,9 +2,9 @@
 
 runtime.gradient_checkpointing  activations inside a block are computed again in the backward
                                 pass instead of kept: the same bits, a third more time
-runtime.channels_last           convolutions read pictures pixel by pixel.  Only activations: the
-                                weights stay as they are, because the optimizers' engine reads
-                                them row by row and would copy others at every step
+runtime.channels_last           channels-last activations for convolutions.  Weights are unchanged,
+                                because the optimizers' engine needs them contiguous and would
+                                copy others at every step
 runtime.compile=regional        torch.compile of the transformer block, once for all of them
 model.compute=bfloat16          fp32 weights, bf16 matrix products (autocast)
 """
@@ -25,7 +25,7 @@ COMPILER = "inductor"  # torch.compile's backend
 
 
 def device_of(name: str) -> torch.device:
-    """The device that `runtime.device` means: auto is the GPU where there is one."""
+    """The device for `runtime.device`: auto is the GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -36,10 +36,10 @@ def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> N
     runtime, unet = config.runtime, parts["unet"]
     if runtime.gradient_checkpointing:
         for name, part in parts.items():
-            if name == "unet":  # trained or not: text encoders' gradients come through it
+            if name == "unet":  # trained or not: text encoders' gradients pass through it
                 part.enable_gradient_checkpointing()
             elif any(p.requires_grad for p in part.parameters()):
-                # The name in transformers 5, which warns where that of 4 is called.
+                # The name in transformers 5, which warns about that of 4.
                 named = getattr(part, "activation_checkpointing_enable", None)
                 (named or part.gradient_checkpointing_enable)({"use_reentrant": False})
     if runtime.channels_last:
@@ -59,16 +59,16 @@ def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> N
 
 
 def _to_channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Give a convolution's input the layout that its output then has too; attention loses it."""
+    """Convert a convolution's input; the output has the same layout, which attention loses."""
     return (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
 
 
 def _autocast(unet: Any, device_type: str) -> None:
-    """Have every forward pass of the UNet, in training and in sampling, compute in bf16; its result
-    is of the weights' dtype.
+    """Make every forward pass of the UNet, in training and sampling, compute in bf16; results have
+    the weights' dtype.
 
-    Each weight is used once in a pass, so a cache of their bf16 copies would only keep all of them:
-    5.1 GB of SDXL's, gradient checkpointing or not.
+    Each weight is used once per pass, so autocast's cache would only keep bf16 copies of them all:
+    5.1 GB for SDXL, with or without gradient checkpointing.
     """
     forward, dtype = unet.forward, unet.dtype
 

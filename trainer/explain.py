@@ -83,7 +83,7 @@ _PLUGINS = {
     "hydra_logging": {"colorlog": "hydra-colorlog"},
 }
 
-_FEW = 3  # choices that are named as having an option
+_FEW = 3  # choices, at most, that are named as having an option
 
 
 def explain(error: BaseException, arguments: list[str]) -> str:
@@ -91,7 +91,7 @@ def explain(error: BaseException, arguments: list[str]) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; name another folder with hydra.run.dir=..."
     text = "\n".join(dict.fromkeys(str(e) for e in _chain(error)))
-    with suppress(HydraException):  # with choices of the user's own (--config-dir), unknown here
+    with suppress(HydraException):  # users' own choices (--config-dir) are unknown here
         for pattern, answer in _ANSWERS:
             if (found := re.search(pattern, text)) and (line := answer(found, arguments)):
                 return line
@@ -101,8 +101,8 @@ def explain(error: BaseException, arguments: list[str]) -> str:
 
 
 def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """What Hydra makes of these overrides; on request with its own node, `hydra`.  Raises whatever
-    Hydra and OmegaConf raise."""
+    """The configuration that Hydra composes from these overrides, optionally with its own node,
+    `hydra`.  Raises whatever Hydra and OmegaConf raise."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", overrides=overrides, return_hydra_config=with_hydra)
@@ -142,7 +142,7 @@ def _several_values(found: re.Match[str], arguments: list[str]) -> str:
 
 
 def _no_key_of_item(found: re.Match[str], arguments: list[str]) -> str | None:
-    """A key that an item of a list does not have: of data.sources=[{...}]."""
+    """An unknown key in an item of a list, such as data.sources=[{...}]."""
     key, name, node = found.groups()
     if name in key.split(".") or not hasattr(config, node):
         return None
@@ -183,7 +183,7 @@ def _no_option(found: re.Match[str], arguments: list[str]) -> str:
     return f"{word} is not an option; if it belongs to {before}, write {together}"
 
 
-# What Hydra and OmegaConf say, and who answers it; one that answers None leaves it to the next.
+# Patterns of Hydra's and OmegaConf's messages, and their explanations; None leaves it to the next.
 _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ...] = (
     (r"raised while resolving interpolation: (.*)", lambda found, _: found[1]),
     (
@@ -201,7 +201,7 @@ _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ..
 
 
 def _value_at_fault(arguments: list[str]) -> str | None:
-    """What is wrong with the arguments themselves, where Hydra's message does not tell."""
+    """What is wrong with the arguments themselves, when Hydra's message does not say."""
     overrides = _overrides(arguments)
     broken = [a for a in arguments if "=" in a and a not in overrides]
     if broken:
@@ -220,7 +220,7 @@ def _value_at_fault(arguments: list[str]) -> str | None:
 
 
 def _where(node: str) -> str:
-    """Which choice sets what is null by default: ema=bf16 for method.ema."""
+    """The choice that sets an option that is null by default: ema=bf16 for method.ema."""
     name = node.rpartition(".")[2]
     if name in group_names():
         return " or ".join(f"{name}={choice}" for choice in choices_of(name) if choice != "none")
@@ -253,8 +253,8 @@ def _shell_quoted(argument: str) -> str:
 
 
 def _wrong_key(key: str, overrides: list[str]) -> str:
-    """A key that cannot be set, against all keys of the configuration without it: in a sweep, that
-    of the first run that lacks the key."""
+    """Explain a key that cannot be set, by the valid keys of the configuration without it (in a
+    sweep, of the first run that lacks the key)."""
     others = [o for o in overrides if not o.lstrip("+~").startswith(key)]
     for choices in _compositions(others):
         valid = _valid_keys(choices)

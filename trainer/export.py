@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    from trainer import conversion  # now that the command is good: diffusers takes seconds
+    from trainer import conversion  # imported after parsing: diffusers takes seconds
 
     try:
         conversion.convert(

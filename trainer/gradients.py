@@ -20,12 +20,12 @@ from trainer.config import Config
 
 log = logging.getLogger(__name__)
 
-# Of gradients alive at once, by the type of device (a GPU's launches want more to do), or this
-# share of them all if that is less:
+# Gradients alive at once, by device type (a GPU needs more work per launch), or this share of all
+# gradients if that is less:
 _BUCKET_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 _BUCKET_SHARE = 16
 
-# The forward pass of a micro-batch, by its place in the step; it may be asked for twice.
+# The forward pass of a micro-batch, by its place in the step; it may be called twice.
 LossOf = Callable[[int], Tensor]
 
 
@@ -34,7 +34,7 @@ class Outcome:
     """The result of a step's backward passes."""
 
     loss: float  # the mean over the step's samples
-    grad_norm: float  # of all gradients, before a clip; NaN where a loss is not finite
+    grad_norm: float  # of all gradients, before clipping; NaN if a loss is not finite
     begun: bool  # whether the optimizer has stepped some tensors already
 
 
@@ -44,8 +44,8 @@ def make(
     optimizer: torch.optim.Optimizer,
     last_norm: float = math.nan,
 ) -> "GatheredBackward | FusedBackward":
-    """The kind that the configuration chooses; `last_norm` is the norm of the previous step's
-    gradients, where there was one."""
+    """The configured kind; `last_norm` is the gradient norm of the previous step, if there was
+    one."""
     clip = Clip(config.method.clip, config.method.max_grad_norm, parameters, last_norm)
     if not config.runtime.fused_backward:
         return GatheredBackward(parameters, clip)
@@ -54,8 +54,8 @@ def make(
 
 
 def bucket_bytes(parameters: Sequence[Tensor], device_type: str | None = None) -> int:
-    """How many bytes of these parameters' gradients gather before they are consumed, on their own
-    devices or on one of this type."""
+    """How many bytes of gradients are gathered before they are consumed, on the parameters' devices
+    or on one of this type."""
     total = sum(p.numel() * p.element_size() for p in parameters)
     largest = max(_BUCKET_BYTES[device_type or p.device.type] for p in parameters)
     return max(1, min(largest, total // _BUCKET_SHARE))
@@ -70,7 +70,7 @@ class GatheredBackward:
     def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and clip it.
 
-        `shares` says how much of the step's samples each micro-batch is; they sum to 1.
+        `shares`: each micro-batch's share of the step's samples; they sum to 1.
         """
         total = 0.0
         for place, share in enumerate(shares):
@@ -90,20 +90,20 @@ class GatheredBackward:
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
-        """For a pass that is no training step (Sophia's estimate): `consume()` is called after
+        """For a pass that is not a training step (Sophia's estimate): calls `consume()` after
         it."""
         yield
         consume()
 
 
 class FusedBackward:
-    """Backward passes of which the last steps and frees the gradients, a bucket at a time.
+    """Backward passes, the last of which steps and frees the gradients one bucket at a time.
 
-    A loss that is not finite gets no backward pass, so it changes nothing.  A gradient that is not
-    finite under a finite loss is found too late for that, unless an earlier pass has measured the
-    norm: the optimizer skips its non-finite elements (`on_nonfinite=skip`), and steps the others.
+    A loss that is not finite gets no backward pass, so it changes nothing.  If only a gradient is
+    not finite, that is found too late, unless an earlier pass has measured the norm: the optimizer
+    skips its non-finite elements (`on_nonfinite=skip`), and steps the others.
 
-    All micro-batches but the last only add to the gradients, which are all alive until then.
+    All micro-batches but the last only accumulate gradients, which all stay alive until then.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class FusedBackward:
     ) -> None:
         self._parameters, self.clip = parameters, clip
         self._bounding = math.nan  # the norm that this step is clipped by
-        self._is_last_pass = False  # whose gradients are complete: they are consumed
+        self._is_last_pass = False  # in which gradients are complete, and are consumed
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
             parameter.register_post_accumulate_grad_hook(self._arrived)
         self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters))
 
     def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and step all but the
-        last bucket, which the optimizer's `step` takes.
+        last bucket, which is left to the optimizer's `step`.
 
         `shares` as in `GatheredBackward.of_step`.
         """
@@ -134,12 +134,12 @@ class FusedBackward:
         return self._step(loss_of, shares)
 
     def handing_to(self, consume: Callable[..., None]) -> AbstractContextManager[None]:
-        """For a pass that is no training step (Sophia's estimate): its gradients go to
-        `consume(*params)`, a bucket at a time."""
+        """For a pass that is not a training step (Sophia's estimate): its gradients go to
+        `consume(*params)`, one bucket at a time."""
         return self._hooks.handing_to(consume)
 
     def _measure(self, loss_of: LossOf) -> Outcome:
-        """A backward pass that only measures the gradients, a bucket at a time."""
+        """A backward pass that only measures the gradients, one bucket at a time."""
         loss = loss_of(0)
         value, norm = loss.item(), math.nan
         if math.isfinite(value):
@@ -162,7 +162,7 @@ class FusedBackward:
             with nullcontext() if self._is_last_pass else self._hooks.holding():
                 loss.backward()
         self._is_last_pass = False
-        for parameter in self._parameters:  # whom only earlier micro-batches reached
+        for parameter in self._parameters:  # those that only earlier micro-batches reached
             if parameter.grad is not None and not clip.measured(parameter):
                 clip.measure(parameter)
                 clip.scale(parameter, self._bounding)

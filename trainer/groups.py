@@ -1,9 +1,9 @@
-"""The optimizer's parameter groups: who decays, and who has options of their own (`method.rules`).
+"""The optimizer's parameter groups: weight decay, and options per parameter (`method.rules`).
 
 A rule is a mapping with a `pattern`, a regular expression that is searched for in the parameters'
-names (unet.down_blocks.1.attentions.0.proj_in.weight), and what they get: `lr`, or `lr_scale` times
+names (unet.down_blocks.1.attentions.0.proj_in.weight), and their options: `lr`, or `lr_scale` times
 optim.lr; `trainable: false`; and any option of the optimizer by its name.  The first rule whose
-pattern is found decides.  Weight decay is 0 for biases, norms and embeddings, unless a rule sets
+pattern is found applies.  Weight decay is 0 for biases, norms and embeddings, unless a rule sets
 it.
 """
 
@@ -20,14 +20,14 @@ from trainer.errors import UserError
 log = logging.getLogger(__name__)
 
 Rule = Mapping[str, Any]
-Member = tuple[nn.Parameter, bool]  # and whether it is spared weight decay
+Member = tuple[nn.Parameter, bool]  # and whether it is exempt from weight decay
 Row = tuple[str, str, str, str]  # pattern, tensors, parameters, options
 
-_OWN = ("pattern", "lr_scale", "trainable")  # what a rule has besides options of the optimizer
+_OWN = ("pattern", "lr_scale", "trainable")  # keys of a rule that are no optimizer options
 
 
 def check_rules(rules: Sequence[Rule]) -> None:
-    """Refuse rules that are wrong whatever the model and the optimizer."""
+    """Refuse rules that are wrong for any model and optimizer."""
     for number, rule in enumerate(rules):
         title = f"method.rules[{number}]"
         pattern = rule.get("pattern")
@@ -55,19 +55,19 @@ def check_rules(rules: Sequence[Rule]) -> None:
 
 
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as optimizers take them: YAML has lists, and torch's betas are a tuple."""
+    """Options with tuples for lists: YAML has only lists, and torch's betas are a tuple."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def options_of(rule: Rule, lr: float) -> dict[str, Any]:
-    """What a rule's parameters get, as keys of a parameter group; `lr` is everybody else's."""
+    """A rule's options, as keys of a parameter group; `lr` is the configured one, optim.lr."""
     options = with_tuples({key: value for key, value in rule.items() if key not in _OWN})
     return options | ({"lr": lr * rule["lr_scale"]} if "lr_scale" in rule else {})
 
 
 def besides(rule: Rule, known: Iterable[str]) -> str:
-    """What an error adds on the names that a rule may have besides the optimizer's options
-    (`known`): nothing where the rule has no others."""
+    """A hint for an error: keys that a rule may have besides the optimizer's options (`known`); ""
+    if all of the rule's keys are valid."""
     others = [key for key in rule if key not in (*_OWN, *known)]
     own = [name for name in _OWN if name not in rule]
     near = [name for key in others for name in difflib.get_close_matches(key, own, 1, 0.7)]
@@ -103,8 +103,8 @@ def parameter_groups(
 def assigned(model: nn.Module, rules: Sequence[Rule]) -> list[list[Member]]:
     """The trained parameters under no rule, then each rule's.
 
-    Raises UserError for a rule that matches nothing that earlier rules have not, and where nothing
-    is left to train.
+    Raises UserError for a rule that matches nothing that earlier rules have not, or if nothing is
+    left to train.
     """
     members: list[list[Member]] = [[] for _ in range(1 + len(rules))]
     patterns = [re.compile(rule["pattern"]) for rule in rules]
@@ -135,8 +135,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
 
 
 def _split(members: list[Member], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """One group for those that decay and one for those that do not; one for all where the options
-    set weight decay."""
+    """One group with and one without weight decay; a single one if the options set it."""
     if "weight_decay" in options:
         parts = [([parameter for parameter, _ in members], options)]
     else:

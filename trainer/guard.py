@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 class Guard:
     """Counts skipped steps, and stops a run that only skips.
 
-    `skipped` is the number so far, of which at most `max_in_a_row` may be consecutive; `in_a_row`
-    are those since the last whole step, `last_whole` (0: none).  In a fused backward pass a
-    gradient is known only when parts of the step are done: such a step is finished (the optimizer
-    skips elements whose gradient is not finite), and counts as skipped too.  `last_update` is the
-    last step that changed weights, whole or not.
+    `skipped` is their number so far; `in_a_row`, which may be at most `max_in_a_row`, counts those
+    since the last whole step, `last_whole` (0: none).  A fused backward pass finds a bad gradient
+    only when part of the step is done: that step is finished (the optimizer skips elements whose
+    gradient is not finite), and counts as skipped too.  `last_update` is the last step that changed
+    weights, whole or not.
     """
 
     def __init__(self, max_in_a_row: int, skipped: int = 0, last_whole: int = 0) -> None:
@@ -58,8 +58,8 @@ class Guard:
 
 @torch.no_grad()
 def broken(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity.  Each is read once, where it is, and the
-    host waits once."""
+    """The names of tensors that hold a NaN or an infinity.  Each is read once, on its device, and
+    the host waits once."""
     read = [name for name, x in tensors.items() if x.numel()]
     if not read:
         return []

@@ -1,4 +1,4 @@
-"""What is done between steps, and after which of them: every so many steps, or epochs."""
+"""Work between steps that is due every so many steps or epochs."""
 
 from fractions import Fraction
 
@@ -8,11 +8,11 @@ EVALUATING, DRAWING, SAVING, EXPORTING = "evaluating", "drawing", "saving", "exp
 
 
 class Intervals:
-    """After which steps of a run something is due.
+    """After which steps of a run each kind of work is due.
 
-    All of it is done at the end of the run too, so that after the last step nothing is due.
-    Epochs have as many steps as this configuration gives them, counted from the run's first; where
-    one ends within a step, what is due with it follows that step.
+    At the end of the run all of it is done anyway, so nothing is due after the last step.  Epochs
+    have this configuration's number of steps and are counted from the run's first step; if one ends
+    within a step, its work follows that step.
     """
 
     def __init__(self, config: Config, batches_per_epoch: Fraction) -> None:
@@ -31,7 +31,7 @@ class Intervals:
         return step < self._steps and self._times(what, step) > self._times(what, step - 1)
 
     def left(self, done: int) -> dict[str, int]:
-        """How often each remains to be done after `done` steps, the end of the run included."""
+        """How often each kind of work is still due after `done` steps, including the run's end."""
         last = self._steps - 1
         return {
             what: 1 + self._times(what, last) - self._times(what, min(done, last))
@@ -39,7 +39,7 @@ class Intervals:
         }
 
     def _times(self, what: str, steps: int) -> int:
-        """How often it was due in so many steps."""
+        """How often it was due within so many steps."""
         every = self._every[what]
         return int(steps // every) if every else 0
 

@@ -3,15 +3,14 @@
 The loss of a batch is the mean over all of its elements of `factor * distance`, in fp32.  The
 factor of an element is the product of
 
-- its sample's `loss_weights` (Ruiz et al. 2022, arXiv 2208.12242: the weight of prior
-  preservation, on the samples that preserve it),
+- its sample's `loss_weights` (for regularisation pictures, the weight of prior preservation of
+  Ruiz et al. 2022, arXiv 2208.12242),
 - the weight of its sample's timestep (`timestep_weights`),
-- its place's mask, lifted: unmasked_weight + (1 - unmasked_weight) * mask.
+- its mask, raised to unmasked_weight + (1 - unmasked_weight) * mask.
 
-Nothing is divided by the sum of factors.  So a mask of ones is no mask, a picture half of which is
-masked out pulls with its other half as hard as that half does without a mask, and the mean over
-equal micro-batches is the loss of all their samples together.  A batch that is shorter than the
-others has the mean over its own elements.
+Nothing is divided by the sum of factors.  So a mask of ones has no effect, the part of a picture
+inside its mask has the same gradient as without a mask, and the mean over equal micro-batches is
+the loss of all their samples together.  A shorter batch has the mean over its own elements.
 """
 
 import math
@@ -26,7 +25,7 @@ from trainer import noise
 from trainer.batches import Batch, on_device, predict
 from trainer.config import Config, HuberConfig, LossConfig
 
-_PARTS = 4  # of the timesteps that evaluation reports apart
+_PARTS = 4  # of the timestep range, reported separately by evaluation
 
 
 def loss(
@@ -46,7 +45,7 @@ def loss(
 
 
 def factor(config: LossConfig, noise_schedule: DDPMScheduler, batch: Batch) -> Tensor | None:
-    """How much each element counts: -> fp32, to be broadcast to (B, 4, h, w); None for 1."""
+    """The factor of each element: -> fp32, broadcastable to (B, 4, h, w); None for 1."""
     factors = []
     if batch.loss_weights is not None:
         factors.append(batch.loss_weights.float().view(-1, 1, 1, 1))
@@ -84,10 +83,10 @@ def timestep_weights(
 
 
 def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
-    """Where each sample's distance becomes linear: int64 (B,) -> fp32 (B,).
+    """The error above which each sample's loss is linear: int64 (B,) -> fp32 (B,).
 
-    Khrapov et al. 2024 (arXiv 2403.16728): from 1 where there is no noise to `delta` where there is
-    nothing else, exponentially in the timestep (delta^(t / T)), or with sigma^2 = 1 / SNR as
+    Khrapov et al. 2024 (arXiv 2403.16728): from 1 without noise to `delta` at pure noise,
+    exponentially in the timestep (delta^(t / T)), or with sigma^2 = 1 / SNR as
     (1 - delta) / (1 + sigma)^2 + delta.  They schedule the pseudo-Huber loss; here it is Huber's.
     """
     if config.schedule == "exponential":
@@ -97,8 +96,8 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
 
 
 def is_bounded_by_evaluation(config: Config) -> bool:
-    """Whether the loss of a training step is, in the mean, at most what `evaluate` measures of the
-    same model: no factor is above 1, and timesteps are drawn as evaluation spreads them."""
+    """Whether the expected loss of a training step is at most what `evaluate` measures for the same
+    model: no factor is above 1, and timesteps are distributed as in evaluation."""
     noise_config = config.noise
     return (
         config.loss.weighting != "debiased"

@@ -1,4 +1,4 @@
-"""The loss that runs are compared by: of what is exported, after the last step."""
+"""The loss by which runs are compared: that of the exported weights, after the last step."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ class Measure:
 
     title: str  # in a table
     metric: str  # in metrics.jsonl
-    keys: tuple[str, ...]  # in summary.json; the first that is there counts
+    keys: tuple[str, ...]  # in summary.json; the first one present is used
 
     def __call__(self, summary: dict[str, Any]) -> float:
-        """Its value; infinite where there is none."""
+        """Its value; infinite if there is none."""
         value = next((summary[key] for key in self.keys if key in summary), None)
         return value if value is not None and math.isfinite(value) else math.inf
 
 
-TRAIN = "train/loss"  # in metrics.jsonl: the mean of the steps since the line before
+TRAIN = "train/loss"  # in metrics.jsonl: the mean over the steps since the previous line
 EVAL = Measure(title="eval after", metric="eval/loss", keys=("eval_loss_result", "eval_loss_after"))
 HOLDOUT = Measure(
     title="held out",
@@ -35,12 +35,12 @@ def ended_well(summary: dict[str, Any]) -> bool:
 
 
 def measure_of(summaries: Sequence[dict[str, Any]]) -> Measure:
-    """What these runs are ranked by: held-out pictures where all that ended well have some."""
+    """The measure that ranks these runs: the held-out loss if all that ended well have one."""
     good = [summary for summary in summaries if ended_well(summary)]
     held_out = bool(good) and all(math.isfinite(HOLDOUT(summary)) for summary in good)
     return HOLDOUT if held_out else EVAL
 
 
 def objective(summary: dict[str, Any]) -> float:
-    """What a sweeper minimises."""
+    """The value that a sweeper minimises."""
     return measure_of([summary])(summary)

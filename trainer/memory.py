@@ -1,4 +1,4 @@
-"""Memory: what a run took, giving back what is freed, and what to do where there is too little."""
+"""Memory: measuring a run's use, returning freed memory, and advice when it runs out."""
 
 import ctypes
 import gc
@@ -18,8 +18,8 @@ from trainer.errors import UserError, reason
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
-# Of a container, newer and older: its limit, what it has, and the files' pages in that, which the
-# kernel drops when memory is wanted.
+# A container's files (cgroup 2, then 1): limit, usage, and statistics, with the key of the file
+# pages in the usage that the kernel drops when memory is needed.
 _CGROUP = Path("/sys/fs/cgroup")
 _CONTAINERS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -31,23 +31,23 @@ _CONTAINERS = (
     ),
 )
 
-# mallopt(3): parameters of glibc's allocator.  From a size of M_MMAP_THRESHOLD a block is a mapping
-# of its own, which free() returns to the system.
+# mallopt(3): parameters of glibc's allocator.  A block of M_MMAP_THRESHOLD bytes or more gets its
+# own mapping, which free() returns to the system.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_BLOCK_BYTES = 128 << 10  # as glibc begins
-LARGE_BYTES = 1 << 30  # of weights, from which on a run goes about its memory with care
+_BLOCK_BYTES = 128 << 10  # glibc's initial value
+LARGE_BYTES = 1 << 30  # of weights, from which on a run manages its memory
 _RUNS = itertools.count()  # of this process
 
 
 def return_freed_blocks(weight_bytes: int) -> bool:
-    """Make the CPU's memory go back to the system when it is freed, where a model is large: what is
-    free now, and blocks of 128 kB or more from now on.
+    """For a large model, return freed CPU memory to the system: what is free now, and from now on
+    blocks of 128 kB or more.
 
-    By itself glibc raises that size to up to 32 MB as it sees blocks freed, and keeps smaller ones
-    for later.  Between activations of all sizes that came to 350 MB after a step of SDXL.  With a
-    small model, whose tensors are of about this size, it would only cost time.  Returns whether it
-    was done: not every C library can.
+    By default glibc raises that threshold to up to 32 MB as blocks are freed, and keeps smaller
+    ones for reuse; that was 350 MB after a step of SDXL, with activations of all sizes.  For a
+    small model, whose tensors are about this size, it would only cost time.  Returns whether it was
+    done: not every C library can.
     """
     if weight_bytes < LARGE_BYTES:
         return False
@@ -62,8 +62,8 @@ def return_freed_blocks(weight_bytes: int) -> bool:
 
 
 def free_host_bytes() -> int:
-    """Bytes that this process may still take within its container's limit; more than any machine
-    has where the system does not say."""
+    """Bytes that this process can still allocate, within its container's limit; `sys.maxsize` if
+    the system does not say."""
     free = sys.maxsize
     with suppress(OSError, KeyError, ValueError):
         free = 1024 * _numbers(_MEMINFO)["MemAvailable:"]
@@ -75,13 +75,13 @@ def free_host_bytes() -> int:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """A file of names and numbers, one of each a line."""
+    """A file with a name and a number on each line."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows}
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak of whatever ran before in this process, such as a sweep's earlier runs.
+    """Reset the peak, so that earlier work in this process, such as a sweep's runs, is excluded.
 
     On the CPU this is Linux's way to reset the high-water mark, proc(5); what earlier runs left
     unfreed still counts.  Where a container forbids it, the peak is that of the whole process.
@@ -101,8 +101,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Peaks:
-    """The most memory that each phase of a run took: "training" is its steps, "rest" what comes
-    before and between them, where pictures are encoded, evaluated and drawn."""
+    """The peak memory of each phase of a run: "training" is its steps, "rest" the encoding,
+    evaluating and drawing of pictures before and between them."""
 
     def __init__(self, device: torch.device, training: int = 0, run: int = 0) -> None:
         """Begin with the peaks of the run's earlier sessions: `training`, and `run` in all."""
@@ -146,7 +146,7 @@ def ran_out(error: Exception) -> bool:
 
 @contextmanager
 def explained(config: Config, when: str) -> Iterator[None]:
-    """Within it, running out of memory is a UserError that names options that save some.
+    """Within the block, running out of memory raises a UserError that names options that save some.
 
     Nothing is saved then: a fused backward may have stepped some of the weights.
     """

@@ -1,5 +1,5 @@
-"""What is trained: every weight (`full`) or adapters (`lora`), of the UNet and, where asked for, of
-the text encoders."""
+"""What is trained: every weight (`full`) or adapters (`lora`), of the UNet and optionally of the
+text encoders."""
 
 import logging
 import re
@@ -30,11 +30,11 @@ def attach(
     config: FullConfig | LoraConfig, model: Model, seed: int, start_from: str | None = None
 ) -> None:
     """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
-    up-projections zero), with the values of the file `start_from`, where one is given.
+    up-projections zero, or with the values of the file `start_from`).
 
-    A text encoder's layers whose output is unused are not trained and get no adapter.  kohya's
-    scripts write one of zeros; readers of LoRA files do not need it.
-    Raises UserError for a part that the model lacks and a target that names no module.
+    A text encoder's layers whose output is unused are not trained and get no adapter.  (kohya's
+    scripts write one of zeros, which readers of LoRA files do not need.)
+    Raises UserError for a part that the model lacks or a target that matches no module.
     """
     _require_gradients(config, model)
     if not isinstance(config, LoraConfig):
@@ -53,8 +53,8 @@ def attach(
 
 
 def check(config: FullConfig | LoraConfig, model: Model, start_from: str | None = None) -> None:
-    """Refuse targets and rules that match nothing in the model, and adapters to start from that are
-    others than the run's, before encoding, which may take hours, and before the UNet is loaded."""
+    """Refuse targets and rules that match nothing in the model, and start adapters that differ from
+    the run's: before encoding, which may take hours, and before the UNet is loaded."""
     if isinstance(config, LoraConfig) or config.rules:
         empty = attached_on_meta(config, model)
         groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
@@ -76,7 +76,7 @@ def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
 
 
 def _require_gradients(config: FullConfig | LoraConfig, model: Model) -> None:
-    """Of the parts that are trained, but for what nothing is read from."""
+    """Require gradients of the trained parts, except of layers whose output is unused."""
     for part in config.train:
         model.trained_parts[part].requires_grad_(True).train()
     if model.text_encoder:
@@ -114,8 +114,8 @@ def _adapted(name: str) -> str | None:
 
 @torch.no_grad()
 def restore(model: Model, weights: dict[str, Tensor]) -> None:
-    """Put checkpointed tensors back.  Raises UserError, before any is written, when names, shapes
-    or dtypes differ."""
+    """Restore checkpointed tensors.  Raises UserError, before any is written, if names, shapes or
+    dtypes differ."""
     own = trained_tensors(model)
     for name in sorted(own.keys() | weights.keys()):
         here, there = (
@@ -132,7 +132,7 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
 
 
 def _trainable_layers(config: LoraConfig, model: Model) -> dict[str, list[str]]:
-    """Of each trained part, the linear and convolution layers that may have adapters: those whose
+    """The linear and convolution layers of each trained part that may have adapters: those whose
     output is used."""
     return {
         part: [
@@ -145,7 +145,7 @@ def _trainable_layers(config: LoraConfig, model: Model) -> dict[str, list[str]]:
 
 
 def _adapted_layers(config: LoraConfig, layers: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Of each part's layers, those that are asked for."""
+    """The layers of each part that the configured targets select."""
     keys = {part: "targets" if part == "unet" else "text_targets" for part in config.train}
     return {
         part: _matching(layers[part], part, key, getattr(config, key)) for part, key in keys.items()
@@ -155,7 +155,7 @@ def _adapted_layers(config: LoraConfig, layers: dict[str, list[str]]) -> dict[st
 def _ranks(config: LoraConfig, modules: dict[str, list[str]]) -> dict[str, RankConfig]:
     """The modules, by part and name, whose rank is not `method.rank`.
 
-    Raises UserError for a pattern that is found in none, or in those of earlier ones alone.
+    Raises UserError for a pattern that matches none, or only modules of earlier patterns.
     """
     names = [f"{part}.{name}" for part, found in modules.items() for name in found]
     chosen = {
@@ -179,7 +179,7 @@ def _add_adapters(
     ranks: dict[str, RankConfig],
     seed: int,
 ) -> None:
-    """Adapters for `layers`; of the module, nothing else is trained.  ranks: `_ranks`."""
+    """Add adapters to `layers`; nothing else in the module is trained.  ranks: `_ranks`."""
     own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
     peft_config = PeftLoraConfig(
         r=config.rank,
@@ -201,9 +201,9 @@ def _add_adapters(
 
 @torch.no_grad()
 def _set_magnitudes(module: nn.Module) -> None:
-    """DoRA's magnitudes: the norms of each output's weights, in fp32.  PEFT takes them in the
-    weights' dtype and divides by fp32 norms, so that an untrained adapter of a bf16 model would
-    change it."""
+    """Set DoRA's magnitudes to the norms of each output's weights, in fp32.  PEFT computes them in
+    the weights' dtype but divides by fp32 norms, so an untrained adapter would change a bf16
+    model."""
     for layer in module.modules():
         if isinstance(layer, LoraLayer):
             weight = layer.get_base_layer().get_parameter("weight")
@@ -217,7 +217,7 @@ def _read_start(
 ) -> tuple[adapters.Adapters, int]:
     """The adapters of a LoRA file that a run starts from, and how many of them are left out.
 
-    layers: of the trained parts, those whose output is used; adapters of others have no effect.
+    layers: those of the trained parts whose output is used; adapters of others have no effect.
     """
     path = Path(start_from).expanduser()
     found = lora.read(path, model.trained_parts)
@@ -237,7 +237,7 @@ def _read_start(
 
 
 def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> list[str]:
-    """Those of a part's trainable `layers` whose name ends with what a pattern matches."""
+    """A part's trainable `layers` whose names end with a match of a pattern."""
     found: set[str] = set()
     for pattern in patterns:
         end = re.compile(rf"(^|\.)({pattern})$")

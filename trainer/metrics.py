@@ -1,4 +1,4 @@
-"""Numbers and pictures of a run: files in its folder always, trackers where asked for."""
+"""A run's metrics and pictures: always as files in its folder, and in trackers if configured."""
 
 import json
 import logging
@@ -19,8 +19,8 @@ class Metrics:
     """Writes `metrics.jsonl`, `curves.png` and `samples/*.png`, then to the run's trackers."""
 
     def __init__(self, folder: Path, config: Config, start_step: int) -> None:
-        """Open the files, without rows of steps after `start_step`, which a resumed run will write
-        again, without a finished run's last evaluation, and without any where a run starts anew."""
+        """Open the files, without rows that will be written again: those after `start_step`, a
+        finished run's last evaluation, and all rows if a run starts from the beginning."""
         self.folder, self.is_closed = folder, False
         self.path, self.curves = folder / "metrics.jsonl", folder / "curves.png"
         kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
@@ -58,7 +58,7 @@ class Metrics:
             log.warning("could not draw curves.png: %s", error)
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Draw the curves; give trackers the run's summary, and let them finish."""
+        """Draw the curves; give trackers the run's summary, and finish them."""
         self.is_closed = True
         self.draw_curves()
         for tracker in self._trackers:

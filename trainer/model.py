@@ -1,8 +1,8 @@
 """The model that is fine-tuned: the UNet on its device, and the frozen parts when they are needed.
 
-All parts at once do not fit where the UNet alone does.  So a part is read when something wants it:
-the text encoders to encode captions and the VAE to encode pictures, each before the UNet is there,
-and the VAE again to draw samples.
+All parts together may not fit where the UNet alone does.  So each is loaded on demand: the text
+encoders to encode captions and the VAE to encode pictures, both before the UNet is loaded, and the
+VAE again to draw samples.
 """
 
 import copy
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Model:
-    """The parts of a diffusion model.  `unet` is there after `load_unet`."""
+    """The parts of a diffusion model.  `unet` is set by `load_unet`."""
 
     unet: UNet2DConditionModel
 
@@ -38,8 +38,8 @@ class Model:
         with_weights: bool = True,
         option: str = "model.path",
     ) -> None:
-        """Find the model; no weights are read yet, nor downloaded unless they are wanted.  Raises
-        UserError, which says what named it, `option`, where there is none."""
+        """Find the model; no weights are read yet, and none downloaded without `with_weights`.
+        Raises a UserError that names `option` if there is none."""
         self.config, self.device = config, device
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
@@ -49,8 +49,8 @@ class Model:
         if config.vae:
             self.vae_origin = origin.vae(config.vae, self.origin, with_weights)
         self.text_parts = [part for part in text.TEXT_ENCODERS if self.origin.has(part)]
-        self.text_encoder: text.Encoder | None = None  # where text encoders are trained
-        self.scheduler = self.origin.config("scheduler")  # after training, as `noise=` changes it
+        self.text_encoder: text.Encoder | None = None  # set if text encoders are trained
+        self.scheduler = self.origin.config("scheduler")  # of the result; `noise=` may change it
 
     def sketch(self) -> str:
         """A hash that identifies this model, wherever it is stored."""
@@ -65,8 +65,7 @@ class Model:
 
     @property
     def resolution(self) -> int | None:
-        """The picture side that the model was made for, by its configuration; None where that does
-        not say."""
+        """The picture side that the model was made for, by its configuration; None if unknown."""
         side = self.origin.config("unet").get("sample_size")
         levels = self.vae_origin.config("vae").get("block_out_channels")
         return side * 2 ** (len(levels) - 1) if isinstance(side, int) and levels else None
@@ -78,7 +77,7 @@ class Model:
         return {"unet": self.unet, **encoders}
 
     def keep_text_encoders(self, trained: list[str]) -> None:
-        """Keep the text encoders loaded where one of them is trained."""
+        """Keep the text encoders loaded if one of them is trained."""
         if self._keeps_text_encoders(trained):
             self.text_encoder = self.load_text_encoders()
 
@@ -93,8 +92,8 @@ class Model:
         return bool(set(trained) & set(self.text_parts))
 
     def on_meta(self, trained: list[str]) -> "Model":
-        """This model as it will be when these parts are trained, in the dtypes that they will have,
-        without any values."""
+        """This model as it will be when these parts are trained, with the same dtypes but without
+        values."""
         made = copy.copy(self)
         made.unet = self.empty("unet", self.config.dtype)
         keeps = self._keeps_text_encoders(trained)
@@ -108,7 +107,7 @@ class Model:
         return module.to(DTYPES[dtype]).eval()
 
     def empty_text_encoders(self) -> text.Encoder:
-        """As `load_text_encoders`, on the meta device."""
+        """Like `load_text_encoders`, on the meta device."""
         parts = {part: self.empty(part, self.config.text_dtype) for part in self.text_parts}
         return text.Encoder(self.config, self.origin, parts)
 
@@ -135,12 +134,12 @@ class Model:
         return text.Encoder(self.config, self.origin, parts)
 
     def load_vae(self) -> AutoencoderKL:
-        """The VAE, on the device, as configured; its memory is free when the caller lets it go."""
+        """The VAE, on the device, as configured; freed when the caller drops it."""
         return self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
 
     @contextmanager
     def unet_aside(self) -> Iterator[None]:
-        """Keep the UNet in the host's memory within the block."""
+        """Keep the UNet in host memory within the block."""
         self.unet.to("cpu")
         try:
             yield

@@ -1,6 +1,6 @@
-"""The noise: what the model predicts of it, at which timesteps it is trained, and how it is drawn.
+"""The noise: the prediction type, the timesteps of training, and how noise is drawn.
 
-Every draw is a function of (seed, batch number, place in the batch), made on the CPU, so that a
+Every draw depends only on (seed, batch number, place in the batch) and is made on the CPU, so a
 sample's noise depends neither on its neighbours nor on the device.
 """
 
@@ -25,15 +25,15 @@ from trainer.streams import Stream
 
 log = logging.getLogger(__name__)
 
-# What diffusers keeps of options that were not given, which another class would take from itself.
+# diffusers' list of options that were not given; another class would use its own defaults for them.
 _MARKS = "_use_default_values"
-# Of betas too, but only to be looked into where scipy or torchsde is installed.
+# These have betas, too, but can only be inspected if scipy or torchsde is installed.
 _WITH_EXTRAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")
 
 
 def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the model's scheduler after training: `model`, as its
-    scheduler_config.json has it, with the options that change it.  Without any it is the same.
+    """The scheduler's configuration after training: `model` (its scheduler_config.json), with the
+    changes of `noise=`, if any.
 
     Raises UserError for a scheduler without betas, a prediction type that training does not know,
     or zero terminal SNR with epsilon prediction, which has nothing to predict from at the last
@@ -67,8 +67,8 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
 
 
 def _must_have_betas(model: Mapping[str, Any]) -> None:
-    """Refuse a scheduler of another family (EDM, flow matching): its configuration has nothing that
-    DDPMScheduler reads, which would take its own defaults."""
+    """Refuse a scheduler of another family (EDM, flow matching): its configuration lacks what
+    DDPMScheduler reads, which would use its own defaults."""
     name = model["_class_name"]
     scheduler = getattr(diffusers, name, None)
     options = inspect.signature(scheduler).parameters if scheduler else {}
@@ -124,7 +124,7 @@ def timesteps(config: NoiseConfig, count: int, seed: int, number: int, size: int
 
 
 def draw(config: NoiseConfig, like: Tensor, seed: int, number: int, place: int) -> Tensor:
-    """The noise of one sample, which its target is made of: like (C, h, w) -> fp32 (C, h, w)."""
+    """The noise of one sample, for its target: like (C, h, w) -> fp32 (C, h, w)."""
     noise = normal(like.shape, Stream.NOISE, seed, number, place)
     if config.pyramid:
         noise = _pyramid(noise, config.pyramid, seed, number, place)
@@ -136,8 +136,8 @@ def draw(config: NoiseConfig, like: Tensor, seed: int, number: int, place: int) 
 
 
 def perturbed(config: NoiseConfig, noise: Tensor, seed: int, number: int, place: int) -> Tensor:
-    """The noise that one sample's input gets: (C, h, w) -> (C, h, w), that of its target and, for
-    input perturbation, some more (Ning et al. 2023, arXiv 2301.11706)."""
+    """The noise of one sample's input: (C, h, w) -> (C, h, w), the target's plus, for input
+    perturbation, some more (Ning et al. 2023, arXiv 2301.11706)."""
     if not config.input_perturbation:
         return noise
     more = normal(noise.shape, Stream.PERTURBATION, seed, number, place)

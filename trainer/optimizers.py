@@ -1,4 +1,4 @@
-"""The optimizer of a run: the class that `optim=` names, from the family or from anywhere."""
+"""The optimizer of a run: the class that `optim=` names, from this family or elsewhere."""
 
 import importlib
 import importlib.util
@@ -28,8 +28,7 @@ _CPU = torch.device("cpu")
 def build(
     config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
 ) -> torch.optim.Optimizer:
-    """The configured optimizer over the trainable parameters of `model`, in the groups that `rules`
-    make of them.
+    """The configured optimizer for the trainable parameters of `model`, grouped by `rules`.
 
     Raises UserError for a class that cannot be imported, for options it does not have or values
     it refuses, and for a rule that matches nothing.
@@ -48,8 +47,8 @@ def build(
 def planned_state_bytes(
     config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
 ) -> int | None:
-    """Bytes of the state that `build` will allocate for a model of this layout, on the meta device;
-    of another package's optimizer, what its first step allocates there.  None where that step needs
+    """Bytes of the state that `build` will allocate for such a model, which is on the meta device;
+    for another package's optimizer, what its first step allocates there.  None if that step needs
     real values."""
     if isinstance(config, ExternalConfig):
         return _external_state_bytes(config, groups.parameter_groups(model, config.lr, rules))
@@ -67,7 +66,7 @@ def _external_state_bytes(config: ExternalConfig, chosen: list[dict[str, Any]]) 
         optimizer.step()
     except UserError:
         raise
-    except Exception:  # of somebody else's code, which reads numbers that are not there: any kind
+    except Exception:  # another package's code that needs real values may raise anything
         return None
     finally:
         for group in chosen:
@@ -79,8 +78,8 @@ def _external_state_bytes(config: ExternalConfig, chosen: list[dict[str, Any]]) 
 
 def try_out(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU) -> None:
     """Refuse a wrong optimizer, option or rule before a model is loaded, by building it for one
-    small matrix, and one for each rule.  A class from elsewhere also makes a step, on the device of
-    the run."""
+    small matrix, and one for each rule.  With optim=external it also makes a step, on the run's
+    device."""
 
     def small(**options: Any) -> dict[str, Any]:
         return {"params": [nn.Parameter(torch.zeros(2, 2, device=device))], **options}
@@ -99,13 +98,13 @@ def try_out(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a checkpointed state, and keep the configured options: they decide, not the saved ones.
+    """Load a checkpointed state, but keep the configured options instead of the saved ones.
 
-    In the groups of somebody else's optimizer, options are what its class is built with; the rest
-    (Prodigy's d and k) it has found, and is the checkpoint's.
+    In the groups of another package's optimizer, the arguments of its class are options; the rest
+    (Prodigy's d and k) is state, and comes from the checkpoint.
 
-    Raises UserError when the state is not of this optimizer, these parameters and these options
-    (`storage` is one that shapes it).
+    Raises UserError if the state is not of this optimizer, these parameters and these options
+    (`storage`, for example, affects its layout).
     """
     try:
         merged = [
@@ -120,7 +119,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def _merged(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Any]:
-    """A saved group, with the options that the configuration decides."""
+    """A saved group, with the configured options."""
     if isinstance(optimizer, optim.FusedOptimizer):
         found = {"params", "param_names", *optimizer.shared}
         return saved | {key: value for key, value in group.items() if key not in found}
@@ -173,7 +172,7 @@ def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.O
         return _make_external(config, chosen)
     values = groups.with_tuples({k: v for k, v in asdict(config).items() if k != "name"})
     known = optim.options_of(config.name)
-    for group in chosen:  # it keeps what it does not know
+    for group in chosen:  # unknown keys would be kept silently
         for option in group.keys() - {"params", *known}:
             cls = optim.FAMILY[config.name].__name__
             raise UserError(f"optim={config.name}: {unknown_option(cls, option, known)}")
@@ -200,14 +199,14 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
             reason = unknown(f"option of {config.class_path}", option, known)
             raise UserError(f"optim.options.{option}: {reason}")
     if "weight_decay" not in known:
-        spared = {"weight_decay": 0.0}  # is none
+        spared = {"weight_decay": 0.0}  # no decay, as without the option
         chosen = [{k: v for k, v in g.items() if (k, v) not in spared.items()} for g in chosen]
     for group in chosen:  # torch takes any key, and uses those it knows
         for option in group.keys() - {"params"}:
             if option not in known and not accepts_any:
                 raise UserError(unknown(f"option of {config.class_path}", option, known))
     options = groups.with_tuples(config.options)
-    make: Callable[..., torch.optim.Optimizer] = cls  # which takes more than the base class
+    make: Callable[..., torch.optim.Optimizer] = cls  # it takes more arguments than the base class
     try:
         return make(chosen, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
@@ -222,19 +221,19 @@ def _try_step(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
             p.grad = torch.zeros_like(p)
     try:
         optimizer.step()
-    except Exception as error:  # of somebody else's code: any kind
+    except Exception as error:  # another package's code may raise anything
         raise UserError(f"{_title(config)} cannot make a step: {error}") from error
 
 
 def _try_reading_back(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:
-    """See that the state can be read back from a file: finding out at a resume, hours later, is too
-    late."""
+    """Check that the state can be read back from a file: finding out at a resume, hours later,
+    would be too late."""
     file = io.BytesIO()
     try:
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:  # it trains, and may be wanted for a short run
+    except pickle.UnpicklingError as error:  # training works, which may be enough for a short run
         message = "%s: no checkpoint of this run can be resumed: %s"
         log.warning(message, _title(config), checkpoint.unread(error))
     except Exception as error:  # as above

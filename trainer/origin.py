@@ -1,7 +1,7 @@
 """Where a model's parts come from: a diffusers folder, one checkpoint file, or the hub.
 
-Parts are read one at a time and in the dtype that they will have, because all of them at once, in
-fp32, do not fit where the UNet alone does.
+Parts are read one at a time and in their final dtype, because all of them at once, in fp32, may not
+fit where the UNet alone does.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ Kind = Literal["sdxl", "sd15", "other"]
 
 
 class Origin(ABC):
-    """Where a model's parts are, by their names in a pipeline: unet, vae, text_encoder, ..."""
+    """The source of a model's parts, named as in a pipeline: unet, vae, text_encoder, ..."""
 
     path: Path
-    option: str = "model.path"  # which named it
+    option: str = "model.path"  # that named it
 
     def __str__(self) -> str:
         return str(self.path)
 
     @property
     def zeros_for_empty(self) -> bool:
-        """Whether the pipeline takes zeros, and not the encoded "", as the empty prompt."""
+        """Whether the pipeline uses zeros instead of the encoded "" for the empty prompt."""
         return bool(self.index.get("force_zeros_for_empty_prompt", False))
 
     def has(self, part: str) -> bool:
@@ -61,26 +61,26 @@ class Origin(ABC):
 
     @abstractmethod
     def folder(self, part: str) -> Path:
-        """Where the part's files are (or would be); of a single file, a tokenizer's."""
+        """Where the part's files are (or would be); for a single file, the tokenizers only."""
 
     @abstractmethod
     def unused(self) -> Weights:
-        """What a single file has beside its parts' weights, by its names there: CLIP's position_ids
+        """A single file's tensors that are not weights, by their names there: CLIP's position_ids
         and logit_scale, which are never used."""
 
     @property
     @abstractmethod
     def kind(self) -> Kind:
-        """`sdxl`: two text encoders, of whatever size; `sd15`: one, of Stable Diffusion 1."""
+        """`sdxl`: two text encoders, of any size; `sd15`: one, of Stable Diffusion 1."""
 
     @abstractmethod
     def _files(self, part: str) -> list[Path]:
-        """The files that the part's weights are in."""
+        """The files with the part's weights."""
 
     def load(self, part: str, dtype: torch.dtype) -> nn.Module:
         """The part with its weights, on the CPU, in eval mode.
 
-        Raises UserError where its files are damaged or its weights are not those of its config.
+        Raises UserError if its files are damaged or its weights do not match its configuration.
         """
         return architectures.filled(
             part, self.config(part), self.weights(part), dtype, f"{self.option}={self.path}"
@@ -97,7 +97,7 @@ class Origin(ABC):
             ) from error
 
     def fingerprint(self, part: str, cache: Path | None = None) -> str:
-        """sha256 of what decides the part's outputs: weights and configuration, or a tokenizer's
+        """sha256 of what the part's outputs depend on: weights and configuration, or a tokenizer's
         files.  `cache`: a folder that remembers it as long as the files do not change."""
         if part.startswith("tokenizer"):
             return _hash_of_files(self.folder(part))
@@ -110,8 +110,8 @@ class Origin(ABC):
         )
 
     def sketch(self, part: str) -> str:
-        """As `fingerprint`, but from the weights' types, shapes and first and last values only: it
-        tells models apart without reading them (a .ckpt's are read, a tensor at a time)."""
+        """Like `fingerprint`, but only from the weights' types, shapes and first and last values,
+        to distinguish models without reading them (except a .ckpt, one tensor at a time)."""
         if part.startswith("tokenizer"):
             return _hash_of_files(self.folder(part))
         return _fingerprint(_computing(self.config(part)), self.weights(part), ends_only=True)
@@ -121,7 +121,7 @@ class Folder(Origin):
     """A pipeline in diffusers layout: model_index.json, and a folder for each part."""
 
     def __init__(self, path: Path, variant: str | None = None, option: str = "model.path") -> None:
-        """Raises UserError where it is no pipeline whose UNet can be trained."""
+        """Raises UserError unless it is a pipeline whose UNet can be trained."""
         self.path, self.variant, self.option = path, variant, option
         if not self.has("unet"):
             raise UserError(
@@ -151,7 +151,7 @@ class Folder(Origin):
             return "sdxl" if self.config("unet").get("addition_embed_type") else "other"
         if not self.has("text_encoder"):
             return "other"
-        # Stable Diffusion 2's encoder is OpenCLIP's, which activates by gelu.
+        # Stable Diffusion 2's encoder is OpenCLIP's, which uses gelu.
         acts = self.config("text_encoder").get("hidden_act", "quick_gelu")
         return "sd15" if acts == "quick_gelu" else "other"
 
@@ -163,7 +163,7 @@ class Folder(Origin):
         return find_weights(self.folder(part), part, self.variant, self.option)[0]
 
     def unused(self) -> Weights:
-        """What only a single file has: nothing."""
+        """Nothing: only single files have such tensors."""
         return {}
 
     def folder(self, part: str) -> Path:
@@ -198,7 +198,7 @@ class Vae(Folder):
     """A VAE's own folder: config.json and its weights, such as that of sdxl-vae-fp16-fix."""
 
     def __init__(self, path: Path, option: str = "model.vae") -> None:
-        """Raises UserError where it is another model's."""
+        """Raises UserError if it is another kind of model."""
         self.path, self.variant, self.option = path, None, option
         if (found := self.config("vae").get("_class_name")) != self.index["vae"][1]:
             raise UserError(f"{option}={path} is a {found}; it must be an AutoencoderKL")
@@ -212,11 +212,11 @@ class Vae(Folder):
 
 
 class VaeFile(Vae):
-    """A VAE's file, such as sdxl_vae.safetensors, which does not say its configuration."""
+    """A VAE's file, such as sdxl_vae.safetensors, which does not contain its configuration."""
 
     def __init__(self, path: Path, model: Origin, option: str = "model.vae") -> None:
-        """Its configuration is `model`'s, as its readers have it, or that of the folder where it
-        lies under diffusers' name.  Raises UserError where it is damaged or holds no VAE."""
+        """Its configuration is that of `model`, as other programs assume, or of its folder if it
+        has diffusers' file name.  Raises UserError if it is damaged or holds no VAE."""
         self._settings = model.config("vae")
         if path.name.startswith("diffusion_pytorch_model.") and _is_vae(path.parent):
             self._settings = Vae(path.parent, option).config("vae")
@@ -237,7 +237,7 @@ class File(Origin):
     """One .safetensors or .ckpt file with all parts."""
 
     def __init__(self, path: Path, option: str = "model.path") -> None:
-        """Raises UserError where it is damaged, or not an SDXL or SD 1.x checkpoint."""
+        """Raises UserError if it is damaged, or not an SDXL or SD 1.x checkpoint."""
         self.path, self.option = path, option
         self.file = SingleFile(path)
 
@@ -272,10 +272,10 @@ def at(
     option: str = "model.path",
     with_weights: bool = True,
 ) -> Origin:
-    """What a name means: a folder, a file, or a hub repository, whose weights are downloaded when
-    they are needed.  option: where the name was given, for errors.
+    """The origin that a name refers to: a folder, a file, or a hub repository, whose weights are
+    downloaded only `with_weights`.  option: where the name was given, for errors.
 
-    Raises UserError where it names nothing that can be loaded.
+    Raises UserError if it names nothing that can be loaded.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -289,10 +289,10 @@ def at(
 
 
 def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
-    """Where another VAE for `model` comes from, by what `model.vae` names: a VAE's folder, file or
-    hub repository, or a model that has it.
+    """The origin of another VAE for `model`, as named by `model.vae`: a VAE's folder, file or hub
+    repository, or a model that has it.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     path = Path(name).expanduser()
     if path.is_file():

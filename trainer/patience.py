@@ -1,4 +1,4 @@
-"""Reading from a drive that may not answer at once."""
+"""Retrying reads from a drive that fails temporarily."""
 
 import errno
 import logging
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
-# What passes: a network drive's, and that of a process that has too many files open.
+# Temporary errors: of network drives, and of a process with too many open files.
 _PASSING = {
     getattr(errno, name, errno.EIO)
     for name in (
@@ -16,21 +16,21 @@ _PASSING = {
         *("ECONNRESET", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH"),
     )
 }
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before it is tried again
-_ENOUGH = 3  # failures that no pause helped, after which none is made
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
+_ENOUGH = 3  # reads that failed despite retries, after which none is retried
 _hopeless: list[OSError] = []
 
 Answer = TypeVar("Answer")
 
 
 def renew() -> None:
-    """Pause again whatever has failed before: another run may have another drive."""
+    """Allow retries again after earlier failures: another run may use another drive."""
     _hopeless.clear()
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:
-    """What a file system answers, asked again where a drive could not.  Raises OSError; after some
-    that no pause has helped, at once."""
+    """The result of `ask`, retried after temporary errors.  Raises OSError; at once, after several
+    failures despite retries."""
     for pause in _PAUSES if len(_hopeless) < _ENOUGH else ():
         try:
             return ask()

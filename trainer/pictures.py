@@ -1,4 +1,4 @@
-"""Pictures on the disk, and side by side: rows of the same captions from different steps."""
+"""Saving and loading pictures, and grids of them, with one column per caption."""
 
 import math
 from contextlib import suppress
@@ -10,21 +10,21 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 _LABEL = 14  # pixels: the height of a caption above its pictures
-_MARGIN = 64  # pixels: the least width of the titles at the left
+_MARGIN = 64  # pixels: the minimal width of the titles at the left
 COLUMNS = 8  # pictures side by side in a band
 _SMALLEST_TILE = 96  # pixels: the side of a picture in a grid
 _LARGEST_TILE = 256
-ORIGINALS = "original"  # the folder of what captions belong to, beside those of what is drawn
+ORIGINALS = "original"  # the folder of the captions' own pictures, next to those of drawn ones
 _CAPTION = "caption"  # the key of a PNG's text
-_POINTS = 11  # of the letters
-# What Linux has of other letters, looked for in its folders of fonts; Pillow's own font is ASCII.
+_POINTS = 11  # font size
+# Linux's fonts for other scripts, searched for in its font folders; Pillow's own font is ASCII.
 _OTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc")
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def save(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None:
-    """Write 00.png, 01.png, ..., each with its caption in it."""
+    """Write 00.png, 01.png, ..., each with its caption in the metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         text = PngInfo()
@@ -33,7 +33,7 @@ def save(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None
 
 
 def load(folder: Path, captions: list[str]) -> list[Image.Image]:
-    """What `save` wrote; [] where it is missing, or of other captions."""
+    """The pictures that `save` wrote; [] if any is missing or has another caption."""
     found = []
     for number, caption in enumerate(captions):
         path = folder / f"{number:02d}.png"
@@ -48,7 +48,7 @@ def load(folder: Path, captions: list[str]) -> list[Image.Image]:
 
 
 def captions(folder: Path) -> list[str]:
-    """The captions of what `save` wrote."""
+    """The captions of the pictures that `save` wrote."""
     found = []
     numbered = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
     for path in sorted(numbered, key=lambda path: int(path.stem)):
@@ -64,8 +64,8 @@ def of_pixels(pixels: Tensor) -> Image.Image:
 
 
 def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image:
-    """Labelled pictures: {row title: one picture per caption} -> bands of eight columns, captions
-    on top, titles of a line or more at the left."""
+    """Labelled pictures: {row title: one picture per caption} -> bands of eight columns, with
+    captions on top and titles (which may have several lines) at the left."""
     count = len(captions)
     largest = max(max(picture.size) for row in rows.values() for picture in row)
     tile = min(max(largest, _SMALLEST_TILE), _LARGEST_TILE)
@@ -96,12 +96,12 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image
 
 
 def _width(text: str) -> int:
-    """Pixels that the widest of its lines takes."""
+    """The width in pixels of its widest line."""
     return math.ceil(max(map(_fonts()[0].getlength, text.split("\n"))))
 
 
 def written(text: str) -> tuple[str, Font]:
-    """A text as it can be drawn, and the font: the one with most of its characters.  The rest
+    """A text as it can be drawn, and the font: the one with most of its characters.  The others
     become escapes (\\u732b), since a font draws the same box for all that it lacks."""
     font = max(_fonts(), key=lambda font: sum(_has(font, c) for c in text))
     return "".join(c if _has(font, c) else ascii(c)[1:-1] for c in text), font
@@ -118,7 +118,7 @@ def _fonts() -> list[Font]:
 
 @cache
 def _has(font: Font, character: str) -> bool:
-    """Whether a font has it, and does not draw the box that U+FFFF, no character, gets."""
+    """Whether a font has the character: it is not drawn as the box of U+FFFF, a noncharacter."""
     box = "\uffff"
     return character.isprintable() and bytes(font.getmask(character)) != bytes(font.getmask(box))
 

@@ -1,4 +1,4 @@
-"""What is drawn: `log.prompts`, each with options of its own in the form of kohya's prompt files.
+"""The prompts to draw: `log.prompts`, each with its own options as in kohya's prompt files.
 
 `a cat on a roof --w 832 --h 1216 --n blurred --d 7 --l 5 --s 30`
 """
@@ -13,8 +13,8 @@ from trainer.config import LogConfig
 from trainer.data.buckets import Size
 from trainer.errors import UserError
 
-_SIDE = 8  # pixels, of which the sides are multiples: an element of a latent
-# What an option is called, and what reads its value.
+_SIDE = 8  # pixels per element of a latent; sides are multiples of it
+# Option -> field of Prompt, and its type.
 _OPTIONS: dict[str, tuple[str, type]] = {
     "w": ("width", int),
     "h": ("height", int),
@@ -27,11 +27,11 @@ _OPTIONS: dict[str, tuple[str, type]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A picture that is to be drawn."""
+    """A picture to draw."""
 
     line: str  # as it was given
     text: str
-    negative: str  # what guidance leads away from
+    negative: str  # guidance leads away from it
     width: int  # pixels
     height: int
     seed: int  # of its noise
@@ -48,14 +48,14 @@ class Prompt:
 
     @property
     def texts(self) -> list[str]:
-        """What the text encoders read for it."""
+        """The texts to encode for it."""
         return [self.text, self.negative] if self.negative else [self.text]
 
 
 def read(path: str) -> list[str]:
-    """The prompts of a text file: a line each, without empty lines and those that begin with #.
+    """The prompts of a text file: one per line, without empty lines and those that begin with #.
 
-    Raises UserError where it cannot be read, or has none.
+    Raises UserError if it cannot be read, or has none.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
@@ -70,8 +70,7 @@ def read(path: str) -> list[str]:
 def of_config(config: LogConfig, side: int) -> list[Prompt]:
     """`log.prompts`, squares of `side` pixels unless they say otherwise.
 
-    Raises UserError that names the prompt for an option that there is not, or a value that cannot
-    be.
+    Raises a UserError that names the prompt for an unknown option or an invalid value.
     """
     try:
         return [_of_line(line, place, config, side) for place, line in enumerate(config.prompts)]
@@ -82,7 +81,7 @@ def of_config(config: LogConfig, side: int) -> list[Prompt]:
 
 
 def of_caption(caption: str, place: int, config: LogConfig, size: Size) -> Prompt:
-    """A caption as it is, without options; `place`, which counts what is drawn, is its seed."""
+    """A prompt that is just a caption; its seed is its `place` among all that are drawn."""
     return Prompt(
         line=caption,
         text=caption,

@@ -62,8 +62,8 @@ def _name_of(device: torch.device) -> str:
 
 
 def _packages_of(optimizer: dict[str, Any]) -> list[str]:
-    """What pip installed that an optimizer of somebody else's comes from; [] of the family's, and
-    of a file that no package has."""
+    """The installed packages that an external optimizer comes from; [] for the family's, and for a
+    module of no package."""
     if package := optimizer.get("package"):
         return [package]
     if not (path := optimizer.get("class_path")):

@@ -1,6 +1,6 @@
-"""Warnings about a configuration that works: options without effect, two that do the same, a
-learning rate for small models only, pictures of another size than the model's; and about a run that
-changed nothing, or made the model worse.  A run logs them."""
+"""Warnings, which a run logs: about a configuration that works (options without effect, two that do
+the same, a learning rate for small models only, pictures of another size than the model's), and
+about a run that changed nothing or made the model worse."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from trainer.config import (
 )
 from trainer.schedule import decay_steps
 
-_UNCLIPPED = ("lomo",)  # SGD without a clip by its own configuration
-_LARGE = 100_000_000  # a model's parameters, from which on a default rate is remarked
-# Where the rate of a large model is looked for first, by the method.
+_UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
+_LARGE = 100_000_000  # trained parameters, from which on the default rate gets a remark
+# The learning rate to try first with a large model, by method.
 _START = {"full": "1e-5", "lora": "1e-4"}
-_STILL = 1e-3  # the share of its loss by which a model moves that has learned something
-_FAR = 1.5  # how many times a resolution may be another, unremarked
+_STILL = 1e-3  # relative change of the loss, below which a model has learned nothing
+_FAR = 1.5  # ratio of resolutions, above which there is a remark
 
 
 def _no_tags_move(config: Config) -> bool:
@@ -51,7 +51,7 @@ def _other_prompts(config: Config) -> bool:
 
 _PICTURES = "pictures: log.prompts or log.sample_count"
 
-# Options that say something only beside others: where they do not, and whose they are.
+# Options that only have an effect with others: (options, when they have none, what they need).
 _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("loss.gamma",), lambda c: c.loss.weighting != "min_snr", "loss.weighting=min_snr"),
     (("loss.unmasked_weight",), lambda c: c.data.mask == "none", "data.mask"),
@@ -94,7 +94,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 
 
 def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
-    """The remarks that need no model, a line each.
+    """The remarks that need no model, one line each.
 
     overrides: the command line's, which also show what was set to its default on purpose.
     """
@@ -108,8 +108,8 @@ def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def of_rate(config: Config, size: int) -> list[str]:
-    """Warn where the rate is the class's default, which is for small models, and the trained parts
-    have the parameters of a large one: `size`."""
+    """Warn if the rate is the class's default, which is for small models, and the trained parts
+    have as many parameters, `size`, as a large one."""
     cls = optim.FAMILY.get(config.optim.name)
     if cls is None or "d" in cls.shared or size < _LARGE or config.method.rules:
         return []
@@ -129,7 +129,7 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if summary["prediction_before"] != summary["prediction"]:
         return []
-    if after - before >= _STILL * before:  # a NaN is not above, nor below
+    if after - before >= _STILL * before:  # false for NaN
         return [
             f"eval/loss was {before:.6g} and is {after:.6g}: the model is worse than before the "
             f"first step; lower optim.lr={summary['lr']:g}"
@@ -147,7 +147,7 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _of_holdout(summary: Mapping[str, Any]) -> list[str]:
-    """Warn where a model has learned its pictures, and nothing that holds for others."""
+    """Warn if a model, which got better on its training pictures, got worse on held-out ones."""
     before = summary.get("holdout_loss_before", math.nan)
     after = summary.get("holdout_loss_after", math.nan)
     if not after - before >= _STILL * before:
@@ -160,8 +160,8 @@ def _of_holdout(summary: Mapping[str, Any]) -> list[str]:
 
 
 def of_resolution(config: Config, own: int | None) -> list[str]:
-    """Warn where the pictures are much larger or smaller than those that the model was made for, of
-    `own` pixels a side; None where it does not say."""
+    """Warn if the pictures are much larger or smaller than those that the model was made for, with
+    sides of `own` pixels (None: unknown)."""
     side = config.data.largest_resolution
     if own is None or max(side, own) <= _FAR * min(side, own):
         return []
@@ -200,7 +200,7 @@ def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
 
 
 def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
-    """Warn where the decay has no room, once the run's length is known."""
+    """Warn if the decay has no room, once the run's length is known."""
     if not isinstance(schedule, LinearConfig | WsdConfig) or schedule.steps == 1:
         return
     steps, cycles = decay_steps(schedule), getattr(schedule, "cycles", None)
@@ -218,7 +218,7 @@ def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
 
 
 def _defaults(config: Config, group: str, option: str) -> list[Any]:
-    """The values in those files of conf/ that may have been chosen."""
+    """The option's values in the files of conf/ that may have been chosen."""
     named = {"noise": ["default"], "data": choices_of("data"), "log": ["jsonl"]}
     names = named.get(group) or [getattr(config, group).name]
     files = [conf_dir() / group / f"{name}.yaml" for name in names]
@@ -228,10 +228,10 @@ def _defaults(config: Config, group: str, option: str) -> list[Any]:
 
 
 def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
-    """A clip that repeats, or undoes, what the optimizer does itself; and that there is none, where
-    nobody asked for that and the optimizer does not bound its updates."""
+    """Warn about a clip that repeats, or undoes, what the optimizer does itself; and about having
+    none, unless that was requested or the optimizer bounds its updates."""
     clip, own = config.method.clip, _clips_itself(config.optim)
-    if clip not in ("none", "global"):  # the default is harmless beside what bounds updates
+    if clip not in ("none", "global"):  # the default does no harm if updates are bounded
         own = own or _bounds_itself(config.optim)
     is_unbounded = not (_clips_itself(config.optim) or _bounds_itself(config.optim))
     if clip == "none" and is_unbounded and "method.clip" not in given:
@@ -245,7 +245,7 @@ def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
 
 
 def _clips_itself(options: Any) -> str | None:
-    """How the optimizer clips gradients, in words, where it does."""
+    """How the optimizer clips gradients, in words, if it does."""
     for option in ("max_grad_norm", "grad_clip"):
         if getattr(options, option, None) is not None:
             return f"clips them again by optim.{option}"
@@ -253,13 +253,13 @@ def _clips_itself(options: Any) -> str | None:
 
 
 def _bounds_itself(options: Any) -> str | None:
-    """Why the size of a gradient hardly matters to the optimizer, in words, where it does not."""
+    """Why the size of a gradient hardly matters to the optimizer, in words, if so."""
     cls = optim.FAMILY.get(options.name)
     return cls.bounds_updates(vars(options)) if cls else None
 
 
 def of_data(config: Config, overrides: Sequence[str]) -> Iterator[str]:
-    """Pictures of one's own with the demo's options."""
+    """Warn about the user's own pictures with the demo's options."""
     given = keys_of(overrides)
     if "data.path" in given and not given & {"data", "experiment"}:
         yield (

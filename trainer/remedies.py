@@ -16,7 +16,7 @@ _SMALLER = {
     "prodigy": "prodigy_factored",
     "peer/bnb_adamw8bit": "adamw8bit",
 }
-_LEAST_RESOLUTION = 512  # below it no model is at home
+_LEAST_RESOLUTION = 512  # lower ones are not suggested
 _SMALL_STATE = ("adafactor8bit", "adafactor8bit_apollo", "lomo")
 
 

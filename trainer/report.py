@@ -10,8 +10,8 @@ from typing import Any
 from trainer import disk
 from trainer.metrics import as_json
 
-_RESULT_STEP = "result_of_step"  # of a failed run, whose `steps` may be others
-# What a run that is resumed at its end, and makes no step, cannot tell anew.
+_RESULT_STEP = "result_of_step"  # for a failed run, whose `steps` may differ
+# What a run that is resumed at its end, and makes no step, cannot measure again.
 _COSTS = (
     "wall_seconds",
     "peak_memory_bytes",
@@ -30,20 +30,20 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 def of_failure(
     folder: Path, summary: Mapping[str, Any], error: Exception, has_result: bool = False
 ) -> dict[str, Any]:
-    """The summary of a run that failed: with the `error`, and with the step of the result in its
-    folder, which may be an earlier session's, where there is one."""
+    """The summary of a failed run: with the `error`, and with the step of the result in its folder,
+    if there is one; it may be from an earlier session."""
     failed = {**summary, "error": str(error) or type(error).__name__}
     step = summary["steps"] if has_result else result_step(read_summary(folder))
     return failed if step is None else failed | {_RESULT_STEP: step}
 
 
 def result_step(summary: Mapping[str, Any]) -> int | None:
-    """The step that the result beside a summary is of; None where it does not say."""
+    """The step of the result in a summary's folder; None if unknown."""
     return summary.get(_RESULT_STEP if "error" in summary else "steps")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary.json of a run; {} where there is none that can be read."""
+    """The summary.json of a run; {} if there is none that can be read."""
     with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return summary if isinstance(summary, dict) else {}
@@ -85,7 +85,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
 
 
 def _learned(summary: dict[str, Any]) -> str:
-    """The loss before and after, and the share of it left where the two are comparable."""
+    """The loss before and after, and the share of it that is left if the two are comparable."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if math.isnan(before):
         return f"{after:.4f}"

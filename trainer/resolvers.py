@@ -1,5 +1,5 @@
-"""What `conf/` computes: where a run is written, the rate that a preset begins with, the lines of a
-file of prompts."""
+"""Values that `conf/` computes: a run's folder, a preset's learning rate, the lines of a prompt
+file."""
 
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from trainer import prompts
 from trainer.config import ASSETS, conf_dir, file_name
 from trainer.resuming import run_folder_of
 
-# Of an optimizer's default rate, with a large model.
+# Share of an optimizer's default rate to use with a large model.
 _SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
 
 
@@ -29,26 +29,26 @@ def register() -> None:
 
 
 def _run_dir(resume: str | None, name: str) -> str:
-    """Where this run is written: the folder of the run that it resumes, else a new one."""
+    """The folder of this run: that of the run that it resumes, else a new one."""
     if resume and (folder := run_folder_of(resume)):
         return str(folder)
     return _unused(f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{file_name(name)}")
 
 
 def _sweep_dir() -> str:
-    """Where a sweep without a given folder is written."""
+    """The folder of a sweep, if none is given."""
     return _unused(f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def _unused(fresh: str) -> str:
-    """This folder, or with a number where another began in the same second."""
+    """This folder, with a number appended if another run began in the same second."""
     candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
     return next(folder for folder in candidates if not Path(folder).exists())
 
 
 def _default_lr(optimizer: str, method: str) -> float:
-    """The default learning rate of a large model: a share of the optimizer's, which was found with
-    a small one, or all of it where the optimizer finds its own rate."""
+    """The default learning rate for a large model: a share of the optimizer's, which was found with
+    a small one, or all of it if the optimizer finds its own rate."""
     cls = optim.FAMILY.get(optimizer)
     if cls is None:
         default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr

@@ -1,4 +1,4 @@
-"""The folder of a run: nothing of another run is overwritten there."""
+"""The folder of a run, where it must not overwrite another run."""
 
 import shutil
 from contextlib import suppress
@@ -12,7 +12,7 @@ _MULTIRUN = "multirun.yaml"  # Hydra's, in a sweep's folder
 
 
 def sweep_of(folder: Path) -> Path | None:
-    """The folder of the sweep that a run's folder lies in, at any depth; None where it is of
+    """The folder of the sweep that contains a run's folder, at any depth; None if there is
     none."""
     return next(filter(is_sweep, folder.parents), None)
 
@@ -22,7 +22,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def refuse_occupied(folder: Path, config: Config) -> None:
-    """Raise UserError where a run would overwrite another, or files that belong to no run."""
+    """Raise UserError if a run would overwrite another, or files that belong to no run."""
     if checkpoint.completed(folder / "checkpoints"):
         if not config.resume:
             raise UserError(
@@ -45,9 +45,9 @@ def refuse_occupied(folder: Path, config: Config) -> None:
 
 
 def carry_before(forked: Path, folder: Path) -> None:
-    """Give a run that forks from another's checkpoint the pictures that the model drew before the
-    first step.  The checkpoint may lie anywhere, in no run too."""
+    """Copy the pictures drawn before the first step to a run that forks from another's checkpoint.
+    The checkpoint may be outside any run."""
     before, began = Path("samples") / f"step-{0:06d}", forked.parent.parent
     if (began / before).is_dir() and not (folder / before).exists():
-        with suppress(OSError):  # of a full disk: a row of a grid
+        with suppress(OSError):  # a full disk, say: it is only a row of a grid
             shutil.copytree(began / before, folder / before)

@@ -23,7 +23,7 @@ from trainer.prompts import Prompt
 
 @dataclass(kw_only=True)
 class Sampler:
-    """Draws `log.prompts`, or else the first `log.sample_count` captions of the data set, each at
+    """Draws `log.prompts`, or else the first `log.sample_count` captions of the dataset, each at
     its picture's size."""
 
     model: Model
@@ -34,14 +34,14 @@ class Sampler:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """The samples whose captions are drawn; none where there are prompts."""
+        """The samples whose captions are drawn; none if there are prompts."""
         dataset = self.data.dataset
         count = 0 if self.config.prompts else self.config.sample_count
         return [dataset.samples[row] for row in dataset.shown[:count]]
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """What is drawn: the configured prompts, or the samples' captions."""
+        """The configured prompts, or the samples' captions."""
         if self.config.prompts:
             side = self.data.dataset.config.largest_resolution
             return prompts.of_config(self.config, side)
@@ -56,8 +56,8 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, is_trained: bool = True) -> list[Image.Image]:
-        """One picture for each of the `count` prompts; an untrained model is drawn with its own
-        scheduler, whose prediction `noise` may change.  Raises `signals.Stopped`."""
+        """One picture for each of the `count` prompts.  An untrained model uses its own scheduler,
+        whose prediction type `noise` may change.  Raises `signals.Stopped`."""
         unet = self.model.unet
         self._denoiser.scheduler = self.model.sampling_schedule(is_trained)
         was_training = unet.training
@@ -76,7 +76,7 @@ class Sampler:
         except Exception as error:
             if not memory.ran_out(error):
                 raise
-        # A VAE wants more than a training step: 3 GB for 1024 pixels in fp32.
+        # A VAE needs more than a training step: 3 GB for 1024 pixels in fp32.
         with self.model.unet_aside():
             return self._decode(latents)
 
@@ -84,13 +84,13 @@ class Sampler:
         drawn, vae = [], self.model.load_vae()
         for place in range(self.count):
             scaled = unscaled(vae, latents[place][None].to(vae.dtype))
-            pixels = vae.decode(scaled).sample.nan_to_num()  # a ruined model's
+            pixels = vae.decode(scaled).sample.nan_to_num()  # NaN from a broken model
             drawn += VaeImageProcessor().postprocess(pixels)
         return drawn
 
     def _chunks(self) -> list[list[int]]:
-        """Indices of pictures drawn together: at most `batch_size`, all of one size, with as many
-        steps and as much guidance."""
+        """Indices of pictures drawn together: at most `batch_size`, with the same size, steps and
+        guidance."""
         alike: dict[tuple[Size, int, float], list[int]] = {}
         for place, prompt in enumerate(self.prompts):
             alike.setdefault((prompt.size, prompt.steps, prompt.guidance_scale), []).append(place)
@@ -104,7 +104,7 @@ class Sampler:
         unet, wanted = self.model.unet, [self.prompts[place] for place in places]
         first = wanted[0]
         known = self.data.latents[0]["latent"]
-        pixels = self.data.dataset.samples[0].bucket[0] // known.shape[-2]  # of a latent's element
+        pixels = self.data.dataset.samples[0].bucket[0] // known.shape[-2]  # per latent element
         like = known.new_zeros(known.shape[0], first.height // pixels, first.width // pixels)
         noise = sample_noise(like, [prompt.seed for prompt in wanted])
         prompt = self.data.read([prompt.text for prompt in wanted])
@@ -129,8 +129,8 @@ class Sampler:
 
     @cached_property
     def _denoiser(self) -> DiffusionPipeline:
-        """The model's pipeline around the UNet alone: prompts are encoded already, and latents are
-        decoded here."""
+        """The model's pipeline with only the UNet: prompts are encoded before, and latents decoded
+        here."""
         parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
         parts |= {"unet": self.model.unet, "scheduler": self.model.sampling_schedule()}
         if self.model.unet.config.addition_embed_type == "text_time":
@@ -143,11 +143,11 @@ class Sampler:
         return denoiser
 
     def originals(self) -> list[Image.Image]:
-        """The pictures that the captions belong to, as the model sees them; none of prompts."""
+        """The pictures that the captions belong to, as the model sees them; none for prompts."""
         originals = [pictures.of_pixels(sample.read_pixels()) for sample in self.samples]
         free_rows()
         return originals
 
     def captions(self) -> list[str]:
-        """What is drawn, as it was given."""
+        """The prompts or captions as they were given."""
         return [prompt.line for prompt in self.prompts]

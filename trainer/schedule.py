@@ -1,5 +1,5 @@
-"""The length of a run, and the learning rate along it: a pure function of the optimizer's step, so
-that a resumed run needs no scheduler state."""
+"""The length of a run, and its learning rate, a pure function of the optimizer's step, so that a
+resumed run needs no scheduler state."""
 
 import math
 from dataclasses import replace
@@ -13,15 +13,16 @@ from trainer.config import (
 )
 from trainer.errors import UserError
 
-_WARMUP = 20  # steps at most, where it is left open
-_ALMOST = 1e-6  # steps
+_WARMUP = 20  # steps, at most, if not set
+_ALMOST = 1e-6  # steps: tolerance for rounding errors
 
 
 def settled(
     config: ConstantConfig, steps_per_epoch: float, done: tuple[int, float] = (0, 0.0)
 ) -> ConstantConfig:
-    """The configuration with its open values decided: the steps of so many epochs, and of the
-    warm-up.  done: steps and epochs of a run that is resumed; others may have been as long.
+    """The configuration with its open values filled in: the run's steps if its length is in epochs,
+    and the warm-up's.  done: steps and epochs done by a resumed run, whose epochs may have had
+    another length.
 
     Raises UserError for a run that is shorter than its warm-up.
     """
@@ -29,7 +30,7 @@ def settled(
     if config.epochs is not None:
         steps_done, epochs_done = done
         exact = steps_done + (config.epochs - epochs_done) * steps_per_epoch
-        # Half a step is one, from whichever step a run goes on: `exact` differs in its last bits.
+        # Round half up, whichever step a run resumes from: `exact` differs in its last bits.
         steps = max(math.floor(exact + 0.5 + _ALMOST), 1)
     if warmup is None:
         warmup = min(_WARMUP, steps // 10)
@@ -59,8 +60,8 @@ def lr_scale(config: ConstantConfig, step: int) -> float:
 
 
 def decay_steps(config: LinearConfig | WsdConfig) -> int:
-    """How many steps the decay has; the first is at the peak, and the step after the last at the
-    final value.  Below 2 it has no room."""
+    """The number of steps in the decay; the first is at the peak, and the step after the last at
+    the final value.  Below 2 there is no room for a decay."""
     hold = 1 - config.decay if isinstance(config, WsdConfig) else config.hold
     return config.steps - max(_warmup_steps(config), round(hold * config.steps))
 
@@ -77,7 +78,7 @@ def _decayed(config: LinearConfig | WsdConfig, step: int) -> float:
 
 
 def _shape(config: LinearConfig | WsdConfig, done: float) -> float:
-    """What is left of the learning rate, from 1 to 0, when a share `done` of the decay is over.
+    """The remaining share of the learning rate, from 1 to 0, after a share `done` of the decay.
 
     Restarts: Loshchilov & Hutter 2017 (arXiv 1608.03983), with cycles of one length.  wsd: Hu et
     al. 2024 (arXiv 2404.06395); its sqrt: 1 - sqrt(done), Haegele et al. 2024 (arXiv 2405.18392).

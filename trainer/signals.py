@@ -21,7 +21,7 @@ def leave_if(stop: Sequence[int]) -> None:
 
 
 def end(number: int) -> NoReturn:
-    """End the process with the status that shells give one ended by this signal."""
+    """End the process with the status that shells report for a process ended by this signal."""
     raise SystemExit(128 + number)
 
 

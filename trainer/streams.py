@@ -18,5 +18,5 @@ class Stream(IntEnum):
     FLIP = 22  # a picture or its mirror image
     OFFSET = 30  # a channel's shift of its noise
     PYRAMID = 31  # coarser levels of noise
-    PERTURBATION = 32  # what is added to the input alone
+    PERTURBATION = 32  # extra noise on the input only
     EMA = 40  # rounding of averaged weights

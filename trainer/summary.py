@@ -1,4 +1,4 @@
-"""The results of a run, as its summary.json has them."""
+"""The results of a run, for its summary.json."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "images_per_second": pace.images_per_second,
         "optimizer_state_bytes": optimizers.state_bytes(state.optimizer),
         "peak_memory_bytes": state.peaks.run,
-        "peak_training_bytes": state.peaks.training or None,  # None where no step was made
+        "peak_training_bytes": state.peaks.training or None,  # None if no step was made
         "planned_training_bytes": state.planned_bytes,
         "skipped_steps": state.guard.skipped,
         "prediction_before": now if state.starts_from_adapter else was,
@@ -65,8 +65,8 @@ def _has_diverged(state: State, after: float) -> bool:
 
 
 def of_failed(state: State) -> dict[str, Any]:
-    """What is known of a run that failed: before its first step was done, what distinguishes it
-    from others."""
+    """The summary of a failed run; if it failed in or before the first step, just what identifies
+    it."""
     if state.counters.pictures:
         return summary_of(state, {})
     return {

@@ -1,12 +1,10 @@
-"""Captions as the UNet reads them: through one CLIP text encoder (Stable Diffusion 1.5) or two
-(SDXL).
+"""Encoding captions for the UNet: with one CLIP text encoder (Stable Diffusion 1.5) or two (SDXL).
 
-SDXL was trained on the states before the last layer of both encoders, side by side, and on the
+SDXL was trained on both encoders' hidden states before the last layer, concatenated, and on the
 second encoder's pooled projection (Podell et al. 2023, arXiv 2307.01952, section 2.1); Stable
 Diffusion 1.5 on the last states, normalised.  A caption longer than the 77 tokens that CLIP reads
-is cut, or read in chunks of 75 tokens each of which stands between a beginning and an end of its
-own; the states go side by side with one beginning and one end, and the pooled projection is the
-first chunk's.
+is truncated, or encoded in chunks of 75 tokens, each with its own start and end token; the chunks'
+states are concatenated with one start and one end, and the pooled projection is the first chunk's.
 """
 
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ class Text:
     """Encoded captions, B rows."""
 
     prompt: Tensor  # (B, tokens, dim)
-    pooled: Tensor | None  # (B, dim); None where the UNet is not told
+    pooled: Tensor | None  # (B, dim); None if the UNet does not use it
 
     def __getitem__(self, rows: list[int] | slice) -> "Text":
         pooled = None if self.pooled is None else self.pooled[rows]
@@ -55,7 +53,7 @@ class Encoder:
                 )
 
     def __call__(self, captions: Sequence[str | None]) -> Text:
-        """Encode; None is the empty prompt as the model's pipeline takes it: zeros, or ""."""
+        """Encode; None is the empty prompt as in the model's pipeline: zeros, or ""."""
         read = [self._encode(part, [c or "" for c in captions]) for part in self.encoders]
         prompt = torch.cat([states for states, _ in read], dim=-1)
         pooled = read[-1][1] if self._is_pair else None
@@ -93,7 +91,7 @@ class Encoder:
         return joined, pooled if pooled is None else pooled.unflatten(0, (count, chunks))[:, 0]
 
     def _tokens(self, part: str, captions: list[str]) -> Tensor:
-        """-> (B, chunks, 77) token numbers, each chunk between a beginning and an end."""
+        """-> (B, chunks, 77) token ids, each chunk between a start and an end token."""
         tokenizer = self._tokenizers[part]
         length, begin, end = (
             tokenizer.model_max_length,
@@ -121,12 +119,12 @@ def tokenizer(origin: Origin, part: str) -> Any:
 
 
 def token_ids(tokenizer: Any, caption: str) -> list[int]:
-    """The tokens of a caption's words, without begin and end tokens."""
+    """The tokens of a caption, without start and end tokens."""
     return tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
 
 
 def room(config: ModelConfig, tokenizer: Any) -> int:
-    """How many tokens of a caption are read; the rest is cut."""
+    """How many tokens of a caption are read; the rest is truncated."""
     return config.prompt_chunks * (tokenizer.model_max_length - 2)
 
 

@@ -22,7 +22,7 @@ from trainer.run_folder import sweep_of
 
 log = logging.getLogger(__name__)
 
-_TAG = 64  # characters that W&B takes
+_TAG = 64  # characters, at most, in a tag of W&B
 
 
 class Tracker(Protocol):
@@ -70,7 +70,7 @@ class WandbTracker:
         self._run.log({"samples": wandb.Image(picture)}, step=step)
 
     def close(self, summary: dict[str, Any]) -> None:
-        """A run whose summary has an `error` has failed there too."""
+        """Marks the run as failed if its summary has an `error`."""
         try:
             self._run.summary.update(summary)
         finally:
@@ -81,7 +81,7 @@ class TensorBoardTracker:
     title = "TensorBoard"
 
     def start(self, folder: Path, config: Config, start_step: int) -> None:
-        """Open an event file; what earlier ones have of steps after `start_step` is not shown."""
+        """Open an event file; steps after `start_step` in earlier ones will not be shown."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
@@ -103,7 +103,7 @@ class TensorBoardTracker:
 
 
 class Tracked:
-    """A run in a tracker, which is left alone, after one warning, once it has failed."""
+    """A run in a tracker, which is no longer used once it has failed; that is logged once."""
 
     def __init__(self, tracker: Tracker, folder: Path, config: Config, start_step: int) -> None:
         self._tracker, self._failed = tracker, False
@@ -134,7 +134,7 @@ class Tracked:
 
 
 def of(folder: Path, config: Config, start_step: int) -> list[Tracked]:
-    """The run in every tracker that its configuration names."""
+    """The run's configured trackers."""
     wanted: list[Tracker] = []
     if config.log.wandb:
         wanted.append(WandbTracker())
@@ -144,7 +144,7 @@ def of(folder: Path, config: Config, start_step: int) -> list[Tracked]:
 
 
 def wandb_id(folder: Path) -> str:
-    """A random id, kept in the run's folder so that a resumed run goes on under it."""
+    """A random id, kept in the run's folder so that a resumed run continues under it."""
     path = folder / "wandb_id"
     if not path.exists():
         disk.replace_text(path, uuid.uuid4().hex[:12])

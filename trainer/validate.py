@@ -1,4 +1,4 @@
-"""Refuses what cannot work, once, before anything is loaded; after that, options are trusted."""
+"""Refuses what cannot work, before anything is loaded; after that, options are trusted."""
 
 import importlib.util
 import re
@@ -35,7 +35,7 @@ from trainer.groups import check_rules
 def to_dataclasses(composed: DictConfig) -> Config:
     """Hydra's composed configuration -> Config, checked.
 
-    Raises UserError that names the key and the remedy.
+    Raises a UserError that names the key and the remedy.
     """
     groups = sorted({*ALTERNATIVES, "model", "data", "optim", "noise", "runtime", "log"})
     for group in groups:
@@ -48,7 +48,7 @@ def to_dataclasses(composed: DictConfig) -> Config:
                 f"{missing[0]} has no value; set it on the command line: {missing[0]}=..."
             )
         config = cast(Config, OmegaConf.to_object(composed))
-    except OmegaConfBaseException as error:  # of an interpolation, which is resolved here
+    except OmegaConfBaseException as error:  # from an interpolation, which is resolved here
         raise UserError(explain(error, [])) from error
     _refuse_additions(config)
     check(config)
@@ -71,7 +71,7 @@ def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_additions(config: Config) -> None:
-    """Refuse a key added with `+` that is no option: it would be ignored."""
+    """Refuse a key added with `+` that is not an option: it would be ignored."""
     for prefix, node in _nodes(config):
         known = [option.name for option in fields(node)]
         for key in vars(node):
@@ -106,8 +106,8 @@ def check(config: Config) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """The run must have a name.  The `name` inside a group says what was chosen; setting it would
-    choose nothing."""
+    """The run must have a name.  A group's `name` records its choice; setting it would not choose
+    anything."""
     if not config.name.strip():
         raise UserError("name is empty; it names the run's files")
     for group in ("method", "optim", "loss", "schedule"):
@@ -133,7 +133,7 @@ def _check_trained(config: Config) -> None:
 
 
 def _check_adapters(config: LoraConfig) -> None:
-    """Refuse a LoRA that is wrong whatever the model."""
+    """Refuse a LoRA that is wrong for any model."""
     patterns = [("ranks", one.pattern) for one in config.ranks]
     texts = set(config.train) - {"unet"}
     for key, parts in (("targets", set(config.train) - texts), ("text_targets", texts)):
@@ -160,8 +160,8 @@ def _check_start(config: LoraConfig) -> None:
 
 
 def _check_fused_backward(config: Config) -> None:
-    """Refuse what a fused backward excludes: what needs all gradients at once, or a step that can
-    be undone."""
+    """Refuse what a fused backward rules out: options that need all gradients at once, or a step
+    that can be undone."""
     choice, without = "runtime.fused_backward=true", "runtime.fused_backward=false"
     if config.optim.name not in optim.FAMILY:
         raise UserError(
@@ -196,7 +196,7 @@ def _check_fused_backward(config: Config) -> None:
 
 
 def _check_curvature(config: Config) -> None:
-    """Refuse what Sophia's estimate excludes: it is that of a squared error
+    """Refuse what Sophia's estimate rules out: it assumes a squared error
     (`trainer/curvature.py`)."""
     is_sophia = issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia)
     if is_sophia and not isinstance(config.loss, MseConfig):

@@ -1,10 +1,10 @@
 """Every step's loss and gradient norm, and which of them stand out.
 
-Losses of single steps go up and down with their timesteps.  A loss counts as a spike above 3 times
-the median of the 50 before it, and in the first 10 steps above 3 times the loss before the first
-step, if that is of the same measure.  A gradient norm is compared with the median of the 50 before
-it, the first 10 with their own, so that the largest ratio is at least 1.  Runs of a sweep with the
-same seed see the same timesteps, so their counts can be compared.
+Losses of single steps vary with their timesteps.  A loss counts as a spike above 3 times the median
+of the previous 50, or in the first 10 steps above 3 times the loss before the first step, if the
+two are comparable.  A gradient norm is compared with the median of the previous 50, the first 10
+with their own median, so the largest ratio is at least 1.  Runs of a sweep with the same seed see
+the same timesteps, so their counts can be compared.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import mean, median
 
 _SPIKE = 3.0  # a loss above this times the median is one
-_WINDOW = 50  # steps that the median is of
+_WINDOW = 50  # steps in the median
 _LEAST = 10  # fewest steps for a median
 _FEW = 5  # fewest steps for a mean
 
@@ -31,8 +31,8 @@ class Watch:
 
     loss_spikes: int = 0
     grad_norm_over_median: float | None = None  # the largest; None in the first 9 steps
-    diverged: bool = False  # whether that has been found
-    losses: list[float] = field(default_factory=list)  # the last, of _WINDOW steps
+    diverged: bool = False  # whether `found_divergence` has found one
+    losses: list[float] = field(default_factory=list)  # of the last _WINDOW steps
     norms: list[float] = field(default_factory=list)
     # Since the last report.
     steps: int = 0
@@ -40,7 +40,7 @@ class Watch:
     grad_norm_max: float = 0.0
 
     def step(self, loss: float, grad_norm: float, before: float = math.nan) -> None:
-        """Count a step.  before: the loss before the first; NaN where it is not known."""
+        """Count a step.  before: the loss before the first step; NaN if unknown."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return
         self.steps, self.loss_sum = self.steps + 1, self.loss_sum + loss

@@ -72,7 +72,7 @@ def is_mask(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """By the leading dot.  ._NAME, which macOS writes beside NAME, is hidden, and no picture."""
+    """By the leading dot.  ._NAME, which macOS writes beside NAME, is hidden and not a picture."""
     return name.startswith(".")
 
 

@@ -79,7 +79,7 @@ def _mean(runs: Sequence[Points], style: Style) -> Line:
 
 
 def _last_step(rows: Rows) -> float:
-    """The last step with a loss; 0 where none has one."""
+    """The last step with a loss; 0 if there is none."""
     ends = (points.of(rows, metric)[-1:] for metric in (EVAL.metric, TRAIN))
     return max((step for end in ends for step, _ in end), default=0)
 
