@@ -18,7 +18,7 @@ class Adafactor(FusedOptimizer):
     18.7 MB.
 
     The second moment of an (R, C) matrix is kept as R + C means.  1-D tensors keep it in full, in
-    fp32.  `storage` is that of the first moment, where there is one.
+    fp32.  `storage` applies to the first moment, if there is one.
 
     Args:
         params: parameters or parameter groups.
@@ -30,9 +30,9 @@ class Adafactor(FusedOptimizer):
         eps: added to the second moment (to each of its factors) where it divides, and floor of
             RMS(weights) for scale_parameter.
         clip_threshold: largest RMS of a tensor's update before lr; none does not clip.
-        clip_norm: the RMS that clip_threshold judges: "exact" is this update's, "lagged" the one
-            before the clip in the previous step, which a fused kernel need not wait for; a tensor's
-            first update is then not clipped.
+        clip_norm: the RMS compared with clip_threshold: "exact" is this update's, "lagged" the
+            previous step's, before its clip, so that a fused kernel need not wait; a tensor's first
+            update is then not clipped.
         conv_view: the matrix that a convolution (O, I, kh, kw) is factored as: "flatten" is
             O x (I*kh*kw); "last2" is O*I matrices kh x kw, as torch.optim.Adafactor has it.  It is
             there for comparison: it keeps 977 MB for the SDXL UNet instead of 18.7, and runs on

@@ -78,7 +78,7 @@ class AdEMAMix(FusedOptimizer):
         lr: step size.
         betas: decay of the averages of the gradient and of its square, and of the slow average.
         alpha: weight of the slow average.
-        warmup_steps: over which alpha and the slow average's half-life grow to their values.
+        warmup_steps: steps over which alpha and the slow average's half-life grow to their values.
         eps: added to sqrt(v).
         atan2: 4/pi atan2(m, sqrt v) instead of m / (sqrt v + eps): bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.

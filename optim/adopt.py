@@ -52,8 +52,8 @@ class AdoptFactored(Adopt):
 
     State: 0.14 bytes per parameter.  The update uses the moments before they are factored, so
     factoring costs accuracy only in what is carried over.  An element whose gradient is exactly
-    zero is not moved in that step: in a rank-1 state its momentum is its neighbours'.  Arguments
-    are `Adopt`'s.
+    zero is not moved in that step: a rank-1 state would give it its neighbours' momentum.
+    Arguments are `Adopt`'s.
 
     Source: `Adopt`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """
@@ -72,7 +72,7 @@ class AdoptFactoredAdEMAMix(FusedOptimizer):
         betas: decay of the averages of the normalised gradient and of the squared gradient, and of
             the slow average of the normalised gradient.
         alpha: weight of the slow average.
-        warmup_steps: over which alpha and the slow average's half-life grow to their values.
+        warmup_steps: steps over which alpha and the slow average's half-life grow to their values.
         eps: floor of the denominator, max(sqrt(v), eps).
         atan2: 4/pi atan2(g, sqrt v) instead of the clipped quotient: bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.

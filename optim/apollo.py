@@ -1,4 +1,4 @@
-"""APOLLO: moments of a random projection of the gradient, which only say how long a step is."""
+"""APOLLO: moments of a random projection of the gradient, which only set a step's length."""
 
 from collections.abc import Iterable
 from math import prod
@@ -29,8 +29,8 @@ class Apollo(FusedOptimizer):
 
     growth_limit defaults to 1.01, as in Fira, and only applies to projected tensors.  It limits
     bias-corrected updates, before weight decay.  After a small update, steps grow by 1 % each: if
-    gradient norms vary much from step to step (a batch of one), they stay smaller than lr, most of
-    all without a first moment; growth_limit=None switches it off.  Moments are kept when P changes,
+    gradient norms vary much from step to step (a batch of one), they stay smaller than lr, above
+    all without a first moment; growth_limit=None disables it.  Moments are kept when P changes,
     as in the paper.  An unusable element counts as 0 in its projection, and a channel without any
     usable one keeps its moments.  A scaled gradient only points along the gradient, so cautious and
     grams only affect tensors that are not projected, and residual.
@@ -59,7 +59,7 @@ class Apollo(FusedOptimizer):
 
     rule = staticmethod(reference.apollo)
     growth_limit = 1.01
-    dense: ClassVar[str] = "AdamW"  # what steps a tensor that is not projected
+    dense: ClassVar[str] = "AdamW"  # steps the tensors that are not projected
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Apollo(FusedOptimizer):
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         codecs = super().codecs(param, group)
         if projected_shape(tuple(param.shape), group["rank"]) is None:
-            codecs.pop("update_norm", None)  # the growth limit is of scaled gradients
+            codecs.pop("update_norm", None)  # only scaled gradients have a growth limit
         return codecs
 
     def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
@@ -110,9 +110,9 @@ class Apollo(FusedOptimizer):
 class ApolloMini(Apollo):
     """APOLLO with a projection of rank 1 and one scale per tensor; moments in bf16.
 
-    State on the SDXL UNet: 15.1 MB, or 7.6 with storage="8bit".  What the projection says of one
-    channel is worth little at rank 1, so all of them together make one scale.  Arguments and source
-    are `Apollo`'s.
+    State on the SDXL UNet: 15.1 MB, or 7.6 with storage="8bit".  At rank 1 the projection says
+    little about a single channel, so all channels share one scale.  Arguments and source are
+    `Apollo`'s.
     """
 
     rule = staticmethod(reference.apollo)
@@ -142,11 +142,11 @@ class Adafactor8bitApollo(Apollo):
     """APOLLO over Adafactor: 8-bit row and column means of the squared projection, no first moment.
 
     State on the SDXL UNet: 8.8 MB.  The projection P G (rank, L) is stepped as `Adafactor8bit`
-    steps a matrix, by rank + L means in 8-bit codes, and without a first moment; G itself, scaled
-    to that step, is limited in its growth and then clipped.  Where the projection has a single row
-    its second moment is kept in full, in the same codes.  beta1 keeps a first moment of the
-    projection's step (before the clip, which is of the whole update), in `storage`.  1-D tensors
-    and matrices of which the rank would save nothing are stepped by `Adafactor8bit`.
+    steps a matrix, with rank + L means in 8-bit codes and no first moment; G itself, scaled to that
+    step, is growth-limited and then clipped.  If the projection has a single row, its second moment
+    is kept in full, in the same codes.  beta1 keeps a first moment of the projection's step (before
+    the clip, which applies to the whole update), in `storage`.  1-D tensors and matrices for which
+    the rank would save nothing are stepped by `Adafactor8bit`.
 
     Args:
         beta1: decay of a first moment of the projection's step; none (the default) keeps none.

@@ -46,7 +46,7 @@ class TorchEngine:
         state = optimizer.state_of(param, group)
         try:
             moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
-        except KeyError:  # an option that keeps something was set after the state was made
+        except KeyError:  # an option that needs state was set after the state was allocated
             optimizer.check_state(index, group, param)
             raise
         t, lr = int(state["step"]) + 1, learning_rate(group["lr"])
@@ -74,7 +74,7 @@ class TorchEngine:
         if u is not None:
             own = [codec for codec in codecs.values() if codec.shape == tuple(param.shape)]
             if any(isinstance(codec, FactoredSign) for codec in own):
-                u = torch.where(raw == 0, 0.0, u)  # its momentum is its neighbours'
+                u = torch.where(raw == 0, 0.0, u)  # else its neighbours' momentum would move it
             u = features.aligned(h, u, g)
             moved = w - h.rate * (features.decayed(h, w, u) + u)
             w = torch.where(h.usable, moved, w)
@@ -85,13 +85,13 @@ class TorchEngine:
                 param.copy_(w)
             if "compensation" in state:
                 rest = w - param.float()
-                if param.dtype == torch.bfloat16:  # to the nearest, a small step would be lost
+                if param.dtype == torch.bfloat16:  # rounded to nearest, a small step would be lost
                     rest = round_stochastic_bf16(rest, key, view)
                 state["compensation"].copy_(rest)
 
 
 def unavailable(device: str) -> str | None:
-    """Why devices of this type have no fused engine, or None where they have."""
+    """Why devices of this type have no fused engine, or None if they have one."""
     if device == "cpu":
         return native.unavailable()
     if device == "cuda":
@@ -100,7 +100,7 @@ def unavailable(device: str) -> str | None:
 
 
 def fused_engine(optimizer: RuledOwner, device: torch.device, rule: str | None = None) -> Engine:
-    """The engine of a device that has one, for the optimizer's steps or for another rule of its."""
+    """The fused engine of a device that has one; `rule` overrides the optimizer's own rule."""
     own = optimizer.rule.__name__
     if rule is None and own in plan.PROJECTED:
         return projected_engine(optimizer, device, plan.PROJECTED[own])
@@ -108,7 +108,7 @@ def fused_engine(optimizer: RuledOwner, device: torch.device, rule: str | None =
 
 
 def projected_engine(optimizer: RuledOwner, device: torch.device, dense: str) -> Engine:
-    """What steps an APOLLO, whose projections and other tensors are stepped by the rule `dense`."""
+    """The engine of an APOLLO that steps projections and unprojected tensors by rule `dense`."""
 
     def make(owner: Owner, rule: str) -> Engine:
         return descriptor_engine(owner, device, rule)
@@ -119,19 +119,18 @@ def projected_engine(optimizer: RuledOwner, device: torch.device, dense: str) ->
 
 
 def descriptor_engine(owner: Owner, device: torch.device, rule: str) -> Engine:
-    """What launches one rule for an owner's tensors."""
+    """The engine that runs one rule on an owner's tensors."""
     if device.type == "cuda":
         return cuda.CudaEngine(owner, rule, cuda.indexed(device))
     return native.NativeEngine(owner, rule)
 
 
 def resolve(choice: str, devices: set[str]) -> str:
-    """Who computes for parameters on these types of device, for a `backend` argument: -> native
-    (where a device has a fused engine) or torch.  "auto" leaves it to OPTIM_BACKEND, and then to
-    what there is.
+    """Resolve a `backend` argument for parameters on these device types: -> native (if any of them
+    has a fused engine) or torch.  "auto" reads OPTIM_BACKEND, then takes what is available.
 
-    Raises ValueError for a name that does not exist, RuntimeError where "native" is asked for and
-    cannot be had.  Falling back is said once.
+    Raises ValueError for an unknown name, RuntimeError if "native" is requested but unavailable.
+    Warns once when falling back.
     """
     if choice == "auto":
         choice = os.environ.get("OPTIM_BACKEND", "auto")
@@ -141,7 +140,7 @@ def resolve(choice: str, devices: set[str]) -> str:
 
 
 def resolved(choice: str, devices: set[str], strict: bool) -> str:
-    """As `resolve`, of a choice that has been made; `strict` raises rather than fall back."""
+    """As `resolve`, but without OPTIM_BACKEND; `strict` raises instead of falling back."""
     if choice == "torch":
         return "torch"
     missing = {device: unavailable(device) for device in sorted(devices or {"cpu"})}
@@ -153,7 +152,7 @@ def resolved(choice: str, devices: set[str], strict: bool) -> str:
 
 
 def fall_back(reason: str) -> None:
-    """Say, once, that plain PyTorch serves instead of a fused engine."""
+    """Warn once that plain PyTorch replaces a fused engine."""
     _say_once(f"the optimizers run on plain PyTorch, which is slower; {reason}")
 
 

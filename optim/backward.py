@@ -4,12 +4,11 @@ A gradient is consumed as soon as it is complete: when `bucket_bytes` of them ha
 parameters are stepped and the gradients freed.  For the SDXL UNet in bf16 that is 64 MB of
 gradients instead of 5.1 GB.
 
-A gradient that comes a second time before the round is over was not complete the first time, when
-its parameter may have been stepped with a part of it: that is an error.  A round ends with `step()`
-or `zero_grad()`.
+A gradient that arrives twice in a round was incomplete the first time, and its parameter may have
+been stepped with only a part of it: that is an error.  A round ends with `step()` or `zero_grad()`.
 
-Gradients of several devices (two GPUs, or one and the CPU) come in several threads, autograd having
-one for each: they are collected, and stepped, by one thread at a time.
+Autograd has one thread per device, so gradients of several devices (two GPUs, or a GPU and the CPU)
+arrive in several threads; one thread at a time collects and steps them.
 """
 
 import threading
@@ -24,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from optim.fused import FusedOptimizer
 
-# Which hooks have each parameter: of the one optimizer that steps it.
+# The `FusedBackward` of each hooked parameter.
 _hooked = WeakTensorKeyDictionary()
 
 
@@ -40,8 +39,8 @@ class FusedBackward:
         self._num_expected = 0  # in this round
         self._waiting: list[Tensor] = []
         self._waiting_bytes = 0
-        self._collected: dict[Tensor, tuple[int, int]] = {}  # gradients of `_waiting` as they came
-        self._turn = threading.RLock()  # of the threads that bring gradients
+        self._collected: dict[Tensor, tuple[int, int]] = {}  # `_seen` of `_waiting`, on arrival
+        self._turn = threading.RLock()  # for the threads that deliver gradients
         self._holds = False
         self._handles: dict[Tensor, RemovableHandle] = {}
         self.attach()
@@ -56,8 +55,8 @@ class FusedBackward:
         return optimizer
 
     def attach(self) -> None:
-        """Hook the parameters of the optimizer that have no hook yet, and no others.  Raises
-        ValueError for one that another optimizer steps in this way."""
+        """Hook the optimizer's current parameters, and unhook all others.  Raises ValueError for
+        one that another optimizer steps inside backward()."""
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         if self._handles.keys() == {*params}:
             return
@@ -70,17 +69,17 @@ class FusedBackward:
                 )
         for param in self._handles.keys() - {*params}:
             _take_off({param: self._handles.pop(param)})
-        collect = _weakly(self._collect)  # a parameter's hook keeps no optimizer alive
+        collect = _weakly(self._collect)  # a hook must not keep the optimizer alive
         for param in params:
             if param not in self._handles:
                 trainable = param.requires_grad
-                param.requires_grad_(True)  # else torch takes no hook: it may be unfrozen later
+                param.requires_grad_(True)  # a frozen tensor takes no hook; it may be unfrozen
                 self._handles[param] = param.register_post_accumulate_grad_hook(collect)
                 _hooked[param] = self
                 param.requires_grad_(trainable)
 
     def remove(self) -> None:
-        """Take the hooks off; gradients still waiting stay, for an ordinary `step()`."""
+        """Remove the hooks; waiting gradients are left for an ordinary `step()`."""
         _take_off(self._handles)
         self._after_step.remove()
         self.end_round()
@@ -90,10 +89,10 @@ class FusedBackward:
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
-        """Within it, the backward pass hands its gradients to `consume(*params)`, bucket by bucket,
-        where it would step; what is left in the last bucket at the end of it, too.
+        """In this context the backward pass calls `consume(*params)` for each bucket instead of
+        stepping; the last bucket is consumed at the end of the context.
 
-        A round of its own: raises RuntimeError where gradients wait for a `step()`.
+        This is a round of its own: raises RuntimeError if gradients are waiting for a `step()`.
         """
         if self._live():
             raise RuntimeError(
@@ -111,8 +110,8 @@ class FusedBackward:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Within it, gradients are left where they are, to add up over several backward passes; the
-        next pass outside of it steps with their sum."""
+        """In this context gradients accumulate over several backward passes; the next pass outside
+        of it steps with their sum."""
         held, self._holds = self._holds, True
         try:
             yield
@@ -120,7 +119,7 @@ class FusedBackward:
             self._holds = held
 
     def end_round(self) -> None:
-        """Forget which gradients have come, and leave those that wait to whoever wants them."""
+        """Forget which gradients have arrived; those still waiting stay in `.grad`."""
         self._arrived.clear()
         self._forget_waiting()
 
@@ -129,8 +128,8 @@ class FusedBackward:
         self._collected.clear()
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError where gradients that wait were changed since they came, when others of
-        this round had been stepped already."""
+        """Raise RuntimeError if waiting gradients were changed since their arrival, and others of
+        this round have already been stepped."""
         live = [(param, param.grad) for param in self._waiting if param.grad is not None]
         changed = sum(_seen(grad) != self._collected[param] for param, grad in live)
         if changed and len(self._waiting) < len(self._arrived):
@@ -165,18 +164,18 @@ class FusedBackward:
         self._waiting.append(param)
         self._collected[param] = _seen(param.grad)
         self._waiting_bytes += param.grad.numel() * param.grad.element_size()
-        # The last bucket is left to `step()`, however full, so that a clip before it finds
-        # gradients, and `check_unchanged` sees that they were changed.
+        # The last bucket is left to `step()`, however full: a clip before it then finds gradients
+        # to change, and `check_unchanged` detects that.
         is_last = len(self._arrived) == self._num_expected
         if self._waiting_bytes >= self._bucket_bytes and not is_last:
             self._take()
 
     def _live(self) -> list[Tensor]:
-        """Those whose gradient still waits: whoever owns the model may have cleared it."""
+        """The waiting parameters that still have a gradient; the caller may have cleared it."""
         return [param for param in self._waiting if param.grad is not None]
 
     def _take(self) -> None:
-        """Consume the gradients that wait, and free them; not those that come meanwhile."""
+        """Consume and free the waiting gradients, but not those that arrive meanwhile."""
         live, taken = self._live(), self._waiting
         self._forget_waiting()
         try:
@@ -186,21 +185,21 @@ class FusedBackward:
             _free(taken)
 
     def _stepped(self) -> None:
-        """After an ordinary step, which has used every gradient there was."""
+        """After an ordinary step, which has used every gradient: free them all."""
         for group in self._optimizer.param_groups:
             _free(group["params"])
         self.end_round()
         self.attach()
 
 
-@torch.compiler.disable  # else dynamo makes a graph of it for every gradient
+@torch.compiler.disable  # else dynamo compiles a graph for every gradient
 def _seen(grad: Tensor) -> tuple[int, int]:
-    """What is another where a gradient was written to or replaced; no device is asked."""
+    """A value that changes when a gradient is written to or replaced; no device sync."""
     return grad.data_ptr(), grad._version
 
 
 def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """This bound method, for as long as its object is there."""
+    """This bound method by a weak reference: it does nothing once its object is gone."""
     weak = weakref.WeakMethod(method)
 
     def call(param: Tensor) -> None:
@@ -272,7 +271,7 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
 
 
 def _check_alone() -> None:
-    """Raise ValueError where other processes have gradients to add."""
+    """Raise ValueError if there are other processes, whose gradients a step would miss."""
     if distributed.is_available() and distributed.is_initialized():
         processes = distributed.get_world_size()
         if processes > 1:

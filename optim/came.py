@@ -17,7 +17,7 @@ class CAME(FusedOptimizer):
     State: 4 bytes per parameter.  The second moment of an (R, C) matrix and its instability, the
     average of (u - m)^2, are kept as R + C means each.  1-D tensors, and others that factors would
     not make smaller, keep the second moment in full, in fp32, and step by the first moment alone.
-    `storage` is that of the first moment.
+    `storage` applies to the first moment.
 
     As in the paper, averages have no bias correction, so with these betas a
     matrix's first update has an RMS of up to 11 lr: (1 - b1) / (b1 sqrt(1 - b3)).

@@ -21,8 +21,8 @@ from optim.rng import draws, mix, round_stochastic_bf16
 
 Parts = dict[str, Tensor]
 
-_BLOCK = 128  # elements of a row that 8-bit floats have an exponent for
-_CUT = 20  # bits of an fp32 that they lack, and of a draw
+_BLOCK = 128  # elements of a row that share an exponent in 8-bit floats
+_CUT = 20  # low bits of an fp32 that these drop, and bits of a draw
 
 
 class Codec(Protocol):
@@ -45,7 +45,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """fp32, as it is: 4 bytes an element."""
+    """Plain fp32: 4 bytes an element."""
 
     shape: tuple[int, ...]
 
@@ -61,9 +61,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class Exact:
-    """Values that `dtype` can hold, as they are: a copy of weights in theirs, a sum in fp64.
+    """Values stored in `dtype`: a copy of weights in their dtype, a sum in fp64.
 
-    Decoded in that dtype; what it cannot hold is rounded to the nearest.
+    They are decoded in that dtype; what it cannot represent is rounded to nearest.
     """
 
     shape: tuple[int, ...]
@@ -107,11 +107,11 @@ class Float8:
 
     Code 0 is exactly 0; code q in 1..255 is the fp32 with the bits (8 (top + 96) + q) << 20, where
     `top` is one int8 exponent for every 128 elements: codes 248..255 span one octave from 2^top.
-    Because `top` is an integer, all blocks at all times share one grid, the floats of 3 mantissa
-    bits: a value that does not change is stored without any rounding, which a grid refitted to each
-    block's range cannot do.  Neighbours are 1/8 to 1/16 of a value apart.  The range ends 31
-    octaves below the block's largest (a factor of 46,000 in the gradient); smaller values are held
-    there and never become 0.  Rounding adds a draw below the cut and truncates, which is unbiased.
+    Because `top` is an integer, all blocks always share one grid, the floats with 3 mantissa bits:
+    an unchanged value is stored again without rounding, which a grid fitted to each block's range
+    cannot do.  Neighbouring codes are 1/8 to 1/16 of a value apart.  The range ends 31 octaves
+    below the block's largest (a factor of 46,000 in the gradient); smaller values are clamped there
+    and never become 0.  Rounding adds a draw below the cut and truncates, which is unbiased.
     """
 
     shape: tuple[int, ...]
@@ -138,15 +138,15 @@ class SignedFloat8:
     """8-bit floats of either sign: a sign bit, 3 mantissa bits, and exponents for 15 octaves below
     the block's largest; evenly spaced below those.  1.008 bytes an element.
 
-    c = 2^(top - 14) is added to |x| before it is cut as in `Float8`, and subtracted from what is
-    decoded.  So codes are c / 8 apart where |x| < c, which is 2^-17 of the block's largest, and 1/8
-    to 1/16 of a value apart where it is large.  A small value becomes one code or another, without
-    bias.  A moment and its negative are stored alike, and 0 is exact.
+    c = 2^(top - 14) is added to |x| before the cut, as in `Float8`, and subtracted after decoding.
+    So codes are c / 8 apart where |x| < c, which is 2^-17 of the block's largest, and 1/8 to 1/16
+    of a value apart where it is large.  A small value is rounded to either neighbouring code,
+    without bias.  A moment and its negative are stored alike, and 0 is exact.
 
-    Evenly spaced codes (127 x / absmax) are wider than all values of a block that are small beside
-    its largest.  Adam divides by the root of the element's own second moment, so one such code
-    moved a weight by 18 learning rates where neighbours' gradients were 1000 times as large; these
-    move it as fp32 does (docs/LOG.md, 2026-11-27).
+    One step of evenly spaced codes (127 x / absmax) exceeds every value of a block that is small
+    compared with its largest.  Adam divides by the root of the element's own second moment, so one
+    such step moved a weight by 18 learning rates where neighbours' gradients were 1000 times as
+    large; these codes move it as fp32 does (docs/LOG.md, 2026-11-27).
     """
 
     shape: tuple[int, ...]
@@ -210,12 +210,12 @@ class Factored:
         return self.product(vectors["row"], vectors["col"])
 
     def means(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is stored, without its rounding: x of `shape` -> row (..., R), col (..., C)."""
+        """The means before rounding: x of `shape` -> row (..., R), col (..., C)."""
         matrix = _to_view(x, self.view)
         return matrix.mean(dim=-1), matrix.mean(dim=-2)
 
     def product(self, row: Tensor, col: Tensor) -> Tensor:
-        """What such means stand for: row (..., R), col (..., C) -> fp32 of `shape`."""
+        """The moment that such means represent: row (..., R), col (..., C) -> fp32 of `shape`."""
         return _from_view(rank1(row, col), self.shape)
 
     def _vectors(self) -> dict[str, Codec]:
@@ -258,8 +258,8 @@ class FactoredSign:
 
 @dataclass(frozen=True)
 class Given:
-    """A factor for each row ("row") or each column ("col") of the view, which a step is given and
-    only reads: no state.  The engines decode it."""
+    """A factor for each row ("row") or each column ("col") of the view, an input that a step only
+    reads: no state.  The engines decode it."""
 
     shape: tuple[int, ...]
     view: tuple[int, int]
@@ -276,10 +276,10 @@ class Given:
 
 
 def signed(storage: str, shape: tuple[int, ...], view: tuple[int, int] | None = None) -> Codec:
-    """The codec of a moment of either sign.
+    """The codec of a signed moment.
 
-    `storage` is fp32, bf16, 8bit or factored; `view` is the matrix that its elements are read as,
-    without which nothing is factored.
+    `storage` is fp32, bf16, 8bit or factored; `view` is the matrix that its elements are read as;
+    without one nothing is factored.
     """
     if storage == "factored" and view is not None:
         return FactoredSign(shape, view)
@@ -298,8 +298,8 @@ def nonnegative(storage: str, shape: tuple[int, ...], view: tuple[int, int] | No
 def stored(
     shape: tuple[int, ...], group: dict[str, Any], *names: str, square: str | None = None
 ) -> dict[str, Codec]:
-    """Moments of a parameter of this shape as its group's `storage` says: those of `names`, of
-    either sign, then one that is never negative."""
+    """The codecs of a parameter of this shape, by its group's `storage`: of the signed moments
+    `names`, then of the non-negative moment `square`."""
     shape, storage = tuple(shape), group["storage"]
     view = smmf_view(storage, shape, group["factor_1d"])
     codecs = {name: signed(storage, shape, view) for name in names}
@@ -307,15 +307,14 @@ def stored(
 
 
 def salts(codecs: Iterable[str]) -> dict[str, int]:
-    """The moments of a parameter, by their names, with the numbers that their random bits differ
-    by."""
+    """A salt for each moment of a parameter, by name, so that their random bits differ."""
     return {name: salt for salt, name in enumerate(codecs, start=1)}
 
 
 def layout(codecs: Iterable[Codec], shape: tuple[int, ...]) -> tuple[int, int]:
-    """The (R, C) matrix by which the draws of a parameter of this shape are addressed: the view of
-    its codecs, of which there is one at most, or a single row.  Moments of another shape (of a
-    projection) have views of their own."""
+    """The (R, C) matrix that addresses the draws of a parameter of this shape: the view of its
+    codecs, which have at most one, or a single row.  Moments of another shape (a projection's) have
+    views of their own."""
     views = {getattr(codec, "view", None) for codec in codecs if codec.shape == shape}
     matrices = [view for view in views if view is not None and len(view) == 2]
     assert len(matrices) <= 1, matrices
@@ -331,19 +330,19 @@ def rank1(row: Tensor, col: Tensor) -> Tensor:
 
 
 def smmf_view(storage: str, shape: tuple[int, ...], factor_1d: bool) -> tuple[int, int] | None:
-    """The matrix of a moment that is factored as SMMF does, or None where it is not: 1-D tensors
-    are few and matter, so they are factored on demand."""
+    """The matrix of a moment that SMMF factors, or None if it is not factored: 1-D tensors are few
+    and important, so they are only factored on request."""
     if storage == "factored" and (len(shape) > 1 or factor_1d):
         return square_view(prod(shape))
     return None
 
 
 def matrix_view(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The (R, C) matrix whose factors stand for a tensor of this shape, or None where factors would
-    not be smaller.
+    """The (R, C) matrix that a tensor of this shape is factored as, or None if factors would not be
+    smaller.
 
     A convolution (O, I, kh, kw) is read as O x (I*kh*kw): factoring its last two dimensions, as
-    torch and Hugging Face do, keeps 977 MB of factors for the SDXL UNet where this keeps 19 MB.
+    torch and Hugging Face do, keeps 977 MB of factors for the SDXL UNet instead of 19 MB.
     """
     if len(shape) < 2:
         return None
@@ -368,7 +367,7 @@ def square_view(numel: int) -> tuple[int, int] | None:
 
 
 def _zeros8(codes: int, blocks: int, device: torch.device) -> Parts:
-    """The parts of 8-bit floats that are zero."""
+    """The stored form of all-zero 8-bit floats."""
     return {
         "codes": torch.zeros(codes, dtype=torch.uint8, device=device),
         "top": torch.full((blocks,), 32 - 127, dtype=torch.int8, device=device),
@@ -376,14 +375,14 @@ def _zeros8(codes: int, blocks: int, device: torch.device) -> Parts:
 
 
 def _with_draws(x: Tensor, view: tuple[int, int], key: int, salt: int) -> tuple[Tensor, Tensor]:
-    """The blocks of 8-bit floats, and a draw for each of their elements: (*, _BLOCK) both."""
+    """x in blocks, and a draw for each element: (*, _BLOCK) both."""
     drawn = draws(key, view, x.numel(), x.device, salt, _CUT)
     return _blocks(x, view, _BLOCK), _blocks(drawn, view, _BLOCK)
 
 
 def _exponent(sizes: Tensor) -> Tensor:
-    """The biased exponent of each block's largest, which may round up, past its octave; at least
-    32, so that what lies 31 octaves below is a normal number: (*, _BLOCK) -> int32 (*, 1)."""
+    """The biased exponent of each block's largest value, with room for it to round up into the next
+    octave; at least 32, so that values 31 octaves below are normal: (*, _BLOCK) -> int32 (*, 1)."""
     bits = sizes.view(torch.int32).amax(dim=1, keepdim=True)
     return ((bits + (1 << _CUT) - 1) >> 23).clamp(32, 254)
 

@@ -1,9 +1,9 @@
-"""The compiled module `optim._native`, where the install has made one, and whether it is of the
+"""The compiled module `optim._native`, if the install built one, and a check that it matches the
 sources beside it.
 
-A module that is older than `csrc/` need not fail: it may read a struct that has moved, or leave the
-parameters of a rule that it does not know where they are.  `optim/share.py` uses it whatever the
-backend is, so what does not fit is an error at the import and not a reason to do without.
+A module older than `csrc/` may fail silently: it may misread a struct whose layout has changed, or
+not update the parameters of a rule that it does not know.  `optim/share.py` uses it with every
+backend, so a mismatch is an error at import rather than a reason to fall back.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ except ImportError as error:
 
 
 def check(described: dict[str, Any], file: str) -> None:
-    """Raise ImportError where the module in this file is not what its sources and `optim/plan.py`
-    say it is."""
+    """Raise ImportError if the module in this file does not match its sources and
+    `optim/plan.py`."""
     wanted: dict[str, Any] = {
         "Options": ctypes.sizeof(plan.Options),
         "Moment": ctypes.sizeof(plan.Moment),

@@ -1,5 +1,5 @@
-"""APOLLO's projection of a gradient that depends on sums over all of it (`grad_clip`, `orthograd`),
-in PyTorch, some of its channels at a time."""
+"""APOLLO's projection of a gradient that is first conditioned by sums over the whole of it
+(`grad_clip`, `orthograd`), in PyTorch, some channels at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from optim import features
 from optim.projection import channels
 from optim.share import Place
 
-# Elements that are fp32 at once: of a CPU's cache, and enough for a GPU.
+# Elements converted to fp32 at a time: what fits a CPU's cache, and enough for a GPU.
 CHUNK_CPU, CHUNK = 1 << 16, 1 << 22
 
 
@@ -22,9 +22,9 @@ def conditioned_product(
     coefficient: float | Tensor,
     state: dict[str, Tensor],
 ) -> Tensor:
-    """P G fp32 (r, L) of a parameter's gradient, clipped and without its part along the weights as
-    the group has it; NaN where a channel has no usable element.  p fp32 (r, D); `coefficient` is
-    what a global norm makes of the gradient."""
+    """P G fp32 (r, L) of a parameter's gradient, clipped and orthogonalised as its group asks; NaN
+    in a channel without a usable element.  p fp32 (r, D); `coefficient` is the gradient's factor
+    from the clip by the global norm."""
     _, group, param = place
     grad, weight = channels(grad), channels(param.detach())
     lost = channels(state["compensation"]) if "compensation" in state else None
@@ -55,9 +55,9 @@ def _conditioning(
     spans: list[slice],
     coefficient: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(c, rho), 0-d: the gradient that is projected is c (g - rho w).
+    """(c, rho), 0-d: the projected gradient is c (g - rho w).
 
-    `features.clipped` and `features.orthogonal`, of sums over all spans."""
+    As `features.clipped` and `features.orthogonal`, with sums over all spans."""
     sums = torch.zeros(3, dtype=torch.float64, device=grad.device)
     for span in spans:
         g = grad[:, span].double()

@@ -1,11 +1,11 @@
-"""backend="native" on a GPU: the kernels of `csrc/` (`optim/gpu.py` compiles them), launched.
+"""backend="native" on a GPU: launches the kernels of `csrc/`, which `optim/gpu.py` compiles.
 
 A step is a few launches whatever the number of tensors: tensors of one kind (rule, codecs, dtypes,
-flags) make buckets, and a bucket takes one launch a phase.  Nothing is read back: step counts,
+flags) form buckets, and a bucket takes one launch per phase.  Nothing is read back: step counts,
 norms, and learning rates given as tensors, stay on the device, so that a step can be captured in a
-CUDA graph.  What a graph points to lives as long as the engine.  That is made anew by
-`load_state_dict`, `add_param_group` and other groups or parameters, after which a graph must not be
-replayed but captured again.
+CUDA graph.  What a graph points to lives as long as the engine.  `load_state_dict`,
+`add_param_group` and a change of groups or parameters replace the engine; a graph must then be
+captured again, not replayed.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ from optim.interface import Owner
 from optim.share import Share
 from optim.staging import Staging
 
-ROOM = 96 << 20  # bytes of a bucket's partial sums, at most
-TILE_THREADS, TENSOR_THREADS = 64, 256  # of a block: rows_cuda.h, exec_cuda.h
+ROOM = 96 << 20  # most bytes of partial sums in a bucket
+TILE_THREADS, TENSOR_THREADS = 64, 256  # per block: rows_cuda.h, exec_cuda.h
 MOMENT_BYTES = (8 * 16 * 17 + 512 + 64) * 4  # shared memory of a factored moment: kShared
 
 
@@ -59,10 +59,10 @@ class CudaEngine(DescriptorEngine):
         self._table = torch.empty_like(self._words, device=device)
         shape = (len(owner.param_groups), ctypes.sizeof(plan.Options) // 8)
         self._options = torch.empty(shape, dtype=torch.float64, device=device)
-        self._numbers = (plan.Options * len(owner.param_groups))()  # as the host knows them
-        self._uploaded = b""  # the options that are on the device, if they came from the host
-        self._captured = False  # a graph's replays write there too, unseen: nothing is known
-        self._of_graphs: dict[int, tuple[Work, Tensor]] = {}  # what graphs point to, with its room
+        self._numbers = (plan.Options * len(owner.param_groups))()  # the host's copy
+        self._uploaded = b""  # the options on the device, if they came from the host
+        self._captured = False  # if so, replays write there too and its contents are unknown
+        self._of_graphs: dict[int, tuple[Work, Tensor]] = {}  # with their rooms: kept for graphs
         self._room = torch.empty(0, dtype=torch.float64, device=device)
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
@@ -73,7 +73,7 @@ class CudaEngine(DescriptorEngine):
             for one in work.launches:
                 for kernel, grid, block, shared in one.steps:
                     self._gpu.launch(kernel, grid, block, shared, one.tables.data_ptr())
-            del read  # the launches are in the stream that will reuse their memory
+            del read  # safe: the stream that reuses their memory runs the launches first
             self._write_back(places, weights)
 
     def grad_sq(self, places: Share) -> Tensor:
@@ -172,22 +172,22 @@ class CudaEngine(DescriptorEngine):
             self._of_graphs[id(work)] = work, self._room
         else:
             self._see_to_captures(addresses)
-        if known and not self._captured:  # the device's table is what `_words` is
+        if known and not self._captured:  # the device's table equals `_words`
             return
         addresses = self._staging.readable(addresses.contiguous())
         addresses = addresses.to(self._device, non_blocking=True)
         self._table[work.on_device, ADDRESSES] = addresses
 
     def _see_to_captures(self, addresses: Tensor) -> None:
-        """Have room for what a capture copies that steps each known work: a fused backward has one
-        for every bucket."""
+        """Reserve memory for the copies of a capture that steps every known work: a fused backward
+        has one per bucket."""
         alike = sum(len(members) == len(addresses) for members in self._work)
         self._staging.spare(addresses, alike)
         self._staging.spare(self._options, len(self._work))
 
     def _put_options(self, work: Work, coefficients: dict[int, float | Tensor]) -> None:
-        """Write the options of the members' groups to the device: numbers where they have changed,
-        tensors (a learning rate, what a global norm makes of the gradients) always, from the
+        """Write the options of the members' groups to the device: numbers if they have changed;
+        tensors (a learning rate, the coefficient from a global norm) always, by a copy on the
         device."""
         tensors = []
         for position, key, group in self._groups(work, self._device):
@@ -210,6 +210,6 @@ class CudaEngine(DescriptorEngine):
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The device "cuda" is, where it is not said which."""
+    """The device with its index; "cuda" is the current one."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.device("cuda", index)

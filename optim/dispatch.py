@@ -1,5 +1,5 @@
-"""Which engine steps which parameters of an optimizer: by what it computes, by their groups'
-options, and by the devices that they are on."""
+"""Which engine steps which parameters of an optimizer, depending on its rule, their groups'
+options, and their devices."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,15 +15,15 @@ CPU = torch.device("cpu")
 
 
 class Dispatch:
-    """The engines of one optimizer, made where they are first needed.  The optimizer owns them, so
-    that what they know of it is a weak reference: its state is freed as soon as it is deleted."""
+    """The engines of one optimizer, created when first needed.  The optimizer owns them, so they
+    refer to it by a weak reference: its state is freed as soon as it is deleted."""
 
     def __init__(self, optimizer: RuledOwner) -> None:
         self._optimizer = optimizer
         self.engines: dict[tuple[torch.device, str | None], Engine | None] = {}
 
     def shares(self, places: Share, rule: str | None = None) -> list[tuple[Engine, Share]]:
-        """Which engine steps which parameters, or computes another rule for them."""
+        """The engines with the parameters that each steps; `rule` overrides the optimizer's own."""
         torch_engine = backend.TorchEngine(self._optimizer)
         if self._is_fused() and Trait.HIDDEN in places.traits:
             backend.fall_back("a tensor without its own memory has no fused kernel")
@@ -58,12 +58,12 @@ class Dispatch:
         return self.engines[key]
 
     def counts_on(self, param: Tensor) -> torch.device:
-        """Where a parameter's step count lives: with who reads it."""
+        """The device of a parameter's step count: where its engine reads it."""
         on_device = self._is_fused() and param.is_cuda and backend.unavailable("cuda") is None
         return param.device if on_device else CPU
 
     def say_what_is_unfused(self) -> None:
-        """Say, once, what leaves a fused engine unused: the rule, or options."""
+        """Warn once about what prevents a fused engine: the rule, or options."""
         optimizer = self._optimizer
         if optimizer.backend != "native":
             return
@@ -81,7 +81,7 @@ class Dispatch:
             return f"plain PyTorch; {optimizer.__class__.__name__} has no fused kernel"
         engines = []
         for device in sorted(device_types(optimizer.param_groups) or {"cpu"}):
-            numbers: dict[str, list[str]] = {}  # of groups, by who steps them
+            numbers: dict[str, list[str]] = {}  # group numbers, by what steps them
             for number, group in enumerate(optimizer.param_groups):
                 if device in (device_types([group]) or {device}):
                     numbers.setdefault(self._stepper(device, group), []).append(str(number))
@@ -92,7 +92,7 @@ class Dispatch:
         return ", ".join(engines)
 
     def _stepper(self, device: str, group: dict[str, Any]) -> str:
-        """Who steps the parameters of a group on devices of a type, in words."""
+        """What steps a group's parameters on this type of device, in words."""
         on = f"on {device.upper()}" if device != "cpu" else "on a CPU"
         reason, option = backend.unavailable(device), _unfused(group)
         if reason is None and self._optimizer.backend == "torch":
@@ -105,20 +105,20 @@ class Dispatch:
         return f"the native engine{isa} {on}"
 
     def _is_fused(self) -> bool:
-        """Whether fused engines compute the optimizer's rule, and are wanted."""
+        """Whether fused engines are chosen and have the optimizer's rule."""
         optimizer = self._optimizer
         return optimizer.backend == "native" and plan.has_rule(optimizer.rule)
 
 
 def device_types(groups: Iterable[dict[str, Any]]) -> set[str]:
-    """The types of the devices that groups have parameters on."""
+    """The device types of the groups' parameters."""
     devices = {param.device.type for group in groups for param in group["params"]}
-    return devices - {"meta"}  # only counts bytes
+    return devices - {"meta"}  # only used to count bytes
 
 
 def _unfused(group: dict[str, Any]) -> str | None:
-    """The option of a group that only plain PyTorch computes, if there is one: batches of small
-    matrices, and updates that are mapped back from a projection."""
+    """The option of a group that only plain PyTorch supports, if any: batches of small matrices,
+    and updates that are mapped back from a projection."""
     if group.get("conv_view") == "last2":
         return "conv_view=last2"
     return "residual=True" if group.get("residual") else None

@@ -1,8 +1,8 @@
-"""What the fused engines share: the descriptors of an optimizer's parameters, kept in step with it.
+"""What the fused engines share: the descriptors of an optimizer's parameters, kept up to date.
 
-An engine works on addresses (`optim/plan.py`), and whoever owns the optimizer may do anything
-between two steps: replace a state, a parameter, a dtype.  So everything that a descriptor was made
-from is looked at before every step, and is made anew when it has changed.
+An engine works on addresses (`optim/plan.py`), and between two steps the user may change anything:
+replace a state, a parameter, a dtype.  So everything that a descriptor was built from is checked
+before every step, and the descriptor is rebuilt when it has changed.
 """
 
 import ctypes
@@ -22,14 +22,13 @@ from optim.share import Places, Share, Trait, addresses_of, pairs, same_state, w
 Descriptors = ctypes.Array[plan.Descriptor]
 Member = TypeVar("Member")
 
-_KEPT = 8  # works that a parameter is in, on average
-_ASKED = 256  # tensors of a state that are asked for their address at a step
-# The options of a group that say which moments there are and how they are stored, and which
-# kernels it takes.
+_KEPT = 8  # most works per parameter, on average
+_ASKED = 256  # state tensors whose addresses are checked in a step
+# The options of a group that determine its moments, their storage, and its kernels.
 _SHAPING = ("storage", "factor_1d", "clip_norm", "rounding", "slice_p")
-# Of these, only whether they are none or zero: a schedule may change them at every step.
+# Of these it only matters whether they are none or zero: a schedule may change their values.
 _PRESENT = ("momentum", "beta1", "growth_limit", "clip_threshold")
-HOST = torch.device("cpu")  # a context: tables are on the host whatever the default device is
+HOST = torch.device("cpu")  # a context: tables are on the host whatever torch's default device
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)
 
@@ -39,17 +38,17 @@ class Work:
 
     def __init__(self, places: Places, stamp: list[Any], states: list[dict[str, Tensor]]) -> None:
         self.members, self.stamp = torch.tensor(places.members), stamp
-        self.launches: list[Any] = []  # the engine's own, like what else it notes down here
+        self.launches: list[Any] = []  # filled in by the engine
         self.groups: list[int] = []  # the numbers of the members' groups
         self.on_device = self.members
         words = torch.arange(ADDRESSES.start, ADDRESSES.stop)
-        self.addresses = self.members[:, None] * _WORDS + words  # where they are in the table
+        self.addresses = self.members[:, None] * _WORDS + words  # their positions in the table
         self._parts = list(chain.from_iterable(state.values() for state in states))
         self._counts = array("i", map(len, states)).tobytes()
         starts = range(0, max(len(self._parts), 1), _ASKED)
         self._samples = [self._parts[start : start + _ASKED] for start in starts]
         self._addresses = [where(sample) for sample in self._samples]
-        # What is written to through an address stays alive as long as the address is here.
+        # Memory that is written through an address stays alive as long as the address is kept.
         self._storages = [x.untyped_storage() for x in self._parts]
         self._turn = 0
         # A vector's elements are the same in any shape.
@@ -57,13 +56,13 @@ class Work:
         self._shapes = [param.shape for param in self._matrices]
 
     def holds(self, state: dict[Tensor, dict[str, Tensor]], params: list[Tensor]) -> bool:
-        """Whether these parameters have the shapes, and the tensors at their addresses, that the
-        work was made from.
+        """Whether these parameters still have the shapes, and their state the tensors at the
+        addresses, that the work was made from.
 
-        There are nine thousand of them in a UNet's optimizer, too many to ask each for its address
-        at every step.  So all are looked at for being the same objects, and _ASKED neighbours, by
-        turns, for their addresses: whoever moves states by assigning to `.data`, or by `set_()`,
-        all of them or one moment of each parameter, is seen at once.
+        A UNet's optimizer has nine thousand state tensors, too many to read every address at every
+        step.  So all are checked for being the same objects, and the addresses of _ASKED
+        consecutive ones, in rotation: a move by assigning to `.data`, or by `set_()`, of all
+        states or of one moment of each parameter, is detected at once.
         """
         if not same_state(state, params, self._parts, self._counts):
             return False
@@ -81,7 +80,7 @@ class DescriptorEngine:
     """
 
     def __init__(self, owner: Owner, rule: str) -> None:
-        """`rule` is what is computed: the optimizer's own, or another one of it."""
+        """`rule` is what to compute: the optimizer's own rule, or another that it uses."""
         self._owner, self._rule = owner, rule
         count = sum(len(group["params"]) for group in owner.param_groups)
         self._descriptors: Descriptors = (plan.Descriptor * count)()
@@ -91,15 +90,15 @@ class DescriptorEngine:
         self._work: dict[tuple[int, ...], Work] = {}
 
     def _before_making(self) -> None:
-        """Raise RuntimeError where nothing can be made now."""
+        """Raise RuntimeError if no work can be made now (during a graph capture)."""
 
     def _make(self, work: Work, places: Share) -> None:
-        """Fill in the launches of a new work, whose descriptors are complete but for addresses."""
+        """Fill in the launches of a new work; its descriptors only lack addresses."""
         raise NotImplementedError
 
     def _groups(self, work: Work, device: torch.device) -> list[tuple[int, int, dict[str, Any]]]:
         """The groups of a work's members, as (number, id, group), with the tensors that all groups
-        share where this device can read them."""
+        share copied to this device."""
         groups, shared = self._owner.param_groups, self._owner.shared
         found = []
         for number in work.groups:
@@ -118,9 +117,9 @@ class DescriptorEngine:
     ) -> tuple[Work, list[tuple[Tensor, Tensor]], tuple[list[Tensor], list[Tensor]]]:
         """Write the addresses of this step's weights and gradients into the descriptors.
 
-        Returns the work of these parameters; weights that are not contiguous, each with the
-        contiguous copy that is to be copied back; and the tensors to keep alive until the launch is
-        over, and no longer: a fused backward is about to free its gradients.
+        Returns the work of these parameters; the weights that are not contiguous, each with the
+        contiguous copy to be copied back; and the tensors to keep alive until the launch is over,
+        but no longer: a fused backward is about to free its gradients.
         """
         weights, grads, addresses = places.params, places.readable_grads(), places.addresses
         work = self._work_of(places, grads)
@@ -136,15 +135,15 @@ class DescriptorEngine:
         return work, copies, (weights, grads)
 
     def _write_back(self, places: Share, copies: list[tuple[Tensor, Tensor]]) -> None:
-        """After the launches: copy weights to where they belong, and tell autograd that they have
-        changed, as a graph that still needs the old ones must not be gone through."""
+        """After the launches: copy weights back, and tell autograd that they have changed, so that
+        a backward pass that needs the old ones fails."""
         for weight, copy in copies:
             weight.copy_(copy)
         if self._rule != plan.ESTIMATE:
             torch.autograd.graph.increment_version(places.params)
 
     def _work_of(self, places: Share, grads: list[Tensor]) -> Work:
-        """The work of these parameters: kept from an earlier step where nothing that descriptors
+        """The work of these parameters, reused from an earlier step if nothing that its descriptors
         depend on has changed since."""
         members, stamp = places.places.members, self._stamp(places)
         state = self._owner.state
@@ -153,7 +152,7 @@ class DescriptorEngine:
             self._before_making()
             with HOST:
                 for place, grad in zip(places, grads, strict=True):
-                    if self._describe(*place, grad.dtype):  # of which other works knew
+                    if self._describe(*place, grad.dtype):  # other works used the old one
                         self._drop([key for key in self._work if place[0] in key])
                 work = Work(places.places, stamp, [state[param] for param in places.params])
                 work.groups = sorted({self._descriptors[i].group for i in places.places.members})
@@ -165,9 +164,9 @@ class DescriptorEngine:
         return work
 
     def _stamp(self, places: Share) -> list[Any]:
-        """What the descriptors of these parameters depend on, but for their state: which groups
-        they are of and how these store moments, and what weights and gradients are.  (Which
-        parameters there are is the optimizer's to watch: it drops this engine when they change.)"""
+        """What the descriptors of these parameters depend on, apart from their state: their groups,
+        how these store moments, and the kinds of weights and gradients.  (The optimizer watches the
+        set of parameters itself: it drops this engine when that changes.)"""
         return [[storing(group) for group in places.places.groups], places.kinds]
 
     def _drop(self, keys: list[tuple[int, ...]]) -> None:
@@ -177,8 +176,8 @@ class DescriptorEngine:
     def _describe(
         self, index: int, group: dict[str, Any], param: Tensor, grad_dtype: torch.dtype
     ) -> bool:
-        """Fill in the descriptor of one parameter, whose state is allocated if there is none:
-        whether there was another one."""
+        """Fill in the descriptor of one parameter, allocating its state if there is none: ->
+        whether this replaced a different descriptor."""
         if self._params[index] is param and self._numels[index] != param.numel():
             raise ValueError(
                 f"parameter {index} has {param.numel()} elements now and had "
@@ -220,7 +219,7 @@ class DescriptorEngine:
 
 
 def storing(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Which group it is, and what its options say of how moments are stored."""
+    """The group's identity, and its options that determine how moments are stored."""
     present = (_presence(group.get(name)) for name in _PRESENT)
     return (id(group), *(group.get(name) for name in _SHAPING), *present)
 
@@ -228,10 +227,10 @@ def storing(group: dict[str, Any]) -> tuple[Any, ...]:
 def checked_state(
     owner: Owner, index: int, group: dict[str, Any], param: Tensor
 ) -> dict[str, Tensor]:
-    """A parameter's state, allocated when there is none yet.
+    """A parameter's state, allocated if there is none yet.
 
-    What somebody has put there that is not contiguous is made so.  Raises ValueError where the
-    state is not what the group's options ask for, or not where the parameter is.
+    Tensors that are not contiguous are made so.  Raises ValueError if the state does not fit the
+    group's options, or is not on the parameter's device.
     """
     state = owner.state_of(param, group)
     owner.check_state(index, group, param)
@@ -254,9 +253,9 @@ def _presence(option: float | None) -> bool | None:
 def superfluous(
     works: Iterable[tuple[int, ...]], members: tuple[int, ...], count: int
 ) -> list[tuple[int, ...]]:
-    """The works to drop for a new one, oldest first, so that all of them together have no more
-    members than _KEPT times the `count` parameters there are.  A fused backward has each parameter
-    in one; where other sets get gradients at every step, works do not come again."""
+    """The works to drop for a new one, the oldest, so that all together have at most _KEPT times
+    as many members as there are parameters (`count`).  A fused backward has each parameter in one
+    work; if every step has gradients for another set of parameters, works are never reused."""
     room = _KEPT * count - len(members)
     dropped = []
     for key in reversed([key for key in works if key != members]):
@@ -267,7 +266,7 @@ def superfluous(
 
 
 def buckets(sizes: Iterable[tuple[Member, int]], limit: int) -> list[list[Member]]:
-    """Members, given with their sizes, in buckets of at most `limit`, or a single larger one."""
+    """Members, given with their sizes, in buckets of at most `limit`, or of one larger member."""
     filled: list[list[Member]] = []
     room = 0
     for member, size in sizes:
@@ -280,5 +279,5 @@ def buckets(sizes: Iterable[tuple[Member, int]], limit: int) -> list[list[Member
 
 
 def in_lines(size: int) -> int:
-    """`size` bytes up to the end of their last cache line of 64."""
+    """`size` bytes, rounded up to whole cache lines of 64."""
     return -(-size // 64) * 64

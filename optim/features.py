@@ -99,8 +99,8 @@ def usable(g: Tensor) -> Tensor:
 
 
 def all_usable(grads: list[Tensor]) -> bool:
-    """Whether all elements of all gradients can be used: from their extremes, in which a NaN is
-    seen, without a copy of any; each device is waited for once."""
+    """Whether all elements of all gradients can be used, judged by their extremes, which propagate
+    NaN: no gradient is copied, and each device is waited for once."""
     extremes: dict[torch.device, list[Tensor]] = {}
     for g in grads:
         if g.numel():
@@ -112,7 +112,7 @@ def orthogonal(w: Tensor, g: Tensor) -> Tensor:
     """g without its component along w, at g's norm: w, g (*) -> (*).
 
     Prieto et al. 2025 (arXiv 2501.04697).  A gradient that is parallel to w up to
-    rounding has nothing left but noise, which is not blown up to g's norm: the result is then zero.
+    rounding leaves only noise, which is not scaled up to g's norm: the result is then zero.
     """
     w64, g64 = w.double(), g.double()
     rest = g64 - (w64 * g64).sum() / (w64.square().sum() + 1e-30) * w64
@@ -128,7 +128,7 @@ def total(parts: list[float | Tensor]) -> float | Tensor:
 
 
 def shrinking(norm: float | Tensor, limit: float) -> float | Tensor:
-    """What gradients of this norm (a number, or 0-d) are multiplied by to have at most `limit`."""
+    """The factor that brings gradients of this norm (a number, or 0-d) to at most `limit`."""
     if isinstance(norm, Tensor):
         return (limit / norm).clamp(max=1.0)
     return limit / norm if norm > limit else 1.0
@@ -152,8 +152,8 @@ def limited(h: SimpleNamespace, u: Tensor, previous: Tensor) -> tuple[Tensor, Te
     its norm.
 
     Chen et al. 2024 (Fira, arXiv 2410.01623).  Without a previous norm, or after a (nearly)
-    zero one, there is nothing to compare with and nothing is limited, so that one empty gradient
-    does not lock the tensor in.
+    zero one, there is nothing to compare with and nothing is limited, so that a single zero
+    gradient does not freeze the tensor.
     """
     norm = torch.linalg.vector_norm(u, dtype=torch.float64).float()
     bound = torch.where(previous > 1e-6, previous * h.growth_limit, norm)
@@ -162,7 +162,7 @@ def limited(h: SimpleNamespace, u: Tensor, previous: Tensor) -> tuple[Tensor, Te
 
 
 def aligned(h: SimpleNamespace, u: Tensor, g: Tensor) -> Tensor:
-    """The update as `grams` or `cautious` want it; the moments are never touched."""
+    """The update after `grams` or `cautious`; moments are never touched."""
     if h.grams:
         return u.abs() * g.sign()
     if h.cautious:
@@ -172,6 +172,6 @@ def aligned(h: SimpleNamespace, u: Tensor, g: Tensor) -> Tensor:
 
 
 def decayed(h: SimpleNamespace, w: Tensor, u: Tensor) -> Tensor:
-    """What decoupled weight decay subtracts, as a share of lr: w, u (*) -> (*)."""
+    """What decoupled weight decay subtracts, before its factor lr: w, u (*) -> (*)."""
     decay = h.weight_decay * w
     return torch.where(u * w > 0, decay, 0.0) if h.cautious_decay else decay

@@ -1,5 +1,4 @@
-"""FusedOptimizer: the only step() in the family, whatever the rule and however the state is
-stored."""
+"""FusedOptimizer: the only step() in the family, for every rule and storage."""
 
 import copy
 import inspect
@@ -31,8 +30,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: Function) -> Function:
-    """`torch.compiler.disable`, whose own type hides what it wraps.  Else every shape and every
-    option of a step would be traced: minutes for nothing."""
+    """`torch.compiler.disable` with the function's own type.  Without it dynamo would trace every
+    shape and option of a step: minutes for nothing."""
     return cast(Function, torch.compiler.disable(function))
 
 
@@ -41,26 +40,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     A subclass names its `rule` and says in `moments` how each moment of a parameter is stored; it
     has no loop.  Its options are its signature's and those of `Features` that it does not refuse.
-    A class that names no rule is its base with something added or set, and what its constructor
-    takes is its own affair.  Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is
-    decoupled: w <- (1 - lr * weight_decay) w, before the update.
+    A subclass that names no rule extends its base, and its constructor may take any arguments.
+    Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is decoupled:
+    w <- (1 - lr * weight_decay) w, before the update.
 
     `backend` selects what computes a step: "native" (`csrc/`, on a CPU and on CUDA) or "torch"; see
-    `optim/state.py` for what the state is made of.
+    `optim/state.py` for the layout of the state.
     """
 
     rule: ClassVar[Rule]
-    # What these features are unless the option says otherwise.
+    # The class's defaults of these features.
     storage: ClassVar[str] = "fp32"
     growth_limit: ClassVar[float | None] = None
     refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
     common: ClassVar[tuple[str, ...]] = ()  # options that all groups must agree on
-    shared: ClassVar[tuple[str, ...]] = ()  # state of all groups together: group keys of tensors
+    shared: ClassVar[tuple[str, ...]] = ()  # group keys of tensors that all groups share
     fused_backward: InBackward | None = None  # what steps it inside the backward pass
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
-        """`arguments` are those of the class that names the rule, as its `locals()`: its signature
-        is the list of options, and what else is in there is left out."""
+        """`arguments` is `locals()` in the constructor of the class that names the rule: its
+        signature lists the options; other entries are ignored."""
         known = self.default_options()
         given = {k: v for k, v in arguments.items() if k in known} | arguments["features"]
         for name, reason in self.refuses.items():
@@ -77,8 +76,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             warnings.warn(f"{type(self).__name__}: {line}", idle.IdleOption, stacklevel=3)
 
     def idle_options(self) -> list[str]:
-        """The options that are set and have no effect, or leave weights where they are, in words
-        with the remedy: a line for each."""
+        """A line for each option that is set but has no effect, or keeps weights from moving, with
+        the remedy."""
         return [
             *idle.options(self.default_options(), self.param_groups),
             *idle.stalled(self.param_groups, self.compensates),
@@ -86,7 +85,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def ruled(cls) -> type["FusedOptimizer"]:
-        """The class that names the rule: this one, or the nearest that it is derived from."""
+        """The class that names the rule: this one, or its nearest base that does."""
         return next(each for each in cls.__mro__ if "rule" in vars(each))
 
     @classmethod
@@ -102,7 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @classmethod
     def bounds_updates(cls, group: Mapping[str, Any]) -> str | None:
         """Why the size of a gradient hardly matters with these options, in words that follow the
-        optimizer's name; None where it does matter."""
+        optimizer's name; None if it does matter."""
         if group.get("clip_threshold") is not None:
             return "bounds the RMS of each tensor's update, whatever the size of its gradient"
         if group.get("atan2"):
@@ -114,14 +113,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError(f"{type(self).__name__} does not say how its moments are stored")
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """`moments`, and what the group's features keep besides."""
+        """`moments`, and the state that the group's features add."""
         codecs = self.moments(param, group)
         if group.get("growth_limit") is not None:
             codecs["update_norm"] = Dense(())
         return codecs
 
     def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
-        """The (R, C) matrix by which the draws of a parameter's rounding are addressed."""
+        """The (R, C) matrix that addresses the draws of a parameter's rounding."""
         return layout(self.codecs(param, group).values(), tuple(param.shape))
 
     def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -129,19 +128,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         return group["rounding"] == "kahan" and param.dtype != torch.float32
 
     def rate(self, h: SimpleNamespace) -> float | Tensor:
-        """What updates and decay are multiplied by, of a group as its rule sees it: a number, or a
-        0-d tensor."""
+        """The factor of updates and decay, from a group as its rule sees it: a number, or a 0-d
+        tensor."""
         return h.lr
 
     def end_step(self) -> None:
-        """What `step()` does last, when every parameter has been stepped."""
+        """Called last in `step()`, after every parameter has been stepped."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with its own options where given; keys that are somebody else's stay in it.
+        """Add a group, with its own options if given; foreign keys (a scheduler's) are kept.
 
-        Raises TypeError for what is no dict, an unknown option (one that is misspelt, or another
+        Raises TypeError for a group that is not a dict, an unknown option (misspelt, or another
         optimizer's) or a parameter that is not dense fp32, bf16 or fp16, ValueError for an
-        impossible value or memory that two parameters share; then there is no such group.
+        impossible value or parameters that share memory; the group is then not added.
         """
         if not isinstance(param_group, dict):  # torch's words
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -158,7 +157,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             groups.check(name, self.common, self.shared, self.param_groups)
-            if hasattr(self, "backend"):  # all together, after the first groups
+            if hasattr(self, "backend"):  # __init__ checks the first groups together
                 groups.check_apart(name, self.param_groups)
             if self.fused_backward is not None:
                 self.fused_backward.attach()
@@ -167,7 +166,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """torch's; it also ends the round of a fused backward, whose gradients these were."""
+        """As torch's; it also ends the round of a fused backward."""
         super().zero_grad(set_to_none)
         if self.fused_backward is not None:
             self.fused_backward.end_round()
@@ -213,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step(Share(places))
 
     def _step(self, places: Share) -> None:
-        """Update these parameters, which have gradients.  One thread at a time does."""
+        """Update these parameters, which have gradients, in one thread at a time."""
         with self._turn, _without_autocast():
             self._refuse_gradients(places)
             self._raise_on_nonfinite(places)
@@ -239,12 +238,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _turn(self) -> threading.RLock:
-        """One for all threads, which `cached_property` does not promise."""
+        """The lock of `_step`: one for all threads, which `cached_property` does not guarantee."""
         return self.__dict__.setdefault("_lock", threading.RLock())
 
     def _refuse_gradients(self, places: Share) -> None:
-        """Raise TypeError where a gradient is sparse, ValueError where it has another shape than
-        its parameter."""
+        """Raise TypeError for a sparse gradient, ValueError for one with another shape than its
+        parameter."""
         if Trait.SPARSE in places.traits:
             raise TypeError(
                 f"{type(self).__name__} does not take sparse gradients; "
@@ -276,14 +275,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch's own, which this family has not
-        if self.backend == "native":  # pickled on another machine, perhaps
+        self.defaults.pop("differentiable", None)  # torch adds it; this family has no such option
+        if self.backend == "native":  # it may have been pickled on another machine
             self.backend = backend.resolved("native", device_types(self.param_groups), strict=False)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step()` unscales, which `torch.amp.GradScaler.step` asks before anything else:
-        no.  Raises RuntimeError where gradients have been used before they could be unscaled."""
+        """False: `step()` does not unscale.  `torch.amp.GradScaler.step` reads this first, so it
+        raises RuntimeError if gradients have been used before they could be unscaled."""
         if self.fused_backward is not None:
             raise RuntimeError(
                 f"GradScaler.step: this {type(self).__name__} is stepped inside backward() "
@@ -294,7 +293,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return False
 
     def check_steps_alone(self, caller: str) -> None:
-        """Raise ValueError where a parameter cannot be stepped before all gradients are there."""
+        """Raise ValueError if an option needs all gradients before any parameter is stepped."""
         if any(group["max_grad_norm"] is not None for group in self.param_groups):
             raise ValueError(
                 f"{caller}: max_grad_norm needs all gradients at once, and they are stepped one by "
@@ -312,15 +311,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def init_state(self) -> None:
-        """Allocate the state of every trainable parameter now, so that running out of memory
-        happens at once."""
+        """Allocate the state of every trainable parameter now, so that an out-of-memory error
+        occurs at once."""
         for _, group, param in self._indexed_params():
             if param.requires_grad:
                 self.state_of(param, group)
 
     def engine(self) -> str:
-        """Who steps which parameters, in words: the native engine, on a CPU with its instruction
-        set, or plain PyTorch and why."""
+        """What steps which parameters, in words: the native engine, on a CPU with its instruction
+        set, or plain PyTorch with the reason."""
         return self._dispatch.in_words()
 
     def state_bytes(self) -> int:
@@ -337,15 +336,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state as it was saved: copied, moved to each parameter's device, never cast.
+        """Load a state as it was saved: copied, moved to each parameter's device, never cast.
 
         (torch's own loader casts every state tensor to the parameter's dtype: codes and fp32
-        factors would not survive a bf16 model.)  What is allocated is written to, where it fits: a
-        second state may not fit on the device.  Raises ValueError that says what differs when the
-        state is not this optimizer's; then nothing changes.  Hooks are called as torch's own
+        factors would not survive a bf16 model.)  Allocated tensors are reused if they fit: the
+        device may have no memory for a second state.  If the state is not this optimizer's, raises
+        ValueError that says what differs, and changes nothing.  Hooks are called as torch's own
         optimizers do.
         """
-        state_dict = state_dict.copy()  # a hook's to change
+        state_dict = state_dict.copy()  # hooks may change it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -369,9 +368,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}
         for (index, group), (_, _, param) in zip(saved, self._indexed_params(), strict=True):
-            if state_dict["state"].get(index):  # torch's flattened states have empty ones
+            if state_dict["state"].get(index):  # torch's flattened state dicts have empty states
                 parts_of[param] = state_dict["state"][index]
-                blank_of[param] = self._blank(param, group, META)  # but what is always on the host
+                blank_of[param] = self._blank(param, group, META)  # step counts are on the CPU
                 states.check_parts(name, index, param, group, parts_of[param], blank_of[param])
         state = self._room_for(parts_of, blank_of)  # all memory, before anything changes
         for owner, parts in parts_of.items():
@@ -390,9 +389,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _room_for(
         self, parts_of: dict[Tensor, states.Parts], blank_of: dict[Tensor, states.Parts]
     ) -> dict[Tensor, states.Parts]:
-        """Tensors to copy saved parts to: those that are there where they fit, else new ones.  All
-        are new where a saved one shares memory with this state: it must not change before it is
-        read."""
+        """Tensors to copy saved parts to: existing ones if they fit, else new ones.  All are new if
+        a saved one shares memory with this state: it must not change before it is read."""
         is_own = states.share_memory(self.state.values(), parts_of.values())
         return {
             param: {
@@ -418,7 +416,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _places_of(self, caller: str, params: Iterable[Tensor]) -> Places:
         """These parameters with their indices and groups.  Raises ValueError for one that is in no
         group, or is given twice."""
-        self._places()  # else what is known of the groups may be old
+        self._places()  # updates `_place_by_id`
         places = Places()
         for param in params:
             if id(param) not in self._place_by_id:
@@ -429,7 +427,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return places
 
     def _places(self) -> Places:
-        """Every parameter with its index and group, as a list that is kept until they change."""
+        """Every parameter with its index and group, in a list that is cached until they change."""
         members: list[list[Any]] = [
             self.param_groups,
             *(group["params"] for group in self.param_groups),
@@ -450,8 +448,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return state
 
     def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """Raise ValueError where a parameter's state lacks what its group's options ask for.  More
-        may be there, of an option that has been switched off since."""
+        """Raise ValueError if a parameter's state lacks what its group's options need.  It may hold
+        more, for an option that has been switched off since."""
         wanted = self._blank(param, group, META)
         own = {name: x for name, x in self.state[param].items() if name in wanted}
         states.check_parts(type(self).__name__, index, param, group, own, wanted)
@@ -464,7 +462,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return states.blank(param, self.codecs(param, group), compensated, device, counts_on)
 
     def _raise_on_nonfinite(self, places: Share) -> None:
-        """Before a step: raise where a group asks for it and a gradient element is not usable."""
+        """Before a step: raise if a group asks for it and a gradient element is not usable."""
         if not any(group["on_nonfinite"] == "raise" for group in places.places.groups):
             return
         strict = [place for place in places if place[1]["on_nonfinite"] == "raise"]
@@ -480,7 +478,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 def _without_autocast() -> ExitStack:
-    """A context without autocast, which would have products of fp32 tensors in bf16."""
+    """A context without autocast, which would compute products of fp32 tensors in bf16."""
     stack = ExitStack()
     for device in ("cpu", "cuda", "mps", "xpu"):
         if torch.is_autocast_enabled(device):

@@ -1,9 +1,9 @@
-"""A GPU as the CUDA engine sees it: the driver, and the kernels of `csrc/`, compiled at first use
+"""A GPU for the CUDA engine: calls of the driver, and the kernels of `csrc/`, compiled at first use
 for the card at hand.
 
-There is no nvcc and no toolkit: NVRTC, which comes with torch, compiles the very headers that the
+No nvcc and no toolkit are needed: NVRTC, which comes with torch, compiles the same headers that the
 CPU engine is built from, through NVIDIA's cuda-core (`pip install 'low-memory-trainer[cuda]'`).
-What it makes is kept on disk by content, so a second run, or an upgrade that changes no kernel,
+The result is cached on disk by content, so a second run, or an upgrade that changes no kernel,
 compiles nothing.
 """
 
@@ -27,7 +27,7 @@ from optim import plan, sources
 
 _log = logging.getLogger(__name__)
 
-_OPTIONS: dict[str, Any] = {  # of the compiler: the bits are the CPU's
+_OPTIONS: dict[str, Any] = {  # of the compiler; for the same bits as on a CPU
     "std": "c++17",
     "fma": False,
     "device_as_default_execution_space": True,  # CUDA 13.0 wants lambdas annotated otherwise
@@ -43,30 +43,30 @@ _SLOTS = (
     "FactoredSlot<true>",
     "GivenSlot",
 )  # by CodecId
-# The passes over tiles that some flag asks for, and the Phase of tensors that follows each.
+# The optional passes over tiles, the flags that need each, and the Phase of tensors that follows.
 _PASSES = (
     ("measure", ("orthograd", "grad_clip", "scale_parameter"), 2),
-    ("factor", (), 4),  # asked for by a factored second moment of Adafactor or CAME
+    ("factor", (), 4),  # needed by a factored second moment of Adafactor or CAME
     ("norm", ("growth_limit", "clip_exact"), 6),
-    ("residual", (), 8),  # asked for by a factored instability of CAME
+    ("residual", (), 8),  # needed by a factored instability of CAME
     ("limit", ("growth_settled",), 10),
     ("align", ("cautious",), 12),
 )
 _BEGIN, _FINISH = 0, 14
 _MEASURE = "engine::cuda::measure_kernel"
-_FACTORING = ("adafactor", "came")  # rules that are two: of a matrix and of a vector
+_FACTORING = ("adafactor", "came")  # rules with two structs: for a matrix and for a vector
 
 
 @cache
 def unavailable() -> str | None:
-    """Why CUDA tensors cannot have the fused kernels, or None where they can."""
+    """Why CUDA tensors cannot use the fused kernels, or None if they can."""
     try:
         from cuda.bindings import nvrtc
         from cuda.core import Program
 
         del Program
         failed, *_ = nvrtc.nvrtcVersion()
-    except Exception as error:  # whatever a package that is not there, or a broken one, raises
+    except Exception as error:  # whatever a missing or broken package raises
         return (
             f"the CUDA kernels are compiled with cuda-core and NVRTC ({error}); "
             "pip install 'low-memory-trainer[cuda]'"
@@ -91,8 +91,8 @@ class Kind(NamedTuple):
     compensated: bool
 
     def num_shared(self, kernel: str) -> int:
-        """Moments that keep something in shared memory in a pass over tiles."""
-        if kernel.startswith(_MEASURE):  # which looks at no moment
+        """How many moments use shared memory in this pass over tiles."""
+        if kernel.startswith(_MEASURE):  # it reads no moment
             return 0
         return sum(_SLOTS[codec].startswith(("Factored", "Given")) for codec in self.codecs)
 
@@ -112,7 +112,7 @@ class Kind(NamedTuple):
         )
 
     def passes(self) -> list[tuple[str, bool]]:
-        """What a step runs for it, in order: (kernel, whether of tiles)."""
+        """The kernels of a step, in order: (kernel, whether it runs over tiles)."""
         template, names = self.template(), [(_tensor_kernel(_BEGIN), False)]
         factors = self.rule in _FACTORING and _SLOTS[self.codecs[2]].startswith("Factored")
         asked = {"factor": factors, "residual": factors and self.rule == "came"}
@@ -129,7 +129,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(rule: str, d: plan.Descriptor, flags: int) -> Kind:
-    """The kind of a described parameter, by its group's flags."""
+    """The kind of a parameter, from its descriptor and its group's flags."""
     fast, slow, square = (moment.codec for moment in d.moments)
     codecs = (fast, slow, square)
     return Kind(rule, codecs, d.weight_dtype, d.grad_dtype, flags, d.compensation != 0)
@@ -149,10 +149,10 @@ def _tensor_kernel(phase: int) -> str:
 
 def compile_kernels(names: Iterable[str], arch: str, log: Any = None) -> Any:
     """Compile kernels for an architecture ("sm_90"): -> `cuda.core.ObjectCode`, a cubin with a
-    symbol for each name.  Needs no GPU.  Raises what NVRTC says of an error in the sources.
+    symbol for each name.  Needs no GPU.  Raises NVRTC's message for an error in the sources.
 
-    No contraction and no fast arithmetic: the bits are the CPU's.  `log` (a text file) receives
-    registers and spills.
+    No contraction and no fast arithmetic: the bits are the CPU's.  Register counts and spills are
+    written to `log` (a text file).
     """
     from cuda.core import Program, ProgramOptions
 
@@ -167,8 +167,8 @@ def compile_kernels(names: Iterable[str], arch: str, log: Any = None) -> Any:
 
 
 class Gpu:
-    """One device: its kernels, compiled or taken from the disk when first asked for, and what an
-    engine asks of the driver."""
+    """One device: its kernels, compiled or read from disk on first use, and the driver calls of an
+    engine."""
 
     def __init__(self, device: torch.device) -> None:
         from cuda.bindings import nvrtc
@@ -183,7 +183,7 @@ class Gpu:
         headers = sources.digest(root, root.rglob("*.h"))
         self._sources = f"{version} {self._arch} {_OPTIONS} {_HEADER} {headers}"
         self._loaded: dict[str, Any] = {}
-        self.num_compiled = 0  # kernels that were not on the disk
+        self.num_compiled = 0  # kernels that were not on disk
 
     def launch(self, kernel: Any, grid: int, block: int, shared: int, address: int) -> None:
         """Enqueue kernel(address) on the current stream; `shared` is in bytes."""
@@ -195,8 +195,9 @@ class Gpu:
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """The device as torch's current one, with its context current in this thread: torch leaves
-        that to a thread's first allocation or kernel, and the first may be a launch of ours."""
+        """A context in which the device is torch's current one and its CUDA context is current in
+        this thread: torch only sees to that at a thread's first allocation or kernel, and the first
+        may be a launch of ours."""
         from cuda.core import Device
 
         with torch.cuda.device(self._device):
@@ -245,8 +246,8 @@ class Gpu:
         return _symbol(made, name) + b"\n" + made.code
 
     def _keep(self, raw: bytes, path: Path) -> str | None:
-        """Write a kernel to the disk, whole or not at all, with a digest in front: -> why it cannot
-        be kept."""
+        """Write a kernel to disk atomically, with a digest in front: -> why it cannot be kept, or
+        None."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
@@ -263,7 +264,7 @@ class Gpu:
         return None
 
     def _read(self, path: Path) -> Any:
-        """A kernel from the disk, or None where there is no whole one."""
+        """A kernel from disk, or None if it is missing or damaged."""
         try:
             digest, raw = (both := path.read_bytes())[:32], both[32:]
         except OSError:
@@ -277,7 +278,7 @@ def capturing() -> bool:
 
 
 def _kernel(raw: bytes) -> Any:
-    """What `_compile` made, on the device."""
+    """The kernel that `_compile` returned, on the device."""
     from cuda.core import ObjectCode
 
     symbol, code = raw.split(b"\n", 1)
@@ -286,7 +287,7 @@ def _kernel(raw: bytes) -> Any:
 
 @cache
 def _stream(handle: int) -> Any:
-    """A stream of torch's as cuda-core's."""
+    """A stream of torch as one of cuda-core."""
     from cuda.core import Stream
 
     return Stream.from_handle(handle)

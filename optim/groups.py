@@ -1,4 +1,4 @@
-"""What a parameter group may be: options that agree, and parameters that can be updated."""
+"""Checks of parameter groups: options that agree, and parameters that can be updated."""
 
 import sys
 from collections.abc import Iterable
@@ -18,30 +18,30 @@ Group = dict[str, Any]
 def check(
     optimizer: str, common: Iterable[str], shared: Iterable[str], groups: list[Group]
 ) -> None:
-    """Refuse a last group whose options contradict each other or the other groups' (of the `common`
-    ones), or whose parameters cannot be updated by the optimizer of this name.  `shared` is what it
-    keeps of all groups together."""
+    """Refuse the last group if its options contradict each other, its `common` options differ from
+    the other groups', or the optimizer of this name cannot update its parameters.  `shared` is the
+    state that all groups have in common."""
     for param in groups[-1]["params"]:
         _check_param(optimizer, "DDP" if shared else "DDP, ZeRO-1", param)
     check_agreement(optimizer, common, [groups[0], groups[-1]])
 
 
 def check_agreement(optimizer: str, common: Iterable[str], groups: list[Group]) -> None:
-    """Refuse groups whose options contradict each other, or the first group's where they are of the
-    `common` ones."""
+    """Refuse groups whose options contradict each other, or whose `common` options differ from the
+    first group's."""
     for group in groups:
         _check_options(optimizer, group)
         _check_common(optimizer, common, groups[0], group)
 
 
 def check_apart(optimizer: str, groups: list[Group]) -> None:
-    """Refuse parameters that have memory in common, which would be stepped twice.  Of those whose
-    elements are apart from each other in memory (a column of a matrix) nothing is said."""
+    """Refuse parameters that share memory, which would be stepped twice.  Parameters whose elements
+    have gaps between them (a column of a matrix) are not checked."""
     spans = sorted(
         (str(param.device), start, start + param.numel() * param.element_size(), tuple(param.shape))
         for group in groups
         for param in group["params"]
-        if type(param) in (Tensor, Parameter)  # another kind may have its memory elsewhere, or none
+        if type(param) in (Tensor, Parameter)  # a subclass may have its memory elsewhere, or none
         if (start := param.data_ptr()) and _is_dense(param)
     )
     for (device, _, end, shape), (other_device, start, _, other_shape) in pairwise(spans):
@@ -54,7 +54,7 @@ def check_apart(optimizer: str, groups: list[Group]) -> None:
 
 
 def _is_dense(param: Tensor) -> bool:
-    """Whether a tensor's elements lie side by side, in any order of its dimensions."""
+    """Whether a tensor's elements leave no gaps in memory, in any order of its dimensions."""
     if param.is_contiguous():
         return True
     sizes = zip(param.shape, param.stride(), strict=True)
@@ -87,7 +87,7 @@ def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
             "column means, norms) would be those of one shard; keep whole parameters in each "
             f"process instead ({remedies})"
         )
-    if getattr(param, "_fsdp_flattened", False):  # torch's own mark, of either `use_orig_params`
+    if getattr(param, "_fsdp_flattened", False):  # set by torch, whatever `use_orig_params`
         raise TypeError(
             f"{optimizer} does not take the shards of FullyShardedDataParallel (FSDP; shape "
             f"{shape}): they are vectors, which have no rows and columns to be factored, and whose "
@@ -103,7 +103,7 @@ def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
 
 
 def _check_common(optimizer: str, options: Iterable[str], first: Group, group: Group) -> None:
-    """Refuse a group that has another value of an option which is of all groups."""
+    """Refuse a group whose value of a common option differs from the first group's."""
     for option in options:
         if group[option] != first[option]:
             raise ValueError(
@@ -113,5 +113,5 @@ def _check_common(optimizer: str, options: Iterable[str], first: Group, group: G
 
 
 def _is_dtensor(param: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    module = sys.modules.get("torch.distributed.tensor")  # if not imported, there are none
     return module is not None and isinstance(param, module.DTensor)

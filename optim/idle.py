@@ -1,8 +1,8 @@
-"""Options without effect: which of those that are set do nothing beside the others.
+"""Options without effect: those that are set but do nothing, given the others.
 
-An optimizer says so when it is built.  An option that does something in one group may be set for
-all (`cautious_decay` where only biases are not decayed), so nothing is said of it unless it does
-nothing anywhere.  What depends on gradients, or on how long a run is, is not judged.
+An optimizer warns of them when it is built.  An option that has an effect in one group may be set
+for all (`cautious_decay` where only biases are not decayed), so it is only reported if it has none
+in any.  What depends on gradients, or on the length of a run, is not judged.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Group = dict[str, Any]
 
 
 class IdleOption(UserWarning):
-    """An option of an optimizer has no effect, or leaves weights where they are."""
+    """An option of an optimizer has no effect, or keeps weights from moving."""
 
 
 def _follows_the_gradient(group: Group) -> bool:
@@ -42,7 +42,7 @@ def _compensates_fp32(group: Group) -> bool:
 
 def _projects_nothing(group: Group) -> bool:
     rank = group.get("rank")
-    if rank is None:  # no APOLLO
+    if rank is None:  # not an APOLLO
         return False
     return not any(projected_shape(tuple(param.shape), rank) for param in group["params"])
 
@@ -50,7 +50,7 @@ def _projects_nothing(group: Group) -> bool:
 _OF_PROJECTIONS = ("scale", "scaling", "update_gap", "projection", "residual", "growth_limit")
 _ALONG = "where every update points along its gradient"
 _FIRST = "use a first moment (momentum, beta1)"
-# option -> (does it do nothing in this group?, where that is so, what it wants)
+# option -> (does it do nothing in this group?, when that is so, the remedy)
 _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
     "nesterov": (lambda g: g["momentum"] == 0, "with momentum=0", "set momentum"),
     "storage": (_keeps_no_first_moment, "where no first moment is kept", _FIRST),
@@ -93,7 +93,7 @@ _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
 
 
 def rank(groups: list[Group], instead: str) -> list[str]:
-    """A line where the rank, whether set or not, leaves no tensor projected: `instead` is the
+    """A line if the rank, whether set or default, leaves no tensor projected: `instead` is the
     optimizer that steps them all."""
     params = [param for group in groups for param in group["params"]]
     if not params or not all(map(_projects_nothing, groups)):
@@ -108,8 +108,8 @@ def rank(groups: list[Group], instead: str) -> list[str]:
 
 
 def options(defaults: Group, groups: list[Group]) -> list[str]:
-    """The options that have another value than their default, and no effect in any group that sets
-    them: a line for each, with the remedy."""
+    """A line for each option that differs from its default but has no effect in any group that sets
+    it, with the remedy."""
     lines = []
     for option, (is_idle, where, remedy) in _IDLE.items():
         setting = [g for g in groups if option in defaults and g[option] != defaults[option]]
@@ -120,7 +120,7 @@ def options(defaults: Group, groups: list[Group]) -> list[str]:
 
 
 def stalled(groups: list[Group], compensates: Callable[[torch.Tensor, Group], bool]) -> list[str]:
-    """A line for each option that leaves trained weights where they are, with the remedy.
+    """A line for each option that keeps trained weights from moving, with the remedy.
     `compensates(param, group)`: whether the error of rounding a parameter is kept."""
     trained = [(p, group) for group in groups for p in group["params"] if p.requires_grad]
     numbers = sum(group["orthograd"] and p.numel() == 1 for p, group in trained)

@@ -1,6 +1,6 @@
-"""What engines and whoever owns the parameters that they step ask of each other.
+"""The interfaces between engines and the owners of the parameters that they step.
 
-An owner is an optimizer, or what stands for one (`optim/standins.py`).
+An owner is an optimizer, or a stand-in for one (`optim/standins.py`).
 """
 
 from collections.abc import Callable
@@ -17,55 +17,54 @@ class Engine(Protocol):
     """Steps parameters of one owner; every engine computes the same."""
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
-        """One step of these parameters, which have gradients; `coefficients` holds, by the id of a
-        group, what its gradients are multiplied by (1 where it is absent)."""
+        """One step of these parameters, which have gradients; `coefficients` maps the id of a group
+        to the factor of its gradients (1 if absent)."""
 
     def grad_sq(self, places: Share) -> float | Tensor:
-        """The sum of the squares of the usable elements of these parameters' gradients; 0-d fp64
-        on their device where reading it would mean waiting for it."""
+        """The sum of the squares of the usable elements of these parameters' gradients; a 0-d fp64
+        tensor on their device if reading it would mean waiting."""
 
 
 class InBackward(Protocol):
     """Steps an optimizer inside the backward pass (`optim/backward.py`)."""
 
     def attach(self) -> None:
-        """Take over the parameters that there are now."""
+        """Hook the optimizer's current parameters."""
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError where a part of the gradients was changed, and another was stepped as
-        it came."""
+        """Raise RuntimeError if some gradients were changed after others had been stepped."""
 
     def end_round(self) -> None:
-        """Begin anew: the gradients so far are gone."""
+        """Start a new round: the gradients of the last one are used or cleared."""
 
 
 class Owner(Protocol):
-    """What an engine asks that steps by descriptors."""
+    """What an engine that steps by descriptors needs from the owner of its parameters."""
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """State of all groups together: group keys of tensors."""
+        """The group keys of tensors that all groups share."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """torch's: options, and under "params" the parameters."""
+        """As torch's: options, and the parameters under "params"."""
 
     @property
     def state(self) -> dict[Tensor, Any]:
-        """torch's: by parameter, tensors by their names."""
+        """As torch's: for each parameter its tensors, by name."""
 
     def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """How each moment of a parameter is stored, and what features keep besides."""
+        """How each moment of a parameter, and the state that features add, is stored."""
 
     def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """A parameter's state, allocated when there is none yet."""
 
     def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """Raise ValueError where a parameter's state is not what its group's options ask for."""
+        """Raise ValueError if a parameter's state does not fit its group's options."""
 
 
 class RuledOwner(Owner, Protocol):
-    """What is asked besides of an optimizer, which has a rule."""
+    """An owner that has a rule: an optimizer."""
 
     rule: ClassVar[Callable[..., Any]]  # of optim/reference.py
     backend: str  # "native" or "torch"
@@ -74,7 +73,7 @@ class RuledOwner(Owner, Protocol):
         """How each moment of a parameter is stored."""
 
     def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
-        """The (R, C) matrix by which the draws of a parameter's rounding are addressed."""
+        """The (R, C) matrix that addresses the draws of a parameter's rounding."""
 
     def rate(self, h: SimpleNamespace) -> float | Tensor:
-        """What updates and decay are multiplied by."""
+        """The factor of updates and decay."""

@@ -1,4 +1,4 @@
-"""LOMO and AdaLomo: SGD and Adafactor when a gradient is gone as soon as it is used.
+"""LOMO and AdaLomo: SGD and Adafactor that free each gradient as soon as it is used.
 
 Their papers fuse the step into the backward pass (`optim.fuse_backward`; in the trainer,
 `runtime.fused_backward`, which `optim=lomo` and `optim=adalomo` set).  The weights do not depend on
@@ -22,8 +22,8 @@ class Lomo(FusedOptimizer):
 
     State: 16 bytes a tensor.
 
-    The paper's clip by the global norm takes a backward pass of its own, only for the norm; it is
-    not offered.  grad_clip clips each tensor's gradient.
+    The paper's clip by the global norm needs an extra backward pass for the norm; it is not
+    offered.  grad_clip clips each tensor's gradient.
 
     Args:
         params: parameters or parameter groups.

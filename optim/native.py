@@ -1,7 +1,7 @@
 """backend="native": the CPU engine of `csrc/`, built by the install where a compiler exists.
 
 It steps a bucket of parameters in one call: rules, codecs and features fused into one pass over
-memory wherever the mathematics allows it.  `optim/reference.py` is what it computes.
+memory wherever the mathematics allows it.  It computes what `optim/reference.py` specifies.
 """
 
 import ctypes
@@ -19,15 +19,15 @@ from optim.share import Share
 _native = compiled.module
 
 CPU = torch.device("cpu")
-# Parameters are stepped in buckets of at most so many elements, whose partial sums share one room.
+# Most elements of a bucket of parameters, whose partial sums share one buffer.
 BUCKET_NUMEL = 8 << 20
-# A parameter of at most so many tiles is stepped by one thread, while its cache holds it.
+# A parameter of at most this many tiles is stepped by one thread, while its cache holds it.
 FEW_TILES = 4
 _USES = {"draw": 0, "project": 1, "lengths": 2, "whole": 3}  # csrc/engine/projection.h
 
 
 def unavailable() -> str | None:
-    """Why the native engine cannot be used, or None where it can."""
+    """Why the native engine cannot be used, or None if it can."""
     if _native is None:
         why = f"({compiled.missing}); it needs a C++ compiler at install time"
         return f"the native engine is not built {why}"
@@ -37,7 +37,7 @@ def unavailable() -> str | None:
 def isa() -> str:
     """The instruction set in use: OPTIM_ISA, or the best one this machine has.
 
-    Raises ValueError for a name that this machine does not have.
+    Raises ValueError for a set that this machine does not have.
     """
     names = _native.isas()
     chosen = os.environ.get("OPTIM_ISA", names[-1])
@@ -52,7 +52,7 @@ def multiplies_pairs(isa: str) -> bool:
 
 
 def project(use: str, table: Tensor, count: int, isa: str) -> None:
-    """So many items of a step of APOLLO's projections; `table` begins with their Projections."""
+    """Run `count` items of a step of APOLLO's projections; `table` begins with a Projections."""
     _native.project(_USES[use], table.data_ptr(), count, isa, torch.get_num_threads())
 
 
@@ -106,7 +106,7 @@ class NativeEngine(DescriptorEngine):
     def _launch(self, function: Any, work: Work, options: Any) -> list[Any]:
         results, threads = [], torch.get_num_threads()
         for launch, bucket in work.launches:
-            # Each on a cache line of its own: the workspace is read and written by whole vectors.
+            # Each begins on its own cache line: the workspace is accessed in whole vectors.
             hypers = in_lines(bucket.num_tensors * plan.HYPER_BYTES)
             sums = in_lines(bucket.num_tiles * plan.TILE_SUMS_BYTES)
             size = hypers + sums + (bucket.workspace_size + bucket.alone * threads) * 4

@@ -1,5 +1,4 @@
-"""What values an option may take, by name and for the whole family, and how a wrong one is
-refused."""
+"""The values that each option of the family may take, and the errors for others."""
 
 import difflib
 import inspect
@@ -17,8 +16,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# What rounding may leave of a learning rate of zero (LinearLR of torch ends at -2e-22), and no
-# weight would notice.
+# Rounding may make a learning rate of zero slightly negative (torch's LinearLR ends at -2e-22);
+# below this size it has no effect on weights.
 _NO_RATE = 1e-12
 
 
@@ -29,8 +28,8 @@ def _learning_rate(value: Any) -> bool:
 
 
 def learning_rate(value: Any) -> float:
-    """A learning rate, a number or a tensor, as a number: zero for the little below it that a
-    schedule's rounding leaves."""
+    """A learning rate, a number or a tensor, as a number; the slightly negative ones that a
+    schedule's rounding leaves are zero."""
     rate = float(value)
     return 0.0 if -_NO_RATE < rate < 0 else rate
 
@@ -60,7 +59,7 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in names, f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
-_LEAST = 1.2e-38  # below it fp32 has no normal numbers, and what is added is nothing
+_LEAST = 1.2e-38  # below it fp32 has no normal numbers, and adding them changes nothing
 
 _SWITCHES = (
     *("orthograd", "cautious", "grams", "cautious_decay", "factor_1d", "nesterov", "atan2"),
@@ -104,14 +103,14 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "projection": _one_of("gaussian", "sign"),
     **dict.fromkeys(_SWITCHES, (lambda x: isinstance(x, bool), "true or false")),
 }
-# What may be a number or several has its length from the class's default.
+# These are a number or a tuple; the class's default gives the length.
 _ALLOWED_TUPLE = {
     "betas": (_fraction, "in [0, 1)"),
     "eps": (lambda x: _number(x) and x >= _LEAST, f">= {_LEAST}"),
 }
 
 
-# What other packages call an option: (its name here, or none, and what to do about it).
+# Other packages' names of options: (the name here or None, the remedy).
 _DECOUPLED = (None, "weight decay is always decoupled here; leave it out")
 _TORCHS = (None, "it does not exist here; leave it out")
 _BITSANDBYTES = (
@@ -179,25 +178,25 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
 
 
 class Watch:
-    """The options of an optimizer's groups, which anybody may set between two steps.
+    """Checks the options of an optimizer's groups at every step: users may set them in between.
 
-    It is asked at every step.  A value that is the object it was at the last one is not looked at
-    again, unless it is a learning rate in a tensor: that is read on a CPU, and nowhere else.
+    A value that is still the same object is not checked again, except for a learning rate in a
+    tensor, whose value is only read if it is on a CPU.
     """
 
     def __init__(
         self, optimizer: str, known: dict[str, Any], agree: Callable[[list[dict[str, Any]]], None]
     ) -> None:
-        """`optimizer` and `known` as `check` has them; `agree` refuses groups of which each value
-        is possible, and not all of them together."""
+        """`optimizer` and `known` as for `check`; `agree` refuses groups whose values are possible
+        one by one but not together."""
         self._optimizer, self._known, self._agree = optimizer, known, agree
         self._values_of = itemgetter(*known)
         self._none = (object(),) * len(known)
         self._seen: dict[int, tuple[Any, ...]] = {}  # values, by the id of their group
 
     def check(self, groups: list[dict[str, Any]], some: list[dict[str, Any]] | None = None) -> None:
-        """Refuse what has changed to a value that it may not take, in `some` of the groups where
-        these alone are asked for: ValueError, as `check`."""
+        """Raise ValueError, as `check`, for options that have changed to a value that they may not
+        take; only looks at the groups `some` if given."""
         asked = groups if some is None else some
         now = {id(group): self._values_of(group) for group in asked}
         others = False
@@ -219,15 +218,15 @@ class Watch:
         self._seen |= now
 
     def _check_tensor(self, rate: torch.Tensor) -> None:
-        """Refuse a learning rate; its value is looked at where nothing is waited for."""
+        """Refuse a wrong learning rate; its value is only read where that does not wait."""
         if not _one_number(rate) or (rate.device.type == "cpu" and not _learning_rate(rate)):
             check(self._optimizer, self._known, {"lr": rate})
 
 
 def is_foreign(name: str, known: Iterable[str]) -> bool:
-    """Whether a key of a parameter group is somebody else's, as a scheduler's `initial_lr` or
-    timm's `lr_scale`, and no option: neither one of this optimizer (`known`) misspelt, nor one of
-    another, of this family or torch's, which would have no effect here."""
+    """Whether a key of a parameter group belongs to other code (a scheduler's `initial_lr`, timm's
+    `lr_scale`) and is not an option: neither a misspelt one of this optimizer (`known`), nor one of
+    another optimizer, of this family or torch's, which would have no effect here."""
     name = name.lower()
     options = {*known, *_ALLOWED, *_ALLOWED_TUPLE}
     return not (
@@ -239,16 +238,15 @@ def is_foreign(name: str, known: Iterable[str]) -> bool:
 
 @cache
 def _options_of_torch() -> set[str]:
-    """What the optimizers of torch can be asked for."""
+    """The arguments of torch's optimizers."""
     classes = [x for x in vars(torch.optim).values() if isinstance(x, type)]
     optimizers = [cls for cls in classes if issubclass(cls, torch.optim.Optimizer)]
     return {name for cls in optimizers for name in inspect.signature(cls).parameters}
 
 
 def plain(value: Any) -> Any:
-    """An option's value with Python's numbers instead of others (numpy's), which the engines and a
-    file that is loaded with weights_only would not take; and a tuple for a list, which could be
-    changed unseen."""
+    """An option's value in Python's numbers, as the engines and torch.load(weights_only) refuse
+    others (numpy's); a list, which could be changed unseen, becomes a tuple."""
     if isinstance(value, (tuple, list)):
         return tuple(map(plain, value))
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -272,7 +270,7 @@ def _rule(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
 
 
 def unknown_option(optimizer: str, name: str, known: Iterable[str]) -> str:
-    """`unknown` of an option."""
+    """`unknown` for an option."""
     if name in ("fused", "foreach"):
         return (
             f"there is no option of {optimizer} {name!r}: the whole family has one fused engine, "
@@ -284,7 +282,7 @@ def unknown_option(optimizer: str, name: str, known: Iterable[str]) -> str:
 
 
 def _remedy(name: str, known: Iterable[str]) -> str | None:
-    """What to do about another package's word for an option that there is, in words."""
+    """Advice on another package's name of an option, or None."""
     own, words = _ELSEWHERE.get(name, (None, None))
     return words if own is None or own in {*known} else None
 
@@ -301,7 +299,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Which of the known names this one may be misspelt for."""
+    """The known name that this one may be a misspelling of, or None."""
     names = sorted(known)
     found = [n for n in names if n.lower() == name.lower()]
     found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)

@@ -1,8 +1,8 @@
 """What the engine works on: parameters as descriptors, buckets of them as lists of tiles.
 
 The structs mirror `csrc/core/types.h` and `csrc/engine/projection.h` field by field; addresses are
-integers.  A descriptor is built once for a parameter, and its gradient's address refreshed at every
-step.  A bucket is a set of parameters that one launch steps; its tiles depend on shapes alone, so
+integers.  A descriptor is built once for a parameter; its gradient's address is updated at every
+step.  A bucket is a set of parameters that one launch steps; its tiles only depend on shapes, so
 they are built once too.
 """
 
@@ -29,9 +29,9 @@ from optim.options import learning_rate
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
-HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # of structs that only the engine looks into
+HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # sizes of structs that only the engine reads
 TILE_BYTES = 24
-CHANNELS, DRAWS = 32, 8192  # of a part of a projection
+CHANNELS, DRAWS = 32, 8192  # in a part of a projection: channels, or elements of P
 NUM_SLOTS = 3
 SLOTS = {  # SlotId
     "exp_avg": 0,
@@ -56,9 +56,9 @@ _RULES = (  # csrc/rules/all.h, in its order
     "scaled",
 )
 RULES = {name: number for number, name in enumerate(_RULES)}
-# Rules whose matrices are projected, and what steps the projection and the others.
+# Rules that project matrices, and the rule that steps projections and other tensors.
 PROJECTED = {"apollo": "adam", "adafactor_apollo": "adafactor"}
-# What an estimate of the curvature touches; it has no features.
+# The rule of a curvature estimate, and the moments that it uses; no feature applies to it.
 ESTIMATE, ESTIMATED = "curved", ("hessian",)
 FLAGS = (  # Flag, from bit 0
     "nesterov",
@@ -81,7 +81,7 @@ FLAGS = (  # Flag, from bit 0
     "bias_correction",
     "growth_settled",
 )
-# CodecId, and which part is which; 0 is an absent moment.
+# CodecId, and the order of the parts; 0 is an absent moment.
 _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
     Dense: (1, ("",)),
     Bf16: (2, ("",)),
@@ -138,7 +138,7 @@ class Moment(ctypes.Structure):
 
 
 class Samples(ctypes.Structure):
-    """What Prodigy keeps of some elements of a parameter."""
+    """Prodigy's state for some elements of a parameter."""
 
     _fields_ = [
         ("start", c_uint64),
@@ -149,7 +149,7 @@ class Samples(ctypes.Structure):
 
 
 class Descriptor(ctypes.Structure):
-    """One parameter: where everything is (`Tensor` in C++)."""
+    """One parameter: the addresses and shapes of its data (`Tensor` in C++)."""
 
     _fields_ = [
         ("weight", c_uint64),
@@ -213,7 +213,7 @@ class Projection(ctypes.Structure):
 
 
 class Projections(ctypes.Structure):
-    """One launch: a portion of them."""
+    """One launch: a portion of projections."""
 
     _fields_ = [
         ("tensors", c_uint64),
@@ -229,8 +229,8 @@ class Projections(ctypes.Structure):
 
 
 def first_decay(group: dict[str, Any]) -> float | None:
-    """The decay of a group's first moment, however its optimizer calls it; None where it has no
-    such option, or keeps no first moment."""
+    """The decay of a group's first moment, whatever the option is called; None if there is no such
+    option or no first moment."""
     betas = group.get("betas", (None,))
     decay: float | None = group.get("momentum", group.get("beta1", betas[0]))
     return decay
@@ -249,7 +249,7 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
     clips = group.get("clip_threshold") is not None
     clip_norm = group.get("clip_norm", "exact")
     limits = group.get("growth_limit") is not None
-    if "rank" in group and rule != "scaled":  # what an APOLLO does not project it does not limit
+    if "rank" in group and rule != "scaled":  # an APOLLO only limits what it projects
         limits = False
     flags = {
         "nesterov": group.get("nesterov"),
@@ -306,7 +306,7 @@ def moment_of(codec: Codec, parts: Parts, salt: int) -> Moment:
 
 
 def matrix_of(view: tuple[int, int]) -> tuple[int, int]:
-    """The matrix whose tiles stand for a view.
+    """The matrix that is tiled for a view.
 
     A flat tensor, view (1, n), is folded into rows of a tile's width: the same elements in the same
     order, with tiles of a useful height.
@@ -316,11 +316,11 @@ def matrix_of(view: tuple[int, int]) -> tuple[int, int]:
 
 
 class Bucket:
-    """The work list of some parameters: tiles in tensor, row, column order, and the room they need.
+    """The work list of some parameters: tiles in tensor, row, column order, and the workspace size.
 
-    `vectors` says where in the workspace the decoded factors of each member begin; the tiles'
-    partial sums follow them.  Units are fp32 elements.  There is one workspace for all members; or,
-    where each is stepped `alone`, one for each thread, of that many elements.
+    `vectors` holds the offset in the workspace of each member's decoded factors; the tiles' partial
+    sums follow them.  Units are fp32 elements.  All members share one workspace; or, if each is
+    stepped alone by one thread, every thread has a workspace of `alone` elements.
     """
 
     def __init__(
@@ -384,7 +384,7 @@ def vector_size(rows: int, cols: int) -> int:
 
 
 def _on_host(numbers: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers as a tensor that the host reads, whatever torch's default device is."""
+    """Numbers as a CPU tensor, whatever torch's default device is."""
     return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 

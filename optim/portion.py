@@ -1,5 +1,5 @@
-"""Tensors whose gradients are projected together: how they lie in memory, and what an engine is
-told of them."""
+"""Tensors whose gradients are projected together: their layout in memory, and the tables that
+describe them to an engine."""
 
 import ctypes
 from collections.abc import Iterable
@@ -15,22 +15,22 @@ from optim.projection import gain, sides_of
 from optim.share import Place, Places
 from optim.standins import LowSteps
 
-_LINE = 256  # bytes to which what lies in the scratch is aligned
+_LINE = 256  # bytes that tensors in the scratch are aligned to
 
 
 class ProjectedKind(NamedTuple):
-    """What is the same for all tensors of a portion."""
+    """What all tensors of a portion have in common."""
 
     grad_dtype: torch.dtype
     p_dtype: torch.dtype
     rank: int
-    signs: bool  # P is of signs
-    whole: bool  # a tensor has one factor
+    signs: bool  # P consists of signs
+    whole: bool  # a tensor has one factor, not one per channel
     conditioned: bool  # is_conditioned
 
 
 def is_conditioned(group: dict[str, Any]) -> bool:
-    """Whether what is projected depends on sums over the whole gradient."""
+    """Whether the projected gradient depends on sums over the whole gradient."""
     return group["orthograd"] or group["grad_clip"] is not None
 
 
@@ -55,8 +55,8 @@ class Portion:
         self.lows = Places()
         self.p: list[Tensor] = []
         self.products: list[Tensor] = []  # P G of each
-        self.counts: list[Tensor] = []  # of its steps
-        self.steps = torch.empty(0)  # all N, and what is between them
+        self.counts: list[Tensor] = []  # step counts
+        self.steps = torch.empty(0)  # all N, with the padding between them
         self.table = torch.empty(0)  # on the device: its Projections, then its lists
         sizes = [self._sizes(place, kind) for place in places]
         self.p_bytes, self.low_bytes = (sum(each) for each in zip(*sizes, strict=True))
@@ -66,7 +66,7 @@ class Portion:
 
     @property
     def num_bytes(self) -> int:
-        """Of scratch."""
+        """Bytes of scratch."""
         return self.p_bytes + 2 * self.low_bytes
 
     @staticmethod
@@ -77,13 +77,13 @@ class Portion:
 
     @classmethod
     def bytes_of(cls, place: Place, kind: ProjectedKind) -> int:
-        """Of scratch, of one tensor."""
+        """Bytes of scratch for one tensor."""
         p_bytes, low_bytes = cls._sizes(place, kind)
         return p_bytes + 2 * low_bytes
 
     def lay_out(self, scratch: Tensor, low_steps: LowSteps) -> None:
-        """Make views of the scratch: P, P G as the gradients and N as the tensors of an optimizer
-        of their own."""
+        """Make views of the scratch: P, and N as parameters of an engine of their own, with P G as
+        their gradients."""
         p_at, low_at, step_at = 0, self.p_bytes, self.p_bytes + self.low_bytes
         self.steps = scratch[step_at : step_at + self.low_bytes].view(torch.float32)
         for place in self.places:
@@ -98,8 +98,8 @@ class Portion:
             p_at, low_at, step_at = p_at + p_bytes, low_at + low_bytes, step_at + low_bytes
 
     def send(self, factors: list[Tensor], grads: int) -> None:
-        """Write what an engine asks for to the device: the tensors, with where each one's factors
-        are, where gradients' addresses are, and the list of parts."""
+        """Write the engine's tables to the device: the tensors, with the addresses of their
+        factors; the address of the gradients' addresses, `grads`; and the lists of parts."""
         tensors = (Projection * len(self.places))(
             *(self._describe(i, x.data_ptr()) for i, x in enumerate(factors))
         )
@@ -152,12 +152,12 @@ class Portion:
 
 
 def _matrix(scratch: Tensor, at: int, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """A matrix that begins at a byte of the scratch."""
+    """A view of the scratch as a matrix that begins at byte `at`."""
     return scratch[at : at + rows * cols * dtype.itemsize].view(dtype).view(rows, cols)
 
 
 def _parts(counts: Iterable[int]) -> Tensor:
-    """The bytes of Part structs: every tensor's parts, of which it has so many."""
+    """Part structs as bytes: for each tensor, as many as its count."""
     numbers = torch.tensor(list(counts), device="cpu")
     owners = torch.arange(len(numbers), device="cpu").repeat_interleave(numbers)
     within = torch.arange(len(owners), device="cpu") - (numbers.cumsum(0) - numbers)[owners]

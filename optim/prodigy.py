@@ -1,10 +1,10 @@
-"""Prodigy: Adam or Lion that finds its learning rate, from how far the weights have come.
+"""Prodigy: Adam or Lion that finds its learning rate, from how far the weights have moved.
 
 d, a lower estimate of the distance to the solution, multiplies the learning rate.  It is one number
-for all parameters, so a step uses the d that the steps before it determined, and moves it once, at
-the end of `step()`: each parameter keeps its own share of the two sums whose ratio is the estimate
-(`optim.reference.travelled`), and they are added in the parameters' order, whichever way and in
-whichever order the parameters were stepped.  A parameter without a gradient keeps its share.
+for all parameters, so a step uses the d of the steps before it, and updates it once, at the end of
+`step()`: each parameter keeps its own share of the two sums whose ratio is the estimate
+(`optim.reference.travelled`), and the shares are added in the parameters' order, regardless of the
+order in which they were stepped.  A parameter without a gradient keeps its share.
 """
 
 import math
@@ -21,13 +21,13 @@ from optim.features import Features
 from optim.fused import FusedOptimizer
 from optim.share import Share
 
-_LOWEST_LR = 0.1  # of a group, below which it is taken for another optimizer's rate
+_LOWEST_LR = 0.1  # a lower lr is taken for another optimizer's, set by mistake
 
 
 class DistanceAdapted(FusedOptimizer):
     """What the optimizers below have in common: d and its estimate.
 
-    `group["d"]` of every group is the one 0-d fp64 tensor with d, on the parameters' device;
+    `group["d"]` of every group is the same 0-d fp64 tensor, on the parameters' device;
     `group["d_max"]` is the largest estimate so far.  No step reads them on the host.
     """
 
@@ -36,7 +36,7 @@ class DistanceAdapted(FusedOptimizer):
     _has_moved = False  # since d was last estimated
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `FusedOptimizer.add_param_group`; the group takes part in the one d."""
+        """As `FusedOptimizer.add_param_group`; the group shares d with the others."""
         super().add_param_group(param_group)
         first, last = self.param_groups[0], self.param_groups[-1]
         device = last["params"][0].device if last["params"] else "cpu"
@@ -45,7 +45,7 @@ class DistanceAdapted(FusedOptimizer):
             last[name] = first.get(name, fresh)
 
     def idle_options(self) -> list[str]:
-        """As `FusedOptimizer.idle_options`; and a rate with which d finds nothing."""
+        """As `FusedOptimizer.idle_options`, and a line for an lr too low to find d with."""
         low = [group["lr"] for group in self.param_groups if 0 < float(group["lr"]) < _LOWEST_LR]
         return super().idle_options() + [
             f"lr={lr:g} multiplies the rate that is found, and with less than {_LOWEST_LR} hardly "
@@ -54,9 +54,9 @@ class DistanceAdapted(FusedOptimizer):
         ]
 
     def statistics(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """How what the estimate needs of a parameter is stored: every `slice_p`-th weight as it was
-        at the start, and the sum of such gradients, which bf16 holds only with stochastic rounding:
-        it decays by less than half a spacing a step."""
+        """How a parameter's data for the estimate is stored: every `slice_p`-th initial weight, and
+        the sum of the gradients of these.  In bf16 the sum needs stochastic rounding: it decays by
+        less than half a spacing a step."""
         shape = (-(-param.numel() // group["slice_p"]),)
         return {
             "start": Exact(shape, param.dtype),
@@ -66,8 +66,8 @@ class DistanceAdapted(FusedOptimizer):
         }
 
     def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Of fp16 weights too, for which there is no stochastic rounding: to the nearest, a step of
-        d0 leaves them where they are, and from weights that stay d learns nothing."""
+        """Also for fp16 weights, which have no stochastic rounding: rounded to nearest, a step of
+        d0 does not move them, and d learns nothing from weights that do not move."""
         unbiased = group["rounding"] == "stochastic" and param.dtype == torch.float16
         return unbiased or super().compensates(param, group)
 
@@ -76,8 +76,8 @@ class DistanceAdapted(FusedOptimizer):
         return h.d * h.lr
 
     def end_step(self) -> None:
-        """Move d: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4, d_hat and d, with
-        prodigyopt's `growth_rate`.  Without any gradient since the last time, it stays."""
+        """Update d: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4, d_hat and d, with
+        prodigyopt's `growth_rate`.  Without any gradient since the last update, it stays."""
         if not self._has_moved:
             return
         self._has_moved = False
@@ -103,7 +103,7 @@ class DistanceAdapted(FusedOptimizer):
 
     def _take_over(self, state_dict: dict[str, Any]) -> None:
         super()._take_over(state_dict)
-        self._has_moved = False  # the sums are those that the saved d came from, or wait for it
+        self._has_moved = False  # the saved d includes the saved sums, or the next one will
 
     def _step(self, places: Share) -> None:
         super()._step(places)
@@ -121,8 +121,8 @@ class Prodigy(DistanceAdapted):
     Args:
         params: parameters or parameter groups.
         lr: multiplies d; leave it at 1 and let a schedule scale it.  Each group has its own: it
-            scales the group's steps and, as much, its share of both sums that d comes from.  While
-            it is 0 the group stays, and so do its averages and its share.
+            scales the group's steps and, equally, its share of both sums that d comes from.  While
+            it is 0, the group's weights, averages and share stay unchanged.
         betas: decay of the averages of the gradient and of its square.
         beta3: decay of the sums that d comes from; none is the square root of the second beta.
         d0: d before the first step, below any sensible one.
@@ -138,16 +138,16 @@ class Prodigy(DistanceAdapted):
         weight_decay: decoupled decay; a step multiplies the weights by 1 - d * lr * weight_decay.
         features: options of every optimizer, `optim.features.Features`.
 
-    Weights in fp16 keep the error of their rounding, in 2 more bytes a parameter, unless they are
-    written to the nearest: then they may never leave where they start, and neither does d.
+    fp16 weights keep their rounding error, in 2 more bytes a parameter, unless rounding="nearest":
+    then they may never move, and neither may d.
 
-    All groups share d, and so d0, d_coef, growth_rate and slice_p.  d is of the parameters that the
-    optimizer has: where ZeRO-1 (ZeroRedundancyOptimizer) gives each process a share of them, each
-    finds another d, and the result depends on the number of processes.  Under DDP, where each
-    process has them all, all find the same.
+    All groups share d, and so d0, d_coef, growth_rate and slice_p.  d depends on the parameters
+    that the optimizer has: where ZeRO-1 (ZeroRedundancyOptimizer) gives each process a share of
+    them, each finds another d, and the result depends on the number of processes.  Under DDP every
+    process has them all, and all find the same d.
 
-    Against prodigyopt 1.1.2, which moves d before the update and uses the new one in d * eps alone,
-    this uses one d for the whole step; all else is equal.
+    prodigyopt 1.1.2 updates d before the weights and uses the new one only in d * eps; this uses
+    one d for the whole step.  All else is equal.
 
     Source: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4.
     """

@@ -1,15 +1,15 @@
 """How the fused engines step APOLLO: two ordinary steps, one of projections and one of weights.
 
-The projection P G (r, L) of a matrix gradient is a parameter of its own to an engine: Adam or
-Adafactor steps it from zero with a learning rate of -1, so that what its "weight" becomes is the
-step N.  The ratio of the lengths of N and P G is a number for each channel, and with these the
-engine steps the weights along G itself (the rule "scaled").  What is not projected is stepped by
-Adam or Adafactor as it is.
+To an engine, the projection P G (r, L) of a matrix gradient is the gradient of a separate
+parameter: Adam or Adafactor steps that from zero with a learning rate of -1, so that its "weight"
+becomes the step N.  The ratio of the lengths of N and P G is a factor for each channel, and with
+these the engine steps the weights along G itself (the rule "scaled").  Tensors that are not
+projected are stepped by Adam or Adafactor directly.
 
-Tensors of one kind make portions, whose P, P G and N share one scratch that every portion uses
-anew.  Steps of a portion: P is drawn from step counts; P G is computed; an engine steps it; and
-factors are made of what came of it.  This is what all devices do, and a CPU's way;
-`optim/projected_cuda.py` is a GPU's.
+Tensors of one kind form portions, which in turn use one scratch for P, P G and N.  For a portion,
+P is drawn from step counts; P G is computed; an engine steps it; and the factors are computed from
+P G and N.  Here is what all devices have in common, and the CPU's part; `optim/projected_cuda.py`
+has the GPU's.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from optim.projection import parted
 from optim.share import Place, Places, Share, Trait
 from optim.standins import LowSteps, ScaledSteps
 
-Make = Callable[[Owner, str], Engine]  # (owner, rule) -> what steps its tensors by the rule
+Make = Callable[[Owner, str], Engine]  # (owner, rule) -> the engine that runs it on its tensors
 
 # Bytes of P, P G and N that are alive at once on a CPU, unless a single tensor has more.
 SCRATCH_BYTES = 32 << 20
-# What a portion is made of, besides the tensors' shapes.
+# The options that a portion depends on, besides the tensors' shapes.
 _SHAPING = (
     "rank",
     "scale",
@@ -55,15 +55,15 @@ class Portions(Work):
         super().__init__(places, stamp, states)
         self.asked = self.wide.params  # in the order of `states`
         self.portions: list[Portion] = []
-        self.grads = torch.empty(0, dtype=torch.int64, device=HOST)  # their addresses, for engines
+        self.grads = torch.empty(0, dtype=torch.int64, device=HOST)  # addresses, for engines
         self.known = self.grads  # the same, on the host
 
 
 class ProjectedEngine(ABC):
-    """Steps the parameters of an APOLLO, by engines that `make(owner, rule)` gives for the steps of
-    `dense` (a rule's name) and for "scaled".
+    """Steps the parameters of an APOLLO, with engines from `make(owner, rule)` for the rules
+    `dense` (a name) and "scaled".
 
-    A subclass draws P, multiplies and measures, for a portion at a time.
+    A subclass draws P, multiplies and measures, one portion at a time.
     """
 
     def __init__(self, optimizer: RuledOwner, dense: str, make: Make, device: torch.device) -> None:
@@ -76,40 +76,40 @@ class ProjectedEngine(ABC):
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
     def _here(self) -> contextlib.AbstractContextManager[Any]:
-        """Where everything happens."""
+        """A context that makes the device current."""
         return contextlib.nullcontext()
 
     @abstractmethod
     def _scratch_bytes(self) -> int:
-        """Of P, P G and N that are alive at once."""
+        """Most bytes of P, P G and N that are alive at once, unless a single tensor has more."""
 
     @abstractmethod
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
-        """What P is drawn in, to meet such gradients."""
+        """The dtype of P for gradients of this dtype."""
 
     @abstractmethod
     def _before_making(self) -> None:
-        """Raise RuntimeError where nothing can be made now."""
+        """Raise RuntimeError if no work can be made now (during a graph capture)."""
 
     @abstractmethod
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
-        """What is left to do for a work whose portions are known."""
+        """Prepare a work whose portions are known: load the kernels of these kinds."""
 
     @abstractmethod
     def _put(self, work: Portions, addresses: Tensor) -> None:
-        """Take over the addresses of gradients, int64 (n,)."""
+        """Write the addresses of gradients, int64 (n,), to where engines read them."""
 
     @abstractmethod
     def _draw(self, portion: Portion) -> None:
-        """P of every tensor."""
+        """Draw P of every tensor."""
 
     @abstractmethod
     def _project(self, portion: Portion, grads: list[Tensor]) -> None:
-        """P G of every tensor, NaN in a channel without a usable element."""
+        """Compute P G of every tensor, NaN in a channel without a usable element."""
 
     @abstractmethod
     def _measure(self, portion: Portion) -> None:
-        """Factors, from P G and N."""
+        """Compute the factors from P G and N."""
 
     def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.interface.Engine`."""
@@ -139,7 +139,7 @@ class ProjectedEngine(ABC):
                 portion.steps.zero_()
                 self._low_engine.step(Share(portion.lows), of_lows)
                 self._measure(portion)
-            del grads, own  # the launches are in the stream that will reuse their memory
+            del grads, own  # safe: the stream that reuses their memory runs the launches first
             self._scaled_engine.step(share, of_scaled)
 
     def grad_sq(self, places: Share) -> float | Tensor:
@@ -156,10 +156,10 @@ class ProjectedEngine(ABC):
     def _coefficients(
         self, groups: list[dict[str, Any]], coefficients: dict[int, float | Tensor]
     ) -> tuple[dict[int, float | Tensor], dict[int, float | Tensor]]:
-        """What multiplies the gradients of projections and those of the weights.
+        """The coefficients for gradients of projections and for those of weights.
 
-        A step of the weights is as long as N is, whatever multiplies G: nothing does, unless G is
-        conditioned, when P G has what multiplies it.
+        Weights are stepped by G times |N| / |P G|, so G has the coefficient only where the stored
+        P G has it: if G is conditioned.  Otherwise it is applied to P G as it is stepped.
         """
         of_lows: dict[int, float | Tensor] = {}
         of_scaled: dict[int, float | Tensor] = {}
@@ -183,8 +183,8 @@ class ProjectedEngine(ABC):
             low.copy_(conditioned_product(place, grad, p.float(), c, state))
 
     def _work_of(self, places: Share) -> Portions:
-        """The portions of these parameters: kept from an earlier step where nothing that they
-        depend on has changed since."""
+        """The portions of these parameters, reused from an earlier step if nothing that they depend
+        on has changed since."""
         groups = [(*storing(group), *map(group.get, _SHAPING)) for group in places.places.groups]
         members, stamp = places.places.members, [groups, places.kinds]
         work = self._works.get(members)
@@ -211,7 +211,7 @@ class ProjectedEngine(ABC):
                     self._low.drop(low)
 
     def _make(self, work: Portions) -> None:
-        """Fill in the portions, and put the parameters into their order."""
+        """Fill in the portions, and sort the parameters into their order."""
         by_kind: dict[ProjectedKind, list[Place]] = {}
         for place, grad in zip(work.wide, Share(work.wide).grads, strict=True):
             dtype = grad.dtype if grad.dtype in plan.DTYPES else torch.float32
@@ -239,7 +239,7 @@ class NativeProjectedEngine(ProjectedEngine):
 
     def __init__(self, optimizer: RuledOwner, dense: str, make: Make, device: torch.device) -> None:
         super().__init__(optimizer, dense, make, device)
-        self._isa = native.isa()  # for good: portions have P in the dtype that it wants
+        self._isa = native.isa()  # fixed: it determines the dtype of P in portions
 
     def _scratch_bytes(self) -> int:
         return SCRATCH_BYTES
@@ -249,10 +249,10 @@ class NativeProjectedEngine(ProjectedEngine):
         return torch.bfloat16 if pairs else torch.float32
 
     def _before_making(self) -> None:
-        """Nothing: there is always memory to be had."""
+        """Nothing: memory can be allocated at any time."""
 
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
-        """Nothing: its loops are compiled."""
+        """Nothing: its loops are compiled already."""
 
     def _put(self, work: Portions, addresses: Tensor) -> None:
         work.grads.copy_(addresses)

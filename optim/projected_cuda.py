@@ -1,13 +1,13 @@
 """How APOLLO is stepped on a GPU: as `optim/projected.py` says, for many tensors at once.
 
-P is drawn for all of a portion by one launch, from step counts that stay on the device; the
-products are torch's matmuls, on tensor cores where gradients have 16 bits; one launch looks for
-what is not usable in them (or computes them, where the rank is small); and one makes factors.
-Nothing is read back, so that a step can be captured in a CUDA graph, for which `optim/cuda.py` says
-how long it may be replayed.
+One launch draws P for all of a portion, from step counts that stay on the device; the products are
+torch's matmuls, on tensor cores where gradients have 16 bits; one launch looks for unusable
+elements in them (or computes the products, if the rank is small); and one computes the factors.
+Nothing is read back, so that a step can be captured in a CUDA graph; `optim/cuda.py` says how long
+it may be replayed.
 
-The factor 1 / sqrt(rank) of P is left to the engine that steps P G, as what multiplies its
-gradients, together with what a global norm makes of them.
+The factor 1 / sqrt(rank) of P is applied by the engine that steps P G, in the coefficient of its
+gradients, together with that of the clip by the global norm.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from optim.staging import Staging
 
 # At rank 256 the SDXL UNet has 4.9 GB of P, P G and N, and each portion costs a dozen launches.
 SCRATCH_BYTES = 256 << 20
-FEW_ROWS = (1, 4, 8)  # of P G that a kernel of ours computes; the largest is a block's warps
-CHUNK = 1 << 22  # gradient elements that are fp32 at once where torch cannot multiply as they are
-THREADS = 256  # of a block: csrc/engine/projected_cuda.h
+FEW_ROWS = (1, 4, 8)  # rows of P G that our own kernels compute; at most the warps of a block
+CHUNK = 1 << 22  # gradient elements converted to fp32 at a time, without `_WIDENS`
+THREADS = 256  # per block: csrc/engine/projected_cuda.h
 # Whether torch multiplies 16-bit matrices into fp32 ones: 2.8 and later, on a GPU.
 _WIDENS = "dtype_out" in torch.ops.aten.mm.overloads()
 
@@ -48,8 +48,8 @@ class CudaProjectedEngine(ProjectedEngine):
         super().__init__(optimizer, dense, make, device)
         self._gpu = gpu or gpu_of(device)
         self._staging = Staging(self._gpu)
-        self._captured = False  # a graph's replays write addresses too, unseen
-        self._of_graphs: dict[int, Portions] = {}  # what graphs point to
+        self._captured = False  # if so, a graph's replays write addresses too
+        self._of_graphs: dict[int, Portions] = {}  # kept alive for graphs
 
     def _here(self) -> contextlib.AbstractContextManager[Any]:
         return self._gpu.here()
@@ -98,12 +98,12 @@ class CudaProjectedEngine(ProjectedEngine):
 
 
 def few_rows(rank: int) -> int:
-    """The rows that a kernel of ours has for this rank; 0 where P G is a library's."""
+    """The rows of our own kernel for this rank; 0 if torch computes P G."""
     return next((few for few in FEW_ROWS if rank <= few), 0)
 
 
 def kernels_of(kind: ProjectedKind) -> dict[str, str]:
-    """The names of a portion's kernels, by what they are for."""
+    """The names of a portion's kernels, by their use."""
     dtype = plan.DTYPES[kind.grad_dtype]
     names = {
         "draw": f"draw_kernel<{dtype}, {str(kind.signs).lower()}>",
@@ -118,7 +118,7 @@ def kernels_of(kind: ProjectedKind) -> dict[str, str]:
 
 
 def multiply(p: Tensor, g: Tensor, out: Tensor) -> None:
-    """out fp32 (r, L) = p (r, D) g (D, L), which have one dtype, in fp32 sums."""
+    """out fp32 (r, L) = p (r, D) g (D, L), which have one dtype, with fp32 sums."""
     if p.dtype is torch.float32:
         torch.mm(p, g, out=out)
     elif _WIDENS and p.is_cuda:

@@ -1,13 +1,13 @@
-"""The family in plain PyTorch: what every optimizer computes, in eight to fifteen lines a rule.
+"""The family in plain PyTorch: what every optimizer computes, in eight to fifteen lines per rule.
 
 This file is the specification.  A rule is a pure function of one parameter's fp32 values:
 
     rule(h, w, g, s) -> (u, s')    w, g, u (*) like the parameter;  s, s' {name: moment}
 
-A moment has the shape of its codec: the parameter's, a scalar's, that of a projection or of a
-sample; one that s' lacks stays as it is.  `h` holds the group's options, `t` (this step's number,
-from 1), `index` (the parameter's), `usable` (which elements of g count; g is 0 elsewhere), `codec`
-(how each moment is stored) and `rate` (the learning rate, or what the optimizer makes of it).  The
+A moment has the shape of its codec: the parameter's, or that of a scalar, a projection or a sample;
+one that s' lacks stays unchanged.  `h` holds the group's options, `t` (this step's number, from 1),
+`index` (the parameter's), `usable` (which elements of g count; g is 0 elsewhere), `codec` (how each
+moment is stored) and `rate` (the learning rate, or the optimizer's own rate derived from it).  The
 caller decays the weights, subtracts `rate * u` and stores s'; u = None leaves the weights alone.
 Rules know nothing of storage, rounding or loops.
 """
@@ -71,7 +71,7 @@ def lion(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
 def prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4: Adam on d g, with steps of d lr.  While
-    lr is 0 the averages wait, as prodigyopt's do."""
+    lr is 0 the averages do not change, as in prodigyopt."""
     beta1, beta2 = h.betas if h.lr > 0 else (1.0, 1.0)
     m = ema(h, s["exp_avg"], h.d * g, beta1)
     v = ema(h, s["exp_avg_sq"], (h.d * g).square(), beta2)
@@ -81,7 +81,7 @@ def prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
 def lion_prodigy(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Lion on d g, with steps of d lr: both averages are of d g, so that momentum and gradient keep
-    their proportion while d grows.  While lr is 0 they wait."""
+    their proportion while d grows.  While lr is 0 they do not change."""
     beta1, beta2 = h.betas if h.lr > 0 else (1.0, 1.0)
     u = torch.lerp(s["exp_avg"], h.d * g, 1 - beta1).sign()
     return u, {"exp_avg": ema(h, s["exp_avg"], h.d * g, beta2)} | travelled(h, w, g, s)
@@ -96,7 +96,7 @@ def sophia(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
 
 def curved(h: SimpleNamespace, g: Tensor, s: Moments, scale: float) -> Moments:
-    """What an estimate of the curvature changes: g (*), the gradient of the sampled loss.
+    """The moment that an estimate of the curvature updates; g (*) is the sampled loss's gradient.
 
     Liu et al. 2023, Alg. 2 (Gauss-Newton-Bartlett) and Alg. 3, line 9: scale * g^2 is the estimate
     of the Gauss-Newton matrix's diagonal.
@@ -108,7 +108,7 @@ def adafactor(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 and 5, with a fixed beta2 (bias-corrected) or
     their 1 - t^decay.
 
-    The first moment is of the clipped update, as in the paper.
+    The first moment averages the clipped update, as in the paper.
     """
     u, moments = normalized(h, g, s, h.eps[0])
     u, moments = grown(h, u, s, moments)
@@ -125,8 +125,8 @@ def came(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Luo et al. 2023 (CAME, arXiv 2307.02047), Alg. 2: Adafactor's clipped update, averaged, over
     the root of its instability, the factored average of (u - m)^2.
 
-    None of the averages is corrected for having started at zero, as in the paper.  A tensor without
-    an instability (a vector) takes the average as it is.
+    As in the paper, no average is bias-corrected.  A tensor without an instability (a vector) is
+    stepped by the average itself.
     """
     beta1, beta2, beta3 = h.betas
     v = ema(h, s["exp_avg_sq"], g.square(), beta2)
@@ -140,9 +140,8 @@ def came(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 
 
 def apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
-    """Zhu et al. 2024 (APOLLO, arXiv 2412.05270), Alg. 1: the gradient, as long as Adam's
-    step for its projection is.  The growth limit is of scaled gradients, and of nothing that Adam
-    does."""
+    """Zhu et al. 2024 (APOLLO, arXiv 2412.05270), Alg. 1: the gradient, scaled by Adam's step for
+    its projection.  The growth limit only applies to scaled gradients, not to Adam's steps."""
 
     def step(h: SimpleNamespace, g: Tensor) -> Step:
         return adam(SimpleNamespace(**vars(h) | {"growth_limit": None}), w, g, s)
@@ -155,7 +154,8 @@ def apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
 def adafactor_apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """As `apollo`, with Adafactor's second moment for the projection.
 
-    There the clip is of the scaled gradient, and the first moment of the projection's step.
+    With a projection, the clip applies to the scaled gradient, and the first moment averages the
+    projection's step.
     """
 
     def low_step(h: SimpleNamespace, low: Tensor) -> tuple[Tensor, Moments]:
@@ -176,13 +176,13 @@ def rescaled(
     s: Moments,
     low_step: Callable[[SimpleNamespace, Tensor], Step],
 ) -> tuple[Tensor, Moments]:
-    """A matrix gradient with the norms that `low_step(h, P g)` has relative to P g, under the
-    growth limiter: g, u (*), P g (r, L).
+    """A matrix gradient, scaled by the norms of `low_step(h, P g)` relative to those of P g, after
+    the growth limiter: g, u (*), P g (r, L).
 
     Zhu et al. 2024, Alg. 1: u = sqrt(scale) |N| / |P g| g, with norms of channels or of the tensor.
     With `residual` only what lies outside the span of P is scaled (and limited), and N itself is
-    mapped back: Chen et al. 2024 (Fira, arXiv 2410.01623).  Nothing is scaled in a channel whose
-    projection has no length, and one without a usable element keeps its moments and has no step.
+    mapped back: Chen et al. 2024 (Fira, arXiv 2410.01623).  The factor of a channel whose
+    projection is zero is 0; a channel without a usable element keeps its moments and has no step.
     """
     matrix, shape = channels(g), tuple(g.shape)
     p = projection(h, matrix.shape[0], g.device)
@@ -192,7 +192,7 @@ def rescaled(
     assert n is not None
     n = torch.where(usable, n, 0.0)
     if any(isinstance(codec, FactoredSign) for codec in h.codec.values()):
-        n = torch.where(low == 0, 0.0, n)  # as everywhere where signs know no zero
+        n = torch.where(low == 0, 0.0, n)  # sign bits have no zero
     length, low_length = (norms(x, 0 if h.scaling == "channel" else None) for x in (n, low))
     factor = torch.where(low_length > 1e-30, length / low_length, 0.0).float()
     factor = factor * gain(h, matrix.shape[0])
@@ -204,7 +204,7 @@ def rescaled(
 
 
 def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
-    """What one parameter tells of the distance d, from every `slice_p`-th of its elements (S of
+    """One parameter's contribution to the distance d, from every `slice_p`-th of its elements (S of
     them): the moments
 
         start (S)  the weights before the first step
@@ -212,10 +212,10 @@ def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
         numerator 0-d fp64 <- beta3 numerator + d/d0 rate <g, start - w>
         denominator 0-d fp64 <- |grad_sum|_1
 
-    Mishchenko & Defazio 2023, Alg. 4, the lines of r and s.  Factors are d/d0, not d, lest the sums
-    underflow (their remark on implementation).  `safeguard_warmup` takes d for the rate in
-    grad_sum.  Where lr = 0 nothing moves, and nothing can be learned from that; nor from a gradient
-    without a usable element.
+    Mishchenko & Defazio 2023, Alg. 4, the lines of r and s.  Factors are d/d0, not d, so that the
+    sums do not underflow (their remark on implementation).  `safeguard_warmup` replaces the rate in
+    grad_sum by d.  Where lr = 0, or no element of the gradient is usable, the sums do not change:
+    nothing moves, and nothing can be learned.
     """
     now, grad, usable = (x.flatten()[:: h.slice_p] for x in (w, g, h.usable))
     start = {"start": now} if h.t == 1 else {}
@@ -241,7 +241,7 @@ def ema(h: SimpleNamespace, average: Tensor, x: Tensor, beta: float) -> Tensor:
 
 
 def mixed(h: SimpleNamespace, fast: Tensor, x: Tensor, s: Moments) -> tuple[Tensor, Moments]:
-    """fast + alpha_t * (a slow average of x), where there is one: -> the sum, the slow moment.
+    """fast + alpha_t * (a slow average of x), if there is one: -> the sum, the slow moment.
 
     Pagliardini et al. 2024 (AdEMAMix, arXiv 2409.03137), Alg. 1: alpha grows linearly and
     beta3's half-life grows linearly over `warmup_steps`.  The slow average is not bias-corrected.
@@ -257,7 +257,7 @@ def mixed(h: SimpleNamespace, fast: Tensor, x: Tensor, s: Moments) -> tuple[Tens
 
 
 def grown(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[Tensor, Moments]:
-    """u under the growth limiter where there is one, and the moments with the norm it remembers."""
+    """u after the growth limiter, if there is one, and the moments with the norm it remembers."""
     if h.growth_limit is None:
         return u, moments
     u = torch.where(h.usable, u, 0.0)
@@ -276,7 +276,7 @@ def normalized(h: SimpleNamespace, g: Tensor, s: Moments, eps: float) -> tuple[T
 
 
 def averaged(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tuple[Tensor, Moments]:
-    """The bias-corrected average of u where there is a first moment, and the moments with it."""
+    """The bias-corrected average of u if there is a first moment, and the moments with it."""
     if h.beta1 is None:
         return u, moments
     m = ema(h, s["exp_avg"], u, h.beta1)
@@ -284,11 +284,11 @@ def averaged(h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments) -> tup
 
 
 def damped(codec: Codec, v: Tensor, eps: float) -> Tensor:
-    """v as Adafactor divides by it: v (*) -> (*), with eps added, to its factors where it has some.
+    """v as Adafactor divides by it: v (*) -> (*), with eps added, to its factors if it has any.
 
     Shazeer & Stern 2018, Alg. 4, lines 4-6, add eps to what is averaged; here it is added where the
-    average is used, so that a row without gradients stays exactly zero.  There, eps^2 / mean would
-    underflow: the smallest normal number is the floor.
+    average is used, so that a row without gradients stays exactly zero.  In such a row eps^2 / mean
+    would underflow: the smallest normal number is the floor.
     """
     if isinstance(codec, Factored):
         row, col = codec.means(v)
@@ -301,11 +301,11 @@ def damped(codec: Codec, v: Tensor, eps: float) -> Tensor:
 def shortened(
     h: SimpleNamespace, u: Tensor, s: Moments, moments: Moments
 ) -> tuple[Tensor, Moments]:
-    """u with an RMS of at most `clip_threshold`, and the moments with the RMS it had where the next
-    step is to know it.
+    """u with an RMS of at most `clip_threshold`, and the moments with the RMS it had, if the next
+    step needs it.
 
-    Shazeer & Stern 2018, Alg. 4, line 8.  With clip_norm="lagged" the previous step's RMS
-    is taken for this one's; where there was none, or it was 0, nothing is clipped.
+    Shazeer & Stern 2018, Alg. 4, line 8.  With clip_norm="lagged" the previous step's RMS is used
+    instead of this one's; if there was none, or it was 0, nothing is clipped.
     """
     if h.clip_threshold is None:
         return u, moments
@@ -331,7 +331,7 @@ def norms(x: Tensor, dim: int | None) -> Tensor:
 
 def summed(x: Tensor) -> Tensor:
     """The sum of all elements in fp64: x (*) -> 0-d.  Rows of 1024 are summed first, so that the
-    number of threads has no say in the bits."""
+    bits do not depend on the number of threads."""
     rows = F.pad(x.flatten().double(), (0, -x.numel() % 1024)).view(-1, 1024)
     return rows.sum(dim=1).sum()
 

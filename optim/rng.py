@@ -70,14 +70,14 @@ def draws(
     row-major: -> int32 (numel,) in 0..2^bits - 1.
 
     Each row begins at a multiple of 256 words, and is cut into blocks of 32 columns.  A block takes
-    16 words: column j % 32 = 16 h + w has the lowest (h = 0) or the highest bits of word w, so that
-    sixteen lanes of a vector unit use a word each, twice.
+    16 words: column j % 32 = 16 h + w takes the lowest (h = 0) or the highest (h = 1) bits of word
+    w, so that sixteen lanes of a vector unit use a word each, twice.
 
-    Draws with other salts are of the same words, each multiplied by 0x16AB7965^salt.  An odd factor
+    Draws with other salts use the same words, each multiplied by 0x16AB7965^salt.  An odd factor
     permutes the 2^32 words, so every draw is still exactly uniform, which is all that unbiased
-    rounding needs; and one hash serves a weight and its moments, for which hashes were a third of
-    the work.  Two salts' draws are not independent, but nearly uncorrelated: below 0.001 (the
-    factor was searched for good lattices of its first four powers, modulo 2^16, 2^19 and 2^32).
+    rounding needs; and a weight and its moments share one hash (hashes were a third of the work).
+    Draws of two salts are not independent, but nearly uncorrelated: below 0.001 (the factor was
+    searched for good lattices of its first four powers, modulo 2^16, 2^19 and 2^32).
     """
     rows, cols = view
     blocks = -(-cols // 32)
@@ -93,7 +93,7 @@ def draws(
 def signs(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
     """-1 or 1, equally likely: -> fp32 (R, C), in the same bits on every device.
 
-    Each row takes ceil(C / 32) words; column j has bit j % 32 of word j // 32, 1 for 1.
+    Each row takes ceil(C / 32) words; column j takes bit j % 32 of word j // 32, a set bit for 1.
     """
     rows, cols = shape
     words = -(-cols // 32)
@@ -103,13 +103,13 @@ def signs(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def normals(key: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Nearly normal draws of mean 0 and variance 1: -> fp32 (R, C), numbers that bf16 has, in the
-    same bits on every device.
+    """Nearly normal draws of mean 0 and variance 1: -> fp32 (R, C), exact in bf16, in the same bits
+    on every device.
 
     Element e, row-major, is (S - 1530) / 256, rounded to bf16, where S, the sum of the twelve bytes
-    of words 3 e, 3 e + 1 and 3 e + 2, has mean 1530 and variance 65535.  A logarithm or a cosine
-    has other last bits on another device; integers and one multiplication do not.  All odd moments
-    are 0, the kurtosis is 2.9 instead of 3, and no draw is beyond 5.98.
+    of words 3 e, 3 e + 1 and 3 e + 2, has mean 1530 and variance 65535.  The last bits of a
+    logarithm or a cosine depend on the device; those of integers and one multiplication do not.
+    All odd moments are 0, the kurtosis is 2.9 instead of 3, and no draw is beyond 5.98.
     """
     count = shape[0] * shape[1]
     words = words32(torch.arange(3 * count, device=device, dtype=torch.int64), key).view(-1, 3)
@@ -124,7 +124,7 @@ def round_stochastic_bf16(x: Tensor, key: int, view: tuple[int, int], salt: int 
 
     x fp32 (*) -> bf16 (*); `view` is the matrix its draws are addressed by, `salt` as in `draws`.
     Adding a uniform 16-bit integer below the mantissa cut and truncating does exactly that.  NaN,
-    infinities and the top of the finite range are passed on as round-toward-zero would, so that no
+    infinities and the top of the finite range are treated as in rounding toward zero, so that no
     finite weight becomes infinite and no NaN becomes a number.
     """
     cut = -65536  # 0xFFFF0000: the half of an fp32 that is a bf16

@@ -1,9 +1,9 @@
-"""The parameters that a step is about, and what it has to know of them and their gradients.
+"""The parameters of a step, and the properties of them and their gradients that it needs.
 
-A UNet has 1680 parameters.  A question put to each of them in Python takes 0.1 ms or more, and a
-step has a dozen: where a weight is, how large, of which dtype, whether contiguous, and the same of
-its gradient.  So all are asked in one pass, in `csrc/survey.h` where torch lets itself be asked
-there; and at every step, whatever was the case at the last one.
+A UNet has 1680 parameters.  Reading one property of all of them in Python takes 0.1 ms or more, and
+a step needs a dozen: address, size, dtype and contiguity of each weight and each gradient.  So all
+are read in one pass, in `csrc/survey.h` if torch has an interface for that; and again at every
+step, as they may have changed.
 """
 
 from array import array
@@ -26,19 +26,19 @@ _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # of torch
 
 
 class Trait(IntFlag):
-    """What some of the parameters and gradients of a share are (`Trait` in `csrc/survey.h`)."""
+    """What holds for some parameter or gradient of a share (`Trait` in `csrc/survey.h`)."""
 
     MISSING = 1  # a parameter has no gradient
-    SCATTERED = 2  # a tensor is not contiguous, or has its signs to be turned (torch.conj)
+    SCATTERED = 2  # a tensor is not contiguous, or has its negative bit set (torch.conj)
     ELSEWHERE = 4  # a tensor is not on the CPU
     FOREIGN = 8  # a tensor has a dtype that parameters cannot have
     SPARSE = 16  # a gradient is sparse
     MISSHAPEN = 32  # a gradient has another shape than its parameter
-    HIDDEN = 64  # a tensor's elements lie in other tensors (a subclass's), or nowhere
+    HIDDEN = 64  # a tensor has no memory of its own: a subclass holds others, or it has no data
 
 
 class Places(list[Place]):
-    """Parameters in order, which do not change any more."""
+    """Parameters in order; the list is not changed once it is complete."""
 
     @cached_property
     def params(self) -> list[Tensor]:
@@ -51,17 +51,17 @@ class Places(list[Place]):
 
     @cached_property
     def groups(self) -> list[dict[str, Any]]:
-        """The groups that they are of."""
+        """The groups that they belong to, each once."""
         return list({id(group): group for _, group, _ in self}.values())
 
 
 class Share:
     """Parameters that are stepped together, as they and their gradients are now.
 
-    `kinds` is what they are, apart from where: equal for two shares of the same parameters where no
-    size, dtype, device or contiguity has changed.  `addresses` are int64 (n, 2), of each parameter
-    and its gradient.  Where `traits` has MISSING, SPARSE or MISSHAPEN, nothing else is to be relied
-    upon.
+    `kinds` are their properties without the addresses: equal for two shares of the same parameters
+    if no size, dtype, device or contiguity has changed.  `addresses` are int64 (n, 2), of each
+    parameter and its gradient.  If `traits` has MISSING, SPARSE or MISSHAPEN, no other attribute is
+    reliable.
     """
 
     def __init__(self, places: Places) -> None:
@@ -74,7 +74,7 @@ class Share:
         self.traits = Trait(traits)
 
     def readable_grads(self) -> list[Tensor]:
-        """The gradients, in an order and a dtype that engines know."""
+        """The gradients, contiguous and in a dtype that engines know."""
         grads = self.grads
         if Trait.FOREIGN in self.traits:
             grads = [grad if grad.dtype in DTYPES else grad.float() for grad in grads]
@@ -97,7 +97,7 @@ def pairs(addresses: array | bytearray) -> Tensor:
 
 
 def addresses_of(params: Iterable[Tensor], grads: Iterable[Tensor]) -> array:
-    """As `pairs` takes them."""
+    """The addresses, in the order that `pairs` takes."""
     return array("q", [x.data_ptr() for both in zip(params, grads, strict=True) for x in both])
 
 
@@ -108,7 +108,7 @@ def where(tensors: list[Tensor]) -> bytes:
 
 
 def seen_in_python(params: list[Tensor]) -> tuple[list[Any], Any, array, Trait]:
-    """What `_native.parameters` gives, of tensors of any kind: gradients, kinds, addresses and
+    """What `_native.parameters` returns, for tensors of any kind: gradients, kinds, addresses and
     traits."""
     grads: list[Any] = [param.grad for param in params]
     if any([grad is None for grad in grads]):
@@ -117,7 +117,7 @@ def seen_in_python(params: list[Tensor]) -> tuple[list[Any], Any, array, Trait]:
         return grads, None, array("q"), Trait.SPARSE
     if [param.shape for param in params] != [grad.shape for grad in grads]:
         return grads, None, array("q"), Trait.MISSHAPEN
-    # A list for each question: several times faster than a loop with all questions inside.
+    # A list for each property: several times faster than one loop over all of them.
     both = params + grads
     numels, dtypes = [x.numel() for x in both], [x.dtype for x in both]
     devices, contiguous = [x.device.type for x in both], [x.is_contiguous() for x in both]
@@ -145,8 +145,8 @@ def same_state_in_python(
     parts: list[Tensor],
     counts: bytes,
 ) -> bool:
-    """Whether `state` holds for these parameters the very tensors of `parts`: those of all
-    parameters in order, int32 `counts` of them each."""
+    """Whether `state` holds the same tensor objects as `parts` for these parameters: those of all
+    parameters in order, with their int32 numbers in `counts`."""
     states = [state.get(param, {}) for param in params]
     return array("i", map(len, states)).tobytes() == counts and same_objects_in_python(
         [x for each in states for x in each.values()], parts

@@ -18,7 +18,7 @@ from optim.idle import IdleOption
 from optim.rng import mix
 from optim.share import Share, Trait
 
-_ESTIMATE = 1 << 32  # keeps an estimate's rounding apart from the steps'; csrc/rules/sophia.h
+_ESTIMATE = 1 << 32  # makes an estimate's rounding draws differ from a step's; csrc/rules/sophia.h
 
 
 class Sophia(FusedOptimizer):
@@ -33,8 +33,8 @@ class Sophia(FusedOptimizer):
         rho: multiplies the curvature; the larger it is, the fewer elements are clipped.
         hessian_every: steps from one estimate of the curvature to the next, the first before the
             first step.
-        eps: least value of rho * curvature that is divided by; where it is reached, the element is
-            clipped, or has hardly any gradient.
+        eps: floor of rho * curvature in the division; an element at the floor is clipped, or has
+            hardly any gradient.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         features: options shared by all optimizers, `optim.features.Features`.
 
@@ -54,11 +54,11 @@ class Sophia(FusedOptimizer):
 
     rule = staticmethod(reference.sophia)
     common: ClassVar[tuple[str, ...]] = ("hessian_every",)
-    _num_steps: int | None = None  # the largest step count, where it is known without asking
-    _has_moved = False  # since `step()`
-    # Steps that this object has made without an estimate; none when there is nothing to say.
+    _num_steps: int | None = None  # the largest step count, if known without reading the device
+    _has_moved = False  # since the last `step()`
+    # Steps that this object has made without an estimate; None when no warning can be due.
     _num_blind: int | None = 0
-    _captured = False  # a CUDA graph's replays step too, unseen: the count has to be asked for
+    _captured = False  # if so, a CUDA graph's replays step too: the count must be read each time
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class Sophia(FusedOptimizer):
 
     def wants_hessian(self) -> bool:
         """Whether an estimate is due before the next step: before the first, and after every
-        `hessian_every` steps.  It stays due until that step, whether there has been one or not.
+        `hessian_every` steps.  It stays due until that step, whether or not one has been made.
 
-        It waits for a GPU once; but every time when a step has been captured in a CUDA graph."""
+        Waits for a GPU once, or every time if a step has been captured in a CUDA graph."""
         steps = self._num_steps
         if steps is None:
             steps = self._largest_count()
@@ -93,7 +93,7 @@ class Sophia(FusedOptimizer):
         return steps % self.param_groups[0]["hessian_every"] == 0
 
     def _largest_count(self) -> int:
-        """Of all parameters' steps, read from each device once."""
+        """The largest step count of all parameters, read from each device once."""
         counts: dict[torch.device, list[Tensor]] = {}
         for state in self.state.values():
             counts.setdefault(state["step"].device, []).append(state["step"])
@@ -108,12 +108,12 @@ class Sophia(FusedOptimizer):
         self._has_moved = False
 
     def _say_if_blind(self, num_steps: int) -> None:
-        """Warn, once, where an estimate should have come by now, and none is in the state."""
+        """Warn once if an estimate should have been made by now and the state has none."""
         group = self.param_groups[0]
         if num_steps < group["hessian_every"]:
             return
         self._num_blind = None
-        if not self._knows_curvature():  # of before it was loaded or copied
+        if not self._knows_curvature():  # it may come from before a load or a copy
             warnings.warn(
                 f"Sophia: rho={group['rho']!r} and hessian_every={group['hessian_every']!r} have "
                 f"no effect without estimates of the curvature: {num_steps} steps were made "
@@ -124,7 +124,7 @@ class Sophia(FusedOptimizer):
             )
 
     def _knows_curvature(self) -> bool:
-        """Whether any is in the state; it waits for a GPU."""
+        """Whether any curvature in the state is not zero; waits for a GPU."""
         codecs = (
             (self.codecs(param, group)["hessian"], self.state[param])
             for _, group, param in self._places()
@@ -145,20 +145,21 @@ class Sophia(FusedOptimizer):
     @uncompiled
     @torch.no_grad()
     def update_hessian(self, scale: float, params: Sequence[Tensor] | None = None) -> None:
-        """Take the gradients of a sampled loss into the curvature, and clear them; no weight moves.
+        """Update the curvature from the gradients of a sampled loss, and clear them; no weight
+        moves.
 
-        Of all parameters that have a gradient, or of `params`.  scale * grad^2 is the estimate.
+        Uses all parameters that have a gradient, or `params`.  scale * grad^2 is the estimate.
         For the mean of (f - y)^2 over n elements, with unit normal noise e, y = f + e and
         f's Jacobian J: grad = -2/n J^T e, so the expected grad^2 is 4/n^2 diag(J^T J), and the
-        Gauss-Newton diagonal is 2/n diag(J^T J): the scale is n/2.  A loss that weights its terms
-        by c wants e / sqrt(c) for e; gradients that are accumulated over micro-batches, each of
-        them 1/m of the loss, want the n of them all.
+        Gauss-Newton diagonal is 2/n diag(J^T J): the scale is n/2.  If the loss weights its terms
+        by c, use e / sqrt(c) for e; for gradients accumulated over micro-batches, each of them 1/m
+        of the loss, use the n of all together.
 
-        With `fuse_backward`, whose hooks would step at once, let the backward pass happen inside
+        With `fuse_backward`, whose hooks would step at once, run the backward pass inside
         `hooks.handing_to(lambda *params: optimizer.update_hessian(scale, params))`.
 
-        Raises ValueError where no gradient is there or `scale` is not a positive number, and, with
-        on_nonfinite="raise", FloatingPointError where a gradient element is not usable.
+        Raises ValueError if there is no gradient or `scale` is not a positive number, and, with
+        on_nonfinite="raise", FloatingPointError if a gradient element is not usable.
         """
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(

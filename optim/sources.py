@@ -1,7 +1,7 @@
-"""The engine's sources: where they are, and what tells one version of them from another.
+"""The engine's sources: their folder, and a digest that identifies their version.
 
-setup.py runs this file by itself, so that the compiled module knows what it was made of: where a
-package is built there is no torch.
+setup.py runs this file by itself (where a package is built there is no torch) and compiles the
+digest into the module.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ def folder() -> Path | None:
 
 
 def of_module(root: Path) -> list[Path]:
-    """The files that the module is compiled from: all but the headers that only a GPU's kernels
-    have, which are compiled when they are used."""
+    """The files that the module is compiled from: all but the headers that only GPU kernels
+    include, which are compiled at first use."""
     files = (path for path in root.rglob("*") if path.suffix in (".h", ".cpp"))
     return [path for path in files if not path.name.endswith("cuda.h")]
 
 
 def digest(root: Path, files: Iterable[Path]) -> str:
-    """Of files' names and contents, whatever ends their lines in this checkout."""
+    """A digest of the files' names and contents, independent of their line endings."""
     contents = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     summed = hashlib.sha256()
     for name, content in sorted(contents.items()):

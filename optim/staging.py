@@ -1,4 +1,4 @@
-"""Values on their way from the host to a GPU: what a copy reads, in a step and in a CUDA graph."""
+"""Host memory that copies to a GPU read from, in ordinary steps and in CUDA graphs."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from optim.gpu import Gpu
 
-# Times that one capture may copy the same values: a step with a global norm copies its addresses
+# How often one capture may copy the same values: a step with a global norm copies its addresses
 # twice.
 COPIES = 2
 _WANTS_A_STEP = (
@@ -16,34 +16,34 @@ _WANTS_A_STEP = (
 
 
 class Staging:
-    """Where the copies of an engine's steps read from.
+    """The host memory that the copies of an engine's steps read from.
 
-    An ordinary copy reads once, from where the values are.  A graph that is being captured copies
-    again at every replay, from page-locked memory of its own.  None can be had during a capture, so
-    the steps before it see to spares.
+    An ordinary copy reads its values once, in place.  A captured copy reads them again at every
+    replay, from page-locked memory of its own.  That cannot be allocated during a capture, so the
+    steps before it allocate spares.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._spares: dict[tuple[Any, ...], list[Tensor]] = {}  # pinned, for captures to come
-        self.of_graphs: list[Tensor] = []  # pinned, from which graphs copy
+        self._spares: dict[tuple[Any, ...], list[Tensor]] = {}  # pinned, for later captures
+        self.of_graphs: list[Tensor] = []  # pinned, read by graphs
 
     def refuse_in_capture(self) -> None:
-        """Raise RuntimeError where a CUDA graph is being captured, which is no place for what a
-        first step makes: zeros would be recorded and not written, and a copy that waits breaks the
+        """Raise RuntimeError during the capture of a CUDA graph, where a first step cannot set up
+        its memory: zeroing would be recorded and not executed, and a copy that waits breaks the
         capture."""
         if self._gpu.capturing():
             raise RuntimeError(_WANTS_A_STEP)
 
     def spare(self, values: Tensor, count: int) -> None:
-        """Before captures: have room for so many values of this shape and dtype, COPIES times."""
+        """Before captures: allocate spares for `count` tensors like `values`, COPIES for each."""
         spares = self._spares.setdefault(_key(values), [])
         missing = COPIES * count - len(spares)
         if missing > 0:
             spares += self._gpu.pinned(missing, *values.shape, dtype=values.dtype)
 
     def readable(self, values: Tensor) -> Tensor:
-        """Host values where a copy to the device may read them."""
+        """Host values in memory that a copy to the device may read."""
         if not self._gpu.capturing():
             return values
         spares = self._spares.get(_key(values))

@@ -1,7 +1,7 @@
-"""What stands for an optimizer where an engine steps APOLLO's projections, and weights by them.
+"""Stand-ins for an optimizer, for the engines that step APOLLO's projections and its weights.
 
-An engine asks an optimizer for groups, codecs and state.  Of `LowSteps` it gets the projections in
-place of the parameters, and of `ScaledSteps` factors instead of the moments.
+An engine asks an optimizer for groups, codecs and state.  `LowSteps` gives it the projections
+instead of the parameters, and `ScaledSteps` factors instead of the moments.
 """
 
 from math import prod
@@ -16,8 +16,8 @@ from optim.interface import RuledOwner
 from optim.projection import sides_of
 from optim.share import Place
 
-# What the step of a projection has of its group's options: no feature, and those that say how
-# moments are stored.
+# The shared options of its group that a projection's step keeps (how moments are stored, above
+# all); `_BARE` resets the others: no feature applies.
 _KEPT = ("storage", "factor_1d", "on_nonfinite", "seed", "backend")
 _BARE: dict[str, Any] = {
     **{name: default for name, default in DEFAULTS.items() if name not in _KEPT},
@@ -26,7 +26,7 @@ _BARE: dict[str, Any] = {
 
 
 class LowSteps:
-    """What an engine asks of an optimizer, of the projections instead of the parameters."""
+    """The optimizer for the engine that steps projections instead of parameters."""
 
     shared: tuple[str, ...] = ()
 
@@ -36,16 +36,16 @@ class LowSteps:
         self.param_groups = list(self._groups.values())
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._places: dict[Tensor, Place] = {}
-        self._unread: dict[int, Tensor] = {}  # counts of what is not usable in projections
+        self._unread: dict[int, Tensor] = {}  # counts of unusable elements, which nobody reads
 
     def refresh(self, groups: list[dict[str, Any]]) -> None:
-        """Take over the options of these groups as they are now."""
+        """Copy the current options of these groups."""
         for group in groups:
             bare = {name: x for name, x in _BARE.items() if name in group}
             self.group_of(group).update(group | bare)
 
     def adopt(self, place: Place, low: Tensor) -> Place:
-        """Let a tensor (r, L) stand for a parameter, with its moments and its step count."""
+        """Let a tensor (r, L) stand in for a parameter, with its moments and its step count."""
         index, group, param = place
         state = self._optimizer.state_of(param, group)
         moments = {k: x for k, x in state.items() if k == "step" or k.startswith("exp_avg")}
@@ -58,7 +58,7 @@ class LowSteps:
         return index, self.group_of(group), low
 
     def drop(self, low: Tensor) -> None:
-        """Forget a tensor, and let go of its memory."""
+        """Forget a tensor, and release its memory."""
         del self.state[low], self._places[low]
         low.grad, low.data = None, low.data.new_empty(0)
 
@@ -67,7 +67,7 @@ class LowSteps:
         return self._groups[id(group)]
 
     def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """Those of the parameter's moments."""
+        """The codecs of the parameter's moments."""
         _, own, param = self._places[low]
         return self._optimizer.moments(param, own)
 
@@ -81,7 +81,7 @@ class LowSteps:
 
 
 class ScaledSteps:
-    """What an engine asks of an optimizer, of weights that follow a gradient by its channels."""
+    """The optimizer for the engine that steps weights along the gradient, scaled by channel."""
 
     shared: tuple[str, ...] = ()
 
@@ -96,7 +96,7 @@ class ScaledSteps:
         return self._optimizer.param_groups
 
     def factors_of(self, place: Place) -> Tensor:
-        """Where the factors of a parameter's channels are: fp32 (L,)."""
+        """The tensor for the factors of a parameter's channels: fp32 (L,)."""
         index, group, param = place
         length = sides_of(place)[1]
         factors = self._factors.get(index)
@@ -117,7 +117,7 @@ class ScaledSteps:
         return {"scales": Given(shape, (shape[0], prod(shape[1:])))} | others
 
     def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's state but for its moments, and the factors."""
+        """The parameter's state without its moments, and the factors."""
         return self.state[param]
 
     def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The state of an optimizer: allocated, counted, compared with a saved one.
+"""The state of an optimizer: allocated, labelled, compared with a saved one.
 
 The state of a parameter is a flat dict of plain tensors with dtypes of their own (`step`, then
 `moment` or `moment.part`), so that it passes through torch.save(weights_only), safetensors and
@@ -15,8 +15,8 @@ from torch import Tensor
 from optim.codecs import Codec, Parts, join
 
 VERSION = 3
-LABELS = ("state_version", "optimizer", "family")  # of saved groups
-# Which options decide whether a moment is kept, and in which shape; of the others these do.
+LABELS = ("state_version", "optimizer", "family")  # keys of saved groups
+# The options that decide whether a moment is kept, and its shape; then those for other state.
 _OPTIONS = ("storage", "beta1", "momentum", "factor_1d", "conv_view", "rank")
 _OPTIONS_OF = {
     "compensation": ("rounding",),
@@ -34,8 +34,8 @@ def blank(
     device: torch.device,
     counts_on: torch.device,
 ) -> dict[str, Tensor]:
-    """The state of a parameter that has made no step: everything zero.  `compensated`: the error of
-    rounding its weights is kept too."""
+    """The state of a parameter before its first step: everything zero.  `compensated`: it includes
+    the rounding error of the weights."""
     state = {
         "step": torch.zeros((), dtype=torch.int64, device=counts_on),
         "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
@@ -46,20 +46,21 @@ def blank(
 
 
 def labelled(optimizer: str, family: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose groups say which layout the state has, whose it is (a class's name), and
-    whose options and rule these are (another's, perhaps): torch's own savers keep nothing but
-    `state` and `param_groups`, and some of them nothing of a group but its options."""
+    """A state dict whose groups name the version of the state's layout, the optimizer's class, and
+    the class that its options and rule are from (perhaps a base).  They are in the groups because
+    torch's own savers keep only `state` and `param_groups`, and some keep only a group's options.
+    """
     label = {"state_version": VERSION, "optimizer": optimizer, "family": family}
     return state_dict | {"param_groups": [group | label for group in state_dict["param_groups"]]}
 
 
 def unlabelled(group: dict[str, Any]) -> dict[str, Any]:
-    """A saved group as an optimizer has it."""
+    """A saved group without its labels."""
     return {key: value for key, value in group.items() if key not in LABELS}
 
 
 def check_keys(optimizer: str, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError where a state dict is none."""
+    """Raise ValueError if this is not a state dict."""
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
         raise ValueError(
@@ -76,12 +77,12 @@ def check_groups(
     shared: set[str],
     state_dict: dict[str, Any],
 ) -> None:
-    """Raise ValueError, saying what differs, where a saved state's version or groups are not those
-    of `optimizer` (its class's name; `family` as in `labelled`), which has these groups, options
-    and shared numbers.
+    """Raise ValueError, saying what differs, if a saved state's version or groups are not those of
+    `optimizer` (its class's name; `family` as in `labelled`), which has these groups, options and
+    shared numbers.
 
-    What has no label is judged by its keys; of what has one an option may be missing, which the
-    release that saved it had not yet.
+    A group without labels is judged by its keys; one with labels may lack an option that did not
+    exist yet in the release that saved it.
     """
     for group in state_dict["param_groups"]:
         version = group.get("state_version", VERSION)
@@ -126,12 +127,12 @@ def check_groups(
 
 
 def _stranger(group: dict[str, Any], states: Iterable[Parts]) -> str:
-    """Whose state this may be that is not of this family, by the names of what is in it: in words,
-    or nothing."""
+    """The optimizer outside of this family whose state this may be, judged by the names in it: in
+    words, or an empty string."""
     names = {name for parts in states for name in parts}
     if {"state1", "__bnb_optimizer_quant_state__"} & names or {"t_alpha", "t_beta3"} <= set(group):
         return "bitsandbytes"
-    known = {*group, "decoupled_weight_decay"}  # by which torch tells its Adam from AdamW
+    known = {*group, "decoupled_weight_decay"}  # torch tells Adam from AdamW by this
     counts: dict[str, int] = {}
     for name, cls in vars(torch.optim).items():
         if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer):
@@ -150,8 +151,8 @@ def check_parts(
     saved: Parts,
     wanted: Parts,
 ) -> None:
-    """Raise ValueError where one parameter's saved state differs from `wanted` (tensors of any
-    device), what this group's options ask for, in a name, a shape or a dtype."""
+    """Raise ValueError if one parameter's saved state differs in a name, a shape or a dtype from
+    `wanted` (tensors of any device), the state that this group's options need."""
     own = {key: (tuple(x.shape), x.dtype) for key, x in wanted.items()}
     found = {key: (tuple(x.shape), x.dtype) for key, x in saved.items()}
     for key in sorted(own.keys() | found.keys()):
@@ -168,7 +169,7 @@ def check_parts(
 
 
 def share_memory(some: Iterable[Parts], others: Iterable[Parts]) -> bool:
-    """Whether a tensor of some states lies where one of the others does."""
+    """Whether a tensor of some states shares its storage with one of the others."""
     places, other_places = (
         {x.untyped_storage().data_ptr() for parts in each for x in parts.values()} - {0}
         for each in (some, others)
@@ -177,7 +178,7 @@ def share_memory(some: Iterable[Parts], others: Iterable[Parts]) -> bool:
 
 
 def room_for(saved: Tensor, device: torch.device, there: Tensor | None) -> Tensor:
-    """A tensor to copy a saved one to: what is there already if it fits, else a new one."""
+    """A tensor to copy a saved one to: the existing one (`there`) if it fits, else a new one."""
     if there is not None and there.is_contiguous():
         kind = (there.shape, there.dtype, there.device)
         if kind == (saved.shape, saved.dtype, device):
