@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch comes after the environment is set, see main()
     from bench.measure import Bench, Row
 
-# What --check wants: the largest median ratio to torch's fused AdamW, bf16, on one thread, by the
+# Targets of --check: the largest median ratio to torch's fused AdamW, bf16, on one thread, by the
 # instruction set of the native module ...
 SLICE_TARGETS = {
     "adamw_factored": {"avx512": 0.75, "avx2": 1.0},
@@ -35,7 +35,7 @@ SLICE_TARGETS = {
 }
 # ... the largest on the tiny tensors, for the same optimizers ...
 TINY_TARGET = 0.5
-# ... and, with --threads 2 or more, how many times faster than one thread they are at least.
+# ... and, with --threads 2 or more, the smallest speedup over one thread.
 SCALING_TARGET = 1.6
 
 QUICK_PARAMS, QUICK_ROUNDS, QUICK_EVERY = 1e6, 2, 28
@@ -44,7 +44,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def main() -> None:
     args = parse()
-    # OpenMP and the native module read these when they are loaded, which is with torch and optim.
+    # OpenMP and the native module read these when importing torch and optim loads them.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.isa:
         os.environ["OPTIM_ISA"] = args.isa
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from bench import candidates, chart, table
     from bench.measure import measure
 
-    # Who takes part.
+    # Choose the candidates.
     ours = candidates.ours(args.ours, args.backend)
     peers, absent = candidates.peers(args.peers)
     for name, reason in absent.items():
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     everybody = [*ours, *peers]
     rows, failed = measure(bench, everybody, Progress(len(everybody)))
 
-    # Tell.
+    # Report.
     facts = environment(args, bench, isa)
     print(caption(facts), end="\n\n")
     print(table.markdown(rows, args.threads), end="\n\n")
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def set_up(args: argparse.Namespace) -> "Bench":
-    """Allocate the tensors; raises ValueError where there is no such device."""
+    """Allocate the tensors; raises ValueError if there is no such device."""
     import torch
     from bench import shapes
     from bench.clock import Clock, Stream
@@ -152,7 +152,7 @@ def set_up(args: argparse.Namespace) -> "Bench":
 
 
 def environment(args: argparse.Namespace, bench: "Bench", isa: str | None) -> dict[str, Any]:
-    """What a number depends on besides the code."""
+    """What the results depend on besides the code."""
     import torch
     from bench import shapes
 

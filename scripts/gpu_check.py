@@ -39,8 +39,8 @@ from optim import gpu
 SECONDS = 480.0
 NO_GPU = 2
 
-# Every section: what it claims, and the seconds that must be left for it to be begun.  These are
-# guesses on the safe side; the report says how many it took.
+# Every section: its claim, and the seconds that must be left for it to start.  These are
+# conservative guesses; the report says how many it took.
 CLAIMS = {
     "compile": ("every kernel compiles, and is kept on the disk", 30),
     "parity": ("CUDA computes what the CPU computes", 30),
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_check: {missing}", file=sys.stderr)
         return NO_GPU
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["OPTIM_CACHE"] = folder  # so that the first compilation is one
-        os.environ.pop("OPTIM_BACKEND", None)  # it is the kernels that are checked
+        os.environ["OPTIM_CACHE"] = folder  # empty, so that kernels are compiled
+        os.environ.pop("OPTIM_BACKEND", None)  # check the kernels, whatever the user's setting
         device = torch.device("cuda", torch.cuda.current_device())
         facts = environment(device)
         outcomes = run(sections(Subject(device), args), args.seconds, say)
@@ -97,14 +97,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def nothing_to_check() -> str | None:
-    """Why this machine can show nothing, or None."""
+    """Why nothing can be checked on this machine, or None."""
     if not torch.cuda.is_available():
         return f"there is no GPU that torch {torch.__version__} can use; nothing was checked"
     return gpu.unavailable()
 
 
 def sections(subject: Subject, args: argparse.Namespace) -> list[Section]:
-    """Those asked for, in order."""
+    """The chosen sections, in order."""
     cases = checks.REPEATED if args.quick else CASES
     unet = gpu_measures.Unet(subject.device, args.quick)
     part = functools.partial
@@ -143,7 +143,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def driver() -> str:
-    """The version of the driver, as nvidia-smi says it."""
+    """The version of the driver, from nvidia-smi."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown: there is no nvidia-smi"

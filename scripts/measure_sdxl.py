@@ -73,7 +73,7 @@ def configured(overrides: list[str]) -> Config:
 
 
 def empty_unet(path: Path) -> UNet2DConditionModel:
-    """The UNet of this configuration: shapes and no numbers."""
+    """The UNet of this configuration: shapes without data."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(json.loads(path.read_text(encoding="utf-8")))
 
@@ -112,7 +112,7 @@ def random_inputs(unet: UNet2DConditionModel, size: int, latent: tuple[int, int]
 
 
 class AliveGradients:
-    """The most bytes of gradients that exist at once, seen whenever one is complete."""
+    """The most bytes of gradients that exist at once, sampled whenever one is complete."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self.most = 0
@@ -130,7 +130,7 @@ class AliveGradients:
 
 
 def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train `steps` steps; what they took."""
+    """Train for `steps` steps: -> what was measured."""
     device = torch.device(arguments.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
@@ -198,8 +198,8 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def planned_peak(config: Config, arguments: argparse.Namespace, imports: int) -> int | None:
-    """The peak that is planned for this step; None of what a plan is not of: another UNet, and
-    pictures that are no squares."""
+    """The peak that the planner predicts for this step; None if there is no plan: for another UNet,
+    or pictures that are not square."""
     height, width = arguments.latent
     if arguments.unet != UNET or height != width:
         return None
@@ -254,14 +254,14 @@ def one_step(
 
 
 def now(device: torch.device) -> float:
-    """The clock, when the device has done what it was told."""
+    """The time, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was measured, for people."""
+    """What was measured, as readable text."""
     trained = f"{found['trained_parameters']:,} of {found['parameters']:,} parameters"
     height, width = found["latent"]
     held = {key.replace("_", " "): format_bytes(count) for key, count in found["bytes"].items()}

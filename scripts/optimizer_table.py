@@ -30,7 +30,7 @@ def state_bytes(name: str) -> int:
 
 
 def ratios() -> dict[str, str]:
-    """What a step takes, in steps of torch's fused AdamW: on one thread, with AVX-512."""
+    """Step times relative to torch's fused AdamW, on one thread with AVX-512."""
     text = BENCHMARKS.read_text(encoding="utf-8")
     table = text.split("### One thread, AVX-512")[1].split("###")[0]
     return dict(re.findall(r"^\| \*\*([\w ]+)\*\* \| native \| ([\d.]+) \|", table, re.MULTILINE))

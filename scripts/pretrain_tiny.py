@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     unseen = eval_loss(base, held_out, to_latents(vae, held_out), captions)
     print(f"base: v-loss {seen:.4f} on {len(chosen)} pictures, {unseen:.4f} on the held-out")
 
-    # Ship them, and look.
+    # Export them, and draw samples.
     export(base, vae, captions, bpe, args.out)
     if args.grid:
         draw_grid(args.out, chosen[:: len(chosen) // 48][:48], args.grid)

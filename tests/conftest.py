@@ -1,4 +1,4 @@
-"""What several tests need: a small picture folder, composed configurations, the command line."""
+"""What several tests share: a small picture folder, composed configurations, the command line."""
 
 import dataclasses
 import os
@@ -29,14 +29,14 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
-    """Files that have slow tests come first: no process is left alone with one at the end."""
+    """Run files with slow tests first, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
 def no_wishes(monkeypatch):
-    """Nothing but what a test says chooses the optimizers' backend."""
+    """Only the test chooses the optimizers' backend; warnings of earlier tests are forgotten."""
     for name in ("OPTIM_BACKEND", "OPTIM_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(backend, "_said", set())
@@ -60,7 +60,7 @@ def _folder_options():
 
 @pytest.fixture
 def options(pictures):
-    """What `data=folder` has, for central squares of 64 pixels of the small picture folder."""
+    """The options of `data=folder`: central squares of 64 pixels of the small picture folder."""
     return dataclasses.replace(_folder_options(), path=str(pictures), resolution=64, buckets=False)
 
 
@@ -118,7 +118,7 @@ def schedule_config():
 
 
 def _group(path, node, options):
-    """One group's dataclass from its YAML file, a hundred times faster than all of them by
+    """One group's dataclass from its YAML file, a hundred times faster than composing all with
     Hydra."""
     values = dict(OmegaConf.load(config.conf_dir() / f"{path}.yaml"))
     values.pop("defaults", None)
@@ -198,5 +198,5 @@ def files(tmp_path_factory, sd15):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A copy of the shipped model, to be damaged."""
+    """A copy of the shipped model, which a test may damage."""
     return shutil.copytree(TINY, tmp_path / "model")

@@ -68,7 +68,7 @@ class Host:
 
 @contextlib.contextmanager
 def on_host(host):
-    """What is stepped for the first time within, is stepped by the kernels of a GPU from then
+    """Optimizers that make their first step in this context use the kernels of a GPU from then
     on."""
 
     def engine(optimizer, device, rule):

@@ -1,4 +1,4 @@
-"""What the tests of the engine step: weights and gradients with every kind of edge, and options."""
+"""Inputs of the engine's tests: weights and gradients with every kind of edge, and options."""
 
 import torch
 from helpers import FOR_SMALL, SWIFT
@@ -13,7 +13,7 @@ NAMES = sorted(name for name, cls in optim.FAMILY.items() if plan.has_rule(cls.r
 # (130, 700): tiles both ways; (3, 4700): more tiles side by side than a strip has.
 MEDIUM = [(130, 700), (3, 4700), (10007,), (33, 3, 3, 3), (), (0,)]
 
-# With which no difference of nearly equal numbers is divided by next to nothing.
+# Options that avoid dividing a difference of nearly equal numbers by almost nothing.
 CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}} | SWIFT | FOR_SMALL
 
 # Several features in one step, in the order in which they act.
@@ -30,7 +30,7 @@ def step(optimizer):
 
 
 def estimate(optimizer):
-    """Sophia's, of its curvature."""
+    """Sophia's estimate of its curvature."""
     optimizer.update_hessian(3.0)
 
 
@@ -39,7 +39,7 @@ def weights(shape, dtype, generator):
 
 
 def gradients(shape, dtype, generator, scale=0.01):
-    """Of many sizes, with some elements, rows and columns that are zero."""
+    """Gradients of many magnitudes, with some elements, rows and columns that are zero."""
     g = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 3
     if len(shape) > 1 and shape[0] > 2 and g.numel():
         g *= torch.logspace(-3, 0, shape[0]).view(-1, *[1] * (len(shape) - 1))

@@ -13,11 +13,11 @@ from trainer import export, losses, metrics
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
 
-# What makes an optimizer do on small tensors what it does on large ones.
+# Options with which an optimizer does on small tensors what it does on large ones.
 FOR_SMALL = {"apollo": {"rank": 4}, "adafactor8bit_apollo": {"rank": 4}}
 
 
-# What finds its rate by itself, begun with one that is seen within a few steps.
+# Optimizers that find their rate, and options that make it large enough to show in a few steps.
 PRODIGIES = ("lion_prodigy", "prodigy", "prodigy_factored")
 SWIFT = {name: {"lr": 1.0, "d0": 1e-2} for name in PRODIGIES}
 
