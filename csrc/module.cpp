@@ -1,6 +1,6 @@
-// The Python module optim._native.  It does not link torch and owns no memory: tensors come as
-// addresses.  optim/native.py calls what steps, optim/share.py what is in survey.h, and
-// optim/compiled.py asks what it was compiled from.
+// The Python module optim._native.  It does not link torch and owns no memory: tensors are passed
+// as addresses.  optim/native.py calls the engine, optim/share.py calls survey.h, and
+// optim/compiled.py checks what it was compiled from.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +16,7 @@ using namespace engine;
 
 namespace {
 
-// What this machine can run, slowest first.
+// The instruction sets that this machine can run, slowest first.
 std::vector<const Isa*> supported() {
     std::vector<const Isa*> isas{&kBaseline};
 #if defined(__x86_64__)

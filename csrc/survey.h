@@ -1,9 +1,9 @@
-// What a step has to know of its parameters, their gradients and their state, seen in one pass.
+// The properties of parameters, gradients and state that a step needs, read in one pass.
 //
-// There are thousands of tensors, whose objects lie all over memory: a pass for each question costs
-// more than a step's arithmetic does.  Tensors are read through DLPack's exchange interface for C
-// (https://dmlc.github.io/dlpack, version 1.3), of which torch 2.10 and later have a table of
-// functions; older ones are asked in Python (optim/share.py).
+// There are thousands of tensors, whose objects are scattered over memory: a pass for each property
+// costs more than a step's arithmetic.  Tensors are read through DLPack's exchange interface for C
+// (https://dmlc.github.io/dlpack, version 1.3), whose table of functions torch has from 2.10 on;
+// with older versions they are read in Python (optim/share.py).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -32,7 +32,7 @@ struct Exchange {
 };
 constexpr int32_t kCpu = 1;
 
-// Bits of what some of the parameters and gradients are: optim/share.py mirrors them.
+// What holds for some parameter or gradient; optim/share.py mirrors these bits.
 enum Trait : int {
     kMissing = 1 << 0,    // a parameter has no gradient
     kScattered = 1 << 1,  // a tensor is not contiguous
@@ -41,7 +41,7 @@ enum Trait : int {
     kMisshapen = 1 << 5,  // a gradient has another shape than its parameter
 };
 
-// What a tensor is, apart from where.
+// A tensor's properties, without its address.
 struct Kind {
     int64_t numel;
     int32_t device_type;
@@ -56,7 +56,7 @@ inline const Exchange* exchange_of(const py::object& capsule) {
     return exchange->major == 1 && exchange->view ? exchange : nullptr;
 }
 
-// Whether a tensor can be seen this way: a sparse one, say, has no view.
+// Whether a tensor can be read this way: a sparse one, for example, has no view.
 inline bool look(const Exchange& exchange, PyObject* tensor, View& view, Kind& kind,
                  uint64_t& address) {
     if (exchange.view(tensor, &view) != 0) {
@@ -89,9 +89,9 @@ inline bool have_same_shape(const View& a, const View& b) {
     return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
 
-// Whether a tensor's signs are to be turned as they are read (torch.conj of what is complex), which
-// a view does not tell.  Autograd accumulates such a gradient into a contiguous one, unless that
-// has a single element.
+// Whether a tensor's negative bit is set (torch.conj of a complex tensor), which a view does not
+// show.  Autograd accumulates such a gradient into a contiguous one without it, unless it has a
+// single element.
 inline bool is_turned(PyObject* grad, const Kind& kind) {
     if (kind.contiguous && kind.numel != 1) return false;
     static PyObject* const kIsNeg = PyUnicode_InternFromString("is_neg");
@@ -100,8 +100,8 @@ inline bool is_turned(PyObject* grad, const Kind& kind) {
     return turned.ptr() == Py_True;
 }
 
-// Parameters and their gradients: (gradients, kinds, addresses, traits), or None where one of them
-// cannot be seen.  Kinds and addresses are of a parameter, then of its gradient.
+// Parameters and their gradients: (gradients, kinds, addresses, traits), or None if one of them
+// cannot be read.  Kinds and addresses alternate: a parameter's, then its gradient's.
 inline py::object parameters(const py::list& params, const py::object& capsule) {
     static PyObject* const kGrad = PyUnicode_InternFromString("grad");
     const Exchange* exchange = exchange_of(capsule);
@@ -137,7 +137,7 @@ inline py::object parameters(const py::list& params, const py::object& capsule) 
     return py::make_tuple(grads, kinds, addresses, traits);
 }
 
-// Where these tensors are, uint64 each, or None where one of them cannot be seen.
+// The addresses of these tensors, uint64 each, or None if one of them cannot be read.
 inline py::object addresses(const py::list& tensors, const py::object& capsule) {
     const Exchange* exchange = exchange_of(capsule);
     if (!exchange) return py::none();
@@ -154,10 +154,10 @@ inline py::object addresses(const py::list& tensors, const py::object& capsule) 
     return found;
 }
 
-// Asks for the memory of the dicts to come among a dict's values: first their objects, then the
-// tables that those point to.
+// Prefetches the next dicts among a dict's values: first their objects, then the tables that those
+// point to.
 struct Ahead {
-    static constexpr int kLines = 3;  // of a table of a dozen entries
+    static constexpr int kLines = 3;  // cache lines of a table of a dozen entries
     PyObject* dict;
     Py_ssize_t object = 0, table = 0;
 
@@ -173,10 +173,10 @@ struct Ahead {
     }
 };
 
-// Whether `state[param]` holds, for each parameter, the very tensors of `parts`: those of all
-// parameters in order, int32 `counts` of them each.
+// Whether `state[param]` holds, for each parameter, the same tensor objects as `parts`: those of
+// all parameters in order, with their int32 numbers in `counts`.
 //
-// A state usually has the parameters in their order, which saves looking them up.
+// A state usually has the parameters in this order, which saves lookups.
 inline bool same_state(const py::dict& state, const py::list& params, const py::list& parts,
                        const py::bytes& counts) {
     auto* count = reinterpret_cast<const int32_t*>(PyBytes_AS_STRING(counts.ptr()));

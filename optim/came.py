@@ -73,7 +73,7 @@ class CAME8bit(CAME):
     """CAME with its momentum and its means in 8-bit codes, written with stochastic rounding.
 
     State: 1.02 bytes per parameter.  Row and column means are stored as in `Adafactor8bit`, the
-    first moment in symmetric blocks.  Arguments and source are `CAME`'s.
+    first moment as signed 8-bit floats.  Arguments and source are `CAME`'s.
     """
 
     storage = "8bit"

@@ -1,5 +1,5 @@
-// Whatever codec, dtype or combination: decoded into fp32 before the row's arithmetic and encoded
-// after it, so that every rule is compiled once and not once a codec.
+// Any codec, dtype or combination: decoded into fp32 before the row's arithmetic and encoded after
+// it, so that every rule is compiled once, not once per codec.
 #pragma once
 
 #include "codecs/dense.h"
@@ -22,7 +22,7 @@ struct AnySlot {
     FactoredSlot<true> factored_sign;
     GivenSlot given;
 
-    // Where `stored` is false the moment is only read.
+    // If `stored` is false the moment is only read.
     HD_CALL AnySlot(const Place& p, SlotId slot, SlotScratch& s, bool stored)
         : codec(p.tensor.moments[slot].codec),
           stored(stored),
@@ -35,7 +35,7 @@ struct AnySlot {
           factored_sign(p, slot, s),
           given(p, slot, s) {}
 
-    // Calls f with the slot of the codec that is there, if any.
+    // Calls f with the slot of the moment's codec, if there is a moment.
     template <class Function>
     HD void visit(Function&& f) {
         switch (codec) {

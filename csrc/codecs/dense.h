@@ -22,7 +22,7 @@ struct DenseSlot : Slot {
     HD void end() {}
 };
 
-// Written with stochastic rounding: an average moves by less than a bf16's spacing a step.
+// Written with stochastic rounding: an average moves by less than a spacing of bf16 per step.
 struct Bf16Slot : Slot {
     uint16_t* const first;
     Exec::Row<uint16_t> at;

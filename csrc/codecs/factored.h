@@ -1,9 +1,9 @@
-// Rank-1 moments: the product of a row and a column factor, with a sign bit where they are signed.
+// Rank-1 moments: the product of a row and a column factor, with a sign bit if they are signed.
 //
 // Shazeer & Stern 2018, section 3, for the factors; Park & Lee 2024 (SMMF, arXiv 2412.08894), Alg.
-// 3 and 4, for the signs.  The tile reads the decoded factors from the workspace and leaves its row
-// and column sums there; the new factors are made of them when all tiles are done
-// (engine/tensor.h), which is soon enough: they are not needed before the next step.
+// 3 and 4, for the signs.  A tile reads the decoded factors from the workspace and writes its row
+// and column sums there; the new factors are computed from them when all tiles are done
+// (engine/tensor.h), as they are not needed before the next step.
 #pragma once
 
 #include "engine/place.h"
@@ -35,7 +35,7 @@ struct FactoredSlot : Slot {
         col_factors.begin_tile(cols_from(), p.width(), number());
         if (kSigned) signs.start(p, sign_bits);
     }
-    HD int number() const { return int(moment.partials / kPartials); }  // of the factored ones
+    HD int number() const { return int(moment.partials / kPartials); }  // among factored moments
 
     HD float* partials() const { return workspace + place.partials; }
     HD const float* cols_from() const { return factors + padded(place.rows()) + first_col(); }
@@ -44,8 +44,8 @@ struct FactoredSlot : Slot {
         col_roots.begin(roots + place.at() * Exec::kSpan);
     }
 
-    // The root of a product is that of its factors: one a row and one a column in place of one an
-    // element.
+    // The root of a product is the product of its factors' roots: one per row and one per column
+    // instead of one per element.
     HD void begin_roots() {
         find_cols(place.width());
         Exec::each(place.width(), [&](int i, int col, int n) INLINED {

@@ -1,5 +1,5 @@
-// 8-bit floats with 3 bits of mantissa, their exponents relative to their block's: an fp32 that is
-// cut, with a draw added below the cut.
+// 8-bit floats with 3 bits of mantissa and exponents relative to their block's: a truncated fp32,
+// with a draw added below the cut first.
 #pragma once
 
 #include "engine/place.h"
@@ -10,39 +10,39 @@ namespace ENGINE_ISA {
 constexpr int kFloat8Block = 128;
 constexpr int kFloat8Cut = 20;  // bits of an fp32 that are cut off, and of a draw
 
-// The block's exponent, biased.  It has room below for all codes, and for the largest to round up.
+// The block's exponent, biased, with room for all codes below it and for the largest to round up.
 HD int32_t float8_exponent(float largest) {
     int32_t exponent = int32_t((bits_of_float(largest) + 0xFFFFFu) >> 23);
     return exponent < 32 ? 32 : exponent > 254 ? 254 : exponent;
 }
 
-// Of a number that is not negative.  Code q is the fp32 with the bits (base + q) << 20, of 32
-// octaves; code 0 is zero, and nothing but zero.
+// Codes of non-negative numbers.  Code q is the fp32 with the bits (base + q) << 20, over 32
+// octaves; only zero has code 0.
 struct Unsigned8 {
     static constexpr bool kSigned = false;
 
     HD static uint32_t base(int32_t exponent) { return uint32_t(exponent - 31) << 3; }
-    // At most 255, of what is at most the block's largest, and that below 2^127; averages of
-    // squares of usable gradients are below 2^96.
+    // At most 255 for values up to the block's largest, if that is below 2^127; averages of squares
+    // of usable gradients are below 2^96.
     HD static U encode(F x, U draws, U base) {
         U cut = (as_bits(x) + draws) >> kFloat8Cut;
         U code = max(cut, base + U(1u)) - base;
-        return min(code, as_bits(x));  // nothing but zero is smaller than its code
+        return min(code, as_bits(x));  // only the bits of zero are smaller than its code
     }
     HD static F decode(U code, U base) {
         return as_float(only(code > U(0u), (code + base) << kFloat8Cut));
     }
 };
 
-// Of a number of either sign, which the highest bit has.  Code q is the fp32 with the bits
-// (base + q) << 20, less that of code 0: so codes are evenly spaced around zero, and further apart
-// in each of 14 octaves above.
+// Codes of signed numbers, with the sign in the highest bit.  Code q is the fp32 with the bits
+// (base + q) << 20, minus that of code 0: so codes are evenly spaced around zero, and further apart
+// in each of the 14 octaves above.
 struct Signed8 {
     static constexpr bool kSigned = true;
 
     HD static uint32_t base(int32_t exponent) { return uint32_t(exponent - 14) << 3; }
     HD static F zero(U base) { return as_float(base << kFloat8Cut); }
-    // At most 121, of what is at most the block's largest.
+    // At most 121 for values up to the block's largest.
     HD static U encode(F x, U draws, U base) {
         U code = ((as_bits(abs(x) + zero(base)) + draws) >> kFloat8Cut) - base;
         return code | ((as_bits(x) >> 24) & U(0x80u));

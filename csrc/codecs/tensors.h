@@ -14,7 +14,7 @@ HD F load_as(int32_t dtype, const char* from, int64_t at, int n) {
     return dtype == kBFloat16 ? load_bf16(halves, n) : from_fp16(load_uint(halves, n));
 }
 
-// To the nearest.
+// Rounds to nearest.
 HD void store_as(int32_t dtype, char* at, int col, F x, int n) {
     if (dtype == kFloat32) return store_f32(reinterpret_cast<float*>(at) + col, x, n);
     U code = dtype == kBFloat16 ? to_bf16(x) : to_fp16(x);
@@ -54,7 +54,7 @@ HD F usable(F g, Mask& ok) {
     return RARELY(!all(ok)) ? select(ok, g, F(0.f)) : g;
 }
 
-// kAhead: columns of rows to come are asked for.
+// kAhead: columns of later rows are prefetched.
 template <bool kAhead = true>
 struct Bf16Grad {
     const Place& place;
@@ -101,7 +101,7 @@ struct AnyGrad {
     HD float element(int col) const { return Exec::element(values, col); }
 };
 
-// Weights of any dtype and rounding, with what Kahan compensation kept of them.
+// Weights of any dtype and rounding, with their Kahan compensation.
 struct AnyWeight {
     const Place& place;
     const uint64_t data, compensation;
@@ -157,7 +157,7 @@ struct AnyWeight {
             if (!compensated) return;
             const U code = upper >> 16;
             const F rest = w - (bf16 ? from_bf16(code) : from_fp16(code));
-            // To the nearest, a small step would be lost as it is without.
+            // Rounded to nearest, a small step would be lost, as it is without compensation.
             lost.put_uint(i, col, n, bf16 ? to_bf16(rest, draws.next(i, col)) : to_fp16(rest));
         });
         row.end(place);
@@ -165,8 +165,8 @@ struct AnyWeight {
     }
 };
 
-// bf16 weights with stochastic rounding: what nearly every run has.  kShared: the words of their
-// draws are left for the moments'.
+// bf16 weights with stochastic rounding, as in nearly every run.  kShared: the words of their draws
+// are kept for the moments' draws.
 template <bool kAhead = true, bool kShared = false>
 struct Bf16Weight {
     const Place& place;
@@ -202,7 +202,7 @@ struct Bf16Weight {
     }
     HD void end_row(int) {}
 };
-// The same where they are only read.
+// The same for weights that are only read.
 struct Bf16WeightRead : Bf16Weight<> {
     HD Bf16WeightRead(const Place& p, F*) : Bf16Weight(p, nullptr) {}
 };

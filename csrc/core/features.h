@@ -7,7 +7,7 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-// A constant that a function can be given.
+// A constant that can be passed to a function.
 template <bool kValue_>
 struct Constant {
     static constexpr bool kValue = kValue_;
@@ -18,8 +18,8 @@ constexpr bool is_same = false;
 template <class A>
 constexpr bool is_same<A, A> = true;
 
-// A parameter's moments at some elements.  root: that of `square` as it was before the step, for
-// the rules that ask for it.
+// A parameter's moments at some elements.  root: that of `square` before the step, for the rules
+// that need it.
 struct Moments {
     F fast, slow, square, root;
 };
@@ -28,7 +28,7 @@ constexpr float kFourOverPi = 1.27323954f;  // makes atan2(x, x) a unit step
 
 HD bool has(const Hyper& h, int64_t flag) { return (h.flags & flag) != 0; }
 
-// fast + alpha * (a slow average of x), where there is one (AdEMAMix).
+// fast + alpha * (a slow average of x), if there is one (AdEMAMix).
 HD F mixed(const Hyper& h, F fast, F x, Moments& s) {
     if (!has(h, kSlowMoment)) return fast;
     s.slow = lerp(s.slow, x, h.weight3);
@@ -43,20 +43,20 @@ HD F conditioned(const Hyper& h, F g, F w) {
 
 HD bool are_slow(const Hyper& h) { return below_half(h.weight1) && below_half(h.weight2); }
 
-// A step is plain where nothing happens between the rule and the weights: bf16 weights rounded
+// A step is plain if nothing happens between the rule and the weights: bf16 weights rounded
 // stochastically, bf16 gradients, no feature that changes the update element by element.  Most runs
-// consist of such steps, so some have a loop of their own, by how the moments are stored.
+// consist of such steps, so some have a loop of their own, for each storage of the moments.
 enum Storage : uint32_t {
     kFactoredTriple = 1 << 0,  // factors and signs twice, and factors
     kFactoredPair = 1 << 1,    // factors and signs, and factors
-    kCodedPair = 1 << 2,       // symmetric blocks, and float8
+    kCodedPair = 1 << 2,       // signed float8, and float8
     kDenseTriple = 1 << 3,     // fp32, all
     kDensePair = 1 << 4,       // the same without a slow moment
-    kSquareAlone = 1 << 5,     // of the second moment alone: factors
-    kGivenAlone = 1 << 6,      // factors that are only read
-    kSignAlone = 1 << 7,       // of the first moment alone: factors and signs
-    kCodedAlone = 1 << 8,      // symmetric blocks
-    kDenseAlone = 1 << 9,      // fp32
+    kSquareAlone = 1 << 5,     // only a second moment: factors
+    kGivenAlone = 1 << 6,      // only factors that are read
+    kSignAlone = 1 << 7,       // only a first moment: factors and signs
+    kCodedAlone = 1 << 8,      // the same: signed float8
+    kDenseAlone = 1 << 9,      // the same: fp32
     kNothing = 1 << 10,        // no moments
 };
 struct Stored {
@@ -81,33 +81,33 @@ HD constexpr uint32_t storage_of(int32_t fast, int32_t slow, int32_t square) {
         if (x.fast == fast && x.slow == slow && x.square == square) return x.storage;
     return 0;
 }
-// The flags of a plain step: those that an element's arithmetic need not look at.
+// The flags that a plain step may have: those that do not affect the arithmetic of elements.
 constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativeStep |
                                 kScaleParameter | kFixedBeta2 | kStochastic;
 
-// What a rule inherits: each step counts, every moment it has is written anew, and nothing happens
-// between the limiter and the weights.  Its kName is what optim/plan.py calls it.
+// A rule's defaults: each launch counts as a step, every moment is rewritten, and nothing happens
+// between the limiter and the weights.  Its kName is its name in optim/plan.py.
 struct Rule {
     static constexpr bool kCounts = true;        // whether it is a step: Tensor::step counts it
     static constexpr uint32_t kPlainLoops = 0;   // Storages whose plain steps have a loop
-    static constexpr int64_t kOwnFlags = 0;      // those that only this rule has
+    static constexpr int64_t kOwnFlags = 0;      // flags that only this rule has
     static constexpr bool kSlowStored = true;    // otherwise apply() only reads it
     static constexpr bool kSquareStored = true;  // the same
-    static constexpr bool kSquareFirst = false;  // its factors are renewed before the update
-    static constexpr bool kHasResidual = false;  // the slow moment is of what residual() gives
-    static constexpr bool kSampled = false;      // something is kept of some elements (samples.h)
-    static constexpr bool kRoot = false;         // whether it asks for Moments::root
+    static constexpr bool kSquareFirst = false;  // its factors are updated before the update
+    static constexpr bool kHasResidual = false;  // the slow moment averages residual()
+    static constexpr bool kSampled = false;      // it has state for some elements (samples.h)
+    static constexpr bool kRoot = false;         // whether it uses Moments::root
     static constexpr bool kHasUnit = false;      // whether prepare() sets Hyper::unit
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
-    // What the loop of usable gradients may rely on (tile.h): here, that averages move by less than
-    // half.
+    // What the loop over usable gradients may assume (tile.h); for rules with averages, that these
+    // move by less than half.
     HD static bool is_usual(const Hyper&) { return true; }
 };
 
 // Where an update agrees with the gradient.
 HD Mask agrees(F u, F g) { return u * g > F(0.f); }
 
-// The update as grams or cautious want it.
+// The update after grams or cautious.
 HD F aligned(const Hyper& h, F u, F g) {
     if (has(h, kGrams)) return abs(u) * sign(g);
     if (has(h, kCautious)) return select(agrees(u, g), u * h.cautious_scale, F(0.f));

@@ -1,10 +1,10 @@
 // The lane types, F for floats, U for unsigned integers, D for doubles and Mask for comparisons: a
-// pack of sixteen on a CPU, of four on a GPU, where every thread has some.
+// pack of sixteen on a CPU, of four in each thread of a GPU.
 #pragma once
 
 #define RARELY(condition) __builtin_expect(condition, 0)
 #if defined(__CUDACC_RTC__)
-#define TRUST(condition) __builtin_assume(condition)  // a GPU issues what is not taken, too
+#define TRUST(condition) __builtin_assume(condition)  // a GPU issues untaken branches, too
 #else
 #define TRUST(condition)
 #endif

@@ -1,4 +1,4 @@
-// What is computed of the lane types beside their operators, by the instructions that there are.
+// Functions of the lane types besides their operators, with the instructions of each set.
 #pragma once
 
 #include "core/pack_cpu.h"
@@ -87,7 +87,7 @@ HD F sqrt(F x) {
     return map<F>(root, x);
 }
 
-// A function of its own because a GPU has a way of its own.
+// A separate function because a GPU computes it differently.
 HD F over_root(F a, F x, float b) { return a / (sqrt(x) + F(b)); }
 
 // a < b ? a : b and a > b ? a : b, NaN included: that is how the instructions are defined.
@@ -155,7 +155,7 @@ HD F flipped(F x, uint32_t bits) {
     x.r[0] = (FloatRegister)_mm512_mask_xor_epi32(lanes, __mmask16(bits), lanes, sign);
     return x;
 #elif defined(__AVX2__)
-    U top = generate<U>([bits](int i) INLINED {  // a lane's own bit comes to stand on top
+    U top = generate<U>([bits](int i) INLINED {  // a lane's own bit is shifted to the top
         IntRegister up;
         for (int j = 0; j < kEach; ++j) up[j] = 31 - (i * kEach + j);
         return _mm256_sllv_epi32(_mm256_set1_epi32(int(bits)), (__m256i)up);

@@ -1,8 +1,8 @@
 // The lane type of a GPU: four floats that a thread computes one after another, without a branch in
 // between, so that each one's latency is hidden by the others'.
 //
-// Each function gives the bits that core/lanes_cpu.h gives in each of its lanes; optim/gpu.py
-// forbids contraction.  Loads and stores take the number n of lanes that exist; those beyond read
+// Each function returns the same bits per lane as in core/lanes_cpu.h; optim/gpu.py forbids
+// contraction.  Loads and stores take the number n of lanes that exist; those beyond read
 // as zero.
 #pragma once
 
@@ -13,7 +13,7 @@
 #define HD_CALL __device__ __forceinline__
 #define UNROLLED _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
-#define UNROLLED_BY_8 _Pragma("unroll 8")  // so that as many loads are under way
+#define UNROLLED_BY_8 _Pragma("unroll 8")  // so that eight loads are in flight
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -117,7 +117,7 @@ HD F max(F a, F b) { return select(a > b, a, b); }
 HD U min(U a, U b) { return select(a < b, a, b); }
 HD U max(U a, U b) { return select(a > b, a, b); }
 
-// 1 / x and 1 / sqrt(x), about; of normal numbers.
+// Approximations of 1 / x and 1 / sqrt(x), for normal numbers.
 #if defined(__CUDACC_RTC__)
 HD float about_reciprocal(float x) {
     float y;
@@ -135,11 +135,11 @@ HD float about_rsqrt(float x) { return 1.f / sqrtf(x); }
 #endif
 
 // IEEE's quotients and roots, by a Newton step and the remainder's correction (Markstein 1990); the
-// compiler's own quotients have two corrections.  With approximations that are right to a unit in
+// compiler's own quotients have two corrections.  For approximations that are right to a unit in
 // the last place, a search of the hard cases has found one quotient, 1 / (2 - 2^-23), for which one
-// of them would want the second, and two mantissas with such a root.  The remainder is exact unless
-// it underflows; what overflows on the way, or has no number to begin with, comes out as NaN, or as
-// a quotient of zero.  So the lanes ask once, together, whether all is large enough.
+// of them would need the second, and two mantissas with such a root.  The remainder is exact unless
+// it underflows; an overflow on the way, or a NaN operand, gives NaN or a quotient of zero.  So all
+// lanes are checked once, together, for being large enough.
 HD float corrected_quotient(float x, float y, float inverse) {
     inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.f), inverse);
     const float about = x * inverse;
@@ -174,7 +174,7 @@ HD F sqrt(F x) {
     }
     return root;
 }
-// a / (sqrt(x) + b), b >= 0.  With such a divisor and such a quotient a is large enough.
+// a / (sqrt(x) + b), b >= 0.  If root and quotient are large enough, so is a.
 HD F over_root(F a, F x, float b) {
     F q;
     bool large = true;
@@ -260,7 +260,7 @@ HD uint32_t word_of_bytes(U x) {
                        0x5410);
 }
 
-// One, two or four words that lie together, at a multiple of their size.
+// One, two or four consecutive words, aligned to their total size.
 HD void load_words(const void* from, uint32_t (&words)[1]) {
     words[0] = *static_cast<const uint32_t*>(from);
 }
@@ -282,7 +282,7 @@ HD void store_words(void* to, const uint32_t (&words)[4]) {
     *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// A row's gradients are looked at by each thread for itself (engine/cuda.h).
+// Each thread checks its own gradients of a row instead (engine/cuda.h).
 HD bool any_beyond(const uint16_t*, int, int16_t) { return true; }
 
 }  // namespace ENGINE_ISA

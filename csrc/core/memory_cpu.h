@@ -1,4 +1,4 @@
-// Lanes to and from memory: fp32, the narrow integers that codes are, and bf16.
+// Loads and stores of lanes: fp32, the narrow integers of codes, and bf16.
 #pragma once
 
 #include "core/lanes_cpu.h"
@@ -6,8 +6,8 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-// Loads of n lanes (those beyond are zero) and stores of n lanes.  The narrow integers of memory
-// are 32 bits wide in a pack.
+// Loads of n lanes (those beyond are zero) and stores of n lanes.  Narrow integers are 32 bits wide
+// in a pack.
 #if defined(__AVX512F__)
 HD __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
 #endif
@@ -108,7 +108,7 @@ HD void store_uint(T* to, U x, int n) {
     memcpy(to, lanes, size_t(n) * sizeof(T));
 }
 
-// Loads and stores of n 16-bit words as the upper halves of lanes, which is where bf16 has them.
+// Loads and stores of n 16-bit words as the upper halves of lanes, which are the bits of bf16.
 HD U load_upper(const uint16_t* from, int n) {
     if (RARELY(n < kLanes)) return load_uint(from, n) << 16;
 #if defined(__AVX512F__)
@@ -172,7 +172,7 @@ HD bool any_beyond(const uint16_t* from, int n, int16_t limit) {
 #endif
 }
 
-// Bytes, 255 for what is larger; x < 2^15.
+// Stores bytes, saturated at 255; x < 2^15.
 HD void store_saturated(uint8_t* to, U x, int n) {
     if (RARELY(n < kLanes)) return store_uint(to, min(x, U(255u)), n);
 #if defined(__AVX512F__)

@@ -21,7 +21,7 @@ HD F with_sign(F magnitude, F from) {
 }
 HD F sign(F x) { return select(x == F(0.f), F(0.f), with_sign(F(1.f), x)); }
 
-// An integer comparison: the loops that ask it of every vector have no float register to spare.
+// An integer comparison: the loops that make it for every vector have no float register to spare.
 HD bool below_half(float weight) { return bits_of_float(weight) < bits_of_float(0.5f); }
 
 // a + weight (b - a), 0 <= weight <= 1.
@@ -65,7 +65,7 @@ HD F from_fp16(U half) {
 HD U to_fp16(F x) {
     U sign = (as_bits(x) >> 16) & U(0x8000u), magnitude = as_bits(x) & U(0x7FFFFFFFu);
     U normal = (magnitude + U(0xFFFu) + ((magnitude >> 13) & U(1u)) - U(112u << 23)) >> 13;
-    U small = as_bits(as_float(magnitude) + F(0.5f)) - U(0x3F000000u);  // 0.5 has fp16's last place
+    U small = as_bits(as_float(magnitude) + F(0.5f)) - U(0x3F000000u);  // ulp(0.5) is fp16's least
     U result = select(magnitude < U(0x38800000u), small, normal);
     result = select(magnitude >= U(0x477FF000u), U(0x7C00u), result);
     return select(magnitude > U(0x7F800000u), U(0x7E00u), result) | sign;
@@ -84,10 +84,10 @@ HD U to_bf16(F x) {
 // fp32 -> bf16, up with probability (distance to the lower neighbour) / (spacing); draws are 16
 // bits. Infinities and NaN stay, and no finite value becomes infinite.
 //
-// What is left in the lower halves is to be dropped.
+// The lower halves of the result must be dropped.
 HD U rounded_bf16(F x, U draws) {
     U rounded = as_bits(x) + draws;
-    if (RARELY(any(as_bits(x), 0x40000000u))) {   // |x| >= 2: have a closer look
+    if (RARELY(any(as_bits(x), 0x40000000u))) {   // |x| >= 2: check more closely
         Mask ordinary = abs(x) < F(0x1.fep127f);  // one bf16 below the last finite one
         U quiet = select(x == x, as_bits(x), as_bits(x) | U(0x400000u));
         rounded = select(ordinary, rounded, quiet);

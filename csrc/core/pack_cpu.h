@@ -69,8 +69,8 @@ using Mask = Pack<IntRegister, int32_t, kRegisters>;
 #endif
 using D = Pack<DoubleRegister, double, 2 * kRegisters>;
 
-// To{f(i-th registers of the operands) for all i}.  The indices are constants rather than a loop's
-// variable, without which the compiler would keep packs in memory.
+// To{f(i-th registers of the operands) for all i}.  The indices are constants: with a loop variable
+// the compiler would keep packs in memory.
 template <int I, class Function, class... From>
 HD auto apply_at(Function f, const From &...from) {
     return f(from.r[I]...);

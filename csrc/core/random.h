@@ -17,7 +17,7 @@ HD uint64_t mix(uint64_t a, uint64_t b) { return chain(chain(0, a), b); }
 HD uint64_t mix(uint64_t a, uint64_t b, uint64_t c) { return chain(mix(a, b), c); }
 
 // A 32-bit xorshift-multiply hash (constants: Wellons 2018, lowbias32) of counters that were
-// multiplied by kStride, with the key's low half added; `link` has the upper halves.
+// multiplied by kStride, with the key's low half added; `link` combines the upper halves.
 constexpr uint32_t kStride = 0x9E3779B9u;
 HD U scrambled(U x, U link) {
     x = (x ^ (x >> 16)) * U(0x7FEB352Du);
@@ -29,14 +29,14 @@ HD U linked(uint64_t counter, uint32_t high) {
     return U(high ^ (uint32_t(counter >> 32) * 0x85EBCA6Bu));
 }
 
-// Nearly normal draws of a key, from the first'th on: sums of twelve bytes each, rounded to bf16.
+// Nearly normal draws of a key, from index `first` on: sums of twelve bytes each, rounded to bf16.
 HD F normals(uint64_t key, int64_t first) {
     U pairs(0u);
     for (int word = 0; word < 3; ++word) {
         const uint64_t base = 3 * uint64_t(first) + word;
         const U offsets = lane_index() * U(3u);
         U links = linked(base, uint32_t(key >> 32));
-        if (RARELY(uint32_t(base) > ~uint32_t(3 * kLanes)))  // some upper halves are the next
+        if (RARELY(uint32_t(base) > ~uint32_t(3 * kLanes)))  // some carry into the upper half
             links = select(offsets > U(~uint32_t(base)),
                            linked(base + 3 * kLanes, uint32_t(key >> 32)), links);
         const U drawn =
@@ -55,12 +55,12 @@ HD F signs(uint64_t key, uint64_t row, uint32_t col, uint32_t cols) {
     return to_float(bit + bit) - F(1.f);
 }
 
-// The hash words of one row of a matrix view, of which an element has a half.  A block of 32
-// columns takes 16 words: its first 16 columns their low halves, the rest their high.  A row begins
-// at a multiple of 256, so the counters of a tile's span have their upper half in common.
+// The hash words of one row of a matrix view; an element takes half a word.  A block of 32 columns
+// takes 16 words: its first 16 columns their low halves, the rest their high halves.  A row begins
+// at a multiple of 256, so the counters of a tile's span have the same upper half.
 struct Words {
     uint32_t low, high;
-    U start, link;  // what the counters of the next words, or of all of the row, come to
+    U start, link;  // the hash's inputs: x of the next words, and the row's link
 
     HD Words(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)) {}
 
@@ -72,12 +72,12 @@ struct Words {
         link = linked(first, high);
     }
 
-    // Those of the lanes from column col on; a pack of sixteen begins at a multiple of 16.
+    // The words of the lanes from column col on; a pack of sixteen begins at a multiple of 16.
     HD U at(int col) const {
         return hash(start + U(uint32_t(col / 32 * 16 + (col & 15)) * kStride));
     }
 
-    // The same for a row whose blocks of 32 columns are asked for in order, once each.  (A thread
+    // The same for a row whose blocks of 32 columns are requested in order, once each.  (A thread
     // of a GPU has a part of one block.)
     HD U next(int col) {
         if (kLanes < 16) return at(col);
@@ -87,17 +87,17 @@ struct Words {
     }
 
    private:
-    HD U hash(U x) const { return scrambled(x, link); }  // of the counters that come to x
+    HD U hash(U x) const { return scrambled(x, link); }
 };
 
-// What words are multiplied by for the draws of the moment with this salt: optim/rng.py says why.
+// The factor of the words for the draws of the moment with this salt; optim/rng.py says why.
 HD uint32_t factor_of(int32_t salt) {
     uint32_t factor = 1;
     for (int32_t i = 0; i < salt; ++i) factor *= 0x16AB7965u;
     return factor;
 }
 
-// The lowest kBits of the words of a block's first 16 columns, the highest of the rest's.
+// The lowest kBits of the words for a block's first 16 columns, the highest for the rest.
 template <int kBits>
 HD U draws_of(U words, int col) {
     return col & 16 ? words >> (32 - kBits) : words & U((1u << kBits) - 1);
@@ -107,7 +107,7 @@ HD U draws_of(U words, int col) {
 struct Draws {
     Words words;
     uint32_t factor;
-    U block;  // the words of the block of 32 columns that was asked for last, multiplied
+    U block;  // the multiplied words of the block of 32 columns that was requested last
 
     HD Draws(uint64_t key, int32_t salt, const U* = nullptr)
         : words(key), factor(factor_of(salt)) {}
@@ -119,7 +119,7 @@ struct Draws {
     HD U at(int col) const {
         return draws_of<kBits>(words.at(col) * U(factor), col);
     }
-    // The same for a row whose columns are asked for in order: the halves of a block share their
+    // The same for a row whose columns are requested in order: the halves of a block share their
     // words.
     template <int kBits = 16>
     HD U next(int, int col) {
@@ -128,7 +128,7 @@ struct Draws {
     }
 };
 
-// The same, where the words of a row are made once for all and left in `kept`.
+// The same, with words of a row that are computed once for all moments and kept in `kept`.
 struct SharedDraws {
     const U* kept;
     uint32_t factor;
@@ -144,7 +144,7 @@ struct SharedDraws {
     }
 };
 
-// The rounding draws of a moment whose elements are a single row, from any of them on.
+// The rounding draws of a moment whose elements are a single row, from any element on.
 struct FlatDraws {
     uint64_t key;
     uint32_t factor;
@@ -156,7 +156,7 @@ struct FlatDraws {
         const U offsets = ((cols >> 5) << 4) | (cols & U(15u));
         const uint64_t base = uint64_t(first / 32) * 16;
         U links = linked(base, uint32_t(key >> 32));
-        if (RARELY(uint32_t(base) > ~31u))  // some upper halves are the next
+        if (RARELY(uint32_t(base) > ~31u))  // some carry into the upper half
             links =
                 select(offsets > U(~uint32_t(base)), linked(base + 31, uint32_t(key >> 32)), links);
         const U x = (offsets + U(uint32_t(base))) * U(kStride) + U(uint32_t(key));

@@ -1,7 +1,7 @@
-// The plain data that crosses the border between Python, host and device.
+// The plain data that Python, host and device share.
 //
-// optim/plan.py mirrors these structs with ctypes and compares sizes when it loads the module;
-// pointers travel as 64-bit integers.  Nothing here owns memory.
+// optim/plan.py mirrors these structs with ctypes, and optim/compiled.py compares sizes when it
+// loads the module; pointers are passed as 64-bit integers.  Nothing here owns memory.
 #pragma once
 
 #if defined(__CUDACC_RTC__)  // has no headers
@@ -24,7 +24,7 @@ namespace engine {
 // (they fix the order of every sum), so they are the same for every instruction set and device.
 constexpr int kTileRows = 64;
 constexpr int kTileCols = 512;
-constexpr int kPartials = kTileRows + kTileCols;  // of a factored moment in a tile: its sums
+constexpr int kPartials = kTileRows + kTileCols;  // sums of a factored moment in a tile
 constexpr int kVectorPad = 32;  // row and column vectors in the workspace are padded to this
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -75,10 +75,10 @@ struct Options {
     double grad_clip, growth_limit, clip_threshold;
     double rho;          // Sophia's
     double d0;           // Prodigy's; its beta3 decays sums
-    double coefficient;  // of every gradient: what global clipping came to
+    double coefficient;  // of every gradient, from global clipping
     int64_t flags;
     uint64_t seed;
-    int64_t slice;      // Prodigy looks at every so many'th element
+    int64_t slice;      // Prodigy samples every slice'th element
     uint64_t distance;  // Prodigy's d, fp64
 };
 
@@ -87,18 +87,18 @@ struct Moment {
     int32_t codec;
     int32_t salt;  // of its rounding, whose key is the step's
     uint64_t parts[5];
-    int64_t vectors;   // factored: where in its tensor's vectors its decoded row and column lie
-    int64_t partials;  // factored: where in a tile's partials its row and column sums lie
+    int64_t vectors;   // factored: offset of its decoded row and column in its tensor's vectors
+    int64_t partials;  // factored: offset of its row and column sums in a tile's partials
 };
 
-// What Prodigy keeps of some elements of a parameter: of every Options::slice'th, in memory order.
+// Prodigy's state for every Options::slice'th element of a parameter, in memory order.
 struct Samples {
     uint64_t start;                   // the weights before the first step, in their dtype
     Moment sum;                       // of gradients: fp32 or bf16
     uint64_t numerator, denominator;  // of d: this parameter's shares, fp64 each
 };
 
-// One parameter: where everything is.
+// One parameter: the addresses, dtypes and shape of its data.
 struct Tensor {
     uint64_t weight, grad, compensation;
     uint64_t step, nonfinite;          // int64 each
@@ -116,7 +116,7 @@ struct Tile {
     int32_t tensor;  // position in the bucket
     int32_t row, col;
     int32_t unused;
-    int64_t partials;  // where its row and column sums lie in the workspace
+    int64_t partials;  // offset of its row and column sums in the workspace
 };
 
 // What one tile adds to its tensor's sums.
@@ -127,18 +127,18 @@ struct TileSums {
     double progress, distance;  // of samples: <g, start - w> and |sum of gradients|_1
 };
 
-// What a tensor's step is made of, derived from its Options and its step count; written in its
-// phases as a whole, read by every tile.
+// The scalars of a tensor's step, derived from its Options and its step count; written in the
+// phases of the whole tensor, read by every tile.
 struct Hyper {
     int64_t t, flags;
     uint64_t key;                     // of this step's rounding
     double beta2, inv_bias2;          // Adafactor's, of this step
     float weight1, weight2, weight3;  // 1 - beta
     float momentum, eps, alpha, limit;
-    float curvature;           // Sophia's: what multiplies it
-    float tilt, square_scale;  // atan2: of the numerator; Adafactor: of the second moment
+    float curvature;           // Sophia's: its factor
+    float tilt, square_scale;  // factors; atan2: of the numerator; Adafactor: of the second moment
     // The update is cautious_scale settled_scale settled(update_scale unit direction()), and the
-    // step lr of it.
+    // step is lr times it.
     float unit;
     float settled_scale;
     float update_scale;  // growth limiter and RMS clip
@@ -146,16 +146,17 @@ struct Hyper {
     float coefficient;   // of the gradient
     float rho, rho_low;  // orthograd: g - (rho + rho_low) w
     float cautious_scale;
-    float lr;         // with relative step and parameter scale
+    float lr;         // including relative step and parameter scale
     float decay;      // lr * weight_decay, without them
-    int32_t passive;  // the weights stay as they are in this step
-    float d;          // Prodigy's: of the gradient
+    int32_t passive;  // the weights do not change in this step
+    float d;          // Prodigy's: factor of the gradient
     float sum_decay, sum_weight;
-    int32_t learns;  // lr > 0: something is learned of d
+    int32_t learns;  // lr > 0: the sums for d are updated
     double progress_weight;
 };
 
-// The phases of a step, in order; those between are of a tensor, `measure` to `apply` of a tile.
+// The phases of a step, in order: passes over tiles, from kMeasure to kApply, alternate with phases
+// of whole tensors.
 enum Phase : int {
     kBegin,
     kMeasure,
@@ -172,7 +173,7 @@ enum Phase : int {
     kAfterAlign,
     kApply,
     kFinish,
-    kMeasureAlone  // no phase of a step: measure without asking who needs it
+    kMeasureAlone  // not a phase of a step: measure all gradients unconditionally
 };
 
 // One launch: a bucket of tensors through all phases.
@@ -182,14 +183,14 @@ struct Launch {
     const int32_t* members;     // (num_tensors) indices into `tensors`
     const Tile* tiles;          // (num_tiles), in tensor, row, column order
     const int64_t* first_tile;  // (num_tensors + 1)
-    const int64_t* vectors;     // (num_tensors) where in the workspace each one's vectors begin
+    const int64_t* vectors;     // (num_tensors) offsets of their vectors in the workspace
     Hyper* hypers;              // (num_tensors)
     TileSums* sums;             // (num_tiles)
     float* workspace;           // vectors and partials
     int64_t num_tensors, num_tiles;
     int32_t rule;   // its number in rules/all.h
-    int32_t alone;  // workspace of a thread that takes one tensor after another through all phases;
-                    // 0: all of the bucket's tensors share one
+    int32_t alone;  // size of each thread's workspace, if it takes one tensor after another through
+                    // all phases; 0: all of the bucket's tensors share one workspace
 };
 
 }  // namespace engine

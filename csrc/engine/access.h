@@ -1,5 +1,5 @@
-// How a rule reaches its operands on a CPU, where a strip's dtypes, codecs and flags are known when
-// it is run.  (On a GPU they are constants: `Kind` in engine/cuda.h.)
+// How a rule accesses its operands on a CPU, where a strip's dtypes, codecs and flags are known at
+// run time.  (On a GPU they are constants: `Kind` in engine/cuda.h.)
 #pragma once
 
 #include "engine/tile.h"
@@ -8,9 +8,9 @@ namespace engine {
 namespace ENGINE_ISA {
 
 // Any dtype, codec and feature.  kPlain: nothing happens between the rule and the weights.  kMoves:
-// it is known that the step moves them.  kFlags: those that there may be, or, where kFlagsKnown,
-// those that there are.  kRoundsWithin: some moment is rounded by draws when it is put, and not
-// when its row ends.
+// the step is known to move them.  kFlags: the flags that may be set, or, with kFlagsKnown, those
+// that are.  kRoundsWithin: some moment is rounded when an element is stored, not when its row
+// ends.
 template <class RuleT>
 struct AnyAccess {
     using R = RuleT;
@@ -20,7 +20,7 @@ struct AnyAccess {
     AnyGrad grad;
     AnyWeight weight;
     AnySlot fast, slow, square;
-    bool factored_sign;  // some moment's signs are bits, which know no zero
+    bool factored_sign;  // some moment has sign bits, which have no zero
 
     HD AnyAccess(Place& p, Scratch& s)
         : grad(p, s.grad),
@@ -33,10 +33,10 @@ struct AnyAccess {
     }
 };
 
-// Those of a plain step (core/features.h).  kCleanTile: an earlier pass has seen that all gradient
-// elements of the tile are usable.  kCodes: the moments are codes, which round by the weights'
-// words; their tensor is flat, so that a row follows the other in memory and the hardware sees it
-// coming.
+// The operands of a plain step (core/features.h).  kCleanTile: an earlier pass has found all
+// gradient elements of the tile usable.  kCodes: the moments are codes, rounded with the random
+// words of the weights; their tensor is flat, so that rows follow each other in memory and the
+// hardware prefetches them.
 template <class RuleT, class FastT, class SlowT, class SquareT, bool kCleanTile = false,
           bool kCodes = false>
 struct PlainAccess {
@@ -67,7 +67,7 @@ struct PlainAccess {
     }
 };
 
-// The same for a rule that makes something of its update first, and reads two factored moments.
+// The same for a rule that transforms its update first (settled()) and reads two factored moments.
 template <class RuleT, class FastT>
 struct SettlingAccess {
     using R = RuleT;

@@ -1,4 +1,4 @@
-// The CPU's driver: tensors one after another, where they are small or there is one thread; else
+// The CPU's driver: tensors one after another, if they are small or there is one thread; otherwise
 // the strips of a few tensors at a time, pass after pass, by whichever thread is free.
 #pragma once
 
@@ -13,9 +13,9 @@
 
 namespace engine {
 
-// Tensors of about so many tiles together go through their passes together: several, so that a
-// thread has another one's tiles to do while the last of one are under way; few, so that a cache
-// holds their gradients from one pass to the next.
+// Tensors with about this many tiles in total go through their passes together: several, so that a
+// thread can do another tensor's tiles while the last ones of one are in progress; few, so that a
+// cache holds their gradients from one pass to the next.
 constexpr int64_t kWaveTiles = 128;
 
 inline bool begins_strip(const Isa& isa, const Launch& launch, int64_t tile) {
@@ -29,14 +29,14 @@ inline void run_strips(const Isa& isa, Phase pass, const Launch& launch, int64_t
         if (begins_strip(isa, launch, tile)) isa.run_strip(pass, launch, tile);
 }
 
-// How many tiles a thread takes at a time: as many as a long strip has, or fewer where there would
-// be too few shares for all threads.
+// How many tiles a thread takes at a time: as many as a full strip has, or fewer if there would be
+// too few shares for all threads.
 inline int64_t share_of(const Isa& isa, const Launch& launch, int num_threads) {
     return std::clamp<int64_t>(launch.num_tiles / (4 * num_threads), 1, isa.strip_tiles);
 }
 
-// The end of the share that begins with this tile: whole strips of one tensor, together of at least
-// `share` tiles where there are so many.
+// The end of the share that begins with this tile: whole strips of one tensor, with at least
+// `share` tiles in total if there are that many.
 inline int64_t end_of_share(const Isa& isa, const Launch& launch, int64_t tile, int64_t share) {
     const int64_t end = launch.first_tile[launch.tiles[tile].tensor + 1];
     for (; tile < end; --share, ++tile)
@@ -44,9 +44,9 @@ inline int64_t end_of_share(const Isa& isa, const Launch& launch, int64_t tile, 
     return tile;
 }
 
-// A thread takes one tensor after another through all phases, while its cache holds it; in a
-// workspace of its own, which its cache holds too, where the launch is of small tensors.  A phase
-// looks at one tensor only, so the results are those of phases one after another.
+// A thread takes one tensor after another through all phases, while its cache holds it; in a launch
+// of small tensors each thread has its own workspace, which its cache holds too.  A phase only
+// reads one tensor, so the results are the same as phase by phase.
 inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
     const int64_t neighbours = std::clamp<int64_t>(launch.num_tensors / (8 * num_threads), 1, 16);
 #pragma omp parallel num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
@@ -65,12 +65,12 @@ inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
     }
 }
 
-// Threads walk the same sequence of items, each doing those that it is the first to ask for.
+// Threads walk the same sequence of items, each doing those that it is the first to claim.
 class Turns {
    public:
     explicit Turns(std::atomic<int64_t>& taken) : taken_(taken), mine_(taken++) {}
 
-    // Whether the item at hand is this thread's; done(), once it is done, asks for the next.
+    // Whether the current item is this thread's; done(), called after it, claims the next.
     bool mine() { return at_++ == mine_; }
     void done() { mine_ = taken_++; }
 
@@ -81,7 +81,7 @@ class Turns {
 
 // How far a tensor is in its step.
 struct alignas(64) Progress {
-    std::atomic<int64_t> tiles_left{0};  // of the pass at hand
+    std::atomic<int64_t> tiles_left{0};  // of the current pass
     std::atomic<int> phase{-1};          // the last one that is complete
 
     void wait_for(int wanted) const {
@@ -93,10 +93,10 @@ struct alignas(64) Progress {
     }
 };
 
-// One step of a bucket of large tensors, each of which has tiles.  Threads take shares as they
-// come, and who completes a pass over a tensor does what follows it.  Every tile has sums of its
-// own, so the result does not depend on who takes which.  An item waits for earlier ones only, so
-// that there is always one that does not wait.
+// One step of a bucket of large tensors, each of which has tiles.  Threads take shares in order,
+// and the thread that completes a pass over a tensor runs the phase after it.  Every tile has sums
+// of its own, so the result does not depend on which thread takes which share.  An item only waits
+// for earlier ones, so there is always one that does not wait.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     if (launch.alone || num_threads == 1) return run_alone(isa, launch, num_threads);
     std::vector<Progress> progress(launch.num_tensors);
@@ -104,7 +104,7 @@ inline void run(const Isa& isa, const Launch& launch, int num_threads) {
     const int64_t share = share_of(isa, launch, num_threads);
     const int64_t wave = std::max<int64_t>(kWaveTiles, 2 * isa.strip_tiles * num_threads);
 
-    // The phase of a tensor as a whole, when what it needs is there.  Passes that the tensor does
+    // Runs a phase of a whole tensor, once its inputs are complete.  Passes that the tensor does
     // not want are complete with the one before them.
     auto complete = [&](int64_t i, Phase phase) {
         isa.run_tensor(phase, launch, i);
@@ -162,7 +162,7 @@ inline double grad_sq(const Isa& isa, const Launch& launch, int num_threads) {
     return sum;
 }
 
-// So many items of a step of a portion of projections, by whichever thread is free.
+// Runs `count` items of a step of a portion of projections, on whichever thread is free.
 inline void project(const Isa& isa, ProjectionStep step, const Projections& launch, int64_t count,
                     int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (count > 1 && num_threads > 1)
@@ -171,7 +171,7 @@ inline void project(const Isa& isa, ProjectionStep step, const Projections& laun
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {
             float* panel = nullptr;
-            if (step == kProject) {  // on a cache line's border
+            if (step == kProject) {  // aligned to a cache line
                 const Projection& t = launch.tensors[launch.channels[i].tensor];
                 const size_t size = size_t(t.width) * kChannels + 16;
                 if (room.size() < size) room.resize(size);

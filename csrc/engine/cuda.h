@@ -1,7 +1,7 @@
-// The kernels of a GPU.  NVRTC compiles those that a run needs (optim/gpu.py), named by templates.
+// The kernels of a GPU.  NVRTC compiles the template instances that a run needs (optim/gpu.py).
 //
 // A bucket holds tensors of one kind: the same rule, codecs, dtypes and flags.  So these are
-// constants here, and what a run does not use is not in its kernels.
+// constants here, and kernels contain nothing that a run does not use.
 #pragma once
 
 #define ENGINE_CUDA
@@ -19,15 +19,15 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) 
                   sizeof(Hyper) == 152 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
-// Whether eight blocks of adamw8bit, without spills, have registers enough.
+// Whether there are enough registers for eight blocks of adamw8bit without spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kEightFit = false;
 #else
 constexpr bool kEightFit = true;
 #endif
 
-// Gradients and weights of a known dtype and rounding.  Elements are decoded when asked for: that
-// takes an instruction, and keeping them a register each.
+// Gradients and weights of a known dtype and rounding.  Elements are decoded on access: that takes
+// an instruction, while keeping them decoded takes a register each.
 template <int32_t kDtype, int kAhead = 1>
 struct Elements {
     static constexpr bool kWide = kDtype == kFloat32;
@@ -57,8 +57,8 @@ struct GradOf {
     HD GradOf(const Place& p, F*) : elements(p, p.tensor.grad) {}
     HD void begin_row(int64_t row, int width) { elements.begin(row, width); }
     HD F load(int i, int col, int n) const { return elements.load(i, col, n); }
-    // Of the thread's elements.  All below 2, as nearly everywhere, is soon seen; a usable sum has
-    // no unusable part.
+    // Checks the thread's elements.  Nearly always all are below 2, which is quickly tested;
+    // otherwise, if their sum is usable, each of them is.
     HD bool clean(int) const {
         if (elements.row.all_below_two()) return true;
         F of_lanes(0.f);
@@ -111,7 +111,7 @@ constexpr int32_t kCodecOf<GivenSlot> = kGiven;
 template <class SlotT>
 constexpr bool kSumsRows = kCodecOf<SlotT> == kFactored || kCodecOf<SlotT> == kFactoredSign;
 
-// A kind of tensor.  kAhead: rows of its gradient that are under way while one is computed.
+// A kind of tensor.  kAhead: rows of its gradient that are loaded while one is computed.
 template <class RuleT, class FastT, class SlowT, class SquareT, int32_t kWeightDtype,
           int32_t kGradDtype, int64_t kFlags_, bool kCompensated, int kAhead = 1>
 struct Kind {
@@ -126,13 +126,13 @@ struct Kind {
     static constexpr int64_t kFlags = kFlags_;
     static constexpr uint32_t kStorage =
         storage_of(kCodecOf<FastT>, kCodecOf<SlowT>, kCodecOf<SquareT>);
-    // Those that have a loop of their own on a CPU (engine/kernels.h): the same arithmetic here.
+    // The kinds with a loop of their own on a CPU (engine/kernels.h) use the same arithmetic here.
     static constexpr bool kPlain = kWeightDtype == kBFloat16 && kGradDtype == kBFloat16 &&
                                    !kCompensated && (kFlags & kStochastic) != 0 &&
                                    (kFlags & ~(kPlainFlags | RuleT::kOwnFlags)) == 0 &&
                                    (RuleT::kPlainLoops & kStorage) != 0;
-    // Of a multiprocessor, at least, where a few registers less make room for one more of each
-    // scheduler's warps: with 6 of these blocks a thread has 168, with 8 it has 128.
+    // The least number of blocks of a multiprocessor, where using a few registers less makes room
+    // for one more warp per scheduler: with 6 of these blocks a thread has 168, with 8 it has 128.
     static constexpr bool kAdams = is_same<RuleT, Adam> || is_same<RuleT, Adopt>;
     static constexpr int kBlocks = !kPlain || !kAdams                    ? 1
                                    : kStorage == kFactoredPair           ? 6
@@ -155,8 +155,8 @@ struct Kind {
         if constexpr (R::kRoot) square.begin_roots();
     }
 
-    // Shared memory for the sums of rows that a pass takes for itself: that of a factored moment
-    // which it does not store, where there is one.
+    // Shared memory for a pass's own sums of rows: that of a factored moment that the pass does not
+    // store, if there is one.
     template <bool kStores>
     HD float* room_for_rows() const {
         if constexpr (kSumsRows<SquareT> && !(kStores && R::kSquareStored))
@@ -180,7 +180,7 @@ struct TileOf {
     HD const Hyper& hyper() const { return launch.hypers[launch.tiles[number].tensor]; }
 };
 
-// The passes over a bucket's tiles, a block to each.  The 1 tells the compiler to spend registers
+// The passes over a bucket's tiles, a block for each.  The 1 tells the compiler to use registers
 // rather than memory.
 template <class GradT, class WeightT>
 __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
@@ -220,7 +220,7 @@ __global__ __launch_bounds__(kTileThreads, KindT::kBlocks) void apply_kernel(con
     apply<KindT>(tile.launch, tile.number, tile.whole);
 }
 
-// The phases of a bucket's tensors, a block to each.
+// The phases of a bucket's tensors, a block for each.
 template <int kPhase>
 __global__ __launch_bounds__(kTensorThreads, 1) void tensor_kernel(const Launch* launch) {
     const int64_t member = blockIdx.x;

@@ -9,9 +9,9 @@ namespace ENGINE_ISA {
 
 struct Exec {
     static constexpr int kSpan = kTileCols / kLanes;
-    static constexpr int kStripTiles = 8;  // more gain nothing (docs/LOG.md), and cost sums' cache
-    // A vector of AVX2 takes two of few registers: with its weights left for later, more of them
-    // fit into the processor's window, which is what hides the latency of roots and quotients.
+    static constexpr int kStripTiles = 8;  // more gain nothing (docs/LOG.md); their sums fill cache
+    // With AVX2 a vector takes two registers, of few: if weights are left for later, more vectors
+    // fit into the processor's window, which hides the latency of roots and quotients.
     static constexpr bool kWeightsLater = kRegisters > 1;
 
     // A row in memory: each vector is loaded when asked for, and stored when put.
@@ -53,13 +53,13 @@ struct Exec {
         HD void put_u8(int, int col, int n, U x) { store_saturated(at + col, x, n); }
 
        private:
-        // Codes are of flat tensors, whose rows follow each other: the hardware sees them coming.
+        // Codes belong to flat tensors, whose rows follow each other: the hardware prefetches them.
         HD void ask(int col) const {
             if (sizeof(T) > 1) prefetch(at, cols, col);
         }
     };
 
-    // The same of one bit a column, lowest first.
+    // The same for one bit per column, lowest first.
     struct Bits {
         uint8_t* at;
 
@@ -139,7 +139,7 @@ struct Exec {
         HD F load(int i) const { return at[i]; }
     };
 
-    // Sums over the rows of a tile, kept where they are wanted: a tile's columns stay in L1.
+    // Sums over the rows of a tile, added up in their final place: a tile's columns stay in L1.
     struct Columns {
         float* at;
 
@@ -183,7 +183,7 @@ struct Exec {
         HD void end() {}
     };
 
-    // The same, of which only the tile's total is wanted.
+    // The same, if only the tile's total is needed.
     struct RowTotals : RowSums {
         float row_sum;
 
@@ -242,9 +242,9 @@ struct Exec {
         return engine::ENGINE_ISA::largest(max(top, other));
     }
 
-    // Asks for column col of a row to come.  Strips are walked as they lie in memory, but the
-    // hardware looks no further than a page.  To the second cache only: the first has room for few
-    // requests under way, and waiting for one of them holds up the loads.
+    // Prefetches column col of a later row.  Strips are walked in the order of memory, but the
+    // hardware's own prefetch ends with a page.  Only into the L2 cache: L1 has room for few
+    // pending requests, and waiting for one of them holds up the loads.
     template <class T>
     HD static void prefetch(const T* row, int64_t cols, int col) {
         constexpr int kToRead = 0, kToL2 = 2;
@@ -253,7 +253,7 @@ struct Exec {
     }
 
     // Every every'th element of a row, from column `first` on: f(at, col, n, g, w) for n of them,
-    // the at-th and those that follow, of which the first is in column col.
+    // starting with the at-th, which is in column col.
     template <class GradT, class WeightT, class Function>
     HD static void each_sample(int first, int every, int width, const GradT& grad,
                                const WeightT& weight, Function&& f) {
@@ -273,8 +273,8 @@ struct Exec {
         return x;
     }
 
-    // Two sums over some elements of a tile, in the order of a GPU, whose threads have columns of
-    // their own.
+    // Two sums over some elements of a tile, in the order of a GPU, where each thread sums its own
+    // columns.
     struct Spread {
         double of_thread[64][2] = {};
 

@@ -1,7 +1,7 @@
 // A block of two warps runs a tile (engine/rows_cuda.h, engine/sums_cuda.h); or a tensor.
 //
-// Sums are added in the order in which engine/exec_cpu.h adds them, but for the three that `total`
-// makes of doubles.
+// Sums are added in the order in which engine/exec_cpu.h adds them, except for the three of doubles
+// that `measure` adds with `total`.
 #pragma once
 
 #include "engine/sums_cuda.h"
@@ -51,8 +51,8 @@ struct Exec : ThreadSums {
         UNROLLED for (int i = 0; i < kSpan; ++i) f(i, column(i), lanes(i, width));
     }
 
-    // A thread's columns are in one block.  All threads of a warp take part in it, though theirs
-    // may not exist, and have zeros.
+    // A thread's columns are in one block.  All threads of a warp take part, with zeros if their
+    // columns do not exist.
     template <int kBlock, class Function>
     HD static void each_block(int width, Function&& f) {
         if (warp() * kWarpCols < width) f(0);
@@ -75,7 +75,7 @@ struct Exec : ThreadSums {
     HD static bool leads() { return thread() == 0; }
     HD static bool leads_warp() { return thread() % 32 == 0; }
 
-    // The threads' x, added: of a tile.
+    // The sum of the threads' x over a tile.
     HD static double total(D x) { return total(sum(x)); }
     template <class T>
     HD static T total(T x) {
@@ -88,7 +88,7 @@ struct Exec : ThreadSums {
         return of_warps[0] + of_warps[1];
     }
 
-    // A thread's own, in the order of their columns.
+    // The thread's own samples, in the order of their columns.
     template <class GradT, class WeightT, class Function>
     HD static void each_sample(int first, int every, int width, const GradT& grad,
                                const WeightT& weight, Function&& f) {
@@ -104,7 +104,7 @@ struct Exec : ThreadSums {
     HD static float picked(F x, int lane) {
         return lane < 2 ? (lane == 0 ? x.r[0] : x.r[1]) : (lane == 2 ? x.r[2] : x.r[3]);
     }
-    HD static float element(const F*, int) { return 0.f; }  // asked for by a CPU alone
+    HD static float element(const F*, int) { return 0.f; }  // only used on a CPU
 
     struct Spread {
         double first = 0, second = 0;
@@ -135,7 +135,7 @@ struct Exec : ThreadSums {
     HD static void each_lane(D x, int n, Function&& f) {
         UNROLLED for (int lane = 0; lane < kLanes; ++lane) if (lane < n) f(lane, x.r[lane]);
     }
-    // A warp to each.
+    // A warp for each.
     template <class Function>
     HD static void each_run(int64_t length, int run, Function&& f) {
         for (int64_t block = warp(); block * run < length; block += kTensorThreads / 32) {
@@ -171,7 +171,7 @@ struct Exec : ThreadSums {
     }
 
    private:
-    // Of so many neighbouring threads of a warp, which all ask.
+    // The largest of kThreads neighbouring threads of a warp, which must all call this.
     template <int kThreads>
     HD static float largest_of_threads(float top) {
         UNROLLED for (int apart = kThreads / 2; apart > 0; apart /= 2) top =

@@ -1,4 +1,4 @@
-// The instruction sets of one binary; which of them runs is chosen when the module is loaded.
+// The instruction sets of one binary; which of them runs is chosen at run time.
 #pragma once
 
 #include "engine/projection.h"
@@ -10,7 +10,7 @@ struct Isa {
     const char* name;
     const char* const* rules;  // their names, in the order of Launch::rule
     int num_rules;
-    int strip_tiles;  // that run_strip takes together, at most
+    int strip_tiles;  // most tiles that run_strip takes together
     bool (*wants)(Phase pass, const Launch&, int64_t member);
     void (*run_tensor)(Phase, const Launch&, int64_t member);
     void (*run_strip)(Phase pass, const Launch&, int64_t tile);

@@ -11,14 +11,14 @@ namespace ENGINE_ISA {
 template <class RuleT, bool kClean>
 using SquareAccess = PlainAccess<RuleT, NoSlot, NoSlot, FactoredSlot<false, false>, kClean>;
 
-// Whether a tensor's step is plain, but for how its moments are stored.
+// Whether a tensor's step is plain, apart from how its moments are stored.
 template <class RuleT>
 HD bool is_plain(const Tensor& t, const Hyper& h) {
     return t.weight_dtype == kBFloat16 && t.grad_dtype == kBFloat16 && !t.compensation &&
            has(h, kStochastic) && !has(h, ~(kPlainFlags | RuleT::kOwnFlags)) && !h.passive;
 }
 
-// Calls f<Access>() where the storage at hand is this one and the rule has a loop for it.
+// Calls f<Access>() if the tensor's storage is this one and the rule has a loop for it.
 template <class RuleT, uint32_t kStorage, class Access, class Function>
 HD bool serves(uint32_t at, const Function& f) {
     if constexpr ((RuleT::kPlainLoops & kStorage) != 0)
@@ -72,14 +72,14 @@ HD void with_access(const Launch& launch, const Tensor& t, const Hyper& h, const
                  [&](auto rule) INLINED { with_access_of<decltype(rule)>(t, h, f); });
 }
 
-// A pass over the strip that begins with this tile.  kDirectionAlone: it asks for nothing but the
-// rule's direction, which is of fewer moments.
+// A pass over the strip that begins with this tile.  kDirectionAlone: it only needs the rule's
+// direction, which depends on fewer moments.
 struct Pass {
     static constexpr bool kDirectionAlone = false;
     const Launch& launch;
     int64_t first_tile;
 
-    // Whether an earlier pass has seen that all gradient elements are usable.
+    // Whether an earlier pass has found all gradient elements usable.
     bool clean() const {
         bool is_clean = true;
         Place p(launch, first_tile, false);

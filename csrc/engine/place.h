@@ -1,9 +1,9 @@
 // Where a tile is: what every codec needs to find its elements.
 //
-// A pass takes the tiles of a strip together: those side by side, up to Exec::kStripTiles of them,
-// row by row across all.  On a CPU that is how they lie in memory, so that the hardware sees the
-// next row coming; a tile by itself is pieces of rows that lie apart.  The sums are of tiles all
-// the same, so that a strip's length is no part of the result.
+// A pass takes the tiles of a strip together: up to Exec::kStripTiles of them side by side, row by
+// row across all.  On a CPU that follows their layout in memory, so that the hardware prefetches
+// the next row; a single tile is separate pieces of rows.  Sums are still kept for each tile, so
+// that a strip's length does not affect the result.
 #pragma once
 
 #include "core/features.h"
@@ -24,19 +24,19 @@ struct Place {
     const Tile* const first;  // of the strip
     const Tensor& tensor;
     const Hyper& hyper;
-    const int64_t num_rows_all, num_cols, numel;  // the tensor's, where no store can change them
+    const int64_t num_rows_all, num_cols, numel;  // the tensor's, copied: no store changes them
     const int64_t from_row, to_row;               // the strip's
-    const Tile* tile;                             // the one at hand,
-    int64_t col, partials;                        // its first column, its place in the workspace,
+    const Tile* tile;                             // the current one,
+    int64_t col, partials;                        // its first column, its offset in the workspace,
     int number;                                   // and its number in the strip
     const bool whole;                             // whether Exec::Row may use vectors
-    // Where a strip is one tile: its columns, its row's first element, and whether a row follows.
+    // If a strip is one tile: its columns, its row's first element, and whether a row follows.
     const int first_width;
-    int at_row;  // of the tile's rows
+    int at_row;  // the current one of the tile's rows
     int64_t element;
     bool more;
     const uint64_t key;  // of the step's rounding
-    U words;             // the row's, of the thread's block of 32 columns: make_words()
+    U words;             // the row's random words of the thread's 32 columns: make_words()
 
     HD Place(const Launch& l, int64_t first_tile, bool is_whole)
         : launch(l),
@@ -59,7 +59,7 @@ struct Place {
           more(num_rows() > 1),
           key(hyper.key) {}
 
-    // Calls f() with each tile of the strip at hand.
+    // Calls f() for each tile of the strip, with `tile` set to it.
     template <class Function>
     HD void each_tile(Function&& f) {
         if constexpr (Exec::kStripTiles == 1) return f();
@@ -72,7 +72,7 @@ struct Place {
             f();
         }
     }
-    // Calls f(row, its width) with each row of the strip's tiles at hand: row by row.
+    // Calls f(row, width) for each tile of each row of the strip, row by row.
     template <class Function>
     HD void each_row(Function&& f) {
         int64_t row = first_row();
@@ -83,10 +83,10 @@ struct Place {
     }
 
     HD void make_words(int64_t row) { Exec::make_words(words, key, row, cols(), col); }
-    // What SharedDraws take: these where there are such, or else others.
+    // The words for SharedDraws: these if a strip is one tile, or else `others`.
     HD const U* words_or(const U* others) const { return Exec::kStripTiles == 1 ? &words : others; }
 
-    // `number`, which is a constant where a strip is one tile.
+    // `number`, which is a constant if a strip is one tile.
     HD int at() const { return Exec::kStripTiles == 1 ? 0 : number; }
 
     HD int64_t rows() const { return num_rows_all; }
@@ -96,10 +96,10 @@ struct Place {
     HD int num_rows() const { return int(end_row() - first_row()); }
     HD TileSums& sums() const { return launch.sums[tile - launch.tiles]; }
 
-    // That of the next row, or, where none follows, of this one.
+    // `element` of the next row, or of this one if none follows.
     HD int64_t next_element() const { return more ? element + cols() : element; }
 
-    // Columns of the tile, and of those the ones a row has: the last row may end early.
+    // Columns of the tile, and those that a row has: the last row may end early.
     HD int width() const { return Exec::kStripTiles == 1 ? first_width : width_from(col); }
     HD int width_from(int64_t column) const {
         return int(cols() - column < kTileCols ? cols() - column : kTileCols);
@@ -111,8 +111,7 @@ struct Place {
     }
 };
 
-// Whether all rows of a tile are whole blocks of 32 columns and begin where vectors of any width
-// do.
+// Whether all rows of a tile are whole blocks of 32 columns, aligned for vectors of any width.
 HD bool is_whole(const Launch& launch, int64_t tile) {
     const Place p(launch, tile, false);
     uint64_t places = p.tensor.weight | p.tensor.grad | p.tensor.compensation;
@@ -120,8 +119,8 @@ HD bool is_whole(const Launch& launch, int64_t tile) {
     return p.cols() % 32 == 0 && p.numel >= p.to_row * p.cols() && places % 16 == 0;
 }
 
-// Room for a tile's row of a moment: its values, those still to be encoded, and its blocks' grids;
-// and for the roots of a strip's column factors.
+// Buffers for a tile's row of a moment: its values, those still to be encoded, and its blocks'
+// grids; and for the roots of a strip's column factors.
 struct SlotScratch {
     F values[Exec::kSpan], encoded[Exec::kSpan], roots[Exec::kStripTiles * Exec::kSpan];
     U base[kTileCols / 128];
@@ -131,7 +130,7 @@ struct SlotScratch {
 // What the slots of all codecs have in common.  A slot serves one moment over one strip: begin for
 // each tile; for each row of one begin_row, load and store for each vector i (n of its lanes
 // exist), end_row; end for each tile.  A pass that only reads leaves out begin, store, end_row and
-// end.  A rule that asks for the root of its second moment gets root(i, what load gave), after
+// end.  A rule that needs the root of its second moment gets root(i, the loaded vector), after
 // begin_roots for each tile before the rows.
 struct Slot {
     const Place& place;

@@ -1,4 +1,4 @@
-// What APOLLO's projections are on every device: the key of P, and the factor of a channel.
+// What APOLLO's projections share on all devices: the key of P, and the factor of a channel.
 #pragma once
 
 #include "core/features.h"
@@ -8,13 +8,13 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace projected {
 
-// Of P as it is at the next step: optim/projection.py draws the same.
+// The key of P at the next step; optim/projection.py draws the same.
 HD uint64_t key_of(const Projection& t) {
     const uint64_t gaps = uint64_t(*t.count / t.update_gap);
     return chain(mix(t.seed, uint64_t(t.index), gaps), 'P');
 }
 
-// How much longer a channel's step is than its P G, 0 where this has no length.
+// The length of a channel's step relative to its P G, times gain; 0 if P G has no length.
 HD float ratio(double step_sq, double low_sq, float gain) {
     const double low = ::sqrt(low_sq);
     return low > 1e-30 ? float(::sqrt(step_sq) / low) * gain : 0.f;

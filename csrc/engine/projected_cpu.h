@@ -1,11 +1,12 @@
-// APOLLO on a CPU, beside the engine's own steps: P is drawn, P G is computed, and the lengths of
-// its channels are compared with those of the step that was made of it.
+// APOLLO on a CPU, besides the engine's own steps: P is drawn, P G is computed, and the lengths of
+// its channels are compared with those of the step computed from it.
 //
-// Before they meet P, the channels of a part are laid out anew: decoded, with 0 for what is not
-// usable, and side by side whichever way they lie in memory.  This panel stays in a cache while all
-// rows of P pass.  A sum runs over its lines in one order, of each two the second first, as the
-// instruction for pairs of bf16 has it.  So the result depends on neither threads nor portions, nor
-// on the instruction set (but that the one for pairs takes what is below 2^-126 for 0).
+// Before they are multiplied by P, the channels of a part are packed into a panel: decoded, with 0
+// for unusable elements, and side by side whatever their layout in memory.  The panel stays in a
+// cache while all rows of P are multiplied by it.  A sum runs over its lines in a fixed order, in
+// each pair the second first, as in the instruction for pairs of bf16.  So the result depends on
+// neither threads nor portions, nor on the instruction set (except that the instruction for pairs
+// treats values below 2^-126 as 0).
 #pragma once
 
 #include "codecs/tensors.h"
@@ -24,7 +25,7 @@ constexpr int kRows = 6, kPacks = 1;
 constexpr int kRows = 3, kPacks = 1;
 #endif
 constexpr int kPacksOfPart = kChannels / kLanes;
-// Of a function that multiplies pairs of bf16.
+// The attribute of functions that multiply pairs of bf16.
 #if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 10)
 #define WITH_PAIRS __attribute__((target("avx512bf16")))
 #endif
@@ -36,7 +37,7 @@ HD void store_p(const Projections& launch, const Projection& t, int64_t at, F x,
     store_upper(static_cast<uint16_t*>(t.p) + at, as_bits(x), n);
 }
 
-// Elements of P, of which one bit of a word is the sign; see optim/rng.py.
+// Draws elements of P that are signs, one bit of a word each; see optim/rng.py.
 inline void draw_signs(const Projections& launch, const Projection& t, int64_t at, int64_t end) {
     const uint64_t key = key_of(t);
     const int64_t words = (t.width + 31) / 32;
@@ -50,7 +51,7 @@ inline void draw_signs(const Projections& launch, const Projection& t, int64_t a
     }
 }
 
-// A part of P as it is at the next step.
+// Draws a part of P for the next step.
 inline void draw(const Projections& launch, int64_t number) {
     const Part part = launch.draws[number];
     const Projection& t = launch.tensors[part.tensor];
@@ -62,7 +63,7 @@ inline void draw(const Projections& launch, int64_t number) {
         store_p(launch, t, at, normals(key, at), at_most(kLanes, end - at));
 }
 
-// The channels of a part, and which of a pack's have had a usable element so far.
+// The channels of a part, and which of each pack have had a usable element so far.
 struct Channels {
     const Projection& t;
     const char* const grad;
@@ -78,13 +79,13 @@ struct Channels {
 
     HD F load(int64_t at, int n) const { return load_as(dtype, grad, at, n); }
     HD int64_t begin(int pack) const { return first + pack * kLanes; }
-    // How many channels there are.
+    // How many of a pack's channels exist.
     HD int count(int pack) const {
         return begin(pack) < t.length ? at_most(kLanes, t.length - begin(pack)) : 0;
     }
 };
 
-// The rows of a square as its columns.
+// Transposes a square.
 HD void transposed(const F (&rows)[kLanes], F (&cols)[kLanes]) {
     alignas(64) float square[kLanes][kLanes], turned[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i) store_f32(square[i], rows[i], kLanes);
@@ -93,7 +94,7 @@ HD void transposed(const F (&rows)[kLanes], F (&cols)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) cols[i] = load_f32(turned[i], kLanes);
 }
 
-// A panel: (width, kChannels).
+// Fills a panel: (width, kChannels).
 inline void lay_out(Channels& c, float* panel) {
     const int64_t width = c.t.width;
     for (int pack = 0; pack < kPacksOfPart; ++pack) {
@@ -123,8 +124,8 @@ inline void lay_out(Channels& c, float* panel) {
     }
 }
 
-// kExact: fp32 holds the product, so that a multiplication and an addition give what one
-// instruction for both does, where there is one.
+// kExact: fp32 holds the product exactly, so that a multiplication and an addition give the same as
+// a fused instruction, where there is one.
 template <bool kExact>
 HD F plus_product(F sum, F a, F b) {
 #if defined(__FMA__) || defined(__ARM_NEON)
@@ -133,15 +134,15 @@ HD F plus_product(F sum, F a, F b) {
     return sum + a * b;
 }
 
-// An element of P G, not a number in a channel without a usable element.
+// Stores elements of P G, NaN in a channel without a usable element.
 HD void put_product(const Channels& c, int64_t row, int pack, F x) {
     const Mask usable = mask_of(c.usable[pack]);
     x = select(usable, x, as_float(U(0x7FC00000u)));
     if (const int n = c.count(pack)) store_f32(c.t.low + row * c.t.length + c.begin(pack), x, n);
 }
 
-// Sums of products of kCount rows of P and kPacks packs of channels.  The indices are constants,
-// without which the compiler would keep them in memory.
+// Sums of products of kCount rows of P and kPacks packs of channels.  The indices are constants;
+// otherwise the compiler would keep the sums in memory.
 template <int kCount>
 struct Sums {
     using All = std::make_integer_sequence<int, kCount * kPacks>;
@@ -151,7 +152,7 @@ struct Sums {
     HD void clear(std::integer_sequence<int, I...>) {
         ((of[I] = F(0.f)), ...);
     }
-    // One line more, for elements of P that are `stride` apart.
+    // Adds a line; the elements of P are `stride` apart.
     template <bool kExact, int... I>
     HD void add(std::integer_sequence<int, I...>, const float* p, int64_t stride,
                 const float* line) {
@@ -160,7 +161,7 @@ struct Sums {
         ((of[I] = plus_product<kExact>(of[I], F(p[I / kPacks * stride]), g[I % kPacks])), ...);
     }
 #if defined(WITH_PAIRS)
-    // Two lines more, or one where P has no element for the second.
+    // Adds two lines, or one if P has no element for the second.
     template <int... I>
     WITH_PAIRS HD void add_pair(std::integer_sequence<int, I...>, const uint16_t* p, int64_t stride,
                                 bool both, const float* line) {
@@ -206,7 +207,7 @@ struct Multiply {
 };
 
 #if defined(WITH_PAIRS)
-// The same where both have bf16 and the machine multiplies pairs of them.
+// The same, if both are bf16 and the machine multiplies pairs of them.
 struct MultiplyPairs {
     template <int kCount>
     WITH_PAIRS static void rows(const Channels& c, int64_t row, const float* panel) {
@@ -224,7 +225,8 @@ struct MultiplyPairs {
     }
 };
 
-// Of two lines, in bf16: a panel (ceil(width / 2), kChannels), where the second is the upper half.
+// Combines pairs of lines, in bf16: a panel (ceil(width / 2), kChannels) with the second of each
+// pair as the upper half.
 inline void pair_up(float* panel, int64_t width) {
     for (int64_t d = 0; d < width; d += 2)
         for (int at = 0; at < kChannels; at += kLanes) {
@@ -245,7 +247,7 @@ inline void multiply(const Channels& c, const float* panel) {
     for (; row < c.t.rank; ++row) By::template rows<1>(c, row, panel);
 }
 
-// A part of P G.
+// Computes a part of P G.
 inline void project(const Projections& launch, int64_t number, float* panel) {
     Channels c(launch, launch.channels[number]);
     lay_out(c, panel);
@@ -259,7 +261,7 @@ inline void project(const Projections& launch, int64_t number, float* panel) {
     multiply<Multiply<true>>(c, panel);
 }
 
-// The factors of channels; or, of a tensor that has one for all, its parts' sums.
+// The factors of channels; or, for a tensor with a single factor, the sums of its parts.
 inline void lengths(const Projections& launch, int64_t number) {
     const Part part = launch.channels[number];
     const Projection& t = launch.tensors[part.tensor];
@@ -301,7 +303,7 @@ inline void whole(const Projections& launch, int64_t number) {
     for (int64_t i = 0; i < t.length; ++i) t.factors[i] = x;
 }
 
-// The number'th item of a step, `panel` being room for a panel.
+// Runs the number'th item of a step; `panel` is memory for a panel.
 inline void run_projection(ProjectionStep step, const Projections& launch, int64_t number,
                            float* panel) {
     switch (step) {
@@ -316,7 +318,7 @@ inline void run_projection(ProjectionStep step, const Projections& launch, int64
     }
 }
 
-// Whether project() wants P in bf16 where the gradient is.
+// Whether project() expects P in bf16 if the gradient is bf16.
 inline bool multiplies_pairs() {
 #if defined(WITH_PAIRS)
     return __builtin_cpu_supports("avx512bf16");

@@ -1,9 +1,9 @@
-// APOLLO on a GPU, beside the matrix products and the engine's own steps: P is drawn, P G is looked
-// at (or computed, where it has few rows), and the lengths of its channels are compared with those
-// of the step that was made of it.
+// APOLLO on a GPU, besides the matrix products and the engine's own steps: P is drawn, P G is
+// checked (or computed, if it has few rows), and the lengths of its channels are compared with
+// those of the step computed from it.
 //
-// A block has kChannels neighbouring channels of one tensor: its lanes are the channels where
-// memory runs along these, and its warps share what runs across.  Sums are taken in a fixed order.
+// A block has kChannels neighbouring channels of one tensor: if memory runs along the channels, its
+// lanes are the channels and its warps share the other dimension.  Sums are taken in a fixed order.
 #pragma once
 
 #include "engine/projected.h"
@@ -14,9 +14,9 @@ namespace projected {
 
 constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = 32 * kWarps;
-// Elements of P are at least 2^-8 where they are not 0, so an element of G that is too large to be
-// used (2^48) adds at least 2^40 to a row of P G.  To stay unseen it must be cancelled by others to
-// one part in 2^8, in every one of more than kWarps rows.
+// Elements of P are at least 2^-8 if they are not 0, so an element of G that is too large to be
+// used (2^48) adds at least 2^40 to a row of P G.  To go undetected it must be cancelled by others
+// to one part in 2^8, in every one of more than kWarps rows.
 constexpr float kLargestProduct = 0x1p32f;
 
 HD int lane_of_warp() { return int(threadIdx.x) % 32; }
@@ -35,7 +35,7 @@ HD T sum_of_warp(T x) {
     return x;
 }
 
-// One lane of a pack; what the others would take is not computed.
+// One lane of a pack; the others are not computed.
 HD float alone(F x) { return x.r[0]; }
 HD uint32_t alone(U x) { return x.r[0]; }
 
@@ -45,7 +45,7 @@ HD float element(const void* from, int64_t at) {
     const uint16_t half = static_cast<const uint16_t*>(from)[at];
     return kDtype == kBFloat16 ? float_of_bf16(half) : alone(from_fp16(U(uint32_t(half))));
 }
-// x is a number that bf16 has.
+// x is exact in bf16.
 template <int32_t kDtype>
 HD void put_element(void* to, int64_t at, float x) {
     if (kDtype == kFloat32) {
@@ -56,10 +56,10 @@ HD void put_element(void* to, int64_t at, float x) {
     }
 }
 
-// Not so of what is not a number.
+// False for NaN.
 HD bool within(float x, float limit) { return x <= limit && x >= -limit; }
 
-// An element of a gradient, 0 where it is not usable; `some` becomes true where it is.
+// An element of a gradient, 0 if it is not usable; `some` becomes true if it is.
 template <int32_t kDtype>
 HD float usable_element(const void* grad, int64_t at, bool& some) {
     const float g = element<kDtype>(grad, at);
@@ -68,10 +68,10 @@ HD float usable_element(const void* grad, int64_t at, bool& some) {
     return ok ? g : 0.f;
 }
 
-// An element of P G, not a number in a channel without a usable element.
+// An element of P G, NaN in a channel without a usable element.
 HD float product(float sum, bool some) { return some ? sum : __uint_as_float(0x7FC00000u); }
 
-// P as it is at the next step.
+// Draws P for the next step.
 template <int32_t kDtype, bool kSigns>
 __global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* launch) {
     const Part part = launch->draws[blockIdx.x];
@@ -89,11 +89,11 @@ __global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* la
     }
 }
 
-// P G in a channel that has an element which is not usable, from those that are.
+// P G in a channel that has unusable elements, from the usable ones.
 template <int32_t kDtype>
 HD void project_again(const Projection& t, const void* grad, int64_t channel) {
     const int64_t apart = t.tall ? 1 : t.length, first = t.tall ? channel * t.width : channel;
-    bool some = true;  // until the first row has seen that there is none
+    bool some = true;  // until the first row has found that there is none
     for (int64_t row = warp_of_block(); row < t.rank; row += kWarps) {
         float sum = 0.f;
         bool found = false;
@@ -107,8 +107,8 @@ HD void project_again(const Projection& t, const void* grad, int64_t channel) {
     }
 }
 
-// P G of a library's, which knows nothing of unusable elements: where there is one, it is not
-// finite or very large, and is computed again.
+// Repairs P G from a library, which ignores usability: with an unusable element it is very large or
+// not finite, and is computed again.
 template <int32_t kDtype>
 __global__ __launch_bounds__(kThreads, 1) void mend_kernel(const Projections* launch) {
     __shared__ uint32_t of_warps[kWarps];
@@ -130,7 +130,7 @@ __global__ __launch_bounds__(kThreads, 1) void mend_kernel(const Projections* la
         if (suspects >> i & 1u) project_again<kDtype>(t, grad, first + i);
 }
 
-// P G of at most kRows rows.  G is read once, with its channels along memory,
+// P G of at most kRows rows, with one read of G; here memory runs along the channels.
 template <int32_t kDtype, int kRows>
 HD void project_along(const Projection& t, const void* grad, int64_t first) {
     __shared__ float sums_of_warps[kWarps][kRows][kChannels];
@@ -151,7 +151,7 @@ HD void project_along(const Projection& t, const void* grad, int64_t first) {
     if (lane == 0) some_of_warps[warp] = usable;
     __syncthreads();
     if (warp >= t.rank || channel >= t.length) return;
-    float sum = 0.f;  // of the row that is this warp's
+    float sum = 0.f;  // of this warp's row
     uint32_t usables = 0;
     UNROLLED for (int other = 0; other < kWarps; ++other) {
         sum = sum + sums_of_warps[other][warp][lane];
@@ -160,7 +160,7 @@ HD void project_along(const Projection& t, const void* grad, int64_t first) {
     t.low[warp * t.length + channel] = product(sum, (usables >> lane & 1u) != 0);
 }
 
-// or across.
+// The same, if memory runs across the channels.
 template <int32_t kDtype, int kRows>
 HD void project_across(const Projection& t, const void* grad, int64_t first) {
     constexpr int kOwn = kChannels / kWarps;
@@ -187,7 +187,7 @@ HD void project_across(const Projection& t, const void* grad, int64_t first) {
     }
 }
 
-// The 2 is blocks that a processor holds, whose loads are under way together.
+// The 2 is the number of blocks that a multiprocessor holds, whose loads overlap.
 template <int32_t kDtype, int kRows>
 __global__ __launch_bounds__(kThreads, 2) void few_kernel(const Projections* launch) {
     static_assert(kRows <= kWarps, "a warp sums a row");
@@ -199,7 +199,7 @@ __global__ __launch_bounds__(kThreads, 2) void few_kernel(const Projections* lau
     project_along<kDtype, kRows>(t, grad, first);
 }
 
-// The factors of channels; or, of a tensor that has one for all, its parts' sums.
+// The factors of channels; or, for a tensor with a single factor, the sums of its parts.
 template <bool kWhole>
 __global__ __launch_bounds__(kThreads, 1) void lengths_kernel(const Projections* launch) {
     __shared__ double of_warps[kWarps][2][kChannels];
@@ -236,12 +236,12 @@ __global__ __launch_bounds__(kThreads, 1) void lengths_kernel(const Projections*
     if (lane == 0) sums[0] = step_sq, sums[1] = low_sq;
 }
 
-// The one factor of each tensor, a block to each.
+// The one factor of each tensor, a block for each.
 __global__ __launch_bounds__(kThreads, 1) void whole_kernel(const Projections* launch) {
     const Projection& t = launch->tensors[blockIdx.x];
     const double* sums = launch->sums + 2 * t.first_part;
     const int64_t parts = (t.length + kChannels - 1) / kChannels;
-    double step_sq = 0, low_sq = 0;  // of every warp the same
+    double step_sq = 0, low_sq = 0;  // the same in every warp
     for (int64_t part = lane_of_warp(); part < parts; part += 32) {
         step_sq += sums[2 * part];
         low_sq += sums[2 * part + 1];

@@ -1,10 +1,10 @@
-// What a thread of a GPU has of a tile's rows in memory.
+// How a thread of a GPU accesses a tile's rows in memory.
 //
-// A block of two warps runs a tile, each thread being two packs of four columns of a row.  Four
+// A block of two warps runs a tile; each thread has two packs of four columns of a row.  Four
 // threads share a block of 32 columns: each has four neighbours of its first half and the four that
-// are sixteen further.  So the halves share words of random bits within a thread, a row comes in
-// two vectors, and a block of 128 or 256 columns never leaves its warp.  Rows need no barrier but
-// where their sums are taken, once in eight rows.
+// are sixteen further.  So the halves share words of random bits within a thread, a row is two
+// vectors, and a block of 128 or 256 columns stays within a warp.  Rows need no barrier except when
+// their sums are taken, once in eight rows.
 #pragma once
 
 #include "core/random.h"
@@ -21,7 +21,7 @@ struct ThreadRows {
     static constexpr int kThreadCols = kSpan * kLanes;
     static constexpr unsigned kWarp = 0xFFFFFFFFu;
 
-    // Unsigned in between: the compiler is to see which bits of a column are known.
+    // Unsigned intermediate values, so that the compiler sees which bits of a column are known.
     HD static int thread() { return int(threadIdx.x); }
     HD static int warp() { return int(threadIdx.x / 32); }
     HD static int block() { return int(threadIdx.x / 4); }  // of 32 columns
@@ -37,7 +37,7 @@ struct ThreadRows {
 
     HD static float4 four(F x) { return make_float4(x.r[0], x.r[1], x.r[2], x.r[3]); }
 
-    // A thread has four words of a row's, which Place keeps.
+    // A thread uses four of a row's random words, which Place keeps.
     using RowDraws = SharedDraws;
     HD static void make_words(U& words, uint64_t key, int64_t row, int64_t cols, int64_t col) {
         Words of_row(key);
@@ -45,7 +45,7 @@ struct ThreadRows {
         words = of_row.at(column(0));
     }
 
-    // Calls f, whose two copies know which of the two a tile is.
+    // Calls f in one of two copies, each compiled for one value of `whole`.
     template <class PlaceT, class Function>
     HD static void knowing(const PlaceT& place, Function&& f) {
         if (place.whole)
@@ -54,8 +54,8 @@ struct ThreadRows {
             f();
     }
 
-    // A thread's elements of the rows of a tile in memory.  Those of a row are stored when all have
-    // been put; those of a whole tile's next kAhead rows are under way while one is computed, and a
+    // A thread's elements of the rows of a tile in memory.  A row's are stored when all have been
+    // put.  In a whole tile those of the next kAhead rows are loaded while one is computed, and a
     // thread has all of its columns or none.
     template <class T, int kAhead = 1>
     struct Row {
@@ -64,7 +64,7 @@ struct ThreadRows {
         using Vectors = uint32_t[kSpan][kWords];
         using Element = Choice<kWords == 4, uint32_t, Choice<kWords == 2, uint16_t, uint8_t>>;
 
-        T* mine;  // where the thread's first would be, were the tile's first element the tensor's
+        T* mine;  // the thread's first element; place.element is added on access
         int width;
         Vectors read, ahead[kAhead], written;
 
@@ -80,13 +80,13 @@ struct ThreadRows {
             }
         }
 
-        // To be put.
+        // To write a row.
         template <class PlaceT>
         HD void open(const PlaceT&, T* data, int64_t, int row_width) {
             mine = data + column(0);
             width = row_width;
         }
-        // To be read.
+        // To read a row.
         template <class PlaceT>
         HD void begin(const PlaceT& place, T*, int64_t, int row_width) {
             width = row_width;
@@ -129,7 +129,7 @@ struct ThreadRows {
             }
         }
 
-        // Of floats and halves of either kind: whether no exponent has its highest bit.
+        // For fp32, bf16 and fp16: whether no exponent has its highest bit set.
         HD bool all_below_two() const {
             uint32_t bits = 0;
             UNROLLED for (int i = 0; i < kSpan; ++i) {
@@ -166,7 +166,7 @@ struct ThreadRows {
         HD void put_u8(int i, int, int, U x) { written[i][0] = word_of_bytes(x); }
 
        private:
-        // For the n'th row from this one on, or, where the tile has none, for this one.
+        // Loads the n'th row from this one on, or this one if the tile has no such row.
         template <class PlaceT>
         HD void ask(const PlaceT& place, int n, Vectors& words) {
             const bool exists = n == 1 ? place.more : place.at_row + n < place.num_rows();
@@ -178,19 +178,19 @@ struct ThreadRows {
         HD Element* row_of(const PlaceT& place) const {
             return (Element*)(mine - column(0) + place.element);
         }
-        // Where elements become words, one by one, and the other way.
+        // Where single elements are combined into words, and words split into elements.
         HD static Element* room() {
             alignas(16) __shared__ Element of_threads[kTileThreads * kLanes];
             return of_threads + thread() * kLanes;
         }
     };
 
-    // The same of one bit a column, lowest first.
+    // The same for one bit per column, lowest first.
     struct Bits {
-        uint8_t *at, *next;  // the thread's byte, of this row and of the one that is asked for
+        uint8_t *at, *next;  // the thread's byte, of this row and of the one to be loaded
         int64_t pitch;
         int width;
-        uint32_t read, ahead, written;  // the packs' from bits 0 and 16 on
+        uint32_t read, ahead, written;  // the two packs' bits from 0 and 16 on
 
         template <class PlaceT>
         HD void start(const PlaceT& place, uint8_t* data) {
@@ -232,8 +232,8 @@ struct ThreadRows {
         }
     };
 
-    // A number for each block of kBlock columns of a row: the thread's, and that of the next row
-    // under way.
+    // A number for each block of kBlock columns of a row: the thread's, with that of the next row
+    // loaded ahead.
     template <class T, int kBlock>
     struct PerBlock {
         T *at, *next;
@@ -255,7 +255,7 @@ struct ThreadRows {
             if (place.more && exists(place)) ahead = *next;
         }
         HD T load(int) const { return value; }
-        // By one of the threads that have the block, if it exists.
+        // Written by one of the threads that share the block, if it exists.
         HD void store(int, T x, int width) {
             if (thread() % (kBlock / kThreadCols) == 0 && number() * kBlock < width) *at = x;
         }

@@ -1,5 +1,5 @@
-// What a rule keeps of every Options::slice'th element of a parameter: its first weight, and a sum
-// of its gradients.  A tile sees to its own, row by row, before their weights move.
+// What a rule keeps for every Options::slice'th element of a parameter: its initial weight, and a
+// sum of its gradients.  A tile updates its own, row by row, before their weights move.
 //
 // Mishchenko & Defazio 2023 (Prodigy, https://arxiv.org/abs/2306.06101), Alg. 4, the lines of r and
 // s.
@@ -67,7 +67,7 @@ struct SampleRows {
     }
 };
 
-// Of a rule that keeps nothing.
+// For a rule that keeps nothing.
 struct NoSamples {
     HD NoSamples(const Place&) {}
     template <class GradT, class WeightT>

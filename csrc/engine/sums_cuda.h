@@ -1,5 +1,5 @@
-// What a thread of a GPU has of a tile's sums and factors, over rows and along columns: in shared
-// memory, registers being what limits the number of warps.
+// A GPU thread's part of a tile's sums and factors, over rows and along columns: in shared memory,
+// because registers limit the number of warps.
 #pragma once
 
 #include "engine/rows_cuda.h"
@@ -13,18 +13,18 @@ extern __shared__ __align__(16) float shared_room[];
 #endif
 
 struct ThreadSums : ThreadRows {
-    // Eight rows are kept until an eighth of the threads can sum each.
+    // Eight rows are collected; then an eighth of the threads sums each.
     struct RowSums {
         static constexpr int kRows = 8;
         static constexpr int kPitch = 16 * 17;  // 16 blocks of 16 lanes; rows begin half the banks
                                                 // apart
         static constexpr int kRoom = kRows * kPitch;
-        // Floats of shared memory that a factored moment has: this room, one for each column, and
+        // Floats of shared memory that a factored moment uses: this room, one for each column, and
         // one for each row.
         static constexpr int kShared = kRoom + kTileCols + kTileRows;
 
         float *to, *room;
-        float4* mine;  // of the room
+        float4* mine;  // the thread's part of `room`
         int last;
         F pairs;
 
@@ -74,12 +74,12 @@ struct ThreadSums : ThreadRows {
         }
     };
 
-    // A number for each of a tile's columns.  Each thread keeps its own elements in shared memory:
-    // registers are what limits the number of warps.
+    // A number for each of a tile's columns.  Each thread keeps its own elements in shared memory,
+    // because registers limit the number of warps.
     struct Kept {
         float4* at;
 
-        // Of the one moment whose roots are asked for.
+        // For the one moment whose roots are needed.
         HD void begin(F*) {
             alignas(16) __shared__ float roots_of_columns[kTileCols];
             begin_in(roots_of_columns);

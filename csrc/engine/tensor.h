@@ -1,7 +1,7 @@
-// What happens to a tensor between the passes over its tiles: scalars, factors, and nothing else.
+// What is computed for a tensor between the passes over its tiles: scalars and factors only.
 //
-// Sums of tiles are added in their order, in fp64, so the result does not depend on who computed
-// them.
+// Sums of tiles are added in the tiles' order, in fp64, so the result does not depend on which
+// thread computed them.
 #pragma once
 
 #include "codecs/float8.h"
@@ -10,7 +10,7 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-// The Hyper of a tensor's next step.
+// The Hyper of a tensor's step t.
 HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule) {
     Hyper h{};
     h.t = t;
@@ -50,13 +50,13 @@ struct Factors {
         return codec == kFactored || codec == kFactoredSign;
     }
 
-    // State -> workspace, and zeros up to the padding.
+    // State -> workspace, padded with zeros.
     HD void read() const {
         read(row, rows, moment.parts[0], moment.parts[2]);
         read(col, cols, moment.parts[1], moment.parts[3]);
     }
 
-    // Workspace -> state, rounded where they are kept in codes.
+    // Workspace -> state, rounded if they are stored as codes.
     HD void write(const Hyper& h) const {
         uint64_t key = mix(h.key, uint64_t(moment.salt));
         write(row, rows, moment.parts[0], moment.parts[2], mix(key, 'r'));
@@ -104,7 +104,7 @@ struct Factors {
     }
 };
 
-// What the phases ask of a tensor's rule (`Rule` in core/features.h).
+// What the phases need to know about a tensor's rule (`Rule` in core/features.h).
 struct Traits {
     bool counts, square_first, has_residual, slow_stored, square_stored;
 };
@@ -146,7 +146,7 @@ HD void reduce(const Launch& launch, int64_t member, const Tensor& tensor, SlotI
     Exec::sync();
 }
 
-// The sum over a tensor's tiles of what f(its sums) gives.
+// The sum of f(sums) over a tensor's tiles.
 template <class Function>
 HD double total(const Launch& launch, int64_t member, Function&& f) {
     const int64_t first = launch.first_tile[member];
@@ -154,8 +154,8 @@ HD double total(const Launch& launch, int64_t member, Function&& f) {
                         [&](int64_t i) INLINED { return double(f(launch.sums[first + i])); });
 }
 
-// Counts the step (where the rule is one by itself), derives its Hyper and decodes the factors,
-// rows divided by their mean.
+// Counts the step (if the rule counts as one), derives its Hyper and decodes the factors, with rows
+// divided by their mean.
 HD void begin(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     if (Exec::leads()) {
@@ -192,7 +192,7 @@ HD bool wants_factor(const Tensor& tensor, int32_t rule) {
 HD bool wants_residual(const Tensor& tensor, int32_t rule) {
     return traits_of(tensor, rule).has_residual && Factors::exist(tensor, kSlow);
 }
-// Whether a factored moment's new factors are made of what `apply` has stored.
+// Whether a factored moment's new factors are computed from what `apply` has stored.
 HD bool wants_new_factors(const Tensor& tensor, SlotId slot, int32_t rule) {
     const Traits traits = traits_of(tensor, rule);
     return Factors::exist(tensor, slot) && (slot != kSquare || traits.square_stored) &&
@@ -221,7 +221,7 @@ HD void after_measure(const Launch& launch, int64_t member) {
         if (length > o.grad_clip) coefficient *= o.grad_clip / length;
     }
     if (has(h, kOrthograd)) {
-        // What is left of a gradient parallel to w is rounding noise, and is not blown up.
+        // What is left of a gradient parallel to w is rounding noise, and is not scaled up.
         double rho = weight_grad / (weight_sq + 1e-30);
         double rest_sq = grad_sq - 2 * rho * weight_grad + rho * rho * weight_sq;
         coefficient *= rest_sq > 1e-12 * grad_sq ? ::sqrt(grad_sq / rest_sq) : 0.0;
@@ -235,14 +235,14 @@ HD void after_measure(const Launch& launch, int64_t member) {
     }
 }
 
-// The new means of a factored moment that was summed in a pass of its own, and of them the factors
-// of 1 / sqrt of what it is over its bias correction.
+// The new means of a factored moment that was summed in a pass of its own, and from them the
+// factors of 1 / sqrt of the bias-corrected moment, with eps added to its factors.
 HD void average(const Launch& launch, int64_t member, SlotId slot, double beta, double inv_bias,
                 double eps) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     Factors f(launch, member, tensor, slot);
-    // The decoded moment's own row means: its columns' mean is not exactly its rows' where they are
-    // codes.
+    // The decoded moment's own row means: if the means are codes, the mean of the columns is not
+    // exactly that of the rows.
     double col_mean = Factors::mean(f.col, f.cols), any = Factors::mean(f.row, f.rows) > 0 ? 1 : 0;
     reduce(
         launch, member, tensor, slot,
@@ -277,8 +277,7 @@ HD void after_residual(const Launch& launch, int64_t member) {
     average(launch, member, kSlow, o.beta3, 1, o.eps_scale);
 }
 
-// Fira's limiter (Chen et al. 2024, arXiv 2410.01623): what an update of this length is multiplied
-// by.
+// Fira's limiter (Chen et al. 2024, arXiv 2410.01623): the factor of an update of this length.
 HD double limited(const Tensor& tensor, const Options& o, double length) {
     float& previous = *pointer<float>(tensor.update_norm);
     double scale = 1;
@@ -288,7 +287,7 @@ HD double limited(const Tensor& tensor, const Options& o, double length) {
     return scale;
 }
 
-// The limiter, then Adafactor's clip on what it left.
+// The limiter, then Adafactor's clip of its result.
 HD void after_norm(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     const Options& o = launch.options[tensor.group];
@@ -309,7 +308,7 @@ HD void after_norm(const Launch& launch, int64_t member) {
     h.update_scale *= float(scale);
 }
 
-// The limiter, of a settled update.
+// The limiter for a settled update.
 HD void after_limit(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     Hyper& h = launch.hypers[member];
@@ -331,7 +330,7 @@ HD void after_align(const Launch& launch, int64_t member) {
 }
 
 // The new factors of the moments, the count of unusable elements, the tensor's shares of d, and the
-// RMS the next clip goes by.
+// RMS for the next step's lagged clip.
 HD void finish(const Launch& launch, int64_t member) {
     const Tensor& tensor = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];

@@ -2,14 +2,14 @@
 //
 // A step is up to seven passes over a bucket's tiles, each a loop over the rows of a strip of them
 // (engine/place.h), the tiles of a row and the vectors of a tile's row.  The later passes evaluate
-// the rule again rather than keep what it gave:
+// the rule again instead of storing its results:
 //
-//   measure  sums of g^2, w g, w^2     as clipping, OrthoGrad or parameter scaling ask for them
-//   factor   row and column sums of g^2   where the rule needs its new factors before its update
-//   norm     sum of u^2                where the growth limiter or the RMS clip ask for it
-//   residual row and column sums of what the clipped update has left   where the rule has such
-//   limit    sum of u^2 once more      where the growth limiter asks for the settled update's
-//   align    how many u agree with g   where `cautious` asks for it
+//   measure  sums of g^2, w g, w^2     if clipping, OrthoGrad or parameter scaling need them
+//   factor   row and column sums of g^2   if the rule needs its new factors before its update
+//   norm     sum of u^2                if the growth limiter or the RMS clip needs it
+//   residual row and column sums of the clipped update's residual   if the rule has one
+//   limit    sum of u^2, settled       if the growth limiter needs that of the settled update
+//   align    how many u agree with g   if `cautious` needs it
 //   apply    moments and weights
 #pragma once
 
@@ -20,15 +20,15 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-// Room for one row of a tile.  It is apart from the slots so that those can live in registers.
+// Buffers for one row of a tile, separate from the slots so that those can stay in registers.
 struct Scratch {
     F grad[Exec::kSpan], weight[Exec::kSpan], update[Exec::kSpan];
     SlotScratch slots[kSlots];
     U words[Exec::kSpan / 2];
 };
 
-// What the loops over elements know of a tensor's step.  An access tells the compiler which
-// questions need not be asked.
+// A tensor's Hyper for the loops over elements.  From the access, the compiler knows some of it and
+// drops the checks.
 template <class Access>
 HD Hyper hyper_of(const Place& p) {
     Hyper h = p.hyper;
@@ -56,7 +56,7 @@ HD void begin_row(const Place& p, Access& a, int64_t row, int width) {
 }
 
 // Calls f(clean) with a constant: whether all gradient elements of the row are known to be usable,
-// so that none of its vectors need be asked, and the rule's usual case holds.
+// so that its vectors need no check, and the rule's usual case holds.
 template <class GradT, class Function>
 HD void with_row(const GradT& grad, bool usual, int width, Function&& f) {
     if (usual && grad.clean(width)) return f(Constant<true>());
@@ -87,7 +87,7 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     e.direction = Access::R::direction(h, e.g, e.after);
     if (Access::kPlain)
         e.settled =
-            e.direction;  // its scale waits for the step size: nothing in between depends on it
+            e.direction;  // scaled together with the step size: nothing between depends on it
     else
         e.settled = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) *
                     h.settled_scale;
@@ -95,13 +95,13 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     return e;
 }
 
-// In place of an operand that a pass does not look at.
+// In place of an operand that a pass does not read.
 struct Unread {
     HD Unread(const Place&, F*) {}
     HD void begin_row(int64_t, int) {}
 };
 
-// The sums of what is read: <g, w> where both are.
+// The sums of squares of what is read, and <g, w> if both are.
 template <class GradT, class WeightT>
 HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
     constexpr bool kGrad = !is_same<GradT, Unread>, kWeight = !is_same<WeightT, Unread>;
@@ -146,7 +146,7 @@ HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
     });
 }
 
-// An element without a usable gradient contributes the average it has, and is counted.
+// An element without a usable gradient contributes its old average, and is counted.
 template <class GradT, int64_t kFlags = ~int64_t(0)>
 HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
@@ -191,7 +191,7 @@ HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
     });
 }
 
-// As `factor`, of the rule's residual and the slow moment.
+// As `factor`, for the rule's residual and the slow moment.
 template <class Access>
 HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
@@ -218,7 +218,7 @@ HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
     p.each_tile([&]() INLINED { average.end(); });
 }
 
-// kSettled: of the settled update.
+// kSettled: of the settled update instead of the direction.
 template <class Access, bool kSettled>
 HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
@@ -325,7 +325,7 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
                 Exec::each(width, [&](int i, int col, int n)
                                       INLINED { write(i, col, n, scratch.update[i]); });
         });
-        if (!Access::kRoundsWithin) p.make_words(row);  // late: they take registers
+        if (!Access::kRoundsWithin) p.make_words(row);  // late, as they occupy registers
         a.fast.end_row(row, width);
         a.slow.end_row(row, width);
         a.square.end_row(row, width);

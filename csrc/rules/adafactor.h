@@ -28,7 +28,7 @@ struct AdafactorVector : Rule {
         return g / sqrt(max(s.square * h.square_scale + h.eps, F(0x1p-126f)));
     }
 
-    // The first moment is of the clipped update.
+    // The first moment averages the clipped update.
     HD static F settled(const Hyper& h, F u, Moments& s) {
         if (!has(h, kFirstMoment)) return u;
         s.fast = lerp(s.fast, u, h.weight1);

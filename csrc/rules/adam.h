@@ -29,7 +29,7 @@ struct Adam : Rule {
     static constexpr int64_t kOwnFlags = kSlowMoment;
     static constexpr bool kHasUnit = true;
 
-    // The bias corrections c1, c2 are taken out of the elements' arithmetic:
+    // The bias corrections c1, c2 are moved out of the arithmetic of elements:
     //   (m / c1) / (sqrt(v / c2) + eps) = unit * m / (sqrt(v) + eps sqrt(c2)),  unit = sqrt(c2) /
     //   c1.
     HD static void prepare(const Options& o, Hyper& h) {

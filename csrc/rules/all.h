@@ -1,4 +1,5 @@
-// Every rule, once: what launches, descriptions and phases know of the rules follows from here.
+// The list of rules: everything that launches, descriptions and phases know of them is derived from
+// it.
 #pragma once
 
 #include "rules/adafactor.h"
@@ -14,7 +15,7 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-// A rule; or two, of which the second serves tensors whose second moment is factored.
+// A rule; or two, the second for tensors whose second moment is factored.
 template <class RuleT, class FactoredT = RuleT>
 struct Entry {
     static constexpr const char* kName = RuleT::kName;
@@ -32,7 +33,7 @@ struct List {
     static constexpr int kCount = sizeof...(Entries);
     static constexpr const char* kNames[] = {Entries::kName...};
 
-    // Calls f(rule) with the one of this number.
+    // Calls f with the rule of this number.
     template <class Function>
     HD static void visit(int32_t number, bool factored, Function&& f) {
         int32_t at = 0;

@@ -1,6 +1,6 @@
 // CAME -- Luo et al. 2023, https://arxiv.org/abs/2307.02047, Alg. 2: Adafactor's clipped update,
-// averaged, over the root of its instability, the average of (u - m)^2.  No average is corrected
-// for having started at zero.
+// averaged, over the root of its instability, the average of (u - m)^2.  No average is
+// bias-corrected.
 #pragma once
 
 #include "core/features.h"
@@ -34,7 +34,7 @@ struct CameMatrix : CameVector {
     HD static F settled(const Hyper& h, F u, Moments& s) {
         return CameVector::settled(h, u, s) * min(s.slow, F(0x1p63f));
     }
-    // What the instability is an average of: how far the clipped update is from its average.
+    // What the instability averages: the squared distance of the clipped update from its average.
     HD static F residual(F u, const Moments& after) {
         const F apart = u - after.fast;
         return apart * apart;

@@ -1,5 +1,5 @@
 // Prodigy -- Mishchenko & Defazio 2023, https://arxiv.org/abs/2306.06101, Alg. 4: Adam, or Lion, on
-// d g with steps of d lr.  d is that of the steps before; optim/prodigy.py moves it.
+// d g with steps of d lr.  d comes from the steps before; optim/prodigy.py updates it.
 #pragma once
 
 #include "core/features.h"
@@ -21,10 +21,10 @@ struct DistanceAdapted : Rule {
         h.lr = h.d * float(o.lr * correction);
         h.decay = float(double(h.lr) * o.weight_decay);
         h.eps = float(double(h.d) * o.eps);
-        // d / d0 where the paper has d, lest sums underflow: its remark on implementation.
+        // d / d0 where the paper has d, so that sums do not underflow (its implementation remark).
         const float growth = h.d / float(o.d0);
         h.learns = o.lr > 0;
-        if (!h.learns) h.weight1 = h.weight2 = 0.f;  // averages wait, as prodigyopt's do
+        if (!h.learns) h.weight1 = h.weight2 = 0.f;  // averages do not change, as in prodigyopt
         h.sum_decay = float(o.beta3);
         h.sum_weight = growth * (has(h, kSafeguardWarmup) ? h.d : h.lr);
         h.progress_weight = growth * h.lr;

@@ -1,5 +1,5 @@
 // APOLLO -- Zhu et al. 2024, https://arxiv.org/abs/2412.05270, Alg. 1, the last two lines: the
-// gradient, each of its channels by a factor that optim/projected.py has found.
+// gradient, with each of its channels multiplied by a factor that optim/projected.py has computed.
 #pragma once
 
 #include "core/features.h"

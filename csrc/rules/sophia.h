@@ -20,7 +20,7 @@ struct Sophia : Rule {
 };
 
 // An estimate: Alg. 3, line 9, of gradients that were multiplied by the root of its scale.  Its
-// rounding is apart from the steps'.
+// rounding draws differ from the steps'.
 struct Curved : Rule {
     static constexpr const char* kName = "curved";
     static constexpr bool kCounts = false;

@@ -1,4 +1,4 @@
-// The engine for whatever the compiler takes for granted: SSE2 on x86-64, NEON on arm64.
+// The engine for the compiler's default target: SSE2 on x86-64, NEON on arm64.
 #define ENGINE_ISA baseline
 #include "engine/isa/define.h"
 
