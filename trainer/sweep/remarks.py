@@ -149,8 +149,8 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
     rows = 1 + sum(one is not None for one in differences)
     if rows > 2:
         yield (
-            f"the intervals are of {rows} rows together: where all are equal, one sweep in twenty "
-            "at most shows any difference (Bonferroni, over all pairs); fewer rows or more seeds "
+            f"the intervals are of {rows} rows together: where all are equal, about one sweep in "
+            "twenty shows any difference (Bonferroni, over all pairs); fewer rows or more seeds "
             "narrow them"
         )
     found = zip(groups, differences, strict=True)
