@@ -163,7 +163,7 @@ class Sophia(FusedOptimizer):
         """
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(
-                f"update_hessian: scale={scale} is not possible; it must be a number > 0(n/2 for "
+                f"update_hessian: scale={scale} is not possible; it must be a number > 0 (n/2 for "
                 "the mean of n squared errors)"
             )
         self._watch.check(self.param_groups)

@@ -46,6 +46,7 @@ PASSED_OVER = {
     ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures and folders are ignored",
     # and those that nothing is said of
     "README.txt LICENSE.txt ._red.png .git/config .hidden.txt red.mask.png notes.md": None,
+    "red.Mask.PNG": None,
 }
 
 

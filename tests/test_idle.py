@@ -160,7 +160,7 @@ def test_fp16_weights_that_small_steps_leave_where_they_are_are_said():
             optimizer.step()
         return 1 - param.mean().item()
 
-    says = "rounding='stochastic' is of bf16 weights alone.*use rounding='kahan' or fp32"
+    says = "rounding='stochastic' applies to bf16 weights only.*use rounding='kahan' or fp32"
     with pytest.warns(optim.IdleOption, match=says) as said:
         assert moved() == 0
     assert len(said) == 1

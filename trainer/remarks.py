@@ -168,7 +168,7 @@ def of_resolution(config: Config, own: int | None) -> list[str]:
     key = "data.resolutions" if config.data.resolutions else "data.resolution"
     return [
         f"{key}={config.data.resolutions or side}: the model was made for {own} x {own} pixels; "
-        f"use data.resolution={own}unless it should learn another size"
+        f"use data.resolution={own} unless it should learn another size"
     ]
 
 

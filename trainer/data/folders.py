@@ -145,8 +145,8 @@ class Beside:
             kind = file.suffix.lower()
             if kind in kinds and file.name not in metadata.READERS:
                 self.texts[_stem(file)].append(file)
-            elif is_mask(file.name) and file.suffix == ".png":
-                self.masks[_stem(file).removesuffix(".mask")] = file
+            elif is_mask(file.name) and kind == ".png":
+                self.masks[_stem(file)[: -len(".mask")]] = file
         for texts in self.texts.values():  # the first is used: .txt before .TXT before .caption
             texts.sort(key=lambda f: (kinds.index(f.suffix.lower()), f.suffix not in given))
 
