@@ -446,6 +446,16 @@ def test_what_takes_longer_beside_the_optimizer_is_the_machines_load(spent, othe
     assert (told in text) == said
 
 
+def test_of_many_rows_that_may_be_equal_those_that_are_not_are_named():
+    losses = {str(row): [0.1 + 0.001 * row, 0.11, 0.12] for row in range(10)} | {"z": [0.9] * 3}
+    text = sweep_table(sweep_of(losses))
+    assert "not shown to differ from the best, optim=0: 9 of 10, all but optim=z (" in text
+    losses.pop("z")
+    assert "not shown to differ from the best, optim=0: 9 of 9 (the" in sweep_table(
+        sweep_of(losses)
+    )
+
+
 def test_runs_on_several_devices_are_said_to_be():
     runs = sweep_of({"a": [0.1], "b": [0.2], "c": [0.3]})
     for run, device in zip(runs, ("X", "X", "Y"), strict=True):

@@ -12,6 +12,7 @@ from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 # Losses before the first step that differ by a larger share were measured on other points.
 _SAME = 0.01
 _ENOUGH_SEEDS = 3
+_NAMED = 8  # groups in a remark; of more the others are named
 _STEADY = 1.25  # slowest / fastest, above which equal steps are said to have varied
 
 
@@ -153,12 +154,18 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
             "twenty shows any difference (Bonferroni, over all pairs); fewer rows or more seeds "
             "narrow them"
         )
-    found = zip(groups, differences, strict=True)
-    tied = [group.name for group, one in found if one and not one.shows_one]
+    found = [(group.name, one) for group, one in zip(groups, differences, strict=True) if one]
+    tied = [name for name, one in found if not one.shows_one]
+    worse = [name for name, one in found if one.shows_one]
     if tied:
+        names = ", ".join(tied)
+        if len(tied) > _NAMED:
+            names = f"{len(tied)} of {len(found)}" + (
+                f", all but {', '.join(worse)}" if worse else ""
+            )
         yield (
-            f"not shown to differ from the best, {groups[0].name}: {', '.join(tied)} (the 95 % "
-            "interval of the difference with the same seeds contains 0)"
+            f"not shown to differ from the best, {groups[0].name}: {names} (the 95 % interval of "
+            "the difference with the same seeds contains 0)"
         )
 
 
