@@ -4,6 +4,8 @@ about a run that changed nothing or made the model worse."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -222,9 +224,14 @@ def _defaults(config: Config, group: str, option: str) -> list[Any]:
     named = {"noise": ["default"], "data": choices_of("data"), "log": ["jsonl"]}
     names = named.get(group) or [getattr(config, group).name]
     files = [conf_dir() / group / f"{name}.yaml" for name in names]
-    values = [OmegaConf.select(OmegaConf.load(file), option) for file in files]
+    values = [OmegaConf.select(_loaded(file), option) for file in files]
     presets = (conf_dir() / "experiment").glob("*.yaml")
-    return values + [OmegaConf.select(OmegaConf.load(p), f"{group}.{option}") for p in presets]
+    return values + [OmegaConf.select(_loaded(p), f"{group}.{option}") for p in presets]
+
+
+@cache
+def _loaded(file: Path) -> Any:
+    return OmegaConf.load(file)
 
 
 def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
