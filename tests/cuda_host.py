@@ -22,6 +22,13 @@ struct Argument {
 """
 
 
+def _compile(*arguments):
+    compiler = sysconfig.get_config_var("CXX").split()[0]
+    flags = ["-std=c++17", "-Og", "-fPIC", "-w", "-ffp-contract=off"]
+    paths = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests'}"]
+    subprocess.run([compiler, *flags, *paths, *arguments], check=True)
+
+
 class Host:
     """In place of a GPU: kernels compiled for this machine, on its memory."""
 
@@ -29,22 +36,26 @@ class Host:
         self.folder, self.loaded, self.launches = folder, {}, 0
         self.num_compiled = 0
 
+    def _read_head(self):
+        """Have the headers read once for all kernels: compilers look for a .gch of that name."""
+        head = self.folder / "head.h"
+        if not head.exists():
+            head.write_text(_HEAD)
+            _compile("-x", "c++-header", head, "-o", head.with_suffix(".h.gch"))
+
     def load(self, names):
         missing = [name for name in dict.fromkeys(names) if name not in self.loaded]
         if missing:
             self.num_compiled += len(missing)
+            self._read_head()
             stem = self.folder / f"kernels{len(self.loaded)}"
             lines = [
                 f'extern "C" void kernel{i}(Argument launch, int grid, int threads) '
                 f"{{ cuda_on_host::run(grid, threads, [=] {{ {name}(launch); }}); }}"
                 for i, name in enumerate(missing)
             ]
-            stem.with_suffix(".cpp").write_text(_HEAD + "\n".join(lines))
-            compiler = sysconfig.get_config_var("CXX").split()[0]
-            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off"]
-            paths = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests'}"]
-            files = [stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so")]
-            subprocess.run([compiler, *flags, *paths, *files], check=True)
+            stem.with_suffix(".cpp").write_text('#include "head.h"\n' + "\n".join(lines))
+            _compile("-shared", stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so"))
             library = ctypes.CDLL(str(stem.with_suffix(".so")))
             for i, name in enumerate(missing):
                 self.loaded[name] = getattr(library, f"kernel{i}")
