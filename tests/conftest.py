@@ -1,6 +1,7 @@
 """What several tests share: a small picture folder, composed configurations, the command line."""
 
 import dataclasses
+import gc
 import os
 import shutil
 import subprocess
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish():
+    """What is imported stays: collections of garbage, of which every run has some, pass it over."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def no_wishes(monkeypatch):
     """Only the test chooses the optimizers' backend; warnings of earlier tests are forgotten."""
@@ -51,6 +58,11 @@ def pictures(tmp_path):
         Image.new("RGB", (80 + 10 * index, 70), colour).save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"a {colour} card\n")
     return folder
+
+
+@cache
+def _register():
+    cli.register()
 
 
 @cache
@@ -139,7 +151,7 @@ def v_schedule(make_schedule):
 
 def compose_raw(*overrides):
     """Hydra's configuration for these overrides, unchecked."""
-    cli.register()
+    _register()
     return explain.composition(list(overrides))
 
 
