@@ -205,15 +205,14 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_kill_at_any_write_leaves_a_whole_folder(tmp_path, replaces):
-    """Die at the n-th fsync, rename or removal while a folder is written; then write it again."""
+    """Die at the n-th fsync, rename or removal while a folder is written; then write it again.
+    Each time in a fork of one process that has the imports."""
     script = tmp_path / "die.py"
     script.write_text(
         """
 import os, shutil, sys
 from pathlib import Path
 from trainer import disk
-folder, text, deadline = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-calls = 0
 def counted(function):
     def call(*args, **kwargs):
         global calls
@@ -222,19 +221,30 @@ def counted(function):
             os._exit(9)
         return function(*args, **kwargs)
     return call
-os.fsync, os.rename, Path.rename, shutil.rmtree = map(
-    counted, (os.fsync, os.rename, Path.rename, shutil.rmtree)
-)
-with disk.whole_folder(folder) as temporary:
-    for name in "ab":
-        (temporary / name).write_text(text)
-print("whole")
+for line in sys.stdin:
+    text, deadline, calls = line.split()[0], int(line.split()[1]), 0
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.fsync, os.rename, Path.rename, shutil.rmtree = map(
+        counted, (os.fsync, os.rename, Path.rename, shutil.rmtree)
+    )
+    with disk.whole_folder(Path(sys.argv[1])) as temporary:
+        for name in "ab":
+            (temporary / name).write_text(text)
+    os._exit(0)
 """
+    )
+    process = subprocess.Popen(
+        [sys.executable, script, tmp_path / "final"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
     def write(text, deadline):
-        command = [sys.executable, script, tmp_path / "final", text, str(deadline)]
-        return subprocess.run(command, check=False, capture_output=True).returncode
+        print(text, deadline, file=process.stdin, flush=True)
+        return int(process.stdout.readline())
 
     if replaces:
         assert write("old", 0) == 0
@@ -251,6 +261,8 @@ print("whole")
             assert texts or list(tmp_path.glob(".final.old/a"))
     assert status == 0, "the write never came to its end"
     assert died >= 5
+    process.communicate(timeout=60)
+    assert process.returncode == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["die.py", "final"]
 
 
