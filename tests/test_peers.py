@@ -10,7 +10,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import new_process
 from helpers import QUICK, assert_same_weights, make_params, rows, set_grads, weights
 from omegaconf import OmegaConf
 
@@ -217,11 +216,11 @@ def test_state_bytes_of_a_tensor_that_holds_others_are_theirs(composed, installe
 
 
 @pytest.mark.slow
-def test_a_sweep_over_family_and_peers_names_them(tmp_path):
+def test_a_sweep_over_family_and_peers_names_them(command, tmp_path):
     choices = "optim=adafactor8bit,peer/hf_adafactor"
-    done = new_process("-m", *QUICK, choices, "schedule.steps=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    status, out, err = command("-m", *QUICK, choices, "schedule.steps=1")
+    assert status == 0, err
+    table = [line for line in out.splitlines() if line.startswith("|")]
     assert {line.split()[1] for line in table[2:]} == {
         "optim=adafactor8bit",
         "optim=peer/hf_adafactor",

@@ -5,7 +5,6 @@ import math
 from datetime import datetime
 
 import pytest
-from conftest import new_process
 from helpers import QUICK
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
@@ -31,12 +30,12 @@ def column(text, table, title):
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
-    done = new_process(
-        "-m", *QUICK, "optim=adafactor8bit,lion", "seed=0,1", "schedule.steps=1", cwd=tmp_path
+def test_a_sweep_runs_the_product_and_prints_a_table(command, tmp_path):
+    status, out, err = command(
+        "-m", *QUICK, "optim=adafactor8bit,lion", "seed=0,1", "schedule.steps=1"
     )
-    assert done.returncode == 0, done.stderr
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert status == 0, err
+    table = [line for line in out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 + 2 + 2  # and of rates none: each optimizer ran at one
     for part in (
         "eval after",
@@ -53,15 +52,15 @@ def test_a_sweep_runs_the_product_and_prints_a_table(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(tmp_path):
-    done = new_process("-m", *QUICK, "optim.lr=1e-3,-1,1e-4", "schedule.steps=1", cwd=tmp_path)
-    assert done.returncode == 1
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(command):
+    status, out, _ = command("-m", *QUICK, "optim.lr=1e-3,-1,1e-4", "schedule.steps=1")
+    assert status == 1
+    table = [line for line in out.splitlines() if line.startswith("|")]
     table, rates = table[:5], table[5:]
     assert len(rates) == 2 + 1
     assert table[-1].startswith("| optim.lr=-1 ")
     assert cells(table[-1])[1:4] == ["-1", "failed", ""]
-    assert "- optim.lr=-1 failed: optim=adafactor8bit: Adafactor8bit: lr=-1.0" in done.stdout
+    assert "- optim.lr=-1 failed: optim=adafactor8bit: Adafactor8bit: lr=-1.0" in out
 
 
 def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys):
@@ -74,20 +73,20 @@ def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_in_its_folder_with_more_values_and_runs_nothing_twice(tmp_path):
+def test_a_sweep_goes_on_in_its_folder_with_more_values_and_runs_nothing_twice(command, tmp_path):
     """After its second run was stopped when it had saved, and with numbers that are others."""
     folder, steps = tmp_path / "sweep", ("schedule.steps=1", "schedule.warmup_steps=0")
-    command = ("-m", *QUICK, *steps, f"hydra.sweep.dir={folder}")
-    assert new_process(*command, "seed=0,1", cwd=tmp_path).returncode == 0
+    arguments = ("-m", *QUICK, *steps, f"hydra.sweep.dir={folder}")
+    assert command(*arguments, "seed=0,1")[0] == 0
     first, second = (folder / f"{n}-adafactor8bit-full-seed{n}" for n in range(2))
     (second / "summary.json").unlink()
     before = (first / "summary.json").read_bytes()
 
-    done = new_process(*command, "seed=2,0,1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, out, err = command(*arguments, "seed=2,0,1")
+    assert status == 0, err
     assert (first / "summary.json").read_bytes() == before
-    assert f"{first} is already finished" in done.stdout
-    assert f"resuming from {second}/checkpoints/step-000001" in done.stdout
+    assert f"{first} is already finished" in out
+    assert f"resuming from {second}/checkpoints/step-000001" in out
     assert column((folder / "sweep.md").read_text(), "over seeds", "ended well") == {
         "optim=adafactor8bit": "3 of 3"
     }

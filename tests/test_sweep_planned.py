@@ -2,7 +2,6 @@
 each run."""
 
 import pytest
-from conftest import new_process
 from helpers import QUICK
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
@@ -84,13 +83,13 @@ def test_where_only_the_sweeper_knows_the_runs_they_are_numbered(tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_the_plan_has_the_options_that_its_runs_have(tmp_path):
+def test_the_plan_has_the_options_that_its_runs_have(command, tmp_path):
     """Spaces, quotes and defaults that are spelled out; the runs of a second command, too."""
     options = ("optim=adamw", "optim.betas=[0.8, 0.9]", "name='a b'", "schedule.steps=1")
-    command = ("-m", *QUICK, *options, "hydra.sweep.dir=S")
+    arguments = ("-m", *QUICK, *options, "hydra.sweep.dir=S")
     for seeds in ("seed=0,1", "seed=choice(1,2)"):
-        done = new_process(*command, seeds, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        status, out, err = command(*arguments, seeds)
+        assert status == 0, err
     assert planned.missing(tmp_path / "S") == []
     assert len(planned._read(tmp_path / "S")) == 3
-    assert "run 2 of 2, ETA" in done.stdout
+    assert "run 2 of 2, ETA" in out
