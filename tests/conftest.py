@@ -109,6 +109,29 @@ def quick(composed, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def _runs_made(tmp_path_factory):
+    """The runs that were made for `finished`, by their overrides."""
+    folder, known = tmp_path_factory.mktemp("finished"), {}
+
+    def make(overrides):
+        if overrides not in known:
+            made = folder / str(len(known))
+            run(validate.to_dataclasses(compose_raw(*QUICK, *overrides)), made)
+            known[overrides] = made
+        return known[overrides]
+
+    return make
+
+
+@pytest.fixture
+def finished(_runs_made, tmp_path):
+    """A run that a test only begins with: finished("a", "optim=lion") -> the folder `a`, a copy of
+    the one run with these options in this process.  Of what happens while it runs nothing can be
+    asserted; `quick` is for that."""
+    return lambda name, *overrides: shutil.copytree(_runs_made(overrides), tmp_path / name)
+
+
 @pytest.fixture
 def noise_config():
     """The noise group with some options changed: noise_config(offset=0.1) -> NoiseConfig."""

@@ -92,14 +92,14 @@ def test_the_time_left_has_what_is_done_between_steps(clock, monkeypatch):
     assert one.left(2, 30, {"drawing": 3}) == 28.0 + 3 * 6.0
 
 
-def test_a_summary_has_the_time_of_everything(quick):
-    summary = summary_of(quick("run"))
+def test_a_summary_has_the_time_of_everything(finished):
+    summary = summary_of(finished("run"))
     assert summary["wall_seconds"] > summary["seconds"] > 0
     assert summary["pictures"] == 16
 
 
-def test_a_finished_run_that_is_resumed_says_so_and_keeps_its_numbers(quick, composed, caplog):
-    folder = quick("run")
+def test_a_finished_run_that_is_resumed_says_so_and_keeps_its_numbers(finished, composed, caplog):
+    folder = finished("run")
     before = summary_of(folder)
     caplog.set_level(logging.INFO)
     run(composed(*QUICK, f"resume={folder}"), folder)
@@ -111,14 +111,14 @@ def test_a_finished_run_that_is_resumed_says_so_and_keeps_its_numbers(quick, com
     }
 
 
-def test_a_finished_run_that_is_resumed_has_every_row_once(quick):
-    folder = quick("run")
+def test_a_finished_run_that_is_resumed_has_every_row_once(quick, finished):
+    folder = finished("run")
     before = deterministic(folder)
     assert deterministic(quick("run", f"resume={folder}")) == before
 
 
-def test_what_a_run_has_counted_goes_on_when_it_is_resumed(quick, composed, monkeypatch):
-    folder = quick("run", "schedule=constant")
+def test_what_a_run_has_counted_goes_on_when_it_is_resumed(finished, composed, monkeypatch):
+    folder = finished("run", "schedule=constant")
     saved = checkpoint.load(folder / "checkpoints/step-000004").counters
     assert saved.peak_training_bytes == summary_of(folder)["peak_training_bytes"]
     peak = 1 << 50
@@ -185,8 +185,8 @@ def test_changed_batches_go_on_with_the_pictures_that_come_next(
     assert summary_of(folder)["pictures"] == 16 + 2 * size
 
 
-def test_fewer_steps_than_are_done_are_refused(quick, command):
-    folder = quick("run")
+def test_fewer_steps_than_are_done_are_refused(finished, command):
+    folder = finished("run")
     status, _, err = command(*QUICK, "schedule.steps=3", f"resume={folder}")
     assert status == 2
     assert "schedule.steps=3, and the checkpoint is at 4" in err

@@ -55,9 +55,9 @@ def test_one_point_is_no_curve():
     assert curves.draw([]) is None
 
 
-def test_a_run_draws_its_curves_also_when_it_fails(composed, tmp_path, monkeypatch):
-    run(composed(*QUICK), tmp_path / "run")
-    with Image.open(tmp_path / "run" / "curves.png") as picture:
+def test_a_run_draws_its_curves_also_when_it_fails(finished, composed, tmp_path, monkeypatch):
+    folder = finished("run")
+    with Image.open(folder / "curves.png") as picture:
         assert picture.width > picture.height > 400
     monkeypatch.setattr("trainer.result.export", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

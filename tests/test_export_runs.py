@@ -75,9 +75,9 @@ def test_a_runs_lora_is_exported_with_the_model_that_its_configuration_names(
 
 
 def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_warning(
-    quick, tmp_path, capsys, caplog
+    finished, tmp_path, capsys, caplog
 ):
-    folder = quick("run", *ONE_STEP)
+    folder = finished("run", *ONE_STEP)
     assert run_export(capsys, folder, tmp_path / "a")[0] == 0
     assert "has continued" not in caplog.text
     assert run_export(capsys, folder / "checkpoints", tmp_path / "c")[0] == 0  # the last of them
@@ -154,8 +154,8 @@ def test_a_run_of_any_name_is_exported_as_a_kohya_lora(quick, capsys, name, expo
             assert all(key.startswith("lora_") for key in file.keys())  # noqa: SIM118
 
 
-def test_a_damaged_checkpoint_is_not_exported(quick, tmp_path, capsys):
-    folder = quick("run", *ONE_STEP) / "checkpoints/step-000001"
+def test_a_damaged_checkpoint_is_not_exported(finished, tmp_path, capsys):
+    folder = finished("run", *ONE_STEP) / "checkpoints/step-000001"
     content = bytearray((folder / "weights.safetensors").read_bytes())
     content[-1] ^= 0x40  # a weight, and not the header
     (folder / "weights.safetensors").write_bytes(content)

@@ -44,9 +44,9 @@ def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(
 
 
 def test_a_run_that_fails_leaves_what_is_known_and_which_step_its_result_is_of(
-    quick, composed, monkeypatch
+    finished, composed, monkeypatch
 ):
-    folder = quick("run", "schedule.steps=2")
+    folder = finished("run", "schedule.steps=2")
     monkeypatch.setattr(losses, "loss", poisoned_from(2))
     longer = ["schedule.steps=9", f"resume={folder}", "runtime.allow_config_change=true"]
     for step in (4, 5):  # the second session fails at once

@@ -54,8 +54,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(quick, caplog, damage):
-    folder = quick("run", "runtime.save_every=2")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, caplog, damage):
+    folder = finished("run", "runtime.save_every=2")
     newest = folder / "checkpoints/step-000004"
     name = next(word for word in damage.split() if "." in word)
     DAMAGE[damage](newest / name)
@@ -64,8 +64,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(quick, caplog
     assert f"{newest} is damaged: " in caplog.text
 
 
-def test_a_run_writes_the_checkpoint_anew_that_was_damaged(quick, composed):
-    folder = quick("run", "runtime.save_every=2")
+def test_a_run_writes_the_checkpoint_anew_that_was_damaged(finished, composed):
+    folder = finished("run", "runtime.save_every=2")
     newest = folder / "checkpoints/step-000004"
     flip_last_bit(newest / "weights.safetensors")
     damaged = (newest / "weights.safetensors").read_bytes()
@@ -178,9 +178,9 @@ def test_pictures_that_are_gone_cost_the_grids_first_row_and_nothing_else(
 
 @pytest.mark.parametrize("failing", ["torch.save", "safetensors", "rename"])
 def test_a_full_disk_loses_nothing_and_training_goes_on(
-    quick, composed, tmp_path, monkeypatch, failing, caplog
+    finished, composed, tmp_path, monkeypatch, failing, caplog
 ):
-    folder = quick("run", "schedule.steps=2")
+    folder = finished("run", "schedule.steps=2")
     before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
 
     def full(*_, **__):
@@ -269,9 +269,11 @@ for line in sys.stdin:
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no room"), UserError("the file is gone")], ids=["oom", "gone"]
 )
-def test_pictures_that_cannot_be_drawn_are_named_and_training_goes_on(quick, monkeypatch, error):
+def test_pictures_that_cannot_be_drawn_are_named_and_training_goes_on(
+    quick, finished, monkeypatch, error
+):
     drawn = ["log.sample_count=2", "log.sample_steps=2", "optim=adamw"]
-    whole = quick("whole", *drawn)
+    whole = finished("whole", *drawn)
     original = sampling.Sampler._denoise
 
     def failing(self, places):

@@ -39,8 +39,8 @@ def test_a_run_with_the_fused_backward_is_the_run_without_it(quick, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed_with", ["true", "false"])
-def test_a_run_with_the_fused_backward_resumes_bitwise(quick, composed, tmp_path, resumed_with):
-    whole = quick("whole", UNCLIPPED, FUSED, "runtime.save_every=2")
+def test_a_run_with_the_fused_backward_resumes_bitwise(finished, composed, tmp_path, resumed_with):
+    whole = finished("whole", UNCLIPPED, FUSED, "runtime.save_every=2")
     checkpoint = f"resume={whole}/checkpoints/step-000002"
     options = [UNCLIPPED, f"runtime.fused_backward={resumed_with}", checkpoint]
     run(composed(*QUICK, *options), tmp_path / "resumed")

@@ -74,8 +74,8 @@ def test_what_all_parameters_share_and_what_is_done_now_and_then_go_on_bitwise(
     assert not found or 1e-6 < found[4] < found[7]
 
 
-def test_resume_moves_the_weights_and_counts_on(quick, composed, tmp_path):
-    folder = quick("run", "schedule.steps=2")
+def test_resume_moves_the_weights_and_counts_on(finished, composed, tmp_path):
+    folder = finished("run", "schedule.steps=2")
     longer = [*QUICK, "schedule.steps=4", f"resume={folder}", "runtime.allow_config_change=true"]
     run(composed(*longer), folder)
     assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
@@ -94,8 +94,10 @@ def test_a_changed_learning_rate_is_used_after_resume_where_it_is_allowed(
     )
 
 
-def test_a_checkpoint_of_before_an_option_existed_is_resumed(quick, composed, monkeypatch):
-    folder = quick("run", "runtime.save_every=2")
+def test_a_checkpoint_of_before_an_option_existed_is_resumed(
+    quick, finished, composed, monkeypatch
+):
+    folder = finished("run", "runtime.save_every=2")
     shutil.rmtree(folder / "checkpoints/step-000004")
     load = checkpoint.load
 
@@ -122,22 +124,22 @@ def test_a_checkpoint_of_before_an_option_existed_is_resumed(quick, composed, mo
         ),
     ],
 )
-def test_what_is_chosen_anew_is_another_configuration(quick, composed, before, after):
-    folder = quick("run", *before)
+def test_what_is_chosen_anew_is_another_configuration(finished, composed, before, after):
+    folder = finished("run", *before)
     with pytest.raises(UserError, match="the checkpoint has another configuration"):
         run(composed(*QUICK, *before, *after, f"resume={folder}"), folder)
 
 
-def test_another_optimizer_on_resume_is_refused(quick, command):
-    folder = quick("run")
+def test_another_optimizer_on_resume_is_refused(finished, command):
+    folder = finished("run")
     changed = ["optim=lion", "runtime.allow_config_change=true"]
     status, _, err = command(*QUICK, *changed, f"resume={folder}")
     assert status == 2
     assert "optim.name: adafactor8bit -> lion cannot change" in err
 
 
-def test_another_storage_on_resume_is_refused_before_a_step(quick, command):
-    folder = quick("run", "optim=adamw")
+def test_another_storage_on_resume_is_refused_before_a_step(finished, command):
+    folder = finished("run", "optim=adamw")
     changed = ["optim=adamw", "optim.storage=8bit", "runtime.allow_config_change=true"]
     status, _, err = command(*QUICK, *changed, f"resume={folder}")
     assert status == 2
@@ -191,9 +193,9 @@ def test_moved_pictures_and_a_moved_model_go_on_and_another_model_at_the_same_pa
 
 
 def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_and_forks_from_an_older(
-    quick, in_tmp
+    finished, in_tmp
 ):
-    folder = quick("run", "runtime.save_every=2")
+    folder = finished("run", "runtime.save_every=2")
     newest, older = (folder / f"checkpoints/step-00000{n}" for n in (4, 2))
     assert resuming.run_folder_of(str(folder)) == folder
     assert resuming.run_folder_of(str(newest)) == folder
@@ -318,20 +320,22 @@ def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_f
     assert "optim.lr: 0.001 -> 0.5" in err
 
 
-def test_a_run_is_not_resumed_from_an_older_checkpoint_into_its_own_folder(quick, composed):
-    folder = quick("run", "runtime.save_every=2")
+def test_a_run_is_not_resumed_from_an_older_checkpoint_into_its_own_folder(finished, composed):
+    folder = finished("run", "runtime.save_every=2")
     older = folder / "checkpoints/step-000002"
     with pytest.raises(ValueError, match="would overwrite"):
         run(composed(*QUICK, "runtime.save_every=2", f"resume={older}"), folder)
 
 
-def test_the_checkpoint_of_a_resumed_run_is_gone_when_training_begins(quick, composed, monkeypatch):
+def test_the_checkpoint_of_a_resumed_run_is_gone_when_training_begins(
+    finished, composed, monkeypatch
+):
     import gc
     import weakref
 
     import trainer.run
 
-    folder, loaded, seen = quick("run", "schedule.steps=2"), [], []
+    folder, loaded, seen = finished("run", "schedule.steps=2"), [], []
     load, train = checkpoint.load, trainer.run.train
 
     def load_and_note(path):
@@ -352,8 +356,8 @@ def test_the_checkpoint_of_a_resumed_run_is_gone_when_training_begins(quick, com
     assert seen == [0]
 
 
-def test_a_fresh_run_in_a_used_folder_is_refused(quick, composed):
-    folder = quick("run")
+def test_a_fresh_run_in_a_used_folder_is_refused(finished, composed):
+    folder = finished("run")
     with pytest.raises(ValueError, match=f"{folder} already holds a run"):
         run(composed(*QUICK), folder)
 
@@ -365,8 +369,8 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     assert names == ["step-000020", "step-999999", "step-1000000"]
 
 
-def test_resume_with_another_configuration_is_refused_with_the_difference(quick, command):
-    folder = quick("run")
+def test_resume_with_another_configuration_is_refused_with_the_difference(finished, command):
+    folder = finished("run")
     status, _, err = command(*QUICK, "optim.lr=0.5", f"resume={folder}")
     assert status == 2
     assert "optim.lr: 0.001 -> 0.5" in err

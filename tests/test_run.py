@@ -65,8 +65,8 @@ def test_the_environment_has_the_version_of_the_optimizers_package(tmp_path, opt
         assert packages[package] == importlib.metadata.version("PyYAML")
 
 
-def test_metrics_have_the_promised_keys_and_start_with_an_eval(quick):
-    written = rows(quick("metrics", "optim=adamw"))
+def test_metrics_have_the_promised_keys_and_start_with_an_eval(finished):
+    written = rows(finished("metrics", "optim=adamw"))
     quarters = {f"eval/loss_t{q}" for q in ("000_250", "250_500", "500_750", "750_1000")}
     assert written[0].keys() == {"step", "eval/loss", *quarters}
     assert written[0]["step"] == 0
@@ -154,8 +154,8 @@ def test_every_optimizer_trains_the_unet(quick, optimizer):
     assert rows(folder)[0]["eval/loss"] != rows(folder)[-1]["eval/loss"]
 
 
-def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_is_not(quick):
-    first, again, other = quick("a"), quick("b"), quick("c", "seed=1")
+def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_is_not(quick, finished):
+    first, again, other = finished("a"), quick("b"), quick("c", "seed=1")
     assert_same_weights(weights(first, 4), weights(again, 4))
     assert deterministic(first) == deterministic(again)
     assert deterministic(first)[1]["train/loss"] != deterministic(other)[1]["train/loss"]
@@ -163,9 +163,9 @@ def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_is_not(quick)
     assert rows(first)[0] == rows(other)[0]
 
 
-def test_optimizers_see_the_same_data_noise_and_timesteps(quick):
+def test_optimizers_see_the_same_data_noise_and_timesteps(finished):
     """The first loss is taken before any optimizer has acted, the others differ by its doing."""
-    runs = [rows(quick(name, f"optim={name}")) for name in ("adamw", "lion", "adafactor8bit")]
+    runs = [rows(finished(name, f"optim={name}")) for name in ("adamw", "lion", "adafactor8bit")]
     assert len({written[1]["train/loss"] for written in runs}) == 1
     assert len({written[1]["train/grad_norm"] for written in runs}) == 1
     assert len({written[4]["train/loss"] for written in runs}) == 3

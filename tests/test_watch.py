@@ -142,8 +142,8 @@ def test_a_line_of_metrics_is_the_mean_of_its_steps_through_a_resume_too(compose
     assert deterministic(tmp_path / "fork")[-2:] == deterministic(tmp_path / "two")[-2:]
 
 
-def test_the_optimizers_own_time_is_part_of_its_step(quick):
-    folder = quick("run", "optim=adamw")
+def test_the_optimizers_own_time_is_part_of_its_step(finished):
+    folder = finished("run", "optim=adamw")
     told = [row for row in rows(folder) if "perf/optimizer_seconds_per_step" in row]
     assert [row["step"] for row in told] == [2, 3, 4]  # the first step of a session is no measure
     for row in told:
