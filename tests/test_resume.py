@@ -24,14 +24,12 @@ from trainer.run import run
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_in_a_new_process_is_bitwise_identical(tmp_path, method, dtype):
-    overrides = [*QUICK, f"method={method}", f"model.dtype={dtype}", "runtime.keep_checkpoints=9"]
-    whole = new_process(*overrides, "hydra.run.dir=whole", cwd=tmp_path)
-    parts = new_process(*overrides, "runtime.save_every=2", "hydra.run.dir=parts", cwd=tmp_path)
-    assert whole.returncode == parts.returncode == 0, whole.stderr + parts.stderr
-    # As if killed after the checkpoint of step 2.
-    subprocess.run(["rm", "-r", tmp_path / "parts/checkpoints/step-000004"], check=True)
-    resumed = new_process(*overrides, "resume=parts", cwd=tmp_path)
+def test_resume_in_a_new_process_is_bitwise_identical(quick, tmp_path, method, dtype):
+    options = [f"method={method}", f"model.dtype={dtype}", "runtime.keep_checkpoints=9"]
+    quick("whole", *options)
+    parts = quick("parts", *options, "runtime.save_every=2")
+    shutil.rmtree(parts / "checkpoints/step-000004")  # as if killed after that of step 2
+    resumed = new_process(*QUICK, *options, "resume=parts", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 2" in resumed.stdout
     assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
