@@ -135,8 +135,8 @@ def stalled(groups: list[Group], compensates: Callable[[torch.Tensor, Group], bo
         for p, group in trained
     ):
         lines.append(
-            "rounding='stochastic' applies to bf16 weights only: fp16 weights are rounded to nearest, "
-            "and steps of less than half their spacing are lost; use rounding='kahan' or fp32 "
-            "weights"
+            "rounding='stochastic' applies to bf16 weights only: fp16 weights are rounded to "
+            "nearest, and steps of less than half their spacing are lost; use rounding='kahan' or "
+            "fp32 weights"
         )
     return lines
