@@ -1,4 +1,4 @@
-"""What several tests share: a small picture folder, composed configurations, the command line."""
+"""Shared fixtures: a small picture folder, composed configurations, the command line."""
 
 import dataclasses
 import gc
@@ -30,20 +30,20 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
-    """Run files with slow tests first, so that no process is left alone with one at the end."""
+    """Run files with slow tests first, so that none of them starts when other workers are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish():
-    """What is imported stays: collections of garbage, of which every run has some, pass it over."""
+    """Exclude all imported objects from garbage collections, which every run triggers."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def no_wishes(monkeypatch):
-    """Only the test chooses the optimizers' backend; warnings of earlier tests are forgotten."""
+    """No environment variable chooses the backend; warnings already issued are forgotten."""
     for name in ("OPTIM_BACKEND", "OPTIM_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(backend, "_said", set())
@@ -72,7 +72,7 @@ def _folder_options():
 
 @pytest.fixture
 def options(pictures):
-    """The options of `data=folder`: central squares of 64 pixels of the small picture folder."""
+    """The options of `data=folder` for the small picture folder, with 64-pixel center crops."""
     return dataclasses.replace(_folder_options(), path=str(pictures), resolution=64, buckets=False)
 
 
@@ -83,7 +83,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def load(options):
-    """The data set of these options with some changed: load(batch_size=4)."""
+    """Load the data set with some options changed: load(batch_size=4)."""
     return lambda **changes: data.load(dataclasses.replace(options, **changes))
 
 
@@ -111,7 +111,7 @@ def quick(composed, tmp_path):
 
 @pytest.fixture(scope="session")
 def _runs_made(tmp_path_factory):
-    """The runs that were made for `finished`, by their overrides."""
+    """Runs made for `finished`, cached by their overrides."""
     folder, known = tmp_path_factory.mktemp("finished"), {}
 
     def make(overrides):
@@ -126,15 +126,14 @@ def _runs_made(tmp_path_factory):
 
 @pytest.fixture
 def finished(_runs_made, tmp_path):
-    """A run that a test only begins with: finished("a", "optim=lion") -> the folder `a`, a copy of
-    the one run with these options in this process.  Of what happens while it runs nothing can be
-    asserted; `quick` is for that."""
+    """A run as a starting point: finished("a", "optim=lion") -> the folder `a`, a copy of the one
+    run with these options in this process.  Tests of what happens during a run need `quick`."""
     return lambda name, *overrides: shutil.copytree(_runs_made(overrides), tmp_path / name)
 
 
 @pytest.fixture
 def noise_config():
-    """The noise group with some options changed: noise_config(offset=0.1) -> NoiseConfig."""
+    """noise_config(offset=0.1) -> NoiseConfig, with the other values of its file."""
     return lambda **options: _group("noise/default", config.NoiseConfig, options)
 
 
@@ -153,8 +152,7 @@ def schedule_config():
 
 
 def _group(path, node, options):
-    """One group's dataclass from its YAML file, a hundred times faster than composing all with
-    Hydra."""
+    """Build a group's dataclass from its YAML file, 100 times faster than composing with Hydra."""
     values = dict(OmegaConf.load(config.conf_dir() / f"{path}.yaml"))
     values.pop("defaults", None)
     return node(**(values | options))
@@ -162,7 +160,7 @@ def _group(path, node, options):
 
 @pytest.fixture
 def make_schedule():
-    """SDXL's noise schedule, with some of its configuration changed."""
+    """SDXL's noise schedule with some options changed."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     return lambda **options: DDPMScheduler(**betas | options)
 
@@ -173,7 +171,7 @@ def v_schedule(make_schedule):
 
 
 def compose_raw(*overrides):
-    """Hydra's configuration for these overrides, unchecked."""
+    """Compose these overrides with Hydra, without checks."""
     _register()
     return explain.composition(list(overrides))
 
@@ -204,7 +202,7 @@ def command(in_tmp, monkeypatch, capfd):
 
 
 def new_process(*arguments, cwd, **environment):
-    """The command line in a process of its own."""
+    """Run the command line in a new process."""
     return subprocess.run(
         [sys.executable, "-m", "trainer", *arguments],
         cwd=cwd,
@@ -223,7 +221,7 @@ def sd15(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, sd15):
-    """Both models as single files, by kind."""
+    """Both models as single files: {kind: path}."""
     folder = tmp_path_factory.mktemp("files")
     return {
         kind: writing.save_single_file(folder / f"{kind}.safetensors", origin.at(str(path)), {})
@@ -233,5 +231,5 @@ def files(tmp_path_factory, sd15):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A copy of the shipped model, which a test may damage."""
+    """A copy of the shipped model that a test may damage."""
     return shutil.copytree(TINY, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU: its kernels compiled for this machine (`cuda_on_host.h`)."""
+"""A stand-in for a GPU: CUDA kernels compiled for the host (`cuda_on_host.h`)."""
 
 import contextlib
 import ctypes
@@ -30,14 +30,14 @@ def _compile(*arguments):
 
 
 class Host:
-    """In place of a GPU: kernels compiled for this machine, on its memory."""
+    """Replaces a GPU: kernels are compiled for the host and run on its memory."""
 
     def __init__(self, folder):
         self.folder, self.loaded, self.launches = folder, {}, 0
         self.num_compiled = 0
 
     def _read_head(self):
-        """Have the headers read once for all kernels: compilers look for a .gch of that name."""
+        """Precompile the headers once for all kernels; compilers look for a .gch of that name."""
         head = self.folder / "head.h"
         if not head.exists():
             head.write_text(_HEAD)
@@ -79,8 +79,7 @@ class Host:
 
 @contextlib.contextmanager
 def on_host(host):
-    """Optimizers that make their first step in this context use the kernels of a GPU from then
-    on."""
+    """Optimizers that take their first step in this context use the CUDA kernels from then on."""
 
     def engine(optimizer, device, rule):
         return cuda.CudaEngine(optimizer, rule, device, host)

@@ -1,14 +1,14 @@
-"""Encoders that count what they encode, and what a store has kept of it."""
+"""Encoders that count what they encode, and helpers for a store's entries."""
 
 import torch
 
 
 class Vae:
-    """An encoder that counts: the means of 8 x 8 pixels, and of all, in four channels."""
+    """A counting encoder: means of 8 x 8 pixels for each color, and their mean as a 4th channel."""
 
     def __init__(self):
         self.made = self.encoded = 0
-        self.spoiled = None  # number of the picture whose latent is not finite
+        self.spoiled = None  # number of the picture that gets a non-finite latent
 
     def make(self):
         self.made += 1

@@ -1,4 +1,4 @@
-"""Inputs of the engine's tests: weights and gradients with every kind of edge, and options."""
+"""Inputs of the engine tests: weights and gradients with every kind of edge case, options."""
 
 import torch
 from helpers import FOR_SMALL, SWIFT
@@ -10,13 +10,13 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FP32, BF16, FP16]
 NAMES = sorted(name for name, cls in optim.FAMILY.items() if plan.has_rule(cls.rule))
 
-# (130, 700): tiles both ways; (3, 4700): more tiles side by side than a strip has.
+# (130, 700): several tiles in each dimension; (3, 4700): more tiles in a row than fit a strip.
 MEDIUM = [(130, 700), (3, 4700), (10007,), (33, 3, 3, 3), (), (0,)]
 
 # Options that avoid dividing a difference of nearly equal numbers by almost nothing.
 CONDITIONED = {"sophia": {"rho": 1e3, "eps": 1e-4}} | SWIFT | FOR_SMALL
 
-# Several features in one step, in the order in which they act.
+# Several features in one step, in the order they act.
 TOGETHER = [
     {"max_grad_norm": 0.1, "grad_clip": 1e-3, "orthograd": True, "growth_limit": 1.01},
     {"orthograd": True, "cautious": True, "cautious_decay": True, "rounding": "kahan"},
@@ -30,7 +30,7 @@ def step(optimizer):
 
 
 def estimate(optimizer):
-    """Sophia's estimate of its curvature."""
+    """Update Sophia's curvature estimate."""
     optimizer.update_hessian(3.0)
 
 
@@ -39,7 +39,7 @@ def weights(shape, dtype, generator):
 
 
 def gradients(shape, dtype, generator, scale=0.01):
-    """Gradients of many magnitudes, with some elements, rows and columns that are zero."""
+    """Gradients of many magnitudes, with some zero elements, rows and columns."""
     g = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 3
     if len(shape) > 1 and shape[0] > 2 and g.numel():
         g *= torch.logspace(-3, 0, shape[0]).view(-1, *[1] * (len(shape) - 1))

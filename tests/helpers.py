@@ -1,4 +1,4 @@
-"""What several test files share: small parameters and gradients, and short runs."""
+"""Shared helpers: small parameters and gradients, short runs."""
 
 import math
 from types import SimpleNamespace
@@ -13,17 +13,17 @@ from trainer import export, losses, metrics
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
 
-# Options with which an optimizer does on small tensors what it does on large ones.
+# Options that make an optimizer treat small tensors like large ones.
 FOR_SMALL = {"apollo": {"rank": 4}, "adafactor8bit_apollo": {"rank": 4}}
 
 
-# Optimizers that find their rate, and options that make it large enough to show in a few steps.
+# Optimizers that estimate their learning rate, with options to make it visible in a few steps.
 PRODIGIES = ("lion_prodigy", "prodigy", "prodigy_factored")
 SWIFT = {name: {"lr": 1.0, "d0": 1e-2} for name in PRODIGIES}
 
 
 def build(name, params, **options):
-    """An optimizer of the family, for small tensors and few steps."""
+    """Build an optimizer of the family with options for small tensors and few steps."""
     return optim.build(name, params, **FOR_SMALL.get(name, {}) | options | SWIFT.get(name, {}))
 
 
@@ -49,7 +49,7 @@ def assert_same(a, b):
         assert torch.equal(x, y)
 
 
-# A run of a few seconds.
+# A run that takes a few seconds.
 QUICK = (
     "schedule.steps=4",
     "schedule.warmup_steps=1",
@@ -66,7 +66,7 @@ def rows(folder):
 
 
 def deterministic(folder):
-    """The rows without times and memory."""
+    """The rows of metrics without times and memory."""
     return [
         {k: v for k, v in row.items() if not k.startswith(("perf/", "memory/"))}
         for row in rows(folder)
@@ -89,7 +89,7 @@ def names(dataset):
 
 
 def run_export(capsys, *arguments):
-    """`python -m trainer.export` in this process: (exit status, stdout, stderr)."""
+    """Run `python -m trainer.export` in this process -> (exit status, stdout, stderr)."""
     try:
         status = export.main([str(argument) for argument in arguments])
     except SystemExit as leaving:  # argparse
@@ -99,13 +99,13 @@ def run_export(capsys, *arguments):
 
 
 def projection_of(index, t, width, **options):
-    """P in fp64, as the optimizer draws it for this parameter at this step."""
+    """The optimizer's P for this parameter at this step, in fp64."""
     known = {"seed": 0, "update_gap": 200, "projection": "gaussian", "residual": False}
     h = SimpleNamespace(**known | options | {"index": index, "t": t})
     return projection(h, width, torch.device("cpu")).double()
 
 
 def poisoned_from(call):
-    """A loss that is infinite from its n-th call on, counted from 1."""
+    """A loss that is infinite from this call on, counted from 1."""
     calls, original = [], losses.loss
     return lambda *a: original(*a) * (math.inf if calls.append(a) or len(calls) >= call else 1)

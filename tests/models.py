@@ -1,5 +1,4 @@
-"""Small models for the tests of formats: the SDXL that ships, and a Stable Diffusion 1.5 of few
-weights."""
+"""Small models for the format tests: the shipped SDXL, and a tiny Stable Diffusion 1.5."""
 
 import json
 import shutil
@@ -15,7 +14,7 @@ TINY = ASSETS / "tiny_sdxl"
 
 
 def make_sd15(folder):
-    """Write a pipeline with one text encoder, attention by 1x1 convolutions and four levels."""
+    """Write a pipeline with one text encoder, 1x1 convolutions in attention, and four levels."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,

@@ -1,5 +1,5 @@
-"""APOLLO and its kin: against equations written out, peers that do as the papers do, and by what
-they promise."""
+"""APOLLO and its variants: compared with written-out equations and peer implementations, and
+tested for their promises."""
 
 import math
 from itertools import pairwise
@@ -24,7 +24,7 @@ def moved(params, shapes):
 
 
 class Written:
-    """APOLLO in fp64, channel by channel: Zhu et al. 2024, Alg. 1, with the limiter of Fira."""
+    """APOLLO in fp64, channel by channel: Zhu et al. 2024, Alg. 1, with Fira's limiter."""
 
     def __init__(self, param, index, options):
         self.w, self.index, self.o = param.detach().double(), index, options
@@ -85,7 +85,7 @@ def test_apollo_is_its_equations(options):
 
 
 def test_the_residual_is_firas_equations():
-    """Chen et al. 2024, in fp64, with an orthonormal projection."""
+    """Chen et al. 2024, in fp64 with an orthonormal projection."""
     params, (shape,), rank = make_params(shapes=[(16, 24)]), [(16, 24)], 4
     w, norm, m, v = params[0].detach().double(), None, 0.0, 0.0
     optimizer = optim.build("apollo", params, lr=1e-2, rank=rank, residual=True)
@@ -106,8 +106,7 @@ def test_the_residual_is_firas_equations():
 
 @pytest.mark.parametrize("scaling", ["channel", "tensor"])
 def test_the_first_step_over_adafactor_is_its_equations(scaling):
-    """After one step nothing has been rounded yet; Shazeer & Stern 2018, Alg. 4, in the
-    projection."""
+    """Shazeer & Stern 2018, Alg. 4, in the projection; the first step involves no rounded state."""
     shapes = [(24, 16), (12, 3, 3, 3)]
     params = make_params(shapes=shapes)
     options = {"rank": 4, "scaling": scaling, "clip_threshold": 0.7}
@@ -131,8 +130,8 @@ def test_the_first_step_over_adafactor_is_its_equations(scaling):
 
 @pytest.mark.parametrize("scaling", ["channel", "tensor"])
 def test_apollo_is_that_of_adafactor8bit(scaling, monkeypatch):
-    """With this family's projections in place of its own.  Its limiter judges updates before their
-    bias correction, and here it judges what they come to, so it is off."""
+    """The peer uses this family's projections.  The limiter is off: the peer's acts before bias
+    correction, ours after it."""
     shapes, rank = [(24, 16), (16, 24)], 4
     ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
 
@@ -167,7 +166,7 @@ def test_apollo_is_that_of_adafactor8bit(scaling, monkeypatch):
 
 
 class Projector:
-    """This family's projection, made orthonormal by QR, as pytorch_optimizer asks for one."""
+    """This family's projection, made orthonormal by QR, with pytorch_optimizer's interface."""
 
     def __init__(self, index, shape, rank):
         self.tall = shape[0] >= shape[1]
@@ -181,7 +180,7 @@ class Projector:
 
 
 def test_the_residual_is_that_of_fira_in_pytorch_optimizer():
-    """Without averages: its limiter judges what is left before its bias correction."""
+    """Without averages, because the peer's limiter judges the residual before bias correction."""
     shapes, rank = [(24, 16), (16, 24)], 4
     ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
     group = {"params": theirs, "rank": rank, "update_proj_gap": 200, "scale": 1.0}
@@ -268,7 +267,7 @@ def test_a_state_of_another_rank_is_refused():
     optimizer = optim.build("apollo", params, rank=4)
     run(optimizer, params, range(2))
     state = optimizer.state_dict()
-    state["param_groups"][0]["rank"] = 8  # as a resume with another option does
+    state["param_groups"][0]["rank"] = 8  # like a resume with another option
     with pytest.raises(ValueError, match=r"'exp_avg' is .*\(4, 64\).* should be .*\(8, 64\)"):
         optim.build("apollo", params, rank=8).load_state_dict(state)
 
@@ -315,7 +314,7 @@ def test_a_zero_gradient_does_not_lock_a_tensor_in(name, residual):
 
 
 def test_the_limit_comes_before_the_clip():
-    """The norm that is remembered is the limited one; the clip shortens what is left."""
+    """The limited norm is remembered; the clip then shortens the limited update."""
     params = make_params(shapes=[(32, 24)])
     optimizer = optim.build("adafactor8bit_apollo", params, lr=1.0, rank=4, clip_threshold=0.5)
     run(optimizer, params, [0])
@@ -327,14 +326,14 @@ def test_the_limit_comes_before_the_clip():
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 def test_a_channel_without_a_usable_element_keeps_its_moments(storage):
-    params = make_params(shapes=[(32, 24)])  # the 32 rows are its channels
+    params = make_params(shapes=[(32, 24)])  # its channels are the 32 rows
     optimizer = optim.build("apollo", params, rank=4, storage=storage)
     run(optimizer, params, range(3))
     state = optimizer.state[params[0]]
     before = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
     set_grads(params, 3)
     params[0].grad[5] = math.nan
-    params[0].grad[6, :20] = math.inf  # this one has some
+    params[0].grad[6, :20] = math.inf  # 4 usable elements are left
     optimizer.step()
     for key, old in before.items():
         same = (state[key] == old).all(dim=0)

@@ -1,4 +1,4 @@
-"""Arguments: what is refused and how, defaults, documentation."""
+"""Arguments: refusals and their messages, defaults, documentation."""
 
 import copy
 import inspect
@@ -71,7 +71,7 @@ def test_wrong_arguments_are_refused_by_name(name, options, error, says):
         optim.build(name, make_params(), **options)
 
 
-LATER = [  # (optimizer, an option that is set between two steps, what is said)
+LATER = [  # (optimizer, an option set between two steps, the error message)
     ("adamw", {"lr": -0.01}, "AdamW: lr=-0.01 is not possible; it must be a finite number >= 0"),
     ("adamw", {"lr": math.nan}, "lr=nan"),
     ("adamw", {"lr": "x"}, "lr='x' is not possible"),
@@ -122,7 +122,7 @@ def test_a_rate_in_a_tensor_that_is_written_to_is_looked_at_on_a_cpu():
 
 
 def test_a_rate_that_a_device_has_is_not_read_at_a_step():
-    """What is on the meta device cannot be."""
+    """A tensor on the meta device cannot be read."""
     watch = Watch("AdamW", optim.AdamW.default_options(), lambda _: None)
     group = optim.AdamW.default_options()
     for rate in (torch.tensor(0.1, device="meta"), torch.ones(1, device="meta")):
@@ -133,7 +133,7 @@ def test_a_rate_that_a_device_has_is_not_read_at_a_step():
 
 
 def test_only_what_has_changed_is_checked_again(monkeypatch):
-    """A schedule sets a rate at every step."""
+    """Checks must be cheap: a schedule sets the rate at every step."""
     params, checked = make_params(), []
     optimizer = optim.build("apollo", params)
     run(optimizer, params, range(1))
@@ -159,7 +159,7 @@ def test_a_share_of_the_parameters_asks_after_the_options_of_its_own_groups_alon
     monkeypatch.setattr(plan, "group_options", lambda *a: asked.append(a) or original(*a))
     monkeypatch.setattr(engine, "storing", lambda group: asked.append(group) or known(group))
     optimizer.step_param(params[3], params[5])
-    assert 0 < len(asked) <= 4 * 2  # its two groups, by each of an APOLLO's two engines
+    assert 0 < len(asked) <= 4 * 2  # for two groups, by each of APOLLO's two engines
 
 
 def test_numbers_of_numpy_are_taken_as_pythons(tmp_path):
@@ -242,7 +242,7 @@ def test_keys_of_others_are_kept_in_a_group_and_come_back_with_its_state(tmp_pat
     "key", ["weight_deca", "Betas", "LR", "momentum", "rank", "beta1", "maximize", "cautios"]
 )
 def test_a_key_that_may_be_an_option_is_refused(key):
-    """Misspelt, or another optimizer's: it would do nothing here, silently."""
+    """A misspelt option or another optimizer's would silently have no effect."""
     with pytest.raises(TypeError, match=f"there is no option of AdamW '{key}'"):
         optim.build("adamw", [{"params": make_params(), key: 0.5}])
 
@@ -351,7 +351,7 @@ def test_parameters_that_are_parts_of_one_tensor_are_taken():
     optimizer = optim.AdamW(params[3:])
     optimizer.add_param_group({"params": params[:3]})
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(params) - 3, 3]
-    with FakeTensorMode():  # which has no memory
+    with FakeTensorMode():  # fake tensors have no memory
         params = [Parameter(torch.zeros(4)) for _ in range(2)]
         assert optim.AdamW(params).param_groups[0]["params"] == params
 

@@ -1,4 +1,4 @@
-"""Who computes: how the backend is chosen and said."""
+"""The backend: how it is chosen and reported."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_wishes")
 
 @pytest.fixture
 def unbuilt(monkeypatch):
-    """As where the install found no compiler."""
+    """As if the installation had found no compiler."""
     monkeypatch.setattr(native, "_native", None)
     monkeypatch.setattr(compiled, "missing", "No module named 'optim._native'", raising=False)
 
@@ -65,7 +65,7 @@ def test_a_backend_that_does_not_exist_is_refused_with_those_that_do(monkeypatch
     monkeypatch.setenv("OPTIM_BACKEND", "fast")
     with pytest.raises(ValueError, match="OPTIM_BACKEND=fast is not one of auto, native, torch"):
         build()
-    assert build(backend="torch").backend == "torch"  # the environment is not asked
+    assert build(backend="torch").backend == "torch"  # the environment is not read
 
 
 @needs_native
@@ -91,7 +91,7 @@ def test_the_backend_is_no_option_of_a_group():
     assert "backend" not in build().param_groups[0]
 
 
-# Where it is not built ----------------------------------------------------------------------------
+# Without the native module ------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("unbuilt")
@@ -129,7 +129,7 @@ def test_without_the_module_native_is_refused_with_the_reason(environment, monke
 
 
 def test_the_package_imports_and_steps_where_the_module_cannot_be_loaded():
-    """In a process of its own, with an import that fails."""
+    """In a new process, where the import fails."""
     code = """
 import sys
 sys.modules["optim._native"] = None
@@ -152,7 +152,7 @@ assert optimizer.backend == "torch" and (p < 1).all()
     assert done.stderr.count("RuntimeWarning: the optimizers run on plain PyTorch") == 1
 
 
-# What goes from one to the other ------------------------------------------------------------------
+# Moving between backends --------------------------------------------------------------------------
 
 
 @needs_native
@@ -208,7 +208,7 @@ def test_options_without_a_kernel_are_named_with_their_groups(name, option, monk
         optimizer = optim.build(name, params, backend="native", **option)
     assert optimizer.engine() == f"plain PyTorch on a CPU; {written} has no fused kernel"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
+        warnings.simplefilter("error")  # warned once already
         run(optimizer, params, range(1))
     groups = [{"params": params[:2]}, {"params": params[2:4], **option}, {"params": params[4:]}]
     mixed = optim.build(name, groups, backend="native").engine()
@@ -235,7 +235,7 @@ def test_a_copy_keeps_the_backend_and_leaves_the_original_alone(chosen, copier, 
     optimizer = build("adamw8bit", backend=chosen)
     params = optimizer.param_groups[0]["params"]
     run(optimizer, params, range(2))
-    monkeypatch.setenv("OPTIM_BACKEND", "torch")  # asked when an optimizer is made, not when copied
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")  # read on construction, not on copying
     twin_params, twin = copier((params, optimizer))
     assert twin.backend == chosen
     before = [p.detach().clone() for p in params]

@@ -1,4 +1,4 @@
-"""The fused backward: the same weights, with a bucket of gradients alive instead of all of them."""
+"""The fused backward: the same weights, with one bucket of gradients alive instead of all."""
 
 import contextlib
 import copy
@@ -57,7 +57,7 @@ def test_gradients_are_freed_as_soon_as_a_bucket_is_full():
         counts[bucket_bytes] = []
         train(model, optimizer, 2, counts[bucket_bytes])
         assert all(p.grad is None for p in model.parameters())
-    assert counts[1] == [1, 1]  # the last one's, which are for `step()`, however full the bucket
+    assert counts[1] == [1, 1]  # the last gradient waits for `step()`, even in a full bucket
     assert counts[64 << 20] == [6, 6]
     assert counts[45_000] == [2, 2]
 
@@ -86,7 +86,7 @@ def test_parameters_in_no_group_or_without_gradients_are_refused():
         optim.fuse_backward(optimizer, 0)
 
 
-# What comes twice, or not at all ------------------------------------------------------------------
+# Gradients that arrive twice, or never ------------------------------------------------------------
 
 LAYER_BYTES = 64 * 64 * 4
 
@@ -105,7 +105,7 @@ def backward(model, number):
 
 
 def fused_layers(bucket_layers=3):
-    """Four layers, of which a backward pass steps a bucket, and leaves the rest for `step()`."""
+    """Four layers: a backward pass steps one bucket and leaves the rest for `step()`."""
     model = layers()
     optimizer = optim.AdamW(model.parameters(), lr=1e-2)
     return model, optimizer, optim.fuse_backward(optimizer, bucket_layers * LAYER_BYTES)
@@ -119,7 +119,7 @@ def steps_of(model, optimizer):
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("bucket_layers", [1, 3, 9])
 def test_after_a_skipped_step_the_next_one_is_the_ordinary_one(bucket_layers, set_to_none):
-    """What the skipped backward pass has stepped is stepped, and nothing more."""
+    """Only what the skipped backward pass had already stepped stays stepped."""
     model, optimizer, _ = fused_layers(bucket_layers)
     backward(model, 0)
     before = steps_of(model, optimizer)
@@ -129,7 +129,7 @@ def test_after_a_skipped_step_the_next_one_is_the_ordinary_one(bucket_layers, se
     optimizer.step()
     assert steps_of(model, optimizer) == [n + 1 for n in before]
     assert all(p.grad is None for p in model.parameters())
-    if bucket_layers == 9:  # nothing was stepped: as if the pass had not been
+    if bucket_layers == 9:  # nothing was stepped, as if the pass had not happened
         plain = optim.AdamW(moved.parameters(), lr=1e-2)
         backward(moved, 1)
         plain.step()
@@ -187,7 +187,7 @@ def test_gradients_that_wait_for_a_step_are_not_handed_to_another():
         pass
     optimizer.step()
     seen = []
-    for number in (1, 2):  # a round each
+    for number in (1, 2):
         with hooks.handing_to(lambda *params: seen.extend(params)):
             backward(model, number)
     assert len(seen) == 8
@@ -195,7 +195,7 @@ def test_gradients_that_wait_for_a_step_are_not_handed_to_another():
 
 
 def test_gradients_that_come_in_two_threads_are_each_consumed_once():
-    """As those of two devices do."""
+    """As the gradients of two devices do."""
     model, _, hooks = fused_layers(bucket_layers=2)
     first, second, third, _ = model.parameters()
     consumed, under_way, come = [], threading.Event(), threading.Event()
@@ -203,7 +203,7 @@ def test_gradients_that_come_in_two_threads_are_each_consumed_once():
     def consume(*params):
         consumed.extend(params)
         under_way.set()
-        come.wait(0.2)  # as torch lets other threads run
+        come.wait(0.2)  # torch lets other threads run here too
 
     def other_device():
         under_way.wait(5)
@@ -271,7 +271,7 @@ def test_a_parameter_that_is_trained_later_is_stepped_and_freed_like_the_others(
                 later(model, optimizer)
                 model.zero_grad()
             backward(model, number)
-            if fused and number > 0 and later is not appended:  # which only a step can find
+            if fused and number > 0 and later is not appended:  # step() finds that one
                 assert all(layer.weight.grad is None for layer in model[1:])
                 assert {*optimizer.fused_backward._waiting} == {model[0].weight}
             optimizer.step()
@@ -293,7 +293,7 @@ def test_fusing_twice_is_refused_until_the_first_is_removed():
     assert steps_of(model, optimizer) == [1] * 4
 
 
-# What changes gradients after the backward pass ---------------------------------------------------
+# Changing gradients after the backward pass -------------------------------------------------------
 
 
 def scaled_step(model, optimizer, scaler, number, unscale=False):
@@ -362,7 +362,7 @@ def test_gradients_that_were_changed_when_others_had_been_stepped_are_an_error(c
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("held", [False, True])
 def test_gradients_of_which_none_was_stepped_may_be_changed_before_the_step(change, held):
-    """All of them wait: in a bucket that is not full, or because they are held."""
+    """All gradients wait, because their bucket is not full or because they are held."""
     models = layers(), layers()
     for model, fused in zip(models, (False, True), strict=True):
         optimizer = optim.AdamW(model.parameters(), lr=1e-2)
@@ -406,7 +406,7 @@ def test_several_processes_are_refused_with_the_remedy(request):
     model, optimizer, hooks = fused_layers()
     request.getfixturevalue("two_processes")
     with pytest.raises(ValueError, match=r"2 processes.*Call step\(\) after backward\(\)"):
-        backward(model, 0)  # fused before the processes found each other
+        backward(model, 0)  # fused before torch.distributed was initialized
     hooks.remove()
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         optim.fuse_backward(optimizer)
@@ -464,7 +464,7 @@ def test_holding_inside_of_holding_goes_on_holding():
 
 
 def test_a_clip_is_seen_even_where_the_last_gradient_fills_a_bucket():
-    """A token embedding's is the last, and larger than a bucket."""
+    """A token embedding's gradient comes last and is larger than a bucket."""
     model, optimizer = layers(), None
     optimizer = optim.SGD(model.parameters())
     optim.fuse_backward(optimizer, model[0].weight.nbytes)
@@ -484,12 +484,12 @@ def test_what_wraps_an_optimizer_is_told_apart():
 
 
 def test_a_weight_that_a_graph_still_needs_is_not_stepped_unseen():
-    """The gradient of x passes through W's old value, which is gone."""
+    """The gradient of x needs W's old value, which is gone."""
     weight = nn.Parameter(torch.eye(4))
     x = nn.Parameter(torch.ones(2, 4))
     optimizer = optim.SGD([x, weight], lr=1.0)
     optim.fuse_backward(optimizer, 1)
-    # W takes part twice, once detached: its gradient is complete before all have used it.
+    # W is used twice, once detached: its gradient is complete before its last use in backward.
     early = nn.functional.linear(x, weight.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         nn.functional.linear(early, weight).sum().backward()

@@ -1,4 +1,4 @@
-"""Batches: functions of (seed, number, place), with the targets the literature defines."""
+"""Batches: functions of (seed, number, place), with the targets defined in the literature."""
 
 import hashlib
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from trainer.text import Text
 
 @pytest.fixture
 def data():
-    """Five samples, whose captions are their numbers."""
+    """Five samples with their numbers as captions."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randn(6, 3, 8, generator=generator)
     prompt[-1] = 0
@@ -44,7 +44,7 @@ def data():
 
 
 def gathered(data, rows, dropout, seed, number):
-    """The inputs of batch `number`, if these samples make it up."""
+    """The inputs of batch `number` if it consists of these samples."""
     data.dataset.config.caption_dropout = dropout
     captions = [data.dataset.caption(r, seed, number, place) for place, r in enumerate(rows)]
     return data.gather(
@@ -64,7 +64,7 @@ def training_batch(data, v_schedule, noise_config):
 def test_batches_repeat_for_their_counters_and_differ_for_others(training_batch):
     torch.manual_seed(1)
     first = training_batch()
-    torch.manual_seed(2)  # the global generator has no say
+    torch.manual_seed(2)  # the global generator has no effect
     again = training_batch()
     for name in ("noisy", "target", "timesteps", "prompt", "pooled", "time_ids"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
@@ -75,7 +75,7 @@ def test_batches_repeat_for_their_counters_and_differ_for_others(training_batch)
 def test_default_batches_and_eval_points_are_those_of_the_first_release(
     data, v_schedule, training_batch
 ):
-    """Their bits, as version 0.1 drew them: a run of that version can be compared with one now."""
+    """The same bits as in version 0.1, so that runs remain comparable with that version's."""
 
     def digest(tensor):
         return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
@@ -111,7 +111,7 @@ def test_a_samples_noise_does_not_depend_on_its_neighbours(data, v_schedule, noi
     inputs = gathered(data, [0, 1, 2, 3], 0.0, 0, 3)
     alone = gathered(data, [0], 0.0, 0, 3)
     together = noised(inputs, v_schedule, kinds, 0, 3)
-    timestep = together.timesteps[0].item()  # a batch of one would draw it from all of them
+    timestep = together.timesteps[0].item()  # a batch of one draws from the whole range
     kinds.timestep_low, kinds.timestep_high = timestep, timestep + 1
     single = noised(alone, v_schedule, kinds, 0, 3)
     assert torch.equal(single.noisy, together.noisy[:1])
@@ -159,7 +159,7 @@ def test_eval_points_are_fixed_and_cover_rows_and_timesteps(data, v_schedule):
 
 
 def test_eval_points_use_only_their_rows_and_put_one_size_in_a_batch(data, v_schedule):
-    """Rows 1, 3 and 4, of which 3 has another size than the others."""
+    """Rows 1, 3 and 4; row 3 differs in size."""
     asked = []
 
     def gather(rows):
@@ -175,7 +175,7 @@ def test_eval_points_use_only_their_rows_and_put_one_size_in_a_batch(data, v_sch
 
 
 def test_a_unet_without_pooled_prompt_and_sizes_is_predicted_by(v_schedule, noise_config):
-    """The layout of SD 1.5's UNet: cross attention to the prompt, nothing else."""
+    """The layout of SD 1.5's UNet: cross attention to the prompt only."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -209,7 +209,7 @@ def test_a_unet_with_pooled_prompt_and_sizes_gets_them_in_its_dtype(training_bat
 
 
 def test_latents_are_normalized_by_the_statistics_of_a_vae_as_diffusers_does():
-    """By both of them or by neither: StableDiffusionXLImg2ImgPipeline's encoding and decoding."""
+    """By mean and std or by neither, as StableDiffusionXLImg2ImgPipeline encodes and decodes."""
     small = {"block_out_channels": (8,), "norm_num_groups": 1, "scaling_factor": 0.5}
     latents = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     mean, std = [0.1, -0.2, 0.3, 1.0], [2.0, 4.0, 0.5, 1.0]

@@ -1,4 +1,4 @@
-"""The benchmark: it runs from end to end, its sample is faithful, its instruments measure.  No test
+"""The benchmark: it runs end to end, its sample is representative, its instruments work.  No test
 asserts a speed."""
 
 import json
@@ -54,7 +54,7 @@ def test_a_quick_run_writes_its_table_its_json_and_its_chart(tmp_path):
     for row in rows.values():
         assert row["rounds"] == 2
         assert min(row["ratio"], row["ratio_best"], row["seconds"], row["tiny_ratio"]) > 0
-    fused = rows["torch/adamw-fused"]  # two bf16 moments; torch's step counters are the rest
+    fused = rows["torch/adamw-fused"]  # two bf16 moments, plus torch's step counters
     assert fused["state_per_param"] == pytest.approx(4, rel=1e-3)
     assert fused["ideal_per_param"] == pytest.approx(14, rel=1e-3)
 
@@ -88,7 +88,7 @@ def test_the_sample_keeps_the_size_asked_for_and_the_unets_mix(wanted):
     pick, whole = shapes.sample(wanted), shapes.mix(shapes.unet())
     assert shapes.num_params(pick) == pytest.approx(wanted, rel=0.05)
     assert len(pick) >= shapes.MIN_TENSORS
-    tolerance = 0.02 if wanted > 25e6 else 0.1  # cut shapes change the mix
+    tolerance = 0.02 if wanted > 25e6 else 0.1  # truncated shapes change the mix
     for kind, share in shapes.mix(pick).items():
         assert share == pytest.approx(whole[kind], abs=tolerance)
     if wanted > 25e6:
@@ -134,10 +134,10 @@ def row(name, **values):
     [
         ({}, 1, "avx512", []),
         ({"ratio": 0.72}, 1, "avx512", ["adafactor8bit"]),
-        ({"ratio": 0.72}, 1, None, ["adafactor8bit"]),  # unknown: the strictest
+        ({"ratio": 0.72}, 1, None, ["adafactor8bit"]),  # unknown: the strictest target
         ({"ratio": 0.72}, 1, "avx2", []),
         ({"tiny_ratio": 0.6}, 1, "avx2", ["adafactor8bit, tiny tensors"]),
-        ({"scaling": 1.0}, 1, "avx512", []),  # judged on more threads only
+        ({"scaling": 1.0}, 1, "avx512", []),  # judged with several threads only
         ({"scaling": 1.0}, 2, "avx512", ["adafactor8bit, 2 threads"]),
         ({"scaling": None}, 2, "avx512", ["adafactor8bit, 2 threads"]),
         ({"ratio": float("nan")}, 1, "avx512", ["adafactor8bit"]),

@@ -1,5 +1,5 @@
-"""Between two steps: the native engine, which keeps addresses, sees whatever is done to weights,
-groups and state."""
+"""The native engine caches addresses, but notices every change to weights, groups and state between
+two steps."""
 
 import copy
 import subprocess
@@ -28,7 +28,7 @@ def build(name="sgd", **options):
 
 
 def poison(x):
-    """What was here is not to be used any more."""
+    """Overwrite memory that must not be used any more."""
     return x.detach().fill_(127 if x.dtype in (torch.int8, torch.uint8) else 9000)
 
 
@@ -53,7 +53,7 @@ def transposed_weights(optimizer, params):
 
 
 def replaced_tensors(optimizer, params):
-    """As code does that moves states between devices."""
+    """Like code that moves states between devices."""
     for state in optimizer.state.values():
         for key, old in list(state.items()):
             state[key] = old.clone()
@@ -126,7 +126,7 @@ def appended(optimizer, params):
 
 
 def replaced_parameter(optimizer, params):
-    """By one of another shape: `params[0]` keeps its state but is no longer stepped."""
+    """By one of another shape: the old `params[0]` keeps its state but is no longer stepped."""
     params[0] = optimizer.param_groups[0]["params"][0] = Parameter(torch.full((50, 60), 0.5))
     yield None
 
@@ -140,7 +140,7 @@ def split_groups(optimizer, params):
 
 
 def dropped_group(optimizer, params):
-    """The first, which is empty: all others have another number, and their parameters the same."""
+    """Drop the first, empty group: the others are renumbered, their parameters are not."""
     optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": [], "lr": 77.0})
     set_grads(params, 50)
     optimizer.step()
@@ -173,7 +173,7 @@ SURGERY = [
 @pytest.mark.parametrize("surgery", SURGERY)
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_is_done_between_two_steps_is_seen(name, surgery, chosen):
-    """As by a fresh copy on plain PyTorch, which has kept nothing of what was."""
+    """Results match a fresh copy on plain PyTorch, which has cached nothing."""
 
     def prepared(backend):
         params = make_params(shapes=SHAPES)
@@ -182,7 +182,7 @@ def test_whatever_is_done_between_two_steps_is_seen(name, surgery, chosen):
         return params, optimizer, list(surgery(optimizer, params))
 
     wanted, fresh = copy.deepcopy(prepared("torch")[:2])
-    params, optimizer, _kept = prepared(chosen)  # kept alive: nothing else takes its place
+    params, optimizer, _kept = prepared(chosen)  # keep its memory from being reused
     run(fresh, wanted, range(2, 4))
     run(optimizer, params, range(2, 4))
     assert all(x.isfinite().all() for x in wanted)
@@ -193,7 +193,7 @@ def test_whatever_is_done_between_two_steps_is_seen(name, surgery, chosen):
 @needs_native
 @pytest.mark.parametrize("asked", [1, 2, 5])
 def test_a_state_that_was_moved_is_seen_by_asking_few_tensors_of_many(asked, monkeypatch):
-    """After any number of steps, whichever tensors' turn it is."""
+    """After any number of steps, whichever tensors are checked next."""
     monkeypatch.setattr(engine, "_ASKED", asked)
     for steps in range(1, 8):
         results = []
@@ -210,7 +210,7 @@ def test_a_state_that_was_moved_is_seen_by_asking_few_tensors_of_many(asked, mon
 
 @needs_native
 def test_an_option_that_needs_state_which_is_not_there_is_an_error():
-    """In a process of its own: an engine that follows a null address takes its process along."""
+    """In a new process: following a null address would crash this one."""
     code = """
 import torch, optim
 for name, *befores, change in [
@@ -251,7 +251,7 @@ for name, *befores, change in [
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_before_anything_is_stepped(chosen, change):
-    """Of an APOLLO, too, whose step is one of projections, one of weights, and one of others."""
+    """Even by APOLLO, whose step has separate parts for projections, weights and other tensors."""
     params = make_params(shapes=SHAPES)
     groups = [{"params": params[:1]}, {"params": params[1:]}]
     optimizer = optim.build("apollo", groups, rank=4, growth_limit=None, backend=chosen)
@@ -271,7 +271,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_stepped(chosen,
     [("sgd", {"momentum": 0.9}, {"momentum": 0.0}), ("adafactor", {"beta1": 0.9}, {"beta1": None})],
 )
 def test_a_moment_that_is_no_longer_kept_is_no_longer_written(name, before, after):
-    """It may be freed.  A factored one is not the same when it is read and written again."""
+    """It may be freed.  A factored moment changes when it is read and written again."""
     params = make_params(shapes=[(24, 16), (16, 3, 3, 3)])
     optimizer = optim.build(name, params, backend="native", storage="factored", **before)
     run(optimizer, params, range(2))
@@ -287,7 +287,7 @@ def test_a_moment_that_is_no_longer_kept_is_no_longer_written(name, before, afte
 @needs_native
 @pytest.mark.parametrize("name", ["adamw", "adafactor8bit", "apollo_mini"])
 def test_a_state_on_another_device_than_its_parameter_is_refused_with_the_remedy(name):
-    """In a process of its own: the native engine would follow an address of another memory."""
+    """In a new process: the native engine would follow an address of another device."""
     code = f"""
 import torch, optim
 p = torch.nn.Parameter(torch.ones(24, 16))
@@ -321,7 +321,7 @@ def test_a_schedule_of_an_options_value_makes_no_new_launches(name, options, mon
     optimizer = build(name, backend="native", **start)
     params = optimizer.param_groups[0]["params"]
     run(optimizer, params, range(1))
-    monkeypatch.setattr(engine, "Work", None)  # none can be made
+    monkeypatch.setattr(engine, "Work", None)  # making one fails
     optimizer.param_groups[0].update(options)
     run(optimizer, params, range(1, 2))
 
@@ -350,7 +350,7 @@ def test_weights_of_another_shape_than_their_factors_are_refused(chosen):
 
 @needs_native
 def test_sets_of_parameters_are_prepared_once_whatever_the_dtype_of_gradients(monkeypatch):
-    """As the buckets of a fused backward are."""
+    """Like the buckets of a fused backward."""
     params = [Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(4)]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -358,12 +358,12 @@ def test_sets_of_parameters_are_prepared_once_whatever_the_dtype_of_gradients(mo
     for _ in range(2):
         for p in params:
             optimizer.step_param(p)
-        monkeypatch.setattr(engine, "Work", None)  # none can be made
+        monkeypatch.setattr(engine, "Work", None)  # making one fails
 
 
 @needs_native
 def test_what_is_prepared_for_sets_of_parameters_that_vary_stays_bounded():
-    """The set that comes again is not prepared again."""
+    """A recurring set is prepared only once."""
     params = [Parameter(torch.ones(4)) for _ in range(20)]
     optimizer = optim.build("sgd", params, backend="native")
     made = set()
@@ -392,7 +392,7 @@ def test_a_state_that_comes_back_is_found_again_by_every_set_of_parameters():
         for state in (other, first):
             optimizer.state[params[0]] = state
             if state is other:
-                optimizer.step_param(params[0])  # another set than that of `step`
+                optimizer.step_param(params[0])  # a different set from that of `step`
             else:
                 optimizer.step()
         results.append([*params, *first.values(), *other.values()])
@@ -416,14 +416,14 @@ def test_the_default_device_is_not_where_the_engine_keeps_its_tables(name):
 
 
 def test_gradients_of_another_dtype_in_between_are_read_as_what_they_are():
-    """`step` and `step_param` share what the engine knows of a parameter."""
+    """`step` and `step_param` share the engine's cached data of a parameter."""
     results = []
     for chosen in ("native", "torch"):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 40).to(torch.bfloat16))
         q = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         optimizer = optim.AdamW([p, q], backend=chosen)
         for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
-            p.grad_dtype = None  # any
+            p.grad_dtype = None  # any dtype
             p.grad = torch.linspace(1, 2, 40).to(dtype)
             q.grad = torch.ones_like(q)
             if dtype == torch.float32:

@@ -60,7 +60,7 @@ with claimed(Path({str(tmp_path / "run")!r}), {{}}):
 
 @pytest.mark.slow
 def test_sweeps_that_run_side_by_side_in_one_folder_share_their_runs(tmp_path):
-    """Each has a rate of its own and one in common; the folders are called alike."""
+    """Each has one rate of its own and one in common, with run folders of the same names."""
     folder, steps = tmp_path / "sweep", ("schedule.steps=1", "schedule.warmup_steps=0")
     command = ("-m", *QUICK, *steps, "optim=sgd", f"hydra.sweep.dir={folder}")
     rates = ("optim.lr=1e-3,1e-4", "optim.lr=1e-2,0.0001")

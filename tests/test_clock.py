@@ -1,4 +1,4 @@
-"""Time and pictures of a run: what a step takes, how long it goes on, over all of its sessions."""
+"""Time and pictures of a run over all its sessions: time per step, time left."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def summary_of(folder):
 
 @pytest.fixture
 def clock():
-    """One that has seen these steps, each (seconds, shape), of two pictures."""
+    """A clock that has seen these steps, each (seconds, shape), of two pictures."""
 
     def make(*steps, counters=None):
         made = Clock(counters or Counters())
@@ -44,7 +44,7 @@ def test_steps_that_meet_a_shape_for_the_first_time_are_no_measure_of_speed(cloc
     compiled = clock((30.0, "a"), (1.0, "a"), (20.0, "b"), (2.0, "b"), (3.0, "a"))
     pace = compiled.pace(5)
     assert (pace.seconds_per_step, pace.images_per_second) == (2.0, 1.0)
-    assert clock((30.0, "a"), (20.0, "b")).pace(2).seconds_per_step == 25.0  # there are no others
+    assert clock((30.0, "a"), (20.0, "b")).pace(2).seconds_per_step == 25.0  # no other steps
 
 
 def test_every_session_warms_up_and_the_speed_is_that_of_all(clock):
@@ -61,7 +61,7 @@ def test_one_slow_step_does_not_change_how_fast_a_run_is_told_to_be(clock):
     resumed = clock((40.0, "a"), *[(1.0, "a")] * 3, counters=counters)
     pace = resumed.usual_pace(11)
     assert (pace.seconds_per_step, pace.images_per_second) == (1.0, 2.0)
-    assert resumed.pace(11).seconds_per_step > 50  # by which the time left is estimated
+    assert resumed.pace(11).seconds_per_step > 50  # the basis for estimating the time left
     assert resumed.quartiles() == [1.0, 1.0]
 
 
@@ -83,7 +83,7 @@ def test_metrics_have_the_pace_since_the_row_before(clock):
 
 def test_the_time_left_has_what_is_done_between_steps(clock, monkeypatch):
     one = clock((9.0, "a"), (1.0, "a"))
-    assert one.left(2, 30, {"drawing": 3}) == 28.0  # what a drawing costs is not known
+    assert one.left(2, 30, {"drawing": 3}) == 28.0  # the cost of drawing is not known yet
     ticks = iter([0.0, 5.0, 5.0, 12.0])
     monkeypatch.setattr("trainer.clock.time.monotonic", lambda: next(ticks))
     for _ in range(2):
@@ -147,7 +147,7 @@ def test_peaks_of_earlier_sessions_count():
 
 @pytest.fixture
 def trained_on(monkeypatch):
-    """The batches that are drawn, by their numbers."""
+    """The drawn batches by number."""
     drawn, original = {}, Plan.batch
 
     def noting(self, seed, number):
@@ -169,7 +169,7 @@ def trained_on(monkeypatch):
 def test_changed_batches_go_on_with_the_pictures_that_come_next(
     quick, composed, trained_on, change, size, number
 ):
-    """After 4 batches of 4 out of 24: the same endless row of pictures, from the 17th on."""
+    """After 4 batches of 4 from 24 pictures, the same endless sequence goes on from the 17th."""
     options = ["schedule=constant", "log.every=1"]
     folder = quick("run", *options)
     order = list(itertools.chain(*(trained_on[n] for n in range(4))))

@@ -1,4 +1,4 @@
-"""How moments are stored: sizes, exact zeros, unbiased rounding, and the matrix views."""
+"""Storage of moments: sizes, exact zeros, unbiased rounding, matrix views."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_parts_keep_their_names_shapes_and_dtypes(shape):
 
 
 def octave(x):
-    """The power of two below each element."""
+    """The largest power of two not above each element."""
     return 2.0 ** x.log2().floor()
 
 
@@ -66,13 +66,13 @@ def octave(x):
     ids=["SignedFloat8", "SignedFloat8 by rows", "Float8", "Bf16", "Bf16 by rows"],
 )
 def test_rounding_is_unbiased_and_zero_is_exact(codec, spacing):
-    generator = torch.Generator().manual_seed(0)  # any other may meet six errors
+    generator = torch.Generator().manual_seed(0)  # other seeds may exceed the bound
     x = torch.rand(64, 64, generator=generator) * torch.logspace(-2, 0, 64)[:, None]
     x[::7] = 0
     decoded = torch.stack([codec.decode(codec.encode(x, rng.mix(k))) for k in range(400)])
     assert (decoded[:, x == 0] == 0).all()
     bias = (decoded.double().mean(0) - x.double()).abs()
-    assert (bias <= spacing(x) * 0.13).all()  # five standard errors of a Bernoulli mean of 400
+    assert (bias <= spacing(x) * 0.13).all()  # 5 standard errors of a mean of 400 Bernoulli draws
     assert ((decoded - x).abs() <= spacing(x) * 1.001).all()
 
 
@@ -103,7 +103,7 @@ def test_float8_stores_a_value_of_its_grid_without_rounding_whatever_its_neighbo
 
 
 def test_float8_codes_are_these_bits():
-    """The definition, an element at a time in Python's integers."""
+    """The definition, one element at a time with Python integers."""
     x = torch.rand(300, generator=torch.Generator().manual_seed(0)) ** 9
     x[7] = 0
     parts, key = Float8((300,)).encode(x, rng.mix(3)), rng.mix(3)
@@ -119,7 +119,7 @@ def test_float8_codes_are_these_bits():
 
 
 def test_signed_float8_codes_are_these_bits():
-    """The definition, an element at a time."""
+    """The definition, one element at a time."""
     x = torch.randn(300, generator=torch.Generator().manual_seed(0)) ** 9
     x[7] = 0
     parts, key = SignedFloat8((300,)).encode(x, rng.mix(3)), rng.mix(3)
@@ -145,7 +145,7 @@ def test_signed_float8_starts_a_block_at_each_row_of_its_view():
 
 
 def test_a_small_value_beside_a_large_one_is_stored_as_finely_as_it_is_small():
-    """What a code of one width cannot: 1/127 of the largest is eight times all of these."""
+    """Codes of uniform spacing cannot do this: 1/127 of the maximum is 8 times these values."""
     x = torch.full((128,), 1e-3)
     x[0] = 1.0
     codec = SignedFloat8((128,))
@@ -172,11 +172,11 @@ def test_the_layout_is_the_one_view_that_the_codecs_share():
     shape, view = (6, 4, 3, 3), (6, 36)
     assert layout([Dense(shape), Float8(shape)], shape) == (1, 216)
     assert layout([Dense(()), SignedFloat8(shape, view), Factored(shape, view)], shape) == view
-    assert layout([Factored(shape, shape)], shape) == (1, 216)  # a batch of matrices is none
+    assert layout([Factored(shape, shape)], shape) == (1, 216)  # no view for a batch of matrices
     assert layout([SignedFloat8((2, 36), (2, 36)), Dense(shape)], shape) == (
         1,
         216,
-    )  # of a projection
+    )  # a projection's moment
     with pytest.raises(AssertionError):
         layout([SignedFloat8(shape, view), Factored(shape, (18, 12))], shape)
 
@@ -226,7 +226,7 @@ def test_a_convolution_is_read_as_out_by_the_rest(shape, view):
     [
         (1280 * 10240, (4096, 3200)),
         (320 * 4 * 9, (120, 96)),
-        (10007, (97, 104)),  # a prime is padded, not left as one column
+        (10007, (97, 104)),  # a prime is padded rather than left as one column
         (3, None),
     ],
 )

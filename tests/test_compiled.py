@@ -1,4 +1,4 @@
-"""The compiled module and its sources: that it is of them, and what is said where it is not."""
+"""The compiled module must match its sources; the error message if it does not."""
 
 import ctypes
 import os
@@ -57,8 +57,8 @@ CHANGES = [
     (lambda root: (root / "rules" / "lion.h").rename(root / "rules" / "tiger.h"), True),
     (lambda root: (root / "rules" / "lion.h").unlink(), True),
     (add("rules/tiger.h"), True),
-    (change("rules/lion.h", b"\n", b"\r\n"), False),  # as git may check it out
-    (change("engine/exec_cuda.h", b"lanes", b"planes"), False),  # no part of the module
+    (change("rules/lion.h", b"\n", b"\r\n"), False),  # git may check it out this way
+    (change("engine/exec_cuda.h", b"lanes", b"planes"), False),  # not part of the module
     (add("rules/lion.h~"), False),
 ]
 
@@ -85,7 +85,7 @@ def test_what_the_module_says_of_itself_is_compared_word_for_word():
 @needs_module
 @pytest.mark.parametrize("module", ["of other sources", "of other times"])
 def test_a_module_that_is_not_of_its_sources_is_an_error_at_the_import(module, tmp_path):
-    """Not a step without effect, and not the missing name of some function either."""
+    """Rather than a step without effect, or an obscure error about a missing function."""
     (tmp_path / "optim").mkdir()
     for path in (REPOSITORY / "optim").glob("*.py"):
         (tmp_path / "optim" / path.name).symlink_to(path)

@@ -1,4 +1,4 @@
-"""The configuration: every file composes, defaults have one source, mistakes are named."""
+"""The configuration: every file composes, defaults have one source, errors name the mistake."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from trainer.errors import UserError
 
 CONF = config.conf_dir()
 CHOICES = [f"{group}={name}" for group in config.group_names() for name in config.choices_of(group)]
-NEEDED = {  # what a choice leaves to the user
+NEEDED = {  # values that a choice leaves to the user
     "model=sdxl": [f"model.path={config.ASSETS}/tiny_sdxl"],
     "model=sd15": ["model.path=owner/name"],
     "data=folder": [f"data.path={config.ASSETS}/emoji24"],
@@ -49,8 +49,8 @@ def test_the_class_signature_is_the_one_source_of_a_default(name, composed):
     values = dataclasses.asdict(composed(f"optim={name}").optim)
     assert values.pop("name") == name
     built = optim.build(name, [torch.nn.Parameter(torch.zeros(2))]).defaults
-    built.pop("seed")  # the run's seed
-    assert values.pop("backend") == "auto"  # of the optimizer, not of a group
+    built.pop("seed")  # set by the run
+    assert values.pop("backend") == "auto"  # belongs to the optimizer, not to a group
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} == built
 
 
@@ -65,7 +65,7 @@ def test_a_sweep_choice_lists_the_family():
 
 
 MISTAKES = [
-    # arguments, parts of the one line that is printed
+    # arguments, parts of the one-line message
     (["optim.lrr=1"], ["optim.lrr", "did you mean 'lr'"]),
     (["optim=lion", "optim.beta2=0.9"], ["optim.beta2", "'betas'"]),
     (["optim=adamww"], ["optim=adamww", "did you mean 'adamw'"]),
@@ -303,7 +303,7 @@ def test_several_experiments_are_a_list(composed):
 
 
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
-    """The first of them is one here that brings it about."""
+    """A fake `hydra`, the first import, sends the signal."""
     (tmp_path / "hydra.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     done = new_process("--help", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

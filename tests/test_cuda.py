@@ -1,5 +1,5 @@
-"""The CUDA engine without a GPU: its kernels compiled for every architecture and looked at, and its
-arithmetic, with the kernels compiled for the host instead, against the CPU engine's."""
+"""The CUDA engine without a GPU: its kernels are compiled for every architecture and inspected;
+compiled for the host, their arithmetic is compared with the CPU engine's."""
 
 import contextlib
 import copy
@@ -44,7 +44,7 @@ def test_every_kernel_compiles_and_fits_registers_and_shared_memory(arch):
     asked = {n: k.num_shared(n) * cuda.MOMENT_BYTES for k in kinds for n, _ in k.passes()}
 
     def used(report, symbol):
-        """Bytes of shared memory that a kernel has beside what its launch asks for."""
+        """A kernel's bytes of static shared memory."""
         symbol = symbol.decode() if isinstance(symbol, bytes) else symbol
         found = re.search(rf"entry function '{symbol}'(?:.*\n)*?.*Used .*", report)
         assert found, symbol
@@ -64,7 +64,7 @@ def test_every_kernel_compiles_and_fits_registers_and_shared_memory(arch):
     assert len(memory) >= len(names)
     assert set(memory) == {("0", "0")}, report
     assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 255
-    assert max(asked.values()) <= 48 << 10  # what a launch may have without more ado
+    assert max(asked.values()) <= 48 << 10  # a launch's limit without opting in to more
 
 
 @needs_nvrtc
@@ -115,10 +115,10 @@ def test_a_kernel_is_compiled_once_and_then_taken_from_the_disk(tmp_path, monkey
     symbol, code = raw.split(b"\n", 1)
     assert b"measure_kernel" in symbol
     assert code[:4] == b"\x7fELF"
-    assert [x.name for x in path.parent.iterdir()] == [path.name]  # nothing temporary
+    assert [x.name for x in path.parent.iterdir()] == [path.name]  # no temporary files
     monkeypatch.setattr(gpu, "compile_kernels", None)
     assert a_card().load([gpu.MEASURE]) == {gpu.MEASURE: raw}
-    card._sources = "y"  # other headers: another kernel
+    card._sources = "y"  # changed headers give another kernel
     assert card._path(gpu.MEASURE) != path
 
 
@@ -130,7 +130,7 @@ def a_card():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The names that were compiled so far, in place of which there are bytes."""
+    """The names compiled so far; dummy bytes replace the code."""
     names = []
 
     def compile_kernels(some, arch):
@@ -150,7 +150,7 @@ def test_a_kernel_that_is_not_whole_on_the_disk_is_compiled_again(
     path = a_card()._path("k")
     right = a_card().load(["k"])
     path.write_bytes(spoil(path.read_bytes()))
-    for times in (2, 2):  # what is written then is whole
+    for times in (2, 2):  # the rewritten file is complete
         assert a_card().load(["k"]) == right
         assert compiled == ["k"] * times
 
@@ -179,7 +179,7 @@ def test_two_threads_may_keep_the_same_kernel(compiled, tmp_path, monkeypatch):
     assert a_card()._read(path) == raw
 
 
-# In a process of its own, which finds the fake driver in place of the real one.
+# Runs in a new process, which finds the fake driver instead of the real one.
 LAUNCH = """
 import contextlib, pathlib, sys, threading, warnings
 from types import SimpleNamespace
@@ -218,7 +218,7 @@ def test_the_driver_is_asked_for_the_kernel_and_told_grid_stream_and_argument(tm
     asked = ["load ELF", f"kernel {symbol} of 0x1111"]
     asked += ["launch 0x2222 grid 70000 1 1 block 64 1 1 shared 4352 stream 0xabc0 argument "
               "7fff12345678"]  # fmt: skip
-    context = ["context 0x3001"]  # once in a thread
+    context = ["context 0x3001"]  # once per thread
     assert done.stdout.splitlines() == [*context, *asked, *asked]
 
 
@@ -237,7 +237,7 @@ def host(tmp_path_factory):
 
 
 def differences(optimizer, twin):
-    """Where two optimizers' parameters or states are not the same bits."""
+    """List where two optimizers' parameters or states are not bitwise equal."""
     found = []
     pairs = zip(
         *((p for g in o.param_groups for p in g["params"]) for o in (optimizer, twin)), strict=True
@@ -362,7 +362,7 @@ def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
     grads = [p.grad for p in params]
 
     def held(engine):
-        """Weakly, the memory of an engine's works."""
+        """Weak references to the memory of an engine's works."""
         rooms = [engine._room] if hasattr(engine, "_room") else [engine._scratch]
         works = [*getattr(engine, "_work", getattr(engine, "_works", {})).values()]
         for work in works:
@@ -389,7 +389,7 @@ def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
 
 
 def test_the_shared_memory_that_is_asked_for_is_what_the_kernels_use(tmp_path):
-    """As a host compiler reads them, which has the same constants."""
+    """Checked by a host compiler, which sees the same constants."""
     source = tmp_path / "shared.cpp"
     source.write_text(
         '#include "cuda_on_host.h"\n#include "engine/cuda.h"\n'
@@ -402,7 +402,7 @@ def test_the_shared_memory_that_is_asked_for_is_what_the_kernels_use(tmp_path):
     subprocess.run([compiler, *flags, *paths, source], check=True)
 
 
-# What csrc/ computes in another way on a GPU and says is exact.
+# Shortcuts that csrc/ takes on a GPU and claims to be exact.
 EXACT = """
 #include <stdio.h>
 #include "cuda_on_host.h"
@@ -439,7 +439,7 @@ int main() {
 
 
 def test_shorter_ways_to_a_code_and_back_are_exact(tmp_path):
-    """Codes fit a byte, and a number and its negative have the same; decoding; packing."""
+    """Codes fit in a byte, x and -x differ only in the sign bit; decoding and packing are exact."""
     source, program = tmp_path / "exact.cpp", tmp_path / "exact"
     source.write_text(EXACT)
     compiler = sysconfig.get_config_var("CXX").split()[0]

@@ -1,4 +1,4 @@
-"""curves.png of a run: what its metrics have, and never a reason to stop."""
+"""A run's curves.png: it shows what its metrics contain, and never stops a run."""
 
 import json
 
@@ -12,7 +12,7 @@ from trainer.run import run
 
 
 def titles(monkeypatch, rows):
-    """The panels that are drawn, and the names in the legend."""
+    """The titles of the drawn panels, and the names in the legend."""
     told = []
     monkeypatch.setattr(
         curves.chart, "drawn", lambda panels, _, entries: told.append((panels, entries))
@@ -38,7 +38,7 @@ def test_a_long_noisy_line_is_a_mean_before_what_it_is_the_mean_of(monkeypatch):
     mean, each = told[0].lines
     assert [value for _, value in each.points] == [row["train/loss"] for row in rows]
     middle = [value for _, value in mean.points[50:-50]]
-    assert max(middle) - min(middle) < 0.2  # of 10 points; they differ by 1
+    assert max(middle) - min(middle) < 0.2  # means of 10 points that differ by 1
 
 
 def test_a_line_of_many_points_keeps_its_spikes_and_its_end():

@@ -1,4 +1,4 @@
-"""Data sets: what is found, what is refused by name, and what of it a step is given."""
+"""Data sets: which pictures are found, which are refused by name, and what a step receives."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def test_an_unreadable_picture_is_named_counted_and_skipped_up_to_the_limit(load
     assert len(load(max_unreadable=3).samples) == 4
     for said in ("broken.png", "short.png", "gone.png", "3 unreadable, 0 without a caption"):
         assert said in caplog.text
-    assert "trained without a caption" not in caplog.text  # of those that are not trained on
+    assert "trained without a caption" not in caplog.text  # unreadable pictures are not trained on
     with pytest.raises(UserError, match=r"data\.max_unreadable=2"):
         load(max_unreadable=1)
 
@@ -78,7 +78,7 @@ def test_a_missing_caption_is_named_and_handled_as_chosen(load, pictures, caplog
     (pictures / "red.txt").unlink()
     with pytest.raises(UserError, match=r"1 pictures have no \.txt or \.caption.*red\.png"):
         load(on_missing_caption="error")
-    (pictures / "blue.png").write_bytes(b"")  # which is not even looked at before
+    (pictures / "blue.png").write_bytes(b"")  # captions are checked before pictures
     with pytest.raises(UserError, match=r"1 pictures have no \.txt"):
         load(on_missing_caption="error", max_unreadable=0)
     shutil.copy(pictures / "green.png", pictures / "blue.png")
@@ -98,7 +98,7 @@ def test_an_empty_folder_and_a_folder_of_nothing_usable_are_refused(load, tmp_pa
 
 
 CAPTIONS = [
-    # bytes, what they say or a part of the complaint
+    # bytes, the caption or a part of the error message
     ("ein rötes\nKarte 🟥".encode(), "ein rötes Karte 🟥"),
     ("\ufeffein rötes\r\nКарточка 🟥".encode(), "ein rötes Карточка 🟥"),
     ("\ufeffzwei\r\nZeilen 🟥".encode("utf-16-le"), "zwei Zeilen 🟥"),
@@ -256,8 +256,8 @@ def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures,
         SourceConfig(path=str(prior), prior=True),
     ]
     dataset = load(path=None, sources=sources, holdout=3, resolutions=[64, 56])
-    assert len(dataset.held_out) == 6  # three pictures, twice
-    assert len(dataset.own) == 2  # the fourth, twice
+    assert len(dataset.held_out) == 6  # three pictures in two resolutions
+    assert len(dataset.own) == 2  # the fourth in two resolutions
     seen = {pick.sample for number in range(60) for pick in dataset.batch(0, number)}
     assert seen == {*dataset.own, 4, 9}
     alone = load(holdout=3)

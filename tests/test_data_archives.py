@@ -1,4 +1,4 @@
-"""Files that hold many pictures: webdataset shards, and tables of Hugging Face datasets."""
+"""Files that hold many pictures: webdataset shards and tables of Hugging Face datasets."""
 
 import builtins
 import io
@@ -196,7 +196,7 @@ def test_other_columns_of_pictures_and_captions_are_found_or_named(load, tmp_pat
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_table_without_captions_follows_the_rules_for_missing_ones(load, tmp_path, caplog, name):
-    for column in ("prompt", "weight"):  # of which the second leaves nothing small but weights
+    for column in ("prompt", "weight"):  # "weight": no small column but weights
         path = tmp_path / f"{column}-{name}"
         WRITERS[name](path, {"image": [png("red"), png("blue")], column: [None, None]})
         assert [s.caption for s in load(path=str(path)).samples] == ["", ""]

@@ -1,4 +1,4 @@
-"""Buckets and the order of batches: every picture is seen; a batch is a function of counters."""
+"""Buckets and batch order: every picture is seen; a batch is a function of counters."""
 
 import dataclasses
 import math
@@ -46,7 +46,7 @@ def test_buckets_have_the_area_the_step_and_the_aspects(resolution, step):
 
 
 def test_the_buckets_of_sdxl_are_among_them():
-    """Podell et al. 2023, appendix I, those within 1:4 and of step 64."""
+    """Podell et al. 2023, appendix I: sizes within 1:4 in steps of 64."""
     published = {(512, 2048), (576, 1792), (640, 1600), (704, 1472), (768, 1344), (832, 1216),
                  (896, 1152), (960, 1088), (1024, 1024)}  # fmt: skip
     assert published <= {*buckets.sizes(1024, 64, 4.0)}

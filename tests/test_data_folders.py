@@ -1,4 +1,4 @@
-"""Folders of pictures: what belongs to a picture, what is passed over, and that it is said."""
+"""Folders of pictures: which files belong to a picture, which are ignored, and the log of both."""
 
 import json
 import logging
@@ -38,13 +38,13 @@ def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
 
 
 PASSED_OVER = {
-    # files beside the four pictures, what is said of them
+    # files beside the four pictures: the log message about them
     "a.tar.gz b.tgz c.ZIP": "3 archives are ignored",
     "a.svg b.NEF c.mpo": "3 pictures in unsupported formats",
     "gas.mask.png red.mask.jpg": "2 masks without a picture",
     "gas.txt gas.caption sub/red.txt": "3 caption files have no picture",
     ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures and folders are ignored",
-    # and those that nothing is said of
+    # files ignored silently
     "README.txt LICENSE.txt ._red.png .git/config .hidden.txt red.mask.png notes.md": None,
     "red.Mask.PNG": None,
 }
@@ -95,7 +95,7 @@ def test_only_regular_files_are_opened(load, pictures, caplog, monkeypatch):
     for name in ("pipe.png", "red.mask.png", "pipe.txt", "blue.mask.png"):
         os.mkfifo(pictures / name)
     with socket.socket(socket.AF_UNIX) as made:
-        monkeypatch.chdir(pictures)  # for its name must be short
+        monkeypatch.chdir(pictures)  # a socket's path must be short
         made.bind("socket.jpg")
     (pictures / "device.png").symlink_to("/dev/zero")
     dataset = load(mask="file", max_unreadable=5)
@@ -127,7 +127,7 @@ def test_pictures_that_runs_left_in_the_folder_are_no_data(load, pictures, caplo
     said = [line for line in caplog.messages if "folders of runs" in line]
     assert len(said) == 1
     assert said[0].startswith("data: 2 folders of runs are ignored")
-    assert len(load(path=str(folder)).samples) == 1  # which was asked for
+    assert len(load(path=str(folder)).samples) == 1  # named explicitly
 
 
 def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictures, caplog):

@@ -1,4 +1,4 @@
-"""A cache that was there when the run began, and is not now, or not at once."""
+"""A cache that disappears during a run, or is temporarily unreadable."""
 
 import errno
 import shutil

@@ -1,4 +1,4 @@
-"""What is known of pictures from one run to the next, so that they are not read again."""
+"""What is remembered about pictures between runs, so that they are not read again."""
 
 import dataclasses
 import errno
@@ -45,7 +45,7 @@ def test_a_picture_that_is_replaced_with_its_time_kept_is_read(load, pictures, c
 
 @pytest.mark.parametrize("at", ["sources.find", "_captions_of", "_look"])
 def test_a_signal_ends_whatever_is_read_before_the_first_step(options, cache, monkeypatch, at):
-    """And what is known of pictures by then is kept."""
+    """What is known about pictures by then is kept."""
     stop = []
 
     def signalled(function):
@@ -76,7 +76,7 @@ def test_a_picture_that_was_whole_once_is_not_decoded_again_to_know_it(load, cac
 
 
 def aged(folder):
-    """Date what is there so that its times tell of every change from now on."""
+    """Backdate all files, so that any later change shows in their times."""
     for path in folder.rglob("*"):
         os.utime(path, (1e9, 1e9))
 
@@ -90,11 +90,11 @@ def test_a_picture_of_the_same_size_and_time_is_not_read_again(load, pictures, c
     again = load(cache=str(cache), mask="file")
     assert not read
     assert again.fingerprint == first.fingerprint
-    load(cache=str(cache))  # without masks, of which the digests were
+    load(cache=str(cache))  # the digests included the masks
     assert len(read) == 4
     red = pictures / "red.png"
     content = red.read_bytes()
-    red.write_bytes(content[:-1] + b"?")  # as long, and newer than what is trusted
+    red.write_bytes(content[:-1] + b"?")  # same length, too new to be trusted
     for _ in range(2):
         read.clear()
         load(cache=str(cache), mask="file")

@@ -1,4 +1,4 @@
-"""metadata.jsonl and metadata.csv: captions, weights and masks by the files that they are of."""
+"""metadata.jsonl and metadata.csv: captions, weights and masks by file name."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_metadata_gives_captions_weights_and_masks(load, pictures):
 
 @pytest.mark.parametrize("there", ["NFC", "NFD"])
 def test_names_are_the_same_in_any_unicode_normalisation(load, pictures, caplog, there):
-    """A Mac's archives have café in five characters, and editors write four."""
+    """Mac archives spell café with five characters, editors with four."""
     here = {"NFC": "NFD", "NFD": "NFC"}[there]
     named, written = (unicodedata.normalize(form, "café") for form in (there, here))
     for path in pictures.iterdir():
@@ -75,7 +75,7 @@ def test_a_picture_that_metadata_names_as_a_mask_is_not_trained_on(load, picture
     lines = [
         {"file_name": "red.png", "mask": "sub/../m.png"},
         {"file_name": "blue.png", "mask": "sub/0001.png"},
-        {"file_name": "green.png", "mask": "green.png"},  # a picture too
+        {"file_name": "green.png", "mask": "green.png"},  # a picture as well
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert names(load(mask=mask)) == ["blue.png", "green.png", "red.png", "yellow.png"]

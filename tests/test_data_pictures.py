@@ -1,4 +1,4 @@
-"""A picture's pixels: every kind of file becomes the RGB it stands for, or is refused."""
+"""A picture's pixels: every kind of file is converted to the correct RGB, or refused."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def array(content, **options):
     return np.asarray(decode(content, **options).rgb).tolist()
 
 
-# A picture of 3 x 2 in which every pixel differs; what EXIF's orientations make of it.
+# A 3 x 2 picture of distinct pixels, and what each EXIF orientation turns it into.
 F = [[1, 2, 3], [4, 5, 6]]
 ORIENTED = {
     1: [[1, 2, 3], [4, 5, 6]],
@@ -71,7 +71,7 @@ def sixteen_bits(*values, mode="I;16"):
 
 RED, BLUE, WHITE, BLACK = [255, 0, 0], [0, 0, 255], [255] * 3, [0] * 3
 GOLDEN = {
-    # of each kind: the file's bytes, the RGB of its two pixels
+    # kind: (the file's bytes, the RGB of its two pixels)
     "grey": (encoded(pixels_of("L", 0, 200)), [BLACK, [200] * 3]),
     "bits": (encoded(pixels_of("1", 0, 255)), [BLACK, WHITE]),
     "rgb": (encoded(pixels_of("RGB", (1, 2, 3), (255, 0, 0))), [[1, 2, 3], RED]),
@@ -108,7 +108,7 @@ def test_the_background_can_be_chosen():
 
 
 def test_a_colour_profile_is_followed_to_srgb():
-    """A profile whose first primary is sRGB's green: swapped channels, up to its rounding."""
+    """A profile with red and green swapped gives swapped channels, up to its rounding."""
     content = encoded(pixels_of("RGB", (255, 0, 0), (128, 128, 128)), icc_profile=swapped())
     (first, grey), = array(content)  # fmt: skip
     assert np.abs(np.array(first) - [0, 255, 0]).max() <= 3
@@ -116,7 +116,7 @@ def test_a_colour_profile_is_followed_to_srgb():
 
 
 def swapped():
-    """sRGB's own profile with the tags of its red and green primaries exchanged."""
+    """The sRGB profile with the tags of its red and green primaries swapped."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
     profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
@@ -197,7 +197,7 @@ def test_pixels_are_the_centre_antialiased():
     wide.paste("blue", (100, 0, 200, 100))
     square = pictures.pixels(wide, (64, 64))[2]
     assert (square[:, 4:-4] == 1).all()
-    assert square.min() > 0.9  # of its edges, which the filter mixes with the neighbours
+    assert square.min() > 0.9  # the filter blends edges with their neighbours
     stripes = Image.fromarray(np.tile(np.array([0, 255], dtype="uint8"), (256, 128)))
     shrunk = pictures.pixels(stripes.convert("RGB"), (32, 32))
     assert shrunk.abs().max() < 0.05
@@ -206,7 +206,7 @@ def test_pixels_are_the_centre_antialiased():
 
 def test_the_alpha_channel_can_be_the_mask(load, pictures, tmp_path, caplog):
     image = Image.new("RGBA", (128, 64), (255, 0, 0, 255))
-    image.paste((0, 0, 0, 0), (0, 0, 36, 64))  # of the central square: its first 4 columns of 64
+    image.paste((0, 0, 0, 0), (0, 0, 36, 64))  # the first 4 of 64 columns of the central square
     image.save(pictures / "red.png")
     dataset = load(mask="alpha")
     assert "3 pictures have no transparent part; the loss covers all of them" in caplog.text
@@ -216,14 +216,14 @@ def test_the_alpha_channel_can_be_the_mask(load, pictures, tmp_path, caplog):
     assert torch.equal(mask[0], torch.tensor([0.0] * 4 + [1.0] * 60).expand(64, 64))
     assert (dataset.samples[0].read_mask() == 1).all()
     Image.new("RGBA", (128, 64), "red").save(pictures / "red.png")  # opaque
-    for _ in range(2):  # the second finds in the cache what was seen
+    for _ in range(2):  # the second time from the cache
         caplog.clear()
         load(mask="alpha", cache=str(tmp_path / "cache"))
         assert "4 pictures have no transparent part" in caplog.text
 
 
 def test_a_mask_beside_a_picture_is_cropped_like_it_and_must_have_its_shape(load, pictures, caplog):
-    mask = Image.new("L", (40, 35), 0)  # of red.png: 80 x 70
+    mask = Image.new("L", (40, 35), 0)  # for red.png, 80 x 70
     mask.paste(255, (0, 0, 20, 35))
     mask.save(pictures / "red.mask.png")
     dataset = load(mask="file")

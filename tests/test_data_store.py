@@ -1,4 +1,4 @@
-"""The store: what is encoded once is never encoded again, and nothing stale or damaged is used."""
+"""The store: nothing is encoded twice, and nothing stale or damaged is used."""
 
 import hashlib
 import multiprocessing
@@ -20,8 +20,7 @@ from trainer.run import run
 
 @pytest.fixture
 def encode(load, cache):
-    """Encode the picture folder with these changes -> (latents and masks, how many were
-    encoded)."""
+    """Encode the picture folder with these changes -> (latents and masks, number encoded)."""
 
     def run(fingerprint="vae", dtype="float32", folder=cache, **changes):
         vae = Vae()
@@ -51,7 +50,7 @@ def test_what_has_not_changed_is_never_encoded_twice(encode, pictures, cache):
 
 
 CHANGES = {
-    # what changes -> how many of the four are encoded anew
+    # change: (edit, options, number of pictures encoded anew)
     "a picture's pixels": (lambda p: Image.new("RGB", (80, 70), "pink").save(p / "red.png"), {}, 1),
     "resolution": (None, {"resolution": 56}, 4),
     "crop": (None, {"buckets": True, "bucket_step": 8}, 4),
@@ -79,14 +78,14 @@ def test_what_has_changed_is_a_miss_and_what_has_not_is_a_hit(encode, pictures, 
 
 def test_only_a_transparent_picture_is_encoded_anew_on_another_background(encode, pictures):
     Image.new("RGBA", (80, 70), (255, 0, 0, 128)).save(pictures / "red.png")
-    Image.new("RGBA", (80, 70), (0, 0, 255, 255)).save(pictures / "blue.png")  # is opaque
+    Image.new("RGBA", (80, 70), (0, 0, 255, 255)).save(pictures / "blue.png")  # opaque
     light, count = encode()
     assert count == 4
     dark, count = encode(background="black")
     assert count == 1
     changed = [not torch.equal(*pair) for pair in zip(values(light), values(dark), strict=True)]
     assert changed == [False, False, True, False]
-    assert encode()[1] == 0  # what there was is still there
+    assert encode()[1] == 0  # the old entries are still there
 
 
 def values(entries):
@@ -110,7 +109,7 @@ def test_a_mask_changes_no_latent(encode, pictures):
 
 
 def test_a_latents_name_is_what_it_has_been(encode, load, cache):
-    """Of a picture on white and without a mask: what took hours to encode is found again."""
+    """Without a mask and on white, names stay valid, so that hours of encoding are not lost."""
     encode()
     pixels = "(64, 64), {}, 'white', 'none', 'centre, lanczos'"
     known = [(1, s.digest, f"({pixels.format(s.size)})", "vae", "torch.float32")
@@ -167,7 +166,7 @@ def test_a_start_reads_no_values_of_the_cache(encode, monkeypatch):
     encode()
     monkeypatch.setattr(data.store, "_load", lambda path: pytest.fail(f"{path} is read"))
     with pytest.raises(pytest.fail.Exception, match="is read"):
-        encode()  # by the one who asks for the entries
+        encode()  # by this fixture's own reads
     monkeypatch.setattr(data.Entries, "__getitem__", lambda entries, name: {})
     assert encode()[1] == 0
 
@@ -244,8 +243,8 @@ def test_captions_are_encoded_once_each_and_with_the_encoder_they_name(cache):
 
 
 def encode_and_leave(cache, kill_at):
-    """In a process of its own: encode twelve captions, dying at a rename; leave with the number of
-    entries that were written."""
+    """In a new process: encode twelve captions, dying at rename number `kill_at`; exit with the
+    number of entries written."""
     renames, replace = [], os.replace
 
     def dying(*paths):
@@ -277,7 +276,7 @@ def test_a_killed_process_loses_one_entry_and_two_processes_may_share_a_folder(c
     assert len(entries(cache, "texts")) == 4
     two = [start(0), start(0)]
     written = [ends(process) for process in two]
-    assert max(written) <= 8 <= sum(written)  # what was there is not encoded again
+    assert max(written) <= 8 <= sum(written)  # the existing 4 are not encoded again
     assert len(entries(cache, "texts")) == 12
     assert ends(start(0)) == 0
 
@@ -306,7 +305,7 @@ def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
     run(composed(*options, "schedule.steps=1"), tmp_path / "run")
     assert len(encoded) == 4
     elsewhere = [*options, "schedule.steps=1", "data.cache=null", f"resume={tmp_path / 'run'}"]
-    assert resuming.to_resume(composed(*elsewhere)).step == 1  # a cache decides nothing
+    assert resuming.to_resume(composed(*elsewhere)).step == 1  # the cache does not affect resuming
 
 
 def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
@@ -352,5 +351,5 @@ def test_a_mask_is_averaged_to_the_latent_and_kept(encode, pictures, cache):
         latents, _ = encode(mask="alpha")
         assert torch.equal(latents[2]["mask"], torch.tensor([0.5] + [1.0] * 7).expand(1, 8, 8))
         assert (latents[0]["mask"] == 1).all()
-    assert len(entries(cache, "masks")) == 2  # its own, and one of all that have none
+    assert len(entries(cache, "masks")) == 2  # one for it, one shared by pictures without a mask
     assert "mask" not in encode()[0][2]

@@ -1,4 +1,4 @@
-"""`python -m trainer.doctor`: what it finds, and the exit status that a script reads."""
+"""`python -m trainer.doctor`: its findings, and its exit status for scripts."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from trainer.config import ASSETS
 
 @pytest.fixture
 def examine(in_tmp, monkeypatch, capfd):
-    """The command in this process: examine("data=folder") -> (exit status, stdout, stderr)."""
+    """Run the command in this process: examine("data=folder") -> (exit status, stdout, stderr)."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["trainer.doctor", *arguments])
@@ -35,7 +35,7 @@ def folder(pictures):
 
 def test_a_preset_needs_no_model(examine, pictures):
     status, out, _ = examine("experiment=sdxl_lora", f"data.path={pictures}")
-    assert status == 1  # four small pictures
+    assert status == 1  # for four small pictures
     assert "a run with these options: 2000 steps, 500 epochs" in out
     _, _, err = examine("experiment=sdxl_lora", f"data.path={pictures}", "data.cache=cache")
     assert "model.path has no value" in err
@@ -134,8 +134,8 @@ def test_what_cannot_be_read_at_all_is_named_and_the_rest_examined(examine, pict
         strict=True,
     ):
         assert re.search(says, line)
-    assert lines[0] == "4 pictures, 4 of them usable"  # red, green, yellow and the good tar's
-    assert "PROBLEM: 1 captions are empty" in lines  # which line 5 says
+    assert lines[0] == "4 pictures, 4 of them usable"  # red, green, yellow and one in the good tar
+    assert "PROBLEM: 1 captions are empty" in lines  # line 5 of the metadata
 
 
 def test_a_picture_that_cannot_be_read_is_one_problem(examine, pictures, folder):
@@ -234,7 +234,7 @@ def test_it_tells_how_long_an_epoch_takes_where_a_speed_is_known(examine, in_tmp
 
 def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder, tmp_path):
     wide = Image.new("RGB", (300, 100), "white")
-    wide.paste("red", (0, 0, 60, 100))  # what a square bucket crops away
+    wide.paste("red", (0, 0, 60, 100))  # cropped away by a square bucket
     wide.save(pictures / "aside.png")
     (pictures / "aside.txt").write_text("a card aside")
     sheet = tmp_path / "out/sheet.png"
@@ -242,7 +242,7 @@ def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder
     assert status == 0
     assert f"{sheet}: 5 pictures as a run would see them" in out
     drawn = Image.open(sheet)
-    tile = drawn.crop((64, 14, 64 + 96, 14 + 96))  # the first of them
+    tile = drawn.crop((64, 14, 64 + 96, 14 + 96))  # the first picture
     assert tile.getextrema() == ((255, 255),) * 3
     blue = drawn.getpixel((64 + 96 + 48, 14 + 48))
     assert blue[2] > 200 > 60 > blue[0]

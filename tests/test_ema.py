@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, that bf16 follows, and that it lasts."""
+"""The average of the weights: its definition, its accuracy in bf16, saving and resuming."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_the_decay_of_a_warm_up_grows_to_what_was_asked_for():
 
 
 def test_a_bf16_average_follows_slow_weights_where_rounding_to_the_nearest_stands_still():
-    """A decay of 0.999 moves 1.0 towards 1.02 by 2e-5 a step, 1/390 of bf16's spacing there."""
+    """Decay 0.999 moves 1.0 towards 1.02 by 2e-5 per step, 1/390 of bf16's spacing there."""
     parameters = {"a": Parameter(torch.ones(64, 64))}
     ema = Ema(config(decay=0.999, dtype="bfloat16"), parameters, seed=0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What is seen of a model in training, and that looking changes nothing."""
+"""Evaluation and sampling during training, which must not change the training."""
 
 import gc
 import json
@@ -61,7 +61,7 @@ def test_pictures_differ_by_the_weights_alone_with_a_sampler_that_draws_noise(be
     first, again = pixels(state.sampler.draw()), pixels(state.sampler.draw())
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(before, torch.get_rng_state())
-    state.sampler.batch_size = 1  # nor do they depend on what is drawn beside them
+    state.sampler.batch_size = 1  # pictures do not depend on their batch either
     alone = pixels(state.sampler.draw())
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(first, alone, strict=True))
 
@@ -87,7 +87,7 @@ def test_a_unet_that_leaves_no_room_for_the_vae_goes_aside_for_it(begun, monkeyp
     monkeypatch.setattr(sampling.Sampler, "_decode", crowded)
     monkeypatch.setattr(state.model.unet, "to", lambda place: moves.append(str(place)))
     assert np.array_equal(pixels(state.sampler.draw()), expected)
-    assert moves == ["cpu", "cpu"]  # away, and back to the device of the run
+    assert moves == ["cpu", "cpu"]  # away, and back to the run's device
 
 
 def test_a_signal_ends_an_evaluation_and_the_drawing_of_pictures(begun):
@@ -123,7 +123,7 @@ def test_what_is_looked_at_leaves_the_compilers_graphs_to_training(begun, monkey
 
 
 def test_the_peak_of_training_is_told_from_the_rest():
-    gc.collect()  # what others left would go in between, and make room
+    gc.collect()  # freeing earlier tests' garbage later would make room
     peaks = Peaks(CPU)
     torch.ones(1 << 26, dtype=torch.uint8)
     peaks.end("rest")
@@ -146,7 +146,7 @@ LETTERS = ["café", "кот", "猫", "😀 or ❤️", "two\nlines", "\ud800", "
 
 @pytest.mark.parametrize("fonts", ["of this machine", "of none"])
 def test_captions_in_any_letters_are_told_apart_on_a_grid(monkeypatch, fonts):
-    """A font draws one box for every letter that it lacks."""
+    """A font draws the same box for every letter it lacks."""
     if fonts == "of none":
         monkeypatch.setattr(pictures, "_fonts", lambda: [ImageFont.load_default(11)])
     tile = Image.new("RGB", (128, 128))
@@ -188,7 +188,7 @@ def test_a_grid_compares_pictures_of_the_same_captions_only(begun, caplog):
 def test_the_base_model_is_drawn_as_it_predicts_and_its_loss_is_not_compared(
     begun, monkeypatch, caplog
 ):
-    """With and without a change of what is predicted: the first pictures are the same."""
+    """The first pictures are the same with and without a change of the prediction type."""
     options = ["log.sample_count=2", "log.sample_steps=3", "schedule.steps=1"]
     same, writer = begun(*options)
     evaluation.sample(same, writer)

@@ -1,5 +1,5 @@
-"""How the UNet is executed: each option has its effect, and no other result; and what is said where
-memory is not enough."""
+"""How the UNet is executed: each option has its effect without changing results; messages when
+memory runs out."""
 
 import sys
 from functools import partial
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def small(composed, *options, look=lambda unet: None):
-    """A small UNet, set up as configured, trained for two steps: its weights, and its losses."""
+    """Train a small UNet as configured for two steps -> (weights, losses)."""
     config = composed(*COMMON, *options)
     unet = measure_sdxl.build_unet(TINY, DTYPES[config.model.dtype], CPU)
     model = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
@@ -54,7 +54,7 @@ def small(composed, *options, look=lambda unet: None):
 
 
 CHECKPOINTING = "runtime.gradient_checkpointing=true"
-OPTIONS = {  # and whether the bits are those of the run without it
+OPTIONS = {  # options: whether results are bitwise those without them
     CHECKPOINTING: True,
     "runtime.channels_last=true": False,
     "runtime.compile=regional": False,
@@ -65,7 +65,7 @@ OPTIONS = {  # and whether the bits are those of the run without it
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Everything of torch.compile but the C++ compiler, which takes a minute."""
+    """Run torch.compile without the C++ compiler, which takes a minute."""
     monkeypatch.setattr(execution, "COMPILER", "aot_eager")
     torch._dynamo.reset()
 
@@ -84,7 +84,7 @@ def test_the_fused_backward_has_the_same_bits_with_every_option(composed, compil
 
 
 def saved_bytes(composed, *options):
-    """Bytes of activations that a forward pass keeps."""
+    """The bytes of activations that a forward pass keeps."""
     kept = {}
 
     def keep(x):
@@ -127,7 +127,7 @@ def test_a_trained_text_encoder_is_checkpointed_without_a_warning(composed, recw
 
 
 def test_gradient_checkpointing_is_of_a_frozen_unet_too(composed):
-    """Where text encoders alone are trained, its activations are nearly all there are."""
+    """When only text encoders are trained, nearly all activations are the UNet's."""
     config = composed(CHECKPOINTING)
     unet = measure_sdxl.build_unet(TINY, DTYPES[config.model.dtype], CPU).requires_grad_(False)
     execution.prepare(config, {"unet": unet}, CPU)

@@ -1,5 +1,5 @@
-"""Writing whole models, and the command that converts: every form and back, proved and never over
-what exists."""
+"""Writing whole models, and the conversion command: every format and back, verified, never
+overwriting files."""
 
 import itertools
 import json
@@ -116,7 +116,7 @@ def test_a_single_file_says_what_it_is(tmp_path):
 
 
 def test_zero_terminal_snr_gets_a_scheduler_that_knows_it(sd15, tmp_path):
-    """Stable Diffusion 1.5's own, PNDM, does not."""
+    """Stable Diffusion 1.5's own scheduler, PNDM, does not support it."""
     from trainer.formats.metadata import marked_scheduler
 
     published = architectures.config("sd15", "scheduler")
@@ -144,7 +144,7 @@ def test_an_export_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_pa
     monkeypatch.setattr(stream, "_rounded", whole)
     table = names.table
 
-    def mistaken(part, every, config):  # two resnets' biases change places
+    def mistaken(part, every, config):  # swaps two resnets' biases
         entries = table(part, every, config)
         if part == "unet" and len(list(tmp_path.iterdir())) == 0:
             i, j = (
@@ -205,7 +205,7 @@ def test_a_lora_is_converted_either_way(tmp_path, capsys, caplog):
 
 
 def test_a_converted_lora_keeps_what_its_metadata_says_of_its_training(tmp_path, capsys):
-    """Whoever wrote it, and whichever way; hashes are the new file's."""
+    """From any program, in both directions; hashes are the new file's."""
     path, _ = lora_file(tmp_path)
     told = {
         "ss_steps": "3000",

@@ -1,4 +1,4 @@
-"""What a run leaves, converted: its folder and its checkpoints, as models and as LoRAs."""
+"""Converting a run's folder and its checkpoints to models and LoRAs."""
 
 import json
 import re
@@ -18,7 +18,7 @@ ONE_STEP = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1", 
 
 
 def exported(capsys, folder, *more):
-    """A run's checkpoint and its folder, as files."""
+    """Export a run's checkpoint and its folder to files."""
     paths = [folder.parent / "checkpoint.safetensors", folder.parent / "folder.safetensors"]
     for source, path in zip((folder / "checkpoints/step-000001", folder), paths, strict=True):
         status, _, error = run_export(capsys, source, path, *more)
@@ -27,7 +27,7 @@ def exported(capsys, folder, *more):
 
 
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path, capsys):
-    """Of a run from a single file, with the noise of the run, which is not the file's."""
+    """For a run from a single file, with the run's noise schedule instead of the file's."""
     began = writing.save_single_file(tmp_path / "began.safetensors", origin.at(str(TINY)), {})
     changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
     folder = quick("run", f"model.path={began}", *ONE_STEP, *changes)
@@ -80,7 +80,7 @@ def test_a_result_that_is_older_than_the_runs_checkpoints_is_exported_with_a_war
     folder = finished("run", *ONE_STEP)
     assert run_export(capsys, folder, tmp_path / "a")[0] == 0
     assert "has continued" not in caplog.text
-    assert run_export(capsys, folder / "checkpoints", tmp_path / "c")[0] == 0  # the last of them
+    assert run_export(capsys, folder / "checkpoints", tmp_path / "c")[0] == 0  # the last one
     newer = shutil.copytree(folder / "checkpoints/step-000001", folder / "checkpoints/step-000003")
     assert run_export(capsys, folder, tmp_path / "b")[0] == 0
     assert f"model is from step 1, and the run has continued since; use {newer}" in caplog.text
@@ -127,7 +127,7 @@ def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
 
 
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
-    """DoRA, rank stabilised, of a text encoder too."""
+    """With DoRA, rank stabilisation and a text encoder."""
     options = ("rank=4", "alpha=2", "dora=true", "rslora=true", "train=[unet,text_encoder]")
     folder = quick("run", "method=lora", *ONE_STEP, *(f"method.{option}" for option in options))
     paths = exported(capsys, folder, "--format", "kohya", "--base", TINY)
@@ -144,7 +144,7 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
             torch.testing.assert_close(adapter.magnitude, two[part][name].magnitude)
 
 
-@pytest.mark.parametrize("name", ["cats", "zebras"])  # before and after pytorch_lora_weights
+@pytest.mark.parametrize("name", ["cats", "zebras"])  # sorted before and after pytorch_lora_weights
 @pytest.mark.parametrize("export", ["[diffusers]", "[kohya,diffusers]"])
 def test_a_run_of_any_name_is_exported_as_a_kohya_lora(quick, capsys, name, export):
     folder = quick("run", "method=lora", f"method.export={export}", f"name={name}", *ONE_STEP)
@@ -157,7 +157,7 @@ def test_a_run_of_any_name_is_exported_as_a_kohya_lora(quick, capsys, name, expo
 def test_a_damaged_checkpoint_is_not_exported(finished, tmp_path, capsys):
     folder = finished("run", *ONE_STEP) / "checkpoints/step-000001"
     content = bytearray((folder / "weights.safetensors").read_bytes())
-    content[-1] ^= 0x40  # a weight, and not the header
+    content[-1] ^= 0x40  # in a weight, not in the header
     (folder / "weights.safetensors").write_bytes(content)
     status, _, error = run_export(capsys, folder, tmp_path / "a.safetensors")
     assert status == 2
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_is_not_exported(finished, tmp_path, capsys):
 def test_a_checkpoint_is_exported_over_the_model_that_it_began_with_and_no_other(
     quick, tmp_path, capsys
 ):
-    """What is not trained comes from that model, wherever it lies now."""
+    """Untrained weights come from that model, even if it has moved."""
     began = shutil.copytree(TINY, tmp_path / "began")
     folder = quick("run", f"model.path={began}", *ONE_STEP) / "checkpoints/step-000001"
     assert run_export(capsys, folder, tmp_path / "a")[0] == 0

@@ -1,4 +1,4 @@
-"""What a run that fails leaves: its summary, its row, the reason."""
+"""What a failed run leaves: its summary, its row, the reason."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("trainer.formats.stream.write", full)
-    monkeypatch.setattr("trainer.saving.save", lambda state: None)  # it is written by that, too
+    monkeypatch.setattr("trainer.saving.save", lambda state: None)  # saving would fail as well
     options = ["method=lora", "log.sample_count=1", "log.sample_steps=1", "method.export_every=2"]
     with pytest.raises(
         UserError, match=r"^out of memory while writing the result.*trainer\.export"
@@ -49,7 +49,7 @@ def test_a_run_that_fails_leaves_what_is_known_and_which_step_its_result_is_of(
     folder = finished("run", "schedule.steps=2")
     monkeypatch.setattr(losses, "loss", poisoned_from(2))
     longer = ["schedule.steps=9", f"resume={folder}", "runtime.allow_config_change=true"]
-    for step in (4, 5):  # the second session fails at once
+    for step in (4, 5):  # the second session fails immediately
         with pytest.raises(UserError, match=r"^1 step without"):
             run(composed(*QUICK, *longer, "runtime.max_skipped_steps=0"), folder)
         summary = report.read_summary(folder)

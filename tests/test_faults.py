@@ -1,4 +1,4 @@
-"""What goes wrong in a run: damaged files, full disks, kills, numbers that are not finite."""
+"""Faults during a run: damaged files, full disks, kills, non-finite numbers."""
 
 import errno
 import json
@@ -71,7 +71,7 @@ def test_a_run_writes_the_checkpoint_anew_that_was_damaged(finished, composed):
     damaged = (newest / "weights.safetensors").read_bytes()
     with pytest.raises(ValueError, match="another configuration"):
         run(composed(*QUICK, f"resume={folder}", "optim.lr=1"), folder)
-    assert newest.exists()  # what is refused changes nothing
+    assert newest.exists()  # a refused resume changes nothing
     run(composed(*QUICK, "runtime.save_every=2", f"resume={folder}"), folder)
     assert checkpoint.load(newest).step == 4
     aside = folder / "checkpoints/damaged-step-000004/weights.safetensors"
@@ -80,7 +80,7 @@ def test_a_run_writes_the_checkpoint_anew_that_was_damaged(finished, composed):
 
 @pytest.fixture
 def save(tmp_path):
-    """Save a small checkpoint after this whole step and keep the last two: save(4)."""
+    """Save a small checkpoint of this step and keep the last two: save(4)."""
 
     def make(step):
         made = checkpoint.Checkpoint(
@@ -205,8 +205,8 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_kill_at_any_write_leaves_a_whole_folder(tmp_path, replaces):
-    """Die at the n-th fsync, rename or removal while a folder is written; then write it again.
-    Each time in a fork of one process that has the imports."""
+    """Die at the n-th fsync, rename or removal while writing a folder; then write it again.  Each
+    attempt is a fork of one process that has the imports."""
     script = tmp_path / "die.py"
     script.write_text(
         """
@@ -257,7 +257,7 @@ for line in sys.stdin:
             assert texts == {f"new{deadline}"}
             break
         died += 1
-        if replaces:  # the old folder is there, or lies beside, to be put back by the next write
+        if replaces:  # the old folder is in place, or beside for the next write to restore
             assert texts or list(tmp_path.glob(".final.old/a"))
     assert status == 0, "the write never came to its end"
     assert died >= 5
@@ -277,7 +277,7 @@ def test_pictures_that_cannot_be_drawn_are_named_and_training_goes_on(
     original = sampling.Sampler._denoise
 
     def failing(self, places):
-        monkeypatch.setattr(sampling.Sampler, "_denoise", original)  # the first time only
+        monkeypatch.setattr(sampling.Sampler, "_denoise", original)  # fail only once
         raise error
 
     monkeypatch.setattr(sampling.Sampler, "_denoise", failing)
@@ -294,7 +294,7 @@ def test_memory_that_runs_out_in_an_evaluation_costs_its_loss_and_nothing_else(q
 
     def failing(*args):
         calls.append(args)
-        if len(calls) in (2, 3):  # after step 2 and after the last, step 4
+        if len(calls) in (2, 3):  # after step 2, and after step 4, the last
             raise torch.OutOfMemoryError("no room")
         return original(*args)
 
@@ -306,7 +306,7 @@ def test_memory_that_runs_out_in_an_evaluation_costs_its_loss_and_nothing_else(q
     assert [row["step"] for row in rows(folder) if "eval/loss" in row] == [0]
     assert json.loads((folder / "summary.json").read_text())["eval_loss_after"] is None
     assert_same_weights(weights(folder, 4), weights(whole, 4))
-    assert (folder / "model/model_index.json").exists()  # what was trained is not lost
+    assert (folder / "model/model_index.json").exists()  # the trained weights are not lost
 
 
 def test_a_latent_that_is_not_finite_is_named_with_its_picture(
@@ -340,7 +340,7 @@ def test_a_folder_of_other_files_is_not_written_to(composed, tmp_path, theirs):
 
 
 def test_a_small_file_of_a_run_is_the_old_or_the_new_when_the_disk_is_full(tmp_path, monkeypatch):
-    """The disk takes the first half of every file."""
+    """The disk fills up in the middle of every file."""
     table = [{"overrides": ["a"], "eval_loss_after": 0.5}]
     (tmp_path / "0").mkdir()
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
@@ -380,7 +380,7 @@ def test_a_full_disk_under_the_log_file_does_not_hide_what_ended_the_run(tmp_pat
     with pytest.raises(UserError, match="the reason"), console.logging_to(tmp_path / "train.log"):
         raise UserError("the reason")
     with console.logging_to(tmp_path / "train.log"):
-        pass  # nor does it end a run that ends well
+        pass  # a successful run does not fail because of it
 
 
 def test_an_error_of_the_program_is_in_the_log_with_where_it_was(tmp_path):
@@ -432,7 +432,7 @@ def test_files_that_cannot_be_copied_are_one_line(tmp_path):
 
 
 def test_a_cache_that_is_only_read_is_read(tmp_path):
-    """Fingerprints that cannot be remembered there are computed each time."""
+    """Fingerprints that cannot be stored are computed each time."""
     (tmp_path / "cache").write_text("as if it could not be written")
     for value in ("one", "two"):
         assert fingerprints.remembered({}, [], tmp_path / "cache", lambda v=value: v) == value

@@ -1,4 +1,4 @@
-"""Features: what each does to a step, that moments are left alone, and bad gradient elements."""
+"""Features: their effect on a step, unaffected moments, and bad gradient elements."""
 
 import math
 
@@ -18,7 +18,7 @@ BAD = [math.nan, math.inf, -math.inf, 1e30]
 
 
 def one_step(name, param, grad, **options):
-    """-> how far one step moved a copy of `param`, and the state it left."""
+    """Step a copy of `param` once -> (its change, its state)."""
     copy = Parameter(param.clone())
     copy.grad = grad.clone()
     optimizer = optim.build(name, [copy], lr=1.0, weight_decay=0.0, **options)
@@ -69,7 +69,7 @@ def test_max_grad_norm_is_torchs_clip_before_the_step(largest, dtype):
     for step in range(5):
         set_grads(ours, step)
         set_grads(theirs, step)
-        for p in theirs:  # torch's gradients are rounded to the weights' dtype again
+        for p in theirs:  # torch would round clipped gradients to the weights' dtype
             p.data, p.grad = p.data.float(), p.grad.float()
         norm = torch.nn.utils.clip_grad_norm_(theirs, largest)
         assert norm > 0.5
@@ -86,7 +86,7 @@ def test_max_grad_norm_is_each_groups_limit_on_the_norm_of_all():
     groups = [{"params": [params[i]], "max_grad_norm": n} for i, n in enumerate((1.0, 2.0, None))]
     optimizer = optim.build("sgd", groups, lr=1.0, momentum=0.0)
     for p, size in zip(params, (1.5, 2.0, 0.0), strict=True):
-        p.grad = torch.full((4,), size)  # the norms are 3, 4 and 0: together 5
+        p.grad = torch.full((4,), size)  # norms 3, 4 and 0: 5 in total
     params[2].grad[:2] = torch.tensor([math.nan, 1e30])  # counts as 0
     optimizer.step()
     moved = [-p.norm().item() for p in params]
@@ -147,7 +147,7 @@ def test_cautious_and_grams_act_on_the_update_and_never_on_the_moments(name, fea
 def test_cautious_keeps_the_size_of_the_update_on_average(pair):
     _, g = pair
     h = type("H", (), {"grams": False, "cautious": True})
-    u = torch.where(torch.arange(16) < 4, g, -g)  # a quarter agrees
+    u = torch.where(torch.arange(16) < 4, g, -g)  # a quarter of the signs agree
     kept = features.aligned(h, u, g)
     assert torch.equal(kept[:, 4:], torch.zeros(32, 12))
     assert torch.allclose(kept[:, :4], 4 * g[:, :4])
@@ -196,7 +196,7 @@ def test_refused_features_are_refused_by_name():
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bad_gradient_element_changes_neither_its_weight_nor_other_training(name, bad):
-    """Its weight stays; the rest goes on as if that element had had no gradient; it is counted."""
+    """Its weight stays, the rest trains as if that element had no gradient, and it is counted."""
     params = make_params(shapes=[(12, 8), (9,)])
     optimizer = build(name, params)
     run(optimizer, params, range(3))

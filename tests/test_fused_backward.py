@@ -1,5 +1,5 @@
-"""The trainer's fused backward: the same run with a bucket of gradients alive, and what it cannot
-have."""
+"""The trainer's fused backward: the same run with one bucket of gradients alive, and the options
+that it excludes."""
 
 import gc
 import json
@@ -30,7 +30,7 @@ FUSED = "runtime.fused_backward=true"
     ids=" ".join,
 )
 def test_a_run_with_the_fused_backward_is_the_run_without_it(quick, options):
-    """Weights, and every loss, gradient norm and update ratio on the way."""
+    """The same weights, and every loss, gradient norm and update ratio on the way."""
     off = quick("off", *options, UNCLIPPED, "runtime.fused_backward=false")
     on = quick("on", *options, UNCLIPPED, FUSED)
     assert_same_weights(weights(off, 4), weights(on, 4))
@@ -59,7 +59,7 @@ def test_lomo_and_adalomo_step_inside_the_backward_pass_without_further_options(
 
 
 def peak_gradient_bytes(config, folder):
-    """The most bytes of gradients that are alive at once in a backward pass, and of them all."""
+    """-> (peak bytes of gradients alive during a backward pass, bytes of all gradients)."""
     state = assemble(config, folder, None)
     parameters = list(state.model.unet.parameters())
     seen = []
@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(quick, monkeypatch):
 def test_a_gradient_that_is_not_finite_leaves_its_elements_alone_and_is_counted(
     composed, tmp_path, monkeypatch
 ):
-    """The loss is finite: the other elements are stepped, and the log says so."""
+    """The loss is finite: the other elements are stepped, which is logged."""
     config = composed(*QUICK, "optim=lomo", "schedule.steps=1")
     build, models = optimizers.build, []
 
@@ -107,7 +107,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_elements_alone_and_is_counted(
         return build(chosen, model, *more)
 
     def spoiled(*arguments):
-        """One element's part of the loss is 0, and its derivative infinite."""
+        """One element contributes 0 to the loss but has an infinite derivative."""
         first = models[0][0].flatten()[0]
         return original(*arguments) + (first - first.detach()).sqrt()
 

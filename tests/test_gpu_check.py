@@ -1,5 +1,5 @@
-"""scripts/gpu_check.py where there is no GPU: it says so, it judges what it is given, and its
-checks hold for the kernels compiled for this machine, and do not where these are wrong."""
+"""scripts/gpu_check.py without a GPU: it says so, judges given results, and its checks pass for
+kernels compiled for the host and fail for broken ones."""
 
 import contextlib
 import json
@@ -136,7 +136,7 @@ def good_rows():
     ("rows", "missed"),
     [
         (good_rows(), []),
-        (good_rows()[1:], ["adamw_factored", "adamw_factored"]),  # what was not measured
+        (good_rows()[1:], ["adamw_factored", "adamw_factored"]),  # not measured
         ([*good_rows()[:-1], timing("adafactor8bit", 8e-3)], ["adafactor8bit"]),
         ([*good_rows()[:-1], timing("adafactor8bit", float("nan"))], ["adafactor8bit"]),
         ([*good_rows()[1:], timing("adamw_factored", 4e-3, copy_share=0.7)], ["adamw_factored"]),
@@ -197,11 +197,11 @@ def test_the_model_is_scaled_down_to_the_memory_that_is_free():
         gpu_measures.pick(10**8, quick=False)
 
 
-# The checks, on the kernels compiled for this machine ---------------------------------------------
+# The checks, on kernels compiled for the host -----------------------------------------------------
 
 
 class HostSubject(Subject):
-    """This machine's processor in place of a GPU."""
+    """The host's processor instead of a GPU."""
 
     def __init__(self, folder):
         self.device, self.native, self.folder = torch.device("cpu"), True, folder
@@ -241,7 +241,7 @@ def host_subject(tmp_path_factory):
     ids=lambda check: check.__name__,
 )
 def test_a_check_holds_for_right_kernels(check, host_subject):
-    few = FEW[:2] if check is checks.repeats else FEW  # six runs each
+    few = FEW[:2] if check is checks.repeats else FEW  # it takes six runs per case
     finding = check(host_subject, few, DEADLINE)
     assert finding.holds, finding
     assert finding.line
@@ -321,11 +321,11 @@ def test_what_is_over_time_says_how_far_it_came(host_subject):
     assert f"{len(FEW)} cases not reached" in finding.line
 
 
-# What is measured --------------------------------------------------------------------------------
+# Measurements ------------------------------------------------------------------------------------
 
 
 class HostWatch:
-    """Wall time in place of events."""
+    """Wall time instead of CUDA events."""
 
     bandwidth = 1e10
 
@@ -343,7 +343,7 @@ class HostWatch:
 
 @pytest.fixture
 def measured(host_subject, monkeypatch):
-    """What `gpu_measures` needs of CUDA, and the UNet's tensors cut to tiny ones."""
+    """Replace what `gpu_measures` needs from CUDA, and shrink the UNet's tensors."""
     unet = gpu_measures.Unet(torch.device("cpu"), quick=True)
     unet._work = Workload(shapes.tiny(150), torch.bfloat16, unet.device)
     monkeypatch.setattr(gpu_measures, "OURS", ("adamw_factored", "adafactor8bit"))
@@ -372,7 +372,7 @@ def test_launches_temporary_memory_and_buckets_are_measured(measured, host_subje
     usual = cuda.ROOM
     finding = gpu_measures.waves(host_subject, measured, DEADLINE)
     small, large = finding.facts["rows"]
-    assert small["launches"] > large["launches"]  # smaller buckets, more of them
+    assert small["launches"] > large["launches"]  # smaller buckets, so more of them
     assert usual == cuda.ROOM
 
 
@@ -383,7 +383,7 @@ def test_times_are_taken_of_ours_and_of_peers_and_say_what_is_missing(measured, 
     finding = gpu_measures.is_fast(host_subject, measured, peers, DEADLINE)
     names = {row["name"] for row in finding.facts["rows"]}
     assert {"adamw_factored", "adafactor8bit", gpu_measures.REFERENCE} <= names
-    assert finding.holds, finding  # a sample of the UNet is not judged
+    assert finding.holds, finding  # samples of the UNet are not judged
     assert "not judged here" in finding.line
     reference = next(r for r in finding.facts["rows"] if r["name"] == gpu_measures.REFERENCE)
     assert reference["ratio"] == 1.0

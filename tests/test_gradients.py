@@ -1,4 +1,4 @@
-"""Clipping and accumulation: named modes, the same bits with the fused backward and without it."""
+"""Clipping and accumulation: all modes, bitwise equal with and without the fused backward."""
 
 import math
 from types import SimpleNamespace
@@ -35,8 +35,7 @@ def way(model, optimizer, clip, limit, fused, count=1, last_norm=math.nan):
 
 
 def trained(clip, limit, fused, *, dtype=torch.float32, name="adamw", count=1, spike=None):
-    """The weights after some steps, and the outcome of each; step `spike` has 1000 times the
-    loss."""
+    """Train for some steps -> (weights, outcome of each); step `spike` has 1000 times the loss."""
     model = network(dtype)
     optimizer = build(name, model.parameters())
     backward, guard = way(model, optimizer, clip, limit, fused, count), Guard(9)
@@ -97,7 +96,7 @@ def test_the_global_clip_of_fp32_gradients_is_torchs():
 
 
 def gradients_of(clip, limit, factor=1.0, last_norm=math.nan):
-    """The unclipped gradients, and the clipped, of one step."""
+    """The unclipped and the clipped gradients of one step."""
     results = []
     for mode in ("none", clip):
         model = network()
@@ -146,7 +145,7 @@ def test_a_spike_reaches_the_lagged_clip_one_step_late():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_micro_batches_make_the_gradient_of_the_mean_over_all_samples(fused):
-    """Micro-batches of different sizes included, where their shares are given."""
+    """Also for micro-batches of different sizes, if their shares are given."""
     sizes = (2, 4, 6)
     model, reference = network(), network()
     kept = []
@@ -159,7 +158,7 @@ def test_micro_batches_make_the_gradient_of_the_mean_over_all_samples(fused):
     )
     loss = reference(torch.cat([pictures(i, s) for i, s in enumerate(sizes)])).square().mean()
     loss.backward()
-    found = dict(kept)  # of the last backward pass: complete
+    found = dict(kept)  # the last backward pass has complete gradients
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(found[p], q.grad, rtol=1e-4, atol=1e-7)
     assert outcome.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -183,7 +182,7 @@ def test_the_fused_backward_keeps_gradients_until_the_last_micro_batch_and_then_
 
 
 class Halves(nn.Module):
-    """Each micro-batch reaches another half."""
+    """Each micro-batch uses a different half."""
 
     def __init__(self):
         super().__init__()
@@ -216,7 +215,7 @@ def test_a_gradient_that_is_not_finite_is_found_before_anything_is_stepped_by_a_
     first = model[0].weight.flatten()[0]
 
     def loss_of(_):
-        """Finite; the derivative of the root is not."""
+        """Finite, but the derivative of the root is not."""
         return model(pictures(0)).square().mean() + (first - first.detach()).sqrt()
 
     outcome = backward.of_step(loss_of)

@@ -1,4 +1,4 @@
-"""Parameter rules: who gets which options, what is refused, and that it lasts."""
+"""Parameter rules: which options apply where, what is refused, and that a resume keeps them."""
 
 import logging
 
@@ -23,7 +23,7 @@ def network():
 
 
 def named(model, made):
-    """Of each group: the names of its parameters, and its options."""
+    """Each group as (the names of its parameters, its options)."""
     names = {p: name for name, p in model.named_parameters()}
     return [
         ([names[p] for p in group["params"]], {k: v for k, v in group.items() if k != "params"})

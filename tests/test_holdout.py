@@ -1,4 +1,4 @@
-"""Held-out pictures: which they are, and that no step trains on one."""
+"""Held-out pictures: how they are chosen, and that no step trains on them."""
 
 import json
 
@@ -71,4 +71,4 @@ def test_held_out_pictures_are_evaluated_and_never_trained_on(quick, monkeypatch
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["holdout_loss_after"] == rows(folder)[-1]["eval/holdout_loss"]
     assert "held out" in (folder / "train.log").read_text()
-    assert rows(folder)[2]["train/epoch"] == pytest.approx(2)  # of the seven
+    assert rows(folder)[2]["train/epoch"] == pytest.approx(2)  # of seven pictures

@@ -1,4 +1,4 @@
-"""Options without effect: each option does something, is refused, or is said to do nothing."""
+"""Options without effect: each option acts, is refused, or is reported as having no effect."""
 
 import warnings
 
@@ -11,7 +11,7 @@ import optim
 from trainer import optimizers
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,)]
-# Another value than the default, for options that have no obvious one.
+# Non-default values for options without an obvious alternative.
 OTHER = {
     "lr": 0.3,
     "alpha": 2.0,
@@ -42,9 +42,9 @@ OTHER = {
     "projection": "sign",
 }
 USUAL = FOR_SMALL | {"sophia": {"rho": 100.0}} | {name: {"d0": 1e-2} for name in PRODIGIES}
-# What a few steps with good gradients cannot tell.
+# Options that do not show in a few steps with good gradients.
 ELSEWHERE = {"backend", "on_nonfinite", "hessian_every"}
-IDLE = [  # (optimizer, options of which the last does nothing, what to change so that it does)
+IDLE = [  # (optimizer, options; the last has no effect, a change that gives it one)
     ("sgd", {"momentum": 0.0, "nesterov": True}, {"momentum": 0.5}),
     ("sgd", {"momentum": 0.0, "storage": "8bit"}, {"momentum": 0.5}),
     ("sgd", {"momentum": 0.0, "grams": True}, {"momentum": 0.5}),
@@ -70,7 +70,7 @@ IDLE = [  # (optimizer, options of which the last does nothing, what to change s
 
 
 def trained(name, dtype=torch.bfloat16, shapes=SHAPES, **options):
-    """The weights after a few steps to a minimum, with gradients that shrink and grow."""
+    """The weights after a few steps towards a minimum, with gradients that shrink and grow."""
     params = make_params(dtype, shapes)
     optimizer = optim.build(name, params, **{"lr": 0.5} | USUAL.get(name, {}) | options)
     if name == "sophia":
@@ -123,7 +123,7 @@ def test_an_option_that_is_said_to_do_nothing_does_nothing_unless_the_remedy_is_
     *_, idle = options
     with pytest.warns(optim.IdleOption, match=f": {idle}=.* has no effect .*leave it out") as said:
         ends = trained(name, torch.float32, **options)
-    assert len(said) == (2 if "rank" in options else 1)  # which has no effect either
+    assert len(said) == (2 if "rank" in options else 1)  # rank has no effect either
     rest = {key: value for key, value in options.items() if key != idle}
     assert same(ends, trained(name, torch.float32, **rest))
     if remedy is not None:
@@ -168,8 +168,8 @@ def test_fp16_weights_that_small_steps_leave_where_they_are_are_said():
         warnings.simplefilter("error", optim.IdleOption)
         assert moved(rounding="kahan") > 1e-3
         assert moved(dtype=torch.bfloat16) > 0
-        moved(rounding="nearest")  # as it was asked for
-        moved("prodigy", lr=1.0)  # keeps the error
+        moved(rounding="nearest")  # nearest was requested
+        moved("prodigy", lr=1.0)  # keeps the rounding error
         optim.AdamW([Parameter(torch.ones(8, dtype=torch.float16), requires_grad=False)])
 
 
@@ -190,7 +190,7 @@ def test_numbers_that_orthograd_leaves_where_they_are_are_said():
 
 
 def test_an_option_that_acts_in_one_group_may_be_set_for_all():
-    """Biases are not decayed, usually."""
+    """For example with a group of biases that do not decay."""
     params = make_params()
     biases = {"params": params[2:], "weight_decay": 0.0}
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What is due between steps, and after which of them."""
+"""What is due between steps, and after which steps."""
 
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ def steps_saved(folder):
 
 @pytest.fixture
 def due(composed):
-    """-> (the steps of 10 after which an evaluation is due; how many are left, by steps done)."""
+    """-> (the steps of 10 after which to evaluate, evaluations left after 0, 1, ... 10 steps)."""
 
     def found(every, batches_per_epoch=Fraction(4)):
         config = composed(*QUICK, "schedule.steps=10", f"log.eval_every={every}")
@@ -33,7 +33,7 @@ def due(composed):
     [
         (0, []),
         (3, [3, 6, 9]),
-        (5, [5]),  # what is due after the last is done at the end
+        (5, [5]),  # after the last step it is done at the end anyway
         (10, []),
         (11, []),
         ("1epoch", [4, 8]),
@@ -41,7 +41,7 @@ def due(composed):
         ("0.5epochs", [2, 4, 6, 8]),
         ("0.1epochs", list(range(1, 10))),
         ("0epochs", []),
-        ("'3'", [3, 6, 9]),  # as an environment's variable is
+        ("'3'", [3, 6, 9]),  # as from an environment variable
     ],
 )
 def test_an_interval_is_of_steps_or_of_epochs(due, every, steps):
@@ -72,7 +72,7 @@ def test_what_is_no_interval_is_refused_by_its_name(composed, key, wrong):
 
 
 def test_a_run_does_everything_at_the_end_of_an_epoch(quick):
-    """24 pictures in batches of 4, two for a step: 3 steps an epoch."""
+    """24 pictures in batches of 4, two batches per step: 3 steps per epoch."""
     folder = quick(
         *("run", "data.batch_size=4", "runtime.accumulation=2", "schedule.steps=7"),
         *("runtime.keep_checkpoints=9", "runtime.save_every=1epoch", "method.export_every=2epochs"),

@@ -1,5 +1,5 @@
-"""LoRA files of kohya's kind and diffusers': what is written, that others read the same from it,
-and that it can be read back to train on."""
+"""LoRA files in kohya's and diffusers' formats: what is written, that other programs read the same,
+and that training can continue from them."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def any_peft(monkeypatch):
-    """transformers 5.24 asks for a PEFT that is not out; what it then calls is in today's."""
+    """transformers 5.24 requires an unreleased PEFT, but only calls what the current one has."""
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
 
 
@@ -40,7 +40,7 @@ def fresh(folder, parts=("unet", "text_encoder", "text_encoder_2")):
 
 
 def trained(folder, parts=("unet", "text_encoder", "text_encoder_2"), unet=None, **options):
-    """Models with adapters that add something to every module they are of."""
+    """Models with nonzero adapters on all targeted modules."""
     models = fresh(folder, parts)
     options = {"r": 4, "lora_alpha": 10, **options}
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def trained(folder, parts=("unet", "text_encoder", "text_encoder_2"), unet=None,
 
 
 def assert_same_adapters(a, b):
-    """Each adds the same to the same module."""
+    """Both have the same modules with the same deltas and magnitudes."""
     assert a.keys() == b.keys()
     for part in a:
         assert a[part].keys() == b[part].keys()
@@ -69,7 +69,7 @@ def assert_same_adapters(a, b):
 
 
 def read_by_diffusers(folder, path):
-    """The adapters of a pipeline that has loaded the file."""
+    """The adapters of a diffusers pipeline that has loaded the file."""
     kind = StableDiffusionXLPipeline if folder == TINY else StableDiffusionPipeline
     extra = {} if folder == TINY else {"safety_checker": None}
     pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32, **extra)
@@ -81,7 +81,7 @@ def read_by_diffusers(folder, path):
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])
 @pytest.mark.parametrize("base", ["sdxl", "sd15"])
 def test_diffusers_and_we_read_back_what_was_trained(folders, tmp_path, base, kind):
-    """alpha != rank, ranks of their own, convolutions and all text encoders included."""
+    """Including alpha != rank, ranks of single modules, convolutions and all text encoders."""
     models = trained(folders[base], unet={"rank_pattern": {"to_q": 2, "conv1": 3}})
     path = lora.save_lora(tmp_path / "a.safetensors", kind, models, base)
     wanted = adapters.of_models(models)
@@ -111,7 +111,7 @@ def test_dora_is_read_back_and_by_diffusers_from_its_own_format(folders, tmp_pat
 
 
 def test_a_dora_scale_in_kohyas_format_means_what_lycoris_means_by_it(tmp_path):
-    """scale * (W + dW) / |W + dW|, norms over a row (wd_on_output), is what PEFT would merge."""
+    """PEFT merges to scale * (W + dW) / |W + dW|, with norms over a row (wd_on_output)."""
     models = trained(TINY, ["unet"], use_dora=True)
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl")
     tensors, before = load_file(path), fresh(TINY, ["unet"])["unet"]
@@ -135,7 +135,7 @@ def test_a_dora_scale_in_kohyas_format_means_what_lycoris_means_by_it(tmp_path):
 
 
 def test_kohyas_names_are_the_published_ones_for_the_real_models():
-    """722, 72 and 192 modules: what kohya's scripts train of SDXL by default."""
+    """722, 72 and 192 modules, which kohya's scripts train by default for SDXL."""
     small = Adapter(down=torch.zeros(1, 1), up=torch.zeros(1, 1), alpha=1.0)
     models = {
         part: architectures.empty(part, architectures.config("sdxl", part))
@@ -162,7 +162,7 @@ def test_kohyas_names_are_the_published_ones_for_the_real_models():
     every_path = {path: small for path in adapters.module_names(models["unet"])}
     found = kohya.encode({"unet": every_path}, "sdxl", models["unet"].config)
     assert len(every_path) == 794
-    assert len(found) == 3 * len(every_path)  # no two modules have one name
+    assert len(found) == 3 * len(every_path)  # all names are distinct
     sd15 = kohya.encode({"unet": {"down_blocks.0.attentions.0.proj_in": small}}, "sd15", None)
     assert "lora_unet_down_blocks_0_attentions_0_proj_in.alpha" in sd15
 

@@ -1,4 +1,4 @@
-"""Losses: each definition against a formula of its own, and what weights and masks come to."""
+"""Losses: each definition against an independent formula; the effect of weights and masks."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def prediction():
 
 @pytest.fixture
 def value(loss_config, make_schedule, batch, prediction):
-    """The loss of some options on a changed batch: value({"name": "huber"}, mask=...) -> 0-d."""
+    """The loss with these options on a changed batch: value({"name": "huber"}, mask=...) -> 0-d."""
 
     def compute(options, predicts=EPSILON, **changes):
         made = Batch(**(vars(batch) | changes))
@@ -59,7 +59,7 @@ def test_losses_agree_where_errors_are_small(value, prediction):
     near, far = prediction + 0.1, prediction + 2
     assert value({}, target=near).item() == pytest.approx(0.01)
     half = value({"name": "huber", "delta": 0.5}, target=near)
-    assert half.item() == pytest.approx(0.005)  # half a square below delta
+    assert half.item() == pytest.approx(0.005)  # half the square below delta
     linear = value({"name": "huber", "delta": 0.5}, target=far)
     assert linear.item() == pytest.approx(0.5 * (2 - 0.25))
 
@@ -69,8 +69,8 @@ def test_losses_agree_where_errors_are_small(value, prediction):
 def test_weights_by_snr_are_those_of_the_papers(
     value, make_schedule, batch, prediction, weighting, predicts
 ):
-    """Each restated for the error of x, in which the papers' derivations begin: the error of e is
-    SNR times it, and that of v SNR + 1 times."""
+    """Restated for the squared error of x, where the papers' derivations begin: that of e is SNR
+    times it, and that of v SNR + 1 times."""
     ratio = compute_snr(make_schedule(), batch.timesteps)
     of_x = {"min_snr": ratio.clamp(max=5), "debiased": ratio.sqrt()}[weighting]
     weights = of_x / (ratio if predicts == EPSILON else ratio + 1)
@@ -84,7 +84,7 @@ def test_weights_by_snr_are_those_of_the_papers(
 def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
     loss_config, make_schedule, weighting
 ):
-    """Two models that restore the same wrong picture: one says so by e, one by v."""
+    """Two models imply the same wrong picture, one by predicting e, one by predicting v."""
     config = loss_config(weighting=weighting)
     generator = torch.Generator().manual_seed(0)
     clean, noise, wrong = (torch.randn(4, 4, 6, 5, generator=generator) for _ in range(3))
@@ -206,7 +206,7 @@ def test_micro_batches_of_one_size_average_to_the_loss_of_the_whole(value, batch
 
 
 class Off(nn.Module):
-    """Predicts the target that it knows, wrong by a constant that depends on the timestep."""
+    """Predicts the known target plus a constant that depends on the timestep."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -235,7 +235,7 @@ def test_evaluation_is_the_plain_squared_error_whole_and_by_quarters(make_schedu
         )
     )
     found = losses.evaluate(Off([weighted, short]), make_schedule(), [weighted, short])
-    # Timesteps 0, 300, 700, 999 and 249 are wrong by 1, 2, 3, 4 and 1.
+    # The errors at timesteps 0, 300, 700, 999 and 249 are 1, 2, 3, 4 and 1.
     assert found == pytest.approx(
         {
             "loss": (1 + 4 + 9 + 16 + 1) / 5,

@@ -1,4 +1,4 @@
-"""The measurement of the real UNet, here of a small one: what it prints, and that it adds up."""
+"""The measurement script for the real UNet, run on a small one: its output is consistent."""
 
 import json
 import subprocess
@@ -59,8 +59,8 @@ def test_a_peak_above_the_limit_is_a_failure(capsys):
 
 
 def test_blocks_that_are_freed_go_back_to_the_system_where_the_model_is_large():
-    """Blocks of 1 MB, of which every other one is freed, in a process of its own: the allocator
-    stays as it was told."""
+    """Every other of many 1 MB blocks is freed, in a new process because the allocator keeps its
+    settings."""
     script = """
 import torch
 from trainer import memory

@@ -1,4 +1,4 @@
-"""What is trained: the parts and layers that are asked for, and nothing else."""
+"""What is trained: the chosen parts and layers, and nothing else."""
 
 import re
 import shlex
@@ -115,7 +115,7 @@ def test_a_lora_of_layers_that_nothing_is_read_from_alone_is_refused(composed, t
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_doras_magnitudes_are_the_exact_norms_of_the_weights(composed, dtype):
-    """In bf16 they would scale each output by up to 0.4 % before anything is learned."""
+    """In bf16 they would rescale each output by up to 0.4 % before any training."""
     targets = "method.targets=[to_q,conv1]"
     model = attached(composed("method=lora", "method.dora=true", targets, f"model.dtype={dtype}"))
     found = 0
@@ -160,12 +160,12 @@ def test_a_text_encoder_is_trained_where_it_is_asked_for(quick, chosen):
     before, after = weights(folder, 2), weights(folder, 4)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
-    # what the UNet does not read cannot move, and is not saved
+    # layers whose output the UNet does not read cannot move and are not saved
     assert not [name for name in before if "final_layer_norm" in name or "layers.1." in name]
 
 
 def test_a_layer_that_nothing_reads_gets_no_adapter(composed, tmp_path):
-    """Those of a file that has one, of kohya's scripts, are left out."""
+    """A file from kohya's scripts may have adapters for such layers; they are ignored."""
     options = ["method=lora", "method.rank=4", "method.train=[unet,text_encoder]"]
     model = attached(composed(*options))
     own = adapters.of_models(model.trained_parts)
@@ -206,7 +206,7 @@ def test_sd15_trains_samples_and_exports(quick, tmp_path):
 
 
 def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
-    """Values are the file's; the run's rank, alpha and targets must be."""
+    """Values come from the file; the run's rank, alpha and targets must match it."""
     options = ["method=lora", "method.rank=4", "method.alpha=2"]
     folder = quick("first", *options)
     trained = weights(folder, 4)
@@ -260,14 +260,14 @@ def test_a_run_that_started_from_a_lora_is_resumed_without_its_file(quick, tmp_p
     whole = weights(quick("run", *begun), 4)
     file.unlink()
     shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
-    for start in (file, "null"):  # which is moved, or forgotten
+    for start in (file, "null"):  # the missing file, or no file
         resume = f"resume={tmp_path / 'run/checkpoints/step-000002'}"
         fork = quick(f"fork{start == file}", *begun, f"method.start_from={start}", resume)
         assert_same_weights(weights(fork, 4), whole)
 
 
 def test_a_run_called_like_diffusers_file_leaves_both_loras(quick):
-    """Not one written over the other."""
+    """Neither overwrites the other."""
     folder = quick("run", "method=lora", "name=PyTorch_lora_weights")
     found = {path.name: path for path in (folder / "lora").iterdir()}
     assert set(found) == {

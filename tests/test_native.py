@@ -1,5 +1,5 @@
-"""The native engine against its specification, `optim/reference.py`: from the same state and with
-the same gradients, one step of each, so that roundings do not add up."""
+"""The native engine against its specification, `optim/reference.py`: each takes single steps from
+the same state with the same gradients, so that rounding errors do not add up."""
 
 import copy
 import math
@@ -36,10 +36,10 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is 
 
 STORAGES = ["fp32", "bf16", "8bit", "factored"]
 
-# (7, 1429) has no square view, so (97, 104) is padded: its last row is 19 elements long.
+# (7, 1429) has no near-square view, so it is padded to (97, 104), with 19 elements in the last row.
 SMALL = [(24, 40), (33, 3, 3, 3), (37,), (), (0,), (1, 5), (7, 1429), (5, 0)]
 LARGE = [
-    (2, 160001),  # (564, 568), padded and several tiles each way
+    (2, 160001),  # (564, 568): padded, several tiles in each dimension
     (1, 10007),  # a prime: (97, 104)
     (64, 1300),
     (3, 5, 2, 7, 11),
@@ -55,7 +55,7 @@ def params_of(optimizer):
 
 
 def step_misses(reference, engine, act=step):
-    """Step both from the reference's weights and state: -> whatever comes out differently."""
+    """Step both from the reference's weights and state -> descriptions of differences."""
     assert (reference.backend, engine.backend) == ("torch", "native")
     params, twins = params_of(reference), params_of(engine)
     before = [p.detach().clone() for p in params]
@@ -64,7 +64,7 @@ def step_misses(reference, engine, act=step):
     engine.load_state_dict(copy.deepcopy(reference.state_dict()))
     act(reference)
     act(engine)
-    # A sum of products that has cancelled, in chunks and as a whole.
+    # Sums of products, which may cancel, are rounded differently in chunks and as a whole.
     slack = PROJECTED_SLACK if type(reference).rule.__name__ in plan.PROJECTED else 1.0
     lines = []
     for p, q, old in zip(params, twins, before, strict=True):
@@ -76,16 +76,16 @@ BAD = [math.nan, math.inf, -math.inf, 1e30]
 
 
 def spoil(g, step):
-    """Put unusable elements into a gradient, at other places in every step."""
+    """Put unusable elements into a gradient, at different places in each step."""
     if g.numel() > 4 * len(BAD):
         for i, value in enumerate(BAD, start=1):
             g.view(-1)[step + i * (g.numel() - 4) // (len(BAD) + 1)] = value
 
 
 def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0.01, **options):
-    """From the reference's state at each of some steps, the engine's step is the reference's.
+    """Assert that at each of some steps the engine does the same as the reference.
 
-    Shapes are dealt out to the groups; every other step has unusable gradient elements.
+    Shapes are distributed over the groups; every other step has unusable gradient elements.
     """
     options = {"lr": 0.01, "weight_decay": 0.1} | CONDITIONED.get(name, {}) | options
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +110,7 @@ def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0
 
 
 def set_grad(param, grad):
-    """Attach a gradient of any dtype, as a model whose weights were cast after backward() has."""
+    """Attach a gradient of any dtype, as when weights are cast after backward()."""
     if grad.dtype == param.dtype:
         param.grad = grad
         return
@@ -134,7 +134,7 @@ FEATURES = {
     "kahan": {"rounding": "kahan"},
     "seed": {"seed": -(2**40) - 3},
 }
-# Options of some rules; those of several optimizers have a row for each.
+# Rule-specific options, with a row for each optimizer that has them.
 OPTIONS = [
     ("sgd", {"nesterov": True}),
     ("sgd", {"nesterov": True, "storage": "factored"}),
@@ -188,7 +188,7 @@ OPTIONS = [
     ("adafactor8bit_apollo", {"beta1": 0.9, "storage": "factored", "clip_threshold": None}),
     ("sophia", {"betas": (0.5, 0.5), "rho": 1e4, "eps": 1e-3}),
     ("sophia", {"factor_1d": True, "storage": "factored"}),
-    ("sophia", {"orthograd": True, "grad_clip": 1e-3}),  # of which an estimate knows nothing
+    ("sophia", {"orthograd": True, "grad_clip": 1e-3}),  # not applied to curvature estimates
     *(
         (name, options)
         for name in ("adafactor", "adafactor8bit")
@@ -219,7 +219,7 @@ def test_a_step_with_a_feature_is_the_references(name, feature, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
-    "name",  # one of those that differ in their default storage alone
+    "name",  # one of those that differ only in default storage
     [
         *("sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"),
         *("sophia", "prodigy", "lion_prodigy", "came", "came8bit", "apollo"),
@@ -275,8 +275,8 @@ def test_a_gradient_may_have_another_dtype_than_its_weights(name, dtype, grad_dt
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1.0, 1e6, 1e13])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_any_size_step_like_the_reference(name, scale):
-    options = {"slice_p": 1} if name in SWIFT else {}  # of few, none may be large beside its terms
-    if "apollo" in name and scale == 1e-30:  # the squares of its updates are no fp32 numbers
+    options = {"slice_p": 1} if name in SWIFT else {}  # sums of few terms may all cancel
+    if "apollo" in name and scale == 1e-30:  # its squared updates underflow fp32
         options = {"growth_limit": None}
     compare(name, SMALL[:3], FP32, scale=scale, **options)
 
@@ -285,7 +285,7 @@ def test_gradients_of_any_size_step_like_the_reference(name, scale):
 
 
 def shifted(x):
-    """The same elements at an address that no vector unit likes."""
+    """The same elements at an unaligned address."""
     flat = torch.empty(x.numel() + 3, dtype=x.dtype)[3:]
     return flat.view(x.shape).copy_(x)
 
@@ -366,7 +366,7 @@ def test_two_to_the_48_is_the_largest_usable_element():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_infinite_element_is_zero_in_the_global_norm_and_seen_by_raise(dtype):
-    """In fp16 too, where 2^48 is infinite."""
+    """Also in fp16, where 2^48 is infinite."""
     moved = []
     for backend in ("torch", "native"):
         param = Parameter(torch.zeros(4, dtype=dtype))
@@ -397,9 +397,9 @@ def test_cautious_scales_up_a_few_agreeing_elements_by_a_thousand_at_most(agreei
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("decay", [0.0, 2.0**-10])  # which takes the largest bf16 towards the next
+@pytest.mark.parametrize("decay", [0.0, 2.0**-10])  # 2^-10 moves the largest bf16 towards the next
 def test_weights_are_written_as_torch_rounds_them(dtype, rounding, decay):
-    """At the ends of a dtype's range, where fp16 overflows, and in its subnormals."""
+    """At the ends of a dtype's range, where fp16 overflows, and for subnormals."""
     kind = torch.finfo(dtype)
     ends = torch.tensor([kind.max, kind.tiny, kind.tiny * kind.eps * 5, 1.0])
     ends = torch.cat([ends, -ends]).to(dtype).repeat_interleave(64)
@@ -425,7 +425,7 @@ def test_flags_are_the_same_bits_on_both_sides():
 
 
 def test_passes_over_tiles_are_asked_for_by_the_same_flags_on_both_sides():
-    """`_PASSES` of `optim/gpu.py`, by which a GPU launches, and what tensors ask for in C++."""
+    """`_PASSES` in `optim/gpu.py`, used to launch on a GPU, match the conditions in C++."""
     header = (REPOSITORY / "csrc/engine/tensor.h").read_text()
     asked = {
         name: {re.sub(r"(?<!^)(?=[A-Z])", "_", flag[1:]).lower() for flag in flags.split(" | ")}
