@@ -1,5 +1,5 @@
-"""What the native engine promises beside what it computes (tests/test_native.py): the same bits
-whoever computes, one launch a bucket, no full-size temporary, 64-bit offsets."""
+"""The native engine's promises besides its results (tests/test_native.py): the same bits on any
+threads and CPU, one launch per bucket, no full-size temporary, 64-bit offsets."""
 
 import math
 import mmap
@@ -35,11 +35,11 @@ from bench import memory
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
 
-# The same bits, whoever computes ------------------------------------------------------------------
+# The same bits on any threads and CPU -------------------------------------------------------------
 
 
 def trained(name, dtype, shapes=MEDIUM, steps=2, **options):
-    """-> weights and states after some steps from the same start."""
+    """Weights and states after `steps` steps from the same start."""
     generator = torch.Generator().manual_seed(3)
     params = [Parameter(weights(shape, dtype, generator)) for shape in shapes]
     options = {"lr": 0.01} | CONDITIONED.get(name, {}) | options
@@ -70,7 +70,7 @@ VARIANTS = [
 ]
 
 
-# A projection is torch's matmul, whose last bits are torch's to choose (optim/projection.py).
+# A projection uses torch's matmul, whose last bits may vary (optim/projection.py).
 THREADED = [variant for variant in VARIANTS if "apollo" not in variant[0]]
 
 
@@ -87,7 +87,7 @@ def test_runs_and_any_number_of_threads_give_the_same_bits(name, dtype, options,
     [("adafactor8bit", {}), ("adamw_factored", {"cautious": True}), ("came", {"grad_clip": 0.1})],
 )
 def test_threads_that_are_at_different_tensors_give_the_same_bits(name, options, with_threads):
-    """More tiles than go through their passes together, and each pass waits for the one before."""
+    """More tiles than run through the passes together; each pass waits for the previous one."""
     shapes = [(1200, 1500), (2048, 1100), (70, 9000), (1100, 700), (640, 640), (9000, 70)]
     first = trained(name, BF16, shapes, **options)
     for count in (2, 3):
@@ -105,7 +105,7 @@ def test_every_instruction_set_gives_the_same_bits(name, dtype, options, monkeyp
 
 @pytest.mark.parametrize(("name", "dtype", "options"), VARIANTS[::3], ids=str)
 def test_a_tensor_gets_the_same_bits_alone_and_among_others(name, dtype, options, monkeypatch):
-    """max_grad_norm adds up buckets, which are others then, so its sum may differ in a last bit."""
+    """Without max_grad_norm: it sums over buckets, which differ here, as may its last bit."""
     options = {key: value for key, value in options.items() if key != "max_grad_norm"}
     results = []
     for few in (0, native.FEW_TILES, 1 << 20):
@@ -120,7 +120,7 @@ def test_a_tensor_gets_the_same_bits_alone_and_among_others(name, dtype, options
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The number of tensors of each step's launch so far."""
+    """The number of tensors in each launch so far."""
     real, seen = native._native, []
 
     def launch(address, *rest):
@@ -153,7 +153,7 @@ def test_parameters_without_gradients_are_not_launched(launches):
     [
         (10_000, [8]),
         (1000, [3, 3, 2]),
-        (600, [1, 1, 3, 1, 1, 1]),  # the second is larger than a bucket may be
+        (600, [1, 1, 3, 1, 1, 1]),  # the second exceeds the bucket limit
         (1, [1] * 8),
     ],
 )
@@ -169,9 +169,9 @@ def test_large_steps_are_several_launches_and_bitwise_one(limit, expected, launc
 @pytest.mark.parametrize(
     ("bucket_bytes", "expected"),
     [
-        (1, [1] * 6),  # each parameter as its gradient is complete; step() has nothing left
-        (45_000, [4, 2]),  # the last layer, then half of the 49 KB one before it fills the bucket
-        (64 << 20, [6]),  # all of it in step()
+        (1, [1] * 6),  # each once its gradient is complete; nothing is left for step()
+        (45_000, [4, 2]),  # the last layer, then half of the previous, 49 KB layer fills the bucket
+        (64 << 20, [6]),  # all in step()
     ],
 )
 def test_a_bucket_of_the_fused_backward_is_one_launch(bucket_bytes, expected, launches):
@@ -214,7 +214,7 @@ def test_a_step_needs_no_full_size_temporary(name, options):
 
 
 def untouched(shape, dtype):
-    """A tensor of zeros that takes no memory where nobody writes."""
+    """A tensor of zeros whose pages take no memory until written."""
     count = math.prod(shape)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
     memory_map = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=flags)
@@ -222,7 +222,7 @@ def untouched(shape, dtype):
 
 
 def draws_at(key, elements, salt=0, bits=16):
-    """`rng.draws` of some elements of one long row."""
+    """`rng.draws` for some elements of one long row."""
     words = rng.words32(elements // 32 * 16 + elements % 16, key) * 0x16AB7965**salt
     words = words.to(torch.int64)
     shift = (32 - bits) * (elements // 16 % 2)
@@ -236,7 +236,7 @@ def rounded(x, draws):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there")
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "8bit"])
 def test_elements_beyond_32_bits_are_found_and_drawn_for(storage, monkeypatch):
-    """A tensor of 2^33 elements that exists where it is looked at: some tiles of it are stepped."""
+    """Steps a few tiles of a tensor of 2^33 elements; the rest takes no memory."""
     numel, tile = 2**33 + 700, plan.TILE_ROWS * plan.TILE_COLS
     starts = torch.tensor([0, 2**31, 2**32, 2**33 - tile, 2**33])
 

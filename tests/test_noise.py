@@ -1,5 +1,5 @@
-"""Noise: timesteps and noises have the distributions of their sources; what a scheduler's
-configuration becomes."""
+"""Noise: timesteps and noise have the distributions of their sources; how a scheduler's
+configuration is changed."""
 
 import diffusers
 import pytest
@@ -83,7 +83,7 @@ def test_offset_noise_is_white_noise_and_a_constant_for_each_channel(noise_confi
 
 
 def spectrum(noises):
-    """The power at each distance from the constant, in rings of one unit."""
+    """The mean power at each distance from frequency zero, in rings one unit wide."""
     side = noises.shape[-1]
     power = torch.fft.fft2(noises).abs().square().mean(dim=(0, 1)) / side**2
     frequency = torch.fft.fftfreq(side) * side
@@ -98,7 +98,7 @@ def test_pyramid_noise_has_more_power_at_coarse_scales_and_unit_deviation(noise_
     white = draws(noise_config(), 100, like)
     flat, strong = (draws(noise_config(pyramid=d), 100, like) for d in (0.0, 0.8))
     assert torch.allclose(strong.std(dim=(1, 2, 3)), torch.ones(100), atol=1e-5)
-    assert torch.equal(flat, white)  # 0 is off
+    assert torch.equal(flat, white)  # 0 turns it off
     power = spectrum(strong)
     assert power[1] > 3 * power[4] > 3 * power[12]
     assert spectrum(white)[1:12].max() < 1.3
@@ -115,7 +115,7 @@ def test_pyramid_noise_fits_any_shape(noise_config):
 def test_input_perturbation_is_in_the_input_and_not_in_the_target(
     noise_config, make_schedule, prediction
 ):
-    """Ning et al. 2023: y = a x + s (e + gamma xi), and e is still what is wanted."""
+    """Ning et al. 2023: y = a x + s (e + gamma xi), and the target still uses e."""
     noise_schedule = make_schedule(prediction_type=prediction)
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(
@@ -154,7 +154,7 @@ def test_snr_is_that_of_diffusers_where_it_is_not_zero(make_schedule, terminal):
     assert ratio.isfinite().all()
 
 
-SDXL = {  # of its scheduler_config.json
+SDXL = {  # from its scheduler_config.json
     "_class_name": "EulerDiscreteScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -168,7 +168,7 @@ SDXL = {  # of its scheduler_config.json
 
 def test_without_options_the_scheduler_stays_as_it_is(noise_config):
     assert noise.scheduler_config(noise_config(), SDXL) == SDXL
-    older = {k: v for k, v in SDXL.items() if k != "prediction_type"}  # which meant epsilon
+    older = {k: v for k, v in SDXL.items() if k != "prediction_type"}  # the default, epsilon
     assert noise.scheduler_config(noise_config(), older) == older
 
 
@@ -185,7 +185,7 @@ def test_zero_terminal_snr_is_written_for_whoever_draws_with_the_model(noise_con
     assert noise_schedule.alphas_cumprod[-1] == 0
     euler = EulerDiscreteScheduler.from_config(written)
     euler.set_timesteps(10)
-    assert euler.timesteps[0] == 999  # where there is no signal at all
+    assert euler.timesteps[0] == 999  # no signal at all there
     assert torch.allclose(euler.alphas_cumprod[:-1], noise_schedule.alphas_cumprod[:-1])
 
 
@@ -208,13 +208,13 @@ def test_a_scheduler_that_cannot_rescale_its_betas_becomes_one_that_can(noise_co
     written = noise.scheduler_config(options, model)
     scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
     assert scheduler.alphas_cumprod[-1] == 0
-    assert not scheduler.config.clip_sample  # latents leave [-1, 1]
+    assert not scheduler.config.clip_sample  # latents go beyond [-1, 1]
     scheduler.set_timesteps(5)
     assert scheduler.timesteps[0] == 999
 
 
 REFUSED = [
-    # options, the model's, parts of the message
+    # our options, the model's, parts of the message
     ({"zero_terminal_snr": True}, {}, ["noise.prediction=v_prediction", "zero_terminal_snr=false"]),
     (
         {"prediction": "epsilon"},

@@ -1,4 +1,4 @@
-"""The arithmetic of every optimizer, at the edges; `test_parity.py` has the middle."""
+"""Edge cases of every optimizer's arithmetic; `test_parity.py` has the ordinary ones."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_adopt_factored_equals_dense_adopt_where_moments_have_rank_one():
         g = row * col * math.cos(t + 1)
         ours[0].grad = g.clone()
         optimizer.step()
-        # Taniguchi et al. 2024, Alg. 2, written out
+        # Taniguchi et al. 2024, Alg. 2
         if t == 0:
             state[1] = g.square()
             continue
@@ -46,19 +46,19 @@ def test_the_first_adafactor_step_is_as_long_as_lr(beta1):
 
 
 def test_cames_first_update_is_eleven_lr_in_a_matrix_and_a_tenth_in_a_vector():
-    """Luo et al. 2023, Alg. 2, corrects no average: (1 - b1) / (b1 sqrt(1 - b3)), and 1 - b1."""
+    """Luo et al. 2023, Alg. 2, has no bias correction: (1 - b1) / (b1 sqrt(1 - b3)), and 1 - b1."""
     shapes = [(64, 64), (4096,)]
     params = make_params(shapes=shapes)
     optimizer = optim.build("came", params, lr=0.01, growth_limit=1.01)
     run(optimizer, params, range(1))
     for p, start, size in zip(params, make_params(shapes=shapes), (0.111, 0.001), strict=True):
         assert (p - start).square().mean().sqrt().item() == pytest.approx(size, rel=0.1)
-        limited = optimizer.state[p]["update_norm"].item()  # the limit is on the whole update
+        limited = optimizer.state[p]["update_norm"].item()  # the limit applies to the whole update
         assert limited == pytest.approx((p - start).norm().item() / 0.01, rel=1e-4)
 
 
 def test_came_divides_by_the_factors_of_its_instability():
-    """Luo et al. 2023, Alg. 2, written out over two steps, with eps where the means are used."""
+    """Luo et al. 2023, Alg. 2, over two steps, with eps added where the means are used."""
     params, eps = make_params(shapes=[(6, 4, 2, 1)]), (0.1, 0.05)
     w = params[0].detach().reshape(6, 8).clone()
     optimizer = optim.build("came", params, lr=0.01, eps=eps, betas=(0.8, 0.9, 0.95))
@@ -83,7 +83,7 @@ def test_came_divides_by_the_factors_of_its_instability():
 @pytest.mark.parametrize("atan2", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_says_that_it_bounds_its_updates_moves_no_further_by_a_larger_gradient(name, atan2):
-    """By one of 1e4 times the size, which SGD would follow; ADOPT's first step moves nothing."""
+    """The gradient grows 1e4 times, which SGD would follow; ADOPT's first step moves nothing."""
     options = {"atan2": True} if atan2 and "atan2" in optim.options_of(name) else {}
     params = make_params(shapes=[(24, 16)])
     optimizer = build(name, params, **options)
@@ -108,7 +108,7 @@ def test_clip_threshold_bounds_the_rms_of_an_update():
 
 @pytest.mark.parametrize("shape", [(32, 16), (40,)], ids=str)
 def test_a_lagged_clip_takes_the_rms_of_the_step_before(shape):
-    """Its own where it is to be exact; and nothing is clipped in the first step."""
+    """An exact clip uses the current step's RMS; a lagged one does not clip the first step."""
     lengths = {}
     for clip in ({"clip_threshold": None}, {}, {"clip_norm": "lagged"}):
         params = make_params(shapes=[shape])
@@ -143,7 +143,7 @@ def test_the_rms_that_a_lagged_clip_keeps_is_after_the_growth_limiter_and_before
 
 
 def test_adafactors_eps_is_added_to_each_factor_where_it_divides():
-    """Shazeer & Stern 2018, Alg. 4, written out, with eps where the means are used."""
+    """Shazeer & Stern 2018, Alg. 4, with eps added where the means are used."""
     params, eps = make_params(shapes=[(8, 6), (5,)]), 0.3
     start = [p.detach().clone() for p in params]
     optimizer = optim.build("adafactor", params, lr=1.0, eps=(eps, 1e-3), clip_threshold=None)
@@ -154,7 +154,7 @@ def test_adafactors_eps_is_added_to_each_factor_where_it_divides():
     assert torch.allclose(start[0] - params[0], matrix / v.sqrt(), rtol=1e-4)
     assert torch.allclose(start[1] - params[1], vector / (vector.square() + eps).sqrt(), rtol=1e-4)
     state = optimizer.state[params[0]]
-    assert torch.allclose(state["exp_avg_sq.row"], row * 1e-3, rtol=1e-4)  # and not in the average
+    assert torch.allclose(state["exp_avg_sq.row"], row * 1e-3, rtol=1e-4)  # but not to the average
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_adafactors_eps_is_added_to_each_factor_where_it_divides():
     ],
 )
 def test_eight_bit_state_follows_a_tenfold_drop_of_half_the_gradients(name, options, shape):
-    """Within 5 % of the fp32 average after five time constants.  Rounded to the nearest it stays 37
-    and 7 times too large for ever."""
+    """Within 5 % of the fp32 average after five time constants.  Rounded to nearest, it would stay
+    37 and 7 times too large forever."""
     param, exact = Parameter(torch.zeros(shape)), torch.zeros(shape)
     optimizer = optim.build(name, [param], **options)
     generator, size = torch.Generator().manual_seed(0), torch.ones(shape)

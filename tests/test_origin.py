@@ -1,4 +1,4 @@
-"""Where models come from: folders, variants, single files, the hub; and what is refused."""
+"""Where models are loaded from (folders, variants, single files, the hub), and what is refused."""
 
 import json
 import re
@@ -22,7 +22,7 @@ FP32 = torch.float32
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_a_folder_and_a_single_file_give_the_modules_that_diffusers_gives(kind, sd15, files):
-    """diffusers' own readers are the oracle, of both forms."""
+    """diffusers' own readers are the reference for both forms."""
     path, cls = {
         "sdxl": (TINY, StableDiffusionXLPipeline),
         "sd15": (sd15, StableDiffusionPipeline),
@@ -47,7 +47,7 @@ def test_a_folder_and_a_single_file_give_the_modules_that_diffusers_gives(kind, 
 
 
 def test_a_loaded_text_encoder_computes_what_transformers_computes():
-    """Its positions are no weights: they are made anew, not left without memory."""
+    """Its position ids are not weights: they are recreated, not left without memory."""
     ids = torch.tensor([[49406, 320, 1125, 539, 49407] + [49407] * 72])
     pipeline = StableDiffusionXLPipeline.from_pretrained(TINY, torch_dtype=FP32)
     for part in ("text_encoder", "text_encoder_2"):
@@ -86,7 +86,7 @@ def test_fp16_variants_are_read_and_named_where_they_are_the_only_ones(tiny, cap
         weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     found = origin.at(str(tiny), "fp16")
     assert_equal_modules(found.load("unet", FP32), origin.at(str(TINY)).load("unet", FP32))
-    found.load("text_encoder", FP32)  # which has none
+    found.load("text_encoder", FP32)  # has no variant
     with pytest.raises(UserError, match=r"set model\.variant=fp16"):
         origin.at(str(tiny)).load("unet", FP32)
 
@@ -158,7 +158,7 @@ def test_marks_of_v_prediction_and_zero_terminal_snr_are_honoured(
 
 def test_a_file_of_another_size_than_the_published_one_is_named(files, tmp_path):
     path = tmp_path / "small.safetensors"
-    save_file(load_file(files["sd15"]), path)  # without what its metadata said of it
+    save_file(load_file(files["sd15"]), path)  # without its metadata
     with pytest.raises(UserError, match=r"small\.safetensors lacks model\..*another architecture"):
         origin.at(str(path)).load("unet", FP32)
 
@@ -186,7 +186,7 @@ def test_the_fingerprint_is_of_one_part_whatever_holds_it_and_is_remembered(tiny
 
 
 def damaged(tmp_path, files, change, kind="sdxl"):
-    """A single file whose tensors `change` has been given."""
+    """A single file with tensors modified by `change`."""
     tensors = load_file(files[kind])
     found = origin.at(str(files[kind]))
     change(tensors)
@@ -196,7 +196,7 @@ def damaged(tmp_path, files, change, kind="sdxl"):
 
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-REFUSED = {  # what is done to a whole file, and what is said of it
+REFUSED = {  # how an intact file is changed, and parts of the message
     "no tensor": (
         lambda t: t.pop("model.diffusion_model.out.2.bias"),
         ["damaged.safetensors", "lacks model.diffusion_model.out.2.bias"],
@@ -324,7 +324,7 @@ def test_a_hub_name_comes_from_the_cache_or_is_a_clear_error(tmp_path, monkeypat
 
 
 class Hub:
-    """A repository of these files, and what is downloaded of it."""
+    """A repository with these files, and what is downloaded from it."""
 
     def __init__(self, folder, files):
         self.folder, self.files = folder, files
@@ -344,7 +344,7 @@ class Hub:
 
 
 def test_of_a_variant_on_the_hub_each_part_is_downloaded_once(monkeypatch, tmp_path):
-    """In plain files where it has no others; shards may be named in both ways."""
+    """Plain files where a part has no variant; shards may be named either way."""
     variant = [
         "text_encoder/model.fp16.safetensors",
         "text_encoder_2/model-00001-of-00001.fp16.safetensors",
@@ -378,8 +378,8 @@ def test_of_a_repository_without_safetensors_the_bin_files_are_downloaded(monkey
 
 @pytest.mark.parametrize(("kind", "count"), [("sdxl", 2513), ("sd15", 1130)])
 def test_a_published_model_has_the_published_names(kind, count):
-    """sd_xl_base_1.0.safetensors has 2515 tensors: these, CLIP's position_ids and OpenCLIP's
-    logit_scale, of which no text's encoding depends."""
+    """sd_xl_base_1.0.safetensors has 2515 tensors: these, plus CLIP's position_ids and OpenCLIP's
+    logit_scale, which do not affect text encodings."""
     single = []
     for part, prefix in names.PREFIXES[kind].items():
         settings = architectures.config(kind, part)
@@ -419,7 +419,7 @@ def test_a_published_model_has_the_published_names(kind, count):
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_diffusers_converts_a_published_models_names_as_we_do(kind):
-    """Every tensor of the real UNet and VAE, on the meta device; each is known by its identity."""
+    """Every tensor of the real UNet and VAE, on the meta device, compared by object identity."""
     converters = {
         "unet": single_file_utils.convert_ldm_unet_checkpoint,
         "vae": single_file_utils.convert_ldm_vae_checkpoint,
@@ -455,7 +455,7 @@ def test_what_a_file_has_beside_its_weights_is_carried_over(files, tmp_path):
 
 
 def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path, monkeypatch):
-    """A checkpoint's pages count as the process's memory for as long as it is mapped."""
+    """A checkpoint's pages count as the process's memory while it is mapped."""
 
     def mapped_bytes():
         found = re.search(r"RssFile:\s*(\d+) kB", Path("/proc/self/status").read_text())
@@ -468,7 +468,7 @@ def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path, monkeypatch):
     before = mapped_bytes()
     for name, lazy in lazies.items():
         assert lazy.read().sum().item() == float(name) * (1 << 20)
-    assert mapped_bytes() - before < 32 << 20  # of 128
+    assert mapped_bytes() - before < 32 << 20  # of 128 MiB
 
 
 def test_a_file_that_changes_while_it_is_used_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""`model.vae`: where a VAE of its own comes from, and what is refused."""
+"""`model.vae`: where a separate VAE is loaded from, and what is refused."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from trainer.errors import UserError
 FP32 = torch.float32
 
 
-VAES = {  # what a file of a VAE alone may be, made of a pipeline's single file and its folder
+VAES = {  # forms of a VAE-only file, made from a pipeline's single file and its folder
     "of sgm": lambda single, own: {n.removeprefix("first_stage_model."): t for n, t in single},
     "with a prefix": lambda single, own: dict(single),
     "with a discriminator": lambda single, own: dict(single) | {"loss.logvar": torch.zeros(())},
@@ -25,7 +25,7 @@ VAES = {  # what a file of a VAE alone may be, made of a pipeline's single file 
 @pytest.mark.parametrize("names_of", VAES)
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_vaes_own_file_is_read_by_either_names(names_of, suffix, files, tmp_path):
-    """Its configuration is the model's: a file does not say it."""
+    """The file has no configuration, so the model's is used."""
     model = origin.at(str(TINY))
     single = [x for x in load_file(files["sdxl"]).items() if x[0].startswith("first_stage_model.")]
     tensors = VAES[names_of](single, load_file(TINY / "vae/diffusion_pytorch_model.safetensors"))
@@ -58,7 +58,7 @@ def test_a_models_vae_is_found_in_its_file_and_its_folder(tiny, files):
     for path in (files["sdxl"], tiny):
         found = origin.vae(str(path), model)
         assert_equal_modules(found.load("vae", FP32), model.load("vae", FP32))
-        assert found.option == "model.vae"  # which errors name
+        assert found.option == "model.vae"  # named in errors
 
 
 def test_what_is_wrong_with_another_vae_names_model_vae(tiny, tmp_path):
@@ -102,7 +102,7 @@ def test_a_vae_on_the_hub_is_a_repository_of_its_own_or_a_pipelines_part(tmp_pat
 
 
 def test_only_the_files_of_a_vae_are_asked_of_the_hub(monkeypatch, tmp_path):
-    """As the hub filters them: sdxl-vae-fp16-fix, and SDXL."""
+    """With the hub's own filter, for the files of sdxl-vae-fp16-fix and of SDXL."""
     from huggingface_hub.utils import filter_repo_objects
 
     asked = {}

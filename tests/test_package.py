@@ -1,4 +1,4 @@
-"""The repository as a product: what is shipped, what the documents claim, who imports whom."""
+"""The repository as a product: what is shipped, what the documents claim, what imports what."""
 
 import ast
 import os
@@ -47,7 +47,7 @@ def test_the_map_of_the_trainer_has_every_module_once():
 
 
 def test_only_the_command_line_knows_hydra():
-    """`run` and below take dataclasses; the command line, its errors and sweeps are Hydra's."""
+    """`run` and below take dataclasses; only the command line, its errors and sweeps use Hydra."""
     knows = {
         path.name
         for path in python_files("trainer")
@@ -58,7 +58,7 @@ def test_only_the_command_line_knows_hydra():
 
 @pytest.mark.parametrize("argument", ["--help", "optim.lr=many"])
 def test_help_and_mistakes_do_not_wait_for_what_only_runs_need(argument):
-    """Libraries that take seconds to import."""
+    """These libraries take seconds to import."""
     script = (
         "import atexit, runpy, sys\n"
         f"sys.argv = ['trainer', {argument!r}]\n"
@@ -128,7 +128,7 @@ SOURCES = sorted(map(str, (REPOSITORY / "csrc").rglob("*.[hc]*")))
     ids=lambda tool: " ".join(tool[:2]),
 )
 def test_the_code_passes_its_linters(tool):
-    program = Path(sys.executable).with_name(tool[0])  # of this environment
+    program = Path(sys.executable).with_name(tool[0])  # from this environment
     done = subprocess.run(
         [program, *tool[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -138,10 +138,10 @@ def test_the_code_passes_its_linters(tool):
 def installed_wheel(
     folder: Path, built: Path | None = None, **environment: str
 ) -> tuple[Path, dict[str, str]]:
-    """Build a wheel of the repository's files and install it -> its folder, and the environment of
-    a process that finds it.
+    """Build a wheel of the repository and install it -> its folder, and the environment for a
+    process that uses it.
 
-    built: a compiled module of these files, which the build finds up to date; it takes minutes.
+    built: a compiled module to reuse, since compiling takes minutes.
     """
     source, wheels, site = folder / "source", folder / "wheels", folder / "site"
     tracked = subprocess.run(
@@ -172,11 +172,11 @@ def installed_wheel(
 @pytest.mark.slow
 @pytest.mark.skipif(compiled.module is None, reason="the engine is not built")
 def test_a_wheel_with_the_engine_steps_natively_elsewhere(tmp_path):
-    """That it compiles is seen by the install that these tests are run in."""
+    """That it compiles is shown by the installation that runs these tests."""
     site, environment = installed_wheel(tmp_path, Path(compiled.module.__file__))
     (module,) = site.glob("optim/_native*")
     assert module.stat().st_size < 10e6
-    assert (site / "optim/csrc/engine/cuda.h").is_file()  # from which a GPU's kernels are compiled
+    assert (site / "optim/csrc/engine/cuda.h").is_file()  # GPU kernels are compiled from it
     program = (
         "import torch, optim; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
         "o = optim.AdamW8bit([p], backend='native'); o.step(); print(o.backend, optim.__file__)"
@@ -198,7 +198,7 @@ def test_a_wheel_with_the_engine_steps_natively_elsewhere(tmp_path):
 def test_a_wheel_built_without_a_compiler_runs_the_main_job_elsewhere_and_says_so(tmp_path):
     site, environment = installed_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent")
     assert not list(site.glob("optim/_native*"))
-    program = (  # without the finder of an editable install, which would lend its native module
+    program = (  # without the finder of an editable install, which would provide its native module
         "import runpy, sys; "
         "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]; "
         "sys.argv[1:] = ['experiment=smoke', 'optim=adafactor8bit']; "

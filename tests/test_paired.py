@@ -1,4 +1,4 @@
-"""Differences with the same seeds: their intervals, and which of them show something."""
+"""Differences over the same seeds: their intervals, and which of them are significant."""
 
 import math
 from random import Random
@@ -21,7 +21,7 @@ def test_the_quantile_is_that_of_published_tables(freedom, value):
 
 
 def test_the_interval_is_that_of_student():
-    """A sample whose interval can be told by hand: sd 1, n 3."""
+    """A sample whose interval can be computed by hand: sd 1, n 3."""
     (found,) = paired.together([[1.0, 2.0, 3.0]])
     assert (found.mean, found.count) == (2.0, 3)
     assert found.margin == pytest.approx(4.3027 / math.sqrt(3), abs=5e-5)
@@ -40,8 +40,8 @@ def test_a_table_has_the_difference_from_the_best_by_the_seeds_in_common():
 
 
 def shown(rows, seeds, sweeps, worse=0.0, twins=0):
-    """Of simulated sweeps: how many show a difference between rows that are equal, and which share
-    of the second half of the rows, which are worse by this share, is shown to be."""
+    """Simulate sweeps whose second half of the rows is worse by a factor of 1 + `worse` -> how many
+    show a difference where there is none, and the share of worse rows that are shown to be."""
     random, wrong, found = Random(0), 0, 0.0
     for _ in range(sweeps):
         losses = {
@@ -63,21 +63,21 @@ def shown(rows, seeds, sweeps, worse=0.0, twins=0):
 
 
 def test_of_sweeps_whose_rows_are_equal_about_one_in_twenty_shows_a_difference():
-    """Ten rows of three seeds; by each row alone half of the sweeps would show one."""
+    """Ten rows of three seeds; judged row by row, half of the sweeps would show one."""
     assert shown(10, 3, 200)[0] <= 14
 
 
 @pytest.mark.parametrize("twins", [0, 2])
 def test_rows_that_are_worse_are_shown_to_be_with_three_seeds(twins):
-    """By four standard deviations.  By the spread of its own three seeds alone, one in fifty rows
-    would be; and a twin, whose difference hardly varies, does not hide that others are alike."""
+    """Worse by four standard deviations.  From its own three seeds alone, one row in fifty would be
+    shown; a twin, whose difference hardly varies, does not hide that the others are alike."""
     wrong, found = shown(10, 3, 60, worse=0.08, twins=twins)
     assert wrong <= 4
     assert found > 0.6
 
 
 def test_variances_are_moderated_towards_the_typical_one():
-    """As far as they are alike: not at all, where one variance alone is known."""
+    """The more alike, the more strongly; a single known variance is left as it is."""
     assert paired.moderate([(2.0, 2)]) == [(2.0, 2)]
     assert paired.moderate([(0.0, 1)] * 3) == [(0.0, 1)] * 3
     alike = paired.moderate([(1.0, 2), (1.1, 2), (0.9, 2)])

@@ -1,4 +1,4 @@
-"""The arithmetic of every optimizer against other implementations of the same paper."""
+"""Every optimizer's arithmetic against other implementations of the same paper."""
 
 import adafactor8bit
 import adv_optm
@@ -17,7 +17,7 @@ MATRIX = [(24, 16), (24,)]
 CONVOLUTION = [(16, 3, 3, 3), (24, 16), (8, 4, 1, 1), (24,)]
 PAPER = {"beta2": None, "relative_step": True, "scale_parameter": True, "weight_decay": 0.1}
 
-# What another library leaves out of its paper, or puts in, is switched off or not compared:
+# Where a library departs from its paper, the difference is switched off or not compared:
 # - decay: torch and adafactor8bit (scale_weight_decay=False) decay by the unscaled rate, as this
 #   family does.  adafactor8bit's default decays by the scaled one.
 # - bias correction: adafactor8bit has none for a fixed beta2 without momentum, so the paper's
@@ -25,12 +25,12 @@ PAPER = {"beta2": None, "relative_step": True, "scale_parameter": True, "weight_
 # - first moment: adafactor8bit averages the gradient where the paper (Alg. 4) averages the clipped
 #   update; not compared.
 # - eps: came_pytorch and pytorch_optimizer average eps with what it is added to, which shows
-#   nowhere but in rows without gradients.  They factor a convolution's last two dimensions: CAME is
+#   only in rows without gradients.  They factor a convolution's last two dimensions, so CAME is
 #   compared on matrices and vectors.
 # - pytorch_optimizer's APOLLO maps the scaled projection back, where the paper (Alg. 1) scales the
-#   gradient itself; not compared.  `test_apollo.py` has the peers that do as the paper does.
-# - d: prodigyopt multiplies eps, and nothing else, by the d of the step to come, so eps is tiny.
-# - curvature: sophia is in test_sophia.py, with estimates.
+#   gradient itself; not compared.  `test_apollo.py` has the peers that follow the paper.
+# - d: prodigyopt multiplies eps, and only eps, by the next step's d, so eps is tiny.
+# - curvature: test_sophia.py compares sophia, with estimates.
 # - lagged clip: adafactor8bit's `lag_norm` is in its CUDA kernels only; not compared.
 THIRD_PARTIES = {
     # name and variant: (our options, theirs, shapes)
@@ -128,8 +128,8 @@ THIRD_PARTIES = {
 
 
 def distance(ours, theirs, shapes):
-    """Largest distance between two optimizers' weights over the tensors, as a share of how far they
-    have come."""
+    """Largest distance between two optimizers' weights over the tensors, relative to how far the
+    second's have moved."""
     return max(
         ((a - b).norm() / (b - start).norm()).item()
         for a, b, start in zip(ours, theirs, make_params(shapes=shapes), strict=True)
@@ -146,8 +146,8 @@ def test_fp32_trajectory_equals_the_third_party(case):
 
 
 def test_adalomo_equals_the_one_of_pytorch_optimizer_where_both_mean_the_same():
-    """On matrices and vectors without weight decay.  Theirs cannot take a convolution, and decays
-    by lr times the RMS of the weights; it reads the gradients of a model, a step at a time."""
+    """On matrices and vectors without weight decay.  Theirs takes no convolutions and decays by lr
+    times the RMS of the weights; it reads a model's gradients, one step at a time."""
     ours, theirs = make_params(shapes=MATRIX), make_params(shapes=MATRIX)
     other = pytorch_optimizer.AdaLOMO(torch.nn.ParameterList(theirs), lr=1e-2, loss_scale=0.0)
     optimizer = optim.build("adalomo", ours, lr=1e-2)
@@ -179,13 +179,12 @@ def test_factored_moments_follow_the_smmf_cycle_of_adv_optm(name, peer):
     ("name", "peer", "tolerance"),
     [
         ("adamw8bit", bitsandbytes.optim.AdamW8bit, 0.08),
-        ("lion8bit", bitsandbytes.optim.Lion8bit, 0.16),  # it moves by signs
+        ("lion8bit", bitsandbytes.optim.Lion8bit, 0.16),  # its updates are signs
     ],
 )
 def test_eight_bit_moments_lead_where_those_of_bitsandbytes_do(name, peer, tolerance):
-    """Both round, in other codes and other ways: it is the tolerance that says how alike they
-    are."""
-    shapes = [(96, 64), (64, 8, 3, 3)]  # bitsandbytes keeps less than 4096 elements in fp32
+    """Both round, with different codes and methods; the tolerance says how close they are."""
+    shapes = [(96, 64), (64, 8, 3, 3)]  # bitsandbytes keeps tensors below 4096 elements in fp32
     ours, theirs = make_params(shapes=shapes), make_params(shapes=shapes)
     run(optim.build(name, ours, lr=1e-2, weight_decay=0.1), ours, range(60))
     run(peer(theirs, lr=1e-2, weight_decay=0.1), theirs, range(60))

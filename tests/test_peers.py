@@ -1,5 +1,5 @@
-"""Other packages' optimizers as choices of the same sweep: they train, resume, and are named; what
-is not installed is one line."""
+"""Other packages' optimizers as choices of the same sweep: they train, resume and are named; a
+missing package is a one-line error."""
 
 import dataclasses
 import io
@@ -18,13 +18,13 @@ from trainer.run import run
 
 PEERS = {  # choice: may a resumed run differ from an unbroken one with bf16 weights?
     "peer/adafactor8bit": False,
-    "peer/adv_adopt": True,  # its loader rounds to bf16, and its random numbers begin again
+    "peer/adv_adopt": True,  # its loader rounds to bf16, and its random numbers restart
     "peer/bnb_adamw8bit": False,
     "peer/bnb_lion8bit": False,
     "peer/bnb_paged_adamw8bit": False,
     "peer/hf_adafactor": True,  # torch's loader rounds its fp32 means to bf16
     "peer/torch_adafactor": False,
-    "peer/torchao_adamw8bit": True,  # it rounds stochastically by torch's global generator
+    "peer/torchao_adamw8bit": True,  # it rounds stochastically with torch's global generator
 }
 FILES = config.conf_dir() / "optim"
 SHAPES = [(64, 128), (8, 8, 3, 3), (128,), (5,), (96, 80)]
@@ -37,7 +37,7 @@ def installed(monkeypatch):
     def need(choice):
         written = OmegaConf.load(FILES / f"{choice}.yaml")
         pytest.importorskip(written.class_path.split(".")[0])
-        if written.package == "torchao":  # its arithmetic, without minutes of compilation
+        if written.package == "torchao":  # same arithmetic, without minutes of compilation
             monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
     return need
@@ -104,7 +104,7 @@ def test_a_peer_takes_its_own_state_back_from_a_file(composed, installed, choice
 def test_what_an_external_optimizer_has_found_is_the_checkpoints_and_its_options_are_the_configured(
     composed,
 ):
-    """Prodigy keeps in its groups the rate that it finds, and its number of steps."""
+    """Prodigy keeps the rate it finds and its step count in its groups."""
     pytest.importorskip("prodigyopt")
     prodigy = ["optim=external", "optim.class_path=prodigyopt.Prodigy", "optim.lr=1"]
     of = composed(*prodigy, "+optim.options.d0=1e-3", "+optim.options.weight_decay=0.1").optim
@@ -112,7 +112,7 @@ def test_what_an_external_optimizer_has_found_is_the_checkpoints_and_its_options
     def five_steps(module, optimizer):
         for _ in range(5):
             optimizers.set_lr(optimizer, 0.5)
-            set_grads(list(module), 0)  # always the same: it finds that it may go faster
+            set_grads(list(module), 0)  # always the same, so it raises its rate
             optimizer.step()
 
     whole = torch.nn.ParameterList(make_params())
@@ -136,7 +136,7 @@ def test_what_an_external_optimizer_has_found_is_the_checkpoints_and_its_options
 
 
 class Remembering(torch.optim.SGD):
-    """Keeps of each parameter what no checkpoint gives back, or not even takes."""
+    """Keeps per-parameter state that a checkpoint cannot restore, or not even save."""
 
     kept = staticmethod(deque)
 
@@ -194,7 +194,7 @@ def test_a_peer_without_the_class_is_one_line(composed, monkeypatch):
 
 
 def test_an_eight_bit_peer_has_eight_bit_state(composed, installed):
-    """A byte an element and moment; code books, which all tensors share, once."""
+    """One byte per element and moment, plus code books, which all tensors share."""
     for choice, moments in (("peer/bnb_adamw8bit", 2), ("peer/bnb_lion8bit", 1)):
         module = torch.nn.ParameterList(make_params(shapes=[(128, 128)] * 3))
         optimizer = optimizers.build(composed(f"optim={choice}").optim, module, seed=0)

@@ -1,4 +1,4 @@
-"""Models in pickled files (.ckpt): what is read of them, and that nothing in them runs."""
+"""Models in pickled files (.ckpt): what is read from them, and that nothing in them runs."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ FP32 = torch.float32
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "of before torch 1.6"])
 def test_a_ckpt_is_read_with_the_names_of_2022_too(sd15, files, tmp_path, monkeypatch, is_zip):
-    """A .ckpt says nothing of its architecture; here the small model's is the published one."""
+    """A .ckpt does not state its architecture; here the small model's counts as the published."""
     folder = origin.at(str(sd15))
     monkeypatch.setattr(architectures, "config", lambda kind, part: folder.config(part))
     old = {
@@ -57,7 +57,7 @@ def test_a_pickle_that_is_called_safetensors_is_read_as_a_pickle(tmp_path, is_zi
 
 
 class Calls:
-    """Pickled, it is a call."""
+    """Pickles as a function call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -67,7 +67,7 @@ class Calls:
 
 
 def test_a_ckpt_of_another_program_gives_its_tensors_and_runs_nothing(tmp_path, monkeypatch):
-    """As Lightning writes them: with classes of packages that are not there."""
+    """As Lightning writes them, with classes of packages that are not installed."""
     touched = [tmp_path / name for name in ("in", "beside", "before")]
     module = types.ModuleType("pytorch_lightning")
     for name in ("Checkpoint", "Settings"):

@@ -39,12 +39,12 @@ def rehearsed(config, device_type="cpu"):
 
 
 def sdxl(*overrides):
-    """A configuration of the published SDXL, of which no weights are needed."""
+    """A configuration of the published SDXL; its weights are not needed."""
     return to_dataclasses(cli.composed(_completed(["model=sdxl", *overrides])))
 
 
 def test_what_a_plan_needs_no_place_for_is_assumed_and_what_is_given_stays():
-    assert _completed(["optim=lion"]) == ["optim=lion"]  # the demo has its pictures
+    assert _completed(["optim=lion"]) == ["optim=lion"]  # the demo ships its pictures
     *assumed, model, given = _completed(["model=sdxl"])
     assert ({*assumed}, given) == ({"data.path=.", "data=folder"}, "model=sdxl")
     assert model == f"model.path={architectures.folder('sdxl')}"
@@ -154,8 +154,8 @@ def test_an_average_costs_its_dtype_where_it_is(composed):
 
 @pytest.mark.slow
 def test_sdxl_is_planned_as_it_was_measured():
-    """Peaks by scripts/measure_sdxl.py: on a CPU without the imports, on an H200 as torch has
-    allocated it (docs/gpu.md)."""
+    """Peaks from scripts/measure_sdxl.py: on a CPU without the imports, on an H200 as allocated by
+    torch (docs/gpu.md)."""
     low = ("experiment=low_memory",)
     for overrides, device, measured in (
         ((*low, "data.resolution=256", "runtime.gradient_checkpointing=false"), "cpu", 5.737e9),
@@ -219,7 +219,7 @@ def test_what_is_switched_on_is_no_remedy(composed):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Call it as from the shell: command("optim=lion") -> exit status, stdout, stderr."""
+    """Call it as from a shell: command("optim=lion") -> exit status, stdout, stderr."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["trainer.planner", *arguments])
@@ -246,8 +246,8 @@ def test_a_remedy_without_an_option_that_is_given_is_passed_over(command):
     taken = ("model.dtype=bfloat16", "data.batch_size=1", CHECKPOINTING, *FUSED)
     status, out, err = command("optim=adamw8bit", "optim.betas=[0.9,0.99]", *taken, "--card", "0.1")
     assert (status, err) == (1, "")
-    assert "optim=adafactor8bit" not in out  # which has no betas
-    assert "method=lora" in out.partition("options that need less")[2]  # the next
+    assert "optim=adafactor8bit" not in out  # it has no betas
+    assert "method=lora" in out.partition("options that need less")[2]  # the next remedy
 
 
 def test_the_command_has_numbers(command):
@@ -318,7 +318,7 @@ def test_what_this_process_has_already_is_room_for_its_plan(monkeypatch, tmp_pat
 def test_a_containers_limit_counts_and_its_cached_files_do_not(
     monkeypatch, tmp_path, folder, files
 ):
-    """Of 3000 bytes it has 2500, of which 1500 are of files."""
+    """It uses 2500 of 3000 bytes, 1500 of them for cached files."""
     (tmp_path / folder).mkdir(exist_ok=True)
     limit, used = (tmp_path / f"{folder}memory.{name}" for name in files.split())
     limit.write_text("3000\n")

@@ -1,4 +1,4 @@
-"""conf/experiment: what the presets for large models choose."""
+"""conf/experiment: the presets for large models."""
 
 import pytest
 from helpers import QUICK, assert_same_weights, weights
@@ -63,7 +63,7 @@ def test_a_result_in_between_has_its_step_in_its_name(quick):
 
 
 def test_a_run_of_epochs_is_resumed_at_its_length(composed, tmp_path):
-    """24 pictures in batches of 4: 6 steps an epoch."""
+    """24 pictures in batches of 4: 6 steps per epoch."""
     options = ("schedule.epochs=0.5", "runtime.save_every=2")
     first = composed(*ON_TINY, *options)
     run(first, tmp_path / "run")

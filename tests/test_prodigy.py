@@ -1,4 +1,4 @@
-"""Prodigy: d is prodigyopt's, and one for all parameters whatever happens to them."""
+"""Prodigy: d equals prodigyopt's, and all parameters always share one d."""
 
 import copy
 import io
@@ -60,7 +60,7 @@ def test_d_is_prodigyopts_after_steps_at_rate_zero(options):
 
 
 def compare_with_prodigyopt(options, warmup, waits):
-    """With an eps so small that it is no matter which d multiplies it; lr is 0 while it waits."""
+    """eps is so small that it does not matter which d multiplies it; lr is 0 for `waits` steps."""
     ours, theirs = make_params(shapes=SHAPES), make_params(shapes=SHAPES)
     options = {"slice_p": 1, "weight_decay": 0.0, "eps": 1e-12, "lr": 1.0} | options
     peer = prodigyopt.Prodigy(theirs, **options)
@@ -85,8 +85,8 @@ def compare_with_prodigyopt(options, warmup, waits):
 
 
 def test_lion_prodigy_is_its_equations():
-    """Lion on d g with steps of d lr, and Prodigy's d, written out in fp64."""
-    params = [Parameter(make_params(shapes=[(40,)])[0].detach() * 1e-3)]  # moved without rounding
+    """Lion on d g with steps of d lr, and Prodigy's d, in fp64."""
+    params = [Parameter(make_params(shapes=[(40,)])[0].detach() * 1e-3)]  # moves without rounding
     options = {"lr": 0.7, "weight_decay": 0.1, "slice_p": 1, "d0": 1e-4, "d_coef": 1.5}
     optimizer = optim.build("lion_prodigy", params, **options)
     x = params[0].detach().double()
@@ -141,7 +141,7 @@ def test_parameters_stepped_one_by_one_in_any_order_give_the_same_bits(name, dty
 
 
 def copied(optimizer, params, way):
-    """The optimizer and its parameters, sent through a copier, a saver or a loader."""
+    """The optimizer and its parameters after a copy, a pickling, or a save and load."""
     if way == "deepcopy":
         return copy.deepcopy((optimizer, params))
     if way == "pickle":
@@ -201,7 +201,7 @@ def test_the_number_of_threads_changes_no_bit_of_d():
 
 
 class NoReading(TorchDispatchMode):
-    """Forbids what would wait for a device: a floating-point number read by the host."""
+    """Forbids reading a floating-point number on the host, which would wait for a device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -222,7 +222,7 @@ def test_no_step_reads_d_or_its_sums_on_the_host(name):
 
 
 def test_the_gradient_sum_decays_in_bf16_as_in_fp32():
-    """By less than half a spacing a step: rounded to the nearest, it would stay as it is."""
+    """By less than half a bf16 spacing per step: rounded to nearest, it would never change."""
     for dtype in (torch.float32, torch.bfloat16):
         param = Parameter(torch.zeros(4096, dtype=dtype))
         optimizer = optim.build("prodigy", [param], slice_p=1)
@@ -238,7 +238,7 @@ def test_the_gradient_sum_decays_in_bf16_as_in_fp32():
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("name", PRODIGIES)
 def test_fp16_weights_find_the_d_of_fp32_ones(name, backend):
-    """A step of d0 = 1e-6 is far below what fp16 weights around 1 are rounded to."""
+    """A step of d0 = 1e-6 is far below the spacing of fp16 weights around 1."""
     found = {}
     for dtype in (torch.float32, torch.float16):
         params = make_params(dtype, SHAPES)
@@ -261,7 +261,7 @@ def test_every_slice_pth_element_is_kept_in_the_weights_dtype():
 
 
 def test_unusable_gradient_elements_add_nothing_to_the_sums():
-    """As if they were zero; and their own gradient sum does not even decay."""
+    """They count as zero, and their own gradient sum does not even decay."""
     states = []
     for value in (0.0, math.nan, math.inf):
         params = make_params(shapes=[(30,)])
@@ -298,7 +298,7 @@ def test_a_gradient_without_a_usable_element_changes_none_of_the_sums(name, dtyp
 
 
 def test_a_loaded_state_does_not_wait_for_an_estimate_of_what_it_replaced():
-    """Half a round, then a load: d stays until there is another gradient."""
+    """Half a round, then a load: d stays as loaded until there is a new gradient."""
     params = make_params(shapes=[(64,)])
     optimizer = optim.build("prodigy", params, slice_p=1, d0=1e-3, growth_rate=1.1)
     empty = copy.deepcopy(optimizer.state_dict())

@@ -1,4 +1,4 @@
-"""APOLLO's projections by the CPU engine: P as Python draws it, P G, and portions."""
+"""APOLLO's projections in the CPU engine: P as Python draws it, P G, and portions."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_the_engines_draws_are_those_of_python(dtype, kind, portions):
 @pytest.mark.parametrize("rank", [1, 2, 13, 27])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_engines_product_is_that_of_the_usable_elements(dtype, rank, portions):
-    """Of gradients that lie either way, of odd lengths, with elements that are not usable."""
+    """For gradients of either orientation and odd lengths, with unusable elements."""
     params = make_params(dtype, [(29, 101), (101, 29), (64, 96), (33, 5, 3, 3)])
     optimizer = optim.build("apollo", params, rank=rank)
     set_grads(params, 0)
@@ -84,7 +84,7 @@ def test_portions_do_not_change_a_bit_nor_does_stepping_one_by_one(options, monk
 
 
 def test_an_engine_keeps_to_the_instruction_set_that_it_was_made_for(monkeypatch):
-    """In whose dtype it has drawn P."""
+    """It drew P in that instruction set's dtype."""
     used, project, made_for = set(), native.project, native.isa()
 
     def noted(use, table, count, isa):
@@ -102,7 +102,7 @@ def test_an_engine_keeps_to_the_instruction_set_that_it_was_made_for(monkeypatch
 
 
 def test_what_a_step_holds_is_of_the_projections_size(portions, monkeypatch):
-    """Not of the gradients': of as many projections as fit into a bound, or of one."""
+    """Not the gradients' size: as many projections as fit into a bound, or one."""
     params = make_params(torch.bfloat16, [(64, 96)] * 12)
     optimizer = optim.build("apollo", params, rank=8, backend="native")
     run(optimizer, params, range(1))

@@ -1,5 +1,5 @@
-"""APOLLO on a GPU, with its kernels compiled for this machine: against the CPU's loops, and by
-what it promises."""
+"""APOLLO's GPU kernels, compiled for this machine's CPU: compared with the CPU's loops; and what
+they promise."""
 
 import copy
 import sys
@@ -31,7 +31,7 @@ SOME = [
     Case("apollo", BF16, {"rank": 16, "scaling": "tensor", "projection": "sign"}),
     Case("apollo", FP32, {"rank": 16, "orthograd": True}),
 ]
-# The same for gradients of every dtype, with few rows and with many.
+# The same for gradients of every dtype, with few and with many rows.
 UNUSABLE = [
     Case("apollo", dtype, {"rank": rank, "storage": "fp32", "projection": kind})
     for dtype in (BF16, FP16, FP32)
@@ -49,7 +49,7 @@ def engine_of(optimizer):
 
 
 def compare(case, one, two, before, step):
-    """Assert that a step was the same within tolerances, and let the next begin from the same."""
+    """Assert that both made the same step within tolerances, then copy the first to the second."""
     (params, optimizer), (twins, twin) = one, two
     found = []
     for index, (p, q, old) in enumerate(zip(params, twins, before, strict=True)):
@@ -63,7 +63,7 @@ def compare(case, one, two, before, step):
 
 
 def step_both(one, two, host, step, spoil=lambda grad: None):
-    """A step of the CPU's way and one of the GPU's: -> the weights before it."""
+    """Step the CPU's way and the GPU's -> the weights before."""
     before = [p.detach().clone() for p in one[0]]
     for params, _ in (one, two):
         set_grads(params, step)
@@ -75,7 +75,7 @@ def step_both(one, two, host, step, spoil=lambda grad: None):
 
 
 def stepped(host, count, shape):
-    """An APOLLO of rank 4 after its first step of so many parameters."""
+    """A rank-4 APOLLO after its first step, over `count` parameters."""
     params = [torch.nn.Parameter(torch.ones(shape)) for _ in range(count)]
     optimizer = optim.build("apollo", params, rank=4)
     set_grads(params, 0)
@@ -122,11 +122,11 @@ def test_the_kernels_draws_are_those_of_python_in_the_dtype_of_gradients(dtype, 
 
 @pytest.mark.parametrize("case", UNUSABLE, ids=str)
 def test_unusable_elements_count_as_zero_and_a_channel_of_them_keeps_its_moments(case, host):
-    def spoil(grad):  # of the columns, which are (70, 1100)'s channels
+    def spoil(grad):  # in columns, which are the channels of (70, 1100)
         grad[3, 700] = torch.nan
         grad[:, 701] = torch.nan
         grad[4, 702], grad[5, 703] = torch.inf, -torch.inf
-        grad[:, 1099] = 1e30  # fp16's infinity
+        grad[:, 1099] = 1e30  # infinite in fp16
         grad[6, 704] = 1e30
         grad[7, 705], grad[8, 705] = 1e30, -1e30
 
@@ -195,7 +195,7 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(host):
 
 
 class AsksNothing(TorchDispatchMode):
-    """Raises where a number is read from a tensor, which waits for a GPU."""
+    """Raises if a number is read from a tensor, which would wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket.__name__ not in (
@@ -234,7 +234,7 @@ def test_a_capture_finds_memory_for_every_portion(host, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"rank": 16}, {"rank": 4}], ids=str)
 def test_gradients_that_lie_otherwise_are_read(options, host):
-    """Scattered, of another dtype, and at other addresses."""
+    """Gradients that are not contiguous, or at other addresses."""
     case = Case("apollo", FP32, options)
     one, two = make(case), make(case)
     for step in range(3):
@@ -259,7 +259,7 @@ def test_another_state_is_found(host):
         optimizer.load_state_dict(copy.deepcopy(state))
         for p, start in zip(params, one[0], strict=True):
             p.data.copy_(start)
-    for state in two[1].state.values():  # and tensors that are replaced one by one
+    for state in two[1].state.values():  # tensors replaced one by one are noticed, too
         state["step"] = state["step"].clone()
     before = step_both(one, two, host, 2)
     compare(case, one, two, before, 2)

@@ -118,6 +118,6 @@ def test_a_projection_is_no_part_of_the_state(name):
     optimizer = optim.build(name, params, rank=2)
     run(optimizer, params, range(2))
     largest = max(x.numel() for x in optimizer.state[params[0]].values())
-    assert largest <= 2 * 64  # a moment of P G; P has as many elements, and would be one more
+    assert largest <= 2 * 64  # a moment of P G; a stored P would be one more key
     keys = {key.split(".")[0] for key in optimizer.state[params[0]]}
     assert keys <= {"step", "nonfinite", "exp_avg", "exp_avg_sq", "update_norm"}

@@ -1,4 +1,4 @@
-"""`log.prompts` and their options, in kohya's form."""
+"""`log.prompts` and the options of each prompt, in kohya's syntax."""
 
 import json
 

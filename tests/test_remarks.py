@@ -1,4 +1,4 @@
-"""Configurations that work, and say something that nobody meant."""
+"""Remarks on configurations that work but are hardly what was meant."""
 
 import json
 import math

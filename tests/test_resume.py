@@ -1,4 +1,4 @@
-"""A run that stopped goes on: bitwise, in the right folder, with what it began with."""
+"""Resuming a stopped run: bitwise, in the right folder, with what it began with."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_resume_in_a_new_process_is_bitwise_identical(quick, tmp_path, method, d
     options = [f"method={method}", f"model.dtype={dtype}", "runtime.keep_checkpoints=9"]
     quick("whole", *options)
     parts = quick("parts", *options, "runtime.save_every=2")
-    shutil.rmtree(parts / "checkpoints/step-000004")  # as if killed after that of step 2
+    shutil.rmtree(parts / "checkpoints/step-000004")  # as if killed after the checkpoint of step 2
     resumed = new_process(*QUICK, *options, "resume=parts", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 2" in resumed.stdout
@@ -60,7 +60,7 @@ def test_resume_in_a_new_process_is_bitwise_identical(quick, tmp_path, method, d
 def test_what_all_parameters_share_and_what_is_done_now_and_then_go_on_bitwise(
     quick, composed, tmp_path, options
 ):
-    """The learning rate that was found; the curvature, which is estimated in steps 1, 4 and 7."""
+    """Prodigy's learning rate; Sophia's curvature, which is estimated in steps 1, 4 and 7."""
     options = [*options, "schedule=constant", "schedule.steps=8"]
     saving = ["runtime.save_every=5", "runtime.keep_checkpoints=9"]
     whole, parts = quick("whole", *options), quick("parts", *options, *saving)
@@ -245,7 +245,7 @@ RECORD = "checkpoints/step-000004/checkpoint.json"
 
 
 def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):
-    """Another run that saves while the command line is read changes nothing of it."""
+    """Another run that saves while the command line is read does not change the choice."""
 
     def save(name, seconds):
         record = in_tmp / f"runs/{name}/checkpoints/step-000004/checkpoint.json"
@@ -286,7 +286,7 @@ def test_a_run_is_resumed_with_its_own_options(command, in_tmp):
         (["ema=fp32"], set()),
         (["ema=none"], {"method.ema.decay=0.9"}),
         (["log=wandb"], set()),
-        (["log=nothing"], set()),  # of which Hydra tells
+        (["log=nothing"], set()),  # Hydra reports this one
     ],
 )
 def test_options_of_a_group_that_is_chosen_anew_are_inherited_where_it_has_them(
@@ -314,7 +314,7 @@ def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_f
     assert not any(o.startswith(("resume=", "runtime.allow_config_change=")) for o in told)
     status, _, err = command("resume=run", "optim.lr=0.5")
     assert status == 2
-    assert "schedule.steps" not in err  # the steps it was changed to are the run's now
+    assert "schedule.steps" not in err  # the changed number of steps is the run's own now
     assert "optim.lr: 0.001 -> 0.5" in err
 
 

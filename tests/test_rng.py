@@ -78,7 +78,7 @@ def test_neighbouring_keys_elements_halves_and_rows_are_uncorrelated():
 @pytest.mark.parametrize(("bits", "other"), [(16, 16), (16, 19), (19, 16), (19, 19)])
 @pytest.mark.parametrize(("salt", "from_it"), [(0, 1), (0, 2), (0, 3), (0, 4), (1, 3)])
 def test_draws_of_two_salts_fill_the_square_and_are_uncorrelated(salt, from_it, bits, other):
-    """Each 64th of either, together with each 64th of the other, is drawn as often as the rest."""
+    """On a 64 x 64 grid of both draws, every cell is hit about equally often."""
     count = 1 << 20
     a = rng.draws(rng.mix(6), (1, count), count, CPU, salt, bits)
     b = rng.draws(rng.mix(6), (1, count), count, CPU, salt + from_it, other)

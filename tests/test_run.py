@@ -1,4 +1,4 @@
-"""Whole runs of a few steps on the shipped model: what they write, and that they repeat."""
+"""Whole runs of a few steps on the shipped model: what they write, and that they are repeatable."""
 
 import importlib.metadata
 import json
@@ -83,7 +83,7 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(finished):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, method):
     """The tiny model predicts v with zero terminal SNR; after training for epsilon its scheduler
-    says so, to the run's own samples and to whoever loads the model."""
+    says so, in the run's own samples and in the export."""
     from trainer.run import finish, train
     from trainer.state import assemble
 
@@ -109,7 +109,7 @@ def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, metho
 def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     composed, tmp_path, rank, alpha
 ):
-    """alpha != rank included: a reader that lost alpha would draw another picture."""
+    """Includes alpha != rank: a reader that lost alpha would give another picture."""
     from trainer.evaluation import eval_batches
     from trainer.run import finish, train
     from trainer.state import assemble
@@ -164,7 +164,7 @@ def test_two_runs_with_one_seed_are_bitwise_equal_and_another_seed_is_not(quick,
 
 
 def test_optimizers_see_the_same_data_noise_and_timesteps(finished):
-    """The first loss is taken before any optimizer has acted, the others differ by its doing."""
+    """The first loss precedes any optimizer's step; later ones differ because of the optimizer."""
     runs = [rows(finished(name, f"optim={name}")) for name in ("adamw", "lion", "adafactor8bit")]
     assert len({written[1]["train/loss"] for written in runs}) == 1
     assert len({written[1]["train/grad_norm"] for written in runs}) == 1
@@ -193,7 +193,7 @@ def test_progress_lines_carry_loss_speed_and_eta(quick, capfd):
 
 
 def test_the_clock_of_a_run_counts_training_only(quick, monkeypatch):
-    """A clock that only evaluation moves: training has taken no time."""
+    """Each evaluation takes 100 s on this clock, none of which is counted."""
     now = [0.0]
     original = losses.evaluate
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the optimizer's step."""
+"""Learning-rate schedules, as pure functions of the optimizer's step."""
 
 from itertools import pairwise
 
@@ -80,20 +80,20 @@ def test_wsd_stays_until_its_share_of_decay_begins(schedule_config, shape, middl
     assert set(scales[10:82]) == {1.0}
     decay = scales[81:]
     assert all(a > b for a, b in pairwise(decay))
-    made.steps = 1001  # so that a step lies in the middle
+    made.steps = 1001  # odd, so that a step lies in the middle
     begin = round(0.8 * 1001)
     assert lr_scale(made, (begin + 1001) // 2) == pytest.approx(middle, abs=0.01)
 
 
 def test_a_wsd_run_that_is_made_longer_has_stayed_where_it_was(schedule_config):
-    """What the schedule is for: the stable part does not depend on the run's length."""
+    """The point of this schedule: its stable part does not depend on the run's length."""
     short, long = (schedule_config("wsd", steps=steps, warmup_steps=5) for steps in (100, 1000))
     assert [lr_scale(short, s) for s in range(80)] == [lr_scale(long, s) for s in range(80)]
 
 
-@pytest.mark.parametrize("cycles", [3, 49])  # 49 of a 49th are a little less than 1
+@pytest.mark.parametrize("cycles", [3, 49])  # 49 * (1 / 49) is just below 1
 def test_restarts_are_those_of_torch(schedule_config, cycles):
-    """CosineAnnealingWarmRestarts, with cycles of a length that divides the run's."""
+    """CosineAnnealingWarmRestarts, with a cycle length that divides the run's."""
     steps = 30 * cycles
     options = {"steps": steps, "warmup_steps": 0, "final_scale": 0.0, "cycles": cycles}
     made = schedule_config("cosine_restarts", **options)

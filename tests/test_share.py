@@ -1,5 +1,5 @@
-"""What a step sees of its parameters, their gradients and their state: everything that changed,
-whoever looks."""
+"""A step's view of its parameters, their gradients and their state notices every change, natively
+and in Python."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ WAYS = ["native", "python"]
 
 @pytest.fixture(params=WAYS)
 def look(request, monkeypatch):
-    """A function from parameters to their share, as seen natively or in Python."""
+    """A function from parameters to their `Share`, built natively or in Python."""
     if request.param == "python":
         monkeypatch.setattr(share, "_EXCHANGE", None)
     elif native._native.parameters([], share._EXCHANGE) is None:
@@ -27,7 +27,7 @@ def look(request, monkeypatch):
 
 def with_grad(data, grad):
     param = Parameter(data)
-    param.grad_dtype = None  # any
+    param.grad_dtype = None  # any dtype
     param.grad = grad
     return param
 
@@ -85,7 +85,7 @@ def test_whatever_changes_about_a_tensor_changes_the_kinds(change, look):
     params = [with_grad(square(), square()) for _ in range(3)]
     before = look(params).kinds
     for p in params:
-        p.grad = p.grad.clone()  # another one of the same kind
+        p.grad = p.grad.clone()  # a new tensor of the same kind
     assert look(params).kinds == before
     change(params[1])
     assert look(params).kinds != before
@@ -107,7 +107,7 @@ def exchanged(state, params):
 
 
 def shifted(state, params):
-    """A tensor goes from one state to the one before: the sequence of all is the same."""
+    """Move a tensor to the previous state, which keeps the sequence of all tensors the same."""
     state[params[1]]["z"] = state[params[2]].pop("x")
 
 

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: what they change, and when they end a run."""
+"""Steps whose loss or gradient is not finite: what they change, and when they stop a run."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from trainer.run import run
 
 
 def steps_saved(folder):
-    """The steps of a run's checkpoints."""
+    """The steps that have a checkpoint."""
     return [int(path.name[5:]) for path in checkpoint.completed(folder / "checkpoints")]
 
 
@@ -66,7 +66,7 @@ def test_a_run_that_only_skips_stops_with_the_reason(composed, tmp_path, monkeyp
 def test_what_was_learned_before_a_run_only_skips_is_saved_and_nothing_is_deleted_for_it(
     quick, tmp_path, monkeypatch
 ):
-    """And the run goes on from there, as one that may skip more."""
+    """The run can also be resumed from there, with more skipped steps allowed."""
     options = ["runtime.save_every=1", "runtime.keep_checkpoints=1", "log.eval_points=1"]
     original = losses.loss
 
@@ -79,7 +79,7 @@ def test_what_was_learned_before_a_run_only_skips_is_saved_and_nothing_is_delete
     says = r"^1 step without a finite loss.* good step was 2; .* resume=\S*/run/.*/step-000001 "
     with pytest.raises(UserError, match=says):
         quick("run", *options, "runtime.max_skipped_steps=0")
-    assert steps_saved(tmp_path / "run") == [1, 2]  # 1 is known to be good: step 2 was whole
+    assert steps_saved(tmp_path / "run") == [1, 2]  # 1 is known to be good because step 2 was whole
     monkeypatch.setattr(losses, "loss", failing())
     whole = quick("whole", *options)
     monkeypatch.setattr(losses, "loss", lambda *a: original(*a) * math.inf)
@@ -89,7 +89,7 @@ def test_what_was_learned_before_a_run_only_skips_is_saved_and_nothing_is_delete
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [6, 9]), (2, [3, 6, 9])])
 def test_steps_that_are_skipped_push_no_checkpoint_away(quick, tmp_path, monkeypatch, keep, left):
-    """Steps 7 to 9 of 9 are skipped: that of step 6 may be of weights that the step had ruined."""
+    """Steps 8 and 9 of 9 are skipped: step 9's checkpoint may hold weights that step 7 ruined."""
     monkeypatch.setattr(losses, "loss", poisoned_from(8))
     options = [f"runtime.keep_checkpoints={keep}", "runtime.max_skipped_steps=1"]
     with pytest.raises(UserError, match=r"last good step was 7; .*resume=\S*/step-000006 "):
@@ -108,7 +108,7 @@ def test_a_single_checkpoint_is_deleted_once_a_step_after_the_next_is_whole(quic
     monkeypatch.setattr(trainer.run, "_between_steps", noted)
     options = ["runtime.save_every=1", "runtime.keep_checkpoints=1", "schedule.steps=3"]
     assert steps_saved(quick("run", *options)) == [3]
-    assert seen == [[], [1], [1], [1, 2], [2], [2]]  # before and after each step's save
+    assert seen == [[], [1], [1], [1, 2], [2], [2]]  # before and after saving at each step
 
 
 @pytest.mark.parametrize("options", [[], ["optim=adafactor", "runtime.fused_backward=true"]])

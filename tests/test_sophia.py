@@ -1,4 +1,4 @@
-"""Sophia: its estimate is the Gauss-Newton diagonal of the loss, and when and how it is taken."""
+"""Sophia: its estimate is the Gauss-Newton diagonal of the loss; when and how it is made."""
 
 import copy
 import math
@@ -53,8 +53,8 @@ def batch():
 def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
     batch, loss_config, make_schedule, weighted
 ):
-    """Of a model that is linear, so that its Gauss-Newton matrix is its Hessian; with weights of
-    samples, timesteps and places or without."""
+    """For a linear model, whose Gauss-Newton matrix is its Hessian; with and without weights of
+    samples, timesteps and positions."""
     config, noise_schedule = loss_config(), make_schedule()
     if weighted:
         config.weighting, batch.timesteps = "min_snr", torch.tensor([0, 400, 999])
@@ -62,7 +62,7 @@ def test_the_trainers_estimates_average_to_the_hessian_of_the_loss(
         batch.mask = torch.ones(3, 1, 5, 2)
         batch.mask[:, :, 2:] = 0
     unet, draws = Pointwise(), 1500
-    optimizer = optim.Sophia(unet.parameters(), betas=(0.9, 0.0))  # the curvature is the last one
+    optimizer = optim.Sophia(unet.parameters(), betas=(0.9, 0.0))  # keeps the last estimate only
     backward = gradients.GatheredBackward([], Clip("none", 1.0, []))
     total = torch.zeros(4, 4)
 
@@ -178,7 +178,7 @@ def test_an_estimate_is_due_before_the_first_step_and_every_so_many():
 
 
 def blind_steps(optimizer, params, steps):
-    """What is said in these steps."""
+    """The warnings issued in these steps."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run(optimizer, params, steps)
@@ -298,10 +298,10 @@ def test_an_estimate_inside_the_fused_backward_is_bitwise_the_same(storage, buck
 
 
 def test_curvature_that_is_known_shortens_steps_where_it_is_large():
-    """On a bowl that is steep one way and flat the other, only the flat one's step is clipped."""
+    """In a bowl steep in one direction and flat in the other, only the flat step is clipped."""
     p = Parameter(torch.ones(2))
     optimizer = optim.Sophia([p], lr=0.1, betas=(0.0, 0.0), rho=1.0, weight_decay=0.0)
-    p.grad = torch.tensor([10.0, 0.1])  # squared: the curvature
+    p.grad = torch.tensor([10.0, 0.1])  # its square is the curvature
     optimizer.update_hessian(1.0)
     p.grad = torch.tensor([10.0, 0.1])
     optimizer.step()
@@ -309,7 +309,7 @@ def test_curvature_that_is_known_shortens_steps_where_it_is_large():
 
 
 class NoReading(TorchDispatchMode):
-    """Forbids what would wait for a device: a number read by the host."""
+    """Forbids reading a number on the host, which would wait for a device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function is not torch.ops.aten._local_scalar_dense.default, "a number is read"
@@ -326,7 +326,7 @@ def test_when_an_estimate_is_due_is_asked_of_no_device_at_every_step():
     for step in range(2, 6):
         run(optimizer, params, [step])
         optimizer.zero_grad()
-        optimizer.step()  # makes none
+        optimizer.step()  # no gradients, so no step
         with NoReading():
             assert optimizer.wants_hessian() == (step in (2, 5))
 
@@ -338,7 +338,7 @@ def test_after_a_capture_the_steps_of_a_graphs_replays_are_counted(monkeypatch):
     assert not optimizer.wants_hessian()
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "capturing", lambda: True)
-        run(optimizer, params, [1])  # on a GPU this would not run yet
+        run(optimizer, params, [1])  # a GPU would only record this
     due = []
     for _ in range(4):
         due.append(optimizer.wants_hessian())

@@ -1,4 +1,4 @@
-"""The state of an optimizer: its size, and through save, load and copy."""
+"""An optimizer's state: its size, and saving, loading and copying it."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ import optim
 NAMES = sorted(optim.FAMILY)
 DTYPES = [torch.float32, torch.bfloat16]
 
-EXTRA = {  # options that switch on a path which the defaults leave off
+EXTRA = {  # options that enable a path that is off by default
     "sgd": {"nesterov": True},
     "adafactor": {
         "beta1": 0.9,
@@ -91,7 +91,7 @@ def test_a_copy_goes_on_like_the_original(name, copier):
     ],
 )
 def test_state_on_the_sdxl_unet_fits(name, options, megabytes):
-    """Allocated for real on the shapes of the UNet; the weights themselves share one number."""
+    """The state of the UNet's shapes is really allocated; the weights all share one number."""
     shapes = json.loads((Path(__file__).parent / "data/sdxl_unet_shapes.json").read_text())
     number = torch.zeros((), dtype=torch.bfloat16)
     params = [Parameter(number.expand(shape)) for _, shape in shapes]
@@ -133,8 +133,7 @@ def test_loading_needs_no_memory_for_a_second_state(name):
 
 
 def test_loading_the_optimizers_own_state_copies_what_it_reads():
-    """Two parameters of one shape exchange their states, and neither is read after it was
-    overwritten."""
+    """Two parameters of one shape swap their states; neither is overwritten before it is read."""
     params = make_params(shapes=[(4, 3), (4, 3)])
     optimizer = optim.build("adamw", params)
     run(optimizer, params, range(2))
@@ -150,7 +149,7 @@ def test_loading_the_optimizers_own_state_copies_what_it_reads():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_optimizers_own_state_is_loaded(name):
-    """Some have moments of the same names, shapes and options as another, and mean other things."""
+    """Some share moment names, shapes and options with another, but mean something else by them."""
     states = {}
     for each in NAMES:
         params = make_params()
@@ -168,20 +167,20 @@ def test_only_the_optimizers_own_state_is_loaded(name):
 
 
 class MyAdam(optim.AdamW):
-    """A subclass as people write them."""
+    """A typical user-written subclass."""
 
     def __init__(self, params, lr=3e-4, **others):
         super().__init__(params, lr=lr, **others)
 
 
 class MyLion(optim.Lion8bit):
-    """One with a single setting."""
+    """A subclass with fixed options."""
 
     def __init__(self, params):
         super().__init__(params, lr=0.25, seed=3)
 
 
-ALIKE = [  # optimizers that go on from each other's state
+ALIKE = [  # optimizers that can continue from each other's state
     (optim.AdamW8bit, lambda params: optim.AdamW(params, storage="8bit")),
     (optim.LionFactored, lambda params: optim.Lion8bit(params, storage="factored")),
     (optim.ProdigyFactored, lambda params: optim.Prodigy(params, storage="factored")),
@@ -233,7 +232,7 @@ def test_a_state_of_before_classes_shared_theirs_is_its_own_classs():
         optim.AdamW(make_params(), storage="8bit").load_state_dict(saved)
 
 
-WAYS = [  # (what a state was made with, what it meets, what is said)
+WAYS = [  # (name, option, its value in the saved state, its value now, message)
     ("prodigy", "dtype", torch.float32, torch.bfloat16, "for torch.bfloat16 weights, slice_p=11"),
     ("prodigy", "dtype", torch.bfloat16, torch.float32, "for torch.float32 weights, slice_p=11"),
     ("adafactor", "beta1", None, 0.9, "'exp_avg' is missing .* storage='fp32', beta1=0.9"),
@@ -290,7 +289,7 @@ def test_a_state_of_another_package_is_named_and_changes_nothing(cls, whose, ste
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_loading_shares_no_option_with_what_was_loaded(name):
-    """A rate that is a tensor, or a list that a group was given."""
+    """Such as a tensor learning rate, or a list in a group."""
     rate = torch.tensor(0.5)
     first, twin = (optim.build(name, make_params(), lr=rate) for _ in range(2))
     saved = first.state_dict()
@@ -303,7 +302,7 @@ def test_loading_shares_no_option_with_what_was_loaded(name):
 
 
 def test_hooks_around_loading_are_called_as_torch_does():
-    """A hook may change the dict it is given, or return another, and neither is the caller's."""
+    """A hook may change the dict it gets or return another; the caller's dict stays unchanged."""
 
     def load(cls):
         params = make_params()
@@ -323,7 +322,7 @@ def test_hooks_around_loading_are_called_as_torch_does():
 
 
 def unnamed(state_dict):
-    """The same without the class's name."""
+    """The state dict without the class's name."""
     for group in state_dict["param_groups"]:
         del group["optimizer"]
     return state_dict

@@ -1,4 +1,4 @@
-"""The option `storage`: every optimizer with its moments in every form."""
+"""The option `storage`: every optimizer with its moments in every format."""
 
 import copy
 
@@ -12,7 +12,7 @@ from optim.codecs import Bf16, Dense, Factored, FactoredSign, SignedFloat8
 
 NAMES = sorted(name for name in optim.FAMILY if "storage" in optim.options_of(name))
 STORAGES = ["fp32", "bf16", "8bit", "factored"]
-MOMENT = {  # so that there is one
+MOMENT = {  # so that there is a first moment
     name: {"beta1": 0.9}
     for name in ("adafactor", "adafactor8bit", "adafactor8bit_apollo", "adalomo")
 }
@@ -69,8 +69,8 @@ def test_every_optimizer_descends_and_resumes_in_every_storage(name, storage):
     assert_same(params, end)
 
 
-# Distance from the fp32 trajectory, as a share of how far it leads.  Lion moves by signs, and
-# so does Sophia before it knows any curvature.
+# Distance from the fp32 result, relative to how far that moved.  Lion's updates are signs, as
+# are Sophia's before it has any curvature.
 TOLERANCE = {"bf16": 0.01, "8bit": 0.08}
 LION_TOLERANCE = {"bf16": 0.04, "8bit": 0.16}
 
@@ -128,10 +128,10 @@ def test_adafactors_storage_is_the_first_moments_and_its_means_are_the_classs():
 
 @pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-4, 1e-6])
 def test_8bit_adamw_moves_what_has_small_gradients_beside_large_ones_as_fp32_does(ratio):
-    """In blocks of their own and of both: what moves a weight is relative to its own gradients."""
+    """In separate and in mixed blocks: a weight's step depends on its own gradients only."""
     scale = torch.ones(2, 256)
     scale[0, 128:] = ratio
-    scale[1, ::2] = max(ratio, 1e-4)  # smaller ones are slowed down
+    scale[1, ::2] = max(ratio, 1e-4)  # smaller ones would move less
     moved = {}
     for name in ("adamw", "adamw8bit"):
         (param,) = make_params(shapes=[(2, 256)])
@@ -152,7 +152,7 @@ def test_8bit_adamw_moves_what_has_small_gradients_beside_large_ones_as_fp32_doe
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_kahan_compensation_keeps_steps_far_below_the_weights_spacing(backend):
-    """Half a spacing of bf16 at 1 is 0.002, and half a spacing of what is kept of it 1e-5."""
+    """Half of bf16's spacing at 1 is 0.002; half of the compensation's spacing is 1e-5."""
     param = torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
     optimizer = optim.SGD([param], lr=1e-6, momentum=0.0, rounding="kahan", backend=backend)
     for _ in range(2000):

@@ -19,7 +19,7 @@ def cells(line):
 
 
 def tables(text):
-    """The tables of a text by their first title: rows of cells, the titles first."""
+    """The tables of a text by their first column title: rows of cells, the header first."""
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     return {cells(block[0])[0]: [cells(line) for line in block[:1] + block[2:]] for block in blocks}
 
@@ -36,7 +36,7 @@ def test_a_sweep_runs_the_product_and_prints_a_table(command, tmp_path):
     )
     assert status == 0, err
     table = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4 + 2 + 2  # and of rates none: each optimizer ran at one
+    assert len(table) == 2 + 4 + 2 + 2  # no table of rates: each optimizer ran at one
     for part in (
         "eval after",
         "s/step",
@@ -74,7 +74,7 @@ def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_in_its_folder_with_more_values_and_runs_nothing_twice(command, tmp_path):
-    """After its second run was stopped when it had saved, and with numbers that are others."""
+    """Its second run was stopped after saving, and the runs are numbered differently this time."""
     folder, steps = tmp_path / "sweep", ("schedule.steps=1", "schedule.warmup_steps=0")
     arguments = ("-m", *QUICK, *steps, f"hydra.sweep.dir={folder}")
     assert command(*arguments, "seed=0,1")[0] == 0
@@ -110,7 +110,7 @@ def test_sweeps_that_begin_in_one_second_have_folders_of_their_own(tmp_path, mon
         made = OmegaConf.create({"dir": "${sweep_dir:}"})
         assert [made.dir, made.dir] == [name, name]
         (tmp_path / name).mkdir(parents=True)
-        assert made.dir == name  # the folder of all of its runs
+        assert made.dir == name  # unchanged for all of its runs
 
 
 def test_a_sweeps_table_is_kept_after_every_run_and_nowhere_else(tmp_path):
@@ -253,7 +253,7 @@ FAILED = "no finite loss"
 
 
 def sweep_of(losses, lr=1e-3, **more):
-    """Summaries of {optimizer: a loss a seed}, or {(optimizer, lr): ...}; FAILED is no loss."""
+    """Summaries of {optimizer: one loss per seed}, or {(optimizer, lr): ...}; FAILED is no loss."""
     runs = []
     for key, found in losses.items():
         (name, rate), swept = (key, True) if isinstance(key, tuple) else ((key, lr), False)
@@ -333,7 +333,7 @@ def test_groups_are_told_by_configurations_and_called_by_the_shortest_of_their_o
     runs = [
         configured(["optim.lr=0.001", "optim=a", "log.every=2"], 0, 0.1),
         configured(["optim=a", "optim.lr=1e-3", "seed=1"], 1, 0.2),
-        configured(["optim=a", "seed=2"], 2, 0.3),  # whose default it is
+        configured(["optim=a", "seed=2"], 2, 0.3),  # 1e-3 is its default
         configured(["optim=a", "optim.lr=1e-4"], 0, 0.9, rate=1e-4),
     ]
     text = sweep_table(runs)
@@ -351,7 +351,7 @@ def test_groups_are_told_by_configurations_and_called_by_the_shortest_of_their_o
 def test_what_overrides_do_not_tell_apart_is_told_by_the_options():
     runs = [
         configured(["optim=a"], loss=0.1, loss_of={"kind": "mse"}),
-        configured(["optim=a"], loss=0.2, loss_of={"kind": "huber"}),  # of another version
+        configured(["optim=a"], loss=0.2, loss_of={"kind": "huber"}),  # from another version
     ]
     assert list(column(sweep_table(runs), "run", "lr")) == [
         "optim=a loss_of.kind=mse",
@@ -360,7 +360,7 @@ def test_what_overrides_do_not_tell_apart_is_told_by_the_options():
 
 
 def external(*paths):
-    """Runs of optimizers from elsewhere, and one of the family."""
+    """Runs of external optimizers, and one of the family."""
     made = [["optim=external", f"optim.class_path={path}"] for path in paths]
     return [
         NUMBERS
@@ -382,7 +382,7 @@ def test_an_external_optimizer_is_called_by_its_class(paths, names):
     text = sweep_table(external(*paths))
     assert list(column(text, "run", "lr")) == names
     assert REMARKS["rates"] in text
-    # Several classes are several optimizers, with none of the family beside them.
+    # Several classes count as several optimizers, even without one of the family.
     assert (REMARKS["rates"] in sweep_table(external(*paths)[:-1])) == (len(paths) > 1)
 
 
@@ -403,12 +403,12 @@ REMARKS = {
     [
         ({"a": [0.1], "b": [0.2]}, {}, {"rates", "chance", "trained"}),
         ({"a": [0.1, 0.11, 0.12], "b": [0.2, 0.21, 0.22]}, {}, {"rates", "trained"}),
-        # Spreads that overlap, of differences that are equal; and the other way round.
+        # Overlapping spreads with equal differences; and the other way round.
         ({"a": [0.1, 0.3, 0.2], "b": [0.2, 0.4, 0.3]}, {}, {"rates", "trained"}),
         ({"a": [0.1, 0.1, 0.1], "b": [0.11, 0.2, 0.3]}, {}, {"rates", "tied", "trained"}),
         ({"a": [0.1, 0.11], "b": [0.2, 0.21]}, {}, {"rates", "few", "trained"}),
         ({("a", 0.1): [0.1], ("a", 0.2): [0.2]}, {}, {"chance", "picked", "trained"}),
-        # What is compared is each optimizer at its best rate.
+        # Each optimizer is compared at its best rate.
         (
             {("a", 0.1): [0.1, 0.11, 0.12], ("a", 0.2): [0.11] * 3, ("b", 0.1): [0.3] * 3},
             {},

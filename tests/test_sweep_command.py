@@ -1,4 +1,4 @@
-"""`python -m trainer.sweep`: tables anew, and for other programs."""
+"""`python -m trainer.sweep`: rewrites a sweep's tables, and exports them for other programs."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def compare(capsys):
 
 
 def folder_of(path, losses, is_sweep=True):
-    """A folder of runs with these losses, {optimizer: one a seed}."""
+    """A folder of runs with these losses, {optimizer: one per seed}."""
     for place, run in enumerate(sweep_of(losses)):
         folder = path / f"{place}-run"
         folder.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_other_programs_read_every_run(compare, folder, tmp_path):
     tex = paths["latex"].read_text()
     assert tex.count(r"\begin{tabular}{l") == tex.count(r"\end{tabular}") == 2
     assert r"optim=a\_b & 2 of 2 & 0.001 & 0.1500 $\pm$ 0.0707" in tex
-    assert r"95 \% interval" not in tex  # one seed in common
+    assert r"95 \% interval" not in tex  # only one seed in common
 
 
 def test_a_difference_is_in_json_by_its_parts(compare, tmp_path):

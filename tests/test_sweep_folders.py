@@ -1,4 +1,4 @@
-"""The folders of a sweep's runs: one set of options is one run, wherever it lies."""
+"""The folders of a sweep's runs: one set of options is one run, in whichever folder."""
 
 import json
 
@@ -15,7 +15,7 @@ A, B = ["optim=a", "seed=0"], ["optim=a", "seed=0", "schedule.steps=9"]
 
 @pytest.fixture
 def made(tmp_path):
-    """A run in a folder: made("0-a", A, error="no") -> the folder."""
+    """Make a run in a folder: made("0-a", A, error="no") -> the folder."""
 
     def make(name, overrides, day=1, config=None, **more):
         folder = tmp_path / name
@@ -31,7 +31,7 @@ def made(tmp_path):
 
 
 def begun(folder, overrides):
-    """What a killed run leaves: a checkpoint, and no summary."""
+    """What a killed run leaves: a checkpoint but no summary."""
     saved = folder / "checkpoints/step-000001"
     saved.mkdir(parents=True)
     (saved / "checkpoint.json").write_text(json.dumps({"overrides": overrides}))
@@ -84,7 +84,7 @@ def config_of(rate=1e-3, seed=0, **log):
         (config_of() | {"runtime": {"save_every": 9}, "method": {"export": []}}, True),
         (config_of(seed=1), False),
         (config_of(rate=2e-3), False),
-        (config_of(eval_points=9), False),  # of which eval/loss is the mean
+        (config_of(eval_points=9), False),  # eval/loss is their mean
     ],
 )
 def test_a_run_is_known_by_what_its_options_come_to(tmp_path, made, other, is_same):

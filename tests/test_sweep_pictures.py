@@ -1,4 +1,4 @@
-"""What a sweep draws: its runs' pictures below each other, their losses as lines, and its head."""
+"""What a sweep draws: a sheet of its runs' pictures, a chart of their losses, and its heading."""
 
 import json
 
@@ -36,7 +36,7 @@ def made(folder, name, colour="red", captions=CAPTIONS, losses=(1.0, 0.1), origi
 
 
 def bands(picture):
-    """The colours of a sheet's last column from top to bottom, each once."""
+    """The colours of a sheet's last column from top to bottom, without repeats."""
     column = [picture.getpixel((picture.width - 48, y)) for y in range(picture.height)]
     known = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 0, 0): "before", (0, 128, 0): "green"}
     found = [known[pixel] for pixel in column if pixel in known]

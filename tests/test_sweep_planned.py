@@ -1,5 +1,4 @@
-"""Which runs a sweep is to have, what is missing after an interruption, and what it says before
-each run."""
+"""Which runs a sweep plans, which an interruption left out, and what it says before each."""
 
 import pytest
 from helpers import QUICK
@@ -84,7 +83,7 @@ def test_where_only_the_sweeper_knows_the_runs_they_are_numbered(tmp_path, capsy
 
 @pytest.mark.slow
 def test_the_plan_has_the_options_that_its_runs_have(command, tmp_path):
-    """Spaces, quotes and defaults that are spelled out; the runs of a second command, too."""
+    """With spaces, quotes and explicit defaults, and for a second command's runs, too."""
     options = ("optim=adamw", "optim.betas=[0.8, 0.9]", "name='a b'", "schedule.steps=1")
     arguments = ("-m", *QUICK, *options, "hydra.sweep.dir=S")
     for seeds in ("seed=0,1", "seed=choice(1,2)"):

@@ -13,7 +13,7 @@ from trainer.run import run
 
 
 def shown(folder):
-    """What TensorBoard shows of a run."""
+    """What TensorBoard shows for a run."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     return events.Reload()
 

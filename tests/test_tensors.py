@@ -1,4 +1,4 @@
-"""Parameters, gradients and moments whose memory is not what it seems."""
+"""Parameters, gradients and moments whose memory is unusual."""
 
 import warnings
 
@@ -14,7 +14,7 @@ import optim
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("shape", [(64, 64), (16,), (2, 8)])
 def test_a_gradient_of_another_shape_than_its_parameter_is_refused(shape, backend):
-    """An embedding that was resized, and kept its gradient."""
+    """For example, a resized embedding that kept its old gradient."""
     p = Parameter(torch.ones(4, 4))
     optimizer = optim.SGD([Parameter(torch.ones(2)), p], backend=backend)
     p.grad = torch.ones(4, 4)
@@ -38,7 +38,7 @@ def test_a_state_that_is_not_contiguous_is_made_so():
 
 @pytest.mark.parametrize("count", [50, 200, 250])
 def test_moments_that_are_moved_between_steps_are_followed(count):
-    """As an offloader does, which leaves what is small where it is."""
+    """As an offloader moves them; it leaves small tensors in place."""
     ordinary, moved = ([Parameter(torch.ones(4)) for _ in range(count)] for _ in range(2))
     first, second = optim.AdamW(ordinary), optim.AdamW(moved)
     for step in range(8):

@@ -83,7 +83,7 @@ def test_chunks_read_on_where_a_caption_would_be_cut(composed):
     assert torch.allclose(text.prompt[1, :76], parts.prompt[0, :76], atol=1e-6)
     assert torch.allclose(text.prompt[1, 76:], parts.prompt[1, 1:], atol=1e-6)
     assert torch.allclose(text.pooled[1], parts.pooled[0], atol=1e-6)
-    # a short one is the same with a chunk that is empty after it
+    # an empty second chunk does not change a short caption
     assert torch.allclose(text.prompt[0, :76], one(["a card"]).prompt[0, :76], atol=1e-6)
 
 
@@ -94,7 +94,7 @@ def test_captions_with_too_few_characters_to_be_cut_are_not_made_into_tokens(com
         texts, "token_ids", lambda of, caption: counted.append(caption) or ids(of, caption)
     )
     model = Model(composed().model, CPU)
-    dense = ["!" * 75, "!a" * 38, "\u1e9b\u0323" * 37]  # about a token a character, and several
+    dense = ["!" * 75, "!a" * 38, "\u1e9b\u0323" * 37]  # about one token per character, and several
     every = [*SHORT, LONG, "x" * 75, *dense]
     cut, room = conditioning.cut_captions(model, every)
     assert counted == [LONG, *dense[1:]]

@@ -1,4 +1,4 @@
-"""The family inside torch's machinery: savers, scalers, schedulers, several ranks."""
+"""The family within torch's machinery: savers, scalers, schedulers, several ranks."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ NAMES = sorted(optim.FAMILY)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_optimizer_and_its_state_are_freed_when_it_is_deleted(name, backend):
-    """As torch's are: gigabytes would wait for the garbage collector."""
+    """As torch's are; otherwise gigabytes would wait for the garbage collector."""
     params = make_params(torch.bfloat16)
     gc.disable()
     try:
@@ -49,7 +49,7 @@ def test_an_optimizer_and_its_state_are_freed_when_it_is_deleted(name, backend):
 
 
 def goes_on_alike(name, reload, tmp_path, **options):
-    """Run 3 + 3 steps with the state sent through `reload` in between, against 6 in a row."""
+    """Compare 3 + 3 steps, with the state passed through `reload` in between, with 6 in a row."""
     straight, stopped = make_params(torch.bfloat16), make_params(torch.bfloat16)
     run(build(name, straight, **options), straight, range(6))
     first = build(name, stopped, **options)
@@ -94,8 +94,8 @@ def test_state_survives_other_savers_bitwise(name, way, tmp_path):
     ids=str,
 )
 def test_torchs_own_pair_of_state_dicts_goes_on_bitwise(name, options, tmp_path):
-    """`get_state_dict` keeps of a state dict only `state` and `param_groups`, a flat one of a group
-    only what the optimizer's own has."""
+    """`get_state_dict` keeps only `state` and `param_groups`; a flattened one keeps only the group
+    entries that the optimizer's own groups have."""
     wanted = StateDictOptions(**options)
 
     def fresh():
@@ -267,7 +267,7 @@ def test_torch_schedulers_drive_the_rate_and_survive_a_reload(scheduler):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rate_that_rounding_has_left_below_zero_is_zero(name, backend):
-    """LinearLR of torch ends there, and weights of zero would follow any rate."""
+    """torch's LinearLR can end there, and weights of zero would follow any rate."""
     ends = []
     for rate in (0.0, -2e-22, torch.tensor(-2e-22)):
         params = [*make_params(), Parameter(torch.zeros(3))]
@@ -336,12 +336,12 @@ def test_a_compiled_training_step_trains_alike_and_does_not_trace_the_optimizer(
         return list(model.parameters())
 
     assert_same(train(False), train(True))
-    assert len(graphs) == 1  # the model's; each parameter's step would be several more
+    assert len(graphs) == 1  # the model's; tracing each parameter's step would add several
 
 
 @pytest.mark.parametrize(("name", "remedy"), [("adafactor8bit", "DDP, ZeRO-1"), ("prodigy", "DDP")])
 def test_a_dtensor_is_refused_with_the_reason(name, remedy, tmp_path):
-    """Under ZeRO-1 each process would find a d of its own."""
+    """Under ZeRO-1 each process would find its own d."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
@@ -355,8 +355,8 @@ def test_a_dtensor_is_refused_with_the_reason(name, remedy, tmp_path):
 
 def _train_rank(rank, size, runs, address, results):
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
-    torch.set_num_threads(rank + 1)  # ranks need not be alike
-    torch.manual_seed(rank)  # and the global generator has no say
+    torch.set_num_threads(rank + 1)  # ranks may differ
+    torch.manual_seed(rank)  # the global generator must not matter
     for name, backend in runs:
         params = make_params(torch.bfloat16)
         optimizer = optim.build(name, params, backend=backend)

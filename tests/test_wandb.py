@@ -1,4 +1,4 @@
-"""Weights & Biases: an offline run holds everything, and no failure of it stops training."""
+"""Weights & Biases: an offline run holds everything, and its failures never stop training."""
 
 import json
 import math
@@ -41,8 +41,8 @@ def records(path):
 
 
 def written_whole(path):
-    """The records of a .wandb file once the last is there: a process of W&B's writes them, on a
-    busy machine after `finish` has returned."""
+    """The records of a .wandb file once it is complete: on a busy machine, W&B's process may still
+    be writing after `finish` has returned."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         kept = list(records(path))
@@ -115,7 +115,7 @@ def test_a_run_whose_export_fails_has_failed_in_wandb_too(composed, tmp_path, mo
 
 
 def test_the_runs_of_a_sweep_are_told_apart(composed, tmp_path, monkeypatch):
-    """By their folders' names, in a group of the sweep's; alone a run has no group."""
+    """By their folders' names, in a group named after the sweep; a single run has no group."""
     told = {}
     monkeypatch.setattr(wandb, "init", lambda **options: told.update(options))
     config = composed("log=wandb", "optim=lion")

@@ -1,4 +1,4 @@
-"""What is seen of every step: means and spikes; what is counted survives a resume."""
+"""What is recorded at every step: means and spikes; counts survive a resume."""
 
 import json
 import math
@@ -27,9 +27,9 @@ def watched(losses, norms=None, watch=None):
         ([1.0] * 20 + [2.9], 0),
         ([1.0] * 20 + [3.1], 1),
         ([1.0] * 20 + [3.1, 1.0, 9.0], 2),
-        ([1.0] * 9 + [9.0], 0),  # too few to know what is usual
-        ([1.0] * 20 + [math.nan, math.inf], 0),  # which the guard counts
-        ([1.0] * 20 + [5.0] * 100, 20),  # until half of those before are as large
+        ([1.0] * 9 + [9.0], 0),  # too few for a median
+        ([1.0] * 20 + [math.nan, math.inf], 0),  # counted by the guard
+        ([1.0] * 20 + [5.0] * 100, 20),  # until half of the previous losses are as large
     ],
 )
 def test_a_spike_is_a_loss_of_three_times_the_median_before_it(losses, spikes):
@@ -42,7 +42,7 @@ def test_a_spike_is_a_loss_of_three_times_the_median_before_it(losses, spikes):
         ([9.0, 90.0, 90.0] + [1.0] * 7, 1.0, 3),
         ([9.0, 90.0, 90.0] + [1.0] * 7, 4.0, 2),
         ([9.0, 90.0, 90.0] + [1.0] * 7, math.nan, 0),
-        ([1.0] * 10 + [9.0], 100.0, 1),  # the median is known
+        ([1.0] * 10 + [9.0], 100.0, 1),  # the median is known by then
     ],
 )
 def test_the_first_losses_are_told_by_the_loss_before_the_first_step(losses, before, spikes):
@@ -57,9 +57,9 @@ def test_the_first_losses_are_told_by_the_loss_before_the_first_step(losses, bef
     [
         ([2.0] * 20 + [9.0, 2.0, 4.0], 4.5),
         ([1.0] * 9, None),
-        ([1.0, 8.0] + [2.0] * 8, 4.0),  # of the first ten by their own
+        ([1.0, 8.0] + [2.0] * 8, 4.0),  # the first ten, by their own median
         ([100.0 * 0.9**step for step in range(60)], 100 / (50 * (0.9**4 + 0.9**5))),
-        ([0.0] * 10 + [6.0] * 12, 2.0),  # a median of 0 tells nothing
+        ([0.0] * 10 + [6.0] * 12, 2.0),  # a median of 0 is no reference
     ],
 )
 def test_the_largest_gradient_norm_is_told_by_the_median_before_it(norms, ratio):
@@ -124,7 +124,7 @@ def test_what_was_watched_goes_on_where_it_was_saved():
 
 
 def test_a_line_of_metrics_is_the_mean_of_its_steps_through_a_resume_too(composed, tmp_path):
-    """Steps 3 and 4 are a line; the run is resumed between them."""
+    """Steps 3 and 4 share a line; the run is resumed between them."""
     every = ("runtime.save_every=3", "runtime.keep_checkpoints=9", "optim=adamw")
     run(composed(*QUICK, *every), tmp_path / "each")
     run(composed(*QUICK, *every, "log.every=2"), tmp_path / "two")
@@ -145,7 +145,7 @@ def test_a_line_of_metrics_is_the_mean_of_its_steps_through_a_resume_too(compose
 def test_the_optimizers_own_time_is_part_of_its_step(finished):
     folder = finished("run", "optim=adamw")
     told = [row for row in rows(folder) if "perf/optimizer_seconds_per_step" in row]
-    assert [row["step"] for row in told] == [2, 3, 4]  # the first step of a session is no measure
+    assert [row["step"] for row in told] == [2, 3, 4]  # a session's first step is not measured
     for row in told:
         assert 0 < row["perf/optimizer_seconds_per_step"] < row["perf/seconds_per_step"]
     summary = json.loads((folder / "summary.json").read_text())
