@@ -80,6 +80,10 @@ def test_variances_are_moderated_towards_the_typical_one():
     """The more alike, the more strongly; a single known variance is left as it is."""
     assert paired.moderate([(2.0, 2)]) == [(2.0, 2)]
     assert paired.moderate([(0.0, 1)] * 3) == [(0.0, 1)] * 3
+    of_two = paired.moderate([(1.0, 2), (1.2, 2)])
+    assert (
+        paired.moderate([(1.0, 2), (1.2, 2), *[(0.0, 2)] * 20])[:2] == of_two
+    )  # twins add nothing
     alike = paired.moderate([(1.0, 2), (1.1, 2), (0.9, 2)])
     assert len({*alike}) == 1
     assert alike[0][1] == 6

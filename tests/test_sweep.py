@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from trainer import cli, resolvers
 from trainer.measure import objective
 from trainer.sweep import SweepTable, sweep_table
+from trainer.sweep.runs import Comparison
 
 
 def cells(line):
@@ -359,6 +360,28 @@ def test_what_overrides_do_not_tell_apart_is_told_by_the_options():
     ]
 
 
+def test_groups_of_the_same_overrides_that_differ_by_their_rate_have_names_of_their_own():
+    """As with optim.lr=${seed}, or a preset that was edited in between."""
+    runs = [configured(["optim=a"], 0, rate=1e-3), configured(["optim=a"], 1, rate=0.5)]
+    names = list(column(sweep_table(runs), "run", "lr"))
+    assert names == ["optim=a optim.lr=0.001 seed=0", "optim=a optim.lr=0.5 seed=1"]
+    unknown = [configured(["optim=a"]) | {"config": {}} for _ in range(2)]
+    assert len(Comparison([*unknown, *runs]).groups) == 3
+
+
+def test_an_option_that_is_null_is_as_one_that_did_not_exist_yet():
+    runs = [
+        configured(["optim=a"], seed, model={"variant": None} if seed else {}) for seed in (0, 1)
+    ]
+    assert column(sweep_table(runs), "over seeds", "ended well") == {"optim=a": "2 of 2"}
+
+
+def test_a_rate_that_could_not_be_resolved_is_a_row_like_others():
+    failed = {"overrides": ["optim=a", "optim.lr=${eval:1e-4}"], "seed": 0, "error": "no"}
+    text = sweep_table([*sweep_of({"a": [0.1]}), failed])
+    assert column(text, "run", "lr")["optim.lr=${eval:1e-4}"] == ""
+
+
 def external(*paths):
     """Runs of external optimizers, and one of the family."""
     made = [["optim=external", f"optim.class_path={path}"] for path in paths]
@@ -443,6 +466,18 @@ def test_what_takes_longer_beside_the_optimizer_is_the_machines_load(spent, othe
     text = sweep_table(runs)
     told = "without the optimizer, a step of optim=b took 0.290 s and one of optim=a 0.100 s"
     assert (told in text) == said
+
+
+def test_the_extra_backward_pass_of_an_optimizer_is_no_load_of_the_machine():
+    runs = [
+        configured([f"optim.hessian_every={every}"], loss=0.1 * every, rate=every)
+        | {"seconds_per_step": seconds, "optimizer_seconds_per_step": 0.01}
+        for every, seconds in ((1, 0.3), (10, 0.1))
+    ]
+    assert "without the optimizer" in sweep_table(runs)
+    for run, every in zip(runs, (1, 10), strict=True):
+        run["config"]["optim"]["hessian_every"] = every
+    assert "without the optimizer" not in sweep_table(runs)
 
 
 def test_of_many_rows_that_may_be_equal_those_that_are_not_are_named():

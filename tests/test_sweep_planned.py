@@ -1,4 +1,7 @@
-"""Which runs a sweep plans, which an interruption left out, and what it says before each."""
+"""The planned runs of a sweep: what is missing after an interruption, and what is printed before
+each run."""
+
+import json
 
 import pytest
 from helpers import QUICK
@@ -6,44 +9,92 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from trainer import report
+from trainer.cli import with_swept_groups
+from trainer.errors import UserError
 from trainer.sweep import SweepTable, planned
+from trainer.sweep.__main__ import main
+from trainer.sweep.folders import ended_runs
 from trainer.sweep.head import left
 
 RUNS = [["optim=a", "seed=0", "x=1"], ["optim=a", "seed=1", "x=1"], ["optim=b", "seed=0", "x=1"]]
 
 
-def ended(folder, **summary):
+def config_of(overrides, **more):
+    known = dict(o.lstrip("+").split("=") for o in overrides)
+    return {"seed": int(known["seed"]), "optim": {"name": known["optim"], "lr": 1e-3}} | more
+
+
+def ended(folder, overrides, config=None, **summary):
+    """A folder with a run that has ended."""
     folder.mkdir(parents=True)
-    report.write_summary(folder, summary)
+    report.write_summary(folder, {"overrides": overrides, "eval_loss_after": 0.1} | summary)
+    (folder / "config.yaml").write_text(json.dumps(config or config_of(overrides)))
 
 
-def test_what_has_not_ended_is_missing_by_what_tells_it_apart(tmp_path):
+def missing(sweep):
+    return planned.missing(sweep, [summary for _, summary in ended_runs(sweep)])
+
+
+def test_runs_that_have_not_ended_are_missing_and_named_by_what_differs(tmp_path):
     planned.add(tmp_path, RUNS)
-    planned.begun(tmp_path, RUNS[0], tmp_path / "0")
-    assert planned.missing(tmp_path) == ["optim=a seed=0", "optim=a seed=1", "optim=b seed=0"]
-    ended(tmp_path / "0")
-    planned.begun(tmp_path, [*reversed(RUNS[1])], tmp_path / "deep/1")  # in any order
-    ended(tmp_path / "deep/1", error="it failed")
-    assert planned.missing(tmp_path) == ["optim=b seed=0"]
+    planned.begun(tmp_path, RUNS[0], config_of(RUNS[0]))
+    assert missing(tmp_path) == ["optim=a seed=0", "optim=a seed=1", "optim=b seed=0"]
+    ended(tmp_path / "0", RUNS[0])
+    ended(tmp_path / "deep/1", [*reversed(RUNS[1])], error="it failed")
+    assert missing(tmp_path) == ["optim=b seed=0"]
+    (tmp_path / "0").rename(tmp_path / "renamed")
+    assert missing(tmp_path) == ["optim=b seed=0"]
 
 
-def test_a_second_command_adds_to_the_plan_and_two_runs_may_be_one(tmp_path):
+@pytest.mark.parametrize(
+    "again",
+    [["optim=a", "seed=1", "x=1", "log.every=1"], ["++optim=a", "++seed=1", "x=1"]],
+)
+def test_a_run_is_not_missing_if_another_command_has_run_it(tmp_path, again):
     planned.add(tmp_path, RUNS[:2])
-    planned.begun(tmp_path, RUNS[0], tmp_path / "0")
-    ended(tmp_path / "0")
-    planned.add(tmp_path, [RUNS[0], ["optim=a", "x=1"]])
-    planned.begun(tmp_path, ["optim=a", "x=1"], tmp_path / "0")
-    assert planned.missing(tmp_path) == ["seed=1"]
+    ended(tmp_path / "0", RUNS[0])
+    planned.add(tmp_path, [again])
+    ended(tmp_path / "1", again)
+    assert missing(tmp_path) == []
 
 
-@pytest.mark.parametrize("text", [None, "", "[{"])
-def test_a_sweep_of_which_no_plan_is_known_misses_nothing(tmp_path, text):
+def test_a_run_with_an_equal_configuration_is_the_same_run(tmp_path):
+    spelled_out = [*RUNS[0], "optim.lr=1e-3"]
+    planned.add(tmp_path, [RUNS[0], spelled_out])
+    ended(tmp_path / "0", RUNS[0])
+    assert missing(tmp_path) == ["optim.lr=1e-3"]  # nothing is known of it yet
+    planned.begun(tmp_path, spelled_out, config_of(RUNS[0]))
+    assert missing(tmp_path) == []
+
+
+def test_a_folder_that_another_run_has_taken_over_does_not_count(tmp_path):
+    longer = [*RUNS[0], "schedule.steps=500"]
+    planned.add(tmp_path, [longer])
+    planned.begun(tmp_path, longer, config_of(RUNS[0], schedule={"steps": 500}))
+    planned.add(tmp_path, [RUNS[0]])
+    ended(tmp_path / "0", RUNS[0])
+    assert missing(tmp_path) == ["schedule.steps=500"]
+
+
+@pytest.mark.parametrize("text", [None, "", "[{", "[]", '{"a": 1}', "[1]", "null"])
+def test_a_sweep_without_a_readable_plan_has_no_missing_runs(tmp_path, text):
     if text is not None:
         (tmp_path / "planned.json").write_text(text)
-    assert planned.missing(tmp_path) == []
+    assert missing(tmp_path) == []
 
 
-def test_of_many_that_are_missing_a_few_are_named():
+def test_missing_runs_of_several_sweeps_have_their_names(tmp_path, capsys):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        planned.add(tmp_path / name, RUNS[:2])
+        ended(tmp_path / name / "0", RUNS[0])
+    main([str(tmp_path / "x")])
+    assert "1 of the planned runs: `seed=1`." in capsys.readouterr().out
+    main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "2 of the planned runs: `x: seed=1`, `y: seed=1`." in capsys.readouterr().out
+
+
+def test_of_many_missing_runs_a_few_are_named():
     text = left([f"seed={n}" for n in range(20)])
     assert "20 of the planned runs: `seed=0`" in text
     assert "`seed=7` and 12 more" in text
@@ -55,17 +106,15 @@ def job(tmp_path, number, *overrides):
     return OmegaConf.create({"hydra": of_job | {"overrides": {"task": [*overrides]}}})
 
 
-def test_each_run_is_announced_with_its_place_and_the_time_that_is_left(tmp_path, capsys):
+def test_each_run_is_announced_with_its_place_and_the_time_left(tmp_path, capsys):
     (tmp_path / "multirun.yaml").touch()
     table = SweepTable()
     table.on_multirun_start(job(tmp_path, 0, "optim=sgd,lion", "seed=0,1", "name=n"))
     for number, (optimizer, seed) in enumerate((("sgd", 0), ("sgd", 1))):
-        this = job(tmp_path, number, f"optim={optimizer}", f"seed={seed}", "name=n")
-        table.on_job_start(this)
         overrides = [f"optim={optimizer}", f"seed={seed}", "name=n"]
-        ended(tmp_path / str(number), overrides=overrides, eval_loss_after=0.1, wall_seconds=30.0)
-        planned.begun(tmp_path, overrides, tmp_path / str(number))
-        table.on_job_end(this, JobReturn())
+        table.on_job_start(job(tmp_path, number, *overrides))
+        ended(tmp_path / str(number), overrides, wall_seconds=30.0)
+        table.on_job_end(job(tmp_path, number, *overrides), JobReturn())
     out = capsys.readouterr().out
     assert "run 1 of 4: optim=sgd seed=0\n" in out
     assert "run 2 of 4, ETA 1:30: optim=sgd seed=1\n" in out
@@ -73,7 +122,18 @@ def test_each_run_is_announced_with_its_place_and_the_time_that_is_left(tmp_path
     assert "Not ended, 2 of the planned runs: `optim=lion seed=0`, `optim=lion seed=1`" in page
 
 
-def test_where_only_the_sweeper_knows_the_runs_they_are_numbered(tmp_path, capsys):
+def test_runs_that_are_finished_take_no_time(tmp_path, capsys):
+    """The command is repeated in the folder of a sweep of which one run is left."""
+    (tmp_path / "multirun.yaml").touch()
+    for seed in range(3):
+        ended(tmp_path / f"run-{seed}", ["optim=sgd", f"seed={seed}"], wall_seconds=30.0)
+    table = SweepTable()
+    table.on_multirun_start(job(tmp_path, 0, "optim=sgd", "seed=0,1,2,3"))
+    table.on_job_start(job(tmp_path, 0, "optim=sgd", "seed=0"))
+    assert "run 1 of 4, ETA 0:30: seed=0\n" in capsys.readouterr().out
+
+
+def test_runs_are_only_numbered_if_the_sweeper_alone_knows_them(tmp_path, capsys):
     (tmp_path / "multirun.yaml").touch()
     table = SweepTable()
     table.on_multirun_start(job(tmp_path, 0, "optim.lr=interval(0,1)"))
@@ -81,14 +141,33 @@ def test_where_only_the_sweeper_knows_the_runs_they_are_numbered(tmp_path, capsy
     assert capsys.readouterr().out == "\nrun 1: optim.lr=0.3\n"
 
 
+def test_an_error_in_the_tables_is_no_success(tmp_path, monkeypatch):
+    ended(tmp_path / "0", RUNS[0])
+    monkeypatch.setattr("trainer.sweep.callback.sweep_table", lambda runs: 1 / 0)
+    with pytest.raises(SystemExit, match="1"):
+        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+
+
+def test_a_sweep_over_checkpoints_is_refused():
+    with pytest.raises(UserError, match="start a run for each checkpoint"):
+        with_swept_groups(["resume=a,b"])
+    assert with_swept_groups(["resume=a", "seed=0,1"]) == ["resume=a", "seed=0,1"]
+
+
 @pytest.mark.slow
 def test_the_plan_has_the_options_that_its_runs_have(command, tmp_path):
-    """With spaces, quotes and explicit defaults, and for a second command's runs, too."""
+    """With spaces, quotes and an option given twice, and for a second command's runs, too."""
     options = ("optim=adamw", "optim.betas=[0.8, 0.9]", "name='a b'", "schedule.steps=1")
     arguments = ("-m", *QUICK, *options, "hydra.sweep.dir=S")
     for seeds in ("seed=0,1", "seed=choice(1,2)"):
         status, out, err = command(*arguments, seeds)
         assert status == 0, err
-    assert planned.missing(tmp_path / "S") == []
+    assert missing(tmp_path / "S") == []
     assert len(planned._read(tmp_path / "S")) == 3
     assert "run 2 of 2, ETA" in out
+
+
+def test_a_run_in_the_folder_of_the_sweep_itself_is_refused(command):
+    status, _, err = command("-m", *QUICK, "hydra.sweep.dir=S", "hydra.sweep.subdir=.")
+    assert status == 2
+    assert "hydra.sweep.subdir=.: a run of a sweep needs a folder of its own" in err

@@ -63,6 +63,11 @@ def _run_of_sweep(
     """One run of a sweep, which may already be finished, begun, or taken by another process.
     Returns NaN if it failed or is taken, so that the sweep continues."""
     of_sweep = Path(HydraConfig.get().sweep.dir).absolute()
+    if proposed.absolute() == of_sweep:
+        cli.fail(
+            f"hydra.sweep.subdir={HydraConfig.get().sweep.subdir}: a run of a sweep needs a "
+            "folder of its own"
+        )
     with contextlib.ExitStack() as holding:
         with in_turn(of_sweep):
             folder = _placed(of_sweep, proposed, overrides, resolved)
@@ -107,7 +112,7 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
 def _placed(of_sweep: Path, proposed: Path, overrides: list[str], resolved: dict[str, Any]) -> Path:
     """The folder of a sweep's run; if it is not the one that Hydra made, that one is removed."""
     folder = sweep.place_of(of_sweep, proposed, overrides, resolved)
-    sweep.planned.begun(of_sweep, overrides, folder)
+    sweep.planned.begun(of_sweep, overrides, resolved)
     if folder != proposed:
         with contextlib.suppress(OSError):
             proposed.rmdir()  # unless it is another run's

@@ -223,6 +223,11 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
 def with_swept_groups(arguments: list[str]) -> list[str]:
     """A sweep's command line, with the options of a swept group written as choices of one value:
     Hydra checks fixed options against the group's default, which may not have them."""
+    if any(key_of(a) == "resume" and _is_swept(a, [a]) for a in arguments):
+        raise UserError(
+            "resume= cannot be swept over, because a sweep's runs are known by their other "
+            "options; start a run for each checkpoint"
+        )
     swept = {key for a in arguments if (key := key_of(a)) in group_names() and _is_swept(a, [a])}
     if any(a.startswith("sweep=") for a in arguments):
         swept.add("optim")

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = {kind: path for kind in _FORMATS if (path := getattr(given, kind))}
     try:
         found = _found(given.folders)
-        missing = [run for folder in given.folders for run in planned.missing(folder)]
+        missing = _missing(given.folders)
         own = _sweep_of(given.folders)
         out = given.out or own
         pages = [] if out is None or _is_same(out, own) else [out / name for name in page.FILES]
@@ -95,6 +95,18 @@ def _found(folders: Sequence[Path]) -> Found:
                 "folder of a sweep or a run"
             )
     return ended_runs(*folders)
+
+
+def _missing(folders: Sequence[Path]) -> list[str]:
+    """The planned runs of the sweeps in these folders that have not ended; if there are several
+    sweeps, with the sweep's name."""
+    plans = {path.resolve(): path for folder in folders for path in folder.rglob(planned.NAME)}
+    missing = []
+    for sweep in (path.parent for path in plans.values()):
+        ended = [summary for _, summary in ended_runs(sweep)]
+        prefix = f"{sweep.name}: " if len(plans) > 1 else ""
+        missing += [prefix + run for run in planned.missing(sweep, ended)]
+    return missing
 
 
 def _sweep_of(folders: Sequence[Path]) -> Path | None:

@@ -1,5 +1,6 @@
 """A sweep's messages between its runs, and its tables, rewritten after each run."""
 
+import traceback
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer import claim, cli, console
 from trainer.errors import UserError
+from trainer.measure import ended_well
 from trainer.run_folder import sweep_of
 from trainer.sweep import page, planned
 from trainer.sweep.folders import ended_runs
@@ -41,6 +43,7 @@ class SweepTable(Callback):
         if number == 0:
             with claim.in_turn(folder):
                 planned.add(folder, [cli.lasting(run) for run in self._runs])
+                self._summaries = [summary for _, summary in ended_runs(folder)]
         common = set.intersection(*map(set, self._runs)) if len(self._runs) > 1 else set[str]()
         apart = " ".join(o for o in _overrides(config) if o not in common)
         print(f"\nrun {number + 1}{self._of_all(number)}: {apart or 'the defaults'}")
@@ -50,7 +53,9 @@ class SweepTable(Callback):
         if not self._runs:
             return ""
         seconds = [run["wall_seconds"] for run in self._summaries if run.get("wall_seconds")]
-        eta = mean(seconds) * (len(self._runs) - number) if seconds else None
+        good = list(filter(ended_well, self._summaries))
+        to_come = sum(not planned.has_ended(run, good) for run in self._runs[number:])
+        eta = mean(seconds) * to_come if seconds else None
         return f" of {len(self._runs)}" + (f", ETA {console.minutes(eta)}" if eta else "")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -61,11 +66,16 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        runs = _write(folder)
-        if not runs:
-            return
-        parts = [sweep_table(runs), left(planned.missing(folder)), str(folder / page.TABLE)]
-        print("\n" + "\n\n".join(filter(None, parts)))
+        try:
+            runs = _write(folder)
+            if not runs:
+                return
+            missing = planned.missing(folder, runs)
+            parts = [sweep_table(runs), left(missing), str(folder / page.TABLE)]
+            print("\n" + "\n\n".join(filter(None, parts)))
+        except Exception:  # Hydra would make it a warning, and the exit status 0
+            traceback.print_exc()
+            raise SystemExit(1) from None
         if any("error" in run for run in runs):
             raise SystemExit(1)
 
@@ -80,6 +90,7 @@ def _write(folder: Path) -> list[Summary]:
     Processes take turns, so the last one writes the runs of all."""
     with claim.in_turn(folder):
         found = ended_runs(folder)
+        summaries = [summary for _, summary in found]
         if found:
-            page.write(folder, found, planned.missing(folder))
-    return [summary for _, summary in found]
+            page.write(folder, found, planned.missing(folder, summaries))
+    return summaries

@@ -45,7 +45,7 @@ def ended_runs(*folders: Path) -> Found:
         summary = report.read_summary(path.parent)
         if "overrides" in summary:
             summary |= {"config": config_in(path.parent)}
-            found.setdefault(_identity(summary), []).append((path.parent, summary))
+            found.setdefault(identity_of(summary), []).append((path.parent, summary))
     kept = [(max(runs, key=lambda run: _worth(run[1])), len(runs)) for runs in found.values()]
     return [(run, summary | {"times_run": count}) for (run, summary), count in kept]
 
@@ -68,10 +68,11 @@ def _run_in(folder: Path) -> Summary | None:
 def _are_same(run: Summary | None, other: Summary) -> bool:
     if run is None:
         return False
-    return {*run["overrides"]} == {*other["overrides"]} or _identity(run) == _identity(other)
+    return {*run["overrides"]} == {*other["overrides"]} or identity_of(run) == identity_of(other)
 
 
-def _identity(run: Summary) -> tuple[str, str]:
+def identity_of(run: Summary) -> tuple[str, str]:
+    """By which runs are the same: what decides the result, and the seed."""
     return canonical(settings_of(run["config"], run["overrides"])), seed_of(run)
 
 

@@ -33,7 +33,8 @@ def settings_of(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dic
     """A run's options by name, without those in _AROUND.  For a run that left no configuration, {},
     they are those of its command line."""
     options = flatten(config) or {key_of(o): o.partition("=")[2] for o in overrides}
-    return {key: _anywhere(value) for key, value in options.items() if is_setting(key)}
+    known = {key: value for key, value in options.items() if value is not None}
+    return {key: _anywhere(value) for key, value in known.items() if is_setting(key)}
 
 
 def is_setting(key: str) -> bool:

@@ -1,20 +1,25 @@
 """The planned runs of a sweep, so that an interrupted one can say which are missing.
 
-planned.json has their options, from every command that ran in the sweep's folder, and the folder of
-each that has begun; two with equal configurations are the same run.
+planned.json has the overrides of each run, from every command that used the sweep's folder, and the
+identity of those that have begun, whose configuration is known.  A run is missing until one with
+its identity or its overrides has ended.
 """
 
+import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trainer import disk
+from trainer.config import key_of
+from trainer.sweep.folders import identity_of
+from trainer.sweep.identity import is_setting
+from trainer.sweep.runs import SEED, Summary
 
-_NAME = "planned.json"
-Run = dict[str, Any]  # overrides, and folder (relative to the sweep's, or None)
+NAME = "planned.json"
+Run = dict[str, Any]  # overrides, and identity or None
 
 
 def add(sweep: Path, runs: Sequence[Sequence[str]]) -> None:
@@ -25,23 +30,40 @@ def add(sweep: Path, runs: Sequence[Sequence[str]]) -> None:
     _write(sweep, known)
 
 
-def begun(sweep: Path, overrides: Sequence[str], folder: Path) -> None:
-    """Record that the run with these overrides is in this folder."""
+def begun(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
+    """Record that the run with these overrides has this configuration."""
     known = _read(sweep)
-    _entry(known, overrides)["folder"] = os.path.relpath(folder, sweep)
+    run = {"overrides": [*overrides], "config": dict(config)}
+    _entry(known, overrides)["identity"] = _digest(run)
     _write(sweep, known)
 
 
-def missing(sweep: Path) -> list[str]:
+def missing(sweep: Path, ended: Collection[Summary]) -> list[str]:
     """The runs that have neither finished nor failed, named by the overrides that not all planned
     runs share."""
     known = _read(sweep)
     common = set.intersection(*(set(run["overrides"]) for run in known)) if len(known) > 1 else ()
+    identities = {_digest(run) for run in ended}
     return [
         " ".join(o for o in run["overrides"] if o not in common)
         for run in known
-        if run["folder"] is None or not (sweep / run["folder"] / "summary.json").exists()
+        if run["identity"] not in identities and not has_ended(run["overrides"], ended)
     ]
+
+
+def _digest(run: Summary) -> str:
+    return hashlib.sha256("\n".join(identity_of(run)).encode()).hexdigest()[:16]
+
+
+def has_ended(overrides: Sequence[str], ended: Collection[Summary]) -> bool:
+    """Whether a run with these overrides has ended, as far as overrides tell."""
+    return any(_told(overrides) == _told(run["overrides"]) for run in ended)
+
+
+def _told(overrides: Sequence[str]) -> set[str]:
+    """The overrides that set the seed or decide the result, without + and ++."""
+    keys = [o for o in overrides if key_of(o) == SEED or is_setting(key_of(o))]
+    return {override.lstrip("+") for override in keys}
 
 
 def _entry(known: list[Run], overrides: Sequence[str]) -> Run:
@@ -49,16 +71,17 @@ def _entry(known: list[Run], overrides: Sequence[str]) -> Run:
     for run in known:
         if sorted(run["overrides"]) == sorted(overrides):
             return run
-    known.append({"overrides": [*overrides], "folder": None})
+    known.append({"overrides": [*overrides], "identity": None})
     return known[-1]
 
 
 def _read(sweep: Path) -> list[Run]:
-    with suppress(OSError, ValueError):
-        return json.loads((sweep / _NAME).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = json.loads((sweep / NAME).read_text(encoding="utf-8"))
+        return [{"overrides": [*run["overrides"]], "identity": run["identity"]} for run in found]
     return []
 
 
 def _write(sweep: Path, runs: list[Run]) -> None:
     with suppress(OSError):  # a full disk, say, which the run itself reports
-        disk.replace_text(sweep / _NAME, json.dumps(runs, indent=1) + "\n")
+        disk.replace_text(sweep / NAME, json.dumps(runs, indent=1) + "\n")

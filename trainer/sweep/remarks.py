@@ -177,6 +177,11 @@ def _of_devices(runs: Sequence[Summary]) -> Iterator[str]:
         yield f"these runs were on several devices ({counts}): compare speed and memory on one"
 
 
+def _estimates_curvature(run: Summary) -> bool:
+    """Whether some of its steps have another backward pass, which is no `optimizer.step()`."""
+    return run.get("config", {}).get("optim", {}).get("hessian_every") is not None
+
+
 def _of_speed(comparison: Comparison) -> Iterator[str]:
     """Equal work took different times, so speeds are not comparable.  Checked first for the rest of
     a step, which does not depend on the optimizer, then between seeds."""
@@ -185,6 +190,7 @@ def _of_speed(comparison: Comparison) -> Iterator[str]:
             comparison.name_of(run): run["seconds_per_step"] - spent
             for run in filter(ended_well, alike)
             if (spent := run.get("optimizer_seconds_per_step")) and run.get("seconds_per_step")
+            if not _estimates_curvature(run)
         }
         if len(rest) < 2:
             continue

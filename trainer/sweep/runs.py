@@ -4,8 +4,10 @@ A run that failed, or whose last loss is not finite, did not end well.  Groups w
 come first: a mean over the rest makes an optimizer that often fails look better than it is.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean, stdev
@@ -24,7 +26,9 @@ _EXTERNAL = "optim=external"
 def lr_of(run: Summary) -> float | None:
     """Its peak learning rate; from the overrides if the summary lacks it."""
     value = run.get("lr", _overridden(run, RATE))
-    return None if value is None else float(value)
+    with suppress(ValueError):  # ${...} of a run that failed
+        return None if value is None else float(value)
+    return None
 
 
 def seed_of(run: Summary) -> str:
@@ -161,11 +165,14 @@ class Comparison:
         for same in alike.values():
             name = min((self._name(run, without) for run in same), key=len)
             named.setdefault(name, []).append(same)
-        return {
-            f"{name} {self._apart(same[0], several)}".strip(): same
-            for name, several in named.items()
-            for same in several
-        }
+        found: dict[str, list[Summary]] = {}
+        for name, several in named.items():
+            for same in several:
+                told = f"{name} {self._apart(same[0], several, without)}".strip()
+                numbered = (f"{told} ({number})" for number in itertools.count(2))
+                unused = (n for n in itertools.chain([told], numbered) if n not in found)
+                found[next(unused)] = same
+        return found
 
     def _name(self, run: Summary, without: Sequence[str]) -> str:
         """A run's overrides, without those that all runs share, that change nothing, or that are in
@@ -181,7 +188,9 @@ class Comparison:
         found = {canonical(below(settings, key)) for settings in self._settings.values()}
         return is_setting(key) and (len(found) > 1 or found == {canonical({})})
 
-    def _apart(self, run: Summary, several: Sequence[Sequence[Summary]]) -> str:
+    def _apart(
+        self, run: Summary, several: Sequence[Sequence[Summary]], without: Sequence[str]
+    ) -> str:
         """How a run differs from others with the same name and overrides: in options whose defaults
         differed."""
         if len(several) == 1:
@@ -190,6 +199,6 @@ class Comparison:
             return "(whose configuration is not known)"
         ours = self._settings[id(run)]
         others = [self._settings[id(same[0])] for same in several if same[0].get("config")]
-        keys = sorted({key for other in others for key in other.keys() - {RATE}})
+        keys = sorted({key for other in others for key in other.keys() - {*without}})
         told = (f"{k}={ours.get(k)}" for k in keys if any(o.get(k) != ours.get(k) for o in others))
         return " ".join(told)
