@@ -11,7 +11,7 @@ assessing differential expression in microarray experiments").
 Which group is best is known only after the runs, so a difference from it may be that of any pair:
 the intervals are widened for the number of pairs (Bonferroni).  If all groups are equal, about 5 %
 of sweeps have an interval that excludes 0; with 25 groups whose standard deviations differ by a
-factor of e (one sd of the logarithm), 15 to 20 %.
+factor of e (one sd of the logarithm), about 15 %.
 """
 
 import math
@@ -80,7 +80,7 @@ def moderate(variances: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
     unexplained = variance(logs) - mean(_trigamma(d / 2) for _, d in known)
     total = sum(d for _, d in known)
     if unexplained <= 0:  # no more apart than equal ones would be
-        return [(sum(d * value for value, d in known) / total, total)] * len(variances)
+        return [(math.exp(mean(logs)), total)] * len(variances)
     half = _inverse_trigamma(unexplained)
     prior, typical = 2 * half, math.exp(mean(logs) + _digamma(half) - math.log(half))
     return [
