@@ -14,7 +14,6 @@ import pytest
 import torch
 from helpers import QUICK, assert_same_weights, rows, weights
 from models import TINY
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from trainer import (
@@ -32,7 +31,7 @@ from trainer import (
 from trainer.errors import UserError
 from trainer.formats import fingerprints
 from trainer.run import run
-from trainer.sweep import SweepTable
+from trainer.sweep import callback
 
 
 def flip_last_bit(path):
@@ -343,13 +342,12 @@ def test_a_small_file_of_a_run_is_the_old_or_the_new_when_the_disk_is_full(tmp_p
     """The disk fills up in the middle of every file."""
     table = [{"overrides": ["a"], "eval_loss_after": 0.5}]
     (tmp_path / "0").mkdir()
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     writers = {
         "config.yaml": lambda: record.write(tmp_path, {"optim": {}}, torch.device("cpu")),
         "environment.json": lambda: record.write(tmp_path, {"optim": {}}, torch.device("cpu")),
         "summary.json": lambda: report.write_summary(tmp_path, {"steps": 4}),
         "0/summary.json": lambda: report.write_summary(tmp_path / "0", table[0]),
-        "sweep.md": lambda: SweepTable().on_multirun_end(config),
+        "sweep.md": lambda: callback._write(tmp_path),
         "wandb_id": lambda: trackers.wandb_id(tmp_path),
     }
     for write in writers.values():

@@ -141,11 +141,18 @@ def test_runs_are_only_numbered_if_the_sweeper_alone_knows_them(tmp_path, capsys
     assert capsys.readouterr().out == "\nrun 1: optim.lr=0.3\n"
 
 
-def test_an_error_in_the_tables_is_no_success(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "is_ours"), [(KeyError("x"), True), (OSError("full"), False)])
+def test_an_error_in_the_tables_is_no_success(tmp_path, monkeypatch, capsys, error, is_ours):
+    def fails(runs):
+        raise error
+
     ended(tmp_path / "0", RUNS[0])
-    monkeypatch.setattr("trainer.sweep.callback.sweep_table", lambda runs: 1 / 0)
+    monkeypatch.setattr("trainer.sweep.callback.sweep_table", fails)
     with pytest.raises(SystemExit, match="1"):
         SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    said = capsys.readouterr().err
+    assert f"error: {error}" in said
+    assert ("Traceback" in said) == is_ours
 
 
 def test_a_sweep_over_checkpoints_is_refused():

@@ -1,5 +1,6 @@
 """A sweep's messages between its runs, and its tables, rewritten after each run."""
 
+import sys
 import traceback
 from pathlib import Path
 from statistics import mean
@@ -73,8 +74,10 @@ class SweepTable(Callback):
             missing = planned.missing(folder, runs)
             parts = [sweep_table(runs), left(missing), str(folder / page.TABLE)]
             print("\n" + "\n\n".join(filter(None, parts)))
-        except Exception:  # Hydra would make it a warning, and the exit status 0
-            traceback.print_exc()
+        except Exception as error:  # Hydra would make it a warning, and the exit status 0
+            if not isinstance(error, OSError):
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
         if any("error" in run for run in runs):
             raise SystemExit(1)
