@@ -70,6 +70,7 @@ def _run_of_sweep(
         )
     with contextlib.ExitStack() as holding:
         with in_turn(of_sweep):
+            sweep.planned.begun(of_sweep, overrides, resolved)
             folder = _placed(of_sweep, proposed, overrides, resolved)
             if ended_well(summary := read_summary(folder)):
                 print(f"{folder} is already finished: {' '.join(overrides)}")
@@ -112,7 +113,6 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
 def _placed(of_sweep: Path, proposed: Path, overrides: list[str], resolved: dict[str, Any]) -> Path:
     """The folder of a sweep's run; if it is not the one that Hydra made, that one is removed."""
     folder = sweep.place_of(of_sweep, proposed, overrides, resolved)
-    sweep.planned.begun(of_sweep, overrides, resolved)
     if folder != proposed:
         with contextlib.suppress(OSError):
             proposed.rmdir()  # unless it is another run's
