@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # One object for each instruction set; which of them runs is chosen on the user's machine.
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
@@ -22,7 +22,6 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
 
-SUBPACKAGES = ("assets", "charts", "config", "data", "formats", "planner", "sweep")
 CSRC = Path("csrc")
 SOURCES = runpy.run_path("optim/sources.py")  # importing the package would import torch
 FILES = SOURCES["of_module"](CSRC)
@@ -68,7 +67,7 @@ engine = Pybind11Extension(
     optional=True,
 )
 
-packages = ["optim", "trainer", *(f"trainer.{name}" for name in SUBPACKAGES)]
+packages = [*find_packages(include=["optim", "trainer", "trainer.*"]), "trainer.assets"]
 package_dir = {"": "."}
 if "editable_wheel" not in sys.argv:
     # The YAML files live at the top level, where people look for them, and travel inside the

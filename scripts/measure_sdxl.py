@@ -31,24 +31,16 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from trainer import (
-    batches,
-    cli,
-    execution,
-    explain,
-    gradients,
-    losses,
-    memory,
-    method,
-    noise,
-    optimizers,
-    planner,
-    validate,
-)
+from trainer import planner
+from trainer.cli import compose, explain, validate
 from trainer.config import DTYPES, Config
 from trainer.formats import architectures
-from trainer.model import Model
-from trainer.report import format_bytes
+from trainer.models import execution
+from trainer.models.model import Model
+from trainer.objective import batches, losses, noise
+from trainer.reporting.report import format_bytes
+from trainer.system import memory
+from trainer.training import gradients, method, optimizers
 
 UNET = architectures.folder("sdxl") / "unet" / "config.json"
 SCHEDULER = architectures.folder("sdxl") / "scheduler" / "scheduler_config.json"
@@ -68,7 +60,7 @@ _BLOCK = 1 << 22  # random numbers that all weights are filled from
 
 def configured(overrides: list[str]) -> Config:
     """The trainer's configuration for these options."""
-    cli.register()
+    compose.register()
     return validate.to_dataclasses(explain.composition([*OPTIONS, *overrides]))
 
 

@@ -18,8 +18,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from optim import backend
-from trainer import cli, config, data, explain, origin, validate
+from trainer import config, data
+from trainer.cli import compose, explain, validate
 from trainer.formats import writing
+from trainer.models import origin
 from trainer.run import run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -62,7 +64,7 @@ def pictures(tmp_path):
 
 @cache
 def _register():
-    cli.register()
+    compose.register()
 
 
 @cache

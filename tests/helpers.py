@@ -9,7 +9,9 @@ from torch.nn import Parameter
 
 import optim
 from optim.projection import projection
-from trainer import export, losses, metrics
+from trainer.export import __main__ as export
+from trainer.objective import losses
+from trainer.reporting import metrics
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
 

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from trainer.batches import Inputs, eval_batches, noised, predict, sample_noise
-from trainer.conditioning import Encoded, scaled, unscaled
 from trainer.data import Dataset, Entries, Pick
-from trainer.text import Text
+from trainer.models.text import Text
+from trainer.objective.batches import Inputs, eval_batches, noised, predict, sample_noise
+from trainer.objective.conditioning import Encoded, scaled, unscaled
 
 
 @pytest.fixture

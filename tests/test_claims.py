@@ -12,7 +12,7 @@ from conftest import new_process
 from helpers import QUICK
 from test_sweep import column
 
-from trainer.claim import TakenError, claimed, config_in
+from trainer.storage.claim import TakenError, claimed, config_in
 
 
 def test_a_folder_that_another_holds_is_refused_and_free_again_after_it(tmp_path):
@@ -43,7 +43,7 @@ def test_a_process_that_is_killed_holds_nothing(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-from trainer.claim import claimed
+from trainer.storage.claim import claimed
 with claimed(Path({str(tmp_path / "run")!r}), {{}}):
     print("held", flush=True)
     time.sleep(60)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from helpers import QUICK, deterministic, rows
 
-from trainer import checkpoint, console
-from trainer.checkpoint import Counters
-from trainer.clock import Clock
 from trainer.data.plan import Plan
-from trainer.memory import Peaks
-from trainer.report import closing_lines
-from trainer.resuming import drop_other_measure
+from trainer.reporting.clock import Clock
+from trainer.reporting.report import closing_lines
 from trainer.run import run
+from trainer.storage import checkpoint
+from trainer.storage.checkpoint import Counters
+from trainer.storage.resuming import drop_other_measure
+from trainer.system import console
+from trainer.system.memory import Peaks
 
 LONGER = ["schedule.steps=6", "runtime.allow_config_change=true"]
 
@@ -85,7 +86,7 @@ def test_the_time_left_has_what_is_done_between_steps(clock, monkeypatch):
     one = clock((9.0, "a"), (1.0, "a"))
     assert one.left(2, 30, {"drawing": 3}) == 28.0  # the cost of drawing is not known yet
     ticks = iter([0.0, 5.0, 5.0, 12.0])
-    monkeypatch.setattr("trainer.clock.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("trainer.reporting.clock.time.monotonic", lambda: next(ticks))
     for _ in range(2):
         with one.aside("drawing"):
             pass
@@ -264,7 +265,7 @@ def test_a_peak_that_nobody_knows_is_left_out():
 def test_what_takes_long_between_steps_is_told(caplog, monkeypatch, capsys):
     caplog.set_level(logging.INFO)
     now = [0.0]
-    monkeypatch.setattr("trainer.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trainer.system.console.time.monotonic", lambda: now[0])
     with console.Aside("drawing", 4, "pictures") as aside:
         for seconds in (10, 25, 10, 20):
             now[0] += seconds

@@ -9,9 +9,11 @@ from conftest import compose_raw, new_process
 from omegaconf import OmegaConf
 
 import optim
-from trainer import config, explain, optimizers, validate
+from trainer import config
+from trainer.cli import explain, validate
 from trainer.config import group_names
 from trainer.errors import UserError
+from trainer.training import optimizers
 
 CONF = config.conf_dir()
 CHOICES = [f"{group}={name}" for group in config.group_names() for name in config.choices_of(group)]

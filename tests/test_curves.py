@@ -6,9 +6,10 @@ import pytest
 from helpers import QUICK
 from PIL import Image
 
-from trainer import curves, disk
 from trainer.charts import points
+from trainer.reporting import curves
 from trainer.run import run
+from trainer.system import disk
 
 
 def titles(monkeypatch, rows):
@@ -59,7 +60,7 @@ def test_a_run_draws_its_curves_also_when_it_fails(finished, composed, tmp_path,
     folder = finished("run")
     with Image.open(folder / "curves.png") as picture:
         assert picture.width > picture.height > 400
-    monkeypatch.setattr("trainer.result.export", lambda *_: 1 / 0)
+    monkeypatch.setattr("trainer.storage.result.export", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(composed(*QUICK), tmp_path / "failed")
     assert (tmp_path / "failed" / "curves.png").exists()

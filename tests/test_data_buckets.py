@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from trainer import sampling
 from trainer.data import buckets
 from trainer.data.plan import Plan
+from trainer.drawing import sampling
 from trainer.errors import UserError
 
 

@@ -9,9 +9,9 @@ from encoders import Vae, entries, truncate
 from helpers import QUICK, assert_same_weights, weights
 
 import trainer.run
-from trainer import patience
 from trainer.data import Store
 from trainer.errors import UserError
+from trainer.system import patience
 
 
 def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch, caplog):
@@ -24,8 +24,8 @@ def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch
             raise failures.pop()
         return read(path)
 
-    monkeypatch.setattr("trainer.patience.time.sleep", pauses.append)
-    monkeypatch.setattr("trainer.patience._hopeless", [])
+    monkeypatch.setattr("trainer.system.patience.time.sleep", pauses.append)
+    monkeypatch.setattr("trainer.system.patience._hopeless", [])
     monkeypatch.setattr(Path, "read_bytes", failing)
     failures += [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "broken")]
     assert latents[0]["latent"].isfinite().all()
@@ -36,7 +36,7 @@ def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch
         latents[0]
     assert not failures
     assert len(pauses) == 5
-    monkeypatch.setattr("trainer.patience._hopeless", [OSError()] * 3)
+    monkeypatch.setattr("trainer.system.patience._hopeless", [OSError()] * 3)
     failures.append(OSError(errno.EIO, "broken"))
     with pytest.raises(UserError, match="has become unreadable"):
         latents[0]
@@ -55,8 +55,8 @@ def test_a_run_has_patience_whatever_an_earlier_one_of_its_process_has_lost(
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr("trainer.patience.time.sleep", pauses.append)
-    monkeypatch.setattr("trainer.patience._hopeless", [OSError()] * 3)
+    monkeypatch.setattr("trainer.system.patience.time.sleep", pauses.append)
+    monkeypatch.setattr("trainer.system.patience._hopeless", [OSError()] * 3)
     trainer.run.begin(composed(*QUICK), tmp_path)
     patience.patiently(failing)
     assert pauses == [0.5]

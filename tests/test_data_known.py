@@ -18,7 +18,7 @@ def test_a_cache_that_is_complete_need_not_be_written(load, pictures, cache, mon
     aged(pictures)
     load(cache=str(cache))
     shutil.copytree(pictures, pictures.with_name("elsewhere"))
-    monkeypatch.setattr("trainer.disk.replace_text", full)
+    monkeypatch.setattr("trainer.system.disk.replace_text", full)
     assert len(load(cache=str(cache), path=str(pictures.with_name("elsewhere"))).samples) == 4
     Image.new("RGB", (64, 64)).save(pictures / "new.png")
     with pytest.raises(UserError, match=r"data\.cache=.* cannot be written"):

@@ -12,10 +12,13 @@ from helpers import QUICK, deterministic
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from trainer import conditioning, data, memory, resuming
+from trainer import data
 from trainer.data import Store
 from trainer.errors import UserError
+from trainer.objective import conditioning
 from trainer.run import run
+from trainer.storage import resuming
+from trainer.system import memory
 
 
 @pytest.fixture

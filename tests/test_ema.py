@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import Parameter
 
 from trainer.config import EmaConfig
-from trainer.ema import Ema, decay_at
 from trainer.run import run
+from trainer.training.ema import Ema, decay_at
 
 
 def config(**options):

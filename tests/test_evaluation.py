@@ -11,22 +11,17 @@ import torch
 from helpers import QUICK
 from PIL import Image, ImageFont
 
-from trainer import (
-    evaluation,
-    execution,
-    gradients,
-    memory,
-    method,
-    metrics,
-    pictures,
-    sampling,
-    signals,
-)
 from trainer.config import ASSETS
-from trainer.memory import Peaks
-from trainer.micro_batches import loss_of
+from trainer.drawing import pictures, sampling
+from trainer.models import execution
+from trainer.phases import evaluation
+from trainer.phases.micro_batches import loss_of
+from trainer.phases.state import assemble
+from trainer.reporting import metrics
 from trainer.run import finish, train
-from trainer.state import assemble
+from trainer.system import memory, signals
+from trainer.system.memory import Peaks
+from trainer.training import gradients, method
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,16 @@ from conftest import REPOSITORY
 from helpers import QUICK, assert_same_weights
 from torch import nn
 
-from trainer import execution, gradients, losses, memory, method, noise, optimizers, remarks
-from trainer.batches import noised
+from trainer.cli import remarks
 from trainer.config import ASSETS, DTYPES
 from trainer.errors import UserError
-from trainer.model import Model
+from trainer.models import execution
+from trainer.models.model import Model
+from trainer.objective import losses, noise
+from trainer.objective.batches import noised
 from trainer.run import run
+from trainer.system import memory
+from trainer.training import gradients, method, optimizers
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import measure_sdxl

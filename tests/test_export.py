@@ -16,9 +16,9 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trainer import origin
 from trainer.errors import UserError
 from trainer.formats import adapters, architectures, lora, names, stream, weights, writing
+from trainer.models import origin
 
 TRAINED = ("unet", "text_encoder")
 

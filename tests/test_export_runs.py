@@ -10,8 +10,8 @@ from helpers import run_export
 from models import TINY, assert_same_model
 from safetensors import safe_open
 
-from trainer import origin
 from trainer.formats import architectures, lora, writing
+from trainer.models import origin
 
 TRAINED = ("unet", "text_encoder")
 ONE_STEP = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1", "optim.lr=0.01")

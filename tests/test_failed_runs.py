@@ -6,11 +6,9 @@ import pytest
 import torch
 from helpers import QUICK, poisoned_from
 
-from trainer import (
-    losses,
-    report,
-)
 from trainer.errors import UserError
+from trainer.objective import losses
+from trainer.reporting import report
 from trainer.run import run
 
 
@@ -18,7 +16,7 @@ def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):
     def full(*_):
         raise UserError("could not save: no space")
 
-    monkeypatch.setattr("trainer.result.export", full)
+    monkeypatch.setattr("trainer.storage.result.export", full)
     with pytest.raises(UserError, match="no space"):
         run(composed(*QUICK), tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -33,7 +31,9 @@ def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("trainer.formats.stream.write", full)
-    monkeypatch.setattr("trainer.saving.save", lambda state: None)  # saving would fail as well
+    monkeypatch.setattr(
+        "trainer.phases.saving.save", lambda state: None
+    )  # saving would fail as well
     options = ["method=lora", "log.sample_count=1", "log.sample_steps=1", "method.export_every=2"]
     with pytest.raises(
         UserError, match=r"^out of memory while writing the result.*trainer\.export"

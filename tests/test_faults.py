@@ -16,22 +16,15 @@ from helpers import QUICK, assert_same_weights, rows, weights
 from models import TINY
 from safetensors.torch import load_file, save_file
 
-from trainer import (
-    checkpoint,
-    console,
-    disk,
-    losses,
-    metrics,
-    record,
-    report,
-    resuming,
-    sampling,
-    trackers,
-)
+from trainer.drawing import sampling
 from trainer.errors import UserError
 from trainer.formats import fingerprints
+from trainer.objective import losses
+from trainer.reporting import metrics, report, trackers
 from trainer.run import run
+from trainer.storage import checkpoint, record, resuming
 from trainer.sweep import callback
+from trainer.system import console, disk
 
 
 def flip_last_bit(path):
@@ -161,7 +154,7 @@ def test_a_model_that_is_ruined_before_the_first_step_is_not_trained(quick, tmp_
 def test_pictures_that_are_gone_cost_the_grids_first_row_and_nothing_else(
     composed, pictures, tmp_path, monkeypatch
 ):
-    from trainer.sampling import Sampler
+    from trainer.drawing.sampling import Sampler
 
     def gone(self):
         raise FileNotFoundError("red.png")
@@ -211,7 +204,7 @@ def test_a_kill_at_any_write_leaves_a_whole_folder(tmp_path, replaces):
         """
 import os, shutil, sys
 from pathlib import Path
-from trainer import disk
+from trainer.system import disk
 def counted(function):
     def call(*args, **kwargs):
         global calls

@@ -8,9 +8,10 @@ import weakref
 import pytest
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 
-from trainer import gradients, losses, optimizers
+from trainer.objective import losses
+from trainer.phases.state import assemble
 from trainer.run import run
-from trainer.state import assemble
+from trainer.training import gradients, optimizers
 
 UNCLIPPED = "method.clip=none"
 FUSED = "runtime.fused_backward=true"

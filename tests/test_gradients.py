@@ -8,8 +8,9 @@ import torch
 from helpers import build
 from torch import nn
 
-from trainer import clipping, gradients, remarks
-from trainer.guard import Guard
+from trainer.cli import remarks
+from trainer.training import clipping, gradients
+from trainer.training.guard import Guard
 
 STEPS, SIZE = 4, 6
 

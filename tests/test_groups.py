@@ -8,8 +8,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import optim
-from trainer import groups, optimizers
 from trainer.errors import UserError
+from trainer.training import groups, optimizers
 
 
 def network():

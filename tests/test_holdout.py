@@ -5,9 +5,9 @@ import json
 import pytest
 from helpers import QUICK, rows
 
-from trainer import batches
 from trainer.data.holdout import holdout
 from trainer.errors import UserError
+from trainer.objective import batches
 from trainer.run import run
 
 DIGESTS = [f"{number:064x}" for number in range(30)]

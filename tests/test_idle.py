@@ -8,7 +8,7 @@ from helpers import FOR_SMALL, PRODIGIES, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
-from trainer import optimizers
+from trainer.training import optimizers
 
 SHAPES = [(24, 16), (16, 3, 3, 3), (24,)]
 # Non-default values for options without an obvious alternative.

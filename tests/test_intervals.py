@@ -5,9 +5,10 @@ from fractions import Fraction
 import pytest
 from helpers import QUICK, rows
 
-from trainer import checkpoint, losses
 from trainer.errors import UserError
-from trainer.intervals import EVALUATING, Intervals
+from trainer.objective import losses
+from trainer.phases.intervals import EVALUATING, Intervals
+from trainer.storage import checkpoint
 
 
 def steps_saved(folder):

@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trainer import origin
 from trainer.errors import UserError
 from trainer.formats import adapters, architectures, diffusers_lora, kohya, lora, stream, weights
 from trainer.formats.adapters import Adapter
+from trainer.models import origin
 
 BLOCK = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

@@ -5,8 +5,8 @@ import torch
 from diffusers.training_utils import compute_snr
 from torch import nn
 
-from trainer import losses
-from trainer.batches import Batch
+from trainer.objective import losses
+from trainer.objective.batches import Batch
 
 V, EPSILON = "v_prediction", "epsilon"
 

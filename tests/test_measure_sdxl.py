@@ -63,7 +63,7 @@ def test_blocks_that_are_freed_go_back_to_the_system_where_the_model_is_large():
     settings."""
     script = """
 import torch
-from trainer import memory
+from trainer.system import memory
 for _ in range(3):  # what makes the allocator keep such blocks by itself
     torch.ones(2 << 20)
 told = [memory.return_freed_blocks(size) for size in (10 << 20, 2 << 30)]

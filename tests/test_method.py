@@ -11,11 +11,12 @@ from models import make_sd15
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from trainer import conditioning, method
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
-from trainer.model import Model
+from trainer.models.model import Model
+from trainer.objective import conditioning
 from trainer.run import run
+from trainer.training import method
 
 CPU = torch.device("cpu")
 

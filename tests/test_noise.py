@@ -10,9 +10,9 @@ from diffusers.training_utils import (
     compute_snr,
 )
 
-from trainer import noise
-from trainer.batches import Inputs, noised
 from trainer.errors import UserError
+from trainer.objective import noise
+from trainer.objective.batches import Inputs, noised
 
 LIKE = torch.zeros(4, 16, 24)
 

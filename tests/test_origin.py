@@ -12,10 +12,10 @@ from diffusers.loaders import single_file_utils
 from models import TINY, assert_equal_modules, parts_of
 from safetensors.torch import load_file, save_file
 
-from trainer import origin
 from trainer.errors import UserError
 from trainer.formats import architectures, hub, names, stream, weights, writing
 from trainer.formats.weights import of_tensors
+from trainer.models import origin
 
 FP32 = torch.float32
 

@@ -8,8 +8,8 @@ import torch
 from models import TINY, assert_equal_modules
 from safetensors.torch import load_file, save_file
 
-from trainer import origin
 from trainer.errors import UserError
+from trainer.models import origin
 
 FP32 = torch.float32
 

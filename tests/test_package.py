@@ -25,7 +25,7 @@ def imported(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_the_optimizers_import_nothing_of_the_trainer():
@@ -37,13 +37,29 @@ def test_the_optimizers_import_nothing_of_the_trainer():
         assert roots <= known, path
 
 
-def test_the_map_of_the_trainer_has_every_module_once():
-    folder = REPOSITORY / "trainer"
+def places():
+    """What the trainer's map lists, from the top down: modules, and folders without their slash."""
     table = trainer.__doc__.split("\n\n")[-1]
-    named = " ".join(line.split("  ")[-1] for line in table.rstrip().splitlines()).split()
+    return [line.split()[0].removesuffix("/") for line in table.rstrip().splitlines()]
+
+
+def test_the_map_of_the_trainer_has_every_module_and_folder_once():
+    folder = REPOSITORY / "trainer"
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    packages = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")} - {"assets/"}
-    assert sorted(named) == sorted(modules | packages)
+    folders = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert sorted(places()) == sorted(modules | folders)
+
+
+def test_the_trainer_imports_only_from_further_down_its_map():
+    order = {place: at for at, place in enumerate(places())}
+    for path in python_files("trainer"):
+        place = path.relative_to(REPOSITORY / "trainer").parts[0].removesuffix(".py")
+        if place == "__init__":
+            continue
+        for name in imported(path):
+            above, _, below = name.partition("trainer.")
+            if not above and below:
+                assert order[place] <= order[below.split(".")[0]], f"{path} imports {name}"
 
 
 def test_only_the_command_line_knows_hydra():
@@ -53,7 +69,7 @@ def test_only_the_command_line_knows_hydra():
         for path in python_files("trainer")
         if any(name.split(".")[0] == "hydra" for name in imported(path))
     }
-    assert knows == {"__main__.py", "cli.py", "explain.py", "callback.py"}
+    assert knows == {"__main__.py", "arguments.py", "compose.py", "explain.py", "callback.py"}
 
 
 @pytest.mark.parametrize("argument", ["--help", "optim.lr=many"])

@@ -13,8 +13,10 @@ import torch
 from helpers import QUICK, assert_same_weights, make_params, rows, set_grads, weights
 from omegaconf import OmegaConf
 
-from trainer import checkpoint, config, optimizers, resuming
+from trainer import config
 from trainer.run import run
+from trainer.storage import checkpoint, resuming
+from trainer.training import optimizers
 
 PEERS = {  # choice: may a resumed run differ from an unbroken one with bf16 weights?
     "peer/adafactor8bit": False,

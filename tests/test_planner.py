@@ -1,4 +1,4 @@
-"""The plan of a run's memory: `trainer/planner/` and `trainer/remedies.py`."""
+"""The plan of a run's memory: `trainer/planner/` and `trainer/config/remedies.py`."""
 
 import gc
 import json
@@ -8,26 +8,21 @@ from functools import partial
 import pytest
 import torch
 
-from trainer import (
-    cli,
-    gradients,
-    memory,
-    method,
-    micro_batches,
-    optimizers,
-    planner,
-    remedies,
-    run,
-)
+from trainer import planner, run
+from trainer.cli import compose
+from trainer.cli.validate import to_dataclasses
+from trainer.config import remedies
 from trainer.errors import UserError
 from trainer.formats import architectures
-from trainer.model import Model
+from trainer.models.model import Model
+from trainer.phases import micro_batches
 from trainer.planner import before_run
 from trainer.planner.__main__ import _completed, _less, _with, main
 from trainer.planner.ledger import Ledger
 from trainer.planner.page import page
 from trainer.planner.rehearsal import rehearse
-from trainer.validate import to_dataclasses
+from trainer.system import memory
+from trainer.training import gradients, method, optimizers
 
 CPU = torch.device("cpu")
 FUSED = ("runtime.fused_backward=true", "method.clip=exact")
@@ -40,7 +35,7 @@ def rehearsed(config, device_type="cpu"):
 
 def sdxl(*overrides):
     """A configuration of the published SDXL; its weights are not needed."""
-    return to_dataclasses(cli.composed(_completed(["model=sdxl", *overrides])))
+    return to_dataclasses(compose.composed(_completed(["model=sdxl", *overrides])))
 
 
 def test_what_a_plan_needs_no_place_for_is_assumed_and_what_is_given_stays():
@@ -274,15 +269,16 @@ def test_a_sweep_has_a_line_for_each_run(command):
 
 
 def test_the_runs_of_a_sweep_are_those_that_hydra_makes():
-    cli.register()
-    runs = cli.runs_of(["seed=range(0,2)", "+optim.foo=1,2", "method=lora"])
+    compose.register()
+    runs = compose.runs_of(["seed=range(0,2)", "+optim.foo=1,2", "method=lora"])
     assert runs == [
         [f"seed={seed}", f"+optim.foo={foo}", "method=lora"] for seed in (0, 1) for foo in (1, 2)
     ]
-    assert cli.runs_of(["sweep=optimizers"])[1] == ["optim=adamw", "sweep=optimizers"]
-    both = cli.runs_of(["optim=adamw,lion", "optim.betas=[0.9,0.99]"])  # the default has no betas
+    assert compose.runs_of(["sweep=optimizers"])[1] == ["optim=adamw", "sweep=optimizers"]
+    both = compose.runs_of(["optim=adamw,lion", "optim.betas=[0.9,0.99]"])  # not Adafactor's
     assert both == [[f"optim={name}", "optim.betas=[0.9,0.99]"] for name in ("adamw", "lion")]
-    assert cli.runs_of(["sweep=optimizers", "optim=lion"]) == [["sweep=optimizers", "optim=lion"]]
+    chosen = ["sweep=optimizers", "optim=lion"]
+    assert compose.runs_of(chosen) == [chosen]
 
 
 @pytest.mark.parametrize(
@@ -383,4 +379,4 @@ def test_a_part_that_there_is_not_is_refused_while_planning(composed):
 @pytest.mark.parametrize("swept", ["optim=glob(a*)", "optim.lr=interval(0,1)"])
 def test_a_sweep_that_only_a_sweeper_can_list_is_one_line(swept):
     with pytest.raises(UserError, match=r"the planner supports lists, choice\(\) and range\(\)"):
-        cli.runs_of([swept])
+        compose.runs_of([swept])

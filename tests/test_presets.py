@@ -3,10 +3,11 @@
 import pytest
 from helpers import QUICK, assert_same_weights, weights
 
-from trainer import config, resuming
+from trainer import config
 from trainer.errors import UserError
+from trainer.phases.state import assemble
 from trainer.run import run
-from trainer.state import assemble
+from trainer.storage import resuming
 
 REAL = ("model.path=/", "data.path=/")
 PRESETS = ("sdxl", "sdxl_lora", "sd15", "sd15_lora")
@@ -32,7 +33,7 @@ def test_every_option_of_a_preset_works_on_the_tiny_model(composed, tmp_path, pr
     ],
 )
 def test_a_preset_begins_with_a_share_of_the_optimizers_rate(composed, monkeypatch, chosen, lr):
-    monkeypatch.setattr("trainer.validate._check_paths", lambda config: None)
+    monkeypatch.setattr("trainer.cli.validate._check_paths", lambda config: None)
     preset, *options = chosen
     made = composed(f"experiment={preset}", *REAL, *options)
     assert made.optim.lr == pytest.approx(lr)

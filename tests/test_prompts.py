@@ -6,7 +6,8 @@ import pytest
 from helpers import QUICK
 from PIL import Image
 
-from trainer import prompts, remarks
+from trainer.cli import remarks
+from trainer.drawing import prompts
 from trainer.errors import UserError
 
 LINE = "a cat, on a -- roof --w 32 --h 96 --n blurred, grey --d 7 --l 5.5 --s 30"

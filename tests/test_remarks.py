@@ -9,9 +9,10 @@ import pytest
 import torch
 from models import TINY
 
-from trainer import remarks, summary
-from trainer.model import Model
-from trainer.schedule import settled
+from trainer.cli import remarks
+from trainer.models.model import Model
+from trainer.phases import summary
+from trainer.training.schedule import settled
 
 QUIET = [
     [],

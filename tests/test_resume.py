@@ -15,10 +15,11 @@ from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
-from trainer import checkpoint, cli, resuming, run_folder
+from trainer.cli import arguments, compose
 from trainer.config import ASSETS
 from trainer.errors import UserError
 from trainer.run import run
+from trainer.storage import checkpoint, resuming, run_folder
 
 
 @pytest.mark.slow
@@ -254,13 +255,13 @@ def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):
         os.utime(record, (seconds, seconds))
 
     save("it's mine, 1", 1)
-    arguments = cli.with_resumed(["resume=latest", "seed=3"])
+    resumed = arguments.with_resumed(["resume=latest", "seed=3"])
     save("another", 2)
-    assert arguments[::2] == ["name=it's mine, 1", "seed=3"]
-    (given,) = OverridesParser.create().parse_overrides(arguments[1:2])
+    assert resumed[::2] == ["name=it's mine, 1", "seed=3"]
+    (given,) = OverridesParser.create().parse_overrides(resumed[1:2])
     assert given.key_or_group == "resume"
     flags = ["--cfg", "job"]  # overrides stay together: Hydra refuses them on both sides of a flag
-    assert cli.with_resumed([*flags, "resume=latest"])[:2] == flags
+    assert arguments.with_resumed([*flags, "resume=latest"])[:2] == flags
     (found,) = resuming.find(given.value())
     assert found == in_tmp / "runs/it's mine, 1/checkpoints/step-000004"
 
@@ -294,11 +295,11 @@ def test_options_of_a_group_that_is_chosen_anew_are_inherited_where_it_has_them(
 ):
     theirs = ["log=wandb", "log.wandb.project=mine", "log.every=3", "ema=bf16"]
     theirs += ["method.ema.decay=0.9", "optim.lr=0.1"]
-    cli.register()
-    monkeypatch.setattr(cli, "overrides_of", lambda resume: theirs)
+    compose.register()
+    monkeypatch.setattr(arguments, "overrides_of", lambda resume: theirs)
     (group, _, _) = given[0].partition("=")
     kept = [a for a in theirs if not a.startswith(f"{group}=") and a not in left_out]
-    assert cli.with_resumed(["resume=there", *given]) == [*kept, "resume=there", *given]
+    assert arguments.with_resumed(["resume=there", *given]) == [*kept, "resume=there", *given]
 
 
 def test_a_change_of_configuration_is_allowed_for_the_run_that_says_so_and_not_for_those_after_it(

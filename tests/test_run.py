@@ -10,7 +10,11 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from PIL import Image
 
-from trainer import batches, losses, metrics, optimizers, pictures, record
+from trainer.drawing import pictures
+from trainer.objective import batches, losses
+from trainer.reporting import metrics
+from trainer.storage import record
+from trainer.training import optimizers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -84,8 +88,8 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(finished):
 def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, method):
     """The tiny model predicts v with zero terminal SNR; after training for epsilon its scheduler
     says so, in the run's own samples and in the export."""
+    from trainer.phases.state import assemble
     from trainer.run import finish, train
-    from trainer.state import assemble
 
     options = ["noise.prediction=epsilon", "noise.zero_terminal_snr=false", "loss=huber"]
     more = ["loss.weighting=min_snr", "noise.offset=0.05", "noise.timesteps=logit_normal"]
@@ -110,9 +114,9 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     composed, tmp_path, rank, alpha
 ):
     """Includes alpha != rank: a reader that lost alpha would give another picture."""
-    from trainer.evaluation import eval_batches
+    from trainer.phases.evaluation import eval_batches
+    from trainer.phases.state import assemble
     from trainer.run import finish, train
-    from trainer.state import assemble
 
     config = composed(
         *QUICK, "method=lora", f"method.rank={rank}", f"method.alpha={alpha}", "optim.lr=0.05"

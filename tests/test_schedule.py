@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from trainer.errors import UserError
-from trainer.schedule import lr_scale, settled
+from trainer.training.schedule import lr_scale, settled
 
 CHOICES = ["constant", "linear", "cosine", "polynomial", "cosine_restarts", "wsd"]
 

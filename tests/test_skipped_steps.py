@@ -9,14 +9,11 @@ import torch
 from helpers import QUICK, assert_same_weights, poisoned_from, rows, weights
 
 import trainer.run
-from trainer import (
-    checkpoint,
-    guard,
-    losses,
-    method,
-)
 from trainer.errors import UserError
+from trainer.objective import losses
 from trainer.run import run
+from trainer.storage import checkpoint
+from trainer.training import guard, method
 
 
 def steps_saved(folder):

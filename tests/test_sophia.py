@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from optim import gpu
-from trainer import batches, curvature, gradients, losses, noise
-from trainer.clipping import Clip
+from trainer.objective import batches, losses, noise
 from trainer.streams import Stream
+from trainer.training import curvature, gradients
+from trainer.training.clipping import Clip
 
 
 class Pointwise(nn.Module):

@@ -9,8 +9,8 @@ from helpers import QUICK
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
-from trainer import cli, resolvers
-from trainer.measure import objective
+from trainer.cli import compose, resolvers
+from trainer.reporting.measure import objective
 from trainer.sweep import SweepTable, sweep_table
 from trainer.sweep.runs import Comparison
 
@@ -107,7 +107,7 @@ def test_sweeps_that_begin_in_one_second_have_folders_of_their_own(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resolvers, "datetime", Clock)
     for name in ("runs/sweep-20260102-030405", "runs/sweep-20260102-030405-2"):
-        cli.register()
+        compose.register()
         made = OmegaConf.create({"dir": "${sweep_dir:}"})
         assert [made.dir, made.dir] == [name, name]
         (tmp_path / name).mkdir(parents=True)

@@ -10,7 +10,7 @@ import sys
 import pytest
 from test_sweep import sweep_of
 
-from trainer import report
+from trainer.reporting import report
 from trainer.sweep.__main__ import main
 
 

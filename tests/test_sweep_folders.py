@@ -5,8 +5,8 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.claim import claimed
-from trainer.run_folder import sweep_of
+from trainer.storage.claim import claimed
+from trainer.storage.run_folder import sweep_of
 from trainer.sweep import SweepTable, place_of
 from trainer.sweep.folders import ended_runs
 

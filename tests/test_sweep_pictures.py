@@ -5,10 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from trainer import metrics, pictures
 from trainer.charts import chart, points
 from trainer.charts.chart import Line, Panel
 from trainer.charts.strokes import Style, style
+from trainer.drawing import pictures
+from trainer.reporting import metrics
 from trainer.sweep import curves, sheet
 from trainer.sweep.callback import _write
 from trainer.sweep.head import head

@@ -8,9 +8,9 @@ from helpers import QUICK
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
-from trainer import report
-from trainer.cli import with_swept_groups
+from trainer.cli.arguments import with_swept_groups
 from trainer.errors import UserError
+from trainer.reporting import report
 from trainer.sweep import SweepTable, planned
 from trainer.sweep.__main__ import main
 from trainer.sweep.folders import ended_runs

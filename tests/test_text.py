@@ -3,9 +3,9 @@
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from trainer import conditioning
-from trainer import text as texts
-from trainer.model import Model
+from trainer.models import text as texts
+from trainer.models.model import Model
+from trainer.objective import conditioning
 
 CPU = torch.device("cpu")
 SHORT = ["a red card", "", "two cats and a dog, watercolour"]

@@ -10,9 +10,9 @@ import wandb
 from helpers import QUICK, rows
 from wandb.proto import wandb_internal_pb2
 
-from trainer import losses
 from trainer.errors import UserError
-from trainer.metrics import Metrics
+from trainer.objective import losses
+from trainer.reporting.metrics import Metrics
 from trainer.run import run
 
 BLOCK = 32768
@@ -106,7 +106,7 @@ def test_a_run_whose_export_fails_has_failed_in_wandb_too(composed, tmp_path, mo
     def full(*_):
         raise UserError("could not save: no space")
 
-    monkeypatch.setattr("trainer.result.export", full)
+    monkeypatch.setattr("trainer.storage.result.export", full)
     with pytest.raises(UserError, match="no space"):
         run(composed(*QUICK, "log=wandb"), tmp_path / "run")
     statuses, told = ending(tmp_path / "run")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import QUICK, deterministic, rows
 
-from trainer import losses
-from trainer.clock import OptimizerClock
+from trainer.objective import losses
+from trainer.reporting.clock import OptimizerClock
+from trainer.reporting.watch import Watch
 from trainer.run import run
-from trainer.watch import Watch
 
 
 def watched(losses, norms=None, watch=None):

@@ -1,20 +1,28 @@
 """Fine-tunes SDXL, full or LoRA, with low-memory optimizers: `python -m trainer --help`.
 
-Where things live, from the command line to the files of a run:
+Where things live; a folder imports only from those below it:
 
-    commands         __main__ export doctor planner/ sweep/
-    command line     cli explain resolvers errors
-    configuration    config/ validate remarks remedies
-    model            model origin formats/ conversion execution
-    what is trained  method groups optimizers ema
-    data             data/ text conditioning
-    batches          batches micro_batches noise streams
-    a run            run state intervals endings signals patience
-    a step           losses gradients clipping curvature schedule guard
-    saving           saving checkpoint resuming result disk
-    its folder       run_folder claim record summary report
-    watching it      metrics trackers curves charts/ evaluation sampling prompts pictures
-                     watch probe measure clock memory console
+    __main__   compose the configuration, check it, run it
+    doctor     check the pictures
+    sweep/     run several, and compare them
+    run        one run: assemble, then one loop
+    export/    convert models and LoRAs between formats
+    phases/    the phases of the loop, and the state they share: evaluate, save, end
+    planner/   how much memory a run will need
+    cli/       from arguments to a configuration that can work; what is wrong with them
+    reporting/ what a run tells: metrics, curves, trackers, its summary
+    training/  how it learns: which weights, by which gradients, clip, optimizer and rate
+    storage/   a run's folder: checkpoints, results, who may write there
+    drawing/   pictures that the model draws
+    objective/ what the UNet learns: inputs, noise, targets, losses
+    models/    where the model's parts come from, and how they run
+    data/      pictures and captions, their caches, batches of them
+    formats/   files shared with other programs: diffusers, single files, kohya's LoRAs
+    charts/    charts as PNG
+    system/    the machine: memory, disks, the terminal, signals
+    config/    the schema: a dataclass for each choice of each group in conf/
+    streams    random streams, one for each kind of draw
+    errors     errors that the user can fix
 """
 
 import logging

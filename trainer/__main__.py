@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any, cast
 
-from trainer import signals
+from trainer.system import signals
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signals.leave_at_once)
@@ -22,14 +22,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from trainer import cli, config, execution, optimizers, sweep
-from trainer.checkpoint import completed
-from trainer.claim import TakenError, claimed, in_turn
+from trainer import config, sweep
+from trainer.cli import arguments, command, compose, help
+from trainer.cli.explain import explain
+from trainer.cli.validate import to_dataclasses
 from trainer.errors import UserError
-from trainer.explain import explain
-from trainer.measure import ended_well, objective
-from trainer.report import of_failure, read_summary, write_summary
-from trainer.validate import to_dataclasses
+from trainer.models import execution
+from trainer.reporting.measure import ended_well, objective
+from trainer.reporting.report import of_failure, read_summary, write_summary
+from trainer.storage.checkpoint import completed
+from trainer.storage.claim import TakenError, claimed, in_turn
+from trainer.training import optimizers
 
 # Users set it to see tracebacks.  Without it Hydra would print its own error page and exit, so it
 # is always set from here on.
@@ -44,7 +47,7 @@ def train(composed: DictConfig) -> float:
     _runs_begun.append(composed.name)
     context = HydraConfig.get()
     given = OmegaConf.to_container(context.overrides.task, resolve=False)  # optim.lr=${...}, too
-    folder, overrides = Path(context.runtime.output_dir), cli.lasting(cast(list[str], given))
+    folder, overrides = Path(context.runtime.output_dir), arguments.lasting(cast(list[str], given))
     resolved = _resolved(composed)
     if context.mode == RunMode.MULTIRUN:
         return _run_of_sweep(composed, folder, overrides, resolved)
@@ -54,7 +57,7 @@ def train(composed: DictConfig) -> float:
     except Exception as error:
         if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
-        cli.fail(str(error))
+        command.fail(str(error))
 
 
 def _run_of_sweep(
@@ -64,7 +67,7 @@ def _run_of_sweep(
     Returns NaN if it failed or is taken, so that the sweep continues."""
     of_sweep = Path(HydraConfig.get().sweep.dir).absolute()
     if proposed.absolute() == of_sweep:
-        cli.fail(
+        command.fail(
             f"hydra.sweep.subdir={HydraConfig.get().sweep.subdir}: a run of a sweep needs a "
             "folder of its own"
         )
@@ -147,23 +150,23 @@ def main() -> None:
     """Run Hydra's command line; a user's mistake becomes one line and status 2."""
     _runs_begun.clear()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(cli.help_page())
+        print(help.page())
         return
-    cli.register()
+    compose.register()
     try:
-        cli.refuse_dashes(sys.argv[1:])
-        cli.refuse_repeated(sys.argv[1:])
-        sys.argv[1:] = cli.flags_last(cli.with_resumed(sys.argv[1:]))
+        arguments.refuse_dashes(sys.argv[1:])
+        arguments.refuse_repeated(sys.argv[1:])
+        sys.argv[1:] = arguments.flags_last(arguments.with_resumed(sys.argv[1:]))
         if {"-m", "--multirun"} & set(sys.argv) or any(a.startswith("sweep=") for a in sys.argv):
-            sys.argv[1:] = cli.with_swept_groups(sys.argv[1:])
+            sys.argv[1:] = arguments.with_swept_groups(sys.argv[1:])
     except UserError as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     try:
         train()
     except Exception as error:  # from composition; Hydra and OmegaConf raise many types
         if _wants_traceback or _runs_begun:
             raise
-        cli.fail(explain(error, sys.argv[1:]))
+        command.fail(explain(error, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from trainer import cli, pictures, remarks, report, schedule
+from trainer.cli import command, compose, remarks
+from trainer.cli.validate import to_dataclasses
 from trainer.config import Config
 from trainer.data import Store, dataset
 from trainer.data.survey import Survey, all_sources, survey
+from trainer.drawing import pictures
 from trainer.errors import UserError
-from trainer.validate import to_dataclasses
+from trainer.reporting import report
+from trainer.training import schedule
 
 if TYPE_CHECKING:
-    from trainer.model import Model
+    from trainer.models.model import Model
 
 _HELP = """\
 Check every picture and caption of a data set and list the problems, without training.
@@ -56,7 +59,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
         "--images-per-second",
-        type=cli.positive,
+        type=command.positive,
         help="training speed, to estimate an epoch's length",
     )
     parser.add_argument(
@@ -77,16 +80,16 @@ def main() -> None:
             print(remark)
         problems = examine(config, given.images_per_second, given.names, given.sheet)
     except (UserError, OSError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     sys.exit(1 if problems else 0)
 
 
 def _config(overrides: list[str]) -> Config:
     """Without a cache, the published model is enough if none is given: its tokenizers count tokens.
     With one, the model's weights are needed for the entries' names."""
-    composed = cli.composed(overrides)
+    composed = compose.composed(overrides)
     if composed.data.cache is None:
-        composed = cli.composed(cli.with_published_model(overrides))
+        composed = compose.composed(compose.with_published_model(overrides))
     return to_dataclasses(composed)
 
 
@@ -127,7 +130,7 @@ def examine(
     print(f"{surveyed.count} pictures, {len(surveyed.usable)} of them usable")
     for what, names in surveyed.remarks.items():
         print(f"{len(names)} {what}: {dataset.some(names)}")
-    from trainer.model import Model  # imported after the checks: it takes seconds
+    from trainer.models.model import Model  # imported after the checks: it takes seconds
 
     # Names of cache entries depend on the weights; counting tokens does not need them.
     model = Model(config.model, torch.device("cpu"), with_weights=config.data.cache is not None)
@@ -184,7 +187,7 @@ def _findings(surveyed: Survey) -> list[Finding]:
 
 def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
     """Captions longer than the model's text encoders read."""
-    from trainer import conditioning
+    from trainer.objective import conditioning
 
     cut, room = conditioning.cut_captions(model, made.all_captions())
     long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
@@ -215,7 +218,7 @@ def _cache_line(model: "Model", made: dataset.Dataset) -> str:
             f"no cache (data.cache=null): every run encodes {count} pictures{of_them} and "
             f"{len(captions)} captions"
         )
-    from trainer import conditioning
+    from trainer.objective import conditioning
 
     store = Store(config.cache, config.cache_dtype)
     of_text = conditioning.text_fingerprint(model, config.cache)
@@ -269,5 +272,5 @@ def _traits(config: dict[str, Any]) -> tuple[Any, ...]:
 
 
 if __name__ == "__main__":
-    cli.end_with_the_reader()
+    command.end_with_the_reader()
     main()

@@ -11,35 +11,18 @@ from pathlib import Path
 
 import torch
 
-from trainer import (
-    checkpoint,
-    console,
-    curvature,
-    endings,
-    evaluation,
-    gradients,
-    intervals,
-    measure,
-    memory,
-    method,
-    metrics,
-    micro_batches,
-    optimizers,
-    patience,
-    record,
-    remarks,
-    report,
-    resuming,
-    run_folder,
-    saving,
-    signals,
-)
+from trainer.cli import remarks
 from trainer.config import Config, keys_of
 from trainer.errors import UserError
-from trainer.probe import UpdateProbe
-from trainer.schedule import lr_scale
-from trainer.state import State, assemble
-from trainer.summary import of_failed, summary_of
+from trainer.phases import endings, evaluation, intervals, micro_batches, saving
+from trainer.phases.state import State, assemble
+from trainer.phases.summary import of_failed, summary_of
+from trainer.reporting import measure, metrics, report
+from trainer.storage import checkpoint, record, resuming, run_folder
+from trainer.system import console, memory, patience, signals
+from trainer.training import curvature, gradients, method, optimizers
+from trainer.training.probe import UpdateProbe
+from trainer.training.schedule import lr_scale
 
 log = logging.getLogger(__name__)
 

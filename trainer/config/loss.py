@@ -1,5 +1,5 @@
 """`loss=`: how far a prediction is from its target, and how much each sample and timestep counts.
-`trainer/losses.py` has the definitions and their sources."""
+`trainer/objective/losses.py` has the definitions and their sources."""
 
 from dataclasses import dataclass
 

@@ -30,14 +30,14 @@ class MethodConfig:
     # Parts to train: unet, text_encoder, text_encoder_2.  A trained text encoder encodes its
     # captions in every step.
     train: list[str]
-    # Gradient clipping (`trainer/clipping.py`): global, by the norm of all gradients; exact, the
-    # same with the fused backward, at the cost of a second pass; lagged, by the norm of the
-    # previous step; rms, each tensor by its share of the bound; none.
+    # Gradient clipping (`trainer/training/clipping.py`): global, by the norm of all gradients;
+    # exact, the same with the fused backward, at the cost of a second pass; lagged, by the norm of
+    # the previous step; rms, each tensor by its share of the bound; none.
     clip: str = one_of("global", "exact", "lagged", "rms", "none")
     max_grad_norm: float = within(TINY)  # the bound on the gradients' norm
     # Options per parameter name: [{pattern: attn2, lr_scale: 0.1}, {pattern: conv_in, trainable:
     # false}], with lr, lr_scale, trainable, and any option of the optimizer.  The first rule whose
-    # pattern (a regular expression) is found in the name applies: trainer/groups.py.
+    # pattern (a regular expression) is found in the name applies: trainer/training/groups.py.
     rules: list[dict[str, Any]]
     # Steps, or epochs (1epoch), between intermediate results, all of which are kept; 0: only write
     # the final result.

@@ -1,5 +1,5 @@
 """`noise=`: how latents are made noisy, at which timesteps, and what the model predicts of it.
-`trainer/noise.py` has the definitions and their sources."""
+`trainer/objective/noise.py` has the definitions and their sources."""
 
 from dataclasses import dataclass
 

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.config import PICTURE_SUFFIXES
 from trainer.data import captions
 from trainer.errors import UserError
-from trainer.patience import patiently
+from trainer.system.patience import patiently
 
 CAPTION_COLUMNS = ("captions", "text", "caption")
 IRREGULAR = "is not a regular file (a pipe, a socket or a device)"

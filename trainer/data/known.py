@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer import disk
 from trainer.config import DataConfig
 from trainer.data.buckets import Size
 from trainer.data.items import Item
 from trainer.errors import UserError
-from trainer.patience import patiently
+from trainer.system import disk
+from trainer.system.patience import patiently
 
 Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
 Digests = tuple[str, str]  # as of a Sample: with the mask, and of the picture alone

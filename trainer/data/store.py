@@ -23,14 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trainer import console, memory, signals
 from trainer.config import DTYPES
 from trainer.data.buckets import Size
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.formats.weights import SAFETENSORS_DTYPES
-from trainer.patience import patiently
+from trainer.system import console, memory, signals
+from trainer.system.patience import patiently
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from trainer import console, signals
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import pictures, sample, sources
 from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
 from trainer.data.known import Known, Traits
 from trainer.errors import UserError, reason
+from trainer.system import console, signals
 
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")

@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer.data import captions
 from trainer.data.items import Item, Reading, is_hidden, is_picture, item, note_texts, shown
 from trainer.errors import UserError
-from trainer.patience import patiently
+from trainer.system.patience import patiently
 
 Place = tuple[int, int]  # offset and length, in bytes
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer import disk
+from trainer.system import disk
 
 log = logging.getLogger(__name__)
 

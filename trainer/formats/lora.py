@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import disk
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
 from trainer.formats.adapters import Adapter, Adapters, OtherModel, of_models
 from trainer.formats.proof import NotProved
 from trainer.formats.weights import of_file, of_tensors
+from trainer.system import disk
 
 log = logging.getLogger(__name__)
 

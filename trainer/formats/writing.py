@@ -11,18 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from trainer import disk
 from trainer.errors import UserError
 from trainer.formats import architectures, metadata, names, proof, stream
 from trainer.formats.folder import find_weights, weights_name
 from trainer.formats.single_file import SingleFile
 from trainer.formats.weights import Weights, of_module, of_tensors
+from trainer.system import disk
 
 log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """The source of parts that were not trained (`trainer.origin`)."""
+    """The source of parts that were not trained (`trainer.models.origin`)."""
 
     @property
     def kind(self) -> str: ...

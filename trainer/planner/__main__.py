@@ -9,13 +9,15 @@ from dataclasses import asdict
 
 import torch
 
-from trainer import cli, execution, planner, remedies
-from trainer.config import Config
+from trainer import planner
+from trainer.cli import command, compose
+from trainer.cli.validate import to_dataclasses
+from trainer.config import Config, remedies
 from trainer.errors import UserError
-from trainer.model import Model
+from trainer.models import execution
+from trainer.models.model import Model
 from trainer.planner.page import page, verdict
-from trainer.report import format_bytes
-from trainer.validate import to_dataclasses
+from trainer.reporting.report import format_bytes
 
 _HELP = """\
 Print how much memory a run needs, phase by phase, and whether it fits, without training.
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
         "--card",
-        type=cli.positive,
+        type=command.positive,
         metavar="GB",
         help="plan for a GPU of this nominal memory size (24), instead of this machine",
     )
@@ -51,11 +53,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         if given.multirun:
-            fits = _print_sweep(cli.runs_of(given.overrides), given.card, given.json)
+            fits = _print_sweep(compose.runs_of(given.overrides), given.card, given.json)
         else:
             fits = _print_run(given.overrides, given.card, given.json)
     except (UserError, OSError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
     sys.exit(0 if fits else 1)
 
 
@@ -96,16 +98,16 @@ def _device_type(config: Config, card: float | None) -> str:
 def _completed(overrides: Sequence[str]) -> list[str]:
     """The options, with placeholders for paths of model and pictures if they are missing: a plan
     does not need them."""
-    overrides = cli.with_published_model([*overrides])
-    choices = cli.composed(overrides, with_hydra=True).hydra.runtime.choices
+    overrides = compose.with_published_model([*overrides])
+    choices = compose.composed(overrides, with_hydra=True).hydra.runtime.choices
     if choices.model != "tiny" and not any(o.startswith("data=") for o in overrides):
         overrides = ["data=folder", *overrides]  # the default goes with tiny
-    data = cli.composed(overrides).data
+    data = compose.composed(overrides).data
     return overrides if data.path or data.sources else ["data.path=.", *overrides]
 
 
 def _config(overrides: list[str]) -> Config:
-    return to_dataclasses(cli.composed(overrides))
+    return to_dataclasses(compose.composed(overrides))
 
 
 def _plan(config: Config, device_type: str) -> planner.Plan:
@@ -177,5 +179,5 @@ def _numbers(plan: planner.Plan, room: planner.Room) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    cli.end_with_the_reader()
+    command.end_with_the_reader()
     main()

@@ -4,13 +4,13 @@ import logging
 
 import torch
 
-from trainer import memory
 from trainer.config import Config
 from trainer.errors import UserError, reason
-from trainer.model import Model
+from trainer.models.model import Model
 from trainer.planner.page import verdict
 from trainer.planner.plan import make
 from trainer.planner.room import room_of
+from trainer.system import memory
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from trainer.planner.plan import Plan
 from trainer.planner.room import Room
-from trainer.report import format_bytes
+from trainer.reporting.report import format_bytes
 
 _WIDTH = 48  # of a bar, in characters
 _KINDS = {  # the parts of a bar, by their letters

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from trainer import memory
 from trainer.config import Config
-from trainer.model import Model
+from trainer.models.model import Model
 from trainer.planner.rehearsal import Rehearsal, rehearse
+from trainer.system import memory
 
 # Memory that libraries use for themselves in training, measured with SDXL's UNet: on a CPU oneDNN's
 # copies; on an H200 cuDNN's and cuBLAS's workspaces, in torch's allocator.  For a small model, at

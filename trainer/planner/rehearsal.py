@@ -18,12 +18,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trainer import batches, execution, gradients, method, optimizers, prompts, text
 from trainer.config import DTYPES, Config
 from trainer.data.buckets import Size
 from trainer.data.store import CAPTIONS_AT_A_TIME
-from trainer.model import Model
+from trainer.drawing import prompts
+from trainer.models import execution, text
+from trainer.models.model import Model
+from trainer.objective import batches
 from trainer.planner.ledger import Ledger
+from trainer.training import gradients, method, optimizers
 
 _CPU = torch.device("cpu")  # of fake tensors: torch without CUDA supports no other
 

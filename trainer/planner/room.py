@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer import memory
+from trainer.system import memory
 
 # Memory that CUDA's context takes: assumed (0.3 to 0.6 GB are usual), not measured.
 _CONTEXT = 500_000_000

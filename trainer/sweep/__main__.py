@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from trainer import cli
+from trainer.cli import command
 from trainer.errors import UserError
-from trainer.run_folder import is_sweep
+from trainer.storage.run_folder import is_sweep
 from trainer.sweep import files, page, planned
 from trainer.sweep.folders import Found, ended_runs
 from trainer.sweep.head import left
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         written = [*texts.values(), *([out / page.TABLE] if out else [])]
         print("".join(f"\n{path}" for path in written))
     except (UserError, OSError) as error:
-        cli.fail(str(error))
+        command.fail(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,5 +131,5 @@ def _write_new(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.end_with_the_reader()
+    command.end_with_the_reader()
     main()

@@ -10,15 +10,17 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from trainer import claim, cli, console
+from trainer.cli import arguments, compose
 from trainer.errors import UserError
-from trainer.measure import ended_well
-from trainer.run_folder import sweep_of
+from trainer.reporting.measure import ended_well
+from trainer.storage import claim
+from trainer.storage.run_folder import sweep_of
 from trainer.sweep import page, planned
 from trainer.sweep.folders import ended_runs
 from trainer.sweep.head import left
 from trainer.sweep.runs import Summary
 from trainer.sweep.table import sweep_table
+from trainer.system import console
 
 
 class SweepTable(Callback):
@@ -32,7 +34,7 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            self._runs = cli.runs_of(_overrides(config))
+            self._runs = compose.runs_of(_overrides(config))
         except UserError:  # the sweep reports it itself, or its sweeper chooses other runs
             self._runs = []
 
@@ -43,7 +45,7 @@ class SweepTable(Callback):
         number = config.hydra.job.num
         if number == 0:
             with claim.in_turn(folder):
-                planned.add(folder, [cli.lasting(run) for run in self._runs])
+                planned.add(folder, [arguments.lasting(run) for run in self._runs])
                 self._summaries = [summary for _, summary in ended_runs(folder)]
         common = set.intersection(*map(set, self._runs)) if len(self._runs) > 1 else set[str]()
         apart = " ".join(o for o in _overrides(config) if o not in common)

@@ -10,12 +10,12 @@ from statistics import mean
 
 from PIL import Image
 
-from trainer import metrics
 from trainer.charts import chart, points
 from trainer.charts.chart import Line
 from trainer.charts.points import Points, Rows
 from trainer.charts.strokes import Style, style
-from trainer.measure import EVAL, HOLDOUT, TRAIN, ended_well
+from trainer.reporting import metrics
+from trainer.reporting.measure import EVAL, HOLDOUT, TRAIN, ended_well
 from trainer.sweep.runs import Comparison, Group, Summary
 
 

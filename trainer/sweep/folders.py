@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, report, resuming
-from trainer.claim import claims_below, config_in
-from trainer.measure import ended_well
+from trainer.reporting import report
+from trainer.reporting.measure import ended_well
+from trainer.storage import checkpoint, resuming
+from trainer.storage.claim import claims_below, config_in
 from trainer.sweep.identity import canonical, settings_of
 from trainer.sweep.runs import Summary, seed_of
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.report import format_bytes
+from trainer.reporting.report import format_bytes
 
 
 @dataclass(kw_only=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from trainer import disk
 from trainer.sweep import curves, sheet
 from trainer.sweep.folders import Found
 from trainer.sweep.head import head
 from trainer.sweep.table import sweep_table
+from trainer.system import disk
 
 TABLE = "sweep.md"
 _PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}

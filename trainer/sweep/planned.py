@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer import disk
 from trainer.config import key_of
 from trainer.sweep.folders import identity_of
 from trainer.sweep.identity import is_setting
 from trainer.sweep.runs import SEED, Summary
+from trainer.system import disk
 
 NAME = "planned.json"
 Run = dict[str, Any]  # overrides, and identity or None

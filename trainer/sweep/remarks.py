@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from trainer.measure import EVAL, HOLDOUT, ended_well
+from trainer.reporting.measure import EVAL, HOLDOUT, ended_well
 from trainer.sweep import paired
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from trainer.config import key_of
-from trainer.measure import Measure, ended_well, measure_of
+from trainer.reporting.measure import Measure, ended_well, measure_of
 from trainer.sweep.identity import below, canonical, is_setting, settings_of
 
 Summary = dict[str, Any]

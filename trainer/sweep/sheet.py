@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer import pictures
-from trainer.measure import EVAL, HOLDOUT
+from trainer.drawing import pictures
+from trainer.reporting.measure import EVAL, HOLDOUT
 from trainer.sweep.runs import Comparison, Summary, lr_of
 
 _ROWS = 40

@@ -1,12 +1,12 @@
 """The tables of a sweep: its runs, groups over seeds, and each optimizer's best rate.
 
-Best is the lowest final loss of the exported weights (`trainer.measure`).
+Best is the lowest final loss of the exported weights (`trainer.reporting.measure`).
 """
 
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from trainer.measure import EVAL
+from trainer.reporting.measure import EVAL
 from trainer.sweep import markdown, paired, remarks
 from trainer.sweep.markdown import Table
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, seed_of

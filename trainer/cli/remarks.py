@@ -1,0 +1,292 @@
+"""Warnings, which a run logs: about a configuration that works (options without effect, two that do
+the same, a learning rate for small models only, pictures of another size than the model's), and
+about a run that changed nothing or made the model worse."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import optim
+from trainer.config import (
+    Config,
+    ConstantConfig,
+    FullConfig,
+    LinearConfig,
+    LoraConfig,
+    WsdConfig,
+    choices_of,
+    conf_dir,
+    keys_of,
+)
+from trainer.drawing import prompts
+from trainer.training.schedule import decay_steps
+
+_UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
+_LARGE = 100_000_000  # trained parameters, from which on the default rate gets a remark
+# The learning rate to try first with a large model, by method.
+_START = {"full": "1e-5", "lora": "1e-4"}
+_STILL = 1e-3  # relative change of the loss, below which a model has learned nothing
+_FAR = 1.5  # ratio of resolutions, above which there is a remark
+
+
+def _no_tags_move(config: Config) -> bool:
+    return not (config.data.shuffle_tags or config.data.tag_dropout)
+
+
+def _nothing_drawn(config: Config) -> bool:
+    return not (config.log.prompts or config.log.sample_count)
+
+
+def _never_guided(config: Config) -> bool:
+    drawn = prompts.of_config(config.log, config.data.largest_resolution)
+    return config.log.guidance_scale <= 1 and not any(prompt.is_guided for prompt in drawn)
+
+
+def _other_prompts(config: Config) -> bool:
+    path = config.log.prompts_file
+    return path is not None and prompts.read(path) != config.log.prompts
+
+
+_PICTURES = "pictures: log.prompts or log.sample_count"
+
+# Options that only have an effect with others: (options, when they have none, what they need).
+_IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (("loss.gamma",), lambda c: c.loss.weighting != "min_snr", "loss.weighting=min_snr"),
+    (("loss.unmasked_weight",), lambda c: c.data.mask == "none", "data.mask"),
+    (
+        ("noise.logit_mean", "noise.logit_std"),
+        lambda c: c.noise.timesteps != "logit_normal",
+        "noise.timesteps=logit_normal",
+    ),
+    (
+        ("data.keep_tokens", "data.tag_separator", "data.caption_variants"),
+        _no_tags_move,
+        "data.shuffle_tags and data.tag_dropout",
+    ),
+    (
+        ("data.upscale", "data.bucket_step", "data.max_aspect"),
+        lambda c: not c.data.buckets,
+        "data.buckets=true",
+    ),
+    (("method.max_grad_norm",), lambda c: c.method.clip == "none", "a method.clip other than none"),
+    (
+        ("method.text_targets",),
+        lambda c: c.method.train == ["unet"],
+        "text encoders in method.train",
+    ),
+    (("data.resolution",), lambda c: bool(c.data.resolutions), "data.resolutions=[]"),
+    (("log.negative_prompt",), _never_guided, "log.guidance_scale above 1"),
+    (("log.prompts_file",), _other_prompts, "log.prompts unset"),
+    (("schedule.steps",), lambda c: c.schedule.epochs is not None, "schedule.epochs=null"),
+    (
+        ("log.sample_count",),
+        lambda c: bool(c.log.prompts),
+        "log.prompts and log.prompts_file unset",
+    ),
+    (
+        ("log.sample_every", "log.sample_steps", "log.guidance_scale"),
+        _nothing_drawn,
+        _PICTURES,
+    ),
+)
+
+
+def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
+    """The remarks that need no model, one line each.
+
+    overrides: the command line's, which also show what was set to its default on purpose.
+    """
+    given = keys_of(overrides)
+    return [
+        *_without_effect(config, given),
+        *_of_clips(config, given),
+        *_of_others(config),
+        *of_data(config, overrides),
+    ]
+
+
+def of_rate(config: Config, size: int) -> list[str]:
+    """Warn if the rate is the class's default, which is for small models, and the trained parts
+    have as many parameters, `size`, as a large one."""
+    cls = optim.FAMILY.get(config.optim.name)
+    if cls is None or "d" in cls.shared or size < _LARGE or config.method.rules:
+        return []
+    _, default = optim.options_of(config.optim.name)["lr"]
+    start, is_lora = _START[config.method.name], isinstance(config.method, LoraConfig)
+    if config.optim.lr != default or default <= float(start):
+        return []
+    return [
+        f"optim.lr={default:g} is the default of optim={config.optim.name}, which was found with a "
+        f"small model; for a {'LoRA' if is_lora else 'full fine-tune'} of SDXL start near {start}"
+    ]
+
+
+def of_outcome(summary: Mapping[str, Any]) -> list[str]:
+    """Warn if a run has hardly changed the model, made it worse, or made it better only for the
+    pictures it was trained on."""
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    if summary["prediction_before"] != summary["prediction"]:
+        return []
+    if after - before >= _STILL * before:  # false for NaN
+        return [
+            f"eval/loss was {before:.6g} and is {after:.6g}: the model is worse than before the "
+            f"first step; lower optim.lr={summary['lr']:g}"
+        ]
+    if not abs(after - before) < _STILL * before:
+        return _of_holdout(summary)
+    found = summary["rate_found"]
+    rate = f"optim.lr={summary['lr']:g}" + (
+        "" if found is None else f" times the {found:.2g} found"
+    )
+    return [
+        f"eval/loss was {before:.6g} and is {after:.6g}: the model has hardly moved; {rate} is too "
+        f"low, or {summary['steps']} steps are too few"
+    ]
+
+
+def _of_holdout(summary: Mapping[str, Any]) -> list[str]:
+    """Warn if a model, which got better on its training pictures, got worse on held-out ones."""
+    before = summary.get("holdout_loss_before", math.nan)
+    after = summary.get("holdout_loss_after", math.nan)
+    if not after - before >= _STILL * before:
+        return []
+    return [
+        f"eval/holdout_loss was {before:.6g} and is {after:.6g}, while eval/loss fell: the model "
+        "memorises the pictures that it is trained on; make fewer steps (log.eval_every shows how "
+        "many), lower optim.lr, or add pictures"
+    ]
+
+
+def of_resolution(config: Config, own: int | None) -> list[str]:
+    """Warn if the pictures are much larger or smaller than those that the model was made for, with
+    sides of `own` pixels (None: unknown)."""
+    side = config.data.largest_resolution
+    if own is None or max(side, own) <= _FAR * min(side, own):
+        return []
+    key = "data.resolutions" if config.data.resolutions else "data.resolution"
+    return [
+        f"{key}={config.data.resolutions or side}: the model was made for {own} x {own} pixels; "
+        f"use data.resolution={own} unless it should learn another size"
+    ]
+
+
+def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
+    for keys, is_idle, owner in _IDLE:
+        for key in keys:
+            group, _, option = key.partition(".")
+            value = getattr(getattr(config, group), option, None)
+            is_meant = key in given or value not in _defaults(config, group, option)
+            if value is not None and is_meant and is_idle(config):
+                yield f"{key}={value} has no effect here: it is only used with {owner}"
+    ema = config.method.ema
+    if ema and ema.sample == "last" and _nothing_drawn(config):
+        yield f"method.ema.sample=last has no effect here: it is only used with {_PICTURES}"
+    if isinstance(config.method, FullConfig) and config.model.compute == config.model.dtype:
+        dtype = config.model.dtype
+        yield (
+            f"model.compute={dtype} has no effect with model.dtype={dtype}, whose matrix products "
+            "use that dtype anyway"
+        )
+    fused = config.runtime.fused_backward
+    if not fused and getattr(config.optim, "on_nonfinite", "skip") == "raise":
+        yield (
+            "optim.on_nonfinite=raise has no effect here: a step whose gradient is not finite is "
+            "skipped before the optimizer sees it (runtime.max_skipped_steps)"
+        )
+    if config.optim.lr == 0 and not config.method.rules:
+        yield "optim.lr=0 changes no weight"
+
+
+def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
+    """Warn if the decay has no room, once the run's length is known."""
+    if not isinstance(schedule, LinearConfig | WsdConfig) or schedule.steps == 1:
+        return
+    steps, cycles = decay_steps(schedule), getattr(schedule, "cycles", None)
+    if steps <= 1:
+        ends = "schedule.decay" if isinstance(schedule, WsdConfig) else "schedule.hold"
+        yield (
+            f"schedule={schedule.name} has no step left to decay in ({ends}, schedule.warmup_steps "
+            "and schedule.steps): the rate stays at its peak, as with schedule=constant"
+        )
+    elif cycles and steps < 2 * cycles:
+        yield (
+            f"schedule.cycles={cycles} leaves fewer than two of the decay's {steps} steps per "
+            f"cycle, so the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
+        )
+
+
+def _defaults(config: Config, group: str, option: str) -> list[Any]:
+    """The option's values in the files of conf/ that may have been chosen."""
+    named = {"noise": ["default"], "data": choices_of("data"), "log": ["jsonl"]}
+    names = named.get(group) or [getattr(config, group).name]
+    files = [conf_dir() / group / f"{name}.yaml" for name in names]
+    values = [OmegaConf.select(_loaded(file), option) for file in files]
+    presets = (conf_dir() / "experiment").glob("*.yaml")
+    return values + [OmegaConf.select(_loaded(p), f"{group}.{option}") for p in presets]
+
+
+@cache
+def _loaded(file: Path) -> Any:
+    return OmegaConf.load(file)
+
+
+def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
+    """Warn about a clip that repeats, or undoes, what the optimizer does itself; and about having
+    none, unless that was requested or the optimizer bounds its updates."""
+    clip, own = config.method.clip, _clips_itself(config.optim)
+    if clip not in ("none", "global"):  # the default does no harm if updates are bounded
+        own = own or _bounds_itself(config.optim)
+    is_unbounded = not (_clips_itself(config.optim) or _bounds_itself(config.optim))
+    if clip == "none" and is_unbounded and "method.clip" not in given:
+        if config.optim.name not in _UNCLIPPED:
+            yield (
+                f"no gradient is clipped, and optim={config.optim.name} does not bound its updates "
+                "itself; method.clip=exact works with the fused backward"
+            )
+    elif clip != "none" and own:
+        yield f"method.clip={clip}, and optim={config.optim.name} {own}; one of them is enough"
+
+
+def _clips_itself(options: Any) -> str | None:
+    """How the optimizer clips gradients, in words, if it does."""
+    for option in ("max_grad_norm", "grad_clip"):
+        if getattr(options, option, None) is not None:
+            return f"clips them again by optim.{option}"
+    return None
+
+
+def _bounds_itself(options: Any) -> str | None:
+    """Why the size of a gradient hardly matters to the optimizer, in words, if so."""
+    cls = optim.FAMILY.get(options.name)
+    return cls.bounds_updates(vars(options)) if cls else None
+
+
+def of_data(config: Config, overrides: Sequence[str]) -> Iterator[str]:
+    """Warn about the user's own pictures with the demo's options."""
+    given = keys_of(overrides)
+    if "data.path" in given and not given & {"data", "experiment"}:
+        yield (
+            "data.path is given, but data=emoji24 is chosen, which has the demo's options "
+            f"({config.data.resolution} px, batches of {config.data.batch_size}); add data=folder"
+        )
+
+
+def _of_others(config: Config) -> Iterator[str]:
+    runtime = config.runtime
+    if runtime.accumulation > 1 and runtime.fused_backward:
+        yield (
+            f"runtime.accumulation={runtime.accumulation} keeps the gradients of all trained "
+            "weights between micro-batches, in their dtype, which runtime.fused_backward=true "
+            "alone would free; the last backward pass frees them"
+        )
+    if config.method.ema and config.method.ema.decay == 1:
+        yield "method.ema.decay=1 never changes the average from its initial weights"
+    if not config.method.export:
+        yield (
+            "method.export=[] writes no model; python -m trainer.export can write one from the "
+            "run's last checkpoint"
+        )

@@ -1,0 +1,57 @@
+"""Values that `conf/` computes: a run's folder, a preset's learning rate, the lines of a prompt
+file."""
+
+from datetime import datetime
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+import optim
+from trainer.config import ASSETS, conf_dir, file_name
+from trainer.drawing import prompts
+from trainer.storage.resuming import run_folder_of
+
+# Share of an optimizer's default rate to use with a large model.
+_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
+
+
+def register() -> None:
+    """Give OmegaConf the functions that `conf/` names: ${asset:...}, ${run_dir:...}, ...  Safe to
+    call again."""
+    OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS / name), replace=True)
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("folder_name", file_name, replace=True)
+    OmegaConf.register_new_resolver(
+        "lines_of", lambda path: prompts.read(path) if path else [], replace=True
+    )
+    OmegaConf.register_new_resolver("default_lr", _default_lr, replace=True)
+
+
+def _run_dir(resume: str | None, name: str) -> str:
+    """The folder of this run: that of the run that it resumes, else a new one."""
+    if resume and (folder := run_folder_of(resume)):
+        return str(folder)
+    return _unused(f"runs/{datetime.now():%Y-%m-%d/%H-%M-%S}-{file_name(name)}")
+
+
+def _sweep_dir() -> str:
+    """The folder of a sweep, if none is given."""
+    return _unused(f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _unused(fresh: str) -> str:
+    """This folder, with a number appended if another run began in the same second."""
+    candidates = (fresh, *(f"{fresh}-{number}" for number in range(2, 1000)))
+    return next(folder for folder in candidates if not Path(folder).exists())
+
+
+def _default_lr(optimizer: str, method: str) -> float:
+    """The default learning rate for a large model: a share of the optimizer's, which was found with
+    a small one, or all of it if the optimizer finds its own rate."""
+    cls = optim.FAMILY.get(optimizer)
+    if cls is None:
+        default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr
+    else:
+        _, default = optim.options_of(optimizer)["lr"]
+    return default * (1.0 if cls and "d" in cls.shared else _SHARE_OF_RATE[method])

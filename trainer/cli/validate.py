@@ -1,0 +1,337 @@
+"""Refuses what cannot work, before anything is loaded; after that, options are trusted."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import ImageColor
+
+import optim
+from optim.options import unknown
+from trainer.cli.explain import explain
+from trainer.config import (
+    ALTERNATIVES,
+    PICTURE_SUFFIXES,
+    Config,
+    DataConfig,
+    LogConfig,
+    LoraConfig,
+    MseConfig,
+)
+from trainer.config.fields import complaint
+from trainer.config.method import TRAINABLE_PARTS
+from trainer.config.model import why_missing
+from trainer.drawing import prompts
+from trainer.errors import UserError
+from trainer.training import schedule
+from trainer.training.groups import check_rules
+
+
+def to_dataclasses(composed: DictConfig) -> Config:
+    """Hydra's composed configuration -> Config, checked.
+
+    Raises a UserError that names the key and the remedy.
+    """
+    groups = sorted({*ALTERNATIVES, "model", "data", "optim", "noise", "runtime", "log"})
+    for group in groups:
+        if OmegaConf.select(composed, group) is None:
+            raise UserError(f"{group} has no choice; `python -m trainer --help` lists them")
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise UserError(
+                f"{missing[0]} has no value; set it on the command line: {missing[0]}=..."
+            )
+        config = cast(Config, OmegaConf.to_object(composed))
+    except OmegaConfBaseException as error:  # from an interpolation, which is resolved here
+        raise UserError(explain(error, [])) from error
+    _refuse_additions(config)
+    check(config)
+    return config
+
+
+def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The configuration's dataclasses, also those in lists, each with the prefix of its options:
+    ("", config), ("model.", config.model), ..."""
+    yield prefix, node
+    for key, value in vars(node).items():
+        items = (
+            [(f"{key}.{i}", item) for i, item in enumerate(value)]
+            if isinstance(value, list)
+            else [(key, value)]
+        )
+        for name, item in items:
+            if is_dataclass(item):
+                yield from _nodes(item, f"{prefix}{name}.")
+
+
+def _refuse_additions(config: Config) -> None:
+    """Refuse a key added with `+` that is not an option: it would be ignored."""
+    for prefix, node in _nodes(config):
+        known = [option.name for option in fields(node)]
+        for key in vars(node):
+            if key not in known:
+                what = f"option of {prefix[:-1]}" if prefix else "option"
+                raise UserError(f"+{prefix}{key}: {unknown(what, key, known)}")
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    for prefix, node in _nodes(config):
+        if found := complaint(node, prefix):
+            raise UserError(found)
+    prompts.of_config(config.log, config.data.largest_resolution)
+    if config.schedule.epochs is None:  # else the data says how long the run is
+        schedule.check(config.schedule)
+    _check_names(config)
+    _check_trained(config)
+    _check_curvature(config)
+    check_rules(config.method.rules)
+    if isinstance(config.method, LoraConfig):
+        _check_adapters(config.method)
+        if not config.resume:  # a checkpoint has the adapters' values
+            _check_start(config.method)
+    _check_noise(config)
+    _check_data(config.data)
+    _check_paths(config)
+    _check_device(config.runtime.device)
+    _check_tensorboard(config.log)
+    if config.runtime.fused_backward:
+        _check_fused_backward(config)
+
+
+def _check_names(config: Config) -> None:
+    """The run must have a name.  A group's `name` records its choice; setting it would not choose
+    anything."""
+    if not config.name.strip():
+        raise UserError("name is empty; it names the run's files")
+    for group in ("method", "optim", "loss", "schedule"):
+        node = getattr(config, group)
+        if node.name != type(node).name:
+            raise UserError(f"{group}.name={node.name}: choose it as {group}={node.name}")
+
+
+def _check_trained(config: Config) -> None:
+    parts = config.method.train
+    for part in parts:
+        if part not in TRAINABLE_PARTS:
+            raise UserError(f"method.train={parts}: {unknown('part', part, TRAINABLE_PARTS)}")
+    if len(set(parts)) < len(parts):
+        raise UserError(f"method.train={parts} names a part twice; once is enough")
+    if not parts:
+        raise UserError("method.train=[] trains nothing; name unet, or text encoders")
+    if set(parts) - {"unet"} and config.model.text_dtype == "float16":
+        raise UserError(
+            f"method.train={parts}: text encoders cannot be trained in float16, in which small "
+            "updates are lost; use model.text_dtype=bfloat16 or float32"
+        )
+
+
+def _check_adapters(config: LoraConfig) -> None:
+    """Refuse a LoRA that is wrong for any model."""
+    patterns = [("ranks", one.pattern) for one in config.ranks]
+    texts = set(config.train) - {"unet"}
+    for key, parts in (("targets", set(config.train) - texts), ("text_targets", texts)):
+        if parts and not getattr(config, key):
+            raise UserError(
+                f"method.{key}=[] adapts no layer of {', '.join(sorted(parts))}; name some, or "
+                f"leave it out of method.train"
+            )
+        patterns += [(key, pattern) for pattern in getattr(config, key)]
+    for key, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"method.{key}: {pattern} is not a regular expression: {error}"
+            ) from error
+
+
+def _check_start(config: LoraConfig) -> None:
+    if config.start_from and not Path(config.start_from).expanduser().is_file():
+        raise UserError(
+            f"method.start_from={config.start_from} does not exist; name a LoRA's .safetensors file"
+        )
+
+
+def _check_fused_backward(config: Config) -> None:
+    """Refuse what a fused backward rules out: options that need all gradients at once, or a step
+    that can be undone."""
+    choice, without = "runtime.fused_backward=true", "runtime.fused_backward=false"
+    if config.optim.name not in optim.FAMILY:
+        raise UserError(
+            f"{choice}: optim={config.optim.name} cannot step inside the backward pass, only this "
+            f"family's optimizers can ({', '.join(optim.FAMILY)}); choose one, or {without}"
+        )
+    is_global, norm = config.method.clip == "global", config.optim.max_grad_norm
+    for clip, given, remedy in (
+        (
+            "method.clip=global",
+            is_global,
+            "set method.clip=exact (a second backward pass), lagged (by the norm of the previous "
+            "step), rms (each tensor by itself) or none",
+        ),
+        (
+            f"optim.max_grad_norm={norm or 0:g}",
+            norm is not None,
+            "set optim.max_grad_norm=null (method.clip=exact and lagged work without them)",
+        ),
+    ):
+        if given:
+            raise UserError(
+                f"{choice}: {clip} clips by the norm of all gradients, which never exist all at "
+                f"once; {remedy}, or {without}"
+            )
+    if config.optim.on_nonfinite == "raise":
+        raise UserError(
+            f"{choice}: optim.on_nonfinite=raise stops before anything is updated, but part of the "
+            "step is done when a gradient that is not finite is found; set "
+            f"optim.on_nonfinite=skip, or {without}"
+        )
+
+
+def _check_curvature(config: Config) -> None:
+    """Refuse what Sophia's estimate rules out: it assumes a squared error
+    (`trainer/training/curvature.py`)."""
+    is_sophia = issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia)
+    if is_sophia and not isinstance(config.loss, MseConfig):
+        raise UserError(
+            f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
+            f"{config.loss.name} is not one; use loss=mse, or another optimizer"
+        )
+    if is_sophia and config.optim.on_nonfinite == "raise":
+        raise UserError(
+            f"optim.on_nonfinite=raise: optim={config.optim.name} would end the run if a gradient "
+            "of its curvature estimate is not finite; use optim.on_nonfinite=skip"
+        )
+
+
+def _check_noise(config: Config) -> None:
+    """Refuse noise options that exclude each other (`noise.scheduler_config` knows the model)."""
+    noise = config.noise
+    if noise.prediction == "epsilon" and noise.zero_terminal_snr:
+        raise UserError(
+            "noise.zero_terminal_snr=true leaves epsilon prediction nothing to predict from at the "
+            "last timestep; set noise.prediction=v_prediction, or noise.zero_terminal_snr=false"
+        )
+    if noise.timestep_high is not None and noise.timestep_low >= noise.timestep_high:
+        raise UserError(
+            f"noise.timestep_low={noise.timestep_low} must be below noise.timestep_high="
+            f"{noise.timestep_high}; the timesteps of training are [low, high)"
+        )
+
+
+def _check_paths(config: Config) -> None:
+    if not config.model.path.strip():
+        raise UserError("model.path is empty; name a folder")
+    _check_model(config.model.path)
+    if config.model.vae and (found := why_missing("model.vae", config.model.vae)):
+        raise UserError(found)
+
+
+def _check_model(path: str) -> None:
+    model = Path(path).expanduser()
+    if model.is_dir() and not (model / "model_index.json").is_file():
+        raise UserError(
+            f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
+        )
+    if found := why_missing("model.path", path):
+        raise UserError(found)
+
+
+def _check_data(config: DataConfig) -> None:
+    """Refuse missing sources, and sizes that the VAE and the buckets do not allow."""
+    _check_sources(config)
+    _check_sizes(config)
+    given = config.caption_extension
+    for extension in given if isinstance(given, list) and given else [given]:
+        if (
+            not isinstance(extension, str)
+            or not re.fullmatch(r"\.[^./\\]+", extension)
+            or extension in PICTURE_SUFFIXES
+        ):
+            raise UserError(
+                f"data.caption_extension={extension} is not the ending of a text file, such as .txt"
+            )
+    if not config.tag_separator:
+        raise UserError("data.tag_separator is empty; set what separates tags, such as ','")
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError:
+        raise UserError(
+            f"data.background={config.background} is not a colour; use a name, such as white, or "
+            "#rrggbb"
+        ) from None
+
+
+def _check_sources(config: DataConfig) -> None:
+    if config.path is None and not config.sources:
+        raise UserError(
+            "data.path has no value; set it on the command line: data.path=... "
+            "(or several: 'data.sources=[{path: ...}, {path: ...}]')"
+        )
+    if config.path is not None and config.sources:
+        raise UserError(
+            "data.path and data.sources are both set; set data.path=null, or no sources"
+        )
+    if config.sources and all(source.weight == 0 for source in config.sources):
+        raise UserError(
+            "data.sources: every weight is 0, so nothing would be learned; give one a larger weight"
+        )
+    named = [("data.path", config.path)] if config.path is not None else []
+    named += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    for key, path in named:
+        if not path.strip():
+            raise UserError(f"{key} is empty; name a folder")
+        if not Path(path).expanduser().exists():
+            raise UserError(
+                f"{key}={path} is not a folder (or .tar, .parquet or .arrow file); name one that "
+                "holds pictures"
+            )
+
+
+def _check_sizes(config: DataConfig) -> None:
+    if config.bucket_step % 8:
+        raise UserError(f"data.bucket_step={config.bucket_step} is not a multiple of 8")
+    named = [(f"data.resolution={config.resolution}", config.resolution)]
+    named += [(f"data.resolutions={config.resolutions}: {s}", s) for s in config.resolutions]
+    for what, side in named:
+        if side % 8:
+            raise UserError(f"{what} is not a multiple of 8; {side // 8 * 8} is")
+        if config.buckets and side < config.bucket_step:
+            raise UserError(
+                f"{what} is less than data.bucket_step={config.bucket_step}; "
+                "choose a smaller step, or data.buckets=false"
+            )
+
+
+def _check_tensorboard(config: LogConfig) -> None:
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "log.tensorboard=true needs a package that is not installed: pip install tensorboard"
+        )
+
+
+def _check_device(device: str) -> None:
+    if device == "auto":
+        return
+    if device.startswith("mps"):
+        raise UserError(
+            f"runtime.device={device}: Apple's GPUs are not supported; use runtime.device=cpu"
+        )
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"runtime.device={device} is not a device; use auto, cpu, cuda or cuda:N")
+    wanted = torch.device(device)
+    if wanted.type == "cuda" and (
+        not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"runtime.device={device}: torch {torch.__version__} sees no such GPU; "
+            "use runtime.device=cpu"
+        )

@@ -1,0 +1,1 @@
+"""Conversion of models and LoRAs between formats."""

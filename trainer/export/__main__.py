@@ -1,0 +1,89 @@
+"""`python -m trainer.export SOURCE TARGET`: convert a model or a LoRA to another format.
+
+A model becomes a diffusers folder or a single file, a LoRA a file in kohya's or diffusers' format;
+the result is read back and compared before it gets its name.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from trainer.errors import UserError
+
+_EPILOG = """\
+SOURCE is one of
+  a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub repository (owner/name)
+  a LoRA file in kohya's or diffusers' format
+  a run's folder (its model/ or lora/, or else its last checkpoint), or one of its checkpoints
+
+Examples:
+  python -m trainer.export sd_xl_base_1.0.safetensors sdxl-base
+  python -m trainer.export runs/2026-01-01/12-00-00-cats cats.safetensors --dtype float16
+  python -m trainer.export cats-diffusers.safetensors cats.safetensors --format kohya
+Exit status: 0, the target is written and verified; 1, an internal error; 2, the command, the source
+or the target is wrong, and nothing is written; 130, stopped by Ctrl-C.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    from trainer.export import conversion  # imported after parsing: diffusers takes seconds
+
+    try:
+        conversion.convert(
+            options.source,
+            Path(options.target),
+            form=options.format,
+            dtype=options.dtype,
+            base=options.base,
+            variant=options.variant,
+        )
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.export",
+        description="Convert a model or a LoRA to another program's format.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to convert; see below")
+    parser.add_argument("target", metavar="TARGET", help="what to write; it must not exist")
+    parser.add_argument(
+        "--format",
+        choices=["diffusers", "single_file", "kohya"],
+        help="as in method.export; for a model: diffusers (a folder) or single_file (default: by "
+        "TARGET's suffix, .safetensors is a file); for a LoRA: kohya or diffusers (default: the "
+        "other format than SOURCE's; for a run, kohya)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="dtype to write (default: unchanged; a VAE always keeps its own)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="base model of a LoRA: sdxl, sd15, or a model (default: as recorded in the file or "
+        "its run); for a checkpoint, the new location of the model its run started from",
+    )
+    parser.add_argument(
+        "--variant",
+        help="variant of a diffusers folder's files, such as fp16 (default for a checkpoint: its "
+        "run's)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The model: where its parts come from, and how they run."""

@@ -1,0 +1,1 @@
+"""What the UNet learns: inputs, noise, targets, losses."""

@@ -1,0 +1,154 @@
+"""The training loss: how far the UNet's prediction is from its target, and how much that counts.
+
+The loss of a batch is the mean over all of its elements of `factor * distance`, in fp32.  The
+factor of an element is the product of
+
+- its sample's `loss_weights` (for regularisation pictures, the weight of prior preservation of
+  Ruiz et al. 2022, arXiv 2208.12242),
+- the weight of its sample's timestep (`timestep_weights`),
+- its mask, raised to unmasked_weight + (1 - unmasked_weight) * mask.
+
+Nothing is divided by the sum of factors.  So a mask of ones has no effect, the part of a picture
+inside its mask has the same gradient as without a mask, and the mean over equal micro-batches is
+the loss of all their samples together.  A shorter batch has the mean over its own elements.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from trainer.config import Config, HuberConfig, LossConfig
+from trainer.objective import noise
+from trainer.objective.batches import Batch, on_device, predict
+
+_PARTS = 4  # of the timestep range, reported separately by evaluation
+
+
+def loss(
+    config: LossConfig, noise_schedule: DDPMScheduler, prediction: Tensor, batch: Batch
+) -> Tensor:
+    """The mean over all elements of the configured distance times its factor: prediction fp32
+    (B, 4, h, w) -> 0-d."""
+    target = on_device(batch.target, prediction.device)
+    if isinstance(config, HuberConfig):
+        distance = _huber(config, noise_schedule, prediction, target, batch.timesteps)
+    else:
+        distance = F.mse_loss(prediction, target, reduction="none")
+    weights = factor(config, noise_schedule, batch)
+    if weights is not None:
+        distance = distance * on_device(weights, prediction.device)
+    return distance.mean()
+
+
+def factor(config: LossConfig, noise_schedule: DDPMScheduler, batch: Batch) -> Tensor | None:
+    """The factor of each element: -> fp32, broadcastable to (B, 4, h, w); None for 1."""
+    factors = []
+    if batch.loss_weights is not None:
+        factors.append(batch.loss_weights.float().view(-1, 1, 1, 1))
+    if config.weighting != "none":
+        factors.append(timestep_weights(config, noise_schedule, batch.timesteps).view(-1, 1, 1, 1))
+    if batch.mask is not None:
+        inside = batch.mask.float()
+        factors.append(config.unmasked_weight + (1 - config.unmasked_weight) * inside)
+    if not factors:
+        return None
+    return math.prod(factors[1:], start=factors[0])
+
+
+def timestep_weights(
+    config: LossConfig, noise_schedule: DDPMScheduler, timesteps: Tensor
+) -> Tensor:
+    """The weight of each sample's squared error by its timestep's SNR: int64 (B,) -> fp32 (B,).
+
+    The papers weight the error of the noise e; the error of v is (SNR + 1) / SNR times that of e
+    (Salimans & Ho 2022, arXiv 2202.00512, app. D), so its weight is the same times SNR / (SNR + 1).
+
+        min_snr   e: min(SNR, gamma) / SNR    v: min(SNR, gamma) / (SNR + 1)
+        debiased  e: 1 / sqrt(SNR)            v: sqrt(SNR) / (SNR + 1)
+
+    Hang et al. 2023 (arXiv 2303.09556); Yu et al. 2023 (arXiv 2310.08442).  At zero
+    terminal SNR, which only v-prediction has, both are 0.
+    """
+    ratio = noise.snr(noise_schedule, timesteps)
+    if noise_schedule.config.prediction_type == "v_prediction":
+        wanted = ratio.clamp(max=config.gamma) if config.weighting == "min_snr" else ratio.sqrt()
+        return wanted / (ratio + 1)
+    if config.weighting == "min_snr":
+        return (config.gamma / ratio).clamp(max=1)
+    return ratio.rsqrt()
+
+
+def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """The error above which each sample's loss is linear: int64 (B,) -> fp32 (B,).
+
+    Khrapov et al. 2024 (arXiv 2403.16728): from 1 without noise to `delta` at pure noise,
+    exponentially in the timestep (delta^(t / T)), or with sigma^2 = 1 / SNR as
+    (1 - delta) / (1 + sigma)^2 + delta.  They schedule the pseudo-Huber loss; here it is Huber's.
+    """
+    if config.schedule == "exponential":
+        return config.delta ** (timesteps.float() / noise_schedule.config.num_train_timesteps)
+    root = noise.snr(noise_schedule, timesteps).sqrt()  # 1 / sigma
+    return (1 - config.delta) * (root / (root + 1)).square() + config.delta
+
+
+def is_bounded_by_evaluation(config: Config) -> bool:
+    """Whether the expected loss of a training step is at most what `evaluate` measures for the same
+    model: no factor is above 1, and timesteps are distributed as in evaluation."""
+    noise_config = config.noise
+    return (
+        config.loss.weighting != "debiased"
+        and all(source.weight <= 1 for source in config.data.sources)
+        and (noise_config.timesteps, noise_config.timestep_low) == ("uniform", 0)
+        and noise_config.timestep_high is None
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    unet: UNet2DConditionModel, noise_schedule: DDPMScheduler, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Mean squared error over fixed eval batches: {"loss": ..., "loss_t000_250": ..., ...}, over
+    all elements and over those in each quarter of the timesteps that has any.
+
+    Always the plain MSE, without weights and masks, so that runs with any loss can be compared.
+    """
+    count = noise_schedule.config.num_train_timesteps
+    total, elements = 0.0, 0
+    sums, sizes = [0.0] * _PARTS, [0] * _PARTS
+    for batch in batches:
+        error = predict(unet, batch) - batch.target.to(unet.device)
+        squares = error.double().square()
+        total += squares.sum().item()
+        elements += squares.numel()
+        per_sample = zip(batch.timesteps.tolist(), squares.flatten(1).sum(1).tolist(), strict=True)
+        for timestep, value in per_sample:
+            sums[timestep * _PARTS // count] += value
+            sizes[timestep * _PARTS // count] += squares[0].numel()
+    edges = [part * count // _PARTS for part in range(_PARTS + 1)]
+    parts = {
+        f"loss_t{edges[part]:03d}_{edges[part + 1]:03d}": sums[part] / sizes[part]
+        for part in range(_PARTS)
+        if sizes[part]
+    }
+    return {"loss": total / elements} | parts
+
+
+def _huber(
+    config: HuberConfig,
+    noise_schedule: DDPMScheduler,
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+) -> Tensor:
+    """Huber's distance of each element: (B, 4, h, w)."""
+    if config.schedule == "constant":
+        return F.huber_loss(prediction, target, reduction="none", delta=config.delta)
+    delta = on_device(
+        huber_deltas(config, noise_schedule, timesteps).view(-1, 1, 1, 1), prediction.device
+    )
+    error = (prediction - target).abs()
+    return torch.where(error <= delta, error.square() / 2, delta * (error - delta / 2))

@@ -1,0 +1,91 @@
+"""How a run ends early, and which checkpoint its message says to resume from."""
+
+import logging
+import math
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from trainer.errors import UserError
+from trainer.phases.saving import save
+from trainer.phases.state import State
+from trainer.storage import checkpoint
+from trainer.system import signals
+from trainer.training import method
+from trainer.training.guard import broken
+
+log = logging.getLogger(__name__)
+
+
+def refuse_ruined(state: State, loss: float) -> None:
+    """Raise UserError if the loss of the untrained model is not finite, which no step would
+    change."""
+    if math.isfinite(loss):
+        return
+    names = broken(dict(torch.nn.ModuleDict(state.model.trained_parts).named_parameters()))
+    why = f"its {names[0]} is not finite" if names else "it overflows"
+    raise UserError(
+        f"model.path={state.model.origin}: eval/loss is {loss} before the first step, because "
+        f"{why}; use another copy of the model, or model.dtype=float32"
+    )
+
+
+def nothing_to_train(state: State) -> None:
+    """Say that a resumed run is already at its last step."""
+    log.info(
+        "already at step %d of %d: nothing to train; evaluating, exporting and drawing again (to "
+        "train longer set %s=... runtime.allow_config_change=true)",
+        state.step,
+        state.config.schedule.steps,
+        "schedule.steps" if state.config.schedule.epochs is None else "schedule.epochs",
+    )
+
+
+def stopped(state: State) -> NoReturn:
+    """End the process of a run that was saved, with the exit status of the signal."""
+    log.info("stopped; resume with: python -m trainer resume=%s", state.folder)
+    signals.end(state.stop[0])
+
+
+def refuse_broken(state: State) -> None:
+    """Raise UserError if trained weights are not finite, since then every later step is skipped
+    too."""
+    names = broken(method.trained_parameters(state.model))
+    if not names:
+        return
+    others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
+    since = f" since step {state.guard.last_update}" if state.guard.last_update else ""
+    raise UserError(
+        f"{names[0]}{others} not finite{since}, so no later step can succeed; lower optim.lr. "
+        f"{way_back(state)}"
+    )
+
+
+def give_up(state: State, wrong: UserError) -> NoReturn:
+    """Raise the error of a run that keeps skipping steps, and say what to resume from.  The weights
+    are saved first, unless they already are or no step succeeded; older checkpoints, which may be
+    better, are kept."""
+    newest = checkpoint.completed(state.folder / "checkpoints")[-1:]
+    saved = newest[0] if newest else None
+    is_saved = saved is not None and checkpoint.step_of(saved) >= state.guard.last_update
+    if state.guard.skipped < state.step and not is_saved:
+        try:
+            saved = save(state)
+        except UserError as error:
+            log.error("%s", error)
+    raise UserError(f"{wrong}. {way_back(state, saved)}")
+
+
+def way_back(state: State, saved: Path | None = None) -> str:
+    """Which checkpoint to resume from.  saved: the checkpoint of the current weights, if any."""
+    last = state.guard.last_whole
+    was = f"The last good step was {last}" if last else "No step succeeded"
+    if best := checkpoint.proven(state.folder / "checkpoints", last):
+        return (
+            f"{was}; resume from the checkpoint before it: resume={best} (another optim.lr also "
+            "needs runtime.allow_config_change=true)"
+        )
+    if saved:
+        return f"{was}; the state is saved: resume={saved}"
+    return f"{was}, and there is no checkpoint from before it: start again"

@@ -1,0 +1,128 @@
+"""Writing the checkpoints and results of a run, and what happens if one cannot be written."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from trainer.config import file_name
+from trainer.errors import UserError, reason
+from trainer.phases.state import State
+from trainer.storage import checkpoint, result
+from trainer.system import memory
+from trainer.training import method
+from trainer.training.guard import broken
+
+log = logging.getLogger(__name__)
+
+
+def save(state: State) -> Path:
+    """Write a checkpoint of this step; older ones stay until `rotate`.
+
+    Raises UserError if trained weights are not finite or the checkpoint cannot be written.
+    """
+    if names := broken(method.trained_parameters(state.model)):
+        raise UserError(f"no checkpoint at step {state.step}: {names[0]} is not finite")
+    state.peaks.end("rest")
+    counters = replace(
+        state.counters,
+        skipped_steps=state.guard.skipped,
+        last_whole_step=state.guard.last_whole,
+        epochs=state.epochs,
+        wall_seconds=state.clock.wall_seconds,
+        peak_training_bytes=state.peaks.training,
+        peak_bytes=state.peaks.run,
+        watch=asdict(state.watch),
+    )
+    with state.clock.aside("saving"):
+        saved = checkpoint.save(
+            state.folder / "checkpoints",
+            checkpoint.Checkpoint(
+                step=state.step,
+                weights=method.trained_tensors(state.model),
+                optimizer=state.optimizer.state_dict(),
+                average=state.ema.state() if state.ema else {},
+                config=asdict(state.config),
+                overrides=list(state.overrides),
+                model=state.base,
+                data=state.fingerprint,
+                counters=counters,
+            ),
+        )
+    state.is_proven = False
+    return saved
+
+
+def rotate(state: State, is_good: bool = False) -> None:
+    """Delete checkpoints beyond `runtime.keep_checkpoints`, but none while steps are skipped: the
+    step before may have ruined the weights, so that an older checkpoint is better.
+
+    The newest checkpoint that was followed by a good step is always kept.  is_good: the evaluation
+    shows that the current weights are usable, so the newest counts as such.
+    """
+    if state.guard.in_a_row and not is_good:
+        return
+    last_whole = state.step + 1 if is_good else state.guard.last_whole
+    keep = state.config.runtime.keep_checkpoints
+    checkpoint.rotate(state.folder / "checkpoints", keep, last_whole)
+
+
+@contextmanager
+def kept_if_unreadable(state: State) -> Iterator[None]:
+    """Save a checkpoint of the last step before raising, if a batch cannot be read in this block:
+    weights and optimizer have not changed since."""
+    try:
+        yield
+    except UserError as error:
+        if not state.step or state.guard.in_a_row:
+            raise
+        try:
+            saved = save(state)
+        except UserError as second:
+            log.error("%s", second)
+            raise error from None
+        raise UserError(f"{error} (resume={saved})") from error
+
+
+@contextmanager
+def tolerated() -> Iterator[None]:
+    """Turn a UserError in this block, such as a full disk, into a warning: training continues."""
+    try:
+        yield
+    except UserError as error:
+        log.warning("%s; training continues", error)
+
+
+def save_or_owe(state: State) -> None:
+    """Save now or, if this step was skipped, after the next good one."""
+    was_owed, state.owes_checkpoint = state.owes_checkpoint, state.guard.in_a_row > 0
+    if not state.owes_checkpoint:
+        save(state)
+        rotate(state)
+    elif not was_owed:
+        log.warning(
+            "no checkpoint at step %d, which was skipped; one will be saved after the next good "
+            "step",
+            state.step,
+        )
+
+
+def export(state: State) -> list[Path]:
+    """Write the current model or adapter; returns its files and folders.  Before the end of the run
+    it gets a folder of its own, and the step in its name."""
+    name, folder = file_name(state.config.name), state.folder
+    if state.step < state.config.schedule.steps:
+        step = f"step-{state.step:06d}"
+        name, folder = f"{name}-{step}", folder / "results" / step
+    pictures = state.data.dataset.num_pictures
+    try:
+        with state.clock.aside("exporting"), state.averaged(state.exports_average):
+            return result.export(state.config, name, state.model, folder, state.step, pictures)
+    except Exception as error:
+        if not memory.ran_out(error):
+            raise
+        raise UserError(
+            "out of memory while writing the result; python -m trainer.export can write it from a "
+            f"checkpoint ({reason(error)})"
+        ) from error

@@ -1,0 +1,111 @@
+"""Reporting a finished run: its summary.json and its closing lines."""
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trainer.reporting.metrics import as_json
+from trainer.system import disk
+
+_RESULT_STEP = "result_of_step"  # for a failed run, whose `steps` may differ
+# What a run that is resumed at its end, and makes no step, cannot measure again.
+_COSTS = (
+    "wall_seconds",
+    "peak_memory_bytes",
+    "optimizer_seconds_per_step",
+    "runs_before_in_process",
+    "ended",
+)
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json; a number that is not finite becomes null."""
+    text = json.dumps(as_json(summary), indent=2) + "\n"
+    disk.replace_text(folder / "summary.json", text)
+
+
+def of_failure(
+    folder: Path, summary: Mapping[str, Any], error: Exception, has_result: bool = False
+) -> dict[str, Any]:
+    """The summary of a failed run: with the `error`, and with the step of the result in its folder,
+    if there is one; it may be from an earlier session."""
+    failed = {**summary, "error": str(error) or type(error).__name__}
+    step = summary["steps"] if has_result else result_step(read_summary(folder))
+    return failed if step is None else failed | {_RESULT_STEP: step}
+
+
+def result_step(summary: Mapping[str, Any]) -> int | None:
+    """The step of the result in a summary's folder; None if unknown."""
+    return summary.get(_RESULT_STEP if "error" in summary else "steps")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of a run; {} if there is none that can be read."""
+    with suppress(OSError, ValueError):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary if isinstance(summary, dict) else {}
+    return {}
+
+
+def costs_of(folder: Path, step: int) -> dict[str, Any]:
+    """Time and peak memory from an existing summary.json of this step: the checkpoint's counters
+    predate the final evaluation and export.  {} without one."""
+    summary = read_summary(folder)
+    is_of_step = summary.get("steps") == step
+    return {key: summary[key] for key in _COSTS if key in summary and is_of_step}
+
+
+def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
+    """Where everything is and what it cost."""
+    in_training = summary["peak_training_bytes"]
+    planned = summary.get("planned_training_bytes")
+    aside = f" ({format_bytes(planned)} planned)" if planned else ""
+    memory = f"{format_bytes(in_training)} in training{aside}, " if in_training else ""
+    cost = (
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s "
+        f"({summary['images_per_second']:.1f} images/s, median), {summary['wall_seconds']:.0f} s "
+        f"in total; optimizer state {format_bytes(summary['optimizer_state_bytes'])}, peak memory "
+        f"{memory}{format_bytes(summary['peak_memory_bytes'])} in total"
+    )
+    skipped = summary["skipped_steps"]
+    lines = {
+        "eval/loss": _learned(summary),
+        "held out": _loss(summary, "holdout_loss_after"),
+        "averaged": _loss(summary, "ema_loss_after"),
+        "cost": cost,
+        "skipped": f"{skipped} of {summary['steps']} steps, without a finite loss and gradient"
+        if skipped
+        else None,
+        **places,
+    }
+    return "\n".join(f"{title:<12}{said}" for title, said in lines.items() if said)
+
+
+def _learned(summary: dict[str, Any]) -> str:
+    """The loss before and after, and the share of it that is left if the two are comparable."""
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    if math.isnan(before):
+        return f"{after:.4f}"
+    was, now = summary["prediction_before"], summary["prediction"]
+    if was != now:
+        why = f"not comparable: the model predicted {was}, not {now}"
+        return f"{before:.4f} -> {after:.4f} ({why})"
+    share = f" ({after / before:.0%} of what it was)" if math.isfinite(after / before) else ""
+    return f"{before:.4f} -> {after:.4f}{share}"
+
+
+def _loss(summary: dict[str, Any], key: str) -> str | None:
+    return f"{summary[key]:.4f}" if key in summary else None
+
+
+def format_bytes(count: int) -> str:
+    """1234567 -> '1.2 MB' (decimal units)."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

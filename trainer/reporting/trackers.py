@@ -1,0 +1,157 @@
+"""Trackers that show a run's metrics and pictures, besides the files in its folder: Weights &
+Biases, TensorBoard.
+
+A tracker has `start`, `write`, `write_picture` and `close`, and may raise anything: `Tracked` makes
+sure that no tracker ever stops a run.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import yaml
+from PIL.Image import Image
+
+from trainer.config import Config, file_name
+from trainer.storage.run_folder import sweep_of
+from trainer.system import disk
+
+log = logging.getLogger(__name__)
+
+_TAG = 64  # characters, at most, in a tag of W&B
+
+
+class Tracker(Protocol):
+    title: str
+
+    def start(self, folder: Path, config: Config, start_step: int) -> None: ...
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def write_picture(self, step: int, picture: Image) -> None: ...
+
+    def close(self, summary: dict[str, Any]) -> None: ...
+
+
+class WandbTracker:
+    title = "W&B"
+
+    def start(self, folder: Path, config: Config, start_step: int) -> None:
+        import wandb  # seconds to import, and not needed by most runs
+
+        options = config.log.wandb
+        assert options is not None
+        mode: Any = options.mode  # one of the words that W&B knows, by the schema
+        self._run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            mode=mode,
+            name=_wandb_name(folder, config),
+            group=sweep.name if (sweep := sweep_of(folder)) else None,
+            tags=[config.optim.name, config.method.name, Path(config.model.path).name[:_TAG]],
+            id=wandb_id(folder),
+            resume="allow",
+            dir=folder,
+            config=asdict(config),
+            reinit="finish_previous",
+            settings=wandb.Settings(init_timeout=30, console="off"),
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def write_picture(self, step: int, picture: Image) -> None:
+        import wandb
+
+        self._run.log({"samples": wandb.Image(picture)}, step=step)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Marks the run as failed if its summary has an `error`."""
+        try:
+            self._run.summary.update(summary)
+        finally:
+            self._run.finish(exit_code=int("error" in summary))
+
+
+class TensorBoardTracker:
+    title = "TensorBoard"
+
+    def start(self, folder: Path, config: Config, start_step: int) -> None:
+        """Open an event file; steps after `start_step` in earlier ones will not be shown."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
+        text = yaml.safe_dump(asdict(config), sort_keys=False)
+        self._writer.add_text("config", f"```yaml\n{text}```", start_step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def write_picture(self, step: int, picture: Image) -> None:
+        self._writer.add_image("samples", np.asarray(picture.convert("RGB")), step, None, "HWC")
+        self._writer.flush()
+
+    def close(self, summary: dict[str, Any]) -> None:
+        rows = "".join(f"| {key} | {value} |\n" for key, value in summary.items())
+        self._writer.add_text("summary", f"| | |\n|---|---|\n{rows}", summary.get("steps"))
+        self._writer.close()
+
+
+class Tracked:
+    """A run in a tracker, which is no longer used once it has failed; that is logged once."""
+
+    def __init__(self, tracker: Tracker, folder: Path, config: Config, start_step: int) -> None:
+        self._tracker, self._failed = tracker, False
+        self._try(lambda: tracker.start(folder, config, start_step))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._try(lambda: self._tracker.write(step, values))
+
+    def write_picture(self, step: int, picture: Image) -> None:
+        self._try(lambda: self._tracker.write_picture(step, picture))
+
+    def close(self, summary: dict[str, Any]) -> None:
+        self._try(lambda: self._tracker.close(summary))
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._failed = True
+            log.warning(
+                "%s is off for the rest of this run (%s: %s); metrics.jsonl continues",
+                self._tracker.title,
+                type(error).__name__,
+                error,
+            )
+
+
+def of(folder: Path, config: Config, start_step: int) -> list[Tracked]:
+    """The run's configured trackers."""
+    wanted: list[Tracker] = []
+    if config.log.wandb:
+        wanted.append(WandbTracker())
+    if config.log.tensorboard:
+        wanted.append(TensorBoardTracker())
+    return [Tracked(tracker, folder, config, start_step) for tracker in wanted]
+
+
+def wandb_id(folder: Path) -> str:
+    """A random id, kept in the run's folder so that a resumed run continues under it."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        disk.replace_text(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8")
+
+
+def _wandb_name(folder: Path, config: Config) -> str:
+    """The configuration's name, with what distinguishes the runs of a sweep, or of a day."""
+    own = file_name(config.name)
+    return folder.name if own in folder.name else f"{config.name} {folder.name}"

@@ -1,0 +1,215 @@
+"""Checkpoints: everything a run needs to resume as if it had never stopped.
+
+A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (the trained tensors),
+`average.safetensors` (their averages, with method.ema), `optimizer.pt` and `checkpoint.json`
+(step, counters, configuration, checksums).  A folder of that name is complete or does not exist
+(`trainer.system.disk`).  There is no RNG state: all randomness is a function of (seed, step, place
+in the batch).
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.formats import stream
+from trainer.formats.weights import of_tensors
+from trainer.system import disk
+
+log = logging.getLogger(__name__)
+
+_FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
+_AVERAGE = "average.safetensors"
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What a run has counted so far, in all of its sessions."""
+
+    skipped_steps: int = 0
+    last_whole_step: int = 0  # the last that was not skipped
+    eval_loss_before: float = math.nan  # before the first step; NaN if not comparable any more
+    holdout_loss_before: float = math.nan  # the same for held-out pictures
+    grad_norm: float = math.nan  # of the last step: method.clip=lagged clips the next one by it
+    epochs: float = 0.0  # done; decides which batch is next
+    pictures: int = 0  # trained on, with repetitions
+    seconds: float = 0.0  # spent in training steps
+    # Steps that count for the speed: see `trainer.reporting.clock`.
+    steady_steps: int = 0
+    steady_seconds: float = 0.0
+    steady_pictures: int = 0
+    steady_times: list[float] = field(default_factory=list)  # seconds, of the last
+    wall_seconds: float = 0.0
+    # Peak memory; 0: unknown.
+    peak_training_bytes: int = 0
+    peak_bytes: int = 0
+    watch: dict[str, Any] = field(default_factory=dict)  # of `trainer.reporting.watch`
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A run between two steps.  `step` counts the steps done."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    average: dict[str, Tensor]  # of the weights; empty without method.ema
+    config: dict[str, Any]
+    overrides: list[str]  # of the command line that gave it
+    model: str  # a sketch of the one that training began with
+    data: str  # fingerprint of the samples
+    counters: Counters
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/step-NNNNNN` unless it exists.  Raises UserError if it cannot be written."""
+    final = folder / f"step-{checkpoint.step:06d}"
+    if final.exists():
+        return final  # a finished run that was resumed
+    with disk.whole_folder(final) as temporary:
+        stream.write(temporary / "weights.safetensors", of_tensors(checkpoint.weights), {})
+        torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+        if checkpoint.average:
+            stream.write(temporary / _AVERAGE, of_tensors(checkpoint.average), {})
+        files = (*_FILES, _AVERAGE) if checkpoint.average else _FILES
+        record: dict[str, Any] = {
+            "step": checkpoint.step,
+            "counters": asdict(checkpoint.counters),
+            "config": checkpoint.config,
+            "overrides": checkpoint.overrides,
+            "model": checkpoint.model,
+            "data": checkpoint.data,
+            "sha256": {name: _sha256_file(temporary / name) for name in files},
+        }
+        record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
+        (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    return final
+
+
+def rotate(folder: Path, keep: int, last_whole: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the newest `proven` one."""
+    spared = proven(folder, last_whole)
+    for old in completed(folder)[:-keep]:
+        if old == spared:
+            continue
+        try:  # renamed first, so that no half-deleted folder has the name of a checkpoint
+            old.rename(old.with_name(f".{old.name}.tmp"))
+        except OSError as error:
+            log.warning("%s is not deleted: %s", old, error)
+    for stale in folder.glob(".*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)  # retried after the next save
+
+
+def proven(folder: Path, last_whole: int) -> Path | None:
+    """The newest checkpoint that was followed by a good step, which proves that its loss and
+    gradients are finite; None if there is none."""
+    good = [path for path in completed(folder) if step_of(path) < last_whole]
+    return good[-1] if good else None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint into CPU memory.  Raises UserError if it is damaged."""
+    record = verified(folder)
+    try:
+        with _naming(folder):
+            return Checkpoint(
+                step=record["step"],
+                weights=load_file(folder / "weights.safetensors"),
+                optimizer=torch.load(
+                    folder / "optimizer.pt", weights_only=True, map_location="cpu"
+                ),
+                average=load_file(folder / _AVERAGE) if _AVERAGE in record["sha256"] else {},
+                config=record["config"],
+                overrides=record["overrides"],
+                model=record["model"],
+                data=record["data"],
+                counters=Counters(**record["counters"]),
+            )
+    except pickle.UnpicklingError as error:  # not damage: the checksum was right
+        raise UserError(f"checkpoint {folder} cannot be resumed: {unread(error)}") from error
+
+
+def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
+    """The contents of checkpoint.json.  Raises UserError if it, or any file of the checkpoint
+    except `without`, has changed since it was written."""
+    with _naming(folder):
+        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        digests = dict(record["sha256"])
+        own = digests.pop("checkpoint.json")
+        if own != _sha256(_canonical(record | {"sha256": digests})):
+            raise UserError("checkpoint.json does not match its checksum")
+        if missing := sorted({*_FILES} - digests.keys()):
+            raise UserError(f"{missing[0]} has no checksum")
+        for name, digest in digests.items():
+            if name != without and _sha256_file(folder / name) != digest:
+                raise UserError(f"{name} does not match its checksum")
+        return record
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turn any error of reading into a UserError that names the checkpoint."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"checkpoint {folder} is damaged: {reason}") from error
+
+
+def unread(error: pickle.UnpicklingError) -> str:
+    """One line on why `torch.load` refused an optimizer's state."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return (
+        f"the optimizer's state holds {found[1] if found else 'an object'}, which is not loaded "
+        "from a file, because unpickling objects can run code"
+    )
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename checkpoints newer than `step`, which are damaged: the resumed run will write those
+    steps again.  step-000400 becomes damaged-step-000400."""
+    for newer in completed(folder):
+        if step_of(newer) <= step:
+            continue
+        names = (f"damaged-{newer.name}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+        aside = next(path for path in map(folder.joinpath, names) if not path.exists())
+        newer.rename(aside)
+        log.warning("%s is now %s", newer, aside.name)
+
+
+def completed(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` folder, oldest first."""
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _canonical(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode()
+
+
+def _sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

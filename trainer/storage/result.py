@@ -1,0 +1,126 @@
+"""The result of a run: the trained model or adapter in the formats of other programs.
+
+Each file is read back and compared with the trained tensors (`trainer.formats`).
+"""
+
+import copy
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.config import DTYPES, Config, FullConfig, LoraConfig
+from trainer.errors import UserError
+from trainer.formats import diffusers_lora, lora, metadata, writing
+from trainer.models.model import Model
+from trainer.system import disk
+
+log = logging.getLogger(__name__)
+
+
+def check(method: FullConfig | LoraConfig, model: Model) -> None:
+    """Raise UserError for a format that the model has no layout in, before anything is trained."""
+    for kind in method.export:
+        if kind in ("kohya", "single_file") and model.origin.kind == "other":
+            raise UserError(
+                f"method.export={method.export}: {kind} is for SDXL and Stable Diffusion 1.x, and "
+                f"{model.origin} is another model; set method.export=[diffusers]"
+            )
+
+
+def export(
+    config: Config, name: str, model: Model, folder: Path, step: int, num_images: int
+) -> list[Path]:
+    """Write the result in the formats of `method.export`; returns the files and folders written.
+
+    A full fine-tune: `diffusers`, the whole pipeline in `folder/model`; `single_file`,
+    `folder/NAME.safetensors`.  A LoRA: `kohya`, `folder/lora/NAME.safetensors`; `diffusers`,
+    `folder/lora/pytorch_lora_weights.safetensors` (a run of that name has NAME-kohya beside it).
+    Raises UserError if a file cannot be written, or does not read back equal.
+    """
+    method = config.method
+    dtype = None if method.export_dtype is None else DTYPES[method.export_dtype]
+    parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
+    if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
+        parts["vae"] = model.vae_origin
+    more_metadata = described(asdict(config), step, num_images)
+    written = []
+    for kind in method.export:
+        if isinstance(method, LoraConfig):
+            target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
+            told = more_metadata | metadata.prediction(model.scheduler)
+            lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
+        elif kind == "single_file":
+            target = folder / f"{name}.safetensors"
+            writing.save_single_file(
+                target,
+                model.origin,
+                parts,
+                dtype,
+                model.scheduler,
+                {metadata.TRAINER: more_metadata[metadata.TRAINER]},
+            )
+        else:
+            target = folder / "model"
+            writing.save_folder(target, model.origin, parts, model.scheduler, dtype)
+        written.append(target)
+    if isinstance(method, LoraConfig) and model.scheduler != model.origin.config("scheduler"):
+        written.append(_write_scheduler(model, folder / "lora/scheduler"))
+    return written
+
+
+def _lora_stem(name: str, kind: str) -> str:
+    """The stem of a LoRA's file: different for two formats, even where case is ignored."""
+    if kind == "diffusers":
+        return diffusers_lora.STEM
+    return f"{name}-kohya" if name.lower() == diffusers_lora.STEM else name
+
+
+def _write_scheduler(model: Model, folder: Path) -> Path:
+    """Write the scheduler that an adapter was trained with, for which LoRA formats have no
+    place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(model.scheduler, indent=2) + "\n"
+    disk.replace_text(folder / "scheduler_config.json", text)
+    log.warning("load this adapter with the scheduler in %s", folder)
+    return folder
+
+
+def described(config: dict[str, Any], step: int, num_images: int | None = None) -> dict[str, str]:
+    """Metadata: how it was trained, under the keys of kohya's scripts, which model managers show,
+    and the public part of the configuration under a key of our own.
+
+    num_images: the number of distinct training pictures; None if unknown.
+    """
+    model, data = config["model"], config["data"]
+    side = max(data.get("resolutions") or [data["resolution"]])
+    resolution = f"{side}x{side}"
+    known: dict[str, Any] = {
+        "ss_steps": step,
+        "ss_optimizer": config["optim"]["name"],
+        "ss_learning_rate": config["optim"].get("lr", ""),
+        "ss_lr_scheduler": config["schedule"]["name"],
+        "ss_seed": config["seed"],
+        "ss_resolution": resolution,
+        "ss_num_train_images": num_images,
+        "ss_batch_size_per_device": data["batch_size"],
+        "ss_mixed_precision": "bf16" if "bfloat16" in (model["dtype"], model["compute"]) else "no",
+        metadata.RESOLUTION: resolution,
+        metadata.TRAINER: json.dumps({"config": _public(config), "step": step}),
+    }
+    return {key: str(value) for key, value in known.items() if value is not None}
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what is private or of no use elsewhere: paths, captions, prompts.
+    Of model paths the last part is kept."""
+    public = copy.deepcopy(config)
+    for private in ("resume", "log"):
+        del public[private]
+    for private in ("path", "sources", "cache", "caption_prefix", "caption_suffix"):
+        del public["data"][private]
+    for group, key in (("model", "path"), ("model", "vae"), ("method", "start_from")):
+        if public[group].get(key):
+            public[group][key] = Path(public[group][key]).name
+    return public

@@ -1,0 +1,241 @@
+"""Which checkpoint `resume=` names, and whether this run may continue from it."""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, ConstantConfig, flatten
+from trainer.errors import UserError
+from trainer.storage import checkpoint
+from trainer.storage.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+# Options that do not change what is learned, in groups that do (`to_resume`).  What lies at a path
+# is compared by its content: `check_content`.
+_ANYWHERE = {
+    "model.path",
+    "model.vae",
+    "data.path",
+    "data.cache",
+    "data.max_unreadable",
+    "data.max_pixels",
+    "method.export",
+    "method.export_dtype",
+    "method.export_every",
+    "method.start_from",
+    "method.ema.device",
+    "method.ema.sample",
+    "method.ema.export",
+}
+
+
+def find(resume: str) -> list[Path]:
+    """The checkpoints that `resume=` may mean, best last: a single one, or all of a run.
+
+    Raises UserError if there is none.
+    """
+    path = latest_run() if resume == "latest" else Path(resume).expanduser().resolve()
+    if (path / "checkpoint.json").is_file():
+        return [path]
+    if checkpoints := checkpoint.completed(path / "checkpoints") or checkpoint.completed(path):
+        return checkpoints
+    raise UserError(
+        f"resume={resume}: there is no checkpoint there; "
+        "name a run's folder, a checkpoint's, or latest"
+    )
+
+
+def latest_run() -> Path:
+    """The run under ./runs with the newest checkpoint.
+
+    Raises UserError if there is none, or if a newer run has no checkpoint: resuming an older run
+    instead would go unnoticed.
+    """
+    saved = _newest("checkpoints/step-*/checkpoint.json")
+    if not saved:
+        raise UserError(
+            "resume=latest: there is no checkpoint under ./runs; start a run without resume"
+        )
+    (when, record), begun = saved, _newest("environment.json")
+    run = record.parents[2]
+    if begun and begun[0] > when and not checkpoint.completed(begun[1].parent / "checkpoints"):
+        raise UserError(
+            f"resume=latest: the newest run, {begun[1].parent}, has no checkpoint; start it again, "
+            f"or resume the newest that has one: resume={run}"
+        )
+    return run.resolve()
+
+
+def _newest(pattern: str) -> tuple[float, Path] | None:
+    """The newest file of any run that matches, and its time."""
+    found: dict[float, Path] = {}
+    for path in Path("runs").glob(f"**/{pattern}"):
+        with contextlib.suppress(OSError):  # just deleted by a running process
+            found[path.stat().st_mtime] = path
+    return max(found.items()) if found else None
+
+
+def overrides_of(resume: str) -> list[str]:
+    """The command-line options of the run that `resume=` names; [] if no checkpoint can be read,
+    which `to_resume` reports."""
+    try:
+        for folder in reversed(find(resume)):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+                return list(record["overrides"])
+    except UserError:
+        pass
+    return []
+
+
+def run_folder_of(resume: str) -> Path | None:
+    """The folder of the run, if it continues there; None if it forks into a new folder.
+
+    A run continues in its folder from its newest checkpoint.  From an older one, or from a copy
+    outside of any run, it forks, so that nothing later is overwritten.
+    """
+    newest = find(resume)[-1]
+    is_in_run = newest.parent.name == "checkpoints"
+    goes_on = is_in_run and checkpoint.completed(newest.parent)[-1] == newest
+    return newest.parents[1] if goes_on else None
+
+
+def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
+    """The checkpoint that `config.resume` names, or None.  Raises UserError if its configuration
+    does not fit this one.
+
+    Options that decide what is learned must be equal; where, how often and how verbosely may
+    change.  given: the options on this command line.  An option that did not exist yet when the
+    checkpoint was written, and is not given, counts as unchanged.
+    """
+    if not config.resume:
+        return None
+    found = load_newest(find(config.resume))
+    if config.schedule.epochs is None:  # otherwise the length is known once the data is read
+        check_length(found, config.schedule)
+    here, there = _options(asdict(config)), _options(found.config)
+    learned = (
+        "seed",
+        "model.",
+        "data.",
+        "method.",
+        "optim.",
+        "loss.",
+        "noise.",
+        "schedule.",
+        "runtime.accumulation",
+    )
+    keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))
+    known = set(_ANYWHERE)
+    if config.schedule.epochs is not None:  # steps follow from the data
+        known.add("schedule.steps")
+    if config.schedule.warmup_steps is None:
+        known.add("schedule.warmup_steps")
+    keys = [key for key in keys if key not in known]
+    changed = {
+        k: f"{k}: {there.get(k)} -> {here.get(k)}"
+        for k in keys
+        if here.get(k) != there.get(k) and (k in given or not _is_newer(k, there))
+    }
+    fixed = {"optim.name", "optim.class_path", "method.name", "method.rank", "method.ranks"}
+    fixed &= changed.keys()
+    if fixed:
+        raise UserError(
+            f"resume: {changed[min(fixed)]} cannot change; the saved optimizer state and trained "
+            "tensors do not fit the change. Start a new run from the exported model instead"
+        )
+    if changed and not config.runtime.allow_config_change:
+        raise UserError(
+            f"resume: the checkpoint has another configuration ({', '.join(changed.values())}); "
+            "leave these options out, or set runtime.allow_config_change=true"
+        )
+    if changed:
+        log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
+    return found
+
+
+def load_newest(folders: list[Path]) -> Checkpoint:
+    """Load the last undamaged one; a damaged one is skipped with a warning."""
+    for folder in reversed(folders):
+        try:
+            loaded = checkpoint.load(folder)
+        except UserError as error:
+            log.warning("%s; trying the previous one", error)
+            continue
+        log.info("resuming from %s", folder)
+        return loaded
+    raise UserError("there is no undamaged checkpoint to resume from")
+
+
+def _is_newer(key: str, there: Mapping[str, Any]) -> bool:
+    """Whether an option did not exist when the checkpoint was written, which has other options of
+    the same group."""
+    group = key.rpartition(".")[0]
+    is_own = group == "optim.options"  # free-form: those of optim=external
+    return key not in there and not is_own and any(k.startswith(f"{group}.") for k in there)
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as {option name: value}, without the paths in data.sources."""
+    flat = flatten(config)
+    sources = flat.get("data.sources") or []
+    flat["data.sources"] = [{k: v for k, v in one.items() if k != "path"} for one in sources]
+    return flat
+
+
+def check_length(saved: Checkpoint, schedule: ConstantConfig) -> None:
+    """Raise UserError for a schedule of fewer steps, or epochs, than the checkpoint has done."""
+    if schedule.steps >= saved.step:
+        return
+    key, wanted, done = "schedule.steps", float(schedule.steps), float(saved.step)
+    if schedule.epochs is not None:
+        key, wanted, done = "schedule.epochs", schedule.epochs, saved.counters.epochs
+    raise UserError(
+        f"resume: {key}={wanted:g}, and the checkpoint is at {done:g}; {key}={done:g} stops there, "
+        "a larger value continues, resume=OLDER_CHECKPOINT goes back"
+    )
+
+
+def check_content(saved: Checkpoint, model: str, data: str, may_change: bool) -> None:
+    """Raise UserError, unless they may change, if the model, or pictures or captions, are others
+    than the run started with.  Their paths do not matter.  model, data: their fingerprints."""
+    both = {
+        "the model is": (saved.model, model),
+        "the pictures or captions are": (saved.data, data),
+    }
+    for what, (there, here) in both.items():
+        if there == here:
+            continue
+        message = f"{what} not what the run started with"
+        if not may_change:
+            raise UserError(
+                f"resume: {message}; put that back, or set runtime.allow_config_change=true"
+            )
+        log.warning("resuming, although %s", message)
+
+
+def drop_other_measure(config: Config, data: str, model: str, resumed: Checkpoint) -> None:
+    """Forget eval_loss_before if the resumed run measures something else.  model, data: the
+    fingerprints of this run's."""
+    counters, before = resumed.counters, resumed.config
+    points = {
+        "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
+        "the data": (resumed.data, data),
+        "the model": (resumed.model, model),
+        "noise.prediction": (before["noise"]["prediction"], config.noise.prediction),
+        "noise.zero_terminal_snr": (
+            before["noise"]["zero_terminal_snr"],
+            config.noise.zero_terminal_snr,
+        ),
+    }
+    changed = [name for name, (there, here) in points.items() if there != here]
+    if changed and not math.isnan(counters.eval_loss_before):
+        counters.eval_loss_before = counters.holdout_loss_before = math.nan
+        message = "%s changed, so eval/loss is no longer comparable with earlier values"
+        log.warning(message, " and ".join(changed))

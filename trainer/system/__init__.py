@@ -1,0 +1,1 @@
+"""The machine: its memory and disks, the terminal, signals, drives that fail."""

@@ -1,0 +1,165 @@
+"""Memory: measuring a run's use, returning freed memory, and advice when it runs out."""
+
+import ctypes
+import gc
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from trainer.config import Config, remedies
+from trainer.errors import UserError, reason
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+# A container's files (cgroup 2, then 1): limit, usage, and statistics, with the key of the file
+# pages in the usage that the kernel drops when memory is needed.
+_CGROUP = Path("/sys/fs/cgroup")
+_CONTAINERS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+# mallopt(3): parameters of glibc's allocator.  A block of M_MMAP_THRESHOLD bytes or more gets its
+# own mapping, which free() returns to the system.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_BLOCK_BYTES = 128 << 10  # glibc's initial value
+LARGE_BYTES = 1 << 30  # of weights, from which on a run manages its memory
+_RUNS = itertools.count()  # of this process
+
+
+def return_freed_blocks(weight_bytes: int) -> bool:
+    """For a large model, return freed CPU memory to the system: what is free now, and from now on
+    blocks of 128 kB or more.
+
+    By default glibc raises that threshold to up to 32 MB as blocks are freed, and keeps smaller
+    ones for reuse; that was 350 MB after a step of SDXL, with activations of all sizes.  For a
+    small model, whose tensors are about this size, it would only cost time.  Returns whether it was
+    done: not every C library can.
+    """
+    if weight_bytes < LARGE_BYTES:
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        mallopt, trim = library.mallopt, library.malloc_trim
+    except (OSError, AttributeError):
+        return False
+    gc.collect()
+    trim(0)
+    return all([mallopt(x, _BLOCK_BYTES) == 1 for x in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)])
+
+
+def free_host_bytes() -> int:
+    """Bytes that this process can still allocate, within its container's limit; `sys.maxsize` if
+    the system does not say."""
+    free = sys.maxsize
+    with suppress(OSError, KeyError, ValueError):
+        free = 1024 * _numbers(_MEMINFO)["MemAvailable:"]
+    for limit, used, statistics, droppable in _CONTAINERS:
+        with suppress(OSError, KeyError, ValueError):  # "max", or no container of this kind
+            left = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
+            free = min(free, left + _numbers(_CGROUP / statistics)[droppable])
+    return free
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """A file with a name and a number on each line."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Reset the peak, so that earlier work in this process, such as a sweep's runs, is excluded.
+
+    On the CPU this is Linux's way to reset the high-water mark, proc(5); what earlier runs left
+    unfreed still counts.  Where a container forbids it, the peak is that of the whole process.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        with suppress(OSError):
+            _CLEAR.write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak since `reset_peak`: allocated on a GPU, resident memory of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+class Peaks:
+    """The peak memory of each phase of a run: "training" is its steps, "rest" the encoding,
+    evaluating and drawing of pictures before and between them."""
+
+    def __init__(self, device: torch.device, training: int = 0, run: int = 0) -> None:
+        """Begin with the peaks of the run's earlier sessions: `training`, and `run` in all."""
+        self._device = device
+        self.runs_before = next(_RUNS)  # in this process, whose memory may be in the CPU's peaks
+        self._of = {"training": training, "rest": run}
+        gc.collect()
+        reset_peak(device)
+
+    def end(self, phase: str) -> None:
+        """Attribute the peak since the previous `end` to `phase`, and reset the counter."""
+        self._of[phase] = max(self._of[phase], peak_bytes(self._device))
+        reset_peak(self._device)
+
+    @property
+    def training(self) -> int:
+        return self._of["training"]
+
+    @property
+    def run(self) -> int:
+        return max(self._of.values())
+
+
+def resident_bytes() -> int:
+    """This process's resident memory now."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", _STATUS.read_text())
+    assert found, f"Linux reports {field} for every process"
+    return int(found[1]) * 1024
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error is that memory ran out: the GPU's, Python's, or torch's on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def explained(config: Config, when: str) -> Iterator[None]:
+    """Within the block, running out of memory raises a UserError that names options that save some.
+
+    Nothing is saved then: a fused backward may have stepped some of the weights.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        savers = "; ".join(map(str, remedies.of(config)))
+        advice = (
+            f"Try {savers}"
+            if savers
+            else "No option saves more; it takes a device with more memory"
+        )
+        raise UserError(
+            f"out of memory {when}; nothing of it was saved. {advice} ({reason(error)})"
+        ) from error

@@ -1,0 +1,1 @@
+"""How it learns: which weights, by which gradients, clip, optimizer and rate."""

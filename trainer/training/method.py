@@ -1,0 +1,251 @@
+"""What is trained: every weight (`full`) or adapters (`lora`), of the UNet and optionally of the
+text encoders."""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from optim import rng
+from trainer.config import FullConfig, LoraConfig, RankConfig
+from trainer.config.method import TRAINABLE_PARTS
+from trainer.errors import UserError
+from trainer.formats import adapters, lora
+from trainer.models.model import Model
+from trainer.streams import Stream
+from trainer.training import groups
+
+log = logging.getLogger(__name__)
+
+_ADAPTED = (nn.Linear, nn.Conv2d)
+
+
+def attach(
+    config: FullConfig | LoraConfig, model: Model, seed: int, start_from: str | None = None
+) -> None:
+    """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
+    up-projections zero, or with the values of the file `start_from`).
+
+    A text encoder's layers whose output is unused are not trained and get no adapter.  (kohya's
+    scripts write one of zeros, which readers of LoRA files do not need.)
+    Raises UserError for a part that the model lacks or a target that matches no module.
+    """
+    _require_gradients(config, model)
+    if not isinstance(config, LoraConfig):
+        return
+    layers = _trainable_layers(config, model)
+    modules = _adapted_layers(config, layers)
+    ranks = _ranks(config, modules)
+    for part in config.train:
+        _add_adapters(config, part, model.trained_parts[part], modules[part], ranks, seed)
+    if start_from:
+        found, spare = _read_start(start_from, model, layers)
+        adapters.fill(model.trained_parts, found, layers)
+        log.info("adapters start from %s", start_from)
+        if spare:
+            log.info("  leaving out %d for layers whose output is unused", spare)
+
+
+def check(config: FullConfig | LoraConfig, model: Model, start_from: str | None = None) -> None:
+    """Refuse targets and rules that match nothing in the model, and start adapters that differ from
+    the run's: before encoding, which may take hours, and before the UNet is loaded."""
+    if isinstance(config, LoraConfig) or config.rules:
+        empty = attached_on_meta(config, model)
+        groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
+        if isinstance(config, LoraConfig) and start_from:
+            with torch.device("meta"):
+                bare = model.on_meta(config.train)
+                _require_gradients(config, bare)
+            layers = _trainable_layers(config, bare)
+            found, _ = _read_start(start_from, bare, layers)
+            adapters.refuse_others(empty.trained_parts, found, layers)
+
+
+def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
+    """The model as `attach` will make it, without any values."""
+    with torch.device("meta"):
+        empty = model.on_meta(config.train)
+        attach(config, empty, seed=0)
+    return empty
+
+
+def _require_gradients(config: FullConfig | LoraConfig, model: Model) -> None:
+    """Require gradients of the trained parts, except of layers whose output is unused."""
+    for part in config.train:
+        model.trained_parts[part].requires_grad_(True).train()
+    if model.text_encoder:
+        model.text_encoder.freeze_unused()
+
+
+def trained_tensors(model: Model) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds, by part and name (unet.conv_in.weight): those that
+    training changes, and the frozen half of an adapter that `method.rules` trains in part."""
+    trained = trained_parameters(model)
+    adapted = {_adapted(name) for name in trained} - {None}
+    return {
+        f"{part}.{name}": parameter.detach()
+        for part, module in model.trained_parts.items()
+        for name, parameter in module.named_parameters()
+        if f"{part}.{name}" in trained or _adapted(f"{part}.{name}") in adapted
+    }
+
+
+def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by part and name."""
+    return {
+        f"{part}.{name}": parameter
+        for part, module in model.trained_parts.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _adapted(name: str) -> str | None:
+    """The layer that a parameter adapts: unet.to_q.lora_A.default.weight -> unet.to_q."""
+    layer, is_adapter, _ = name.partition(".lora_")
+    return layer if is_adapter else None
+
+
+@torch.no_grad()
+def restore(model: Model, weights: dict[str, Tensor]) -> None:
+    """Restore checkpointed tensors.  Raises UserError, before any is written, if names, shapes or
+    dtypes differ."""
+    own = trained_tensors(model)
+    for name in sorted(own.keys() | weights.keys()):
+        here, there = (
+            f"{x.dtype} {tuple(x.shape)}" if x is not None else "absent"
+            for x in (own.get(name), weights.get(name))
+        )
+        if here != there:
+            raise UserError(
+                f"the checkpoint does not fit the model: {name} is {there} in the checkpoint and "
+                f"{here} in the model"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def _trainable_layers(config: LoraConfig, model: Model) -> dict[str, list[str]]:
+    """The linear and convolution layers of each trained part that may have adapters: those whose
+    output is used."""
+    return {
+        part: [
+            name
+            for name, layer in model.trained_parts[part].named_modules()
+            if isinstance(layer, _ADAPTED) and layer.weight.requires_grad
+        ]
+        for part in config.train
+    }
+
+
+def _adapted_layers(config: LoraConfig, layers: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The layers of each part that the configured targets select."""
+    keys = {part: "targets" if part == "unet" else "text_targets" for part in config.train}
+    return {
+        part: _matching(layers[part], part, key, getattr(config, key)) for part, key in keys.items()
+    }
+
+
+def _ranks(config: LoraConfig, modules: dict[str, list[str]]) -> dict[str, RankConfig]:
+    """The modules, by part and name, whose rank is not `method.rank`.
+
+    Raises UserError for a pattern that matches none, or only modules of earlier patterns.
+    """
+    names = [f"{part}.{name}" for part, found in modules.items() for name in found]
+    chosen = {
+        name: next((one for one in config.ranks if re.search(one.pattern, name)), None)
+        for name in names
+    }
+    for number, one in enumerate(config.ranks):
+        if not any(found is one for found in chosen.values()):
+            raise UserError(
+                f"method.ranks[{number}]: {one.pattern} matches no adapted module that earlier "
+                f"patterns leave (modules are named like {names[0]}); correct or remove it"
+            )
+    return {name: one for name, one in chosen.items() if one}
+
+
+def _add_adapters(
+    config: LoraConfig,
+    part: str,
+    module: nn.Module,
+    layers: list[str],
+    ranks: dict[str, RankConfig],
+    seed: int,
+) -> None:
+    """Add adapters to `layers`; nothing else in the module is trained.  ranks: `_ranks`."""
+    own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        target_modules=layers,
+        rank_pattern={name: one.rank for name, one in own.items()},
+        alpha_pattern={name: one.alpha for name, one in own.items() if one.alpha is not None},
+    )
+    number = () if part == "unet" else (TRAINABLE_PARTS.index(part),)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+        torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
+        inject_adapter_in_model(peft_config, module.requires_grad_(False))
+    cast_training_params(module, torch.float32)
+    if config.dora:
+        _set_magnitudes(module)
+
+
+@torch.no_grad()
+def _set_magnitudes(module: nn.Module) -> None:
+    """Set DoRA's magnitudes to the norms of each output's weights, in fp32.  PEFT computes them in
+    the weights' dtype but divides by fp32 norms, so an untrained adapter would change a bf16
+    model."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().get_parameter("weight")
+            norms = weight.float().flatten(1).norm(dim=1)
+            for magnitude in layer.lora_magnitude_vector.parameters():
+                magnitude.copy_(norms.view_as(magnitude))
+
+
+def _read_start(
+    start_from: str, model: Model, layers: dict[str, list[str]]
+) -> tuple[adapters.Adapters, int]:
+    """The adapters of a LoRA file that a run starts from, and how many of them are left out.
+
+    layers: those of the trained parts whose output is used; adapters of others have no effect.
+    """
+    path = Path(start_from).expanduser()
+    found = lora.read(path, model.trained_parts)
+    if missing := sorted(found.keys() - layers.keys()):
+        raise UserError(
+            f"method.start_from={path} has adapters of the {missing[0]}, which method.train="
+            f"{list(layers)} leaves out"
+        )
+    used = {
+        part: {name: found[part][name] for name in layers[part] if name in found[part]}
+        for part in found
+    }
+    count = sum(map(len, used.values()))
+    if not count:
+        raise UserError(f"method.start_from={path} has no adapter of a layer whose output is used")
+    return used, sum(map(len, found.values())) - count
+
+
+def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> list[str]:
+    """A part's trainable `layers` whose names end with a match of a pattern."""
+    found: set[str] = set()
+    for pattern in patterns:
+        end = re.compile(rf"(^|\.)({pattern})$")
+        matched = [name for name in layers if end.search(name)]
+        if not matched:
+            raise UserError(
+                f"method.{key}={patterns}: {pattern} matches no linear or convolution layer of the "
+                f"{part.replace('_', ' ')} whose output is used"
+            )
+        found.update(matched)
+    return sorted(found)
