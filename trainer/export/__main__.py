@@ -30,17 +30,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    from trainer.export import conversion  # imported after parsing: diffusers takes seconds
+    import torch  # imported after parsing, as is diffusers: they take seconds
+
+    from trainer.export.conversion import convert
+    from trainer.export.request import Request
 
     try:
-        conversion.convert(
-            options.source,
-            Path(options.target),
+        request = Request(
+            source=options.source,
+            target=Path(options.target),
             form=options.format,
-            dtype=options.dtype,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
             base=options.base,
             variant=options.variant,
         )
+        convert(request)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

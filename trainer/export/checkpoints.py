@@ -1,0 +1,143 @@
+"""A run's checkpoint as its result: the original model with the trained tensors, or a LoRA."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import ModelConfig, NoiseConfig
+from trainer.config.model import why_missing
+from trainer.errors import UserError
+from trainer.export import loras, models
+from trainer.export.request import Request
+from trainer.formats import adapters, metadata, writing
+from trainer.formats.names import canonical
+from trainer.formats.weights import Weights, of_file
+from trainer.models.model import Model
+from trainer.objective import noise
+from trainer.storage import checkpoint, result
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class _Saved:
+    """What an export needs from a checkpoint."""
+
+    folder: Path
+    model: ModelConfig  # that training started from
+    sketch: str  # of that model
+    noise: NoiseConfig
+    method: dict[str, Any]
+    metadata: dict[str, str]
+    parts: dict[str, Weights]  # as they are exported
+
+
+def convert(folder: Path, request: Request) -> None:
+    """Export a checkpoint; --base and --variant name the original model if that has moved."""
+    saved = _saved(folder)
+    if request.base is None and why_missing("model.path", saved.model.path):
+        raise UserError(
+            f"the model that {folder} started from is no longer at {saved.model.path}; give its "
+            "new location: --base=MODEL"
+        )
+    saved.model.path = request.base or saved.model.path
+    saved.model.variant = request.variant or saved.model.variant
+    (_export_lora if saved.method["name"] == "lora" else _export_model)(saved, request)
+
+
+def _saved(folder: Path) -> _Saved:
+    record = checkpoint.verified(folder, without="optimizer.pt")
+    try:
+        config = record["config"]
+        return _Saved(
+            folder=folder,
+            model=ModelConfig(**config["model"]),
+            sketch=record["model"],
+            noise=NoiseConfig(**config["noise"]),
+            method=config["method"],
+            metadata=result.described(config, record["step"]),
+            parts=_by_part(_exported_weights(folder, config["method"].get("ema"))),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder} is from another version: {error}") from error
+
+
+def _export_lora(saved: _Saved, request: Request) -> None:
+    found = loras.base_model(saved.model.path, saved.model.variant)
+    own = found.config("scheduler")
+    trained = noise.scheduler_config(saved.noise, own)
+    _warn_of_noise(trained, own)
+    held = _adapters_of(saved.parts, saved.method)
+    told = saved.metadata | metadata.prediction(trained)
+    loras.write(saved.folder, request, "kohya", found, held, told)
+
+
+def _export_model(saved: _Saved, request: Request) -> None:
+    model = Model(saved.model, torch.device("cpu"), option="--base")
+    if saved.sketch != model.sketch():
+        raise UserError(
+            f"the model at {saved.model.path} is not the one that {saved.folder} started from, so "
+            "the untrained weights would be wrong; give the location of the original: --base=MODEL"
+        )
+    found = model.origin
+    parts: dict[str, writing.Given] = {
+        part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
+        for part, weights in saved.parts.items()
+    }
+    if model.vae_origin is not found:
+        parts["vae"] = model.vae_origin
+    scheduler = noise.scheduler_config(saved.noise, model.scheduler)
+    trainer = {metadata.TRAINER: saved.metadata[metadata.TRAINER]}
+    models.write(request, found, parts, scheduler, trainer)
+
+
+def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
+    """Warn if a LoRA was trained with another noise schedule than its model's."""
+    if metadata.noise(trained) != metadata.noise(own):
+        log.warning(
+            "the adapter needs another noise schedule than the model's: load it with the scheduler "
+            "in the run's lora/scheduler"
+        )
+
+
+def _exported_weights(folder: Path, ema: dict[str, Any] | None) -> Weights:
+    """A checkpoint's tensors as its run would export them: the averages if `method.ema.export` asks
+    for them, in the weights' dtype."""
+    weights = of_file(folder / "weights.safetensors")[0]
+    if not ema or ema["export"] != "average":
+        return weights
+    log.info("exporting the averaged weights (method.ema.export)")
+    averages = of_file(folder / "average.safetensors")[0]
+    return weights | {name: lazy.to(weights[name].dtype) for name, lazy in averages.items()}
+
+
+def _by_part(weights: Weights) -> dict[str, Weights]:
+    """A checkpoint's tensors (`unet.conv_in.weight`), part by part."""
+    parts: dict[str, Weights] = {}
+    for name, lazy in weights.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = lazy
+    return parts
+
+
+def _adapters_of(parts: dict[str, Weights], method: dict[str, Any]) -> adapters.Adapters:
+    """PEFT's parameters (`PATH.lora_A.default.weight`) and the run's options -> adapters."""
+    ending = f".{adapters.NAME}.weight"
+    held: adapters.Adapters = {}
+    for part, weights in parts.items():
+        for name, lazy in weights.items():
+            if not name.endswith(f".lora_A{ending}"):
+                continue
+            path = name.removesuffix(f".lora_A{ending}")
+            rank = lazy.shape[0]
+            magnitude = weights.get(f"{path}.lora_magnitude_vector{ending}")
+            held.setdefault(part, {})[path] = adapters.Adapter(
+                down=lazy.read(),
+                up=weights[f"{path}.lora_B{ending}"].read(),
+                alpha=method["alpha"] * (rank**0.5 if method.get("rslora") else 1.0),
+                magnitude=None if magnitude is None else magnitude.read().flatten(),
+            )
+    return held

@@ -1,0 +1,105 @@
+"""LoRA files: which model one belongs to, and writing it in the other format."""
+
+import logging
+from functools import cache
+from pathlib import Path
+
+import yaml
+from torch import nn
+
+from trainer.errors import UserError
+from trainer.export.request import Request
+from trainer.formats import adapters, architectures, kohya, lora, metadata
+from trainer.formats.metadata import BASE_VERSION
+from trainer.formats.weights import of_file
+from trainer.models import origin
+
+log = logging.getLogger(__name__)
+
+
+def convert(path: Path, request: Request) -> None:
+    """Write the LoRA of this file, by default in the format that it does not have."""
+    found = _base_of(path, request.base, request.variant)
+    held = lora.read(path, _empty(found))
+    weights, described = of_file(path)
+    other = "diffusers" if kohya.is_own(weights) else "kohya"
+    write(path, request, other, found, held, metadata.carried(described))
+
+
+def write(
+    source: Path,
+    request: Request,
+    default_form: str,
+    base: origin.Origin,
+    held: adapters.Adapters,
+    more_metadata: dict[str, str],
+) -> None:
+    """Write adapters of the model `base`.  more_metadata: added to the file's own."""
+    form = request.form or default_form
+    if form == "single_file":
+        raise UserError(
+            f"--format=single_file is for models, and {source} is a LoRA: use kohya or diffusers"
+        )
+    request.check_file()
+    target, empty = request.target, _empty(base)
+    log.info("%s -> %s (a LoRA in %s format)", source, target, form)
+    lora.save_lora(target, form, empty, base.kind, request.dtype, more_metadata, adapters=held)
+
+
+def _base_of(path: Path, base: str | None, variant: str | None) -> origin.Origin:
+    """The base model of a LoRA."""
+    if base is None:
+        version = of_file(path)[1].get("ss_base_model_version", "")
+        named = [kind for kind, known in BASE_VERSION.items() if version.startswith(known)]
+        fits = [kind for kind in named or BASE_VERSION if _fits(path, kind)]
+        if len(fits) == 1:
+            base = fits[0]
+        elif known := _trained_on(path):
+            base, own = known
+            variant = variant or own
+            log.info("base model of the LoRA: %s (from its run's config.yaml)", base)
+        else:
+            raise UserError(
+                f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "
+                "name its base model: --base=MODEL"
+            )
+    return base_model(base, variant)
+
+
+def base_model(base: str, variant: str | None = None) -> origin.Origin:
+    """The model that --base names: sdxl and sd15 are the published ones."""
+    is_published = base in architectures.PUBLISHED
+    path = str(architectures.folder(base)) if is_published else base
+    return origin.at(path, variant, "--base")
+
+
+def _trained_on(path: Path) -> tuple[str, str | None] | None:
+    """The model that a LoRA in a run's `lora` folder was trained on, and its variant, from the
+    run's configuration; None for a file that is in no run."""
+    above = path.resolve().parents  # RUN/lora, or RUN/results/STEP/lora
+    run = next((p for p in above[1:4] if (p / "config.yaml").is_file()), None)
+    if above[0].name != "lora" or run is None:
+        return None
+    try:
+        model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+        return str(model["path"]), model.get("variant")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _fits(path: Path, kind: str) -> bool:
+    try:
+        lora.read(path, _empty(base_model(kind)))
+    except adapters.OtherModel:
+        return False
+    return True
+
+
+@cache  # takes a second for SDXL
+def _empty(found: origin.Origin) -> dict[str, nn.Module]:
+    """The parts of a model that a LoRA may adapt, without weights."""
+    return {
+        part: architectures.empty(part, found.config(part))
+        for part in architectures.WEIGHT_PARTS
+        if found.has(part) and part != "vae"
+    }

@@ -1,0 +1,37 @@
+"""Writing a whole model: a diffusers folder, or a single file."""
+
+import logging
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.export.request import Request
+from trainer.formats import writing
+from trainer.models.origin import Origin
+
+log = logging.getLogger(__name__)
+
+
+def write(
+    request: Request,
+    found: Origin,
+    parts: dict[str, writing.Given] | None = None,
+    scheduler: dict[str, Any] | None = None,
+    more_metadata: dict[str, str] | None = None,
+) -> None:
+    """Write the model `found`.
+
+    parts, scheduler: replace its own.  more_metadata: for a single file; a folder has none.
+    """
+    if request.form == "kohya":
+        raise UserError(
+            f"--format=kohya is for LoRAs, and {found} is a model: use diffusers or single_file"
+        )
+    target, parts = request.target, parts or {}
+    by_suffix = "single_file" if target.suffix == ".safetensors" else "diffusers"
+    form = request.form or by_suffix
+    log.info("%s -> %s (%s)", found, target, form)
+    if form == "diffusers":
+        writing.save_folder(target, found, parts, scheduler, request.dtype)
+        return
+    request.check_file()
+    writing.save_single_file(target, found, parts, request.dtype, scheduler, more_metadata)
