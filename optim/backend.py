@@ -46,6 +46,7 @@ class TorchEngine:
         state = optimizer.state_of(param, group)
         try:
             moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
+            lost = state["compensation"] if optimizer.compensates(param, group) else None
         except KeyError:  # an option that needs state was set after the state was allocated
             optimizer.check_state(index, group, param)
             raise
@@ -56,8 +57,8 @@ class TorchEngine:
         key = mix(group["seed"], index, t)
 
         w, raw = param.float(), grad_of(param).float()
-        if "compensation" in state:
-            w = w + state["compensation"].float()
+        if lost is not None:
+            w = w + lost.float()
         h.usable = features.usable(raw)
         g = features.clipped(h, torch.where(h.usable, raw, 0.0) * coefficient)
         if h.orthograd:
@@ -83,11 +84,11 @@ class TorchEngine:
                 param.copy_(round_stochastic_bf16(w, key, view))
             else:
                 param.copy_(w)
-            if "compensation" in state:
+            if lost is not None:
                 rest = w - param.float()
                 if param.dtype == torch.bfloat16:  # rounded to nearest, a small step would be lost
                     rest = round_stochastic_bf16(rest, key, view)
-                state["compensation"].copy_(rest)
+                lost.copy_(rest)
 
 
 def unavailable(device: str) -> str | None:

@@ -20,14 +20,14 @@ def conditioned_product(
     grad: Tensor,
     p: Tensor,
     coefficient: float | Tensor,
-    state: dict[str, Tensor],
+    lost: Tensor | None,
 ) -> Tensor:
     """P G fp32 (r, L) of a parameter's gradient, clipped and orthogonalised as its group asks; NaN
     in a channel without a usable element.  p fp32 (r, D); `coefficient` is the gradient's factor
-    from the clip by the global norm."""
+    from the clip by the global norm, `lost` the weights' rounding error if that is kept."""
     _, group, param = place
     grad, weight = channels(grad), channels(param.detach())
-    lost = channels(state["compensation"]) if "compensation" in state else None
+    lost = None if lost is None else channels(lost)
     width = max(1, (CHUNK if grad.is_cuda else CHUNK_CPU) // grad.shape[0])
     spans = [slice(at, at + width) for at in range(0, grad.shape[1], width)]
 

@@ -28,6 +28,9 @@ _ASKED = 256  # state tensors whose addresses are checked in a step
 _SHAPING = ("storage", "factor_1d", "clip_norm", "rounding", "slice_p")
 # Of these it only matters whether they are none or zero: a schedule may change their values.
 _PRESENT = ("momentum", "beta1", "growth_limit", "clip_threshold")
+# Addresses in a descriptor and in its samples that are called what they are in a state.
+_OF_TENSOR = ("step", "nonfinite", "compensation", "update_norm", "update_rms")
+_OF_SAMPLES = ("start", "numerator", "denominator")
 HOST = torch.device("cpu")  # a context: tables are on the host whatever torch's default device
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)
@@ -193,12 +196,14 @@ class DescriptorEngine:
         d.weight_dtype = plan.DTYPES[param.dtype]
         d.grad_dtype = plan.DTYPES[grad_dtype]
         d.group = next(i for i, g in enumerate(owner.param_groups) if g is group)
-        for name in ("step", "nonfinite", "compensation"):
-            setattr(d, name, state[name].data_ptr() if name in state else 0)
-        for name in ("update_norm", "update_rms"):
-            setattr(d, name, state[name].data_ptr() if name in codecs else 0)
-        for name in ("start", "numerator", "denominator"):
-            setattr(d.samples, name, state[name].data_ptr() if name in state else 0)
+        # A state may hold more than the options need now: of one that was switched off.
+        used = {"step", "nonfinite", *codecs}
+        if owner.compensates(param, group):
+            used.add("compensation")
+        for name in _OF_TENSOR:
+            setattr(d, name, state[name].data_ptr() if name in used else 0)
+        for name in _OF_SAMPLES:
+            setattr(d.samples, name, state[name].data_ptr() if name in used else 0)
         vectors = partials = 0
         for name, salt in salts(codecs).items():
             codec = codecs[name]

@@ -39,8 +39,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer made of a rule and the codecs of its moments.
 
     A subclass names its `rule` and says in `moments` how each moment of a parameter is stored; it
-    has no loop.  Its options are its signature's and those of `Features` that it does not refuse.
-    A subclass that names no rule extends its base, and its constructor may take any arguments.
+    has no loop.  Its options are its signature's (`lr` and `weight_decay` among them) and those of
+    `Features` that it does not refuse.  A subclass that names no rule extends its base, and its
+    constructor may take any arguments.
     Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is decoupled:
     w <- (1 - lr * weight_decay) w, before the update.
 
@@ -99,6 +100,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         return own | {k: v for k, v in shared.items() if k not in cls.refuses}
 
     @classmethod
+    def _options(cls) -> dict[str, Any]:
+        """The options that groups have, with their defaults."""
+        return {k: v for k, v in cls.default_options().items() if k != "backend"}
+
+    @classmethod
     def bounds_updates(cls, group: Mapping[str, Any]) -> str | None:
         """Why the size of a gradient hardly matters with these options, in words that follow the
         optimizer's name; None if it does matter."""
@@ -145,7 +151,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):  # torch's words
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         name = type(self).__name__
-        known = {k: v for k, v in self.default_options().items() if k != "backend"}
+        known = self._options()
         given = {
             key: value
             for key, value in param_group.items()
@@ -233,8 +239,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     @cached_property
     def _watch(self) -> options.Watch:
         name = type(self).__name__
-        known = {k: v for k, v in self.default_options().items() if k != "backend"}
-        return options.Watch(name, known, partial(groups.check_agreement, name, self.common))
+        return options.Watch(
+            name, self._options(), partial(groups.check_agreement, name, self.common)
+        )
 
     @property
     def _turn(self) -> threading.RLock:
@@ -242,13 +249,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self.__dict__.setdefault("_lock", threading.RLock())
 
     def _refuse_gradients(self, places: Share) -> None:
-        """Raise TypeError for a sparse gradient, ValueError for one with another shape than its
-        parameter."""
+        """Raise TypeError for a sparse gradient or a parameter of a wrong dtype, ValueError for a
+        gradient with another shape than its parameter."""
         if Trait.SPARSE in places.traits:
             raise TypeError(
                 f"{type(self).__name__} does not take sparse gradients; "
                 "use nn.Embedding(sparse=False)"
             )
+        if Trait.FOREIGN in places.traits:  # perhaps of a gradient only
+            for _, _, param in places:
+                groups.check_param(type(self).__name__, self.shared, param)
         if Trait.MISSHAPEN in places.traits:
             index, shape, other = next(
                 (index, tuple(param.shape), tuple(param.grad.shape))
@@ -330,9 +340,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with the class's name and the version of this state's layout in each
-        group."""
+        group, and without what the groups' options do not need (any more)."""
         name, family = type(self).__name__, self.ruled().__name__
-        return states.labelled(name, family, super().state_dict())
+        packed = super().state_dict()
+        kept = dict(packed["state"])
+        for index, group, param in self._indexed_params():
+            unneeded = self.state.get(param, {}).keys() - self._blank(param, group, META).keys()
+            if unneeded and index in kept:
+                kept[index] = {k: x for k, x in kept[index].items() if k not in unneeded}
+        return states.labelled(name, family, packed | {"state": kept})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -357,13 +373,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         states.check_keys(name, state_dict)
         saved_groups = copy.deepcopy(state_dict["param_groups"])  # a rate may be a tensor
-        known = {*self.default_options()} - {"backend"}
+        known = {*self._options()}
         family = self.ruled().__name__
         states.check_groups(name, family, self.param_groups, known, {*self.shared}, state_dict)
         saved_groups = [
             {option: group[option] for option in known} | saved_group
             for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
         ]
+        for group in saved_groups:
+            options.check(name, self._options(), {k: group[k] for k in known})
+        groups.check_agreement(name, self.common, saved_groups)
         saved = [(index, group) for group in saved_groups for index in group["params"]]
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}

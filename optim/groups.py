@@ -22,7 +22,7 @@ def check(
     the other groups', or the optimizer of this name cannot update its parameters.  `shared` is the
     state that all groups have in common."""
     for param in groups[-1]["params"]:
-        _check_param(optimizer, "DDP" if shared else "DDP, ZeRO-1", param)
+        check_param(optimizer, shared, param)
     check_agreement(optimizer, common, [groups[0], groups[-1]])
 
 
@@ -74,7 +74,9 @@ def _check_options(optimizer: str, group: Group) -> None:
         )
 
 
-def _check_param(optimizer: str, remedies: str, param: Tensor) -> None:
+def check_param(optimizer: str, shared: Iterable[str], param: Tensor) -> None:
+    """Refuse a parameter that the optimizer of this name cannot update; `shared` as in `check`."""
+    remedies = "DDP" if shared else "DDP, ZeRO-1"
     if is_lazy(param):
         raise ValueError(
             f"{optimizer}: a parameter of a lazy layer has no shape yet; run the model forward "

@@ -22,8 +22,10 @@ class IdleOption(UserWarning):
 
 def _follows_the_gradient(group: Group) -> bool:
     """Whether every element of an update has the gradient's sign anyway: nothing else is averaged
-    into it."""
-    return not (first_decay(group) or group.get("alpha") or group.get("residual"))
+    into it, or it is the gradient, scaled."""
+    if group.get("residual"):
+        return False
+    return _projects_all(group) or not (first_decay(group) or group.get("alpha"))
 
 
 def _keeps_no_first_moment(group: Group) -> bool:
@@ -41,10 +43,17 @@ def _compensates_fp32(group: Group) -> bool:
 
 
 def _projects_nothing(group: Group) -> bool:
-    rank = group.get("rank")
-    if rank is None:  # not an APOLLO
-        return False
-    return not any(projected_shape(tuple(param.shape), rank) for param in group["params"])
+    return "rank" in group and not any(_projections(group))
+
+
+def _projects_all(group: Group) -> bool:
+    return "rank" in group and all(_projections(group))
+
+
+def _projections(group: Group) -> list[bool]:
+    """Of each parameter of an APOLLO: is it projected?"""
+    shapes = [tuple(param.shape) for param in group["params"]]
+    return [projected_shape(shape, group["rank"]) is not None for shape in shapes]
 
 
 _OF_PROJECTIONS = ("scale", "scaling", "update_gap", "projection", "residual", "growth_limit")
@@ -54,8 +63,8 @@ _FIRST = "use a first moment (momentum, beta1)"
 _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
     "nesterov": (lambda g: g["momentum"] == 0, "with momentum=0", "set momentum"),
     "storage": (_keeps_no_first_moment, "where no first moment is kept", _FIRST),
-    "cautious": (_follows_the_gradient, _ALONG, _FIRST),
-    "grams": (_follows_the_gradient, _ALONG, _FIRST),
+    "cautious": (_follows_the_gradient, _ALONG, f"{_FIRST}, or residual where APOLLO projects"),
+    "grams": (_follows_the_gradient, _ALONG, f"{_FIRST}, or residual where APOLLO projects"),
     "cautious_decay": (lambda g: g["weight_decay"] == 0, "with weight_decay=0", "set weight_decay"),
     "beta2_decay": (lambda g: g["beta2"] is not None, "with a fixed beta2", "set beta2=None"),
     "clip_norm": (

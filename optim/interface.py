@@ -59,6 +59,9 @@ class Owner(Protocol):
     def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """A parameter's state, allocated when there is none yet."""
 
+    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the error of rounding a parameter is kept in its state's `compensation`."""
+
     def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Raise ValueError if a parameter's state does not fit its group's options."""
 

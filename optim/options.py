@@ -103,6 +103,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "projection": _one_of("gaussian", "sign"),
     **dict.fromkeys(_SWITCHES, (lambda x: isinstance(x, bool), "true or false")),
 }
+_OF_OTHERS = (lambda value: True, "anything")  # an option of a class outside of this package
 # These are a number or a tuple; the class's default gives the length.
 _ALLOWED_TUPLE = {
     "betas": (_fraction, "in [0, 1)"),
@@ -172,7 +173,7 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
     if strangers:
         raise TypeError(unknown_option(optimizer, strangers[0], known))
     for name, value in values.items():
-        is_allowed, wanted = _rule(name, known[name])
+        is_allowed, wanted = _check_of(name, known[name])
         if not is_allowed(value):
             raise ValueError(f"{optimizer}: {name}={value!r} is not possible; it must be {wanted}")
 
@@ -254,10 +255,10 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _rule(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
+def _check_of(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
     """The check of this option's values, and its description."""
     if name not in _ALLOWED_TUPLE:
-        return _ALLOWED[name]
+        return _ALLOWED.get(name, _OF_OTHERS)
     each, wanted = _ALLOWED_TUPLE[name]
     if not isinstance(default, tuple):
         return each, f"a number {wanted}"

@@ -19,6 +19,7 @@ from optim import reference
 from optim.codecs import Bf16, Codec, Dense, Exact, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
+from optim.options import learning_rate
 from optim.share import Share
 
 _LOWEST_LR = 0.1  # a lower lr is taken for another optimizer's, set by mistake
@@ -33,7 +34,7 @@ class DistanceAdapted(FusedOptimizer):
 
     common: ClassVar[tuple[str, ...]] = ("d0", "d_coef", "growth_rate", "slice_p")
     shared: ClassVar[tuple[str, ...]] = ("d", "d_max")
-    _has_moved = False  # since d was last estimated
+    _has_moved = False  # has a step learned anything since d was last estimated?
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `FusedOptimizer.add_param_group`; the group shares d with the others."""
@@ -77,7 +78,8 @@ class DistanceAdapted(FusedOptimizer):
 
     def end_step(self) -> None:
         """Update d: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4, d_hat and d, with
-        prodigyopt's `growth_rate`.  Without any gradient since the last update, it stays."""
+        prodigyopt's `growth_rate`.  Where nothing was learned since the last update (no gradient,
+        or lr 0), it stays."""
         if not self._has_moved:
             return
         self._has_moved = False
@@ -107,10 +109,17 @@ class DistanceAdapted(FusedOptimizer):
 
     def _step(self, places: Share) -> None:
         super()._step(places)
-        self._has_moved = self._has_moved or bool(places)
+        self._has_moved = self._has_moved or any(map(_may_learn, places.places.groups))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_has_moved": self._has_moved}
+
+
+def _may_learn(group: dict[str, Any]) -> bool:
+    """Whether a step changes the sums that d comes from: lr is not 0, as far as that is known
+    without waiting for a device."""
+    lr = group["lr"]
+    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or learning_rate(lr) > 0
 
 
 class Prodigy(DistanceAdapted):
@@ -132,7 +141,7 @@ class Prodigy(DistanceAdapted):
             the estimate.
         slice_p: d comes from every slice_p-th element of each parameter; 1 takes all.
         bias_correction: correct both moments as Adam does; the step is then longer, and so are the
-            sums' terms.
+            sums' terms.  It counts all steps, also those with lr 0.
         eps: d * eps is added to sqrt(v).
         atan2: 4/pi atan2(m, sqrt v) in place of m / (sqrt v + d eps): bounded, and without eps.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - d * lr * weight_decay.
@@ -147,7 +156,8 @@ class Prodigy(DistanceAdapted):
     process has them all, and all find the same d.
 
     prodigyopt 1.1.2 updates d before the weights and uses the new one only in d * eps; this uses
-    one d for the whole step.  All else is equal.
+    one d for the whole step.  It also does not count leading steps with lr 0 for its
+    bias correction.  All else is equal.
 
     Source: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4.
     """

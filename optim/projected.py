@@ -179,8 +179,9 @@ class ProjectedEngine(ABC):
             portion.places, portion.p, grads, portion.products, strict=True
         ):
             _, group, param = place
-            c, state = coefficients.get(id(group), 1.0), self._optimizer.state[param]
-            low.copy_(conditioned_product(place, grad, p.float(), c, state))
+            c, kept = coefficients.get(id(group), 1.0), self._optimizer.state[param]
+            lost = kept["compensation"] if self._optimizer.compensates(param, group) else None
+            low.copy_(conditioned_product(place, grad, p.float(), c, lost))
 
     def _work_of(self, places: Share) -> Portions:
         """The portions of these parameters, reused from an earlier step if nothing that they depend

@@ -71,6 +71,10 @@ class LowSteps:
         _, own, param = self._places[low]
         return self._optimizer.moments(param, own)
 
+    def compensates(self, low: Tensor, group: dict[str, Any]) -> bool:
+        """No: a projection is not a weight."""
+        return False
+
     def state_of(self, low: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's moments and step count."""
         return self.state[low]
@@ -115,6 +119,10 @@ class ScaledSteps:
         codecs = self._optimizer.codecs(param, group)
         others = {k: codec for k, codec in codecs.items() if not k.startswith("exp_avg")}
         return {"scales": Given(shape, (shape[0], prod(shape[1:])))} | others
+
+    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """As the optimizer."""
+        return self._optimizer.compensates(param, group)
 
     def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state without its moments, and the factors."""

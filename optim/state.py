@@ -153,8 +153,10 @@ def check_parts(
 ) -> None:
     """Raise ValueError if one parameter's saved state differs in a name, a shape or a dtype from
     `wanted` (tensors of any device), the state that this group's options need."""
-    own = {key: (tuple(x.shape), x.dtype) for key, x in wanted.items()}
-    found = {key: (tuple(x.shape), x.dtype) for key, x in saved.items()}
+    own, found = (
+        {key: (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for key, x in parts.items()}
+        for parts in (wanted, saved)
+    )
     for key in sorted(own.keys() | found.keys()):
         if own.get(key) != found.get(key):
             names = _OPTIONS_OF.get(key.partition(".")[0], _OPTIONS)

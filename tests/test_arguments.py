@@ -291,6 +291,60 @@ def test_parameters_of_another_dtype_or_layout_are_refused(param, says):
         optim.build("adamw", [Parameter(param)])
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_parameters_that_were_given_another_dtype_are_refused_at_the_next_step(backend):
+    layer = torch.nn.Linear(3, 3)
+    optimizer = optim.AdamW(layer.parameters(), backend=backend)
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    layer.double()
+    layer(torch.ones(2, 3).double()).sum().backward()
+    with pytest.raises(TypeError, match=r"dense fp32, bf16 and fp16 parameters.*torch\.float64"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("lr", math.nan, r"lr=nan is not possible"),
+        ("betas", 0.9, r"betas=0\.9 is not possible; it must be 2 numbers"),
+        ("grams", True, r"cannot have grams=True with cautious=True"),
+    ],
+)
+def test_a_saved_option_that_is_impossible_is_refused_before_anything_changes(key, value, says):
+    params = make_params()
+    optimizer = optim.AdamW(params, cautious=True)
+    run(optimizer, params, range(1))
+    saved, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0][key] = value
+    for part in saved["state"].values():
+        part["exp_avg"].zero_()
+    with pytest.raises(ValueError, match=says):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][key] == before["param_groups"][0][key]
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+def test_a_class_with_a_rule_of_its_own_may_have_options_of_its_own():
+    class Scaled(optim.FusedOptimizer):
+        """SGD with a factor."""
+
+        @staticmethod
+        def rule(h, w, g, moments):
+            return h.factor * g, moments
+
+        def __init__(self, params, lr=1.0, *, factor=3.0, weight_decay=0.0, **features):
+            super().__init__(params, locals())
+
+        def moments(self, param, group):
+            return {}
+
+    param = Parameter(torch.zeros(2))
+    param.grad = torch.ones(2)
+    Scaled([param], factor=2.0, backend="torch").step()
+    assert param.tolist() == [-2, -2]
+
+
 def test_parameters_without_a_shape_are_refused_until_the_model_has_run_once():
     layer = torch.nn.LazyLinear(3)
     with pytest.raises(ValueError, match=r"AdamW: .* lazy layer has no shape yet; run the model"):

@@ -151,6 +151,17 @@ def test_an_option_of_other_tensors_is_said_to_do_nothing_unless_there_is_one(op
         optim.build("adafactor", groups, **option)
 
 
+@pytest.mark.parametrize("option", ["cautious", "grams"])
+def test_the_sign_of_an_update_that_is_the_scaled_gradient_is_said_to_be_the_gradients(option):
+    matrices = [(48, 32), (32, 48)]
+    with pytest.warns(optim.IdleOption, match=f"{option}=True has no effect .* residual where"):
+        ends = trained("apollo_mini", torch.float32, matrices, **{option: True})
+    assert same(ends, trained("apollo_mini", torch.float32, matrices))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optim.IdleOption)
+        optim.ApolloMini(make_params(shapes=[*matrices, (5,)]), **{option: True})
+
+
 def test_fp16_weights_that_small_steps_leave_where_they_are_are_said():
     def moved(name="adamw", dtype=torch.float16, **options):
         param = Parameter(torch.ones(8, dtype=dtype))

@@ -337,6 +337,11 @@ def test_a_warm_up_from_zero_and_a_step_without_gradients_leave_d_alone():
     find(optimizer, params, range(2, 12))
     d = d_of(optimizer)
     assert 1e-6 < d < optimizer.param_groups[0]["d_max"].item()
+    for pause in (0.0, torch.tensor(0.0)):
+        optimizer.param_groups[0]["lr"] = pause
+        find(optimizer, params, range(12, 14))
+        assert d_of(optimizer) == d
+    optimizer.param_groups[0]["lr"] = 1.0
     optimizer.zero_grad()
     optimizer.step()
     assert d_of(optimizer) == d
