@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load, save_file
 
 from trainer import data
 from trainer.data import Store
+from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.objective import conditioning
 from trainer.run import run
@@ -77,6 +79,14 @@ def test_what_has_changed_is_a_miss_and_what_has_not_is_a_hit(encode, pictures, 
         edit(pictures)
     assert encode(**options)[1] == missing
     assert encode(**options)[1] == 0
+
+
+def test_threads_that_read_ahead_end_with_the_reader_who_stops_early():
+    before = threading.active_count()
+    with ahead(str, range(100)) as made:
+        assert next(made) == "0"
+        assert threading.active_count() > before
+    assert threading.active_count() == before
 
 
 def test_only_a_transparent_picture_is_encoded_anew_on_another_background(encode, pictures):

@@ -104,16 +104,16 @@ class Store:
         missing = self._missing(found, lambda key, entry: _is_latent(entry, by_key[key]))
         if missing:
             encode = make_encoder()
-            reads = ahead(_read(Sample.read_pixels), [by_key[key] for key in missing])
-            for key, pixels in _progress(zip(missing, reads, strict=True), len(missing), stop):
-                entry = {"latent": encode(pixels)}
-                if not _is_finite(entry):
-                    raise UserError(
-                        f"the VAE's latent of {by_key[key].name} is not finite; check the picture, "
-                        "or set model.vae_dtype=float32 or model.vae to another VAE (SDXL's "
-                        "overflows in float16, its fp16-fix version does not)"
-                    )
-                self._put(found, key, entry, len(missing))
+            with ahead(_read(Sample.read_pixels), [by_key[key] for key in missing]) as reads:
+                for key, pixels in _progress(zip(missing, reads, strict=True), len(missing), stop):
+                    entry = {"latent": encode(pixels)}
+                    if not _is_finite(entry):
+                        raise UserError(
+                            f"the VAE's latent of {by_key[key].name} is not finite; check the "
+                            "picture, or set model.vae_dtype=float32 or model.vae to another VAE "
+                            "(SDXL's overflows in float16, its fp16-fix version does not)"
+                        )
+                    self._put(found, key, entry, len(missing))
         count = len(set(keys.values()))
         mirrored = sum(sample.mirrored for sample in by_key.values())
         what = f"pictures ({mirrored} of {count} are mirror images)" if mirrored else "pictures"
@@ -133,11 +133,11 @@ class Store:
         found = self._entries("masks", keys)
         by_key = {key: i for i, key in keys.items()}
         missing = self._missing(found, lambda key, entry: _is_mask(entry, sizes[by_key[key]]))
-        reads = ahead(_read(Sample.read_mask), [samples[by_key[key]] for key in missing])
-        things = zip(missing, reads, strict=True)
-        for key, mask in _progress(things, len(missing), stop, "reading masks"):
-            averaged = F.adaptive_avg_pool2d(mask, sizes[by_key[key]])
-            self._put(found, key, {"mask": averaged}, len(missing))
+        with ahead(_read(Sample.read_mask), [samples[by_key[key]] for key in missing]) as reads:
+            things = zip(missing, reads, strict=True)
+            for key, mask in _progress(things, len(missing), stop, "reading masks"):
+                averaged = F.adaptive_avg_pool2d(mask, sizes[by_key[key]])
+                self._put(found, key, {"mask": averaged}, len(missing))
         return found
 
     def texts(
@@ -216,7 +216,8 @@ class Store:
             fits = all(tensor.dtype == self.dtype for tensor in entry.values())
             return "good" if fits and is_good(key, entry) else "damaged"
 
-        states = dict(zip(keys, ahead(state, keys), strict=True))
+        with ahead(state, keys) as found_states:
+            states = dict(zip(keys, found_states, strict=True))
         damaged = sum(s == "damaged" for s in states.values())
         if damaged:
             log.warning("cache: %d damaged entries in %s", damaged, folder)

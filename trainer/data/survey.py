@@ -2,8 +2,9 @@
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -117,8 +118,11 @@ def _captioned(
 ) -> list[Captioned]:
     """The pictures that have captions or need none; the others are noted in `surveyed`."""
     captioned: list[Captioned] = []
-    with console.Aside("reading captions", len(found), "pictures") as aside:
-        for (source, item), texts in zip(found, ahead(_captions_of, found), strict=True):
+    with (
+        ahead(_captions_of, found) as read,
+        console.Aside("reading captions", len(found), "pictures") as aside,
+    ):
+        for (source, item), texts in zip(found, read, strict=True):
             signals.end_if(stop, "reading captions")
             aside.advance(1)
             if isinstance(texts, Exception):
@@ -149,8 +153,10 @@ def _look_at_all(
     max_unreadable: int,
     stop: Sequence[int],
 ) -> None:
-    looks = ahead(lambda one: _look(*one, config, known), captioned)
-    with console.Aside("reading pictures", len(captioned), "pictures") as aside:
+    with (
+        ahead(lambda one: _look(*one, config, known), captioned) as looks,
+        console.Aside("reading pictures", len(captioned), "pictures") as aside,
+    ):
         for (_, item, _), look in zip(captioned, looks, strict=False):
             signals.end_if(stop, "reading pictures")
             aside.advance(1)
@@ -162,7 +168,6 @@ def _look_at_all(
             for note in look.notes:
                 surveyed.notes[note].append(item.name)
             surveyed.usable.append(look)
-    looks.close()
 
 
 def all_sources(config: DataConfig) -> list[SourceConfig]:
@@ -175,19 +180,26 @@ def endings(config: DataConfig) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def ahead(
-    function: Callable[[Thing], Made], things: Iterable[Thing]
-) -> Generator[Made, None, None]:
-    """`map` in threads, a few things ahead of the caller: decoders release the GIL."""
+@contextmanager
+def ahead(function: Callable[[Thing], Made], things: Iterable[Thing]) -> Iterator[Iterator[Made]]:
+    """`map` in threads, a few things ahead of the caller: decoders release the GIL.
+
+    The threads end with the block.  (An iterator that ended them when it is collected might do so
+    while Python holds one of its own locks on threads, and wait forever.)
+    """
     pool = ThreadPoolExecutor(_WORKERS)
-    waiting: deque[Future[Made]] = deque()
-    try:
+
+    def made() -> Iterator[Made]:
+        waiting: deque[Future[Made]] = deque()
         for thing in things:
             waiting.append(pool.submit(function, thing))
             if len(waiting) > 2 * _WORKERS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+    try:
+        yield made()
     finally:
         pool.shutdown(cancel_futures=True)
 
