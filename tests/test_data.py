@@ -221,6 +221,21 @@ def test_shuffled_and_thinned_captions_keep_their_first_tags_and_need_no_seed(op
     assert captions.variants("a,  b", unchanged, frame=False) == ["a,  b"]
 
 
+def test_a_separator_in_a_caption_marks_the_tags_that_keep_their_places(options):
+    caption = "1girl, solo ||| hat, dress, sky ||| masterpiece"
+    config = dataclasses.replace(options, keep_separator="|||", caption_prefix="sks")
+    assert captions.variants(caption, config, frame=False) == [
+        "1girl, solo, hat, dress, sky, masterpiece"
+    ]
+    assert captions.framed(caption, config) == "sks 1girl, solo, hat, dress, sky, masterpiece"
+    config = dataclasses.replace(config, shuffle_tags=True, tag_dropout=0.5, caption_variants=200)
+    lists = [text.split(", ") for text in captions.variants(caption, config, frame=False)]
+    assert all(found[:2] == ["1girl", "solo"] and found[-1] == "masterpiece" for found in lists)
+    middles = {tuple(found[2:-1]) for found in lists}
+    assert len(middles) == 1 + 3 + 6 + 6  # all ordered choices of three tags
+    assert captions.variants("a, b", config, frame=False) != ["a, b"] * 200  # has no separator
+
+
 def test_a_step_draws_captions_of_which_all_were_announced(load, pictures):
     (pictures / "red.txt").write_text("a, b, c, d, e")
     line = {"file_name": "blue.png", "captions": ["first", "second"]}

@@ -144,6 +144,23 @@ def test_rslora_scales_by_the_root_of_the_rank(composed):
     assert layer.scaling["default"] == 16 / 2
 
 
+def test_dropout_thins_an_adapters_inputs_in_training_steps_alone(composed):
+    """Half of them are 0 and the others double; the model that is evaluated and drawn is whole."""
+    model = attached(composed("method=lora", "method.dropout=0.5"))
+    layer = next(m for m in model.unet.modules() if isinstance(m, LoraLayer))
+    torch.nn.init.ones_(layer.lora_B["default"].weight)
+    (dropout,) = layer.lora_dropout.values()
+    ones = torch.ones(1, 10_000)
+    assert {*dropout(ones).flatten().tolist()} == {0, 2}
+    x = torch.randn(4, layer.get_base_layer().in_features)
+    with model.evaluating():
+        whole = layer(x)
+        assert torch.equal(layer(x), whole)
+        assert torch.equal(dropout(ones), ones)
+    assert not torch.equal(layer(x), whole)
+    assert model.unet.training
+
+
 def test_adapters_start_from_the_seed(composed):
     config = composed("method=lora", "method.train=[unet,text_encoder]")
     first, again, other = (method.trained_tensors(attached(config, s)) for s in (0, 0, 1))

@@ -57,6 +57,15 @@ def test_results_in_between_are_kept_and_change_nothing(quick, method):
     assert (folder / kind[method]).is_file()
 
 
+def test_only_the_newest_results_in_between_are_kept_if_the_run_says_how_many(quick):
+    folder = quick("run", "method=lora", "method.export_every=1", "method.keep_exports=2")
+    assert sorted(path.name for path in (folder / "results").iterdir()) == [
+        "step-000002",
+        "step-000003",
+    ]
+    assert (folder / "lora").is_dir()
+
+
 def test_a_result_in_between_has_its_step_in_its_name(quick):
     folder = quick("run", "method=lora", "name=cats", "method.export_every=3")
     assert (folder / "results/step-000003/lora/cats-step-000003.safetensors").is_file()

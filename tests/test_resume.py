@@ -55,10 +55,14 @@ def test_resume_in_a_new_process_is_bitwise_identical(quick, tmp_path, method, d
             *("optim=sophia", "optim.hessian_every=3", "optim.storage=8bit"),
             *("loss.weighting=min_snr", "data.holdout=8"),
         ],
+        [
+            *("method=lora", "method.dropout=0.5", "runtime.accumulation=2"),
+            "method.train=[unet,text_encoder]",
+        ],
     ],
     ids=lambda x: x[0],
 )
-def test_what_all_parameters_share_and_what_is_done_now_and_then_go_on_bitwise(
+def test_what_all_parameters_share_what_is_done_now_and_then_and_dropout_go_on_bitwise(
     quick, composed, tmp_path, options
 ):
     """Prodigy's learning rate; Sophia's curvature, which is estimated in steps 1, 4 and 7."""

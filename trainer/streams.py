@@ -13,6 +13,7 @@ class Stream(IntEnum):
     DROPOUT = 4  # of captions
     ADAPTER = 5  # initial weights of a LoRA
     CURVATURE = 6  # sampled targets of an estimate
+    LAYER_DROPOUT = 7  # of activations, where layers have it
     CAPTION = 20  # which of a picture's captions
     VARIANT = 21  # order and choice of a caption's tags; no seed goes with it
     FLIP = 22  # a picture or its mirror image

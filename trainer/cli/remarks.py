@@ -63,10 +63,16 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "noise.timesteps=logit_normal",
     ),
     (
-        ("data.keep_tokens", "data.tag_separator", "data.caption_variants"),
+        ("data.keep_tokens", "data.caption_variants"),
         _no_tags_move,
         "data.shuffle_tags and data.tag_dropout",
     ),
+    (
+        ("data.tag_separator",),
+        lambda c: _no_tags_move(c) and not c.data.keep_separator,
+        "data.shuffle_tags and data.tag_dropout",
+    ),
+    (("method.keep_exports",), lambda c: c.method.export_every == 0, "method.export_every"),
     (
         ("data.upscale", "data.bucket_step", "data.max_aspect"),
         lambda c: not c.data.buckets,

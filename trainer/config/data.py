@@ -60,6 +60,9 @@ class DataConfig:
     shuffle_tags: bool
     tag_dropout: float = within(0, 1)  # share of tags dropped
     keep_tokens: int = within(0)  # leading tags that are neither shuffled nor dropped
+    # A text that is removed from captions, as kohya's scripts do (|||): tags before it, and after a
+    # second one, are neither shuffled nor dropped.  A caption without it keeps `keep_tokens`.
+    keep_separator: str | None
     # Shuffled captions are drawn in advance, so that all of them can be encoded before training:
     # this many per caption, if tags are shuffled or dropped.
     caption_variants: int = within(1)

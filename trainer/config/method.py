@@ -39,9 +39,9 @@ class MethodConfig:
     # false}], with lr, lr_scale, trainable, and any option of the optimizer.  The first rule whose
     # pattern (a regular expression) is found in the name applies: trainer/training/groups.py.
     rules: list[dict[str, Any]]
-    # Steps, or epochs (1epoch), between intermediate results, all of which are kept; 0: only write
-    # the final result.
+    # Steps, or epochs (1epoch), between intermediate results; 0: only write the final result.
     export_every: Interval = interval()
+    keep_exports: int = within(0)  # of the intermediate results, the newest; 0: all
     ema: EmaConfig | None  # chosen with ema=bf16 or ema=fp32
 
 
@@ -76,6 +76,7 @@ class LoraConfig(MethodConfig):
     rslora: bool  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
     # Train magnitude and direction separately (DoRA: Liu et al. 2024, arXiv 2402.09353).
     dora: bool
+    dropout: float = within(0, 0.99)  # share of an adapter's inputs that a training step sets to 0
     # Modules to adapt: regular expressions that match the end of their names: to_q, or
     # down_blocks.*attn1.to_q, or conv[12].  One list for the UNet, one for text encoders.
     targets: list[str]

@@ -6,6 +6,8 @@ same ones and finds their embeddings in the cache.
 """
 
 import hashlib
+import itertools
+from collections.abc import Iterable
 
 import torch
 
@@ -46,7 +48,12 @@ def one_line(text: str) -> str:
 
 def framed(caption: str, config: DataConfig) -> str:
     """The caption between the prefix and the suffix."""
-    return one_line(f"{config.caption_prefix} {caption} {config.caption_suffix}")
+    return one_line(f"{config.caption_prefix} {plain(caption, config)} {config.caption_suffix}")
+
+
+def plain(caption: str, config: DataConfig) -> str:
+    """The caption without any `keep_separator`."""
+    return _joined(_parts(caption, config), config) if _mark(caption, config) else caption
 
 
 def variants(caption: str, config: DataConfig, frame: bool) -> list[str]:
@@ -55,18 +62,41 @@ def variants(caption: str, config: DataConfig, frame: bool) -> list[str]:
     drawn = [caption]
     if config.shuffle_tags or config.tag_dropout > 0:
         drawn = [_variant(caption, config, number) for number in range(config.caption_variants)]
-    return [framed(text, config) for text in drawn] if frame else drawn
+    return [framed(text, config) if frame else plain(text, config) for text in drawn]
 
 
 def _variant(caption: str, config: DataConfig, number: int) -> str:
-    """Drop some of the tags after the first `keep_tokens` and shuffle the rest."""
-    separator = config.tag_separator
-    tags = [tag for part in caption.split(separator) if (tag := part.strip())]
+    """Drop some of the tags between those that keep their places, and shuffle the rest."""
     content = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little")
     counters = (Stream.VARIANT, content, number)
-    fixed, free = tags[: config.keep_tokens], tags[config.keep_tokens :]
+    first, free, last = _parts(caption, config)
     free = [tag for i, tag in enumerate(free) if rng.uniform(*counters, 1, i) >= config.tag_dropout]
     if config.shuffle_tags:
         order = torch.randperm(len(free), generator=rng.generator(*counters, 0)).tolist()
         free = [free[i] for i in order]
-    return f"{separator} ".join(fixed + free)
+    return _joined((first, free, last), config)
+
+
+def _mark(caption: str, config: DataConfig) -> str | None:
+    """The `keep_separator`, if the caption has it."""
+    mark = config.keep_separator
+    return mark if mark and mark in caption else None
+
+
+def _parts(caption: str, config: DataConfig) -> tuple[list[str], list[str], list[str]]:
+    """The tags that stay in front, those that may move, and those that stay at the end, which only
+    a second `keep_separator` separates."""
+    if mark := _mark(caption, config):
+        first, free, *last = caption.split(mark)
+        more = config.tag_separator.join(last)
+        return _tags(first, config), _tags(free, config), _tags(more, config)
+    tags = _tags(caption, config)
+    return tags[: config.keep_tokens], tags[config.keep_tokens :], []
+
+
+def _tags(text: str, config: DataConfig) -> list[str]:
+    return [tag for part in text.split(config.tag_separator) if (tag := part.strip())]
+
+
+def _joined(parts: Iterable[list[str]], config: DataConfig) -> str:
+    return f"{config.tag_separator} ".join(itertools.chain.from_iterable(parts))

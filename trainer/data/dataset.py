@@ -267,7 +267,7 @@ def _sample(picture: UsablePicture, turn: int, config: DataConfig, is_held_out: 
         digest=picture.digest,
         picture_digest=picture.picture_digest,
         is_transparent=picture.is_transparent,
-        caption=captions.framed(first_caption, config) if frame else first_caption,
+        caption=(captions.framed if frame else captions.plain)(first_caption, config),
         captions=tuple(
             variant
             for text in picture.captions

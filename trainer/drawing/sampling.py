@@ -59,19 +59,13 @@ class Sampler:
     def draw(self, is_trained: bool = True) -> list[Image.Image]:
         """One picture for each of the `count` prompts.  An untrained model uses its own scheduler,
         whose prediction type `noise` may change.  Raises `signals.Stopped`."""
-        unet = self.model.unet
         self._denoiser.scheduler = self.model.sampling_schedule(is_trained)
-        was_training = unet.training
-        unet.eval()
         latents: dict[int, Tensor] = {}  # by the prompt's place
-        try:
-            with console.Aside("drawing", self.count, "pictures") as aside:
-                for places in self._chunks():
-                    signals.leave_if(self.stop)
-                    latents |= dict(zip(places, self._denoise(places), strict=True))
-                    aside.advance(len(places))
-        finally:
-            unet.train(was_training)
+        with self.model.evaluating(), console.Aside("drawing", self.count, "pictures") as aside:
+            for places in self._chunks():
+                signals.leave_if(self.stop)
+                latents |= dict(zip(places, self._denoise(places), strict=True))
+                aside.advance(len(places))
         try:
             return self._decode(latents)
         except Exception as error:

@@ -138,6 +138,18 @@ class Model:
         return self._load("vae", DTYPES[self.config.vae_dtype], self.vae_origin)
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Apply no dropout within the block."""
+        training = [part for part in self.trained_parts.values() if part.training]
+        for part in training:
+            part.eval()
+        try:
+            yield
+        finally:
+            for part in training:
+                part.train()
+
+    @contextmanager
     def unet_aside(self) -> Iterator[None]:
         """Keep the UNet in host memory within the block."""
         self.unet.to("cpu")

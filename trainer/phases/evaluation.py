@@ -31,7 +31,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     continues.
     """
     try:
-        with state.clock.aside("evaluating"):
+        with state.clock.aside("evaluating"), state.model.evaluating():
             found = _all_losses(state)
     except signals.Stopped:
         return {}

@@ -1,10 +1,13 @@
 """The micro-batches of a step and their losses: functions of the configuration and the number of
 the micro-batch, counted over the whole run."""
 
+import torch
 from torch import Tensor
 
+from optim import rng
 from trainer.objective import batches, losses
 from trainer.phases.state import State
+from trainer.streams import Stream
 
 
 def draw(state: State, number: int) -> batches.Batch:
@@ -29,14 +32,20 @@ def shares(members: list[list[int]]) -> list[float]:
 
 def loss_of(state: State, first: int, place: int) -> Tensor:
     """The loss of micro-batch number `first + place`; `place` counts within the step."""
-    batch = draw(state, first + place)
-    prediction = batches.predict(state.model.unet, batch)
+    batch, prediction = _predicted(state, first + place)
     return losses.loss(state.config.loss, state.noise_schedule, prediction, batch)
 
 
 def weighted_prediction(state: State, number: int) -> tuple[Tensor, Tensor | None]:
     """The prediction for micro-batch `number`, and the weight of each element's squared error in
     the loss."""
+    batch, prediction = _predicted(state, number)
+    return prediction, losses.factor(state.config.loss, state.noise_schedule, batch)
+
+
+def _predicted(state: State, number: int) -> tuple[batches.Batch, Tensor]:
+    """Training micro-batch `number`, and what the UNet predicts for it.  Dropout, the only draw
+    from torch's own generators, depends on the number as well."""
+    torch.manual_seed(rng.mix(state.config.seed, Stream.LAYER_DROPOUT, number) >> 1)
     batch = draw(state, number)
-    factor = losses.factor(state.config.loss, state.noise_schedule, batch)
-    return batches.predict(state.model.unet, batch), factor
+    return batch, batches.predict(state.model.unet, batch)

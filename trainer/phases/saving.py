@@ -110,15 +110,17 @@ def save_or_owe(state: State) -> None:
 
 def export(state: State) -> list[Path]:
     """Write the current model or adapter; returns its files and folders.  Before the end of the run
-    it gets a folder of its own, and the step in its name."""
+    it gets a folder of its own, and the step in its name; those beyond `method.keep_exports` are
+    deleted."""
     name, folder = file_name(state.config.name), state.folder
-    if state.step < state.config.schedule.steps:
+    is_last = state.step == state.config.schedule.steps
+    if not is_last:
         step = f"step-{state.step:06d}"
         name, folder = f"{name}-{step}", folder / "results" / step
     pictures = state.data.dataset.num_pictures
     try:
         with state.clock.aside("exporting"), state.averaged(state.exports_average):
-            return result.export(state.config, name, state.model, folder, state.step, pictures)
+            written = result.export(state.config, name, state.model, folder, state.step, pictures)
     except Exception as error:
         if not memory.ran_out(error):
             raise
@@ -126,3 +128,6 @@ def export(state: State) -> list[Path]:
             "out of memory while writing the result; python -m trainer.export can write it from a "
             f"checkpoint ({reason(error)})"
         ) from error
+    if not is_last and (keep := state.config.method.keep_exports):
+        checkpoint.delete(checkpoint.completed(folder.parent)[:-keep])
+    return written

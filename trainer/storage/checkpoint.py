@@ -16,7 +16,7 @@ import math
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,20 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 def rotate(folder: Path, keep: int, last_whole: int) -> None:
     """Delete all checkpoints but the newest `keep` and the newest `proven` one."""
     spared = proven(folder, last_whole)
-    for old in completed(folder)[:-keep]:
-        if old == spared:
-            continue
-        try:  # renamed first, so that no half-deleted folder has the name of a checkpoint
-            old.rename(old.with_name(f".{old.name}.tmp"))
-        except OSError as error:
-            log.warning("%s is not deleted: %s", old, error)
+    delete(old for old in completed(folder)[:-keep] if old != spared)
     for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # retried after the next save
+
+
+def delete(folders: Iterable[Path]) -> None:
+    """Delete folders, each of which is renamed first, so that nothing half-deleted has its name."""
+    for old in folders:
+        try:
+            aside = old.rename(old.with_name(f".{old.name}.tmp"))
+        except OSError as error:
+            log.warning("%s is not deleted: %s", old, error)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def proven(folder: Path, last_whole: int) -> Path | None:

@@ -186,6 +186,7 @@ def _add_adapters(
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
         use_rslora=config.rslora,
         use_dora=config.dora,
+        lora_dropout=config.dropout,
         target_modules=layers,
         rank_pattern={name: one.rank for name, one in own.items()},
         alpha_pattern={name: one.alpha for name, one in own.items() if one.alpha is not None},
