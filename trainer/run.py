@@ -2,9 +2,7 @@
 
 import logging
 import math
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,15 +12,14 @@ import torch
 from trainer.cli import remarks
 from trainer.config import Config, keys_of
 from trainer.errors import UserError
-from trainer.phases import endings, evaluation, intervals, micro_batches, saving
+from trainer.phases import endings, evaluation, intervals, saving
 from trainer.phases.state import State, assemble
+from trainer.phases.stepping import Stepper
 from trainer.phases.summary import of_failed, summary_of
 from trainer.reporting import measure, metrics, report
 from trainer.storage import checkpoint, record, resuming, run_folder
 from trainer.system import console, memory, patience, signals
-from trainer.training import curvature, gradients, method, optimizers
-from trainer.training.probe import UpdateProbe
-from trainer.training.schedule import lr_scale
+from trainer.training import optimizers
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +71,7 @@ def begin(
 
 def train(state: State, writer: metrics.Metrics) -> None:
     """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
-    config, optimizer = state.config, state.optimizer
-    parameters = list(method.trained_parameters(state.model).values())
-    backward = gradients.make(config, parameters, optimizer, state.counters.grad_norm)
+    config, stepper = state.config, Stepper(state)
     if state.step == 0:
         found = evaluation.evaluate(state, writer)
         endings.refuse_ruined(state, found.get("loss", 0.0))
@@ -93,53 +88,24 @@ def train(state: State, writer: metrics.Metrics) -> None:
             saving.rotate(state)
             writer.draw_curves()
             endings.stopped(state)
-        state.peaks.end("rest")
-        started, first = time.monotonic(), state.micro_batches
-        members = micro_batches.members_of(state, first)
+
+        # Batch, gradients, judgement, update.
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
-
-        # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
-        # fused backward steps the optimizer inside).  Batches, noise and timesteps are drawn from
-        # counters: they depend on the step alone.
-        lr = optimizers.set_lr(optimizer, lr_scale(config.schedule, step))
-        probe = UpdateProbe(parameters) if reports else None
-        # With the curvature estimated but no step made, the state is not that of any step.
-        is_kept = not curvature.is_due(optimizer)
-        keeping = saving.kept_if_unreadable(state) if is_kept else nullcontext()
-        with memory.explained(config, f"in step {step + 1}"), keeping:
-            predict = partial(micro_batches.weighted_prediction, state, first)
-            curvature.estimate(optimizer, backward, predict, config.seed, step)
-            outcome = backward.of_step(
-                partial(micro_batches.loss_of, state, first), micro_batches.shares(members)
-            )
-            state.counters.grad_norm = backward.clip.last_norm
-
-            # Judge the step: unless loss and gradients are finite, leave everything as it was.
-            if state.guard.accepts(step + 1, outcome.loss, outcome.grad_norm, outcome.begun):
-                with state.optimizer_clock.measuring():
-                    optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if state.ema:
-                state.ema.update(step + 1)
-        state.watch.step(outcome.loss, outcome.grad_norm, state.loss_before)
-        state.step, state.micro_batches = step + 1, first + len(members)
-        if reports and state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)  # what a step queued belongs to its seconds
-        shapes = [(state.data.dataset.samples[rows[0]].bucket, len(rows)) for rows in members]
-        state.clock.step(time.monotonic() - started, shapes, sum(map(len, members)))
-        state.peaks.end("training")
+        values = stepper.take(step, measures=reports)
         progress.advance()
+
+        # A run that only skips steps ends; a step that counts proves the checkpoint before it.
         if state.guard.in_a_row:
             endings.refuse_broken(state)
             if wrong := state.guard.complaint():
                 endings.give_up(state, wrong)
-        if not (state.is_proven or state.guard.in_a_row):
+        elif not state.is_proven:
             state.is_proven = True
             saving.rotate(state)
 
-        if probe:
-            values = state.watch.lately() | {"lr": lr, "grad_norm": outcome.grad_norm}
-            _report(state, writer, progress, values | {"update_ratio": probe.ratio()})
+        # Report, evaluate, sample, save.
+        if reports:
+            _report(state, writer, progress, values)
         _between_steps(state, writer)
     progress.close()
 
