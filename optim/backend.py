@@ -32,12 +32,12 @@ class TorchEngine:
     def __init__(self, optimizer: RuledOwner) -> None:
         self._optimizer = optimizer
 
-    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
-        for index, group, param in places:
+    def step(self, share: Share, coefficients: dict[int, float | Tensor]) -> None:
+        for index, group, param in share:
             self._step(index, group, param, float(coefficients.get(id(group), 1.0)))
 
-    def grad_sq(self, places: Share) -> float:
-        return sum(features.grad_sq(grad_of(param)) for _, _, param in places)
+    def grad_sq(self, share: Share) -> float:
+        return sum(features.grad_sq(grad_of(param)) for _, _, param in share)
 
     def _step(self, index: int, group: dict[str, Any], param: Tensor, coefficient: float) -> None:
         """One step of one parameter: decode, apply the rule, encode, write the weights."""

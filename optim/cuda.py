@@ -65,21 +65,21 @@ class CudaEngine(DescriptorEngine):
         self._of_graphs: dict[int, tuple[Work, Tensor]] = {}  # with their rooms: kept for graphs
         self._room = torch.empty(0, dtype=torch.float64, device=device)
 
-    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, share: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.interface.Engine`."""
         with self._gpu.here():
-            work, weights, read = self._refresh(places)
+            work, weights, read = self._refresh(share)
             self._put_options(work, coefficients)
             for one in work.launches:
                 for kernel, grid, block, shared in one.steps:
                     self._gpu.launch(kernel, grid, block, shared, one.tables.data_ptr())
             del read  # safe: the stream that reuses their memory runs the launches first
-            self._write_back(places, weights)
+            self._write_back(share, weights)
 
-    def grad_sq(self, places: Share) -> Tensor:
+    def grad_sq(self, share: Share) -> Tensor:
         """As `optim.interface.Engine`."""
         with self._gpu.here():
-            work, _, read = self._refresh(places)
+            work, _, read = self._refresh(share)
             measure = self._gpu.load([MEASURE])[MEASURE]
             total = torch.zeros((), dtype=torch.float64, device=self._device)
             for one in work.launches:
@@ -93,8 +93,8 @@ class CudaEngine(DescriptorEngine):
             del read
         return total
 
-    def _stamp(self, places: Share) -> list[Any]:
-        return [*super()._stamp(places), [self._flags(group) for group in places.places.groups]]
+    def _stamp(self, share: Share) -> list[Any]:
+        return [*super()._stamp(share), [self._flags(group) for group in share.groups]]
 
     def _flags(self, group: dict[str, Any]) -> int:
         return plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags
@@ -102,10 +102,10 @@ class CudaEngine(DescriptorEngine):
     def _before_making(self) -> None:
         self._staging.refuse_in_capture()
 
-    def _make(self, work: Work, places: Share) -> None:
+    def _make(self, work: Work, share: Share) -> None:
         by_kind: dict[Kind, list[int]] = {}
         flags = {number: self._flags(self._owner.param_groups[number]) for number in work.groups}
-        for index, _, _ in places:
+        for index, _, _ in share:
             d = self._descriptors[index]
             kind = kind_of(self._rule, d, flags[d.group])
             by_kind.setdefault(kind, []).append(index)

@@ -22,28 +22,27 @@ class Dispatch:
         self._optimizer = optimizer
         self.engines: dict[tuple[torch.device, str | None], Engine | None] = {}
 
-    def shares(self, places: Share, rule: str | None = None) -> list[tuple[Engine, Share]]:
+    def shares(self, every: Share, rule: str | None = None) -> list[tuple[Engine, Share]]:
         """The engines with the parameters that each steps; `rule` overrides the optimizer's own."""
         torch_engine = backend.TorchEngine(self._optimizer)
-        if self._is_fused() and Trait.HIDDEN in places.traits:
+        if not self._is_fused():
+            return [(torch_engine, every)]
+        if Trait.HIDDEN in every.traits:
             backend.fall_back("a tensor without its own memory has no fused kernel")
-        if not self._is_fused() or Trait.HIDDEN in places.traits:
-            return [(torch_engine, places)]
-        any_unfused = any(map(_unfused, places.places.groups))
-        if not any_unfused and Trait.ELSEWHERE not in places.traits:
-            return [(self.engine(CPU, rule) or torch_engine, places)]
+            return [(torch_engine, every)]
+        if Trait.ELSEWHERE not in every.traits and not any(map(_unfused, every.groups)):
+            return [(self.engine(CPU, rule) or torch_engine, every)]
         self.say_what_is_unfused()
-        shares: dict[torch.device | None, Places] = {}
-        for place in places:
+        places: dict[torch.device | None, Places] = {}  # by device; None: without a fused engine
+        for place in every:
             device = None if _unfused(place[1]) else place[2].device
-            shares.setdefault(device, Places()).append(place)
-        return [
-            (
-                (device and self.engine(device, rule)) or torch_engine,
-                Share(share) if len(shares) > 1 else places,
-            )
-            for device, share in shares.items()
-        ]
+            places.setdefault(device, Places()).append(place)
+        shares = []
+        for device, some in places.items():
+            engine = self.engine(device, rule) if device else None
+            share = Share(some) if len(places) > 1 else every
+            shares.append((engine or torch_engine, share))
+        return shares
 
     def engine(self, device: torch.device, rule: str | None = None) -> Engine | None:
         """The fused engine of a device, if it has one."""

@@ -95,7 +95,7 @@ class DescriptorEngine:
     def _before_making(self) -> None:
         """Raise RuntimeError if no work can be made now (during a graph capture)."""
 
-    def _make(self, work: Work, places: Share) -> None:
+    def _make(self, work: Work, share: Share) -> None:
         """Fill in the launches of a new work; its descriptors only lack addresses."""
         raise NotImplementedError
 
@@ -116,7 +116,7 @@ class DescriptorEngine:
         self._words.view(-1)[work.addresses] = addresses
 
     def _refresh(
-        self, places: Share
+        self, share: Share
     ) -> tuple[Work, list[tuple[Tensor, Tensor]], tuple[list[Tensor], list[Tensor]]]:
         """Write the addresses of this step's weights and gradients into the descriptors.
 
@@ -124,53 +124,53 @@ class DescriptorEngine:
         contiguous copy to be copied back; and the tensors to keep alive until the launch is over,
         but no longer: a fused backward is about to free its gradients.
         """
-        weights, grads, addresses = places.params, places.readable_grads(), places.addresses
-        work = self._work_of(places, grads)
+        weights, grads, addresses = share.params, share.readable_grads(), share.addresses
+        work = self._work_of(share, grads)
         copies: list[tuple[Tensor, Tensor]] = []
-        if Trait.SCATTERED in places.traits:
+        if Trait.SCATTERED in share.traits:
             readable = [weight.contiguous() for weight in weights]
             copies = [(w, r) for w, r in zip(weights, readable, strict=True) if r is not w]
             weights = readable
-        if places.traits & (Trait.FOREIGN | Trait.SCATTERED):
+        if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
             addresses = pairs(addresses_of(weights, grads))
-        if len(places):
+        if len(share):
             self._put(work, addresses)
         return work, copies, (weights, grads)
 
-    def _write_back(self, places: Share, copies: list[tuple[Tensor, Tensor]]) -> None:
+    def _write_back(self, share: Share, copies: list[tuple[Tensor, Tensor]]) -> None:
         """After the launches: copy weights back, and tell autograd that they have changed, so that
         a backward pass that needs the old ones fails."""
         for weight, copy in copies:
             weight.copy_(copy)
         if self._rule != plan.ESTIMATE:
-            torch.autograd.graph.increment_version(places.params)
+            torch.autograd.graph.increment_version(share.params)
 
-    def _work_of(self, places: Share, grads: list[Tensor]) -> Work:
+    def _work_of(self, share: Share, grads: list[Tensor]) -> Work:
         """The work of these parameters, reused from an earlier step if nothing that its descriptors
         depend on has changed since."""
-        members, stamp = places.places.members, self._stamp(places)
+        members, stamp = share.members, self._stamp(share)
         state = self._owner.state
         work = self._work.get(members)
-        if work is None or work.stamp != stamp or not work.holds(state, places.params):
+        if work is None or work.stamp != stamp or not work.holds(state, share.params):
             self._before_making()
             with HOST:
-                for place, grad in zip(places, grads, strict=True):
+                for place, grad in zip(share, grads, strict=True):
                     if self._describe(*place, grad.dtype):  # other works used the old one
                         self._drop([key for key in self._work if place[0] in key])
-                work = Work(places.places, stamp, [state[param] for param in places.params])
-                work.groups = sorted({self._descriptors[i].group for i in places.places.members})
-                self._make(work, places)
+                work = Work(share.places, stamp, [state[param] for param in share.params])
+                work.groups = sorted({self._descriptors[i].group for i in share.members})
+                self._make(work, share)
             self._drop(superfluous(self._work, members, len(self._params)))
             self._work[members] = work
         elif len(self._work) > 1:  # the oldest are first
             self._work[members] = self._work.pop(members)
         return work
 
-    def _stamp(self, places: Share) -> list[Any]:
+    def _stamp(self, share: Share) -> list[Any]:
         """What the descriptors of these parameters depend on, apart from their state: their groups,
         how these store moments, and the kinds of weights and gradients.  (The optimizer watches the
         set of parameters itself: it drops this engine when that changes.)"""
-        return [[storing(group) for group in places.places.groups], places.kinds]
+        return [[storing(group) for group in share.groups], share.kinds]
 
     def _drop(self, keys: list[tuple[int, ...]]) -> None:
         for key in keys:

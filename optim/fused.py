@@ -189,11 +189,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.fused_backward is not None:
             self.fused_backward.check_unchanged()
         self._watch.check(self.param_groups)
-        places = Share(self._places())
-        if Trait.MISSING in places.traits:
-            there = [place for place in places if place[2].grad is not None]
-            places = Share(Places(there))
-        self._step(places)
+        share = Share(self._places())
+        if Trait.MISSING in share.traits:
+            there = [place for place in share if place[2].grad is not None]
+            share = Share(Places(there))
+        self._step(share)
         self.end_step()
         return loss
 
@@ -217,18 +217,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         self._step(Share(places))
 
-    def _step(self, places: Share) -> None:
+    def _step(self, share: Share) -> None:
         """Update these parameters, which have gradients, in one thread at a time."""
         with self._turn, _without_autocast():
-            self._refuse_gradients(places)
-            self._raise_on_nonfinite(places)
-            if len(places):
-                self._step_shares(places)
+            self._refuse_gradients(share)
+            self._raise_on_nonfinite(share)
+            if len(share):
+                self._step_all(share)
 
-    def _step_shares(self, places: Share) -> None:
-        shares = self._dispatch.shares(places)
+    def _step_all(self, every: Share) -> None:
+        shares = self._dispatch.shares(every)
         coefficients: dict[int, float | Tensor] = {}
-        limited = [g for g in places.places.groups if g["max_grad_norm"] is not None]
+        limited = [g for g in every.groups if g["max_grad_norm"] is not None]
         if limited:
             norm = features.total([engine.grad_sq(share) for engine, share in shares]) ** 0.5
             for group in limited:
@@ -248,21 +248,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The lock of `_step`: one for all threads, which `cached_property` does not guarantee."""
         return self.__dict__.setdefault("_lock", threading.RLock())
 
-    def _refuse_gradients(self, places: Share) -> None:
+    def _refuse_gradients(self, share: Share) -> None:
         """Raise TypeError for a sparse gradient or a parameter of a wrong dtype, ValueError for a
         gradient with another shape than its parameter."""
-        if Trait.SPARSE in places.traits:
+        if Trait.SPARSE in share.traits:
             raise TypeError(
                 f"{type(self).__name__} does not take sparse gradients; "
                 "use nn.Embedding(sparse=False)"
             )
-        if Trait.FOREIGN in places.traits:  # perhaps of a gradient only
-            for _, _, param in places:
+        if Trait.FOREIGN in share.traits:  # perhaps of a gradient only
+            for _, _, param in share:
                 groups.check_param(type(self).__name__, self.shared, param)
-        if Trait.MISSHAPEN in places.traits:
+        if Trait.MISSHAPEN in share.traits:
             index, shape, other = next(
                 (index, tuple(param.shape), tuple(param.grad.shape))
-                for index, _, param in places
+                for index, _, param in share
                 if param.grad is not None and param.grad.shape != param.shape
             )
             raise ValueError(
@@ -411,19 +411,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Tensors to copy saved parts to: existing ones if they fit, else new ones.  All are new if
         a saved one shares memory with this state: it must not change before it is read."""
         is_own = states.share_memory(self.state.values(), parts_of.values())
-        return {
-            param: {
+        state: dict[Tensor, states.Parts] = {}
+        for param, parts in parts_of.items():
+            there = {} if is_own else self.state.get(param, {})
+            counts_on = self._dispatch.counts_on(param)
+            state[param] = {
                 key: states.room_for(
-                    x,
-                    param.device
-                    if blank_of[param][key].is_meta
-                    else self._dispatch.counts_on(param),
-                    None if is_own else self.state.get(param, {}).get(key),
+                    x, param.device if blank_of[param][key].is_meta else counts_on, there.get(key)
                 )
                 for key, x in parts.items()
             }
-            for param, parts in parts_of.items()
-        }
+        return state
 
     def _indexed_params(self) -> Iterator[tuple[int, dict[str, Any], Parameter]]:
         """Every parameter with its group and its index, which is the same in every process and
@@ -480,11 +478,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         compensated = self.compensates(param, group)
         return states.blank(param, self.codecs(param, group), compensated, device, counts_on)
 
-    def _raise_on_nonfinite(self, places: Share) -> None:
+    def _raise_on_nonfinite(self, share: Share) -> None:
         """Before a step: raise if a group asks for it and a gradient element is not usable."""
-        if not any(group["on_nonfinite"] == "raise" for group in places.places.groups):
+        if not any(group["on_nonfinite"] == "raise" for group in share.groups):
             return
-        strict = [place for place in places if place[1]["on_nonfinite"] == "raise"]
+        strict = [place for place in share if place[1]["on_nonfinite"] == "raise"]
         if features.all_usable([grad_of(param) for _, _, param in strict]):
             return
         for index, _, param in strict:

@@ -16,11 +16,11 @@ from optim.share import Share
 class Engine(Protocol):
     """Steps parameters of one owner; every engine computes the same."""
 
-    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, share: Share, coefficients: dict[int, float | Tensor]) -> None:
         """One step of these parameters, which have gradients; `coefficients` maps the id of a group
         to the factor of its gradients (1 if absent)."""
 
-    def grad_sq(self, places: Share) -> float | Tensor:
+    def grad_sq(self, share: Share) -> float | Tensor:
         """The sum of the squares of the usable elements of these parameters' gradients; a 0-d fp64
         tensor on their device if reading it would mean waiting."""
 

@@ -64,27 +64,27 @@ class NativeEngine(DescriptorEngine):
         self._isa = isa()
         self._room = torch.empty(0, dtype=torch.uint8, device=CPU)
 
-    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, share: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.interface.Engine`."""
-        work, weights, read = self._refresh(places)
+        work, weights, read = self._refresh(share)
         options = (plan.Options * len(self._owner.param_groups))()
         for number, key, group in self._groups(work, CPU):
             coefficient = float(coefficients.get(key, 1.0))
             options[number] = plan.group_options(group, coefficient, self._rule)
         self._launch(_native.launch, work, options)
         del read
-        self._write_back(places, weights)
+        self._write_back(share, weights)
 
-    def grad_sq(self, places: Share) -> float:
+    def grad_sq(self, share: Share) -> float:
         """As `optim.interface.Engine`."""
-        work, _, read = self._refresh(places)
+        work, _, read = self._refresh(share)
         total = sum(self._launch(_native.grad_sq, work, None))
         del read
         return total
 
-    def _make(self, work: Work, places: Share) -> None:
+    def _make(self, work: Work, share: Share) -> None:
         sizes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        for index, _, param in places:
+        for index, _, param in share:
             few = plan.num_tiles(self._descriptors[index]) <= FEW_TILES
             sizes[few].append((index, param.numel()))
         chosen = [(few, each) for few in sizes for each in buckets(sizes[few], BUCKET_NUMEL)]

@@ -107,9 +107,9 @@ class DistanceAdapted(FusedOptimizer):
         super()._take_over(state_dict)
         self._has_moved = False  # the saved d includes the saved sums, or the next one will
 
-    def _step(self, places: Share) -> None:
-        super()._step(places)
-        self._has_moved = self._has_moved or any(map(_may_learn, places.places.groups))
+    def _step(self, share: Share) -> None:
+        super()._step(share)
+        self._has_moved = self._has_moved or any(map(_may_learn, share.groups))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_has_moved": self._has_moved}

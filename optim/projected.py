@@ -111,22 +111,22 @@ class ProjectedEngine(ABC):
     def _measure(self, portion: Portion) -> None:
         """Compute the factors from P G and N."""
 
-    def step(self, places: Share, coefficients: dict[int, float | Tensor]) -> None:
+    def step(self, share: Share, coefficients: dict[int, float | Tensor]) -> None:
         """As `optim.interface.Engine`."""
         with self._here():
-            work = self._work_of(places)
+            work = self._work_of(share)
             if work.others:
                 self._dense_engine.step(Share(work.others), coefficients)
             if not work.wide:
                 return
-            share = Share(work.wide)
-            grads = share.readable_grads()
-            addresses = share.addresses[:, 1]
-            if share.traits & (Trait.FOREIGN | Trait.SCATTERED):
+            wide = Share(work.wide)
+            grads = wide.readable_grads()
+            addresses = wide.addresses[:, 1]
+            if wide.traits & (Trait.FOREIGN | Trait.SCATTERED):
                 addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
             self._put(work, addresses)
-            self._low.refresh(work.wide.groups)
-            of_lows, of_scaled = self._coefficients(work.wide.groups, coefficients)
+            self._low.refresh(wide.groups)
+            of_lows, of_scaled = self._coefficients(wide.groups, coefficients)
             first = 0
             for portion in work.portions:
                 own = grads[first : first + len(portion.places)]
@@ -140,12 +140,12 @@ class ProjectedEngine(ABC):
                 self._low_engine.step(Share(portion.lows), of_lows)
                 self._measure(portion)
             del grads, own  # safe: the stream that reuses their memory runs the launches first
-            self._scaled_engine.step(share, of_scaled)
+            self._scaled_engine.step(wide, of_scaled)
 
-    def grad_sq(self, places: Share) -> float | Tensor:
+    def grad_sq(self, share: Share) -> float | Tensor:
         """As `optim.interface.Engine`."""
         with self._here():
-            work = self._work_of(places)
+            work = self._work_of(share)
             return features.total(
                 [
                     self._scaled_engine.grad_sq(Share(work.wide)),
@@ -183,11 +183,11 @@ class ProjectedEngine(ABC):
             lost = kept["compensation"] if self._optimizer.compensates(param, group) else None
             low.copy_(conditioned_product(place, grad, p.float(), c, lost))
 
-    def _work_of(self, places: Share) -> Portions:
+    def _work_of(self, share: Share) -> Portions:
         """The portions of these parameters, reused from an earlier step if nothing that they depend
         on has changed since."""
-        groups = [(*storing(group), *map(group.get, _SHAPING)) for group in places.places.groups]
-        members, stamp = places.places.members, [groups, places.kinds]
+        groups = [(*storing(group), *map(group.get, _SHAPING)) for group in share.groups]
+        members, stamp = share.members, [groups, share.kinds]
         work = self._works.get(members)
         state = self._optimizer.state
         if work is None or work.stamp != stamp or not work.holds(state, work.asked):
@@ -195,7 +195,7 @@ class ProjectedEngine(ABC):
             if work is not None:
                 self._drop(members)
             with HOST:
-                work = Portions(self._optimizer, places.places, stamp)
+                work = Portions(self._optimizer, share.places, stamp)
                 if work.wide:
                     self._make(work)
             count = sum(len(group["params"]) for group in self._optimizer.param_groups)

@@ -73,6 +73,16 @@ class Share:
         self.addresses = pairs(addresses)
         self.traits = Trait(traits)
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The parameters' indices."""
+        return self.places.members
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups that the parameters belong to, each once."""
+        return self.places.groups
+
     def readable_grads(self) -> list[Tensor]:
         """The gradients, contiguous and in a dtype that engines know."""
         grads = self.grads

@@ -132,9 +132,9 @@ class Sophia(FusedOptimizer):
         )
         return any(bool(c.decode(split(state, "hessian")).any()) for c, state in codecs)
 
-    def _step(self, places: Share) -> None:
-        super()._step(places)
-        self._has_moved = self._has_moved or bool(places)
+    def _step(self, share: Share) -> None:
+        super()._step(share)
+        self._has_moved = self._has_moved or bool(share)
         if gpu.capturing():
             self._captured, self._num_steps = True, None
 
@@ -169,22 +169,22 @@ class Sophia(FusedOptimizer):
         self._watch.check(self.param_groups)
         if params is None:
             params = [param for _, _, param in self._places() if param.grad is not None]
-        places = Share(self._places_of("update_hessian", params))
-        if not params or Trait.MISSING in places.traits:
+        share = Share(self._places_of("update_hessian", params))
+        if not params or Trait.MISSING in share.traits:
             which = "a parameter has no" if params else "no parameter has a"
             raise ValueError(
                 f"update_hessian: {which} gradient; call backward() of the sampled loss before it"
             )
-        self._refuse_gradients(places)
-        self._raise_on_nonfinite(places)
+        self._refuse_gradients(share)
+        self._raise_on_nonfinite(share)
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
         with self._turn:
-            for engine, share in self._dispatch.shares(places, plan.ESTIMATE):
+            for engine, its in self._dispatch.shares(share, plan.ESTIMATE):
                 if isinstance(engine, TorchEngine):
-                    for place in share:
+                    for place in its:
                         self._estimate(*place, scale)
                 else:
-                    engine.step(share, coefficients)
+                    engine.step(its, coefficients)
         for param in params:
             param.grad = None
         self._num_blind = None
