@@ -1,6 +1,6 @@
 """CAME: Adafactor with a first moment that is divided by how far updates stray from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
@@ -58,6 +58,15 @@ class CAME(FusedOptimizer):
         **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
+
+    @classmethod
+    def contradiction(cls, group: Mapping[str, Any]) -> str | None:
+        if group["betas"][0] == 0:
+            return (
+                "cannot have betas[0]=0: its steps are divided by how far updates are from their "
+                "average, which would be 0; use Adafactor, which averages no updates"
+            )
+        return super().contradiction(group)
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         shape = tuple(param.shape)

@@ -105,6 +105,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {k: v for k, v in cls.default_options().items() if k != "backend"}
 
     @classmethod
+    def contradiction(cls, group: Mapping[str, Any]) -> str | None:
+        """Why these options cannot go together, in words that follow the optimizer's name; None if
+        they can."""
+        if group.get("factor_1d") and group["storage"] != "factored":
+            return (
+                f"cannot have factor_1d=True with storage={group['storage']!r}, which does not "
+                "factor; use storage='factored'"
+            )
+        if group["grams"] and group["cautious"]:
+            return (
+                "cannot have grams=True with cautious=True: an update that has the gradient's "
+                "signs has none against them; keep one of them"
+            )
+        return None
+
+    @classmethod
     def bounds_updates(cls, group: Mapping[str, Any]) -> str | None:
         """Why the size of a gradient hardly matters with these options, in words that follow the
         optimizer's name; None if it does matter."""
@@ -162,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget()
         super().add_param_group(param_group)
         try:
-            groups.check(name, self.common, self.shared, self.param_groups)
+            groups.check(type(self), self.param_groups)
             if hasattr(self, "backend"):  # __init__ checks the first groups together
                 groups.check_apart(name, self.param_groups)
             if self.fused_backward is not None:
@@ -239,9 +255,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @cached_property
     def _watch(self) -> options.Watch:
         name = type(self).__name__
-        return options.Watch(
-            name, self._options(), partial(groups.check_agreement, name, self.common)
-        )
+        return options.Watch(name, self._options(), partial(groups.check_agreement, type(self)))
 
     @property
     def _turn(self) -> threading.RLock:
@@ -258,7 +272,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if Trait.FOREIGN in share.traits:  # perhaps of a gradient only
             for _, _, param in share:
-                groups.check_param(type(self).__name__, self.shared, param)
+                groups.check_param(type(self), param)
         if Trait.MISSHAPEN in share.traits:
             index, shape, other = next(
                 (index, tuple(param.shape), tuple(param.grad.shape))
@@ -382,7 +396,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         for group in saved_groups:
             options.check(name, self._options(), {k: group[k] for k in known})
-        groups.check_agreement(name, self.common, saved_groups)
+        groups.check_agreement(type(self), saved_groups)
         saved = [(index, group) for group in saved_groups for index in group["params"]]
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,26 +12,27 @@ from torch.nn.parameter import is_lazy
 
 from optim.share import DTYPES
 
+if TYPE_CHECKING:
+    from optim.fused import FusedOptimizer
+
 Group = dict[str, Any]
 
 
-def check(
-    optimizer: str, common: Iterable[str], shared: Iterable[str], groups: list[Group]
-) -> None:
-    """Refuse the last group if its options contradict each other, its `common` options differ from
-    the other groups', or the optimizer of this name cannot update its parameters.  `shared` is the
-    state that all groups have in common."""
+def check(optimizer: "type[FusedOptimizer]", groups: list[Group]) -> None:
+    """Refuse the last group if its options contradict each other or what other groups must share,
+    or if the optimizer cannot update its parameters."""
     for param in groups[-1]["params"]:
-        check_param(optimizer, shared, param)
-    check_agreement(optimizer, common, [groups[0], groups[-1]])
+        check_param(optimizer, param)
+    check_agreement(optimizer, [groups[0], groups[-1]])
 
 
-def check_agreement(optimizer: str, common: Iterable[str], groups: list[Group]) -> None:
+def check_agreement(optimizer: "type[FusedOptimizer]", groups: list[Group]) -> None:
     """Refuse groups whose options contradict each other, or whose `common` options differ from the
     first group's."""
     for group in groups:
-        _check_options(optimizer, group)
-        _check_common(optimizer, common, groups[0], group)
+        if wrong := optimizer.contradiction(group):
+            raise ValueError(f"{optimizer.__name__} {wrong}")
+        _check_common(optimizer.__name__, optimizer.common, groups[0], group)
 
 
 def check_apart(optimizer: str, groups: list[Group]) -> None:
@@ -61,22 +62,9 @@ def _is_dense(param: Tensor) -> bool:
     return 1 + sum((size - 1) * stride for size, stride in sizes) == param.numel()
 
 
-def _check_options(optimizer: str, group: Group) -> None:
-    if group.get("factor_1d") and group["storage"] != "factored":
-        raise ValueError(
-            f"{optimizer} cannot have factor_1d=True with storage={group['storage']!r}, which does "
-            "not factor; use storage='factored'"
-        )
-    if group["grams"] and group["cautious"]:
-        raise ValueError(
-            f"{optimizer} cannot have grams=True with cautious=True: an update that has the "
-            "gradient's signs has none against them; keep one of them"
-        )
-
-
-def check_param(optimizer: str, shared: Iterable[str], param: Tensor) -> None:
-    """Refuse a parameter that the optimizer of this name cannot update; `shared` as in `check`."""
-    remedies = "DDP" if shared else "DDP, ZeRO-1"
+def check_param(kind: "type[FusedOptimizer]", param: Tensor) -> None:
+    """Refuse a parameter that the optimizer cannot update."""
+    optimizer, remedies = kind.__name__, "DDP" if kind.shared else "DDP, ZeRO-1"
     if is_lazy(param):
         raise ValueError(
             f"{optimizer}: a parameter of a lazy layer has no shape yet; run the model forward "

@@ -43,6 +43,7 @@ BAD = [
     ("ademamix", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
     ("came", {"betas": (0.9, 0.99)}, ValueError, "3 numbers"),
     ("came", {"eps": 1e-30}, ValueError, "2 numbers"),
+    ("came8bit", {"betas": (0.0, 0.99, 0.99)}, ValueError, "=0: its steps are divided by how"),
     ("came8bit", {"factor_1d": True}, TypeError, "option of came8bit 'factor_1d'"),
     ("apollo", {"rank": 0}, ValueError, "rank=0 is not possible; it must be an integer >= 1"),
     ("apollo", {"rank": 2.0}, ValueError, "rank=2.0"),
