@@ -13,12 +13,12 @@ from torch.nn.parameter import is_lazy
 from optim.share import DTYPES
 
 if TYPE_CHECKING:
-    from optim.fused import FusedOptimizer
+    from optim.base import StatefulOptimizer
 
 Group = dict[str, Any]
 
 
-def check(optimizer: "type[FusedOptimizer]", groups: list[Group]) -> None:
+def check(optimizer: "type[StatefulOptimizer]", groups: list[Group]) -> None:
     """Refuse the last group if its options contradict each other or what other groups must share,
     or if the optimizer cannot update its parameters."""
     for param in groups[-1]["params"]:
@@ -26,7 +26,7 @@ def check(optimizer: "type[FusedOptimizer]", groups: list[Group]) -> None:
     check_agreement(optimizer, [groups[0], groups[-1]])
 
 
-def check_agreement(optimizer: "type[FusedOptimizer]", groups: list[Group]) -> None:
+def check_agreement(optimizer: "type[StatefulOptimizer]", groups: list[Group]) -> None:
     """Refuse groups whose options contradict each other, or whose `common` options differ from the
     first group's."""
     for group in groups:
@@ -62,7 +62,7 @@ def _is_dense(param: Tensor) -> bool:
     return 1 + sum((size - 1) * stride for size, stride in sizes) == param.numel()
 
 
-def check_param(kind: "type[FusedOptimizer]", param: Tensor) -> None:
+def check_param(kind: "type[StatefulOptimizer]", param: Tensor) -> None:
     """Refuse a parameter that the optimizer cannot update."""
     optimizer, remedies = kind.__name__, "DDP" if kind.shared else "DDP, ZeRO-1"
     if is_lazy(param):
