@@ -102,7 +102,8 @@ struct AnyGrad {
 };
 
 // Weights of any dtype and rounding, with their Kahan compensation.
-struct AnyWeight {
+template <class DrawsT>
+struct AnyWeightOf {
     const Place& place;
     const uint64_t data, compensation;
     int32_t dtype;
@@ -110,9 +111,9 @@ struct AnyWeight {
     int64_t row_at_hand;
     F* values;
     AnyRows rows, lost_rows;
-    Exec::RowDraws draws;
+    DrawsT draws;
 
-    HD AnyWeight(const Place& p, F* room)
+    HD AnyWeightOf(const Place& p, F* room)
         : place(p),
           data(p.tensor.weight),
           compensation(p.tensor.compensation),
@@ -164,6 +165,8 @@ struct AnyWeight {
         if (compensated) lost.end(place);
     }
 };
+
+using AnyWeight = AnyWeightOf<Exec::RowDraws>;
 
 // bf16 weights with stochastic rounding, as in nearly every run.  kShared: the words of their draws
 // are kept for the moments' draws.

@@ -195,6 +195,30 @@ HD U lane_index() {
     });
 }
 
+// x's lanes in another order: lane i is lane at[i], at[i] < kLanes.
+HD F picked(F x, U at) {
+#if defined(__AVX512F__)
+    x.r[0] = (FloatRegister)_mm512_permutexvar_ps((__m512i)at.r[0], (__m512)x.r[0]);
+    return x;
+#elif defined(__AVX2__)
+    return map<F>(
+        [&](auto at) INLINED {
+            __m256 low = _mm256_permutevar8x32_ps((__m256)x.r[0], (__m256i)at);
+            __m256 high = _mm256_permutevar8x32_ps((__m256)x.r[1], (__m256i)at);
+            return _mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32((__m256i)at, 28));
+        },
+        at);
+#else
+    float from[kLanes], to[kLanes];
+    uint32_t lanes[kLanes];
+    memcpy(from, &x, sizeof(x));
+    memcpy(lanes, &at, sizeof(at));
+    for (int i = 0; i < kLanes; ++i) to[i] = from[lanes[i]];
+    memcpy(&x, to, sizeof(x));
+    return x;
+#endif
+}
+
 // The sum of the lanes, in one order everywhere: halves are added until one lane is left.
 template <class Function>
 HD float fold(F x, Function add) {

@@ -12,7 +12,7 @@ namespace ENGINE_ISA {
 // that are.  kRoundsWithin: some moment is rounded when an element is stored, not when its row
 // ends.
 template <class RuleT>
-struct AnyAccess {
+struct AnyAccess : ByRow {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = false, kFlagsKnown = false;
     static constexpr bool kRoundsWithin = false;
@@ -39,7 +39,7 @@ struct AnyAccess {
 // hardware prefetches them.
 template <class RuleT, class FastT, class SlowT, class SquareT, bool kCleanTile = false,
           bool kCodes = false>
-struct PlainAccess {
+struct PlainAccess : ByRow {
     using R = RuleT;
     static constexpr bool kPlain = true, kMoves = true, kFlagsKnown = false;
     static constexpr bool kRoundsWithin = false;
@@ -69,7 +69,7 @@ struct PlainAccess {
 
 // The same for a rule that transforms its update first (settled()) and reads two factored moments.
 template <class RuleT, class FastT>
-struct SettlingAccess {
+struct SettlingAccess : ByRow {
     using R = RuleT;
     static constexpr bool kPlain = false, kMoves = true, kFlagsKnown = false;
     static constexpr bool kRoundsWithin = false;

@@ -114,7 +114,7 @@ constexpr bool kSumsRows = kCodecOf<SlotT> == kFactored || kCodecOf<SlotT> == kF
 // A kind of tensor.  kAhead: rows of its gradient that are loaded while one is computed.
 template <class RuleT, class FastT, class SlowT, class SquareT, int32_t kWeightDtype,
           int32_t kGradDtype, int64_t kFlags_, bool kCompensated, int kAhead = 1>
-struct Kind {
+struct Kind : ByRow {
     using R = RuleT;
     using Grad = GradOf<kGradDtype, kAhead>;
     // For the passes that write no tensor: they compute little and have registers to spare.

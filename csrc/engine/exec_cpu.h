@@ -327,9 +327,9 @@ struct Exec {
             f(first / run, first, int(length - first < run ? length - first : run));
     }
     HD static float largest_of(const float* x, int length) {
-        float top = 0.f;
-        for (int i = 0; i < length; ++i) top = x[i] > top ? x[i] : top;
-        return top;
+        F top(0.f);
+        each_pack(length, [&](int64_t at, int n) INLINED { top = max(load_f32(x + at, n), top); });
+        return engine::ENGINE_ISA::largest(top);
     }
     template <class Function>
     HD static void each_pack_of_run(int length, Function&& f) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine/access.h"
+#include "engine/lines.h"
 #include "engine/projected_cpu.h"
 #include "engine/tensor.h"
 
@@ -40,6 +41,12 @@ HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
                   square = t.moments[kSquare].codec;
     const bool plain = is_plain<RuleT>(t, h);
     const uint32_t at = plain ? storage_of(fast, slow, square) : 0;
+    if constexpr (RuleT::kSquareFirst)
+        if (is_narrow(t)) {
+            if constexpr ((RuleT::kPlainLoops & kSquareAlone) != 0)
+                if (at == kSquareAlone) return f.template operator()<LineAccess<RuleT, true>>();
+            return f.template operator()<LineAccess<RuleT, false>>();
+        }
     if (serves<RuleT, kFactoredTriple, PlainAccess<RuleT, Signed, Signed, Squares>>(at, f) ||
         serves<RuleT, kFactoredPair, PlainAccess<RuleT, Signed, NoSlot, Squares>>(at, f) ||
         serves<RuleT, kCodedPair, Coded<RuleT, Float8<Unsigned8, SharedDraws>>>(at, f) ||
@@ -142,6 +149,13 @@ inline bool wants(Phase pass, const Launch& launch, int64_t member) {
     }
 }
 
+template <class By>
+void factor_by(const Launch& launch, const Tensor& t, int64_t tile) {
+    constexpr int64_t kAll = ~int64_t(0);
+    if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>, kAll, By>(launch, tile);
+    factor<AnyGrad, kAll, By>(launch, tile);
+}
+
 // A pass over the strip that begins with this tile, of a tensor that wants it.
 inline void run_strip(Phase pass, const Launch& launch, int64_t tile) {
     const int64_t member = launch.tiles[tile].tensor;
@@ -160,8 +174,8 @@ inline void run_strip(Phase pass, const Launch& launch, int64_t tile) {
             if (t.grad_dtype == kBFloat16) return measure<Bf16Grad<>, Unread>(launch, tile);
             return measure<AnyGrad, Unread>(launch, tile);
         case kFactor:
-            if (t.grad_dtype == kBFloat16) return factor<Bf16Grad<>>(launch, tile);
-            return factor<AnyGrad>(launch, tile);
+            if (is_narrow(t)) return factor_by<ByLine>(launch, t, tile);
+            return factor_by<ByRow>(launch, t, tile);
         case kNorm:
             return with_access(launch, t, h, Norm{{launch, tile}});
         case kResidual:

@@ -44,11 +44,19 @@ HD Hyper hyper_of(const Place& p) {
     return h;
 }
 
-template <class Access>
-HD void begin_row(const Place& p, Access& a, int64_t row, int width) {
+// The gradient as the rule sees it: only OrthoGrad reads the weights for it.
+template <class WeightT>
+HD F conditioned(const Hyper& h, F raw, const WeightT& weight, int i, int col, int n) {
+    if (!has(h, kOrthograd)) return raw * h.coefficient;
+    return conditioned(h, raw, weight.load(i, col, n));
+}
+
+// kWrites: whether the pass reads and writes the weights in any case.
+template <bool kWrites, class Access>
+HD void begin_row(const Place& p, Access& a, const Hyper& h, int64_t row, int width) {
     Exec::knowing(p, [&]() INLINED {
         a.grad.begin_row(row, width);
-        a.weight.begin_row(row, width);
+        if (kWrites || has(h, kOrthograd)) a.weight.begin_row(row, width);
         a.fast.begin_row(row, width);
         a.slow.begin_row(row, width);
         a.square.begin_row(row, width);
@@ -79,7 +87,7 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     if (Access::kPlain)
         e.g = e.raw * h.coefficient;
     else
-        e.g = conditioned(h, e.raw, a.weight.load(i, col, n));
+        e.g = conditioned(h, e.raw, a.weight, i, col, n);
     if (!Access::kPlain && !kClean) e.g = select(e.ok, e.g, F(0.f));
     e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n), F(0.f)};
     if constexpr (Access::R::kRoot) e.before.root = a.square.root(i, e.before.square);
@@ -94,6 +102,18 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     e.u = a.factored_sign ? only(e.raw != F(0.f), e.settled) : e.settled;
     return e;
 }
+
+// How a pass takes its rows: one by one.  Each access to operands has such a base; on a CPU there
+// is another (engine/lines.h).
+struct ByRow {
+    using Totals = typename Exec::RowTotals;  // of a tile
+    using Sums = FactoredSlot<false>;         // a factored moment of which a pass computes the sums
+
+    template <class Function>
+    HD static void each_row(Place& p, Function&& f) {
+        p.each_row(f);
+    }
+};
 
 // In place of an operand that a pass does not read.
 struct Unread {
@@ -147,7 +167,7 @@ HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
 }
 
 // An element without a usable gradient contributes its old average, and is counted.
-template <class GradT, int64_t kFlags = ~int64_t(0)>
+template <class GradT, int64_t kFlags = ~int64_t(0), class By = ByRow>
 HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
     Place p(launch, first_tile, whole);
     Hyper h = p.hyper;
@@ -155,13 +175,13 @@ HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
     Scratch scratch;
     GradT grad(p, scratch.grad);
     AnyWeight weight(p, scratch.weight);
-    FactoredSlot<false> square(p, kSquare, scratch.slots[kSquare]);
+    typename By::Sums square(p, kSquare, scratch.slots[kSquare]);
     typename Exec::Count nonfinite;
     p.each_tile([&]() INLINED {
         nonfinite.begin(p.sums().nonfinite);
         square.begin();
     });
-    p.each_row([&](int64_t row, int width) INLINED {
+    By::each_row(p, [&](int64_t row, int width) INLINED {
         Exec::knowing(p, [&]() INLINED {
             grad.begin_row(row, width);
             if (has(h, kOrthograd)) weight.begin_row(row, width);
@@ -173,8 +193,7 @@ HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
                 Mask ok;
                 F g = grad.load(i, col, n);
                 if (!kClean) g = usable(g, ok);
-                g = has(h, kOrthograd) ? conditioned(h, g, weight.load(i, col, n))
-                                       : g * h.coefficient;
+                g = conditioned(h, g, weight, i, col, n);
                 F g2 = g * g;
                 if (!kClean && RARELY(!all(ok))) {
                     nonfinite.add(p.sums().nonfinite, kLanes - count(ok));
@@ -199,10 +218,10 @@ HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
     const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
-    FactoredSlot<false> average(p, kSlow, scratch.slots[kSlow]);
+    typename Access::Sums average(p, kSlow, scratch.slots[kSlow]);
     p.each_tile([&]() INLINED { average.begin(); });
-    p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(p, a, row, width);
+    Access::each_row(p, [&](int64_t row, int width) INLINED {
+        begin_row<false>(p, a, h, row, width);
         average.begin_row(row, width);
         with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
@@ -226,10 +245,10 @@ HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
     const bool usual = Access::R::is_usual(h);
     Scratch scratch;
     Access a(p, scratch);
-    typename Exec::RowTotals squares;
-    p.each_tile([&]() INLINED { squares.begin<false>(p.sums().update_sq, a); });
-    p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(p, a, row, width);
+    typename Access::Totals squares;
+    p.each_tile([&]() INLINED { squares.template begin<false>(p.sums().update_sq, a); });
+    Access::each_row(p, [&](int64_t row, int width) INLINED {
+        begin_row<false>(p, a, h, row, width);
         squares.begin_row();
         with_row(a.grad, usual, width, [&](auto clean) INLINED {
             constexpr bool kClean = decltype(clean)::kValue;
@@ -253,9 +272,9 @@ HD void align(const Launch& launch, int64_t first_tile, bool whole = false) {
     Access a(p, scratch);
     typename Exec::Count aligned;
     p.each_tile([&]() INLINED { aligned.begin(p.sums().aligned); });
-    p.each_row([&](int64_t row, int width) INLINED {
+    Access::each_row(p, [&](int64_t row, int width) INLINED {
         int64_t of_row = 0;
-        begin_row(p, a, row, width);
+        begin_row<false>(p, a, h, row, width);
         Exec::each(width, [&](int i, int col, int n) INLINED {
             Evaluation e = evaluate<false>(a, h, i, col, n);
             of_row += count(agrees(e.u, e.g));
@@ -273,19 +292,19 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
     Scratch scratch;
     Access a(p, scratch);
     typename Exec::Count nonfinite;
-    typename Exec::RowTotals squares;
+    typename Access::Totals squares;
     SamplesOf<Access::R::kSampled> samples(p);
     const bool lagged = has(h, kClipLagged);
     const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
     p.each_tile([&]() INLINED {
         nonfinite.begin(p.sums().nonfinite);
-        if (lagged) squares.begin<true>(p.sums().update_sq, a);
+        if (lagged) squares.template begin<true>(p.sums().update_sq, a);
         a.fast.begin();
         a.slow.begin();
         a.square.begin();
     });
-    p.each_row([&](int64_t row, int width) INLINED {
-        begin_row(p, a, row, width);
+    Access::each_row(p, [&](int64_t row, int width) INLINED {
+        begin_row<true>(p, a, h, row, width);
         samples.row(h, row, width, a.grad, a.weight);
         if (lagged) squares.begin_row();
         if (Access::kRoundsWithin) p.make_words(row);
