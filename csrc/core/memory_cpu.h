@@ -18,6 +18,12 @@ HD F load_f32(const float* from, int n) {
         F x;
         x.r[0] = (FloatRegister)_mm512_maskz_loadu_ps(first_lanes(n), from);
         return x;
+#elif defined(__AVX2__)
+        return generate<F>([from, n](int i) INLINED {
+            IntRegister lane;
+            for (int j = 0; j < kEach; ++j) lane[j] = i * kEach + j;
+            return _mm256_maskload_ps(from + i * kEach, (__m256i)(lane < n));
+        });
 #endif
         memset(lanes, 0, sizeof(lanes));
         memcpy(lanes, from, size_t(n) * 4);

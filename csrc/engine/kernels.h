@@ -32,6 +32,17 @@ HD bool serves(uint32_t at, const Function& f) {
 template <class RuleT, class SquareT>
 using Coded = PlainAccess<RuleT, Float8<Signed8, SharedDraws>, NoSlot, SquareT, false, true>;
 
+// The same for a narrow matrix; `alone`: the second moment is all that it has.
+template <class RuleT, class Function>
+HD void with_lines_of(uint32_t at, bool alone, const Function& f) {
+    if constexpr ((RuleT::kPlainLoops & kSquareAlone) != 0)
+        if (at == kSquareAlone) return f.template operator()<LineAccess<RuleT, true, NoSlot>>();
+    if (alone || Function::kDirectionAlone)
+        return f.template operator()<LineAccess<RuleT, false, NoSlot>>();
+    if constexpr (!Function::kDirectionAlone)
+        f.template operator()<LineAccess<RuleT, false, LineSlot>>();
+}
+
 // Calls f<Access>() with the fastest access that serves this tensor's strip.
 template <class RuleT, class Function>
 HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
@@ -42,11 +53,8 @@ HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
     const bool plain = is_plain<RuleT>(t, h);
     const uint32_t at = plain ? storage_of(fast, slow, square) : 0;
     if constexpr (RuleT::kSquareFirst)
-        if (is_narrow(t)) {
-            if constexpr ((RuleT::kPlainLoops & kSquareAlone) != 0)
-                if (at == kSquareAlone) return f.template operator()<LineAccess<RuleT, true>>();
-            return f.template operator()<LineAccess<RuleT, false>>();
-        }
+        if (is_narrow(t, plain))
+            return with_lines_of<RuleT>(at, fast == kAbsent && slow == kAbsent, f);
     if (serves<RuleT, kFactoredTriple, PlainAccess<RuleT, Signed, Signed, Squares>>(at, f) ||
         serves<RuleT, kFactoredPair, PlainAccess<RuleT, Signed, NoSlot, Squares>>(at, f) ||
         serves<RuleT, kCodedPair, Coded<RuleT, Float8<Unsigned8, SharedDraws>>>(at, f) ||
@@ -161,20 +169,21 @@ inline void run_strip(Phase pass, const Launch& launch, int64_t tile) {
     const int64_t member = launch.tiles[tile].tensor;
     const Tensor& t = launch.tensors[launch.members[member]];
     const Hyper& h = launch.hypers[member];
+    const bool bf16 = t.grad_dtype == kBFloat16;
     switch (pass) {
         case kMeasure:
             if (!wants_measure_of_grad(h)) {
-                const bool bf16 = t.weight_dtype == kBFloat16 && !t.compensation;
-                if (bf16) return measure<Unread, Bf16WeightRead>(launch, tile);
+                if (t.weight_dtype == kBFloat16 && !t.compensation)
+                    return measure<Unread, Bf16WeightRead>(launch, tile);
                 return measure<Unread, AnyWeight>(launch, tile);
             }
             if (wants_measure_of_weight(h)) return measure<AnyGrad, AnyWeight>(launch, tile);
             [[fallthrough]];
         case kMeasureAlone:
-            if (t.grad_dtype == kBFloat16) return measure<Bf16Grad<>, Unread>(launch, tile);
+            if (bf16) return measure<Bf16Grad<>, Unread>(launch, tile);
             return measure<AnyGrad, Unread>(launch, tile);
         case kFactor:
-            if (is_narrow(t)) return factor_by<ByLine>(launch, t, tile);
+            if (is_narrow(t, bf16)) return factor_by<ByLine>(launch, t, tile);
             return factor_by<ByRow>(launch, t, tile);
         case kNorm:
             return with_access(launch, t, h, Norm{{launch, tile}});

@@ -12,11 +12,13 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-constexpr int kNarrowCols = 32;  // wider rows gain little
+constexpr int kNarrowCols = 64;  // wider rows gain little
 
-// Whether a tensor's rows are taken as lines.
-HD bool is_narrow(const Tensor& t) {
-    return t.cols <= kNarrowCols && t.rows > 1 && t.numel == t.rows * t.cols;
+// Whether a tensor's rows are taken as lines.  specialised: rows of its dtypes have a loop of their
+// own, which is as fast where they take two vectors.
+HD bool is_narrow(const Tensor& t, bool specialised) {
+    return t.cols <= (specialised ? kLanes : kNarrowCols) && t.rows > 1 &&
+           t.numel == t.rows * t.cols;
 }
 
 // A number for each column, repeated so that a vector of a line, whichever column it begins with,
@@ -68,7 +70,7 @@ struct LineFactors {
         row_of.lay_out(cursor.cols, [&](int, int row) INLINED { return uint32_t(row); });
     }
     HD void begin_row(int64_t line, int) { cursor.begin_row(line); }
-    // The vectors of rows and columns are padded, so that whole vectors can be loaded.
+    // The rows' vector is padded, and the columns' follows it: whole vectors can be loaded.
     HD F load(int, int, int) {
         const F of_rows = load_f32(rows + cursor.row, kLanes);
         const F x = cols.load(cursor.col) * picked(of_rows, as_bits(row_of.load(cursor.col)));
@@ -88,7 +90,7 @@ struct LineDraws {
     const uint32_t factor;
     bool ready = false;
     Cursor cursor{1};
-    Cycle<uint32_t> words;  // of a lane, counted from the vector's first row; kUpper: its upper half
+    Cycle<uint32_t> words;  // a lane's, counted from the vector's first row; kUpper: its upper half
     U link;
 
     HD LineDraws(uint64_t key, int32_t salt, const U* = nullptr)
@@ -137,7 +139,7 @@ struct LineWeight {
     HD void end_row(int) {}
 };
 
-// A number for each element of a line; a row's last vector may reach beyond its end.
+// A number for each element of a line.  A row's last vector may reach beyond the line's end.
 struct Line {
     float elements[kTileCols + kNarrowCols];
 
@@ -153,19 +155,24 @@ HD void rows_of_line(int64_t row, int width, int cols, Function&& f) {
     for (int first = 0; first < width; first += cols, ++row) f(row, first);
 }
 
-// f(Constant) with whether a row takes one vector, so that loops over its vectors are unrolled, and
+// f(Vectors<count>) with the number of a row's vectors, so that loops over them are unrolled, and
 // f(i, col, n) for those vectors.
-template <class Function>
+template <int kCount_>
+struct Vectors {
+    static constexpr int kCount = kCount_;
+};
+template <int kCount = 1, class Function>
 HD void with_vectors(int cols, Function&& f) {
-    if (cols <= kLanes) return f(Constant<true>());
-    f(Constant<false>());
+    if constexpr (kCount * kLanes < kNarrowCols)
+        if (cols > kCount * kLanes) return with_vectors<kCount + 1>(cols, f);
+    f(Vectors<kCount>());
 }
-template <bool kOne, class Function>
-HD void each_vector(int cols, Function&& f) {
-    static_assert(kNarrowCols <= 2 * kLanes, "a row takes one vector or two");
-    if (kOne) return f(0, 0, cols);
-    f(0, 0, kLanes);
-    f(1, kLanes, cols - kLanes);
+template <class VectorsT, class Function>
+HD void each_vector(VectorsT, int cols, Function&& f) {
+    constexpr int kLast = VectorsT::kCount - 1;
+#pragma GCC unroll 4
+    for (int i = 0; i < kLast; ++i) f(i, i * kLanes, kLanes);
+    f(kLast, kLast * kLanes, cols - kLast * kLanes);
 }
 
 // The total of a tile that Exec::RowTotals adds up row by row.
@@ -182,12 +189,12 @@ struct LineTotals {
     HD void add_square(int i, F x) { values.put(i * kLanes, x); }
     HD void end_row(double& total, int, int width) {
         double sum = total;
-        with_vectors(cols, [&](auto one) INLINED {
+        with_vectors(cols, [&](auto vectors) INLINED {
             rows_of_line(0, width, cols, [&](int64_t, int first) INLINED {
                 Exec::RowSums row;
                 float of_row;
                 row.begin_row(&of_row);
-                each_vector<decltype(one)::kValue>(cols, [&](int i, int col, int n) INLINED {
+                each_vector(vectors, cols, [&](int i, int col, int n) INLINED {
                     row.add_square(i, values.part(first + col, n));
                 });
                 row.end_row(0, cols);
@@ -206,31 +213,29 @@ struct LineSums {
     int cols;
     Line values;
 
-    HD LineSums(const Place& p, SlotId id, SlotScratch& s)
-        : slot(p, id, s), cols(int(p.cols())) {}
+    HD LineSums(const Place& p, SlotId id, SlotScratch& s) : slot(p, id, s), cols(int(p.cols())) {}
     HD void begin() { slot.begin(); }
     HD void begin_row(int64_t row, int) { line = row; }
     HD void store(int, int col, int, F x) { values.put(col, x); }
     HD void end_row(int64_t, int width) {
         float* const to = slot.partials();
-        with_vectors(cols, [&](auto one) INLINED {
-            constexpr bool kOne = decltype(one)::kValue;
+        with_vectors(cols, [&](auto vectors) INLINED {
             F of_cols[kNarrowCols / kLanes];
-            each_vector<kOne>(cols, [&](int i, int col, int) INLINED {
+            each_vector(vectors, cols, [&](int i, int col, int) INLINED {
                 of_cols[i] = load_f32(to + kTileRows + col, kLanes);
             });
             rows_of_line(line - slot.place.first_row(), width, cols,
                          [&](int64_t row, int first) INLINED {
                              Exec::RowSums sums;
                              sums.begin_row(to);
-                             each_vector<kOne>(cols, [&](int i, int col, int n) INLINED {
+                             each_vector(vectors, cols, [&](int i, int col, int n) INLINED {
                                  const F x = values.part(first + col, n);
                                  sums.add(i, x);
                                  of_cols[i] = of_cols[i] + x;
                              });
                              sums.end_row(int(row), cols);
                          });
-            each_vector<kOne>(cols, [&](int i, int col, int) INLINED {
+            each_vector(vectors, cols, [&](int i, int col, int) INLINED {
                 store_f32(to + kTileRows + col, of_cols[i], kLanes);
             });
         });
@@ -299,11 +304,13 @@ struct ByLine {
 };
 
 // The operands of a matrix whose second moment, factored, was updated in a pass of its own.
-// kPlainStep: as in PlainAccess (engine/access.h), without a first moment.
-template <class RuleT, bool kPlainStep>
+// kPlainStep: as in PlainAccess (engine/access.h).  FastT: NoSlot if there is no other moment, or
+// none is read.
+template <class RuleT, bool kPlainStep, class FastT>
 struct LineAccess : ByLine {
     using R = RuleT;
     static_assert(R::kSquareFirst && !R::kSquareStored && !R::kRoot, "square is only read");
+    static constexpr bool kAlone = is_same<FastT, NoSlot>;
     static constexpr bool kPlain = kPlainStep, kMoves = kPlainStep, kFlagsKnown = kPlainStep;
     static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags =
@@ -312,13 +319,13 @@ struct LineAccess : ByLine {
     const bool factored_sign;
     std::conditional_t<kPlain, Bf16Grad<false>, AnyGrad> grad;
     std::conditional_t<kPlain, LineWeight, AnyWeightOf<LineDraws>> weight;
-    std::conditional_t<kPlain, NoSlot, LineSlot> fast;
-    std::conditional_t<R::kHasResidual, LineFactors, NoSlot> slow;
+    FastT fast;
+    std::conditional_t<R::kHasResidual && !kAlone, LineFactors, NoSlot> slow;
     LineFactors square;
 
     HD LineAccess(Place& p, Scratch& s)
         : place(p),
-          factored_sign(!kPlain && p.tensor.moments[kFast].codec == kFactoredSign),
+          factored_sign(!kAlone && p.tensor.moments[kFast].codec == kFactoredSign),
           grad(p, s.grad),
           weight(p, s.weight),
           fast(p, kFast, s.slots[kFast]),
