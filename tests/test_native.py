@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is 
 STORAGES = ["fp32", "bf16", "8bit", "factored"]
 
 # (7, 1429) has no near-square view, so it is padded to (97, 104), with 19 elements in the last row.
-SMALL = [(24, 40), (33, 3, 3, 3), (37,), (), (0,), (1, 5), (7, 1429), (5, 0)]
+SMALL = [(24, 40), (130, 5), (33, 3, 3, 3), (37,), (), (0,), (1, 5), (7, 1429), (5, 0)]
 LARGE = [
     (2, 160001),  # (564, 568): padded, several tiles in each dimension
     (1, 10007),  # a prime: (97, 104)
