@@ -4,6 +4,7 @@
     python scripts/bench_optim.py --peers none --check          # only ours, checked against targets
     python scripts/bench_optim.py --threads 2 --peers none      # scaling to two threads
     python scripts/bench_optim.py --ours adamw_factored adafactor8bit:clip_norm=lagged --peers torch
+    python scripts/bench_optim.py --lora 16 --dtype float32     # a LoRA's matrices
     python scripts/bench_optim.py --json bench.json --png bench.png
 
 The tensors are a systematic sample of the SDXL UNet's shapes with fixed random gradients; every
@@ -68,6 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of weights, gradients")
     add("--threads", type=int, default=1, help="1 (default): CPU time is measured; more: wall time")
     add("--params", type=float, default=98e6, help="size of the sample (default 98e6)")
+    add("--lora", type=int, metavar="RANK", help="instead: a LoRA's matrices of this rank")
     add("--rounds", type=int, default=21, help="steps measured per optimizer (default 21)")
     add("--peer-rounds", type=int, default=3, help="... if 5x slower than torch (default 3)")
     add("--json", type=Path, metavar="FILE", help="write all measurements")
@@ -75,11 +77,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="smoke test: 1M parameters, two rounds")
     add("--check", action="store_true", help="exit with status 1 if a target is missed")
     args = parser.parse_args(arguments)
-    if args.threads < 1 or args.rounds < 1 or args.peer_rounds < 1:
-        parser.error("--threads, --rounds and --peer-rounds are at least 1")
-    if args.check and (args.quick or args.dtype != "bfloat16" or args.device != "cpu"):
+    if min(args.threads, args.rounds, args.peer_rounds) < 1 or (args.lora or 1) < 1:
+        parser.error("--threads, --rounds, --peer-rounds and --lora are at least 1")
+    other = args.quick or args.lora or args.dtype != "bfloat16" or args.device != "cpu"
+    if args.check and other:
         parser.error("targets are for the bf16 slice on a CPU: use --check without "
-                     "--quick, --dtype and --device")  # fmt: skip
+                     "--quick, --lora, --dtype and --device")  # fmt: skip
     if args.check and args.isa == "baseline":
         parser.error("no targets for the baseline instruction set: use --isa avx2 or avx512")
     if args.quick:
@@ -140,8 +143,9 @@ def set_up(args: argparse.Namespace) -> "Bench":
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device: use --device cpu, or a CUDA build of torch")
     torch.set_num_threads(args.threads)
+    chosen = shapes.lora(args.lora) if args.lora else shapes.sample(args.params)
     return Bench(
-        slice=Workload(shapes.sample(args.params), dtype, device),
+        slice=Workload(chosen, dtype, device),
         tiny=Workload(shapes.tiny(QUICK_EVERY if args.quick else 1), dtype, device),
         clock=Clock(device, args.threads),
         stream=Stream(device, args.quick),
@@ -165,6 +169,7 @@ def environment(args: argparse.Namespace, bench: "Bench", isa: str | None) -> di
         "backend": args.backend,
         "device": args.device,
         "dtype": args.dtype,
+        "lora": args.lora,
         "threads": args.threads,
         "rounds": args.rounds,
         "clock": bench.clock.kind,
@@ -199,8 +204,9 @@ def caption(facts: dict[str, Any]) -> str:
     count, size = facts["slice"]["tensors"], facts["slice"]["params"] / 1e6
     isa = f", {facts['isa']}" if facts["isa"] else ""
     threads = "" if facts["device"] != "cpu" else f"{facts['threads']} thread(s), "
+    of = f"a LoRA of rank {facts['lora']} for the SDXL UNet" if facts["lora"] else "the SDXL UNet"
     return (
-        f"{size:.1f}M {facts['dtype']} parameters in {count} tensors of the SDXL UNet; {threads}"
+        f"{size:.1f}M {facts['dtype']} parameters in {count} tensors of {of}; {threads}"
         f"{facts['clock']}; up to {facts['rounds']} rounds; {facts['machine']}{isa}, "
         f"load {facts['load']}, torch {facts['torch']}"
     )

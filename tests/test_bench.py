@@ -95,6 +95,16 @@ def test_the_sample_keeps_the_size_asked_for_and_the_unets_mix(wanted):
         assert set(pick) <= set(shapes.unet())
 
 
+def test_a_loras_matrices_are_those_of_all_attention_projections():
+    """70 transformer blocks with two attentions, each with four projections."""
+    matrices = shapes.lora(4)
+    assert len(matrices) == 70 * 2 * 4 * 2
+    assert all(
+        down[0] == up[1] == 4 for down, up in zip(matrices[::2], matrices[1::2], strict=True)
+    )
+    assert {down[1] for down in matrices[::2]} == {640, 1280, 2048}  # 2048: of captions
+
+
 def test_the_tiny_set_has_every_tensor_of_the_unet_and_no_large_one():
     assert len(shapes.tiny()) == 1680
     assert max(map(math.prod, shapes.tiny())) <= 32 * 32 * 9

@@ -8,6 +8,7 @@ which start is searched, so that the sample comes closest to the size asked for 
 
 import json
 import math
+import re
 from pathlib import Path
 
 UNET = Path(__file__).parents[2] / "tests" / "data" / "sdxl_unet_shapes.json"
@@ -22,6 +23,13 @@ Shape = tuple[int, ...]
 def unet() -> list[Shape]:
     """The shapes of the SDXL UNet's 1680 parameters, in its order."""
     return [tuple(shape) for _, shape in json.loads(UNET.read_text())]
+
+
+def lora(rank: int) -> list[Shape]:
+    """The matrices (rank, in) and (out, rank) of adapters on the UNet's attention projections."""
+    ending = re.compile(r"attn[12]\.to_(q|k|v|out\.0)\.weight$")
+    layers = [shape for name, shape in json.loads(UNET.read_text()) if ending.search(name)]
+    return [matrix for out, inner in layers for matrix in ((rank, inner), (out, rank))]
 
 
 def num_params(shapes: list[Shape]) -> int:
