@@ -114,7 +114,9 @@ class FusedOptimizer(StatefulOptimizer):
     @cached_property
     def _watch(self) -> options.Watch:
         name = type(self).__name__
-        return options.Watch(name, self._options(), partial(groups.check_agreement, type(self)))
+        return options.Watch(
+            name, self._options(), partial(groups.check_agreement, name, type(self))
+        )
 
     @property
     def _turn(self) -> threading.RLock:
@@ -131,7 +133,7 @@ class FusedOptimizer(StatefulOptimizer):
             )
         if Trait.FOREIGN in share.traits:  # perhaps of a gradient only
             for _, _, param in share:
-                groups.check_param(type(self), param)
+                groups.check_param(type(self).__name__, type(self), param)
         if Trait.MISSHAPEN in share.traits:
             index, shape, other = next(
                 (index, tuple(param.shape), tuple(param.grad.shape))

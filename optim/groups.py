@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,27 +12,39 @@ from torch.nn.parameter import is_lazy
 
 from optim.share import DTYPES
 
-if TYPE_CHECKING:
-    from optim.base import StatefulOptimizer
-
 Group = dict[str, Any]
 
 
-def check(optimizer: "type[StatefulOptimizer]", groups: list[Group]) -> None:
+class Kind(Protocol):
+    """What the checks need to know of an optimizer's class."""
+
+    @property
+    def common(self) -> tuple[str, ...]:
+        """Options that all groups must agree on."""
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The group keys of tensors that all groups share."""
+
+    def contradiction(self, group: Group) -> str | None:
+        """Why this group's options cannot go together, in words that follow the class's name."""
+
+
+def check(optimizer: str, kind: Kind, groups: list[Group]) -> None:
     """Refuse the last group if its options contradict each other or what other groups must share,
-    or if the optimizer cannot update its parameters."""
+    or if an optimizer of this name and kind cannot update its parameters."""
     for param in groups[-1]["params"]:
-        check_param(optimizer, param)
-    check_agreement(optimizer, [groups[0], groups[-1]])
+        check_param(optimizer, kind, param)
+    check_agreement(optimizer, kind, [groups[0], groups[-1]])
 
 
-def check_agreement(optimizer: "type[StatefulOptimizer]", groups: list[Group]) -> None:
+def check_agreement(optimizer: str, kind: Kind, groups: list[Group]) -> None:
     """Refuse groups whose options contradict each other, or whose `common` options differ from the
     first group's."""
     for group in groups:
-        if wrong := optimizer.contradiction(group):
-            raise ValueError(f"{optimizer.__name__} {wrong}")
-        _check_common(optimizer.__name__, optimizer.common, groups[0], group)
+        if wrong := kind.contradiction(group):
+            raise ValueError(f"{optimizer} {wrong}")
+        _check_common(optimizer, kind.common, groups[0], group)
 
 
 def check_apart(optimizer: str, groups: list[Group]) -> None:
@@ -62,9 +74,9 @@ def _is_dense(param: Tensor) -> bool:
     return 1 + sum((size - 1) * stride for size, stride in sizes) == param.numel()
 
 
-def check_param(kind: "type[StatefulOptimizer]", param: Tensor) -> None:
-    """Refuse a parameter that the optimizer cannot update."""
-    optimizer, remedies = kind.__name__, "DDP" if kind.shared else "DDP, ZeRO-1"
+def check_param(optimizer: str, kind: Kind, param: Tensor) -> None:
+    """Refuse a parameter that an optimizer of this name and kind cannot update."""
+    remedies = "DDP" if kind.shared else "DDP, ZeRO-1"
     if is_lazy(param):
         raise ValueError(
             f"{optimizer}: a parameter of a lazy layer has no shape yet; run the model forward "
