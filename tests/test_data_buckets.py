@@ -194,6 +194,10 @@ def test_options_that_no_bucket_can_have_are_refused(composed):
         ),
         ("data.resolutions=[512,32]", r"data.resolutions=.*: 32 is less than data.bucket_step=64"),
         ("data.resolution=32", "less than data.bucket_step=64"),
+        (
+            "data.resolution=104 data.max_aspect=1",
+            "data.resolution=104 has no bucket with data.bucket_step=64 and data.max_aspect=1",
+        ),
     ):
         with pytest.raises(UserError, match=says):
-            composed("data=folder", "data.path=/", change)
+            composed("data=folder", "data.path=/", *change.split())

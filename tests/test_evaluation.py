@@ -18,7 +18,8 @@ from trainer.phases import evaluation
 from trainer.phases.micro_batches import loss_of
 from trainer.phases.state import assemble
 from trainer.reporting import metrics
-from trainer.run import finish, train
+from trainer.run import finish, run, train
+from trainer.storage import result
 from trainer.system import memory, signals
 from trainer.system.memory import Peaks
 from trainer.training import gradients, method
@@ -83,6 +84,25 @@ def test_a_unet_that_leaves_no_room_for_the_vae_goes_aside_for_it(begun, monkeyp
     monkeypatch.setattr(state.model.unet, "to", lambda place: moves.append(str(place)))
     assert np.array_equal(pixels(state.sampler.draw()), expected)
     assert moves == ["cpu", "cpu"]  # away, and back to the run's device
+
+
+def test_a_signal_while_the_result_is_written_ends_the_process_of_a_complete_run(
+    composed, tmp_path, monkeypatch
+):
+    """A sweep does not go on with its next run."""
+    export = result.export
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return export(*arguments)
+
+    monkeypatch.setattr(result, "export", interrupted)
+    config = composed(*QUICK, "schedule.steps=1", "method=lora")
+    with pytest.raises(SystemExit) as ended:
+        run(config, tmp_path)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file()
+    assert "eval_loss_after" in json.loads((tmp_path / "summary.json").read_text())
 
 
 def test_a_signal_ends_an_evaluation_and_the_drawing_of_pictures(begun):

@@ -127,8 +127,9 @@ def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
 
 
 def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
-    """With DoRA, rank stabilisation and a text encoder."""
-    options = ("rank=4", "alpha=2", "dora=true", "rslora=true", "train=[unet,text_encoder]")
+    """With DoRA, rank stabilisation, a text encoder, and other ranks for some modules."""
+    options = ["rank=4", "alpha=2", "dora=true", "rslora=true", "train=[unet,text_encoder]"]
+    options += ["targets=[to_q,to_k]", "ranks=[{pattern: to_k, rank: 3, alpha: 1}]"]
     folder = quick("run", "method=lora", *ONE_STEP, *(f"method.{option}" for option in options))
     paths = exported(capsys, folder, "--format", "kohya", "--base", TINY)
     tiny = origin.at(str(TINY))
@@ -139,7 +140,8 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_lora(quick, capsys):
         assert one[part].keys() == two[part].keys()
         assert any(adapter.delta().abs().max() > 0 for adapter in one[part].values())
         for name, adapter in one[part].items():
-            assert adapter.alpha == 2.0 * 4**0.5
+            expected = 3**0.5 if name.endswith("to_k") else 2.0 * 4**0.5
+            assert adapter.alpha == two[part][name].alpha == pytest.approx(expected)
             torch.testing.assert_close(adapter.delta(), two[part][name].delta())
             torch.testing.assert_close(adapter.magnitude, two[part][name].magnitude)
 

@@ -286,6 +286,7 @@ def test_the_runs_of_a_sweep_are_those_that_hydra_makes():
     [
         (("-m", "optim=adamw,lionn"), "did you mean 'lion'?"),
         (("-m", "data.path=/a=b"), "this value needs quotes"),
+        (("-m", 'name=a=",b'), r"""write 'name="a=\",b"'"""),
         (("-m", "optim.lrr=1"), "did you mean 'lr'?"),
         (("--card", "-1"), "-1 is not above 0"),
         (("--card", "big"), "invalid float value: 'big'"),

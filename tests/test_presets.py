@@ -7,7 +7,7 @@ from trainer import config
 from trainer.errors import UserError
 from trainer.phases.state import assemble
 from trainer.run import run
-from trainer.storage import resuming
+from trainer.storage import result, resuming
 
 REAL = ("model.path=/", "data.path=/")
 PRESETS = ("sdxl", "sdxl_lora", "sd15", "sd15_lora")
@@ -64,6 +64,24 @@ def test_only_the_newest_results_in_between_are_kept_if_the_run_says_how_many(qu
         "step-000003",
     ]
     assert (folder / "lora").is_dir()
+
+
+def test_a_result_that_cannot_be_written_takes_no_other_ones_place(quick, monkeypatch):
+    """Those of steps 2 and 3 fail; one of a later step, from before a resume, does not count."""
+    export = result.export
+
+    def failing(config, name, model, folder, step, pictures):
+        written = export(config, name, model, folder, step, pictures)
+        if step in (2, 3):
+            raise UserError("no space left")
+        (folder.parent / "step-000009").mkdir(exist_ok=True)
+        return written
+
+    monkeypatch.setattr(result, "export", failing)
+    options = ("schedule.steps=5", "method.export_every=1", "method.keep_exports=2")
+    folder = quick("run", "method=lora", *options)
+    kept = sorted(path.name for path in (folder / "results").iterdir())
+    assert kept == ["step-000001", "step-000004", "step-000009"]
 
 
 def test_a_result_in_between_has_its_step_in_its_name(quick):

@@ -29,6 +29,7 @@ QUIET = [
     ["data=folder", "data.path=/", "data.resolutions=[512,1024]"],
     ["ema=bf16", "log.sample_count=0"],
     ["ema=bf16", "method.ema.sample=last"],
+    ["ema=bf16", "method.ema.decay=1", "method.ema.every=4", "schedule.steps=4"],
     ["optim.lr=0", "method.rules=[{pattern: attn2, lr: 0.1}]"],
     ["method=lora", "method.train=[unet,text_encoder]", "method.text_targets=[q_proj]"],
 ]
@@ -53,7 +54,8 @@ IDLE = {
     "optim.on_nonfinite=raise": "runtime.max_skipped_steps",
     "optim.lr=0": "changes no weight",
     "method.export=[]": "writes no model",
-    "ema=bf16 method.ema.decay=1": "never changes the average",
+    "ema=bf16 method.ema.warmup=false method.ema.decay=1": "never changes the average",
+    "ema=bf16 schedule.steps=4 method.ema.every=5": "never updates the average",
 }
 
 

@@ -156,6 +156,7 @@ def main() -> None:
     try:
         arguments.refuse_dashes(sys.argv[1:])
         arguments.refuse_repeated(sys.argv[1:])
+        sys.argv[1:] = arguments.at_home(sys.argv[1:])
         sys.argv[1:] = arguments.flags_last(arguments.with_resumed(sys.argv[1:]))
         if {"-m", "--multirun"} & set(sys.argv) or any(a.startswith("sweep=") for a in sys.argv):
             sys.argv[1:] = arguments.with_swept_groups(sys.argv[1:])

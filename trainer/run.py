@@ -177,6 +177,8 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if failure:
         raise failure
+    if state.stop:
+        endings.stopped_at_the_end(state)
     return measure.objective(summary)
 
 

@@ -1,5 +1,6 @@
 """A command line as Hydra accepts it, preceded by the options of the run that it resumes."""
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -19,6 +20,18 @@ _WITH_VALUE = {
 
 # Options that a resumed run does not inherit.
 _ONCE = {"resume", "runtime.allow_config_change"}
+
+
+def at_home(arguments: list[str]) -> list[str]:
+    """The command line with ~ expanded in the folders that Hydra makes: it takes them literally."""
+    expanded = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        path = value.strip("'\"")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and path.startswith("~"):
+            argument = f"{key}={_hydra_quoted(os.path.expanduser(path))}"
+        expanded.append(argument)
+    return expanded
 
 
 def with_resumed(arguments: list[str]) -> list[str]:

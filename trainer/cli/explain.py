@@ -206,7 +206,8 @@ def _value_at_fault(arguments: list[str]) -> str | None:
     broken = [a for a in arguments if "=" in a and a not in overrides]
     if broken:
         key, _, value = broken[0].partition("=")
-        return f"{broken[0]}: this value needs quotes; write '{key}=\"{value}\"'"
+        quoted = value.replace('"', r"\"")
+        return f"{broken[0]}: this value needs quotes; write '{key}=\"{quoted}\"'"
     for override in OverridesParser.create().parse_overrides(overrides):
         key, parent = override.key_or_group, override.key_or_group.rpartition(".")[0]
         if key in group_names() and not override.value():

@@ -289,8 +289,14 @@ def _of_others(config: Config) -> Iterator[str]:
             "weights between micro-batches, in their dtype, which runtime.fused_backward=true "
             "alone would free; the last backward pass frees them"
         )
-    if config.method.ema and config.method.ema.decay == 1:
+    ema = config.method.ema
+    if ema and ema.decay == 1 and not ema.warmup:
         yield "method.ema.decay=1 never changes the average from its initial weights"
+    if ema and config.schedule.epochs is None and config.schedule.steps < ema.every:
+        yield (
+            f"method.ema.every={ema.every} never updates the average in "
+            f"schedule.steps={config.schedule.steps}: it stays the initial weights"
+        )
     if not config.method.export:
         yield (
             "method.export=[] writes no model; python -m trainer.export can write one from the "

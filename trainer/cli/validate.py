@@ -27,6 +27,7 @@ from trainer.config import (
 from trainer.config.fields import complaint
 from trainer.config.method import TRAINABLE_PARTS
 from trainer.config.model import why_missing
+from trainer.data import buckets
 from trainer.drawing import prompts
 from trainer.errors import UserError
 from trainer.training import schedule
@@ -308,6 +309,11 @@ def _check_sizes(config: DataConfig) -> None:
             raise UserError(
                 f"{what} is less than data.bucket_step={config.bucket_step}; "
                 "choose a smaller step, or data.buckets=false"
+            )
+        if config.buckets and not buckets.sizes(side, config.bucket_step, config.max_aspect):
+            raise UserError(
+                f"{what} has no bucket with data.bucket_step={config.bucket_step} and "
+                f"data.max_aspect={config.max_aspect:g}; choose a smaller step, or a larger aspect"
             )
 
 

@@ -1,5 +1,7 @@
 """`method=`: which weights are trained, and how the result is written."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,11 @@ class RankConfig:
     pattern: str  # a regular expression, searched for in module names: unet.conv_in
     rank: int = within(1)
     alpha: float | None = within(TINY, default=None)  # null: method.alpha
+
+
+def rank_of(ranks: Sequence[RankConfig], name: str) -> RankConfig | None:
+    """The first of these whose pattern is found in a module's name (unet.conv_in), if any."""
+    return next((one for one in ranks if re.search(one.pattern, name)), None)
 
 
 @dataclass(kw_only=True)

@@ -19,8 +19,9 @@ def holdout(digests: Collection[str], count: int) -> set[str]:
     different = set(digests)
     if count and count >= len(different):
         raise UserError(
-            f"data.holdout={count}: there are {len(different)} different pictures, and none would "
-            f"be left to train on; hold out at most {len(different) - 1}"
+            f"data.holdout={count}: there are {len(different)} different pictures (not counting "
+            "prior sources), and none would be left to train on; hold out at most "
+            f"{max(0, len(different) - 1)}"
         )
     return set(sorted(different, key=_order)[len(different) - count :])
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from trainer.config import ModelConfig, NoiseConfig
+from trainer.config import ModelConfig, NoiseConfig, RankConfig
+from trainer.config.method import rank_of
 from trainer.config.model import why_missing
 from trainer.errors import UserError
 from trainer.export import loras, models
@@ -126,6 +127,7 @@ def _by_part(weights: Weights) -> dict[str, Weights]:
 def _adapters_of(parts: dict[str, Weights], method: dict[str, Any]) -> adapters.Adapters:
     """PEFT's parameters (`PATH.lora_A.default.weight`) and the run's options -> adapters."""
     ending = f".{adapters.NAME}.weight"
+    ranks = [RankConfig(**one) for one in method.get("ranks", [])]
     held: adapters.Adapters = {}
     for part, weights in parts.items():
         for name, lazy in weights.items():
@@ -134,10 +136,12 @@ def _adapters_of(parts: dict[str, Weights], method: dict[str, Any]) -> adapters.
             path = name.removesuffix(f".lora_A{ending}")
             rank = lazy.shape[0]
             magnitude = weights.get(f"{path}.lora_magnitude_vector{ending}")
+            own = rank_of(ranks, f"{part}.{path}")
+            alpha = method["alpha"] if own is None or own.alpha is None else own.alpha
             held.setdefault(part, {})[path] = adapters.Adapter(
                 down=lazy.read(),
                 up=weights[f"{path}.lora_B{ending}"].read(),
-                alpha=method["alpha"] * (rank**0.5 if method.get("rslora") else 1.0),
+                alpha=alpha * (rank**0.5 if method.get("rslora") else 1.0),
                 magnitude=None if magnitude is None else magnitude.read().flatten(),
             )
     return held

@@ -10,7 +10,7 @@ import torch
 from trainer.errors import UserError
 from trainer.phases.saving import save
 from trainer.phases.state import State
-from trainer.storage import checkpoint
+from trainer.storage import checkpoint, resuming
 from trainer.system import signals
 from trainer.training import method
 from trainer.training.guard import broken
@@ -44,7 +44,13 @@ def nothing_to_train(state: State) -> None:
 
 def stopped(state: State) -> NoReturn:
     """End the process of a run that was saved, with the exit status of the signal."""
-    log.info("stopped; resume with: python -m trainer resume=%s", state.folder)
+    log.info("stopped; resume with: python -m trainer %s", resuming.as_argument(state.folder))
+    signals.end(state.stop[0])
+
+
+def stopped_at_the_end(state: State) -> NoReturn:
+    """End the process of a run that was asked to stop when nothing was left but its results."""
+    log.info("this run was complete; stopping as asked")
     signals.end(state.stop[0])
 
 

@@ -114,6 +114,7 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
             drawn = state.sampler.draw(is_trained=not state.is_new)
         return _show(state, drawn, writer)
     except signals.Stopped:
+        log.info("no pictures at step %d: stopped while drawing", state.step)
         return None
     except Exception as error:
         if not isinstance(error, UserError | OSError) and not memory.ran_out(error):

@@ -1,6 +1,7 @@
 """Writing the checkpoints and results of a run, and what happens if one cannot be written."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -117,11 +118,14 @@ def export(state: State) -> list[Path]:
     if not is_last:
         step = f"step-{state.step:06d}"
         name, folder = f"{name}-{step}", folder / "results" / step
+    is_new = not folder.exists()
     pictures = state.data.dataset.num_pictures
     try:
         with state.clock.aside("exporting"), state.averaged(state.exports_average):
             written = result.export(state.config, name, state.model, folder, state.step, pictures)
     except Exception as error:
+        if is_new:  # a folder of results is complete, or is not there
+            shutil.rmtree(folder, ignore_errors=True)
         if not memory.ran_out(error):
             raise
         raise UserError(
@@ -129,5 +133,7 @@ def export(state: State) -> list[Path]:
             f"checkpoint ({reason(error)})"
         ) from error
     if not is_last and (keep := state.config.method.keep_exports):
-        checkpoint.delete(checkpoint.completed(folder.parent)[:-keep])
+        every = checkpoint.completed(folder.parent)
+        until_now = [old for old in every if checkpoint.step_of(old) <= state.step]
+        checkpoint.delete(until_now[:-keep])
     return written

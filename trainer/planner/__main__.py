@@ -52,7 +52,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        if given.multirun:
+        if given.multirun or any(o.startswith("sweep=") for o in given.overrides):
             fits = _print_sweep(compose.runs_of(given.overrides), given.card, given.json)
         else:
             fits = _print_run(given.overrides, given.card, given.json)

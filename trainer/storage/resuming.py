@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import math
+import re
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,10 +30,17 @@ _ANYWHERE = {
     "method.export",
     "method.export_dtype",
     "method.export_every",
+    "method.keep_exports",
     "method.start_from",
     "method.ema.device",
     "method.ema.sample",
     "method.ema.export",
+}
+
+# Options of which saved tensors and optimizer states do not fit another value.
+_FIXED = {
+    *("optim.name", "optim.class_path", "method.name", "method.train"),
+    *("method.rank", "method.ranks", "method.dora", "method.targets", "method.text_targets"),
 }
 
 
@@ -143,8 +152,7 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
         for k in keys
         if here.get(k) != there.get(k) and (k in given or not _is_newer(k, there))
     }
-    fixed = {"optim.name", "optim.class_path", "method.name", "method.rank", "method.ranks"}
-    fixed &= changed.keys()
+    fixed = _FIXED & changed.keys()
     if fixed:
         raise UserError(
             f"resume: {changed[min(fixed)]} cannot change; the saved optimizer state and trained "
@@ -158,6 +166,15 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     if changed:
         log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
     return found
+
+
+def as_argument(run: Path) -> str:
+    """What resumes this run, as a word of a shell's command line and of Hydra's grammar."""
+    text = str(run)
+    if re.search(r"[^\w./-]", text):
+        quoted = text.replace('"', r"\"")
+        text = f'"{quoted}"'
+    return shlex.quote(f"resume={text}")
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:

@@ -23,6 +23,7 @@ _AROUND = (
     "method.export",
     "method.export_dtype",
     "method.export_every",
+    "method.keep_exports",
     "data.cache",
 )
 _MEASURED = "log.eval_points"  # an exception in `log`: it affects eval/loss

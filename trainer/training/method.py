@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from optim import rng
 from trainer.config import FullConfig, LoraConfig, RankConfig
-from trainer.config.method import TRAINABLE_PARTS
+from trainer.config.method import TRAINABLE_PARTS, rank_of
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
 from trainer.models.model import Model
@@ -158,10 +158,7 @@ def _ranks(config: LoraConfig, modules: dict[str, list[str]]) -> dict[str, RankC
     Raises UserError for a pattern that matches none, or only modules of earlier patterns.
     """
     names = [f"{part}.{name}" for part, found in modules.items() for name in found]
-    chosen = {
-        name: next((one for one in config.ranks if re.search(one.pattern, name)), None)
-        for name in names
-    }
+    chosen = {name: rank_of(config.ranks, name) for name in names}
     for number, one in enumerate(config.ranks):
         if not any(found is one for found in chosen.values()):
             raise UserError(

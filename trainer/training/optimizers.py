@@ -107,6 +107,15 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     Raises UserError if the state is not of this optimizer, these parameters and these options
     (`storage`, for example, affects its layout).
     """
+    sizes = [
+        [len(group["params"]) for group in each]
+        for each in (optimizer.param_groups, state["param_groups"])
+    ]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"resume: parameters are in groups of {sizes[0]} now, and of {sizes[1]} in the "
+            "checkpoint; put method.rules and optim.weight_decay back, which make the groups"
+        )
     try:
         merged = [
             _merged(optimizer, group, saved)
