@@ -32,7 +32,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer import planner
-from trainer.cli import compose, explain, validate
+from trainer.checks import validate
+from trainer.cli import compose, explain
 from trainer.config import DTYPES, Config
 from trainer.formats import architectures
 from trainer.models import execution

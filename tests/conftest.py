@@ -19,7 +19,8 @@ from PIL import Image
 
 from optim import backend
 from trainer import config, data
-from trainer.cli import compose, explain, validate
+from trainer.checks import validate
+from trainer.cli import compose, explain
 from trainer.formats import writing
 from trainer.models import origin
 from trainer.run import run

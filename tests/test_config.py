@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 import optim
 from trainer import config
-from trainer.cli import explain, validate
+from trainer.checks import validate
+from trainer.cli import explain
 from trainer.config import group_names
 from trainer.errors import UserError
 from trainer.training import optimizers

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from helpers import QUICK, assert_same_weights
 from torch import nn
 
-from trainer.cli import remarks
+from trainer.checks import remarks
 from trainer.config import ASSETS, DTYPES
 from trainer.errors import UserError
 from trainer.models import execution

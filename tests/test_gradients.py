@@ -8,7 +8,7 @@ import torch
 from helpers import build
 from torch import nn
 
-from trainer.cli import remarks
+from trainer.checks import remarks
 from trainer.training import clipping, gradients
 from trainer.training.guard import Guard
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trainer import planner, run
+from trainer.checks.validate import to_dataclasses
 from trainer.cli import compose
-from trainer.cli.validate import to_dataclasses
 from trainer.config import remedies
 from trainer.errors import UserError
 from trainer.formats import architectures

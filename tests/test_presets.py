@@ -33,7 +33,7 @@ def test_every_option_of_a_preset_works_on_the_tiny_model(composed, tmp_path, pr
     ],
 )
 def test_a_preset_begins_with_a_share_of_the_optimizers_rate(composed, monkeypatch, chosen, lr):
-    monkeypatch.setattr("trainer.cli.validate._check_paths", lambda config: None)
+    monkeypatch.setattr("trainer.checks.validate._check_paths", lambda config: None)
     preset, *options = chosen
     made = composed(f"experiment={preset}", *REAL, *options)
     assert made.optim.lr == pytest.approx(lr)

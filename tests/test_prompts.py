@@ -6,7 +6,7 @@ import pytest
 from helpers import QUICK
 from PIL import Image
 
-from trainer.cli import remarks
+from trainer.checks import remarks
 from trainer.drawing import prompts
 from trainer.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import TINY
 
-from trainer.cli import remarks
+from trainer.checks import remarks
 from trainer.models.model import Model
 from trainer.phases import summary
 from trainer.training.schedule import settled

@@ -7,7 +7,7 @@ import pytest
 from helpers import QUICK, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.cli import validate
+from trainer.checks import validate
 from trainer.errors import UserError
 from trainer.run import run
 

@@ -9,7 +9,8 @@ Where things live; a folder imports only from those below it:
     export/    convert models and LoRAs between formats
     phases/    the phases of the loop, and the state they share: evaluate, save, end
     planner/   how much memory a run will need
-    cli/       from arguments to a configuration that can work; what is wrong with them
+    checks/    what is wrong with a configuration, or looks wrong
+    cli/       from arguments to a configuration
     reporting/ what a run tells: metrics, curves, trackers, its summary
     training/  how it learns: which weights, by which gradients, clip, optimizer and rate
     storage/   a run's folder: checkpoints, results, who may write there

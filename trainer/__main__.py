@@ -23,9 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from trainer import config, sweep
+from trainer.checks.validate import to_dataclasses
 from trainer.cli import arguments, command, compose, help
 from trainer.cli.explain import explain
-from trainer.cli.validate import to_dataclasses
 from trainer.errors import UserError
 from trainer.models import execution
 from trainer.reporting.measure import ended_well, objective

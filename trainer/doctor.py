@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from trainer.cli import command, compose, remarks
-from trainer.cli.validate import to_dataclasses
+from trainer.checks import remarks
+from trainer.checks.validate import to_dataclasses
+from trainer.cli import command, compose
 from trainer.config import Config
 from trainer.data import Store, dataset
 from trainer.data.survey import Survey, all_sources, survey

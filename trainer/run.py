@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.cli import remarks
+from trainer.checks import remarks
 from trainer.config import Config, keys_of
 from trainer.errors import UserError
 from trainer.phases import endings, evaluation, intervals, saving

@@ -1,1 +1,1 @@
-"""From command-line arguments to a configuration that can work."""
+"""From command-line arguments to a configuration, and what is wrong with them."""

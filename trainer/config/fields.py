@@ -4,7 +4,7 @@
     dtype: str = one_of("float32", ...)  one of these words
     every: Interval = interval()         steps or epochs: 500, 1epoch, 0.5epochs; 0 is never
 
-`trainer.cli.validate` rejects anything else, naming the option.  They have no default, as values
+`trainer.checks.validate` rejects anything else, naming the option.  They have no default, as values
 are in `conf/`, except those of an item in a list.  None passes if the type allows it.
 """
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from trainer import data, planner
-from trainer.cli import remarks
+from trainer.checks import remarks
 from trainer.config import Config
 from trainer.drawing import prompts, sampling
 from trainer.models import execution

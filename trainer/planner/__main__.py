@@ -10,8 +10,8 @@ from dataclasses import asdict
 import torch
 
 from trainer import planner
+from trainer.checks.validate import to_dataclasses
 from trainer.cli import command, compose
-from trainer.cli.validate import to_dataclasses
 from trainer.config import Config, remedies
 from trainer.errors import UserError
 from trainer.models import execution
