@@ -15,8 +15,8 @@ from trainer.config import ASSETS
 from trainer.drawing import pictures, sampling
 from trainer.models import execution
 from trainer.phases import evaluation
+from trainer.phases.assembly import assemble
 from trainer.phases.micro_batches import loss_of
-from trainer.phases.state import assemble
 from trainer.reporting import metrics
 from trainer.run import finish, run, train
 from trainer.storage import result

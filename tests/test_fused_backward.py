@@ -9,7 +9,7 @@ import pytest
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 
 from trainer.objective import losses
-from trainer.phases.state import assemble
+from trainer.phases.assembly import assemble
 from trainer.run import run
 from trainer.training import gradients, optimizers
 

@@ -5,7 +5,7 @@ from helpers import QUICK, assert_same_weights, weights
 
 from trainer import config
 from trainer.errors import UserError
-from trainer.phases.state import assemble
+from trainer.phases.assembly import assemble
 from trainer.run import run
 from trainer.storage import result, resuming
 

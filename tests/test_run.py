@@ -88,7 +88,7 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(finished):
 def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, method):
     """The tiny model predicts v with zero terminal SNR; after training for epsilon its scheduler
     says so, in the run's own samples and in the export."""
-    from trainer.phases.state import assemble
+    from trainer.phases.assembly import assemble
     from trainer.run import finish, train
 
     options = ["noise.prediction=epsilon", "noise.zero_terminal_snr=false", "loss=huber"]
@@ -114,8 +114,8 @@ def test_lora_export_in_diffusers_gives_the_picture_of_the_trained_model(
     composed, tmp_path, rank, alpha
 ):
     """Includes alpha != rank: a reader that lost alpha would give another picture."""
+    from trainer.phases.assembly import assemble
     from trainer.phases.evaluation import eval_batches
-    from trainer.phases.state import assemble
     from trainer.run import finish, train
 
     config = composed(

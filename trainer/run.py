@@ -13,7 +13,8 @@ from trainer.checks import remarks
 from trainer.config import Config, keys_of
 from trainer.errors import UserError
 from trainer.phases import endings, evaluation, intervals, saving
-from trainer.phases.state import State, assemble
+from trainer.phases.assembly import assemble
+from trainer.phases.state import State
 from trainer.phases.stepping import Stepper
 from trainer.phases.summary import of_failed, summary_of
 from trainer.reporting import measure, metrics, report

@@ -18,7 +18,12 @@ from trainer.storage.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
-# Options that do not change what is learned, in groups that do (`to_resume`).  What lies at a path
+# Groups whose options decide what is learned.
+_LEARNED = (
+    *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
+    "runtime.accumulation",
+)
+# Options that do not change what is learned, in groups that do.  What lies at a path
 # is compared by its content: `check_content`.
 _ANYWHERE = {
     "model.path",
@@ -128,32 +133,8 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     found = load_newest(find(config.resume))
     if config.schedule.epochs is None:  # otherwise the length is known once the data is read
         check_length(found, config.schedule)
-    here, there = _options(asdict(config)), _options(found.config)
-    learned = (
-        "seed",
-        "model.",
-        "data.",
-        "method.",
-        "optim.",
-        "loss.",
-        "noise.",
-        "schedule.",
-        "runtime.accumulation",
-    )
-    keys = sorted(key for key in here.keys() | there.keys() if key.startswith(learned))
-    known = set(_ANYWHERE)
-    if config.schedule.epochs is not None:  # steps follow from the data
-        known.add("schedule.steps")
-    if config.schedule.warmup_steps is None:
-        known.add("schedule.warmup_steps")
-    keys = [key for key in keys if key not in known]
-    changed = {
-        k: f"{k}: {there.get(k)} -> {here.get(k)}"
-        for k in keys
-        if here.get(k) != there.get(k) and (k in given or not _is_newer(k, there))
-    }
-    fixed = _FIXED & changed.keys()
-    if fixed:
+    changed = _changes(config, found, given)
+    if fixed := _FIXED & changed.keys():
         raise UserError(
             f"resume: {changed[min(fixed)]} cannot change; the saved optimizer state and trained "
             "tensors do not fit the change. Start a new run from the exported model instead"
@@ -166,6 +147,23 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     if changed:
         log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
     return found
+
+
+def _changes(config: Config, found: Checkpoint, given: Collection[str]) -> dict[str, str]:
+    """The options that decide what is learned and differ from the checkpoint's: {name: "name: there
+    -> here"}."""
+    ignored = set(_ANYWHERE)
+    if config.schedule.epochs is not None:  # steps follow from the data
+        ignored.add("schedule.steps")
+    if config.schedule.warmup_steps is None:
+        ignored.add("schedule.warmup_steps")
+    here, there = _options(asdict(config)), _options(found.config)
+    return {
+        key: f"{key}: {there.get(key)} -> {here.get(key)}"
+        for key in sorted(here.keys() | there.keys())
+        if key.startswith(_LEARNED) and key not in ignored
+        if here.get(key) != there.get(key) and (key in given or not _is_newer(key, there))
+    }
 
 
 def as_argument(run: Path) -> str:

@@ -1,7 +1,6 @@
 """Caveats of a comparison of runs: differences that mean nothing, or have other causes than the
 optimizer."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -59,14 +58,22 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
 def _of_worse(comparison: Comparison) -> Iterator[str]:
     """Which runs made the model worse."""
     worse = [
-        f"{comparison.name_of(run)} ({before:.4f}, then {after:.4f})"
-        for run in filter(ended_well, comparison.runs)
-        for before in [run.get("eval_loss_before") or math.inf]
-        for after in [run.get("eval_loss_after") or 0.0]
-        if run.get("prediction_before") == run.get("prediction") and after > before
+        f"{comparison.name_of(run)} ({run['eval_loss_before']:.4f}, then "
+        f"{run['eval_loss_after']:.4f})"
+        for run in comparison.runs
+        if ended_well(run) and _got_worse(run)
     ]
     if worse:
         yield f"worse than before the first step, by eval: {', '.join(worse)}; lower their rates"
+
+
+def _got_worse(run: Summary) -> bool:
+    """Whether a run's loss grew; unknown is no.  (Losses of different prediction types are
+    different quantities.)"""
+    before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
+    if before is None or after is None:
+        return False
+    return run.get("prediction_before") == run.get("prediction") and after > before
 
 
 def _of_quality(comparison: Comparison) -> Iterator[str]:
