@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from optim import rng
@@ -199,36 +199,9 @@ def nothing_found(surveyed: Survey, config: DataConfig) -> UserError:
 def report(surveyed: Survey, dataset: Dataset) -> None:
     """Log what will be trained on, and warn about possible surprises."""
     config = dataset.config
-    for note, names in surveyed.notes.items():
-        log.warning("%d pictures have %s: %s", len(names), note, some(names))
-    masked = [picture.item.name for picture in surveyed.usable if picture.item.read_mask]
-    if masked and config.mask != "file":
-        log.warning(
-            "%d pictures have a mask that data.mask=%s does not read: %s",
-            len(masked),
-            config.mask,
-            some(masked),
-        )
-    if config.mask == "file" and len(masked) < len(surveyed.usable):
-        log.warning(
-            "%d pictures have no mask; the loss covers all of them",
-            len(surveyed.usable) - len(masked),
-        )
-    opaque = [picture.item.name for picture in surveyed.usable if not picture.is_transparent]
-    if config.mask == "alpha" and opaque:
-        log.warning(
-            "%d pictures have no transparent part; the loss covers all of them", len(opaque)
-        )
-    small = [
-        picture.item.name
-        for picture in surveyed.usable
-        if any(fit.undersized for fit in picture.fits)
-    ]
-    if small:
-        what = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
-        log.warning(
-            "%d pictures are smaller than their bucket, %s: %s", len(small), what, some(small)
-        )
+    for what, names in _surprises(surveyed, config):
+        if names:
+            log.warning("%d pictures %s: %s", len(names), what, some(names))
     message = "data: %d pictures in %s, %d unreadable, %d without a caption"
     log.info(
         message,
@@ -241,6 +214,28 @@ def report(surveyed: Survey, dataset: Dataset) -> None:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
         log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
     log.info("data: %s", dataset.table())
+
+
+def _surprises(surveyed: Survey, config: DataConfig) -> Iterator[tuple[str, list[str]]]:
+    """What may be unexpected of pictures, and the names of those of which it is so."""
+
+    def those(which: Callable[[UsablePicture], bool]) -> list[str]:
+        return [picture.item.name for picture in surveyed.usable if which(picture)]
+
+    for note, names in surveyed.notes.items():
+        yield f"have {note}", names
+    if config.mask != "file":
+        unread = f"have a mask that data.mask={config.mask} does not read"
+        yield unread, those(lambda p: p.item.read_mask is not None)
+    else:
+        whole = "have no mask; the loss covers all of them"
+        yield whole, those(lambda p: p.item.read_mask is None)
+    if config.mask == "alpha":
+        opaque = "have no transparent part; the loss covers all of them"
+        yield opaque, those(lambda p: not p.is_transparent)
+    fate = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
+    small = f"are smaller than their bucket, {fate}"
+    yield small, those(lambda p: any(fit.undersized for fit in p.fits))
 
 
 def _where(config: DataConfig) -> str:
