@@ -147,11 +147,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     if state.stop:
         endings.stopped(state)
     if not math.isfinite(after.get("loss", 0.0)):
-        failure = UserError(
-            f"the trained model's loss is {after['loss']}, so it is unusable. Lower optim.lr, or "
-            "look at train/loss in metrics.jsonl for the step where it went wrong. "
-            f"{endings.way_back(state)}"
-        )
+        failure = endings.unusable(state, after["loss"])
     try:
         exported = saving.export(state)
     except UserError as error:

@@ -78,6 +78,12 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         lambda c: not c.data.buckets,
         "data.buckets=true",
     ),
+    (
+        ("data.short_batches",),
+        lambda c: not c.data.buckets and len(c.data.resolutions) < 2,
+        "several buckets (data.buckets=true, data.resolutions)",
+    ),
+    (("method.targets",), lambda c: "unet" not in c.method.train, "unet in method.train"),
     (("method.max_grad_norm",), lambda c: c.method.clip == "none", "a method.clip other than none"),
     (
         ("method.text_targets",),

@@ -54,6 +54,15 @@ def stopped_at_the_end(state: State) -> NoReturn:
     signals.end(state.stop[0])
 
 
+def unusable(state: State, loss: float) -> UserError:
+    """The error of a run whose loss after the last step is not finite."""
+    return UserError(
+        f"the trained model's loss is {loss}, so it is unusable. Lower optim.lr, or look at "
+        "train/loss in metrics.jsonl for the step where it went wrong. "
+        f"{way_back(state)}"
+    )
+
+
 def refuse_broken(state: State) -> None:
     """Raise UserError if trained weights are not finite, since then every later step is skipped
     too."""
