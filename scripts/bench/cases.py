@@ -18,9 +18,9 @@ from optim.share import Share
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
-# Tiles both ways, rows of a few elements, a convolution, vectors, a scalar, nothing, and (7, 1429),
-# which has no square view.
-SHAPES = [(70, 1100), (130, 5), (33, 3, 3, 3), (37,), (), (0,), (5, 0), (1, 5), (7, 1429)]
+# Tiles both ways, a convolution, vectors, a scalar, nothing, and (7, 1429), which has no square
+# view.
+SHAPES = [(70, 1100), (33, 3, 3, 3), (37,), (), (0,), (5, 0), (1, 5), (7, 1429)]
 
 
 class Case(NamedTuple):
