@@ -59,12 +59,13 @@ def _projections(group: Group) -> list[bool]:
 _OF_PROJECTIONS = ("scale", "scaling", "update_gap", "projection", "residual", "growth_limit")
 _ALONG = "where every update points along its gradient"
 _FIRST = "use a first moment (momentum, beta1)"
+_ANOTHER_SIGN = f"{_FIRST}, or residual where APOLLO projects"
 # option -> (does it do nothing in this group?, when that is so, the remedy)
 _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
     "nesterov": (lambda g: g["momentum"] == 0, "with momentum=0", "set momentum"),
     "storage": (_keeps_no_first_moment, "where no first moment is kept", _FIRST),
-    "cautious": (_follows_the_gradient, _ALONG, f"{_FIRST}, or residual where APOLLO projects"),
-    "grams": (_follows_the_gradient, _ALONG, f"{_FIRST}, or residual where APOLLO projects"),
+    "cautious": (_follows_the_gradient, _ALONG, _ANOTHER_SIGN),
+    "grams": (_follows_the_gradient, _ALONG, _ANOTHER_SIGN),
     "cautious_decay": (lambda g: g["weight_decay"] == 0, "with weight_decay=0", "set weight_decay"),
     "beta2_decay": (lambda g: g["beta2"] is not None, "with a fixed beta2", "set beta2=None"),
     "clip_norm": (

@@ -292,18 +292,6 @@ def test_parameters_of_another_dtype_or_layout_are_refused(param, says):
         optim.build("adamw", [Parameter(param)])
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_parameters_that_were_given_another_dtype_are_refused_at_the_next_step(backend):
-    layer = torch.nn.Linear(3, 3)
-    optimizer = optim.AdamW(layer.parameters(), backend=backend)
-    layer(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    layer.double()
-    layer(torch.ones(2, 3).double()).sum().backward()
-    with pytest.raises(TypeError, match=r"dense fp32, bf16 and fp16 parameters.*torch\.float64"):
-        optimizer.step()
-
-
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
