@@ -20,7 +20,7 @@ from PIL import Image
 from optim import backend
 from trainer import config, data
 from trainer.checks import validate
-from trainer.cli import compose, explain
+from trainer.cli import choices, compose
 from trainer.formats import writing
 from trainer.models import origin
 from trainer.run import run
@@ -176,7 +176,7 @@ def v_schedule(make_schedule):
 def compose_raw(*overrides):
     """Compose these overrides with Hydra, without checks."""
     _register()
-    return explain.composition(list(overrides))
+    return choices.composition(list(overrides))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 from trainer.data import Dataset, Entries, Pick
 from trainer.models.text import Text
 from trainer.objective.batches import Inputs, eval_batches, noised, predict, sample_noise
-from trainer.objective.conditioning import Encoded, scaled, unscaled
+from trainer.objective.encoding import Encoded, scaled, unscaled
 
 
 @pytest.fixture

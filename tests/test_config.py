@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 import optim
 from trainer import config
 from trainer.checks import validate
-from trainer.cli import explain
+from trainer.cli import choices, wrong_key
 from trainer.config import group_names
 from trainer.errors import UserError
 from trainer.training import optimizers
@@ -188,6 +188,7 @@ MISTAKES = [
     (["train.steps=20"], ["did you mean 'schedule.steps'"]),
     (["optim.steps=20"], ["did you mean 'schedule.steps'"]),
     (["lr=1e-4"], ["did you mean 'optim.lr'"]),
+    (["batchsize=2"], ["no option 'batchsize'", "did you mean 'data.batch_size'"]),
     (["path=/a"], ["did you mean 'model.path' or 'data.path'"]),
     (
         ["-m", "optim=adafactor8bit,lion", "optim.clip_threshold=1,2"],
@@ -220,8 +221,8 @@ MISTAKES = [
 
 
 def test_what_others_call_our_options_leads_to_options(composed):
-    valid = {*explain.options_of(["method=lora", "loss=mse"]), *group_names(), "hydra.run.dir"}
-    named = " ".join(explain._NAMES_ELSEWHERE.values()).split()
+    valid = {*choices.options_of(["method=lora", "loss=mse"]), *group_names(), "hydra.run.dir"}
+    named = " ".join(wrong_key._NAMES_ELSEWHERE.values()).split()
     assert {option.partition("=")[0] for option in named} <= valid
 
 

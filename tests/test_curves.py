@@ -60,7 +60,7 @@ def test_a_run_draws_its_curves_also_when_it_fails(finished, composed, tmp_path,
     folder = finished("run")
     with Image.open(folder / "curves.png") as picture:
         assert picture.width > picture.height > 400
-    monkeypatch.setattr("trainer.storage.result.export", lambda *_: 1 / 0)
+    monkeypatch.setattr("trainer.storage.result.write", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(composed(*QUICK), tmp_path / "failed")
     assert (tmp_path / "failed" / "curves.png").exists()

@@ -11,7 +11,7 @@ from helpers import QUICK, assert_same_weights, weights
 import trainer.run
 from trainer.data import Store
 from trainer.errors import UserError
-from trainer.system import patience
+from trainer.system import retry
 
 
 def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch, caplog):
@@ -24,8 +24,8 @@ def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch
             raise failures.pop()
         return read(path)
 
-    monkeypatch.setattr("trainer.system.patience.time.sleep", pauses.append)
-    monkeypatch.setattr("trainer.system.patience._hopeless", [])
+    monkeypatch.setattr("trainer.system.retry.time.sleep", pauses.append)
+    monkeypatch.setattr("trainer.system.retry._hopeless", [])
     monkeypatch.setattr(Path, "read_bytes", failing)
     failures += [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "broken")]
     assert latents[0]["latent"].isfinite().all()
@@ -36,7 +36,7 @@ def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch
         latents[0]
     assert not failures
     assert len(pauses) == 5
-    monkeypatch.setattr("trainer.system.patience._hopeless", [OSError()] * 3)
+    monkeypatch.setattr("trainer.system.retry._hopeless", [OSError()] * 3)
     failures.append(OSError(errno.EIO, "broken"))
     with pytest.raises(UserError, match="has become unreadable"):
         latents[0]
@@ -46,7 +46,7 @@ def test_what_a_drive_cannot_give_at_once_is_read_again(load, cache, monkeypatch
     assert len(pauses) == 5
 
 
-def test_a_run_has_patience_whatever_an_earlier_one_of_its_process_has_lost(
+def test_a_run_retries_reads_whatever_an_earlier_one_of_its_process_has_lost(
     composed, tmp_path, monkeypatch
 ):
     pauses, failures = [], [OSError(errno.EIO, "broken")]
@@ -55,10 +55,10 @@ def test_a_run_has_patience_whatever_an_earlier_one_of_its_process_has_lost(
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr("trainer.system.patience.time.sleep", pauses.append)
-    monkeypatch.setattr("trainer.system.patience._hopeless", [OSError()] * 3)
+    monkeypatch.setattr("trainer.system.retry.time.sleep", pauses.append)
+    monkeypatch.setattr("trainer.system.retry._hopeless", [OSError()] * 3)
     trainer.run.begin(composed(*QUICK), tmp_path)
-    patience.patiently(failing)
+    retry.with_retries(failing)
     assert pauses == [0.5]
 
 

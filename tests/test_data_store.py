@@ -17,7 +17,7 @@ from trainer import data
 from trainer.data import Store
 from trainer.data.survey import ahead
 from trainer.errors import UserError
-from trainer.objective import conditioning
+from trainer.objective import encoding
 from trainer.run import run
 from trainer.storage import resuming
 from trainer.system import memory
@@ -308,7 +308,7 @@ def test_a_signal_while_pictures_are_encoded_ends_the_run_and_the_next_goes_on(
 
         return encode
 
-    monkeypatch.setattr(conditioning, "_picture_encoder", encoder)
+    monkeypatch.setattr(encoding, "_picture_encoder", encoder)
     options = [*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64",
                "data.bucket_step=8", f"data.cache={cache}"]  # fmt: skip
     with pytest.raises(SystemExit) as leaving:
@@ -337,8 +337,8 @@ def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
     def refuse(*_):
         raise AssertionError("an encoder was made")
 
-    monkeypatch.setattr(conditioning, "_picture_encoder", refuse)
-    monkeypatch.setattr(conditioning, "_text_encoder", refuse)
+    monkeypatch.setattr(encoding, "_picture_encoder", refuse)
+    monkeypatch.setattr(encoding, "_text_encoder", refuse)
     again = quick("again", *options, f"data.cache={cache}")
     assert deterministic(memory) == deterministic(cached) == deterministic(again)
 

@@ -90,13 +90,13 @@ def test_a_signal_while_the_result_is_written_ends_the_process_of_a_complete_run
     composed, tmp_path, monkeypatch
 ):
     """A sweep does not go on with its next run."""
-    export = result.export
+    write = result.write
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
-        return export(*arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(result, "export", interrupted)
+    monkeypatch.setattr(result, "write", interrupted)
     config = composed(*QUICK, "schedule.steps=1", "method=lora")
     with pytest.raises(SystemExit) as ended:
         run(config, tmp_path)

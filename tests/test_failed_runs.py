@@ -16,7 +16,7 @@ def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):
     def full(*_):
         raise UserError("could not save: no space")
 
-    monkeypatch.setattr("trainer.storage.result.export", full)
+    monkeypatch.setattr("trainer.storage.result.write", full)
     with pytest.raises(UserError, match="no space"):
         run(composed(*QUICK), tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
 from trainer.models.model import Model
-from trainer.objective import conditioning
+from trainer.objective import encoding
 from trainer.run import run
 from trainer.training import method
 
@@ -260,7 +260,7 @@ def test_a_lora_that_does_not_fit_is_refused_early_with_the_options_that_do(
             tensor.add_(0.01 if "lora_B" in name else 0)
     lora.save_lora(file, "diffusers", model.trained_parts, "sdxl")
     start = f"method.start_from={file}"
-    monkeypatch.setattr(conditioning, "encode", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("too late"))
     train = next((o for o in options if "train=" in o), "method.train=[unet]")
     with pytest.raises(UserError, match=r"^the LoRA does not fit the run: ") as refused:
         run(composed(*QUICK, "method=lora", "method.rank=16", train, start), tmp_path / "run")
@@ -355,6 +355,6 @@ def test_what_is_trained_has_the_same_names_without_any_values(composed, chosen)
 def test_a_name_that_the_model_lacks_is_refused_before_anything_is_encoded(
     quick, monkeypatch, chosen, says
 ):
-    monkeypatch.setattr(conditioning, "encode", lambda *_: pytest.fail("it is encoded"))
+    monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("it is encoded"))
     with pytest.raises(UserError, match=says):
         quick("run", *chosen.split())

@@ -69,7 +69,14 @@ def test_only_the_command_line_knows_hydra():
         for path in python_files("trainer")
         if any(name.split(".")[0] == "hydra" for name in imported(path))
     }
-    assert knows == {"__main__.py", "arguments.py", "compose.py", "explain.py", "callback.py"}
+    assert knows == {
+        "__main__.py",
+        "arguments.py",
+        "choices.py",
+        "compose.py",
+        "explain.py",
+        "callback.py",
+    }
 
 
 @pytest.mark.parametrize("argument", ["--help", "optim.lr=many"])

@@ -68,16 +68,16 @@ def test_only_the_newest_results_in_between_are_kept_if_the_run_says_how_many(qu
 
 def test_a_result_that_cannot_be_written_takes_no_other_ones_place(quick, monkeypatch):
     """Those of steps 2 and 3 fail; one of a later step, from before a resume, does not count."""
-    export = result.export
+    write = result.write
 
     def failing(config, name, model, folder, step, pictures):
-        written = export(config, name, model, folder, step, pictures)
+        written = write(config, name, model, folder, step, pictures)
         if step in (2, 3):
             raise UserError("no space left")
         (folder.parent / "step-000009").mkdir(exist_ok=True)
         return written
 
-    monkeypatch.setattr(result, "export", failing)
+    monkeypatch.setattr(result, "write", failing)
     options = ("schedule.steps=5", "method.export_every=1", "method.keep_exports=2")
     folder = quick("run", "method=lora", *options)
     kept = sorted(path.name for path in (folder / "results").iterdir())

@@ -5,7 +5,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from trainer.models import text as texts
 from trainer.models.model import Model
-from trainer.objective import conditioning
+from trainer.objective import encoding
 
 CPU = torch.device("cpu")
 SHORT = ["a red card", "", "two cats and a dog, watercolour"]
@@ -96,7 +96,7 @@ def test_captions_with_too_few_characters_to_be_cut_are_not_made_into_tokens(com
     model = Model(composed().model, CPU)
     dense = ["!" * 75, "!a" * 38, "\u1e9b\u0323" * 37]  # about one token per character, and several
     every = [*SHORT, LONG, "x" * 75, *dense]
-    cut, room = conditioning.cut_captions(model, every)
+    cut, room = encoding.cut_captions(model, every)
     assert counted == [LONG, *dense[1:]]
     tokenizer = texts.tokenizer(model.origin, "text_encoder")
     found = {caption: len(ids(tokenizer, caption)) for caption in every}

@@ -106,7 +106,7 @@ def test_a_run_whose_export_fails_has_failed_in_wandb_too(composed, tmp_path, mo
     def full(*_):
         raise UserError("could not save: no space")
 
-    monkeypatch.setattr("trainer.storage.result.export", full)
+    monkeypatch.setattr("trainer.storage.result.write", full)
     with pytest.raises(UserError, match="no space"):
         run(composed(*QUICK, "log=wandb"), tmp_path / "run")
     statuses, told = ending(tmp_path / "run")

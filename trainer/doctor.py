@@ -188,9 +188,9 @@ def _findings(surveyed: Survey) -> list[Finding]:
 
 def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
     """Captions longer than the model's text encoders read."""
-    from trainer.objective import conditioning
+    from trainer.objective import encoding
 
-    cut, room = conditioning.cut_captions(model, made.all_captions())
+    cut, room = encoding.cut_captions(model, made.all_captions())
     long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
     what = f"captions are truncated at {room} tokens (model.prompt_chunks allows more)"
     return [Finding(what=what, names=long)] if long else []
@@ -219,11 +219,11 @@ def _cache_line(model: "Model", made: dataset.Dataset) -> str:
             f"no cache (data.cache=null): every run encodes {count} pictures{of_them} and "
             f"{len(captions)} captions"
         )
-    from trainer.objective import conditioning
+    from trainer.objective import encoding
 
     store = Store(config.cache, config.cache_dtype)
-    of_text = conditioning.text_fingerprint(model, config.cache)
-    of_pictures = conditioning.picture_fingerprint(model, config.cache)
+    of_text = encoding.text_fingerprint(model, config.cache)
+    of_pictures = encoding.picture_fingerprint(model, config.cache)
     latents, total = store.missing_latents(samples, of_pictures), len(samples)
     texts = store.missing_texts(captions, of_text)
     return (

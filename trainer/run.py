@@ -19,7 +19,7 @@ from trainer.phases.stepping import Stepper
 from trainer.phases.summary import of_failed, summary_of
 from trainer.reporting import measure, metrics, report
 from trainer.storage import checkpoint, record, resuming, run_folder
-from trainer.system import console, memory, patience, signals
+from trainer.system import console, memory, retry, signals
 from trainer.training import optimizers
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def begin(
 
     The checkpoint resumed from, as large as the model, is freed on return.
     """
-    patience.renew()
+    retry.reset()
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = resuming.to_resume(config, keys_of(overrides))
     with memory.explained(config, "before the first step"):

@@ -7,7 +7,8 @@ from contextlib import suppress
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from trainer.cli.explain import composition, explain, options_of
+from trainer.cli.choices import composition, options_of
+from trainer.cli.explain import explain
 from trainer.config import group_names, key_of
 from trainer.errors import UserError
 from trainer.storage.resuming import latest_run, overrides_of

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 import optim
 from trainer.cli import resolvers
 from trainer.cli.arguments import is_swept, refuse_repeated, with_swept_groups
-from trainer.cli.explain import composition, explain
+from trainer.cli.choices import composition
+from trainer.cli.explain import explain
 from trainer.config import (
     ALTERNATIVES,
     Config,

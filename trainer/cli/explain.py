@@ -4,65 +4,20 @@ Hydra's own messages name the key but not the nearest valid one; `explain` compo
 and adds it.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields
-from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from optim.options import nearest, unknown
+from optim.options import unknown
 from trainer import config
-from trainer.config import choices_of, conf_dir, flatten, group_names
-
-# What other trainers (diffusers' scripts, kohya's) call our options.
-_NAMES_ELSEWHERE = {
-    "cache_latents_to_disk": "data.cache",
-    "caption_dropout_rate": "data.caption_dropout",
-    "conv_alpha": "method.ranks",
-    "conv_dim": "method.ranks",
-    "enable_bucket": "data.buckets",
-    "flip_aug": "data.random_flip",
-    "full_bf16": "model.dtype",
-    "fused_backward_pass": "runtime.fused_backward",
-    "gradient_accumulation_steps": "runtime.accumulation",
-    "ip_noise_gamma": "noise.input_perturbation",
-    "learning_rate": "optim.lr",
-    "lr_scheduler": "schedule",
-    "lr_warmup_steps": "schedule.warmup_steps",
-    "max_train_epochs": "schedule.epochs",
-    "max_train_steps": "schedule.steps",
-    "min_snr_gamma": "loss.weighting=min_snr loss.gamma",
-    "mixed_precision": "model.compute",
-    "network_alpha": "method.alpha",
-    "network_dim": "method.rank",
-    "network_train_unet_only": "method.train",
-    "noise_offset": "noise.offset",
-    "num_train_epochs": "schedule.epochs",
-    "optimizer": "optim",
-    "optimizer_type": "optim",
-    "output_dir": "hydra.run.dir",
-    "output_name": "name",
-    "pretrained_model_name_or_path": "model.path",
-    "sample_every_n_steps": "log.sample_every",
-    "sample_prompts": "log.prompts_file",
-    "save_every_n_epochs": "method.export_every",
-    "save_every_n_steps": "method.export_every",
-    "shuffle_caption": "data.shuffle_tags",
-    "snr_gamma": "loss.weighting=min_snr loss.gamma",
-    "text_encoder_lr": "method.rules",
-    "train_batch_size": "data.batch_size",
-    "train_data_dir": "data.path",
-    "train_text_encoder": "method.train",
-    "unet_lr": "optim.lr",
-    "v_parameterization": "noise.prediction",
-}
+from trainer.cli.choices import composition, options_of, parsable
+from trainer.cli.wrong_key import explain_key
+from trainer.config import choices_of, group_names
 
 # The packages that add choices to Hydra's own groups (hydra/launcher=...).
 _PLUGINS = {
@@ -83,8 +38,6 @@ _PLUGINS = {
     "hydra_logging": {"colorlog": "hydra-colorlog"},
 }
 
-_FEW = 3  # choices, at most, that are named as having an option
-
 
 def explain(error: BaseException, arguments: list[str]) -> str:
     """One line for an error of composition: the key at fault, the nearest name, the remedy."""
@@ -98,19 +51,6 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         if line := _value_at_fault(arguments):
             return line
     return " ".join(filter(None, map(str.strip, text.splitlines())))
-
-
-def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """The configuration that Hydra composes from these overrides, optionally with its own node,
-    `hydra`.  Raises whatever Hydra and OmegaConf raise."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides=overrides, return_hydra_config=with_hydra)
-
-
-def options_of(overrides: list[str]) -> list[str]:
-    """Every option under the group choices among these overrides."""
-    return _valid_keys(next(_compositions(_overrides(overrides))))
 
 
 def _no_such_choice(found: re.Match[str], arguments: list[str]) -> str:
@@ -150,14 +90,10 @@ def _no_key_of_item(found: re.Match[str], arguments: list[str]) -> str | None:
     return f"{key}: {unknown(f'option of {key}', name, siblings)}"
 
 
-def _no_such_key(found: re.Match[str], arguments: list[str]) -> str:
-    return _wrong_key(found[1], _overrides(arguments))
-
-
 def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
     """A value that its key cannot have, or a key that a preset sets and the choice lacks."""
     reason, key = found[1].strip(), found[2]
-    overrides = _overrides(arguments)
+    overrides = parsable(arguments)
     given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
     presets = [a for a in overrides if a.startswith("experiment=")]
     if presets and not given:
@@ -170,6 +106,10 @@ def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
         value = given[-1] if given else "..."
         return f"{key} is a list; write {_shell_quoted(f'{key}=[{value}]')}"
     return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows its present value"
+
+
+def _no_such_key(found: re.Match[str], arguments: list[str]) -> str:
+    return explain_key(found[1], parsable(arguments))
 
 
 def _no_option(found: re.Match[str], arguments: list[str]) -> str:
@@ -202,7 +142,7 @@ _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ..
 
 def _value_at_fault(arguments: list[str]) -> str | None:
     """What is wrong with the arguments themselves, when Hydra's message does not say."""
-    overrides = _overrides(arguments)
+    overrides = parsable(arguments)
     broken = [a for a in arguments if "=" in a and a not in overrides]
     if broken:
         key, _, value = broken[0].partition("=")
@@ -235,91 +175,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _overrides(arguments: list[str]) -> list[str]:
-    """The arguments that are overrides and can be parsed, without flags."""
-    good = []
-    for argument in arguments:
-        try:
-            OverridesParser.create().parse_override(argument)
-        except HydraException:
-            continue
-        if not argument.startswith("-"):
-            good.append(argument)
-    return good
-
-
 def _shell_quoted(argument: str) -> str:
     """This argument, quoted so that a shell takes it as one."""
     return f'"{argument}"' if "'" in argument else f"'{argument}'"
-
-
-def _wrong_key(key: str, overrides: list[str]) -> str:
-    """Explain a key that cannot be set, by the valid keys of the configuration without it (in a
-    sweep, of the first run that lacks the key)."""
-    others = [o for o in overrides if not o.lstrip("+~").startswith(key)]
-    for choices in _compositions(others):
-        valid = _valid_keys(choices)
-        if key not in valid:
-            break
-    if key in valid or key in group_names():
-        return f"{key} already exists; set it without + or ~: {key}=..."
-    owner, _, name = key.rpartition(".")
-    if ours := _NAMES_ELSEWHERE.get(key) or _NAMES_ELSEWHERE.get(name):
-        return f"there is no option {key!r}; it is called {ours!r} here"
-    if f"{owner}.class_path" in valid or owner.endswith(".options"):
-        new = "NAME" if key == "optim.options" else name
-        return f"{key}: add arguments of the class with a +: '+optim.options.{new}=...'"
-    elsewhere = [k for k in valid if k.rpartition(".")[2] == name and "." in k]
-    if elsewhere:
-        return f"there is no option {key!r}; did you mean {' or '.join(map(repr, elsewhere))}?"
-    siblings = [k.removeprefix(f"{owner}.") for k in valid if owner and k.startswith(f"{owner}.")]
-    having = [] if nearest(name, siblings) else _choices_with(key, choices)
-    if 0 < len(having) <= _FEW:
-        verb = "has" if len(having) == 1 else "have"
-        return f"there is no option {key!r} here; {', '.join(having)} {verb} it"
-    if siblings:
-        chosen = next((c for c in choices if c.startswith(f"{owner}=")), owner)
-        return f"{key}: {unknown(f'option of {chosen}', name, siblings)}"
-    if owner and difflib.get_close_matches(key, valid, n=1):
-        return unknown("option", key, valid)
-    top = {k.split(".")[0] for k in valid} | set(group_names())
-    return unknown("option or group", key, top)
-
-
-def _choices_with(key: str, chosen: list[str]) -> list[str]:
-    """Other choices of the option's group that have it: method.rank -> method=lora."""
-    group = key.partition(".")[0]
-    if group not in group_names() or key.count(".") != 1:
-        return []
-    others = [c for c in choices_of(group) if f"{group}={c}" not in chosen and "/" not in c]
-    having = []
-    for choice in others:
-        with suppress(Exception):  # one that cannot be composed by itself
-            if key in _valid_keys([f"{group}={choice}"]):
-                having.append(f"{group}={choice}")
-    return having
-
-
-def _compositions(overrides: list[str]) -> Iterator[list[str]]:
-    """The group choices of these overrides: in a sweep, the first choice of each group, then in
-    turn every other choice of one group."""
-    swept: list[list[str]] = []
-    for override in OverridesParser.create().parse_overrides(overrides):
-        group = override.key_or_group
-        if group not in group_names() or override.is_delete():
-            continue
-        is_sweep = override.is_sweep_override()
-        one = override.get_value_element_as_str
-        values = override.sweep_string_iterator() if is_sweep else [one()]
-        swept.append([f"{group}={value}" for value in values])
-    first = [choices[0] for choices in swept]
-    yield first
-    for place, choices in enumerate(swept):
-        for choice in choices[1:]:
-            yield [*first[:place], choice, *first[place + 1 :]]
-
-
-def _valid_keys(choices: list[str]) -> list[str]:
-    """Every key of the configuration that these group choices compose."""
-    options: Any = OmegaConf.to_container(composition(choices), resolve=False)
-    return list(flatten(options))

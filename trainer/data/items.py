@@ -13,7 +13,7 @@ from typing import Any
 from trainer.config import PICTURE_SUFFIXES
 from trainer.data import captions
 from trainer.errors import UserError
-from trainer.system.patience import patiently
+from trainer.system.retry import with_retries
 
 CAPTION_COLUMNS = ("captions", "text", "caption")
 IRREGULAR = "is not a regular file (a pipe, a socket or a device)"
@@ -147,7 +147,7 @@ def read_file(path: Path) -> bytes:
             raise OSError(f"{shown(path)} {IRREGULAR}")
         return path.read_bytes()
 
-    return patiently(read)
+    return with_retries(read)
 
 
 def shown(name: object) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import DataConfig
-from trainer.data import pictures
+from trainer.data import decoding
 from trainer.data.buckets import Fit, Size
 from trainer.data.items import Item
 from trainer.errors import UserError
@@ -70,7 +70,7 @@ class Sample:
 
     def read_pixels(self) -> Tensor:
         """The picture as the VAE's input: -> fp32 (3, h, w) in [-1, 1]."""
-        return self._turned(pictures.pixels(self._decoded(self._read()).rgb, self.bucket))
+        return self._turned(decoding.pixels(self._decoded(self._read()).rgb, self.bucket))
 
     def read_mask(self) -> Tensor:
         """The loss weight of each pixel: -> fp32 (1, h, w) in [0, 1]."""
@@ -78,18 +78,18 @@ class Sample:
             return torch.ones(1, *self.bucket)
         content = self._read()
         if content.mask is not None:
-            grey = pictures.decode_mask(content.mask, self.size, self.config.max_pixels)
-            return self._turned(pictures.mask(grey, self.bucket))
+            grey = decoding.decode_mask(content.mask, self.size, self.config.max_pixels)
+            return self._turned(decoding.mask(grey, self.bucket))
         alpha = self._decoded(content).alpha
         assert alpha is not None  # `_has_mask` implies is_transparent
-        return self._turned(pictures.mask(alpha, self.bucket))
+        return self._turned(decoding.mask(alpha, self.bucket))
 
     def _turned(self, planes: Tensor) -> Tensor:
         """(..., h, w), flipped horizontally if the sample is a mirror image."""
         return planes.flip(-1) if self.mirrored else planes
 
-    def _decoded(self, content: "Content") -> pictures.Picture:
-        return pictures.decode(content.picture, self.config.max_pixels, self.config.background)
+    def _decoded(self, content: "Content") -> decoding.Picture:
+        return decoding.decode(content.picture, self.config.max_pixels, self.config.background)
 
     def _read(self) -> "Content":
         content = read(self.item, self.config)

@@ -30,7 +30,7 @@ from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.formats.weights import SAFETENSORS_DTYPES
 from trainer.system import console, memory, signals
-from trainer.system.patience import patiently
+from trainer.system.retry import with_retries
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _check_room(entry: Entry, total: int) -> None:
 
 def _load(path: Path) -> Entry:
     """Read an entry.  Not memory-mapped: truncating a mapped file would kill the process."""
-    return load(patiently(path.read_bytes))
+    return load(with_retries(path.read_bytes))
 
 
 def _described(path: Path) -> Entry:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainer.config import DataConfig, SourceConfig
-from trainer.data import pictures, sample, sources
+from trainer.data import decoding, sample, sources
 from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
-from trainer.data.known import Known, Traits
+from trainer.data.picture_index import PictureIndex, Traits
 from trainer.errors import UserError, reason
 from trainer.system import console, signals
 
@@ -71,11 +71,11 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     if for_run and (surveyed.broken or surveyed.undecodable or missing):
         return surveyed
     limit = config.max_unreadable if for_run else len(captioned)
-    known = Known(config)
+    index = PictureIndex(config)
     try:
-        _look_at_all(surveyed, captioned, config, known, limit, stop)
+        _look_at_all(surveyed, captioned, config, index, limit, stop)
     finally:
-        known.save()
+        index.save()
     surveyed.uncaptioned = [
         name for name in surveyed.uncaptioned if name not in surveyed.unreadable
     ]
@@ -149,12 +149,12 @@ def _look_at_all(
     surveyed: Survey,
     captioned: list[Captioned],
     config: DataConfig,
-    known: Known,
+    index: PictureIndex,
     max_unreadable: int,
     stop: Sequence[int],
 ) -> None:
     with (
-        ahead(lambda one: _look(*one, config, known), captioned) as looks,
+        ahead(lambda one: _look(*one, config, index), captioned) as looks,
         console.Aside("reading pictures", len(captioned), "pictures") as aside,
     ):
         for (_, item, _), look in zip(captioned, looks, strict=False):
@@ -205,21 +205,21 @@ def ahead(function: Callable[[Thing], Made], things: Iterable[Thing]) -> Iterato
 
 
 def _look(
-    source: SourceConfig, item: Item, texts: list[str], config: DataConfig, known: Known
+    source: SourceConfig, item: Item, texts: list[str], config: DataConfig, index: PictureIndex
 ) -> UsablePicture | Exception:
     """A usable picture, or the error that reading or decoding it raised.
 
     Decoders may raise anything for hostile bytes, so all exceptions are caught.
     """
     try:
-        stamp = known.stamp(item)  # before reading, in case the file is being written
-        digests = known.digests(stamp)
-        traits = known.traits(digests) if digests else None
+        stamp = index.stamp(item)  # before reading, in case the file is being written
+        digests = index.digests(stamp)
+        traits = index.traits(digests) if digests else None
         if not digests or not traits:
             content = sample.read(item, config)
             digests = content.digest, content.picture_digest
-            traits = known.traits(digests) or _decoded(content, config)
-            known.add(stamp, digests, traits)
+            traits = index.traits(digests) or _decoded(content, config)
+            index.add(stamp, digests, traits)
         size, is_transparent, notes = traits
         fits = [fit(size, side, config) for side in config.resolutions or [config.resolution]]
         return UsablePicture(
@@ -239,9 +239,9 @@ def _look(
 
 def _decoded(content: sample.Content, config: DataConfig) -> Traits:
     """Decode a picture, and its mask to check it."""
-    picture = pictures.decode(content.picture, config.max_pixels)
+    picture = decoding.decode(content.picture, config.max_pixels)
     if content.mask is not None:
-        pictures.decode_mask(content.mask, picture.size, config.max_pixels)
+        decoding.decode_mask(content.mask, picture.size, config.max_pixels)
     return picture.size, picture.is_transparent, picture.notes
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer.data import captions
 from trainer.data.items import Item, Reading, is_hidden, is_picture, item, note_texts, shown
 from trainer.errors import UserError
-from trainer.system.patience import patiently
+from trainer.system.retry import with_retries
 
 Place = tuple[int, int]  # offset and length, in bytes
 
@@ -116,7 +116,7 @@ def _read(path: Path, place: Place) -> bytes:
             file.seek(offset)
             return file.read(length)
 
-    content = patiently(read)
+    content = with_retries(read)
     if len(content) < length:
         raise OSError(f"the archive ends after {len(content)} of its {length} bytes")
     return content

@@ -18,7 +18,7 @@ from trainer.drawing import pictures, prompts
 from trainer.drawing.prompts import Prompt
 from trainer.models.model import Model
 from trainer.objective.batches import sample_noise
-from trainer.objective.conditioning import Encoded, unscaled
+from trainer.objective.encoding import Encoded, unscaled
 from trainer.system import console, memory, signals
 
 

@@ -13,7 +13,7 @@ from trainer.config import Config
 from trainer.drawing import prompts, sampling
 from trainer.models import execution
 from trainer.models.model import Model
-from trainer.objective import conditioning, noise
+from trainer.objective import encoding, noise
 from trainer.phases.intervals import Intervals
 from trainer.phases.state import State
 from trainer.reporting.clock import Clock, OptimizerClock
@@ -111,13 +111,13 @@ def _check_model(config: Config, model: Model, start_from: str | None) -> None:
 
 def _encoded(
     config: Config, model: Model, dataset: data.Dataset, stop: Sequence[int]
-) -> conditioning.Encoded:
+) -> encoding.Encoded:
     """The encoded pictures, captions, and prompts to draw."""
     model.keep_text_encoders(config.method.train)
     drawn = prompts.of_config(config.log, config.data.largest_resolution)
     texts = [text for prompt in drawn for text in prompt.texts]
     unwanted = filter(None, [config.log.negative_prompt])
-    return conditioning.encode(model, dataset, [*texts, *unwanted], stop)
+    return encoding.encode(model, dataset, [*texts, *unwanted], stop)
 
 
 def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> Config:

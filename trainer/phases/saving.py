@@ -122,7 +122,7 @@ def export(state: State) -> list[Path]:
     pictures = state.data.dataset.num_pictures
     try:
         with state.clock.aside("exporting"), state.averaged(state.exports_average):
-            written = result.export(state.config, name, state.model, folder, state.step, pictures)
+            written = result.write(state.config, name, state.model, folder, state.step, pictures)
     except Exception as error:
         if is_new:  # a folder of results is complete, or is not there
             shutil.rmtree(folder, ignore_errors=True)

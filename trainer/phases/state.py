@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from trainer.config import Config
 from trainer.drawing import sampling
 from trainer.models.model import Model
-from trainer.objective import conditioning, losses
+from trainer.objective import encoding, losses
 from trainer.phases.intervals import Intervals
 from trainer.reporting.clock import Clock, OptimizerClock
 from trainer.reporting.watch import Watch
@@ -33,7 +33,7 @@ class State:
     folder: Path
     model: Model
     noise_schedule: DDPMScheduler
-    data: conditioning.Encoded
+    data: encoding.Encoded
     fingerprint: str  # of the data
     base: str  # fingerprint of the model that training began with
     sampler: sampling.Sampler

@@ -29,7 +29,7 @@ def check(method: FullConfig | LoraConfig, model: Model) -> None:
             )
 
 
-def export(
+def write(
     config: Config, name: str, model: Model, folder: Path, step: int, num_images: int
 ) -> list[Path]:
     """Write the result in the formats of `method.export`; returns the files and folders written.

@@ -111,6 +111,7 @@ class FusedBackward:
         self, parameters: Sequence[Tensor], optimizer: optim.FusedOptimizer, clip: Clip
     ) -> None:
         self._parameters, self.clip = parameters, clip
+        self._gathered = GatheredBackward(parameters, clip)
         self._bounding = math.nan  # the norm that this step is clipped by
         self._is_last_pass = False  # in which gradients are complete, and are consumed
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
@@ -127,7 +128,7 @@ class FusedBackward:
         if self.clip.needs_this_norm():
             if len(shares) > 1:  # all gradients are alive anyway: nothing to gain by a second pass
                 with self._hooks.holding():
-                    return GatheredBackward(self._parameters, self.clip).of_step(loss_of, shares)
+                    return self._gathered.of_step(loss_of, shares)
             first = self._measure(loss_of)
             if not math.isfinite(first.grad_norm):
                 return first

@@ -13,7 +13,7 @@ from trainer.data.buckets import Size
 from trainer.data.items import Item
 from trainer.errors import UserError
 from trainer.system import disk
-from trainer.system.patience import patiently
+from trainer.system.retry import with_retries
 
 Traits = tuple[Size, bool, list[str]]  # size; whether any of it is transparent; notes
 Digests = tuple[str, str]  # as of a Sample: with the mask, and of the picture alone
@@ -21,7 +21,7 @@ Digests = tuple[str, str]  # as of a Sample: with the mask, and of the picture a
 _SETTLED = 3  # seconds after which writing a file again is sure to change its time
 
 
-class Known:
+class PictureIndex:
     """Digests and traits of pictures, kept in the cache: a picture that was once decoded without
     error is not decoded again, and a file whose size and time are unchanged is not read again."""
 
@@ -46,7 +46,7 @@ class Known:
         """
         if not self._path:
             return None
-        stats = [(os.path.abspath(file), patiently(file.stat)) for file in item.files]
+        stats = [(os.path.abspath(file), with_retries(file.stat)) for file in item.files]
         if max((x.st_mtime for _, x in stats), default=math.inf) > time.time() - _SETTLED:
             return None
         files = [(file, x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino) for file, x in stats]

@@ -63,9 +63,9 @@ def test_a_signal_ends_whatever_is_read_before_the_first_step(options, cache, mo
 def test_a_picture_that_was_whole_once_is_not_decoded_again_to_know_it(load, cache, monkeypatch):
     load(cache=str(cache))
     decoded = []
-    original = data.survey.pictures.decode
+    original = data.survey.decoding.decode
     monkeypatch.setattr(
-        data.survey.pictures, "decode", lambda *a: decoded.append(a) or original(*a)
+        data.survey.decoding, "decode", lambda *a: decoded.append(a) or original(*a)
     )
     dataset = load(cache=str(cache))
     assert not decoded

@@ -23,12 +23,12 @@ _hopeless: list[OSError] = []
 Answer = TypeVar("Answer")
 
 
-def renew() -> None:
+def reset() -> None:
     """Allow retries again after earlier failures: another run may use another drive."""
     _hopeless.clear()
 
 
-def patiently(ask: Callable[[], Answer]) -> Answer:
+def with_retries(ask: Callable[[], Answer]) -> Answer:
     """The result of `ask`, retried after temporary errors.  Raises OSError; at once, after several
     failures despite retries."""
     for pause in _PAUSES if len(_hopeless) < _ENOUGH else ():
