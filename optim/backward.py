@@ -31,7 +31,8 @@ class FusedBackward:
     """The hooks that `fuse_backward` installed; `remove()` removes them, and so does deleting the
     optimizer."""
 
-    def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int) -> None:
+    def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int, summed: bool) -> None:
+        self._summed = summed  # over processes, by the caller
         self._optimizer_ref = weakref.ref(optimizer)
         self._consume: Callable[..., None] | None = None  # the optimizer's `step_param`
         self._bucket_bytes = bucket_bytes
@@ -158,7 +159,8 @@ class FusedBackward:
         if self._holds:
             return
         if not self._arrived:
-            _check_alone()
+            if not self._summed:
+                _check_alone()
             self._num_expected = sum(each.requires_grad for each in self._handles)
         self._arrived.add(param)
         self._waiting.append(param)
@@ -222,7 +224,9 @@ def _free(params: list[Tensor]) -> None:
         param.grad = None
 
 
-def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> FusedBackward:
+def fuse_backward(
+    optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20, *, summed: bool = False
+) -> FusedBackward:
     """Make `optimizer` step inside every backward pass from now on.
 
     The training loop stays the same: set the learning rate, call `backward()`, then `step()`, which
@@ -241,7 +245,10 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
     Not for `torch.amp.GradScaler`, whose scale would still be in the gradients: its first `step()`
     is a RuntimeError, after one backward pass has already done harm (hooks cannot see the scale).
     Not for DistributedDataParallel, which averages gradients over processes only after they have
-    been consumed here.  Raises ValueError if there are several processes, if the optimizer is
+    been consumed here.  With several processes, `summed` says that the caller sums each gradient
+    over them as it arrives, in a hook that was registered before this call.
+
+    Raises ValueError if there are several processes and it does not, if the optimizer is
     already fused or another one steps a parameter in this way, if `bucket_bytes` is not positive,
     or a group has a `max_grad_norm` or on_nonfinite="raise", and TypeError for an optimizer that is
     not of this family.
@@ -266,8 +273,9 @@ def fuse_backward(optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20) -> Fu
             f"fuse_backward: this {type(optimizer).__name__} is already fused, and would step "
             "twice; call remove() on what the first fuse_backward() returned"
         )
-    _check_alone()
-    return FusedBackward(optimizer, bucket_bytes)
+    if not summed:
+        _check_alone()
+    return FusedBackward(optimizer, bucket_bytes, summed)
 
 
 def _check_alone() -> None:
@@ -278,5 +286,6 @@ def _check_alone() -> None:
             raise ValueError(
                 f"fuse_backward: there are {processes} processes, and each would step with its own "
                 "gradients, before DistributedDataParallel averages them: their models would drift "
-                "apart. Call step() after backward() instead"
+                "apart. Call step() after backward() instead, or sum the gradients in hooks of "
+                "your own and pass summed=True"
             )

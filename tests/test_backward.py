@@ -410,6 +410,7 @@ def test_several_processes_are_refused_with_the_remedy(request):
     hooks.remove()
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         optim.fuse_backward(optimizer)
+    optim.fuse_backward(optimizer, summed=True).remove()
     optimizer.zero_grad()
     backward(model, 0)
     optimizer.step()

@@ -20,7 +20,7 @@ Where things live; a folder imports only from those below it:
     data/      pictures and captions, their caches, batches of them
     formats/   files shared with other programs: diffusers, single files, kohya's LoRAs
     charts/    charts as PNG
-    system/    the machine: memory, disks, the terminal, signals
+    system/    the machine: memory, disks, the terminal, signals, several processes
     config/    the schema: a dataclass for each choice of each group in conf/
     streams    random streams, one for each kind of draw
     errors     errors that the user can fix

@@ -4,10 +4,12 @@ Hydra ends here: `run` and everything that it imports take plain dataclasses.
 """
 
 import contextlib
+import logging
 import math
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +34,7 @@ from trainer.reporting.measure import ended_well, objective
 from trainer.reporting.report import of_failure, read_summary, write_summary
 from trainer.storage.checkpoint import completed
 from trainer.storage.claim import TakenError, claimed, in_turn
+from trainer.system import processes
 from trainer.training import optimizers
 
 # Users set it to see tracebacks.  Without it Hydra would print its own error page and exit, so it
@@ -48,6 +51,8 @@ def train(composed: DictConfig) -> float:
     context = HydraConfig.get()
     given = OmegaConf.to_container(context.overrides.task, resolve=False)  # optim.lr=${...}, too
     folder, overrides = Path(context.runtime.output_dir), arguments.lasting(cast(list[str], given))
+    if not processes.is_main():
+        return _follow(composed, folder, overrides)
     resolved = _resolved(composed)
     if context.mode == RunMode.MULTIRUN:
         return _run_of_sweep(composed, folder, overrides, resolved)
@@ -58,6 +63,27 @@ def train(composed: DictConfig) -> float:
         if _wants_traceback or not isinstance(error, UserError | OSError):
             raise
         command.fail(str(error))
+
+
+def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
+    """This process's part of the main one's run, which reports it."""
+    logging.disable(logging.CRITICAL)
+    folder.rmdir()  # Hydra's
+    try:
+        checked = to_dataclasses(composed)
+    except UserError as error:
+        command.fail(str(error))
+    from trainer.run import follow
+
+    try:
+        with processes.joined(execution.device_of(checked.runtime.device)):
+            follow(checked, folder, overrides)
+    except UserError as error:  # perhaps of this process alone, such as a lack of memory
+        print(f"error in process {processes.rank()}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ConnectionError:
+        raise SystemExit(2) from None
+    return math.nan
 
 
 def _run_of_sweep(
@@ -96,14 +122,14 @@ def _run_of_sweep(
 def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool = False) -> float:
     """Check the configuration and train.  goes_on: from a checkpoint in the folder."""
     checked = to_dataclasses(composed)
-    optimizers.try_out(
-        checked.optim, checked.method.rules, execution.device_of(checked.runtime.device)
-    )
+    device = execution.device_of(checked.runtime.device)
+    optimizers.try_out(checked.optim, checked.method.rules, device)
     if goes_on and completed(folder / "checkpoints"):
         checked.resume = str(folder)  # the sweep was stopped
     from trainer.run import run  # imported after the checks: diffusers takes seconds
 
-    return run(checked, folder, overrides)
+    with processes.joined(device):
+        return run(checked, folder, overrides)
 
 
 def _resolved(composed: DictConfig) -> dict[str, Any]:
@@ -159,9 +185,12 @@ def main() -> None:
         sys.argv[1:] = arguments.at_home(sys.argv[1:])
         sys.argv[1:] = arguments.flags_last(arguments.with_resumed(sys.argv[1:]))
         if {"-m", "--multirun"} & set(sys.argv) or any(a.startswith("sweep=") for a in sys.argv):
+            arguments.refuse_shared_sweep()
             sys.argv[1:] = arguments.with_swept_groups(sys.argv[1:])
     except UserError as error:
         command.fail(str(error))
+    if not processes.is_main():  # the folder is the main process's
+        sys.argv[1:] = arguments.in_folder(sys.argv[1:], tempfile.mkdtemp())
     try:
         train()
     except Exception as error:  # from composition; Hydra and OmegaConf raise many types

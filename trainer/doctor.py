@@ -245,7 +245,7 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
 
 
 def _run_line(config: Config, made: dataset.Dataset) -> str:
-    steps_per_epoch = float(made.plan.batches_per_epoch) / config.runtime.accumulation
+    steps_per_epoch = float(made.plan.batches_per_epoch) / config.runtime.micro_batches
     steps = schedule.settled(config.schedule, steps_per_epoch).steps
     return f"a run with these options: {steps} steps, {steps / steps_per_epoch:.3g} epochs"
 

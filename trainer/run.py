@@ -1,4 +1,8 @@
-"""One run: assemble, then one linear loop of named phases."""
+"""One run: assemble, then one linear loop of named phases.
+
+Of several processes (`trainer.system.processes`) the main one has the run; the others follow its
+steps.
+"""
 
 import logging
 import math
@@ -19,7 +23,7 @@ from trainer.phases.stepping import Stepper
 from trainer.phases.summary import of_failed, summary_of
 from trainer.reporting import measure, metrics, report
 from trainer.storage import checkpoint, record, resuming, run_folder
-from trainer.system import console, memory, retry, signals
+from trainer.system import console, memory, processes, retry, signals
 from trainer.training import optimizers
 
 log = logging.getLogger(__name__)
@@ -50,6 +54,17 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
             raise
 
 
+def follow(config: Config, folder: Path, overrides: Sequence[str] = ()) -> None:
+    """Make the steps of the main process's run together with it.  Writes nothing to `folder`."""
+    with signals.stop_signals() as stop:
+        state = begin(config, folder, stop, overrides)
+        stepper = Stepper(state)
+        while state.step < state.config.schedule.steps and not _is_to_stop(state):
+            stepper.take(state.step, measures=False)
+            if endings.is_hopeless(state):  # then the main process gives up as well
+                return
+
+
 def begin(
     config: Config, folder: Path, stop: Sequence[int] = (), overrides: Sequence[str] = ()
 ) -> State:
@@ -61,8 +76,13 @@ def begin(
     retry.reset()
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = resuming.to_resume(config, keys_of(overrides))
-    with memory.explained(config, "before the first step"):
+    with (
+        memory.explained(config, "before the first step"),
+        processes.main_first(config.data.cache is not None),
+    ):
         state = assemble(config, folder, resumed, stop, overrides)
+    if not processes.is_main():
+        return state
     if resumed:
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
         run_folder.carry_before(resuming.find(config.resume or "")[-1], folder)
@@ -84,7 +104,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
     progress = console.Progress(state.step, config.schedule.steps)
 
     for step in range(state.step, config.schedule.steps):
-        if state.stop:
+        if _is_to_stop(state):
             saving.save(state)
             saving.rotate(state)
             writer.draw_curves()
@@ -109,6 +129,14 @@ def train(state: State, writer: metrics.Metrics) -> None:
             _report(state, writer, progress, values)
         _between_steps(state, writer)
     progress.close()
+
+
+def _is_to_stop(state: State) -> bool:
+    """Whether a signal asks to stop; all processes answer alike, whichever has received it."""
+    number = int(processes.largest(state.stop[0] if state.stop else 0))
+    if number and not state.stop:
+        state.stop = [number]
+    return bool(number)
 
 
 def _between_steps(state: State, writer: metrics.Metrics) -> None:

@@ -30,6 +30,7 @@ from trainer.config.model import why_missing
 from trainer.data import buckets
 from trainer.drawing import prompts
 from trainer.errors import UserError
+from trainer.system import processes
 from trainer.training import schedule
 from trainer.training.groups import check_rules
 
@@ -102,6 +103,7 @@ def check(config: Config) -> None:
     _check_data(config.data)
     _check_paths(config)
     _check_device(config.runtime.device)
+    _check_processes(config)
     _check_tensorboard(config.log)
     if config.runtime.fused_backward:
         _check_fused_backward(config)
@@ -315,6 +317,34 @@ def _check_sizes(config: DataConfig) -> None:
                 f"{what} has no bucket with data.bucket_step={config.bucket_step} and "
                 f"data.max_aspect={config.max_aspect:g}; choose a smaller step, or a larger aspect"
             )
+
+
+def _check_processes(config: Config) -> None:
+    """Refuse what torchrun's processes cannot share: a device, or a random estimate."""
+    wanted, count = config.runtime.processes, processes.count()
+    if wanted != count:
+        raise UserError(
+            f"runtime.processes={wanted}, and there are {count}; torchrun starts and counts them: "
+            f"torchrun --nproc-per-node {wanted} -m trainer ..."
+        )
+    if count == 1:
+        return
+    if re.fullmatch(r"cuda:\d+", config.runtime.device):
+        raise UserError(
+            f"runtime.device={config.runtime.device}: each process of torchrun has a GPU of its "
+            "own; use runtime.device=cuda, and CUDA_VISIBLE_DEVICES to choose which"
+        )
+    gpus = torch.cuda.device_count()
+    if gpus and config.runtime.device != "cpu" and processes.rank_here() >= gpus:
+        raise UserError(
+            f"torchrun started more processes on this machine than it has GPUs; use "
+            f"--nproc-per-node {gpus}"
+        )
+    if issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia):
+        raise UserError(
+            f"optim={config.optim.name} estimates the curvature in one process only; choose "
+            "another optimizer, or train without torchrun"
+        )
 
 
 def _check_tensorboard(config: LogConfig) -> None:

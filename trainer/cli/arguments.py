@@ -12,6 +12,7 @@ from trainer.cli.explain import explain
 from trainer.config import group_names, key_of
 from trainer.errors import UserError
 from trainer.storage.resuming import latest_run, overrides_of
+from trainer.system import processes
 
 # Flags of Hydra that take a value.
 _WITH_VALUE = {
@@ -55,6 +56,22 @@ def with_resumed(arguments: list[str]) -> list[str]:
     inherited = _without_orphans(inherited, arguments)
     at = next(i for i, a in enumerate(arguments) if key_of(a) == "resume")  # not between flags
     return arguments[:at] + inherited + arguments[at:]
+
+
+def in_folder(arguments: list[str], folder: str) -> list[str]:
+    """The command line with this folder for the run."""
+    others = [a for a in arguments if key_of(a) != "hydra.run.dir"]
+    return [f"hydra.run.dir={_hydra_quoted(folder)}", *others]
+
+
+def refuse_shared_sweep() -> None:
+    """Raise UserError for a sweep under torchrun."""
+    if processes.count() > 1:
+        raise UserError(
+            "a sweep's runs cannot be shared by torchrun's processes; start the sweep without "
+            "torchrun, once for each GPU with CUDA_VISIBLE_DEVICES=N and the same "
+            "hydra.sweep.dir=...: each takes the runs that are left"
+        )
 
 
 def lasting(overrides: Iterable[str]) -> list[str]:

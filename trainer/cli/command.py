@@ -6,6 +6,8 @@ import signal
 import sys
 from typing import NoReturn
 
+from trainer.system import processes
+
 
 def positive(text: str) -> float:
     """An argparse type: a number above 0."""
@@ -25,6 +27,7 @@ def end_with_the_reader() -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Print an error for the user and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Print an error for the user, once for all processes of a run, and exit with status 2."""
+    if processes.is_main():
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

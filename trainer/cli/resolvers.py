@@ -10,6 +10,7 @@ import optim
 from trainer.config import ASSETS, conf_dir, file_name
 from trainer.drawing import prompts
 from trainer.storage.resuming import run_folder_of
+from trainer.system import processes
 
 # Share of an optimizer's default rate to use with a large model.
 _SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
@@ -25,6 +26,7 @@ def register() -> None:
     OmegaConf.register_new_resolver(
         "lines_of", lambda path: prompts.read(path) if path else [], replace=True
     )
+    OmegaConf.register_new_resolver("processes", processes.count, replace=True)
     OmegaConf.register_new_resolver("default_lr", _default_lr, replace=True)
 
 

@@ -23,6 +23,9 @@ class RuntimeConfig:
     # their samples.  Schedules count optimizer steps.  Gradients accumulate in the weights' dtype;
     # with the fused backward they are all kept until the last micro-batch.
     accumulation: int = within(1)
+    # Processes that train together, each with its own micro-batches: a step has accumulation x
+    # processes of them.  Set by torchrun, which starts them.
+    processes: int = within(1)
     # Recompute the activations inside a block in the backward pass instead of keeping them: the
     # same bits, less memory, about a third more time.
     gradient_checkpointing: bool
@@ -33,3 +36,8 @@ class RuntimeConfig:
     max_skipped_steps: int = within(0)
     # Allow `resume` with a configuration that differs from the checkpoint's.
     allow_config_change: bool
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in an optimizer step, of all processes."""
+        return self.accumulation * self.processes

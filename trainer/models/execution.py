@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from trainer.config import Config
+from trainer.system import processes
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,12 @@ COMPILER = "inductor"  # torch.compile's backend
 
 
 def device_of(name: str) -> torch.device:
-    """The device for `runtime.device`: auto is the GPU if there is one."""
+    """The device for `runtime.device`: auto is the GPU if there is one; each process has its
+    own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.count() > 1:
+        name = f"cuda:{processes.rank_here()}"
     return torch.device(name)
 
 

@@ -19,7 +19,7 @@ from trainer.phases.state import State
 from trainer.reporting.clock import Clock, OptimizerClock
 from trainer.reporting.watch import Watch
 from trainer.storage import checkpoint, result, resuming
-from trainer.system import memory
+from trainer.system import memory, processes
 from trainer.training import method, optimizers, schedule
 from trainer.training.ema import Ema
 from trainer.training.guard import Guard
@@ -123,7 +123,7 @@ def _encoded(
 def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> Config:
     """The configuration with schedule.steps resolved from the data and schedule.epochs.  done: the
     steps and epochs already done."""
-    steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.accumulation
+    steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.micro_batches
     known = schedule.settled(config.schedule, float(steps_per_epoch), done)
     if known.epochs is not None:
         log.info("schedule.epochs=%g: %d steps", known.epochs, known.steps)
@@ -139,7 +139,10 @@ def _trainable(
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
     method.attach(config.method, model, config.seed, start_from)
-    log.info("%s, %s, on %s:", config.optim.name, config.method.name, device)
+    where = str(device)
+    if processes.count() > 1:
+        where = f"{processes.count()} processes, each {config.runtime.accumulation} micro-batches"
+    log.info("%s, %s, on %s:", config.optim.name, config.method.name, where)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)
     for remark in remarks.of_rate(config, sum(p.numel() for p in parts.parameters())):
@@ -160,7 +163,7 @@ def _put_back(
 
 
 def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None) -> Ema | None:
-    if config.method.ema is None:
+    if config.method.ema is None or not processes.is_main():
         return None
     saved, step = (resumed.average, resumed.step) if resumed else ({}, 0)
     return Ema(config.method.ema, method.trained_parameters(model), config.seed, saved, step)

@@ -11,7 +11,7 @@ from trainer.errors import UserError
 from trainer.phases.saving import save
 from trainer.phases.state import State
 from trainer.storage import checkpoint, resuming
-from trainer.system import signals
+from trainer.system import processes, signals
 from trainer.training import method
 from trainer.training.guard import broken
 
@@ -44,7 +44,8 @@ def nothing_to_train(state: State) -> None:
 
 def stopped(state: State) -> NoReturn:
     """End the process of a run that was saved, with the exit status of the signal."""
-    log.info("stopped; resume with: python -m trainer %s", resuming.as_argument(state.folder))
+    resume = resuming.as_argument(state.folder)
+    log.info("stopped; resume with: %s %s", processes.command(), resume)
     signals.end(state.stop[0])
 
 
@@ -61,6 +62,14 @@ def unusable(state: State, loss: float) -> UserError:
         "train/loss in metrics.jsonl for the step where it went wrong. "
         f"{way_back(state)}"
     )
+
+
+def is_hopeless(state: State) -> bool:
+    """Whether the run ends now by `refuse_broken` or `give_up`."""
+    if not state.guard.in_a_row:
+        return False
+    is_broken = bool(broken(method.trained_parameters(state.model)))
+    return is_broken or state.guard.complaint() is not None
 
 
 def refuse_broken(state: State) -> None:

@@ -16,7 +16,7 @@ class Intervals:
     """
 
     def __init__(self, config: Config, batches_per_epoch: Fraction) -> None:
-        steps_per_epoch = batches_per_epoch / config.runtime.accumulation
+        steps_per_epoch = batches_per_epoch / config.runtime.micro_batches
         options = {
             EVALUATING: config.log.eval_every,
             DRAWING: config.log.sample_every,

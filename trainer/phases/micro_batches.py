@@ -18,8 +18,9 @@ def draw(state: State, number: int) -> batches.Batch:
 
 
 def members_of(state: State, first: int) -> list[list[int]]:
-    """The rows of the dataset in each micro-batch of the step that begins with number `first`."""
-    numbers = range(first, first + state.config.runtime.accumulation)
+    """The rows of the dataset in each micro-batch of the step that begins with number `first`, of
+    all processes."""
+    numbers = range(first, first + state.config.runtime.micro_batches)
     return [state.data.dataset.plan.batch(state.config.seed, number) for number in numbers]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from trainer.phases import micro_batches, saving
 from trainer.phases.state import State
-from trainer.system import memory
+from trainer.system import memory, processes
 from trainer.training import curvature, gradients, method, optimizers
 from trainer.training.probe import UpdateProbe
 from trainer.training.schedule import lr_scale
@@ -52,17 +52,22 @@ class Stepper:
         return state.watch.lately() | measured
 
     def _update(self, step: int, first: int, shares: list[float]) -> gradients.Outcome:
-        """The gradients of the micro-batches from number `first`, and the update."""
+        """The gradients of this process's micro-batches of those from number `first`, and the
+        update."""
         state, optimizer, backward = self._state, self._state.optimizer, self._backward
         # With the curvature estimated but no step made, the state is not that of any step.
-        is_kept = not curvature.is_due(optimizer)
+        is_kept = processes.is_main() and not curvature.is_due(optimizer)
+        own = range(processes.rank(), len(shares), processes.count())
         keeping = saving.kept_if_unreadable(state) if is_kept else nullcontext()
         with memory.explained(state.config, f"in step {step + 1}"), keeping:
             # Estimate the curvature, where the optimizer wants it; then the loss and its gradients
             # (the fused backward steps the optimizer inside).
             predict = partial(micro_batches.weighted_prediction, state, first)
             curvature.estimate(optimizer, backward, predict, state.config.seed, step)
-            outcome = backward.of_step(partial(micro_batches.loss_of, state, first), shares)
+            outcome = backward.of_step(
+                lambda place: micro_batches.loss_of(state, first, own[place]),
+                [shares[place] for place in own],
+            )
             state.counters.grad_norm = backward.clip.last_norm
 
             # Judge the step: unless loss and gradients are finite, leave everything as it was.

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from trainer.config import Config
-from trainer.system import disk
+from trainer.system import disk, processes
 
 _PACKAGES = (
     "torch",
@@ -36,6 +36,7 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
         "platform": platform.platform(),
         "device": _name_of(device),
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "packages": {name: _version(name) for name in packages},
         "git_revision": _git_revision(),
     }

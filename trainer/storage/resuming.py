@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 _LEARNED = (
     *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
     "runtime.accumulation",
+    "runtime.processes",
 )
 # Options that do not change what is learned, in groups that do.  What lies at a path
 # is compared by its content: `check_content`.

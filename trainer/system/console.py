@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer.errors import UserError
+from trainer.system import processes
 
 log = logging.getLogger(__name__)
 logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks of its own
@@ -28,7 +29,7 @@ class Progress:
             total=steps,
             initial=step,
             unit="step",
-            disable=None,
+            disable=None,  # no bar in a log file
             dynamic_ncols=True,
             bar_format=_BAR,
         )
@@ -56,7 +57,8 @@ class Aside:
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what = f"{what}: %d of {total} {unit}, ETA %s"
-        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=None, leave=False)
+        hides = None if processes.is_main() else True  # None: in a log file
+        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=hides, leave=False)
         self._began = self._reported = time.monotonic()
         self._done, self._total = 0, total
         if self._bar.disable and total:

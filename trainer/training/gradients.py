@@ -2,8 +2,8 @@
 (`runtime.fused_backward`).
 
 A step's gradient is that of the mean over the samples of all its micro-batches
-(`runtime.accumulation`).  Both ways report the same norm, before any clip
-(`trainer.training.clipping`).
+(`runtime.accumulation`), also of those that other processes have.  Both ways report the same norm,
+before any clip (`trainer.training.clipping`).
 """
 
 import logging
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import optim
 from trainer.config import Config
+from trainer.system import processes
 from trainer.training.clipping import Clip
 
 log = logging.getLogger(__name__)
@@ -71,23 +72,24 @@ class GatheredBackward:
     def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and clip it.
 
-        `shares`: each micro-batch's share of the step's samples; they sum to 1.
+        `shares`: each micro-batch's share of the step's samples; those of all processes sum to 1.
         """
         total = 0.0
         for place, share in enumerate(shares):
             loss = _weighted(loss_of, place, share)
             loss.backward()
             total += loss.item()
-        clip = self.clip
+        clip, reached = self.clip, [p for p in self._parameters if p.grad is not None]
+        processes.sum_gradients(*reached)
         clip.forget()
-        clip.measure(*(p for p in self._parameters if p.grad is not None))
+        clip.measure(*reached)
         norm = clip.norm()
         bounding = norm if clip.needs_this_norm() else clip.last_norm
         for parameter in self._parameters:
             if clip.measured(parameter):
                 clip.scale(parameter, bounding)
         clip.end_step(norm)
-        return Outcome(loss=total, grad_norm=norm, begun=False)
+        return Outcome(loss=processes.total(total), grad_norm=norm, begun=False)
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
@@ -116,7 +118,7 @@ class FusedBackward:
         self._is_last_pass = False  # in which gradients are complete, and are consumed
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
             parameter.register_post_accumulate_grad_hook(self._arrived)
-        self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters))
+        self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters), summed=True)
 
     def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
         """Evaluate the gradient of the sum of share * loss over micro-batches, and step all but the
@@ -129,7 +131,7 @@ class FusedBackward:
             if len(shares) > 1:  # all gradients are alive anyway: nothing to gain by a second pass
                 with self._hooks.holding():
                     return self._gathered.of_step(loss_of, shares)
-            first = self._measure(loss_of)
+            first = self._measure(loss_of, shares[0])
             if not math.isfinite(first.grad_norm):
                 return first
             self._bounding = first.grad_norm
@@ -140,13 +142,18 @@ class FusedBackward:
         `consume(*params)`, one bucket at a time."""
         return self._hooks.handing_to(consume)
 
-    def _measure(self, loss_of: LossOf) -> Outcome:
+    def _measure(self, loss_of: LossOf, share: float) -> Outcome:
         """A backward pass that only measures the gradients, one bucket at a time."""
-        loss = loss_of(0)
-        value, norm = loss.item(), math.nan
+
+        def consume(*parameters: Tensor) -> None:
+            processes.sum_gradients(*parameters)
+            self.clip.measure(*parameters)
+
+        loss = _weighted(loss_of, 0, share)
+        value, norm = processes.total(loss.item()), math.nan
         if math.isfinite(value):
             self.clip.forget()
-            with self._hooks.handing_to(self.clip.measure):
+            with self._hooks.handing_to(consume):
                 loss.backward()
             norm = self.clip.norm()
         return Outcome(loss=value, grad_norm=norm, begun=False)
@@ -157,7 +164,7 @@ class FusedBackward:
         clip.forget()
         for place, share in enumerate(shares):
             loss = _weighted(loss_of, place, share)
-            total += loss.item()
+            total += processes.total(loss.item())
             if not math.isfinite(total):
                 return Outcome(loss=total, grad_norm=math.nan, begun=False)
             self._is_last_pass = place == len(shares) - 1
@@ -166,16 +173,20 @@ class FusedBackward:
         self._is_last_pass = False
         for parameter in self._parameters:  # those that only earlier micro-batches reached
             if parameter.grad is not None and not clip.measured(parameter):
-                clip.measure(parameter)
-                clip.scale(parameter, self._bounding)
+                self._complete(parameter)
         norm = clip.norm()
         clip.end_step(norm)
         return Outcome(loss=total, grad_norm=norm, begun=True)
 
     def _arrived(self, parameter: Tensor) -> None:
         if self._is_last_pass:
-            self.clip.measure(parameter)
-            self.clip.scale(parameter, self._bounding)
+            self._complete(parameter)
+
+    def _complete(self, parameter: Tensor) -> None:
+        """Sum this process's gradient with the others', and clip it."""
+        processes.sum_gradients(parameter)
+        self.clip.measure(parameter)
+        self.clip.scale(parameter, self._bounding)
 
 
 def _weighted(loss_of: LossOf, place: int, share: float) -> Tensor:

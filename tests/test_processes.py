@@ -1,0 +1,140 @@
+"""Several processes that train one model: torchrun, `trainer.system.processes`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+from helpers import QUICK, assert_same_weights, weights
+
+from trainer.errors import UserError
+from trainer.run import run
+from trainer.system import processes
+
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    *("-m", "trainer"),
+)
+OPTIONS = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+
+
+def torchrun(*overrides):
+    """Train in two processes on the CPU -> the ended torchrun."""
+    words = [*TORCHRUN, *overrides]
+    return subprocess.run(words, **OPTIONS, capture_output=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optim=adamw", "data.batch_size=5", "schedule.epochs=1"],  # a short batch at the end
+        ["runtime.fused_backward=true", "method.clip=exact", "model.dtype=bfloat16"],
+        [
+            *("method=lora", "method.train=[unet,text_encoder]", "method.dropout=0.1"),
+            *("optim=prodigy_factored", "optim.d0=1e-3", "ema=bf16", "runtime.fused_backward=true"),
+            "method.clip=lagged",
+        ],
+    ],
+    ids=["gathered", "exact", "lora"],
+)
+def test_two_processes_train_as_one_with_twice_the_micro_batches(composed, tmp_path, options):
+    """The sum of two terms has no order, so not a bit differs."""
+    options = [*QUICK, *options, f"data.cache={tmp_path}/cache", "runtime.device=cpu"]
+    run(composed(*options, "runtime.accumulation=2"), tmp_path / "one")
+    ended = torchrun(*options, f"hydra.run.dir={tmp_path}/two")
+    assert ended.returncode == 0, ended.stderr
+    last = json.loads((tmp_path / "one/summary.json").read_text())["steps"]
+    assert_same_weights(weights(tmp_path / "one", last), weights(tmp_path / "two", last))
+    environment = json.loads((tmp_path / "two/environment.json").read_text())
+    assert environment["processes"] == 2
+    assert ended.stdout.count("\ncost ") == 1  # only the main process reports
+
+
+@pytest.mark.slow
+def test_a_signal_saves_once_and_the_run_goes_on_bit_for_bit(composed, tmp_path):
+    options = [*QUICK, "schedule.steps=6", "runtime.device=cpu"]
+    run(composed(*options, "runtime.accumulation=2"), tmp_path / "whole")
+    words, said = [*TORCHRUN, *options, f"hydra.run.dir={tmp_path}/parts"], ""
+    with subprocess.Popen(words, **OPTIONS, stdout=subprocess.PIPE) as process:
+        for line in process.stdout:
+            said += line
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+    assert "resume with: torchrun --nproc-per-node 2 -m trainer resume=" in said
+    assert not (tmp_path / "parts/checkpoints/step-000006").exists()
+    ended = torchrun(f"resume={tmp_path}/parts")
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed after step" in ended.stdout
+    assert_same_weights(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("optim.lrr=1", "error: optim.lrr: there is no option"),
+        ("seed=0", "is not a run's folder"),  # found by the main process, while the other waits
+    ],
+)
+def test_an_error_is_reported_once_and_ends_all_processes(tmp_path, option, says):
+    (tmp_path / "config.yaml").write_text("mine")
+    refused = torchrun(*QUICK, option, f"hydra.run.dir={tmp_path}", "runtime.device=cpu")
+    assert refused.returncode == 1
+    assert refused.stderr.count(says) == 1
+    assert "Error executing job" not in refused.stderr
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """one_of_two(1) makes this process one that torchrun has started, with another."""
+
+    def make(rank):
+        torchruns = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}
+        for name, value in (torchruns | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
+
+    return make
+
+
+def test_processes_are_counted_by_torchrun(one_of_two, composed):
+    one_of_two(1)
+    assert (processes.count(), processes.rank(), processes.is_main()) == (2, 1, False)
+    config = composed(*QUICK, "runtime.accumulation=3")
+    assert (config.runtime.processes, config.runtime.micro_batches) == (2, 6)
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch, composed):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of a cluster's own scripts
+    assert (processes.count(), processes.rank(), processes.is_main()) == (1, 0, True)
+    assert composed(*QUICK).runtime.processes == 1
+    with pytest.raises(UserError, match=r"processes=2.*torchrun --nproc-per-node 2 -m trainer"):
+        composed(*QUICK, "runtime.processes=2")
+
+
+@pytest.mark.parametrize(
+    ("option", "gpus", "says"),
+    [
+        ("optim=sophia", 2, "choose another optimizer, or train without torchrun"),
+        ("runtime.device=cuda:0", 2, "CUDA_VISIBLE_DEVICES"),
+        ("runtime.device=auto", 1, "use --nproc-per-node 1"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(
+    one_of_two, composed, monkeypatch, option, gpus, says
+):
+    one_of_two(1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(UserError, match=says):
+        composed(*QUICK, option)
+
+
+def test_a_sweep_is_not_shared_by_processes(one_of_two, command):
+    one_of_two(0)
+    status, _, err = command("-m", "seed=0,1")
+    assert status == 2
+    assert "once for each GPU with CUDA_VISIBLE_DEVICES=N" in err

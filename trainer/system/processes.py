@@ -1,0 +1,109 @@
+"""The processes that train one model together, one for each GPU: `torchrun -m trainer`.
+
+They share the micro-batches of a step and sum their gradients, so that all of them make the same
+step: N processes train as one does with N times its runtime.accumulation.  The main one also
+evaluates, draws, saves and reports, while the others wait for its next step.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+# How long the others wait for the main process, which may encode pictures or draw.  If a process
+# ends with an error, torchrun ends the others.
+_PATIENCE = timedelta(days=7)
+
+
+def count() -> int:
+    """How many processes there are; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+
+
+def rank() -> int:
+    """The number of this process; 0 is the main one."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+def rank_here() -> int:
+    """The number of this process among those of its machine, and of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def command() -> str:
+    """The command line that starts as many."""
+    return f"torchrun --nproc-per-node {count()} -m trainer" if count() > 1 else "python -m trainer"
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """A block in which the processes, of which each has such a device, can exchange numbers."""
+    if count() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def main_first(wanted: bool) -> Iterator[None]:
+    """If wanted, the main process runs this block before the others begin it: they find its caches
+    and downloads."""
+    waits = wanted and count() > 1
+    if waits and not is_main():
+        total(0.0)
+    yield
+    if waits and is_main():
+        total(0.0)
+
+
+def total(number: float) -> float:
+    """The sum of all processes' numbers.  Here and below, ConnectionError if one has ended."""
+    return _over_all(number, distributed.ReduceOp.SUM)
+
+
+def largest(number: float) -> float:
+    """The largest of all processes' numbers."""
+    return _over_all(number, distributed.ReduceOp.MAX)
+
+
+def sum_gradients(*parameters: Tensor) -> None:
+    """Replace gradients by their sums over all processes, which all name the same parameters in the
+    same order."""
+    if count() > 1:
+        with _named_if_lost():
+            for adding in [distributed.all_reduce(p.grad, async_op=True) for p in parameters]:
+                adding.wait()
+
+
+def _over_all(number: float, how: "distributed.ReduceOp.RedOpType") -> float:
+    if count() == 1:
+        return number
+    shared = torch.tensor(number, dtype=torch.float64)
+    with _named_if_lost():
+        distributed.all_reduce(shared, how)
+    return shared.item()
+
+
+@contextmanager
+def _named_if_lost() -> Iterator[None]:
+    """Raise ConnectionError if a process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            "another process of this run has ended; its error is above"
+        ) from error
