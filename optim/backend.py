@@ -33,8 +33,16 @@ class TorchEngine:
         self._optimizer = optimizer
 
     def step(self, share: Share, coefficients: dict[int, float | Tensor]) -> None:
+        self.check(share)
         for index, group, param in share:
             self._step(index, group, param, float(coefficients.get(id(group), 1.0)))
+
+    def check(self, share: Share) -> None:
+        """Raise ValueError, before anything changes, if a state does not fit its group's options:
+        they may have been set after it was allocated.  A state is allocated if there is none."""
+        for index, group, param in share:
+            self._optimizer.state_of(param, group)
+            self._optimizer.check_state(index, group, param)
 
     def grad_sq(self, share: Share) -> float:
         return sum(features.grad_sq(grad_of(param)) for _, _, param in share)
@@ -44,12 +52,8 @@ class TorchEngine:
         optimizer = self._optimizer
         codecs = optimizer.codecs(param, group)
         state = optimizer.state_of(param, group)
-        try:
-            moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
-            lost = state["compensation"] if optimizer.compensates(param, group) else None
-        except KeyError:  # an option that needs state was set after the state was allocated
-            optimizer.check_state(index, group, param)
-            raise
+        moments = {name: codec.decode(split(state, name)) for name, codec in codecs.items()}
+        lost = state["compensation"] if optimizer.compensates(param, group) else None
         t, lr = int(state["step"]) + 1, learning_rate(group["lr"])
         shared = {k: group[k].to(param.device, torch.float32) for k in optimizer.shared}
         h = SimpleNamespace(**group | shared | {"lr": lr, "t": t, "index": index, "codec": codecs})

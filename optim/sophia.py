@@ -181,6 +181,7 @@ class Sophia(FusedOptimizer):
         with self._turn:
             for engine, its in self._dispatch.shares(share, plan.ESTIMATE):
                 if isinstance(engine, TorchEngine):
+                    engine.check(its)
                     for place in its:
                         self._estimate(*place, scale)
                 else:

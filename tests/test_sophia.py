@@ -247,6 +247,21 @@ def test_an_estimate_raises_before_anything_changes_where_steps_do():
     assert all(p.grad is not None for p in params)
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_an_estimate_refuses_a_state_that_does_not_fit_before_anything_changes(backend):
+    params = make_params(shapes=[(4,), (12, 8)])
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = optim.build("sophia", groups, backend=backend)
+    run(optimizer, params, range(2))
+    before = copy.deepcopy(list(optimizer.state.values()))
+    optimizer.param_groups[1]["storage"] = "bf16"
+    set_grads(params, 2)
+    with pytest.raises(ValueError, match=r"state of parameter 1 \(12, 8\) does not fit Sophia"):
+        optimizer.update_hessian(2.0)
+    for old, new in zip(before, optimizer.state.values(), strict=True):
+        assert_same(old.values(), new.values())
+
+
 @pytest.mark.parametrize("scale", [-2.0, 0, math.nan, math.inf])
 def test_a_scale_that_is_no_positive_number_is_refused(scale):
     params = make_params(shapes=[(4,)])
