@@ -177,15 +177,21 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with the class's name and the version of this state's layout in each
-        group, and without what the groups' options do not need (any more)."""
-        name, family = type(self).__name__, self.ruled().__name__
+        group, with plain options (a schedule may have set numpy's), and without what these do not
+        need (any more)."""
+        name, family, known = type(self).__name__, self.ruled().__name__, self._options()
         packed = super().state_dict()
+        saved_groups = [
+            {k: options.plain(x) if k in known else x for k, x in group.items()}
+            for group in packed["param_groups"]
+        ]
         kept = dict(packed["state"])
         for index, group, param in self._indexed_params():
             unneeded = self.state.get(param, {}).keys() - self._blank(param, group, META).keys()
             if unneeded and index in kept:
                 kept[index] = {k: x for k, x in kept[index].items() if k not in unneeded}
-        return states.labelled(name, family, packed | {"state": kept})
+        saved = packed | {"state": kept, "param_groups": saved_groups}
+        return states.labelled(name, family, saved)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -180,6 +180,7 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
 
 class Watch:
     """Checks the options of an optimizer's groups at every step: users may set them in between.
+    They become plain ones.
 
     A value that is still the same object is not checked again, except for a learning rate in a
     tensor, whose value is only read if it is on a CPU.
@@ -214,6 +215,8 @@ class Watch:
             if isinstance(rate, torch.Tensor):
                 changed.pop("lr", None)
             check(self._optimizer, self._known, changed)
+            group.update({name: plain(value) for name, value in changed.items()})
+            now[id(group)] = self._values_of(group)
         if others:
             self._agree(groups)
         self._seen |= now

@@ -191,6 +191,22 @@ def test_numbers_of_numpy_are_taken_as_pythons(tmp_path):
             optim.build("apollo", params, **wrong)
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_numbers_of_numpy_that_are_set_later_are_taken_as_pythons(stepped, tmp_path):
+    """A schedule that calls np.cos sets them, before a step or before the state is saved."""
+    params = make_params()
+    optimizer = optim.build("adamw", params)
+    run(optimizer, params, range(1))
+    (group,) = optimizer.param_groups
+    group |= {"lr": np.float64(0.25), "betas": [np.float32(0.5), 0.75], "seed": np.int64(3)}
+    if stepped:
+        run(optimizer, params, range(1, 2))
+        assert type(group["lr"]) is float
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    (saved,) = torch.load(tmp_path / "state", weights_only=True)["param_groups"]
+    assert [saved[name] for name in ("lr", "betas", "seed")] == [0.25, (0.5, 0.75), 3]
+
+
 @pytest.mark.parametrize("option", ["fused", "foreach"])
 def test_torchs_choice_of_an_engine_is_refused_with_the_familys(option):
     says = f"no option of .* '{option}': the whole family has one fused engine, and backend="
