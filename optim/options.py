@@ -50,6 +50,10 @@ def _integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _count(value: Any) -> bool:
+    return _integer(value) and 1 <= value < 1 << 62  # the engine adds and divides in 64 bits
+
+
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -59,6 +63,7 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in names, f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
+_COUNT = "an integer >= 1 and < 2^62"
 _LEAST = 1.2e-38  # below it fp32 has no normal numbers, and adding them changes nothing
 
 _SWITCHES = (
@@ -84,9 +89,9 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: isinstance(x, Real) and not isinstance(x, bool) and float(x) >= 1,
         "a number >= 1, or inf",
     ),
-    "slice_p": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
+    "slice_p": (_count, _COUNT),
     "rho": (_positive, "a number > 0"),
-    "hessian_every": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
+    "hessian_every": (_count, _COUNT),
     "clip_threshold": (_optional(_positive), "a number > 0, or none"),
     "weight_decay": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
     "seed": (_integer, "an integer"),
@@ -96,10 +101,10 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backend": _one_of("auto", "native", "torch"),
     "clip_norm": _one_of("exact", "lagged"),
     "conv_view": _one_of("flatten", "last2"),
-    "rank": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
+    "rank": (_count, _COUNT),
     "scale": (lambda x: x == "auto" or _positive(x), "a number > 0, or 'auto'"),
     "scaling": _one_of("channel", "tensor"),
-    "update_gap": (lambda x: _integer(x) and x >= 1, "an integer >= 1"),
+    "update_gap": (_count, _COUNT),
     "projection": _one_of("gaussian", "sign"),
     **dict.fromkeys(_SWITCHES, (lambda x: isinstance(x, bool), "true or false")),
 }
