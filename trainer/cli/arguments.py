@@ -96,7 +96,7 @@ def refuse_repeated(arguments: list[str]) -> None:
     for group in group_names():
         choices = [a.partition("=")[2] for a in arguments if a.startswith(f"{group}=")]
         if len(set(choices)) > 1:
-            both = ",".join(choices)
+            both = ",".join(choice.strip("[]") for choice in choices)
             remedy = f"write {group}=[{both}]" if group == "experiment" else "leave one out"
             raise UserError(
                 f"{group} is given more than once ({both}), and only the last counts; {remedy}"

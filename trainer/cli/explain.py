@@ -7,7 +7,7 @@ and adds it.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -96,7 +96,7 @@ def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
     overrides = parsable(arguments)
     given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
     presets = [a for a in overrides if a.startswith("experiment=")]
-    if presets and not given:
+    if presets and "In 'experiment/" in found.string and reason.startswith("Key "):
         group = key.partition(".")[0]
         return (
             f"{presets[0]} sets {key}, which the chosen {group} does not have; leave out "
@@ -110,6 +110,17 @@ def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
 
 def _no_such_key(found: re.Match[str], arguments: list[str]) -> str:
     return explain_key(found[1], parsable(arguments))
+
+
+def _plain_value(found: re.Match[str], arguments: list[str]) -> str:
+    """A plain value where there are options: data.sources=[/a], method.ema=true."""
+    argument, node, place = found.groups()
+    key = argument.partition("=")[0]
+    if "[" not in place:
+        return f"{argument}: {key} has options of its own; choose its group first ({_where(key)})"
+    needed = [option for option in fields(getattr(config, node)) if option.default is MISSING]
+    item = ", ".join(f"{option.name}: ..." for option in needed)
+    return f"{argument}: each item is a mapping; write '{key}=[{{{item}}}]'"
 
 
 def _no_option(found: re.Match[str], arguments: list[str]) -> str:
@@ -135,6 +146,26 @@ _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ..
     (r"Ambiguous value for argument '([^=']+)=([^']*)'", _several_values),
     (r"(?s)Could not override '([^']+)'.*Key '(\w+)' not in '(\w+)'", _no_key_of_item),
     (r"Could not (?:override|append|delete|add)[^']*'([^']+)'", _no_such_key),
+    (
+        r"override (.*)\n.* is not a subclass of (\w+)\..*\n\s*full_key: (.*)",
+        _plain_value,
+    ),
+    (
+        r"override (method\.rules)=.*\nCannot assign",
+        lambda found, _: f"{found[1]}: each rule is a mapping: {{pattern: attn2, lr_scale: 0.1}}",
+    ),
+    (
+        r"override ~(.*)\n.*does not support deletion",
+        lambda found, _: f"~{found[1]}: an option cannot be removed; give it a value",
+    ),
+    (
+        r"missing \d+ required keyword-only arguments?: '(\w+)'",
+        lambda found, _: f"{found[1]} has no value; leave ~{found[1]} out",
+    ),
+    (
+        r"override (.*)\n.* is not Optional",
+        lambda found, _: f"{found[1]}: it must have a value; leave it out for the default",
+    ),
     (r"(.*)\n\s*full_key: ([\w.\[\]]+)", _wrong_value),
     (r"Error parsing override '(.*)'\s+missing EQUAL", _no_option),
 )
