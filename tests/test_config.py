@@ -208,7 +208,10 @@ MISTAKES = [
     (["seed=null"], ["seed=null: it must have a value"]),
     (["method.ema=true"], ["method.ema=true", "choose its group first (ema=bf16 or ema=fp32)"]),
     (["optim=lion", "optim=adamw"], ["optim is given more than once (lion,adamw)"]),
-    (["seed=-1"], ["seed=-1", "at least 0"]),
+    (["seed=-1"], ["seed=-1", "in [0, 2^64 - 1]"]),
+    ([f"seed={2**64}"], [f"seed={2**64}", "in [0, 2^64 - 1]"]),
+    (["schedule.epochs=inf"], ["schedule.epochs=inf", "out of range"]),
+    (["method=lora", "method.alpha=inf"], ["method.alpha=inf", "out of range"]),
     (["data.path=null", "data.sources=[{path: /, weight: 0}]"], ["every weight is 0"]),
     (
         ["schedule.steps=2", "schedule.warmup_steps=20"],

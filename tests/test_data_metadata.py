@@ -180,6 +180,7 @@ def test_a_bad_metadata_csv_is_refused_by_its_line(load, pictures, text, says):
         ("[]", r"line 2: it has no \"file_name\""),
         ('{"file_name": "red.png", "text": 3}', r"red\.png: its caption is 3"),
         ('{"file_name": "red.png", "weight": -1}', r"red\.png: its weight is -1"),
+        ('{"file_name": "red.png", "weight": true}', r"red\.png: its weight is True"),
         ('{"file_name": "red.png", "mask": 1}', r"line 2: \"mask\" is not the name"),
     ],
 )

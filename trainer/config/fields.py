@@ -17,6 +17,7 @@ from typing import Any
 from optim.options import unknown
 
 TINY = 1e-12  # lower bound of options that must be positive
+HUGE = 1e12  # upper bound of options that must be finite
 Interval = Any  # int | str, which OmegaConf cannot merge
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?) ?epochs?")
 
@@ -68,4 +69,6 @@ def _is_interval(every: Interval) -> bool:
 
 
 def _between(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    if high == math.inf:
+        return f"at least {low:g}"
+    return f"in [{low:g}, {'2^64 - 1' if high == 2**64 - 1 else f'{high:g}'}]"

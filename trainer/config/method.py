@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.fields import TINY, Interval, interval, one_of, within
+from trainer.config.fields import HUGE, TINY, Interval, interval, one_of, within
 from trainer.config.model import DTYPES
 
 TRAINABLE_PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -63,7 +63,7 @@ class RankConfig:
 
     pattern: str  # a regular expression, searched for in module names: unet.conv_in
     rank: int = within(1)
-    alpha: float | None = within(TINY, default=None)  # null: method.alpha
+    alpha: float | None = within(TINY, HUGE, default=None)  # null: method.alpha
 
 
 def rank_of(ranks: Sequence[RankConfig], name: str) -> RankConfig | None:
@@ -77,7 +77,7 @@ class LoraConfig(MethodConfig):
 
     name: str = "lora"
     rank: int = within(1)
-    alpha: float = within(TINY)  # the adapter's output is scaled by alpha / rank
+    alpha: float = within(TINY, HUGE)  # the adapter's output is scaled by alpha / rank
     # Ranks per module name; the first one whose pattern is found applies.
     ranks: list[RankConfig]
     rslora: bool  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.fields import TINY, one_of, within
+from trainer.config.fields import HUGE, TINY, one_of, within
 
 
 @dataclass(kw_only=True)
@@ -13,7 +13,7 @@ class ConstantConfig:
     name: str = "constant"
     steps: int = within(1)
     # Length in epochs; overrides steps.
-    epochs: float | None = within(TINY)
+    epochs: float | None = within(TINY, HUGE)
     warmup_steps: int | None = within(0)  # null: 20, or a tenth of a run of less than 200
 
 

@@ -102,7 +102,8 @@ def item(
         raise UserError(f"{name}: its caption is {given!r}, neither text nor a list of texts")
     weight = record.get("weight")
     weight = 1.0 if weight is None else weight
-    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight < math.inf:
         raise UserError(f"{name}: its weight is {weight!r}; it must be a number >= 0")
     lines = [captions.one_line(text) for text in texts or []]
     is_overruled = texts is not None and _disagrees(otherwise, lines)

@@ -113,7 +113,8 @@ def _option(option: str, line: str) -> tuple[str, Any]:
     try:
         return field, kind(rest[0].strip() if rest else "")
     except ValueError:
-        raise UserError(f"{line!r}: --{name} takes a number") from None
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{line!r}: --{name} takes {what}") from None
 
 
 def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:
