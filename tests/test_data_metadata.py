@@ -165,6 +165,8 @@ def test_the_column_of_captions_can_be_named_in_metadata(load, pictures, name, t
         ("file_name,weight\nred.png,much", r"red\.png: its weight is 'much'"),
         ('file_name,text\nred.png,"a b\nblue.png,c', r"from line 2 on: .*; is a quote unclosed\?"),
         ("file_name\nred.png\nred.png", r"red\.png is listed twice"),
+        ("file_name;text\nred.png;a", r"metadata\.csv: .* separated by ';'; .* by commas"),
+        ("file_name\ttext\nred.png\ta", r"metadata\.csv: .* separated by '\\t'; .* by commas"),
     ],
 )
 def test_a_bad_metadata_csv_is_refused_by_its_line(load, pictures, text, says):
@@ -198,7 +200,15 @@ def test_a_run_is_refused_for_the_first_of_many_bad_lines_and_says_who_names_the
         load(max_unreadable=9)
 
 
-def test_a_picture_that_only_metadata_knows_is_unreadable(load, pictures, caplog):
-    (pictures / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
-    assert len(load().samples) == 4
-    assert "gone.png" in caplog.text
+@pytest.mark.parametrize(
+    ("name", "says"), [("gone.png", "No such file"), ("sub", "sub is a folder")]
+)
+def test_a_picture_that_only_metadata_knows_is_unreadable_and_its_line_is_named(
+    load, pictures, cache, caplog, name, says
+):
+    (pictures / "sub").mkdir()
+    (pictures / "metadata.jsonl").write_text(f'\n{{"file_name": "{name}", "text": "x"}}')
+    assert len(load(cache=str(cache)).samples) == 4
+    (said,) = [line for line in caplog.messages if line.startswith("skipped unreadable")]
+    assert says in said
+    assert said.endswith(f"(named in {pictures}/metadata.jsonl, line 2)")

@@ -17,6 +17,7 @@ from trainer.system.retry import with_retries
 
 CAPTION_COLUMNS = ("captions", "text", "caption")
 IRREGULAR = "is not a regular file (a pipe, a socket or a device)"
+PLACE = "the line of metadata"  # in a record: metadata.jsonl, line 3
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,7 @@ class Item:
     # () if they are not known.
     files: tuple[Path, ...]
     weight: float = 1.0
+    place: str | None = None  # the line of metadata that names it, if any
     read_mask: Callable[[], bytes] | None = None
     notes: list[str] = field(default_factory=list)  # what is ignored or odd about it
 
@@ -114,6 +116,7 @@ def item(
         files=files,
         captions=(lambda: lines) if texts is not None else otherwise,
         weight=weight,
+        place=record.get(PLACE),
         read_mask=read_mask,
         notes=["a text file that contradicts their metadata; it is ignored"]
         if is_overruled
@@ -144,8 +147,9 @@ def read_file(path: Path) -> bytes:
     """The bytes of a regular file.  Raises OSError for anything else: a pipe may never end."""
 
     def read() -> bytes:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(f"{shown(path)} {IRREGULAR}")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(f"{shown(path)} {'is a folder' if stat.S_ISDIR(mode) else IRREGULAR}")
         return path.read_bytes()
 
     return with_retries(read)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import captions
-from trainer.data.items import Reading, read_file, shown
+from trainer.data.items import PLACE, Reading, read_file, shown
 from trainer.errors import UserError
 
 _REST = "more cells than the header has"
+_SEPARATORS = ";\t|"  # of a table that is not separated by commas
 
 
 def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, Any]]:
@@ -35,8 +36,8 @@ def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, An
                 reading.broken.append(f"{twice}; keep one of them")
             if record.get("mask"):
                 record["mask"] = str(walked.path(picture.parent / record["mask"]))
-            found.setdefault(picture, record)
             columns |= dict.fromkeys(record)
+            found.setdefault(picture, record | {PLACE: where})
         if column is not None and columns and column not in columns:
             reading.broken.append(
                 f"{shown(file)} has no data.caption_column={column}; it has "
@@ -124,6 +125,11 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = captions.decode(_content(path), shown(path))
     rows = csv.DictReader(io.StringIO(text, newline=""), restkey=_REST, strict=True)
     try:
+        header = list(rows.fieldnames or [])
+        if len(header) == 1 and (other := next((x for x in _SEPARATORS if x in header[0]), None)):
+            raise UserError(
+                f"{shown(path)}: its columns are separated by {other!r}; separate them by commas"
+            )
         for row in rows:
             record: dict[str, Any] = {key: cell for key, cell in row.items() if cell}
             with suppress(KeyError, ValueError):  # `item` rejects a weight that is no number

@@ -161,7 +161,8 @@ def _look_at_all(
             signals.end_if(stop, "reading pictures")
             aside.advance(1)
             if isinstance(look, Exception):
-                surveyed.unreadable[item.name] = reason(look)
+                named = f" (named in {item.place})" if item.place else ""
+                surveyed.unreadable[item.name] = reason(look) + named
                 if len(surveyed.unreadable) > max_unreadable:
                     break
                 continue
