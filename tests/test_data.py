@@ -236,6 +236,15 @@ def test_a_separator_in_a_caption_marks_the_tags_that_keep_their_places(options)
     assert captions.variants("a, b", config, frame=False) != ["a, b"] * 200  # has no separator
 
 
+def test_a_separator_that_no_caption_contains_is_remarked(load, pictures, caplog):
+    load(keep_separator="|||")
+    assert "data.keep_separator=||| has no effect: no caption contains it" in caplog.text
+    caplog.clear()
+    (pictures / "red.txt").write_text("sks ||| a, b")
+    load(keep_separator="|||")
+    assert "keep_separator" not in caplog.text
+
+
 def test_a_step_draws_captions_of_which_all_were_announced(load, pictures):
     (pictures / "red.txt").write_text("a, b, c, d, e")
     line = {"file_name": "blue.png", "captions": ["first", "second"]}

@@ -42,6 +42,8 @@ IDLE = {
     "data.caption_variants=3": "data.shuffle_tags",
     "data.tag_separator=|": "data.shuffle_tags",
     "method.keep_exports=2": "method.export_every",
+    "method.export_every=0epochs method.keep_exports=2": "method.export_every",
+    "runtime.save_every=0 runtime.keep_checkpoints=5": "runtime.save_every",
     "data.short_batches=repeat": "several buckets (data.buckets=true",
     "method=lora method.train=[text_encoder] method.targets=[to_q]": "unet in method.train",
     "data.upscale=true": "data.buckets=true",
@@ -106,6 +108,25 @@ def test_the_default_rate_is_remarked_where_a_lora_of_a_large_model_is_trained(c
     for quiet in (["optim.lr=1e-4"], ["optim=sophia"], ["optim=prodigy"]):
         assert not remarks.of_rate(composed("method=lora", *quiet), 2_567_463_684)
     assert not remarks.of_rate(composed("method=lora"), 2_740_000)
+
+
+@pytest.mark.parametrize("option", ["method.export_every=2", "method.export_dtype=float16"])
+def test_options_of_results_that_are_not_written_are_pointed_out(composed, option):
+    said = remarks.of_config(composed("method.export=[]", option))
+    assert said[0] == f"{option} has no effect here: it is only used with a format in method.export"
+    assert "writes no model" in said[1]
+
+
+def test_time_ids_are_remarked_where_the_unet_does_not_read_them(composed, sd15):
+    cpu = torch.device("cpu")
+    assert Model(composed().model, cpu).reads_time_ids
+    assert not Model(composed(f"model.path={sd15}").model, cpu).reads_time_ids
+    given = ["data.time_ids=resized"]
+    (said,) = remarks.of_time_ids(composed(*given), given, is_read=False)
+    assert said.startswith("data.time_ids=resized has no effect here")
+    assert remarks.of_time_ids(composed("data.time_ids=bucket"), [], is_read=False)
+    assert not remarks.of_time_ids(composed(*given), given, is_read=True)
+    assert not remarks.of_time_ids(composed(), [], is_read=False)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from trainer.config import (
     Config,
     ConstantConfig,
     FullConfig,
+    Interval,
     LinearConfig,
     LoraConfig,
     WsdConfig,
     choices_of,
     conf_dir,
+    epochs_of,
     keys_of,
 )
 from trainer.drawing import prompts
@@ -35,6 +37,10 @@ _FAR = 1.5  # ratio of resolutions, above which there is a remark
 
 def _no_tags_move(config: Config) -> bool:
     return not (config.data.shuffle_tags or config.data.tag_dropout)
+
+
+def _is_never(every: Interval) -> bool:
+    return str(every) == "0" or epochs_of(every) == 0
 
 
 def _nothing_drawn(config: Config) -> bool:
@@ -72,7 +78,21 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         lambda c: _no_tags_move(c) and not c.data.keep_separator,
         "data.shuffle_tags and data.tag_dropout",
     ),
-    (("method.keep_exports",), lambda c: c.method.export_every == 0, "method.export_every"),
+    (
+        ("method.export_every", "method.export_dtype"),
+        lambda c: not c.method.export,
+        "a format in method.export",
+    ),
+    (
+        ("method.keep_exports",),
+        lambda c: _is_never(c.method.export_every),
+        "method.export_every",
+    ),
+    (
+        ("runtime.keep_checkpoints",),
+        lambda c: _is_never(c.runtime.save_every),
+        "runtime.save_every",
+    ),
     (
         ("data.upscale", "data.bucket_step", "data.max_aspect"),
         lambda c: not c.data.buckets,
@@ -189,11 +209,8 @@ def of_resolution(config: Config, own: int | None) -> list[str]:
 def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
     for keys, is_idle, owner in _IDLE:
         for key in keys:
-            group, _, option = key.partition(".")
-            value = getattr(getattr(config, group), option, None)
-            is_meant = key in given or value not in _defaults(config, group, option)
-            if value is not None and is_meant and is_idle(config):
-                yield f"{key}={value} has no effect here: it is only used with {owner}"
+            if _is_meant(config, key, given) and is_idle(config):
+                yield _idle(config, key, owner)
     ema = config.method.ema
     if ema and ema.sample == "last" and _nothing_drawn(config):
         yield f"method.ema.sample=last has no effect here: it is only used with {_PICTURES}"
@@ -211,6 +228,29 @@ def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
         )
     if config.optim.lr == 0 and not config.method.rules:
         yield "optim.lr=0 changes no weight"
+
+
+def of_time_ids(config: Config, overrides: Sequence[str], is_read: bool) -> list[str]:
+    """Warn about data.time_ids with a UNet that does not read them."""
+    key = "data.time_ids"
+    if is_read or not _is_meant(config, key, keys_of(overrides)):
+        return []
+    return [_idle(config, key, "a UNet that is told sizes, such as SDXL's")]
+
+
+def _is_meant(config: Config, key: str, given: frozenset[str]) -> bool:
+    """Whether an option was set, on the command line or to a value that no default has."""
+    value = _value(config, key)
+    return value is not None and (key in given or value not in _defaults(config, key))
+
+
+def _value(config: Config, key: str) -> Any:
+    group, _, option = key.partition(".")
+    return getattr(getattr(config, group), option, None)
+
+
+def _idle(config: Config, key: str, owner: str) -> str:
+    return f"{key}={_value(config, key)} has no effect here: it is only used with {owner}"
 
 
 def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
@@ -231,14 +271,16 @@ def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
         )
 
 
-def _defaults(config: Config, group: str, option: str) -> list[Any]:
+def _defaults(config: Config, key: str) -> list[Any]:
     """The option's values in the files of conf/ that may have been chosen."""
-    named = {"noise": ["default"], "data": choices_of("data"), "log": ["jsonl"]}
+    group, _, option = key.partition(".")
+    named = {"noise": ["default"], "runtime": ["default"], "log": ["jsonl"]}
+    named["data"] = choices_of("data")
     names = named.get(group) or [getattr(config, group).name]
     files = [conf_dir() / group / f"{name}.yaml" for name in names]
     values = [OmegaConf.select(_loaded(file), option) for file in files]
     presets = (conf_dir() / "experiment").glob("*.yaml")
-    return values + [OmegaConf.select(_loaded(p), f"{group}.{option}") for p in presets]
+    return values + [OmegaConf.select(_loaded(p), key) for p in presets]
 
 
 @cache

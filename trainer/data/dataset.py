@@ -210,6 +210,9 @@ def report(surveyed: Survey, dataset: Dataset) -> None:
         len(surveyed.unreadable),
         len(surveyed.uncaptioned),
     )
+    mark = config.keep_separator
+    if mark and not any(mark in text for picture in surveyed.usable for text in picture.captions):
+        log.warning("data.keep_separator=%s has no effect: no caption contains it", mark)
     if config.holdout:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
         log.info("data: %d of them are held out: %s", config.holdout, some(held_out))

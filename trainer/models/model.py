@@ -71,6 +71,11 @@ class Model:
         return side * 2 ** (len(levels) - 1) if isinstance(side, int) and levels else None
 
     @property
+    def reads_time_ids(self) -> bool:
+        """Whether the UNet is conditioned on a picture's sizes, as SDXL's is."""
+        return self.origin.config("unet").get("addition_embed_type") == "text_time"
+
+    @property
     def trained_parts(self) -> dict[str, nn.Module]:
         """What a method may train, by name: the UNet, and the text encoders that are kept."""
         encoders = self.text_encoder.encoders if self.text_encoder else {}

@@ -48,7 +48,7 @@ def assemble(
         _check_resumed(config, resumed, base, fingerprint)
     # A checkpoint already contains the adapter.
     start_from = None if resumed else getattr(config.method, "start_from", None)
-    _check_model(config, model, start_from)
+    _check_model(config, model, start_from, overrides)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     planned = planner.announce(config, model, device)
     encoded = _encoded(config, model, dataset, stop)
@@ -101,9 +101,14 @@ def _check_resumed(
     resuming.drop_other_measure(config, fingerprint, base, resumed)
 
 
-def _check_model(config: Config, model: Model, start_from: str | None) -> None:
+def _check_model(
+    config: Config, model: Model, start_from: str | None, overrides: Sequence[str]
+) -> None:
     """Refuse what does not fit the model, before hours of encoding."""
-    for remark in remarks.of_resolution(config, model.resolution):
+    for remark in [
+        *remarks.of_resolution(config, model.resolution),
+        *remarks.of_time_ids(config, overrides, model.reads_time_ids),
+    ]:
         log.warning("%s", remark)
     result.check(config.method, model)
     method.check(config.method, model, start_from)
