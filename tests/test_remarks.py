@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import TINY
+from PIL import Image
 
 from trainer.checks import remarks
 from trainer.models.model import Model
@@ -208,6 +209,19 @@ def test_a_run_that_ends_far_above_its_beginning_has_diverged(after, found, dive
 def test_what_is_remarked_of_an_outcome_reaches_the_log(quick):
     folder = quick("run", "optim.lr=1e-9")
     assert "the model has hardly moved; optim.lr=1e-09" in (folder / "train.log").read_text()
+
+
+def test_black_masks_are_named_before_a_run_and_blamed_after_it(quick, pictures):
+    for path in pictures.glob("*.png"):
+        mask = Image.new("L", Image.open(path).size, 0)
+        mask.save(path.with_suffix(".mask.png"))
+    Image.new("RGBA", (80, 70), (0, 0, 0, 0)).save(pictures / "red.png")
+    options = ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.buckets=false"]
+    said = (quick("run", *options, "data.mask=file") / "train.log").read_text()
+    assert "pictures have a black mask" in said
+    assert "1 pictures have only transparent pixels" in said
+    assert "train/loss was 0 in every step" in said
+    assert "hardly moved" not in said
 
 
 def test_a_remark_reaches_the_log_of_the_run(quick):

@@ -170,6 +170,11 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
         ]
     if not abs(after - before) < _STILL * before:
         return _of_holdout(summary)
+    if summary.get("zero_loss"):
+        return [
+            "train/loss was 0 in every step, so nothing was learned: all that counts is masked "
+            "(data.mask, loss.unmasked_weight) or has no weight (data.sources, metadata)"
+        ]
     found = summary["rate_found"]
     rate = f"optim.lr={summary['lr']:g}" + (
         "" if found is None else f" times the {found:.2g} found"

@@ -99,6 +99,11 @@ def decode_mask(content: bytes, size: Size, max_pixels: int) -> Image.Image:
     return grey
 
 
+def is_black(grey: Image.Image) -> bool:
+    """Whether every pixel of a mask, or of an alpha channel, is 0."""
+    return grey.getextrema() == (0, 0)
+
+
 def _centre(image: Image.Image, bucket: Size, how: Image.Resampling) -> Image.Image:
     """Resize the largest central crop of the bucket's aspect ratio to the bucket, antialiased."""
     if image.width * bucket[0] >= image.height * bucket[1]:

@@ -241,9 +241,14 @@ def _look(
 def _decoded(content: sample.Content, config: DataConfig) -> Traits:
     """Decode a picture, and its mask to check it."""
     picture = decoding.decode(content.picture, config.max_pixels)
+    notes = [*picture.notes]
+    if picture.alpha is not None and decoding.is_black(picture.alpha):
+        notes.append("only transparent pixels")
     if content.mask is not None:
-        decoding.decode_mask(content.mask, picture.size, config.max_pixels)
-    return picture.size, picture.is_transparent, picture.notes
+        mask = decoding.decode_mask(content.mask, picture.size, config.max_pixels)
+        if decoding.is_black(mask):
+            notes.append("a black mask, so nothing in them counts but by loss.unmasked_weight")
+    return picture.size, picture.is_transparent, notes
 
 
 class _Repeated:
