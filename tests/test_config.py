@@ -1,6 +1,7 @@
 """The configuration: every file composes, defaults have one source, errors name the mistake."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -113,6 +114,7 @@ MISTAKES = [
         ["optim.on_nonfinite=raise", "optim=sophia", "use optim.on_nonfinite=skip"],
     ),
     (["optim=null"], ["optim has no choice"]),
+    (["experiment=[smoke,low]"], ["experiment=low: there is no experiment choice 'low'"]),
     (["noise=null"], ["noise has no choice"]),
     (["noise.prediction=v"], ["noise.prediction=v", "v_prediction"]),
     (
@@ -266,6 +268,17 @@ def test_choices_of_ones_own_are_found_and_a_mistake_beside_them_is_one_line(com
     status, _, err = command(*given, "optim.lrr=3")
     assert status == 2
     assert err.startswith("error: Could not override 'optim.lrr'.")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("choice", ["optim=radam", "experiment=[smoke,mine]"])
+def test_a_run_with_choices_of_ones_own_asks_for_their_folder_when_it_is_resumed(
+    command, in_tmp, choice
+):
+    (in_tmp / "checkpoint.json").write_text(json.dumps({"overrides": [choice]}))
+    status, _, err = command("resume=.")
+    assert status == 2
+    assert err.endswith("is resumed with the same --config-dir\n")
     assert err.count("\n") == 1
 
 

@@ -41,6 +41,17 @@ def test_a_preset_needs_no_model(examine, pictures):
     assert "model.path has no value" in err
 
 
+def test_the_pictures_of_a_run_to_resume_are_checked_with_its_options(examine, folder, in_tmp):
+    (in_tmp / "saved").mkdir()
+    saved = json.dumps({"overrides": [*folder, "schedule.steps=77"]})
+    (in_tmp / "saved/checkpoint.json").write_text(saved)
+    _, out, _ = examine("resume=saved")
+    assert "a run with these options: 77 steps" in out
+    status, _, err = examine("resume=nowhere")
+    assert status == 2
+    assert "resume=nowhere: there is no checkpoint there" in err
+
+
 def test_pictures_of_ones_own_with_the_demos_options_are_pointed_out(examine, pictures):
     _, out, _ = examine(f"data.path={pictures}")
     assert out.startswith("data.path is given, but data=emoji24 is chosen")

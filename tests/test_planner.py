@@ -225,6 +225,14 @@ def command(monkeypatch, capsys):
     return call
 
 
+def test_a_run_to_resume_is_planned_with_its_options(command, tmp_path):
+    options = ["method=lora", "optim=adamw", "data.resolution=32"]
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"overrides": options}))
+    _, out, _ = command(f"resume={tmp_path}")
+    assert out.startswith("method=lora")
+    assert "optim=adamw, 32 px" in out
+
+
 def test_the_command_says_whether_it_fits(command):
     status, out, _ = command("optim=adamw")
     assert status == 0

@@ -74,10 +74,11 @@ def main() -> None:
         parser.error(f"--names={given.names} is negative")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
-        config = _config(given.overrides)
+        overrides = compose.resumed(given.overrides)
+        config = _config(overrides)
         if given.sheet:
             _check_sheet(given.sheet, config)
-        for remark in remarks.of_data(config, given.overrides):
+        for remark in remarks.of_data(config, overrides):
             print(remark)
         problems = examine(config, given.images_per_second, given.names, given.sheet)
     except (UserError, OSError) as error:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import optim
 from trainer.cli import resolvers
-from trainer.cli.arguments import is_swept, refuse_repeated, with_swept_groups
+from trainer.cli.arguments import is_swept, refuse_repeated, with_resumed, with_swept_groups
 from trainer.cli.choices import composition
 from trainer.cli.explain import explain
 from trainer.config import (
@@ -22,6 +22,7 @@ from trainer.config import (
     peer_schema,
 )
 from trainer.errors import UserError
+from trainer.storage.resuming import find
 
 
 def register() -> None:
@@ -55,6 +56,17 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return composition(overrides, with_hydra)
     except Exception as error:  # Hydra and OmegaConf raise many kinds
         raise UserError(explain(error, overrides)) from error
+
+
+def resumed(overrides: list[str]) -> list[str]:
+    """The overrides, preceded by those of the run that `resume=` names, for commands other than the
+    run.  Raises UserError if there is no such run."""
+    for override in overrides:
+        key, _, folder = override.partition("=")
+        if key == "resume" and folder not in ("", "null"):
+            find(folder.strip("'\""))
+    register()
+    return with_resumed(overrides)
 
 
 def runs_of(overrides: list[str]) -> list[list[str]]:

@@ -55,7 +55,10 @@ def explain(error: BaseException, arguments: list[str]) -> str:
 
 def _no_such_choice(found: re.Match[str], arguments: list[str]) -> str:
     group, choice = found.groups()
-    return f"{group}={choice}: {unknown(f'{group} choice', choice, choices_of(group))}"
+    line = f"{group}={choice}: {unknown(f'{group} choice', choice, choices_of(group))}"
+    if any(argument.startswith("resume=") for argument in arguments):
+        line += "; a run with choices of its own is resumed with the same --config-dir"
+    return line
 
 
 def _no_such_choice_of_hydra(found: re.Match[str], arguments: list[str]) -> str:
@@ -141,7 +144,7 @@ _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ..
         r"(?s)Could not find 'hydra/(\w+)/([^']+)'.*Available options in '[^']*':\n((?:\t.*\n)*)",
         _no_such_choice_of_hydra,
     ),
-    (r"Could not find '(\w+)/([^']+)'", _no_such_choice),
+    (r"Could not (?:find|load) '(\w+)/([^']+)'", _no_such_choice),
     (r"Multiple values for (?:schema/)?(\w+)", _several_choices),
     (r"Ambiguous value for argument '([^=']+)=([^']*)'", _several_values),
     (r"(?s)Could not override '([^']+)'.*Key '(\w+)' not in '(\w+)'", _no_key_of_item),

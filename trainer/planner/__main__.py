@@ -52,10 +52,11 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        if given.multirun or any(o.startswith("sweep=") for o in given.overrides):
-            fits = _print_sweep(compose.runs_of(given.overrides), given.card, given.json)
+        overrides = compose.resumed(given.overrides)
+        if given.multirun or any(o.startswith("sweep=") for o in overrides):
+            fits = _print_sweep(compose.runs_of(overrides), given.card, given.json)
         else:
-            fits = _print_run(given.overrides, given.card, given.json)
+            fits = _print_run(overrides, given.card, given.json)
     except (UserError, OSError) as error:
         command.fail(str(error))
     sys.exit(0 if fits else 1)
