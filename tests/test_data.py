@@ -245,6 +245,17 @@ def test_a_separator_that_no_caption_contains_is_remarked(load, pictures, caplog
     assert "keep_separator" not in caplog.text
 
 
+def test_tags_that_cannot_be_shuffled_are_remarked(load, pictures, caplog):
+    (pictures / "red.txt").write_text("one; two")
+    load(shuffle_tags=True)
+    assert "data.shuffle_tags=true has no effect" in caplog.text
+    caplog.clear()
+    load(shuffle_tags=True, tag_separator=";")
+    assert "no effect" not in caplog.text
+    load(shuffle_tags=True, tag_separator=";", keep_tokens=1)
+    assert "data.shuffle_tags=true has no effect" in caplog.text
+
+
 def test_a_step_draws_captions_of_which_all_were_announced(load, pictures):
     (pictures / "red.txt").write_text("a, b, c, d, e")
     line = {"file_name": "blue.png", "captions": ["first", "second"]}

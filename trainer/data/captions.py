@@ -65,6 +65,11 @@ def variants(caption: str, config: DataConfig, frame: bool) -> list[str]:
     return [framed(text, config) if frame else plain(text, config) for text in drawn]
 
 
+def free_tags(caption: str, config: DataConfig) -> list[str]:
+    """The tags that may be shuffled and dropped."""
+    return _parts(caption, config)[1]
+
+
 def _variant(caption: str, config: DataConfig, number: int) -> str:
     """Drop some of the tags between those that keep their places, and shuffle the rest."""
     content = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little")

@@ -210,9 +210,15 @@ def report(surveyed: Survey, dataset: Dataset) -> None:
         len(surveyed.unreadable),
         len(surveyed.uncaptioned),
     )
-    mark = config.keep_separator
-    if mark and not any(mark in text for picture in surveyed.usable for text in picture.captions):
+    mark, texts = config.keep_separator, {t for p in surveyed.usable for t in p.captions}
+    if mark and not any(mark in text for text in texts):
         log.warning("data.keep_separator=%s has no effect: no caption contains it", mark)
+    if config.shuffle_tags and all(len(captions.free_tags(t, config)) < 2 for t in texts):
+        log.warning(
+            "data.shuffle_tags=true has no effect: no caption has two tags that may move, with "
+            "data.tag_separator=%s between them",
+            config.tag_separator,
+        )
     if config.holdout:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
         log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
