@@ -121,3 +121,11 @@ def test_a_run_whose_own_steps_took_different_times_is_named(quartiles, said):
     runs = sweep_of({"a": [0.1], "b": [0.2]})
     runs[1]["seconds_per_step_quartiles"] = quartiles
     assert ("several shapes: optim=b (0.100 to 0.200)" in sweep_table(runs)) == said
+
+
+def test_of_many_runs_with_uneven_steps_the_worst_are_named():
+    runs = sweep_of({name: [0.1] for name in "abcde"})
+    for place, run in enumerate(runs):
+        run["seconds_per_step_quartiles"] = [0.1, 0.2 + place / 10]
+    named = "optim=e (0.100 to 0.600), optim=d (0.100 to 0.500), optim=c (0.100 to 0.400)"
+    assert f"several shapes: {named} and 2 others" in sweep_table(runs)

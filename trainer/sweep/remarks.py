@@ -12,6 +12,7 @@ from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 _SAME = 0.01
 _ENOUGH_SEEDS = 3
 _NAMED = 8  # groups in a remark; of more the others are named
+_WORST = 3  # runs in a remark that names the worst
 _STEADY = 1.25  # slowest / fastest, above which equal steps are said to have varied
 
 
@@ -220,17 +221,21 @@ def _of_speed(comparison: Comparison) -> Iterator[str]:
 
 
 def _of_steps(comparison: Comparison) -> Iterator[str]:
-    """Step times vary within a run."""
-    uneven = [
-        f"{comparison.name_of(run)} ({first:.3f} to {third:.3f})"
+    """Step times vary within a run; the runs in which they do most are named."""
+    uneven = {
+        f"{comparison.name_of(run)} ({first:.3f} to {third:.3f})": third / first
         for run in filter(ended_well, comparison.runs)
         for first, third in [run.get("seconds_per_step_quartiles") or (0.0, 0.0)]
-        if third > _STEADY * first
-    ]
+        if third > _STEADY * first > 0
+    }
     if uneven:
+        worst = sorted(uneven, key=uneven.__getitem__, reverse=True)[:_WORST]
+        rest = len(uneven) - len(worst)
         yield (
             "s/step is a median; step times of these runs vary (quartiles), because the machine "
-            "had other load or batches had several shapes: " + ", ".join(uneven)
+            "had other load or batches had several shapes: "
+            + ", ".join(worst)
+            + (f" and {rest} others" if rest else "")
         )
 
 
