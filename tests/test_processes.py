@@ -1,10 +1,12 @@
 """Several processes that train one model: torchrun, `trainer.system.processes`."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from conftest import REPOSITORY
@@ -138,3 +140,12 @@ def test_a_sweep_is_not_shared_by_processes(one_of_two, command):
     status, _, err = command("-m", "seed=0,1")
     assert status == 2
     assert "once for each GPU with CUDA_VISIBLE_DEVICES=N" in err
+
+
+@pytest.mark.parametrize("given", ["optim.lrr=1", "hydra.output_subdir=.hydra"])
+def test_a_follower_leaves_no_folder(one_of_two, command, in_tmp, monkeypatch, given):
+    one_of_two(1)
+    monkeypatch.setattr(tempfile, "tempdir", str(in_tmp))
+    monkeypatch.setattr("trainer.__main__._follow", lambda *_: math.nan)
+    command(*QUICK, given, "hydra.run.dir=mine", "runtime.device=cpu")
+    assert list(in_tmp.iterdir()) == []

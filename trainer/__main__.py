@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +67,6 @@ def train(composed: DictConfig) -> float:
 def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
     """This process's part of the main one's run, which reports it."""
     logging.disable(logging.CRITICAL)
-    folder.rmdir()  # Hydra's
     try:
         checked = to_dataclasses(composed)
     except UserError as error:
@@ -189,8 +187,8 @@ def main() -> None:
             sys.argv[1:] = arguments.with_swept_groups(sys.argv[1:])
     except UserError as error:
         command.fail(str(error))
-    if not processes.is_main():  # the folder is the main process's
-        sys.argv[1:] = arguments.in_folder(sys.argv[1:], tempfile.mkdtemp())
+    if not processes.is_main():
+        sys.argv[1:] = arguments.without_folder(sys.argv[1:])
     try:
         train()
     except Exception as error:  # from composition; Hydra and OmegaConf raise many types

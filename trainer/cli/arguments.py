@@ -58,10 +58,11 @@ def with_resumed(arguments: list[str]) -> list[str]:
     return arguments[:at] + inherited + arguments[at:]
 
 
-def in_folder(arguments: list[str], folder: str) -> list[str]:
-    """The command line with this folder for the run."""
-    others = [a for a in arguments if key_of(a) != "hydra.run.dir"]
-    return [f"hydra.run.dir={_hydra_quoted(folder)}", *others]
+def without_folder(arguments: list[str]) -> list[str]:
+    """The command line of a process that leaves the run's folder to the main one: Hydra makes no
+    folder, and writes nothing."""
+    others = [a for a in arguments if key_of(a) not in ("hydra.run.dir", "hydra.output_subdir")]
+    return ["hydra.run.dir=.", "hydra.output_subdir=null", *others]
 
 
 def refuse_shared_sweep() -> None:
