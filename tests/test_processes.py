@@ -95,7 +95,7 @@ def one_of_two(monkeypatch):
     """one_of_two(1) makes this process one that torchrun has started, with another."""
 
     def make(rank):
-        torchruns = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}
+        torchruns = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         for name, value in (torchruns | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
             monkeypatch.setenv(name, value)
 
@@ -128,7 +128,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch, composed):
 def test_what_processes_cannot_share_is_refused(
     one_of_two, composed, monkeypatch, option, gpus, says
 ):
-    one_of_two(1)
+    one_of_two(0)  # the one that reports it
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(UserError, match=says):
@@ -149,3 +149,15 @@ def test_a_follower_leaves_no_folder(one_of_two, command, in_tmp, monkeypatch, g
     monkeypatch.setattr("trainer.__main__._follow", lambda *_: math.nan)
     command(*QUICK, given, "hydra.run.dir=mine", "runtime.device=cpu")
     assert list(in_tmp.iterdir()) == []
+
+
+def test_an_error_of_a_follower_alone_is_printed_after_the_main_process_had_time_to(
+    one_of_two, command, monkeypatch
+):
+    one_of_two(1)
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    status, _, err = command(*QUICK, "seed=-1")
+    assert status == 2
+    assert waited[0] >= 10
+    assert err.startswith("error in process 1: seed=-1")

@@ -69,16 +69,12 @@ def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
     logging.disable(logging.CRITICAL)
     try:
         checked = to_dataclasses(composed)
-    except UserError as error:
-        command.fail(str(error))
-    from trainer.run import follow
+        from trainer.run import follow
 
-    try:
         with processes.joined(execution.device_of(checked.runtime.device)):
             follow(checked, folder, overrides)
     except UserError as error:  # perhaps of this process alone, such as a lack of memory
-        print(f"error in process {processes.rank()}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        command.fail(str(error))
     except ConnectionError:
         raise SystemExit(2) from None
     return math.nan

@@ -335,7 +335,7 @@ def _check_processes(config: Config) -> None:
             "own; use runtime.device=cuda, and CUDA_VISIBLE_DEVICES to choose which"
         )
     gpus = torch.cuda.device_count()
-    if gpus and config.runtime.device != "cpu" and processes.rank_here() >= gpus:
+    if gpus and config.runtime.device != "cpu" and processes.count_here() > gpus:
         raise UserError(
             f"torchrun started more processes on this machine than it has GPUs; use "
             f"--nproc-per-node {gpus}"

@@ -4,9 +4,12 @@ import argparse
 import math
 import signal
 import sys
+import time
 from typing import NoReturn
 
 from trainer.system import processes
+
+_SECONDS_TO_REPORT = 10.0
 
 
 def positive(text: str) -> float:
@@ -27,7 +30,14 @@ def end_with_the_reader() -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Print an error for the user, once for all processes of a run, and exit with status 2."""
-    if processes.is_main():
-        print(f"error: {message}", file=sys.stderr)
+    """Print an error for the user and exit with status 2.
+
+    What all processes of a run find is reported by the main one.  The others leave it the time to:
+    as soon as one exits, torchrun ends all.  One that is still there has found it alone.
+    """
+    where = ""
+    if not processes.is_main():
+        time.sleep(_SECONDS_TO_REPORT)
+        where = f" in process {processes.rank()}"
+    print(f"error{where}: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -23,6 +23,11 @@ def count() -> int:
     return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 
 
+def count_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+
+
 def rank() -> int:
     """The number of this process; 0 is the main one."""
     return int(os.environ["RANK"]) if count() > 1 else 0
