@@ -161,3 +161,10 @@ def test_an_error_of_a_follower_alone_is_printed_after_the_main_process_had_time
     assert status == 2
     assert waited[0] >= 10
     assert err.startswith("error in process 1: seed=-1")
+
+
+def test_torch_without_distributed_trains_in_one_process(one_of_two, monkeypatch):
+    one_of_two(0)
+    monkeypatch.setattr("torch.distributed.is_available", lambda: False)
+    monkeypatch.delattr("torch.distributed.is_torchelastic_launched")
+    assert processes.count() == 1

@@ -20,7 +20,8 @@ _PATIENCE = timedelta(days=7)
 
 def count() -> int:
     """How many processes there are; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+    is_launched = distributed.is_available() and distributed.is_torchelastic_launched()
+    return int(os.environ["WORLD_SIZE"]) if is_launched else 1
 
 
 def count_here() -> int:
