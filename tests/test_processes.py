@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 
 import pytest
+import torch
 from conftest import REPOSITORY
 from helpers import QUICK, assert_same_weights, weights
 
@@ -168,3 +170,19 @@ def test_torch_without_distributed_trains_in_one_process(one_of_two, monkeypatch
     monkeypatch.setattr("torch.distributed.is_available", lambda: False)
     monkeypatch.delattr("torch.distributed.is_torchelastic_launched")
     assert processes.count() == 1
+
+
+@pytest.mark.parametrize(("ending", "ends"), [(None, 1), (SystemExit, 1), (UserError, 0)])
+def test_a_process_that_fails_does_not_wait_for_the_others(one_of_two, monkeypatch, ending, ends):
+    """NCCL's communicators are destroyed by all processes together."""
+    one_of_two(0)
+    destroyed = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: destroyed.append(1))
+    with (
+        pytest.raises(ending) if ending else nullcontext(),
+        processes.joined(torch.device("cpu")),
+    ):
+        if ending:
+            raise ending
+    assert len(destroyed) == ends

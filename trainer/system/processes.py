@@ -60,8 +60,12 @@ def joined(device: torch.device) -> Iterator[None]:
     distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield
-    finally:
+    except SystemExit:  # asked for by a signal, which all get
         distributed.destroy_process_group()
+        raise
+    # Not after an error: NCCL would wait here for the others, which wait for this process.  They
+    # learn of it when it exits.
+    distributed.destroy_process_group()
 
 
 @contextmanager
