@@ -186,3 +186,24 @@ def test_a_process_that_fails_does_not_wait_for_the_others(one_of_two, monkeypat
         if ending:
             raise ending
     assert len(destroyed) == ends
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (RuntimeError("Connection closed by peer"), ConnectionError),
+        (torch.distributed.DistBackendError("NCCL error"), torch.distributed.DistBackendError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+)
+def test_an_error_of_nccl_is_not_taken_for_the_end_of_another_process(
+    one_of_two, monkeypatch, error, seen
+):
+    one_of_two(0)
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.distributed.all_reduce", fails)
+    with pytest.raises(seen):
+        processes.sum_gradients(torch.zeros(1))

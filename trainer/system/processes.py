@@ -110,10 +110,12 @@ def _over_all(number: float, how: "distributed.ReduceOp.RedOpType") -> float:
 
 @contextmanager
 def _named_if_lost() -> Iterator[None]:
-    """Raise ConnectionError if a process has ended."""
+    """Raise ConnectionError if a process has ended.  NCCL's errors and a lack of memory stay."""
     try:
         yield
+    except (distributed.DistBackendError, torch.OutOfMemoryError):
+        raise
     except RuntimeError as error:
         raise ConnectionError(
-            "another process of this run has ended; its error is above"
+            "another process of this run has ended; its error, if it found one, is above"
         ) from error
