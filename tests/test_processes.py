@@ -13,10 +13,13 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from helpers import QUICK, assert_same_weights, weights
+from torch.nn import Parameter
 
 from trainer.errors import UserError
 from trainer.run import run
 from trainer.system import processes
+from trainer.training.clipping import Clip
+from trainer.training.gradients import GatheredBackward
 
 TORCHRUN = (
     *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -207,3 +210,19 @@ def test_an_error_of_nccl_is_not_taken_for_the_end_of_another_process(
     monkeypatch.setattr("torch.distributed.all_reduce", fails)
     with pytest.raises(seen):
         processes.sum_gradients(torch.zeros(1))
+
+
+def test_no_gradients_are_summed_unless_all_processes_have_them(monkeypatch):
+    """NCCL would wait for one that has failed."""
+    weight = Parameter(torch.ones(2))
+    backward = GatheredBackward([weight], Clip("none", 1.0, [weight]))
+    summed = []
+    monkeypatch.setattr(processes, "sum_gradients", lambda *p: summed.append(p))
+
+    def lost(number):
+        raise ConnectionError
+
+    monkeypatch.setattr(processes, "total", lost)
+    with pytest.raises(ConnectionError):
+        backward.of_step(lambda place: weight.sum())
+    assert not summed

@@ -79,6 +79,8 @@ class GatheredBackward:
             loss = _weighted(loss_of, place, share)
             loss.backward()
             total += loss.item()
+        # First, since this notices at once if another process has failed; NCCL's sums would hang.
+        total = processes.total(total)
         clip, reached = self.clip, [p for p in self._parameters if p.grad is not None]
         processes.sum_gradients(*reached)
         clip.forget()
@@ -89,7 +91,7 @@ class GatheredBackward:
             if clip.measured(parameter):
                 clip.scale(parameter, bounding)
         clip.end_step(norm)
-        return Outcome(loss=processes.total(total), grad_norm=norm, begun=False)
+        return Outcome(loss=total, grad_norm=norm, begun=False)
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
