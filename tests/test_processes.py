@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from trainer.errors import UserError
 from trainer.run import run
+from trainer.storage import resuming
 from trainer.system import processes
 from trainer.training.clipping import Clip
 from trainer.training.gradients import GatheredBackward
@@ -226,3 +227,20 @@ def test_no_gradients_are_summed_unless_all_processes_have_them(monkeypatch):
     with pytest.raises(ConnectionError):
         backward.of_step(lambda place: weight.sum())
     assert not summed
+
+
+def test_a_run_of_several_processes_resumed_by_one_is_told_how_to_start_them(
+    finished, composed, monkeypatch
+):
+    whole = finished("whole")
+    load = resuming.load_newest
+
+    def of_two(folders):
+        found = load(folders)
+        found.config["runtime"]["processes"] = 2
+        return found
+
+    monkeypatch.setattr(resuming, "load_newest", of_two)
+    says = r"before \(torchrun --nproc-per-node 2 -m trainer\), or set runtime.allow_config_change"
+    with pytest.raises(UserError, match=says):
+        resuming.to_resume(composed(*QUICK, f"resume={whole}"))

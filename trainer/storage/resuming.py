@@ -15,6 +15,7 @@ from trainer.config import Config, ConstantConfig, flatten
 from trainer.errors import UserError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
+from trainer.system import processes
 
 log = logging.getLogger(__name__)
 
@@ -141,9 +142,13 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
             "tensors do not fit the change. Start a new run from the exported model instead"
         )
     if changed and not config.runtime.allow_config_change:
+        remedies = ["leave these options out"] if changed.keys() - {"runtime.processes"} else []
+        if "runtime.processes" in changed:  # no option of a command line
+            before = found.config["runtime"].get("processes", 1)
+            remedies.append(f"start it as before ({processes.command(before)})")
         raise UserError(
             f"resume: the checkpoint has another configuration ({', '.join(changed.values())}); "
-            "leave these options out, or set runtime.allow_config_change=true"
+            f"{' and '.join(remedies)}, or set runtime.allow_config_change=true"
         )
     if changed:
         log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))

@@ -43,9 +43,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def command() -> str:
-    """The command line that starts as many."""
-    return f"torchrun --nproc-per-node {count()} -m trainer" if count() > 1 else "python -m trainer"
+def command(number: int | None = None) -> str:
+    """The command line that starts so many processes; None: as many as now."""
+    number = number or count()
+    return f"torchrun --nproc-per-node {number} -m trainer" if number > 1 else "python -m trainer"
 
 
 @contextmanager
