@@ -1,4 +1,4 @@
-"""Differences over the same seeds: their intervals, and which of them are significant."""
+"""Ratios over the same seeds: their intervals, and which of them are significant."""
 
 import math
 from random import Random
@@ -9,7 +9,7 @@ from test_sweep import FAILED, column, sweep_of
 from trainer.sweep import paired, sweep_table
 from trainer.sweep.runs import Comparison
 
-TITLE = "minus the best, 95 % interval"
+TITLE = "over the best, 95 % interval"
 
 
 @pytest.mark.parametrize(
@@ -23,23 +23,25 @@ def test_the_quantile_is_that_of_published_tables(freedom, value):
 def test_the_interval_is_that_of_student():
     """A sample whose interval can be computed by hand: sd 1, n 3."""
     (found,) = paired.together([[1.0, 2.0, 3.0]])
-    assert (found.mean, found.count) == (2.0, 3)
+    assert (found.log, found.count) == (2.0, 3)
+    assert found.mean == pytest.approx(math.exp(2))
+    assert found.interval[0] == pytest.approx(math.exp(2 - found.margin))
     assert found.margin == pytest.approx(4.3027 / math.sqrt(3), abs=5e-5)
     assert not found.shows_one
     assert paired.together([[1.0, 1.1, 1.2]])[0].shows_one
 
 
-def test_a_table_has_the_difference_from_the_best_by_the_seeds_in_common():
-    losses = {"a": [0.1, 0.3, 0.2], "b": [0.21, 0.40, 0.30], "c": [0.9, FAILED, FAILED]}
+def test_a_table_has_the_ratio_to_the_best_by_the_seeds_in_common():
+    losses = {"a": [0.1, 0.3, 0.2], "b": [0.15, 0.45, 0.31], "c": [0.9, FAILED, FAILED]}
     found = column(sweep_table(sweep_of(losses)), "over seeds", TITLE)
     assert found == {
         "optim=a": "",
-        "optim=b": "+0.1033 [+0.0890, +0.1177] n=3",
+        "optim=b": "1.516 [1.447, 1.590] n=3",
         "optim=c": "",
     }
 
 
-def shown(rows, seeds, sweeps, worse=0.0, twins=0):
+def shown(rows, seeds, sweeps, worse=0.0, twins=0, wild=0):
     """Simulate sweeps whose second half of the rows is worse by a factor of 1 + `worse` -> how many
     show a difference where there is none, and the share of worse rows that are shown to be."""
     random, wrong, found = Random(0), 0, 0.0
@@ -50,10 +52,12 @@ def shown(rows, seeds, sweeps, worse=0.0, twins=0):
         }
         for row in range(twins):
             losses[f"{row} in 8 bits"] = [loss + random.gauss(0, 1e-4) for loss in losses[str(row)]]
+        for row in range(wild):
+            losses[f"wild {row}"] = [1.0, *[20.0] * (seeds - 1)]
         groups = Comparison(sweep_of(losses)).groups
         apart = [
             g.name
-            for g, one in zip(groups, paired.differences(groups), strict=True)
+            for g, one in zip(groups, paired.ratios(groups), strict=True)
             if one and one.shows_one
         ]
         late = {f"optim={row}" for row in range(rows // 2, rows)}
@@ -67,11 +71,12 @@ def test_of_sweeps_whose_rows_are_equal_about_one_in_twenty_shows_a_difference()
     assert shown(10, 3, 200)[0] <= 14
 
 
-@pytest.mark.parametrize("twins", [0, 2])
-def test_rows_that_are_worse_are_shown_to_be_with_three_seeds(twins):
+@pytest.mark.parametrize(("twins", "wild"), [(0, 0), (2, 0), (0, 1)])
+def test_rows_that_are_worse_are_shown_to_be_with_three_seeds(twins, wild):
     """Worse by four standard deviations.  From its own three seeds alone, one row in fifty would be
-    shown; a twin, whose difference hardly varies, does not hide that the others are alike."""
-    wrong, found = shown(10, 3, 60, worse=0.08, twins=twins)
+    shown; neither a twin, whose ratio hardly varies, nor a row of which a run diverged hides that
+    the others are alike."""
+    wrong, found = shown(10, 3, 60, worse=0.08, twins=twins, wild=wild)
     assert wrong <= 4
     assert found > 0.6
 
@@ -87,6 +92,7 @@ def test_variances_are_moderated_towards_the_typical_one():
     alike = paired.moderate([(1.0, 2), (1.1, 2), (0.9, 2)])
     assert len({*alike}) == 1
     assert alike[0][1] == 6
+    assert paired.moderate([(1.0, 2), (1.1, 2), (0.9, 2), (100.0, 2)]) == [*alike, (100.0, 2)]
     apart = paired.moderate([(10.0**n, 4) for n in range(-3, 4)])
     assert apart == sorted(apart)
     assert apart[-1][0] == pytest.approx(1000, rel=0.2)

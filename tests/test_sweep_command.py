@@ -111,15 +111,15 @@ def test_other_programs_read_every_run(compare, folder, tmp_path):
     assert r"95 \% interval" not in tex  # only one seed in common
 
 
-def test_a_difference_is_in_json_by_its_parts(compare, tmp_path):
+def test_a_ratio_is_in_json_by_its_parts(compare, tmp_path):
     folder = folder_of(tmp_path / "s", {"a": [0.1, 0.2], "b": [0.3, 0.5]})
     compare(folder, "--json", tmp_path / "s.json")
     first, second = json.loads((tmp_path / "s.json").read_text())["over_seeds"]
-    assert first["minus_the_best"] is None
-    assert second["minus_the_best"]["mean"] == pytest.approx(0.25)
-    assert second["minus_the_best"]["seeds"] == 2
-    low, high = second["minus_the_best"]["interval"]
-    assert low < 0 < high
+    assert first["over_the_best"] is None
+    assert second["over_the_best"]["mean"] == pytest.approx((3 * 2.5) ** 0.5)
+    assert second["over_the_best"]["seeds"] == 2
+    low, high = second["over_the_best"]["interval"]
+    assert low < 1 < high
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "latex"])

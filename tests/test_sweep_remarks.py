@@ -42,8 +42,8 @@ REMARKS = {
     [
         ({"a": [0.1], "b": [0.2]}, {}, {"rates", "chance", "trained"}),
         ({"a": [0.1, 0.11, 0.12], "b": [0.2, 0.21, 0.22]}, {}, {"rates", "trained"}),
-        # Overlapping spreads with equal differences; and the other way round.
-        ({"a": [0.1, 0.3, 0.2], "b": [0.2, 0.4, 0.3]}, {}, {"rates", "trained"}),
+        # Overlapping spreads with equal ratios; and the other way round.
+        ({"a": [0.1, 0.3, 0.2], "b": [0.15, 0.45, 0.3]}, {}, {"rates", "trained"}),
         ({"a": [0.1, 0.1, 0.1], "b": [0.11, 0.2, 0.3]}, {}, {"rates", "tied", "trained"}),
         ({"a": [0.1, 0.11], "b": [0.2, 0.21]}, {}, {"rates", "few", "trained"}),
         ({("a", 0.1): [0.1], ("a", 0.2): [0.2]}, {}, {"chance", "picked", "trained"}),

@@ -41,8 +41,8 @@ def as_json(found: Found) -> str:
         "ranked_by": comparison.measure.metric,
         "runs": _rows(found),
         "over_seeds": [
-            _of_group(group, difference)
-            for group, difference in zip(groups, paired.differences(groups), strict=True)
+            _of_group(group, ratio)
+            for group, ratio in zip(groups, paired.ratios(groups), strict=True)
         ],
         "remarks": [*remarks.of_runs(comparison)],
     }
@@ -77,7 +77,7 @@ def _cell(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _of_group(group: Group, difference: paired.Difference | None) -> dict[str, Any]:
+def _of_group(group: Group, ratio: paired.Ratio | None) -> dict[str, Any]:
     return {
         "name": group.name,
         "lr": group.lr,
@@ -85,11 +85,11 @@ def _of_group(group: Group, difference: paired.Difference | None) -> dict[str, A
         "ended_well": len(group.good),
         "final_loss": _finite(group.loss),
         "standard_deviation": group.spread if len(group.good) > 1 else None,
-        "minus_the_best": difference
+        "over_the_best": ratio
         and {
-            "mean": difference.mean,
-            "interval": [difference.mean - difference.margin, difference.mean + difference.margin],
-            "seeds": difference.count,
+            "mean": _finite(ratio.mean),
+            "interval": [_finite(bound) for bound in ratio.interval],
+            "seeds": ratio.count,
         },
     }
 

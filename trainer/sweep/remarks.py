@@ -154,15 +154,15 @@ def _of_seeds(groups: Sequence[Group]) -> Iterator[str]:
 
 def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
     """Which groups may be as good as the first."""
-    differences = paired.differences(groups)
-    rows = 1 + sum(one is not None for one in differences)
+    ratios = paired.ratios(groups)
+    rows = 1 + sum(one is not None for one in ratios)
     if rows > 2:
         yield (
             f"the intervals are of {rows} rows together: where all are equal, about one sweep in "
             "twenty shows any difference (Bonferroni, over all pairs); fewer rows or more seeds "
             "narrow them"
         )
-    found = [(group.name, one) for group, one in zip(groups, differences, strict=True) if one]
+    found = [(group.name, one) for group, one in zip(groups, ratios, strict=True) if one]
     tied = [name for name, one in found if not one.shows_one]
     worse = [name for name, one in found if one.shows_one]
     if tied:
@@ -173,7 +173,7 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
             )
         yield (
             f"not shown to differ from the best, {groups[0].name}: {names} (the 95 % interval of "
-            "the difference with the same seeds contains 0)"
+            "the ratio with the same seeds contains 1)"
         )
 
 

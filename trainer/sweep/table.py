@@ -89,20 +89,20 @@ def _rate(run: Summary) -> str:
 def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> Table | None:
     """A table of groups over seeds; None if no group has several.  Cells are mean and standard
     deviation over the runs that ended well, the largest for memory and gradient norms, the sum for
-    counts.  The ranking loss is followed by its paired difference from the best group's."""
+    counts.  The ranking loss is followed by its paired ratio to the best group's."""
     groups = comparison.groups
     if all(len({seed_of(run) for run in group.runs}) < 2 for group in groups):
         return None
     columns = [column for column in columns if column[0] not in _NOT_OVER_SEEDS]
-    titles, found = [title for title, _, _ in columns], paired.differences(groups)
+    titles, found = [title for title, _, _ in columns], paired.ratios(groups)
     place = titles.index(comparison.measure.title) + 1 if any(found) else None
     if place is not None:
-        titles.insert(place, "minus the best, 95 % interval")
+        titles.insert(place, "over the best, 95 % interval")
     rows = [["over seeds", "ended well", "lr", *titles]]
-    for group, difference in zip(groups, found, strict=True):
+    for group, ratio in zip(groups, found, strict=True):
         cells = [_over(group.good, column) for column in columns]
         if place is not None:
-            cells.insert(place, str(difference or ""))
+            cells.insert(place, str(ratio or ""))
         rate = markdown.cell(group.lr, RATE_FORM)
         rows.append([group.name, group.counted, rate, *(cells if group.good else _failed(cells))])
     return Table(rows=rows)

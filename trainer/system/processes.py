@@ -83,12 +83,12 @@ def main_first(wanted: bool) -> Iterator[None]:
 
 def total(number: float) -> float:
     """The sum of all processes' numbers.  Here and below, ConnectionError if one has ended."""
-    return _over_all(number, distributed.ReduceOp.SUM)
+    return _over_all(number, "SUM")
 
 
 def largest(number: float) -> float:
     """The largest of all processes' numbers."""
-    return _over_all(number, distributed.ReduceOp.MAX)
+    return _over_all(number, "MAX")
 
 
 def sum_gradients(*parameters: Tensor) -> None:
@@ -100,12 +100,12 @@ def sum_gradients(*parameters: Tensor) -> None:
                 adding.wait()
 
 
-def _over_all(number: float, how: "distributed.ReduceOp.RedOpType") -> float:
+def _over_all(number: float, how: str) -> float:
     if count() == 1:
         return number
     shared = torch.tensor(number, dtype=torch.float64)
     with _named_if_lost():
-        distributed.all_reduce(shared, how)
+        distributed.all_reduce(shared, getattr(distributed.ReduceOp, how))
     return shared.item()
 
 
