@@ -1,6 +1,7 @@
 """Several processes that train one model: torchrun, `trainer.system.processes`."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -36,22 +37,13 @@ def torchrun(*overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["optim=adamw", "data.batch_size=5", "schedule.epochs=1"],  # a short batch at the end
-        ["runtime.fused_backward=true", "method.clip=exact", "model.dtype=bfloat16"],
-        [
-            *("method=lora", "method.train=[unet,text_encoder]", "method.dropout=0.1"),
-            *("optim=prodigy_factored", "optim.d0=1e-3", "ema=bf16", "runtime.fused_backward=true"),
-            "method.clip=lagged",
-        ],
-    ],
-    ids=["gathered", "exact", "lora"],
-)
-def test_two_processes_train_as_one_with_twice_the_micro_batches(composed, tmp_path, options):
-    """The sum of two terms has no order, so not a bit differs."""
-    options = [*QUICK, *options, f"data.cache={tmp_path}/cache", "runtime.device=cpu"]
+def test_two_processes_train_as_one_with_twice_the_micro_batches(composed, tmp_path):
+    """The sum of two terms has no order, so not a bit differs.  With a short batch at the end."""
+    options = [
+        *(*QUICK, "runtime.device=cpu", "model.dtype=bfloat16", f"data.cache={tmp_path}/cache"),
+        *("runtime.fused_backward=true", "method.clip=exact"),
+        *("data.batch_size=5", "schedule.epochs=1"),
+    ]
     run(composed(*options, "runtime.accumulation=2"), tmp_path / "one")
     ended = torchrun(*options, f"hydra.run.dir={tmp_path}/two")
     assert ended.returncode == 0, ended.stderr
@@ -64,7 +56,12 @@ def test_two_processes_train_as_one_with_twice_the_micro_batches(composed, tmp_p
 
 @pytest.mark.slow
 def test_a_signal_saves_once_and_the_run_goes_on_bit_for_bit(composed, tmp_path):
-    options = [*QUICK, "schedule.steps=6", "runtime.device=cpu"]
+    """With all gradients at once, of a LoRA of two parts."""
+    options = [
+        *(*QUICK, "schedule.steps=6", "runtime.device=cpu", "ema=bf16", "method.clip=lagged"),
+        *("method=lora", "method.train=[unet,text_encoder]", "method.dropout=0.1"),
+        *("optim=prodigy_factored", "optim.d0=1e-3"),
+    ]
     run(composed(*options, "runtime.accumulation=2"), tmp_path / "whole")
     words, said = [*TORCHRUN, *options, f"hydra.run.dir={tmp_path}/parts"], ""
     with subprocess.Popen(words, **OPTIONS, stdout=subprocess.PIPE) as process:
@@ -81,18 +78,11 @@ def test_a_signal_saves_once_and_the_run_goes_on_bit_for_bit(composed, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("option", "says"),
-    [
-        ("optim.lrr=1", "error: optim.lrr: there is no option"),
-        ("seed=0", "is not a run's folder"),  # found by the main process, while the other waits
-    ],
-)
-def test_an_error_is_reported_once_and_ends_all_processes(tmp_path, option, says):
+def test_an_error_of_the_main_process_is_reported_once_and_ends_the_one_that_waits(tmp_path):
     (tmp_path / "config.yaml").write_text("mine")
-    refused = torchrun(*QUICK, option, f"hydra.run.dir={tmp_path}", "runtime.device=cpu")
+    refused = torchrun(*QUICK, f"hydra.run.dir={tmp_path}", "runtime.device=cpu")
     assert refused.returncode == 1
-    assert refused.stderr.count(says) == 1
+    assert refused.stderr.count("is not a run's folder") == 1
     assert "Error executing job" not in refused.stderr
 
 
@@ -152,6 +142,7 @@ def test_a_sweep_is_not_shared_by_processes(one_of_two, command):
 def test_a_follower_leaves_no_folder(one_of_two, command, in_tmp, monkeypatch, given):
     one_of_two(1)
     monkeypatch.setattr(tempfile, "tempdir", str(in_tmp))
+    monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr("trainer.__main__._follow", lambda *_: math.nan)
     command(*QUICK, given, "hydra.run.dir=mine", "runtime.device=cpu")
     assert list(in_tmp.iterdir()) == []
@@ -166,6 +157,7 @@ def test_an_error_of_a_follower_alone_is_printed_after_the_main_process_had_time
     status, _, err = command(*QUICK, "seed=-1")
     assert status == 2
     assert waited[0] >= 10
+    assert not logging.root.manager.disable  # what this process does next may be logged
     assert err.startswith("error in process 1: seed=-1")
 
 

@@ -33,7 +33,7 @@ from trainer.reporting.measure import ended_well, objective
 from trainer.reporting.report import of_failure, read_summary, write_summary
 from trainer.storage.checkpoint import completed
 from trainer.storage.claim import TakenError, claimed, in_turn
-from trainer.system import processes
+from trainer.system import console, processes
 from trainer.training import optimizers
 
 # Users set it to see tracebacks.  Without it Hydra would print its own error page and exit, so it
@@ -66,12 +66,12 @@ def train(composed: DictConfig) -> float:
 
 def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
     """This process's part of the main one's run, which reports it."""
-    logging.disable(logging.CRITICAL)
     try:
         checked = to_dataclasses(composed)
         from trainer.run import follow
 
-        with processes.joined(execution.device_of(checked.runtime.device)):
+        device = execution.device_of(checked.runtime.device)
+        with console.muted(logging.CRITICAL), processes.joined(device):
             follow(checked, folder, overrides)
     except UserError as error:  # perhaps of this process alone, such as a lack of memory
         command.fail(str(error))

@@ -26,6 +26,7 @@ from trainer.models import execution, text
 from trainer.models.model import Model
 from trainer.objective import batches
 from trainer.planner.ledger import Ledger
+from trainer.system import console
 from trainer.training import gradients, method, optimizers
 
 _CPU = torch.device("cpu")  # of fake tensors: torch without CUDA supports no other
@@ -72,7 +73,7 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
     `model` needs no weights.  Raises UserError if the run would refuse the method, its rules or
     the optimizer.
     """
-    with _quiet():  # the run itself logs the same, once
+    with console.muted(logging.INFO):  # the run itself logs the same, once
         attached = method.attached_on_meta(config.method, model)
         parts = nn.ModuleDict(attached.trained_parts)
         state = optimizers.planned_state_bytes(
@@ -289,14 +290,3 @@ def _autocast_of(device_type: str) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(F, name, original)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress log messages below warnings."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)

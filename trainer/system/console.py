@@ -112,3 +112,14 @@ def logging_to(path: Path) -> Iterator[None]:
             root.removeHandler(handler)
         with suppress(OSError):  # a full disk must not hide what ended the run
             file.close()
+
+
+@contextmanager
+def muted(level: int) -> Iterator[None]:
+    """Suppress messages up to this level."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(before)
