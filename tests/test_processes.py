@@ -100,14 +100,14 @@ def one_of_two(monkeypatch):
 
 def test_processes_are_counted_by_torchrun(one_of_two, composed):
     one_of_two(1)
-    assert (processes.count(), processes.rank(), processes.is_main()) == (2, 1, False)
+    assert (processes.world_size(), processes.rank(), processes.is_main()) == (2, 1, False)
     config = composed(*QUICK, "runtime.accumulation=3")
     assert (config.runtime.processes, config.runtime.micro_batches) == (2, 6)
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch, composed):
     monkeypatch.setenv("WORLD_SIZE", "8")  # of a cluster's own scripts
-    assert (processes.count(), processes.rank(), processes.is_main()) == (1, 0, True)
+    assert (processes.world_size(), processes.rank(), processes.is_main()) == (1, 0, True)
     assert composed(*QUICK).runtime.processes == 1
     with pytest.raises(UserError, match=r"processes=2.*torchrun --nproc-per-node 2 -m trainer"):
         composed(*QUICK, "runtime.processes=2")
@@ -165,7 +165,7 @@ def test_torch_without_distributed_trains_in_one_process(one_of_two, monkeypatch
     one_of_two(0)
     monkeypatch.setattr("torch.distributed.is_available", lambda: False)
     monkeypatch.delattr("torch.distributed.is_torchelastic_launched")
-    assert processes.count() == 1
+    assert processes.world_size() == 1
 
 
 @pytest.mark.parametrize(("ending", "ends"), [(None, 1), (SystemExit, 1), (UserError, 0)])

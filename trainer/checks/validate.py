@@ -321,7 +321,7 @@ def _check_sizes(config: DataConfig) -> None:
 
 def _check_processes(config: Config) -> None:
     """Refuse what torchrun's processes cannot share: a device, or a random estimate."""
-    wanted, count = config.runtime.processes, processes.count()
+    wanted, count = config.runtime.processes, processes.world_size()
     if wanted != count:
         raise UserError(
             f"runtime.processes={wanted}, and there are {count}; torchrun starts and counts them: "
@@ -335,7 +335,7 @@ def _check_processes(config: Config) -> None:
             "own; use runtime.device=cuda, and CUDA_VISIBLE_DEVICES to choose which"
         )
     gpus = torch.cuda.device_count()
-    if gpus and config.runtime.device != "cpu" and processes.count_here() > gpus:
+    if gpus and config.runtime.device != "cpu" and processes.local_world_size() > gpus:
         raise UserError(
             f"torchrun started more processes on this machine than it has GPUs; use "
             f"--nproc-per-node {gpus}"

@@ -67,7 +67,7 @@ def without_folder(arguments: list[str]) -> list[str]:
 
 def refuse_shared_sweep() -> None:
     """Raise UserError for a sweep under torchrun."""
-    if processes.count() > 1:
+    if processes.world_size() > 1:
         raise UserError(
             "a sweep's runs cannot be shared by torchrun's processes; start the sweep without "
             "torchrun, once for each GPU with CUDA_VISIBLE_DEVICES=N and the same "

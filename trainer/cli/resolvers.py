@@ -26,7 +26,7 @@ def register() -> None:
     OmegaConf.register_new_resolver(
         "lines_of", lambda path: prompts.read(path) if path else [], replace=True
     )
-    OmegaConf.register_new_resolver("processes", processes.count, replace=True)
+    OmegaConf.register_new_resolver("processes", processes.world_size, replace=True)
     OmegaConf.register_new_resolver("default_lr", _default_lr, replace=True)
 
 

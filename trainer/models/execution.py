@@ -30,8 +30,8 @@ def device_of(name: str) -> torch.device:
     own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes.count() > 1:
-        name = f"cuda:{processes.rank_here()}"
+    if name == "cuda" and processes.world_size() > 1:
+        name = f"cuda:{processes.local_rank()}"
     return torch.device(name)
 
 

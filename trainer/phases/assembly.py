@@ -144,9 +144,9 @@ def _trainable(
     model.load_unet()
     memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
     method.attach(config.method, model, config.seed, start_from)
-    where = str(device)
-    if processes.count() > 1:
-        where = f"{processes.count()} processes, each {config.runtime.accumulation} micro-batches"
+    count, where = processes.world_size(), str(device)
+    if count > 1:
+        where = f"{count} processes, each {config.runtime.accumulation} micro-batches"
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, where)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)

@@ -57,7 +57,7 @@ class Stepper:
         state, optimizer, backward = self._state, self._state.optimizer, self._backward
         # With the curvature estimated but no step made, the state is not that of any step.
         is_kept = processes.is_main() and not curvature.is_due(optimizer)
-        own = range(processes.rank(), len(shares), processes.count())
+        own = range(processes.rank(), len(shares), processes.world_size())
         keeping = saving.kept_if_unreadable(state) if is_kept else nullcontext()
         with memory.explained(state.config, f"in step {step + 1}"), keeping:
             # Estimate the curvature, where the optimizer wants it; then the loss and its gradients

@@ -36,7 +36,7 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
         "platform": platform.platform(),
         "device": _name_of(device),
         "threads": torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "packages": {name: _version(name) for name in packages},
         "git_revision": _git_revision(),
     }

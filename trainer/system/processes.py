@@ -18,25 +18,25 @@ from torch import Tensor, distributed
 _PATIENCE = timedelta(days=7)
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are; 1 without torchrun."""
     is_launched = distributed.is_available() and distributed.is_torchelastic_launched()
     return int(os.environ["WORLD_SIZE"]) if is_launched else 1
 
 
-def count_here() -> int:
+def local_world_size() -> int:
     """How many of them are on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
 
 
 def rank() -> int:
     """The number of this process; 0 is the main one."""
-    return int(os.environ["RANK"]) if count() > 1 else 0
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
-def rank_here() -> int:
+def local_rank() -> int:
     """The number of this process among those of its machine, and of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
+    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
 def is_main() -> bool:
@@ -45,14 +45,14 @@ def is_main() -> bool:
 
 def command(number: int | None = None) -> str:
     """The command line that starts so many processes; None: as many as now."""
-    number = number or count()
+    number = number or world_size()
     return f"torchrun --nproc-per-node {number} -m trainer" if number > 1 else "python -m trainer"
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """A block in which the processes, of which each has such a device, can exchange numbers."""
-    if count() == 1:
+    if world_size() == 1:
         yield
         return
     if device.type == "cuda":
@@ -73,12 +73,12 @@ def joined(device: torch.device) -> Iterator[None]:
 def main_first(wanted: bool) -> Iterator[None]:
     """If wanted, the main process runs this block before the others begin it: they find its caches
     and downloads."""
-    waits = wanted and count() > 1
+    waits = wanted and world_size() > 1
     if waits and not is_main():
-        total(0.0)
+        _meet()
     yield
     if waits and is_main():
-        total(0.0)
+        _meet()
 
 
 def total(number: float) -> float:
@@ -94,14 +94,19 @@ def largest(number: float) -> float:
 def sum_gradients(*parameters: Tensor) -> None:
     """Replace gradients by their sums over all processes, which all name the same parameters in the
     same order."""
-    if count() > 1:
+    if world_size() > 1:
         with _named_if_lost():
             for adding in [distributed.all_reduce(p.grad, async_op=True) for p in parameters]:
                 adding.wait()
 
 
+def _meet() -> None:
+    """Wait until all processes are here."""
+    _over_all(0.0, "SUM")
+
+
 def _over_all(number: float, how: str) -> float:
-    if count() == 1:
+    if world_size() == 1:
         return number
     shared = torch.tensor(number, dtype=torch.float64)
     with _named_if_lost():
