@@ -164,8 +164,10 @@ def test_an_error_of_a_follower_alone_is_printed_after_the_main_process_had_time
 def test_torch_without_distributed_trains_in_one_process(one_of_two, monkeypatch):
     one_of_two(0)
     monkeypatch.setattr("torch.distributed.is_available", lambda: False)
-    monkeypatch.delattr("torch.distributed.is_torchelastic_launched")
+    for name in ("is_torchelastic_launched", "ReduceOp", "all_reduce"):
+        monkeypatch.delattr(f"torch.distributed.{name}")
     assert processes.world_size() == 1
+    assert (processes.total(2.0), processes.largest(3.0)) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize(("ending", "ends"), [(None, 1), (SystemExit, 1), (UserError, 0)])

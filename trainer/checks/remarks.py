@@ -172,7 +172,7 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
         return _of_holdout(summary)
     if summary.get("zero_loss"):
         return [
-            "train/loss was 0 in every step, so nothing was learned: all that counts is masked "
+            "train/loss was 0 to the end, so nothing was learned: all that counts is masked "
             "(data.mask, loss.unmasked_weight) or has no weight (data.sources, metadata)"
         ]
     found = summary["rate_found"]
