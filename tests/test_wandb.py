@@ -14,6 +14,9 @@ from trainer.errors import UserError
 from trainer.objective import losses
 from trainer.reporting.metrics import Metrics
 from trainer.run import run
+from trainer.sweep import page
+from trainer.sweep.folders import ended_runs
+from trainer.sweep.upload import upload
 
 BLOCK = 32768
 
@@ -62,11 +65,7 @@ def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
     kept = written_whole(file)
     config = {i.key: i.value_json for r in kept if r.HasField("run") for i in r.run.config.update}
     assert '"adafactor8bit"' in config["optim"]
-    history = [
-        {i.key or "/".join(i.nested_key): i.value_json for i in r.history.item}
-        for r in kept
-        if r.HasField("history")
-    ]
+    history = history_of(kept)
     names = {key for row in history for key in row}
     written = {key for row in rows(folder) for key in row if key != "step"}
     assert written <= names
@@ -74,6 +73,15 @@ def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
     losses = [float(row["eval/loss"]) for row in history if "eval/loss" in row]
     assert losses == [row["eval/loss"] for row in rows(folder) if "eval/loss" in row]
     assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+
+
+def history_of(kept):
+    """What was logged, a dictionary for each call."""
+    return [
+        {i.key or "/".join(i.nested_key): i.value_json for i in r.history.item}
+        for r in kept
+        if r.HasField("history")
+    ]
 
 
 def ending(folder):
@@ -155,3 +163,55 @@ def test_an_absent_wandb_never_stops_a_run(composed, tmp_path, monkeypatch, capl
     run(composed(*QUICK, "log=wandb"), tmp_path / "run")
     assert "W&B is off" in caplog.text
     assert len(rows(tmp_path / "run")) == 6
+
+
+def swept(folder, log):
+    """A sweep of two optimizers and two seeds that has ended."""
+    for number, (name, seed, loss) in enumerate(
+        [("lion", 0, 0.3), ("lion", 1, 0.4), ("adamw", 0, 0.1), ("adamw", 1, 0.2)]
+    ):
+        run = folder / f"{number}-{name}"
+        run.mkdir(parents=True)
+        config = {"seed": seed, "optim": {"name": name}, "log": log}
+        (run / "config.yaml").write_text(json.dumps(config))
+        summary = {"overrides": [f"optim={name}", f"seed={seed}"], "optimizer": name, "seed": seed}
+        (run / "summary.json").write_text(json.dumps(summary | {"eval_loss_after": loss}))
+    found = ended_runs(folder)
+    page.write(folder, found, [])
+    return found
+
+
+def test_a_sweep_is_compared_in_a_run_of_its_own(tmp_path):
+    log = {"wandb": {"project": "cats", "mode": "offline", "entity": None}}
+    sweep = tmp_path / "sweep-1"
+    upload(sweep, swept(sweep, log), ["optim=sgd"])
+    (file,) = sweep.glob("*/wandb/offline-run-*/*.wandb")
+    kept = written_whole(file)
+    (run,) = [r.run for r in kept if r.HasField("run")]
+    assert (run.project, run.run_group, run.job_type) == ("cats", "sweep-1", "comparison")
+    assert run.notes.startswith("# sweep-1")
+    assert "`optim=sgd`" in run.notes
+    _, told = ending(sweep / "comparison")
+    assert json.loads(told["best/optimizer"]) == "adamw"
+    assert json.loads(told["best/eval after"]) == 0.1
+    assert {"runs", "over seeds"} <= {key.partition("/")[0] for key in history_of(kept)[0]}
+    (table,) = file.parent.glob("files/media/table/runs_*.json")
+    content = json.loads(table.read_text())
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    assert [row["optimizer"] for row in rows] == ["adamw", "adamw", "lion", "lion"]
+    assert [row["final_loss"] for row in rows] == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_sweep_that_is_not_in_wandb_is_not_compared_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("started"))
+    upload(tmp_path, swept(tmp_path, {"wandb": None}), [])
+
+
+def test_a_comparison_that_wandb_refuses_does_not_stop_the_sweep(tmp_path, monkeypatch, capsys):
+    def broken(**_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    log = {"wandb": {"project": "cats", "mode": "online", "entity": None}}
+    upload(tmp_path, swept(tmp_path, log), [])
+    assert "W&B has no comparison" in capsys.readouterr().out

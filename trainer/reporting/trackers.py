@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from PIL.Image import Image
 
-from trainer.config import Config, file_name
+from trainer.config import Config, WandbConfig, file_name
 from trainer.storage.run_folder import sweep_of
 from trainer.system import disk
 
@@ -41,24 +41,14 @@ class WandbTracker:
     title = "W&B"
 
     def start(self, folder: Path, config: Config, start_step: int) -> None:
-        import wandb  # seconds to import, and not needed by most runs
-
-        options = config.log.wandb
-        assert options is not None
-        mode: Any = options.mode  # one of the words that W&B knows, by the schema
-        self._run = wandb.init(
-            project=options.project,
-            entity=options.entity,
-            mode=mode,
+        assert config.log.wandb is not None
+        self._run = wandb_run(
+            folder,
+            config.log.wandb,
             name=_wandb_name(folder, config),
             group=sweep.name if (sweep := sweep_of(folder)) else None,
             tags=[config.optim.name, config.method.name, Path(config.model.path).name[:_TAG]],
-            id=wandb_id(folder),
-            resume="allow",
-            dir=folder,
             config=asdict(config),
-            reinit="finish_previous",
-            settings=wandb.Settings(init_timeout=30, console="off"),
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -141,6 +131,27 @@ def of(folder: Path, config: Config, start_step: int) -> list[Tracked]:
     if config.log.tensorboard:
         wanted.append(TensorBoardTracker())
     return [Tracked(tracker, folder, config, start_step) for tracker in wanted]
+
+
+def wandb_run(folder: Path, options: WandbConfig, **more: Any) -> Any:
+    """A run of W&B whose files are in `folder`, or its continuation.
+
+    more: arguments of wandb.init.
+    """
+    import wandb  # seconds to import, and not needed by most runs
+
+    mode: Any = options.mode  # one of the words that W&B knows, by the schema
+    return wandb.init(
+        project=options.project,
+        entity=options.entity,
+        mode=mode,
+        id=wandb_id(folder),
+        resume="allow",
+        dir=folder,
+        reinit="finish_previous",
+        settings=wandb.Settings(init_timeout=30, console="off"),
+        **more,
+    )
 
 
 def wandb_id(folder: Path) -> str:

@@ -16,10 +16,11 @@ from trainer.reporting.measure import ended_well
 from trainer.storage import claim
 from trainer.storage.run_folder import sweep_of
 from trainer.sweep import page, planned
-from trainer.sweep.folders import ended_runs
+from trainer.sweep.folders import Found, ended_runs
 from trainer.sweep.head import left
 from trainer.sweep.runs import Summary
 from trainer.sweep.table import sweep_table
+from trainer.sweep.upload import upload
 from trainer.system import console
 
 
@@ -65,15 +66,17 @@ class SweepTable(Callback):
         """Rewrites the table, so that a stopped sweep has one, also with runs resumed on their
         own."""
         if folder := sweep_of(Path(config.hydra.runtime.output_dir)):
-            self._summaries = _write(folder)
+            self._summaries = [summary for _, summary in _write(folder)]
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         try:
-            runs = _write(folder)
-            if not runs:
+            found = _write(folder)
+            if not found:
                 return
+            runs = [summary for _, summary in found]
             missing = planned.missing(folder, runs)
+            upload(folder, found, missing)
             parts = [sweep_table(runs), left(missing), str(folder / page.TABLE)]
             print("\n" + "\n\n".join(filter(None, parts)))
         except Exception as error:  # Hydra would make it a warning, and the exit status 0
@@ -90,12 +93,11 @@ def _overrides(config: DictConfig) -> list[str]:
     return cast(list[str], given)
 
 
-def _write(folder: Path) -> list[Summary]:
-    """Write a sweep's table and pictures if any of its runs has ended; -> their summaries.
-    Processes take turns, so the last one writes the runs of all."""
+def _write(folder: Path) -> Found:
+    """Write a sweep's table and pictures if any of its runs has ended; -> those.  Processes take
+    turns, so the last one writes the runs of all."""
     with claim.in_turn(folder):
         found = ended_runs(folder)
-        summaries = [summary for _, summary in found]
         if found:
-            page.write(folder, found, planned.missing(folder, summaries))
-    return summaries
+            page.write(folder, found, planned.missing(folder, [summary for _, summary in found]))
+    return found

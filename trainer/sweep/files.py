@@ -22,14 +22,16 @@ _TEX = {
 
 def as_csv(found: Found) -> str:
     """One row per run, best first; the columns are those of all summaries."""
-    rows = _rows(found)
-    names = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*names], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+    csv.writer(text, lineterminator="\n").writerows(grid(found))
     return text.getvalue()
+
+
+def grid(found: Found) -> list[list[Any]]:
+    """A row of titles, then one per run, best first: numbers, words and None."""
+    rows = _rows(found)
+    titles = [*dict.fromkeys(key for row in rows for key in row)]
+    return [titles, *([_cell(row.get(title)) for title in titles] for row in rows)]
 
 
 def as_json(found: Found) -> str:

@@ -12,18 +12,22 @@ from trainer.sweep.table import sweep_table
 from trainer.system import disk
 
 TABLE = "sweep.md"
-_PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}
-FILES = (TABLE, *_PICTURES)
+PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}
+FILES = (TABLE, *PICTURES)
 
 
 def write(folder: Path, found: Found, missing: Sequence[str]) -> None:
     """Write the table and the pictures of these runs (at least one) to a folder.  missing: runs of
     the sweep that have not ended."""
-    runs = [summary for _, summary in found]
-    pictures = [name for name, draw in _PICTURES.items() if _wrote(folder / name, draw, found)]
-    title = folder.resolve().name
-    parts = [head(title, runs, missing), sweep_table(runs), *(f"![]({name})" for name in pictures)]
+    pictures = [name for name, draw in PICTURES.items() if _wrote(folder / name, draw, found)]
+    parts = [text(folder, found, missing), *(f"![]({name})" for name in pictures)]
     disk.replace_text(folder / TABLE, "\n\n".join(parts) + "\n")
+
+
+def text(folder: Path, found: Found, missing: Sequence[str]) -> str:
+    """sweep.md without its pictures."""
+    runs = [summary for _, summary in found]
+    return "\n\n".join([head(folder.resolve().name, runs, missing), sweep_table(runs)])
 
 
 def _wrote(path: Path, draw: Callable[[Found], Image | None], found: Found) -> bool:
