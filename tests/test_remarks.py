@@ -97,7 +97,7 @@ def test_a_decay_without_room_is_remarked(composed, options, says):
 
 def test_the_default_rate_is_remarked_where_a_large_model_is_trained_whole(composed):
     (said,) = remarks.of_rate(composed(), 2_567_463_684)
-    assert "1e-5" in said
+    assert said.endswith("start near 1e-05")
     assert not remarks.of_rate(composed(), 2_740_000)
     for quiet in (["optim.lr=1e-5"], ["optim=prodigy"]):
         assert not remarks.of_rate(composed(*quiet), 2_567_463_684)
@@ -105,10 +105,17 @@ def test_the_default_rate_is_remarked_where_a_large_model_is_trained_whole(compo
 
 def test_the_default_rate_is_remarked_where_a_lora_of_a_large_model_is_trained(composed):
     (said,) = remarks.of_rate(composed("method=lora", "optim=adamw"), 2_567_463_684)
-    assert "for a LoRA of SDXL start near 1e-4" in said
-    for quiet in (["optim.lr=1e-4"], ["optim=sophia"], ["optim=prodigy"]):
+    assert "for a LoRA of SDXL start near 0.0001" in said
+    for quiet in (["optim.lr=1e-4"], ["optim=prodigy"]):
         assert not remarks.of_rate(composed("method=lora", *quiet), 2_567_463_684)
     assert not remarks.of_rate(composed("method=lora"), 2_740_000)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "sophia"])
+def test_the_rate_that_is_advised_is_that_of_the_presets(composed, tmp_path, name):
+    (said,) = remarks.of_rate(composed(f"optim={name}"), 2_567_463_684)
+    preset = composed("experiment=large", f"data.path={tmp_path}", f"optim={name}").optim.lr
+    assert said.endswith(f"start near {preset:g}")
 
 
 @pytest.mark.parametrize("option", ["method.export_every=2", "method.export_dtype=float16"])

@@ -7,11 +7,12 @@ from dataclasses import asdict
 import pytest
 import torch
 from helpers import QUICK, deterministic, rows
+from PIL import Image
 
 from trainer.objective import losses
 from trainer.reporting.clock import OptimizerClock
 from trainer.reporting.watch import Watch
-from trainer.run import run
+from trainer.run import begin, run
 
 
 def watched(losses, norms=None, watch=None):
@@ -94,16 +95,28 @@ def test_a_run_that_diverges_says_so_once_and_its_first_steps_are_spikes(quick):
 
 def test_losses_that_may_be_above_what_evaluation_measures_are_not_compared_with_it(composed):
     for comparable in ([], ["loss=huber"], ["loss.weighting=min_snr"], ["data.mask=alpha"]):
-        assert losses.is_bounded_by_evaluation(composed(*comparable))
-    heavy = "data.sources=[{path: /, weight: 2}]"
+        assert losses.is_bounded_by_evaluation(composed(*comparable), 1.0)
+    assert not losses.is_bounded_by_evaluation(composed(), 1.5)
     for other in (
         ["loss.weighting=debiased"],
         ["noise.timesteps=logit_normal"],
         ["noise.timestep_high=500"],
         ["noise.timestep_low=1"],
-        ["data=folder", "data.path=null", heavy],
     ):
-        assert not losses.is_bounded_by_evaluation(composed(*other))
+        assert not losses.is_bounded_by_evaluation(composed(*other), 1.0)
+
+
+@pytest.mark.parametrize(("weight", "is_compared"), [(1, True), (10, False)])
+def test_the_weights_of_pictures_decide_whether_losses_are_compared(
+    composed, tmp_path, weight, is_compared
+):
+    lines = [json.dumps({"file_name": "a.png", "text": "a", "weight": weight})]
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (run_folder := tmp_path / "run").mkdir()
+    state = begin(composed(*QUICK, "data=folder", f"data.path={tmp_path}"), run_folder)
+    state.counters.eval_loss_before = 1.0
+    assert (state.loss_before == 1.0) is is_compared
 
 
 def test_a_report_has_the_mean_loss_and_the_largest_norm_since_the_one_before():

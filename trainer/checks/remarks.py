@@ -22,15 +22,15 @@ from trainer.config import (
     choices_of,
     conf_dir,
     epochs_of,
+    finds_rate,
     keys_of,
+    large_model_lr,
 )
 from trainer.drawing import prompts
 from trainer.training.schedule import decay_steps
 
 _UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
 _LARGE = 100_000_000  # trained parameters, from which on the default rate gets a remark
-# The learning rate to try first with a large model, by method.
-_START = {"full": "1e-5", "lora": "1e-4"}
 _STILL = 1e-3  # relative change of the loss, below which a model has learned nothing
 _FAR = 1.5  # ratio of resolutions, above which there is a remark
 
@@ -144,16 +144,17 @@ def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
 def of_rate(config: Config, size: int) -> list[str]:
     """Warn if the rate is the class's default, which is for small models, and the trained parts
     have as many parameters, `size`, as a large one."""
-    cls = optim.FAMILY.get(config.optim.name)
-    if cls is None or "d" in cls.shared or size < _LARGE or config.method.rules:
+    name, method = config.optim.name, config.method
+    if name not in optim.FAMILY or finds_rate(name) or size < _LARGE or method.rules:
         return []
-    _, default = optim.options_of(config.optim.name)["lr"]
-    start, is_lora = _START[config.method.name], isinstance(config.method, LoraConfig)
-    if config.optim.lr != default or default <= float(start):
+    _, default = optim.options_of(name)["lr"]
+    if config.optim.lr != default:
         return []
+    start = large_model_lr(name, default, method.name)
+    what = "LoRA" if isinstance(method, LoraConfig) else "full fine-tune"
     return [
-        f"optim.lr={default:g} is the default of optim={config.optim.name}, which was found with a "
-        f"small model; for a {'LoRA' if is_lora else 'full fine-tune'} of SDXL start near {start}"
+        f"optim.lr={default:g} is the default of optim={name}, which was found with a small model; "
+        f"for a {what} of SDXL start near {start:g}"
     ]
 
 

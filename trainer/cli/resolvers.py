@@ -7,13 +7,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 import optim
-from trainer.config import ASSETS, conf_dir, file_name
+from trainer.config import ASSETS, conf_dir, file_name, large_model_lr
 from trainer.drawing import prompts
 from trainer.storage.resuming import run_folder_of
 from trainer.system import processes
-
-# Share of an optimizer's default rate to use with a large model.
-_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
 
 
 def register() -> None:
@@ -49,11 +46,9 @@ def _unused(fresh: str) -> str:
 
 
 def _default_lr(optimizer: str, method: str) -> float:
-    """The default learning rate for a large model: a share of the optimizer's, which was found with
-    a small one, or all of it if the optimizer finds its own rate."""
-    cls = optim.FAMILY.get(optimizer)
-    if cls is None:
-        default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr
-    else:
+    """The learning rate of a preset for a large model."""
+    if optimizer in optim.FAMILY:
         _, default = optim.options_of(optimizer)["lr"]
-    return default * (1.0 if cls and "d" in cls.shared else _SHARE_OF_RATE[method])
+    else:
+        default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr
+    return large_model_lr(optimizer, default, method)

@@ -16,7 +16,14 @@ from trainer.config.loss import HuberConfig, LossConfig, MseConfig
 from trainer.config.method import EmaConfig, FullConfig, LoraConfig, RankConfig
 from trainer.config.model import DTYPES, ModelConfig
 from trainer.config.noise import NoiseConfig
-from trainer.config.optimizer import ExternalConfig, PeerConfig, optimizer_schema, peer_schema
+from trainer.config.optimizer import (
+    ExternalConfig,
+    PeerConfig,
+    finds_rate,
+    large_model_lr,
+    optimizer_schema,
+    peer_schema,
+)
 from trainer.config.overrides import key_of, keys_of
 from trainer.config.root import ALTERNATIVES, Config
 from trainer.config.runtime import RuntimeConfig
@@ -62,10 +69,12 @@ __all__ = [
     "conf_dir",
     "epochs_of",
     "file_name",
+    "finds_rate",
     "flatten",
     "group_names",
     "key_of",
     "keys_of",
+    "large_model_lr",
     "optimizer_schema",
     "peer_schema",
 ]

@@ -9,6 +9,9 @@ from typing import Any, Literal, get_origin
 
 import optim
 
+# Share of an optimizer's default learning rate to use with a large model.
+_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
+
 
 @dataclass(kw_only=True)
 class ExternalConfig:
@@ -31,6 +34,17 @@ def peer_schema(choice: str) -> type:
     """PeerConfig for one file of conf/optim/peer, named after its choice: peer/hf_adafactor."""
     title = choice.replace("/", "_")
     return make_dataclass(title, [("name", str, choice)], bases=(PeerConfig,), kw_only=True)
+
+
+def large_model_lr(name: str, default: float, method: str) -> float:
+    """The learning rate to try first with a large model: a share of an optimizer's default, which
+    was found with a small one, or all of it if the optimizer finds its own rate."""
+    return default * (1.0 if finds_rate(name) else _SHARE_OF_RATE[method])
+
+
+def finds_rate(name: str) -> bool:
+    """Whether it is one of the family that estimates its own learning rate, as Prodigy does."""
+    return name in optim.FAMILY and "d" in optim.FAMILY[name].shared
 
 
 def optimizer_schema(name: str) -> type:

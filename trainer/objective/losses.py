@@ -95,13 +95,17 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
     return (1 - config.delta) * (root / (root + 1)).square() + config.delta
 
 
-def is_bounded_by_evaluation(config: Config) -> bool:
-    """Whether the expected loss of a training step is at most what `evaluate` measures for the same
-    model: no factor is above 1, and timesteps are distributed as in evaluation."""
+def is_bounded_by_evaluation(config: Config, largest_weight: float) -> bool:
+    """Whether the expected loss of a training step is at most about what `evaluate` measures for
+    the same model: no factor is above 1, and timesteps are distributed as in evaluation.  (Offset
+    noise, which `evaluate` has none of, may double it.)
+
+    largest_weight: of the trained samples.
+    """
     noise_config = config.noise
     return (
         config.loss.weighting != "debiased"
-        and all(source.weight <= 1 for source in config.data.sources)
+        and largest_weight <= 1
         and (noise_config.timesteps, noise_config.timestep_low) == ("uniform", 0)
         and noise_config.timestep_high is None
     )

@@ -13,7 +13,7 @@ from trainer.config import Config
 from trainer.drawing import prompts, sampling
 from trainer.models import execution
 from trainer.models.model import Model
-from trainer.objective import encoding, noise
+from trainer.objective import encoding, losses, noise
 from trainer.phases.intervals import Intervals
 from trainer.phases.state import State
 from trainer.reporting.clock import Clock, OptimizerClock
@@ -87,6 +87,9 @@ def assemble(
         ema=_average(config, model, resumed),
         peaks=peaks,
         planned_bytes=planned,
+        is_comparable=losses.is_bounded_by_evaluation(
+            config, max(sample.loss_weight for sample in dataset.samples)
+        ),
         stop=stop,
     )
 

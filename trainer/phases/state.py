@@ -1,6 +1,5 @@
 """A run between two steps: everything that a step reads or changes."""
 
-import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from diffusers import DDPMScheduler
 from trainer.config import Config
 from trainer.drawing import sampling
 from trainer.models.model import Model
-from trainer.objective import encoding, losses
+from trainer.objective import encoding
 from trainer.phases.intervals import Intervals
 from trainer.reporting.clock import Clock, OptimizerClock
 from trainer.reporting.watch import Watch
@@ -21,8 +20,6 @@ from trainer.storage import checkpoint
 from trainer.system import memory
 from trainer.training.ema import Ema
 from trainer.training.guard import Guard
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -51,6 +48,7 @@ class State:
     ema: Ema | None
     peaks: memory.Peaks
     planned_bytes: int | None  # the planned peak of a step; None for a small model
+    is_comparable: bool  # whether training losses can be compared with evaluation's
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
     owes_checkpoint: bool = False  # whether one was due after a step that was skipped
     is_proven: bool = True  # whether a whole step has followed the newest checkpoint
@@ -79,8 +77,7 @@ class State:
     def loss_before(self) -> float:
         """The loss before the first step, if training losses are comparable with it, otherwise
         NaN."""
-        is_one = losses.is_bounded_by_evaluation(self.config)
-        return self.counters.eval_loss_before if is_one else math.nan
+        return self.counters.eval_loss_before if self.is_comparable else math.nan
 
     @property
     def epochs(self) -> float:
