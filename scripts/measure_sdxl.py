@@ -20,7 +20,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -153,8 +153,8 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
             batches.noised(inputs, noise_schedule, config.noise, config.seed, step * count + place)
             for place in range(count)
         ]
-        losses_of = partial(loss_of, config, unet, noise_schedule, drawn)
-        steps.append(one_step(losses_of, count, optimizer, backward, device))
+        forwards = [partial(loss_of, config, unet, noise_schedule, batch) for batch in drawn]
+        steps.append(one_step(forwards, optimizer, backward, device))
     alive.remove()
     kept = {
         "weights": sum(p.nbytes for p in unet.parameters()),
@@ -206,34 +206,33 @@ def loss_of(
     config: Config,
     unet: UNet2DConditionModel,
     noise_schedule: DDPMScheduler,
-    drawn: list[batches.Batch],
-    place: int,
+    batch: batches.Batch,
 ) -> Tensor:
-    """The loss of a step's micro-batch at `place`."""
-    prediction = batches.predict(unet, drawn[place])
-    return losses.loss(config.loss, noise_schedule, prediction, drawn[place])
+    """The loss of a micro-batch."""
+    prediction = batches.predict(unet, batch)
+    return losses.loss(config.loss, noise_schedule, prediction, batch)
 
 
 def one_step(
-    losses_of: gradients.LossOf,
-    count: int,
+    forwards: Sequence[Callable[[], Tensor]],
     optimizer: torch.optim.Optimizer,
-    backward: Any,
+    backward: gradients.Backward,
     device: torch.device,
 ) -> dict[str, float]:
-    """One optimizer step of `count` micro-batches, as a run makes it: its loss, gradient norm and
+    """One optimizer step of these micro-batches, as a run makes it: its loss, gradient norm and
     seconds."""
     forward = 0.0
 
-    def timed(place: int) -> Tensor:
+    def timed(run: Callable[[], Tensor]) -> Tensor:
         nonlocal forward
         begun = now(device)
-        loss = losses_of(place)
+        loss = run()
         forward += now(device) - begun
         return loss
 
     begun = now(device)
-    outcome = backward.of_step(timed, [1 / count] * count)
+    share = 1 / len(forwards)
+    outcome = backward.run([gradients.Pass(partial(timed, run), share) for run in forwards])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     total = now(device) - begun

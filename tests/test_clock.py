@@ -16,7 +16,6 @@ from trainer.reporting.clock import Clock
 from trainer.reporting.report import closing_lines
 from trainer.run import run
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import Counters
 from trainer.storage.resuming import drop_other_measure
 from trainer.system import console
 from trainer.system.memory import Peaks
@@ -32,8 +31,10 @@ def summary_of(folder):
 def clock():
     """A clock that has seen these steps, each (seconds, shape), of two pictures."""
 
-    def make(*steps, counters=None):
-        made = Clock(counters or Counters())
+    def make(*steps, after=None):
+        made = Clock()
+        if after:
+            made.load_state_dict(json.loads(json.dumps(after.state_dict())))
         for seconds, shape in steps:
             made.step(seconds, [shape], 2)
         return made
@@ -49,17 +50,15 @@ def test_steps_that_meet_a_shape_for_the_first_time_are_no_measure_of_speed(cloc
 
 
 def test_every_session_warms_up_and_the_speed_is_that_of_all(clock):
-    counters = Counters()
-    clock((30.0, "a"), (1.0, "a"), counters=counters)
-    both = clock((40.0, "a"), (3.0, "a"), counters=counters)
+    one = clock((30.0, "a"), (1.0, "a"))
+    both = clock((40.0, "a"), (3.0, "a"), after=one)
     assert both.pace(4).seconds_per_step == 2.0
-    assert (counters.seconds, counters.pictures) == (74.0, 8)
+    assert (both.seconds, both.pictures) == (74.0, 8)
 
 
 def test_one_slow_step_does_not_change_how_fast_a_run_is_told_to_be(clock):
-    counters = Counters()
-    clock((30.0, "a"), *[(1.0, "a")] * 5, (500.0, "a"), counters=counters)
-    resumed = clock((40.0, "a"), *[(1.0, "a")] * 3, counters=counters)
+    one = clock((30.0, "a"), *[(1.0, "a")] * 5, (500.0, "a"))
+    resumed = clock((40.0, "a"), *[(1.0, "a")] * 3, after=one)
     pace = resumed.usual_pace(11)
     assert (pace.seconds_per_step, pace.images_per_second) == (1.0, 2.0)
     assert resumed.pace(11).seconds_per_step > 50  # the basis for estimating the time left
@@ -67,9 +66,8 @@ def test_one_slow_step_does_not_change_how_fast_a_run_is_told_to_be(clock):
 
 
 def test_the_speed_is_that_of_the_last_steps_and_its_state_stays_small(clock):
-    counters = Counters()
-    one = clock(*[(9.0, "a")] * 600, *[(1.0, "a"), (3.0, "a")] * 250, counters=counters)
-    assert len(counters.steady_times) == 500
+    one = clock(*[(9.0, "a")] * 600, *[(1.0, "a"), (3.0, "a")] * 250)
+    assert len(one.state_dict()["times"]) == 500
     assert one.usual_pace(1100).seconds_per_step == 2.0
     assert one.quartiles() == [1.0, 3.0]
     assert clock((9.0, "a"), (1.0, "a")).quartiles() is None
@@ -121,14 +119,14 @@ def test_a_finished_run_that_is_resumed_has_every_row_once(quick, finished):
 def test_what_a_run_has_counted_goes_on_when_it_is_resumed(finished, composed, monkeypatch):
     folder = finished("run", "schedule=constant")
     saved = checkpoint.load(folder / "checkpoints/step-000004").counters
-    assert saved.peak_training_bytes == summary_of(folder)["peak_training_bytes"]
+    assert saved["peaks"]["training"] == summary_of(folder)["peak_training_bytes"]
     peak = 1 << 50
     load = checkpoint.load
 
     def with_peak(path):
         found = load(path)
-        found.counters.peak_training_bytes = peak
-        found.counters.wall_seconds = 1e6
+        found.counters["peaks"]["training"] = peak
+        found.counters["clock"]["wall_seconds"] = 1e6
         return found
 
     monkeypatch.setattr(checkpoint, "load", with_peak)
@@ -140,7 +138,8 @@ def test_what_a_run_has_counted_goes_on_when_it_is_resumed(finished, composed, m
 
 
 def test_peaks_of_earlier_sessions_count():
-    peaks = Peaks(torch.device("cpu"), 1 << 50, 1 << 51)
+    peaks = Peaks(torch.device("cpu"))
+    peaks.load_state_dict({"training": 1 << 50, "rest": 1 << 51})
     peaks.end("training")
     peaks.end("rest")
     assert (peaks.training, peaks.run) == (1 << 50, 1 << 51)
@@ -222,12 +221,12 @@ def test_what_changes_the_measure_of_a_loss_drops_that_of_before(composed, caplo
     (there[group[0]] if group else there)[key] = before
     resumed = SimpleNamespace(
         config=there,
-        counters=Counters(eval_loss_before=2.0),
+        losses_before={"loss": 2.0},
         data=there["the data"],
         model=there["the model"],
     )
     drop_other_measure(config, "data", "model", resumed)
-    assert math.isnan(resumed.counters.eval_loss_before) == (option is not None)
+    assert (not resumed.losses_before) == (option is not None)
     assert (f"{option} changed" in caplog.text) == (option is not None)
 
 

@@ -22,7 +22,7 @@ from trainer.run import finish, run, train
 from trainer.storage import result
 from trainer.system import memory, signals
 from trainer.system.memory import Peaks
-from trainer.training import gradients, method
+from trainer.training.gradients import Pass
 
 CPU = torch.device("cpu")
 
@@ -130,9 +130,7 @@ def test_what_is_looked_at_leaves_the_compilers_graphs_to_training(begun, monkey
     evaluation.evaluate(state, writer)
     evaluation.sample(state, writer)
     assert made == []
-    parameters = list(method.trained_parameters(state.model).values())
-    backward = gradients.make(state.config, parameters, state.optimizer)
-    backward.of_step(lambda place: loss_of(state, 0, place))
+    state.backward.run([Pass(lambda: loss_of(state, 0))])
     assert made
     assert all(made)
 

@@ -49,8 +49,8 @@ def small(composed, *options, look=lambda unet: None):
     seen = []
     for step in range(2):
         batch = noised(inputs, noise_schedule, config.noise, config.seed, step)
-        losses_of = partial(measure_sdxl.loss_of, config, unet, noise_schedule, [batch])
-        seen.append(backward.of_step(losses_of).loss)
+        forward = partial(measure_sdxl.loss_of, config, unet, noise_schedule, batch)
+        seen.append(backward.run([gradients.Pass(forward)]).loss)
         optimizer.step()
         optimizer.zero_grad()
     assert list(unet.state_dict()) == names
@@ -197,7 +197,7 @@ def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
     with pytest.raises(UserError) as raised, memory.explained(config, "in step 3"):
         raise ERRORS[kind]
     text = str(raised.value)
-    assert text.startswith("out of memory in step 3; nothing of it was saved. Try ")
+    assert text.startswith("out of memory in step 3, which was not saved. Try ")
     for remedy in (
         *("runtime.fused_backward=true", "model.dtype=bfloat16", "gradient_checkpointing=true"),
         *(
@@ -215,7 +215,7 @@ def test_where_no_option_saves_memory_the_line_says_so(composed):
     options = ("optim=lomo", "method=lora", "method.clip=none", "model.dtype=bfloat16")
     more = ("runtime.gradient_checkpointing=true", "data.batch_size=1")
     config = composed(*options, *more)
-    says = r"was saved\. No option saves more; it takes a device with more memory \(CUDA"
+    says = r"was not saved\. No option saves more; it takes a device with more memory \(CUDA"
     with pytest.raises(UserError, match=says), memory.explained(config, "in step 3"):
         raise ERRORS["cuda"]
 

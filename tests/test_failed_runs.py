@@ -1,6 +1,7 @@
 """What a failed run leaves: its summary, its row, the reason."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import QUICK, poisoned_from
 
 from trainer.errors import UserError
 from trainer.objective import losses
+from trainer.phases import evaluation
 from trainer.reporting import report
 from trainer.run import run
 
@@ -22,6 +24,24 @@ def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["steps"], summary["error"]) == (4, "could not save: no space")
     assert summary["eval_loss_after"] > 0
+
+
+def test_a_run_stopped_after_its_last_checkpoint_failed_is_not_told_to_be_resumable(
+    composed, monkeypatch, tmp_path
+):
+    def full(*_):
+        raise UserError("could not save: no space")
+
+    def interrupted(state, writer, evaluate=evaluation.evaluate):
+        state.stop = [signal.SIGINT] if state.step == 4 else []
+        return {} if state.stop else evaluate(state, writer)
+
+    monkeypatch.setattr("trainer.storage.checkpoint.save", full)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    with pytest.raises(UserError, match="no space"):
+        run(composed(*QUICK), tmp_path / "run")
+    assert "resume with" not in (tmp_path / "run/train.log").read_text()
+    assert report.read_summary(tmp_path / "run")["error"] == "could not save: no space"
 
 
 def test_an_export_that_runs_out_of_memory_ends_with_a_line_and_a_picture(

@@ -84,7 +84,9 @@ def save(tmp_path):
             overrides=[],
             model="",
             data="",
-            counters=checkpoint.Counters(),
+            epochs=0.0,
+            losses_before={},
+            counters={},
         )
         checkpoint.save(tmp_path, made)
         checkpoint.rotate(tmp_path, keep=2, last_whole=step)
@@ -427,3 +429,16 @@ def test_a_cache_that_is_only_read_is_read(tmp_path):
     (tmp_path / "cache").write_text("as if it could not be written")
     for value in ("one", "two"):
         assert fingerprints.remembered({}, [], tmp_path / "cache", lambda v=value: v) == value
+
+
+def test_a_checkpoint_of_another_version_is_neither_damaged_nor_passed_over(save, tmp_path, caplog):
+    for step in (1, 2):
+        save(step)
+    path = tmp_path / "step-000002/checkpoint.json"
+    record = json.loads(path.read_text())
+    del record["version"], record["sha256"]["checkpoint.json"]
+    record["sha256"]["checkpoint.json"] = checkpoint._sha256(checkpoint._canonical(record))
+    path.write_text(json.dumps(record))
+    with pytest.raises(checkpoint.OtherVersionError, match="another version of the trainer"):
+        resuming.load_newest(checkpoint.completed(tmp_path))
+    assert "damaged" not in caplog.text

@@ -11,7 +11,8 @@ from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from trainer.objective import losses
 from trainer.phases.assembly import assemble
 from trainer.run import run
-from trainer.training import gradients, optimizers
+from trainer.training import optimizers
+from trainer.training.gradients import Pass
 
 UNCLIPPED = "method.clip=none"
 FUSED = "runtime.fused_backward=true"
@@ -68,8 +69,7 @@ def peak_gradient_bytes(config, folder):
         parameter.register_post_accumulate_grad_hook(
             lambda _: seen.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
         )
-    backward = gradients.make(config, parameters, state.optimizer)
-    backward.of_step(lambda _: sum(p.square().sum() for p in parameters))
+    state.backward.run([Pass(lambda: sum(p.square().sum() for p in parameters))])
     return max(seen), sum(p.nbytes for p in parameters)
 
 
@@ -126,10 +126,8 @@ def test_a_gradient_that_is_not_finite_leaves_its_elements_alone_and_is_counted(
 def test_the_hooks_do_not_keep_a_finished_runs_model_alive(composed, tmp_path):
     config = composed(*QUICK, UNCLIPPED, FUSED)
     state = assemble(config, tmp_path, None)
-    unet = state.model.unet
-    backward = gradients.make(config, list(unet.parameters()), state.optimizer)
-    gone = weakref.ref(unet)
-    del state, unet, backward
+    gone = weakref.ref(state.model.unet)
+    del state
     gc.collect()
     assert gone() is None
 

@@ -1,6 +1,7 @@
 """Clipping and accumulation: all modes, bitwise equal with and without the fused backward."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,16 @@ def way(model, optimizer, clip, limit, fused, count=1, last_norm=math.nan):
         method=SimpleNamespace(clip=clip, max_grad_norm=limit),
         runtime=SimpleNamespace(fused_backward=fused, accumulation=count),
     )
-    return gradients.make(config, list(model.parameters()), optimizer, last_norm)
+    backward = gradients.make(config, list(model.parameters()), optimizer)
+    backward.clip.last_norm = last_norm
+    return backward
+
+
+def step_of(backward, loss_of, shares=(1.0,)):
+    """The step of these micro-batches; loss_of: by their place in the step."""
+    return backward.run(
+        [gradients.Pass(partial(loss_of, n), share) for n, share in enumerate(shares)]
+    )
 
 
 def trained(clip, limit, fused, *, dtype=torch.float32, name="adamw", count=1, spike=None):
@@ -47,8 +57,8 @@ def trained(clip, limit, fused, *, dtype=torch.float32, name="adamw", count=1, s
             loss = model(pictures(step * count + place).to(dtype)).square().mean()
             return loss * (1000 if step == spike else 1)
 
-        outcome = backward.of_step(loss_of, [1 / count] * count)
-        if guard.accepts(step, outcome.loss, outcome.grad_norm, outcome.begun):
+        outcome = step_of(backward, loss_of, [1 / count] * count)
+        if guard.accepts(step, outcome):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         outcomes.append(outcome)
@@ -88,7 +98,9 @@ def test_the_global_clip_of_fp32_gradients_is_torchs():
     for x in (model, reference):
         loss = x(pictures(0)).square().mean()
         found = (
-            backward.of_step(lambda _, loss=loss: loss).grad_norm if x is model else loss.backward()
+            step_of(backward, lambda _, loss=loss: loss).grad_norm
+            if x is model
+            else loss.backward()
         )
         if x is model:
             whole = found
@@ -102,7 +114,7 @@ def gradients_of(clip, limit, factor=1.0, last_norm=math.nan):
     for mode in ("none", clip):
         model = network()
         backward = way(model, None, mode, limit, fused=False, last_norm=last_norm)
-        backward.of_step(lambda _, model=model: model(pictures(0)).square().mean() * factor)
+        step_of(backward, lambda _, model=model: model(pictures(0)).square().mean() * factor)
         results.append([p.grad for p in model.parameters()])
     return results
 
@@ -154,8 +166,10 @@ def test_micro_batches_make_the_gradient_of_the_mean_over_all_samples(fused):
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: kept.append((p, p.grad.clone())))
     backward = way(model, optimizer, "none", None, fused, count=3)
-    outcome = backward.of_step(
-        lambda place: model(pictures(place, sizes[place])).square().mean(), [s / 12 for s in sizes]
+    outcome = step_of(
+        backward,
+        lambda place: model(pictures(place, sizes[place])).square().mean(),
+        [s / 12 for s in sizes],
     )
     loss = reference(torch.cat([pictures(i, s) for i, s in enumerate(sizes)])).square().mean()
     loss.backward()
@@ -176,7 +190,7 @@ def test_the_fused_backward_keeps_gradients_until_the_last_micro_batch_and_then_
         return model(pictures(place)).square().mean()
 
     before = [p.detach().clone() for p in model.parameters()]
-    backward.of_step(loss_of, [0.5, 0.5])
+    step_of(backward, loss_of, [0.5, 0.5])
     assert alive == [0, 6]
     assert sum(p.grad is not None for p in model.parameters()) < 6
     assert not same(before, [p.detach() for p in model.parameters()])
@@ -200,7 +214,7 @@ def test_what_only_an_earlier_micro_batch_reached_is_measured_clipped_and_steppe
         model = Halves()
         optimizer = build("sgd", model.parameters())
         backward = way(model, optimizer, "lagged", 0.05, fused, count=2, last_norm=1.0)
-        outcome = backward.of_step(model.loss, [0.5, 0.5])
+        outcome = step_of(backward, model.loss, [0.5, 0.5])
         optimizer.step()
         results.append(([p.detach() for p in model.parameters()], outcome.grad_norm))
     assert same(results[0][0], results[1][0])
@@ -219,11 +233,11 @@ def test_a_gradient_that_is_not_finite_is_found_before_anything_is_stepped_by_a_
         """Finite, but the derivative of the root is not."""
         return model(pictures(0)).square().mean() + (first - first.detach()).sqrt()
 
-    outcome = backward.of_step(loss_of)
+    outcome = step_of(backward, loss_of)
     assert math.isfinite(outcome.loss)
     assert not math.isfinite(outcome.grad_norm)
-    assert not outcome.begun
-    assert not Guard(9).accepts(0, outcome.loss, outcome.grad_norm, outcome.begun)
+    assert not outcome.partially_applied
+    assert not Guard(9).accepts(0, outcome)
     assert same(before, [p.detach() for p in model.parameters()])
     assert all(p.grad is None for p in model.parameters())
     assert math.isnan(backward.clip.last_norm)

@@ -21,8 +21,10 @@ from trainer.planner.__main__ import _completed, _less, _with, main
 from trainer.planner.ledger import Ledger
 from trainer.planner.page import page
 from trainer.planner.rehearsal import rehearse
+from trainer.planner.room import Room
 from trainer.system import memory
-from trainer.training import gradients, method, optimizers
+from trainer.training import optimizers
+from trainer.training.gradients import Pass
 
 CPU = torch.device("cpu")
 FUSED = ("runtime.fused_backward=true", "method.clip=exact")
@@ -92,14 +94,15 @@ def test_a_rehearsal_counts_what_a_step_with_numbers_has(composed, tmp_path, ove
     config = composed(*QUIET, "optim=adamw", *overrides)
     planned = rehearsed(config).training
     state = run.begin(config, tmp_path)
-    trained = list(method.trained_parameters(state.model).values())
-    backward = gradients.make(config, trained, state.optimizer)
-    members = micro_batches.members_of(state, 0)
+    passes = [
+        Pass(partial(micro_batches.loss_of, state, batch.number), batch.share)
+        for batch in micro_batches.of_step(state)
+    ]
     parts = torch.nn.ModuleDict(state.model.trained_parts)
     gc.collect()
     with Ledger("activations") as ledger:
         ledger.enter([*parts.parameters(), *parts.buffers()], "weights")
-        backward.of_step(partial(micro_batches.loss_of, state, 0), micro_batches.shares(members))
+        state.backward.run(passes)
     found = ledger.peak.total()
     assert planned.weights == ledger.peak["weights"]
     assert planned.optimizer_state == optimizers.state_bytes(state.optimizer)
@@ -389,3 +392,11 @@ def test_a_part_that_there_is_not_is_refused_while_planning(composed):
 def test_a_sweep_that_only_a_sweeper_can_list_is_one_line(swept):
     with pytest.raises(UserError, match=r"the planner supports lists, choice\(\) and range\(\)"):
         compose.runs_of([swept])
+
+
+def test_pictures_are_promised_only_if_they_fit_with_what_the_allocator_cannot_use():
+    config = sdxl("experiment=sdxl")
+    plan = planner.plan.make(config, Model(config.model, CPU, with_weights=False), "cuda")
+    least = plan.least_drawing_bytes
+    assert "will not be drawn" in page(plan, Room(free_bytes=round(1.04 * least), where="a card"))
+    assert "moved to host memory" in page(plan, Room(free_bytes=round(1.06 * least), where=""))

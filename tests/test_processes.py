@@ -21,7 +21,7 @@ from trainer.run import run
 from trainer.storage import resuming
 from trainer.system import processes
 from trainer.training.clipping import Clip
-from trainer.training.gradients import GatheredBackward
+from trainer.training.gradients import GatheredBackward, Pass
 
 TORCHRUN = (
     *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -219,7 +219,7 @@ def test_no_gradients_are_summed_unless_all_processes_have_them(monkeypatch):
 
     monkeypatch.setattr(processes, "total", lost)
     with pytest.raises(ConnectionError):
-        backward.of_step(lambda place: weight.sum())
+        backward.run([Pass(weight.sum)])
     assert not summed
 
 

@@ -208,7 +208,7 @@ def test_a_run_that_ends_far_above_its_beginning_has_diverged(after, found, dive
         model=SimpleNamespace(predictions=("epsilon", "epsilon")),
         starts_from_adapter=False,
         watch=SimpleNamespace(diverged=found),
-        counters=SimpleNamespace(eval_loss_before=1.0),
+        eval_loss_before=1.0,
     )
     assert summary._has_diverged(state, after) == diverged
 

@@ -14,6 +14,7 @@ from trainer.objective import losses
 from trainer.run import run
 from trainer.storage import checkpoint
 from trainer.training import guard, method
+from trainer.training.gradients import Outcome
 
 
 def steps_saved(folder):
@@ -134,10 +135,11 @@ def test_a_run_whose_weights_are_not_finite_saves_none_and_ends_at_the_next_step
 
 def test_a_step_that_was_made_in_part_is_the_last_update_and_not_the_last_whole_step():
     judge = guard.Guard(max_in_a_row=9)
-    assert judge.accepts(1, 0.5, 2.0)
-    assert judge.accepts(2, 0.5, math.nan, begun=True)
+    assert judge.accepts(1, Outcome(loss=0.5, grad_norm=2.0, partially_applied=False))
+    assert judge.accepts(2, Outcome(loss=0.5, grad_norm=math.nan, partially_applied=True))
     assert (judge.last_whole, judge.last_update) == (1, 2)
-    assert not judge.accepts(3, math.nan, math.nan)
+    bad = Outcome(loss=math.nan, grad_norm=math.nan, partially_applied=False)
+    assert not judge.accepts(3, bad)
     assert (judge.last_whole, judge.last_update) == (1, 2)
 
 

@@ -115,7 +115,7 @@ def test_the_weights_of_pictures_decide_whether_losses_are_compared(
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     (run_folder := tmp_path / "run").mkdir()
     state = begin(composed(*QUICK, "data=folder", f"data.path={tmp_path}"), run_folder)
-    state.counters.eval_loss_before = 1.0
+    state.losses_before = {"loss": 1.0}
     assert (state.loss_before == 1.0) is is_compared
 
 

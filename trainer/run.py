@@ -16,10 +16,9 @@ import torch
 from trainer.checks import remarks
 from trainer.config import Config, keys_of
 from trainer.errors import UserError
-from trainer.phases import endings, evaluation, intervals, saving
+from trainer.phases import endings, evaluation, intervals, saving, stepping
 from trainer.phases.assembly import assemble
 from trainer.phases.state import State
-from trainer.phases.stepping import Stepper
 from trainer.phases.summary import of_failed, summary_of
 from trainer.reporting import measure, metrics, report
 from trainer.storage import checkpoint, record, resuming, run_folder
@@ -55,13 +54,12 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
 
 
 def follow(config: Config, folder: Path, overrides: Sequence[str] = ()) -> None:
-    """Make the steps of the main process's run together with it.  Writes nothing to `folder`."""
+    """Make the steps of a run as a process other than its main one.  Writes nothing to `folder`."""
     with signals.stop_signals() as stop:
         state = begin(config, folder, stop, overrides)
-        stepper = Stepper(state)
         while state.step < state.config.schedule.steps and not _is_to_stop(state):
-            stepper.take(state.step, measures=False)
-            if endings.is_hopeless(state):  # then the main process gives up as well
+            stepping.take(state)
+            if endings.is_hopeless(state):  # which ends the main process as well
                 return
 
 
@@ -92,12 +90,11 @@ def begin(
 
 def train(state: State, writer: metrics.Metrics) -> None:
     """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
-    config, stepper = state.config, Stepper(state)
+    config = state.config
     if state.step == 0:
         found = evaluation.evaluate(state, writer)
         endings.refuse_ruined(state, found.get("loss", 0.0))
-        state.counters.eval_loss_before = found.get("loss", math.nan)
-        state.counters.holdout_loss_before = found.get("holdout_loss", math.nan)
+        state.losses_before = found
         evaluation.sample(state, writer)
     if state.step == config.schedule.steps:
         endings.nothing_to_train(state)
@@ -112,15 +109,13 @@ def train(state: State, writer: metrics.Metrics) -> None:
 
         # Batch, gradients, judgement, update.
         reports = (step + 1) % config.log.every == 0 or step + 1 == config.schedule.steps
-        values = stepper.take(step, measures=reports)
+        values = stepping.take(state, measures=reports)
         progress.advance()
 
         # A run that only skips steps ends; a step that counts proves the checkpoint before it.
-        if state.guard.in_a_row:
-            endings.refuse_broken(state)
-            if wrong := state.guard.complaint():
-                endings.give_up(state, wrong)
-        elif not state.is_proven:
+        if endings.is_hopeless(state):
+            endings.give_up(state)
+        if not (state.guard.in_a_row or state.is_proven):
             state.is_proven = True
             saving.rotate(state)
 
@@ -172,6 +167,8 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         log.error("%s", error)
     after = evaluation.evaluate(state, writer)
     saving.rotate(state, is_good=math.isfinite(after.get("loss", math.nan)))
+    if state.stop and failure:
+        raise failure
     if state.stop:
         endings.stopped(state)
     if not math.isfinite(after.get("loss", 0.0)):

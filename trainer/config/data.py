@@ -89,7 +89,7 @@ class DataConfig:
 
     # Batches.  A bucket's last pictures of an epoch that do not fill a batch: train a smaller one,
     # or fill it by repeating others.  (With a single bucket a batch continues into the next epoch.)
-    batch_size: int = within(1)
+    batch_size: int = within(1, 65536)
     short_batches: str = one_of("train", "repeat")
     # Pictures that are never trained on; eval/holdout_loss is their loss.
     holdout: int = within(0)

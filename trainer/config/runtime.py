@@ -22,7 +22,7 @@ class RuntimeConfig:
     # Micro-batches of data.batch_size samples per optimizer step, which uses the mean over all
     # their samples.  Schedules count optimizer steps.  Gradients accumulate in the weights' dtype;
     # with the fused backward they are all kept until the last micro-batch.
-    accumulation: int = within(1)
+    accumulation: int = within(1, 65536)
     # Processes that train together, each with its own micro-batches: a step has accumulation x
     # processes of them.  Set by torchrun, which starts them.
     processes: int = within(1)

@@ -20,7 +20,7 @@ from trainer.reporting.clock import Clock, OptimizerClock
 from trainer.reporting.watch import Watch
 from trainer.storage import checkpoint, result, resuming
 from trainer.system import memory, processes
-from trainer.training import method, optimizers, schedule
+from trainer.training import gradients, method, optimizers, schedule
 from trainer.training.ema import Ema
 from trainer.training.guard import Guard
 
@@ -37,11 +37,10 @@ def assemble(
     """Load the model and the data, encode the data, build the optimizer, and restore `resumed`.
     Ends the process once `stop` holds a signal."""
     device = execution.device_of(config.runtime.device)
-    counters = resumed.counters if resumed else checkpoint.Counters()
-    clock = Clock(counters)
-    peaks = memory.Peaks(device, counters.peak_training_bytes, counters.peak_bytes)
+    clock, peaks = Clock(), memory.Peaks(device)
     dataset = data.load(config.data, stop)
-    config = _settled(config, dataset, (resumed.step, counters.epochs) if resumed else (0, 0.0))
+    step, epochs = (resumed.step, resumed.epochs) if resumed else (0, 0.0)
+    config = _settled(config, dataset, (step, epochs))
     model, fingerprint = Model(config.model, device), dataset.fingerprint
     base = model.sketch()
     if resumed:
@@ -55,7 +54,8 @@ def assemble(
     optimizer = _trainable(config, model, device, start_from)
     if resumed:
         _put_back(model, optimizer, resumed)
-    return State(
+    trained = [*method.trained_parameters(model).values()]
+    state = State(
         config=config,
         folder=folder,
         model=model,
@@ -71,18 +71,17 @@ def assemble(
             stop=stop,
         ),
         optimizer=optimizer,
-        guard=Guard(
-            config.runtime.max_skipped_steps, counters.skipped_steps, counters.last_whole_step
-        ),
+        guard=Guard(config.runtime.max_skipped_steps),
         device=device,
-        step=resumed.step if resumed else 0,
+        step=step,
         # With a changed batch size or number of pictures: the number at the same point of an epoch.
-        micro_batches=round(counters.epochs * float(dataset.plan.batches_per_epoch)),
-        counters=counters,
+        micro_batches=round(epochs * float(dataset.plan.batches_per_epoch)),
+        backward=gradients.make(config, trained, optimizer),
+        losses_before=resumed.losses_before if resumed else {},
         intervals=Intervals(config, dataset.plan.batches_per_epoch),
         clock=clock,
         optimizer_clock=OptimizerClock(device, config.runtime.fused_backward),
-        watch=Watch(**counters.watch),
+        watch=Watch(),
         overrides=overrides,
         ema=_average(config, model, resumed),
         peaks=peaks,
@@ -92,6 +91,10 @@ def assemble(
         ),
         stop=stop,
     )
+    if resumed:
+        for name, counter in state.counters.items():
+            counter.load_state_dict(resumed.counters[name])
+    return state
 
 
 def _check_resumed(

@@ -65,40 +65,38 @@ def unusable(state: State, loss: float) -> UserError:
 
 
 def is_hopeless(state: State) -> bool:
-    """Whether the run ends now by `refuse_broken` or `give_up`."""
+    """Whether too many steps in a row were skipped, or trained weights are not finite, since then
+    every later step is skipped too."""
     if not state.guard.in_a_row:
         return False
-    is_broken = bool(broken(method.trained_parameters(state.model)))
-    return is_broken or state.guard.complaint() is not None
+    return bool(broken(method.trained_parameters(state.model))) or state.guard.is_at_its_end
 
 
-def refuse_broken(state: State) -> None:
-    """Raise UserError if trained weights are not finite, since then every later step is skipped
-    too."""
-    names = broken(method.trained_parameters(state.model))
-    if not names:
-        return
-    others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
-    since = f" since step {state.guard.last_update}" if state.guard.last_update else ""
-    raise UserError(
-        f"{names[0]}{others} not finite{since}, so no later step can succeed; lower optim.lr. "
-        f"{way_back(state)}"
-    )
-
-
-def give_up(state: State, wrong: UserError) -> NoReturn:
-    """Raise the error of a run that keeps skipping steps, and say what to resume from.  The weights
-    are saved first, unless they already are or no step succeeded; older checkpoints, which may be
-    better, are kept."""
+def give_up(state: State) -> NoReturn:
+    """Raise the error of a hopeless run, and say what to resume from.  Finite weights are saved
+    first, unless they already are or no step succeeded; older checkpoints, which may be better, are
+    kept."""
+    guard = state.guard
+    if names := broken(method.trained_parameters(state.model)):
+        others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
+        since = f" since step {guard.last_update}" if guard.last_update else ""
+        raise UserError(
+            f"{names[0]}{others} not finite{since}, so no later step can succeed; lower optim.lr. "
+            f"{way_back(state)}"
+        )
     newest = checkpoint.completed(state.folder / "checkpoints")[-1:]
     saved = newest[0] if newest else None
-    is_saved = saved is not None and checkpoint.step_of(saved) >= state.guard.last_update
-    if state.guard.skipped < state.step and not is_saved:
+    is_saved = saved is not None and checkpoint.step_of(saved) >= guard.last_update
+    if guard.skipped < state.step and not is_saved:
         try:
             saved = save(state)
         except UserError as error:
             log.error("%s", error)
-    raise UserError(f"{wrong}. {way_back(state, saved)}")
+    raise UserError(
+        f"{guard.in_a_row} step{'s in a row' if guard.in_a_row > 1 else ''} without a finite loss "
+        "and gradient; lower optim.lr, or check the model's VAE and the data "
+        f"(runtime.max_skipped_steps allows more). {way_back(state, saved)}"
+    )
 
 
 def way_back(state: State, saved: Path | None = None) -> str:

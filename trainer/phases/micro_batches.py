@@ -1,6 +1,8 @@
 """The micro-batches of a step and their losses: functions of the configuration and the number of
 the micro-batch, counted over the whole run."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,22 @@ from trainer.phases.state import State
 from trainer.streams import Stream
 
 
+@dataclass(kw_only=True)
+class MicroBatch:
+    number: int
+    rows: list[int]  # of the dataset
+    share: float  # of the step's samples: those of a short batch count as much as others
+
+
+def of_step(state: State) -> list[MicroBatch]:
+    """Those of the next step, of all processes."""
+    first, count = state.micro_batches, state.config.runtime.micro_batches
+    plan, seed = state.data.dataset.plan, state.config.seed
+    rows = {number: plan.batch(seed, number) for number in range(first, first + count)}
+    total = sum(map(len, rows.values()))
+    return [MicroBatch(number=n, rows=own, share=len(own) / total) for n, own in rows.items()]
+
+
 def draw(state: State, number: int) -> batches.Batch:
     """Training micro-batch `number` with its noise and timesteps."""
     config = state.config
@@ -17,23 +35,9 @@ def draw(state: State, number: int) -> batches.Batch:
     return batches.noised(inputs, state.noise_schedule, config.noise, config.seed, number)
 
 
-def members_of(state: State, first: int) -> list[list[int]]:
-    """The rows of the dataset in each micro-batch of the step that begins with number `first`, of
-    all processes."""
-    numbers = range(first, first + state.config.runtime.micro_batches)
-    return [state.data.dataset.plan.batch(state.config.seed, number) for number in numbers]
-
-
-def shares(members: list[list[int]]) -> list[float]:
-    """Each micro-batch's share of the step's samples, so that samples of a short batch count as
-    much as others."""
-    sizes = list(map(len, members))
-    return [size / sum(sizes) for size in sizes]
-
-
-def loss_of(state: State, first: int, place: int) -> Tensor:
-    """The loss of micro-batch number `first + place`; `place` counts within the step."""
-    batch, prediction = _predicted(state, first + place)
+def loss_of(state: State, number: int) -> Tensor:
+    """The loss of micro-batch `number`."""
+    batch, prediction = _predicted(state, number)
     return losses.loss(state.config.loss, state.noise_schedule, prediction, batch)
 
 

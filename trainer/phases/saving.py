@@ -4,7 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from trainer.config import file_name
@@ -26,21 +26,12 @@ def save(state: State) -> Path:
     if names := broken(method.trained_parameters(state.model)):
         raise UserError(f"no checkpoint at step {state.step}: {names[0]} is not finite")
     state.peaks.end("rest")
-    counters = replace(
-        state.counters,
-        skipped_steps=state.guard.skipped,
-        last_whole_step=state.guard.last_whole,
-        epochs=state.epochs,
-        wall_seconds=state.clock.wall_seconds,
-        peak_training_bytes=state.peaks.training,
-        peak_bytes=state.peaks.run,
-        watch=asdict(state.watch),
-    )
     with state.clock.aside("saving"):
         saved = checkpoint.save(
             state.folder / "checkpoints",
             checkpoint.Checkpoint(
                 step=state.step,
+                epochs=state.epochs,
                 weights=method.trained_tensors(state.model),
                 optimizer=state.optimizer.state_dict(),
                 average=state.ema.state() if state.ema else {},
@@ -48,7 +39,8 @@ def save(state: State) -> Path:
                 overrides=list(state.overrides),
                 model=state.base,
                 data=state.fingerprint,
-                counters=counters,
+                losses_before=state.losses_before,
+                counters={name: one.state_dict() for name, one in state.counters.items()},
             ),
         )
     state.is_proven = False

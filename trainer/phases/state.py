@@ -1,10 +1,11 @@
 """A run between two steps: everything that a step reads or changes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from diffusers import DDPMScheduler
@@ -16,10 +17,18 @@ from trainer.objective import encoding
 from trainer.phases.intervals import Intervals
 from trainer.reporting.clock import Clock, OptimizerClock
 from trainer.reporting.watch import Watch
-from trainer.storage import checkpoint
 from trainer.system import memory
 from trainer.training.ema import Ema
+from trainer.training.gradients import Backward
 from trainer.training.guard import Guard
+
+
+class Counter(Protocol):
+    def state_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -39,7 +48,8 @@ class State:
     device: torch.device
     step: int
     micro_batches: int  # the number of the next one
-    counters: checkpoint.Counters
+    backward: Backward
+    losses_before: dict[str, float]  # of the evaluation before the first step
     intervals: Intervals
     clock: Clock
     optimizer_clock: OptimizerClock
@@ -77,7 +87,23 @@ class State:
     def loss_before(self) -> float:
         """The loss before the first step, if training losses are comparable with it, otherwise
         NaN."""
-        return self.counters.eval_loss_before if self.is_comparable else math.nan
+        return self.eval_loss_before if self.is_comparable else math.nan
+
+    @property
+    def eval_loss_before(self) -> float:
+        """NaN if it is unknown, or not comparable any more."""
+        return self.losses_before.get("loss", math.nan)
+
+    @property
+    def counters(self) -> dict[str, Counter]:
+        """What counts over all sessions of the run, by its name in a checkpoint."""
+        return {
+            "guard": self.guard,
+            "clock": self.clock,
+            "watch": self.watch,
+            "peaks": self.peaks,
+            "clip": self.backward.clip,
+        }
 
     @property
     def epochs(self) -> float:

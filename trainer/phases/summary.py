@@ -12,19 +12,19 @@ from trainer.training import optimizers
 
 def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
     """The results of the run; `after` is its last evaluation."""
-    counters, pace = state.counters, state.clock.usual_pace(state.step)
+    pace = state.clock.usual_pace(state.step)
     was, now = state.model.predictions
     return {
         "name": state.config.name,
         "overrides": list(state.overrides),
         "seed": state.config.seed,
         "steps": state.step,
-        "eval_loss_before": counters.eval_loss_before,
+        "eval_loss_before": state.eval_loss_before,
         "eval_loss_after": after.get("loss", math.nan),
         "eval_loss_result": after.get("ema_loss" if state.exports_average else "loss", math.nan),
-        "pictures": counters.pictures,
+        "pictures": state.clock.pictures,
         "wall_seconds": state.clock.wall_seconds,
-        "seconds": counters.seconds,
+        "seconds": state.clock.seconds,
         "seconds_per_step": pace.seconds_per_step,
         "seconds_per_step_quartiles": state.clock.quartiles(),
         "images_per_second": pace.images_per_second,
@@ -55,27 +55,27 @@ def _of_some(state: State, after: Mapping[str, float]) -> dict[str, float]:
         "ema_loss_after": "ema_loss",
     }
     found = {name: after[key] for name, key in names.items() if key in after}
-    before = state.counters.holdout_loss_before
-    return found if math.isnan(before) else {"holdout_loss_before": before} | found
+    before = state.losses_before.get("holdout_loss")
+    return found if before is None else {"holdout_loss_before": before} | found
 
 
 def _has_diverged(state: State, after: float) -> bool:
     """Whether the loss was far above the one before the first step, in training or in the end."""
     was, now = state.model.predictions
     is_same = was == now or state.starts_from_adapter
-    return state.watch.diverged or (is_same and is_far(after, state.counters.eval_loss_before))
+    return state.watch.diverged or (is_same and is_far(after, state.eval_loss_before))
 
 
 def of_failed(state: State) -> dict[str, Any]:
     """The summary of a failed run; if it failed in or before the first step, just what identifies
     it."""
-    if state.counters.pictures:
+    if state.clock.pictures:
         return summary_of(state, {})
     return {
         "name": state.config.name,
         "overrides": list(state.overrides),
         "seed": state.config.seed,
         "steps": state.step,
-        "eval_loss_before": state.counters.eval_loss_before,
+        "eval_loss_before": state.eval_loss_before,
         **record.identity(state.config, state.device),
     }

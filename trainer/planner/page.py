@@ -20,7 +20,7 @@ _KINDS = {  # the parts of a bar, by their letters
 
 def page(plan: Plan, room: Room) -> str:
     """The whole plan."""
-    free, most = room.free_bytes, max(plan.needed_bytes, plan.drawing_bytes)
+    free, most = room.free_bytes, max(plan.needed_bytes, plan.reserved(plan.drawing_bytes))
     scale = max(most, free) if most > free / 3 else most
     phases = {
         "encoding captions": plan.captions_bytes,
@@ -45,8 +45,9 @@ def verdict(plan: Plan, room: Room) -> str:
     """Whether it fits, in a line."""
     fits = "fits" if plan.needed_bytes <= room.free_bytes else "does not fit"
     needed, free = format_bytes(plan.needed_bytes), format_bytes(room.free_bytes)
-    if plan.needed_bytes < plan.drawing_bytes <= room.free_bytes:
-        needed += f" ({format_bytes(plan.drawing_bytes)} while it draws)"
+    drawing = plan.reserved(plan.drawing_bytes)
+    if plan.needed_bytes < drawing <= room.free_bytes:
+        needed += f" ({format_bytes(drawing)} while it draws)"
     return f"{fits}: a run needs {needed}, and {room.where} has {free} free"
 
 
@@ -103,12 +104,12 @@ def _remarks(plan: Plan, room: Room) -> Iterable[str]:
             f"without the state of optim={plan.config.optim.name}, which can only be measured in a "
             "real step"
         )
-    if plan.least_drawing_bytes > room.free_bytes:
+    if plan.reserved(plan.least_drawing_bytes) > room.free_bytes:
         yield (
             "pictures will not be drawn: there is too little memory (log.sample_count=0 turns "
             "drawing off)"
         )
-    elif plan.drawing_bytes > room.free_bytes:
+    elif plan.reserved(plan.drawing_bytes) > room.free_bytes:
         yield "while the VAE decodes drawn pictures, the UNet is moved to host memory"
     if plan.config.runtime.compile != "none":
         yield "compiled blocks (runtime.compile) may need less"

@@ -63,8 +63,11 @@ class Plan:
     def needed_bytes(self) -> int:
         """The free memory that a run needs to finish.  Drawing does not count: a run skips it if
         there is too little."""
-        most = max(self.training_bytes, self.captions_bytes, self.pictures_bytes)
-        return round(most * (1 + self.fragmented))
+        return self.reserved(max(self.training_bytes, self.captions_bytes, self.pictures_bytes))
+
+    def reserved(self, peak: int) -> int:
+        """The free memory for a peak of this many bytes."""
+        return round(peak * (1 + self.fragmented))
 
     def _with_rest(self, tensors: int) -> int:
         return tensors + self.libraries_bytes + self.process_bytes

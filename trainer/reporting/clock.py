@@ -8,12 +8,11 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
+from typing import Any
 
 import torch
-
-from trainer.storage.checkpoint import Counters
 
 _WINDOW = 500  # steps in a median
 _LEAST = 8  # fewest steps for quartiles
@@ -42,18 +41,35 @@ class Pace:
 
 
 class Clock:
-    """Counts time and pictures into a run's counters, across its sessions.
+    """Counts time and pictures over all sessions of a run.
 
     The first step of a session, and each with a batch shape new to it, counts as time but not for
     speed: it compiles, allocates and tries kernels.
     """
 
-    def __init__(self, counters: Counters) -> None:
-        self._counters = counters
-        self._began = time.monotonic() - counters.wall_seconds
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.seconds, self.pictures = 0.0, 0  # in training steps; pictures with repetitions
+        self._steady = Pace()  # of the steps that count for speed
+        self._times: list[float] = []  # seconds of the last of these
         self._seen: set[Hashable] = set()
         self._since = Pace()  # the last `lately`
         self._asides: dict[str, Pace] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "wall_seconds": self.wall_seconds,
+            "seconds": self.seconds,
+            "pictures": self.pictures,
+            "steady": asdict(self._steady),
+            "times": self._times,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Add this session to those of a checkpoint."""
+        self._began -= state["wall_seconds"]
+        self.seconds, self.pictures = state["seconds"], state["pictures"]
+        self._steady, self._times = Pace(**state["steady"]), [*state["times"]]
 
     @property
     def wall_seconds(self) -> float:
@@ -67,15 +83,12 @@ class Clock:
 
     def step(self, seconds: float, batches: Sequence[Hashable], pictures: int) -> None:
         """Count a step; `batches` are the shapes of its batches."""
-        counters = self._counters
-        counters.seconds += seconds
-        counters.pictures += pictures
+        self.seconds += seconds
+        self.pictures += pictures
         self._since.add(seconds, pictures)
         if self._seen.issuperset(batches):
-            counters.steady_steps += 1
-            counters.steady_seconds += seconds
-            counters.steady_pictures += pictures
-            counters.steady_times = [*counters.steady_times, round(seconds, 6)][-_WINDOW:]
+            self._steady.add(seconds, pictures)
+            self._times = [*self._times, round(seconds, 6)][-_WINDOW:]
         self._seen.update(batches)
 
     @contextmanager
@@ -93,19 +106,18 @@ class Clock:
     def pace(self, steps: int) -> Pace:
         """The mean pace of the steps that count for speed, in all sessions; of all `steps` so far
         if there are none."""
-        c = self._counters
-        if not c.steady_steps:
-            return Pace(steps=steps, seconds=c.seconds, pictures=c.pictures)
-        return Pace(steps=c.steady_steps, seconds=c.steady_seconds, pictures=c.steady_pictures)
+        if not self._steady.steps:
+            return Pace(steps=steps, seconds=self.seconds, pictures=self.pictures)
+        return replace(self._steady)
 
     def usual_pace(self, steps: int) -> Pace:
         """The same, with the median of the latest such steps instead of the mean."""
-        pace, times = self.pace(steps), self._counters.steady_times
+        pace, times = self.pace(steps), self._times
         return replace(pace, seconds=median(times) * pace.steps) if times else pace
 
     def quartiles(self) -> list[float] | None:
         """The first and the third quartile of the times in the median; None if they are too few."""
-        times = self._counters.steady_times
+        times = self._times
         if len(times) < _LEAST:
             return None
         first, _, third = quantiles(times, n=4, method="inclusive")

@@ -8,8 +8,10 @@ the same timesteps, so their counts can be compared.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from statistics import mean, median
+from typing import Any
 
 _SPIKE = 3.0  # a loss above this times the median is one
 _WINDOW = 50  # steps in the median
@@ -24,7 +26,7 @@ def is_far(loss: float, before: float) -> bool:
 
 @dataclass(kw_only=True)
 class Watch:
-    """Counts over all sessions of a run, saved with its counters.
+    """Counts over all sessions of a run.
 
     Steps without a finite loss or norm are counted elsewhere (`trainer.training.guard`).
     """
@@ -38,6 +40,13 @@ class Watch:
     steps: int = 0
     loss_sum: float = 0.0
     grad_norm_max: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def step(self, loss: float, grad_norm: float, before: float = math.nan) -> None:
         """Count a step.  before: the loss before the first step; NaN if unknown."""

@@ -12,12 +12,11 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +34,31 @@ log = logging.getLogger(__name__)
 
 _FILES = ("weights.safetensors", "optimizer.pt")  # of every checkpoint
 _AVERAGE = "average.safetensors"
+# The format, which changes with any of these fields, or with what they hold.
+_VERSION = 1
+_RECORDED = (
+    "step",
+    "epochs",
+    "config",
+    "overrides",
+    "model",
+    "data",
+    "losses_before",
+    "counters",
+)
 
 
-@dataclass(kw_only=True)
-class Counters:
-    """What a run has counted so far, in all of its sessions."""
-
-    skipped_steps: int = 0
-    last_whole_step: int = 0  # the last that was not skipped
-    eval_loss_before: float = math.nan  # before the first step; NaN if not comparable any more
-    holdout_loss_before: float = math.nan  # the same for held-out pictures
-    grad_norm: float = math.nan  # of the last step: method.clip=lagged clips the next one by it
-    epochs: float = 0.0  # done; decides which batch is next
-    pictures: int = 0  # trained on, with repetitions
-    seconds: float = 0.0  # spent in training steps
-    # Steps that count for the speed: see `trainer.reporting.clock`.
-    steady_steps: int = 0
-    steady_seconds: float = 0.0
-    steady_pictures: int = 0
-    steady_times: list[float] = field(default_factory=list)  # seconds, of the last
-    wall_seconds: float = 0.0
-    # Peak memory; 0: unknown.
-    peak_training_bytes: int = 0
-    peak_bytes: int = 0
-    watch: dict[str, Any] = field(default_factory=dict)  # of `trainer.reporting.watch`
+class OtherVersionError(UserError):
+    """A checkpoint of another version of the trainer."""
 
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """A run between two steps.  `step` counts the steps done."""
+    """A run between two steps.  `step` counts the steps done, `epochs` the epochs, which decide
+    which batch is next."""
 
     step: int
+    epochs: float
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     average: dict[str, Tensor]  # of the weights; empty without method.ema
@@ -73,7 +66,8 @@ class Checkpoint:
     overrides: list[str]  # of the command line that gave it
     model: str  # a sketch of the one that training began with
     data: str  # fingerprint of the samples
-    counters: Counters
+    losses_before: dict[str, float]  # of the first evaluation; empty if not comparable any more
+    counters: dict[str, dict[str, Any]]  # of what counts over all sessions, by its name
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -88,12 +82,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             stream.write(temporary / _AVERAGE, of_tensors(checkpoint.average), {})
         files = (*_FILES, _AVERAGE) if checkpoint.average else _FILES
         record: dict[str, Any] = {
-            "step": checkpoint.step,
-            "counters": asdict(checkpoint.counters),
-            "config": checkpoint.config,
-            "overrides": checkpoint.overrides,
-            "model": checkpoint.model,
-            "data": checkpoint.data,
+            "version": _VERSION,
+            **{key: getattr(checkpoint, key) for key in _RECORDED},
             "sha256": {name: _sha256_file(temporary / name) for name in files},
         }
         record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
@@ -128,22 +118,18 @@ def proven(folder: Path, last_whole: int) -> Path | None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint into CPU memory.  Raises UserError if it is damaged."""
+    """Read a checkpoint into CPU memory.  Raises UserError if it is damaged, OtherVersionError if
+    it has another format."""
     record = verified(folder)
     try:
         with _naming(folder):
             return Checkpoint(
-                step=record["step"],
+                **{key: record[key] for key in _RECORDED},
                 weights=load_file(folder / "weights.safetensors"),
                 optimizer=torch.load(
                     folder / "optimizer.pt", weights_only=True, map_location="cpu"
                 ),
                 average=load_file(folder / _AVERAGE) if _AVERAGE in record["sha256"] else {},
-                config=record["config"],
-                overrides=record["overrides"],
-                model=record["model"],
-                data=record["data"],
-                counters=Counters(**record["counters"]),
             )
     except pickle.UnpicklingError as error:  # not damage: the checksum was right
         raise UserError(f"checkpoint {folder} cannot be resumed: {unread(error)}") from error
@@ -151,7 +137,8 @@ def load(folder: Path) -> Checkpoint:
 
 def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
     """The contents of checkpoint.json.  Raises UserError if it, or any file of the checkpoint
-    except `without`, has changed since it was written."""
+    except `without`, has changed since it was written, and OtherVersionError if this version cannot
+    read it."""
     with _naming(folder):
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         digests = dict(record["sha256"])
@@ -163,7 +150,12 @@ def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
         for name, digest in digests.items():
             if name != without and _sha256_file(folder / name) != digest:
                 raise UserError(f"{name} does not match its checksum")
-        return record
+    if record.get("version") != _VERSION:
+        raise OtherVersionError(
+            f"checkpoint {folder} was written by another version of the trainer; resume it with "
+            "that version (environment.json in the run's folder names it)"
+        )
+    return record
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import re
 import shlex
 from collections.abc import Collection, Mapping
@@ -173,7 +172,7 @@ def _changes(config: Config, found: Checkpoint, given: Collection[str]) -> dict[
 
 
 def as_argument(run: Path) -> str:
-    """What resumes this run, as a word of a shell's command line and of Hydra's grammar."""
+    """The `resume=` argument for this run, quoted for the shell and for Hydra."""
     text = str(run)
     if re.search(r"[^\w./-]", text):
         quoted = text.replace('"', r"\"")
@@ -186,6 +185,8 @@ def load_newest(folders: list[Path]) -> Checkpoint:
     for folder in reversed(folders):
         try:
             loaded = checkpoint.load(folder)
+        except checkpoint.OtherVersionError:
+            raise
         except UserError as error:
             log.warning("%s; trying the previous one", error)
             continue
@@ -216,7 +217,7 @@ def check_length(saved: Checkpoint, schedule: ConstantConfig) -> None:
         return
     key, wanted, done = "schedule.steps", float(schedule.steps), float(saved.step)
     if schedule.epochs is not None:
-        key, wanted, done = "schedule.epochs", schedule.epochs, saved.counters.epochs
+        key, wanted, done = "schedule.epochs", schedule.epochs, saved.epochs
     raise UserError(
         f"resume: {key}={wanted:g}, and the checkpoint is at {done:g}; {key}={done:g} stops there, "
         "a larger value continues, resume=OLDER_CHECKPOINT goes back"
@@ -242,9 +243,11 @@ def check_content(saved: Checkpoint, model: str, data: str, may_change: bool) ->
 
 
 def drop_other_measure(config: Config, data: str, model: str, resumed: Checkpoint) -> None:
-    """Forget eval_loss_before if the resumed run measures something else.  model, data: the
-    fingerprints of this run's."""
-    counters, before = resumed.counters, resumed.config
+    """Forget the losses before the first step if the resumed run measures something else.
+
+    model, data: the fingerprints of this run's.
+    """
+    before = resumed.config
     points = {
         "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
         "the data": (resumed.data, data),
@@ -256,7 +259,7 @@ def drop_other_measure(config: Config, data: str, model: str, resumed: Checkpoin
         ),
     }
     changed = [name for name, (there, here) in points.items() if there != here]
-    if changed and not math.isnan(counters.eval_loss_before):
-        counters.eval_loss_before = counters.holdout_loss_before = math.nan
+    if changed and resumed.losses_before:
+        resumed.losses_before.clear()
         message = "%s changed, so eval/loss is no longer comparable with earlier values"
         log.warning(message, " and ".join(changed))

@@ -76,9 +76,9 @@ class SweepTable(Callback):
                 return
             runs = [summary for _, summary in found]
             missing = planned.missing(folder, runs)
-            upload(folder, found, missing)
             parts = [sweep_table(runs), left(missing), str(folder / page.TABLE)]
-            print("\n" + "\n\n".join(filter(None, parts)))
+            print("\n" + "\n\n".join(filter(None, parts)), flush=True)
+            upload(folder, found, missing)
         except Exception as error:  # Hydra would make it a warning, and the exit status 0
             if not isinstance(error, OSError):
                 traceback.print_exc()

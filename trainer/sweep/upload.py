@@ -18,11 +18,9 @@ FOLDER = "comparison"  # in the sweep's, beside those of its runs
 def upload(sweep: Path, found: Found, missing: Sequence[str]) -> None:
     """Write or continue this run if the sweep's own are in W&B.  Whatever W&B raises is printed,
     and does not stop the sweep."""
-    options = _options(found)
-    if options is None:
-        return
     try:
-        _upload(sweep, found, missing, options)
+        if options := _options(found):
+            _upload(sweep, found, missing, options)
     except Exception as error:
         print(f"W&B has no comparison of these runs ({type(error).__name__}: {error})")
 

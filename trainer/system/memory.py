@@ -5,9 +5,10 @@ import gc
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,13 +104,19 @@ class Peaks:
     """The peak memory of each phase of a run: "training" is its steps, "rest" the encoding,
     evaluating and drawing of pictures before and between them."""
 
-    def __init__(self, device: torch.device, training: int = 0, run: int = 0) -> None:
-        """Begin with the peaks of the run's earlier sessions: `training`, and `run` in all."""
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self.runs_before = next(_RUNS)  # in this process, whose memory may be in the CPU's peaks
-        self._of = {"training": training, "rest": run}
+        self._of = {"training": 0, "rest": 0}
         gc.collect()
         reset_peak(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._of}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The largest of this session and those of a checkpoint."""
+        self._of = {phase: max(peak, state[phase]) for phase, peak in self._of.items()}
 
     def end(self, phase: str) -> None:
         """Attribute the peak since the previous `end` to `phase`, and reset the counter."""
@@ -161,5 +168,5 @@ def explained(config: Config, when: str) -> Iterator[None]:
             else "No option saves more; it takes a device with more memory"
         )
         raise UserError(
-            f"out of memory {when}; nothing of it was saved. {advice} ({reason(error)})"
+            f"out of memory {when}, which was not saved. {advice} ({reason(error)})"
         ) from error

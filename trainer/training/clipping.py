@@ -15,7 +15,8 @@ does, so the optimizer sees the same bits whenever it steps.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +31,19 @@ class Clip:
     `last_norm` is the norm of the last step with a finite one, NaN before that.
     """
 
-    def __init__(
-        self,
-        mode: str,
-        limit: float,
-        parameters: Sequence[Tensor],
-        last_norm: float = math.nan,
-    ) -> None:
+    def __init__(self, mode: str, limit: float, parameters: Sequence[Tensor]) -> None:
         self.mode, self.limit = mode, limit
-        self.last_norm = last_norm
+        self.last_norm = math.nan
         self._parameters = parameters
         self._numel = sum(p.numel() for p in parameters)
         self._norms: dict[Tensor, Tensor] = {}  # 0-d fp32, on the parameter's device
         self._known = (math.nan, 1.0)  # a norm, and its coefficient
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_norm": self.last_norm}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.last_norm = state["last_norm"]
 
     def needs_this_norm(self) -> bool:
         """Whether all gradients must be measured before any is used."""
@@ -72,8 +73,8 @@ class Clip:
         return torch.linalg.vector_norm(torch.stack([x.to(device) for x in norms])).item()
 
     def scale(self, parameter: Tensor, norm: float) -> None:
-        """Clip one measured gradient in place; `norm` is that of all gradients, for modes that need
-        it."""
+        """Clip one measured gradient in place.  norm: the global one (`rms` and `none` ignore
+        it)."""
         assert parameter.grad is not None
         if self.mode == "rms":
             share = (parameter.numel() / self._numel) ** 0.5

@@ -25,7 +25,7 @@ def is_due(optimizer: Any) -> bool:
 
 def estimate(
     optimizer: Any,
-    backward: gradients.GatheredBackward | gradients.FusedBackward,
+    backward: gradients.Backward,
     predict: Callable[[], tuple[Tensor, Tensor | None]],
     seed: int,
     step: int,

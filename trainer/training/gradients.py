@@ -6,11 +6,11 @@ A step's gradient is that of the mean over the samples of all its micro-batches
 before any clip (`trainer.training.clipping`).
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +20,23 @@ from trainer.config import Config
 from trainer.system import processes
 from trainer.training.clipping import Clip
 
-log = logging.getLogger(__name__)
-
 # Gradients alive at once, by device type (a GPU needs more work per launch), or this share of all
 # gradients if that is less:
 _BUCKET_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 _BUCKET_SHARE = 16
 
-# The forward pass of a micro-batch, by its place in the step; it may be called twice.
-LossOf = Callable[[int], Tensor]
+
+@dataclass
+class Pass:
+    """The forward pass of a micro-batch, which may run twice."""
+
+    forward: Callable[[], Tensor]  # its loss
+    share: float = 1.0  # of the step's samples
+
+    def loss(self) -> Tensor:
+        """Its share of the step's loss."""
+        loss = self.forward()
+        return loss * self.share if self.share != 1 else loss
 
 
 @dataclass(kw_only=True)
@@ -37,18 +45,29 @@ class Outcome:
 
     loss: float  # the mean over the step's samples
     grad_norm: float  # of all gradients, before clipping; NaN if a loss is not finite
-    begun: bool  # whether the optimizer has stepped some tensors already
+    partially_applied: bool  # whether the optimizer has stepped some tensors already
+
+
+class Backward(Protocol):
+    """The backward passes of a step."""
+
+    clip: Clip
+
+    def run(self, passes: Sequence[Pass]) -> Outcome:
+        """Evaluate the clipped gradient of the sum of this process's losses and the others'."""
+        ...
+
+    def handing_to(self, consume: Callable[..., None]) -> AbstractContextManager[None]:
+        """A block for a backward pass that is not a training step (Sophia's estimate): `consume`
+        gets its gradients instead of the optimizer."""
+        ...
 
 
 def make(
-    config: Config,
-    parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    last_norm: float = math.nan,
-) -> "GatheredBackward | FusedBackward":
-    """The configured kind; `last_norm` is the gradient norm of the previous step, if there was
-    one."""
-    clip = Clip(config.method.clip, config.method.max_grad_norm, parameters, last_norm)
+    config: Config, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> Backward:
+    """The configured kind."""
+    clip = Clip(config.method.clip, config.method.max_grad_norm, parameters)
     if not config.runtime.fused_backward:
         return GatheredBackward(parameters, clip)
     assert isinstance(optimizer, optim.FusedOptimizer)
@@ -69,18 +88,15 @@ class GatheredBackward:
     def __init__(self, parameters: Sequence[Tensor], clip: Clip) -> None:
         self._parameters, self.clip = parameters, clip
 
-    def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
-        """Evaluate the gradient of the sum of share * loss over micro-batches, and clip it.
-
-        `shares`: each micro-batch's share of the step's samples; those of all processes sum to 1.
-        """
-        total = 0.0
-        for place, share in enumerate(shares):
-            loss = _weighted(loss_of, place, share)
+    def run(self, passes: Sequence[Pass]) -> Outcome:
+        """Evaluate the gradient, and clip it.  The shares of all processes' passes sum to 1."""
+        losses = []
+        for one in passes:
+            loss = one.loss()
             loss.backward()
-            total += loss.item()
+            losses.append(loss.detach())
         # First, since this notices at once if another process has failed; NCCL's sums would hang.
-        total = processes.total(total)
+        total = processes.total(sum(loss.item() for loss in losses))
         clip, reached = self.clip, [p for p in self._parameters if p.grad is not None]
         processes.sum_gradients(*reached)
         clip.forget()
@@ -91,12 +107,11 @@ class GatheredBackward:
             if clip.measured(parameter):
                 clip.scale(parameter, bounding)
         clip.end_step(norm)
-        return Outcome(loss=total, grad_norm=norm, begun=False)
+        return Outcome(loss=total, grad_norm=norm, partially_applied=False)
 
     @contextmanager
     def handing_to(self, consume: Callable[..., None]) -> Iterator[None]:
-        """For a pass that is not a training step (Sophia's estimate): calls `consume()` after
-        it."""
+        """Calls `consume()` after the pass, for all gradients."""
         yield
         consume()
 
@@ -122,54 +137,50 @@ class FusedBackward:
             parameter.register_post_accumulate_grad_hook(self._arrived)
         self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters), summed=True)
 
-    def of_step(self, loss_of: LossOf, shares: Sequence[float] = (1.0,)) -> Outcome:
-        """Evaluate the gradient of the sum of share * loss over micro-batches, and step all but the
-        last bucket, which is left to the optimizer's `step`.
-
-        `shares` as in `GatheredBackward.of_step`.
-        """
+    def run(self, passes: Sequence[Pass]) -> Outcome:
+        """Evaluate the gradient, and step all but the last bucket, which is left to the optimizer's
+        `step`."""
         self._bounding = self.clip.last_norm
         if self.clip.needs_this_norm():
-            if len(shares) > 1:  # all gradients are alive anyway: nothing to gain by a second pass
+            if len(passes) > 1:  # all gradients are alive anyway: nothing to gain by a second pass
                 with self._hooks.holding():
-                    return self._gathered.of_step(loss_of, shares)
-            first = self._measure(loss_of, shares[0])
+                    return self._gathered.run(passes)
+            first = self._measure(passes[0])
             if not math.isfinite(first.grad_norm):
                 return first
             self._bounding = first.grad_norm
-        return self._step(loss_of, shares)
+        return self._step(passes)
 
     def handing_to(self, consume: Callable[..., None]) -> AbstractContextManager[None]:
-        """For a pass that is not a training step (Sophia's estimate): its gradients go to
-        `consume(*params)`, one bucket at a time."""
+        """Calls `consume(*params)` with one bucket at a time."""
         return self._hooks.handing_to(consume)
 
-    def _measure(self, loss_of: LossOf, share: float) -> Outcome:
+    def _measure(self, one: Pass) -> Outcome:
         """A backward pass that only measures the gradients, one bucket at a time."""
 
         def consume(*parameters: Tensor) -> None:
             processes.sum_gradients(*parameters)
             self.clip.measure(*parameters)
 
-        loss = _weighted(loss_of, 0, share)
+        loss = one.loss()
         value, norm = processes.total(loss.item()), math.nan
         if math.isfinite(value):
             self.clip.forget()
             with self._hooks.handing_to(consume):
                 loss.backward()
             norm = self.clip.norm()
-        return Outcome(loss=value, grad_norm=norm, begun=False)
+        return Outcome(loss=value, grad_norm=norm, partially_applied=False)
 
-    def _step(self, loss_of: LossOf, shares: Sequence[float]) -> Outcome:
+    def _step(self, passes: Sequence[Pass]) -> Outcome:
         """The backward passes, the last of which consumes the gradients."""
         clip, total = self.clip, 0.0
         clip.forget()
-        for place, share in enumerate(shares):
-            loss = _weighted(loss_of, place, share)
+        for one in passes:
+            loss = one.loss()
             total += processes.total(loss.item())
             if not math.isfinite(total):
-                return Outcome(loss=total, grad_norm=math.nan, begun=False)
-            self._is_last_pass = place == len(shares) - 1
+                return Outcome(loss=total, grad_norm=math.nan, partially_applied=False)
+            self._is_last_pass = one is passes[-1]
             with nullcontext() if self._is_last_pass else self._hooks.holding():
                 loss.backward()
         self._is_last_pass = False
@@ -178,7 +189,7 @@ class FusedBackward:
                 self._complete(parameter)
         norm = clip.norm()
         clip.end_step(norm)
-        return Outcome(loss=total, grad_norm=norm, begun=True)
+        return Outcome(loss=total, grad_norm=norm, partially_applied=True)
 
     def _arrived(self, parameter: Tensor) -> None:
         if self._is_last_pass:
@@ -189,8 +200,3 @@ class FusedBackward:
         processes.sum_gradients(parameter)
         self.clip.measure(parameter)
         self.clip.scale(parameter, self._bounding)
-
-
-def _weighted(loss_of: LossOf, place: int, share: float) -> Tensor:
-    loss = loss_of(place)
-    return loss * share if share != 1 else loss

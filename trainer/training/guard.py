@@ -4,11 +4,12 @@ the weights."""
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.training.gradients import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -23,37 +24,38 @@ class Guard:
     weights, whole or not.
     """
 
-    def __init__(self, max_in_a_row: int, skipped: int = 0, last_whole: int = 0) -> None:
+    def __init__(self, max_in_a_row: int) -> None:
         self.max_in_a_row = max_in_a_row
-        self.skipped, self.last_whole = skipped, last_whole
-        self.last_update = last_whole
-        self.in_a_row = 0
+        self.skipped = self.in_a_row = self.last_whole = self.last_update = 0
 
-    def accepts(self, step: int, loss: float, grad_norm: float, begun: bool = False) -> bool:
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "last_whole": self.last_whole}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, which is of a whole step."""
+        self.skipped, self.last_whole = state["skipped"], state["last_whole"]
+        self.last_update = self.last_whole
+
+    def accepts(self, step: int, outcome: Outcome) -> bool:
         """Whether this step may update the weights, or finish updating them."""
+        loss, grad_norm = outcome.loss, outcome.grad_norm
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row, self.last_whole, self.last_update = 0, step, step
             return True
         self.skipped += 1
         self.in_a_row += 1
         done, left = "was skipped", "weights and optimizer are unchanged"
-        if begun:
+        if outcome.partially_applied:
             done = "was applied only partly"
             left = "elements without a finite gradient are unchanged"
             self.last_update = step
         log.warning("step %d %s: loss %g, gradient norm %g; %s", step, done, loss, grad_norm, left)
-        return begun
+        return outcome.partially_applied
 
-    def complaint(self) -> UserError | None:
-        """The error that ends the run after too many skipped steps in a row; None before."""
-        count = self.in_a_row
-        if count <= self.max_in_a_row:
-            return None
-        return UserError(
-            f"{count} step{'s in a row' if count > 1 else ''} without a finite loss and gradient; "
-            "lower optim.lr, or check the model's VAE and the data (runtime.max_skipped_steps "
-            "allows more)"
-        )
+    @property
+    def is_at_its_end(self) -> bool:
+        """Whether more steps in a row were skipped than may be."""
+        return self.in_a_row > self.max_in_a_row
 
 
 @torch.no_grad()
