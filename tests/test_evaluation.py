@@ -4,15 +4,17 @@ import gc
 import json
 import shutil
 import signal
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from helpers import QUICK
 from PIL import Image, ImageFont
 
 from trainer.config import ASSETS
-from trainer.drawing import pictures, sampling
+from trainer.drawing import pictures
 from trainer.models import execution
 from trainer.phases import evaluation
 from trainer.phases.assembly import assemble
@@ -39,6 +41,10 @@ def begun(composed, tmp_path):
     return make
 
 
+def draw(sampler):
+    return sampler.decode(sampler.denoise())
+
+
 def pixels(drawn):
     return [np.array(picture) for picture in drawn]
 
@@ -54,36 +60,77 @@ def test_pictures_differ_by_the_weights_alone_with_a_sampler_that_draws_noise(be
         (model / path).write_text(json.dumps(old | change))
     state, _ = begun(f"model.path={model}", "log.sample_count=3", "log.sample_steps=3")
     before = torch.get_rng_state()
-    first, again = pixels(state.sampler.draw()), pixels(state.sampler.draw())
+    first, again = pixels(draw(state.sampler)), pixels(draw(state.sampler))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(before, torch.get_rng_state())
     state.sampler.batch_size = 1  # pictures do not depend on their batch either
-    alone = pixels(state.sampler.draw())
+    alone = pixels(draw(state.sampler))
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(first, alone, strict=True))
 
 
 def test_a_unet_is_in_training_again_after_it_has_drawn(begun):
     state, _ = begun("log.sample_count=1", "log.sample_steps=1")
     assert state.model.unet.training
-    state.sampler.draw()
+    draw(state.sampler)
     assert state.model.unet.training
 
 
 def test_a_unet_that_leaves_no_room_for_the_vae_goes_aside_for_it(begun, monkeypatch):
     state, _ = begun("log.sample_count=1", "log.sample_steps=2")
-    expected = pixels(state.sampler.draw())
-    moves, decode = [], sampling.Sampler._decode
+    expected = pixels(draw(state.sampler))
+    moves, load_vae = [], state.model.load_vae
 
-    def crowded(self, latents):
+    def crowded():
         if not moves:
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert moves == ["cpu"]
-        return decode(self, latents)
+        return load_vae()
 
-    monkeypatch.setattr(sampling.Sampler, "_decode", crowded)
+    monkeypatch.setattr(state.model, "load_vae", crowded)
     monkeypatch.setattr(state.model.unet, "to", lambda place: moves.append(str(place)))
-    assert np.array_equal(pixels(state.sampler.draw()), expected)
+    assert np.array_equal(pixels(draw(state.sampler)), expected)
     assert moves == ["cpu", "cpu"]  # away, and back to the run's device
+
+
+def test_a_vae_without_room_is_gone_before_the_unet_comes_back(begun, monkeypatch, caplog):
+    state, writer = begun("log.sample_count=1", "log.sample_steps=1")
+    moves, made = [], []
+
+    def crowded(self, scaled):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def load_vae(load=state.model.load_vae):
+        vae = load()
+        made.append(weakref.ref(vae))
+        return vae
+
+    def moved(place):
+        gc.collect()
+        moves.append((str(place), sum(vae() is not None for vae in made)))
+
+    monkeypatch.setattr(AutoencoderKL, "decode", crowded)
+    monkeypatch.setattr(state.model, "load_vae", load_vae)
+    monkeypatch.setattr(state.model.unet, "to", moved)
+    assert evaluation.sample(state, writer) is None
+    assert moves == [("cpu", 0), ("cpu", 0)]
+    assert "no pictures at step 0 (CUDA out of memory); the run continues" in caplog.text
+
+
+def test_averages_are_not_the_models_weights_while_the_vae_decodes(begun, monkeypatch):
+    state, writer = begun(
+        "model.dtype=bfloat16", "ema=bf16", "log.sample_count=1", "log.sample_steps=1"
+    )
+    assert state.ema.config.sample == "average"
+    own = next(state.model.unet.parameters()).data_ptr()
+    seen = []
+
+    def decode(latents):
+        seen.append(next(state.model.unet.parameters()).data_ptr())
+        raise MemoryError("enough")
+
+    monkeypatch.setattr(state.sampler, "decode", decode)
+    evaluation.sample(state, writer)
+    assert seen == [own]
 
 
 def test_a_signal_while_the_result_is_written_ends_the_process_of_a_complete_run(
@@ -112,7 +159,7 @@ def test_a_signal_ends_an_evaluation_and_the_drawing_of_pictures(begun):
     assert evaluation.evaluate(state, writer) == {}
     assert evaluation.sample(state, writer) is None
     with pytest.raises(signals.Stopped):
-        state.sampler.draw()
+        draw(state.sampler)
     assert not list(state.folder.glob("samples/*"))
     assert not any("eval/loss" in row for row in metrics.read(state.folder / "metrics.jsonl"))
 
@@ -223,7 +270,7 @@ def test_a_ruined_models_pictures_are_drawn_without_a_warning(begun):
     state, _ = begun("log.sample_count=1", "log.sample_steps=1")
     for parameter in state.model.unet.parameters():
         parameter.data.fill_(float("nan"))
-    assert len(state.sampler.draw()) == 1
+    assert len(draw(state.sampler)) == 1
 
 
 @pytest.mark.parametrize(("side", "tile"), [(64, 96), (200, 200), (1024, 256)])

@@ -211,6 +211,21 @@ def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("error", "is_lack"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (Exception("CUDA_ERROR_OUT_OF_MEMORY: no memory for a module"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (UserError("no space: can't allocate memory"), False),
+    ],
+)
+def test_a_lack_of_memory_is_known_by_its_text_where_it_has_no_type(error, is_lack):
+    assert memory.ran_out(error) is is_lack
+
+
 def test_where_no_option_saves_memory_the_line_says_so(composed):
     options = ("optim=lomo", "method=lora", "method.clip=none", "model.dtype=bfloat16")
     more = ("runtime.gradient_checkpointing=true", "data.batch_size=1")

@@ -186,12 +186,16 @@ def test_a_process_that_fails_does_not_wait_for_the_others(one_of_two, monkeypat
     assert len(destroyed) == ends
 
 
+AcceleratorError = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # not in older ones
+
+
 @pytest.mark.parametrize(
     ("error", "seen"),
     [
         (RuntimeError("Connection closed by peer"), ConnectionError),
         (torch.distributed.DistBackendError("NCCL error"), torch.distributed.DistBackendError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (AcceleratorError("CUDA error: an illegal memory access"), AcceleratorError),
     ],
 )
 def test_an_error_of_nccl_is_not_taken_for_the_end_of_another_process(

@@ -33,7 +33,7 @@ from trainer.reporting.measure import ended_well, objective
 from trainer.reporting.report import of_failure, read_summary, write_summary
 from trainer.storage.checkpoint import completed
 from trainer.storage.claim import TakenError, claimed, in_turn
-from trainer.system import console, processes
+from trainer.system import console, memory, processes
 from trainer.training import optimizers
 
 # Users set it to see tracebacks.  Without it Hydra would print its own error page and exit, so it
@@ -70,7 +70,7 @@ def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
         checked = to_dataclasses(composed)
         from trainer.run import follow
 
-        device = execution.device_of(checked.runtime.device)
+        device = execution.current_device(checked.runtime.device)
         with console.muted(logging.CRITICAL), processes.joined(device):
             follow(checked, folder, overrides)
     except UserError as error:  # perhaps of this process alone, such as a lack of memory
@@ -116,8 +116,9 @@ def _run_of_sweep(
 def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool = False) -> float:
     """Check the configuration and train.  goes_on: from a checkpoint in the folder."""
     checked = to_dataclasses(composed)
-    device = execution.device_of(checked.runtime.device)
-    optimizers.try_out(checked.optim, checked.method.rules, device)
+    with memory.explained(checked, "before the first step"):
+        device = execution.current_device(checked.runtime.device)
+        optimizers.try_out(checked.optim, checked.method.rules, device)
     if goes_on and completed(folder / "checkpoints"):
         checked.resume = str(folder)  # the sweep was stopped
     from trainer.run import run  # imported after the checks: diffusers takes seconds

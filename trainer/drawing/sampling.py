@@ -56,9 +56,10 @@ class Sampler:
         return len(self.prompts)
 
     @torch.no_grad()
-    def draw(self, is_trained: bool = True) -> list[Image.Image]:
-        """One picture for each of the `count` prompts.  An untrained model uses its own scheduler,
-        whose prediction type `noise` may change.  Raises `signals.Stopped`."""
+    def denoise(self, is_trained: bool = True) -> list[Tensor]:
+        """The latents (4, h, w) of a picture for each of the `count` prompts.  An untrained model
+        uses its own scheduler, whose prediction type `noise` may change.  Raises
+        `signals.Stopped`."""
         self._denoiser.scheduler = self.model.sampling_schedule(is_trained)
         latents: dict[int, Tensor] = {}  # by the prompt's place
         with self.model.evaluating(), console.Aside("drawing", self.count, "pictures") as aside:
@@ -66,22 +67,35 @@ class Sampler:
                 signals.leave_if(self.stop)
                 latents |= dict(zip(places, self._denoise(places), strict=True))
                 aside.advance(len(places))
+        return [latents[place] for place in range(self.count)]
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Tensor]) -> list[Image.Image]:
+        """The pictures of these latents.  A VAE needs more than a training step (3 GB for 1024
+        pixels in fp32), so if memory runs out the UNet makes room for it.  Raises MemoryError if
+        that is not enough."""
+        drawn = self._decoded(latents)
+        if isinstance(drawn, str):
+            with self.model.unet_aside():
+                drawn = self._decoded(latents)
+        if isinstance(drawn, str):
+            raise MemoryError(drawn)
+        return drawn
+
+    def _decoded(self, latents: Sequence[Tensor]) -> list[Image.Image] | str:
+        """The pictures; if memory runs out, only the error's text, since the error itself keeps the
+        VAE alive."""
         try:
-            return self._decode(latents)
+            drawn, vae = [], self.model.load_vae()
+            for latent in latents:
+                scaled = unscaled(vae, latent[None].to(vae.dtype))
+                pixels = vae.decode(scaled).sample.nan_to_num()  # NaN from a broken model
+                drawn += VaeImageProcessor().postprocess(pixels)
+            return drawn
         except Exception as error:
             if not memory.ran_out(error):
                 raise
-        # A VAE needs more than a training step: 3 GB for 1024 pixels in fp32.
-        with self.model.unet_aside():
-            return self._decode(latents)
-
-    def _decode(self, latents: dict[int, Tensor]) -> list[Image.Image]:
-        drawn, vae = [], self.model.load_vae()
-        for place in range(self.count):
-            scaled = unscaled(vae, latents[place][None].to(vae.dtype))
-            pixels = vae.decode(scaled).sample.nan_to_num()  # NaN from a broken model
-            drawn += VaeImageProcessor().postprocess(pixels)
-        return drawn
+            return str(error)
 
     def _chunks(self) -> list[list[int]]:
         """Indices of pictures drawn together: at most `batch_size`, with the same size, steps and

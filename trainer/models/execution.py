@@ -1,4 +1,5 @@
-"""Options that save memory or time and change results by rounding at most.
+"""Where the model runs, and options that save memory or time and change results by rounding at
+most.
 
 runtime.gradient_checkpointing  activations inside a block are computed again in the backward
                                 pass instead of kept: the same bits, a third more time
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config import Config
 from trainer.system import processes
@@ -33,6 +34,22 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and processes.world_size() > 1:
         name = f"cuda:{processes.local_rank()}"
     return torch.device(name)
+
+
+def current_device(name: str) -> torch.device:
+    """The same; a GPU becomes torch's current one, which events and other packages' kernels use."""
+    device = device_of(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; to a GPU through pinned memory, so that the host need not wait for the GPU's
+    earlier work."""
+    if device.type == "cuda" and x.is_cpu:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.models.execution import on_device
 from trainer.models.origin import Origin
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -58,7 +59,7 @@ class Encoder:
         prompt = torch.cat([states for states, _ in read], dim=-1)
         pooled = read[-1][1] if self._is_pair else None
         if self._zeros_for_empty:
-            keep = torch.tensor([c is not None for c in captions], device=prompt.device)
+            keep = on_device(torch.tensor([c is not None for c in captions]), prompt.device)
             prompt = prompt * keep.view(-1, 1, 1)
             pooled = pooled if pooled is None else pooled * keep.view(-1, 1)
         return Text(prompt=prompt, pooled=pooled)
@@ -80,7 +81,7 @@ class Encoder:
         encoder, ids = self.encoders[part], self._tokens(part, captions)
         count, chunks, _ = ids.shape
         device = next(encoder.parameters()).device
-        output = encoder(ids.flatten(0, 1).to(device), output_hidden_states=True)
+        output = encoder(on_device(ids.flatten(0, 1), device), output_hidden_states=True)
         states = output.hidden_states[-1 - self._skip]
         if not self._is_pair:
             states = _tower(encoder).final_layer_norm(states)

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from trainer.config import NoiseConfig
+from trainer.models.execution import on_device
 from trainer.objective import noise
 from trainer.streams import Stream
 
@@ -108,14 +109,6 @@ def predict(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
         encoder_hidden_states=on_device(batch.prompt.to(dtype), device),
         added_cond_kwargs=added,
     ).sample.float()
-
-
-def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`; to a GPU through pinned memory, so that the host need not wait for the GPU's
-    earlier work."""
-    if device.type == "cuda" and x.is_cpu:
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 def _batch(

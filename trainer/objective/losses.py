@@ -22,8 +22,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from trainer.config import Config, HuberConfig, LossConfig
+from trainer.models.execution import on_device
 from trainer.objective import noise
-from trainer.objective.batches import Batch, on_device, predict
+from trainer.objective.batches import Batch, predict
 
 _PARTS = 4  # of the timestep range, reported separately by evaluation
 

@@ -107,11 +107,11 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     if not state.sampler.count:
         return None
     try:
-        with (
-            state.clock.aside("drawing"),
-            state.averaged(state.ema is not None and state.ema.config.sample == "average"),
-        ):
-            drawn = state.sampler.draw(is_trained=not state.is_new)
+        with state.clock.aside("drawing"):
+            with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
+                latents = state.sampler.denoise(is_trained=not state.is_new)
+            # Afterwards, since the UNet may have to make room, and not with two sets of weights.
+            drawn = state.sampler.decode(latents)
         return _show(state, drawn, writer)
     except signals.Stopped:
         log.info("no pictures at step %d: stopped while drawing", state.step)

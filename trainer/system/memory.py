@@ -37,6 +37,15 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _BLOCK_BYTES = 128 << 10  # glibc's initial value
 LARGE_BYTES = 1 << 30  # of weights, from which on a run manages its memory
+# Of errors without a type of their own: torch's on the CPU; outside of its allocator on a GPU (a
+# context, a module, pinned memory); of the libraries there.
+_LACKING = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 _RUNS = itertools.count()  # of this process
 
 
@@ -147,7 +156,7 @@ def ran_out(error: Exception) -> bool:
     """Whether an error is that memory ran out: the GPU's, Python's, or torch's on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return not isinstance(error, UserError) and any(text in str(error) for text in _LACKING)
 
 
 @contextmanager

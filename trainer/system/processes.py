@@ -16,6 +16,8 @@ from torch import Tensor, distributed
 # How long the others wait for the main process, which may encode pictures or draw.  If a process
 # ends with an error, torchrun ends the others.
 _PATIENCE = timedelta(days=7)
+# What torch raises of a GPU's failures; in older versions a RuntimeError.
+_DEVICE_ERRORS: tuple[type, ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
 
 def world_size() -> int:
@@ -55,8 +57,6 @@ def joined(device: torch.device) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
@@ -116,12 +116,15 @@ def _over_all(number: float, how: str) -> float:
 
 @contextmanager
 def _named_if_lost() -> Iterator[None]:
-    """Raise ConnectionError if a process has ended.  NCCL's errors and a lack of memory stay."""
+    """Raise ConnectionError if a process has ended.  Errors of NCCL, of the GPU, and a lack of
+    memory stay."""
     try:
         yield
     except (distributed.DistBackendError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
+        if isinstance(error, _DEVICE_ERRORS):
+            raise
         raise ConnectionError(
             "another process of this run has ended; its error, if it found one, is above"
         ) from error

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import optim
-from trainer.objective import batches, noise
+from trainer.models.execution import on_device
+from trainer.objective import noise
 from trainer.streams import Stream
 from trainer.training import gradients
 
@@ -46,7 +47,7 @@ def estimate(
     drawn = bartlett_noise(prediction[0], len(prediction), seed, step)
     if factor is not None:
         drawn = drawn * factor.sqrt()
-    target = prediction.detach() + batches.on_device(drawn, prediction.device)
+    target = prediction.detach() + on_device(drawn, prediction.device)
     scale = prediction.numel() / 2
     with backward.handing_to(lambda *params: optimizer.update_hessian(scale, params or None)):
         F.mse_loss(prediction, target).backward()

@@ -7,6 +7,7 @@ before any clip (`trainer.training.clipping`).
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -133,8 +134,14 @@ class FusedBackward:
         self._gathered = GatheredBackward(parameters, clip)
         self._bounding = math.nan  # the norm that this step is clipped by
         self._is_last_pass = False  # in which gradients are complete, and are consumed
+        this = weakref.ref(self)  # a hook that kept it would keep the parameters, its own, alive
+
+        def arrived(parameter: Tensor) -> None:
+            if (backward := this()) is not None and backward._is_last_pass:
+                backward._complete(parameter)
+
         for parameter in parameters:  # before the optimizer's hooks, which free the gradient
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(arrived)
         self._hooks = optim.fuse_backward(optimizer, bucket_bytes(parameters), summed=True)
 
     def run(self, passes: Sequence[Pass]) -> Outcome:
@@ -190,10 +197,6 @@ class FusedBackward:
         norm = clip.norm()
         clip.end_step(norm)
         return Outcome(loss=total, grad_norm=norm, partially_applied=True)
-
-    def _arrived(self, parameter: Tensor) -> None:
-        if self._is_last_pass:
-            self._complete(parameter)
 
     def _complete(self, parameter: Tensor) -> None:
         """Sum this process's gradient with the others', and clip it."""
