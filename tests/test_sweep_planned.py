@@ -35,6 +35,12 @@ def missing(sweep):
     return planned.missing(sweep, [summary for _, summary in ended_runs(sweep)])
 
 
+def test_a_run_is_told_apart_by_what_the_planned_ones_do_not_share(tmp_path):
+    assert planned.apart(tmp_path, RUNS[0]) == RUNS[0]
+    planned.add(tmp_path, RUNS)
+    assert planned.apart(tmp_path, RUNS[2]) == ["optim=b", "seed=0"]
+
+
 def test_runs_that_have_not_ended_are_missing_and_named_by_what_differs(tmp_path):
     planned.add(tmp_path, RUNS)
     planned.begun(tmp_path, RUNS[0], config_of(RUNS[0]))

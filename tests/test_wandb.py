@@ -123,7 +123,8 @@ def test_a_run_whose_export_fails_has_failed_in_wandb_too(composed, tmp_path, mo
 
 
 def test_the_runs_of_a_sweep_are_told_apart(composed, tmp_path, monkeypatch):
-    """By their folders' names, in a group named after the sweep; a single run has no group."""
+    """By what distinguishes them, in groups over seeds; a single run by its folder, without a
+    group."""
     told = {}
     monkeypatch.setattr(wandb, "init", lambda **options: told.update(options))
     config = composed("log=wandb", "optim=lion")
@@ -133,8 +134,16 @@ def test_the_runs_of_a_sweep_are_told_apart(composed, tmp_path, monkeypatch):
     assert (told["name"], told["group"]) == ("0-lion-full-seed3", None)
     assert told["tags"] == ["lion", "full", "tiny_sdxl"]
     (folder.parent / "multirun.yaml").touch()
-    Metrics(folder, config, 0)
-    assert told["group"] == "sweep-1"
+    Metrics(folder, config, 0, ["optim=lion", "optim.lr=1e-3", "seed=3"])
+    assert told["name"] == "optim=lion optim.lr=1e-3 seed=3"
+    assert told["group"] == "sweep-1 optim=lion optim.lr=1e-3"
+    assert (told["config"]["sweep"], told["config"]["case"]) == (
+        "sweep-1",
+        "optim=lion optim.lr=1e-3",
+    )
+    assert told["tags"] == ["lion", "full", "tiny_sdxl", "sweep-1"]
+    Metrics(folder, config, 0)  # without a plan
+    assert (told["name"], told["group"]) == (folder.name, "sweep-1")
     (tmp_path / "mine").mkdir()
     Metrics(tmp_path / "mine", config, 0)
     assert told["name"] == "lion-full mine"
@@ -188,7 +197,8 @@ def test_a_sweep_is_compared_in_a_run_of_its_own(tmp_path):
     (file,) = sweep.glob("*/wandb/offline-run-*/*.wandb")
     kept = written_whole(file)
     (run,) = [r.run for r in kept if r.HasField("run")]
-    assert (run.project, run.run_group, run.job_type) == ("cats", "sweep-1", "comparison")
+    assert (run.project, run.job_type) == ("cats", "comparison")
+    assert [*run.tags] == ["comparison", "sweep-1"]
     assert run.notes.startswith("# sweep-1")
     assert "`optim=sgd`" in run.notes
     _, told = ending(sweep / "comparison")

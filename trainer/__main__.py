@@ -33,6 +33,7 @@ from trainer.reporting.measure import ended_well, objective
 from trainer.reporting.report import of_failure, read_summary, write_summary
 from trainer.storage.checkpoint import completed
 from trainer.storage.claim import TakenError, claimed, in_turn
+from trainer.storage.run_folder import sweep_of
 from trainer.system import console, memory, processes
 from trainer.training import optimizers
 
@@ -123,8 +124,10 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool
         checked.resume = str(folder)  # the sweep was stopped
     from trainer.run import run  # imported after the checks: diffusers takes seconds
 
+    of_sweep = sweep_of(folder)
+    apart = sweep.planned.apart(of_sweep, overrides) if of_sweep else []
     with processes.joined(device):
-        return run(checked, folder, overrides)
+        return run(checked, folder, overrides, apart)
 
 
 def _resolved(composed: DictConfig) -> dict[str, Any]:

@@ -30,12 +30,14 @@ log = logging.getLogger(__name__)
 _THREADS = torch.get_num_threads()  # as torch chose
 
 
-def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
+def run(
+    config: Config, folder: Path, overrides: Sequence[str] = (), apart: Sequence[str] = ()
+) -> float:
     """Train as configured, writing everything to `folder`; returns the final loss of the
     exported weights, of held-out pictures where there are some.
 
-    `overrides` are the command line's: they distinguish the runs of a sweep's table, and a resumed
-    run has them again.
+    overrides: the command line's, which a resumed run has again.  apart: those that distinguish a
+    sweep's run from its others.
     """
     run_folder.refuse_occupied(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         for remark in remarks.of_config(config, overrides):
             log.warning("%s", remark)
         state = begin(config, folder, stop, overrides)
-        writer = metrics.Metrics(folder, state.config, start_step=state.step)
+        writer = metrics.Metrics(folder, state.config, state.step, apart)
         try:
             train(state, writer)
             return finish(state, writer)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,21 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Writes `metrics.jsonl`, `curves.png` and `samples/*.png`, then to the run's trackers."""
 
-    def __init__(self, folder: Path, config: Config, start_step: int) -> None:
+    def __init__(
+        self, folder: Path, config: Config, start_step: int, apart: Sequence[str] = ()
+    ) -> None:
         """Open the files, without rows that will be written again: those after `start_step`, a
-        finished run's last evaluation, and all rows if a run starts from the beginning."""
+        finished run's last evaluation, and all rows if a run starts from the beginning.
+
+        apart: the overrides that distinguish a sweep's run from its others.
+        """
         self.folder, self.is_closed = folder, False
         self.path, self.curves = folder / "metrics.jsonl", folder / "curves.png"
         kept = [row for row in read(self.path) if start_step > 0 and row["step"] <= start_step]
         if start_step == config.schedule.steps:
             kept = [row for row in kept if row["step"] < start_step or "eval/loss" not in row]
         disk.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._trackers = trackers.of(folder, config, start_step)
+        self._trackers = trackers.of(folder, config, start_step, apart)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: {"step": step, **values}.  Keys look like `train/loss`; NaN becomes null."""

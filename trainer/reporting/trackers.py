@@ -7,7 +7,7 @@ sure that no tracker ever stops a run.
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,19 +16,21 @@ import numpy as np
 import yaml
 from PIL.Image import Image
 
-from trainer.config import Config, WandbConfig, file_name
+from trainer.config import Config, WandbConfig, file_name, key_of
 from trainer.storage.run_folder import sweep_of
 from trainer.system import disk
 
 log = logging.getLogger(__name__)
 
-_TAG = 64  # characters, at most, in a tag of W&B
+_TAG, _GROUP = 64, 128  # characters, at most, in a tag and in a group of W&B
 
 
 class Tracker(Protocol):
     title: str
 
-    def start(self, folder: Path, config: Config, start_step: int) -> None: ...
+    def start(
+        self, folder: Path, config: Config, start_step: int, apart: Sequence[str]
+    ) -> None: ...
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -40,15 +42,25 @@ class Tracker(Protocol):
 class WandbTracker:
     title = "W&B"
 
-    def start(self, folder: Path, config: Config, start_step: int) -> None:
+    def start(self, folder: Path, config: Config, start_step: int, apart: Sequence[str]) -> None:
+        """In a sweep the runs of one case, which differ only by the seed, form a group, over which
+        W&B averages; `sweep` and `case` are also keys of the configuration."""
         assert config.log.wandb is not None
+        tags = [config.optim.name, config.method.name, Path(config.model.path).name]
+        known, name, group = asdict(config), _wandb_name(folder, config), None
+        if sweep := sweep_of(folder):
+            case = " ".join(override for override in apart if key_of(override) != "seed")
+            name = " ".join(apart) or name
+            group = f"{sweep.name} {case}".strip()[:_GROUP]
+            known |= {"sweep": sweep.name, "case": case}
+            tags.append(sweep.name)
         self._run = wandb_run(
             folder,
             config.log.wandb,
-            name=_wandb_name(folder, config),
-            group=sweep.name if (sweep := sweep_of(folder)) else None,
-            tags=[config.optim.name, config.method.name, Path(config.model.path).name[:_TAG]],
-            config=asdict(config),
+            name=name,
+            group=group,
+            tags=[tag[:_TAG] for tag in tags],
+            config=known,
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -70,7 +82,7 @@ class WandbTracker:
 class TensorBoardTracker:
     title = "TensorBoard"
 
-    def start(self, folder: Path, config: Config, start_step: int) -> None:
+    def start(self, folder: Path, config: Config, start_step: int, apart: Sequence[str]) -> None:
         """Open an event file; steps after `start_step` in earlier ones will not be shown."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -95,9 +107,16 @@ class TensorBoardTracker:
 class Tracked:
     """A run in a tracker, which is no longer used once it has failed; that is logged once."""
 
-    def __init__(self, tracker: Tracker, folder: Path, config: Config, start_step: int) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        folder: Path,
+        config: Config,
+        start_step: int,
+        apart: Sequence[str] = (),
+    ) -> None:
         self._tracker, self._failed = tracker, False
-        self._try(lambda: tracker.start(folder, config, start_step))
+        self._try(lambda: tracker.start(folder, config, start_step, apart))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._try(lambda: self._tracker.write(step, values))
@@ -123,14 +142,14 @@ class Tracked:
             )
 
 
-def of(folder: Path, config: Config, start_step: int) -> list[Tracked]:
-    """The run's configured trackers."""
+def of(folder: Path, config: Config, start_step: int, apart: Sequence[str] = ()) -> list[Tracked]:
+    """The run's configured trackers.  apart: as for `Metrics`."""
     wanted: list[Tracker] = []
     if config.log.wandb:
         wanted.append(WandbTracker())
     if config.log.tensorboard:
         wanted.append(TensorBoardTracker())
-    return [Tracked(tracker, folder, config, start_step) for tracker in wanted]
+    return [Tracked(tracker, folder, config, start_step, apart) for tracker in wanted]
 
 
 def wandb_run(folder: Path, options: WandbConfig, **more: Any) -> Any:

@@ -41,14 +41,22 @@ def begun(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any]) -> N
 def missing(sweep: Path, ended: Collection[Summary]) -> list[str]:
     """The runs that have neither finished nor failed, named by the overrides that not all planned
     runs share."""
-    known = _read(sweep)
-    common = set.intersection(*(set(run["overrides"]) for run in known)) if len(known) > 1 else ()
-    identities = {_digest(run) for run in ended}
+    known, identities = _read(sweep), {_digest(run) for run in ended}
     return [
-        " ".join(o for o in run["overrides"] if o not in common)
+        " ".join(_apart(run["overrides"], known))
         for run in known
         if run["identity"] not in identities and not has_ended(run["overrides"], ended)
     ]
+
+
+def apart(sweep: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run that not all planned ones share."""
+    return _apart(overrides, _read(sweep))
+
+
+def _apart(overrides: Sequence[str], known: Sequence[Run]) -> list[str]:
+    common = set.intersection(*(set(run["overrides"]) for run in known)) if len(known) > 1 else ()
+    return [override for override in overrides if override not in common]
 
 
 def _digest(run: Summary) -> str:

@@ -1,5 +1,5 @@
-"""A sweep's comparison in Weights & Biases: a run of its own in the group of the sweep's runs, with
-sweep.md as its notes, its tables and its pictures."""
+"""A sweep's comparison in Weights & Biases: a run of its own, which has the sweep's tag as its runs
+have, with sweep.md as its notes, its tables and its pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,9 +40,8 @@ def _upload(sweep: Path, found: Found, missing: Sequence[str], options: WandbCon
         folder,
         options,
         name=f"{name} compared",
-        group=name,
         job_type="comparison",
-        tags=["comparison"],
+        tags=["comparison", name],
         notes=page.text(sweep, found, missing),
     )
     try:
