@@ -59,7 +59,7 @@ def follow(config: Config, folder: Path, overrides: Sequence[str] = ()) -> None:
     """Make the steps of a run as a process other than its main one.  Writes nothing to `folder`."""
     with signals.stop_signals() as stop:
         state = begin(config, folder, stop, overrides)
-        while state.step < state.config.schedule.steps and not _is_to_stop(state):
+        while not (state.is_last or _is_to_stop(state)):
             stepping.take(state)
             if endings.is_hopeless(state):  # which ends the main process as well
                 return
@@ -98,7 +98,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
         endings.refuse_ruined(state, found.get("loss", 0.0))
         state.losses_before = found
         evaluation.sample(state, writer)
-    if state.step == config.schedule.steps:
+    if state.is_last:
         endings.nothing_to_train(state)
     progress = console.Progress(state.step, config.schedule.steps)
 
@@ -147,8 +147,7 @@ def _between_steps(state: State, writer: metrics.Metrics) -> None:
     if is_due(intervals.EVALUATING) or is_due(intervals.SAVING):
         writer.draw_curves()
     with saving.tolerated():
-        is_last = state.step == state.config.schedule.steps  # which is saved at the end
-        if is_due(intervals.SAVING) or (state.owes_checkpoint and not is_last):
+        if is_due(intervals.SAVING) or (state.owes_checkpoint and not state.is_last):
             saving.save_or_owe(state)
     with saving.tolerated():
         if is_due(intervals.EXPORTING):

@@ -8,7 +8,7 @@ class Stream(IntEnum):
     """Goes between the seed and the step in `optim.rng`.  A number once given is never reused."""
 
     EPOCH = 1  # order of the samples
-    NOISE = 2
+    NOISE = 2  # of batches; with a seed of their own, of eval points and generated pictures
     TIMESTEP = 3
     DROPOUT = 4  # of captions
     ADAPTER = 5  # initial weights of a LoRA

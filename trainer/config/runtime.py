@@ -38,6 +38,11 @@ class RuntimeConfig:
     allow_config_change: bool
 
     @property
+    def frees_gradients(self) -> bool:
+        """Whether the backward pass frees gradients as they are used."""
+        return self.fused_backward and self.accumulation == 1
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches in an optimizer step, of all processes."""
         return self.accumulation * self.processes

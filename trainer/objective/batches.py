@@ -18,7 +18,8 @@ from trainer.objective import noise
 from trainer.streams import Stream
 
 _GOLDEN = (5**0.5 - 1) / 2
-_EVAL_SEED = 20_260_101  # eval points are the same in every run, whatever its seed
+# The seed of eval points and of generated pictures, which are the same in every run.
+_EVAL_SEED = 20_260_101
 
 
 @dataclass(kw_only=True)
@@ -85,8 +86,8 @@ def eval_batches(
 
 
 def sample_noise(like: Tensor, seeds: Sequence[int]) -> Tensor:
-    """The start noise of pictures that are drawn, the same in every run: like (4, h, w) -> (B, 4,
-    h, w), one for each seed."""
+    """Initial noise for sampling, the same in every run: like (4, h, w) -> (B, 4, h, w), one for
+    each seed."""
     return torch.stack([_fixed(like, _EVAL_SEED, seed) for seed in seeds])
 
 

@@ -37,7 +37,7 @@ def assemble(
     """Load the model and the data, encode the data, build the optimizer, and restore `resumed`.
     Ends the process once `stop` holds a signal."""
     device = execution.device_of(config.runtime.device)
-    clock, peaks = Clock(), memory.Peaks(device)
+    clock, peaks = Clock(), memory.Peaks(device)  # from here on, encoding included
     dataset = data.load(config.data, stop)
     step, epochs = (resumed.step, resumed.epochs) if resumed else (0, 0.0)
     config = _settled(config, dataset, (step, epochs))
@@ -45,11 +45,12 @@ def assemble(
     base = model.sketch()
     if resumed:
         _check_resumed(config, resumed, base, fingerprint)
-    # A checkpoint already contains the adapter.
+    # Refuse what cannot work before hours of encoding.  A checkpoint already contains the adapter.
     start_from = None if resumed else getattr(config.method, "start_from", None)
     _check_model(config, model, start_from, overrides)
     model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
     planned = planner.announce(config, model, device)
+    # The text encoders and the VAE are gone before the UNet is loaded: one part at a time.
     encoded = _encoded(config, model, dataset, stop)
     optimizer = _trainable(config, model, device, start_from)
     if resumed:

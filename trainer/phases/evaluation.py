@@ -14,6 +14,7 @@ from PIL.Image import Image
 from trainer.drawing import pictures
 from trainer.errors import UserError
 from trainer.objective import batches, losses
+from trainer.phases import intervals
 from trainer.phases.state import State
 from trainer.reporting import metrics
 from trainer.system import console, memory, signals
@@ -31,7 +32,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     continues.
     """
     try:
-        with state.clock.aside("evaluating"), state.model.evaluating():
+        with state.clock.aside(intervals.EVALUATING), state.model.evaluating():
             found = _all_losses(state)
     except signals.Stopped:
         return {}
@@ -107,7 +108,7 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
     if not state.sampler.count:
         return None
     try:
-        with state.clock.aside("drawing"):
+        with state.clock.aside(intervals.DRAWING):
             with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
                 latents = state.sampler.denoise(is_trained=not state.is_new)
             # Afterwards, since the UNet may have to make room, and not with two sets of weights.
@@ -143,7 +144,6 @@ def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
                 "were drawn for other prompts",
                 state.step,
             )
-    is_last = state.step == state.config.schedule.steps
-    rows["after" if is_last else f"step {state.step}"] = drawn
+    rows["after" if state.is_last else f"step {state.step}"] = drawn
     grid = pictures.grid({k: row for k, row in rows.items() if row}, captions)
     return writer.write_picture(state.step, grid)

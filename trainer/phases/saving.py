@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.config import file_name
 from trainer.errors import UserError, reason
+from trainer.phases import intervals
 from trainer.phases.state import State
 from trainer.storage import checkpoint, result
 from trainer.system import memory
@@ -26,7 +27,7 @@ def save(state: State) -> Path:
     if names := broken(method.trained_parameters(state.model)):
         raise UserError(f"no checkpoint at step {state.step}: {names[0]} is not finite")
     state.peaks.end("rest")
-    with state.clock.aside("saving"):
+    with state.clock.aside(intervals.SAVING):
         saved = checkpoint.save(
             state.folder / "checkpoints",
             checkpoint.Checkpoint(
@@ -106,14 +107,13 @@ def export(state: State) -> list[Path]:
     it gets a folder of its own, and the step in its name; those beyond `method.keep_exports` are
     deleted."""
     name, folder = file_name(state.config.name), state.folder
-    is_last = state.step == state.config.schedule.steps
-    if not is_last:
+    if not state.is_last:
         step = f"step-{state.step:06d}"
         name, folder = f"{name}-{step}", folder / "results" / step
     is_new = not folder.exists()
     pictures = state.data.dataset.num_pictures
     try:
-        with state.clock.aside("exporting"), state.averaged(state.exports_average):
+        with state.clock.aside(intervals.EXPORTING), state.averaged(state.exports_average):
             written = result.write(state.config, name, state.model, folder, state.step, pictures)
     except Exception as error:
         if is_new:  # a folder of results is complete, or is not there
@@ -124,7 +124,7 @@ def export(state: State) -> list[Path]:
             "out of memory while writing the result; python -m trainer.export can write it from a "
             f"checkpoint ({reason(error)})"
         ) from error
-    if not is_last and (keep := state.config.method.keep_exports):
+    if not state.is_last and (keep := state.config.method.keep_exports):
         every = checkpoint.completed(folder.parent)
         until_now = [old for old in every if checkpoint.step_of(old) <= state.step]
         checkpoint.delete(until_now[:-keep])

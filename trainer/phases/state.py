@@ -68,6 +68,11 @@ class State:
         return self.ema.in_place() if self.ema and wanted else nullcontext()
 
     @property
+    def is_last(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == self.config.schedule.steps
+
+    @property
     def is_new(self) -> bool:
         """Whether the model is untrained.  With an adapter to start from it is not, and the
         prediction type that the adapter was trained for is unknown."""

@@ -91,7 +91,7 @@ def _bar(parts: dict[str, int], scale: int, free: int) -> str:
 
 def _note(plan: Plan, letter: str) -> str:
     runtime = plan.config.runtime
-    if letter == "G" and runtime.fused_backward and runtime.accumulation == 1:
+    if letter == "G" and runtime.frees_gradients:
         return "freed as they are used (runtime.fused_backward)"
     if letter == "A" and runtime.gradient_checkpointing:
         return "recomputed in the backward pass (runtime.gradient_checkpointing)"

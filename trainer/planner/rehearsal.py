@@ -125,7 +125,7 @@ def _consuming(
     config: Config, trained: Sequence[Tensor], device_type: str, ledger: Ledger
 ) -> Iterator[None]:
     """Enter gradients into the ledger as they arrive; a fused backward frees each full bucket."""
-    frees = config.runtime.fused_backward and config.runtime.accumulation == 1
+    frees = config.runtime.frees_gradients
     full = gradients.bucket_bytes(trained, device_type)
     waiting: list[Tensor] = []
 
