@@ -159,7 +159,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def nonfinite_count(self) -> int:
         """How many gradient elements have been skipped so far as NaN, infinite or too large."""
-        return sum(int(state["nonfinite"]) for state in self.state.values())
+        return sum(int(state["nonfinite"]) for _, _, state in self._allocated())
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -272,6 +272,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
         for index, (group, param) in enumerate(pairs):
             yield index, group, param
+
+    def _allocated(self) -> Iterator[tuple[dict[str, Any], Tensor, states.Parts]]:
+        """Every parameter that has a state, in order, with its group and state.  (torch's `state`
+        is a defaultdict: reading it for another leaves an empty one.)"""
+        for _, group, param in self._places():
+            if state := self.state.get(param):
+                yield group, param, state
 
     def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """This parameter's state, allocated when there is none yet."""

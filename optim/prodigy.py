@@ -83,7 +83,7 @@ class DistanceAdapted(FusedOptimizer):
         if not self._has_moved:
             return
         self._has_moved = False
-        states = [self.state[param] for _, _, param in self._places() if param in self.state]
+        states = [state for _, _, state in self._allocated()]
         device = states[0]["numerator"].device
         numerator, denominator = (
             torch.stack([state[name].to(device) for state in states]).sum()

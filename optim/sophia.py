@@ -95,7 +95,7 @@ class Sophia(FusedOptimizer):
     def _largest_count(self) -> int:
         """The largest step count of all parameters, read from each device once."""
         counts: dict[torch.device, list[Tensor]] = {}
-        for state in self.state.values():
+        for _, _, state in self._allocated():
             counts.setdefault(state["step"].device, []).append(state["step"])
         return max((int(torch.stack(those).max()) for those in counts.values()), default=0)
 
@@ -125,12 +125,10 @@ class Sophia(FusedOptimizer):
 
     def _knows_curvature(self) -> bool:
         """Whether any curvature in the state is not zero; waits for a GPU."""
-        codecs = (
-            (self.codecs(param, group)["hessian"], self.state[param])
-            for _, group, param in self._places()
-            if param in self.state
+        return any(
+            bool(self.codecs(param, group)["hessian"].decode(split(state, "hessian")).any())
+            for group, param, state in self._allocated()
         )
-        return any(bool(c.decode(split(state, "hessian")).any()) for c, state in codecs)
 
     def _step(self, share: Share) -> None:
         super()._step(share)

@@ -9,7 +9,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from helpers import assert_same, make_params, run
+from helpers import assert_same, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
@@ -367,3 +367,22 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, says):
     for index in before["state"]:
         for key, value in before["state"][index].items():
             assert torch.equal(after["state"][index][key], value)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "prodigy", "sophia"])
+def test_reading_the_state_of_a_parameter_without_gradients_changes_nothing(name):
+    results = []
+    for reads in (False, True):
+        params = make_params()
+        optimizer = optim.build(name, params)
+        if reads:
+            assert not optimizer.state[params[-1]]  # torch's state is a defaultdict
+        for step in range(3):
+            set_grads(params, step)
+            params[-1].grad = None
+            if name == "sophia":
+                assert optimizer.wants_hessian() == (step == 0)
+            optimizer.step()
+        assert optimizer.nonfinite_count() == 0
+        results.append(params)
+    assert_same(*results)
