@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import cuda, features, gpu, native, plan
+from optim import cuda, features, gpu, native, plan, reference
 from optim.codecs import FactoredSign, join, salts, split
 from optim.interface import Engine, Owner, RuledOwner
 from optim.options import learning_rate
@@ -57,7 +57,7 @@ class TorchEngine:
         t, lr = int(state["step"]) + 1, learning_rate(group["lr"])
         shared = {k: group[k].to(param.device, torch.float32) for k in optimizer.shared}
         h = SimpleNamespace(**group | shared | {"lr": lr, "t": t, "index": index, "codec": codecs})
-        h.rate = optimizer.rate(h)
+        h.rate = reference.rate(h)
         key = mix(group["seed"], index, t)
 
         w, raw = param.float(), grad_of(param).float()

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,11 +36,6 @@ class FusedOptimizer(StatefulOptimizer):
     `backend` selects what computes a step: "native" (`csrc/`, on a CPU and on CUDA) or "torch"; see
     `optim/state.py` for the layout of the state.
     """
-
-    def rate(self, h: SimpleNamespace) -> float | Tensor:
-        """The factor of updates and decay, from a group as its rule sees it: a number, or a 0-d
-        tensor."""
-        return h.lr
 
     def end_step(self) -> None:
         """Called last in `step()`, after every parameter has been stepped."""

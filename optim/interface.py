@@ -4,7 +4,6 @@ An owner is an optimizer, or a stand-in for one (`optim/standins.py`).
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -77,6 +76,3 @@ class RuledOwner(Owner, Protocol):
 
     def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
         """The (R, C) matrix that addresses the draws of a parameter's rounding."""
-
-    def rate(self, h: SimpleNamespace) -> float | Tensor:
-        """The factor of updates and decay."""

@@ -94,8 +94,12 @@ _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
 
 
 def has_rule(rule: Callable[..., Any]) -> bool:
-    """Whether the fused engines compute this rule of `optim/reference.py`."""
-    return rule.__name__ in RULES or rule.__name__ in PROJECTED
+    """Whether the fused engines compute this rule: a function of `optim/reference.py` that has a
+    kernel, not another one of its name."""
+    from optim import reference  # not above: it needs the compiled module, which needs this one
+
+    name = getattr(rule, "__name__", "")
+    return (name in RULES or name in PROJECTED) and rule is getattr(reference, name, None)
 
 
 class Options(ctypes.Structure):

@@ -9,7 +9,6 @@ order in which they were stepped.  A parameter without a gradient keeps its shar
 
 import math
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -71,10 +70,6 @@ class DistanceAdapted(FusedOptimizer):
         d0 does not move them, and d learns nothing from weights that do not move."""
         unbiased = group["rounding"] == "stochastic" and param.dtype == torch.float16
         return unbiased or super().compensates(param, group)
-
-    def rate(self, h: SimpleNamespace) -> Tensor:
-        """d lr."""
-        return h.d * h.lr
 
     def end_step(self) -> None:
         """Update d: Mishchenko & Defazio 2023 (arXiv 2306.06101), Alg. 4, d_hat and d, with
@@ -187,12 +182,6 @@ class Prodigy(DistanceAdapted):
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         moments = stored(param.shape, group, "exp_avg", square="exp_avg_sq")
         return moments | self.statistics(param, group)
-
-    def rate(self, h: SimpleNamespace) -> Tensor:
-        """d lr, times Adam's bias correction where it is wanted."""
-        beta1, beta2 = h.betas
-        correction = (1 - beta2**h.t) ** 0.5 / (1 - beta1**h.t) if h.bias_correction else 1.0
-        return h.d * (h.lr * correction)
 
 
 class ProdigyFactored(Prodigy):

@@ -7,7 +7,7 @@ This file is the specification.  A rule is a pure function of one parameter's fp
 A moment has the shape of its codec: the parameter's, or that of a scalar, a projection or a sample;
 one that s' lacks stays unchanged.  `h` holds the group's options, `t` (this step's number, from 1),
 `index` (the parameter's), `usable` (which elements of g count; g is 0 elsewhere), `codec` (how each
-moment is stored) and `rate` (the learning rate, or the optimizer's own rate derived from it).  The
+moment is stored) and `rate` (what the function of that name returns for it).  The
 caller decays the weights, subtracts `rate * u` and stores s'; u = None leaves the weights alone.
 Rules know nothing of storage, rounding or loops.
 """
@@ -168,6 +168,17 @@ def adafactor_apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> St
     u, moments = normalized(h, g, s, h.eps)
     u, moments = shortened(h, u, s, moments)
     return averaged(h, u, s, moments)
+
+
+def rate(h: SimpleNamespace) -> float | Tensor:
+    """The factor of updates and decay: lr, times d where that is found, and then Adam's bias
+    correction if it is wanted."""
+    if not hasattr(h, "d"):
+        return h.lr
+    beta1, beta2 = h.betas
+    corrects = getattr(h, "bias_correction", False)
+    correction = (1 - beta2**h.t) ** 0.5 / (1 - beta1**h.t) if corrects else 1.0
+    return h.d * (h.lr * correction)
 
 
 def rescaled(

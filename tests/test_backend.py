@@ -195,6 +195,29 @@ def test_an_optimizer_without_a_kernel_says_who_steps_it(monkeypatch):
 
 
 @needs_native
+@pytest.mark.filterwarnings("ignore:the optimizers run on plain PyTorch")
+def test_a_rule_of_ones_own_is_used_whatever_its_name():
+    def adam(h, w, g, s):
+        return 3 * g, {}
+
+    class Thrice(optim.AdamW):
+        rule = staticmethod(adam)
+
+        def __init__(self, params, lr=1.0, *, weight_decay=0.0, **features):
+            optim.FusedOptimizer.__init__(self, params, locals())
+
+        def moments(self, param, group):
+            return {}
+
+    param = torch.nn.Parameter(torch.zeros(2))
+    param.grad = torch.ones(2)
+    optimizer = Thrice([param])
+    optimizer.step()
+    assert param.tolist() == [-3, -3]
+    assert optimizer.engine() == "plain PyTorch; Thrice has no fused kernel"
+
+
+@needs_native
 @pytest.mark.parametrize(
     ("name", "option"),
     [("adafactor", {"conv_view": "last2"}), ("apollo", {"residual": True})],
