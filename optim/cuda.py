@@ -165,7 +165,6 @@ class CudaEngine(DescriptorEngine):
 
     def _put(self, work: Work, addresses: Tensor) -> None:
         known = torch.equal(self._words[work.members, ADDRESSES], addresses)
-        super()._put(work, addresses)
         capturing = self._gpu.capturing()
         self._captured |= capturing
         if capturing:
@@ -174,9 +173,10 @@ class CudaEngine(DescriptorEngine):
             self._see_to_captures(addresses)
         if known and not self._captured:  # the device's table equals `_words`
             return
-        addresses = self._staging.readable(addresses.contiguous())
-        addresses = addresses.to(self._device, non_blocking=True)
-        self._table[work.on_device, ADDRESSES] = addresses
+        readable = self._staging.readable(addresses.contiguous())
+        there = readable.to(self._device, non_blocking=True)
+        self._table[work.on_device, ADDRESSES] = there
+        super()._put(work, addresses)  # last: the copy may have found no memory
 
     def _see_to_captures(self, addresses: Tensor) -> None:
         """Reserve memory for the copies of a capture that steps every known work: a fused backward

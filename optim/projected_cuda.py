@@ -74,8 +74,9 @@ class CudaProjectedEngine(ProjectedEngine):
             alike = sum(len(one.wide) == len(work.wide) for one in self._works.values())
             self._staging.spare(addresses, alike)
         if self._captured or not torch.equal(addresses, work.known):
-            work.known = addresses.clone()
-            work.grads.copy_(self._staging.readable(work.known), non_blocking=True)
+            known = addresses.clone()
+            work.grads.copy_(self._staging.readable(known), non_blocking=True)
+            work.known = known  # last: the copy may have failed
 
     def _draw(self, portion: Portion) -> None:
         self._launch(portion, "draw", sum(portion.num_draws))

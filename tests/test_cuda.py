@@ -290,6 +290,30 @@ def test_gradients_are_found_after_another_set_of_parameters_has_moved_them(host
     assert not differences(optimizer, twin)
 
 
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("none left")
+
+
+def test_a_step_after_one_whose_copy_failed_reads_its_own_gradients(host, monkeypatch):
+    params, optimizer = make(CASES[0])
+    twins, twin = copied(params, optimizer)
+    for step in range(2):
+        for group in (params, twins):
+            kept = [p.grad for p in group]  # so that the next gradients are at other addresses
+            set_grads(group, step)
+        with on_host(host):
+            if step:
+                staging = twin._dispatch.engine(torch.device("cpu"))._staging
+                with monkeypatch.context() as patch:
+                    patch.setattr(staging, "readable", out_of_memory)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        twin.step()
+            for each in (optimizer, twin):
+                each.step()
+        del kept
+    assert not differences(optimizer, twin)
+
+
 def test_every_capture_has_memory_of_its_own_and_wants_a_step_before_it(host, monkeypatch):
     params, optimizer = make(CASES[0])
     set_grads(params, 0)

@@ -282,3 +282,26 @@ def test_a_scratch_is_no_larger_than_what_is_alive_at_once(host, monkeypatch):
     place = work.portions[0].places[0]
     each = portion.Portion.bytes_of(place, work.portions[0].kind)
     assert engine_of(optimizer)._scratch.numel() == 7 * each <= 100_000
+
+
+def test_a_step_after_one_whose_copy_failed_reads_its_own_gradients(host, monkeypatch):
+    case = Case("apollo", FP32, {"rank": 4})
+    one, two = make(case), make(case)
+    kept = []  # so that the next gradients are at other addresses
+    for step in range(2):
+        for params, _ in (one, two):
+            set_grads(params, step)
+            kept += [p.grad for p in params]
+        with on_host(host):
+            if step:
+                with monkeypatch.context() as patch:
+                    patch.setattr(engine_of(two[1])._staging, "readable", out_of_memory)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        two[1].step()
+            one[1].step()
+            two[1].step()
+    assert_same(one[0], two[0])
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("none left")
