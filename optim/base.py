@@ -310,10 +310,18 @@ class StatefulOptimizer(torch.optim.Optimizer):
         known: list[list[Any]] = self.__dict__.get("_members", [])
         if len(members) != len(known) or not all(map(same_objects, members, known)):
             self._forget()
+            self._complete()
             self._members = [list(each) for each in members]
             self._all_places = Places(self._indexed_params())
             self._place_by_id = {id(p): (index, g) for index, g, p in self._all_places}
         return self._all_places
+
+    def _complete(self) -> None:
+        """Give groups without some options, which were put there by hand or pickled before an
+        option existed, the defaults of the optimizer."""
+        for group in self.param_groups:
+            for name, default in (self._options() | self.defaults).items():
+                group.setdefault(name, default)
 
     @cached_property
     def _dispatch(self) -> Dispatch:
@@ -330,5 +338,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; this family has no such option
+        self._complete()
         if self.backend == "native":  # it may have been pickled on another machine
             self.backend = backend.resolved("native", device_types(self.param_groups), strict=False)

@@ -57,8 +57,9 @@ class FusedOptimizer(StatefulOptimizer):
                 loss = closure()
         if self.fused_backward is not None:
             self.fused_backward.check_unchanged()
+        places = self._places()
         self._watch.check(self.param_groups)
-        share = Share(self._places())
+        share = Share(places)
         if Trait.MISSING in share.traits:
             there = [place for place in share if place[2].grad is not None]
             share = Share(Places(there))
@@ -160,6 +161,7 @@ class FusedOptimizer(StatefulOptimizer):
 
     def check_steps_alone(self, caller: str) -> None:
         """Raise ValueError if an option needs all gradients before any parameter is stepped."""
+        self._places()  # completes new groups
         if any(group["max_grad_norm"] is not None for group in self.param_groups):
             raise ValueError(
                 f"{caller}: max_grad_norm needs all gradients at once, and they are stepped one by "

@@ -38,11 +38,18 @@ class DistanceAdapted(FusedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `FusedOptimizer.add_param_group`; the group shares d with the others."""
         super().add_param_group(param_group)
-        first, last = self.param_groups[0], self.param_groups[-1]
-        device = last["params"][0].device if last["params"] else "cpu"
+        self._complete()
+
+    def _complete(self) -> None:
+        super()._complete()
         for name in self.shared:
-            fresh = torch.tensor(last["d0"], dtype=torch.float64, device=device)
-            last[name] = first.get(name, fresh)
+            known = next((group[name] for group in self.param_groups if name in group), None)
+            if known is None:
+                first = self.param_groups[0]
+                device = first["params"][0].device if first["params"] else "cpu"
+                known = torch.tensor(first["d0"], dtype=torch.float64, device=device)
+            for group in self.param_groups:
+                group[name] = known
 
     def idle_options(self) -> list[str]:
         """As `FusedOptimizer.idle_options`, and a line for an lr too low to find d with."""

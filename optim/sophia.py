@@ -164,9 +164,10 @@ class Sophia(FusedOptimizer):
                 f"update_hessian: scale={scale} is not possible; it must be a number > 0 (n/2 for "
                 "the mean of n squared errors)"
             )
+        places = self._places()
         self._watch.check(self.param_groups)
         if params is None:
-            params = [param for _, _, param in self._places() if param.grad is not None]
+            params = [param for _, _, param in places if param.grad is not None]
         share = Share(self._places_of("update_hessian", params))
         if not params or Trait.MISSING in share.traits:
             which = "a parameter has no" if params else "no parameter has a"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, make_params, run
+from helpers import assert_same, make_params, run, set_grads
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
@@ -350,6 +350,29 @@ def test_a_class_with_a_rule_of_its_own_may_have_options_of_its_own():
     param.grad = torch.ones(2)
     Scaled([param], factor=2.0, backend="torch").step()
     assert param.tolist() == [-2, -2]
+
+
+@pytest.mark.parametrize("comes", ["pickled", "replaced", "replaced in a fused backward"])
+@pytest.mark.parametrize("name", ["adamw8bit", "prodigy", "sophia"])
+def test_a_group_without_some_options_has_those_that_the_optimizer_was_built_with(name, comes):
+    params = make_params()
+    optimizer = optim.build(name, params, weight_decay=0.25)
+    run(optimizer, params, range(2))
+    group = optimizer.param_groups[0]
+    if comes == "pickled":
+        for options in (group, optimizer.defaults):
+            del options["grad_clip"]  # as if it were new
+        optimizer = copy.deepcopy(optimizer)
+    else:
+        optimizer.param_groups = [{"params": params, "lr": 0.5}]
+    (group,) = optimizer.param_groups
+    if comes == "replaced in a fused backward":
+        set_grads(group["params"], 2)
+        optimizer.step_param(*group["params"])
+    run(optimizer, group["params"], range(3, 5))
+    assert group["grad_clip"] is None
+    assert group["weight_decay"] == 0.25
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def test_parameters_without_a_shape_are_refused_until_the_model_has_run_once():
