@@ -36,7 +36,12 @@ class DistanceAdapted(FusedOptimizer):
     _has_moved = False  # has a step learned anything since d was last estimated?
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `FusedOptimizer.add_param_group`; the group shares d with the others."""
+        """As `FusedOptimizer.add_param_group`; the group shares d with the others, and leaves that
+        of an optimizer whose group it was."""
+        if isinstance(param_group, dict):
+            theirs = {name for name in self.shared if isinstance(param_group.get(name), Tensor)}
+            if theirs:  # the dict is that optimizer's
+                param_group = {k: x for k, x in param_group.items() if k not in theirs}
         super().add_param_group(param_group)
         self._complete()
 

@@ -367,3 +367,16 @@ def test_another_slice_p_than_the_states_is_refused():
     optimizer.param_groups[0]["slice_p"] = 2
     with pytest.raises(ValueError, match=r"'grad_sum' is .*\(8,\).* should be .*\(20,\)"):
         find(optimizer, params, range(1))
+
+
+@pytest.mark.parametrize("name", PRODIGIES)
+def test_groups_of_another_optimizer_begin_with_a_d_of_their_own(name):
+    params = make_params(shapes=SHAPES)
+    first = build(name, [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}])
+    find(first, params, range(5))
+    before = d_of(first)
+    second = type(first)(first.param_groups)
+    assert [group["weight_decay"] for group in second.param_groups] == [0.01, 0.5]
+    assert {group["d"].item() for group in second.param_groups} == {1e-2}
+    find(second, params, range(5))
+    assert d_of(first) == before != d_of(second)
