@@ -1,8 +1,9 @@
 """What the fused engines share: the descriptors of an optimizer's parameters, kept up to date.
 
 An engine works on addresses (`optim/plan.py`), and between two steps the user may change anything:
-replace a state, a parameter, a dtype.  So everything that a descriptor was built from is checked
-before every step, and the descriptor is rebuilt when it has changed.
+replace a state, a parameter, a dtype.  So what a descriptor was built from is checked before every
+step, and the descriptor is rebuilt when it has changed.  One exception is too slow to check at
+once: state tensors moved in place, one here and there (`Work.holds`).
 """
 
 import ctypes
@@ -63,9 +64,11 @@ class Work:
         addresses, that the work was made from.
 
         A UNet's optimizer has nine thousand state tensors, too many to read every address at every
-        step.  So all are checked for being the same objects, and the addresses of _ASKED
-        consecutive ones, in rotation: a move by assigning to `.data`, or by `set_()`, of all
-        states or of one moment of each parameter, is detected at once.
+        step: it would take up to twice as long, where tensors are tiny.  So all are checked for
+        being the same objects, and the addresses of _ASKED consecutive ones, in rotation: a move by
+        assigning to `.data`, or by `set_()`, of all states or of one moment of each parameter, is
+        detected at once; that of a single tensor within as many steps as there are samples, and
+        until then the old memory, which is kept, is used.
         """
         if not same_state(state, params, self._parts, self._counts):
             return False
