@@ -243,7 +243,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.state.update(state)
         for key in self.shared:  # one tensor, in every group
             number = self.param_groups[0][key]
-            number.copy_(torch.as_tensor(saved_groups[0][key], device=number.device))
+            kind = {"dtype": number.dtype, "device": number.device}
+            number.copy_(torch.as_tensor(saved_groups[0][key], **kind))
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             own = {k: group[k] for k in ("params", "param_names", *self.shared) if k in group}
             group.update(states.unlabelled(saved_group) | own)

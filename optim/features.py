@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
+NARROW = {"mps"}  # types of devices without fp64
 # The largest usable gradient: the squares of 2^31 such elements still have a finite fp32 sum.
 LARGEST_GRAD = 2.0**48
 
@@ -93,6 +94,11 @@ DEFAULTS = Features(
 )
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype of sums over a tensor: fp64 where the device has it."""
+    return torch.float32 if device.type in NARROW else torch.float64
+
+
 def usable(g: Tensor) -> Tensor:
     """Which elements of a gradient can be used: g (*) -> bool (*).  NaN compares false."""
     return g.float().abs() <= LARGEST_GRAD
@@ -114,9 +120,9 @@ def orthogonal(w: Tensor, g: Tensor) -> Tensor:
     Prieto et al. 2025 (arXiv 2501.04697).  A gradient that is parallel to w up to
     rounding leaves only noise, which is not scaled up to g's norm: the result is then zero.
     """
-    w64, g64 = w.double(), g.double()
-    rest = g64 - (w64 * g64).sum() / (w64.square().sum() + 1e-30) * w64
-    norm, rest_norm = g64.norm(), rest.norm()
+    w, g = w.to(wide(w.device)), g.to(wide(g.device))
+    rest = g - (w * g).sum() / (w.square().sum() + 1e-30) * w
+    norm, rest_norm = g.norm(), rest.norm()
     scale = torch.where(rest_norm > 1e-6 * norm, norm / rest_norm.clamp_min(1e-300), 0.0)
     return (rest * scale).float()
 
@@ -135,15 +141,20 @@ def shrinking(norm: float | Tensor, limit: float) -> float | Tensor:
 
 
 def grad_sq(g: Tensor) -> float:
-    """The sum of the squares of g's usable elements, in fp64."""
-    return float(torch.linalg.vector_norm(torch.where(usable(g), g, 0.0), dtype=torch.float64) ** 2)
+    """The sum of the squares of g's usable elements."""
+    return float(length(torch.where(usable(g), g, 0.0))) ** 2
+
+
+def length(x: Tensor) -> Tensor:
+    """The norm of x (*), summed in the widest dtype and of it: -> 0-d."""
+    return torch.linalg.vector_norm(x, dtype=wide(x.device))
 
 
 def clipped(h: SimpleNamespace, g: Tensor) -> Tensor:
     """g scaled down to norm `grad_clip` where it is longer."""
     if h.grad_clip is None:
         return g
-    norm = torch.linalg.vector_norm(g, dtype=torch.float64)
+    norm = length(g)
     return g * (h.grad_clip / norm.clamp_min(1e-30)).clamp_max(1.0).to(g)
 
 
@@ -155,7 +166,7 @@ def limited(h: SimpleNamespace, u: Tensor, previous: Tensor) -> tuple[Tensor, Te
     zero one, there is nothing to compare with and nothing is limited, so that a single zero
     gradient does not freeze the tensor.
     """
-    norm = torch.linalg.vector_norm(u, dtype=torch.float64).float()
+    norm = length(u).float()
     bound = torch.where(previous > 1e-6, previous * h.growth_limit, norm)
     scale = (bound / norm.clamp_min(1e-30)).clamp_max(1.0)
     return u * scale, norm * scale

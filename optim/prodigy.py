@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optim import reference
 from optim.codecs import Bf16, Codec, Dense, Exact, stored
-from optim.features import Features
+from optim.features import Features, wide
 from optim.fused import FusedOptimizer
 from optim.options import learning_rate
 from optim.share import Share
@@ -27,8 +27,8 @@ _LOWEST_LR = 0.1  # a lower lr is taken for another optimizer's, set by mistake
 class DistanceAdapted(FusedOptimizer):
     """What the optimizers below have in common: d and its estimate.
 
-    `group["d"]` of every group is the same 0-d fp64 tensor, on the parameters' device;
-    `group["d_max"]` is the largest estimate so far.  No step reads them on the host.
+    `group["d"]` of every group is the same 0-d tensor, on the parameters' device, in fp64 if that
+    has it; `group["d_max"]` is the largest estimate so far.  No step reads them on the host.
     """
 
     common: ClassVar[tuple[str, ...]] = ("d0", "d_coef", "growth_rate", "slice_p")
@@ -51,8 +51,9 @@ class DistanceAdapted(FusedOptimizer):
             known = next((group[name] for group in self.param_groups if name in group), None)
             if known is None:
                 first = self.param_groups[0]
-                device = first["params"][0].device if first["params"] else "cpu"
-                known = torch.tensor(first["d0"], dtype=torch.float64, device=device)
+                params = first["params"]
+                device = params[0].device if params else torch.device("cpu")
+                known = torch.tensor(first["d0"], dtype=wide(device), device=device)
             for group in self.param_groups:
                 group[name] = known
 
@@ -73,8 +74,8 @@ class DistanceAdapted(FusedOptimizer):
         return {
             "start": Exact(shape, param.dtype),
             "grad_sum": Dense(shape) if param.dtype == torch.float32 else Bf16(shape),
-            "numerator": Exact((), torch.float64),
-            "denominator": Exact((), torch.float64),
+            "numerator": Exact((), wide(param.device)),
+            "denominator": Exact((), wide(param.device)),
         }
 
     def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -91,15 +92,15 @@ class DistanceAdapted(FusedOptimizer):
             return
         self._has_moved = False
         states = [state for _, _, state in self._allocated()]
-        device = states[0]["numerator"].device
+        first = states[0]["numerator"]
         numerator, denominator = (
-            torch.stack([state[name].to(device) for state in states]).sum()
+            torch.stack([state[name].to(first) for state in states]).sum()
             for name in ("numerator", "denominator")
         )
         group = self.param_groups[0]
-        if group["d"].device != device:  # the weights were moved before the first step
+        if group["d"].device != first.device:  # the weights were moved before the first step
             for name in self.shared:
-                moved = group[name].to(device)
+                moved = group[name].to(first)
                 for each in self.param_groups:
                     each[name] = moved
         d, d_max = group["d"], group["d_max"]

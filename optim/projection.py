@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from optim.features import NARROW
 from optim.rng import mix, normals, signs
 from optim.share import Place, Places
 
@@ -85,7 +86,7 @@ def gain(h: SimpleNamespace, width: int) -> float:
 def orthonormal_rows(p: Tensor) -> Tensor:
     """p (r, D) -> rows of length 1 that span the same space.  A row that depends linearly on those
     above it (short rows of signs may repeat) becomes zero."""
-    p64 = p.double()
-    ridge = 1e-12 * p.shape[1] * torch.eye(p.shape[0], dtype=torch.float64, device=p.device)
+    p64 = p.to("cpu" if p.device.type in NARROW else p.device, torch.float64)
+    ridge = 1e-12 * p.shape[1] * torch.eye(p.shape[0], dtype=torch.float64, device=p64.device)
     factor = torch.linalg.cholesky_ex(p64 @ p64.t() + ridge).L  # it does not wait for a GPU
-    return torch.linalg.solve_triangular(factor, p64, upper=False).float()
+    return torch.linalg.solve_triangular(factor, p64, upper=False).float().to(p.device)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optim.codecs import Codec, Factored, FactoredSign
-from optim.features import limited
+from optim.features import length, limited, wide
 from optim.projection import channels, gain, projected_shape, projection, unchanneled
 
 Moments = dict[str, Tensor]
@@ -220,8 +220,8 @@ def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
 
         start (S)  the weights before the first step
         grad_sum (S) <- beta3 grad_sum + d/d0 rate g
-        numerator 0-d fp64 <- beta3 numerator + d/d0 rate <g, start - w>
-        denominator 0-d fp64 <- |grad_sum|_1
+        numerator 0-d wide <- beta3 numerator + d/d0 rate <g, start - w>
+        denominator 0-d wide <- |grad_sum|_1
 
     Mishchenko & Defazio 2023, Alg. 4, the lines of r and s.  Factors are d/d0, not d, so that the
     sums do not underflow (their remark on implementation).  `safeguard_warmup` replaces the rate in
@@ -233,10 +233,11 @@ def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
     if h.lr == 0:
         return start
     beta3 = h.beta3 if h.beta3 is not None else h.betas[1] ** 0.5
-    way = start.get("start", s["start"]).double() - now.double()
+    in_wide = wide(w.device)
+    way = start.get("start", s["start"]).to(in_wide) - now.to(in_wide)
     weight = h.d / h.d0 * (h.d if h.safeguard_warmup else h.rate)
     total = torch.where(usable, beta3 * s["grad_sum"] + weight * grad, s["grad_sum"])
-    progress = h.d / h.d0 * h.rate * summed(grad.double() * way)
+    progress = h.d / h.d0 * h.rate * summed(grad.to(in_wide) * way)
     learns = h.usable.any()
     numerator, denominator = beta3 * s["numerator"] + progress, summed(total.abs())
     return start | {
@@ -335,18 +336,18 @@ def arctan(numerator: Tensor, root: Tensor) -> Tensor:
 
 
 def norms(x: Tensor, dim: int | None) -> Tensor:
-    """Euclidean norms along a dimension, or of the whole: x (R, C) -> fp64 (1, C), (R, 1) or
-    (1, 1)."""
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+    """Euclidean norms along a dimension, or of the whole: x (R, C) -> (1, C), (R, 1) or (1, 1), in
+    the widest dtype."""
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x.device))
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of all elements in fp64: x (*) -> 0-d.  Rows of 1024 are summed first, so that the
-    bits do not depend on the number of threads."""
-    rows = F.pad(x.flatten().double(), (0, -x.numel() % 1024)).view(-1, 1024)
+    """The sum of all elements in the widest dtype: x (*) -> 0-d.  Rows of 1024 are summed first, so
+    that the bits do not depend on the number of threads."""
+    rows = F.pad(x.flatten().to(wide(x.device)), (0, -x.numel() % 1024)).view(-1, 1024)
     return rows.sum(dim=1).sum()
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square over all elements, summed in fp64: x (*) -> 0-d.  An empty tensor has 0."""
-    return (torch.linalg.vector_norm(x, dtype=torch.float64) / max(x.numel(), 1) ** 0.5).float()
+    """Root mean square over all elements: x (*) -> 0-d.  An empty tensor has 0."""
+    return (length(x) / max(x.numel(), 1) ** 0.5).float()

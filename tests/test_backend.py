@@ -1,5 +1,6 @@
 """The backend: how it is chosen and reported."""
 
+import contextlib
 import copy
 import io
 import os
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import warnings
 
+import helpers
 import pytest
 import torch
 from helpers import assert_same, make_params, run, set_grads
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import optim
-from optim import backend, compiled, native
+from optim import backend, compiled, features, native
 
 BUILT = native.unavailable() is None
 needs_native = pytest.mark.skipif(not BUILT, reason="it is not built")
@@ -297,3 +301,34 @@ def test_a_state_of_one_backend_goes_on_in_the_other(name, first, second):
     assert end.backend == second
     for a, b in zip(straight, changed, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+class OnlyNarrow(TorchDispatchMode):
+    """A device without fp64, as MPS."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for x in tree_leaves((args, kwargs, result)):
+            assert not isinstance(x, torch.Tensor) or x.dtype != torch.float64, func
+            assert x is not torch.float64, func
+        return result
+
+
+@pytest.mark.parametrize("name", sorted(optim.FAMILY))
+def test_plain_pytorch_needs_no_fp64_where_a_device_has_none(name, monkeypatch):
+    options = {"backend": "torch", "orthograd": True, "grad_clip": 0.1, "max_grad_norm": 1.0}
+    options |= {} if "growth_limit" in optim.FAMILY[name].refuses else {"growth_limit": 1.1}
+    if "relative_step" in optim.options_of(name):
+        options |= {"relative_step": True, "scale_parameter": True}
+    runs = []
+    for mode in (contextlib.nullcontext(), OnlyNarrow()):
+        monkeypatch.setattr(features, "NARROW", {"cpu"} if runs else set())
+        params = make_params(shapes=SHAPES)
+        with mode:
+            optimizer = helpers.build(name, params, **options)
+            run(optimizer, params, range(3))
+            if name != "sophia":
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        runs.append(params)
+    for a, b in zip(*runs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
