@@ -38,7 +38,8 @@ class Adafactor(FusedOptimizer):
             there for comparison: it keeps 977 MB for the SDXL UNet instead of 18.7, and runs on
             the torch backend.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
-        relative_step: use min(lr, 1/sqrt(t)) as the step size.
+        relative_step: use min(lr, 1/sqrt(t)) as the step size; the paper has lr=1e-2 with it, and
+            scale_parameter.
         scale_parameter: multiply a tensor's step by max(eps[1], RMS(weights)).
         features: options shared by all optimizers, `optim.features.Features`.
 

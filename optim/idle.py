@@ -2,7 +2,7 @@
 
 An optimizer warns of them when it is built.  An option that has an effect in one group may be set
 for all (`cautious_decay` where only biases are not decayed), so it is only reported if it has none
-in any.  What depends on gradients, or on the length of a run, is not judged.
+in any.  What depends on gradients, or on the length of a run (below 100,000 steps), is not judged.
 """
 
 from collections.abc import Callable
@@ -56,6 +56,11 @@ def _projections(group: Group) -> list[bool]:
     return [projected_shape(shape, group["rank"]) is not None for shape in shapes]
 
 
+def _is_slow_anyway(group: Group) -> bool:
+    return float(group["lr"]) <= _LONG_RUN**-0.5
+
+
+_LONG_RUN = 100_000  # steps
 _OF_PROJECTIONS = ("scale", "scaling", "update_gap", "projection", "residual", "growth_limit")
 _ALONG = "where every update points along its gradient"
 _FIRST = "use a first moment (momentum, beta1)"
@@ -72,6 +77,11 @@ _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
         lambda g: g["clip_threshold"] is None,
         "with clip_threshold=None",
         "set clip_threshold",
+    ),
+    "relative_step": (
+        _is_slow_anyway,
+        f"in {_LONG_RUN} steps with so low an lr, which is below 1/sqrt(t) for longer",
+        "set lr=1e-2 and scale_parameter=True, the paper's",
     ),
     "grad_clip": (
         _is_clipped_before,

@@ -55,6 +55,7 @@ IDLE = [  # (optimizer, options; the last has no effect, a change that gives it 
     ("adafactor", {"storage": "bf16"}, {"beta1": 0.5}),
     ("adafactor8bit", {"grams": True}, {"beta1": 0.5}),
     ("adafactor", {"beta2_decay": -0.3}, {"beta2": None}),
+    ("adafactor", {"lr": 1e-3, "relative_step": True}, {"lr": 0.5}),
     ("adafactor", {"clip_threshold": None, "clip_norm": "lagged"}, {"clip_threshold": 0.1}),
     ("adafactor8bit_apollo", {"storage": "fp32"}, {"beta1": 0.5}),
     ("adafactor8bit_apollo", {"grams": True}, {"residual": True}),
