@@ -55,6 +55,7 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
 
 __all__ = [
     "FAMILY",
+    "Features",
     "FusedOptimizer",
     "IdleOption",
     "build",

@@ -95,5 +95,5 @@ class Adafactor8bit(Adafactor):
     Arguments and source are `Adafactor`'s.
     """
 
-    storage = "8bit"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "8bit"}
     float8 = True

@@ -1,7 +1,7 @@
 """AdamW and AdEMAMix, with moments in fp32, in 8-bit blocks, or as factors and signs."""
 
 from collections.abc import Iterable
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class AdamW8bit(AdamW):
     State: 2.02 bytes per parameter.  Arguments and source are `AdamW`'s.
     """
 
-    storage = "8bit"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "8bit"}
 
 
 class AdamWFactored(AdamW):
@@ -65,7 +65,7 @@ class AdamWFactored(AdamW):
     Source: `AdamW`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """
 
-    storage = "factored"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "factored"}
 
 
 class AdEMAMix(FusedOptimizer):
@@ -116,4 +116,4 @@ class AdEMAMixFactored(AdEMAMix):
     Source: `AdEMAMix`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """
 
-    storage = "factored"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "factored"}

@@ -1,7 +1,7 @@
 """ADOPT: Adam that normalises before it averages, in fp32 or with factored moments."""
 
 from collections.abc import Iterable
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class AdoptFactored(Adopt):
     Source: `Adopt`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """
 
-    storage = "factored"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "factored"}
 
 
 class AdoptFactoredAdEMAMix(FusedOptimizer):
@@ -82,7 +82,7 @@ class AdoptFactoredAdEMAMix(FusedOptimizer):
     """
 
     rule = staticmethod(reference.adopt)
-    storage = "factored"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "factored"}
 
     def __init__(
         self,

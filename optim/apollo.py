@@ -58,7 +58,7 @@ class Apollo(FusedOptimizer):
     """
 
     rule = staticmethod(reference.apollo)
-    growth_limit = 1.01
+    own_defaults: ClassVar[dict[str, Any]] = {"growth_limit": 1.01}
     dense: ClassVar[str] = "AdamW"  # steps the tensors that are not projected
 
     def __init__(
@@ -116,26 +116,7 @@ class ApolloMini(Apollo):
     """
 
     rule = staticmethod(reference.apollo)
-    storage = "bf16"
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        rank: int = 1,
-        scale: float | int | str = "auto",
-        scaling: str = "tensor",
-        update_gap: int = 200,
-        projection: str = "gaussian",
-        residual: bool = False,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        atan2: bool = False,
-        weight_decay: float = 0.0,
-        **features: Unpack[Features],
-    ) -> None:
-        FusedOptimizer.__init__(self, params, locals())
+    own_defaults: ClassVar[dict[str, Any]] = {"rank": 1, "scaling": "tensor", "storage": "bf16"}
 
 
 class Adafactor8bitApollo(Apollo):
@@ -155,13 +136,11 @@ class Adafactor8bitApollo(Apollo):
         eps: added to the second moment (to each of its factors) where it divides.
         clip_threshold: largest RMS of a tensor's update before lr; none does not clip.
 
-    The other arguments are `Apollo`'s.
-
     Source: `Apollo`'s; Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 and 5.
     """
 
     rule = staticmethod(reference.adafactor_apollo)
-    storage = "8bit"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "8bit"}
     dense = "Adafactor8bit"
     refuses: ClassVar[dict[str, str]] = {"factor_1d": "1-D second moments are not factored here"}
 

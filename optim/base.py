@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import backend, features, groups, idle, options
+from optim import backend, described, features, groups, idle, options
 from optim import state as states
 from optim.codecs import Codec, Dense, layout
 from optim.dispatch import Dispatch, device_types
@@ -27,14 +27,31 @@ META = torch.device("meta")
 class StatefulOptimizer(torch.optim.Optimizer):
     """A `FusedOptimizer` without its steps."""
 
+    __signature__: ClassVar[inspect.Signature]
     rule: ClassVar[Rule]
-    # The class's defaults of these features.
-    storage: ClassVar[str] = "fp32"
-    growth_limit: ClassVar[float | None] = None
+    own_defaults: ClassVar[dict[str, Any]] = {}  # of options, where they are not the base's
     refuses: ClassVar[dict[str, str]] = {}  # features that make no sense here, and why
     common: ClassVar[tuple[str, ...]] = ()  # options that all groups must agree on
     shared: ClassVar[tuple[str, ...]] = ()  # group keys of tensors that all groups share
     fused_backward: InBackward | None = None  # what steps it inside the backward pass
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Give the class its own defaults, and a signature and documentation that have them."""
+        super().__init_subclass__(**arguments)
+        if not hasattr(cls, "rule"):
+            return
+        if "__init__" in vars(cls) and not cls.__init__.__doc__:
+            cls.__init__.__doc__ = "The arguments are explained in the class's documentation."
+        known = cls.default_options()
+        options.check(cls.__name__, known, cls.own_defaults)
+        if cls.own_defaults.keys() & inspect.signature(cls.__init__).parameters.keys():
+            cls.__init__ = described.with_defaults(cls.__init__, known)  # type: ignore[method-assign]
+        if cls.__init__.__code__ is cls.ruled().__init__.__code__:
+            cls.__signature__ = described.signature(cls.__init__, known)
+            cls.__doc__ = described.documentation(cls)
+        else:  # its constructor takes other arguments
+            _, *taken = inspect.signature(cls.__init__).parameters.values()
+            cls.__signature__ = inspect.Signature(taken)
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         """`arguments` is `locals()` in the constructor of the class that names the rule: its
@@ -71,11 +88,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def default_options(cls) -> dict[str, Any]:
         """Every option of this optimizer with its default: those of the signature, then the
         features."""
-        parameters = inspect.signature(cls.ruled()).parameters.values()
-        own = {p.name: p.default for p in parameters if p.name not in ("params", "features")}
-        defaults = {"storage": cls.storage, "growth_limit": cls.growth_limit}
-        shared = features.DEFAULTS | defaults
-        return own | {k: v for k, v in shared.items() if k not in cls.refuses}
+        parameters = inspect.signature(cls.ruled().__init__).parameters.values()
+        others = ("self", "params", "features")
+        known = {p.name: p.default for p in parameters if p.name not in others}
+        known |= {k: v for k, v in features.DEFAULTS.items() if k not in cls.refuses}
+        changed: dict[str, Any] = {}
+        for each in reversed(cls.__mro__):
+            changed |= vars(each).get("own_defaults", {})
+        return {name: changed.get(name, default) for name, default in known.items()}
 
     @classmethod
     def _options(cls) -> dict[str, Any]:

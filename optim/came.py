@@ -85,5 +85,5 @@ class CAME8bit(CAME):
     first moment as signed 8-bit floats.  Arguments and source are `CAME`'s.
     """
 
-    storage = "8bit"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "8bit"}
     float8 = True

@@ -19,7 +19,7 @@ class Features(TypedDict, total=False):
     """Options of every optimizer.
 
     storage: how moments are stored: "fp32" (4 bytes per element), "bf16" (2), "8bit" (1) or
-        "factored" (rank-1 factors and a sign bit, about 1/8; SMMF); the default is the class's.
+        "factored" (rank-1 factors and a sign bit, about 1/8; SMMF).
 
     rounding: how bf16 and fp16 weights are written: "stochastic" (unbiased; fp16 is written to the
         nearest, so small steps are lost, which a warning says; if the optimizer finds its own rate,

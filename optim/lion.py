@@ -55,7 +55,7 @@ class Lion8bit(Lion):
     State: 1.02 bytes per parameter.  Arguments and source are `Lion`'s.
     """
 
-    storage = "8bit"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "8bit"}
 
 
 class LionFactored(Lion):
@@ -66,4 +66,4 @@ class LionFactored(Lion):
     Source: `Lion`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """
 
-    storage = "factored"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "factored"}

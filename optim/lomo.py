@@ -70,22 +70,4 @@ class AdaLomo(Adafactor):
     """
 
     rule = staticmethod(reference.adafactor)
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-2,
-        *,
-        beta1: float | None = None,
-        beta2: float | None = None,
-        beta2_decay: float = -0.8,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float | None = 1.0,
-        clip_norm: str = "exact",
-        conv_view: str = "flatten",
-        weight_decay: float = 0.0,
-        relative_step: bool = False,
-        scale_parameter: bool = True,
-        **features: Unpack[Features],
-    ) -> None:
-        FusedOptimizer.__init__(self, params, locals())
+    own_defaults: ClassVar[dict[str, Any]] = {"lr": 1e-2, "beta2": None, "scale_parameter": True}

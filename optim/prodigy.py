@@ -205,7 +205,7 @@ class ProdigyFactored(Prodigy):
     Source: `Prodigy`'s; Park & Lee 2024 (arXiv 2412.08894), Alg. 1-4.
     """
 
-    storage = "factored"
+    own_defaults: ClassVar[dict[str, Any]] = {"storage": "factored"}
 
 
 class LionProdigy(DistanceAdapted):

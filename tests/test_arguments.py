@@ -455,9 +455,46 @@ def test_build_and_the_class_have_the_same_defaults():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_option_is_documented(name):
+def test_help_lists_every_option_with_its_meaning_and_its_default(name):
     cls = optim.FAMILY[name]
-    sources = [*inspect.getmro(cls)[:2], optim.Features]
-    documentation = " ".join(source.__doc__ or "" for source in sources)
-    for option in optim.options_of(name):
-        assert f"{option}:" in documentation, f"{name}: {option}"
+    signature, options = inspect.signature(cls), optim.options_of(name)
+    assert [*signature.parameters] == ["params", *options]
+    assert {k: p.default for k, p in signature.parameters.items() if k != "params"} == {
+        option: default for option, (_, default) in options.items()
+    }
+    documentation = " ".join((cls.__doc__ or "").split())
+    for option, (_, default) in options.items():
+        meaning, _, rest = documentation.partition(f" {option}: ")[2].partition(" Default: ")
+        assert len(meaning) > 5, option
+        assert rest.startswith(f"{default!r}."), option
+    assert max(map(len, cls.__doc__.splitlines())) <= 96
+    bound = signature.bind(make_params(), 0.5, seed=3)
+    assert cls(*bound.args, **bound.kwargs).defaults == cls(make_params(), 0.5, seed=3).defaults
+
+
+def test_a_class_may_change_defaults_and_nothing_else():
+    class Small(optim.Apollo):
+        own_defaults = {"lr": 0.25, "rank": 2, "storage": "8bit"}  # noqa: RUF012
+
+    assert inspect.signature(Small).parameters["rank"].default == 2
+    assert "lr: step size. Default: 0.25." in Small.__doc__
+    found = Small(make_params(), rank=3).defaults
+    assert (found["lr"], found["rank"], found["storage"]) == (0.25, 3, "8bit")
+    assert Small(make_params()).defaults["rank"] == 2
+    assert optim.Apollo(make_params(), rank=3).defaults["lr"] == 1e-3
+    with pytest.raises(TypeError, match="did you mean 'rank'"):
+        type("Wrong", (optim.Apollo,), {"own_defaults": {"rnk": 1}})
+    with pytest.raises(ValueError, match=r"rank.*0\.5"):
+        type("Wrong", (optim.Apollo,), {"own_defaults": {"rank": 0.5}})
+
+
+def test_a_class_with_a_constructor_of_its_own_has_that_ones_signature():
+    class Tuned(optim.AdamW8bit):
+        """AdamW8bit of a model."""
+
+        def __init__(self, model, speed):
+            super().__init__(model.parameters(), lr=speed)
+
+    assert [*inspect.signature(Tuned).parameters] == ["model", "speed"]
+    assert Tuned.__doc__ == "AdamW8bit of a model."
+    assert Tuned(torch.nn.Linear(2, 2), 0.5).defaults["storage"] == "8bit"

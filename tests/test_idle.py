@@ -231,7 +231,7 @@ def test_an_apollo_that_projects_nothing_says_whose_steps_it_makes_and_which_ran
     with pytest.warns(optim.IdleOption, match=says) as said:
         ends = trained(name, torch.float32, shapes, rank=largest + 1)
     assert len(said) == 1
-    options = {"storage": optim.FAMILY[name].storage, "weight_decay": 0.0}
+    options = {"storage": optim.FAMILY[name].default_options()["storage"], "weight_decay": 0.0}
     assert same(ends, trained(instead, torch.float32, shapes, **options))
     with warnings.catch_warnings():
         warnings.simplefilter("error", optim.IdleOption)
