@@ -23,13 +23,12 @@ class Adafactor(FusedOptimizer):
     Args:
         params: parameters or parameter groups.
         lr: step size; with relative_step, its upper bound.
-        beta1: decay of a first moment of the clipped update; none (the default) keeps no first
-            moment.
-        beta2: fixed decay of the second moment, bias-corrected; none uses 1 - t^beta2_decay.
-        beta2_decay: exponent of that schedule; used only where beta2 is none.
+        beta1: decay of a first moment of the clipped update; None keeps no first moment.
+        beta2: fixed decay of the second moment, bias-corrected; None uses 1 - t^beta2_decay.
+        beta2_decay: exponent of that schedule; used only where beta2 is None.
         eps: added to the second moment (to each of its factors) where it divides, and floor of
             RMS(weights) for scale_parameter.
-        clip_threshold: largest RMS of a tensor's update before lr; none does not clip.
+        clip_threshold: largest RMS of a tensor's update before lr; None disables clipping.
         clip_norm: the RMS compared with clip_threshold: "exact" is this update's, "lagged" the
             previous step's, before its clip, so that a fused kernel need not wait; a tensor's first
             update is then not clipped.

@@ -130,11 +130,11 @@ class Adafactor8bitApollo(Apollo):
     the rank would save nothing are stepped by `Adafactor8bit`.
 
     Args:
-        beta1: decay of a first moment of the projection's step; none (the default) keeps none.
-        beta2: fixed decay of the second moment, bias-corrected; none uses 1 - t^beta2_decay.
-        beta2_decay: exponent of that schedule; used only where beta2 is none.
+        beta1: decay of a first moment of the projection's step; None keeps none.
+        beta2: fixed decay of the second moment, bias-corrected; None uses 1 - t^beta2_decay.
+        beta2_decay: exponent of that schedule; used only where beta2 is None.
         eps: added to the second moment (to each of its factors) where it divides.
-        clip_threshold: largest RMS of a tensor's update before lr; none does not clip.
+        clip_threshold: largest RMS of a tensor's update before lr; None disables clipping.
 
     Source: `Apollo`'s; Shazeer & Stern 2018 (arXiv 1804.04235), Alg. 4 and 5.
     """

@@ -34,8 +34,8 @@ class CAME(FusedOptimizer):
             instability.
         eps: added to the second moment and to the instability (to each of their factors) where
             they divide.
-        clip_threshold: largest RMS of the normalised gradient before it is averaged; none does not
-            clip.
+        clip_threshold: largest RMS of the normalised gradient before it is averaged; None
+            disables clipping.
         weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
         features: options shared by all optimizers, `optim.features.Features`.
 

@@ -351,8 +351,7 @@ def matrix_view(shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def square_view(numel: int) -> tuple[int, int] | None:
-    """The most nearly square (R, C) with R >= C and R*C >= numel, or None where factors would not
-    be smaller.
+    """The most nearly square (R, C) with R*C >= numel, or None where factors would not be smaller.
 
     SMMF's square matricization: the largest divisor C <= sqrt(numel).  A count without a divisor
     near its root (a prime, say) is padded to a multiple of eight columns instead of being left as a

@@ -32,12 +32,12 @@ class Features(TypedDict, total=False):
 
     max_grad_norm: largest norm of all of the optimizer's gradients together, over all groups; it
         needs them all at once, so `step_param` and the fused backward refuse it, and under ZeRO-1
-        each process would judge its share alone. None does not clip.
+        each process would judge its share alone. None disables clipping.
 
-    grad_clip: largest norm of one tensor's gradient; none does not clip.
+    grad_clip: largest norm of one tensor's gradient; None disables clipping.
 
     growth_limit: an update's norm may be at most this many times the previous one's; Fira uses 1.01
-        (Chen et al. 2024); none does not limit.
+        (Chen et al. 2024). None disables the limit.
 
     cautious: drop the elements of an update that point against the gradient, and scale up the rest
         (Liang et al. 2024).

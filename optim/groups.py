@@ -97,10 +97,12 @@ def check_param(optimizer: str, kind: Kind, param: Tensor) -> None:
             f"({remedies})"
         )
     if param.layout is not torch.strided or param.dtype not in DTYPES:
+        remedy = "for a quantised or complex model, pass only the parameters that require gradients"
+        if param.dtype == torch.float64:
+            remedy = "call model.float() before the optimizer is built"
         raise TypeError(
             f"{optimizer} updates dense fp32, bf16 and fp16 parameters; this one is "
-            f"{param.layout}, {param.dtype}, shape {shape} (for a quantised or complex model, pass "
-            "only the parameters that require gradients)"
+            f"{param.layout}, {param.dtype}, shape {shape} ({remedy})"
         )
 
 

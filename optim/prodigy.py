@@ -141,7 +141,7 @@ class Prodigy(DistanceAdapted):
             scales the group's steps and, equally, its share of both sums that d comes from.  While
             it is 0, the group's weights, averages and share stay unchanged.
         betas: decay of the averages of the gradient and of its square.
-        beta3: decay of the sums that d comes from; none is the square root of the second beta.
+        beta3: decay of the sums that d comes from; None is the square root of the second beta.
         d0: d before the first step, below any sensible one.
         d_coef: multiplies the estimate of d; the way to tune the method, 0.5 to 2.
         growth_rate: d may become at most this many times larger in a step; inf does not limit it.
@@ -219,7 +219,7 @@ class LionProdigy(DistanceAdapted):
         lr: multiplies d; as in `Prodigy`.
         betas: interpolation between momentum and gradient for the update, and decay of the
             momentum.
-        beta3: decay of the sums that d comes from; none is the square root of the second beta.
+        beta3: decay of the sums that d comes from; None is the square root of the second beta.
         d0: d before the first step, below any sensible one.
         d_coef: multiplies the estimate of d.
         growth_rate: d may become at most this many times larger in a step; inf does not limit it.

@@ -115,8 +115,8 @@ def check_groups(
         owner, storage = group.get("optimizer", optimizer), group.get("storage")
         if owner != optimizer and storage != own.get("storage"):
             raise ValueError(
-                f"this is the state of {owner} with storage={storage!r}, from which {optimizer} "
-                f"goes on with that alone, and it has storage={own['storage']!r}"
+                f"this is the state of {owner} with storage={storage!r}, and this {optimizer} has "
+                f"storage={own['storage']!r}; build it with storage={storage!r} to load this state"
             )
     for group in state_dict["param_groups"]:  # LR schedulers may have added keys of their own
         needed = shared if "optimizer" in group else options | shared

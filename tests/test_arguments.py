@@ -300,7 +300,7 @@ def test_what_all_groups_share_is_refused_where_one_differs(name, option, value)
     [
         (torch.zeros(3, dtype=torch.complex64), "torch.complex64"),
         (torch.eye(3).to_sparse(), "torch.sparse_coo"),
-        (torch.zeros(3, dtype=torch.float64), "torch.float64"),
+        (torch.zeros(3, dtype=torch.float64), r"torch.float64.* \(call model\.float\(\) before"),
         (torch.zeros(3).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
