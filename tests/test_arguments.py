@@ -7,13 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from helpers import assert_same, make_params, run, set_grads
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 import optim
 from optim import engine, native, plan
+from optim.codecs import stored
 from optim.options import Watch
+from optim.reference import ema
 
 NAMES = sorted(optim.FAMILY)
 
@@ -350,6 +353,24 @@ def test_a_class_with_a_rule_of_its_own_may_have_options_of_its_own():
     param.grad = torch.ones(2)
     Scaled([param], factor=2.0, backend="torch").step()
     assert param.tolist() == [-2, -2]
+
+
+@pytest.mark.filterwarnings("ignore:the optimizers run on plain PyTorch")
+@pytest.mark.parametrize("storage", ["fp32", "8bit", "factored"])
+def test_the_class_that_the_documentation_writes_is_an_optimizer(storage):
+    text = (REPOSITORY / "docs/library.md").read_text()
+    (code,) = [each for each in text.split("```") if each.startswith("python\nclass ")]
+    names = {"optim": optim, "ema": ema, "stored": stored, "__name__": "mine"}
+    exec(code.removeprefix("python"), names)
+    params = [Parameter(torch.full((8, 8), 3.0))]
+    optimizer = names["Signum"](params, lr=0.5, storage=storage)
+    for _ in range(6):
+        optim.FusedOptimizer.zero_grad(optimizer)
+        params[0].square().sum().backward()
+        optimizer.step()
+    assert torch.equal(params[0], torch.zeros(8, 8))
+    with pytest.raises(TypeError, match="did you mean 'decay'"):
+        names["Signum"](params, decy=0.5)
 
 
 @pytest.mark.parametrize("comes", ["pickled", "replaced", "replaced in a fused backward"])
