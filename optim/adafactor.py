@@ -1,7 +1,7 @@
 """Adafactor: the second moment as row and column means, in fp32 or in 8-bit codes."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
@@ -59,8 +59,8 @@ class Adafactor(FusedOptimizer):
         beta2_decay: float = -0.8,
         eps: tuple[float, float] = (1e-30, 1e-3),
         clip_threshold: float | None = 1.0,
-        clip_norm: str = "exact",
-        conv_view: str = "flatten",
+        clip_norm: Literal["exact", "lagged"] = "exact",
+        conv_view: Literal["flatten", "last2"] = "flatten",
         weight_decay: float = 0.0,
         relative_step: bool = False,
         scale_parameter: bool = False,

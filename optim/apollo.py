@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
@@ -68,9 +68,9 @@ class Apollo(FusedOptimizer):
         *,
         rank: int = 256,
         scale: float | int | str = "auto",
-        scaling: str = "channel",
+        scaling: Literal["channel", "tensor"] = "channel",
         update_gap: int = 200,
-        projection: str = "gaussian",
+        projection: Literal["gaussian", "sign"] = "gaussian",
         residual: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -151,9 +151,9 @@ class Adafactor8bitApollo(Apollo):
         *,
         rank: int = 256,
         scale: float | int | str = "auto",
-        scaling: str = "channel",
+        scaling: Literal["channel", "tensor"] = "channel",
         update_gap: int = 200,
-        projection: str = "gaussian",
+        projection: Literal["gaussian", "sign"] = "gaussian",
         residual: bool = False,
         beta1: float | None = None,
         beta2: float | None = 0.999,

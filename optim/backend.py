@@ -3,7 +3,7 @@
 import os
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from optim.projected_cuda import CudaProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
 from optim.share import Share
 
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = get_args(get_type_hints(features.Features)["backend"])
 
 
 def grad_of(param: Tensor) -> Tensor:

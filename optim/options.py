@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Integral, Real
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+
+from optim.features import Features
 
 
 def _number(value: Any) -> bool:
@@ -66,9 +68,11 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 _COUNT = "an integer >= 1 and < 2^62"
 _LEAST = 1.2e-38  # below it fp32 has no normal numbers, and adding them changes nothing
 
+_SHARED = get_type_hints(Features)
 _SWITCHES = (
-    *("orthograd", "cautious", "grams", "cautious_decay", "factor_1d", "nesterov", "atan2"),
-    *("relative_step", "scale_parameter", "safeguard_warmup", "bias_correction", "residual"),
+    *(name for name, kind in _SHARED.items() if kind is bool),
+    *("nesterov", "atan2", "relative_step", "scale_parameter"),
+    *("safeguard_warmup", "bias_correction", "residual"),
 )
 # option -> (may it have this value?, what it must be)
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -95,10 +99,6 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_threshold": (_optional(_positive), "a number > 0, or none"),
     "weight_decay": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
     "seed": (_integer, "an integer"),
-    "storage": _one_of("fp32", "bf16", "8bit", "factored"),
-    "rounding": _one_of("stochastic", "nearest", "kahan"),
-    "on_nonfinite": _one_of("skip", "raise"),
-    "backend": _one_of("auto", "native", "torch"),
     "clip_norm": _one_of("exact", "lagged"),
     "conv_view": _one_of("flatten", "last2"),
     "rank": (_count, _COUNT),
@@ -106,6 +106,11 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scaling": _one_of("channel", "tensor"),
     "update_gap": (_count, _COUNT),
     "projection": _one_of("gaussian", "sign"),
+    **{
+        name: _one_of(*get_args(kind))
+        for name, kind in _SHARED.items()
+        if get_origin(kind) is Literal
+    },
     **dict.fromkeys(_SWITCHES, (lambda x: isinstance(x, bool), "true or false")),
 }
 _OF_OTHERS = (lambda value: True, "anything")  # an option of a class outside of this package

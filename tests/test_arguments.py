@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import Parameter
 import optim
 from optim import engine, native, plan
 from optim.codecs import stored
-from optim.options import Watch
+from optim.options import Watch, check
 from optim.reference import ema
 
 NAMES = sorted(optim.FAMILY)
@@ -473,6 +474,18 @@ def test_build_and_the_class_have_the_same_defaults():
         built, direct = optim.build(name, make_params()), cls(make_params())
         assert built.defaults == direct.defaults
         assert set(built.defaults) | {"backend"} == set(optim.options_of(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_choice_may_be_what_its_type_says_and_nothing_else(name):
+    known = optim.FAMILY[name].default_options()
+    for option, (kind, _) in optim.options_of(name).items():
+        assert kind is not str, f"{option} should name its choices"
+        if kind is bool or get_origin(kind) is Literal:
+            for choice in get_args(kind) or (False, True):
+                check(name, known, {option: choice})
+            with pytest.raises(ValueError, match=f"{option}='x'"):
+                check(name, known, {option: "x"})
 
 
 @pytest.mark.parametrize("name", NAMES)
