@@ -28,8 +28,8 @@ class FusedOptimizer(StatefulOptimizer):
 
     A subclass names its `rule` and says in `moments` how each moment of a parameter is stored; it
     has no loop.  Its options are its signature's (`lr` and `weight_decay` among them) and those of
-    `Features` that it does not refuse.  A subclass that names no rule extends its base, and its
-    constructor may take any arguments.
+    `Features` that it does not refuse.  A subclass that names no rule extends its base: it may
+    change defaults (`own_defaults`), and its constructor may take any arguments.
     Arithmetic is fp32 whatever the parameter's dtype.  Weight decay is decoupled:
     w <- (1 - lr * weight_decay) w, before the update.
 

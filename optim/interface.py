@@ -1,6 +1,7 @@
 """The interfaces between engines and the owners of the parameters that they step.
 
-An owner is an optimizer, or a stand-in for one (`optim/standins.py`).
+An owner is an optimizer, or a stand-in for one (`optim/standins.py`).  What the methods of an owner
+do is said where the optimizer has them (`optim/base.py`).
 """
 
 from collections.abc import Callable
@@ -52,17 +53,13 @@ class Owner(Protocol):
     def state(self) -> dict[Tensor, Any]:
         """As torch's: for each parameter its tensors, by name."""
 
-    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """How each moment of a parameter, and the state that features add, is stored."""
+    def codecs(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]: ...
 
-    def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """A parameter's state, allocated when there is none yet."""
+    def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]: ...
 
-    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Whether the error of rounding a parameter is kept in its state's `compensation`."""
+    def compensates(self, param: Tensor, group: dict[str, Any]) -> bool: ...
 
-    def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """Raise ValueError if a parameter's state does not fit its group's options."""
+    def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None: ...
 
 
 class RuledOwner(Owner, Protocol):
@@ -71,8 +68,6 @@ class RuledOwner(Owner, Protocol):
     rule: ClassVar[Callable[..., Any]]  # of optim/reference.py
     backend: str  # "native" or "torch"
 
-    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
-        """How each moment of a parameter is stored."""
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]: ...
 
-    def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
-        """The (R, C) matrix that addresses the draws of a parameter's rounding."""
+    def layout(self, param: Tensor, group: dict[str, Any]) -> tuple[int, int]: ...
