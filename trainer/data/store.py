@@ -9,8 +9,6 @@ renamed: a process killed while encoding loses at most one, and two processes ma
 
 import hashlib
 import logging
-import os
-import secrets
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,7 +27,7 @@ from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.formats.weights import SAFETENSORS_DTYPES
-from trainer.system import console, memory, signals
+from trainer.system import console, disk, memory, signals
 from trainer.system.retry import with_retries
 
 log = logging.getLogger(__name__)
@@ -98,27 +96,25 @@ class Store:
         `make_encoder` is called only if an entry is missing; `fingerprint` identifies the VAE.
         Raises UserError for a latent that is not finite, and SystemExit once `stop` holds a signal.
         """
-        keys = {i: self._latent_key(s, fingerprint) for i, s in enumerate(samples)}
-        found = self._entries("latents", keys)
-        by_key = {key: samples[i] for i, key in keys.items()}
-        missing = self._missing(found, lambda key, entry: _is_latent(entry, by_key[key]))
+        entries, missing = self._latents(samples, fingerprint)
         if missing:
             encode = make_encoder()
-            with ahead(_read(Sample.read_pixels), [by_key[key] for key in missing]) as reads:
-                for key, pixels in _progress(zip(missing, reads, strict=True), len(missing), stop):
+            with ahead(_read(Sample.read_pixels), missing.values()) as reads:
+                things = zip(missing.items(), reads, strict=True)
+                for (key, sample), pixels in _progress(things, len(missing), stop):
                     entry = {"latent": encode(pixels)}
                     if not _is_finite(entry):
                         raise UserError(
-                            f"the VAE's latent of {by_key[key].name} is not finite; check the "
-                            "picture, or set model.vae_dtype=float32 or model.vae to another VAE "
-                            "(SDXL's overflows in float16, its fp16-fix version does not)"
+                            f"the VAE's latent of {sample.name} is not finite; check the picture, "
+                            "or set model.vae_dtype=float32 or model.vae to another VAE (SDXL's "
+                            "overflows in float16, its fp16-fix version does not)"
                         )
-                    self._put(found, key, entry, len(missing))
-        count = len(set(keys.values()))
-        mirrored = sum(sample.mirrored for sample in by_key.values())
+                    self._put(entries, key, entry, len(missing))
+        count = len(set(entries.keys.values()))
+        mirrored = len({entries.keys[i] for i, sample in enumerate(samples) if sample.mirrored})
         what = f"pictures ({mirrored} of {count} are mirror images)" if mirrored else "pictures"
         self._report(what, count, len(missing))
-        return found
+        return entries
 
     def masks(
         self, samples: list[Sample], latents: Entries, stop: Sequence[int] = ()
@@ -129,16 +125,14 @@ class Store:
             return None
         scale = samples[0].bucket[0] // latents[0]["latent"].shape[1]
         sizes = [(s.bucket[0] // scale, s.bucket[1] // scale) for s in samples]
-        keys = {i: self._mask_key(s, sizes[i]) for i, s in enumerate(samples)}
-        found = self._entries("masks", keys)
-        by_key = {key: i for i, key in keys.items()}
-        missing = self._missing(found, lambda key, entry: _is_mask(entry, sizes[by_key[key]]))
-        with ahead(_read(Sample.read_mask), [samples[by_key[key]] for key in missing]) as reads:
-            things = zip(missing, reads, strict=True)
-            for key, mask in _progress(things, len(missing), stop, "reading masks"):
-                averaged = F.adaptive_avg_pool2d(mask, sizes[by_key[key]])
-                self._put(found, key, {"mask": averaged}, len(missing))
-        return found
+        keys = {i: self._key(*s.mask_key, str(sizes[i])) for i, s in enumerate(samples)}
+        entries, missing = self._found("masks", keys, lambda i, entry: _is_mask(entry, sizes[i]))
+        with ahead(_read(Sample.read_mask), [samples[i] for i in missing.values()]) as reads:
+            things = zip(missing.items(), reads, strict=True)
+            for (key, i), mask in _progress(things, len(missing), stop, "reading masks"):
+                averaged = F.adaptive_avg_pool2d(mask, sizes[i])
+                self._put(entries, key, {"mask": averaged}, len(missing))
+        return entries
 
     def texts(
         self,
@@ -150,60 +144,61 @@ class Store:
         """An entry with `prompt` (tokens, dim), and `pooled` (dim,) if the model has it, for each
         caption; the caption None is no prompt.  As `latents`; `fingerprint` identifies the text
         encoders."""
-        keys = {text: self._text_key(text, fingerprint) for text in captions}
-        found = self._entries("texts", keys)
-        by_key = {key: text for text, key in keys.items()}
-        missing = self._missing(found, lambda key, entry: _is_text(entry))
+        entries, missing = self._texts(captions, fingerprint)
         if missing:
-            encode = make_encoder()
+            encode, keys = make_encoder(), list(missing)
             chunks = [
-                missing[i : i + CAPTIONS_AT_A_TIME]
-                for i in range(0, len(missing), CAPTIONS_AT_A_TIME)
+                keys[i : i + CAPTIONS_AT_A_TIME] for i in range(0, len(keys), CAPTIONS_AT_A_TIME)
             ]
-            for chunk in _progress(chunks, len(missing), stop, "encoding captions", len):
-                for key, entry in zip(chunk, encode([by_key[key] for key in chunk]), strict=True):
+            for chunk in _progress(chunks, len(keys), stop, "encoding captions", len):
+                for key, entry in zip(chunk, encode([missing[key] for key in chunk]), strict=True):
                     if not _is_finite(entry):
                         raise UserError(
-                            f"the text encoders' embedding of {by_key[key]!r} is not finite; run "
+                            f"the text encoders' embedding of {missing[key]!r} is not finite; run "
                             "them in float32, or check their weights"
                         )
-                    self._put(found, key, entry, len(missing))
-        self._report("captions", len(keys), len(missing))
-        return found
+                    self._put(entries, key, entry, len(keys))
+        self._report("captions", len(entries.keys), len(missing))
+        return entries
 
     def missing_latents(self, samples: list[Sample], fingerprint: str) -> int:
         """How many pictures `latents` would encode."""
-        by_key = {self._latent_key(s, fingerprint): s for s in samples}
-        found = self._entries("latents", {key: key for key in by_key})
-        return len(self._missing(found, lambda key, entry: _is_latent(entry, by_key[key])))
+        return len(self._latents(samples, fingerprint)[1])
 
     def missing_texts(self, captions: Sequence[str | None], fingerprint: str) -> int:
         """How many captions `texts` would encode."""
-        found = self._entries("texts", {t: self._text_key(t, fingerprint) for t in captions})
-        return len(self._missing(found, lambda key, entry: _is_text(entry)))
+        return len(self._texts(captions, fingerprint)[1])
 
-    def _latent_key(self, sample: Sample, fingerprint: str) -> str:
-        return _hash(*sample.pixels_key, fingerprint, str(self.dtype))
+    def _latents(
+        self, samples: list[Sample], fingerprint: str
+    ) -> tuple[Entries, dict[str, Sample]]:
+        keys = {i: self._key(*s.pixels_key, fingerprint) for i, s in enumerate(samples)}
+        entries, missing = self._found(
+            "latents", keys, lambda i, entry: _is_latent(entry, samples[i])
+        )
+        return entries, {key: samples[i] for key, i in missing.items()}
 
-    def _mask_key(self, sample: Sample, size: Size) -> str:
-        return _hash(*sample.mask_key, str(size), str(self.dtype))
+    def _texts(
+        self, captions: Sequence[str | None], fingerprint: str
+    ) -> tuple[Entries, dict[str, str | None]]:
+        keys = {caption: self._key(caption, fingerprint) for caption in captions}
+        return self._found("texts", keys, lambda _, entry: _is_text(entry))
 
-    def _text_key(self, caption: str | None, fingerprint: str) -> str:
-        return _hash(caption, fingerprint, str(self.dtype))
+    def _key(self, *parts: str | None) -> str:
+        return hashlib.sha256(repr((_VERSION, *parts, str(self.dtype))).encode()).hexdigest()
 
-    def _entries(self, kind: str, keys: dict[Any, str]) -> Entries:
-        return Entries(keys=keys, folder=self.folder / kind if self.folder else None)
-
-    def _missing(self, found: Entries, is_good: Callable[[str, Entry], bool]) -> list[str]:
-        """The keys without an intact entry, in order.
+    def _found(
+        self, kind: str, keys: dict[Any, str], fits: Callable[[Any, Entry], bool]
+    ) -> tuple[Entries, dict[str, Any]]:
+        """The entries with these keys, and those keys that have no intact one, with their names.
 
         Only headers and file lengths are checked: reading a cache of a hundred gigabytes would
         delay the start too much.  Values are checked when they are used.
         """
-        keys = list(dict.fromkeys(found.keys.values()))
-        folder = found.folder
+        folder, names = self.folder and self.folder / kind, {key: n for n, key in keys.items()}
+        entries = Entries(keys=keys, folder=folder)
         if folder is None or not folder.is_dir():
-            return keys
+            return entries, names
 
         def state(key: str) -> str:
             path = _path(folder, key)
@@ -213,33 +208,30 @@ class Store:
                 entry = _described(path)
             except (OSError, SafetensorError, KeyError):
                 return "damaged"
-            fits = all(tensor.dtype == self.dtype for tensor in entry.values())
-            return "good" if fits and is_good(key, entry) else "damaged"
+            right = all(tensor.dtype == self.dtype for tensor in entry.values())
+            return "good" if right and fits(names[key], entry) else "damaged"
 
-        with ahead(state, keys) as found_states:
-            states = dict(zip(keys, found_states, strict=True))
+        with ahead(state, names) as found_states:
+            states = dict(zip(names, found_states, strict=True))
         damaged = sum(s == "damaged" for s in states.values())
         if damaged:
             log.warning("cache: %d damaged entries in %s", damaged, folder)
-        return [key for key in keys if states[key] != "good"]
+        return entries, {key: name for key, name in names.items() if states[key] != "good"}
 
-    def _put(self, found: Entries, key: str, entry: Entry, total: int) -> None:
+    def _put(self, entries: Entries, key: str, entry: Entry, total: int) -> None:
         """Store an entry, one of `total` that will be stored."""
         kept = {name: t.to("cpu", self.dtype, copy=True).contiguous() for name, t in entry.items()}
-        if found.folder is None:
-            if not found.memory:
+        if entries.folder is None:
+            if not entries.memory:
                 _check_room(kept, total)
-            found.memory[key] = kept
+            entries.memory[key] = kept
             return
-        path = _path(found.folder, key)
-        temporary = path.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
+        path = _path(entries.folder, key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(kept, temporary)
-            os.replace(temporary, path)
+            with disk.replacing(path) as temporary:
+                save_file(kept, temporary)
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise self._unwritable(path, error) from error
 
     def _unwritable(self, path: Path, error: Exception) -> UserError:
@@ -282,10 +274,6 @@ def _described(path: Path) -> Entry:
 
 def _path(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
-
-
-def _hash(*parts: str | None) -> str:
-    return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()
 
 
 def _is_finite(entry: Entry) -> bool:

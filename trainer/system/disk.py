@@ -84,18 +84,20 @@ def whole_file(final: Path) -> Iterator[Path]:
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file: it has the old text or the new, never a part.  Raises an OSError that
     names it."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def replace_picture(path: Path, picture: Image) -> None:
     """Replace a PNG, like `replace_text`."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which is renamed to `path` if the block succeeds, like
+    `replace_text`."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two may write at once
     try:
         yield temporary
