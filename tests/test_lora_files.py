@@ -215,7 +215,7 @@ def test_a_file_that_diffusers_wrote_is_read_with_its_alpha(tmp_path):
 
 def test_of_the_patterns_that_name_a_module_the_first_says_its_alpha():
     said = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2, "attn1.to_q": 3}}
-    alphas = diffusers_lora._Alphas({diffusers_lora.METADATA: json.dumps(said)}, "a file")
+    alphas = diffusers_lora.Alphas({diffusers_lora.METADATA: json.dumps(said)}, "a file")
     assert alphas.of("unet", "mid_block.attn1.to_q", rank=4) == 2
     assert alphas.of("unet", "mid_block.attn1.to_k", rank=4) == 8
     assert alphas.of("text_encoder", "q_proj", rank=4) == 4
@@ -259,7 +259,7 @@ REFUSED = {
     "loha": ({f"{BLOCK}.hada_w1_a": torch.ones(1)}, "LoHa; only LoRA and DoRA can be read"),
     "lokr": ({f"{BLOCK}.lokr_w1": torch.ones(1)}, "LoKr"),
     "unknown": ({f"{BLOCK}.lora_sideways.weight": torch.ones(1)}, "unknown kind"),
-    "no up": ({f"{BLOCK}.lora_down.weight": torch.ones(2, 64)}, "lora_up.weight is missing"),
+    "no up": ({f"{BLOCK}.lora_down.weight": torch.ones(2, 64)}, "has no up projection"),
     "ranks": (
         {
             f"{BLOCK}.lora_down.weight": torch.ones(2, 64),

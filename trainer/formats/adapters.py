@@ -171,11 +171,9 @@ def fill(
                 (layer.lora_A[NAME].weight, adapter.down),
                 (layer.lora_B[NAME].weight, adapter.up),
             ):
-                target.data = target.data.float()
                 target.copy_(value.reshape(target.shape))
             if adapter.magnitude is not None:
                 magnitude = layer.lora_magnitude_vector[NAME].weight
-                magnitude.data = magnitude.data.float()
                 magnitude.copy_(adapter.magnitude.reshape(magnitude.shape))
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from trainer.config.method import TRAINABLE_PARTS
 from trainer.errors import UserError
-from trainer.formats.adapters import Adapter, Adapters, OtherModel, module_names, peft_config
+from trainer.formats.adapters import Adapters, module_names, peft_config
 from trainer.formats.names import canonical
-from trainer.formats.weights import Weights
 
 METADATA = "lora_adapter_metadata"
 STEM = "pytorch_lora_weights"  # the file name that diffusers writes and looks for
@@ -58,60 +57,41 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
-def decode(
-    weights: Weights, metadata: Mapping[str, str], models: Mapping[str, nn.Module], where: str
-) -> Adapters:
-    """A file's tensors -> adapters of the models' modules.  Raises UserError for a module that the
-    models lack, or a tensor that is not part of a LoRA."""
-    known = {
+def modules(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """The name in a file of every module of these models -> its part and own name."""
+    return {
         f"{part}.{canonical(part, path)}": (part, path)
         for part, model in models.items()
         for path in module_names(model)
     }
-    grouped: dict[str, dict[str, Tensor]] = {}
-    for name, lazy in weights.items():
-        base, what = _split(name)
-        part = name.partition(".")[0]
-        if part.startswith("text_encoder"):
-            base = f"{part}.{canonical(part, base.removeprefix(f'{part}.'))}"
-        if what is None:
-            raise UserError(
-                f"{where}: {name} is of an unknown kind; only LoRA and DoRA can be read"
-            )
-        if base not in known:
-            raise OtherModel(
-                f"{where}: {name} belongs to the {part}, which this model lacks or method.train "
-                "leaves out"
-                if part in TRAINABLE_PARTS and part not in models
-                else (
-                    f"{where}: {base} matches no module of this model; the LoRA is for another "
-                    "model"
-                )
-            )
-        grouped.setdefault(base, {})[what] = lazy.read()
-    alphas = _Alphas(metadata, where)
-    adapters: Adapters = {}
-    for base, tensors in grouped.items():
-        part, path = known[base]
-        adapters.setdefault(part, {})[path] = _adapter(
-            f"{where}: {base}", tensors, part, path, alphas
-        )
-    return adapters
+
+
+def part_of(module: str) -> str | None:
+    """The part that a module's name in a file begins with, if any."""
+    part = module.partition(".")[0]
+    return part if part in TRAINABLE_PARTS else None
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """`unet.x.to_q.lora_A.weight` -> (`unet.x.to_q`, `down`)."""
+    module, kind = _split(name)
+    part, _, path = module.partition(".")
+    is_text = part.startswith("text_encoder")
+    return (f"{part}.{canonical(part, path)}" if is_text else module), kind
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """`unet.x.to_q.lora_A.weight` -> (`unet.x.to_q`, `down`)."""
     old = re.fullmatch(r"(.+)\.processor\.(to_\w+?)_lora\.(down|up)\.weight", name)
     if old:
         module = "to_out.0" if old[2] == "to_out" else old[2]
         return f"{old[1]}.{module}", old[3]
-    for suffix, what in _SUFFIXES.items():
+    for suffix, kind in _SUFFIXES.items():
         if name.endswith(suffix):
-            return name.removesuffix(suffix), what
+            return name.removesuffix(suffix), kind
     return name, None
 
 
-class _Alphas:
+class Alphas:
     """The alpha of each module, from a file's metadata."""
 
     def __init__(self, metadata: Mapping[str, str], where: str) -> None:
@@ -128,20 +108,3 @@ class _Alphas:
                 alpha = value
                 break
         return float(alpha) * (rank**0.5 if self._all.get(f"{part}.use_rslora") else 1.0)
-
-
-def _adapter(
-    where: str, tensors: dict[str, Tensor], part: str, path: str, alphas: _Alphas
-) -> Adapter:
-    for what in ("down", "up"):
-        if what not in tensors:
-            raise UserError(f"{where} has no {what} projection; the file is damaged")
-    down, up = tensors["down"], tensors["up"]
-    magnitude = tensors.get("magnitude")
-    own_alpha = tensors.get("alpha")
-    return Adapter(
-        down=down,
-        up=up,
-        alpha=alphas.of(part, path, down.shape[0]) if own_alpha is None else float(own_alpha),
-        magnitude=None if magnitude is None else magnitude.flatten(),
-    )

@@ -1,15 +1,12 @@
 """Hashes of weights, cached by each file's size and modification time."""
 
 import json
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trainer.system import disk
-
-log = logging.getLogger(__name__)
 
 _MEMO = "fingerprints.json"
 

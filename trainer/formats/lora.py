@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,23 @@ from trainer.errors import UserError
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
 from trainer.formats.adapters import Adapter, Adapters, OtherModel, of_models
 from trainer.formats.proof import NotProved
-from trainer.formats.weights import of_file, of_tensors
+from trainer.formats.weights import Weights, of_file, of_tensors
 from trainer.system import disk
 
 log = logging.getLogger(__name__)
+
+_OTHER_KINDS = {  # other adapters (LyCORIS etc.), by how their tensors' names end
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w1_a": "LoKr",
+    "oft_blocks": "OFT",
+    "oft_diag": "OFT",
+    "lora_mid.weight": "a Tucker-decomposed LoCon",
+    "diff": "a full difference",
+    "diff_b": "a difference of biases",
+    "w_norm": "a norm's weight",
+    "a1.weight": "GLoRA",
+}
 
 
 def save_lora(
@@ -75,13 +88,83 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     if not kinds.is_lora(weights):
         raise UserError(f"{path} is not a LoRA: it has {next(iter(weights), 'no tensor')}")
     if kohya.is_own(weights):
-        found = kohya.decode(weights, models, where)
+        adapters = _decode(kohya, weights, diffusers_lora.Alphas({}, where), models, where)
     else:
-        found = diffusers_lora.decode(weights, described, models, where)
-    for part, every in found.items():
-        for module, adapter in every.items():
+        alphas = diffusers_lora.Alphas(described, where)
+        adapters = _decode(diffusers_lora, weights, alphas, models, where)
+    for part, of_part in adapters.items():
+        for module, adapter in of_part.items():
             _must_fit(f"{where}: {part}.{module}", adapter, models[part].get_submodule(module))
-    return found
+    return adapters
+
+
+class _Format(Protocol):
+    """How a format names modules and tensors: the modules `kohya` and `diffusers_lora`."""
+
+    def modules(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]: ...
+    def part_of(self, module: str) -> str | None: ...
+    def split(self, name: str) -> tuple[str, str | None]: ...
+
+
+def _decode(
+    form: _Format,
+    weights: Weights,
+    alphas: diffusers_lora.Alphas,
+    models: Mapping[str, nn.Module],
+    where: str,
+) -> Adapters:
+    """A file's tensors -> adapters of the models' modules.  Raises UserError for a module that the
+    models lack, or a tensor that is not part of a LoRA."""
+    modules = form.modules(models)
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, lazy in weights.items():
+        module, kind = form.split(name)
+        if kind is None:
+            endings = (other for end, other in _OTHER_KINDS.items() if name.endswith(f".{end}"))
+            raise UserError(
+                f"{where}: {name} is of {next(endings, 'an unknown kind')}; only LoRA and DoRA can "
+                "be read"
+            )
+        if module not in modules:
+            part = form.part_of(module)
+            raise OtherModel(
+                f"{where}: {module} belongs to the {part}, which this model lacks or method.train "
+                "leaves out"
+                if part and part not in models
+                else f"{where}: {module} matches no module of this model; the LoRA is for another "
+                "model"
+            )
+        grouped.setdefault(module, {})[kind] = lazy.read()
+    adapters: Adapters = {}
+    for module, tensors in grouped.items():
+        part, path = modules[module]
+        adapter = _adapter(f"{where}: {module}", tensors, alphas, part, path)
+        adapters.setdefault(part, {})[path] = adapter
+    return adapters
+
+
+def _adapter(
+    where: str, tensors: dict[str, Tensor], alphas: diffusers_lora.Alphas, part: str, path: str
+) -> Adapter:
+    for kind in ("down", "up"):
+        if kind not in tensors:
+            raise UserError(f"{where} has no {kind} projection; the file is damaged")
+    down, up = tensors["down"], tensors["up"]
+    alpha = tensors.get("alpha")
+    magnitude = tensors.get("magnitude")
+    if (scale := tensors.get("dora_scale")) is not None:
+        if scale.shape[0] != up.shape[0] or scale.numel() != up.shape[0]:
+            raise UserError(
+                f"{where}.dora_scale is {tuple(scale.shape)}: it scales the weight's columns, and "
+                "DoRA here scales its rows; it cannot be read"
+            )
+        magnitude = scale
+    return Adapter(
+        down=down,
+        up=up,
+        alpha=alphas.of(part, path, down.shape[0]) if alpha is None else float(alpha),
+        magnitude=None if magnitude is None else magnitude.flatten(),
+    )
 
 
 def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:

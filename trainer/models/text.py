@@ -29,10 +29,6 @@ class Text:
     prompt: Tensor  # (B, tokens, dim)
     pooled: Tensor | None  # (B, dim); None if the UNet does not use it
 
-    def __getitem__(self, rows: list[int] | slice) -> "Text":
-        pooled = None if self.pooled is None else self.pooled[rows]
-        return Text(prompt=self.prompt[rows], pooled=pooled)
-
 
 class Encoder:
     """The text encoders of a model with their tokenizers: captions -> Text."""
