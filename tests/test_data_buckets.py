@@ -178,7 +178,7 @@ def test_undersized_pictures_are_reported(shapes, caplog, repeats):
     shapes([(30, 30), (80, 80)], upscale=repeats)
     (said,) = [r.getMessage() for r in caplog.records if "are smaller" in r.getMessage()]
     assert said.startswith("1 pictures are smaller than their bucket")
-    assert said.endswith("000.png")
+    assert said.endswith("000.png: 30 x 30")
 
 
 def test_options_that_no_bucket_can_have_are_refused(composed):

@@ -7,8 +7,7 @@ import argparse
 import logging
 import os
 import sys
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,10 @@ from trainer.checks import remarks
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import command, compose
 from trainer.config import Config
-from trainer.data import Store, dataset
-from trainer.data.survey import Survey, all_sources, survey
+from trainer.data import Store, dataset, findings
+from trainer.data.survey import all_sources, survey
 from trainer.drawing import pictures
-from trainer.errors import UserError
+from trainer.errors import UserError, some
 from trainer.reporting import report
 from trainer.training import schedule
 
@@ -41,14 +40,6 @@ It takes the options of `python -m trainer`; without a cache it needs no model. 
 is wrong."""
 
 _SHEET = 64  # most pictures on a sheet
-
-
-@dataclass(kw_only=True)
-class Finding:
-    """One kind of problem."""
-
-    what: str
-    names: list[str]  # of the pictures, captions or files concerned
 
 
 def main() -> None:
@@ -123,7 +114,7 @@ def examine(
     """
     surveyed = survey(config.data)
     if not surveyed.count:
-        raise dataset.nothing_found(surveyed, config.data)
+        raise findings.nothing_found(surveyed, config.data)
     if not surveyed.usable and not surveyed.undecodable:
         why = dict.fromkeys(surveyed.uncaptioned, "no caption") | surveyed.unreadable
         name = next(reversed(why))
@@ -131,18 +122,18 @@ def examine(
     made = dataset.build(surveyed.usable, config.data)
     print(f"{surveyed.count} pictures, {len(surveyed.usable)} of them usable")
     for what, names in surveyed.remarks.items():
-        print(f"{len(names)} {what}: {dataset.some(names)}")
+        print(f"{len(names)} {what}: {some(names)}")
     from trainer.models.model import Model  # imported after the checks: it takes seconds
 
     # Names of cache entries depend on the weights; counting tokens does not need them.
     model = Model(config.model, torch.device("cpu"), with_weights=config.data.cache is not None)
-    findings = _findings(surveyed) + _caption_findings(model, made)
-    for finding in findings:
-        print(f"PROBLEM: {len(finding.names)} {finding.what}")
-        for name in finding.names[:shown]:
+    problems = findings.problems(surveyed, config.data) | _caption_problems(model, made)
+    for what, names in problems.items():
+        print(f"PROBLEM: {len(names)} {what}")
+        for name in names[:shown]:
             print(f"    {name}")
-        if len(finding.names) > shown:
-            print(f"    ... and {len(finding.names) - shown} more (--names)")
+        if len(names) > shown:
+            print(f"    ... and {len(names) - shown} more (--names)")
     if made.samples:
         print(made.table())
         print(_cache_line(model, made))
@@ -150,51 +141,19 @@ def examine(
         print(_run_line(config, made))
         if sheet:
             print(_draw(made, sheet))
-    several = f"{len(findings)} kinds of problems"
-    print({0: "no problems", 1: "1 kind of problem"}.get(len(findings), several))
-    return len(findings)
+    several = f"{len(problems)} kinds of problems"
+    print({0: "no problems", 1: "1 kind of problem"}.get(len(problems), several))
+    return len(problems)
 
 
-def _findings(surveyed: Survey) -> list[Finding]:
-    """What is wrong with pictures, and with captions as they are written."""
-    by_bytes = defaultdict(list)
-    for picture in surveyed.usable:
-        by_bytes[picture.digest].append(picture.item.name)
-    uncaptioned = set(surveyed.uncaptioned)
-    empty = [
-        picture.item.name
-        for picture in surveyed.usable
-        if not all(picture.captions) and picture.item.name not in uncaptioned
-    ]
-    small = [
-        f"{picture.item.name}: {picture.size[1]} x {picture.size[0]}"
-        for picture in surveyed.usable
-        if any(fit.undersized for fit in picture.fits)
-    ]
-    findings = {
-        "archives, tables or lines of metadata cannot be read": surveyed.broken,
-        "pictures cannot be read": [f"{k}: {v}" for k, v in surveyed.unreadable.items()],
-        "captions cannot be decoded": surveyed.undecodable,
-        "pictures have no caption": surveyed.uncaptioned,
-        "captions are empty": empty,
-        "pictures are byte-for-byte duplicates": [
-            " = ".join(names) for names in by_bytes.values() if len(names) > 1
-        ],
-        "pictures are smaller than their bucket": small,
-    }
-    findings |= {f"pictures have {note}": names for note, names in surveyed.notes.items()}
-    findings |= surveyed.problems
-    return [Finding(what=what, names=names) for what, names in findings.items() if names]
-
-
-def _caption_findings(model: "Model", made: dataset.Dataset) -> list[Finding]:
+def _caption_problems(model: "Model", made: dataset.Dataset) -> dict[str, list[str]]:
     """Captions longer than the model's text encoders read."""
     from trainer.objective import encoding
 
     cut, room = encoding.cut_captions(model, made.all_captions())
     long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
     what = f"captions are truncated at {room} tokens (model.prompt_chunks allows more)"
-    return [Finding(what=what, names=long)] if long else []
+    return {what: long} if long else {}
 
 
 def _draw(made: dataset.Dataset, path: Path) -> str:

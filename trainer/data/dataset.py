@@ -3,19 +3,18 @@
 import hashlib
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optim import rng
 from trainer.config import DataConfig
-from trainer.data import captions
+from trainer.data import captions, findings
 from trainer.data.buckets import Size
 from trainer.data.holdout import holdout
 from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
-from trainer.data.survey import Survey, UsablePicture, all_sources, endings, survey
-from trainer.errors import UserError
+from trainer.data.survey import UsablePicture, survey
+from trainer.errors import some
 from trainer.streams import Stream
 
 log = logging.getLogger(__name__)
@@ -123,9 +122,13 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
     signal.
     """
     surveyed = survey(config, for_run=True, stop=stop)
-    refuse(surveyed, config)
+    findings.refuse(surveyed, config)
     dataset = build(surveyed.usable, config)
-    report(surveyed, dataset)
+    findings.report(surveyed, config)
+    if config.holdout:
+        held_out = [dataset.samples[i].name for i in dataset.held_out]
+        log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
+    log.info("data: %s", dataset.table())
     return dataset
 
 
@@ -151,110 +154,6 @@ def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
     mirrors = {index: len(samples) + place for place, index in enumerate(turned)}
     samples += [replace(samples[index], mirrored=True) for index in turned]
     return Dataset(samples=samples, mirrors=mirrors, plan=plan, config=config)
-
-
-def refuse(surveyed: Survey, config: DataConfig) -> None:
-    """Raise UserError for problems that stop a run; warn about the others."""
-    for what, names in (surveyed.problems | surveyed.remarks).items():
-        log.warning("data: %d %s: %s", len(names), what, some(names))
-    for wrong in (surveyed.broken, surveyed.undecodable):
-        if wrong:
-            more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` lists them)"
-            raise UserError(wrong[0] + (more if len(wrong) > 1 else ""))
-    if not surveyed.count:
-        raise nothing_found(surveyed, config)
-    if surveyed.uncaptioned:
-        extensions = " or ".join(endings(config))
-        message = (
-            f"{len(surveyed.uncaptioned)} pictures have no {extensions} file next to them, and no "
-            f"caption in metadata or a table: {some(surveyed.uncaptioned)}"
-        )
-        if config.on_missing_caption == "error":
-            raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
-        skipped = config.on_missing_caption == "skip"
-        log.warning("%s; %s", message, "skipped" if skipped else "trained without a caption")
-    for name, reason in surveyed.unreadable.items():
-        log.warning("skipped unreadable picture %s: %s", name, reason)
-    if len(surveyed.unreadable) > config.max_unreadable:
-        name, reason = list(surveyed.unreadable.items())[-1]
-        raise UserError(
-            f"{len(surveyed.unreadable)} unreadable pictures, the last {name} ({reason}); remove "
-            f"them, or allow more with data.max_unreadable={len(surveyed.unreadable)}"
-        )
-    if not surveyed.usable:
-        raise UserError(
-            f"data.path={_where(config)}: none of the {surveyed.count} pictures can be used; see "
-            "the warnings above"
-        )
-
-
-def nothing_found(surveyed: Survey, config: DataConfig) -> UserError:
-    """The error for data without pictures; says what was found instead."""
-    others = (surveyed.problems | surveyed.remarks).items()
-    instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
-    broken = [some(surveyed.broken)] if surveyed.broken else []
-    return UserError("; ".join([f"data.path={_where(config)} has no pictures", *broken, *instead]))
-
-
-def report(surveyed: Survey, dataset: Dataset) -> None:
-    """Log what will be trained on, and warn about possible surprises."""
-    config = dataset.config
-    for what, names in _surprises(surveyed, config):
-        if names:
-            log.warning("%d pictures %s: %s", len(names), what, some(names))
-    message = "data: %d pictures in %s, %d unreadable, %d without a caption"
-    log.info(
-        message,
-        len(surveyed.usable),
-        _where(config),
-        len(surveyed.unreadable),
-        len(surveyed.uncaptioned),
-    )
-    mark, texts = config.keep_separator, {t for p in surveyed.usable for t in p.captions}
-    if mark and not any(mark in text for text in texts):
-        log.warning("data.keep_separator=%s has no effect: no caption contains it", mark)
-    if config.shuffle_tags and all(len(captions.free_tags(t, config)) < 2 for t in texts):
-        log.warning(
-            "data.shuffle_tags=true has no effect: no caption has two tags that may move, with "
-            "data.tag_separator=%s between them",
-            config.tag_separator,
-        )
-    if config.holdout:
-        held_out = [dataset.samples[i].name for i in dataset.held_out]
-        log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
-    log.info("data: %s", dataset.table())
-
-
-def _surprises(surveyed: Survey, config: DataConfig) -> Iterator[tuple[str, list[str]]]:
-    """What may be unexpected of pictures, and the names of those of which it is so."""
-
-    def those(which: Callable[[UsablePicture], bool]) -> list[str]:
-        return [picture.item.name for picture in surveyed.usable if which(picture)]
-
-    for note, names in surveyed.notes.items():
-        yield f"have {note}", names
-    if config.mask != "file":
-        unread = f"have a mask that data.mask={config.mask} does not read"
-        yield unread, those(lambda p: p.item.read_mask is not None)
-    else:
-        whole = "have no mask; the loss covers all of them"
-        yield whole, those(lambda p: p.item.read_mask is None)
-    if config.mask == "alpha":
-        opaque = "have no transparent part; the loss covers all of them"
-        yield opaque, those(lambda p: not p.is_transparent)
-    fate = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
-    small = f"are smaller than their bucket, {fate}"
-    yield small, those(lambda p: any(fit.undersized for fit in p.fits))
-
-
-def _where(config: DataConfig) -> str:
-    return ", ".join(source.path for source in all_sources(config))
-
-
-def some(names: list[str]) -> str:
-    """The first five distinct names."""
-    counted = list(Counter(names))
-    return ", ".join(counted[:5]) + (", ..." if len(counted) > 5 else "")
 
 
 def _sample(picture: UsablePicture, turn: int, config: DataConfig, is_held_out: bool) -> Sample:

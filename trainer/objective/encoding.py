@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from trainer.data import Dataset, Entries, Entry, Pick, Store, free_rows
-from trainer.data.dataset import some
+from trainer.errors import some
 from trainer.models import text
 from trainer.models.model import Model
 from trainer.models.text import Text

@@ -1,0 +1,136 @@
+"""What a survey of the data found: what stops a run, what it warns of, what the doctor lists."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+
+from trainer.config import DataConfig
+from trainer.data import captions
+from trainer.data.survey import Survey, UsablePicture, all_sources, endings
+from trainer.errors import UserError, some
+
+log = logging.getLogger(__name__)
+
+
+def refuse(surveyed: Survey, config: DataConfig) -> None:
+    """Raise UserError for problems that stop a run; warn about the others."""
+    for what, names in (surveyed.problems | surveyed.remarks).items():
+        log.warning("data: %d %s: %s", len(names), what, some(names))
+    for wrong in (surveyed.broken, surveyed.undecodable):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` lists them)"
+            raise UserError(wrong[0] + (more if len(wrong) > 1 else ""))
+    if not surveyed.count:
+        raise nothing_found(surveyed, config)
+    if surveyed.uncaptioned:
+        extensions = " or ".join(endings(config))
+        message = (
+            f"{len(surveyed.uncaptioned)} pictures have no {extensions} file next to them, and no "
+            f"caption in metadata or a table: {some(surveyed.uncaptioned)}"
+        )
+        if config.on_missing_caption == "error":
+            raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
+        skipped = config.on_missing_caption == "skip"
+        log.warning("%s; %s", message, "skipped" if skipped else "trained without a caption")
+    for name, reason in surveyed.unreadable.items():
+        log.warning("skipped unreadable picture %s: %s", name, reason)
+    if len(surveyed.unreadable) > config.max_unreadable:
+        name, reason = list(surveyed.unreadable.items())[-1]
+        raise UserError(
+            f"{len(surveyed.unreadable)} unreadable pictures, the last {name} ({reason}); remove "
+            f"them, or allow more with data.max_unreadable={len(surveyed.unreadable)}"
+        )
+    if not surveyed.usable:
+        raise UserError(
+            f"data.path={_where(config)}: none of the {surveyed.count} pictures can be used; see "
+            "the warnings above"
+        )
+
+
+def nothing_found(surveyed: Survey, config: DataConfig) -> UserError:
+    """The error for data without pictures; says what was found instead."""
+    others = (surveyed.problems | surveyed.remarks).items()
+    instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
+    broken = [some(surveyed.broken)] if surveyed.broken else []
+    return UserError("; ".join([f"data.path={_where(config)} has no pictures", *broken, *instead]))
+
+
+def report(surveyed: Survey, config: DataConfig) -> None:
+    """Log what will be trained on, and warn about what may surprise the user."""
+    for what, names in (_of_usable(surveyed, config) | _of_masks(surveyed, config)).items():
+        if names:
+            log.warning("%d pictures %s: %s", len(names), what, some(names))
+    message = "data: %d pictures in %s, %d unreadable, %d without a caption"
+    log.info(
+        message,
+        len(surveyed.usable),
+        _where(config),
+        len(surveyed.unreadable),
+        len(surveyed.uncaptioned),
+    )
+    mark, texts = config.keep_separator, {t for p in surveyed.usable for t in p.captions}
+    if mark and not any(mark in text for text in texts):
+        log.warning("data.keep_separator=%s has no effect: no caption contains it", mark)
+    if config.shuffle_tags and all(len(captions.free_tags(t, config)) < 2 for t in texts):
+        log.warning(
+            "data.shuffle_tags=true has no effect: no caption has two tags that may move, with "
+            "data.tag_separator=%s between them",
+            config.tag_separator,
+        )
+
+
+def problems(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
+    """Everything that is wrong: kind of problem -> the pictures, captions or files concerned."""
+    by_bytes = defaultdict(list)
+    for picture in surveyed.usable:
+        by_bytes[picture.digest].append(picture.item.name)
+    uncaptioned = set(surveyed.uncaptioned)
+    found = {
+        "archives, tables or lines of metadata cannot be read": surveyed.broken,
+        "pictures cannot be read": [f"{k}: {v}" for k, v in surveyed.unreadable.items()],
+        "captions cannot be decoded": surveyed.undecodable,
+        "pictures have no caption": surveyed.uncaptioned,
+        "captions are empty": [
+            name
+            for name in _names(surveyed, lambda p: not all(p.captions))
+            if name not in uncaptioned
+        ],
+        "pictures are byte-for-byte duplicates": [
+            " = ".join(names) for names in by_bytes.values() if len(names) > 1
+        ],
+    }
+    found |= {f"pictures {what}": names for what, names in _of_usable(surveyed, config).items()}
+    return {what: names for what, names in (found | surveyed.problems).items() if names}
+
+
+def _of_usable(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
+    """What is odd about usable pictures (follows the word "pictures") -> those concerned."""
+    fate = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
+    small = [
+        f"{picture.item.name}: {picture.size[1]} x {picture.size[0]}"
+        for picture in surveyed.usable
+        if any(fit.undersized for fit in picture.fits)
+    ]
+    notes = {f"have {note}": names for note, names in surveyed.notes.items()}
+    return {f"are smaller than their bucket, {fate}": small} | notes
+
+
+def _of_masks(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
+    """The same about masks; none of it is a problem."""
+    if config.mask == "file":
+        whole = "have no mask; the loss covers all of them"
+        return {whole: _names(surveyed, lambda p: p.item.read_mask is None)}
+    unread = f"have a mask that data.mask={config.mask} does not read"
+    found = {unread: _names(surveyed, lambda p: p.item.read_mask is not None)}
+    if config.mask == "alpha":
+        opaque = "have no transparent part; the loss covers all of them"
+        found[opaque] = _names(surveyed, lambda p: not p.is_transparent)
+    return found
+
+
+def _names(surveyed: Survey, which: Callable[[UsablePicture], bool]) -> list[str]:
+    return [picture.item.name for picture in surveyed.usable if which(picture)]
+
+
+def _where(config: DataConfig) -> str:
+    return ", ".join(source.path for source in all_sources(config))
