@@ -17,7 +17,6 @@ from optim.options import unknown
 from trainer.cli.explain import explain
 from trainer.config import (
     ALTERNATIVES,
-    PICTURE_SUFFIXES,
     Config,
     DataConfig,
     LogConfig,
@@ -26,10 +25,11 @@ from trainer.config import (
 )
 from trainer.config.fields import complaint
 from trainer.config.method import TRAINABLE_PARTS
-from trainer.config.model import why_missing
 from trainer.data import buckets
+from trainer.data.items import PICTURE_SUFFIXES
 from trainer.drawing import prompts
 from trainer.errors import UserError
+from trainer.formats.hub import why_missing
 from trainer.system import processes
 from trainer.training import schedule
 from trainer.training.groups import check_rules

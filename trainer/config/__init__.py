@@ -1,16 +1,9 @@
 """The schema: one file for every configuration group, one dataclass for each of its choices.
 Types, bounds and meaning live here, values in `conf/`."""
 
-from trainer.config.data import PICTURE_SUFFIXES, DataConfig, SourceConfig
+from trainer.config.data import DataConfig, SourceConfig
 from trainer.config.fields import Interval, epochs_of
-from trainer.config.files import (
-    ASSETS,
-    choices_of,
-    conf_dir,
-    file_name,
-    flatten,
-    group_names,
-)
+from trainer.config.files import ASSETS, choices_of, conf_dir, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
 from trainer.config.method import EmaConfig, FullConfig, LoraConfig, RankConfig
@@ -24,8 +17,8 @@ from trainer.config.optimizer import (
     optimizer_schema,
     peer_schema,
 )
-from trainer.config.overrides import key_of, keys_of
-from trainer.config.root import ALTERNATIVES, Config
+from trainer.config.overrides import flatten, key_of, keys_of
+from trainer.config.root import ALTERNATIVES, Config, file_name
 from trainer.config.runtime import RuntimeConfig
 from trainer.config.schedule import (
     ConstantConfig,
@@ -40,7 +33,6 @@ __all__ = [
     "ALTERNATIVES",
     "ASSETS",
     "DTYPES",
-    "PICTURE_SUFFIXES",
     "Config",
     "ConstantConfig",
     "CosineConfig",

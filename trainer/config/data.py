@@ -3,24 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from trainer.config.fields import one_of, within
-
-# Pillow formats that are not a raster picture: drawings, films, tables of measurements.
-_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-
-
-def _picture_suffixes() -> set[str]:
-    """Suffixes of the formats that this Pillow opens, and of some that not every Pillow does, so
-    that such pictures are reported instead of silently ignored."""
-    Image.preinit()  # so that Pillow still tries common formats first
-    known = Image.registered_extensions().items()
-    opened = {end for end, kind in known if kind in Image.OPEN and kind not in _NO_PICTURES}
-    return opened | {".avif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}
-
-
-PICTURE_SUFFIXES = _picture_suffixes()
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,6 @@
 """The YAML files: where they are, and the choices they offer."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 _PACKAGE = Path(__file__).parents[1]
 ASSETS = _PACKAGE / "assets"
@@ -25,21 +23,3 @@ def choices_of(group: str) -> list[str]:
     folder = conf_dir() / group
     files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
     return sorted(path.with_suffix("").as_posix() for path in files)
-
-
-def file_name(run: str) -> str:
-    """A run's name in names of files and folders: peer/hf_adafactor-full ->
-    peer-hf_adafactor-full."""
-    return run.replace("/", "-")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return flat

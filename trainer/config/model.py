@@ -1,26 +1,12 @@
 """`model=`: what is fine-tuned."""
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from trainer.config.fields import one_of, within
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def why_missing(option: str, name: str) -> str | None:
-    """The error for a `name` that is neither on disk nor a valid name of a hub repository."""
-    is_pair = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    is_repository = is_pair and not name.endswith((".safetensors", ".ckpt"))
-    if is_repository or Path(name).expanduser().exists():
-        return None
-    return (
-        f"{option}={name} does not exist; name a folder in diffusers layout, a .safetensors or "
-        ".ckpt file, or a hub repository (owner/name)"
-    )
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
-"""Keys of command-line overrides."""
+"""Options by their keys: of command-line overrides, and of a whole configuration."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def key_of(override: str) -> str:
@@ -11,3 +12,15 @@ def key_of(override: str) -> str:
 def keys_of(overrides: Iterable[str]) -> frozenset[str]:
     """The options and groups that the overrides set."""
     return frozenset(map(key_of, overrides))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+    return flat

@@ -50,3 +50,9 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
         WsdConfig,
     ),
 }
+
+
+def file_name(run: str) -> str:
+    """A run's name in names of files and folders: peer/hf_adafactor-full ->
+    peer-hf_adafactor-full."""
+    return run.replace("/", "-")

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config import PICTURE_SUFFIXES
+from PIL import Image
+
 from trainer.data import captions
 from trainer.errors import UserError
 from trainer.system.retry import with_retries
@@ -18,6 +19,20 @@ from trainer.system.retry import with_retries
 CAPTION_COLUMNS = ("captions", "text", "caption")
 IRREGULAR = "is not a regular file (a pipe, a socket or a device)"
 PLACE = "the line of metadata"  # in a record: metadata.jsonl, line 3
+# Pillow formats that are not a raster picture: drawings, films, tables of measurements.
+_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+
+
+def _picture_suffixes() -> set[str]:
+    """Suffixes of the formats that this Pillow opens, and of some that not every Pillow does, so
+    that such pictures are reported instead of silently ignored."""
+    Image.preinit()  # so that Pillow still tries common formats first
+    known = Image.registered_extensions().items()
+    opened = {end for end, kind in known if kind in Image.OPEN and kind not in _NO_PICTURES}
+    return opened | {".avif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}
+
+
+PICTURE_SUFFIXES = _picture_suffixes()
 
 
 @dataclass(kw_only=True)

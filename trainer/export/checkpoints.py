@@ -9,11 +9,11 @@ import torch
 
 from trainer.config import ModelConfig, NoiseConfig, RankConfig
 from trainer.config.method import rank_of
-from trainer.config.model import why_missing
 from trainer.errors import UserError
 from trainer.export import loras, models
 from trainer.export.request import Request
 from trainer.formats import adapters, metadata, writing
+from trainer.formats.hub import why_missing
 from trainer.formats.names import canonical
 from trainer.formats.weights import Weights, of_file
 from trainer.models.model import Model

@@ -5,11 +5,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.config.model import why_missing
 from trainer.errors import UserError
 from trainer.export import checkpoints, loras, models
 from trainer.export.request import Request
 from trainer.formats import diffusers_lora, kinds
+from trainer.formats.hub import why_missing
 from trainer.formats.weights import of_file
 from trainer.models import origin
 from trainer.reporting import report

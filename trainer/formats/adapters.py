@@ -1,6 +1,5 @@
 """Low-rank adapters as plain tensors, read from PEFT's modules and written back into them."""
 
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 
 NAME = "default"  # PEFT's name for an unnamed adapter
-# The part of a module's name that says in which block it is.
-_IN_A_BLOCK = re.compile(r".*\.(transformer_blocks|attentions|resnets|\w+samplers|layers)\.\d+\.")
 
 
 class OtherModel(UserError):
@@ -93,76 +90,9 @@ def module_names(model: nn.Module) -> list[str]:
     return names
 
 
-def refuse_others(
-    models: Mapping[str, nn.Module], adapters: Adapters, layers: Mapping[str, list[str]]
-) -> None:
-    """Raise UserError if modules, ranks, scales or DoRA of `adapters` differ from the models' PEFT
-    modules.  The message names options of a run that they would fit, if there are any.
-
-    layers: of each part, the modules that may have adapters.
-    """
-    own = of_models({part: models[part] for part in adapters})
-    for part, found in adapters.items():
-        for path in sorted(found.keys() | own[part].keys()):
-            here, there = (
-                f"rank {a.rank}, alpha {a.alpha:g}{', DoRA' * (a.magnitude is not None)}"
-                if a is not None
-                else "absent"
-                for a in (own[part].get(path), found.get(path))
-            )
-            if here != there:
-                options = _options_of(adapters, layers)
-                raise UserError(
-                    f"the LoRA does not fit the run: {part}.{path} is {there} in the file and "
-                    f"{here} in the "
-                    "run" + (f"; it fits a run with {options}" if options else "")
-                )
-
-
-def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | None:
-    """The command-line options of a run with these adapters; None if no options describe them (they
-    differ between blocks, say)."""
-    every = [adapter for found in adapters.values() for adapter in found.values()]
-    rank, alpha = commonest(every)
-    key_of = {part: "targets" if part == "unet" else "text_targets" for part in adapters}
-    lists: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
-    kinds: dict[str, tuple[int, float]] = {}  # by part and the end of a module's name
-    for part, found in adapters.items():
-        for path, adapter in found.items():
-            end, kind = _IN_A_BLOCK.sub("", path), (adapter.rank, adapter.alpha)
-            if kinds.setdefault(f"{part}.*{end.replace('.', '[.]')}$", kind) != kind:
-                return None
-            lists[key_of[part]][end] = None
-    for part, found in adapters.items():
-        named = re.compile(rf"(^|\.)({'|'.join(lists[key_of[part]])})$")
-        if found.keys() != {path for path in layers[part] if named.search(path)}:
-            return None
-    is_dora = {adapter.magnitude is not None for adapter in every}
-    if len(is_dora) > 1:
-        return None
-    others = [
-        f"{{pattern: '{where}', rank: {own}, alpha: {scale:g}}}"
-        for where, (own, scale) in kinds.items()
-        if (own, scale) != (rank, alpha)
-    ]
-    options = [
-        f"method.rank={rank} method.alpha={alpha:g} method.rslora=false",
-        f"method.dora={str(is_dora.pop()).lower()} 'method.train=[{','.join(adapters)}]'",
-        *(f"'method.{key}=[{','.join(ends)}]'" for key, ends in lists.items() if ends),
-        *([f'"method.ranks=[{", ".join(others)}]"'] if others else []),
-    ]
-    return " ".join(options)
-
-
 @torch.no_grad()
-def fill(
-    models: Mapping[str, nn.Module], adapters: Adapters, layers: Mapping[str, list[str]]
-) -> None:
-    """Copy the adapters' values into the models' PEFT modules.
-
-    Raises UserError like `refuse_others`, before anything is changed.
-    """
-    refuse_others(models, adapters, layers)
+def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
+    """Copy the adapters' values into the models' PEFT modules, which have the same shapes."""
     for part, found in adapters.items():
         modules = dict(models[part].named_modules())
         for path, adapter in found.items():

@@ -1,20 +1,31 @@
-"""Downloads from the hub: only the files of a repository that training reads.
+"""Names of models, and downloads from the hub: only the files that training reads.
 
 No ONNX or Flax files, and no single files beside a pipeline's folders.
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.config.model import why_missing
 from trainer.errors import UserError, reason
-from trainer.formats.architectures import WEIGHT_PARTS
 
 log = logging.getLogger(__name__)
 
 _PICKLED = ("*.bin", "*.bin.index.json")  # in repositories older than safetensors
 _VAE = ("config.json", "vae/config.json")  # in a VAE's own repository, and in a pipeline
+
+
+def why_missing(option: str, name: str) -> str | None:
+    """The error for a `name` that is neither on disk nor a valid name of a hub repository."""
+    is_pair = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    is_repository = is_pair and not name.endswith((".safetensors", ".ckpt"))
+    if is_repository or Path(name).expanduser().exists():
+        return None
+    return (
+        f"{option}={name} does not exist; name a folder in diffusers layout, a .safetensors or "
+        ".ckpt file, or a hub repository (owner/name)"
+    )
 
 
 def pipeline(name: str, variant: str | None, option: str, with_weights: bool = True) -> Path:
@@ -24,6 +35,8 @@ def pipeline(name: str, variant: str | None, option: str, with_weights: bool = T
     Parts without files of `variant` are downloaded in plain form, and as .bin files if they have no
     others.  Raises UserError that names `option` if the repository cannot be loaded.
     """
+    from trainer.formats.architectures import WEIGHT_PARTS  # it imports diffusers
+
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     wanted += [f"{part}/config.json" for part in WEIGHT_PARTS]
     if not with_weights:

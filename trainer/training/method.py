@@ -3,7 +3,6 @@ text encoders."""
 
 import logging
 import re
-from pathlib import Path
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -16,10 +15,10 @@ from optim import rng
 from trainer.config import FullConfig, LoraConfig, RankConfig
 from trainer.config.method import TRAINABLE_PARTS, rank_of
 from trainer.errors import UserError
-from trainer.formats import adapters, lora
+from trainer.formats import adapters
 from trainer.models.model import Model
 from trainer.streams import Stream
-from trainer.training import groups
+from trainer.training import groups, start
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +44,9 @@ def attach(
     for part in config.train:
         _add_adapters(config, part, model.trained_parts[part], modules[part], ranks, seed)
     if start_from:
-        found, spare = _read_start(start_from, model, layers)
-        adapters.fill(model.trained_parts, found, layers)
+        found, spare = start.read(start_from, model, layers)
+        start.refuse_others(model.trained_parts, found, layers)
+        adapters.fill(model.trained_parts, found)
         log.info("adapters start from %s", start_from)
         if spare:
             log.info("  leaving out %d for layers whose output is unused", spare)
@@ -63,8 +63,8 @@ def check(config: FullConfig | LoraConfig, model: Model, start_from: str | None 
                 bare = model.on_meta(config.train)
                 _require_gradients(config, bare)
             layers = _trainable_layers(config, bare)
-            found, _ = _read_start(start_from, bare, layers)
-            adapters.refuse_others(empty.trained_parts, found, layers)
+            found, _ = start.read(start_from, bare, layers)
+            start.refuse_others(empty.trained_parts, found, layers)
 
 
 def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
@@ -208,30 +208,6 @@ def _set_magnitudes(module: nn.Module) -> None:
             norms = weight.float().flatten(1).norm(dim=1)
             for magnitude in layer.lora_magnitude_vector.parameters():
                 magnitude.copy_(norms.view_as(magnitude))
-
-
-def _read_start(
-    start_from: str, model: Model, layers: dict[str, list[str]]
-) -> tuple[adapters.Adapters, int]:
-    """The adapters of a LoRA file that a run starts from, and how many of them are left out.
-
-    layers: those of the trained parts whose output is used; adapters of others have no effect.
-    """
-    path = Path(start_from).expanduser()
-    found = lora.read(path, model.trained_parts)
-    if missing := sorted(found.keys() - layers.keys()):
-        raise UserError(
-            f"method.start_from={path} has adapters of the {missing[0]}, which method.train="
-            f"{list(layers)} leaves out"
-        )
-    used = {
-        part: {name: found[part][name] for name in layers[part] if name in found[part]}
-        for part in found
-    }
-    count = sum(map(len, used.values()))
-    if not count:
-        raise UserError(f"method.start_from={path} has no adapter of a layer whose output is used")
-    return used, sum(map(len, found.values())) - count
 
 
 def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> list[str]:
