@@ -24,12 +24,12 @@ def sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
     """All buckets: sides are multiples of `step`, aspects within [1 / max_aspect, max_aspect], and
     areas as close to resolution^2 as that allows, never above (the square needs most memory)."""
     area = resolution * resolution
-    found = set()
+    buckets = set()
     for side in range(step, int(resolution * math.sqrt(max_aspect)) + 1, step):
         other = area // side // step * step
         if other and max(side, other) <= max_aspect * min(side, other):
-            found |= {(side, other), (other, side)}
-    return tuple(sorted(found))
+            buckets |= {(side, other), (other, side)}
+    return tuple(sorted(buckets))
 
 
 def fit(size: Size, resolution: int, config: DataConfig) -> Fit:
@@ -45,7 +45,7 @@ def fit(size: Size, resolution: int, config: DataConfig) -> Fit:
     fitted = covering(size, nearest)
     if config.upscale or not fitted.undersized:
         return fitted
-    return replace(covering(size, _own(size, resolution, config)), undersized=True)
+    return replace(covering(size, _largest_covered(size, resolution, config)), undersized=True)
 
 
 def covering(size: Size, bucket: Size) -> Fit:
@@ -56,7 +56,7 @@ def covering(size: Size, bucket: Size) -> Fit:
     return Fit(bucket=bucket, resized=(height, width), crop=crop, undersized=scale > 1)
 
 
-def _own(size: Size, resolution: int, config: DataConfig) -> Size:
+def _largest_covered(size: Size, resolution: int, config: DataConfig) -> Size:
     """The largest bucket that this picture covers without being enlarged."""
     step, longest = config.bucket_step, config.max_aspect
     short, long = (side // step * step for side in sorted(size))

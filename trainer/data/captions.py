@@ -33,9 +33,9 @@ def decode(content: bytes, where: object) -> str:
             f"byte {error.start}); save it as UTF-8"
         ) from error
     if "\0" in text:
-        place = len(text[: text.index("\0")].encode(encoding.removesuffix("-sig")))
+        offset = len(text[: text.index("\0")].encode(encoding.removesuffix("-sig")))
         raise UserError(
-            f"caption {where} has a NUL character at byte {place} (UTF-16 without a byte order "
+            f"caption {where} has a NUL character at byte {offset} (UTF-16 without a byte order "
             "mark?); save it as UTF-8"
         )
     return text

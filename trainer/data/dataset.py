@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Dataset:
-    """All samples, each resolution's regularisation pictures last; after all of them the mirror
-    images."""
+    """All samples, one resolution after another, each with its regularisation pictures last; mirror
+    images follow at the end."""
 
     samples: list[Sample]
     mirrors: dict[int, int]  # trained sample -> its mirror image; {} without `random_flip`
@@ -60,8 +60,8 @@ class Dataset:
         """A hash of what is trained on: pictures, sizes, captions and how often, in order."""
         digest = hashlib.sha256()
         for s in self.samples:
-            known = (s.digest, s.transform, s.time_ids, s.caption, s.captions, s.loss_weight)
-            digest.update(repr(known).encode())
+            parts = (s.digest, s.transform, s.time_ids, s.caption, s.captions, s.loss_weight)
+            digest.update(repr(parts).encode())
         digest.update(repr((self.plan.buckets, self.plan.members)).encode())
         return digest.hexdigest()
 
@@ -70,15 +70,15 @@ class Dataset:
         bucket.  A bucket's last batch may be smaller than `batch_size`."""
         return [
             Pick(
-                sample=self._turned(index, seed, number, place),
-                caption=self.caption(index, seed, number, place),
+                sample=self._mirrored_or_not(index, seed, number, position),
+                caption=self.caption(index, seed, number, position),
             )
-            for place, index in enumerate(self.plan.batch(seed, number))
+            for position, index in enumerate(self.plan.batch(seed, number))
         ]
 
-    def _turned(self, index: int, seed: int, number: int, place: int) -> int:
+    def _mirrored_or_not(self, index: int, seed: int, number: int, position: int) -> int:
         """This sample or, half of the time, its mirror image if it has one."""
-        if index in self.mirrors and rng.uniform(seed, Stream.FLIP, number, place) < 0.5:
+        if index in self.mirrors and rng.uniform(seed, Stream.FLIP, number, position) < 0.5:
             return self.mirrors[index]
         return index
 
@@ -105,12 +105,12 @@ class Dataset:
         total = f"{len(plan.buckets)} buckets, batches of {plan.batch_size}, "
         return "\n".join([f"{total}{float(plan.batches_per_epoch):g} per epoch:", *lines])
 
-    def caption(self, index: int, seed: int, number: int, place: int) -> str | None:
-        """The caption of a sample at this place of batch `number`; None if it is dropped."""
-        if rng.uniform(seed, Stream.DROPOUT, number, place) < self.config.caption_dropout:
+    def caption(self, index: int, seed: int, number: int, position: int) -> str | None:
+        """The caption of the sample at this position of batch `number`; None if it is dropped."""
+        if rng.uniform(seed, Stream.DROPOUT, number, position) < self.config.caption_dropout:
             return None
         drawn = self.samples[index].captions
-        share = rng.uniform(seed, Stream.CAPTION, number, place)
+        share = rng.uniform(seed, Stream.CAPTION, number, position)
         return drawn[int(share * len(drawn))]
 
 
@@ -140,24 +140,25 @@ def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
     )
     samples: list[Sample] = []
     members: dict[Size, list[int]] = {}
-    for turn in range(max(len(config.resolutions), 1)):  # all pictures at one resolution, then next
+    # All pictures at one resolution, then all at the next.
+    for index in range(max(len(config.resolutions), 1)):
         for picture in usable:
-            if turn < len(picture.fits):
-                sample = _sample(picture, turn, config, picture.digest in held_out)
+            if index < len(picture.fits):
+                sample = _sample(picture, index, config, picture.digest in held_out)
                 if not sample.held_out:
-                    places = members.setdefault(sample.bucket, [])
-                    places += [len(samples)] * picture.source.repeats
+                    indexes = members.setdefault(sample.bucket, [])
+                    indexes += [len(samples)] * picture.source.repeats
                 samples.append(sample)
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
     trained = [i for i, sample in enumerate(samples) if not sample.held_out]
-    turned = trained if config.random_flip else []
-    mirrors = {index: len(samples) + place for place, index in enumerate(turned)}
-    samples += [replace(samples[index], mirrored=True) for index in turned]
+    to_mirror = trained if config.random_flip else []
+    mirrors = {original: len(samples) + offset for offset, original in enumerate(to_mirror)}
+    samples += [replace(samples[original], mirrored=True) for original in to_mirror]
     return Dataset(samples=samples, mirrors=mirrors, plan=plan, config=config)
 
 
-def _sample(picture: UsablePicture, turn: int, config: DataConfig, is_held_out: bool) -> Sample:
-    fitted, frame = picture.fits[turn], not picture.source.prior
+def _sample(picture: UsablePicture, index: int, config: DataConfig, is_held_out: bool) -> Sample:
+    fitted, frame = picture.fits[index], not picture.source.prior
     target = fitted.bucket
     first, crop = {
         "original": (picture.size, fitted.crop),

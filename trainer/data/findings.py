@@ -80,12 +80,12 @@ def report(surveyed: Survey, config: DataConfig) -> None:
 
 
 def problems(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
-    """Everything that is wrong: kind of problem -> the pictures, captions or files concerned."""
+    """What the doctor lists: {kind of problem: names of the pictures, captions or files}."""
     by_bytes = defaultdict(list)
     for picture in surveyed.usable:
         by_bytes[picture.digest].append(picture.item.name)
     uncaptioned = set(surveyed.uncaptioned)
-    found = {
+    listed = {
         "archives, tables or lines of metadata cannot be read": surveyed.broken,
         "pictures cannot be read": [f"{k}: {v}" for k, v in surveyed.unreadable.items()],
         "captions cannot be decoded": surveyed.undecodable,
@@ -99,12 +99,12 @@ def problems(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
             " = ".join(names) for names in by_bytes.values() if len(names) > 1
         ],
     }
-    found |= {f"pictures {what}": names for what, names in _of_usable(surveyed, config).items()}
-    return {what: names for what, names in (found | surveyed.problems).items() if names}
+    listed |= {f"pictures {what}": names for what, names in _of_usable(surveyed, config).items()}
+    return {what: names for what, names in (listed | surveyed.problems).items() if names}
 
 
 def _of_usable(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
-    """What is odd about usable pictures (follows the word "pictures") -> those concerned."""
+    """{what is odd, to follow the word "pictures": names of the usable pictures concerned}."""
     fate = "enlarged" if config.upscale or not config.buckets else "trained at their own size"
     small = [
         f"{picture.item.name}: {picture.size[1]} x {picture.size[0]}"
@@ -116,16 +116,16 @@ def _of_usable(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
 
 
 def _of_masks(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
-    """The same about masks; none of it is a problem."""
+    """The same about masks; the doctor does not count these as problems."""
     if config.mask == "file":
         whole = "have no mask; the loss covers all of them"
         return {whole: _names(surveyed, lambda p: p.item.read_mask is None)}
     unread = f"have a mask that data.mask={config.mask} does not read"
-    found = {unread: _names(surveyed, lambda p: p.item.read_mask is not None)}
+    remarks = {unread: _names(surveyed, lambda p: p.item.read_mask is not None)}
     if config.mask == "alpha":
         opaque = "have no transparent part; the loss covers all of them"
-        found[opaque] = _names(surveyed, lambda p: not p.is_transparent)
-    return found
+        remarks[opaque] = _names(surveyed, lambda p: not p.is_transparent)
+    return remarks
 
 
 def _names(surveyed: Survey, which: Callable[[UsablePicture], bool]) -> list[str]:

@@ -140,15 +140,15 @@ class Beside:
         files = [*files, *(file for folder in sorted(elsewhere) for file in _files(folder))]
         files = [file for file in files if file not in pictures]
         given = reading.extensions
-        kinds = list(dict.fromkeys(extension.lower() for extension in given))
+        suffixes = list(dict.fromkeys(extension.lower() for extension in given))
         for file in files:
             kind = file.suffix.lower()
-            if kind in kinds and file.name not in metadata.READERS:
+            if kind in suffixes and file.name not in metadata.READERS:
                 self.texts[_stem(file)].append(file)
             elif is_mask(file.name) and kind == ".png":
                 self.masks[_stem(file)[: -len(".mask")]] = file
         for texts in self.texts.values():  # the first is used: .txt before .TXT before .caption
-            texts.sort(key=lambda f: (kinds.index(f.suffix.lower()), f.suffix not in given))
+            texts.sort(key=lambda f: (suffixes.index(f.suffix.lower()), f.suffix not in given))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -167,7 +167,7 @@ def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading
     stem = _stem(path)
     mask = Path(record["mask"]) if record.get("mask") else beside.masks.get(stem)
     texts = [file for file in beside.texts.get(stem, ()) if file.is_file()]
-    made = item(
+    picture_item = item(
         str(path),
         partial(read_file, path),
         record,
@@ -176,8 +176,8 @@ def picture(path: Path, record: dict[str, Any], beside: Beside, reading: Reading
         partial(_caption, texts[:1]),
         files=(path, mask) if mask else (path,),
     )
-    note_texts(made, [file.suffix for file in texts], beside.pictures[stem] > 1)
-    return made
+    note_texts(picture_item, [file.suffix for file in texts], beside.pictures[stem] > 1)
+    return picture_item
 
 
 def _caption(files: list[Path]) -> list[str]:
@@ -197,8 +197,8 @@ def name_unused(
     masks |= {str(mask) for stem, mask in beside.masks.items() if stem in beside.pictures}
     texts = {
         text
-        for stem, found in beside.texts.items()
-        for text in found
+        for stem, text_files in beside.texts.items()
+        for text in text_files
         if stem not in beside.pictures
     }
     for file in files:

@@ -110,13 +110,13 @@ def item(
     """A picture with the captions (a string or a list, in one of the caption columns) and the loss
     weight from `record`.  Without captions there, they come from `otherwise`."""
     reading.has_column |= reading.caption_column in record
-    words = (record.get(column) for column in reading.caption_columns)
-    given = next((word for word in words if word is not None), None)
-    texts = [given] if isinstance(given, str) else given
+    cells = (record.get(column) for column in reading.caption_columns)
+    caption = next((cell for cell in cells if cell is not None), None)
+    texts = [caption] if isinstance(caption, str) else caption
     if texts is not None and not (
         isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     ):
-        raise UserError(f"{name}: its caption is {given!r}, neither text nor a list of texts")
+        raise UserError(f"{name}: its caption is {caption!r}, neither text nor a list of texts")
     weight = record.get("weight")
     weight = 1.0 if weight is None else weight
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
@@ -139,15 +139,15 @@ def item(
     )
 
 
-def note_texts(made: Item, endings: list[str], is_shared: bool) -> None:
+def note_texts(picture: Item, endings: list[str], is_shared: bool) -> None:
     """Note what is odd about a picture's text files, of which the first is its caption.
 
     `is_shared`: another picture has the same text files.
     """
     if len(endings) > 1:
-        made.notes.append(f"a {endings[1]} next to their {endings[0]}; it is ignored")
+        picture.notes.append(f"a {endings[1]} next to their {endings[0]}; it is ignored")
     if endings and is_shared:
-        made.notes.append(f"a {endings[0]} that is another picture's too, of the same name")
+        picture.notes.append(f"a {endings[0]} that is another picture's too, of the same name")
 
 
 def _disagrees(read: Callable[[], list[str]], lines: list[str]) -> bool:

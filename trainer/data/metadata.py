@@ -25,25 +25,25 @@ def listed(files: Collection[Path], reading: Reading) -> dict[Path, dict[str, An
     Unusable lines, a second line for the same picture, and files without the requested caption
     column are added to `reading.broken`.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    records: dict[Path, dict[str, Any]] = {}
     walked, column = _Walked(files), reading.caption_column
     for file in files:
         columns: dict[str, None] = {}  # an ordered set
         for where, record in _records(file, reading):
             picture = walked.path(file.parent / record["file_name"])
-            if picture in found:
+            if picture in records:
                 twice = f"{where}: {record['file_name']} is listed twice"
                 reading.broken.append(f"{twice}; keep one of them")
             if record.get("mask"):
                 record["mask"] = str(walked.path(picture.parent / record["mask"]))
             columns |= dict.fromkeys(record)
-            found.setdefault(picture, record | {PLACE: where})
+            records.setdefault(picture, record | {PLACE: where})
         if column is not None and columns and column not in columns:
             reading.broken.append(
                 f"{shown(file)} has no data.caption_column={column}; it has "
                 f"{shown(', '.join(columns))}"
             )
-    return found
+    return records
 
 
 def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -90,16 +90,18 @@ class _Walked:
         """The path as the walk found it; for a file it did not find, the given one without ".."."""
         if named in self.files:
             return named
-        place = _place(named)
-        return self._by_place.get(_normal(place), place if ".." in named.parts else named)
+        real_path = _real_path(named)
+        return self._by_real_path.get(
+            _normal(real_path), real_path if ".." in named.parts else named
+        )
 
     @cached_property
-    def _by_place(self) -> dict[str, Path]:
+    def _by_real_path(self) -> dict[str, Path]:
         real = cache(os.path.realpath)
         return {_normal(Path(real(file.parent), file.name)): file for file in self.files}
 
 
-def _place(path: Path) -> Path:
+def _real_path(path: Path) -> Path:
     return Path(os.path.realpath(path.parent), path.name)
 
 

@@ -19,7 +19,7 @@ from trainer.streams import Stream
 
 @dataclass(frozen=True, kw_only=True)
 class Pick:
-    """One place of a batch."""
+    """One sample of a batch, and its caption."""
 
     sample: int
     caption: str | None  # None: dropped, the empty prompt
@@ -54,12 +54,12 @@ class Plan:
     def batch(self, seed: int, number: int) -> list[int]:
         """The samples of batch `number` (from 0), all from one bucket."""
         if len(self.members) > 1:
-            epoch, place = divmod(number, int(self.batches_per_epoch))
-            return self._epoch(seed, epoch)[place]
+            epoch, index = divmod(number, int(self.batches_per_epoch))
+            return self._epoch(seed, epoch)[index]
         (members,) = self.members
         count = len(members)
-        places = range(number * self.batch_size, (number + 1) * self.batch_size)
-        return [members[self._order(seed, p // count, 0)[p % count]] for p in places]
+        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
+        return [members[self._order(seed, p // count, 0)[p % count]] for p in positions]
 
     def _batches(self, seed: int, epoch: int) -> list[list[int]]:
         """All batches of an epoch, in order."""

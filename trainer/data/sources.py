@@ -56,8 +56,8 @@ def _is_aside(file: Path, reading: Reading) -> bool:
     elif file.suffix.lower() in (".parquet", ".arrow") and not tables.has_pictures(file):
         # img2dataset writes a table beside each shard, which only repeats the shard's metadata
         is_listing = file.with_suffix(".tar").is_file()
-        said = reading.remarks if is_listing else reading.problems
-        said["tables without a column of pictures are ignored"].append(shown(file))
+        messages = reading.remarks if is_listing else reading.problems
+        messages["tables without a column of pictures are ignored"].append(shown(file))
     else:
         return False
     return True

@@ -100,8 +100,8 @@ class Store:
         if missing:
             encode = make_encoder()
             with ahead(_read(Sample.read_pixels), missing.values()) as reads:
-                things = zip(missing.items(), reads, strict=True)
-                for (key, sample), pixels in _progress(things, len(missing), stop):
+                pairs = zip(missing.items(), reads, strict=True)
+                for (key, sample), pixels in _progress(pairs, len(missing), stop):
                     entry = {"latent": encode(pixels)}
                     if not _is_finite(entry):
                         raise UserError(
@@ -126,10 +126,12 @@ class Store:
         scale = samples[0].bucket[0] // latents[0]["latent"].shape[1]
         sizes = [(s.bucket[0] // scale, s.bucket[1] // scale) for s in samples]
         keys = {i: self._key(*s.mask_key, str(sizes[i])) for i, s in enumerate(samples)}
-        entries, missing = self._found("masks", keys, lambda i, entry: _is_mask(entry, sizes[i]))
+        entries, missing = self._looked_up(
+            "masks", keys, lambda i, entry: _is_mask(entry, sizes[i])
+        )
         with ahead(_read(Sample.read_mask), [samples[i] for i in missing.values()]) as reads:
-            things = zip(missing.items(), reads, strict=True)
-            for (key, i), mask in _progress(things, len(missing), stop, "reading masks"):
+            pairs = zip(missing.items(), reads, strict=True)
+            for (key, i), mask in _progress(pairs, len(missing), stop, "reading masks"):
                 averaged = F.adaptive_avg_pool2d(mask, sizes[i])
                 self._put(entries, key, {"mask": averaged}, len(missing))
         return entries
@@ -173,7 +175,7 @@ class Store:
         self, samples: list[Sample], fingerprint: str
     ) -> tuple[Entries, dict[str, Sample]]:
         keys = {i: self._key(*s.pixels_key, fingerprint) for i, s in enumerate(samples)}
-        entries, missing = self._found(
+        entries, missing = self._looked_up(
             "latents", keys, lambda i, entry: _is_latent(entry, samples[i])
         )
         return entries, {key: samples[i] for key, i in missing.items()}
@@ -182,15 +184,15 @@ class Store:
         self, captions: Sequence[str | None], fingerprint: str
     ) -> tuple[Entries, dict[str, str | None]]:
         keys = {caption: self._key(caption, fingerprint) for caption in captions}
-        return self._found("texts", keys, lambda _, entry: _is_text(entry))
+        return self._looked_up("texts", keys, lambda _, entry: _is_text(entry))
 
     def _key(self, *parts: str | None) -> str:
         return hashlib.sha256(repr((_VERSION, *parts, str(self.dtype))).encode()).hexdigest()
 
-    def _found(
+    def _looked_up(
         self, kind: str, keys: dict[Any, str], fits: Callable[[Any, Entry], bool]
     ) -> tuple[Entries, dict[str, Any]]:
-        """The entries with these keys, and those keys that have no intact one, with their names.
+        """The entries with these keys, and {key: name} of those that are missing or damaged.
 
         Only headers and file lengths are checked: reading a cache of a hundred gigabytes would
         delay the start too much.  Values are checked when they are used.
@@ -211,8 +213,8 @@ class Store:
             right = all(tensor.dtype == self.dtype for tensor in entry.values())
             return "good" if right and fits(names[key], entry) else "damaged"
 
-        with ahead(state, names) as found_states:
-            states = dict(zip(names, found_states, strict=True))
+        with ahead(state, names) as checked:
+            states = dict(zip(names, checked, strict=True))
         damaged = sum(s == "damaged" for s in states.values())
         if damaged:
             log.warning("cache: %d damaged entries in %s", damaged, folder)

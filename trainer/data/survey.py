@@ -19,7 +19,7 @@ from trainer.errors import UserError, reason
 from trainer.system import console, signals
 
 Thing = TypeVar("Thing")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 Captioned = tuple[SourceConfig, Item, list[str]]  # source, picture, captions
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -65,8 +65,8 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     """
     reading = Reading(extensions=endings(config), caption_column=config.caption_column)
     surveyed = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
-    found = _found(surveyed, config, reading, stop)
-    captioned = _captioned(surveyed, found, config, stop)
+    pictures = _listed(surveyed, config, reading, stop)
+    captioned = _captioned(surveyed, pictures, config, stop)
     missing = surveyed.uncaptioned and config.on_missing_caption == "error"
     if for_run and (surveyed.broken or surveyed.undecodable or missing):
         return surveyed
@@ -82,47 +82,48 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     return surveyed
 
 
-def _found(
+def _listed(
     surveyed: Survey, config: DataConfig, reading: Reading, stop: Sequence[int]
 ) -> list[tuple[SourceConfig, Item]]:
     """All pictures, with their sources."""
-    found: list[tuple[SourceConfig, Item]] = []
+    pictures: list[tuple[SourceConfig, Item]] = []
     repeated = _Repeated()
     for source in all_sources(config):
         path, reading.has_column = Path(source.path).expanduser(), False
         for item in sources.find(path, reading):
             signals.end_if(stop, "looking for pictures")
-            if other := repeated.source(item.path, source):
-                said = (
-                    f"pictures are in both {other.path} and {source.path} and are trained on twice"
-                    if other is not source
+            if earlier := repeated.source(item.path, source):
+                message = (
+                    f"pictures are in both {earlier.path} and {source.path} and are trained on "
+                    "twice"
+                    if earlier is not source
                     else (
                         "pictures are found by several paths (links) and are trained on once for "
                         "each"
                     )
                 )
-                surveyed.problems[said].append(item.name)
-            found.append((source, item))
+                surveyed.problems[message].append(item.name)
+            pictures.append((source, item))
         if config.caption_column is not None and not reading.has_column:
-            said = f"sources have no captions in data.caption_column={config.caption_column}"
-            reading.remarks[said].append(source.path)
-    surveyed.count = len(found)
-    return found
+            message = f"sources have no captions in data.caption_column={config.caption_column}"
+            reading.remarks[message].append(source.path)
+    surveyed.count = len(pictures)
+    return pictures
 
 
 def _captioned(
     surveyed: Survey,
-    found: list[tuple[SourceConfig, Item]],
+    pictures: list[tuple[SourceConfig, Item]],
     config: DataConfig,
     stop: Sequence[int],
 ) -> list[Captioned]:
     """The pictures that have captions or need none; the others are noted in `surveyed`."""
     captioned: list[Captioned] = []
     with (
-        ahead(_captions_of, found) as read,
-        console.Aside("reading captions", len(found), "pictures") as aside,
+        ahead(_captions_of, pictures) as read,
+        console.Aside("reading captions", len(pictures), "pictures") as aside,
     ):
-        for (source, item), texts in zip(found, read, strict=True):
+        for (source, item), texts in zip(pictures, read, strict=True):
             signals.end_if(stop, "reading captions")
             aside.advance(1)
             if isinstance(texts, Exception):
@@ -135,9 +136,9 @@ def _captioned(
     return captioned
 
 
-def _captions_of(found: tuple[SourceConfig, Item]) -> list[str] | Exception:
+def _captions_of(picture: tuple[SourceConfig, Item]) -> list[str] | Exception:
     """A picture's captions, or else its source's; or the error that reading them raised."""
-    source, item = found
+    source, item = picture
     try:
         texts = item.captions()
     except (UserError, OSError) as error:
@@ -154,21 +155,21 @@ def _look_at_all(
     stop: Sequence[int],
 ) -> None:
     with (
-        ahead(lambda one: _look(*one, config, index), captioned) as looks,
+        ahead(lambda one: _look(*one, config, index), captioned) as results,
         console.Aside("reading pictures", len(captioned), "pictures") as aside,
     ):
-        for (_, item, _), look in zip(captioned, looks, strict=False):
+        for (_, item, _), result in zip(captioned, results, strict=False):
             signals.end_if(stop, "reading pictures")
             aside.advance(1)
-            if isinstance(look, Exception):
-                named = f" (named in {item.place})" if item.place else ""
-                surveyed.unreadable[item.name] = reason(look) + named
+            if isinstance(result, Exception):
+                where = f" (named in {item.place})" if item.place else ""
+                surveyed.unreadable[item.name] = reason(result) + where
                 if len(surveyed.unreadable) > max_unreadable:
                     break
                 continue
-            for note in look.notes:
+            for note in result.notes:
                 surveyed.notes[note].append(item.name)
-            surveyed.usable.append(look)
+            surveyed.usable.append(result)
 
 
 def all_sources(config: DataConfig) -> list[SourceConfig]:
@@ -177,12 +178,14 @@ def all_sources(config: DataConfig) -> list[SourceConfig]:
 
 def endings(config: DataConfig) -> list[str]:
     """data.caption_extension as a list."""
-    given = config.caption_extension
-    return [given] if isinstance(given, str) else list(given)
+    extensions = config.caption_extension
+    return [extensions] if isinstance(extensions, str) else list(extensions)
 
 
 @contextmanager
-def ahead(function: Callable[[Thing], Made], things: Iterable[Thing]) -> Iterator[Iterator[Made]]:
+def ahead(
+    function: Callable[[Thing], Result], things: Iterable[Thing]
+) -> Iterator[Iterator[Result]]:
     """`map` in threads, a few things ahead of the caller: decoders release the GIL.
 
     The threads end with the block.  (An iterator that ended them when it is collected might do so
@@ -190,8 +193,8 @@ def ahead(function: Callable[[Thing], Made], things: Iterable[Thing]) -> Iterato
     """
     pool = ThreadPoolExecutor(_WORKERS)
 
-    def made() -> Iterator[Made]:
-        waiting: deque[Future[Made]] = deque()
+    def results() -> Iterator[Result]:
+        waiting: deque[Future[Result]] = deque()
         for thing in things:
             waiting.append(pool.submit(function, thing))
             if len(waiting) > 2 * _WORKERS:
@@ -200,7 +203,7 @@ def ahead(function: Callable[[Thing], Made], things: Iterable[Thing]) -> Iterato
             yield waiting.popleft().result()
 
     try:
-        yield made()
+        yield results()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -29,15 +29,15 @@ def items(path: Path, reading: Reading) -> Iterator[Item]:
     if column is not None and column not in names:
         raise UserError(f"{shown(path)} has no data.caption_column={column}; it has {has}")
     if not {*names} & {*reading.caption_columns}:
-        said = f"tables have no captions in {has} (data.caption_column names another)"
-        reading.remarks[said].append(shown(path))
-    words = [name for name in (*reading.caption_columns, "weight") if name in names]
+        message = f"tables have no captions in {has} (data.caption_column names another)"
+        reading.remarks[message].append(shown(path))
+    columns = [name for name in (*reading.caption_columns, "weight") if name in names]
     with _named_errors(path):
-        for number, (group, row, record) in enumerate(_records(path, words)):
-            place = (path, group, row)
-            mask = partial(_read, *place, "mask") if "mask" in names else None
+        for number, (group, row, record) in enumerate(_records(path, columns)):
+            position = (path, group, row)
+            mask = partial(_read, *position, "mask") if "mask" in names else None
             with reading.going_on():
-                read = partial(_read, *place, image)
+                read = partial(_read, *position, image)
                 # files=(): the picture may be in a file that the table names
                 yield item(f"{path}:{number}", read, record, mask, reading, files=())
 
@@ -80,26 +80,26 @@ def _columns(path: Path) -> tuple[list[str], str | None]:
             return kind.get_field_index("bytes") >= 0
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    found = [name for name in schema.names if name != "mask" and holds_bytes(name)]
-    return schema.names, "image" if "image" in found else next(iter(found), None)
+    with_bytes = [name for name in schema.names if name != "mask" and holds_bytes(name)]
+    return schema.names, "image" if "image" in with_bytes else next(iter(with_bytes), None)
 
 
-def _records(path: Path, words: list[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _records(path: Path, columns: list[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(row group, row within it, caption and weight columns) of every row."""
     import pyarrow.parquet as pq
 
     if path.suffix.lower() == ".arrow":
-        for row, record in enumerate(_rows(_arrow(path), words)):
+        for row, record in enumerate(_rows(_arrow(path), columns)):
             yield 0, row, record
         return
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            for row, record in enumerate(_rows(file.read_row_group(group, words), words)):
+            for row, record in enumerate(_rows(file.read_row_group(group, columns), columns)):
                 yield group, row, record
 
 
-def _rows(table: Any, words: list[str]) -> list[dict[str, Any]]:
-    return table.select(words).to_pylist() if words else [{}] * table.num_rows
+def _rows(table: Any, columns: list[str]) -> list[dict[str, Any]]:
+    return table.select(columns).to_pylist() if columns else [{}] * table.num_rows
 
 
 def _read(path: Path, group: int, row: int, column: str) -> bytes:

@@ -67,21 +67,21 @@ _TWICE = "members of archives replace earlier ones of the same name"
 
 def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading: Reading) -> Item:
     where = f"{path}:{name}"
-    own = _own(members, ending)
+    own_members = _own(members, ending)
     record = {}
-    if ".json" in own:
+    if ".json" in own_members:
         try:
-            record = json.loads(_read(path, own[".json"]))
+            record = json.loads(_read(path, own_members[".json"]))
         except ValueError as error:
             raise UserError(f"{shown(where)}: its .json is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{shown(where)}: its .json is not a JSON object")
         record.pop("mask", None)
-    kinds = dict.fromkeys(extension.lower() for extension in reading.extensions)
-    endings = [kind for kind in kinds if kind in own]
-    text = own[endings[0]] if endings else None
-    mask = own.get(".mask.png")
-    made = item(
+    suffixes = dict.fromkeys(extension.lower() for extension in reading.extensions)
+    endings = [suffix for suffix in suffixes if suffix in own_members]
+    text = own_members[endings[0]] if endings else None
+    mask = own_members.get(".mask.png")
+    picture = item(
         where,
         partial(_read, path, members[ending]),
         record,
@@ -90,13 +90,12 @@ def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading
         partial(_caption, path, text, where),
         files=(path,),
     )
-    note_texts(made, endings, sum(is_picture(f"x{e}") for e in members) > 1)
-    return made
+    note_texts(picture, endings, sum(is_picture(f"x{e}") for e in members) > 1)
+    return picture
 
 
 def _own(members: dict[str, Place], ending: str) -> dict[str, Place]:
-    """The members of a picture's sample, by extension.  For a name with dots, photo.v2.png, that of
-    photo.v2.txt counts as .txt."""
+    """The members of a picture's sample, by extension: photo.v2.txt is the .txt of photo.v2.png."""
     dots = os.path.splitext(f"x{ending}")[0][1:]
     named = {end.removeprefix(dots): at for end, at in members.items() if end.startswith(dots)}
     return members | named

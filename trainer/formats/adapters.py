@@ -93,9 +93,9 @@ def module_names(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def fill(models: Mapping[str, nn.Module], adapters: Adapters) -> None:
     """Copy the adapters' values into the models' PEFT modules, which have the same shapes."""
-    for part, found in adapters.items():
+    for part, by_path in adapters.items():
         modules = dict(models[part].named_modules())
-        for path, adapter in found.items():
+        for path, adapter in by_path.items():
             layer = modules[path]
             for target, value in (
                 (layer.lora_A[NAME].weight, adapter.down),
@@ -114,22 +114,22 @@ def commonest(adapters: Collection[Adapter]) -> tuple[int, float]:
     return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
 
 
-def peft_config(found: dict[str, Adapter]) -> LoraConfig:
+def peft_config(adapters: dict[str, Adapter]) -> LoraConfig:
     """PEFT's configuration for a part's adapters, with full module names.
 
     Raises UserError if only some are DoRA: PEFT has one setting for all.
     """
-    is_dora = {adapter.magnitude is not None for adapter in found.values()}
+    is_dora = {adapter.magnitude is not None for adapter in adapters.values()}
     if len(is_dora) > 1:
         raise UserError(
             "some of the LoRA's modules are DoRA and others are not; such a LoRA cannot be trained"
         )
-    rank, alpha = commonest(found.values())
+    rank, alpha = commonest(adapters.values())
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
-        rank_pattern={n: a.rank for n, a in found.items() if a.rank != rank},
-        alpha_pattern={n: a.alpha for n, a in found.items() if a.alpha != alpha},
-        target_modules=sorted(found),
+        rank_pattern={n: a.rank for n, a in adapters.items() if a.rank != rank},
+        alpha_pattern={n: a.alpha for n, a in adapters.items() if a.alpha != alpha},
+        target_modules=sorted(adapters),
         use_dora=is_dora.pop(),
     )

@@ -135,14 +135,14 @@ def filled(
     """
     module = empty(part, settings)
     state = module.state_dict()
-    own = {canonical(part, name): name for name in state}
-    wanted = {name: tuple(state[own[name]].shape) for name in own}
+    name_in_module = {canonical(part, name): name for name in state}
+    wanted = {name: tuple(state[name_in_module[name]].shape) for name in name_in_module}
     compare(part, weights, wanted, where)
-    read = {}
+    tensors = {}
     for name in wanted:
         # A copy: the module must not share memory with a mapped file.
-        read[own[name]] = weights[name].read().to(dtype, copy=True).contiguous()
-    module.load_state_dict(read, assign=True)
+        tensors[name_in_module[name]] = weights[name].read().to(dtype, copy=True).contiguous()
+    module.load_state_dict(tensors, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # not saved: the module computes it itself
             _restore_positions(module, name, buffer)

@@ -32,8 +32,8 @@ def encode(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Adapters -> a file's tensors and its metadata."""
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
-    for part, found in adapters.items():
-        for path, adapter in found.items():
+    for part, by_path in adapters.items():
+        for path, adapter in by_path.items():
             name = f"{part}.{canonical(part, path)}"
             tensors[f"{name}.lora_A.weight"] = adapter.down
             tensors[f"{name}.lora_B.weight"] = adapter.up
@@ -41,8 +41,8 @@ def encode(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
                 # PEFT writes no `.weight` and reads both; transformers 5 needs `.weight`.
                 shape = (1, -1, 1, 1) if adapter.down.ndim == 4 else (-1,)
                 tensors[f"{name}.lora_magnitude_vector.weight"] = adapter.magnitude.reshape(shape)
-        if found:
-            config = peft_config({_short(part, path): a for path, a in found.items()}).to_dict()
+        if by_path:
+            config = peft_config({_short(part, path): a for path, a in by_path.items()}).to_dict()
             described |= {f"{part}.{key}": _plain(value) for key, value in config.items()}
     return tensors, {METADATA: json.dumps(described, sort_keys=True)}
 

@@ -36,7 +36,7 @@ def remembered(
 def _read(path: Path) -> dict[str, str]:
     """The memo; {} if it is damaged or missing."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        memo = json.loads(path.read_text(encoding="utf-8"))
+        return memo if isinstance(memo, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -73,12 +73,12 @@ def _weights_of(parts: Iterable[str], variant: str | None) -> list[str]:
 def _fetch(name: str, wanted: list[str], variant: str | None, option: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    if found := why_missing(option, name):
-        raise UserError(found)
-    wrong = [] if variant else ["*.fp16[.-]*", "*.non_ema[.-]*"]
+    if wrong := why_missing(option, name):
+        raise UserError(wrong)
+    unwanted = [] if variant else ["*.fp16[.-]*", "*.non_ema[.-]*"]
     try:
         log.info("model: %s from the hub, or its cache", name)
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=wrong))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
         raise UserError(
             f"{option}={name} is not a folder or file here, and cannot be loaded from the hub "

@@ -41,8 +41,8 @@ def encode(
 ) -> dict[str, Tensor]:
     """Adapters -> a file's tensors.  unet_config: of the UNet that they belong to."""
     tensors = {}
-    for part, found in adapters.items():
-        for path, adapter in found.items():
+    for part, by_path in adapters.items():
+        for path, adapter in by_path.items():
             name = PREFIXES[kind][part] + _path(part, path, kind, unet_config).replace(".", "_")
             tensors[f"{name}.lora_down.weight"] = adapter.down
             tensors[f"{name}.lora_up.weight"] = adapter.up

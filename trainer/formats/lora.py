@@ -51,7 +51,7 @@ def save_lora(
     Raises UserError if it cannot be written, or does not read back as trained.
     """
     adapters = of_models(models) if adapters is None else adapters
-    adapters = {part: found for part, found in adapters.items() if found}
+    adapters = {part: by_path for part, by_path in adapters.items() if by_path}
     if not adapters:
         raise UserError(f"{target}: none of {', '.join(models)} has an adapter to write")
     if kind == "kohya":
@@ -92,8 +92,8 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     else:
         alphas = diffusers_lora.Alphas(described, where)
         adapters = _decode(diffusers_lora, weights, alphas, models, where)
-    for part, of_part in adapters.items():
-        for module, adapter in of_part.items():
+    for part, by_path in adapters.items():
+        for module, adapter in by_path.items():
             _must_fit(f"{where}: {part}.{module}", adapter, models[part].get_submodule(module))
     return adapters
 
@@ -226,9 +226,9 @@ def _difference(written: Adapter, wanted: Adapter) -> str | None:
     return None if torch.equal(here, there) else "has another DoRA scale"
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted|; 0 if they are equal, inf if the ratio is not finite."""
-    if torch.equal(found, wanted.to(found.device)):
+def _relative(actual: Tensor, wanted: Tensor) -> float:
+    """|actual - wanted| / |wanted|; 0 if they are equal, inf if the ratio is not finite."""
+    if torch.equal(actual, wanted.to(actual.device)):
         return 0.0
-    error = float((found - wanted.to(found.device)).norm() / wanted.norm())
+    error = float((actual - wanted.to(actual.device)).norm() / wanted.norm())
     return error if math.isfinite(error) else math.inf

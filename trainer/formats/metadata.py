@@ -83,14 +83,14 @@ def stored_configs(metadata: dict[str, str], where: Path) -> dict[str, dict[str,
     if CONFIGS not in metadata:
         return {}
     try:
-        found = json.loads(metadata[CONFIGS])
-        if not all(isinstance(found[part], dict) for part in found):
+        configs = json.loads(metadata[CONFIGS])
+        if not all(isinstance(configs[part], dict) for part in configs):
             raise TypeError("no configurations by name")
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: its metadata {CONFIGS} cannot be read: {error}") from error
     return {
-        part: found[part]
-        for part in found
+        part: configs[part]
+        for part in configs
         if part in (*architectures.WEIGHT_PARTS, "scheduler", "index")
     }
 
@@ -164,7 +164,7 @@ def carried(described: Mapping[str, str]) -> dict[str, str]:
 def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
     """The metadata of a LoRA: modelspec, and those of kohya's `ss_` keys that programs sort by.
     The training data (`ss_tag_frequency`) is not disclosed."""
-    every = [adapter for found in adapters.values() for adapter in found.values()]
+    every = [adapter for by_path in adapters.values() for adapter in by_path.values()]
     rank, alpha = commonest(every)
     is_dora = any(adapter.magnitude is not None for adapter in every)
     described = {

@@ -112,18 +112,18 @@ def unet_name(name: str, config: dict[str, Any]) -> str:
     if not isinstance(layers, int):
         raise UserError(f"a UNet with layers_per_block={layers} has no single-file form")
     per_level = layers + 1
-    if found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(\..+)?", name):
-        side, i, kind, j, rest = found[1], int(found[2]), found[3], int(found[4]), found[5] or ""
+    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(\..+)?", name):
+        side, i, kind, j, rest = match[1], int(match[2]), match[3], int(match[4]), match[5] or ""
         if kind == "downsamplers":
             return f"input_blocks.{per_level * (i + 1)}.0.op" + rest.removeprefix(".conv")
         if kind == "upsamplers":  # it comes after the level's last resnet and its attention
-            place = 2 if config["up_block_types"][i].startswith("CrossAttn") else 1
-            return f"output_blocks.{per_level * i + layers}.{place}{rest}"
+            index = 2 if config["up_block_types"][i].startswith("CrossAttn") else 1
+            return f"output_blocks.{per_level * i + layers}.{index}{rest}"
         block = f"input_blocks.{1 + per_level * i + j}" if side == "down" else ""
         block = block or f"output_blocks.{per_level * i + j}"
         return f"{block}.1{rest}" if kind == "attentions" else f"{block}.0{_inside(rest, _RESNET)}"
-    if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)(\..+)?", name):
-        kind, j, rest = found[1], int(found[2]), found[3] or ""
+    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)(\..+)?", name):
+        kind, j, rest = match[1], int(match[2]), match[3] or ""
         if kind == "attentions":
             return f"middle_block.1{rest}"
         return f"middle_block.{2 * j}{_inside(rest, _RESNET)}"
@@ -132,16 +132,16 @@ def unet_name(name: str, config: dict[str, Any]) -> str:
 
 def _vae_name(name: str, config: dict[str, Any]) -> str:
     levels = len(config["block_out_channels"])
-    if found := re.fullmatch(
+    if match := re.fullmatch(
         r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name
     ):
-        coder, side, i, kind, j, rest = found.groups()
+        coder, side, i, kind, j, rest = match.groups()
         level = f"{coder}.{side}.{i if side == 'down' else levels - 1 - int(i)}"
         if kind != "resnets":
             return f"{level}.{kind.removesuffix('rs')}.{rest}".replace("sample.0.", "sample.")
         return f"{level}.block.{j}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
-    if found := re.fullmatch(r"(encoder|decoder)\.mid_block\.(\w+)\.(\d+)\.(.+)", name):
-        coder, kind, j, rest = found.groups()
+    if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.(\w+)\.(\d+)\.(.+)", name):
+        coder, kind, j, rest = match.groups()
         if kind == "attentions":
             return f"{coder}.mid.attn_{int(j) + 1}" + _inside(f".{rest}", _VAE_ATTENTION)
         return f"{coder}.mid.block_{int(j) + 1}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
@@ -180,10 +180,10 @@ def _openclip(names: Iterable[str]) -> list[Entry]:
             form: Form = "transposed" if name == "text_projection.weight" else "same"
             entries.append(Entry(single=_OPENCLIP[name], own=(name,), form=form))
             continue
-        found = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", name)
-        if not found:
+        match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", name)
+        if not match:
             raise UserError(f"text_encoder_2: {name} has no name in a single file")
-        block, rest = f"transformer.resblocks.{found[1]}", found[2]
+        block, rest = f"transformer.resblocks.{match[1]}", match[2]
         qkv = re.fullmatch(r"self_attn\.(q|k|v)_proj\.(weight|bias)", rest)
         if qkv is None:
             entries.append(Entry(single=block + _inside(f".{rest}", _OPENCLIP_LAYER), own=(name,)))
@@ -218,11 +218,11 @@ def _single(entry: Entry, own: Weights) -> Lazy:
 def to_own(single: Weights, entries: list[Entry], prefix: str) -> Weights:
     """A part's tensors from a single file, with diffusers' names and shapes; those that the file
     lacks are left out."""
-    found: Weights = {}
+    weights: Weights = {}
     for entry in entries:
         if lazy := single.get(prefix + entry.single):
-            found |= _own(entry, lazy)
-    return found
+            weights |= _own(entry, lazy)
+    return weights
 
 
 def _own(entry: Entry, lazy: Lazy) -> Weights:

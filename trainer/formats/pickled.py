@@ -116,9 +116,9 @@ class _Unpickler(pickle.Unpickler):
         stride: tuple[int, ...],
     ) -> Lazy:
         name = f"{self._root}data/{storage[1]}"
-        place = (torch.Size(shape), tuple(stride), int(offset))
-        read = partial(_tensor, self._archive, name, dtype, *place)
-        return Lazy(shape=tuple(place[0]), dtype=dtype, read=read)
+        layout = (torch.Size(shape), tuple(stride), int(offset))
+        read = partial(_tensor, self._archive, name, dtype, *layout)
+        return Lazy(shape=tuple(layout[0]), dtype=dtype, read=read)
 
 
 def _tensor(

@@ -24,12 +24,12 @@ def same(written: Weights, wanted: Weights, dtypes: Mapping[str, torch.dtype], w
             raise NotProved(f"{where}, read back: {name} {lost} it; the file is discarded")
     bar = tqdm(wanted.items(), desc="reading back", unit="tensor", disable=None, leave=False)
     for name, lazy in bar:
-        found, dtype = written[name], dtypes.get(name, lazy.dtype)
-        if (found.shape, found.dtype) != (lazy.shape, dtype):
+        read_back, dtype = written[name], dtypes.get(name, lazy.dtype)
+        if (read_back.shape, read_back.dtype) != (lazy.shape, dtype):
             raise NotProved(
-                f"{where}, read back: {name} is {found.dtype} {found.shape} instead of {dtype} "
-                f"{lazy.shape}; the file is discarded"
+                f"{where}, read back: {name} is {read_back.dtype} {read_back.shape} "
+                f"instead of {dtype} {lazy.shape}; the file is discarded"
             )
-        if not torch.equal(contents(found.read()), contents(lazy.read().to(dtype))):
+        if not torch.equal(contents(read_back.read()), contents(lazy.read().to(dtype))):
             raise NotProved(f"{where}, read back: {name} has other values; the file is discarded")
     return len(wanted)

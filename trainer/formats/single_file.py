@@ -26,32 +26,32 @@ class SingleFile:
 
     def config(self, part: str) -> dict[str, Any]:
         """A part's configuration; the scheduler's includes the changes of the file's marks."""
-        found = self._configs.get(part) or architectures.config(self.kind, part)
+        config = self._configs.get(part) or architectures.config(self.kind, part)
         if part == "scheduler":
-            return metadata.marked_scheduler(found, self.all, self.metadata)
-        return found
+            return metadata.marked_scheduler(config, self.all, self.metadata)
+        return config
 
     def weights(self, part: str) -> Weights:
         """A part's tensors by their names in a diffusers folder; UserError if incomplete."""
         prefix = names.PREFIXES[self.kind][part]
-        found = self._modern(part, prefix)
+        tensors = self._modern(part, prefix)
         wanted = architectures.shapes(part, self.config(part))
         entries = names.table(part, wanted, self.config(part))
         for entry in entries:
-            if prefix + entry.single not in found:
+            if prefix + entry.single not in tensors:
                 raise UserError(
                     f"{self.path} lacks {prefix}{entry.single}; it is damaged, or of another "
                     "architecture"
                 )
-        known = {prefix + entry.single for entry in entries}
-        if part == "unet" and (spare := [name for name in found if name not in known]):
+        expected = {prefix + entry.single for entry in entries}
+        if part == "unet" and (spare := [name for name in tensors if name not in expected]):
             raise UserError(
                 f"{self.path} has {spare[0]}, which its architecture does not; its UNet belongs to "
                 "another model"
             )
-        own = names.to_own(found, entries, prefix)
-        architectures.compare(part, own, wanted, str(self.path))
-        return own
+        weights = names.to_own(tensors, entries, prefix)
+        architectures.compare(part, weights, wanted, str(self.path))
+        return weights
 
     def unused(self) -> Weights:
         """The file's tensors that are not weights (NOT_WEIGHTS), by their names in it."""
@@ -64,10 +64,10 @@ class SingleFile:
 
     def _modern(self, part: str, prefix: str) -> Weights:
         """The part's tensors; adds the level `text_model` to a text encoder of 2022."""
-        found = {name: lazy for name, lazy in self.all.items() if name.startswith(prefix)}
+        tensors = {name: lazy for name, lazy in self.all.items() if name.startswith(prefix)}
         if part != "text_encoder":
-            return found
-        return {prefix + names.canonical(part, n[len(prefix) :]): x for n, x in found.items()}
+            return tensors
+        return {prefix + names.canonical(part, n[len(prefix) :]): x for n, x in tensors.items()}
 
 
 def vae_alone(weights: Weights, settings: dict[str, Any], where: str) -> Weights:
@@ -77,18 +77,18 @@ def vae_alone(weights: Weights, settings: dict[str, Any], where: str) -> Weights
     Raises UserError if there is no VAE, or not that of `settings`.
     """
     prefix = names.PREFIXES["sdxl"]["vae"]
-    found = {
+    tensors = {
         name.removeprefix(prefix): lazy
         for name, lazy in weights.items()
         if name.removeprefix(prefix).startswith(_OF_VAE)
     }
-    if not found:
+    if not tensors:
         some = next(iter(weights), "no tensor")
         raise UserError(f"{where} holds no VAE: it has {some}, but no encoder.* and decoder.*")
     wanted = architectures.shapes("vae", settings)
-    if any(name.startswith("decoder.mid_block.") for name in found):
-        own = {names.canonical("vae", name): lazy for name, lazy in found.items()}
+    if any(name.startswith("decoder.mid_block.") for name in tensors):
+        renamed = {names.canonical("vae", name): lazy for name, lazy in tensors.items()}
     else:
-        own = names.to_own(found, names.table("vae", wanted, settings), "")
-    architectures.compare("vae", own, wanted, where)
-    return own
+        renamed = names.to_own(tensors, names.table("vae", wanted, settings), "")
+    architectures.compare("vae", renamed, wanted, where)
+    return renamed

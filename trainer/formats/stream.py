@@ -75,16 +75,16 @@ def _order(dtypes: dict[str, torch.dtype]) -> list[str]:
 
 def _header(weights: Weights, dtypes: dict[str, torch.dtype], metadata: dict[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
-    place = 0
+    offset = 0
     for name in _order(dtypes):
         shape = weights[name].shape
-        end = place + torch.Size(shape).numel() * dtypes[name].itemsize
+        end = offset + torch.Size(shape).numel() * dtypes[name].itemsize
         header[name] = {
             "dtype": _NAMES[dtypes[name]],
             "shape": list(shape),
-            "data_offsets": [place, end],
+            "data_offsets": [offset, end],
         }
-        place = end
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -124,7 +124,7 @@ class _Mapped:
 
 def _of_pickle(path: Path) -> Weights:
     try:
-        held = pickled.read(path) if zipfile.is_zipfile(path) else _of_old_pickle(path)
+        content = pickled.read(path) if zipfile.is_zipfile(path) else _of_old_pickle(path)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise any
@@ -132,10 +132,10 @@ def _of_pickle(path: Path) -> Weights:
             f"{path} cannot be read as a torch checkpoint ({reason(error)}); it is damaged or "
             "incomplete: fetch or copy it again"
         ) from error
-    held = held.get("state_dict", held) if isinstance(held, dict) else {}
-    every = dict(held) if isinstance(held, dict) else {}
-    weights = of_tensors({name: t for name, t in every.items() if isinstance(t, Tensor)})
-    weights |= {name: lazy for name, lazy in every.items() if isinstance(lazy, Lazy)}
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    entries = dict(content) if isinstance(content, dict) else {}
+    weights = of_tensors({name: t for name, t in entries.items() if isinstance(t, Tensor)})
+    weights |= {name: lazy for name, lazy in entries.items() if isinstance(lazy, Lazy)}
     if not weights:
         raise UserError(f"{path} holds no named tensors")
     return weights

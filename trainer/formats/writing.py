@@ -134,14 +134,14 @@ def _sources(
     for part in architectures.WEIGHT_PARTS:
         if not origin.has(part):
             continue
-        given = parts.get(part, origin)
+        source = parts.get(part, origin)
         config = origin.config(part)
-        if isinstance(given, nn.Module):
-            weights = of_module(given)
-        elif isinstance(given, dict):
-            weights = given
+        if isinstance(source, nn.Module):
+            weights = of_module(source)
+        elif isinstance(source, dict):
+            weights = source
         else:
-            weights, config = given.weights(part), given.config(part)
+            weights, config = source.weights(part), source.config(part)
         if any(".lora_A." in name for name in weights):
             raise UserError(f"the {part} has adapters in it; write them as a LoRA, or merge them")
         weights = {names.canonical(part, name): lazy for name, lazy in weights.items()}
@@ -167,7 +167,7 @@ def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str,
 
 def _carry_over(origin: Source, index: dict[str, Any], target: Path) -> dict[str, Any]:
     """Copy tokenizers and the pipeline's other parts; returns `index` without those missing."""
-    found = dict(index)
+    kept = dict(index)
     for part, entry in index.items():
         if (target / part).exists() or not isinstance(entry, list) or entry[-1] is None:
             continue
@@ -175,8 +175,8 @@ def _carry_over(origin: Source, index: dict[str, Any], target: Path) -> dict[str
         if folder.is_dir():
             shutil.copytree(folder, target / part)
         else:  # a safety checker that the hub has and training did not fetch
-            found[part] = [None, None]
-    return found
+            kept[part] = [None, None]
+    return kept
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -22,20 +22,20 @@ def read(start_from: str, model: Model, layers: dict[str, list[str]]) -> tuple[A
     layers: those of the trained parts whose output is used; adapters of others have no effect.
     """
     path = Path(start_from).expanduser()
-    found = lora.read(path, model.trained_parts)
-    if missing := sorted(found.keys() - layers.keys()):
+    adapters = lora.read(path, model.trained_parts)
+    if missing := sorted(adapters.keys() - layers.keys()):
         raise UserError(
             f"method.start_from={path} has adapters of the {missing[0]}, which method.train="
             f"{list(layers)} leaves out"
         )
     used = {
-        part: {name: found[part][name] for name in layers[part] if name in found[part]}
-        for part in found
+        part: {name: adapters[part][name] for name in layers[part] if name in adapters[part]}
+        for part in adapters
     }
     count = sum(map(len, used.values()))
     if not count:
         raise UserError(f"method.start_from={path} has no adapter of a layer whose output is used")
-    return used, sum(map(len, found.values())) - count
+    return used, sum(map(len, adapters.values())) - count
 
 
 def refuse_others(
@@ -46,14 +46,14 @@ def refuse_others(
 
     layers: of each part, the modules that may have adapters.
     """
-    own = of_models({part: models[part] for part in adapters})
-    for part, found in adapters.items():
-        for path in sorted(found.keys() | own[part].keys()):
+    in_run = of_models({part: models[part] for part in adapters})
+    for part, by_path in adapters.items():
+        for path in sorted(by_path.keys() | in_run[part].keys()):
             here, there = (
                 f"rank {a.rank}, alpha {a.alpha:g}{', DoRA' * (a.magnitude is not None)}"
                 if a is not None
                 else "absent"
-                for a in (own[part].get(path), found.get(path))
+                for a in (in_run[part].get(path), by_path.get(path))
             )
             if here != there:
                 options = _options_of(adapters, layers)
@@ -67,28 +67,28 @@ def refuse_others(
 def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | None:
     """The command-line options of a run with these adapters; None if no options describe them (they
     differ between blocks, say)."""
-    every = [adapter for found in adapters.values() for adapter in found.values()]
+    every = [adapter for by_path in adapters.values() for adapter in by_path.values()]
     rank, alpha = commonest(every)
     key_of = {part: "targets" if part == "unet" else "text_targets" for part in adapters}
     lists: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
     kinds: dict[str, tuple[int, float]] = {}  # by part and the end of a module's name
-    for part, found in adapters.items():
-        for path, adapter in found.items():
+    for part, by_path in adapters.items():
+        for path, adapter in by_path.items():
             end, kind = _IN_A_BLOCK.sub("", path), (adapter.rank, adapter.alpha)
             if kinds.setdefault(f"{part}.*{end.replace('.', '[.]')}$", kind) != kind:
                 return None
             lists[key_of[part]][end] = None
-    for part, found in adapters.items():
+    for part, by_path in adapters.items():
         named = re.compile(rf"(^|\.)({'|'.join(lists[key_of[part]])})$")
-        if found.keys() != {path for path in layers[part] if named.search(path)}:
+        if by_path.keys() != {path for path in layers[part] if named.search(path)}:
             return None
     is_dora = {adapter.magnitude is not None for adapter in every}
     if len(is_dora) > 1:
         return None
     others = [
-        f"{{pattern: '{where}', rank: {own}, alpha: {scale:g}}}"
-        for where, (own, scale) in kinds.items()
-        if (own, scale) != (rank, alpha)
+        f"{{pattern: '{where}', rank: {own_rank}, alpha: {scale:g}}}"
+        for where, (own_rank, scale) in kinds.items()
+        if (own_rank, scale) != (rank, alpha)
     ]
     options = [
         f"method.rank={rank} method.alpha={alpha:g} method.rslora=false",
