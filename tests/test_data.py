@@ -179,9 +179,10 @@ def test_pictures_of_two_sources_are_named_with_both(load, pictures, tmp_path, c
     whole, part, alias = str(pictures), f"{pictures}/sub", f"{tmp_path}/alias"
     for paths, says in (
         (
-            [whole, part],
-            f"data: 1 pictures are in both {whole} and {part} and are trained on twice",
+            [part, whole, part],
+            f"data: 1 pictures are in both {part} and {part} and are trained on twice",
         ),
+        ([whole, part], None),  # what is in `part` is its own
         ([part, alias], f"data: 1 pictures are in both {part} and {alias} and"),
         ([whole, alias], f"data: 5 pictures are in both {whole} and {alias} and"),
         ([whole, whole], f"data: 5 pictures are in both {whole} and {whole} and"),

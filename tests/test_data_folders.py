@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+from collections import Counter
 
 import pytest
 from helpers import names
@@ -170,9 +171,45 @@ def test_kohyas_repeats_in_folder_names_are_pointed_out(pictures, load, caplog):
     assert len(load().samples) == 16
     (said,) = (message for message in caplog.messages if "in kohya's style" in message)
     assert "10_cat" in said
-    assert "repeats: 10, caption: cat}" in said
+    assert "data.kohya_folders=true" in said
     assert "1_dog" not in said
     assert "2024" not in said
+
+
+def test_kohyas_folders_are_sources_on_request(pictures, load, caplog):
+    """Also of regularisation pictures, and beside others in the same folder."""
+    for name in ("10_sks cat", "1_dog", "2024"):
+        shutil.copytree(pictures, pictures / name, ignore=shutil.ignore_patterns("*_*", "2*"))
+    for text in (pictures / "10_sks cat").glob("*.txt"):
+        text.unlink()
+    caplog.set_level(logging.INFO)
+    dataset = load(kohya_folders=True)
+    assert len(dataset.samples) == 16
+    counts = Counter(i for members in dataset.plan.members for i in members)
+    repeats = {"10_sks cat": 10, "1_dog": 1, "2024": 1, pictures.name: 1}
+    for index, sample in enumerate(dataset.samples):
+        folder = os.path.basename(os.path.dirname(sample.item.path))
+        assert counts[index] == repeats[folder]
+        assert (sample.caption == "sks cat") is (folder == "10_sks cat")
+    assert "in kohya's style" not in caplog.text
+    assert f"  {pictures}/10_sks cat: 4 pictures, 10 times each: 40 in an epoch" in caplog.text
+    (pictures / "0_none").mkdir()
+    with pytest.raises(UserError, match=r"0_none has 0 repeats"):
+        load(kohya_folders=True)
+
+
+def test_a_caption_is_shown_as_it_is_trained_and_a_prefix_twice_is_noticed(load, caplog):
+    caplog.set_level(logging.INFO)
+    load(caption_prefix="A blue, ")
+    assert '  a caption: "A blue, a blue card"' in caplog.text
+    assert "1 pictures have a caption that already begins with data.caption_prefix: " in caplog.text
+
+
+def test_a_batch_larger_than_an_epoch_is_noticed(load, caplog):
+    load(batch_size=4, buckets=False)
+    assert "larger than an epoch" not in caplog.text
+    load(batch_size=5, buckets=False)
+    assert "data.batch_size=5 is larger than an epoch" in caplog.text
 
 
 def test_tables_that_are_called_otherwise_are_named(pictures, load, caplog):

@@ -121,6 +121,8 @@ def examine(
         raise UserError(f"none of the {surveyed.count} pictures can be used; {name}: {why[name]}")
     made = dataset.build(surveyed.usable, config.data)
     print(f"{surveyed.count} pictures, {len(surveyed.usable)} of them usable")
+    for line in findings.of_sources(surveyed, config.data):
+        print(line)
     for what, names in surveyed.remarks.items():
         print(f"{len(names)} {what}: {some(names)}")
     from trainer.models.model import Model  # imported after the checks: it takes seconds
@@ -128,6 +130,7 @@ def examine(
     # Names of cache entries depend on the weights; counting tokens does not need them.
     model = Model(config.model, torch.device("cpu"), with_weights=config.data.cache is not None)
     problems = findings.problems(surveyed, config.data) | _caption_problems(model, made)
+    problems |= findings.of_batches(made.plan)
     for what, names in problems.items():
         print(f"PROBLEM: {len(names)} {what}")
         for name in names[:shown]:
@@ -197,7 +200,7 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
     if images_per_second is None:
         images_per_second, source = _measured_speed(config)
     batches = float(plan.batches_per_epoch)
-    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {batches:g} batches"
+    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {batches:.6g} batches"
     if not images_per_second:
         return f"{epoch}; its duration is unknown (--images-per-second)"
     minutes, seconds = divmod(round(plan.pictures_per_epoch / images_per_second), 60)
@@ -207,7 +210,7 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
 def _run_line(config: Config, made: dataset.Dataset) -> str:
     steps_per_epoch = float(made.plan.batches_per_epoch) / config.runtime.micro_batches
     steps = schedule.settled(config.schedule, steps_per_epoch).steps
-    return f"a run with these options: {steps} steps, {steps / steps_per_epoch:.3g} epochs"
+    return f"a run with these options: {steps} steps, {steps / steps_per_epoch:,.0f} epochs"
 
 
 def _measured_speed(config: Config) -> tuple[float | None, str]:

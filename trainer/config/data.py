@@ -28,6 +28,9 @@ class DataConfig:
 
     path: str | None
     sources: list[SourceConfig]  # several, instead of `path`
+    # Read folders named REPEATS_CAPTION in them, such as "10_sks cat", as kohya's scripts do: as
+    # sources of their own, with this number of repeats, and this caption for pictures without one.
+    kohya_folders: bool
 
     # Captions.  Suffixes of the text files next to pictures, one or a list, in upper or lower case;
     # the first found is used.  README, LICENSE, COPYING and NOTICE are not captions.

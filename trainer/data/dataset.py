@@ -94,7 +94,7 @@ class Dataset:
             ((height, width),) = plan.buckets
             return (
                 f"one bucket of {width} x {height}, batches of {plan.batch_size}, "
-                f"{float(plan.batches_per_epoch):g} per epoch"
+                f"{float(plan.batches_per_epoch):.4g} per epoch"
             )
         lines = ["  width x height  pictures  batches per epoch"]
         for (height, width), members in zip(plan.buckets, plan.members, strict=True):
@@ -129,6 +129,8 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
         log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
     log.info("data: %s", dataset.table())
+    for what, names in findings.of_batches(dataset.plan).items():
+        log.warning("%s (%s)", what, names[0])
     return dataset
 
 

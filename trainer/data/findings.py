@@ -1,11 +1,12 @@
 """What a survey of the data found: what stops a run, what it warns of, what the doctor lists."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from trainer.config import DataConfig
 from trainer.data import captions
+from trainer.data.plan import Plan
 from trainer.data.survey import Survey, UsablePicture, all_sources, endings
 from trainer.errors import UserError, some
 
@@ -61,13 +62,16 @@ def report(surveyed: Survey, config: DataConfig) -> None:
         if names:
             log.warning("%d pictures %s: %s", len(names), what, some(names))
     message = "data: %d pictures in %s, %d unreadable, %d without a caption"
+    count = len(all_sources(config))
     log.info(
         message,
         len(surveyed.usable),
-        _where(config),
+        _where(config) if count == 1 else f"{count} sources",
         len(surveyed.unreadable),
         len(surveyed.uncaptioned),
     )
+    for line in of_sources(surveyed, config):
+        log.info("%s", line)
     mark, texts = config.keep_separator, {t for p in surveyed.usable for t in p.captions}
     if mark and not any(mark in text for text in texts):
         log.warning("data.keep_separator=%s has no effect: no caption contains it", mark)
@@ -77,6 +81,38 @@ def report(surveyed: Survey, config: DataConfig) -> None:
             "data.tag_separator=%s between them",
             config.tag_separator,
         )
+
+
+def of_sources(surveyed: Survey, config: DataConfig) -> list[str]:
+    """A line about each of several sources, and about one with repeats; and a caption as it is
+    trained."""
+    found = {source.path: source for source in all_sources(config)}
+    counts, lines = Counter(picture.source.path for picture in surveyed.usable), []
+    for path, source in found.items():
+        count, told = counts[path], []
+        if source.repeats > 1:
+            told.append(f"{source.repeats} times each: {count * source.repeats} in an epoch")
+        if source.prior:
+            told.append("regularisation (prior)")
+        if source.weight != 1:
+            told.append(f"weight {source.weight:g}")
+        if told or len(found) > 1:
+            lines.append(f"  {path}: " + ", ".join([f"{count} pictures", *told]))
+    first = next((p for p in surveyed.usable if p.captions[0] and not p.source.prior), None)
+    if first:
+        lines.append(f'  a caption: "{captions.framed(first.captions[0], config)}"')
+    return lines
+
+
+def of_batches(plan: Plan) -> dict[str, list[str]]:
+    """What is odd about batches, as the doctor lists it."""
+    size, count = plan.batch_size, plan.pictures_per_epoch
+    if len(plan.buckets) > 1 or size <= count:
+        return {}
+    return {
+        f"data.batch_size={size} is larger than an epoch, so that a batch has pictures several "
+        "times": [f"{count} pictures in an epoch"]
+    }
 
 
 def problems(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
@@ -112,7 +148,11 @@ def _of_usable(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
         if any(fit.undersized for fit in picture.fits)
     ]
     notes = {f"have {note}": names for note, names in surveyed.notes.items()}
-    return {f"are smaller than their bucket, {fate}": small} | notes
+    again = "have a caption that already begins with data.caption_prefix"
+    return {
+        f"are smaller than their bucket, {fate}": small,
+        again: _names(surveyed, lambda p: _is_prefixed(p, config)),
+    } | notes
 
 
 def _of_masks(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
@@ -130,6 +170,12 @@ def _of_masks(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
 
 def _names(surveyed: Survey, which: Callable[[UsablePicture], bool]) -> list[str]:
     return [picture.item.name for picture in surveyed.usable if which(picture)]
+
+
+def _is_prefixed(picture: UsablePicture, config: DataConfig) -> bool:
+    prefix = config.caption_prefix.strip(" ,.;:").lower()
+    is_framed = bool(prefix) and not picture.source.prior
+    return is_framed and any(text.lower().startswith(prefix) for text in picture.captions)
 
 
 def _where(config: DataConfig) -> str:

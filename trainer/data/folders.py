@@ -26,6 +26,7 @@ from trainer.data.items import (
     read_file,
     shown,
 )
+from trainer.errors import UserError
 
 # Files that may hold pictures, or be one, but are not read.
 _ARCHIVES = (
@@ -68,10 +69,10 @@ _OTHER_PICTURES = (
 )
 _ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # not captions
 _RUNS = "folders of runs are ignored (to read one, make it data.path)"
-_COUNTED = re.compile(r"(?!1_)\d+_.")  # 10_cat: ten repeats; 1_cat changes nothing
+_COUNTED = re.compile(r"(\d+)_(.+)")  # 10_cat: ten repeats
 _REPEATS = (
-    "folders are named in kohya's style (REPEATS_CAPTION), which is not interpreted (list each: "
-    "'data.sources=[{path: FOLDER/10_cat, repeats: 10, caption: cat}, ...]')"
+    "folders are named in kohya's style (REPEATS_CAPTION), which is only read with "
+    "data.kohya_folders=true"
 )
 _TABLES = (".csv", ".tsv", ".jsonl")
 _OTHER_TABLES = "tables are ignored (only metadata.csv and metadata.jsonl are read)"
@@ -81,6 +82,17 @@ _HIDDEN = "hidden pictures and folders are ignored (their names start with a dot
 def walk(folder: Path, reading: Reading) -> Iterator[Path]:
     """All files below, following links (but no link cycles), without those in hidden folders."""
     return _walk(folder, (), reading)
+
+
+def counted(folder: Path) -> list[tuple[Path, int, str]]:
+    """The folders named REPEATS_CAPTION in a folder: their paths, repeats and captions."""
+    if not folder.is_dir():  # an archive, or a file of a table
+        return []
+    matches = [(path, _COUNTED.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    found = [(path, int(match[1]), match[2]) for path, match in matches if match and path.is_dir()]
+    if wrong := [path for path, repeats, _ in found if not repeats]:
+        raise UserError(f"data.kohya_folders: {shown(wrong[0])} has 0 repeats; rename or move it")
+    return found
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) -> Iterator[Path]:
@@ -103,8 +115,10 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], reading: Reading) ->
     for name, is_folder in entries:
         if not is_folder:
             yield folder / name
+        elif os.path.abspath(folder / name) in reading.apart:
+            continue
         elif not is_hidden(name):
-            if _COUNTED.match(name):
+            if (match := _COUNTED.fullmatch(name)) and int(match[1]) != 1:  # 1 changes nothing
                 reading.remarks[_REPEATS].append(shown(folder / name))
             yield from _walk(folder / name, (*above, here), reading)
         elif _has_pictures(folder / name):

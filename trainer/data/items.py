@@ -4,7 +4,7 @@ import math
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +60,7 @@ class Reading:
 
     extensions: list[str]  # of caption files; the first one found is used
     caption_column: str | None = None  # in tables and metadata; None: any of CAPTION_COLUMNS
+    apart: Collection[str] = ()  # absolute paths of sources, which no other source reads
     has_column: bool = False  # whether a record of the current source has `caption_column`
     broken: list[str] = field(default_factory=list)  # messages: what cannot be read at all
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))

@@ -5,13 +5,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from trainer.config import DataConfig, SourceConfig
-from trainer.data import decoding, sample, sources
+from trainer.data import decoding, folders, sample, sources
 from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
 from trainer.data.picture_index import PictureIndex, Traits
@@ -63,7 +63,12 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     or metadata line, a missing or undecodable caption, or more than `max_unreadable` unreadable
     pictures.  Raises SystemExit once `stop` holds a signal.
     """
-    reading = Reading(extensions=endings(config), caption_column=config.caption_column)
+    found = all_sources(config)
+    reading = Reading(
+        extensions=endings(config),
+        caption_column=config.caption_column,
+        apart={os.path.abspath(Path(source.path).expanduser()) for source in found},
+    )
     surveyed = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
     pictures = _listed(surveyed, config, reading, stop)
     captioned = _captioned(surveyed, pictures, config, stop)
@@ -173,7 +178,25 @@ def _look_at_all(
 
 
 def all_sources(config: DataConfig) -> list[SourceConfig]:
-    return config.sources or [SourceConfig(path=str(config.path))]
+    """Those of the configuration, each followed by the folders in it that are sources of their
+    own."""
+    given = config.sources or [SourceConfig(path=str(config.path))]
+    if not config.kohya_folders:
+        return given
+    return [one for source in given for one in (source, *_counted(source))]
+
+
+def _counted(source: SourceConfig) -> list[SourceConfig]:
+    """The folders named REPEATS_CAPTION in a source."""
+    return [
+        replace(
+            source,
+            path=str(folder),
+            repeats=int(repeats) * source.repeats,
+            caption=caption if source.caption is None else source.caption,
+        )
+        for folder, repeats, caption in folders.counted(Path(source.path).expanduser())
+    ]
 
 
 def endings(config: DataConfig) -> list[str]:
