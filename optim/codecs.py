@@ -423,8 +423,8 @@ def _from_view(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _pack_bits(bits: Tensor) -> Tensor:
     """(R, C) bool -> (R, ceil(C / 8)) uint8, column j in bit j % 8 of byte j // 8."""
     bytes_ = F.pad(bits, (0, -bits.shape[1] % 8)).view(bits.shape[0], -1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    return (bytes_.to(torch.uint8) * weights).sum(dim=2, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bytes_.to(torch.uint8) << shifts).sum(dim=2, dtype=torch.uint8)
 
 
 def _unpack_bits(packed: Tensor, cols: int) -> Tensor:
