@@ -115,16 +115,17 @@ class ProjectedEngine(ABC):
         """As `optim.interface.Engine`."""
         with self._here():
             work = self._work_of(share)
+            wide = Share(work.wide)
+            grads = wide.readable_grads()
+            if work.wide:  # before anything is stepped: it may find no memory
+                addresses = wide.addresses[:, 1]
+                if wide.traits & (Trait.FOREIGN | Trait.SCATTERED):
+                    addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
+                self._put(work, addresses)
             if work.others:
                 self._dense_engine.step(Share(work.others), coefficients)
             if not work.wide:
                 return
-            wide = Share(work.wide)
-            grads = wide.readable_grads()
-            addresses = wide.addresses[:, 1]
-            if wide.traits & (Trait.FOREIGN | Trait.SCATTERED):
-                addresses = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
-            self._put(work, addresses)
             self._low.refresh(wide.groups)
             of_lows, of_scaled = self._coefficients(wide.groups, coefficients)
             first = 0
