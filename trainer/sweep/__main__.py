@@ -10,7 +10,7 @@ from trainer.storage.run_folder import is_sweep
 from trainer.sweep import files, page, planned
 from trainer.sweep.folders import Found, ended_runs
 from trainer.sweep.head import left
-from trainer.sweep.table import sweep_table
+from trainer.sweep.table import sweep_table, verdict_of
 
 _HELP = """\
 Compare finished runs: print the tables and remarks that end a sweep, without training.
@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if out:
             out.mkdir(parents=True, exist_ok=True)
             page.write(out, found, missing)
-        print(sweep_table([summary for _, summary in found]))
+        runs = [summary for _, summary in found]
+        print(sweep_table(runs))
+        if said := verdict_of(runs):
+            print(f"\n{said}")
         if missing:
             print(f"\n{left(missing)}")
         written = [*texts.values(), *([out / page.TABLE] if out else [])]

@@ -19,7 +19,7 @@ from trainer.sweep import page, planned
 from trainer.sweep.folders import Found, ended_runs
 from trainer.sweep.head import left
 from trainer.sweep.runs import Summary
-from trainer.sweep.table import sweep_table
+from trainer.sweep.table import sweep_table, verdict_of
 from trainer.sweep.upload import upload
 from trainer.system import console
 
@@ -76,7 +76,7 @@ class SweepTable(Callback):
                 return
             runs = [summary for _, summary in found]
             missing = planned.missing(folder, runs)
-            parts = [sweep_table(runs), left(missing), str(folder / page.TABLE)]
+            parts = [sweep_table(runs), verdict_of(runs), left(missing), str(folder / page.TABLE)]
             print("\n" + "\n\n".join(filter(None, parts)), flush=True)
             upload(folder, found, missing)
         except Exception as error:  # Hydra would make it a warning, and the exit status 0

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from trainer.sweep import markdown, paired, remarks
+from trainer.sweep import markdown, paired, remarks, verdict
 from trainer.sweep.folders import Found
 from trainer.sweep.runs import Comparison, Group, optimizer_of
 from trainer.sweep.table import tables
@@ -35,12 +35,13 @@ def grid(found: Found) -> list[list[Any]]:
 
 
 def as_json(found: Found) -> str:
-    """The ranking metric, the runs and groups over seeds, both best first, and the remarks.  Final
-    losses that are not finite are null."""
+    """The ranking metric, the verdict, the runs and groups over seeds, both best first, and the
+    remarks.  Final losses that are not finite are null."""
     comparison = Comparison([summary for _, summary in found])
     groups = comparison.groups
     content = {
         "ranked_by": comparison.measure.metric,
+        "verdict": verdict.of_runs(comparison),
         "runs": _rows(found),
         "over_seeds": [
             _of_group(group, ratio)

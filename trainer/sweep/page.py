@@ -8,7 +8,7 @@ from PIL.Image import Image
 from trainer.sweep import curves, sheet
 from trainer.sweep.folders import Found
 from trainer.sweep.head import head
-from trainer.sweep.table import sweep_table
+from trainer.sweep.table import sweep_table, verdict_of
 from trainer.system import disk
 
 TABLE = "sweep.md"
@@ -27,7 +27,8 @@ def write(folder: Path, found: Found, missing: Sequence[str]) -> None:
 def text(folder: Path, found: Found, missing: Sequence[str]) -> str:
     """sweep.md without its pictures."""
     runs = [summary for _, summary in found]
-    return "\n\n".join([head(folder.resolve().name, runs, missing), sweep_table(runs)])
+    parts = [head(folder.resolve().name, runs, missing), verdict_of(runs), sweep_table(runs)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _wrote(path: Path, draw: Callable[[Found], Image | None], found: Found) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from trainer.reporting.measure import EVAL
-from trainer.sweep import markdown, paired, remarks
+from trainer.sweep import markdown, paired, remarks, verdict
 from trainer.sweep.markdown import Table
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, seed_of
 
@@ -59,6 +59,11 @@ def sweep_table(runs: Sequence[Summary]) -> str:
     first, *others = map(markdown.written, tables(comparison))
     said = "\n".join(f"- {remark}" for remark in remarks.of_runs(comparison))
     return "\n\n".join(part for part in (first, said, *others) if part)
+
+
+def verdict_of(runs: Sequence[Summary]) -> str:
+    """Which optimizer was better, as a Markdown list; "" if nothing can be said."""
+    return "\n".join(f"- {line}" for line in verdict.of_runs(Comparison(runs)))
 
 
 def tables(comparison: Comparison) -> list[Table]:

@@ -1,0 +1,73 @@
+"""A sweep's verdict: which optimizer was better, by loss, memory, speed and stability."""
+
+import pytest
+
+from trainer.sweep import verdict
+from trainer.sweep.runs import Comparison
+
+
+def run(name, loss, seed=0, lr=1e-3, **more):
+    overrides = [f"optim={name}", f"optim.lr={lr}", f"seed={seed}"]
+    known = {"optimizer_state_bytes": 1000, "seconds_per_step": 0.1, "skipped_steps": 0}
+    known |= {"overrides": overrides, "optimizer": name, "seed": seed, "lr": lr}
+    return known | {"eval_loss_after": loss} | more
+
+
+def said(*runs):
+    return {line.partition(":")[0]: line for line in verdict.of_runs(Comparison(runs))}
+
+
+def test_the_best_rate_of_each_optimizer_counts_and_what_is_not_shown_is_said():
+    lines = said(
+        *(run("a", loss, seed, lr) for lr in (1e-3, 1e-2) for seed, loss in enumerate((5, 5.1, 5))),
+        *(run("a", loss, seed, 3e-3) for seed, loss in enumerate((1.0, 1.01, 1.02))),
+        *(run("b", loss, seed, 1e-4) for seed, loss in enumerate((1.01, 1.0, 1.03))),
+        *(run("c", loss, seed) for seed, loss in enumerate((2.0, 2.01, 2.02))),
+    )
+    assert lines["quality"] == (
+        "quality: the lowest loss (eval after) is that of `optim=a optim.lr=0.003`, "
+        "1.0100 ± 0.0100 over 3 seeds; 1 of 2 others are shown to be worse, not so "
+        "`optim=b optim.lr=0.0001`"
+    )
+
+
+def test_the_least_memory_and_time_are_told_with_those_of_the_best():
+    lines = said(
+        run("a", 1.0),
+        run("b", 2.0, optimizer_state_bytes=10),
+        run("c", 3.0, seconds_per_step=0.05),
+    )
+    assert lines["memory"].endswith("that of `optim=b`, 10 B (`optim=a`: 1.0 kB)")
+    assert lines["speed"].endswith("that of `optim=c`, 0.050 s (`optim=a`: 0.100 s)")
+    assert said(run("a", 1.0), run("b", 2.0, seconds_per_step=0.105))["speed"] == (
+        "speed: alike, 0.100 to 0.105 s/step"
+    )
+
+
+def test_runs_that_failed_diverged_or_skipped_steps_are_counted_at_all_rates():
+    lines = said(
+        run("a", 1.0),
+        run("a", 9.0, lr=1.0, diverged=True),
+        run("a", None, lr=2.0, error="no"),
+        run("b", 2.0, skipped_steps=3),
+        run("c", 3.0),
+    )
+    assert lines["stability"] == (
+        "stability: not all runs went well of `optim=a` (of 3 runs 1 failed, 1 diverged), "
+        "`optim=b` (of 1 runs 1 with skipped steps)"
+    )
+    assert said(run("a", 1.0), run("b", 2.0))["stability"] == (
+        "stability: every run ended well; none diverged or skipped a step"
+    )
+
+
+@pytest.mark.parametrize(
+    "runs", [[], [run("a", 1.0)], [run("a", 1.0), run("b", None, error="no")]], ids=len
+)
+def test_there_is_no_verdict_without_two_to_compare(runs):
+    assert not runs or not said(*runs)
+
+
+def test_what_not_all_runs_have_measured_is_not_judged():
+    lines = said(run("a", 1.0), run("b", 2.0, seconds_per_step=None, optimizer_state_bytes=None))
+    assert {*lines} == {"quality", "stability"}

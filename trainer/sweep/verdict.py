@@ -1,0 +1,115 @@
+"""Which optimizer was better, in a few lines: by its loss, its memory, its speed, its stability.
+
+Each is judged at its best rate; how stable it is, by all of its runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+
+from trainer.reporting.measure import ended_well
+from trainer.reporting.report import format_bytes
+from trainer.sweep import paired
+from trainer.sweep.runs import Comparison, Group, Summary
+
+_ALIKE = 1.1  # slowest / fastest, below which speeds are not told apart
+_NAMED = 4  # of more the others are counted
+
+
+def of_runs(comparison: Comparison) -> list[str]:
+    """A line for each kind of quality; none unless two configurations ended well."""
+    tried = comparison.rivals
+    if len(tried) < 2:
+        tried = {group.name: [group] for group in comparison.groups}
+    firsts = (groups[0] for groups in tried.values())
+    best = sorted(firsts, key=lambda group: group.place(comparison.measure))
+    good = [group for group in best if group.good]
+    if len(good) < 2:
+        return []
+    lines = [_of_loss(comparison, good), _of_memory(good), _of_speed(good), _of_stability(tried)]
+    return [line for line in lines if line]
+
+
+def _of_loss(comparison: Comparison, good: Sequence[Group]) -> str:
+    winner, seeds = good[0], len(good[0].good)
+    spread = f" ± {winner.spread:.4f} over {seeds} seeds" if seeds > 1 else ""
+    title = comparison.measure.title
+    line = (
+        f"quality: the lowest loss ({title}) is that of `{winner.name}`, {winner.loss:.4f}{spread}"
+    )
+    groups = comparison.groups
+    ratios = {id(g): ratio for g, ratio in zip(groups, paired.ratios(groups), strict=True)}
+    known = [(g, ratio) for g in good[1:] if (ratio := ratios[id(g)])]
+    if not known:
+        return line
+    worse = [g for g, ratio in known if ratio.shows_one]
+    equal = [g for g, ratio in known if not ratio.shows_one]
+    line += f"; {len(worse)} of {len(good) - 1} others are shown to be worse"
+    return line + (f", not so {_named(equal)}" if equal else "")
+
+
+def _of_memory(good: Sequence[Group]) -> str:
+    def state(run: Summary) -> float | None:
+        return run.get("optimizer_state_bytes")
+
+    title = "memory: the smallest optimizer state is"
+    return _least(title, good, state, lambda count: format_bytes(round(count)))
+
+
+def _of_speed(good: Sequence[Group]) -> str:
+    def seconds(run: Summary) -> float | None:
+        return run.get("seconds_per_step")
+
+    values = [value for group in good if (value := _mean(group, seconds)) is not None]
+    if len(values) < len(good):
+        return ""
+    if max(values) < _ALIKE * min(values):
+        return f"speed: alike, {min(values):.3f} to {max(values):.3f} s/step"
+    return _least("speed: the fastest step is", good, seconds, lambda x: f"{x:.3f} s")
+
+
+def _least(
+    what: str,
+    good: Sequence[Group],
+    value_of: Callable[[Summary], float | None],
+    written: Callable[[float], str],
+) -> str:
+    """Which group has the least of something, and how much the best by its loss has."""
+    values = [_mean(group, value_of) for group in good]
+    known = [(value, group) for value, group in zip(values, good, strict=True) if value is not None]
+    if len(known) < len(good):
+        return ""
+    least, group = min(known, key=lambda pair: pair[0])
+    line = f"{what} that of `{group.name}`, {written(least)}"
+    return line if group is good[0] else f"{line} (`{good[0].name}`: {written(known[0][0])})"
+
+
+def _mean(group: Group, value_of: Callable[[Summary], float | None]) -> float | None:
+    values = [value for run in group.good if (value := value_of(run)) is not None]
+    return mean(values) if values else None
+
+
+def _of_stability(tried: Mapping[str, Sequence[Group]]) -> str:
+    """Which optimizers had runs that failed, diverged or skipped steps, at any rate."""
+    found = []
+    for name, groups in tried.items():
+        runs = [run for group in groups for run in group.runs]
+        counts = {
+            "failed": sum(not ended_well(run) for run in runs),
+            "diverged": sum(bool(run.get("diverged")) for run in runs if ended_well(run)),
+            "with skipped steps": sum(
+                bool(run.get("skipped_steps")) for run in runs if ended_well(run)
+            ),
+        }
+        told = [f"{count} {what}" for what, count in counts.items() if count]
+        if told:
+            found.append(f"`{name}` (of {len(runs)} runs {', '.join(told)})")
+    if not found:
+        return "stability: every run ended well; none diverged or skipped a step"
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"stability: not all runs went well of {', '.join(found[:_NAMED])}{more}"
+
+
+def _named(groups: Sequence[Group]) -> str:
+    names = ", ".join(f"`{group.name}`" for group in groups[:_NAMED])
+    more = f" and {len(groups) - _NAMED} more" if len(groups) > _NAMED else ""
+    return names + more
