@@ -245,6 +245,25 @@ def test_a_grid_compares_pictures_of_the_same_captions_only(begun, caplog):
     assert "no 'before' row" in caplog.text
 
 
+def test_a_grid_has_rows_of_the_pictures_in_between_evenly_chosen_of_many(begun, monkeypatch):
+    state, writer = begun("log.prompts=[a cat]", "log.sample_steps=1")
+    drawn, grid = [], pictures.grid
+    monkeypatch.setattr(pictures, "grid", lambda rows, _: drawn.append([*rows]) or grid(rows, _))
+    for step in range(11):
+        state.step = step
+        pictures.save(
+            state.folder / f"samples/step-{step:06d}", [Image.new("RGB", (9, 9))], ["a cat"]
+        )
+    for step in (0, 2, 10):
+        state.step = step
+        evaluation.sample(state, writer)
+    assert drawn == [
+        ["step 0"],
+        ["before", "step 1", "step 2"],
+        ["before", *(f"step {n}" for n in (1, 3, 4, 6, 7, 9)), "step 10"],
+    ]
+
+
 def test_the_base_model_is_drawn_as_it_predicts_and_its_loss_is_not_compared(
     begun, monkeypatch, caplog
 ):

@@ -17,9 +17,12 @@ from trainer.objective import batches, losses
 from trainer.phases import intervals
 from trainer.phases.state import State
 from trainer.reporting import metrics
+from trainer.storage import checkpoint
 from trainer.system import console, memory, signals
 
 log = logging.getLogger(__name__)
+
+_BETWEEN = 6  # rows of a grid between "before" and the last, at most
 
 
 @torch.compiler.set_stance("force_eager")
@@ -100,7 +103,7 @@ def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:
 
 @torch.compiler.set_stance("force_eager")
 def sample(state: State, writer: metrics.Metrics) -> Path | None:
-    """Draw the fixed prompts; write each picture, and a grid of original, before and now.
+    """Draw the fixed prompts; write each picture, and a grid of original, before, between and now.
 
     Returns the grid's path.  Returns None, and the run continues, if no pictures are wanted
     (log.sample_count=0), memory or the disk ran out, a file is gone, or the run is asked to stop.
@@ -124,6 +127,15 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
         return None
 
 
+def _between(samples: Path, step: int, captions: list[str]) -> dict[str, list[Image]]:
+    """Rows of pictures drawn after the first step and before this one; of many, evenly chosen
+    ones."""
+    drawn = [path for path in checkpoint.completed(samples) if 0 < checkpoint.step_of(path) < step]
+    count = min(len(drawn), _BETWEEN)
+    chosen = [drawn[(2 * i + 1) * len(drawn) // (2 * count)] for i in range(count)]
+    return {f"step {checkpoint.step_of(p)}": pictures.load(p, captions) for p in chosen}
+
+
 def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
     """Write the pictures drawn at this step, and the grid."""
     sampler, samples = state.sampler, state.folder / "samples"
@@ -144,6 +156,7 @@ def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
                 "were drawn for other prompts",
                 state.step,
             )
+        rows |= _between(samples, state.step, captions)
     rows["after" if state.is_last else f"step {state.step}"] = drawn
     grid = pictures.grid({k: row for k, row in rows.items() if row}, captions)
     return writer.write_picture(state.step, grid)

@@ -1,7 +1,7 @@
 """curves.png of a run: the values in its metrics.jsonl against steps.
 
-Three panels: the losses; the gradient norm, largest since the previous line; the update relative to
-the weights.  A fourth for the learning rate of an optimizer that finds it itself.
+Panels: the losses; the gradient norm, largest since the previous line; the update relative to the
+weights; the learning rate; what an optimizer that finds its rate multiplies it by.
 """
 
 from PIL import Image
@@ -19,6 +19,7 @@ _PANELS = {
     "loss": (TRAIN, EVAL.metric, HOLDOUT.metric, "eval/ema_loss", "eval/ema_holdout_loss"),
     "gradient norm": ("train/grad_norm_max",),
     "update / weights": ("train/update_ratio",),
+    "learning rate": ("train/lr",),
     "found rate": ("optim/d",),
 }
 
