@@ -72,7 +72,10 @@ def test_an_offline_run_holds_config_metrics_and_pictures(composed, tmp_path):
     assert any(name.startswith("samples") for name in names)
     losses = [float(row["eval/loss"]) for row in history if "eval/loss" in row]
     assert losses == [row["eval/loss"] for row in rows(folder) if "eval/loss" in row]
-    assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+    (media,) = folder.glob("wandb/offline-run-*/files/media/images")
+    assert len([*media.glob("samples_*.png")]) == 2  # before and after
+    assert len([*media.glob("sample/0[01]_*.png")]) == 4  # each of two captions
+    assert '"avocado"' in [row.get("sample/01/caption") for row in history]
 
 
 def history_of(kept):

@@ -159,4 +159,4 @@ def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
         rows |= _between(samples, state.step, captions)
     rows["after" if state.is_last else f"step {state.step}"] = drawn
     grid = pictures.grid({k: row for k, row in rows.items() if row}, captions)
-    return writer.write_picture(state.step, grid)
+    return writer.write_pictures(state.step, grid, [*zip(captions, drawn, strict=True)])

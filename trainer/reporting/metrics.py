@@ -46,13 +46,14 @@ class Metrics:
         for tracker in self._trackers:
             tracker.write(step, values)
 
-    def write_picture(self, step: int, picture: Image.Image) -> Path:
-        """Save `samples/step-NNNNNN.png`; returns its path."""
+    def write_pictures(self, step: int, grid: Image.Image, drawn: trackers.Drawn) -> Path:
+        """Save a grid of the pictures drawn at this step as `samples/step-NNNNNN.png`; returns its
+        path."""
         path = self.folder / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        disk.replace_picture(path, picture)
+        disk.replace_picture(path, grid)
         for tracker in self._trackers:
-            tracker.write_picture(step, picture)
+            tracker.write_pictures(step, grid, drawn)
         return path
 
     def draw_curves(self) -> None:

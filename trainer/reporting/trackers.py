@@ -1,8 +1,8 @@
 """Trackers that show a run's metrics and pictures, besides the files in its folder: Weights &
 Biases, TensorBoard.
 
-A tracker has `start`, `write`, `write_picture` and `close`, and may raise anything: `Tracked` makes
-sure that no tracker ever stops a run.
+A tracker has `start`, `write`, `write_pictures` and `close`, and may raise anything: `Tracked`
+makes sure that no tracker ever stops a run.
 """
 
 import logging
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 _TAG, _GROUP = 64, 128  # characters, at most, in a tag and in a group of W&B
 
 
+Drawn = Sequence[tuple[str, Image]]  # captions and pictures
+
+
 class Tracker(Protocol):
     title: str
 
@@ -34,7 +37,7 @@ class Tracker(Protocol):
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
-    def write_picture(self, step: int, picture: Image) -> None: ...
+    def write_pictures(self, step: int, grid: Image, drawn: Drawn) -> None: ...
 
     def close(self, summary: dict[str, Any]) -> None: ...
 
@@ -66,10 +69,14 @@ class WandbTracker:
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
 
-    def write_picture(self, step: int, picture: Image) -> None:
+    def write_pictures(self, step: int, grid: Image, drawn: Drawn) -> None:
         import wandb
 
-        self._run.log({"samples": wandb.Image(picture)}, step=step)
+        each = {  # not a list of them: W&B wants one size in a list
+            f"sample/{number:02d}": wandb.Image(picture, caption=caption)
+            for number, (caption, picture) in enumerate(drawn)
+        }
+        self._run.log({"samples": wandb.Image(grid)} | each, step=step)
 
     def close(self, summary: dict[str, Any]) -> None:
         """Marks the run as failed if its summary has an `error`."""
@@ -94,8 +101,8 @@ class TensorBoardTracker:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
-    def write_picture(self, step: int, picture: Image) -> None:
-        self._writer.add_image("samples", np.asarray(picture.convert("RGB")), step, None, "HWC")
+    def write_pictures(self, step: int, grid: Image, drawn: Drawn) -> None:
+        self._writer.add_image("samples", np.asarray(grid.convert("RGB")), step, None, "HWC")
         self._writer.flush()
 
     def close(self, summary: dict[str, Any]) -> None:
@@ -121,8 +128,8 @@ class Tracked:
     def write(self, step: int, values: dict[str, float]) -> None:
         self._try(lambda: self._tracker.write(step, values))
 
-    def write_picture(self, step: int, picture: Image) -> None:
-        self._try(lambda: self._tracker.write_picture(step, picture))
+    def write_pictures(self, step: int, grid: Image, drawn: Drawn) -> None:
+        self._try(lambda: self._tracker.write_pictures(step, grid, drawn))
 
     def close(self, summary: dict[str, Any]) -> None:
         self._try(lambda: self._tracker.close(summary))
