@@ -147,6 +147,14 @@ def test_runs_are_only_numbered_if_the_sweeper_alone_knows_them(tmp_path, capsys
     assert capsys.readouterr().out == "\nrun 1: optim.lr=0.3\n"
 
 
+def test_a_run_of_a_sweep_that_is_resumed_on_its_own_is_not_announced(tmp_path, capsys):
+    (tmp_path / "multirun.yaml").touch()
+    config = job(tmp_path, "???", "seed=0")
+    config.hydra.runtime.output_dir = str(tmp_path / "0-seed0")
+    SweepTable().on_job_start(config)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(("error", "is_ours"), [(KeyError("x"), True), (OSError("full"), False)])
 def test_an_error_in_the_tables_is_no_success(tmp_path, monkeypatch, capsys, error, is_ours):
     def fails(runs):

@@ -41,8 +41,8 @@ class SweepTable(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = sweep_of(Path(config.hydra.runtime.output_dir))
-        if folder is None:
-            return
+        if folder is None or OmegaConf.is_missing(config.hydra.job, "num"):
+            return  # no run of a sweep, or one that is resumed on its own
         number = config.hydra.job.num
         if number == 0:
             with claim.in_turn(folder):
