@@ -12,6 +12,7 @@ from conftest import new_process
 from helpers import QUICK
 from test_sweep import column
 
+from trainer.errors import UserError
 from trainer.storage.claim import TakenError, claimed, config_in
 
 
@@ -37,6 +38,16 @@ def test_where_no_run_began_nothing_stays(tmp_path):
     with claimed(tmp_path / "mine", {}):
         pass
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["own.txt"]
+
+
+def test_a_run_that_is_stopped_has_begun_and_one_that_is_refused_has_not(tmp_path):
+    """Before there is an environment.json, such as while pictures are encoded."""
+    for error, has_begun in ((SystemExit, True), (UserError, False)):
+        folder = tmp_path / error.__name__
+        with pytest.raises(error), claimed(folder, {"seed": 1}):
+            raise error
+        assert config_in(folder) == ({"seed": 1} if has_begun else {})
+        assert folder.exists() == has_begun
 
 
 def test_a_process_that_is_killed_holds_nothing(tmp_path):

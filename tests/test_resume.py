@@ -233,7 +233,7 @@ def test_resume_latest_takes_the_newest_run(command, in_tmp):
 
 def test_resume_latest_does_not_pass_over_a_newer_run_without_a_checkpoint(in_tmp):
     first, second = in_tmp / "runs/first", in_tmp / "runs/second"
-    written = (first / "environment.json", first / RECORD, second / "environment.json")
+    written = (first / "claim.json", first / RECORD, second / "claim.json")
     for when, path in enumerate(written):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
@@ -246,6 +246,24 @@ def test_resume_latest_does_not_pass_over_a_newer_run_without_a_checkpoint(in_tm
 
 
 RECORD = "checkpoints/step-000004/checkpoint.json"
+
+
+@pytest.mark.parametrize("length", ["schedule.steps=4", "schedule.epochs=0.6"])
+def test_a_run_that_is_complete_is_said_to_be_so_in_the_first_lines(
+    finished, composed, caplog, length
+):
+    folder = finished("run", length)
+    to_resume = ["optim.lr=0.5", "runtime.allow_config_change=true", f"resume={folder}"]
+    (step,) = (path.name for path in (folder / "checkpoints").iterdir())
+    caplog.clear()
+    resuming.to_resume(composed(*QUICK, length, *to_resume))
+    said = next(line for line in caplog.messages if "already complete" in line)
+    assert f"step {int(step[-6:])} was its last" in said
+    assert f"set {length.partition('=')[0]}=..., and to resume another run" in said
+    caplog.clear()
+    longer = length.partition("=")[0] + "=9"
+    resuming.to_resume(composed(*QUICK, longer, *to_resume))
+    assert "complete" not in caplog.text
 
 
 def test_resume_latest_is_one_run_for_its_options_and_its_weights(in_tmp):

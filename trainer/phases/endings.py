@@ -34,11 +34,9 @@ def refuse_ruined(state: State, loss: float) -> None:
 def nothing_to_train(state: State) -> None:
     """Say that a resumed run is already at its last step."""
     log.info(
-        "already at step %d of %d: nothing to train; evaluating, exporting and drawing again (to "
-        "train longer set %s=... runtime.allow_config_change=true)",
+        "already at step %d of %d: nothing to train; evaluating, exporting and drawing again",
         state.step,
         state.config.schedule.steps,
-        "schedule.steps" if state.config.schedule.epochs is None else "schedule.epochs",
     )
 
 

@@ -31,7 +31,8 @@ class TakenError(UserError):
 
 @contextmanager
 def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a run's folder within the block.  A folder where no run began is removed afterwards.
+    """Hold a run's folder within the block.  A folder where no run began is removed afterwards.  A
+    run that was stopped, at whatever point, keeps its claim: `resume=latest` does not pass it over.
 
     config: of the run, for `config_in`.  Raises TakenError if another process holds the folder.
     """
@@ -46,10 +47,14 @@ def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "config": config}, file)
         file.flush()
+        is_stopped = False
         try:
             yield
+        except SystemExit:  # by a signal, perhaps before there is an environment.json
+            is_stopped = True
+            raise
         finally:
-            if not any((folder / name).exists() for name in _LEFT):
+            if not is_stopped and not any((folder / name).exists() for name in _LEFT):
                 (folder / _CLAIM).unlink(missing_ok=True)
                 with suppress(OSError):  # it has other files
                     folder.rmdir()

@@ -77,7 +77,7 @@ def latest_run() -> Path:
         raise UserError(
             "resume=latest: there is no checkpoint under ./runs; start a run without resume"
         )
-    (when, record), begun = saved, _newest("environment.json")
+    (when, record), begun = saved, _newest("claim.json")
     run = record.parents[2]
     if begun and begun[0] > when and not checkpoint.completed(begun[1].parent / "checkpoints"):
         raise UserError(
@@ -149,9 +149,25 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
             f"resume: the checkpoint has another configuration ({', '.join(changed.values())}); "
             f"{' and '.join(remedies)}, or set runtime.allow_config_change=true"
         )
+    if _is_complete(config.schedule, found):
+        log.warning(
+            "this run is already complete: step %d was its last, so it is only evaluated, exported "
+            "and drawn again; to train longer set %s=..., and to resume another run name its "
+            "folder (resume=runs/...)",
+            found.step,
+            "schedule.steps" if config.schedule.epochs is None else "schedule.epochs",
+        )
     if changed:
         log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
     return found
+
+
+def _is_complete(schedule: ConstantConfig, found: Checkpoint) -> bool:
+    """Whether a checkpoint is of the last step, as far as that is known before the data is read."""
+    if schedule.epochs is None:
+        return found.step == schedule.steps
+    before = found.config["schedule"]  # with the steps that its epochs took
+    return schedule.epochs == before.get("epochs") and found.step == before["steps"]
 
 
 def _changes(config: Config, found: Checkpoint, given: Collection[str]) -> dict[str, str]:
