@@ -242,3 +242,20 @@ def test_a_run_of_several_processes_resumed_by_one_is_told_how_to_start_them(
     says = r"before \(torchrun --nproc-per-node 2 -m trainer\), or set runtime.allow_config_change"
     with pytest.raises(UserError, match=says):
         resuming.to_resume(composed(*QUICK, f"resume={whole}"))
+
+
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [
+        (["optim=lion", "-m"], ""),
+        (["--config-dir", "mine"], " --config-dir /here/mine"),
+        (["-cd", "/a b", "optim=mine"], " --config-dir '/a b'"),
+        (["--config-dir=mine", "seed=1"], " --config-dir /here/mine"),
+        (["hydra.searchpath=[file:///x]"], " 'hydra.searchpath=[file:///x]'"),
+    ],
+)
+def test_the_command_of_a_run_has_the_folders_of_its_own_choices(monkeypatch, given, again):
+    monkeypatch.setattr(sys, "argv", ["trainer", *given])
+    monkeypatch.setattr(os, "getcwd", lambda: "/here")
+    assert processes.command() == f"python -m trainer{again}"
+    assert processes.command(2) == f"torchrun --nproc-per-node 2 -m trainer{again}"

@@ -6,7 +6,9 @@ evaluates, draws, saves and reports, while the others wait for its next step.
 """
 
 import os
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -46,9 +48,24 @@ def is_main() -> bool:
 
 
 def command(number: int | None = None) -> str:
-    """The command line that starts so many processes; None: as many as now."""
+    """The command line that starts so many processes, without the options of their run but with
+    where this process has found choices of its own; None: as many as now."""
     number = number or world_size()
-    return f"torchrun --nproc-per-node {number} -m trainer" if number > 1 else "python -m trainer"
+    start = f"torchrun --nproc-per-node {number} -m trainer" if number > 1 else "python -m trainer"
+    return " ".join([start, *map(shlex.quote, _places_of_choices(sys.argv[1:]))])
+
+
+def _places_of_choices(arguments: Sequence[str]) -> list[str]:
+    """The arguments that add folders of choices: --config-dir, -cd and hydra.searchpath=...  A run
+    that resumes does not inherit them, because its options are read with their help."""
+    found = list[str]()
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found += ["--config-dir", os.path.abspath(value or after)]
+        elif name == "hydra.searchpath":
+            found.append(argument)
+    return found
 
 
 @contextmanager
