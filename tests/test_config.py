@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import optim
 from trainer import config
 from trainer.checks import validate
-from trainer.cli import choices, wrong_key
+from trainer.cli import choices, compose, wrong_key
 from trainer.config import group_names
 from trainer.errors import UserError
 from trainer.training import optimizers
@@ -156,7 +156,23 @@ MISTAKES = [
     ),
     (["resume=latest"], ["resume=latest", "no checkpoint"]),
     (["-m", "optim=adamw,lion", "--cfg", "job"], ["Only one of --run, --multirun", "--cfg"]),
-    (["seed=0,1"], ["to sweep over these values, add -m; as a list, seed=[0,1]"]),
+    (["seed=0,1"], ["seed=0,1: to sweep over these values, add -m; the option takes one"]),
+    (["optim.lr=1e-4,1e-3"], ["to sweep over these values, add -m; the option takes one"]),
+    (["optim=adamw", "optim.betas=0.9,0.99"], ["add -m; as a list, 'optim.betas=[0.9,0.99]'"]),
+    (["method=lora", "method.targets=to_q,to_v"], ["as a list, 'method.targets=[to_q,to_v]'"]),
+    (
+        ["data.resolution=1024,1024"],
+        ["one number", "write data.resolution=1024; to sweep over them, add -m"],
+    ),
+    (["data.resolution=512,768"], ["=512, or for several 'data.resolutions=[512,768]'; to"]),
+    (["schedule.warmup_steps=0.1"], ["0.1 of schedule.steps=550 is schedule.warmup_steps=55"]),
+    (
+        ["schedule.steps=9000", "schedule.warmup_steps=5%"],
+        ["whole number of optimizer steps; 0.05 of", "=9000 is schedule.warmup_steps=450"],
+    ),
+    (["schedule.warmup_steps=1epoch"], ["whole number of optimizer steps; leave it out for 20"]),
+    (["'data.sources=[{path: /a}]'"], ["remove the quotes around the whole argument"]),
+    (['"seed=1"'], ['"seed=1": remove the quotes around the whole argument']),
     (["-m", "seed=0,1", "optim=true"], ["optim must be one of", "adamw"]),
     (["hydra/launcher=submitit_slurm"], ["pip install hydra-submitit-launcher --upgrade"]),
     (["-m", "hydra/launcher=joblib", "seed=0,1"], ["pip install hydra-joblib-launcher --upgrade"]),
@@ -223,6 +239,14 @@ MISTAKES = [
     (["optim.LR=1"], ["did you mean 'lr'"]),
     (["learning_rate=1e-4"], ["it is called 'optim.lr' here"]),
     (["optim.learning_rate=1e-4"], ["it is called 'optim.lr' here"]),
+    (
+        ["optim.text_encoder_lr=5e-5"],
+        ["write 'method.rules=[{pattern: text_encoder, lr: 5e-5}]'"],
+    ),
+    (["data.num_repeats=2"], ["write 'data.sources=[{path: ..., repeats: 2}]'"]),
+    (["noise.min_timestep=9"], ["it is called 'noise.timestep_low' here"]),
+    (["max_timestep=9"], ["it is called 'noise.timestep_high' here"]),
+    (["schedule.warmup_ratio=0.1"], ["write schedule.warmup_steps=..., a number of steps"]),
     (["--max_train_epochs=3"], ["no dashes", "it is called 'schedule.epochs' here"]),
     (["--seed=3"], ["--seed=3: options have no dashes; write seed=3"]),
     (
@@ -237,7 +261,8 @@ MISTAKES = [
 ]
 
 
-def test_what_others_call_our_options_leads_to_options(composed):
+def test_what_others_call_our_options_leads_to_options():
+    compose.register()
     valid = {*choices.options_of(["method=lora", "loss=mse"]), *group_names(), "hydra.run.dir"}
     named = " ".join(wrong_key._NAMES_ELSEWHERE.values()).split()
     assert {option.partition("=")[0] for option in named} <= valid

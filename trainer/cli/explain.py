@@ -11,13 +11,13 @@ from dataclasses import MISSING, fields
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from optim.options import unknown
 from trainer import config
-from trainer.cli.choices import composition, options_of, parsable
+from trainer.cli.choices import composition, group_choices, options_of, parsable
 from trainer.cli.wrong_key import explain_key
-from trainer.config import choices_of, group_names
+from trainer.config import choices_of, group_names, key_of
 
 # The packages that add choices to Hydra's own groups (hydra/launcher=...).
 _PLUGINS = {
@@ -76,12 +76,20 @@ def _several_choices(found: re.Match[str], arguments: list[str]) -> str:
 
 def _several_values(found: re.Match[str], arguments: list[str]) -> str:
     key, value = found.groups()
-    if isinstance(OmegaConf.select(composition([]), key), str):
+    chosen = next(group_choices([a for a in parsable(arguments) if key_of(a) != key]))
+    present = OmegaConf.select(composition(chosen), key)
+    if isinstance(present, str):
         quoted = _shell_quoted(f'{key}="{value}"')
         return f"{key}={value}: text with commas must be quoted twice: {quoted}"
     sweep = f"{key}={value}: to sweep over these values, add -m"
-    takes_one = key in group_names() and key != "experiment"
-    return sweep if takes_one else f"{sweep}; as a list, {key}=[{value}]"
+    if isinstance(present, ListConfig) or key == "experiment":
+        return f"{sweep}; as a list, {_shell_quoted(f'{key}=[{value}]')}"
+    if key == "data.resolution":  # elsewhere a width and a height
+        sides = list(dict.fromkeys(value.split(",")))
+        several = f", or for several 'data.resolutions=[{','.join(sides)}]'" if sides[1:] else ""
+        side = f"{key} is one number, the side of a square of a picture's area"
+        return f"{side}; write {key}={sides[0]}{several}; to sweep over them, add -m"
+    return f"{sweep}; {'the group' if key in group_names() else 'the option'} takes one"
 
 
 def _no_key_of_item(found: re.Match[str], arguments: list[str]) -> str | None:
@@ -109,6 +117,21 @@ def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
         value = given[-1] if given else "..."
         return f"{key} is a list; write {_shell_quoted(f'{key}=[{value}]')}"
     return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows its present value"
+
+
+def _no_whole_number(found: re.Match[str], arguments: list[str]) -> str | None:
+    """A share or a number of epochs where steps are counted."""
+    value, key = found.groups()
+    if key != "schedule.warmup_steps":
+        return None
+    line = f"{key}={value}: it is a whole number of optimizer steps"
+    schedule = composition([a for a in parsable(arguments) if key_of(a) != key]).schedule
+    with suppress(ValueError):
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        if 0 < share < 1 and schedule.epochs is None:
+            steps = round(share * schedule.steps)
+            return f"{line}; {share:g} of schedule.steps={schedule.steps} is {key}={steps}"
+    return f"{line}; leave it out for 20, or a tenth of a run of less than 200"
 
 
 def _no_such_key(found: re.Match[str], arguments: list[str]) -> str:
@@ -169,6 +192,10 @@ _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ..
         r"override (.*)\n.* is not Optional",
         lambda found, _: f"{found[1]}: it must have a value; leave it out for the default",
     ),
+    (
+        r"Value '(.*)' of type '\w+' could not be converted to Integer\n\s*full_key: ([\w.]+)",
+        _no_whole_number,
+    ),
     (r"(.*)\n\s*full_key: ([\w.\[\]]+)", _wrong_value),
     (r"Error parsing override '(.*)'\s+missing EQUAL", _no_option),
 )
@@ -178,6 +205,10 @@ def _value_at_fault(arguments: list[str]) -> str | None:
     """What is wrong with the arguments themselves, when Hydra's message does not say."""
     overrides = parsable(arguments)
     broken = [a for a in arguments if "=" in a and a not in overrides]
+    if broken and broken[0][0] in "'\"":
+        return (
+            f"{broken[0]}: remove the quotes around the whole argument: no shell has removed them"
+        )
     if broken:
         key, _, value = broken[0].partition("=")
         quoted = value.replace('"', r"\"")

@@ -24,9 +24,11 @@ _NAMES_ELSEWHERE = {
     "learning_rate": "optim.lr",
     "lr_scheduler": "schedule",
     "lr_warmup_steps": "schedule.warmup_steps",
+    "max_timestep": "noise.timestep_high",
     "max_train_epochs": "schedule.epochs",
     "max_train_steps": "schedule.steps",
     "min_snr_gamma": "loss.weighting=min_snr loss.gamma",
+    "min_timestep": "noise.timestep_low",
     "mixed_precision": "model.compute",
     "network_alpha": "method.alpha",
     "network_dim": "method.rank",
@@ -44,12 +46,21 @@ _NAMES_ELSEWHERE = {
     "save_every_n_steps": "method.export_every",
     "shuffle_caption": "data.shuffle_tags",
     "snr_gamma": "loss.weighting=min_snr loss.gamma",
-    "text_encoder_lr": "method.rules",
     "train_batch_size": "data.batch_size",
     "train_data_dir": "data.path",
     "train_text_encoder": "method.train",
     "unet_lr": "optim.lr",
     "v_parameterization": "noise.prediction",
+}
+
+# What they have options for, and we write in other ways.
+_WRITTEN_ELSEWHERE = {
+    "lr_warmup_ratio": "schedule.warmup_steps=..., a number of steps",
+    "num_repeats": "'data.sources=[{path: ..., repeats: 2}]'",
+    "repeats": "'data.sources=[{path: ..., repeats: 2}]'",
+    "text_encoder_lr": "'method.rules=[{pattern: text_encoder, lr: 5e-5}]', "
+    "with 'method.train=[unet,text_encoder]'",
+    "warmup_ratio": "schedule.warmup_steps=..., a number of steps",
 }
 
 _FEW = 3  # choices, at most, that are named as having an option
@@ -102,6 +113,8 @@ def _exists(wrong: _WrongKey) -> str | None:
 def _of_another_trainer(wrong: _WrongKey) -> str | None:
     if ours := _NAMES_ELSEWHERE.get(wrong.key) or _NAMES_ELSEWHERE.get(wrong.name):
         return f"there is no option {wrong.key!r}; it is called {ours!r} here"
+    if written := _WRITTEN_ELSEWHERE.get(wrong.name):
+        return f"there is no option {wrong.key!r}; write {written}"
     return None
 
 
