@@ -2,7 +2,9 @@
 
 import gc
 import json
+import re
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -11,13 +13,14 @@ import torch
 from trainer import planner, run
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import compose
+from trainer.cli.command import told_if_long
 from trainer.config import remedies
 from trainer.errors import UserError
 from trainer.formats import architectures
 from trainer.models.model import Model
 from trainer.phases import micro_batches
 from trainer.planner import before_run
-from trainer.planner.__main__ import _completed, _less, _with, main
+from trainer.planner.__main__ import _completed, _gigabytes, _less, _with, main
 from trainer.planner.ledger import Ledger
 from trainer.planner.page import page
 from trainer.planner.rehearsal import rehearse
@@ -241,17 +244,37 @@ def test_the_command_says_whether_it_fits(command):
     assert status == 0
     assert "fits: a run needs" in out
     assert "optimizer state          22.0 MB" in out
+    assert "fragmentation" not in out  # on a CPU
     status, out, _ = command("optim=adamw", "--card", "0.56")
     assert status == 1
-    assert "does not fit: a run needs" in out
+    assert re.search(
+        r"does not fit: a run needs .* \(the peak and 5% for fragmentation\), and", out
+    )
     assert "model.dtype=bfloat16" in out.partition("options that need less")[2]
     assert out.count("  fits  ") == 1
+
+
+@pytest.mark.parametrize("size", ["8", "8GB", "8 GB", "8g", "8.0GiB"])
+def test_a_card_has_its_size_with_or_without_a_unit(size):
+    assert _gigabytes(size) == 8
+
+
+def test_what_takes_long_is_told_on_stderr(capsys, monkeypatch):
+    monkeypatch.setattr("trainer.cli.command._SECONDS_OF_SILENCE", 0.05)
+    with told_if_long("planning"):
+        pass
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    with told_if_long("planning"):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "planning ...\n"
 
 
 def test_a_remedy_without_an_option_that_is_given_is_passed_over(command):
     taken = ("model.dtype=bfloat16", "data.batch_size=1", CHECKPOINTING, *FUSED)
     status, out, err = command("optim=adamw8bit", "optim.betas=[0.9,0.99]", *taken, "--card", "0.1")
-    assert (status, err) == (1, "")
+    assert status == 1
+    assert "error" not in err
     assert "optim=adafactor8bit" not in out  # it has no betas
     assert "method=lora" in out.partition("options that need less")[2]  # the next remedy
 
@@ -301,6 +324,7 @@ def test_the_runs_of_a_sweep_are_those_that_hydra_makes():
         (("-m", "optim.lrr=1"), "did you mean 'lr'?"),
         (("--card", "-1"), "-1 is not above 0"),
         (("--card", "big"), "invalid float value: 'big'"),
+        (("--card", "4080"), "4080: it is the size of the GPU's memory in GB, such as 16"),
         (("optim=adamv",), "did you mean 'adamw'?"),
         (("method=lora", "method.targets=[nothing]"), "nothing matches no linear"),
         (("model.path=/nowhere",), "model.path=/nowhere does not exist"),

@@ -4,12 +4,16 @@ import argparse
 import math
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from trainer.system import processes
 
 _SECONDS_TO_REPORT = 10.0
+_SECONDS_OF_SILENCE = 3.0
 
 
 def positive(text: str) -> float:
@@ -21,6 +25,20 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+@contextmanager
+def told_if_long(doing: str) -> Iterator[None]:
+    """Print on stderr what is being done in the block, if it takes seconds."""
+    timer = threading.Timer(
+        _SECONDS_OF_SILENCE, lambda: print(f"{doing} ...", file=sys.stderr, flush=True)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def end_with_the_reader() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -33,6 +34,8 @@ not fit, it tries memory-saving options, the least costly first, until it does. 
 for each run of a sweep.  Exit status: 0, it fits; 1, it (or a run of the sweep) does not; 2, an
 option is wrong."""
 
+_LARGEST_CARD = 1024  # GB; larger numbers are a GPU's name
+
 
 def main() -> None:
     """The command line; exits with 0, 1 or 2."""
@@ -43,9 +46,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
     parser.add_argument(
         "--card",
-        type=command.positive,
+        type=_gigabytes,
         metavar="GB",
-        help="plan for a GPU of this nominal memory size (24), instead of this machine",
+        help="plan for a GPU of this nominal memory size (24, 24GB), instead of this machine",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
     parser.add_argument("-m", "--multirun", action="store_true", help="plan the runs of a sweep")
@@ -62,13 +65,24 @@ def main() -> None:
     sys.exit(0 if fits else 1)
 
 
+def _gigabytes(text: str) -> float:
+    """An argparse type: the size of a GPU's memory, with or without its unit."""
+    size = command.positive(re.sub(r"(?i)(?<=\d)\s*g(i?b)?$", "", text))
+    if size > _LARGEST_CARD:
+        raise argparse.ArgumentTypeError(
+            f"{text}: it is the size of the GPU's memory in GB, such as 16, not its model"
+        )
+    return size
+
+
 def _print_run(given: list[str], card: float | None, as_json: bool) -> bool:
     """Print the plan of one run as a page or as JSON; -> whether it fits."""
     overrides = _completed(given)
     config = _config(overrides)
     device = _device_type(config, card)
     room = _room(config, card)
-    plan = _plan(config, device)
+    with command.told_if_long("planning"):
+        plan = _plan(config, device)
     if as_json:
         print(json.dumps(_numbers(plan, room)))
     else:
@@ -81,9 +95,11 @@ def _print_sweep(runs: list[list[str]], card: float | None, as_json: bool) -> bo
     """Print one line per run, named by the options that not all runs share; -> whether all fit."""
     common, all_fit = set.intersection(*map(set, runs)), True
     for given in runs:
-        config = _config(_completed(given))
-        room, plan = _room(config, card), _plan(config, _device_type(config, card))
         own = [option for option in given if option not in common]
+        config = _config(_completed(given))
+        room = _room(config, card)
+        with command.told_if_long(f"planning {' '.join(own) or 'the run'}"):
+            plan = _plan(config, _device_type(config, card))
         if as_json:
             print(json.dumps({"overrides": own} | _numbers(plan, room)), flush=True)
         else:

@@ -45,9 +45,11 @@ def verdict(plan: Plan, room: Room) -> str:
     """Whether it fits, in a line."""
     fits = "fits" if plan.needed_bytes <= room.free_bytes else "does not fit"
     needed, free = format_bytes(plan.needed_bytes), format_bytes(room.free_bytes)
+    notes = [f"the peak and {plan.fragmented:.0%} for fragmentation"] if plan.fragmented else []
     drawing = plan.reserved(plan.drawing_bytes)
     if plan.needed_bytes < drawing <= room.free_bytes:
-        needed += f" ({format_bytes(drawing)} while it draws)"
+        notes.append(f"{format_bytes(drawing)} while it draws")
+    needed += f" ({'; '.join(notes)})" if notes else ""
     return f"{fits}: a run needs {needed}, and {room.where} has {free} free"
 
 
