@@ -261,6 +261,14 @@ def test_a_peak_that_nobody_knows_is_left_out():
     assert "peak memory 2 B in total" in said
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0:00"), (83.4, "1:23"), (3599.4, "59:59"), (3599.6, "1:00:00"), (12799, "3:33:19")],
+)
+def test_a_time_of_an_hour_or_more_has_hours(seconds, said):
+    assert console.duration(seconds) == said
+
+
 def test_what_takes_long_between_steps_is_told(caplog, monkeypatch, capsys):
     caplog.set_level(logging.INFO)
     now = [0.0]

@@ -60,7 +60,7 @@ class SweepTable(Callback):
         good = list(filter(ended_well, self._summaries))
         to_come = sum(not planned.has_ended(run, good) for run in self._runs[number:])
         eta = mean(seconds) * to_come if seconds else None
-        return f" of {len(self._runs)}" + (f", ETA {console.minutes(eta)}" if eta else "")
+        return f" of {len(self._runs)}" + (f", ETA {console.duration(eta)}" if eta else "")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Rewrites the table, so that a stopped sweep has one, also with runs resumed on their

@@ -38,7 +38,7 @@ class Progress:
         self._bar.update()
 
     def show(self, step: int, loss: float, images_per_second: float, seconds_left: float) -> None:
-        eta = minutes(seconds_left)
+        eta = duration(seconds_left)
         if not self._bar.disable:
             self._bar.set_postfix_str(
                 f"loss {loss:.4f}, {images_per_second:.1f} images/s, ETA {eta}"
@@ -78,12 +78,14 @@ class Aside:
         if self._bar.disable and now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             left = (now - self._began) / self._done * (self._total - self._done)
-            log.info(self._what, self._done, minutes(left))
+            log.info(self._what, self._done, duration(left))
 
 
-def minutes(seconds: float) -> str:
-    """83.4 -> '1:23'."""
-    return "{}:{:02d}".format(*divmod(round(seconds), 60))
+def duration(seconds: float) -> str:
+    """83.4 -> '1:23', and 12799 -> '3:33:19'."""
+    whole, rest = divmod(round(seconds), 60)
+    hours, whole = divmod(whole, 60)
+    return f"{hours}:{whole:02d}:{rest:02d}" if hours else f"{whole}:{rest:02d}"
 
 
 @contextmanager
