@@ -87,6 +87,8 @@ def begin(
         checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
         run_folder.carry_before(resuming.find(config.resume or "")[-1], folder)
     record.write(folder, asdict(config), state.device)  # as it was asked for, to be known by
+    if resumed and state.step == resumed.config["schedule"]["steps"]:
+        saving.keep_old_result(state)
     return state
 
 

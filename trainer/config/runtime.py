@@ -34,7 +34,8 @@ class RuntimeConfig:
     compile: str = one_of("none", "regional")
     # Consecutive steps without a finite loss and gradient before the run stops.
     max_skipped_steps: int = within(0)
-    # Allow `resume` with a configuration that differs from the checkpoint's.
+    # Allow `resume` with a configuration that differs from the checkpoint's.  A longer schedule
+    # needs no permission.
     allow_config_change: bool
 
     @property

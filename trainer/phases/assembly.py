@@ -1,6 +1,7 @@
 """The beginning of a run: everything is checked, encoded, loaded and restored."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,9 +104,27 @@ def _check_resumed(
 ) -> None:
     """Refuse to resume with other data, another model or a shorter schedule, unless that may
     change.  base, fingerprint: of this run's model and data."""
-    resuming.check_length(resumed, config.schedule)
-    resuming.check_content(resumed, base, fingerprint, config.runtime.allow_config_change)
+    may_change = config.runtime.allow_config_change
+    resuming.check_length(resumed, config.schedule, may_change)
+    resuming.check_content(resumed, base, fingerprint, may_change)
+    _log_other_rate(config, resumed)
     resuming.drop_other_measure(config, fingerprint, base, resumed)
+
+
+def _log_other_rate(config: Config, resumed: checkpoint.Checkpoint) -> None:
+    """Say so if the next step has another learning rate than the checkpoint's configuration gave
+    it, as when a run whose rate had decayed becomes longer."""
+    if resumed.step >= config.schedule.steps:
+        return
+    before = schedule.of_saved(resumed.config["schedule"], config.schedule)
+    was = resumed.config["optim"]["lr"] * schedule.lr_scale(before, resumed.step)
+    now = config.optim.lr * schedule.lr_scale(config.schedule, resumed.step)
+    if not math.isclose(was, now, rel_tol=1e-6):
+        log.warning(
+            "the learning rate goes on at %.4g, in a schedule of %d steps; the checkpoint's, of %d "
+            "steps, had come to %.4g",
+            *(now, config.schedule.steps, before.steps, was),
+        )
 
 
 def _check_model(

@@ -102,6 +102,14 @@ def save_or_owe(state: State) -> None:
         )
 
 
+def keep_old_result(state: State) -> None:
+    """Export what was the result of a run that becomes longer, if an export is due at its step: the
+    new result will overwrite it."""
+    if state.intervals.is_due(intervals.EXPORTING, state.step):
+        with tolerated():
+            export(state)
+
+
 def export(state: State) -> list[Path]:
     """Write the current model or adapter; returns its files and folders.  Before the end of the run
     it gets a folder of its own, and the step in its name; those beyond `method.keep_exports` are

@@ -43,6 +43,8 @@ _ANYWHERE = {
     "method.ema.export",
 }
 
+_LENGTH = {"schedule.steps", "schedule.epochs"}  # may grow: `check_length`
+
 # Options of which saved tensors and optimizer states do not fit another value.
 _FIXED = {
     *("optim.name", "optim.class_path", "method.name", "method.train"),
@@ -125,28 +127,29 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     """The checkpoint that `config.resume` names, or None.  Raises UserError if its configuration
     does not fit this one.
 
-    Options that decide what is learned must be equal; where, how often and how verbosely may
-    change.  given: the options on this command line.  An option that did not exist yet when the
-    checkpoint was written, and is not given, counts as unchanged.
+    Options that decide what is learned must be equal, but a run may become longer; where, how often
+    and how verbosely may change.  given: the options on this command line.  An option that did not
+    exist yet when the checkpoint was written, and is not given, counts as unchanged.
     """
     if not config.resume:
         return None
     found = load_newest(find(config.resume))
     if config.schedule.epochs is None:  # otherwise the length is known once the data is read
-        check_length(found, config.schedule)
+        check_length(found, config.schedule, config.runtime.allow_config_change)
     changed = _changes(config, found, given)
     if fixed := _FIXED & changed.keys():
         raise UserError(
             f"resume: {changed[min(fixed)]} cannot change; the saved optimizer state and trained "
             "tensors do not fit the change. Start a new run from the exported model instead"
         )
-    if changed and not config.runtime.allow_config_change:
-        remedies = ["leave these options out"] if changed.keys() - {"runtime.processes"} else []
-        if "runtime.processes" in changed:  # no option of a command line
+    refused = {key: change for key, change in changed.items() if key not in _LENGTH}
+    if refused and not config.runtime.allow_config_change:
+        remedies = ["leave these options out"] if refused.keys() - {"runtime.processes"} else []
+        if "runtime.processes" in refused:  # no option of a command line
             before = found.config["runtime"].get("processes", 1)
             remedies.append(f"start it as before ({processes.command(before)})")
         raise UserError(
-            f"resume: the checkpoint has another configuration ({', '.join(changed.values())}); "
+            f"resume: the checkpoint has another configuration ({', '.join(refused.values())}); "
             f"{' and '.join(remedies)}, or set runtime.allow_config_change=true"
         )
     if _is_complete(config.schedule, found):
@@ -227,17 +230,26 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def check_length(saved: Checkpoint, schedule: ConstantConfig) -> None:
-    """Raise UserError for a schedule of fewer steps, or epochs, than the checkpoint has done."""
-    if schedule.steps >= saved.step:
-        return
-    key, wanted, done = "schedule.steps", float(schedule.steps), float(saved.step)
-    if schedule.epochs is not None:
-        key, wanted, done = "schedule.epochs", schedule.epochs, saved.epochs
-    raise UserError(
-        f"resume: {key}={wanted:g}, and the checkpoint is at {done:g}; {key}={done:g} stops there, "
-        "a larger value continues, resume=OLDER_CHECKPOINT goes back"
-    )
+def check_length(saved: Checkpoint, schedule: ConstantConfig, may_change: bool) -> None:
+    """Raise UserError for a schedule of fewer steps, or epochs, than the checkpoint has done; or,
+    unless it may change, than it was to do.  The schedule's steps are known."""
+    key = "schedule.steps" if schedule.epochs is None else "schedule.epochs"
+    if schedule.steps < saved.step:
+        wanted, done = float(schedule.steps), float(saved.step)
+        if schedule.epochs is not None:
+            wanted, done = schedule.epochs, saved.epochs
+        raise UserError(
+            f"resume: {key}={wanted:g}, and the checkpoint is at {done:g}; {key}={done:g} stops "
+            "there, a larger value continues, resume=OLDER_CHECKPOINT goes back"
+        )
+    before = saved.config["schedule"]
+    is_kept = schedule.epochs is not None and schedule.epochs == before.get("epochs")
+    if schedule.steps < before["steps"] and not (is_kept or may_change):
+        raise UserError(
+            f"resume: {key} would make the run shorter ({before['steps']} -> {schedule.steps} "
+            "steps), and its learning rate another; leave it out, or set "
+            "runtime.allow_config_change=true"
+        )
 
 
 def check_content(saved: Checkpoint, model: str, data: str, may_change: bool) -> None:

@@ -2,9 +2,12 @@
 resumed run needs no scheduler state."""
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, cast
 
 from trainer.config import (
+    ALTERNATIVES,
     ConstantConfig,
     CosineRestartsConfig,
     LinearConfig,
@@ -46,6 +49,14 @@ def check(config: ConstantConfig) -> None:
             f"schedule.warmup_steps={config.warmup_steps} is out of range; it must be in "
             f"[0, {config.steps}], the run's steps; set schedule.warmup_steps=0 for none"
         )
+
+
+def of_saved(saved: Mapping[str, Any], now: ConstantConfig) -> ConstantConfig:
+    """The schedule of a checkpoint's configuration; options that it did not have yet are as
+    `now`."""
+    kind = next(kind for kind in ALTERNATIVES["schedule"] if kind.name == saved["name"])
+    names = [option.name for option in fields(kind)]
+    return cast(ConstantConfig, kind(**{n: saved.get(n, getattr(now, n, None)) for n in names}))
 
 
 def lr_scale(config: ConstantConfig, step: int) -> float:
