@@ -130,18 +130,18 @@ def test_zero_terminal_snr_gets_a_scheduler_that_knows_it(sd15, tmp_path):
 
 def test_an_export_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_path, monkeypatch):
     found = origin.at(str(TINY))
-    whole = stream._rounded
+    whole = stream.rounded
 
     def careless(name, tensor, dtype):
         rounded = whole(name, tensor, dtype)
         return rounded + 1 if "conv_out.bias" in name or name.endswith("out.2.bias") else rounded
 
-    monkeypatch.setattr(stream, "_rounded", careless)
+    monkeypatch.setattr(stream, "rounded", careless)
     with pytest.raises(UserError, match=r"conv_out\.bias has other values; the file is discarded"):
         writing.save_folder(tmp_path / "a", found, {})
     with pytest.raises(UserError, match=r"conv_out\.bias has other values; the file is discarded"):
         writing.save_single_file(tmp_path / "a.safetensors", found, {})
-    monkeypatch.setattr(stream, "_rounded", whole)
+    monkeypatch.setattr(stream, "rounded", whole)
     table = names.table
 
     def mistaken(part, every, config):  # swaps two resnets' biases

@@ -46,6 +46,24 @@ def test_a_checkpoint_is_exported_as_its_averages(quick, capsys):
     assert_same_model(one, two)
 
 
+def test_a_lora_runs_checkpoint_and_folder_are_merged_to_the_same_model(quick, tmp_path, capsys):
+    folder = quick("run", "method=lora", *ONE_STEP)
+    one, two = (origin.at(str(p)) for p in exported(capsys, folder, "--base", TINY, "--merge"))
+    assert_same_model(one, two)
+    assert one.fingerprint("unet") != origin.at(str(TINY)).fingerprint("unet")
+    assert one.fingerprint("text_encoder") == origin.at(str(TINY)).fingerprint("text_encoder")
+
+
+def test_a_full_fine_tune_is_not_merged(quick, tmp_path, capsys):
+    folder = quick("run", *ONE_STEP)
+    for source in (folder, folder / "checkpoints/step-000001"):
+        target = tmp_path / "a.safetensors"
+        status, _, error = run_export(capsys, source, target, "--base", TINY, "--merge")
+        assert status == 2
+        assert "--merge is for LoRAs, and " in error
+        assert not target.exists()
+
+
 def test_an_adapter_of_which_a_half_is_kept_is_exported_whole(quick, capsys):
     rules = "method.rules=[{pattern: lora_A, trainable: false}]"
     folder = quick("run", "method=lora", rules, *ONE_STEP)

@@ -1,7 +1,8 @@
 """`python -m trainer.export SOURCE TARGET`: convert a model or a LoRA to another format.
 
 A model becomes a diffusers folder or a single file, a LoRA a file in kohya's or diffusers' format;
-the result is read back and compared before it gets its name.
+with --merge, a LoRA and its base model become one model.  The result is read back and compared
+before it gets its name.
 """
 
 import argparse
@@ -21,6 +22,7 @@ Examples:
   python -m trainer.export sd_xl_base_1.0.safetensors sdxl-base
   python -m trainer.export runs/2026-01-01/12-00-00-cats cats.safetensors --dtype float16
   python -m trainer.export cats-diffusers.safetensors cats.safetensors --format kohya
+  python -m trainer.export cats.safetensors merged --base sd_xl_base_1.0.safetensors --merge
 Exit status: 0, the target is written and verified; 1, an internal error; 2, the command, the source
 or the target is wrong, and nothing is written; 130, stopped by Ctrl-C.
 """
@@ -43,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             base=options.base,
             variant=options.variant,
+            merge=options.merge,
+            scale=options.scale,
         )
         convert(request)
     except (UserError, OSError) as error:
@@ -85,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
         "--variant",
         help="variant of a diffusers folder's files, such as fp16 (default for a checkpoint: its "
         "run's)",
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write the --base model with the LoRA SOURCE merged into it, as a model",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        metavar="NUMBER",
+        help="with --merge: how much of the LoRA's change is added (default: 1)",
     )
     return parser
 

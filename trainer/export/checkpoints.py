@@ -39,6 +39,9 @@ class _Saved:
 def convert(folder: Path, request: Request) -> None:
     """Export a checkpoint; --base and --variant name the original model if that has moved."""
     saved = _saved(folder)
+    is_lora = saved.method["name"] == "lora"
+    if not is_lora:
+        request.refuse_merge(f"{folder} is a checkpoint of a full fine-tune")
     if request.base is None and why_missing("model.path", saved.model.path):
         raise UserError(
             f"the model that {folder} started from is no longer at {saved.model.path}; give its "
@@ -46,7 +49,7 @@ def convert(folder: Path, request: Request) -> None:
         )
     saved.model.path = request.base or saved.model.path
     saved.model.variant = request.variant or saved.model.variant
-    (_export_lora if saved.method["name"] == "lora" else _export_model)(saved, request)
+    (_export_lora if is_lora else _export_model)(saved, request)
 
 
 def _saved(folder: Path) -> _Saved:
@@ -70,7 +73,8 @@ def _export_lora(saved: _Saved, request: Request) -> None:
     found = loras.base_model(saved.model.path, saved.model.variant)
     own = found.config("scheduler")
     trained = noise.scheduler_config(saved.noise, own)
-    _warn_of_noise(trained, own)
+    if not request.merge:  # a merged model has its own scheduler
+        _warn_of_noise(trained, own)
     held = _adapters_of(saved.parts, saved.method)
     told = saved.metadata | metadata.prediction(trained)
     loras.write(saved.folder, request, "kohya", found, held, told)

@@ -33,12 +33,13 @@ def convert(request: Request) -> None:
     elif (path / _LORA_NAME).is_file():
         loras.convert(path / _LORA_NAME, request)
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
-        if path != named:  # the same default for a run's result as for its checkpoints
+        if path != named and not request.merge:  # as for the run's checkpoints
             request = replace(request, form=request.form or "kohya")
         loras.convert(path, request)
     else:
         if wrong := why_missing("SOURCE", request.source):
             raise UserError(wrong)
+        request.refuse_merge(f"{path} is none")
         if request.base:
             raise UserError(f"--base={request.base} has no effect: {path} is a model, not a LoRA")
         if path.is_dir() and not (path / "model_index.json").is_file():

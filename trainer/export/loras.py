@@ -1,4 +1,4 @@
-"""LoRA files: which model one belongs to, and writing it in the other format."""
+"""LoRA files: which model one belongs to, and writing it in the other format, or merged into it."""
 
 import logging
 from functools import cache
@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 
 from trainer.errors import UserError
+from trainer.export import merging
 from trainer.export.request import Request
 from trainer.formats import adapters, architectures, kohya, lora, metadata
 from trainer.formats.metadata import BASE_VERSION
@@ -34,7 +35,11 @@ def write(
     held: adapters.Adapters,
     more_metadata: dict[str, str],
 ) -> None:
-    """Write adapters of the model `base`.  more_metadata: added to the file's own."""
+    """Write adapters of the model `base`, or with --merge that model with them in it.
+    more_metadata: added to the file's own."""
+    if request.merge:
+        merging.write(source, request, base, held, more_metadata)
+        return
     form = request.form or default_form
     if form == "single_file":
         raise UserError(
@@ -44,6 +49,8 @@ def write(
     target, empty = request.target, _empty(base)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
     lora.save_lora(target, form, empty, base.kind, request.dtype, more_metadata, adapters=held)
+    if request.base and request.base not in architectures.PUBLISHED:
+        log.info("%s holds the LoRA alone; --merge writes it merged into %s", target, request.base)
 
 
 def _base_of(path: Path, base: str | None, variant: str | None) -> origin.Origin:

@@ -1,5 +1,6 @@
 """What to convert, and how to write it: the arguments of `python -m trainer.export`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,13 @@ class Request:
     dtype: torch.dtype | None = None  # None: unchanged
     base: str | None = None  # of a LoRA, or where the model of a checkpoint is now
     variant: str | None = None  # of a diffusers folder's files: fp16
+    merge: bool = False  # write the base model with the LoRA merged into it
+    scale: float | None = None  # of what is merged; None: 1
 
     def check(self) -> None:
         """Refuse a target that exists, or whose suffix is that of a file type that is not
-        written."""
+        written; --merge without --base, and --scale without --merge."""
+        self._check_merge()
         if self.target.exists() or self.target.is_symlink():
             raise UserError(f"{self.target} exists; name another target, or remove it")
         ending = self.target.suffix
@@ -32,6 +36,21 @@ class Request:
                 f"it {self.target.with_suffix('.safetensors').name}, or drop the suffix for a "
                 "folder"
             )
+
+    def refuse_merge(self, what: str) -> None:
+        """Refuse --merge of something that is not a LoRA.  what: a phrase that says what it is."""
+        if self.merge:
+            raise UserError(f"--merge is for LoRAs, and {what}; leave out --merge")
+
+    def _check_merge(self) -> None:
+        if self.merge and self.base is None:
+            raise UserError("--merge needs the model to merge the LoRA into: --base=MODEL")
+        if self.scale is None:
+            return
+        if not self.merge:
+            raise UserError(f"--scale={self.scale:g} has no effect without --merge")
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise UserError(f"--scale={self.scale:g} must be a finite number other than 0")
 
     def check_file(self) -> None:
         """Refuse a target that does not look like the file it would be."""

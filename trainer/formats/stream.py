@@ -43,7 +43,7 @@ def write(
         for name in tqdm(_order(dtypes), desc=path.name, unit="tensor", disable=None, leave=False):
             tensor = weights[name].read()
             assert tuple(tensor.shape) == weights[name].shape, name
-            data = contents(_rounded(name, tensor, dtypes[name])).numpy().data
+            data = contents(rounded(name, tensor, dtypes[name])).numpy().data
             file.write(data)
             if is_hashed:
                 sha.update(data)
@@ -55,7 +55,7 @@ def _hashes(metadata: dict[str, str], digest: str) -> dict[str, str]:
     return {key: form.format(digest) for key, form in _FORMS.items() if key in metadata}
 
 
-def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in `dtype`.  Raises UserError if a finite value overflows."""
     rounded = tensor.to(dtype)
     if dtype != tensor.dtype and dtype.is_floating_point:

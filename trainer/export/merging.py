@@ -1,0 +1,159 @@
+"""Merging: a LoRA's change added to the weights of a model, which is then written as a whole.
+
+One tensor at a time: a weight is read, changed in fp32 and rounded to its final dtype when it is
+written, and again when the written file is compared with it.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.export import models
+from trainer.export.request import Request
+from trainer.formats import metadata, stream, writing
+from trainer.formats.adapters import Adapter, Adapters
+from trainer.formats.names import canonical
+from trainer.formats.weights import Lazy, Weights
+from trainer.models.origin import Architecture, Origin
+
+log = logging.getLogger(__name__)
+
+_COARSE = 0.1  # share of what is added that rounding changes, from which on there is a warning
+
+
+@dataclass(kw_only=True)
+class _Rounding:
+    """What rounding does to the merged weights, over all that were read."""
+
+    added: float = 0.0  # the sum of squares of what is added to the weights
+    changed: float = 0.0  # the sum of squares of what rounding then changes
+
+    def note(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
+        """Count one weight.  before: the model's; exact, rounded: the merged one."""
+        self.added += float((exact - before.float()).square().sum())
+        self.changed += float((rounded.float() - exact).square().sum())
+
+    @property
+    def share(self) -> float:
+        """The size of the rounding error, relative to what is added."""
+        return (self.changed / self.added) ** 0.5 if self.added else 0.0
+
+
+def write(
+    source: Path, request: Request, base: Origin, held: Adapters, described: dict[str, str]
+) -> None:
+    """Write `base` with these adapters merged into it.  described: the LoRA's own metadata."""
+    if isinstance(base, Architecture):
+        raise UserError(
+            f"--base={request.base} is an architecture without weights; name the model to merge "
+            "the LoRA into: --base=MODEL"
+        )
+    scale = 1.0 if request.scale is None else request.scale
+    rounding = _Rounding()
+    parts: dict[str, writing.Given] = {
+        part: _merged(part, base.weights(part), found, scale, request.dtype, rounding)
+        for part, found in held.items()
+    }
+    names = ", ".join(_name(path) for path in (str(request.base), str(source)))
+    scheduler = _scheduler(source, base.config("scheduler"), described)
+    models.write(request, base, parts, scheduler, {"modelspec.merged_from": names})
+    count = sum(len(found) for found in held.values())
+    message = "%s: with %d adapters of %s merged, scale %g (rounding changes %.1e of what is added)"
+    log.info(message, request.target, count, source, scale, rounding.share)
+    if rounding.share > _COARSE:
+        log.warning(
+            "rounding changes %.0f%% of what the LoRA adds; --dtype=float32, or float16 instead of "
+            "bfloat16, keeps more of it",
+            100 * rounding.share,
+        )
+
+
+def _name(path: str) -> str:
+    """The last part of a path or a hub repository's name, without a file's suffix."""
+    return Path(path).name.removesuffix(".safetensors")
+
+
+def merged(weight: Tensor, adapter: Adapter, scale: float) -> Tensor:
+    """weight + scale * (the weight that the adapter makes of it - weight), in fp32.
+
+    For DoRA that weight is magnitude * V / |V|, V = weight + delta, with norms of V's rows (Liu et
+    al. 2024, eq. 5); the scale then goes from the weight to it in a straight line, as the strength
+    of a LoRA does in ComfyUI and A1111.
+    """
+    before = weight.float()
+    delta = adapter.delta().reshape(before.shape)
+    if adapter.magnitude is None:
+        return before + scale * delta
+    direction = before + delta
+    norm = direction.flatten(1).norm(dim=1)
+    ratio = (adapter.magnitude.float() / norm).reshape(-1, *[1] * (before.ndim - 1))
+    return before + scale * (ratio * direction - before)
+
+
+def _merged(
+    part: str,
+    weights: Weights,
+    found: dict[str, Adapter],
+    scale: float,
+    dtype: torch.dtype | None,
+    rounding: _Rounding,
+) -> Weights:
+    """A part's tensors, those with an adapter changed when they are read.
+
+    dtype: of the changed ones, which are rounded once; None: that of the model.
+    """
+    changed: Weights = {}
+    for path, adapter in found.items():
+        name = canonical(part, f"{path}.weight")
+        own = weights[name]
+        final = dtype or own.dtype
+        read = partial(_read, f"{part}.{name}", own, adapter, scale, final, rounding)
+        changed[name] = Lazy(shape=own.shape, dtype=final, read=read)
+    return weights | changed
+
+
+def _read(
+    name: str,
+    own: Lazy,
+    adapter: Adapter,
+    scale: float,
+    dtype: torch.dtype,
+    rounding: _Rounding,
+) -> Tensor:
+    """A merged weight in `dtype`.  Raises UserError if it is not finite."""
+    before = own.read()
+    exact = merged(before, adapter, scale)
+    if not exact.isfinite().all():
+        raise UserError(f"{name} is not finite with the LoRA merged; one of the two is damaged")
+    result = stream.rounded(name, exact, dtype)
+    rounding.note(before, exact, result)
+    return result
+
+
+def _scheduler(source: Path, own: dict[str, Any], described: dict[str, str]) -> dict[str, Any]:
+    """The model's scheduler, changed to the noise that the LoRA was trained with if its metadata
+    says that it predicts v."""
+    says = described.get("ss_v_parameterization", described.get("modelspec.prediction_type"))
+    if says is None:
+        return own
+    if says not in ("True", "v"):
+        if metadata.noise(own)["prediction_type"] == "v_prediction":
+            log.warning(
+                "%s was trained to predict noise, and the model that it is merged into "
+                "predicts v; the result has the model's scheduler",
+                source,
+            )
+        return own
+    is_zero = described.get("ss_zero_terminal_snr") == "True"
+    marks = [metadata.V_PRED, metadata.ZTSNR] if is_zero else [metadata.V_PRED]
+    changed = metadata.marked_scheduler(own, marks, {})
+    if metadata.noise(changed) != metadata.noise(own):
+        log.info("the result has the scheduler that the LoRA was trained with (v-prediction)")
+        return changed
+    return own
