@@ -323,7 +323,6 @@ def test_mirror_images_are_neither_drawn_nor_evaluated_nor_held_out(load):
     assert len(flipping.samples) == 4 + 3
     assert flipping.own == flipping.shown == sorted(flipping.mirrors)
     assert not any(flipping.samples[i].mirrored for i in flipping.held_out)
-    assert flipping.num_pictures == 3
     assert flipping.plan.pictures_per_epoch == 3
 
 

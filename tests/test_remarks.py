@@ -33,6 +33,9 @@ QUIET = [
     ["ema=bf16", "method.ema.decay=1", "method.ema.every=4", "schedule.steps=4"],
     ["optim.lr=0", "method.rules=[{pattern: attn2, lr: 0.1}]"],
     ["method=lora", "method.train=[unet,text_encoder]", "method.text_targets=[q_proj]"],
+    ["method=lora", "method.tag_frequency=true", "data.tag_separator=/"],
+    ["method=lora", "method.export=[diffusers]", "method.metadata.title=Cats"],
+    ["method.export=[single_file]", "method.metadata.title=Cats"],
 ]
 IDLE = {
     "loss.gamma=3": "loss.weighting=min_snr",
@@ -58,6 +61,7 @@ IDLE = {
     "log.sample_count=0 log.guidance_scale=6": "pictures",
     "optim.on_nonfinite=raise": "runtime.max_skipped_steps",
     "optim.lr=0": "changes no weight",
+    "method.metadata.author=me": "method.export=[single_file]",
     "method.export=[]": "writes no model",
     "ema=bf16 method.ema.warmup=false method.ema.decay=1": "never changes the average",
     "ema=bf16 schedule.steps=4 method.ema.every=5": "never updates the average",

@@ -75,11 +75,15 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     ),
     (
         ("data.tag_separator",),
-        lambda c: _no_tags_move(c) and not c.data.keep_separator,
+        lambda c: (
+            _no_tags_move(c)
+            and not c.data.keep_separator
+            and not getattr(c.method, "tag_frequency", False)
+        ),
         "data.shuffle_tags and data.tag_dropout",
     ),
     (
-        ("method.export_every", "method.export_dtype"),
+        ("method.export_every", "method.export_dtype", "method.tag_frequency"),
         lambda c: not c.method.export,
         "a format in method.export",
     ),
@@ -220,6 +224,14 @@ def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
     ema = config.method.ema
     if ema and ema.sample == "last" and _nothing_drawn(config):
         yield f"method.ema.sample=last has no effect here: it is only used with {_PICTURES}"
+    formats = ["single_file"] if isinstance(config.method, FullConfig) else ["kohya", "diffusers"]
+    if not set(formats) & set(config.method.export):
+        words = (key for key, word in vars(config.method.metadata).items() if word is not None)
+        for key in words:
+            yield (
+                f"method.metadata.{key} has no effect here: it is written into .safetensors files "
+                f"only, method.export=[{','.join(formats)}]"
+            )
     if isinstance(config.method, FullConfig) and config.model.compute == config.model.dtype:
         dtype = config.model.dtype
         yield (

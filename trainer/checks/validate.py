@@ -29,6 +29,7 @@ from trainer.data import buckets
 from trainer.data.items import PICTURE_SUFFIXES
 from trainer.drawing import prompts
 from trainer.errors import UserError
+from trainer.formats import thumbnail
 from trainer.formats.hub import why_missing
 from trainer.system import processes
 from trainer.training import schedule
@@ -93,6 +94,8 @@ def check(config: Config) -> None:
         schedule.check(config.schedule)
     _check_names(config)
     _check_trained(config)
+    if picture := config.method.metadata.thumbnail:
+        thumbnail.data_url(picture)
     _check_curvature(config)
     check_rules(config.method.rules)
     if isinstance(config.method, LoraConfig):

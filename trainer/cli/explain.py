@@ -142,6 +142,9 @@ def _plain_value(found: re.Match[str], arguments: list[str]) -> str:
     """A plain value where there are options: data.sources=[/a], method.ema=true."""
     argument, node, place = found.groups()
     key = argument.partition("=")[0]
+    nested = [k.removeprefix(f"{key}.") for k in options_of(arguments) if k.startswith(f"{key}.")]
+    if nested:
+        return f"{argument}: it is a mapping; write '{key}={{{nested[0]}: ...}}'"
     if "[" not in place:
         return f"{argument}: {key} has options of its own; choose its group first ({_where(key)})"
     needed = [option for option in fields(getattr(config, node)) if option.default is MISSING]

@@ -26,6 +26,20 @@ class EmaConfig:
 
 
 @dataclass(kw_only=True)
+class MetadataConfig:
+    """What the written .safetensors files say, as modelspec.title and so on; null: nothing."""
+
+    title: str | None  # null: the file's name
+    author: str | None
+    description: str | None
+    license: str | None
+    tags: str | None  # separated by commas
+    trigger_phrase: str | None  # that a prompt must contain
+    usage_hint: str | None
+    thumbnail: str | None  # a picture's path, or a data URL (data:image/jpeg;base64,...)
+
+
+@dataclass(kw_only=True)
 class MethodConfig:
     """What all methods share."""
 
@@ -44,6 +58,7 @@ class MethodConfig:
     # Steps, or epochs (1epoch), between intermediate results; 0: only write the final result.
     export_every: Interval = interval()
     keep_exports: int = within(0)  # of the intermediate results, the newest; 0: all
+    metadata: MetadataConfig  # of the result, for programs that list models
     ema: EmaConfig | None  # chosen with ema=bf16 or ema=fp32
 
 
@@ -93,4 +108,7 @@ class LoraConfig(MethodConfig):
     start_from: str | None
     # Formats of the result: kohya (for A1111 and ComfyUI), diffusers.
     export: list[str] = one_of("kohya", "diffusers")
+    # Write into the result how often each tag occurs in the captions, which A1111 and others show
+    # (ss_tag_frequency).  It discloses the captions.
+    tag_frequency: bool
     export_dtype: str | None = one_of(*DTYPES)  # of the written weights; null: as trained

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from optim import rng
 from trainer.config import DataConfig
@@ -49,11 +50,6 @@ class Dataset:
     def held_out(self) -> list[int]:
         """The samples that are never trained on."""
         return [i for i, sample in enumerate(self.samples) if sample.held_out]
-
-    @property
-    def num_pictures(self) -> int:
-        """How many distinct pictures are trained on; resolutions and repeats do not count."""
-        return len({sample.digest for sample in self.samples if not sample.held_out})
 
     @property
     def fingerprint(self) -> str:
@@ -170,6 +166,7 @@ def _sample(picture: UsablePicture, index: int, config: DataConfig, is_held_out:
     first_caption = picture.captions[0]
     return Sample(
         item=picture.item,
+        source=Path(picture.source.path).expanduser().resolve().name,
         digest=picture.digest,
         picture_digest=picture.picture_digest,
         is_transparent=picture.is_transparent,

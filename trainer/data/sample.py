@@ -19,6 +19,7 @@ class Sample:
     """One picture; its pixels are read on demand (`read_pixels`)."""
 
     item: Item
+    source: str  # the name of the folder or file that it is from
     digest: str  # sha256 of the picture's bytes, and of its mask's if it has one
     picture_digest: str  # sha256 of the picture's bytes
     is_transparent: bool  # anywhere

@@ -95,8 +95,7 @@ def _export_model(saved: _Saved, request: Request) -> None:
     if model.vae_origin is not found:
         parts["vae"] = model.vae_origin
     scheduler = noise.scheduler_config(saved.noise, model.scheduler)
-    trainer = {metadata.TRAINER: saved.metadata[metadata.TRAINER]}
-    models.write(request, found, parts, scheduler, trainer)
+    models.write(request, found, parts, scheduler, result.of_model(saved.metadata))
 
 
 def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:

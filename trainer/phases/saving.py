@@ -1,13 +1,17 @@
 """Writing the checkpoints and results of a run, and what happens if one cannot be written."""
 
+import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from trainer.config import file_name
+from trainer.data import census
 from trainer.errors import UserError, reason
 from trainer.phases import intervals
 from trainer.phases.state import State
@@ -119,10 +123,10 @@ def export(state: State) -> list[Path]:
         step = f"step-{state.step:06d}"
         name, folder = f"{name}-{step}", folder / "results" / step
     is_new = not folder.exists()
-    pictures = state.data.dataset.num_pictures
+    counted = _counted(state)
     try:
         with state.clock.aside(intervals.EXPORTING), state.averaged(state.exports_average):
-            written = result.write(state.config, name, state.model, folder, state.step, pictures)
+            written = result.write(state.config, name, state.model, folder, state.step, counted)
     except Exception as error:
         if is_new:  # a folder of results is complete, or is not there
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,3 +141,22 @@ def export(state: State) -> list[Path]:
         until_now = [old for old in every if checkpoint.step_of(old) <= state.step]
         checkpoint.delete(until_now[:-keep])
     return written
+
+
+def _counted(state: State) -> dict[str, Any]:
+    """A LoRA's metadata on data and epochs, under the keys of kohya's scripts and counted as they
+    do: an epoch that has begun counts as one."""
+    config, dataset = state.config, state.data.dataset
+    own, prior = census.pictures_per_epoch(dataset)
+    per_epoch = dataset.plan.batches_per_epoch
+    left = (config.schedule.steps - state.step) * config.runtime.micro_batches
+    counted = {
+        "ss_num_train_images": own,
+        "ss_num_reg_images": prior,
+        "ss_num_batches_per_epoch": math.ceil(per_epoch),
+        "ss_epoch": math.ceil(state.micro_batches / per_epoch),
+        "ss_num_epochs": math.ceil((state.micro_batches + left) / per_epoch),
+    }
+    if not getattr(config.method, "tag_frequency", False):
+        return counted
+    return counted | {"ss_tag_frequency": json.dumps(census.tag_frequency(dataset))}

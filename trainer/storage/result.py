@@ -6,13 +6,14 @@ Each file is read back and compared with the trained tensors (`trainer.formats`)
 import copy
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trainer.config import DTYPES, Config, FullConfig, LoraConfig
 from trainer.errors import UserError
-from trainer.formats import diffusers_lora, lora, metadata, writing
+from trainer.formats import diffusers_lora, lora, metadata, thumbnail, writing
 from trainer.models.model import Model
 from trainer.system import disk
 
@@ -30,13 +31,19 @@ def check(method: FullConfig | LoraConfig, model: Model) -> None:
 
 
 def write(
-    config: Config, name: str, model: Model, folder: Path, step: int, num_images: int
+    config: Config,
+    name: str,
+    model: Model,
+    folder: Path,
+    step: int,
+    counted: Mapping[str, Any],
 ) -> list[Path]:
     """Write the result in the formats of `method.export`; returns the files and folders written.
 
     A full fine-tune: `diffusers`, the whole pipeline in `folder/model`; `single_file`,
     `folder/NAME.safetensors`.  A LoRA: `kohya`, `folder/lora/NAME.safetensors`; `diffusers`,
     `folder/lora/pytorch_lora_weights.safetensors` (a run of that name has NAME-kohya beside it).
+    counted: further metadata of a LoRA, on its data.
     Raises UserError if a file cannot be written, or does not read back equal.
     """
     method = config.method
@@ -44,7 +51,7 @@ def write(
     parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
     if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
         parts["vae"] = model.vae_origin
-    more_metadata = described(asdict(config), step, num_images)
+    more_metadata = described(asdict(config), step, counted)
     written = []
     for kind in method.export:
         if isinstance(method, LoraConfig):
@@ -59,7 +66,7 @@ def write(
                 parts,
                 dtype,
                 model.scheduler,
-                {metadata.TRAINER: more_metadata[metadata.TRAINER]},
+                of_model(more_metadata),
             )
         else:
             target = folder / "model"
@@ -87,11 +94,13 @@ def _write_scheduler(model: Model, folder: Path) -> Path:
     return folder
 
 
-def described(config: dict[str, Any], step: int, num_images: int | None = None) -> dict[str, str]:
+def described(
+    config: dict[str, Any], step: int, counted: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """Metadata: how it was trained, under the keys of kohya's scripts, which model managers show,
-    and the public part of the configuration under a key of our own.
+    the words of `method.metadata`, and the public part of the configuration under a key of our own.
 
-    num_images: the number of distinct training pictures; None if unknown.
+    counted: more of kohya's keys, on the data; none if unknown.
     """
     model, data = config["model"], config["data"]
     side = max(data.get("resolutions") or [data["resolution"]])
@@ -103,19 +112,41 @@ def described(config: dict[str, Any], step: int, num_images: int | None = None) 
         "ss_lr_scheduler": config["schedule"]["name"],
         "ss_seed": config["seed"],
         "ss_resolution": resolution,
-        "ss_num_train_images": num_images,
+        "ss_sd_model_name": Path(model["path"]).name,
         "ss_batch_size_per_device": data["batch_size"],
         "ss_mixed_precision": "bf16" if "bfloat16" in (model["dtype"], model["compute"]) else "no",
         metadata.RESOLUTION: resolution,
         metadata.TRAINER: json.dumps({"config": _public(config), "step": step}),
+        **(counted or {}),
     }
-    return {key: str(value) for key, value in known.items() if value is not None}
+    told = {key: str(value) for key, value in known.items() if value is not None}
+    return told | _words(config["method"].get("metadata") or {})
+
+
+def of_model(described: Mapping[str, str]) -> dict[str, str]:
+    """The part of `described` that is for a whole model: without kohya's keys, and without the
+    resolution, as a model has its own."""
+    others = ("ss_", metadata.RESOLUTION)
+    return {key: value for key, value in described.items() if not key.startswith(others)}
+
+
+def _words(given: Mapping[str, str | None]) -> dict[str, str]:
+    """`method.metadata` under modelspec's keys."""
+    words = {key: word for key, word in given.items() if word is not None}
+    if "thumbnail" in words:
+        try:
+            words["thumbnail"] = thumbnail.data_url(words["thumbnail"])
+        except UserError as error:  # moved since the run began; no reason to lose the result
+            log.warning("%s; the file gets no thumbnail", error)
+            del words["thumbnail"]
+    return {f"modelspec.{key}": word for key, word in words.items()}
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what is private or of no use elsewhere: paths, captions, prompts.
-    Of model paths the last part is kept."""
+    """The configuration without what is private or of no use elsewhere (paths, captions, prompts)
+    or has its own keys.  Of model paths the last part is kept."""
     public = copy.deepcopy(config)
+    public["method"].pop("metadata", None)
     for private in ("resume", "log"):
         del public[private]
     for private in ("path", "sources", "cache", "caption_prefix", "caption_suffix"):

@@ -6,11 +6,11 @@ import logging
 import re
 import shlex
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, ConstantConfig, flatten
+from trainer.config import Config, ConstantConfig, MetadataConfig, flatten
 from trainer.errors import UserError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
@@ -38,6 +38,8 @@ _ANYWHERE = {
     "method.export_every",
     "method.keep_exports",
     "method.start_from",
+    "method.tag_frequency",
+    *(f"method.metadata.{word.name}" for word in fields(MetadataConfig)),
     "method.ema.device",
     "method.ema.sample",
     "method.ema.export",

@@ -24,6 +24,8 @@ _AROUND = (
     "method.export_dtype",
     "method.export_every",
     "method.keep_exports",
+    "method.metadata",
+    "method.tag_frequency",
     "data.cache",
 )
 _MEASURED = "log.eval_points"  # an exception in `log`: it affects eval/loss
