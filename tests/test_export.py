@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
+from trainer.export import loras
 from trainer.formats import adapters, architectures, lora, names, stream, weights, writing
 from trainer.models import origin
 
@@ -311,3 +312,16 @@ def test_a_variant_is_called_by_the_commands_own_option(tmp_path, capsys, caplog
     with caplog.at_level("WARNING"):
         run_export(capsys, tmp_path / "a.safetensors", tmp_path / "b", "--variant", "fp16")
     assert caplog.messages[0].startswith("--variant=fp16 has no effect: ")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_weights_of_a_base_on_the_hub_are_downloaded_only_to_merge(monkeypatch, merge):
+    asked = []
+
+    def download(name, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        return str(TINY)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert loras.base_model("owner/name", with_weights=merge).kind == "sdxl"
+    assert any(pattern.endswith(".safetensors") for pattern in asked) is merge

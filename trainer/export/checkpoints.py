@@ -70,7 +70,7 @@ def _saved(folder: Path) -> _Saved:
 
 
 def _export_lora(saved: _Saved, request: Request) -> None:
-    found = loras.base_model(saved.model.path, saved.model.variant)
+    found = loras.base_model(saved.model.path, saved.model.variant, request.merge)
     own = found.config("scheduler")
     trained = noise.scheduler_config(saved.noise, own)
     if not request.merge:  # a merged model has its own scheduler

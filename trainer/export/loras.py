@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def convert(path: Path, request: Request) -> None:
     """Write the LoRA of this file, by default in the format that it does not have."""
-    found = _base_of(path, request.base, request.variant)
+    found = _base_of(path, request)
     held = lora.read(path, _empty(found))
     weights, described = of_file(path)
     other = "diffusers" if kohya.is_own(weights) else "kohya"
@@ -53,8 +53,9 @@ def write(
         log.info("%s holds the LoRA alone; --merge writes it merged into %s", target, request.base)
 
 
-def _base_of(path: Path, base: str | None, variant: str | None) -> origin.Origin:
+def _base_of(path: Path, request: Request) -> origin.Origin:
     """The base model of a LoRA."""
+    base, variant = request.base, request.variant
     if base is None:
         version = of_file(path)[1].get("ss_base_model_version", "")
         named = [kind for kind, known in BASE_VERSION.items() if version.startswith(known)]
@@ -70,14 +71,15 @@ def _base_of(path: Path, base: str | None, variant: str | None) -> origin.Origin
                 f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "
                 "name its base model: --base=MODEL"
             )
-    return base_model(base, variant)
+    return base_model(base, variant, request.merge)
 
 
-def base_model(base: str, variant: str | None = None) -> origin.Origin:
-    """The model that --base names: sdxl and sd15 are the published ones."""
+def base_model(base: str, variant: str | None = None, with_weights: bool = False) -> origin.Origin:
+    """The model that --base names: sdxl and sd15 are the published ones.  From a hub, weights are
+    downloaded only `with_weights`."""
     is_published = base in architectures.PUBLISHED
     path = str(architectures.folder(base)) if is_published else base
-    return origin.at(path, variant, "--base")
+    return origin.at(path, variant, "--base", with_weights)
 
 
 def _trained_on(path: Path) -> tuple[str, str | None] | None:
