@@ -4,7 +4,46 @@
 // longer than its elements.  But a tile of few columns is one piece of memory.  So a pass takes its
 // rows as lines of up to kTileCols elements, whose vectors hold elements of several rows.  Factors
 // and draws are looked up for a vector's lanes; sums are added from what the line leaves in L1, row
-// by row, so that the results have the same bits.
+// by row, so that the results have the same bits.  (So any pass may take lines or rows, whatever
+// the others take.)
+//
+//   memory:      a b c a b c a b c a b c a b c a b c a b c ...     three columns a, b, c
+//   row          0     1     2     3     4     5     6
+//   vector       |0 ............................ |1 ..........     sixteen lanes: 5 1/3 rows
+//   Cursor       row 0, column a                 row 5, column b
+//   Cycle        0 0 0 1 1 1 2 2 2 3 3 3 4 4 4 5 | 0 0 1 1 1 ...   lane's row - Cursor::row
+//
+// What this rests on:
+//
+//  1. is_narrow() holds: 1 to kNarrowCols columns, at least two rows, all complete.  So the tensor
+//     has one tile across (its strips are single tiles, `col` is 0), the rows of a tile are one
+//     piece of memory, and a line reads as one row of `width` elements, which begins where its
+//     first row does: grads, weights and Scratch need no other code.
+//  2. A line is complete rows of one tile: as many as fit into kTileCols elements, fewer at the
+//     tile's end.  So a line begins at column 0, and only its last vector may be incomplete.
+//  3. Words of random bits are counted with 256 (kWordsOfRow) for each row (core/random.h).  A tile
+//     begins at a multiple of 64 rows, so its words are within an aligned block of 2^14: their
+//     counters have the same upper half, and one `link` serves a line.  A vector's rows number at
+//     most 16, so a word counted from its first row is below kUpper.
+//  4. Cursors move on by one vector with each call: a pass calls load() of LineFactors, and next()
+//     of LineDraws, once for each vector, in order.  (Weights draw once: for themselves or,
+//     with compensation, for what they lose.)  Everything else is addressed by (i, col) and may be
+//     read again.
+//  5. Whole vectors are read and written, also where fewer lanes exist; nothing reads what is left
+//     in the others.  The room for that:
+//     - Cycle has kLanes numbers more than columns: a vector may begin with the last column.
+//     - A vector that begins in the last row reads kLanes - 1 row factors too many.  The rows'
+//       vector is padded to kVectorPad, and the columns' vector follows it (Factors in
+//       engine/tensor.h), padded too: what is read is in the workspace, and `picked` for no lane
+//       that exists.
+//     - Line has kNarrowCols elements more than a line: the last row's last vector.  A row's last
+//       vector also overwrites the beginning of the next row in a Line: rows are decoded in order.
+//     - The column sums of a tile have room for kTileCols (kPartials).
+//  6. Sums have the bits of Exec::RowSums, RowTotals and Columns in engine/exec_cpu.h: a row's
+//     vectors begin at its first column, in order, zero beyond its end; rows follow in order, and
+//     a total or a column's sum goes on from line to line.
+//  7. A codec's slot knows one row at a time: LineSlot lets it begin each row twice, to decode it
+//     before the line and to encode it after.
 #pragma once
 
 #include "engine/tile.h"
@@ -22,7 +61,7 @@ HD bool is_narrow(const Tensor& t, bool specialised) {
 }
 
 // A number for each column, repeated so that a vector of a line, whichever column it begins with,
-// finds its lanes' numbers side by side.
+// finds its lanes' numbers side by side (5 above).
 template <class T>
 struct Cycle {
     T of_lanes[kNarrowCols + kLanes];
@@ -70,7 +109,7 @@ struct LineFactors {
         row_of.lay_out(cursor.cols, [&](int, int row) INLINED { return uint32_t(row); });
     }
     HD void begin_row(int64_t line, int) { cursor.begin_row(line); }
-    // The rows' vector is padded, and the columns' follows it: whole vectors can be loaded.
+    // Of the next vector (4); the row factors that are read may reach into the columns' (5).
     HD F load(int, int, int) {
         const F of_rows = load_f32(rows + cursor.row, kLanes);
         const F x = cols.load(cursor.col) * picked(of_rows, as_bits(row_of.load(cursor.col)));
@@ -83,7 +122,7 @@ struct LineFactors {
     HD void end() {}
 };
 
-// The rounding draws of a line (`Draws` in core/random.h).
+// The rounding draws of a line (`Draws` in core/random.h), whose words have one `link` (3).
 struct LineDraws {
     static constexpr uint32_t kWordsOfRow = kTileCols / 2, kUpper = 1u << 31;
     const uint64_t key;
@@ -139,7 +178,7 @@ struct LineWeight {
     HD void end_row(int) {}
 };
 
-// A number for each element of a line.  A row's last vector may reach beyond the line's end.
+// A number for each element of a line, with room for a vector that reaches beyond its end (5).
 struct Line {
     float elements[kTileCols + kNarrowCols];
 
@@ -175,7 +214,7 @@ HD void each_vector(VectorsT, int cols, Function&& f) {
     f(kLast, kLast * kLanes, cols - kLast * kLanes);
 }
 
-// The total of a tile that Exec::RowTotals adds up row by row.
+// The total of a tile, as Exec::RowTotals adds it (6).
 struct LineTotals {
     int cols;
     Line values;
@@ -206,7 +245,7 @@ struct LineTotals {
     HD void end(double&, int) {}
 };
 
-// A factored moment of which a pass computes the sums, as FactoredSlot adds them.
+// A factored moment of which a pass computes the sums, as FactoredSlot adds them (6).
 struct LineSums {
     FactoredSlot<false> slot;
     int64_t line;
@@ -254,7 +293,7 @@ struct LineSums {
     }
 };
 
-// A moment of any codec, decoded and encoded row by row.
+// A moment of any codec, decoded and encoded row by row (7).
 struct LineSlot : AnySlot {
     int cols;
     int64_t line;
@@ -310,7 +349,7 @@ template <class RuleT, bool kPlainStep, class FastT>
 struct LineAccess : ByLine {
     using R = RuleT;
     static_assert(R::kSquareFirst && !R::kSquareStored && !R::kRoot, "square is only read");
-    static constexpr bool kAlone = is_same<FastT, NoSlot>;
+    static constexpr bool kAlone = is_same<FastT, NoSlot>;  // no other moment is read
     static constexpr bool kPlain = kPlainStep, kMoves = kPlainStep, kFlagsKnown = kPlainStep;
     static constexpr bool kRoundsWithin = false;
     static constexpr int64_t kFlags =
