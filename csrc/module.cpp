@@ -118,7 +118,8 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("step"), py::arg("launch"), py::arg("count"), py::arg("isa"),
         py::arg("num_threads"),
-        "So many items of a step (ProjectionStep) of the Projections struct at this address.");
+        "Runs the first `count` items of a step (ProjectionStep) of the Projections struct at this "
+        "address.");
 
     m.def(
         "multiplies_pairs", [](const std::string& isa) { return find(isa).multiplies_pairs(); },

@@ -41,7 +41,7 @@ enum Trait : int {
     kMisshapen = 1 << 5,  // a gradient has another shape than its parameter
 };
 
-// A tensor's properties, without its address.
+// A tensor's properties without its address, as bytes: the `kinds` of optim/share.py.
 struct Kind {
     int64_t numel;
     int32_t device_type;
@@ -154,25 +154,6 @@ inline py::object addresses(const py::list& tensors, const py::object& capsule) 
     return found;
 }
 
-// Prefetches the next dicts among a dict's values: first their objects, then the tables that those
-// point to.
-struct Ahead {
-    static constexpr int kLines = 3;  // cache lines of a table of a dozen entries
-    PyObject* dict;
-    Py_ssize_t object = 0, table = 0;
-
-    explicit Ahead(PyObject* dict) : dict(dict) {
-        for (int i = 0; i < 16; ++i) step(i >= 8);
-    }
-    void step(bool tables = true) {
-        PyObject *key, *value;
-        if (PyDict_Next(dict, &object, &key, &value)) __builtin_prefetch(value + 1);
-        if (!tables || !PyDict_Next(dict, &table, &key, &value) || !PyDict_Check(value)) return;
-        auto* lines = reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(value)->ma_keys);
-        for (int line = 0; line < kLines; ++line) __builtin_prefetch(lines + 64 * line);
-    }
-};
-
 // Whether `state[param]` holds, for each parameter, the same tensor objects as `parts`: those of
 // all parameters in order, with their int32 numbers in `counts`.
 //
@@ -184,9 +165,7 @@ inline bool same_state(const py::dict& state, const py::list& params, const py::
     PyObject *key, *value;
     Py_ssize_t next = 0, at = 0;
     bool in_order = true;
-    Ahead ahead(state.ptr());
     for (size_t i = 0; i < params.size(); ++i, ++count) {
-        ahead.step();
         PyObject* param = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
         in_order = in_order && PyDict_Next(state.ptr(), &next, &key, &value) && key == param;
         if (!in_order) value = PyDict_GetItemWithError(state.ptr(), param);
