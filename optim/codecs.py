@@ -44,22 +44,6 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class Dense:
-    """Plain fp32: 4 bytes an element."""
-
-    shape: tuple[int, ...]
-
-    def zeros(self, device: torch.device) -> Parts:
-        return {"": torch.zeros(self.shape, dtype=torch.float32, device=device)}
-
-    def encode(self, x: Tensor, key: int, salt: int = 0) -> Parts:
-        return {"": x}
-
-    def decode(self, parts: Parts) -> Tensor:
-        return parts[""]
-
-
-@dataclass(frozen=True)
 class Exact:
     """Values stored in `dtype`: a copy of weights in their dtype, a sum in fp64.
 
@@ -77,6 +61,13 @@ class Exact:
 
     def decode(self, parts: Parts) -> Tensor:
         return parts[""]
+
+
+@dataclass(frozen=True)
+class Dense(Exact):
+    """Plain fp32: 4 bytes an element."""
+
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
