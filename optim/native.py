@@ -99,7 +99,7 @@ class NativeEngine(DescriptorEngine):
                 num_tensors=bucket.num_tensors,
                 num_tiles=bucket.num_tiles,
                 rule=plan.RULES[self._rule],
-                alone=bucket.alone,
+                workspace_per_thread=bucket.workspace_per_thread,
             )
             work.launches.append((launch, bucket))
 
@@ -109,7 +109,8 @@ class NativeEngine(DescriptorEngine):
             # Each begins on its own cache line: the workspace is accessed in whole vectors.
             hypers = in_lines(bucket.num_tensors * plan.HYPER_BYTES)
             sums = in_lines(bucket.num_tiles * plan.TILE_SUMS_BYTES)
-            size = hypers + sums + (bucket.workspace_size + bucket.alone * threads) * 4
+            workspace = bucket.workspace_size + bucket.workspace_per_thread * threads
+            size = hypers + sums + workspace * 4
             if self._room.numel() < size:
                 self._room = torch.empty(size, dtype=torch.uint8, device=CPU)
             launch.hypers = self._room.data_ptr()

@@ -191,7 +191,7 @@ class Launch(ctypes.Structure):
         ("num_tensors", c_int64),
         ("num_tiles", c_int64),
         ("rule", c_int32),
-        ("alone", c_int32),
+        ("workspace_per_thread", c_int32),
     ]
 
 
@@ -228,7 +228,7 @@ class Projections(ctypes.Structure):
         ("grad_dtype", c_int32),
         ("p_dtype", c_int32),
         ("signs", c_int32),
-        ("whole", c_int32),
+        ("per_tensor", c_int32),
     ]
 
 
@@ -324,7 +324,7 @@ class Bucket:
 
     `vectors` holds the offset in the workspace of each member's decoded factors; the tiles' partial
     sums follow them.  Units are fp32 elements.  All members share one workspace; or, if each is
-    stepped alone by one thread, every thread has a workspace of `alone` elements.
+    stepped alone by one thread, every thread has one, of `workspace_per_thread` elements.
     """
 
     def __init__(
@@ -347,12 +347,13 @@ class Bucket:
         partials = factored[owner] * PARTIALS
         if alone:
             room = _padded(vector_sizes + counts * factored * PARTIALS)
-            self.alone, self.workspace_size = max(VECTOR_PAD, int(room.max())), 0
+            self.workspace_per_thread, self.workspace_size = max(VECTOR_PAD, int(room.max())), 0
             self.vectors = torch.zeros_like(room)
             first_partials = vector_sizes[owner] + within * partials
         else:
             total_vectors = int(vector_sizes.sum())
-            self.alone, self.workspace_size = 0, total_vectors + int(partials.sum())
+            self.workspace_size = total_vectors + int(partials.sum())
+            self.workspace_per_thread = 0
             self.vectors = vector_sizes.cumsum(0) - vector_sizes
             first_partials = total_vectors + partials.cumsum(0) - partials
 

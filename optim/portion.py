@@ -25,7 +25,7 @@ class ProjectedKind(NamedTuple):
     p_dtype: torch.dtype
     rank: int
     signs: bool  # P consists of signs
-    whole: bool  # a tensor has one factor, not one per channel
+    per_tensor: bool  # a tensor has one factor, not one per channel
     conditioned: bool  # is_conditioned
 
 
@@ -42,7 +42,7 @@ def kind_of(place: Place, grad_dtype: torch.dtype, p_dtype: torch.dtype) -> Proj
         p_dtype=p_dtype,
         rank=group["rank"],
         signs=group["projection"] == "sign",
-        whole=group["scaling"] == "tensor",
+        per_tensor=group["scaling"] == "tensor",
         conditioned=is_conditioned(group),
     )
 
@@ -125,7 +125,7 @@ class Portion:
             grad_dtype=plan.DTYPES[self.kind.grad_dtype],
             p_dtype=plan.DTYPES[self.kind.p_dtype],
             signs=self.kind.signs,
-            whole=self.kind.whole,
+            per_tensor=self.kind.per_tensor,
         )
         raw = torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *lists])
         self.table[: raw.numel()].copy_(raw)

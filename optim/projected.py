@@ -267,7 +267,7 @@ class NativeProjectedEngine(ProjectedEngine):
 
     def _measure(self, portion: Portion) -> None:
         self._run("lengths", portion, sum(portion.num_channels))
-        if portion.kind.whole:
+        if portion.kind.per_tensor:
             self._run("whole", portion, len(portion.places))
 
     def _run(self, use: str, portion: Portion, count: int) -> None:

@@ -89,7 +89,7 @@ class CudaProjectedEngine(ProjectedEngine):
 
     def _measure(self, portion: Portion) -> None:
         self._launch(portion, "lengths", sum(portion.num_channels))
-        if portion.kind.whole:
+        if portion.kind.per_tensor:
             self._launch(portion, "whole", len(portion.places))
 
     def _launch(self, portion: Portion, use: str, grid: int) -> None:
@@ -108,12 +108,12 @@ def kernels_of(kind: ProjectedKind) -> dict[str, str]:
     dtype = plan.DTYPES[kind.grad_dtype]
     names = {
         "draw": f"draw_kernel<{dtype}, {str(kind.signs).lower()}>",
-        "lengths": f"lengths_kernel<{str(kind.whole).lower()}>",
+        "lengths": f"lengths_kernel<{str(kind.per_tensor).lower()}>",
     }
     if not kind.conditioned:
         few = few_rows(kind.rank)
         names["project"] = f"few_kernel<{dtype}, {few}>" if few else f"mend_kernel<{dtype}>"
-    if kind.whole:
+    if kind.per_tensor:
         names["whole"] = "whole_kernel"
     return {use: "engine::cuda::projected::" + name for use, name in names.items()}
 

@@ -97,7 +97,7 @@ struct Rule {
     static constexpr bool kHasResidual = false;  // the slow moment averages residual()
     static constexpr bool kSampled = false;      // it has state for some elements (samples.h)
     static constexpr bool kRoot = false;         // whether it uses Moments::root
-    static constexpr bool kHasUnit = false;      // whether prepare() sets Hyper::unit
+    static constexpr bool kOwnScale = false;     // whether prepare() sets direction_scale
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
     // What the loop over usable gradients may assume (tile.h); for rules with averages, that these
     // move by less than half.

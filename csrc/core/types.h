@@ -135,11 +135,11 @@ struct Hyper {
     double beta2, inv_bias2;          // Adafactor's, of this step
     float weight1, weight2, weight3;  // 1 - beta
     float momentum, eps, alpha, limit;
-    float curvature;           // Sophia's: its factor
-    float tilt, square_scale;  // factors; atan2: of the numerator; Adafactor: of the second moment
-    // The update is cautious_scale settled_scale settled(update_scale unit direction()), and the
-    // step is lr times it.
-    float unit;
+    float curvature;  // Sophia's: its factor
+    // The factors of an update; the table in engine/tile.h says who sets them and where they are.
+    float atan2_numerator_scale;  // Adam's, with kAtan2
+    float square_scale;           // Adafactor's, of a vector's second moment
+    float direction_scale;
     float settled_scale;
     float update_scale;  // growth limiter and RMS clip
     float growth_scale;  // growth limiter alone
@@ -188,9 +188,10 @@ struct Launch {
     TileSums* sums;             // (num_tiles)
     float* workspace;           // vectors and partials
     int64_t num_tensors, num_tiles;
-    int32_t rule;   // its number in rules/all.h
-    int32_t alone;  // size of each thread's workspace, if it takes one tensor after another through
-                    // all phases; 0: all of the bucket's tensors share one workspace
+    int32_t rule;  // its number in rules/all.h
+    // Floats of each thread's workspace, if it takes one tensor after another through all phases.
+    // 0: all of the bucket's tensors share one workspace.
+    int32_t workspace_per_thread;
 };
 
 }  // namespace engine

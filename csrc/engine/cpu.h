@@ -45,14 +45,15 @@ inline int64_t end_of_share(const Isa& isa, const Launch& launch, int64_t tile, 
 }
 
 // A thread takes one tensor after another through all phases, while its cache holds it; in a launch
-// of small tensors each thread has its own workspace, which its cache holds too.  A phase only
+// of small tensors (workspace_per_thread) each thread has its own workspace, which its cache holds
+// too.  A phase only
 // reads one tensor, so the results are the same as phase by phase.
 inline void run_alone(const Isa& isa, const Launch& launch, int num_threads) {
     const int64_t neighbours = std::clamp<int64_t>(launch.num_tensors / (8 * num_threads), 1, 16);
 #pragma omp parallel num_threads(num_threads) if (launch.num_tensors > 1 && num_threads > 1)
     {
         Launch own = launch;
-        own.workspace += int64_t(omp_get_thread_num()) * launch.alone;
+        own.workspace += int64_t(omp_get_thread_num()) * launch.workspace_per_thread;
 #pragma omp for schedule(dynamic, neighbours)
         for (int64_t i = 0; i < own.num_tensors; ++i) {
             isa.run_tensor(kBegin, own, i);
@@ -98,7 +99,7 @@ struct alignas(64) Progress {
 // of its own, so the result does not depend on which thread takes which share.  An item only waits
 // for earlier ones, so there is always one that does not wait.
 inline void run(const Isa& isa, const Launch& launch, int num_threads) {
-    if (launch.alone || num_threads == 1) return run_alone(isa, launch, num_threads);
+    if (launch.workspace_per_thread || num_threads == 1) return run_alone(isa, launch, num_threads);
     std::vector<Progress> progress(launch.num_tensors);
     std::atomic<int64_t> taken{0};
     const int64_t share = share_of(isa, launch, num_threads);

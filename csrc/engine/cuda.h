@@ -111,7 +111,8 @@ constexpr int32_t kCodecOf<GivenSlot> = kGiven;
 template <class SlotT>
 constexpr bool kSumsRows = kCodecOf<SlotT> == kFactored || kCodecOf<SlotT> == kFactoredSign;
 
-// A kind of tensor.  kAhead: rows of its gradient that are loaded while one is computed.
+// A kind of tensor, as an access (engine/tile.h); optim/gpu.py writes its name.  kAhead: rows of
+// its gradient that are loaded while one is computed.
 template <class RuleT, class FastT, class SlowT, class SquareT, int32_t kWeightDtype,
           int32_t kGradDtype, int64_t kFlags_, bool kCompensated, int kAhead = 1>
 struct Kind : ByRow {
@@ -174,9 +175,10 @@ struct Kind : ByRow {
 struct TileOf {
     const Launch& launch;
     const int64_t number;
-    const bool whole;
+    const bool by_vectors;
 
-    HD TileOf(const Launch* l) : launch(*l), number(blockIdx.x), whole(is_whole(launch, number)) {}
+    HD TileOf(const Launch* l)
+        : launch(*l), number(blockIdx.x), by_vectors(can_use_vectors(launch, number)) {}
     HD const Hyper& hyper() const { return launch.hypers[launch.tiles[number].tensor]; }
 };
 
@@ -185,39 +187,39 @@ struct TileOf {
 template <class GradT, class WeightT>
 __global__ __launch_bounds__(kTileThreads, 1) void measure_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    measure<GradT, WeightT>(tile.launch, tile.number, tile.whole);
+    measure<GradT, WeightT>(tile.launch, tile.number, tile.by_vectors);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void factor_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    factor<typename KindT::Read::Grad, KindT::kFlags>(tile.launch, tile.number, tile.whole);
+    factor<typename KindT::Read::Grad, KindT::kFlags>(tile.launch, tile.number, tile.by_vectors);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void norm_kernel(const Launch* launch) {
     const TileOf tile(launch);
     if (wants_norm(tile.hyper()))
-        norm<typename KindT::Read, false>(tile.launch, tile.number, tile.whole);
+        norm<typename KindT::Read, false>(tile.launch, tile.number, tile.by_vectors);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void residual_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    residual<typename KindT::Read>(tile.launch, tile.number, tile.whole);
+    residual<typename KindT::Read>(tile.launch, tile.number, tile.by_vectors);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void limit_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    norm<typename KindT::Read, true>(tile.launch, tile.number, tile.whole);
+    norm<typename KindT::Read, true>(tile.launch, tile.number, tile.by_vectors);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, 1) void align_kernel(const Launch* launch) {
     const TileOf tile(launch);
     if (wants_align(tile.hyper()))
-        align<typename KindT::Read>(tile.launch, tile.number, tile.whole);
+        align<typename KindT::Read>(tile.launch, tile.number, tile.by_vectors);
 }
 template <class KindT>
 __global__ __launch_bounds__(kTileThreads, KindT::kBlocks) void apply_kernel(const Launch* launch) {
     const TileOf tile(launch);
-    apply<KindT>(tile.launch, tile.number, tile.whole);
+    apply<KindT>(tile.launch, tile.number, tile.by_vectors);
 }
 
 // The phases of a bucket's tensors, a block for each.

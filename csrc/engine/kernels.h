@@ -32,7 +32,7 @@ HD bool serves(uint32_t at, const Function& f) {
 template <class RuleT, class SquareT>
 using Coded = PlainAccess<RuleT, Float8<Signed8, SharedDraws>, NoSlot, SquareT, false, true>;
 
-// The same for a narrow matrix; `alone`: the second moment is all that it has.
+// The same for a narrow matrix (engine/lines.h).  `alone`: the second moment is all that it has.
 template <class RuleT, class Function>
 HD void with_lines_of(uint32_t at, bool alone, const Function& f) {
     if constexpr ((RuleT::kPlainLoops & kSquareAlone) != 0)

@@ -1,4 +1,5 @@
-// Where a tile is: what every codec needs to find its elements.
+// Where a tile is (`Place`): what every codec needs to find its elements.  (In Python a
+// Place is a parameter with its group.)
 //
 // A pass takes the tiles of a strip together: up to Exec::kStripTiles of them side by side, row by
 // row across all.  On a CPU that follows their layout in memory, so that the hardware prefetches
@@ -29,7 +30,7 @@ struct Place {
     const Tile* tile;                             // the current one,
     int64_t col, partials;                        // its first column, its offset in the workspace,
     int number;                                   // and its number in the strip
-    const bool whole;                             // whether Exec::Row may use vectors
+    const bool by_vectors;                        // can_use_vectors(); not asked on a CPU
     // If a strip is one tile: its columns, its row's first element, and whether a row follows.
     const int first_width;
     int at_row;  // the current one of the tile's rows
@@ -38,7 +39,7 @@ struct Place {
     const uint64_t key;  // of the step's rounding
     U words;             // the row's random words of the thread's 32 columns: make_words()
 
-    HD Place(const Launch& l, int64_t first_tile, bool is_whole)
+    HD Place(const Launch& l, int64_t first_tile, bool by_vectors)
         : launch(l),
           first(l.tiles + first_tile),
           tensor(l.tensors[l.members[first->tensor]]),
@@ -52,7 +53,7 @@ struct Place {
           col(first->col),
           partials(first->partials),
           number(0),
-          whole(is_whole),
+          by_vectors(by_vectors),
           first_width(width_from(col)),
           at_row(0),
           element(from_row * num_cols + col),
@@ -105,18 +106,19 @@ struct Place {
         return int(cols() - column < kTileCols ? cols() - column : kTileCols);
     }
     HD int width(int64_t row) const {
-        if (whole) return width();
+        if (by_vectors) return width();
         int64_t left = numel - row * cols() - col;
         return left >= width() ? width() : left > 0 ? int(left) : 0;
     }
 };
 
-// Whether all rows of a tile are whole blocks of 32 columns, aligned for vectors of any width.
-HD bool is_whole(const Launch& launch, int64_t tile) {
+// Whether a GPU may read and write a tile's rows as vectors (Exec::Row in engine/rows_cuda.h): all
+// of them are complete blocks of 32 columns, and aligned for vectors of any width.
+HD bool can_use_vectors(const Launch& launch, int64_t tile) {
     const Place p(launch, tile, false);
-    uint64_t places = p.tensor.weight | p.tensor.grad | p.tensor.compensation;
-    for (const Moment& moment : p.tensor.moments) places |= moment.parts[0] | moment.parts[4];
-    return p.cols() % 32 == 0 && p.numel >= p.to_row * p.cols() && places % 16 == 0;
+    uint64_t addresses = p.tensor.weight | p.tensor.grad | p.tensor.compensation;
+    for (const Moment& moment : p.tensor.moments) addresses |= moment.parts[0] | moment.parts[4];
+    return p.cols() % 32 == 0 && p.numel >= p.to_row * p.cols() && addresses % 16 == 0;
 }
 
 // Buffers for a tile's row of a moment: its values, those still to be encoded, and its blocks'

@@ -278,7 +278,7 @@ inline void lengths(const Projections& launch, int64_t number) {
             step_sq = step_sq + step * step;
             low_sq = low_sq + low * low;
         }
-        if (launch.whole) {
+        if (launch.per_tensor) {
             sums[0] += sum(step_sq);
             sums[1] += sum(low_sq);
             continue;

@@ -35,15 +35,15 @@ HD T sum_of_warp(T x) {
     return x;
 }
 
-// One lane of a pack; the others are not computed.
-HD float alone(F x) { return x.r[0]; }
-HD uint32_t alone(U x) { return x.r[0]; }
+// A pack's first lane, where only that one is needed: the compiler leaves out the others.
+HD float first_lane(F x) { return x.r[0]; }
+HD uint32_t first_lane(U x) { return x.r[0]; }
 
 template <int32_t kDtype>
 HD float element(const void* from, int64_t at) {
     if (kDtype == kFloat32) return static_cast<const float*>(from)[at];
     const uint16_t half = static_cast<const uint16_t*>(from)[at];
-    return kDtype == kBFloat16 ? float_of_bf16(half) : alone(from_fp16(U(uint32_t(half))));
+    return kDtype == kBFloat16 ? float_of_bf16(half) : first_lane(from_fp16(U(uint32_t(half))));
 }
 // x is exact in bf16.
 template <int32_t kDtype>
@@ -51,7 +51,8 @@ HD void put_element(void* to, int64_t at, float x) {
     if (kDtype == kFloat32) {
         static_cast<float*>(to)[at] = x;
     } else {
-        const uint32_t half = kDtype == kBFloat16 ? bits_of_float(x) >> 16 : alone(to_fp16(F(x)));
+        const uint32_t half =
+            kDtype == kBFloat16 ? bits_of_float(x) >> 16 : first_lane(to_fp16(F(x)));
         static_cast<uint16_t*>(to)[at] = uint16_t(half);
     }
 }
@@ -83,8 +84,9 @@ __global__ __launch_bounds__(kThreads, 1) void draw_kernel(const Projections* la
     const uint32_t width = uint32_t(t.width), col = uint32_t(first - row * t.width);
     for (int i = int(threadIdx.x); i < kDraws && first + i < count; i += kThreads) {
         const uint32_t at = col + uint32_t(i);
-        const float x = kSigns ? alone(signs(key, uint64_t(row + at / width), at % width, width))
-                               : alone(normals(key, first + i));
+        const float x = kSigns
+                            ? first_lane(signs(key, uint64_t(row + at / width), at % width, width))
+                            : first_lane(normals(key, first + i));
         put_element<kDtype>(to, first + i, x);
     }
 }
@@ -200,7 +202,7 @@ __global__ __launch_bounds__(kThreads, 2) void few_kernel(const Projections* lau
 }
 
 // The factors of channels; or, for a tensor with a single factor, the sums of its parts.
-template <bool kWhole>
+template <bool kPerTensor>
 __global__ __launch_bounds__(kThreads, 1) void lengths_kernel(const Projections* launch) {
     __shared__ double of_warps[kWarps][2][kChannels];
     const Part part = launch->channels[blockIdx.x];
@@ -226,7 +228,7 @@ __global__ __launch_bounds__(kThreads, 1) void lengths_kernel(const Projections*
         step_sq += of_warps[other][0][lane];
         low_sq += of_warps[other][1][lane];
     }
-    if (!kWhole) {
+    if (!kPerTensor) {
         if (channel < t.length) t.factors[channel] = ratio(step_sq, low_sq, t.gain);
         return;
     }

@@ -33,7 +33,8 @@ struct Projections {
     const Part *draws, *channels;
     double* sums;  // (parts of channels, 2): sums of squares, of the step and of P G
     int32_t grad_dtype, p_dtype;
-    int32_t signs, whole;  // whether P consists of signs, and whether a tensor has one factor
+    int32_t signs;       // whether P consists of signs
+    int32_t per_tensor;  // whether a tensor has one factor, instead of one for each channel
 };
 
 static_assert(sizeof(Projection) == 104 && sizeof(Part) == 8 && sizeof(Projections) == 56,
@@ -47,7 +48,7 @@ enum ProjectionStep : int {
     kDraw = 0,     // P, a part of `draws` at a time
     kProject = 1,  // P G, a part of `channels` at a time
     kLengths = 2,  // the factors of channels, or their Projections::sums
-    kWhole = 3,    // the one factor of each tensor, a tensor at a time
+    kWhole = 3,    // if per_tensor: the one factor of each tensor, a tensor at a time
 };
 
 }  // namespace engine

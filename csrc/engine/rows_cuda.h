@@ -1,10 +1,22 @@
 // How a thread of a GPU accesses a tile's rows in memory.
 //
-// A block of two warps runs a tile; each thread has two packs of four columns of a row.  Four
-// threads share a block of 32 columns: each has four neighbours of its first half and the four that
-// are sixteen further.  So the halves share words of random bits within a thread, a row is two
-// vectors, and a block of 128 or 256 columns stays within a warp.  Rows need no barrier except when
-// their sums are taken, once in eight rows.
+// A block of two warps (64 threads) runs a tile, row by row.  A row's 512 columns are spread over
+// them so that each thread has two packs of four columns, and four threads share a block of 32
+// columns: each has four neighbours of its first half and the four that are sixteen further.
+//
+//   column   0     4     8    12    16    20    24    28    32    36             504   508   512
+//            |-----|-----|-----|-----|-----|-----|-----|-----|-----|-----|-- ... --|-----|-----|
+//   thread   |  0  |  1  |  2  |  3  |  0  |  1  |  2  |  3  |  4  |  5  |   ...   | 62  | 63  |
+//   pack i   |  0  |  0  |  0  |  0  |  1  |  1  |  1  |  1  |  0  |  0  |   ...   |  1  |  1  |
+//            |      first half       |      second half      |
+//            |--------- a block of 32 columns: block() -------|
+//
+//   warp 0: threads  0 to 31, columns   0 to 255, blocks 0 to 7
+//   warp 1: threads 32 to 63, columns 256 to 511, blocks 8 to 15
+//
+// So the halves share words of random bits (core/random.h) within a thread, a row is two vectors,
+// and a block of 128 or 256 columns stays within a warp.  Rows need no barrier except when their
+// sums are taken, once in eight rows.
 #pragma once
 
 #include "core/random.h"
@@ -45,18 +57,20 @@ struct ThreadRows {
         words = of_row.at(column(0));
     }
 
-    // Calls f in one of two copies, each compiled for one value of `whole`.
+    // Calls f, of which there are two copies.  The branches are equal on purpose: f is inlined into
+    // both, and in each the compiler knows place.by_vectors.  So a row asks for it once, where each
+    // of its streams (Row, Bits, AlongColumns) would ask by itself.
     template <class PlaceT, class Function>
     HD static void knowing(const PlaceT& place, Function&& f) {
-        if (place.whole)
+        if (place.by_vectors)
             f();
         else
             f();
     }
 
     // A thread's elements of the rows of a tile in memory.  A row's are stored when all have been
-    // put.  In a whole tile those of the next kAhead rows are loaded while one is computed, and a
-    // thread has all of its columns or none.
+    // put.  With place.by_vectors those of the next kAhead rows are loaded while one is computed,
+    // and a thread has all of its columns or none; otherwise a row's elements are moved one by one.
     template <class T, int kAhead = 1>
     struct Row {
         static constexpr int kWords = int(sizeof(T)), kEach = 4 / kWords;  // elements of a word
@@ -76,7 +90,7 @@ struct ThreadRows {
                 UNROLLED for (int i = 0; i < kSpan; ++i) {
                     UNROLLED for (int j = 0; j < kWords; ++j) ahead[n][i][j] = 0;
                 }
-                if (place.whole) ask(place, n, ahead[n]);
+                if (place.by_vectors) ask(place, n, ahead[n]);
             }
         }
 
@@ -90,7 +104,7 @@ struct ThreadRows {
         template <class PlaceT>
         HD void begin(const PlaceT& place, T*, int64_t, int row_width) {
             width = row_width;
-            if (!place.whole) {
+            if (!place.by_vectors) {
                 const Element* from = row_of(place);
                 UNROLLED for (int i = 0; i < kSpan; ++i) {
                     Element* own = room();
@@ -112,7 +126,7 @@ struct ThreadRows {
         }
         template <class PlaceT>
         HD void end(const PlaceT& place) {
-            if (place.whole) {
+            if (place.by_vectors) {
                 if (column(0) >= width) return;
                 UNROLLED for (int i = 0; i < kSpan; ++i)
                     store_words(mine + place.element + i * 16, written[i]);
@@ -197,7 +211,7 @@ struct ThreadRows {
             pitch = (place.cols() + 7) / 8;
             next = data + place.first_row() * pitch + place.col / 8 + thread();
             ahead = 0;
-            if (place.whole && column(0) < place.width()) ahead = word_of(next);
+            if (place.by_vectors && column(0) < place.width()) ahead = word_of(next);
         }
         template <class PlaceT>
         HD void begin(const PlaceT& place, uint8_t*, int64_t, int row_width) {
@@ -206,7 +220,7 @@ struct ThreadRows {
             at = next;
             next += pitch;
             uint32_t word = 0;
-            if (place.whole) {
+            if (place.by_vectors) {
                 word = ahead;
                 if (place.more && column(0) < place.width()) ahead = word_of(next);
             } else {

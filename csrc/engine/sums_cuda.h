@@ -106,7 +106,7 @@ struct ThreadSums : ThreadRows {
         // The tensor's last row may end early.
         template <class PlaceT>
         HD void begin_row(const PlaceT& place, const float*, int width) {
-            if (place.whole || width == place.width()) return;
+            if (place.by_vectors || width == place.width()) return;
             UNROLLED for (int i = 0; i < kSpan; ++i)
                 values.put(i, only(lane_index() < U(uint32_t(lanes(i, width))), values.load(i)));
         }

@@ -20,7 +20,7 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
     h.weight1 = float(1 - o.beta1);
     h.weight2 = float(1 - o.beta2);
     h.eps = float(o.eps);
-    h.unit = h.settled_scale = h.update_scale = h.growth_scale = h.cautious_scale = 1.f;
+    h.direction_scale = h.settled_scale = h.update_scale = h.growth_scale = h.cautious_scale = 1.f;
     h.coefficient = float(o.coefficient);
     h.lr = float(o.lr);
     h.decay = float(o.lr * o.weight_decay);
@@ -296,7 +296,7 @@ HD void after_norm(const Launch& launch, int64_t member) {
     const double update_sq =
         total(launch, member, [](const TileSums& x) INLINED { return x.update_sq; });
     if (!Exec::leads()) return;
-    double length = double(h.unit) * ::sqrt(update_sq), scale = 1;
+    double length = double(h.direction_scale) * ::sqrt(update_sq), scale = 1;
     if (has(h, kGrowthLimit)) {
         scale = limited(tensor, o, length);
         h.growth_scale = float(scale);
@@ -363,7 +363,8 @@ HD void finish(const Launch& launch, int64_t member) {
             total(launch, member, [](const TileSums& x) INLINED { return x.update_sq; });
         double rms = ::sqrt(update_sq / double(tensor.numel));
         if (Exec::leads())
-            *pointer<float>(tensor.update_rms) = float(double(h.unit) * h.growth_scale * rms);
+            *pointer<float>(tensor.update_rms) =
+                float(double(h.direction_scale) * h.growth_scale * rms);
     }
 }
 

@@ -11,6 +11,43 @@
 //   limit    sum of u^2, settled       if the growth limiter needs that of the settled update
 //   align    how many u agree with g   if `cautious` needs it
 //   apply    moments and weights
+//
+// An update is the rule's direction() of the conditioned gradient, times factors that belong to the
+// tensor as a whole: fields of Hyper, which the phases between the passes set (engine/tensor.h).
+//
+//   factor                 set by, in which phase                           1 without
+//   ---------------------  -----------------------------------------------  ---------------------
+//   atan2_numerator_scale  Adam's prepare, kBegin: its bias corrections     (kAtan2 alone reads it)
+//   square_scale           Adafactor's prepare, kBegin: 1 / (1 - beta2^t)   kFixedBeta2
+//   direction_scale        Adam's prepare, kBegin: its bias corrections;    Adam, kAtan2
+//                          Adam's and Prodigy's: with kAtan2, 4 / pi
+//   update_scale           begin(), kBegin: the lagged RMS clip             kClipLagged,
+//                          *= after_norm(), kAfterNorm: growth limiter,     kGrowthLimit,
+//                          and the exact RMS clip of what that leaves       kClipExact
+//   growth_scale           after_norm(), kAfterNorm: the limiter's part     kGrowthLimit
+//                          of update_scale
+//   settled_scale          Adafactor's prepare, kBegin: 1 / (1 - beta1^t)   kFirstMoment,
+//                          *= after_limit(), kAfterLimit: growth limiter    kGrowthSettled
+//   cautious_scale         after_align(), kAfterAlign: 1 / (the share of    kCautious
+//                          u that agrees with g)
+//
+// The first two are within direction().  growth_scale is no factor of the update: finish() keeps
+// the RMS for the next lagged clip, which is that of the limited update before the clip.  With
+// these, and w the weights before the step:
+//
+//   general:  settled = settled_scale * settled(direction_scale * update_scale * direction(g))
+//             u       = settled; 0 where g is, if a moment has sign bits, which have no zero
+//             w      <- w - decay * w - lr * aligned(u)   (grams, cautious: core/features.h)
+//
+//   plain:    settled = direction(g), u the same
+//             w      <- w - decay * w - step * u,
+//             step    = lr * settled_scale * (direction_scale * update_scale)
+//
+// A plain step (core/features.h) has no features between the direction and the weights, and its
+// rule's settled() returns its argument: all factors are one number, and an element is multiplied
+// once.  So Evaluation's `settled` and `u` are unscaled there, and no pass may take them for the
+// update.  The sums of `norm` are of the unscaled direction in either case; what reads them
+// multiplies by direction_scale.
 #pragma once
 
 #include "codecs/any.h"
@@ -37,7 +74,7 @@ HD Hyper hyper_of(const Place& p) {
     if (Access::kFlagsKnown) {  // factors that are 1
         constexpr int64_t kOfUpdate = kGrowthLimit | kClipExact | kClipLagged,
                           kOfSettled = kGrowthSettled | kFirstMoment;
-        if (!Access::R::kHasUnit) h.unit = 1.f;
+        if (!Access::R::kOwnScale) h.direction_scale = 1.f;
         if (!has(h, kOfUpdate)) h.update_scale = 1.f;
         if (!has(h, kOfSettled)) h.settled_scale = 1.f;
     }
@@ -71,7 +108,9 @@ HD void with_row(const GradT& grad, bool usual, int width, Function&& f) {
     f(Constant<false>());
 }
 
-// One vector of a row: its gradient as the rule sees it, its moments before and after, its update.
+// One vector of a row: its gradient in memory and as the rule sees it, its update on the way from
+// the rule's direction (see above), its moments before and after, and which of its elements are
+// usable (not set if all are known to be).
 struct Evaluation {
     F raw, g, direction, settled, u;
     Moments before, after;
@@ -94,11 +133,11 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     e.after = e.before;
     e.direction = Access::R::direction(h, e.g, e.after);
     if (Access::kPlain)
-        e.settled =
-            e.direction;  // scaled together with the step size: nothing between depends on it
+        e.settled = e.direction;  // unscaled: `step` of apply() has all factors
     else
-        e.settled = Access::R::settled(h, e.direction * (h.unit * h.update_scale), e.after) *
-                    h.settled_scale;
+        e.settled =
+            Access::R::settled(h, e.direction * (h.direction_scale * h.update_scale), e.after) *
+            h.settled_scale;
     e.u = a.factored_sign ? only(e.raw != F(0.f), e.settled) : e.settled;
     return e;
 }
@@ -123,9 +162,9 @@ struct Unread {
 
 // The sums of squares of what is read, and <g, w> if both are.
 template <class GradT, class WeightT>
-HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
+HD void measure(const Launch& launch, int64_t first_tile, bool by_vectors = false) {
     constexpr bool kGrad = !is_same<GradT, Unread>, kWeight = !is_same<WeightT, Unread>;
-    Place p(launch, first_tile, whole);
+    Place p(launch, first_tile, by_vectors);
     Scratch scratch;
     GradT grad(p, scratch.grad);
     WeightT weight(p, scratch.weight);
@@ -168,8 +207,8 @@ HD void measure(const Launch& launch, int64_t first_tile, bool whole = false) {
 
 // An element without a usable gradient contributes its old average, and is counted.
 template <class GradT, int64_t kFlags = ~int64_t(0), class By = ByRow>
-HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
-    Place p(launch, first_tile, whole);
+HD void factor(const Launch& launch, int64_t first_tile, bool by_vectors = false) {
+    Place p(launch, first_tile, by_vectors);
     Hyper h = p.hyper;
     h.flags &= kFlags;
     Scratch scratch;
@@ -212,8 +251,8 @@ HD void factor(const Launch& launch, int64_t first_tile, bool whole = false) {
 
 // As `factor`, for the rule's residual and the slow moment.
 template <class Access>
-HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
-    Place p(launch, first_tile, whole);
+HD void residual(const Launch& launch, int64_t first_tile, bool by_vectors = false) {
+    Place p(launch, first_tile, by_vectors);
     const Hyper h = hyper_of<Access>(p);
     const bool usual = Access::R::is_usual(h);
     Scratch scratch;
@@ -227,7 +266,8 @@ HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
             constexpr bool kClean = decltype(clean)::kValue;
             Exec::each(width, [&](int i, int col, int n) INLINED {
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
-                F x = Access::R::residual(e.direction * (h.unit * h.update_scale), e.after);
+                F x = Access::R::residual(e.direction * (h.direction_scale * h.update_scale),
+                                          e.after);
                 if (!kClean && RARELY(!all(e.ok))) x = select(e.ok, x, e.before.slow);
                 average.store(i, col, n, x);
             });
@@ -239,8 +279,8 @@ HD void residual(const Launch& launch, int64_t first_tile, bool whole = false) {
 
 // kSettled: of the settled update instead of the direction.
 template <class Access, bool kSettled>
-HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
-    Place p(launch, first_tile, whole);
+HD void norm(const Launch& launch, int64_t first_tile, bool by_vectors = false) {
+    Place p(launch, first_tile, by_vectors);
     const Hyper h = hyper_of<Access>(p);
     const bool usual = Access::R::is_usual(h);
     Scratch scratch;
@@ -265,8 +305,8 @@ HD void norm(const Launch& launch, int64_t first_tile, bool whole = false) {
 }
 
 template <class Access>
-HD void align(const Launch& launch, int64_t first_tile, bool whole = false) {
-    Place p(launch, first_tile, whole);
+HD void align(const Launch& launch, int64_t first_tile, bool by_vectors = false) {
+    Place p(launch, first_tile, by_vectors);
     const Hyper h = hyper_of<Access>(p);
     Scratch scratch;
     Access a(p, scratch);
@@ -285,8 +325,8 @@ HD void align(const Launch& launch, int64_t first_tile, bool whole = false) {
 }
 
 template <class Access>
-HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
-    Place p(launch, first_tile, whole);
+HD void apply(const Launch& launch, int64_t first_tile, bool by_vectors = false) {
+    Place p(launch, first_tile, by_vectors);
     const Hyper h = hyper_of<Access>(p);
     const bool usual = Access::R::is_usual(h);
     Scratch scratch;
@@ -295,7 +335,8 @@ HD void apply(const Launch& launch, int64_t first_tile, bool whole = false) {
     typename Access::Totals squares;
     SamplesOf<Access::R::kSampled> samples(p);
     const bool lagged = has(h, kClipLagged);
-    const float step = Access::kPlain ? h.lr * h.settled_scale * (h.unit * h.update_scale) : h.lr;
+    const float step =
+        Access::kPlain ? h.lr * h.settled_scale * (h.direction_scale * h.update_scale) : h.lr;
     p.each_tile([&]() INLINED {
         nonfinite.begin(p.sums().nonfinite);
         if (lagged) squares.template begin<true>(p.sums().update_sq, a);

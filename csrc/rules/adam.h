@@ -27,21 +27,20 @@ struct Adam : Rule {
     static constexpr uint32_t kPlainLoops =
         kFactoredTriple | kFactoredPair | kCodedPair | kDenseTriple | kDensePair;
     static constexpr int64_t kOwnFlags = kSlowMoment;
-    static constexpr bool kHasUnit = true;
+    static constexpr bool kOwnScale = true;
 
     // The bias corrections c1, c2 are moved out of the arithmetic of elements:
-    //   (m / c1) / (sqrt(v / c2) + eps) = unit * m / (sqrt(v) + eps sqrt(c2)),  unit = sqrt(c2) /
-    //   c1.
+    //   (m / c1) / (sqrt(v / c2) + eps) = sqrt(c2) / c1 * m / (sqrt(v) + eps sqrt(c2)).
     HD static void prepare(const Options& o, Hyper& h) {
         double correction1 = 1 - ::pow(o.beta1, double(h.t));
         double root_correction2 = ::sqrt(1 - ::pow(o.beta2, double(h.t)));
         prepare_slow(o, h);
         h.alpha = float(double(h.alpha) * correction1);
         h.eps = float(o.eps * root_correction2);
-        h.unit = float(root_correction2 / correction1);
+        h.direction_scale = float(root_correction2 / correction1);
         if (o.flags & kAtan2) {  // 4/pi atan2(m / c1, sqrt(v / c2)); Everett et al. 2024
-            h.tilt = h.unit;
-            h.unit = kFourOverPi;
+            h.atan2_numerator_scale = h.direction_scale;
+            h.direction_scale = kFourOverPi;
         }
     }
 
@@ -51,7 +50,7 @@ struct Adam : Rule {
         s.fast = lerp(s.fast, g, h.weight1);
         s.square = lerp(s.square, g * g, h.weight2);
         F numerator = mixed(h, s.fast, g, s);
-        if (has(h, kAtan2)) return atan2(numerator * h.tilt, sqrt(s.square));
+        if (has(h, kAtan2)) return atan2(numerator * h.atan2_numerator_scale, sqrt(s.square));
         return over_root(numerator, s.square, h.eps);
     }
 };

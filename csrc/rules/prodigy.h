@@ -34,11 +34,11 @@ struct DistanceAdapted : Rule {
 struct Prodigy : DistanceAdapted {
     static constexpr const char* kName = "prodigy";
     static constexpr uint32_t kPlainLoops = kFactoredPair | kDensePair;
-    static constexpr bool kHasUnit = true;
+    static constexpr bool kOwnScale = true;
 
     HD static void prepare(const Options& o, Hyper& h) {
         DistanceAdapted::prepare(o, h);
-        if (has(h, kAtan2)) h.unit = kFourOverPi;
+        if (has(h, kAtan2)) h.direction_scale = kFourOverPi;
     }
 
     HD static F direction(const Hyper& h, F g, Moments& s) {
