@@ -247,6 +247,7 @@ def test_a_run_of_several_processes_resumed_by_one_is_told_how_to_start_them(
 @pytest.mark.parametrize(
     ("given", "again"),
     [
+        ([], ""),
         (["optim=lion", "-m"], ""),
         (["--config-dir", "mine"], " --config-dir /here/mine"),
         (["-cd", "/a b", "optim=mine"], " --config-dir '/a b'"),

@@ -59,7 +59,7 @@ def _places_of_choices(arguments: Sequence[str]) -> list[str]:
     """The arguments that add folders of choices: --config-dir, -cd and hydra.searchpath=...  A run
     that resumes does not inherit them, because its options are read with their help."""
     found = list[str]()
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in zip(arguments, [*arguments, ""][1:], strict=True):
         name, _, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
             found += ["--config-dir", os.path.abspath(value or after)]
