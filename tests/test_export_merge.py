@@ -148,7 +148,6 @@ def test_scale_multiplies_what_is_added(scale, tmp_path, capsys):
 
 
 def test_the_scale_of_a_dora_leads_in_a_straight_line_from_the_base_to_it(tmp_path, capsys):
-    """So does a LoRA's strength in ComfyUI and A1111."""
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", trained(TINY, use_dora=True), "sdxl")
     for scale in (0.25, 1):
         target = tmp_path / f"merged-{scale}"

@@ -124,11 +124,11 @@ def test_pictures_and_epochs_are_counted_as_kohyas_scripts_do(quick, sources):
 
 
 def test_every_resolution_counts_and_a_held_out_picture_and_a_mirror_image_do_not(load):
-    plain = census.pictures_per_epoch(load())
+    plain = census.own_and_prior(load())
     assert plain == (4, 0)
-    assert census.pictures_per_epoch(load(random_flip=True)) == plain
-    assert census.pictures_per_epoch(load(holdout=1)) == (3, 0)
-    assert census.pictures_per_epoch(load(resolutions=[32, 64])) == (8, 0)
+    assert census.own_and_prior(load(random_flip=True)) == plain
+    assert census.own_and_prior(load(holdout=1)) == (3, 0)
+    assert census.own_and_prior(load(resolutions=[32, 64])) == (8, 0)
 
 
 def test_tags_are_counted_on_request_but_not_those_of_regularisation_pictures(quick, sources):

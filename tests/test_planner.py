@@ -4,7 +4,7 @@ import gc
 import json
 import re
 import sys
-import time
+import threading
 from functools import partial
 
 import pytest
@@ -260,13 +260,24 @@ def test_a_card_has_its_size_with_or_without_a_unit(size):
 
 
 def test_what_takes_long_is_told_on_stderr(capsys, monkeypatch):
-    monkeypatch.setattr("trainer.cli.command._SECONDS_OF_SILENCE", 0.05)
+    class Timer(threading.Timer):
+        """Its time is up when the test says so."""
+
+        def start(self):
+            timers.append(self)
+
+        def is_up(self):
+            if not self.finished.is_set():
+                self.function()
+
+    timers = []
+    monkeypatch.setattr(threading, "Timer", Timer)
     with told_if_long("planning"):
         pass
-    time.sleep(0.2)
+    timers[0].is_up()
     assert capsys.readouterr().err == ""
     with told_if_long("planning"):
-        time.sleep(0.5)
+        timers[1].is_up()
     assert capsys.readouterr().err == "planning ...\n"
 
 

@@ -71,7 +71,7 @@ def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
         checked = to_dataclasses(composed)
         from trainer.run import follow
 
-        device = execution.current_device(checked.runtime.device)
+        device = execution.use_device(checked.runtime.device)
         with console.muted(logging.CRITICAL), processes.joined(device):
             follow(checked, folder, overrides)
     except UserError as error:  # perhaps of this process alone, such as a lack of memory
@@ -118,7 +118,7 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool
     """Check the configuration and train.  goes_on: from a checkpoint in the folder."""
     checked = to_dataclasses(composed)
     with memory.explained(checked, "before the first step"):
-        device = execution.current_device(checked.runtime.device)
+        device = execution.use_device(checked.runtime.device)
         optimizers.try_out(checked.optim, checked.method.rules, device)
     if goes_on and completed(folder / "checkpoints"):
         checked.resume = str(folder)  # the sweep was stopped

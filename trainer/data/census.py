@@ -6,7 +6,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.sample import Sample
 
 
-def pictures_per_epoch(dataset: Dataset) -> tuple[int, int]:
+def own_and_prior(dataset: Dataset) -> tuple[int, int]:
     """How many pictures an epoch shows: the user's own, and those of `prior` sources.
 
     Each counts as often as its source is repeated, and at every resolution; mirror images do not.

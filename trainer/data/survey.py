@@ -63,14 +63,14 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     or metadata line, a missing or undecodable caption, or more than `max_unreadable` unreadable
     pictures.  Raises SystemExit once `stop` holds a signal.
     """
-    found = all_sources(config)
+    every_source = all_sources(config)
     reading = Reading(
         extensions=endings(config),
         caption_column=config.caption_column,
-        apart={os.path.abspath(Path(source.path).expanduser()) for source in found},
+        apart={os.path.abspath(Path(source.path).expanduser()) for source in every_source},
     )
     surveyed = Survey(broken=reading.broken, problems=reading.problems, remarks=reading.remarks)
-    pictures = _listed(surveyed, config, reading, stop)
+    pictures = _listed(surveyed, every_source, reading, stop)
     captioned = _captioned(surveyed, pictures, config, stop)
     missing = surveyed.uncaptioned and config.on_missing_caption == "error"
     if for_run and (surveyed.broken or surveyed.undecodable or missing):
@@ -88,12 +88,12 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
 
 
 def _listed(
-    surveyed: Survey, config: DataConfig, reading: Reading, stop: Sequence[int]
+    surveyed: Survey, every_source: list[SourceConfig], reading: Reading, stop: Sequence[int]
 ) -> list[tuple[SourceConfig, Item]]:
     """All pictures, with their sources."""
     pictures: list[tuple[SourceConfig, Item]] = []
     repeated = _Repeated()
-    for source in all_sources(config):
+    for source in every_source:
         path, reading.has_column = Path(source.path).expanduser(), False
         for item in sources.find(path, reading):
             signals.end_if(stop, "looking for pictures")
@@ -109,8 +109,8 @@ def _listed(
                 )
                 surveyed.problems[message].append(item.name)
             pictures.append((source, item))
-        if config.caption_column is not None and not reading.has_column:
-            message = f"sources have no captions in data.caption_column={config.caption_column}"
+        if reading.caption_column is not None and not reading.has_column:
+            message = f"sources have no captions in data.caption_column={reading.caption_column}"
             reading.remarks[message].append(source.path)
     surveyed.count = len(pictures)
     return pictures

@@ -83,8 +83,7 @@ def merged(weight: Tensor, adapter: Adapter, scale: float) -> Tensor:
     """weight + scale * (the weight that the adapter makes of it - weight), in fp32.
 
     For DoRA that weight is magnitude * V / |V|, V = weight + delta, with norms of V's rows (Liu et
-    al. 2024, eq. 5); the scale then goes from the weight to it in a straight line, as the strength
-    of a LoRA does in ComfyUI and A1111.
+    al. 2024, eq. 5); the scale then goes from the weight to it in a straight line.
     """
     before = weight.float()
     delta = adapter.delta().reshape(before.shape)

@@ -1,4 +1,4 @@
-"""Names of models, and downloads from the hub: only the files that training reads.
+"""Models on the hub: which names may be theirs, and their download, only of what training reads.
 
 No ONNX or Flax files, and no single files beside a pipeline's folders.
 """

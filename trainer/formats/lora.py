@@ -88,7 +88,8 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     if not kinds.is_lora(weights):
         raise UserError(f"{path} is not a LoRA: it has {next(iter(weights), 'no tensor')}")
     if kohya.is_own(weights):
-        adapters = _decode(kohya, weights, diffusers_lora.Alphas({}, where), models, where)
+        alphas = diffusers_lora.Alphas({}, where)  # its alphas are tensors; without one, the rank
+        adapters = _decode(kohya, weights, alphas, models, where)
     else:
         alphas = diffusers_lora.Alphas(described, where)
         adapters = _decode(diffusers_lora, weights, alphas, models, where)

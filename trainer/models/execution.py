@@ -36,8 +36,9 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def current_device(name: str) -> torch.device:
-    """The same; a GPU becomes torch's current one, which events and other packages' kernels use."""
+def use_device(name: str) -> torch.device:
+    """Make this torch's current device, which events and other packages' kernels use; returns
+    it."""
     device = device_of(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

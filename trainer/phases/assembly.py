@@ -103,7 +103,7 @@ def _check_resumed(
     config: Config, resumed: checkpoint.Checkpoint, base: str, fingerprint: str
 ) -> None:
     """Refuse to resume with other data, another model or a shorter schedule, unless that may
-    change.  base, fingerprint: of this run's model and data."""
+    change, and say what changes.  base, fingerprint: of this run's model and data."""
     may_change = config.runtime.allow_config_change
     resuming.check_length(resumed, config.schedule, may_change)
     resuming.check_content(resumed, base, fingerprint, may_change)

@@ -67,7 +67,7 @@ def is_hopeless(state: State) -> bool:
     every later step is skipped too."""
     if not state.guard.in_a_row:
         return False
-    return bool(broken(method.trained_parameters(state.model))) or state.guard.is_at_its_end
+    return bool(broken(method.trained_parameters(state.model))) or state.guard.is_exhausted
 
 
 def give_up(state: State) -> NoReturn:

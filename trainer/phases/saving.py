@@ -123,7 +123,7 @@ def export(state: State) -> list[Path]:
         step = f"step-{state.step:06d}"
         name, folder = f"{name}-{step}", folder / "results" / step
     is_new = not folder.exists()
-    counted = _counted(state)
+    counted = _kohya_counts(state)
     try:
         with state.clock.aside(intervals.EXPORTING), state.averaged(state.exports_average):
             written = result.write(state.config, name, state.model, folder, state.step, counted)
@@ -143,11 +143,11 @@ def export(state: State) -> list[Path]:
     return written
 
 
-def _counted(state: State) -> dict[str, Any]:
+def _kohya_counts(state: State) -> dict[str, Any]:
     """A LoRA's metadata on data and epochs, under the keys of kohya's scripts and counted as they
     do: an epoch that has begun counts as one."""
     config, dataset = state.config, state.data.dataset
-    own, prior = census.pictures_per_epoch(dataset)
+    own, prior = census.own_and_prior(dataset)
     per_epoch = dataset.plan.batches_per_epoch
     left = (config.schedule.steps - state.step) * config.runtime.micro_batches
     counted = {

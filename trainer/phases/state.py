@@ -24,6 +24,8 @@ from trainer.training.guard import Guard
 
 
 class Counter(Protocol):
+    """What counts over all sessions of a run."""
+
     def state_dict(self) -> dict[str, Any]:
         """What JSON can hold."""
         ...
@@ -101,7 +103,7 @@ class State:
 
     @property
     def counters(self) -> dict[str, Counter]:
-        """What counts over all sessions of the run, by its name in a checkpoint."""
+        """By their names in a checkpoint."""
         return {
             "guard": self.guard,
             "clock": self.clock,

@@ -153,7 +153,7 @@ def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
     if record.get("version") != _VERSION:
         raise OtherVersionError(
             f"checkpoint {folder} was written by another version of the trainer; resume it with "
-            "that version (environment.json in the run's folder names it)"
+            "that version (environment.json in the run's folder has its git revision)"
         )
     return record
 

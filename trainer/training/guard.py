@@ -53,7 +53,7 @@ class Guard:
         return outcome.partially_applied
 
     @property
-    def is_at_its_end(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether more steps in a row were skipped than may be."""
         return self.in_a_row > self.max_in_a_row
 
