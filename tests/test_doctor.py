@@ -71,6 +71,22 @@ def test_the_shipped_pictures_have_no_problems(examine):
     assert lines[-1] == "no problems"
 
 
+@pytest.mark.parametrize(
+    ("options", "epochs", "batches"),
+    [
+        (("data.batch_size=1", "schedule.steps=2"), "0.0833 epochs", "batches of 1, 24 per epoch"),
+        (("data.batch_size=7",), "160 epochs", "batches of 7, 3.429 per epoch"),
+        (("data.batch_size=24", "schedule.steps=12345"), "12,345 epochs", "of 24, 1 per epoch"),
+    ],
+)
+def test_numbers_of_epochs_and_batches_are_short_and_never_powers_of_ten(
+    examine, options, epochs, batches
+):
+    _, out, _ = examine(*options)
+    assert f" steps, {epochs}\n" in out
+    assert batches in out
+
+
 def test_every_problem_is_counted_and_named(examine, pictures, folder):
     (pictures / "broken.png").write_bytes(b"<html>")
     (pictures / "broken.txt").write_text("a broken card")

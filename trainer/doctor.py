@@ -200,7 +200,7 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
     if images_per_second is None:
         images_per_second, source = _measured_speed(config)
     batches = float(plan.batches_per_epoch)
-    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {batches:.6g} batches"
+    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {round(batches, 3):g} batches"
     if not images_per_second:
         return f"{epoch}; its duration is unknown (--images-per-second)"
     minutes, seconds = divmod(round(plan.pictures_per_epoch / images_per_second), 60)
@@ -210,7 +210,9 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
 def _run_line(config: Config, made: dataset.Dataset) -> str:
     steps_per_epoch = float(made.plan.batches_per_epoch) / config.runtime.micro_batches
     steps = schedule.settled(config.schedule, steps_per_epoch).steps
-    return f"a run with these options: {steps} steps, {steps / steps_per_epoch:,.0f} epochs"
+    epochs = steps / steps_per_epoch
+    many = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+    return f"a run with these options: {steps} steps, {many} epochs"
 
 
 def _measured_speed(config: Config) -> tuple[float | None, str]:

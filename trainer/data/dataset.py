@@ -90,7 +90,7 @@ class Dataset:
             ((height, width),) = plan.buckets
             return (
                 f"one bucket of {width} x {height}, batches of {plan.batch_size}, "
-                f"{float(plan.batches_per_epoch):.4g} per epoch"
+                f"{round(float(plan.batches_per_epoch), 3):g} per epoch"
             )
         lines = ["  width x height  pictures  batches per epoch"]
         for (height, width), members in zip(plan.buckets, plan.members, strict=True):
