@@ -247,7 +247,8 @@ def differences(optimizer, twin):
         tensors |= {k: (x, twin.state[q][k]) for k, x in optimizer.state[p].items()}
         for key, (a, b) in tensors.items():
             if not torch.equal(a, b):
-                found.append(f"{tuple(p.shape)} {key}: {(a != b).sum()} of {a.numel()}")
+                values = f", {a.tolist()} and {b.tolist()}" if a.numel() < 5 else ""
+                found.append(f"{tuple(p.shape)} {key}: {(a != b).sum()} of {a.numel()}{values}")
     return found
 
 

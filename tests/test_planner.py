@@ -429,8 +429,8 @@ def test_a_sweep_that_only_a_sweeper_can_list_is_one_line(swept):
         compose.runs_of([swept])
 
 
-def test_pictures_are_promised_only_if_they_fit_with_what_the_allocator_cannot_use():
-    config = sdxl("experiment=sdxl")
+def test_pictures_are_promised_only_if_they_fit_with_what_the_allocator_cannot_use(composed):
+    config = composed("log.sample_count=1")
     plan = planner.plan.make(config, Model(config.model, CPU, with_weights=False), "cuda")
     least = plan.least_drawing_bytes
     assert "will not be drawn" in page(plan, Room(free_bytes=round(1.04 * least), where="a card"))
