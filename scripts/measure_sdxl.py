@@ -36,7 +36,7 @@ from trainer.checks import validate
 from trainer.cli import compose, explain
 from trainer.config import DTYPES, Config
 from trainer.formats import architectures
-from trainer.models import execution
+from trainer.models import execution, quantization
 from trainer.models.model import Model
 from trainer.objective import batches, losses, noise
 from trainer.reporting.report import format_bytes
@@ -130,7 +130,9 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     before = memory.resident_bytes()
     started = time.monotonic()
     unet = build_unet(arguments.unet, DTYPES[config.model.dtype], device)
-    memory.return_freed_blocks(sum(p.nbytes for p in unet.parameters()))
+    if config.model.quantization != "none":
+        unet.apply(partial(quantization.quantize, kind=config.model.quantization))
+    memory.return_freed_blocks(quantization.num_bytes(unet))
     model: Any = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
     method.attach(config.method, model, config.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]
@@ -157,7 +159,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         steps.append(one_step(forwards, optimizer, backward, device))
     alive.remove()
     kept = {
-        "weights": sum(p.nbytes for p in unet.parameters()),
+        "weights": quantization.num_bytes(unet),
         "optimizer_state": optimizers.state_bytes(optimizer),
         "gradients_alive": alive.most,
     }
@@ -167,7 +169,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in unet.parameters()),
+        "parameters": quantization.num_weights(unet),
         "trained_parameters": sum(p.numel() for p in parameters),
         "optim": config.optim.name,
         "method": config.method.name,
@@ -178,6 +180,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         "channels_last": config.runtime.channels_last,
         "compile": config.runtime.compile,
         "compute": config.model.compute,
+        "quantization": config.model.quantization,
         "batch": arguments.batch,
         "latent": list(arguments.latent),
         "bytes": kept | {"activations_and_rest": peak - sum(kept.values()), "peak": peak},
@@ -313,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--most-gb", type=float, default=math.inf, help="exit with 1 above this peak"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config = configured(arguments.options)
     results = grid(arguments) if arguments.grid else iter([measure(config, arguments)])
     fits = True

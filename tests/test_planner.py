@@ -213,7 +213,12 @@ def test_every_remedy_is_accepted(composed, optimizer, others):
 def test_what_is_switched_on_is_no_remedy(composed):
     config = composed(
         *("optim=lomo", "model.dtype=bfloat16", "method=lora", "method.clip=none"),
-        *(CHECKPOINTING, "data.batch_size=1"),
+        *(
+            CHECKPOINTING,
+            "data.batch_size=1",
+            "model.quantization=nf4",
+            "model.text_dtype=bfloat16",
+        ),
     )
     assert [r.overrides for r in remedies.of(config)] == []
 

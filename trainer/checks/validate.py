@@ -19,6 +19,7 @@ from trainer.config import (
     ALTERNATIVES,
     Config,
     DataConfig,
+    FullConfig,
     LogConfig,
     LoraConfig,
     MseConfig,
@@ -132,6 +133,11 @@ def _check_trained(config: Config) -> None:
         raise UserError(f"method.train={parts} names a part twice; once is enough")
     if not parts:
         raise UserError("method.train=[] trains nothing; name unet, or text encoders")
+    if config.model.quantization != "none" and isinstance(config.method, FullConfig):
+        raise UserError(
+            f"model.quantization={config.model.quantization} is of frozen weights, and method=full "
+            "trains or exports them; use method=lora or model.quantization=none"
+        )
     if set(parts) - {"unet"} and config.model.text_dtype == "float16":
         raise UserError(
             f"method.train={parts}: text encoders cannot be trained in float16, in which small "

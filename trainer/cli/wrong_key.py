@@ -17,6 +17,7 @@ _NAMES_ELSEWHERE = {
     "conv_dim": "method.ranks",
     "enable_bucket": "data.buckets",
     "flip_aug": "data.random_flip",
+    "fp8_base": "model.quantization",
     "full_bf16": "model.dtype",
     "fused_backward_pass": "runtime.fused_backward",
     "gradient_accumulation_steps": "runtime.accumulation",

@@ -19,6 +19,8 @@ class ModelConfig:
     dtype: str = one_of("float32", "bfloat16")  # of the UNet's weights
     # Dtype of its matrix products: the weights', or bf16 with fp32 weights (autocast).
     compute: str = one_of("same", "bfloat16")
+    # Store the UNet's frozen weights in 8 or 4 bits, under a LoRA: trainer/models/quantization.py.
+    quantization: str = one_of("none", "int8", "nf4")
     # Another VAE, exported with the result: a folder, file or hub repository of a VAE or a model.
     vae: str | None
     vae_dtype: str = one_of(*DTYPES)  # the original SDXL VAE overflows in float16

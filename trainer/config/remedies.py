@@ -55,6 +55,19 @@ def _all(config: Config) -> Iterator[Remedy]:
             overrides=("runtime.gradient_checkpointing=true",),
             what="which recomputes activations",
         )
+    if isinstance(method, LoraConfig):
+        if config.model.quantization == "none":
+            yield Remedy(
+                overrides=("model.quantization=int8",), what="which keeps frozen weights in 8 bits"
+            )
+        if config.model.quantization == "int8":
+            yield Remedy(
+                overrides=("model.quantization=nf4",), what="which keeps frozen weights in 4 bits"
+            )
+    if config.model.text_dtype == "float32" and not set(method.train) - {"unet"}:
+        yield Remedy(
+            overrides=("model.text_dtype=bfloat16",), what="which halves the text encoders"
+        )
     if data.batch_size > 1:
         samples = data.batch_size * runtime.accumulation
         yield Remedy(

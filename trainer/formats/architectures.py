@@ -6,6 +6,7 @@ small JSON files (no download).  Both use the tokenizer that ships with the tiny
 
 import json
 import logging
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,16 @@ def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], whe
 
 
 def filled(
-    part: str, settings: dict[str, Any], weights: Weights, dtype: torch.dtype, where: str
+    part: str,
+    settings: dict[str, Any],
+    weights: Weights,
+    dtype: torch.dtype,
+    where: str,
+    compress: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """The part with `weights` in `dtype`, on the CPU, loaded one tensor at a time; in eval mode.
 
+    compress: is called with each layer as soon as its weight is there.
     Raises UserError if `weights` (named as in a diffusers folder) are incomplete.
     """
     module = empty(part, settings)
@@ -138,11 +145,17 @@ def filled(
     name_in_module = {canonical(part, name): name for name in state}
     wanted = {name: tuple(state[name_in_module[name]].shape) for name in name_in_module}
     compare(part, weights, wanted, where)
-    tensors = {}
     for name in wanted:
         # A copy: the module must not share memory with a mapped file.
-        tensors[name_in_module[name]] = weights[name].read().to(dtype, copy=True).contiguous()
-    module.load_state_dict(tensors, assign=True)
+        tensor = weights[name].read().to(dtype, copy=True).contiguous()
+        path, _, last = name_in_module[name].rpartition(".")
+        owner = module.get_submodule(path)
+        if last in owner._parameters:
+            owner.register_parameter(last, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(last, tensor)
+        if compress and last == "weight":
+            compress(owner)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # not saved: the module computes it itself
             _restore_positions(module, name, buffer)

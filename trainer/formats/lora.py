@@ -171,7 +171,8 @@ def _adapter(
 def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
     if adapter.rank != adapter.up.shape[1]:
         raise UserError(f"{where} has rank {adapter.rank} down and {adapter.up.shape[1]} up")
-    weight = getattr(module, "base_layer", module).get_parameter("weight")
+    layer: Any = getattr(module, "base_layer", module)
+    weight: Tensor = layer.weight  # not a parameter if it is quantized
     shape = (adapter.up.shape[0], *adapter.down.shape[1:])
     # A matrix may be written as a 1x1 convolution.
     if adapter.up.shape[0] != weight.shape[0] or math.prod(shape) != weight.numel():

@@ -9,8 +9,9 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import diffusers
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from trainer.config import DTYPES, ModelConfig
 from trainer.errors import UserError
 from trainer.formats import architectures
-from trainer.models import origin, text
+from trainer.models import origin, quantization, text
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class Model:
         values."""
         made = copy.copy(self)
         made.unet = self.empty("unet", self.config.dtype)
+        if self.config.quantization != "none":
+            made.unet.apply(partial(quantization.quantize, kind=self.config.quantization))
         keeps = self._keeps_text_encoders(trained)
         made.text_encoder = self.empty_text_encoders() if keeps else None
         return made
@@ -117,8 +120,11 @@ class Model:
         return text.Encoder(self.config, self.origin, parts)
 
     def load_unet(self) -> None:
-        """Read the UNet, in the configured dtype, onto the device."""
-        self.unet = self._load("unet", DTYPES[self.config.dtype])
+        """Read the UNet, in the configured dtype or quantized, onto the device."""
+        kind, compress = self.config.quantization, None
+        if kind != "none":
+            compress = partial(quantization.quantize, kind=kind, device=self.device)
+        self.unet = self._load("unet", DTYPES[self.config.dtype], compress=compress)
 
     def sampling_schedule(self, is_trained: bool = True) -> SchedulerMixin:
         """The scheduler that the model's pipeline samples with: after training, or its own."""
@@ -164,9 +170,13 @@ class Model:
             self.unet.to(self.device)
 
     def _load(
-        self, part: str, dtype: torch.dtype, source: origin.Origin | None = None
+        self,
+        part: str,
+        dtype: torch.dtype,
+        source: origin.Origin | None = None,
+        compress: Callable[[nn.Module], None] | None = None,
     ) -> nn.Module:
         source = source or self.origin
         log.info("model: loading the %s of %s", part.replace("_", " "), source)
-        module = source.load(part, dtype).to(self.device)
+        module = source.load(part, dtype, compress).to(self.device)
         return module.requires_grad_(False).eval()

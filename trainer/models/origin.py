@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -77,13 +78,17 @@ class Origin(ABC):
     def _files(self, part: str) -> list[Path]:
         """The files with the part's weights."""
 
-    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """The part with its weights, on the CPU, in eval mode.
+    def load(
+        self, part: str, dtype: torch.dtype, compress: Callable[[nn.Module], None] | None = None
+    ) -> nn.Module:
+        """The part with its weights, on the CPU, in eval mode.  compress: as for
+        `architectures.filled`.
 
         Raises UserError if its files are damaged or its weights do not match its configuration.
         """
+        where = f"{self.option}={self.path}"
         return architectures.filled(
-            part, self.config(part), self.weights(part), dtype, f"{self.option}={self.path}"
+            part, self.config(part), self.weights(part), dtype, where, compress
         )
 
     def tokenizer(self, part: str) -> Any:

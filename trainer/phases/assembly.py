@@ -12,7 +12,7 @@ from trainer import data, planner
 from trainer.checks import remarks
 from trainer.config import Config
 from trainer.drawing import prompts, sampling
-from trainer.models import execution
+from trainer.models import execution, quantization
 from trainer.models.model import Model
 from trainer.objective import encoding, losses, noise
 from trainer.phases.intervals import Intervals
@@ -168,7 +168,7 @@ def _trainable(
 ) -> torch.optim.Optimizer:
     """Load the UNet and prepare it for training; returns the optimizer."""
     model.load_unet()
-    memory.return_freed_blocks(sum(p.nbytes for p in model.unet.parameters()))
+    memory.return_freed_blocks(quantization.num_bytes(model.unet))
     method.attach(config.method, model, config.seed, start_from)
     count, where = processes.world_size(), str(device)
     if count > 1:
@@ -176,7 +176,7 @@ def _trainable(
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, where)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)
-    for remark in remarks.of_rate(config, sum(p.numel() for p in parts.parameters())):
+    for remark in remarks.of_rate(config, quantization.num_weights(parts)):
         log.warning("%s", remark)
     execution.prepare(config, model.trained_parts, device)
     return optimizer

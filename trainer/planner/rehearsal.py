@@ -22,7 +22,7 @@ from trainer.config import DTYPES, Config
 from trainer.data.buckets import Size
 from trainer.data.store import CAPTIONS_AT_A_TIME
 from trainer.drawing import prompts
-from trainer.models import execution, text
+from trainer.models import execution, quantization, text
 from trainer.models.model import Model
 from trainer.objective import batches
 from trainer.planner.ledger import Ledger
@@ -76,6 +76,7 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
     with console.muted(logging.INFO):  # the run itself logs the same, once
         attached = method.attached_on_meta(config.method, model)
         parts = nn.ModuleDict(attached.trained_parts)
+        num_parameters = quantization.num_weights(parts)
         state = optimizers.planned_state_bytes(
             config.optim, parts, config.seed, config.method.rules
         )
@@ -89,9 +90,9 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
             denoising = _denoised(config, attached)
             _give_storage(vae)
             return Rehearsal(
-                num_parameters=sum(p.numel() for p in parts.parameters()),
+                num_parameters=num_parameters,
                 num_trained=sum(p.numel() for p in trained),
-                unet_bytes=sum(x.nbytes for x in _tensors(attached.unet)),
+                unet_bytes=quantization.num_bytes(attached.unet),
                 training=Training(
                     weights=peak["weights"],
                     optimizer_state=state,

@@ -3,6 +3,7 @@ text encoders."""
 
 import logging
 import re
+from typing import cast
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -17,6 +18,7 @@ from trainer.config.method import TRAINABLE_PARTS, rank_of
 from trainer.errors import UserError
 from trainer.formats import adapters
 from trainer.models.model import Model
+from trainer.models.quantization import Quantized
 from trainer.streams import Stream
 from trainer.training import groups, start
 
@@ -133,12 +135,13 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
 
 def _trainable_layers(config: LoraConfig, model: Model) -> dict[str, list[str]]:
     """The linear and convolution layers of each trained part that may have adapters: those whose
-    output is used."""
+    output is used (all of a quantized UNet)."""
     return {
         part: [
             name
             for name, layer in model.trained_parts[part].named_modules()
-            if isinstance(layer, _ADAPTED) and layer.weight.requires_grad
+            if isinstance(layer, Quantized)
+            or (isinstance(layer, _ADAPTED) and layer.weight.requires_grad)
         ]
         for part in config.train
     }
@@ -204,7 +207,7 @@ def _set_magnitudes(module: nn.Module) -> None:
     model."""
     for layer in module.modules():
         if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().get_parameter("weight")
+            weight = cast(Tensor, layer.get_base_layer().weight)
             norms = weight.float().flatten(1).norm(dim=1)
             for magnitude in layer.lora_magnitude_vector.parameters():
                 magnitude.copy_(norms.view_as(magnitude))
