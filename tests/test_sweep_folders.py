@@ -66,7 +66,7 @@ def test_of_runs_with_the_same_options_the_newest_that_is_finished_counts(tmp_pa
     newest = made("deep/er/1-a", A[::-1], day=2, eval_loss_after=0.2)
     made("2-a", A, day=3, error="no")
     other = made("3-a", B)
-    assert {folder for folder, _ in ended_runs(tmp_path)} == {newest, other}
+    assert {run["folder"] for run in ended_runs(tmp_path)} == {str(newest), str(other)}
     SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     said = capsys.readouterr().out
     assert "- optim=a was run 3 times; the newest finished one counts" in said

@@ -1,6 +1,7 @@
 """What a sweep draws: a sheet of its runs' pictures, a chart of their losses, and its heading."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,7 +13,7 @@ from trainer.drawing import pictures
 from trainer.reporting import metrics
 from trainer.sweep import curves, sheet
 from trainer.sweep.callback import _write
-from trainer.sweep.head import head
+from trainer.sweep.page import head
 from trainer.sweep.runs import Comparison
 
 CAPTIONS = [f"caption {n}" for n in range(3)]
@@ -33,7 +34,7 @@ def made(folder, name, colour="red", captions=CAPTIONS, losses=(1.0, 0.1), origi
     summary = {"overrides": [f"optim={name}", "seed=0"], "lr": 1e-3, "steps": 4} | more
     summary |= {"eval_loss_after": losses[-1]}
     (run / "summary.json").write_text(json.dumps(summary))
-    return run, summary
+    return summary | {"folder": str(run)}
 
 
 def bands(picture):
@@ -127,10 +128,10 @@ def test_a_smoothed_line_is_centred_and_ends_with_what_is_known():
 
 def lines_of(runs):
     """The lines of eval/loss: their points, bands and crosses."""
-    rows = {id(summary): metrics.read(run / "metrics.jsonl") for run, summary in runs}
+    rows = {id(run): metrics.read(Path(run["folder"]) / "metrics.jsonl") for run in runs}
     known = {key: points.of(found, "eval/loss") for key, found in rows.items()}
     last = {key: found[-1]["step"] for key, found in rows.items()}
-    return curves._lines(Comparison([summary for _, summary in runs]).groups, known, last)
+    return curves._lines(Comparison(runs).groups, known, last)
 
 
 def test_seeds_are_a_mean_in_a_band_and_one_that_failed_a_line_with_a_cross(tmp_path):

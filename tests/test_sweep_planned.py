@@ -14,7 +14,7 @@ from trainer.reporting import report
 from trainer.sweep import SweepTable, planned
 from trainer.sweep.__main__ import main
 from trainer.sweep.folders import ended_runs
-from trainer.sweep.head import left
+from trainer.sweep.page import not_ended
 
 RUNS = [["optim=a", "seed=0", "x=1"], ["optim=a", "seed=1", "x=1"], ["optim=b", "seed=0", "x=1"]]
 
@@ -32,7 +32,7 @@ def ended(folder, overrides, config=None, **summary):
 
 
 def missing(sweep):
-    return planned.missing(sweep, [summary for _, summary in ended_runs(sweep)])
+    return planned.missing(sweep, ended_runs(sweep))
 
 
 def test_a_run_is_told_apart_by_what_the_planned_ones_do_not_share(tmp_path):
@@ -101,10 +101,10 @@ def test_missing_runs_of_several_sweeps_have_their_names(tmp_path, capsys):
 
 
 def test_of_many_missing_runs_a_few_are_named():
-    text = left([f"seed={n}" for n in range(20)])
+    text = not_ended([f"seed={n}" for n in range(20)])
     assert "20 of the planned runs: `seed=0`" in text
     assert "`seed=7` and 12 more" in text
-    assert left([]) == ""
+    assert not_ended([]) == ""
 
 
 def job(tmp_path, number, *overrides):
@@ -161,7 +161,7 @@ def test_an_error_in_the_tables_is_no_success(tmp_path, monkeypatch, capsys, err
         raise error
 
     ended(tmp_path / "0", RUNS[0])
-    monkeypatch.setattr("trainer.sweep.callback.sweep_table", fails)
+    monkeypatch.setattr("trainer.sweep.page.sweep_table", fails)
     with pytest.raises(SystemExit, match="1"):
         SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     said = capsys.readouterr().err

@@ -8,9 +8,8 @@ from trainer.cli import command
 from trainer.errors import UserError
 from trainer.storage.run_folder import is_sweep
 from trainer.sweep import files, page, planned
-from trainer.sweep.folders import Found, ended_runs
-from trainer.sweep.head import left
-from trainer.sweep.table import sweep_table, verdict_of
+from trainer.sweep.folders import ended_runs
+from trainer.sweep.runs import Summary
 
 _HELP = """\
 Compare finished runs: print the tables and remarks that end a sweep, without training.
@@ -27,7 +26,7 @@ _EPILOG = """\
 Exit status: 0, the tables are printed and the files written; 2, a folder has no runs, a file exists
 already, or the command is wrong."""
 
-_FORMATS: dict[str, Callable[[Found], str]] = {
+_FORMATS: dict[str, Callable[[Sequence[Summary]], str]] = {
     "csv": files.as_csv,
     "json": files.as_json,
     "latex": files.as_latex,
@@ -39,23 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     texts = {kind: path for kind in _FORMATS if (path := getattr(given, kind))}
     try:
-        found = _found(given.folders)
+        runs = _ended(given.folders)
         missing = _missing(given.folders)
         own = _sweep_of(given.folders)
         out = given.out or own
         pages = [] if out is None or _is_same(out, own) else [out / name for name in page.FILES]
         _refuse_existing([*texts.values(), *pages])
         for kind, path in texts.items():
-            _write_new(path, _FORMATS[kind](found))
+            _write_new(path, _FORMATS[kind](runs))
         if out:
             out.mkdir(parents=True, exist_ok=True)
-            page.write(out, found, missing)
-        runs = [summary for _, summary in found]
-        print(sweep_table(runs))
-        if said := verdict_of(runs):
-            print(f"\n{said}")
-        if missing:
-            print(f"\n{left(missing)}")
+            page.write(out, runs, missing)
+        print(page.printed(runs, missing))
         written = [*texts.values(), *([out / page.TABLE] if out else [])]
         print("".join(f"\n{path}" for path in written))
     except (UserError, OSError) as error:
@@ -87,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _found(folders: Sequence[Path]) -> Found:
+def _ended(folders: Sequence[Path]) -> list[Summary]:
     """The ended runs in all folders.  Raises UserError for a folder without any."""
     for folder in folders:
         if not folder.is_dir():
@@ -106,9 +100,8 @@ def _missing(folders: Sequence[Path]) -> list[str]:
     plans = {path.resolve(): path for folder in folders for path in folder.rglob(planned.NAME)}
     missing = []
     for sweep in (path.parent for path in plans.values()):
-        ended = [summary for _, summary in ended_runs(sweep)]
         prefix = f"{sweep.name}: " if len(plans) > 1 else ""
-        missing += [prefix + run for run in planned.missing(sweep, ended)]
+        missing += [prefix + run for run in planned.missing(sweep, ended_runs(sweep))]
     return missing
 
 

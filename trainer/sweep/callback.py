@@ -16,10 +16,8 @@ from trainer.reporting.measure import ended_well
 from trainer.storage import claim
 from trainer.storage.run_folder import sweep_of
 from trainer.sweep import page, planned
-from trainer.sweep.folders import Found, ended_runs
-from trainer.sweep.head import left
+from trainer.sweep.folders import ended_runs
 from trainer.sweep.runs import Summary
-from trainer.sweep.table import sweep_table, verdict_of
 from trainer.sweep.upload import upload
 from trainer.system import console
 
@@ -31,7 +29,7 @@ class SweepTable(Callback):
 
     def __init__(self) -> None:
         self._runs = list[list[str]]()  # overrides, in order; [] if only the sweeper knows them
-        self._summaries = list[Summary]()  # of those that have ended
+        self._ended = list[Summary]()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
@@ -47,7 +45,7 @@ class SweepTable(Callback):
         if number == 0:
             with claim.in_turn(folder):
                 planned.add(folder, [arguments.lasting(run) for run in self._runs])
-                self._summaries = [summary for _, summary in ended_runs(folder)]
+                self._ended = ended_runs(folder)
         common = set.intersection(*map(set, self._runs)) if len(self._runs) > 1 else set[str]()
         apart = " ".join(o for o in _overrides(config) if o not in common)
         print(f"\nrun {number + 1}{self._of_all(number)}: {apart or 'the defaults'}")
@@ -56,8 +54,8 @@ class SweepTable(Callback):
         """The number of runs and the estimated time left, as far as they are known."""
         if not self._runs:
             return ""
-        seconds = [run["wall_seconds"] for run in self._summaries if run.get("wall_seconds")]
-        good = list(filter(ended_well, self._summaries))
+        seconds = [run["wall_seconds"] for run in self._ended if run.get("wall_seconds")]
+        good = list(filter(ended_well, self._ended))
         to_come = sum(not planned.has_ended(run, good) for run in self._runs[number:])
         eta = mean(seconds) * to_come if seconds else None
         return f" of {len(self._runs)}" + (f", ETA {console.duration(eta)}" if eta else "")
@@ -66,19 +64,17 @@ class SweepTable(Callback):
         """Rewrites the table, so that a stopped sweep has one, also with runs resumed on their
         own."""
         if folder := sweep_of(Path(config.hydra.runtime.output_dir)):
-            self._summaries = [summary for _, summary in _write(folder)]
+            self._ended = _write(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         try:
-            found = _write(folder)
-            if not found:
+            runs = _write(folder)
+            if not runs:
                 return
-            runs = [summary for _, summary in found]
             missing = planned.missing(folder, runs)
-            parts = [sweep_table(runs), verdict_of(runs), left(missing), str(folder / page.TABLE)]
-            print("\n" + "\n\n".join(filter(None, parts)), flush=True)
-            upload(folder, found, missing)
+            print(f"\n{page.printed(runs, missing)}\n\n{folder / page.TABLE}", flush=True)
+            upload(folder, runs, missing)
         except Exception as error:  # Hydra would make it a warning, and the exit status 0
             if not isinstance(error, OSError):
                 traceback.print_exc()
@@ -93,11 +89,10 @@ def _overrides(config: DictConfig) -> list[str]:
     return cast(list[str], given)
 
 
-def _write(folder: Path) -> Found:
+def _write(folder: Path) -> list[Summary]:
     """Write a sweep's table and pictures if any of its runs has ended; -> those.  Processes take
     turns, so the last one writes the runs of all."""
     with claim.in_turn(folder):
-        found = ended_runs(folder)
-        if found:
-            page.write(folder, found, planned.missing(folder, [summary for _, summary in found]))
-    return found
+        if runs := ended_runs(folder):
+            page.write(folder, runs, planned.missing(folder, runs))
+    return runs

@@ -19,10 +19,10 @@ from trainer.reporting.measure import EVAL, HOLDOUT, TRAIN, ended_well
 from trainer.sweep.runs import Comparison, Group, Summary
 
 
-def draw(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
-    """The chart; None if no run has two points.  runs: folders and summaries."""
-    rows = {id(summary): metrics.read(folder / "metrics.jsonl") for folder, summary in runs}
-    groups = Comparison([summary for _, summary in runs]).groups
+def draw(runs: Sequence[Summary]) -> Image.Image | None:
+    """The chart; None if no run has two points."""
+    rows = {id(run): metrics.read(Path(run["folder"]) / "metrics.jsonl") for run in runs}
+    groups = Comparison(runs).groups
     begins = [value for found in rows.values() for _, value in points.of(found, EVAL.metric)[:1]]
     last = {key: _last_step(found) for key, found in rows.items()}
     panels = []

@@ -4,11 +4,11 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from trainer.sweep import markdown, paired, remarks, verdict
-from trainer.sweep.folders import Found
-from trainer.sweep.runs import Comparison, Group, optimizer_of
+from trainer.sweep.runs import Comparison, Group, Summary, optimizer_of
 from trainer.sweep.table import tables
 
 _TEX = {
@@ -20,29 +20,29 @@ _TEX = {
 }
 
 
-def as_csv(found: Found) -> str:
+def as_csv(runs: Sequence[Summary]) -> str:
     """One row per run, best first; the columns are those of all summaries."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(grid(found))
+    csv.writer(text, lineterminator="\n").writerows(grid(runs))
     return text.getvalue()
 
 
-def grid(found: Found) -> list[list[Any]]:
+def grid(runs: Sequence[Summary]) -> list[list[Any]]:
     """A row of titles, then one per run, best first: numbers, words and None."""
-    rows = _rows(found)
+    rows = _rows(Comparison(runs))
     titles = [*dict.fromkeys(key for row in rows for key in row)]
     return [titles, *([_cell(row.get(title)) for title in titles] for row in rows)]
 
 
-def as_json(found: Found) -> str:
+def as_json(runs: Sequence[Summary]) -> str:
     """The ranking metric, the verdict, the runs and groups over seeds, both best first, and the
     remarks.  Final losses that are not finite are null."""
-    comparison = Comparison([summary for _, summary in found])
+    comparison = Comparison(runs)
     groups = comparison.groups
     content = {
         "ranked_by": comparison.measure.metric,
         "verdict": verdict.of_runs(comparison),
-        "runs": _rows(found),
+        "runs": _rows(comparison),
         "over_seeds": [
             _of_group(group, ratio)
             for group, ratio in zip(groups, paired.ratios(groups), strict=True)
@@ -52,21 +52,18 @@ def as_json(found: Found) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def as_latex(found: Found) -> str:
+def as_latex(runs: Sequence[Summary]) -> str:
     """The tables of sweep.md, each as a booktabs tabular."""
-    comparison = Comparison([summary for _, summary in found])
-    return "% \\usepackage{booktabs}\n" + "\n".join(map(_tabular, tables(comparison)))
+    return "% \\usepackage{booktabs}\n" + "\n".join(map(_tabular, tables(Comparison(runs))))
 
 
-def _rows(found: Found) -> list[dict[str, Any]]:
-    """Summaries with their runs' names and folders, without the (long) configurations, which are in
-    the folders."""
-    folders = {id(summary): folder for folder, summary in found}
-    comparison = Comparison([summary for _, summary in found])
+def _rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Summaries with their runs' names, without the (long) configurations, which are in the
+    folders."""
     return [
         {
             "run": comparison.name_of(run),
-            "folder": str(folders[id(run)]),
+            "folder": run["folder"],
             "final_loss": _finite(comparison.loss(run)),
             **{key: value for key, value in run.items() if key != "config"},
             "optimizer": optimizer_of(run),

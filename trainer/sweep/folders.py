@@ -16,8 +16,6 @@ from trainer.storage.claim import claims_below, config_in
 from trainer.sweep.identity import canonical, settings_of
 from trainer.sweep.runs import Summary, seed_of
 
-Found = list[tuple[Path, Summary]]
-
 
 def place_of(
     sweep: Path, proposed: Path, overrides: Sequence[str], config: Mapping[str, Any]
@@ -36,19 +34,18 @@ def place_of(
     return free
 
 
-def ended_runs(*folders: Path) -> Found:
-    """The runs that have ended in these folders, at any depth, and their summaries, with their
-    configuration as `config`.  Of runs with the same configuration and seed, the newest finished
-    one is kept; `times_run` says how many there are."""
-    found: dict[tuple[str, str], Found] = {}
+def ended_runs(*folders: Path) -> list[Summary]:
+    """The summaries of the runs that have ended in these folders, at any depth, with each run's
+    `folder` and `config`.  Of runs with the same configuration and seed, the newest finished one is
+    kept; `times_run` says how many there are."""
+    alike: dict[tuple[str, str], list[Summary]] = {}
     paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
     for path in sorted(paths.values()):
         summary = report.read_summary(path.parent)
         if "overrides" in summary:
-            summary |= {"config": config_in(path.parent)}
-            found.setdefault(identity_of(summary), []).append((path.parent, summary))
-    kept = [(max(runs, key=lambda run: _worth(run[1])), len(runs)) for runs in found.values()]
-    return [(run, summary | {"times_run": count}) for (run, summary), count in kept]
+            summary |= {"folder": str(path.parent), "config": config_in(path.parent)}
+            alike.setdefault(identity_of(summary), []).append(summary)
+    return [max(runs, key=_worth) | {"times_run": len(runs)} for runs in alike.values()]
 
 
 def _begun(sweep: Path) -> set[Path]:

@@ -13,27 +13,24 @@ _ROWS = 40
 _WORDS = {EVAL: "eval", HOLDOUT: "held out"}
 
 
-def sheet(runs: Sequence[tuple[Path, Summary]]) -> Image.Image | None:
+def sheet(runs: Sequence[Summary]) -> Image.Image | None:
     """One row per run, best first, below the original pictures (of captions from the data) and the
     samples before training; one column per prompt, up to `pictures.COLUMNS`.  More than 40 runs get
     one row per group, more groups only the best 40.  Runs that drew other prompts than the best, or
     nothing, are left out; None if none is left.
-
-    runs: folders and summaries.
     """
-    folders = {id(summary): folder for folder, summary in runs}
-    comparison = Comparison([summary for _, summary in runs])
+    comparison = Comparison(runs)
     captions: list[str] = []
     rows: dict[str, list[Image.Image]] = {}
-    for summary in _shown(comparison):
-        folder = folders[id(summary)]
-        drawn = folder / "samples" / f"step-{summary.get('steps', 0):06d}"
+    for run in _shown(comparison):
+        samples = Path(run["folder"]) / "samples"
+        drawn = samples / f"step-{run.get('steps', 0):06d}"
         if not captions and (captions := pictures.captions(drawn)[: pictures.COLUMNS]):
             for title, name in (("original", pictures.ORIGINALS), ("before", f"step-{0:06d}")):
-                found = pictures.load(folder / "samples" / name, captions)
+                found = pictures.load(samples / name, captions)
                 rows |= {title: found} if found else {}
         if captions and (found := pictures.load(drawn, captions)):
-            rows[_title(summary, comparison)] = found
+            rows[_title(run, comparison)] = found
     return pictures.grid(rows, captions) if captions else None
 
 

@@ -8,30 +8,31 @@ from typing import Any
 from trainer.config import WandbConfig
 from trainer.reporting import trackers
 from trainer.sweep import files, page
-from trainer.sweep.folders import Found
-from trainer.sweep.runs import Comparison, optimizer_of
+from trainer.sweep.runs import Comparison, Summary, optimizer_of
 from trainer.sweep.table import tables
 
 FOLDER = "comparison"  # in the sweep's, beside those of its runs
 
 
-def upload(sweep: Path, found: Found, missing: Sequence[str]) -> None:
+def upload(sweep: Path, runs: Sequence[Summary], missing: Sequence[str]) -> None:
     """Write or continue this run if the sweep's own are in W&B.  Whatever W&B raises is printed,
     and does not stop the sweep."""
     try:
-        if options := _options(found):
-            _upload(sweep, found, missing, options)
+        if options := _options(runs):
+            _upload(sweep, runs, missing, options)
     except Exception as error:
         print(f"W&B has no comparison of these runs ({type(error).__name__}: {error})")
 
 
-def _options(found: Found) -> WandbConfig | None:
+def _options(runs: Sequence[Summary]) -> WandbConfig | None:
     """Those of the first run that has any."""
-    logs: list[Mapping[str, Any]] = [summary["config"].get("log", {}) for _, summary in found]
+    logs: list[Mapping[str, Any]] = [run["config"].get("log", {}) for run in runs]
     return next((WandbConfig(**log["wandb"]) for log in logs if log.get("wandb")), None)
 
 
-def _upload(sweep: Path, found: Found, missing: Sequence[str], options: WandbConfig) -> None:
+def _upload(
+    sweep: Path, runs: Sequence[Summary], missing: Sequence[str], options: WandbConfig
+) -> None:
     import wandb
 
     name, folder = sweep.resolve().name, sweep / FOLDER
@@ -42,12 +43,12 @@ def _upload(sweep: Path, found: Found, missing: Sequence[str], options: WandbCon
         name=f"{name} compared",
         job_type="comparison",
         tags=["comparison", name],
-        notes=page.text(sweep, found, missing),
+        notes=page.text(sweep, runs, missing),
     )
     try:
-        comparison = Comparison([summary for _, summary in found])
+        comparison = Comparison(runs)
         _, *over_several = tables(comparison)  # over seeds, and at the best rates, if there are any
-        grids = {"runs": files.grid(found)} | {
+        grids = {"runs": files.grid(runs)} | {
             table.rows[0][0]: table.rows for table in over_several
         }
         logged = {
