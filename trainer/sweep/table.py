@@ -3,49 +3,46 @@
 Best is the lowest final loss of the exported weights (`trainer.reporting.measure`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 from trainer.reporting.measure import EVAL
 from trainer.sweep import markdown, paired, remarks, verdict
 from trainer.sweep.markdown import Table
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, seed_of
 
-Column = tuple[str, str, str]  # title, key in summary.json, format
 
-_COLUMNS: tuple[Column, ...] = (
-    ("eval before", "eval_loss_before", "{:.4f}"),
-    ("eval after", "eval_loss_after", "{:.4f}"),
-    ("held out before", "holdout_loss_before", "{:.4f}"),
-    ("held out", "holdout_loss_after", "{:.4f}"),
-    ("averaged weights", "ema_loss_after", "{:.4f}"),
-    ("s/step", "seconds_per_step", "{:.3f}"),
-    ("optimizer s/step", "optimizer_seconds_per_step", "{:.4f}"),
-    ("images/s", "images_per_second", "{:.1f}"),
-    ("total seconds", "wall_seconds", "{:.0f}"),
-    ("optimizer state", "optimizer_state_bytes", "bytes"),
-    ("planned peak", "planned_training_bytes", "bytes"),
-    ("peak in training", "peak_training_bytes", "bytes"),
-    ("skipped", "skipped_steps", "{}"),
-    ("spikes", "loss_spikes", "{}"),
-    ("diverged", "diverged", "{:d}"),
-    ("norm/median", "grad_norm_over_median", "{:.1f}"),
+class Column(NamedTuple):
+    """A value of the summaries in the tables."""
+
+    title: str
+    key: str  # in summary.json
+    form: str  # as for `markdown.cell`
+    over: Callable[[list[Any]], Any] | None = mean  # of a group's seeds; None: no column there
+    is_optional: bool = False  # it has a column only if any run has it
+    is_cost: bool = False  # independent of the learning rate: shown where the best is chosen
+
+
+_COLUMNS = (
+    Column("eval before", "eval_loss_before", "{:.4f}", over=None),
+    Column("eval after", "eval_loss_after", "{:.4f}"),
+    Column("held out before", "holdout_loss_before", "{:.4f}", over=None, is_optional=True),
+    Column("held out", "holdout_loss_after", "{:.4f}", is_optional=True),
+    Column("averaged weights", "ema_loss_after", "{:.4f}", is_optional=True),
+    Column("s/step", "seconds_per_step", "{:.3f}", is_cost=True),
+    Column("optimizer s/step", "optimizer_seconds_per_step", "{:.4f}", is_optional=True),
+    Column("images/s", "images_per_second", "{:.1f}"),
+    Column("total seconds", "wall_seconds", "{:.0f}", over=None),
+    Column("optimizer state", "optimizer_state_bytes", "bytes", over=max, is_cost=True),
+    Column("planned peak", "planned_training_bytes", "bytes", over=max, is_optional=True),
+    Column("peak in training", "peak_training_bytes", "bytes", over=max, is_cost=True),
+    Column("skipped", "skipped_steps", "{}", over=sum),
+    Column("spikes", "loss_spikes", "{}", over=sum, is_optional=True),
+    Column("diverged", "diverged", "{:d}", over=sum, is_optional=True),
+    Column("norm/median", "grad_norm_over_median", "{:.1f}", over=max, is_optional=True),
 )
-_NOT_IN_ALL = {
-    "holdout_loss_before",
-    "holdout_loss_after",
-    "diverged",
-    "ema_loss_after",
-    "optimizer_seconds_per_step",
-    "loss_spikes",
-    "planned_training_bytes",
-    "grad_norm_over_median",
-}
-_NOT_OVER_SEEDS = {"eval before", "held out before", "total seconds"}
-_LARGEST = {"optimizer state", "planned peak", "peak in training", "norm/median"}
-_COSTS = {"s/step", "optimizer state", "peak in training"}  # independent of the learning rate
-_IN_ALL = {"skipped", "spikes", "diverged"}
-RATE_FORM = "{:g}"
+_RATE_FORM = "{:g}"
 
 
 def sweep_table(runs: Sequence[Summary]) -> str:
@@ -70,17 +67,16 @@ def tables(comparison: Comparison) -> list[Table]:
     """The tables of runs, over seeds, and of best rates; the last two if there are several."""
     values = [item for run in comparison.runs for item in run.items()]
     known = {key for key, value in values if value is not None and value is not False}
-    columns = [c for c in _COLUMNS if c[1] in known or c[1] not in _NOT_IN_ALL]
+    columns = [c for c in _COLUMNS if c.key in known or not c.is_optional]
     others = (_over_seeds(comparison, columns), _best_rates(comparison, columns))
     return [_of_runs(comparison, columns), *filter(None, others)]
 
 
 def _of_runs(comparison: Comparison, columns: Sequence[Column]) -> Table:
-    rows = [["run", "lr", *(title for title, _, _ in columns)]]
+    rows = [["run", "lr", *(column.title for column in columns)]]
     for run in comparison.runs:
-        cells = [markdown.cell(run.get(key), form) for _, key, form in columns]
-        if "error" in run:
-            cells = ["failed", *[""] * (len(columns) - 1)]
+        cells = [markdown.cell(run.get(column.key), column.form) for column in columns]
+        cells = _failed(cells) if "error" in run else cells
         rows.append([comparison.name_of(run), _rate(run), *cells])
     return Table(rows=rows)
 
@@ -88,7 +84,7 @@ def _of_runs(comparison: Comparison, columns: Sequence[Column]) -> Table:
 def _rate(run: Summary) -> str:
     """The learning rate, and the factor that the optimizer found for it, if any."""
     rate, found = lr_of(run), run.get("rate_found")
-    return markdown.cell(rate, RATE_FORM) + ("" if found is None else f" x {found:.2g}")
+    return markdown.cell(rate, _RATE_FORM) + ("" if found is None else f" x {found:.2g}")
 
 
 def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> Table | None:
@@ -98,8 +94,8 @@ def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> Table | No
     groups = comparison.groups
     if all(len({seed_of(run) for run in group.runs}) < 2 for group in groups):
         return None
-    columns = [column for column in columns if column[0] not in _NOT_OVER_SEEDS]
-    titles, found = [title for title, _, _ in columns], paired.ratios(groups)
+    columns = [column for column in columns if column.over]
+    titles, found = [column.title for column in columns], paired.ratios(groups)
     place = titles.index(comparison.measure.title) + 1 if any(found) else None
     if place is not None:
         titles.insert(place, "over the best, 95 % interval")
@@ -108,7 +104,7 @@ def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> Table | No
         cells = [_over(group.good, column) for column in columns]
         if place is not None:
             cells.insert(place, str(ratio or ""))
-        rate = markdown.cell(group.lr, RATE_FORM)
+        rate = markdown.cell(group.lr, _RATE_FORM)
         rows.append([group.name, group.counted, rate, *(cells if group.good else _failed(cells))])
     return Table(rows=rows)
 
@@ -119,16 +115,13 @@ def _failed(cells: Sequence[str]) -> list[str]:
 
 def _over(runs: Sequence[Summary], column: Column) -> str:
     """One cell for several runs; "" if any of them lacks the value."""
-    title, key, form = column
-    values = [value for run in runs if (value := run.get(key)) is not None]
-    if not values or len(values) < len(runs):
+    over = column.over
+    values = [value for run in runs if (value := run.get(column.key)) is not None]
+    if over is None or not values or len(values) < len(runs):
         return ""
-    if title in _LARGEST:
-        return markdown.cell(max(values), form)
-    if title in _IN_ALL:
-        return markdown.cell(sum(values), form)
-    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
-    return form.format(mean(values)) + spread
+    has_spread = over is mean and len(values) > 1
+    spread = f" ± {markdown.cell(stdev(values), column.form)}" if has_spread else ""
+    return markdown.cell(over(values), column.form) + spread
 
 
 def _best_rates(comparison: Comparison, columns: Sequence[Column]) -> Table | None:
@@ -137,16 +130,16 @@ def _best_rates(comparison: Comparison, columns: Sequence[Column]) -> Table | No
     measure, rivals = comparison.measure, comparison.rivals
     if all(len({group.lr for group in tried}) < 2 for tried in rivals.values()):
         return None
-    wanted = {EVAL.title, measure.title, *_COSTS}
-    columns = [column for column in columns if column[0] in wanted]
-    titles = [title for title, _, _ in columns]
+    wanted = {EVAL.title, measure.title}
+    columns = [column for column in columns if column.title in wanted or column.is_cost]
+    titles = [column.title for column in columns]
     rows = [["each at its best rate", "lr", *titles, "ended well", "rates tried", "note"]]
     for name, tried in rivals.items():
         best, rates = tried[0], sorted({group.lr for group in tried if group.lr is not None})
-        row = [name, markdown.cell(best.lr, RATE_FORM)]
+        row = [name, markdown.cell(best.lr, _RATE_FORM)]
         cells = [_over(best.good, column) for column in columns]
         row += [*(cells if best.good else _failed(cells)), best.counted]
-        rows.append([*row, ", ".join(map(RATE_FORM.format, rates)), _edge(best, rates)])
+        rows.append([*row, ", ".join(map(_RATE_FORM.format, rates)), _edge(best, rates)])
     return Table(rows=rows, words={"rates tried", "note"})
 
 
