@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from trainer.cli import compose, resolvers
 from trainer.reporting.measure import objective
 from trainer.sweep import SweepTable, sweep_table
+from trainer.sweep.job import record_failure
 from trainer.sweep.runs import Comparison
 
 
@@ -65,9 +66,7 @@ def test_a_failing_job_is_a_row_of_the_sweep_and_the_others_run(command):
 
 
 def test_a_job_that_fails_without_a_word_is_called_by_its_error(tmp_path, capsys):
-    from trainer.__main__ import _record_failure
-
-    _record_failure(tmp_path, MemoryError(), ["optim=sgd"], {})
+    record_failure(tmp_path, MemoryError(), ["optim=sgd"], {})
     table = sweep_table([json.loads((tmp_path / "summary.json").read_text())])
     assert "- optim=sgd failed: MemoryError" in table
     assert "error: optim=sgd: MemoryError" in capsys.readouterr().err

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from trainer.storage.claim import claimed
 from trainer.storage.run_folder import sweep_of
-from trainer.sweep import SweepTable, place_of
-from trainer.sweep.folders import ended_runs
+from trainer.sweep import SweepTable
+from trainer.sweep.folders import ended_runs, place_of
 
 A, B = ["optim=a", "seed=0"], ["optim=a", "seed=0", "schedule.steps=9"]
 

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,17 +23,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from trainer import config, sweep
+from trainer import config
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import arguments, command, compose, help
 from trainer.cli.explain import explain
 from trainer.errors import UserError
 from trainer.models import execution
-from trainer.reporting.measure import ended_well, objective
-from trainer.reporting.report import of_failure, read_summary, write_summary
 from trainer.storage.checkpoint import completed
-from trainer.storage.claim import TakenError, claimed, in_turn
+from trainer.storage.claim import claimed
 from trainer.storage.run_folder import sweep_of
+from trainer.sweep import job, planned
 from trainer.system import console, memory, processes
 from trainer.training import optimizers
 
@@ -55,7 +54,8 @@ def train(composed: DictConfig) -> float:
         return _follow(composed, folder, overrides)
     resolved = _resolved(composed)
     if context.mode == RunMode.MULTIRUN:
-        return _run_of_sweep(composed, folder, overrides, resolved)
+        train_in = partial(_run, composed, overrides=overrides, goes_on=True)
+        return job.run(context.sweep, composed, resolved, folder, overrides, train_in)
     try:
         with claimed(folder, resolved):
             return _run(composed, folder, overrides)
@@ -81,39 +81,6 @@ def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
     return math.nan
 
 
-def _run_of_sweep(
-    composed: DictConfig, proposed: Path, overrides: list[str], resolved: dict[str, Any]
-) -> float:
-    """One run of a sweep, which may already be finished, begun, or taken by another process.
-    Returns NaN if it failed or is taken, so that the sweep continues."""
-    of_sweep = Path(HydraConfig.get().sweep.dir).absolute()
-    if proposed.absolute() == of_sweep:
-        command.fail(
-            f"hydra.sweep.subdir={HydraConfig.get().sweep.subdir}: a run of a sweep needs a "
-            "folder of its own"
-        )
-    with contextlib.ExitStack() as holding:
-        with in_turn(of_sweep):
-            sweep.planned.begun(of_sweep, overrides, resolved)
-            folder = _placed(of_sweep, proposed, overrides, resolved)
-            if ended_well(summary := read_summary(folder)):
-                print(f"{folder} is already finished: {' '.join(overrides)}")
-                return objective(summary)
-            try:
-                holding.enter_context(claimed(folder, resolved))
-            except TakenError as error:
-                print(f"left to another process: {error}")
-                return math.nan
-        try:
-            return _run(composed, folder, overrides, goes_on=True)
-        except SystemExit:
-            print(f"to resume a sweep, repeat its command with hydra.sweep.dir={of_sweep}")
-            raise
-        except Exception as error:
-            _record_failure(folder, error, overrides, _known_of_failed(composed))
-            return math.nan
-
-
 def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool = False) -> float:
     """Check the configuration and train.  goes_on: from a checkpoint in the folder."""
     checked = to_dataclasses(composed)
@@ -125,7 +92,7 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool
     from trainer.run import run  # imported after the checks: diffusers takes seconds
 
     of_sweep = sweep_of(folder)
-    apart = sweep.planned.apart(of_sweep, overrides) if of_sweep else []
+    apart = planned.apart(of_sweep, overrides) if of_sweep else []
     with processes.joined(device):
         return run(checked, folder, overrides, apart)
 
@@ -135,39 +102,6 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # users' own resolvers may raise anything
         return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     return {}
-
-
-def _placed(of_sweep: Path, proposed: Path, overrides: list[str], resolved: dict[str, Any]) -> Path:
-    """The folder of a sweep's run; if it is not the one that Hydra made, that one is removed."""
-    folder = sweep.place_of(of_sweep, proposed, overrides, resolved)
-    if folder != proposed:
-        with contextlib.suppress(OSError):
-            proposed.rmdir()  # unless it is another run's
-    return folder
-
-
-def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
-    """What a sweep's table shows of a run that failed before it began."""
-    rate, seed, name = (
-        OmegaConf.select(composed, key, throw_on_resolution_failure=False)
-        for key in ("optim.lr", "seed", "optim.name")
-    )
-    known = {"seed": seed, "optimizer": name}
-    return known | ({"lr": rate} if isinstance(rate, int | float) else {})
-
-
-def _record_failure(
-    folder: Path, error: Exception, overrides: list[str], known: dict[str, Any]
-) -> None:
-    """Make a failed run of a sweep a row of its table, so that the sweep continues.  known: the
-    summary of a run that never began; other runs have written their own."""
-    if not isinstance(error, UserError):
-        traceback.print_exception(error)
-    message = str(error) or type(error).__name__
-    print(f"error: {' '.join(overrides)}: {message}", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    if read_summary(folder).get("error") != message:
-        write_summary(folder, of_failure(folder, known | {"overrides": overrides}, error))
 
 
 def main() -> None:
