@@ -29,9 +29,9 @@ from trainer.cli import arguments, command, compose, help
 from trainer.cli.explain import explain
 from trainer.errors import UserError
 from trainer.models import execution
-from trainer.storage.checkpoint import completed
 from trainer.storage.claim import claimed
 from trainer.storage.run_folder import sweep_of
+from trainer.storage.steps import completed
 from trainer.sweep import job, planned
 from trainer.system import console, memory, processes
 from trainer.training import optimizers

@@ -84,7 +84,7 @@ def begin(
     if not processes.is_main():
         return state
     if resumed:
-        checkpoint.set_aside_newer(folder / "checkpoints", resumed.step)
+        checkpoint.set_aside_newer(state.checkpoints, resumed.step)
         run_folder.carry_before(resuming.find(config.resume or "")[-1], folder)
     record.write(folder, asdict(config), state.device)  # as it was asked for, to be known by
     if resumed and state.step == resumed.config["schedule"]["steps"]:
@@ -197,7 +197,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
         "result": ", ".join(map(str, exported)),
         "metrics": writer.path,
         "curves": writer.curves if writer.curves.exists() else None,
-        "checkpoints": state.folder / "checkpoints",
+        "checkpoints": state.checkpoints,
     }
     log.info("\n%s", report.closing_lines(summary, {k: v for k, v in places.items() if v}))
     if failure:

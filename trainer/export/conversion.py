@@ -14,6 +14,7 @@ from trainer.formats.weights import of_file
 from trainer.models import origin
 from trainer.reporting import report
 from trainer.storage import checkpoint
+from trainer.storage.steps import step_of
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _in_run(path: Path) -> Path:
     """What to convert for a run's folder: its model, its LoRA, or its last checkpoint."""
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
-    every = checkpoint.completed(path / "checkpoints") or checkpoint.completed(path)
+    every = checkpoint.found_in(path)
     found = path / "model"
     if not (found / "model_index.json").is_file():
         loras = (path / "lora").glob("*.safetensors")
@@ -63,7 +64,7 @@ def _in_run(path: Path) -> Path:
         if not first:
             return (every or [path])[-1]
         found = first
-    if every and checkpoint.step_of(every[-1]) > (step := _finished(path)):
+    if every and step_of(every[-1]) > (step := _finished(path)):
         log.warning(
             "%s is from step %d, and the run has continued since; use %s for its last checkpoint",
             found,

@@ -11,6 +11,7 @@ from trainer.errors import UserError
 from trainer.phases.saving import save
 from trainer.phases.state import State
 from trainer.storage import checkpoint, resuming
+from trainer.storage.steps import completed, step_of
 from trainer.system import processes, signals
 from trainer.training import method
 from trainer.training.guard import broken
@@ -82,9 +83,9 @@ def give_up(state: State) -> NoReturn:
             f"{names[0]}{others} not finite{since}, so no later step can succeed; lower optim.lr. "
             f"{way_back(state)}"
         )
-    newest = checkpoint.completed(state.folder / "checkpoints")[-1:]
+    newest = completed(state.checkpoints)[-1:]
     saved = newest[0] if newest else None
-    is_saved = saved is not None and checkpoint.step_of(saved) >= guard.last_update
+    is_saved = saved is not None and step_of(saved) >= guard.last_update
     if guard.skipped < state.step and not is_saved:
         try:
             saved = save(state)
@@ -101,7 +102,7 @@ def way_back(state: State, saved: Path | None = None) -> str:
     """Which checkpoint to resume from.  saved: the checkpoint of the current weights, if any."""
     last = state.guard.last_whole
     was = f"The last good step was {last}" if last else "No step succeeded"
-    if best := checkpoint.proven(state.folder / "checkpoints", last):
+    if best := checkpoint.proven(state.checkpoints, last):
         return (
             f"{was}; resume from the checkpoint before it: resume={best} (another optim.lr also "
             "needs runtime.allow_config_change=true)"

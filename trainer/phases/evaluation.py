@@ -17,7 +17,7 @@ from trainer.objective import batches, losses
 from trainer.phases import intervals
 from trainer.phases.state import State
 from trainer.reporting import metrics
-from trainer.storage import checkpoint
+from trainer.storage.steps import completed, step_name, step_of
 from trainer.system import console, memory, signals
 
 log = logging.getLogger(__name__)
@@ -130,17 +130,17 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
 def _between(samples: Path, step: int, captions: list[str]) -> dict[str, list[Image]]:
     """Rows of pictures drawn after the first step and before this one; of many, evenly chosen
     ones."""
-    drawn = [path for path in checkpoint.completed(samples) if 0 < checkpoint.step_of(path) < step]
+    drawn = [path for path in completed(samples) if 0 < step_of(path) < step]
     count = min(len(drawn), _BETWEEN)
     chosen = [drawn[(2 * i + 1) * len(drawn) // (2 * count)] for i in range(count)]
-    return {f"step {checkpoint.step_of(p)}": pictures.load(p, captions) for p in chosen}
+    return {f"step {step_of(p)}": pictures.load(p, captions) for p in chosen}
 
 
 def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
     """Write the pictures drawn at this step, and the grid."""
     sampler, samples = state.sampler, state.folder / "samples"
     captions = sampler.captions()
-    pictures.save(samples / f"step-{state.step:06d}", drawn, captions)
+    pictures.save(samples / step_name(state.step), drawn, captions)
     rows: dict[str, list[Image]] = {}
     try:
         rows["original"] = sampler.originals()
@@ -149,7 +149,7 @@ def _show(state: State, drawn: list[Image], writer: metrics.Metrics) -> Path:
     if rows.get("original"):
         pictures.save(samples / pictures.ORIGINALS, rows["original"], captions)  # for a sweep
     if state.step:
-        rows["before"] = pictures.load(samples / f"step-{0:06d}", captions)
+        rows["before"] = pictures.load(samples / step_name(0), captions)
         if not rows["before"]:
             log.warning(
                 "the grid of step %d has no 'before' row: the pictures of step 0 are missing, or "

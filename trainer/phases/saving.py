@@ -16,6 +16,7 @@ from trainer.errors import UserError, reason
 from trainer.phases import intervals
 from trainer.phases.state import State
 from trainer.storage import checkpoint, result
+from trainer.storage.steps import completed, delete, step_name, step_of
 from trainer.system import memory
 from trainer.training import method
 from trainer.training.guard import broken
@@ -33,7 +34,7 @@ def save(state: State) -> Path:
     state.peaks.end("rest")
     with state.clock.aside(intervals.SAVING):
         saved = checkpoint.save(
-            state.folder / "checkpoints",
+            state.checkpoints,
             checkpoint.Checkpoint(
                 step=state.step,
                 epochs=state.epochs,
@@ -63,7 +64,7 @@ def rotate(state: State, is_good: bool = False) -> None:
         return
     last_whole = state.step + 1 if is_good else state.guard.last_whole
     keep = state.config.runtime.keep_checkpoints
-    checkpoint.rotate(state.folder / "checkpoints", keep, last_whole)
+    checkpoint.rotate(state.checkpoints, keep, last_whole)
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def export(state: State) -> list[Path]:
     deleted."""
     name, folder = file_name(state.config.name), state.folder
     if not state.is_last:
-        step = f"step-{state.step:06d}"
+        step = step_name(state.step)
         name, folder = f"{name}-{step}", folder / "results" / step
     is_new = not folder.exists()
     counted = _kohya_counts(state)
@@ -137,9 +138,8 @@ def export(state: State) -> list[Path]:
             f"checkpoint ({reason(error)})"
         ) from error
     if not state.is_last and (keep := state.config.method.keep_exports):
-        every = checkpoint.completed(folder.parent)
-        until_now = [old for old in every if checkpoint.step_of(old) <= state.step]
-        checkpoint.delete(until_now[:-keep])
+        until_now = [old for old in completed(folder.parent) if step_of(old) <= state.step]
+        delete(until_now[:-keep])
     return written
 
 

@@ -70,6 +70,11 @@ class State:
         return self.ema.in_place() if self.ema and wanted else nullcontext()
 
     @property
+    def checkpoints(self) -> Path:
+        """Their folder."""
+        return self.folder / "checkpoints"
+
+    @property
     def is_last(self) -> bool:
         """Whether all steps are done."""
         return self.step == self.config.schedule.steps

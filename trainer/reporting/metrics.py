@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainer.config import Config
 from trainer.reporting import curves, trackers
+from trainer.storage.steps import step_name
 from trainer.system import disk
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Metrics:
     def write_pictures(self, step: int, grid: Image.Image, drawn: trackers.Drawn) -> Path:
         """Save a grid of the pictures drawn at this step as `samples/step-NNNNNN.png`; returns its
         path."""
-        path = self.folder / "samples" / f"step-{step:06d}.png"
+        path = self.folder / "samples" / f"{step_name(step)}.png"
         path.parent.mkdir(exist_ok=True)
         disk.replace_picture(path, grid)
         for tracker in self._trackers:

@@ -15,7 +15,7 @@ import logging
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.formats import stream
 from trainer.formats.weights import of_tensors
+from trainer.storage.steps import completed, delete, step_name, step_of
 from trainer.system import disk
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `folder/step-NNNNNN` unless it exists.  Raises UserError if it cannot be written."""
-    final = folder / f"step-{checkpoint.step:06d}"
+    final = folder / step_name(checkpoint.step)
     if final.exists():
         return final  # a finished run that was resumed
     with disk.whole_folder(final) as temporary:
@@ -97,17 +98,6 @@ def rotate(folder: Path, keep: int, last_whole: int) -> None:
     delete(old for old in completed(folder)[:-keep] if old != spared)
     for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # retried after the next save
-
-
-def delete(folders: Iterable[Path]) -> None:
-    """Delete folders, each of which is renamed first, so that nothing half-deleted has its name."""
-    for old in folders:
-        try:
-            aside = old.rename(old.with_name(f".{old.name}.tmp"))
-        except OSError as error:
-            log.warning("%s is not deleted: %s", old, error)
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def proven(folder: Path, last_whole: int) -> Path | None:
@@ -189,14 +179,9 @@ def set_aside_newer(folder: Path, step: int) -> None:
         log.warning("%s is now %s", newer, aside.name)
 
 
-def completed(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` folder, oldest first."""
-    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def found_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, given its folder or that of its checkpoints, oldest first."""
+    return completed(folder / "checkpoints") or completed(folder)
 
 
 def _canonical(record: dict[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from trainer.config import Config, ConstantConfig, MetadataConfig, flatten
 from trainer.errors import UserError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
+from trainer.storage.steps import completed
 from trainer.system import processes
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def find(resume: str) -> list[Path]:
     path = latest_run() if resume == "latest" else Path(resume).expanduser().resolve()
     if (path / "checkpoint.json").is_file():
         return [path]
-    if checkpoints := checkpoint.completed(path / "checkpoints") or checkpoint.completed(path):
+    if checkpoints := checkpoint.found_in(path):
         return checkpoints
     raise UserError(
         f"resume={resume}: there is no checkpoint there; "
@@ -83,7 +84,7 @@ def latest_run() -> Path:
         )
     (when, record), begun = saved, _newest("claim.json")
     run = record.parents[2]
-    if begun and begun[0] > when and not checkpoint.completed(begun[1].parent / "checkpoints"):
+    if begun and begun[0] > when and not completed(begun[1].parent / "checkpoints"):
         raise UserError(
             f"resume=latest: the newest run, {begun[1].parent}, has no checkpoint; start it again, "
             f"or resume the newest that has one: resume={run}"
@@ -121,7 +122,7 @@ def run_folder_of(resume: str) -> Path | None:
     """
     newest = find(resume)[-1]
     is_in_run = newest.parent.name == "checkpoints"
-    goes_on = is_in_run and checkpoint.completed(newest.parent)[-1] == newest
+    goes_on = is_in_run and completed(newest.parent)[-1] == newest
     return newest.parents[1] if goes_on else None
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from trainer.config import Config, file_name
 from trainer.errors import UserError
-from trainer.storage import checkpoint, resuming
+from trainer.storage import resuming
+from trainer.storage.steps import completed, step_name
 
 _MULTIRUN = "multirun.yaml"  # Hydra's, in a sweep's folder
 
@@ -23,7 +24,7 @@ def is_sweep(folder: Path) -> bool:
 
 def refuse_occupied(folder: Path, config: Config) -> None:
     """Raise UserError if a run would overwrite another, or files that belong to no run."""
-    if checkpoint.completed(folder / "checkpoints"):
+    if completed(folder / "checkpoints"):
         if not config.resume:
             raise UserError(
                 f"{folder} already holds a run; resume it with resume={folder}, or name another "
@@ -47,7 +48,7 @@ def refuse_occupied(folder: Path, config: Config) -> None:
 def carry_before(forked: Path, folder: Path) -> None:
     """Copy the pictures drawn before the first step to a run that forks from another's checkpoint.
     The checkpoint may be outside any run."""
-    before, began = Path("samples") / f"step-{0:06d}", forked.parent.parent
+    before, began = Path("samples") / step_name(0), forked.parent.parent
     if (began / before).is_dir() and not (folder / before).exists():
         with suppress(OSError):  # a full disk, say: it is only a row of a grid
             shutil.copytree(began / before, folder / before)

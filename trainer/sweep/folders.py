@@ -11,8 +11,9 @@ from typing import Any
 
 from trainer.reporting import report
 from trainer.reporting.measure import ended_well
-from trainer.storage import checkpoint, resuming
+from trainer.storage import resuming
 from trainer.storage.claim import claims_below, config_in
+from trainer.storage.steps import completed
 from trainer.sweep.identity import canonical, settings_of
 from trainer.sweep.runs import Summary, seed_of
 
@@ -58,7 +59,7 @@ def _run_in(folder: Path) -> Summary | None:
     """The overrides and configuration of the run in this folder; None if none has begun there."""
     summary, config = report.read_summary(folder), config_in(folder)
     overrides = summary.get("overrides")
-    if overrides is None and checkpoint.completed(folder / "checkpoints"):
+    if overrides is None and completed(folder / "checkpoints"):
         overrides = resuming.overrides_of(str(folder))
     return {"overrides": overrides or [], "config": config} if config or overrides else None
 

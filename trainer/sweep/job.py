@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import SweepDir
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.cli import command
@@ -21,7 +22,7 @@ from trainer.sweep.folders import place_of
 
 
 def run(
-    sweep: DictConfig,
+    sweep: SweepDir,
     composed: DictConfig,
     resolved: dict[str, Any],
     proposed: Path,

@@ -7,6 +7,7 @@ from PIL import Image
 
 from trainer.drawing import pictures
 from trainer.reporting.measure import EVAL, HOLDOUT
+from trainer.storage.steps import step_name
 from trainer.sweep.runs import Comparison, Summary, lr_of
 
 _ROWS = 40
@@ -24,9 +25,9 @@ def sheet(runs: Sequence[Summary]) -> Image.Image | None:
     rows: dict[str, list[Image.Image]] = {}
     for run in _shown(comparison):
         samples = Path(run["folder"]) / "samples"
-        drawn = samples / f"step-{run.get('steps', 0):06d}"
+        drawn = samples / step_name(run.get("steps", 0))
         if not captions and (captions := pictures.captions(drawn)[: pictures.COLUMNS]):
-            for title, name in (("original", pictures.ORIGINALS), ("before", f"step-{0:06d}")):
+            for title, name in (("original", pictures.ORIGINALS), ("before", step_name(0))):
                 found = pictures.load(samples / name, captions)
                 rows |= {title: found} if found else {}
         if captions and (found := pictures.load(drawn, captions)):
