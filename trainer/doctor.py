@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from trainer.checks import remarks
 from trainer.checks.validate import to_dataclasses
@@ -23,6 +22,7 @@ from trainer.data.survey import all_sources, survey
 from trainer.drawing import pictures
 from trainer.errors import UserError, some
 from trainer.reporting import report
+from trainer.storage.claim import config_in
 from trainer.training import schedule
 
 if TYPE_CHECKING:
@@ -222,10 +222,9 @@ def _measured_speed(config: Config) -> tuple[float | None, str]:
     for path in summaries:
         try:
             speed = report.read_summary(path.parent)["images_per_second"]
-            then = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-            if _traits(then) == _traits(asdict(config)):
+            if _traits(config_in(path.parent)) == _traits(asdict(config)):
                 return float(speed), str(path)
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        except (ValueError, KeyError, TypeError):
             continue  # a run that failed, or one of another version
     return None, ""
 

@@ -1,10 +1,10 @@
 """LoRA files: which model one belongs to, and writing it in the other format, or merged into it."""
 
 import logging
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-import yaml
 from torch import nn
 
 from trainer.errors import UserError
@@ -14,6 +14,7 @@ from trainer.formats import adapters, architectures, kohya, lora, metadata
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.weights import of_file
 from trainer.models import origin
+from trainer.storage.claim import config_in
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +87,13 @@ def _trained_on(path: Path) -> tuple[str, str | None] | None:
     """The model that a LoRA in a run's `lora` folder was trained on, and its variant, from the
     run's configuration; None for a file that is in no run."""
     above = path.resolve().parents  # RUN/lora, or RUN/results/STEP/lora
-    run = next((p for p in above[1:4] if (p / "config.yaml").is_file()), None)
-    if above[0].name != "lora" or run is None:
+    if above[0].name != "lora":
         return None
-    try:
-        model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
-        return str(model["path"]), model.get("variant")
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
+    for folder in above[1:4]:
+        with suppress(KeyError, TypeError, AttributeError):  # no run's, or of another version
+            model = config_in(folder)["model"]
+            return str(model["path"]), model.get("variant")
+    return None
 
 
 def _fits(path: Path, kind: str) -> bool:
