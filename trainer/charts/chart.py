@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from trainer.charts.axis import Axis
 from trainer.charts.points import Points, thinned
-from trainer.charts.strokes import Pen, Point, Style, cross, dot, stroke, text, text_width
+from trainer.charts.strokes import Pen, Point, Style, text_width
 
 SCALE = 2  # drawn this much larger, then reduced, for smooth lines
 # Pixels:
@@ -98,9 +98,9 @@ def drawn(panels: Sequence[Panel], title: str, entries: Sequence[Entry]) -> Imag
     _write_legend(pen, left, title, entries)
     for line, note in enumerate(notes):
         middle = _TOP + (len(entries) + 0.5 + line) * _ENTRY
-        text(pen, left + _aside(note), middle, note, "lm", colour=_MUTED)
+        pen.write((left + _aside(note), middle), note, "lm", colour=_MUTED)
         if note == _FAILED:
-            cross(pen, (left + 15, middle), _MUTED)
+            pen.cross((left + 15, middle), _MUTED)
     return picture.reduce(SCALE)
 
 
@@ -121,13 +121,13 @@ def _aside(note: str) -> int:
 
 
 def _write_legend(pen: Pen, left: int, title: str, entries: Sequence[Entry]) -> None:
-    text(pen, left, _TOP - 20, title, "ls", colour=_MUTED)
+    pen.write((left, _TOP - 20), title, "ls", colour=_MUTED)
     second = left + _NAMES + max(text_width(entry.name) for entry in entries) + 16
     for place, entry in enumerate(entries):
         middle = _TOP + place * _ENTRY
-        stroke(pen, [(left, middle), (left + 30, middle)], entry.style, 3)
-        text(pen, left + _NAMES, middle, entry.name, "lm")
-        text(pen, second, middle, entry.result, "lm")
+        pen.stroke([(left, middle), (left + 30, middle)], entry.style, 3)
+        pen.write((left + _NAMES, middle), entry.name, "lm")
+        pen.write((second, middle), entry.result, "lm")
 
 
 class _Axes:
@@ -154,7 +154,7 @@ class _Axes:
 
     def draw(self) -> None:
         """Title, axes, bands, then lines, the best on top."""
-        text(self._pen, self._left, _TOP - 20, self._panel.title, "ls", size=15)
+        self._pen.write((self._left, _TOP - 20), self._panel.title, "ls", size=15)
         self._draw_ticks()
         numbered = list(enumerate(self._panel.lines))
         for place, line in reversed(numbered):
@@ -171,21 +171,21 @@ class _Axes:
         grid, axis = Style(colour=_GRID), Style(colour=_MUTED)
         for tick in log_ticks(self._low, self._high):
             y = self._y(tick)
-            stroke(self._pen, [(self._left, y), (self._right, y)], grid, 1)
-            text(self._pen, self._left - 8, y, f"{tick:g}", "rm", colour=_MUTED)
+            self._pen.stroke([(self._left, y), (self._right, y)], grid, 1)
+            self._pen.write((self._left - 8, y), f"{tick:g}", "rm", colour=_MUTED)
         for step in [0, self._last] if self._panel.is_of_points else ticks(self._last):
             x = self._x(step)
-            stroke(self._pen, [(x, self._floor), (x, self._floor + 5)], axis, 1)
-            text(self._pen, x, self._floor + 10, str(step), "mt", colour=_MUTED)
-        stroke(self._pen, [(self._left, self._floor), (self._right, self._floor)], axis, 1)
-        text(self._pen, self._right, self._floor + 28, "steps", "rt", colour=_MUTED)
+            self._pen.stroke([(x, self._floor), (x, self._floor + 5)], axis, 1)
+            self._pen.write((x, self._floor + 10), str(step), "mt", colour=_MUTED)
+        self._pen.stroke([(self._left, self._floor), (self._right, self._floor)], axis, 1)
+        self._pen.write((self._right, self._floor + 28), "steps", "rt", colour=_MUTED)
 
     def _draw_band(self, place: int, line: Line) -> None:
         lower = [self._at(place, step, low) for step, low, _ in line.band]
         upper = [self._at(place, step, high) for step, _, high in line.band]
         if self._panel.is_of_points:
             for bar in zip(lower, upper, strict=True):
-                stroke(self._pen, bar, Style(colour=line.style.colour), 2)
+                self._pen.stroke(bar, Style(colour=line.style.colour), 2)
         elif len(line.band) > 1:
             self._pen.fill([*lower, *reversed(upper)], line.style.colour)
 
@@ -193,13 +193,13 @@ class _Axes:
         if not self._panel.is_of_points:
             for piece in inside(line.points, self._high):
                 path = [self._at(place, step, value) for step, value in thinned(piece)]
-                stroke(self._pen, path, line.style, 1 if line.failed else 2)
+                self._pen.stroke(path, line.style, 1 if line.failed else 2)
         marked = line.points if len(line.points) < _FEW else line.points[-1:]
         for step, value in marked:
             if value < self._high and (step, value) != line.cross:
-                dot(self._pen, self._at(place, step, value), line.style.colour)
+                self._pen.dot(self._at(place, step, value), line.style.colour)
         if line.cross:
-            cross(self._pen, self._at(place, *line.cross), line.style.colour)
+            self._pen.cross(self._at(place, *line.cross), line.style.colour)
 
 
 def inside(points: Points, high: float) -> list[Points]:

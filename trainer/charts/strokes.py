@@ -52,31 +52,45 @@ class Pen:
     canvas: ImageDraw.ImageDraw
     scale: int
 
-    def line(self, path: Sequence[Point], colour: str, width: float) -> None:
-        thick = round(width * self.scale)
-        self.canvas.line(self._scaled(path), fill=colour, width=thick, joint="curve")
+    def stroke(self, path: Sequence[Point], style: Style, width: float) -> None:
+        """A line through these points."""
+        for piece in _pieces(path, style.dashes) if style.dashes else [path]:
+            self._line(piece, style.colour, width)
 
     def fill(self, outline: Sequence[Point], colour: str) -> None:
         """A translucent shape."""
         rgb = ImageColor.getrgb(colour)[:3]
         self.canvas.polygon(self._scaled(outline), fill=(*rgb, _CLEAR))
 
-    def disc(self, centre: Point, radius: float, colour: str) -> None:
-        (x, y), r = self._scaled([centre])[0], radius * self.scale
-        self.canvas.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+    def dot(self, at: Point, colour: str) -> None:
+        for radius, shade in ((3.5, "white"), (3.0, colour)):
+            (x, y), r = self._scaled([at])[0], radius * self.scale
+            self.canvas.ellipse([x - r, y - r, x + r, y + r], fill=shade)
 
-    def write(self, at: Point, words: str, anchor: str, size: int, colour: str) -> None:
+    def cross(self, at: Point, colour: str, arm: float = 5) -> None:
+        (x, y) = at
+        for width, shade in ((5.0, "white"), (2.5, colour)):
+            self._line([(x - arm, y - arm), (x + arm, y + arm)], shade, width)
+            self._line([(x - arm, y + arm), (x + arm, y - arm)], shade, width)
+
+    def write(
+        self, at: Point, words: str, anchor: str, size: int = _SIZE, colour: str = _INK
+    ) -> None:
+        """Text at a point; `anchor` says, as in Pillow, which point of the text that is."""
         font = _font(size * self.scale)
         self.canvas.text(self._scaled([at])[0], words, font=font, fill=colour, anchor=anchor)
+
+    def _line(self, path: Sequence[Point], colour: str, width: float) -> None:
+        thick = round(width * self.scale)
+        self.canvas.line(self._scaled(path), fill=colour, width=thick, joint="curve")
 
     def _scaled(self, path: Sequence[Point]) -> list[Point]:
         return [(x * self.scale, y * self.scale) for x, y in path]
 
 
-def stroke(pen: Pen, path: Sequence[Point], style: Style, width: float) -> None:
-    """A line through these points."""
-    for piece in _pieces(path, style.dashes) if style.dashes else [path]:
-        pen.line(piece, style.colour, width)
+def text_width(words: str) -> int:
+    """The width in pixels of text of the usual size."""
+    return math.ceil(_font(_SIZE * 4).getlength(words) / 4)
 
 
 def _pieces(path: Sequence[Point], dashes: Sequence[float]) -> Iterator[list[Point]]:
@@ -100,30 +114,6 @@ def _pieces(path: Sequence[Point], dashes: Sequence[float]) -> Iterator[list[Poi
 
 def _between(a: Point, b: Point, share: float) -> Point:
     return a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1])
-
-
-def dot(pen: Pen, at: Point, colour: str) -> None:
-    pen.disc(at, 3.5, "white")
-    pen.disc(at, 3, colour)
-
-
-def cross(pen: Pen, at: Point, colour: str, arm: float = 5) -> None:
-    (x, y) = at
-    for width, shade in ((5.0, "white"), (2.5, colour)):
-        pen.line([(x - arm, y - arm), (x + arm, y + arm)], shade, width)
-        pen.line([(x - arm, y + arm), (x + arm, y - arm)], shade, width)
-
-
-def text(
-    pen: Pen, x: float, y: float, words: str, anchor: str, size: int = _SIZE, colour: str = _INK
-) -> None:
-    """Text at a point; `anchor` says, as in Pillow, which point of the text that is."""
-    pen.write((x, y), words, anchor, size, colour)
-
-
-def text_width(words: str) -> int:
-    """The width in pixels of text of the usual size."""
-    return math.ceil(_font(_SIZE * 4).getlength(words) / 4)
 
 
 @cache
