@@ -5,5 +5,3 @@ from trainer.data.plan import Pick
 from trainer.data.sample import Sample
 from trainer.data.store import Entries, Entry, Store
 from trainer.data.tables import free_rows
-
-__all__ = ["Dataset", "Entries", "Entry", "Pick", "Sample", "Store", "free_rows", "load"]

@@ -7,5 +7,3 @@ derived from the runs' folders, so `python -m trainer.sweep` can rebuild it at a
 
 from trainer.sweep.callback import SweepTable
 from trainer.sweep.table import sweep_table
-
-__all__ = ["SweepTable", "sweep_table"]
