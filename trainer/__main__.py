@@ -54,8 +54,12 @@ def train(composed: DictConfig) -> float:
         return _follow(composed, folder, overrides)
     resolved = _resolved(composed)
     if context.mode == RunMode.MULTIRUN:
+        of_sweep = Path(context.sweep.dir).absolute()
+        if folder.absolute() == of_sweep:
+            subdir = f"hydra.sweep.subdir={context.sweep.subdir}"
+            command.fail(f"{subdir}: a run of a sweep needs a folder of its own")
         train_in = partial(_run, composed, overrides=overrides, goes_on=True)
-        return job.run(context.sweep, composed, resolved, folder, overrides, train_in)
+        return job.run(of_sweep, composed, resolved, folder, overrides, train_in)
     try:
         with claimed(folder, resolved):
             return _run(composed, folder, overrides)

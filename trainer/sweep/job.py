@@ -9,10 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.conf import SweepDir
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.cli import command
 from trainer.errors import UserError
 from trainer.reporting.measure import ended_well, objective
 from trainer.reporting.report import of_failure, read_summary, write_summary
@@ -22,7 +20,7 @@ from trainer.sweep.folders import place_of
 
 
 def run(
-    sweep: SweepDir,
+    sweep: Path,
     composed: DictConfig,
     resolved: dict[str, Any],
     proposed: Path,
@@ -32,18 +30,13 @@ def run(
     """Train in this run's folder, from its last checkpoint if it has one; returns the final loss,
     NaN if it failed or is taken, so that the sweep continues.
 
-    sweep: Hydra's node of this name.  composed, resolved: the run's configuration, which identifies
-    it with its overrides.  proposed: the folder that Hydra made.
+    sweep: its folder.  composed, resolved: the run's configuration, which identifies it with its
+    overrides.  proposed: the folder that Hydra made.
     """
-    of_sweep = Path(sweep.dir).absolute()
-    if proposed.absolute() == of_sweep:
-        command.fail(
-            f"hydra.sweep.subdir={sweep.subdir}: a run of a sweep needs a folder of its own"
-        )
     with contextlib.ExitStack() as holding:
-        with in_turn(of_sweep):
-            planned.begun(of_sweep, overrides, resolved)
-            folder = place_of(of_sweep, proposed, overrides, resolved)
+        with in_turn(sweep):
+            planned.begun(sweep, overrides, resolved)
+            folder = place_of(sweep, proposed, overrides, resolved)
             if folder != proposed:
                 with contextlib.suppress(OSError):
                     proposed.rmdir()  # unless it is another run's
@@ -58,7 +51,7 @@ def run(
         try:
             return train_in(folder)
         except SystemExit:
-            print(f"to resume a sweep, repeat its command with hydra.sweep.dir={of_sweep}")
+            print(f"to resume a sweep, repeat its command with hydra.sweep.dir={sweep}")
             raise
         except Exception as error:
             record_failure(folder, error, overrides, _known_of_failed(composed))
