@@ -17,8 +17,8 @@ from trainer.config.optimizer import (
     optimizer_schema,
     peer_schema,
 )
-from trainer.config.overrides import flatten, key_of, keys_of
-from trainer.config.root import ALTERNATIVES, Config, file_name
+from trainer.config.overrides import flatten, is_in, key_of, keys_of
+from trainer.config.root import ALTERNATIVES, OUTPUTS, Config, file_name
 from trainer.config.runtime import RuntimeConfig
 from trainer.config.schedule import (
     ConstantConfig,

@@ -1,6 +1,6 @@
 """Options by their keys: of command-line overrides, and of a whole configuration."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -12,6 +12,12 @@ def key_of(override: str) -> str:
 def keys_of(overrides: Iterable[str]) -> frozenset[str]:
     """The options and groups that the overrides set."""
     return frozenset(map(key_of, overrides))
+
+
+def is_in(key: str, groups: Collection[str]) -> bool:
+    """Whether an option, or a group, is one of these or below one of them, as method.metadata.title
+    is below method.metadata."""
+    return any(f"{key}.".startswith(f"{group}.") for group in groups)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

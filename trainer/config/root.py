@@ -52,6 +52,18 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Options that decide what a run keeps and writes, not what it learns.
+OUTPUTS = (
+    "data.cache",
+    "method.export",
+    "method.export_dtype",
+    "method.export_every",
+    "method.keep_exports",
+    "method.metadata",
+    "method.tag_frequency",
+)
+
+
 def file_name(run: str) -> str:
     """A run's name in names of files and folders: peer/hf_adafactor-full ->
     peer-hf_adafactor-full."""

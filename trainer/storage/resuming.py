@@ -6,11 +6,11 @@ import logging
 import re
 import shlex
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, ConstantConfig, MetadataConfig, flatten
+from trainer.config import OUTPUTS, Config, ConstantConfig, flatten, is_in
 from trainer.errors import UserError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
@@ -19,31 +19,18 @@ from trainer.system import processes
 
 log = logging.getLogger(__name__)
 
-# Groups whose options decide what is learned.
+# Options that decide what is learned, and groups of them.
 _LEARNED = (
-    *("seed", "model.", "data.", "method.", "optim.", "loss.", "noise.", "schedule."),
-    "runtime.accumulation",
-    "runtime.processes",
+    *("seed", "model", "data", "method", "optim", "loss", "noise", "schedule"),
+    *("runtime.accumulation", "runtime.processes"),
 )
-# Options that do not change what is learned, in groups that do.  What lies at a path
-# is compared by its content: `check_content`.
-_ANYWHERE = {
-    "model.path",
-    "model.vae",
-    "data.path",
-    "data.cache",
-    "data.max_unreadable",
-    "data.max_pixels",
-    "method.export",
-    "method.export_dtype",
-    "method.export_every",
-    "method.keep_exports",
-    "method.start_from",
-    "method.tag_frequency",
-    *(f"method.metadata.{word.name}" for word in fields(MetadataConfig)),
-    "method.ema.device",
-    "method.ema.sample",
-    "method.ema.export",
+# Those in these groups that do not.  What lies at a path is compared by its content:
+# `check_content`.
+_NOT_LEARNED = {
+    *OUTPUTS,
+    *("model.path", "model.vae", "data.path", "method.start_from"),
+    *("data.max_unreadable", "data.max_pixels"),
+    *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
 
 _LENGTH = {"schedule.steps", "schedule.epochs"}  # may grow: `check_length`
@@ -94,11 +81,11 @@ def latest_run() -> Path:
 
 def _newest(pattern: str) -> tuple[float, Path] | None:
     """The newest file of any run that matches, and its time."""
-    found: dict[float, Path] = {}
+    by_time: dict[float, Path] = {}
     for path in Path("runs").glob(f"**/{pattern}"):
         with contextlib.suppress(OSError):  # just deleted by a running process
-            found[path.stat().st_mtime] = path
-    return max(found.items()) if found else None
+            by_time[path.stat().st_mtime] = path
+    return max(by_time.items()) if by_time else None
 
 
 def overrides_of(resume: str) -> list[str]:
@@ -136,10 +123,10 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     """
     if not config.resume:
         return None
-    found = load_newest(find(config.resume))
+    saved = load_newest(find(config.resume))
     if config.schedule.epochs is None:  # otherwise the length is known once the data is read
-        check_length(found, config.schedule, config.runtime.allow_config_change)
-    changed = _changes(config, found, given)
+        check_length(saved, config.schedule, config.runtime.allow_config_change)
+    changed = _changes(config, saved, given)
     if fixed := _FIXED & changed.keys():
         raise UserError(
             f"resume: {changed[min(fixed)]} cannot change; the saved optimizer state and trained "
@@ -149,46 +136,46 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     if refused and not config.runtime.allow_config_change:
         remedies = ["leave these options out"] if refused.keys() - {"runtime.processes"} else []
         if "runtime.processes" in refused:  # no option of a command line
-            before = found.config["runtime"].get("processes", 1)
+            before = saved.config["runtime"].get("processes", 1)
             remedies.append(f"start it as before ({processes.command(before)})")
         raise UserError(
             f"resume: the checkpoint has another configuration ({', '.join(refused.values())}); "
             f"{' and '.join(remedies)}, or set runtime.allow_config_change=true"
         )
-    if _is_complete(config.schedule, found):
+    if _is_complete(config.schedule, saved):
         log.warning(
             "this run is already complete: step %d was its last, so it is only evaluated, exported "
             "and drawn again; to train longer set %s=..., and to resume another run name its "
             "folder (resume=runs/...)",
-            found.step,
+            saved.step,
             "schedule.steps" if config.schedule.epochs is None else "schedule.epochs",
         )
     if changed:
         log.warning("resuming with a changed configuration: %s", ", ".join(changed.values()))
-    return found
+    return saved
 
 
-def _is_complete(schedule: ConstantConfig, found: Checkpoint) -> bool:
+def _is_complete(schedule: ConstantConfig, saved: Checkpoint) -> bool:
     """Whether a checkpoint is of the last step, as far as that is known before the data is read."""
     if schedule.epochs is None:
-        return found.step == schedule.steps
-    before = found.config["schedule"]  # with the steps that its epochs took
-    return schedule.epochs == before.get("epochs") and found.step == before["steps"]
+        return saved.step == schedule.steps
+    before = saved.config["schedule"]  # with the steps that its epochs took
+    return schedule.epochs == before.get("epochs") and saved.step == before["steps"]
 
 
-def _changes(config: Config, found: Checkpoint, given: Collection[str]) -> dict[str, str]:
+def _changes(config: Config, saved: Checkpoint, given: Collection[str]) -> dict[str, str]:
     """The options that decide what is learned and differ from the checkpoint's: {name: "name: there
     -> here"}."""
-    ignored = set(_ANYWHERE)
+    ignored = set(_NOT_LEARNED)
     if config.schedule.epochs is not None:  # steps follow from the data
         ignored.add("schedule.steps")
     if config.schedule.warmup_steps is None:
         ignored.add("schedule.warmup_steps")
-    here, there = _options(asdict(config)), _options(found.config)
+    here, there = _options(asdict(config)), _options(saved.config)
     return {
         key: f"{key}: {there.get(key)} -> {here.get(key)}"
         for key in sorted(here.keys() | there.keys())
-        if key.startswith(_LEARNED) and key not in ignored
+        if is_in(key, _LEARNED) and not is_in(key, ignored)
         if here.get(key) != there.get(key) and (key in given or not _is_newer(key, there))
     }
 
@@ -229,7 +216,7 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration as {option name: value}, without the paths in data.sources."""
     flat = flatten(config)
     sources = flat.get("data.sources") or []
-    flat["data.sources"] = [{k: v for k, v in one.items() if k != "path"} for one in sources]
+    flat["data.sources"] = [{k: v for k, v in source.items() if k != "path"} for source in sources]
     return flat
 
 

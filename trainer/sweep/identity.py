@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.config import flatten, key_of
+from trainer.config import OUTPUTS, flatten, is_in, key_of
 
 # Options that do not identify a run: name, start, reporting, and what it keeps and writes.  Seeds
 # are compared separately.
@@ -20,13 +20,7 @@ _AROUND = (
     "runtime.allow_config_change",
     "runtime.keep_checkpoints",
     "runtime.save_every",
-    "method.export",
-    "method.export_dtype",
-    "method.export_every",
-    "method.keep_exports",
-    "method.metadata",
-    "method.tag_frequency",
-    "data.cache",
+    *OUTPUTS,
 )
 _MEASURED = "log.eval_points"  # an exception in `log`: it affects eval/loss
 _SHIPPED = "/trainer/assets/"  # what precedes it depends on the machine
@@ -42,12 +36,12 @@ def settings_of(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dic
 
 def is_setting(key: str) -> bool:
     """Whether an option, or a group, affects a run's result."""
-    return key == _MEASURED or not any(f"{key}.".startswith(f"{name}.") for name in _AROUND)
+    return key == _MEASURED or not is_in(key, _AROUND)
 
 
 def below(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The options of a group, or a single one."""
-    return {name: value for name, value in settings.items() if f"{name}.".startswith(f"{key}.")}
+    return {name: value for name, value in settings.items() if is_in(name, [key])}
 
 
 def canonical(settings: Mapping[str, Any], *without: str) -> str:
