@@ -3,132 +3,27 @@ the same, a learning rate for small models only, pictures of another size than t
 about a run that changed nothing or made the model worse."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
 import optim
+from trainer.checks import idle
 from trainer.config import (
     Config,
     ConstantConfig,
-    FullConfig,
-    Interval,
     LinearConfig,
     LoraConfig,
     WsdConfig,
-    choices_of,
-    conf_dir,
-    epochs_of,
     finds_rate,
     keys_of,
     large_model_lr,
 )
-from trainer.drawing import prompts
 from trainer.training.schedule import decay_steps
 
 _UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
 _LARGE = 100_000_000  # trained parameters, from which on the default rate gets a remark
 _STILL = 1e-3  # relative change of the loss, below which a model has learned nothing
 _FAR = 1.5  # ratio of resolutions, above which there is a remark
-
-
-def _no_tags_move(config: Config) -> bool:
-    return not (config.data.shuffle_tags or config.data.tag_dropout)
-
-
-def _is_never(every: Interval) -> bool:
-    return str(every) == "0" or epochs_of(every) == 0
-
-
-def _nothing_drawn(config: Config) -> bool:
-    return not (config.log.prompts or config.log.sample_count)
-
-
-def _never_guided(config: Config) -> bool:
-    drawn = prompts.of_config(config.log, config.data.largest_resolution)
-    return config.log.guidance_scale <= 1 and not any(prompt.is_guided for prompt in drawn)
-
-
-def _other_prompts(config: Config) -> bool:
-    path = config.log.prompts_file
-    return path is not None and prompts.read(path) != config.log.prompts
-
-
-_PICTURES = "pictures: log.prompts or log.sample_count"
-
-# Options that only have an effect with others: (options, when they have none, what they need).
-_IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
-    (("loss.gamma",), lambda c: c.loss.weighting != "min_snr", "loss.weighting=min_snr"),
-    (("loss.unmasked_weight",), lambda c: c.data.mask == "none", "data.mask"),
-    (
-        ("noise.logit_mean", "noise.logit_std"),
-        lambda c: c.noise.timesteps != "logit_normal",
-        "noise.timesteps=logit_normal",
-    ),
-    (
-        ("data.keep_tokens", "data.caption_variants"),
-        _no_tags_move,
-        "data.shuffle_tags and data.tag_dropout",
-    ),
-    (
-        ("data.tag_separator",),
-        lambda c: (
-            _no_tags_move(c)
-            and not c.data.keep_separator
-            and not getattr(c.method, "tag_frequency", False)
-        ),
-        "data.shuffle_tags and data.tag_dropout",
-    ),
-    (
-        ("method.export_every", "method.export_dtype", "method.tag_frequency"),
-        lambda c: not c.method.export,
-        "a format in method.export",
-    ),
-    (
-        ("method.keep_exports",),
-        lambda c: _is_never(c.method.export_every),
-        "method.export_every",
-    ),
-    (
-        ("runtime.keep_checkpoints",),
-        lambda c: _is_never(c.runtime.save_every),
-        "runtime.save_every",
-    ),
-    (
-        ("data.upscale", "data.bucket_step", "data.max_aspect"),
-        lambda c: not c.data.buckets,
-        "data.buckets=true",
-    ),
-    (
-        ("data.short_batches",),
-        lambda c: not c.data.buckets and len(c.data.resolutions) < 2,
-        "several buckets (data.buckets=true, data.resolutions)",
-    ),
-    (("method.targets",), lambda c: "unet" not in c.method.train, "unet in method.train"),
-    (("method.max_grad_norm",), lambda c: c.method.clip == "none", "a method.clip other than none"),
-    (
-        ("method.text_targets",),
-        lambda c: c.method.train == ["unet"],
-        "text encoders in method.train",
-    ),
-    (("data.resolution",), lambda c: bool(c.data.resolutions), "data.resolutions=[]"),
-    (("log.negative_prompt",), _never_guided, "log.guidance_scale above 1"),
-    (("log.prompts_file",), _other_prompts, "log.prompts unset"),
-    (("schedule.steps",), lambda c: c.schedule.epochs is not None, "schedule.epochs=null"),
-    (
-        ("log.sample_count",),
-        lambda c: bool(c.log.prompts),
-        "log.prompts and log.prompts_file unset",
-    ),
-    (
-        ("log.sample_every", "log.sample_steps", "log.guidance_scale"),
-        _nothing_drawn,
-        _PICTURES,
-    ),
-)
 
 
 def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
@@ -138,7 +33,7 @@ def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
     """
     given = keys_of(overrides)
     return [
-        *_without_effect(config, given),
+        *idle.remarks(config, given),
         *_of_clips(config, given),
         *_of_others(config),
         *of_data(config, overrides),
@@ -216,59 +111,10 @@ def of_resolution(config: Config, own: int | None) -> list[str]:
     ]
 
 
-def _without_effect(config: Config, given: frozenset[str]) -> Iterator[str]:
-    for keys, is_idle, owner in _IDLE:
-        for key in keys:
-            if _is_meant(config, key, given) and is_idle(config):
-                yield _idle(config, key, owner)
-    ema = config.method.ema
-    if ema and ema.sample == "last" and _nothing_drawn(config):
-        yield f"method.ema.sample=last has no effect here: it is only used with {_PICTURES}"
-    formats = ["single_file"] if isinstance(config.method, FullConfig) else ["kohya", "diffusers"]
-    if not set(formats) & set(config.method.export):
-        words = (key for key, word in vars(config.method.metadata).items() if word is not None)
-        for key in words:
-            yield (
-                f"method.metadata.{key} has no effect here: it is written into .safetensors files "
-                f"only, method.export=[{','.join(formats)}]"
-            )
-    if isinstance(config.method, FullConfig) and config.model.compute == config.model.dtype:
-        dtype = config.model.dtype
-        yield (
-            f"model.compute={dtype} has no effect with model.dtype={dtype}, whose matrix products "
-            "use that dtype anyway"
-        )
-    fused = config.runtime.fused_backward
-    if not fused and getattr(config.optim, "on_nonfinite", "skip") == "raise":
-        yield (
-            "optim.on_nonfinite=raise has no effect here: a step whose gradient is not finite is "
-            "skipped before the optimizer sees it (runtime.max_skipped_steps)"
-        )
-    if config.optim.lr == 0 and not config.method.rules:
-        yield "optim.lr=0 changes no weight"
-
-
 def of_time_ids(config: Config, overrides: Sequence[str], is_read: bool) -> list[str]:
     """Warn about data.time_ids with a UNet that does not read them."""
-    key = "data.time_ids"
-    if is_read or not _is_meant(config, key, keys_of(overrides)):
-        return []
-    return [_idle(config, key, "a UNet that is told sizes, such as SDXL's")]
-
-
-def _is_meant(config: Config, key: str, given: frozenset[str]) -> bool:
-    """Whether an option was set, on the command line or to a value that no default has."""
-    value = _value(config, key)
-    return value is not None and (key in given or value not in _defaults(config, key))
-
-
-def _value(config: Config, key: str) -> Any:
-    group, _, option = key.partition(".")
-    return getattr(getattr(config, group), option, None)
-
-
-def _idle(config: Config, key: str, owner: str) -> str:
-    return f"{key}={_value(config, key)} has no effect here: it is only used with {owner}"
+    owner = "a UNet that is told sizes, such as SDXL's"
+    return [] if is_read else [*idle.of_option(config, "data.time_ids", keys_of(overrides), owner)]
 
 
 def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
@@ -287,23 +133,6 @@ def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
             f"schedule.cycles={cycles} leaves fewer than two of the decay's {steps} steps per "
             f"cycle, so the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
         )
-
-
-def _defaults(config: Config, key: str) -> list[Any]:
-    """The option's values in the files of conf/ that may have been chosen."""
-    group, _, option = key.partition(".")
-    named = {"noise": ["default"], "runtime": ["default"], "log": ["jsonl"]}
-    named["data"] = choices_of("data")
-    names = named.get(group) or [getattr(config, group).name]
-    files = [conf_dir() / group / f"{name}.yaml" for name in names]
-    values = [OmegaConf.select(_loaded(file), option) for file in files]
-    presets = (conf_dir() / "experiment").glob("*.yaml")
-    return values + [OmegaConf.select(_loaded(p), key) for p in presets]
-
-
-@cache
-def _loaded(file: Path) -> Any:
-    return OmegaConf.load(file)
 
 
 def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
