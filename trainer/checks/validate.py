@@ -1,38 +1,35 @@
 """Refuses what cannot work, before anything is loaded; after that, options are trusted."""
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import ImageColor
 
 import optim
 from optim.options import unknown
+from trainer.checks import machine
 from trainer.cli.explain import explain
 from trainer.config import (
     ALTERNATIVES,
     Config,
     DataConfig,
     FullConfig,
-    LogConfig,
     LoraConfig,
     MseConfig,
 )
 from trainer.config.fields import complaint
 from trainer.config.method import TRAINABLE_PARTS
-from trainer.data import buckets
+from trainer.data import buckets, sources
 from trainer.data.items import PICTURE_SUFFIXES
 from trainer.drawing import prompts
 from trainer.errors import UserError
 from trainer.formats import thumbnail
 from trainer.formats.hub import why_missing
-from trainer.system import processes
 from trainer.training import schedule
 from trainer.training.groups import check_rules
 
@@ -88,8 +85,8 @@ def _refuse_additions(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     for prefix, node in _nodes(config):
-        if found := complaint(node, prefix):
-            raise UserError(found)
+        if wrong := complaint(node, prefix):
+            raise UserError(wrong)
     prompts.of_config(config.log, config.data.largest_resolution)
     if config.schedule.epochs is None:  # else the data says how long the run is
         schedule.check(config.schedule)
@@ -106,9 +103,7 @@ def check(config: Config) -> None:
     _check_noise(config)
     _check_data(config.data)
     _check_paths(config)
-    _check_device(config.runtime.device)
-    _check_processes(config)
-    _check_tensorboard(config.log)
+    machine.check(config)
     if config.runtime.fused_backward:
         _check_fused_backward(config)
 
@@ -242,27 +237,22 @@ def _check_noise(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     if not config.model.path.strip():
         raise UserError("model.path is empty; name a folder")
-    _check_model(config.model.path)
-    if config.model.vae and (found := why_missing("model.vae", config.model.vae)):
-        raise UserError(found)
-
-
-def _check_model(path: str) -> None:
-    model = Path(path).expanduser()
+    model = Path(config.model.path).expanduser()
     if model.is_dir() and not (model / "model_index.json").is_file():
         raise UserError(
             f"model.path={model} is not a diffusers pipeline folder: it has no model_index.json"
         )
-    if found := why_missing("model.path", path):
-        raise UserError(found)
+    for option, name in (("model.path", config.model.path), ("model.vae", config.model.vae)):
+        if name and (missing := why_missing(option, name)):
+            raise UserError(missing)
 
 
 def _check_data(config: DataConfig) -> None:
     """Refuse missing sources, and sizes that the VAE and the buckets do not allow."""
-    _check_sources(config)
-    _check_sizes(config)
-    given = config.caption_extension
-    for extension in given if isinstance(given, list) and given else [given]:
+    sources.check(config)
+    buckets.check(config)
+    extensions = config.caption_extension
+    for extension in extensions if isinstance(extensions, list) and extensions else [extensions]:
         if (
             not isinstance(extension, str)
             or not re.fullmatch(r"\.[^./\\]+", extension)
@@ -280,103 +270,3 @@ def _check_data(config: DataConfig) -> None:
             f"data.background={config.background} is not a colour; use a name, such as white, or "
             "#rrggbb"
         ) from None
-
-
-def _check_sources(config: DataConfig) -> None:
-    if config.path is None and not config.sources:
-        raise UserError(
-            "data.path has no value; set it on the command line: data.path=... "
-            "(or several: 'data.sources=[{path: ...}, {path: ...}]')"
-        )
-    if config.path is not None and config.sources:
-        raise UserError(
-            "data.path and data.sources are both set; set data.path=null, or no sources"
-        )
-    if config.sources and all(source.weight == 0 for source in config.sources):
-        raise UserError(
-            "data.sources: every weight is 0, so nothing would be learned; give one a larger weight"
-        )
-    named = [("data.path", config.path)] if config.path is not None else []
-    named += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
-    for key, path in named:
-        if not path.strip():
-            raise UserError(f"{key} is empty; name a folder")
-        if not Path(path).expanduser().exists():
-            raise UserError(
-                f"{key}={path} is not a folder (or .tar, .parquet or .arrow file); name one that "
-                "holds pictures"
-            )
-
-
-def _check_sizes(config: DataConfig) -> None:
-    if config.bucket_step % 8:
-        raise UserError(f"data.bucket_step={config.bucket_step} is not a multiple of 8")
-    named = [(f"data.resolution={config.resolution}", config.resolution)]
-    named += [(f"data.resolutions={config.resolutions}: {s}", s) for s in config.resolutions]
-    for what, side in named:
-        if side % 8:
-            raise UserError(f"{what} is not a multiple of 8; {side // 8 * 8} is")
-        if config.buckets and side < config.bucket_step:
-            raise UserError(
-                f"{what} is less than data.bucket_step={config.bucket_step}; "
-                "choose a smaller step, or data.buckets=false"
-            )
-        if config.buckets and not buckets.sizes(side, config.bucket_step, config.max_aspect):
-            raise UserError(
-                f"{what} has no bucket with data.bucket_step={config.bucket_step} and "
-                f"data.max_aspect={config.max_aspect:g}; choose a smaller step, or a larger aspect"
-            )
-
-
-def _check_processes(config: Config) -> None:
-    """Refuse what torchrun's processes cannot share: a device, or a random estimate."""
-    wanted, count = config.runtime.processes, processes.world_size()
-    if wanted != count:
-        raise UserError(
-            f"runtime.processes={wanted}, and there are {count}; torchrun starts and counts them: "
-            f"torchrun --nproc-per-node {wanted} -m trainer ..."
-        )
-    if count == 1:
-        return
-    if re.fullmatch(r"cuda:\d+", config.runtime.device):
-        raise UserError(
-            f"runtime.device={config.runtime.device}: each process of torchrun has a GPU of its "
-            "own; use runtime.device=cuda, and CUDA_VISIBLE_DEVICES to choose which"
-        )
-    gpus = torch.cuda.device_count()
-    if gpus and config.runtime.device != "cpu" and processes.local_world_size() > gpus:
-        raise UserError(
-            f"torchrun started more processes on this machine than it has GPUs; use "
-            f"--nproc-per-node {gpus}"
-        )
-    if issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia):
-        raise UserError(
-            f"optim={config.optim.name} estimates the curvature in one process only; choose "
-            "another optimizer, or train without torchrun"
-        )
-
-
-def _check_tensorboard(config: LogConfig) -> None:
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            "log.tensorboard=true needs a package that is not installed: pip install tensorboard"
-        )
-
-
-def _check_device(device: str) -> None:
-    if device == "auto":
-        return
-    if device.startswith("mps"):
-        raise UserError(
-            f"runtime.device={device}: Apple's GPUs are not supported; use runtime.device=cpu"
-        )
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"runtime.device={device} is not a device; use auto, cpu, cuda or cuda:N")
-    wanted = torch.device(device)
-    if wanted.type == "cuda" and (
-        not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(
-            f"runtime.device={device}: torch {torch.__version__} sees no such GPU; "
-            "use runtime.device=cpu"
-        )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from trainer.config import DataConfig
+from trainer.errors import UserError
 
 Size = tuple[int, int]  # height, width, in pixels
 
@@ -30,6 +31,27 @@ def sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
         if other and max(side, other) <= max_aspect * min(side, other):
             buckets |= {(side, other), (other, side)}
     return tuple(sorted(buckets))
+
+
+def check(config: DataConfig) -> None:
+    """Raise UserError for sizes that the VAE, whose scale is 8, or the buckets do not allow."""
+    if config.bucket_step % 8:
+        raise UserError(f"data.bucket_step={config.bucket_step} is not a multiple of 8")
+    sides = [(f"data.resolution={config.resolution}", config.resolution)]
+    sides += [(f"data.resolutions={config.resolutions}: {s}", s) for s in config.resolutions]
+    for option, side in sides:
+        if side % 8:
+            raise UserError(f"{option} is not a multiple of 8; {side // 8 * 8} is")
+        if config.buckets and side < config.bucket_step:
+            raise UserError(
+                f"{option} is less than data.bucket_step={config.bucket_step}; "
+                "choose a smaller step, or data.buckets=false"
+            )
+        if config.buckets and not sizes(side, config.bucket_step, config.max_aspect):
+            raise UserError(
+                f"{option} has no bucket with data.bucket_step={config.bucket_step} and "
+                f"data.max_aspect={config.max_aspect:g}; choose a smaller step, or a larger aspect"
+            )
 
 
 def fit(size: Size, resolution: int, config: DataConfig) -> Fit:

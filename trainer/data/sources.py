@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.config import DataConfig
 from trainer.data import folders, metadata, tables, tars
 from trainer.data.items import IRREGULAR, Item, Reading, is_hidden, is_picture, shown
 from trainer.errors import UserError
@@ -13,6 +14,33 @@ _MASKS = (
     "them)"
 )
 _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}
+
+
+def check(config: DataConfig) -> None:
+    """Raise UserError for sources that are missing, or would teach nothing."""
+    if config.path is None and not config.sources:
+        raise UserError(
+            "data.path has no value; set it on the command line: data.path=... "
+            "(or several: 'data.sources=[{path: ...}, {path: ...}]')"
+        )
+    if config.path is not None and config.sources:
+        raise UserError(
+            "data.path and data.sources are both set; set data.path=null, or no sources"
+        )
+    if config.sources and all(source.weight == 0 for source in config.sources):
+        raise UserError(
+            "data.sources: every weight is 0, so nothing would be learned; give one a larger weight"
+        )
+    places = [("data.path", config.path)] if config.path is not None else []
+    places += [(f"data.sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    for key, path in places:
+        if not path.strip():
+            raise UserError(f"{key} is empty; name a folder")
+        if not Path(path).expanduser().exists():
+            raise UserError(
+                f"{key}={path} is not a folder (or .tar, .parquet or .arrow file); name one that "
+                "holds pictures"
+            )
 
 
 def find(path: Path, reading: Reading) -> Iterator[Item]:
