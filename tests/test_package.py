@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 import trainer
 from optim import compiled
 from trainer.config import ASSETS
+from trainer.storage import record
 
 
 def python_files(folder):
@@ -60,6 +61,16 @@ def test_the_trainer_imports_only_from_further_down_its_map():
             above, _, below = name.partition("trainer.")
             if not above and below:
                 assert order[place] <= order[below.split(".")[0]], f"{path} imports {name}"
+
+
+def test_a_run_records_the_revision_of_its_source_tree():
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("no git repository")
+    command = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    revision = record._git_revision()
+    assert revision
+    assert revision.removesuffix("-dirty") == head.stdout.strip()
 
 
 def test_only_the_command_line_knows_hydra():

@@ -83,7 +83,7 @@ def _version(package: str) -> str | None:
 def _git_revision() -> str | None:
     """The revision of the source tree this package runs from, `-dirty` with uncommitted changes;
     None outside of git."""
-    source = Path(__file__).parents[1]
+    source = Path(__file__).parents[2]
     if not (source / ".git").exists():
         return None
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
