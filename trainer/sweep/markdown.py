@@ -40,6 +40,12 @@ def written(table: Table) -> str:
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
+def first(names: Sequence[str], count: int) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
 def cell(value: Any, form: str) -> str:
     """A value formatted by `str.format`, or as `bytes`; "" for None."""
     if value is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from trainer.sweep import curves, sheet
+from trainer.sweep import curves, markdown, sheet
 from trainer.sweep.runs import Summary
 from trainer.sweep.table import sweep_table, verdict_of
 from trainer.system import disk
@@ -60,10 +60,9 @@ def not_ended(missing: Sequence[str]) -> str:
     """Which runs of a sweep have not ended; "" if all have."""
     if not missing:
         return ""
-    named = ", ".join(f"`{run}`" for run in missing[:_NAMED])
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    named = markdown.first([f"`{run}`" for run in missing], _NAMED)
     return (
-        f"Not ended, {len(missing)} of the planned runs: {named}{more}.  The command of the sweep, "
+        f"Not ended, {len(missing)} of the planned runs: {named}.  The command of the sweep, "
         "repeated with its hydra.sweep.dir=, runs them."
     )
 

@@ -8,8 +8,8 @@ from statistics import mean
 
 from trainer.reporting.measure import ended_well
 from trainer.reporting.report import format_bytes
-from trainer.sweep import paired
-from trainer.sweep.runs import Comparison, Group, Summary
+from trainer.sweep import markdown, paired
+from trainer.sweep.runs import Comparison, Group
 
 _ALIKE = 1.1  # slowest / fastest, below which speeds are not told apart
 _NAMED = 4  # of more the others are counted
@@ -42,39 +42,29 @@ def _of_loss(comparison: Comparison, good: Sequence[Group]) -> str:
     if not known:
         return line
     worse = [g for g, ratio in known if ratio.shows_one]
-    equal = [g for g, ratio in known if not ratio.shows_one]
+    equal = [f"`{g.name}`" for g, ratio in known if not ratio.shows_one]
     line += f"; {len(worse)} of {len(good) - 1} others are shown to be worse"
-    return line + (f", not so {_named(equal)}" if equal else "")
+    return line + (f", not so {markdown.first(equal, _NAMED)}" if equal else "")
 
 
 def _of_memory(good: Sequence[Group]) -> str:
-    def state(run: Summary) -> float | None:
-        return run.get("optimizer_state_bytes")
-
     title = "memory: the smallest optimizer state is"
-    return _least(title, good, state, lambda count: format_bytes(round(count)))
+    return _least(title, good, "optimizer_state_bytes", lambda count: format_bytes(round(count)))
 
 
 def _of_speed(good: Sequence[Group]) -> str:
-    def seconds(run: Summary) -> float | None:
-        return run.get("seconds_per_step")
-
-    values = [value for group in good if (value := _mean(group, seconds)) is not None]
+    key = "seconds_per_step"
+    values = [value for group in good if (value := _mean(group, key)) is not None]
     if len(values) < len(good):
         return ""
     if max(values) < _ALIKE * min(values):
         return f"speed: alike, {min(values):.3f} to {max(values):.3f} s/step"
-    return _least("speed: the fastest step is", good, seconds, lambda x: f"{x:.3f} s")
+    return _least("speed: the fastest step is", good, key, lambda x: f"{x:.3f} s")
 
 
-def _least(
-    what: str,
-    good: Sequence[Group],
-    value_of: Callable[[Summary], float | None],
-    written: Callable[[float], str],
-) -> str:
+def _least(what: str, good: Sequence[Group], key: str, written: Callable[[float], str]) -> str:
     """Which group has the least of something, and how much the best by its loss has."""
-    values = [_mean(group, value_of) for group in good]
+    values = [_mean(group, key) for group in good]
     known = [(value, group) for value, group in zip(values, good, strict=True) if value is not None]
     if len(known) < len(good):
         return ""
@@ -83,14 +73,15 @@ def _least(
     return line if group is good[0] else f"{line} (`{good[0].name}`: {written(known[0][0])})"
 
 
-def _mean(group: Group, value_of: Callable[[Summary], float | None]) -> float | None:
-    values = [value for run in group.good if (value := value_of(run)) is not None]
+def _mean(group: Group, key: str) -> float | None:
+    """Over the runs that ended well and have it; None if none has."""
+    values = [run[key] for run in group.good if run.get(key) is not None]
     return mean(values) if values else None
 
 
 def _of_stability(tried: Mapping[str, Sequence[Group]]) -> str:
     """Which optimizers had runs that failed, diverged or skipped steps, at any rate."""
-    found = []
+    unwell = []
     for name, groups in tried.items():
         runs = [run for group in groups for run in group.runs]
         counts = {
@@ -102,14 +93,7 @@ def _of_stability(tried: Mapping[str, Sequence[Group]]) -> str:
         }
         told = [f"{count} {what}" for what, count in counts.items() if count]
         if told:
-            found.append(f"`{name}` (of {len(runs)} runs {', '.join(told)})")
-    if not found:
+            unwell.append(f"`{name}` (of {len(runs)} runs {', '.join(told)})")
+    if not unwell:
         return "stability: every run ended well; none diverged or skipped a step"
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"stability: not all runs went well of {', '.join(found[:_NAMED])}{more}"
-
-
-def _named(groups: Sequence[Group]) -> str:
-    names = ", ".join(f"`{group.name}`" for group in groups[:_NAMED])
-    more = f" and {len(groups) - _NAMED} more" if len(groups) > _NAMED else ""
-    return names + more
+    return f"stability: not all runs went well of {markdown.first(unwell, _NAMED)}"
