@@ -14,12 +14,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
     """The results of the run; `after` is its last evaluation."""
     pace = state.clock.usual_pace(state.step)
     was, now = state.model.predictions
-    return {
-        "name": state.config.name,
-        "overrides": list(state.overrides),
-        "seed": state.config.seed,
-        "steps": state.step,
-        "eval_loss_before": state.eval_loss_before,
+    results = {
         "eval_loss_after": after.get("loss", math.nan),
         "eval_loss_result": after.get("ema_loss" if state.exports_average else "loss", math.nan),
         "pictures": state.clock.pictures,
@@ -42,8 +37,9 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "diverged": _has_diverged(state, after.get("loss", math.nan)),
         "grad_norm_over_median": state.watch.grad_norm_over_median,
         "runs_before_in_process": state.peaks.runs_before,
-        **record.identity(state.config, state.device),
-    } | _of_some(state, after)
+    }
+    identity = record.identity(state.config, state.device)
+    return _known_before(state) | results | identity | _of_some(state, after)
 
 
 def _of_some(state: State, after: Mapping[str, float]) -> dict[str, float]:
@@ -71,11 +67,15 @@ def of_failed(state: State) -> dict[str, Any]:
     it."""
     if state.clock.pictures:
         return summary_of(state, {})
+    return _known_before(state) | record.identity(state.config, state.device)
+
+
+def _known_before(state: State) -> dict[str, Any]:
+    """What is known before the first step."""
     return {
         "name": state.config.name,
         "overrides": list(state.overrides),
         "seed": state.config.seed,
         "steps": state.step,
         "eval_loss_before": state.eval_loss_before,
-        **record.identity(state.config, state.device),
     }
