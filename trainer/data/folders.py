@@ -30,42 +30,12 @@ from trainer.errors import UserError
 
 # Files that may hold pictures, or be one, but are not read.
 _ARCHIVES = (
-    ".tar.gz",
-    ".tgz",
-    ".tar.bz2",
-    ".tbz",
-    ".tbz2",
-    ".tar.xz",
-    ".txz",
-    ".tar.zst",
-    ".tzst",
-    ".zip",
-    ".7z",
-    ".rar",
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+    *(".zip", ".7z", ".rar"),
 )
 _OTHER_PICTURES = (
-    ".svg",
-    ".svgz",
-    ".pdf",
-    ".ps",
-    ".eps",
-    ".ai",
-    ".wmf",
-    ".emf",
-    ".mpo",
-    ".exr",
-    ".hdr",
-    ".fits",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".raf",
-    ".orf",
-    ".rw2",
-    ".xcf",
-    ".kra",
+    *(".svg", ".svgz", ".pdf", ".ps", ".eps", ".ai", ".wmf", ".emf", ".mpo", ".exr", ".hdr"),
+    *(".fits", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".xcf", ".kra"),
 )
 _ABOUT_ALL = {"readme", "license", "licence", "copying", "notice"}  # not captions
 _RUNS = "folders of runs are ignored (to read one, make it data.path)"
