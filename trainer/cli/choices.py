@@ -39,10 +39,10 @@ def group_choices(overrides: list[str]) -> Iterator[list[str]]:
         group = override.key_or_group
         if group not in group_names() or override.is_delete():
             continue
-        is_sweep = override.is_sweep_override()
-        one = override.get_value_element_as_str
-        values = override.sweep_string_iterator() if is_sweep else [one()]
-        swept.append([f"{group}={value}" for value in values])
+        if override.is_sweep_override():
+            swept.append([f"{group}={value}" for value in override.sweep_string_iterator()])
+        else:
+            swept.append([f"{group}={override.get_value_element_as_str()}"])
     first = [choices[0] for choices in swept]
     yield first
     for place, choices in enumerate(swept):

@@ -46,23 +46,23 @@ def explain(error: BaseException, arguments: list[str]) -> str:
     text = "\n".join(dict.fromkeys(str(e) for e in _chain(error)))
     with suppress(HydraException):  # users' own choices (--config-dir) are unknown here
         for pattern, answer in _ANSWERS:
-            if (found := re.search(pattern, text)) and (line := answer(found, arguments)):
+            if (match := re.search(pattern, text)) and (line := answer(match, arguments)):
                 return line
         if line := _value_at_fault(arguments):
             return line
     return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
-def _no_such_choice(found: re.Match[str], arguments: list[str]) -> str:
-    group, choice = found.groups()
+def _no_such_choice(match: re.Match[str], arguments: list[str]) -> str:
+    group, choice = match.groups()
     line = f"{group}={choice}: {unknown(f'{group} choice', choice, choices_of(group))}"
     if any(argument.startswith("resume=") for argument in arguments):
         line += "; a run with choices of its own is resumed with the same --config-dir"
     return line
 
 
-def _no_such_choice_of_hydra(found: re.Match[str], arguments: list[str]) -> str:
-    group, choice, there = found.groups()
+def _no_such_choice_of_hydra(match: re.Match[str], arguments: list[str]) -> str:
+    group, choice, there = match.groups()
     known = _PLUGINS.get(group, {})
     given = f"hydra/{group}={choice}"
     if package := known.get(choice):
@@ -70,12 +70,12 @@ def _no_such_choice_of_hydra(found: re.Match[str], arguments: list[str]) -> str:
     return f"{given}: {unknown(f'hydra/{group} choice', choice, {*there.split(), *known})}"
 
 
-def _several_choices(found: re.Match[str], arguments: list[str]) -> str:
-    return f"{found[1]} takes one choice; to sweep over several, use {found[1]}=A,B with -m"
+def _several_choices(match: re.Match[str], arguments: list[str]) -> str:
+    return f"{match[1]} takes one choice; to sweep over several, use {match[1]}=A,B with -m"
 
 
-def _several_values(found: re.Match[str], arguments: list[str]) -> str:
-    key, value = found.groups()
+def _several_values(match: re.Match[str], arguments: list[str]) -> str:
+    key, value = match.groups()
     chosen = next(group_choices([a for a in parsable(arguments) if key_of(a) != key]))
     present = OmegaConf.select(composition(chosen), key)
     if isinstance(present, str):
@@ -92,22 +92,22 @@ def _several_values(found: re.Match[str], arguments: list[str]) -> str:
     return f"{sweep}; {'the group' if key in group_names() else 'the option'} takes one"
 
 
-def _no_key_of_item(found: re.Match[str], arguments: list[str]) -> str | None:
+def _no_key_of_item(match: re.Match[str], arguments: list[str]) -> str | None:
     """An unknown key in an item of a list, such as data.sources=[{...}]."""
-    key, name, node = found.groups()
+    key, name, node = match.groups()
     if name in key.split(".") or not hasattr(config, node):
         return None
     siblings = [option.name for option in fields(getattr(config, node))]
     return f"{key}: {unknown(f'option of {key}', name, siblings)}"
 
 
-def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
+def _wrong_value(match: re.Match[str], arguments: list[str]) -> str:
     """A value that its key cannot have, or a key that a preset sets and the choice lacks."""
-    reason, key = found[1].strip(), found[2]
+    reason, key = match[1].strip(), match[2]
     overrides = parsable(arguments)
     given = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(f"{key}=")]
     presets = [a for a in overrides if a.startswith("experiment=")]
-    if presets and "In 'experiment/" in found.string and reason.startswith("Key "):
+    if presets and "In 'experiment/" in match.string and reason.startswith("Key "):
         group = key.partition(".")[0]
         return (
             f"{presets[0]} sets {key}, which the chosen {group} does not have; leave out "
@@ -119,9 +119,9 @@ def _wrong_value(found: re.Match[str], arguments: list[str]) -> str:
     return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows its present value"
 
 
-def _no_whole_number(found: re.Match[str], arguments: list[str]) -> str | None:
+def _no_whole_number(match: re.Match[str], arguments: list[str]) -> str | None:
     """A share or a number of epochs where steps are counted."""
-    value, key = found.groups()
+    value, key = match.groups()
     if key != "schedule.warmup_steps":
         return None
     line = f"{key}={value}: it is a whole number of optimizer steps"
@@ -134,13 +134,13 @@ def _no_whole_number(found: re.Match[str], arguments: list[str]) -> str | None:
     return f"{line}; leave it out for 20, or a tenth of a run of less than 200"
 
 
-def _no_such_key(found: re.Match[str], arguments: list[str]) -> str:
-    return explain_key(found[1], parsable(arguments))
+def _no_such_key(match: re.Match[str], arguments: list[str]) -> str:
+    return explain_key(match[1], parsable(arguments))
 
 
-def _plain_value(found: re.Match[str], arguments: list[str]) -> str:
+def _plain_value(match: re.Match[str], arguments: list[str]) -> str:
     """A plain value where there are options: data.sources=[/a], method.ema=true."""
-    argument, node, place = found.groups()
+    argument, node, place = match.groups()
     key = argument.partition("=")[0]
     nested = [k.removeprefix(f"{key}.") for k in options_of(arguments) if k.startswith(f"{key}.")]
     if nested:
@@ -152,9 +152,9 @@ def _plain_value(found: re.Match[str], arguments: list[str]) -> str:
     return f"{argument}: each item is a mapping; write '{key}=[{{{item}}}]'"
 
 
-def _no_option(found: re.Match[str], arguments: list[str]) -> str:
+def _no_option(match: re.Match[str], arguments: list[str]) -> str:
     """A word that is not key=value, and may belong to the argument before it."""
-    word = found[1]
+    word = match[1]
     at = arguments.index(word) if word in arguments else 0
     before = arguments[at - 1] if at else ""
     if "=" not in before:
@@ -165,7 +165,7 @@ def _no_option(found: re.Match[str], arguments: list[str]) -> str:
 
 # Patterns of Hydra's and OmegaConf's messages, and their explanations; None leaves it to the next.
 _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ...] = (
-    (r"raised while resolving interpolation: (.*)", lambda found, _: found[1]),
+    (r"raised while resolving interpolation: (.*)", lambda match, _: match[1]),
     (
         r"(?s)Could not find 'hydra/(\w+)/([^']+)'.*Available options in '[^']*':\n((?:\t.*\n)*)",
         _no_such_choice_of_hydra,
@@ -181,19 +181,19 @@ _ANSWERS: tuple[tuple[str, Callable[[re.Match[str], list[str]], str | None]], ..
     ),
     (
         r"override (method\.rules)=.*\nCannot assign",
-        lambda found, _: f"{found[1]}: each rule is a mapping: {{pattern: attn2, lr_scale: 0.1}}",
+        lambda match, _: f"{match[1]}: each rule is a mapping: {{pattern: attn2, lr_scale: 0.1}}",
     ),
     (
         r"override ~(.*)\n.*does not support deletion",
-        lambda found, _: f"~{found[1]}: an option cannot be removed; give it a value",
+        lambda match, _: f"~{match[1]}: an option cannot be removed; give it a value",
     ),
     (
         r"missing \d+ required keyword-only arguments?: '(\w+)'",
-        lambda found, _: f"{found[1]} has no value; leave ~{found[1]} out",
+        lambda match, _: f"{match[1]} has no value; leave ~{match[1]} out",
     ),
     (
         r"override (.*)\n.* is not Optional",
-        lambda found, _: f"{found[1]}: it must have a value; leave it out for the default",
+        lambda match, _: f"{match[1]}: it must have a value; leave it out for the default",
     ),
     (
         r"Value '(.*)' of type '\w+' could not be converted to Integer\n\s*full_key: ([\w.]+)",

@@ -131,10 +131,6 @@ def _of_a_class(wrong: _WrongKey) -> str | None:
     return None
 
 
-def _of_another_group(wrong: _WrongKey) -> str | None:
-    return _those_called(wrong.name, wrong)
-
-
 def _those_called(name: str, wrong: _WrongKey) -> str | None:
     """Proposes the options of this name, in whichever group."""
     if called := [k for k in wrong.valid if k.endswith(f".{name}")]:
@@ -176,7 +172,7 @@ _REASONS: tuple[Callable[[_WrongKey], str | None], ...] = (
     _exists,
     _of_another_trainer,
     _of_a_class,
-    _of_another_group,
+    lambda wrong: _those_called(wrong.name, wrong),
     _of_another_choice,
     _mistyped_option,
     _mistyped_key,

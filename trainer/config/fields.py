@@ -39,8 +39,8 @@ def interval() -> Any:
 
 def epochs_of(every: Interval) -> Fraction | None:
     """The epochs of an interval; None if it is in steps."""
-    found = _EPOCHS.fullmatch(str(every))
-    return Fraction(found[1]) if found else None
+    match = _EPOCHS.fullmatch(str(every))
+    return Fraction(match[1]) if match else None
 
 
 def complaint(node: Any, prefix: str) -> str | None:
@@ -54,11 +54,11 @@ def complaint(node: Any, prefix: str) -> str | None:
         if value is None:
             continue
         choices, bounds = option.metadata.get("choices"), option.metadata.get("range")
-        for one in value if isinstance(value, list) else [value]:
-            if choices and one not in choices:
-                return f"{key}={value}: {unknown('choice', one, choices)}"
-            if bounds and not bounds[0] <= one <= bounds[1]:
-                which = f": {one}" if isinstance(value, list) else ""
+        for item in value if isinstance(value, list) else [value]:
+            if choices and item not in choices:
+                return f"{key}={value}: {unknown('choice', item, choices)}"
+            if bounds and not bounds[0] <= item <= bounds[1]:
+                which = f": {item}" if isinstance(value, list) else ""
                 return f"{key}={value}{which} is out of range; it must be {_between(*bounds)}"
     return None
 

@@ -24,27 +24,27 @@ Run = dict[str, Any]  # overrides, and identity or None
 
 def add(sweep: Path, runs: Sequence[Sequence[str]]) -> None:
     """Add runs, each given by its overrides, to the sweep's plan."""
-    known = _read(sweep)
+    plan = _read(sweep)
     for overrides in runs:
-        _entry(known, overrides)
-    _write(sweep, known)
+        _entry(plan, overrides)
+    _write(sweep, plan)
 
 
 def begun(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
     """Record that the run with these overrides has this configuration."""
-    known = _read(sweep)
+    plan = _read(sweep)
     run = {"overrides": [*overrides], "config": dict(config)}
-    _entry(known, overrides)["identity"] = _digest(run)
-    _write(sweep, known)
+    _entry(plan, overrides)["identity"] = _digest(run)
+    _write(sweep, plan)
 
 
 def missing(sweep: Path, ended: Collection[Summary]) -> list[str]:
     """The runs that have neither finished nor failed, named by the overrides that not all planned
     runs share."""
-    known, identities = _read(sweep), {_digest(run) for run in ended}
+    plan, identities = _read(sweep), {_digest(run) for run in ended}
     return [
-        " ".join(_apart(run["overrides"], known))
-        for run in known
+        " ".join(_apart(run["overrides"], plan))
+        for run in plan
         if run["identity"] not in identities and not has_ended(run["overrides"], ended)
     ]
 
@@ -54,8 +54,8 @@ def apart(sweep: Path, overrides: Sequence[str]) -> list[str]:
     return _apart(overrides, _read(sweep))
 
 
-def _apart(overrides: Sequence[str], known: Sequence[Run]) -> list[str]:
-    common = set.intersection(*(set(run["overrides"]) for run in known)) if len(known) > 1 else ()
+def _apart(overrides: Sequence[str], plan: Sequence[Run]) -> list[str]:
+    common = set.intersection(*(set(run["overrides"]) for run in plan)) if len(plan) > 1 else ()
     return [override for override in overrides if override not in common]
 
 
@@ -65,28 +65,28 @@ def _digest(run: Summary) -> str:
 
 def has_ended(overrides: Sequence[str], ended: Collection[Summary]) -> bool:
     """Whether a run with these overrides has ended, as far as overrides tell."""
-    return any(_told(overrides) == _told(run["overrides"]) for run in ended)
+    return any(_deciding(overrides) == _deciding(run["overrides"]) for run in ended)
 
 
-def _told(overrides: Sequence[str]) -> set[str]:
+def _deciding(overrides: Sequence[str]) -> set[str]:
     """The overrides that set the seed or decide the result, without + and ++."""
     keys = [o for o in overrides if key_of(o) == SEED or is_setting(key_of(o))]
     return {override.lstrip("+") for override in keys}
 
 
-def _entry(known: list[Run], overrides: Sequence[str]) -> Run:
+def _entry(plan: list[Run], overrides: Sequence[str]) -> Run:
     """The run with these overrides, in any order; appended if there is none."""
-    for run in known:
+    for run in plan:
         if sorted(run["overrides"]) == sorted(overrides):
             return run
-    known.append({"overrides": [*overrides], "identity": None})
-    return known[-1]
+    plan.append({"overrides": [*overrides], "identity": None})
+    return plan[-1]
 
 
 def _read(sweep: Path) -> list[Run]:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        found = json.loads((sweep / NAME).read_text(encoding="utf-8"))
-        return [{"overrides": [*run["overrides"]], "identity": run["identity"]} for run in found]
+        plan = json.loads((sweep / NAME).read_text(encoding="utf-8"))
+        return [{"overrides": [*run["overrides"]], "identity": run["identity"]} for run in plan]
     return []
 
 

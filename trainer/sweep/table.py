@@ -54,8 +54,8 @@ def sweep_table(runs: Sequence[Summary]) -> str:
     """
     comparison = Comparison(runs)
     first, *others = map(markdown.written, tables(comparison))
-    said = "\n".join(f"- {remark}" for remark in remarks.of_runs(comparison))
-    return "\n\n".join(part for part in (first, said, *others) if part)
+    caveats = "\n".join(f"- {remark}" for remark in remarks.of_runs(comparison))
+    return "\n\n".join(part for part in (first, caveats, *others) if part)
 
 
 def verdict_of(runs: Sequence[Summary]) -> str:
@@ -95,12 +95,12 @@ def _over_seeds(comparison: Comparison, columns: Sequence[Column]) -> Table | No
     if all(len({seed_of(run) for run in group.runs}) < 2 for group in groups):
         return None
     columns = [column for column in columns if column.over]
-    titles, found = [column.title for column in columns], paired.ratios(groups)
-    place = titles.index(comparison.measure.title) + 1 if any(found) else None
+    titles, ratios = [column.title for column in columns], paired.ratios(groups)
+    place = titles.index(comparison.measure.title) + 1 if any(ratios) else None
     if place is not None:
         titles.insert(place, "over the best, 95 % interval")
     rows = [["over seeds", "ended well", "lr", *titles]]
-    for group, ratio in zip(groups, found, strict=True):
+    for group, ratio in zip(groups, ratios, strict=True):
         cells = [_over(group.good, column) for column in columns]
         if place is not None:
             cells.insert(place, str(ratio or ""))
