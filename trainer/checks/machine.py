@@ -5,8 +5,7 @@ import re
 
 import torch
 
-import optim
-from trainer.config import Config
+from trainer.config import Config, estimates_curvature
 from trainer.errors import UserError
 from trainer.system import processes
 
@@ -39,7 +38,7 @@ def _check_processes(config: Config) -> None:
             f"torchrun started more processes on this machine than it has GPUs; use "
             f"--nproc-per-node {gpus}"
         )
-    if issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia):
+    if estimates_curvature(config.optim.name):
         raise UserError(
             f"optim={config.optim.name} estimates the curvature in one process only; choose "
             "another optimizer, or train without torchrun"

@@ -21,6 +21,7 @@ from trainer.config import (
     FullConfig,
     LoraConfig,
     MseConfig,
+    estimates_curvature,
 )
 from trainer.config.fields import complaint
 from trainer.config.method import TRAINABLE_PARTS
@@ -206,13 +207,14 @@ def _check_fused_backward(config: Config) -> None:
 def _check_curvature(config: Config) -> None:
     """Refuse what Sophia's estimate rules out: it assumes a squared error
     (`trainer/training/curvature.py`)."""
-    is_sophia = issubclass(optim.FAMILY.get(config.optim.name, object), optim.Sophia)
-    if is_sophia and not isinstance(config.loss, MseConfig):
+    if not estimates_curvature(config.optim.name):
+        return
+    if not isinstance(config.loss, MseConfig):
         raise UserError(
             f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
             f"{config.loss.name} is not one; use loss=mse, or another optimizer"
         )
-    if is_sophia and config.optim.on_nonfinite == "raise":
+    if config.optim.on_nonfinite == "raise":
         raise UserError(
             f"optim.on_nonfinite=raise: optim={config.optim.name} would end the run if a gradient "
             "of its curvature estimate is not finite; use optim.on_nonfinite=skip"

@@ -12,6 +12,7 @@ from trainer.config.noise import NoiseConfig
 from trainer.config.optimizer import (
     ExternalConfig,
     PeerConfig,
+    estimates_curvature,
     finds_rate,
     large_model_lr,
     optimizer_schema,

@@ -47,6 +47,11 @@ def finds_rate(name: str) -> bool:
     return name in optim.FAMILY and "d" in optim.FAMILY[name].shared
 
 
+def estimates_curvature(name: str) -> bool:
+    """Whether it is Sophia, or one of its kind."""
+    return issubclass(optim.FAMILY.get(name, object), optim.Sophia)
+
+
 def optimizer_schema(name: str) -> type:
     """A dataclass of this optimizer's options with the defaults of its class's signature, and its
     name.
