@@ -177,7 +177,7 @@ def test_an_entry_that_is_not_finite_is_named_when_it_is_used_and_made_again(loa
 
 def test_a_start_reads_no_values_of_the_cache(encode, monkeypatch):
     encode()
-    monkeypatch.setattr(data.store, "_load", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(data.entries, "load", lambda content: pytest.fail("an entry is read"))
     with pytest.raises(pytest.fail.Exception, match="is read"):
         encode()  # by this fixture's own reads
     monkeypatch.setattr(data.Entries, "__getitem__", lambda entries, name: {})

@@ -9,67 +9,40 @@ renamed: a process killed while encoding loses at most one, and two processes ma
 
 import hashlib
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import DTYPES
-from trainer.data.buckets import Size
+from trainer.data.entries import (
+    Entries,
+    Entry,
+    is_finite,
+    is_latent,
+    is_mask,
+    is_text,
+    path_of,
+    read_header,
+)
 from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
-from trainer.formats.weights import SAFETENSORS_DTYPES
 from trainer.system import console, disk, memory, signals
-from trainer.system.retry import with_retries
 
 log = logging.getLogger(__name__)
 
 Thing = TypeVar("Thing")
-Entry = dict[str, Tensor]
 PictureEncoder = Callable[[Tensor], Tensor]  # (3, H, W) in [-1, 1] -> (4, h, w), scaled
 TextEncoder = Callable[[list[Any]], list[Entry]]  # entries of prompt (tokens, dim), pooled (dim,)
 
 # Increment when the meaning of an entry changes.  1: latents are the posterior's mode, scaled.
 _VERSION = 1
 CAPTIONS_AT_A_TIME = 16  # captions per encoder call
-
-
-@dataclass(kw_only=True)
-class Entries:
-    """Entries of samples by their index, or of captions by their text."""
-
-    keys: dict[Any, str]
-    memory: dict[str, Entry] = field(default_factory=dict)
-    folder: Path | None = None  # if set, every access reads the entry from here
-
-    def __getitem__(self, name: Hashable) -> Entry:
-        key = self.keys[name]
-        if self.folder is None:
-            return self.memory[key]
-        path = _path(self.folder, key)
-        try:
-            entry = _load(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"the cache's {path} has become unreadable since the run began: {error}; resume or "
-                "restart to recreate it"
-            ) from error
-        if not _is_finite(entry):
-            with suppress(OSError):
-                path.unlink()  # else the next run would find it again
-            raise UserError(
-                f"the cache's {path} was not finite and has been deleted; resume or restart to "
-                "recreate it"
-            )
-        return entry
 
 
 class Store:
@@ -103,7 +76,7 @@ class Store:
                 pairs = zip(missing.items(), reads, strict=True)
                 for (key, sample), pixels in _progress(pairs, len(missing), stop):
                     entry = {"latent": encode(pixels)}
-                    if not _is_finite(entry):
+                    if not is_finite(entry):
                         raise UserError(
                             f"the VAE's latent of {sample.name} is not finite; check the picture, "
                             "or set model.vae_dtype=float32 or model.vae to another VAE (SDXL's "
@@ -126,9 +99,7 @@ class Store:
         scale = samples[0].bucket[0] // latents[0]["latent"].shape[1]
         sizes = [(s.bucket[0] // scale, s.bucket[1] // scale) for s in samples]
         keys = {i: self._key(*s.mask_key, str(sizes[i])) for i, s in enumerate(samples)}
-        entries, missing = self._looked_up(
-            "masks", keys, lambda i, entry: _is_mask(entry, sizes[i])
-        )
+        entries, missing = self._looked_up("masks", keys, lambda i, entry: is_mask(entry, sizes[i]))
         with ahead(_read(Sample.read_mask), [samples[i] for i in missing.values()]) as reads:
             pairs = zip(missing.items(), reads, strict=True)
             for (key, i), mask in _progress(pairs, len(missing), stop, "reading masks"):
@@ -154,7 +125,7 @@ class Store:
             ]
             for chunk in _progress(chunks, len(keys), stop, "encoding captions", len):
                 for key, entry in zip(chunk, encode([missing[key] for key in chunk]), strict=True):
-                    if not _is_finite(entry):
+                    if not is_finite(entry):
                         raise UserError(
                             f"the text encoders' embedding of {missing[key]!r} is not finite; run "
                             "them in float32, or check their weights"
@@ -176,7 +147,7 @@ class Store:
     ) -> tuple[Entries, dict[str, Sample]]:
         keys = {i: self._key(*s.pixels_key, fingerprint) for i, s in enumerate(samples)}
         entries, missing = self._looked_up(
-            "latents", keys, lambda i, entry: _is_latent(entry, samples[i])
+            "latents", keys, lambda i, entry: is_latent(entry, samples[i])
         )
         return entries, {key: samples[i] for key, i in missing.items()}
 
@@ -184,7 +155,7 @@ class Store:
         self, captions: Sequence[str | None], fingerprint: str
     ) -> tuple[Entries, dict[str, str | None]]:
         keys = {caption: self._key(caption, fingerprint) for caption in captions}
-        return self._looked_up("texts", keys, lambda _, entry: _is_text(entry))
+        return self._looked_up("texts", keys, lambda _, entry: is_text(entry))
 
     def _key(self, *parts: str | None) -> str:
         return hashlib.sha256(repr((_VERSION, *parts, str(self.dtype))).encode()).hexdigest()
@@ -203,11 +174,11 @@ class Store:
             return entries, names
 
         def state(key: str) -> str:
-            path = _path(folder, key)
+            path = path_of(folder, key)
             if not path.is_file():
                 return "absent"
             try:
-                entry = _described(path)
+                entry = read_header(path)
             except (OSError, SafetensorError, KeyError):
                 return "damaged"
             right = all(tensor.dtype == self.dtype for tensor in entry.values())
@@ -228,7 +199,7 @@ class Store:
                 _check_room(kept, total)
             entries.memory[key] = kept
             return
-        path = _path(entries.folder, key)
+        path = path_of(entries.folder, key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with disk.replacing(path) as temporary:
@@ -256,48 +227,6 @@ def _check_room(entry: Entry, total: int) -> None:
             f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; store them in a "
             "folder: data.cache=... (data.cache_dtype=bfloat16 needs half)"
         )
-
-
-def _load(path: Path) -> Entry:
-    """Read an entry.  Not memory-mapped: truncating a mapped file would kill the process."""
-    return load(with_retries(path.read_bytes))
-
-
-def _described(path: Path) -> Entry:
-    """An entry's tensors on the meta device.  Raises SafetensorError if the file's length
-    contradicts its header."""
-    with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return {
-            name: torch.empty(s.get_shape(), dtype=SAFETENSORS_DTYPES[s.get_dtype()], device="meta")
-            for name, s in slices.items()
-        }
-
-
-def _path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}.safetensors"
-
-
-def _is_finite(entry: Entry) -> bool:
-    return all(tensor.isfinite().all() for tensor in entry.values())
-
-
-def _is_latent(entry: Entry, sample: Sample) -> bool:
-    """Whether both sides are the bucket's, divided by the same integer (the VAE's scale)."""
-    if entry.keys() != {"latent"} or entry["latent"].ndim != 3:
-        return False
-    sides = zip(sample.bucket, entry["latent"].shape[1:], strict=True)
-    scales = {whole / part if part else 0.0 for whole, part in sides}
-    return len(scales) == 1 and all(scale >= 1 and scale.is_integer() for scale in scales)
-
-
-def _is_mask(entry: Entry, size: Size) -> bool:
-    return entry.keys() == {"mask"} and entry["mask"].shape == (1, *size)
-
-
-def _is_text(entry: Entry) -> bool:
-    dims = {name: tensor.ndim for name, tensor in entry.items()}
-    return dims in ({"prompt": 2}, {"prompt": 2, "pooled": 1})
 
 
 def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
