@@ -35,7 +35,7 @@ class Metrics:
         if start_step == config.schedule.steps:
             kept = [row for row in kept if row["step"] < start_step or "eval/loss" not in row]
         disk.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._trackers = trackers.of(folder, config, start_step, apart)
+        self._trackers = trackers.Trackers(folder, config, start_step, apart)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: {"step": step, **values}.  Keys look like `train/loss`; NaN becomes null."""
@@ -44,8 +44,7 @@ class Metrics:
                 file.write(json.dumps({"step": step, **as_json(values)}) + "\n")
         except OSError as error:  # a full disk must not end the training
             log.warning("could not write the metrics of step %d: %s", step, error)
-        for tracker in self._trackers:
-            tracker.write(step, values)
+        self._trackers.tell(lambda tracker: tracker.write(step, values))
 
     def write_pictures(self, step: int, grid: Image.Image, drawn: trackers.Drawn) -> Path:
         """Save a grid of the pictures drawn at this step as `samples/step-NNNNNN.png`; returns its
@@ -53,8 +52,7 @@ class Metrics:
         path = self.folder / "samples" / f"{step_name(step)}.png"
         path.parent.mkdir(exist_ok=True)
         disk.replace_picture(path, grid)
-        for tracker in self._trackers:
-            tracker.write_pictures(step, grid, drawn)
+        self._trackers.tell(lambda tracker: tracker.write_pictures(step, grid, drawn))
         return path
 
     def draw_curves(self) -> None:
@@ -70,8 +68,7 @@ class Metrics:
         """Draw the curves; give trackers the run's summary, and finish them."""
         self.is_closed = True
         self.draw_curves()
-        for tracker in self._trackers:
-            tracker.close(summary)
+        self._trackers.tell(lambda tracker: tracker.close(summary))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

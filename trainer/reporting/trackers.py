@@ -1,8 +1,8 @@
 """Trackers that show a run's metrics and pictures, besides the files in its folder: Weights &
 Biases, TensorBoard.
 
-A tracker has `start`, `write`, `write_pictures` and `close`, and may raise anything: `Tracked`
-makes sure that no tracker ever stops a run.
+A tracker has `start`, `write`, `write_pictures` and `close`, and may raise anything:
+`Trackers` makes sure that none ever stops a run.
 """
 
 import logging
@@ -111,52 +111,30 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-class Tracked:
-    """A run in a tracker, which is no longer used once it has failed; that is logged once."""
+class Trackers:
+    """A run's trackers.  One that fails is not used any more; that is logged once."""
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        folder: Path,
-        config: Config,
-        start_step: int,
-        apart: Sequence[str] = (),
-    ) -> None:
-        self._tracker, self._failed = tracker, False
-        self._try(lambda: tracker.start(folder, config, start_step, apart))
+    def __init__(self, folder: Path, config: Config, start_step: int, apart: Sequence[str]) -> None:
+        """Start the configured ones.  apart: as for `Metrics`."""
+        self._working = list[Tracker]()
+        if config.log.wandb:
+            self._working.append(WandbTracker())
+        if config.log.tensorboard:
+            self._working.append(TensorBoardTracker())
+        self.tell(lambda tracker: tracker.start(folder, config, start_step, apart))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._try(lambda: self._tracker.write(step, values))
-
-    def write_pictures(self, step: int, grid: Image, drawn: Drawn) -> None:
-        self._try(lambda: self._tracker.write_pictures(step, grid, drawn))
-
-    def close(self, summary: dict[str, Any]) -> None:
-        self._try(lambda: self._tracker.close(summary))
-
-    def _try(self, action: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            action()
-        except Exception as error:
-            self._failed = True
-            log.warning(
-                "%s is off for the rest of this run (%s: %s); metrics.jsonl continues",
-                self._tracker.title,
-                type(error).__name__,
-                error,
-            )
-
-
-def of(folder: Path, config: Config, start_step: int, apart: Sequence[str] = ()) -> list[Tracked]:
-    """The run's configured trackers.  apart: as for `Metrics`."""
-    wanted: list[Tracker] = []
-    if config.log.wandb:
-        wanted.append(WandbTracker())
-    if config.log.tensorboard:
-        wanted.append(TensorBoardTracker())
-    return [Tracked(tracker, folder, config, start_step, apart) for tracker in wanted]
+    def tell(self, action: Callable[[Tracker], None]) -> None:
+        for tracker in [*self._working]:
+            try:
+                action(tracker)
+            except Exception as error:
+                self._working.remove(tracker)
+                log.warning(
+                    "%s is off for the rest of this run (%s: %s); metrics.jsonl continues",
+                    tracker.title,
+                    type(error).__name__,
+                    error,
+                )
 
 
 def wandb_run(folder: Path, options: WandbConfig, **more: Any) -> Any:
