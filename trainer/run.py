@@ -96,9 +96,9 @@ def train(state: State, writer: metrics.Metrics) -> None:
     """The loop: from `state.step` to the end of the schedule, or until a signal asks to stop."""
     config = state.config
     if state.step == 0:
-        found = evaluation.evaluate(state, writer)
-        endings.refuse_ruined(state, found.get("loss", 0.0))
-        state.losses_before = found
+        before = evaluation.evaluate(state, writer)
+        endings.refuse_ruined(state, before.get("loss", 0.0))
+        state.losses_before = before
         evaluation.sample(state, writer)
     if state.is_last:
         endings.nothing_to_train(state)

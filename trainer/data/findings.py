@@ -86,9 +86,9 @@ def report(surveyed: Survey, config: DataConfig) -> None:
 def of_sources(surveyed: Survey, config: DataConfig) -> list[str]:
     """A line about each of several sources, and about one with repeats; and a caption as it is
     trained."""
-    found = {source.path: source for source in all_sources(config)}
+    by_path = {source.path: source for source in all_sources(config)}
     counts, lines = Counter(picture.source.path for picture in surveyed.usable), []
-    for path, source in found.items():
+    for path, source in by_path.items():
         count, told = counts[path], []
         if source.repeats > 1:
             told.append(f"{source.repeats} times each: {count * source.repeats} in an epoch")
@@ -96,7 +96,7 @@ def of_sources(surveyed: Survey, config: DataConfig) -> list[str]:
             told.append("regularisation (prior)")
         if source.weight != 1:
             told.append(f"weight {source.weight:g}")
-        if told or len(found) > 1:
+        if told or len(by_path) > 1:
             lines.append(f"  {path}: " + ", ".join([f"{count} pictures", *told]))
     first = next((p for p in surveyed.usable if p.captions[0] and not p.source.prior), None)
     if first:

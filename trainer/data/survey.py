@@ -160,7 +160,7 @@ def _look_at_all(
     stop: Sequence[int],
 ) -> None:
     with (
-        ahead(lambda one: _look(*one, config, index), captioned) as results,
+        ahead(lambda picture: _look(*picture, config, index), captioned) as results,
         console.Aside("reading pictures", len(captioned), "pictures") as aside,
     ):
         for (_, item, _), result in zip(captioned, results, strict=False):
@@ -183,7 +183,7 @@ def all_sources(config: DataConfig) -> list[SourceConfig]:
     given = config.sources or [SourceConfig(path=str(config.path))]
     if not config.kohya_folders:
         return given
-    return [one for source in given for one in (source, *_counted(source))]
+    return [each for source in given for each in (source, *_counted(source))]
 
 
 def _counted(source: SourceConfig) -> list[SourceConfig]:

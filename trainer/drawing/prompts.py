@@ -61,10 +61,10 @@ def read(path: str) -> list[str]:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"log.prompts_file={path} cannot be read: {error}") from error
-    found = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
-    if not found:
+    prompts = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    if not prompts:
         raise UserError(f"log.prompts_file={path} has no prompt; write one on each line")
-    return found
+    return prompts
 
 
 def of_config(config: LogConfig, side: int) -> list[Prompt]:

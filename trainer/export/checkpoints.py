@@ -70,14 +70,14 @@ def _saved(folder: Path) -> _Saved:
 
 
 def _export_lora(saved: _Saved, request: Request) -> None:
-    found = loras.base_model(saved.model.path, saved.model.variant, request.merge)
-    own = found.config("scheduler")
+    base = loras.base_model(saved.model.path, saved.model.variant, request.merge)
+    own = base.config("scheduler")
     trained = noise.scheduler_config(saved.noise, own)
     if not request.merge:  # a merged model has its own scheduler
         _warn_of_noise(trained, own)
     held = _adapters_of(saved.parts, saved.method)
     told = saved.metadata | metadata.prediction(trained)
-    loras.write(saved.folder, request, "kohya", found, held, told)
+    loras.write(saved.folder, request, "kohya", base, held, told)
 
 
 def _export_model(saved: _Saved, request: Request) -> None:
@@ -87,15 +87,15 @@ def _export_model(saved: _Saved, request: Request) -> None:
             f"the model at {saved.model.path} is not the one that {saved.folder} started from, so "
             "the untrained weights would be wrong; give the location of the original: --base=MODEL"
         )
-    found = model.origin
+    base = model.origin
     parts: dict[str, writing.Given] = {
-        part: found.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
+        part: base.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
         for part, weights in saved.parts.items()
     }
-    if model.vae_origin is not found:
+    if model.vae_origin is not base:
         parts["vae"] = model.vae_origin
     scheduler = noise.scheduler_config(saved.noise, model.scheduler)
-    models.write(request, found, parts, scheduler, result.of_model(saved.metadata))
+    models.write(request, base, parts, scheduler, result.of_model(saved.metadata))
 
 
 def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:

@@ -57,21 +57,21 @@ def _in_run(path: Path) -> Path:
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
     every = checkpoint.found_in(path)
-    found = path / "model"
-    if not (found / "model_index.json").is_file():
-        loras = (path / "lora").glob("*.safetensors")
-        first = min(loras, key=lambda file: (file.name == _LORA_NAME, file.name), default=None)
+    result = path / "model"
+    if not (result / "model_index.json").is_file():
+        files = (path / "lora").glob("*.safetensors")
+        first = min(files, key=lambda file: (file.name == _LORA_NAME, file.name), default=None)
         if not first:
             return (every or [path])[-1]
-        found = first
+        result = first
     if every and step_of(every[-1]) > (step := _finished(path)):
         log.warning(
             "%s is from step %d, and the run has continued since; use %s for its last checkpoint",
-            found,
+            result,
             step,
             every[-1],
         )
-    return found
+    return result
 
 
 def _finished(run: Path) -> float:

@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 def convert(path: Path, request: Request) -> None:
     """Write the LoRA of this file, by default in the format that it does not have."""
-    found = _base_of(path, request)
-    held = lora.read(path, _empty(found))
+    base = _base_of(path, request)
+    held = lora.read(path, _empty(base))
     weights, described = of_file(path)
     other = "diffusers" if kohya.is_own(weights) else "kohya"
-    write(path, request, other, found, held, metadata.carried(described))
+    write(path, request, other, base, held, metadata.carried(described))
 
 
 def write(
@@ -105,10 +105,10 @@ def _fits(path: Path, kind: str) -> bool:
 
 
 @cache  # takes a second for SDXL
-def _empty(found: origin.Origin) -> dict[str, nn.Module]:
+def _empty(base: origin.Origin) -> dict[str, nn.Module]:
     """The parts of a model that a LoRA may adapt, without weights."""
     return {
-        part: architectures.empty(part, found.config(part))
+        part: architectures.empty(part, base.config(part))
         for part in architectures.WEIGHT_PARTS
-        if found.has(part) and part != "vae"
+        if base.has(part) and part != "vae"
     }

@@ -57,13 +57,13 @@ def write(
     scale = 1.0 if request.scale is None else request.scale
     rounding = _Rounding()
     parts: dict[str, writing.Given] = {
-        part: _merged(part, base.weights(part), found, scale, request.dtype, rounding)
-        for part, found in held.items()
+        part: _merged(part, base.weights(part), adapters, scale, request.dtype, rounding)
+        for part, adapters in held.items()
     }
     names = ", ".join(_name(path) for path in (str(request.base), str(source)))
     scheduler = _scheduler(source, base.config("scheduler"), described)
     models.write(request, base, parts, scheduler, {"modelspec.merged_from": names})
-    count = sum(len(found) for found in held.values())
+    count = sum(len(adapters) for adapters in held.values())
     message = "%s: with %d adapters of %s merged, scale %g (rounding changes %.1e of what is added)"
     log.info(message, request.target, count, source, scale, rounding.share)
     if rounding.share > _COARSE:
@@ -98,7 +98,7 @@ def merged(weight: Tensor, adapter: Adapter, scale: float) -> Tensor:
 def _merged(
     part: str,
     weights: Weights,
-    found: dict[str, Adapter],
+    adapters: dict[str, Adapter],
     scale: float,
     dtype: torch.dtype | None,
     rounding: _Rounding,
@@ -108,7 +108,7 @@ def _merged(
     dtype: of the changed ones, which are rounded once; None: that of the model.
     """
     changed: Weights = {}
-    for path, adapter in found.items():
+    for path, adapter in adapters.items():
         name = canonical(part, f"{path}.weight")
         own = weights[name]
         final = dtype or own.dtype

@@ -13,25 +13,25 @@ log = logging.getLogger(__name__)
 
 def write(
     request: Request,
-    found: Origin,
+    model: Origin,
     parts: dict[str, writing.Given] | None = None,
     scheduler: dict[str, Any] | None = None,
     more_metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write the model `found`.
+    """Write a model.
 
     parts, scheduler: replace its own.  more_metadata: for a single file; a folder has none.
     """
     if request.form == "kohya":
         raise UserError(
-            f"--format=kohya is for LoRAs, and {found} is a model: use diffusers or single_file"
+            f"--format=kohya is for LoRAs, and {model} is a model: use diffusers or single_file"
         )
     target, parts = request.target, parts or {}
     by_suffix = "single_file" if target.suffix == ".safetensors" else "diffusers"
     form = request.form or by_suffix
-    log.info("%s -> %s (%s)", found, target, form)
+    log.info("%s -> %s (%s)", model, target, form)
     if form == "diffusers":
-        writing.save_folder(target, found, parts, scheduler, request.dtype)
+        writing.save_folder(target, model, parts, scheduler, request.dtype)
         return
     request.check_file()
-    writing.save_single_file(target, found, parts, request.dtype, scheduler, more_metadata)
+    writing.save_single_file(target, model, parts, request.dtype, scheduler, more_metadata)

@@ -36,7 +36,7 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     """
     try:
         with state.clock.aside(intervals.EVALUATING), state.model.evaluating():
-            found = _all_losses(state)
+            values = _all_losses(state)
     except signals.Stopped:
         return {}
     except Exception as error:
@@ -44,9 +44,9 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
             raise
         log.warning("no eval/loss at step %d (%s); the run continues", state.step, error)
         return {}
-    writer.write(state.step, {f"eval/{key}": value for key, value in found.items()})
-    log.info("eval/loss %.4f at step %d", found["loss"], state.step)
-    return found
+    writer.write(state.step, {f"eval/{key}": value for key, value in values.items()})
+    log.info("eval/loss %.4f at step %d", values["loss"], state.step)
+    return values
 
 
 def _all_losses(state: State) -> dict[str, float]:
@@ -54,20 +54,20 @@ def _all_losses(state: State) -> dict[str, float]:
     times = (1 + bool(state.data.dataset.held_out)) * (1 + bool(state.ema))
     total = times * state.config.log.eval_points
     with console.Aside("evaluating", total, "points") as aside:
-        found = _losses(state, aside)
+        values = _losses(state, aside)
         if state.ema:
             with state.averaged():
                 averaged = _losses(state, aside)
-            found |= {
+            values |= {
                 f"ema_{key}": averaged[key] for key in ("loss", "holdout_loss") if key in averaged
             }
-    return found
+    return values
 
 
 def _losses(state: State, aside: console.Aside) -> dict[str, float]:
     """The model's losses at the eval points, of the pictures trained on and of those held out."""
     dataset = state.data.dataset
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
 
     def counted(rows: list[int]) -> Iterator[batches.Batch]:
         for batch in eval_batches(state, rows):
@@ -78,8 +78,8 @@ def _losses(state: State, aside: console.Aside) -> dict[str, float]:
         if rows:
             points = counted(rows)
             losses_of = losses.evaluate(state.model.unet, state.noise_schedule, points)
-            found |= {prefix + key: value for key, value in losses_of.items()}
-    return found
+            values |= {prefix + key: value for key, value in losses_of.items()}
+    return values
 
 
 def eval_batches(state: State, rows: list[int]) -> Iterator[batches.Batch]:

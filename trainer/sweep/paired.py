@@ -63,9 +63,9 @@ class Ratio:
 def ratios(groups: Sequence[Group]) -> list[Ratio | None]:
     """Each group's ratio to the first, the best; None for the first itself, and for groups with
     fewer than two seeds in common with it."""
-    found = [_in_common(group, groups[0]) for group in groups[1:]]
-    intervals = iter(together([values for values in found if len(values) > 1]))
-    return [None, *(next(intervals) if len(values) > 1 else None for values in found)]
+    logs = [_in_common(group, groups[0]) for group in groups[1:]]
+    intervals = iter(together([values for values in logs if len(values) > 1]))
+    return [None, *(next(intervals) if len(values) > 1 else None for values in logs)]
 
 
 def together(rows: Sequence[Sequence[float]]) -> list[Ratio]:
@@ -73,11 +73,11 @@ def together(rows: Sequence[Sequence[float]]) -> list[Ratio]:
     values."""
     pairs = len(rows) * (len(rows) + 1) // 2
     own = [(variance(values), len(values) - 1) for values in rows]
-    found = []
+    ratios = []
     for values, (moderated, freedom) in zip(rows, moderate(own), strict=True):
         margin = quantile(freedom, pairs) * math.sqrt(moderated / len(values))
-        found.append(Ratio(log=mean(values), margin=margin, count=len(values)))
-    return found
+        ratios.append(Ratio(log=mean(values), margin=margin, count=len(values)))
+    return ratios
 
 
 def moderate(variances: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
@@ -140,8 +140,8 @@ def _in_common(group: Group, best: Group) -> list[float]:
     """The logarithm of a group's loss over the best group's, for each seed with which both ended
     well."""
     ours, theirs = (
-        {seed_of(run): math.log(max(one.measure(run), _LEAST_LOSS)) for run in one.good}
-        for one in (group, best)
+        {seed_of(run): math.log(max(each.measure(run), _LEAST_LOSS)) for run in each.good}
+        for each in (group, best)
     )
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 

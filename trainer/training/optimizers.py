@@ -131,8 +131,8 @@ def _merged(
 ) -> dict[str, Any]:
     """A saved group, with the configured options."""
     if isinstance(optimizer, optim.FusedOptimizer):
-        found = {"params", "param_names", *optimizer.shared}
-        return saved | {key: value for key, value in group.items() if key not in found}
+        of_state = {"params", "param_names", *optimizer.shared}
+        return saved | {key: value for key, value in group.items() if key not in of_state}
     chosen = {"initial_lr", *inspect.signature(type(optimizer)).parameters} - {"params"}
     return group | saved | {key: value for key, value in group.items() if key in chosen}
 
