@@ -14,8 +14,6 @@ class WandbConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """What is reported, and how often."""
-
     every: int = within(1)  # steps
     # Steps, or epochs (1epoch); 0: only before the first step and after the last.
     eval_every: Interval = interval()

@@ -8,8 +8,6 @@ from trainer.config.fields import one_of, within
 
 @dataclass(kw_only=True)
 class NoiseConfig:
-    """The noise and the prediction target."""
-
     # What the UNet predicts.  Anything but `model` is written to the exported scheduler.
     prediction: str = one_of("model", "epsilon", "v_prediction")
     # Rescale the betas so that the last timestep is pure noise; null: as the model's scheduler.

@@ -7,8 +7,6 @@ from trainer.config.fields import Interval, interval, one_of, within
 
 @dataclass(kw_only=True)
 class RuntimeConfig:
-    """Where the loop runs, what it keeps, and when it stops."""
-
     device: str  # auto, cpu, cuda or cuda:N
     threads: int | None = within(1, 1024)  # CPU threads; null leaves torch's choice
     # Steps, or epochs (1epoch), between checkpoints; 0: only save at the end.

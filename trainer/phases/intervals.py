@@ -24,23 +24,23 @@ class Intervals:
             EXPORTING: config.method.export_every,
         }
         self._steps = config.schedule.steps
-        self._every = {what: _in_steps(n, steps_per_epoch) for what, n in options.items()}
+        self._every = {work: _in_steps(n, steps_per_epoch) for work, n in options.items()}
 
-    def is_due(self, what: str, step: int) -> bool:
+    def is_due(self, work: str, step: int) -> bool:
         """Whether this is due after step `step`, counted from 1."""
-        return step < self._steps and self._times(what, step) > self._times(what, step - 1)
+        return step < self._steps and self._times(work, step) > self._times(work, step - 1)
 
     def left(self, done: int) -> dict[str, int]:
         """How often each kind of work is still due after `done` steps, including the run's end."""
         last = self._steps - 1
         return {
-            what: 1 + self._times(what, last) - self._times(what, min(done, last))
-            for what in self._every
+            work: 1 + self._times(work, last) - self._times(work, min(done, last))
+            for work in self._every
         }
 
-    def _times(self, what: str, steps: int) -> int:
+    def _times(self, work: str, steps: int) -> int:
         """How often it was due within so many steps."""
-        every = self._every[what]
+        every = self._every[work]
         return int(steps // every) if every else 0
 
 

@@ -92,11 +92,11 @@ class Clock:
         self._seen.update(batches)
 
     @contextmanager
-    def aside(self, what: str) -> Iterator[None]:
+    def aside(self, work: str) -> Iterator[None]:
         """Measure work between steps."""
         started = time.monotonic()
         yield
-        self._asides.setdefault(what, Pace()).add(time.monotonic() - started, 0)
+        self._asides.setdefault(work, Pace()).add(time.monotonic() - started, 0)
 
     def lately(self) -> Pace:
         """The pace since the last call."""
@@ -126,8 +126,8 @@ class Clock:
     def left(self, done: int, steps: int, asides: Mapping[str, int]) -> float:
         """Estimated seconds left after `done` steps, from the mean time of a step and of each kind
         of work between steps.  asides: how often each of these is still to be done."""
-        costs = {what: pace.seconds_per_step for what, pace in self._asides.items()}
-        between = sum(costs.get(what, 0.0) * n for what, n in asides.items())
+        costs = {work: pace.seconds_per_step for work, pace in self._asides.items()}
+        between = sum(costs.get(work, 0.0) * n for work, n in asides.items())
         return (steps - done) * self.pace(done).seconds_per_step + between
 
 

@@ -47,8 +47,8 @@ def _class_of(run: Summary) -> str | None:
 
 
 def _overridden(run: Summary, option: str) -> str | None:
-    found = [o.partition("=")[2] for o in run["overrides"] if o.partition("=")[0] == option]
-    return found[-1] if found else None
+    pairs = (override.partition("=") for override in run["overrides"])
+    return {key: value for key, _, value in pairs}.get(option)
 
 
 @dataclass(kw_only=True)
