@@ -116,17 +116,9 @@ def main() -> None:
         return
     compose.register()
     try:
-        arguments.refuse_dashes(sys.argv[1:])
-        arguments.refuse_repeated(sys.argv[1:])
-        sys.argv[1:] = arguments.at_home(sys.argv[1:])
-        sys.argv[1:] = arguments.flags_last(arguments.with_resumed(sys.argv[1:]))
-        if {"-m", "--multirun"} & set(sys.argv) or any(a.startswith("sweep=") for a in sys.argv):
-            arguments.refuse_shared_sweep()
-            sys.argv[1:] = arguments.with_swept_groups(sys.argv[1:])
+        sys.argv[1:] = arguments.prepared(sys.argv[1:])
     except UserError as error:
         command.fail(str(error))
-    if not processes.is_main():
-        sys.argv[1:] = arguments.without_folder(sys.argv[1:])
     try:
         train()
     except Exception as error:  # from composition; Hydra and OmegaConf raise many types

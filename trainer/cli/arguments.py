@@ -24,7 +24,19 @@ _WITH_VALUE = {
 _ONCE = {"resume", "runtime.allow_config_change"}
 
 
-def at_home(arguments: list[str]) -> list[str]:
+def prepared(arguments: list[str]) -> list[str]:
+    """The command line of a run or a sweep as Hydra accepts it.  Raises UserError for what Hydra
+    would misunderstand."""
+    _refuse_dashes(arguments)
+    refuse_repeated(arguments)
+    arguments = _flags_last(with_resumed(_at_home(arguments)))
+    if {"-m", "--multirun"} & {*arguments} or any(a.startswith("sweep=") for a in arguments):
+        _refuse_shared_sweep()
+        arguments = with_swept_groups(arguments)
+    return arguments if processes.is_main() else _without_folder(arguments)
+
+
+def _at_home(arguments: list[str]) -> list[str]:
     """The command line with ~ expanded in the folders that Hydra makes: it takes them literally."""
     expanded = []
     for argument in arguments:
@@ -58,14 +70,14 @@ def with_resumed(arguments: list[str]) -> list[str]:
     return arguments[:at] + inherited + arguments[at:]
 
 
-def without_folder(arguments: list[str]) -> list[str]:
+def _without_folder(arguments: list[str]) -> list[str]:
     """The command line of a process that leaves the run's folder to the main one: Hydra makes no
     folder, and writes nothing."""
     others = [a for a in arguments if key_of(a) not in ("hydra.run.dir", "hydra.output_subdir")]
     return ["hydra.run.dir=.", "hydra.output_subdir=null", *others]
 
 
-def refuse_shared_sweep() -> None:
+def _refuse_shared_sweep() -> None:
     """Raise UserError for a sweep under torchrun."""
     if processes.world_size() > 1:
         raise UserError(
@@ -104,7 +116,7 @@ def refuse_repeated(arguments: list[str]) -> None:
             )
 
 
-def flags_last(arguments: list[str]) -> list[str]:
+def _flags_last(arguments: list[str]) -> list[str]:
     """The command line with its options first, in their order, then its flags: Hydra accepts no
     flag between options."""
     options, flags = list[str](), list[str]()
@@ -119,7 +131,7 @@ def flags_last(arguments: list[str]) -> list[str]:
     return options + flags
 
 
-def refuse_dashes(arguments: list[str]) -> None:
+def _refuse_dashes(arguments: list[str]) -> None:
     """Raise UserError for an option with dashes, as in other programs: --seed=1."""
     for argument in arguments:
         name, equals, _ = argument.partition("=")
