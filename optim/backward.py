@@ -16,12 +16,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from optim.fused import FusedOptimizer
+from optim.fused import FusedOptimizer, uncompiled
 
 # The `FusedBackward` of each hooked parameter.
 _hooked = WeakTensorKeyDictionary()
@@ -194,7 +193,7 @@ class FusedBackward:
         self.attach()
 
 
-@torch.compiler.disable  # else dynamo compiles a graph for every gradient
+@uncompiled  # else dynamo compiles a graph for every gradient
 def _seen(grad: Tensor) -> tuple[int, int]:
     """A value that changes when a gradient is written to or replaced; no device sync."""
     return grad.data_ptr(), grad._version

@@ -18,9 +18,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: Function) -> Function:
-    """`torch.compiler.disable` with the function's own type.  Without it dynamo would trace every
-    shape and option of a step: minutes for nothing."""
-    return cast(Function, torch.compiler.disable(function))
+    """`torch.compiler.disable` with the function's own type, but dynamo, which takes a second, is
+    imported at the first call.  Without it dynamo would trace every shape and option of a step:
+    minutes for nothing."""
+    return cast(Function, torch._disable_dynamo(function))  # torch's own optimizers use it
 
 
 class FusedOptimizer(StatefulOptimizer):

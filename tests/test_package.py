@@ -96,7 +96,7 @@ def test_help_and_mistakes_do_not_wait_for_what_only_runs_need(argument):
     script = (
         "import atexit, runpy, sys\n"
         f"sys.argv = ['trainer', {argument!r}]\n"
-        "heavy = 'diffusers', 'transformers', 'peft', 'bitsandbytes'\n"
+        "heavy = 'diffusers', 'transformers', 'peft', 'bitsandbytes', 'torch._dynamo'\n"
         "atexit.register(lambda: print('imported', [n for n in heavy if n in sys.modules]))\n"
         "runpy.run_module('trainer', run_name='__main__')\n"
     )
