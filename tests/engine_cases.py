@@ -25,6 +25,16 @@ TOGETHER = [
 ]
 
 
+def rotated(firsts, seconds, thirds):
+    """Every first with every second, while the thirds take turns.  If there are no more of them
+    than of the firsts and of the seconds, each meets each of those, too."""
+    return [
+        (first, second, thirds[(i + j) % len(thirds)])
+        for i, first in enumerate(firsts)
+        for j, second in enumerate(seconds)
+    ]
+
+
 def step(optimizer):
     optimizer.step()
 
