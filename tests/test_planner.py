@@ -32,6 +32,7 @@ from trainer.training.gradients import Pass
 CPU = torch.device("cpu")
 FUSED = ("runtime.fused_backward=true", "method.clip=exact")
 CHECKPOINTING = "runtime.gradient_checkpointing=true"
+UNSEEN = "log.sample_count=0"  # the rehearsal of drawing takes as long as that of training
 
 
 def rehearsed(config, device_type="cpu"):
@@ -77,7 +78,7 @@ def test_drawing_is_planned_by_the_largest_prompt(composed):
     assert tall.training == small.training
 
 
-QUIET = ("runtime.threads=1", "log.sample_count=0")
+QUIET = ("runtime.threads=1", UNSEEN)
 STEPS = {
     "plain": (),
     "fused": FUSED,
@@ -113,9 +114,9 @@ def test_a_rehearsal_counts_what_a_step_with_numbers_has(composed, tmp_path, ove
 
 
 def test_a_gpus_autocast_keeps_norms_in_fp32(composed):
-    config = composed("model.compute=bfloat16")
+    config = composed("model.compute=bfloat16", UNSEEN)
     cpu, gpu = (rehearsed(config, kind).training.activations for kind in ("cpu", "cuda"))
-    assert 1.05 * cpu < gpu < rehearsed(composed(), "cuda").training.activations
+    assert 1.05 * cpu < gpu < rehearsed(composed(UNSEEN), "cuda").training.activations
     assert torch.nn.functional.group_norm.__module__ == "torch.nn.functional"
 
 
@@ -128,7 +129,7 @@ def test_the_planned_state_is_what_is_allocated(composed, tmp_path, optimizer):
 
 
 def test_the_state_of_another_package_is_planned_by_its_first_step(composed):
-    config = composed("optim=external", "optim.class_path=torch.optim.AdamW")
+    config = composed(UNSEEN, "optim=external", "optim.class_path=torch.optim.AdamW")
     found = rehearsed(config)
     steps = 4 * sum(1 for _ in Model(config.model, CPU).empty("unet", "float32").parameters())
     assert found.training.optimizer_state == 2 * 4 * found.num_trained + steps
@@ -140,24 +141,26 @@ def test_a_state_that_cannot_be_known_beforehand_is_said_to_be_left_out(composed
 
     monkeypatch.setattr(torch.optim.SGD, "step", needs_numbers)
     monkeypatch.setattr(optimizers, "_try_step", lambda *_: None)
-    config = composed("optim=external", "optim.class_path=torch.optim.SGD")
+    config = composed(UNSEEN, "optim=external", "optim.class_path=torch.optim.SGD")
     plan = planner.make(config, Model(config.model, CPU, with_weights=False), "cpu")
     assert plan.rehearsal.training.optimizer_state is None
     assert "without the state of optim=external" in page(plan, planner.card(8))
 
 
 def test_an_average_costs_its_dtype_where_it_is(composed):
-    none, bf16 = (rehearsed(composed(f"ema={choice}")).training for choice in ("none", "bf16"))
-    assert bf16.averages == 2 * rehearsed(composed()).num_trained
+    none, bf16 = (
+        rehearsed(composed(f"ema={choice}", UNSEEN)).training for choice in ("none", "bf16")
+    )
+    assert bf16.averages == 2 * rehearsed(composed(UNSEEN)).num_trained
     assert none.averages == 0
-    assert rehearsed(composed("ema=bf16", "method.ema.device=cpu")).training.averages == 0
+    assert rehearsed(composed("ema=bf16", "method.ema.device=cpu", UNSEEN)).training.averages == 0
 
 
 @pytest.mark.slow
 def test_sdxl_is_planned_as_it_was_measured():
     """Peaks from scripts/measure_sdxl.py: on a CPU without the imports, on an H200 as allocated by
     torch (docs/gpu.md)."""
-    low = ("experiment=low_memory",)
+    low = ("experiment=low_memory", UNSEEN)
     for overrides, device, measured in (
         ((*low, "data.resolution=256", "runtime.gradient_checkpointing=false"), "cpu", 5.737e9),
         ((*low, "data.resolution=512", "runtime.gradient_checkpointing=false"), "cpu", 6.987e9),
@@ -172,7 +175,7 @@ def test_sdxl_is_planned_as_it_was_measured():
 
 
 def test_remedies_are_tried_until_it_fits(composed):
-    overrides = ["optim=adamw", "data.batch_size=16", "log.sample_count=0"]
+    overrides = ["optim=adamw", "data.batch_size=16", UNSEEN]
     config = composed(*overrides)
     model = Model(config.model, CPU, with_weights=False)
     plan = planner.make(config, model, "cuda")
@@ -237,7 +240,7 @@ def command(monkeypatch, capsys):
 
 
 def test_a_run_to_resume_is_planned_with_its_options(command, tmp_path):
-    options = ["method=lora", "optim=adamw", "data.resolution=32"]
+    options = ["method=lora", "optim=adamw", "data.resolution=32", UNSEEN]
     (tmp_path / "checkpoint.json").write_text(json.dumps({"overrides": options}))
     _, out, _ = command(f"resume={tmp_path}")
     assert out.startswith("method=lora")
@@ -245,12 +248,12 @@ def test_a_run_to_resume_is_planned_with_its_options(command, tmp_path):
 
 
 def test_the_command_says_whether_it_fits(command):
-    status, out, _ = command("optim=adamw")
+    status, out, _ = command("optim=adamw", UNSEEN)
     assert status == 0
     assert "fits: a run needs" in out
     assert "optimizer state          22.0 MB" in out
     assert "fragmentation" not in out  # on a CPU
-    status, out, _ = command("optim=adamw", "--card", "0.56")
+    status, out, _ = command("optim=adamw", UNSEEN, "--card", "0.56")
     assert status == 1
     assert re.search(
         r"does not fit: a run needs .* \(the peak and 5% for fragmentation\), and", out
@@ -287,7 +290,7 @@ def test_what_takes_long_is_told_on_stderr(capsys, monkeypatch):
 
 
 def test_a_remedy_without_an_option_that_is_given_is_passed_over(command):
-    taken = ("model.dtype=bfloat16", "data.batch_size=1", CHECKPOINTING, *FUSED)
+    taken = ("model.dtype=bfloat16", "data.batch_size=1", CHECKPOINTING, *FUSED, UNSEEN)
     status, out, err = command("optim=adamw8bit", "optim.betas=[0.9,0.99]", *taken, "--card", "0.1")
     assert status == 1
     assert "error" not in err
@@ -296,7 +299,7 @@ def test_a_remedy_without_an_option_that_is_given_is_passed_over(command):
 
 
 def test_the_command_has_numbers(command):
-    status, out, _ = command("optim=lion", "--json", "--card", "8")
+    status, out, _ = command("optim=lion", UNSEEN, "--json", "--card", "8")
     found = json.loads(out)
     assert status == 0
     assert found["in_training"]["optimizer_state"] > 4 * 2_743_620
@@ -304,13 +307,15 @@ def test_the_command_has_numbers(command):
 
 
 def test_a_sweep_has_a_line_for_each_run(command):
-    status, out, _ = command("-m", "optim=adamw,lion", "seed=0,1", "data.batch_size=4")
+    status, out, _ = command("-m", "optim=adamw,lion", "seed=0,1", "data.batch_size=4", UNSEEN)
     assert status == 0
     lines = out.splitlines()
     names = [f"optim={name} seed={seed}" for name in ("adamw", "lion") for seed in (0, 1)]
     assert [line.partition(": ")[0] for line in lines] == names
     assert all(": fits: a run needs" in line for line in lines)
-    status, out, _ = command("optim=adamw,adafactor8bit", "--multirun", "--json", "--card", "0.56")
+    status, out, _ = command(
+        *("optim=adamw,adafactor8bit", UNSEEN, "--multirun", "--json", "--card", "0.56")
+    )
     assert status == 1
     plans = [json.loads(line) for line in out.splitlines()]
     assert [plan["overrides"] for plan in plans] == [["optim=adamw"], ["optim=adafactor8bit"]]
