@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder
 from helpers import QUICK
 from PIL import Image, ImageFont
 
 from trainer.config import ASSETS
-from trainer.drawing import pictures
+from trainer.drawing import pictures, sampling
 from trainer.models import execution
 from trainer.phases import evaluation
 from trainer.phases.assembly import assemble
@@ -114,6 +115,27 @@ def test_a_vae_without_room_is_gone_before_the_unet_comes_back(begun, monkeypatc
     assert evaluation.sample(state, writer) is None
     assert moves == [("cpu", 0), ("cpu", 0)]
     assert "no pictures at step 0 (CUDA out of memory); the run continues" in caplog.text
+
+
+def test_a_vae_that_has_no_room_at_all_decodes_in_tiles_and_says_so(begun, monkeypatch, caplog):
+    state, _ = begun("log.sample_count=2", "log.sample_steps=2")
+    latents = state.sampler.denoise()
+    expected = pixels(state.sampler.decode(latents))
+    decoder, sizes = Decoder.forward, []
+
+    def crowded(self, latent, *rest):
+        sizes.append(tuple(latent.shape[-2:]))
+        if max(sizes[-1]) > latents[0].shape[-1] // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decoder(self, latent, *rest)
+
+    monkeypatch.setattr(Decoder, "forward", crowded)
+    monkeypatch.setattr(sampling, "TILE", 32)
+    for tiled, whole in zip(pixels(state.sampler.decode(latents)), expected, strict=True):
+        assert tiled.shape == whole.shape
+        assert np.abs(tiled.astype(float) - whole).mean() < 12  # of 255; the context is smaller
+    assert len(sizes) > 2 + 2 * 4
+    assert caplog.text.count("decodes in tiles of 32 pixels") == 1
 
 
 def test_averages_are_not_the_models_weights_while_the_vae_decodes(begun, monkeypatch):

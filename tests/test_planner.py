@@ -439,9 +439,24 @@ def test_a_sweep_that_only_a_sweeper_can_list_is_one_line(swept):
         compose.runs_of([swept])
 
 
+def room(size):
+    return Room(free_bytes=round(size), where="a card")
+
+
 def test_pictures_are_promised_only_if_they_fit_with_what_the_allocator_cannot_use(composed):
     config = composed("log.sample_count=1")
     plan = planner.plan.make(config, Model(config.model, CPU, with_weights=False), "cuda")
-    least = plan.least_drawing_bytes
-    assert "will not be drawn" in page(plan, Room(free_bytes=round(1.04 * least), where="a card"))
-    assert "moved to host memory" in page(plan, Room(free_bytes=round(1.06 * least), where=""))
+    aside = plan.drawing_aside_bytes
+    assert "moved to host memory\n" in page(plan, room(1.06 * aside)) + "\n"
+    # A picture of the tiny model is one tile, so tiles save nothing.
+    assert "will not be drawn" in page(plan, room(1.04 * plan.least_drawing_bytes))
+
+
+@pytest.mark.slow
+def test_drawing_is_planned_in_tiles_where_a_whole_picture_does_not_fit():
+    config = sdxl("method=lora", "model.quantization=nf4", "log.sample_count=1")
+    plan = planner.plan.make(config, Model(config.model, CPU, with_weights=False), "cuda")
+    least, aside = plan.least_drawing_bytes, plan.drawing_aside_bytes
+    assert least < aside - 5e8
+    assert "in tiles of 512 pixels" in page(plan, room(1.06 * least))
+    assert "in tiles" not in page(plan, room(1.06 * aside))

@@ -1,6 +1,7 @@
 """Pictures from the model in training: each time the same prompts from the same noise, so that only
 the weights differ."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,10 @@ from trainer.models.model import Model
 from trainer.objective.batches import sample_noise
 from trainer.objective.encoding import Encoded, unscaled
 from trainer.system import console, memory, signals
+
+log = logging.getLogger(__name__)
+
+TILE = 512  # pixels on a side, of the tiles that a VAE decodes if memory is short
 
 
 @dataclass(kw_only=True)
@@ -72,21 +77,34 @@ class Sampler:
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> list[Image.Image]:
         """The pictures of these latents.  A VAE needs more than a training step (3 GB for 1024
-        pixels in fp32), so if memory runs out the UNet makes room for it.  Raises MemoryError if
-        that is not enough."""
+        pixels in fp32), so if memory runs out the UNet makes room for it, and then it decodes in
+        tiles that overlap.  Raises MemoryError if that is not enough."""
         drawn = self._decoded(latents)
         if isinstance(drawn, str):
             with self.model.unet_aside():
                 drawn = self._decoded(latents)
+                if isinstance(drawn, str):
+                    log.warning(
+                        "the VAE decodes in tiles of %d pixels, as memory is short: colours may "
+                        "differ between tiles",
+                        TILE,
+                    )
+                    drawn = self._decoded(latents, in_tiles=True)
         if isinstance(drawn, str):
             raise MemoryError(drawn)
         return drawn
 
-    def _decoded(self, latents: Sequence[Tensor]) -> list[Image.Image] | str:
+    def _decoded(
+        self, latents: Sequence[Tensor], in_tiles: bool = False
+    ) -> list[Image.Image] | str:
         """The pictures; if memory runs out, only the error's text, since the error itself keeps the
         VAE alive."""
         try:
             drawn, vae = [], self.model.load_vae()
+            if in_tiles:
+                vae.enable_tiling()
+                vae.tile_sample_min_size = TILE
+                vae.tile_latent_min_size = TILE >> (len(vae.config.block_out_channels) - 1)
             for latent in latents:
                 scaled = unscaled(vae, latent[None].to(vae.dtype))
                 pixels = vae.decode(scaled).sample.nan_to_num()  # NaN from a broken model

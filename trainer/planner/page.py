@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from trainer.drawing import sampling
 from trainer.planner.plan import Plan
 from trainer.planner.room import Room
 from trainer.reporting.report import format_bytes
@@ -112,6 +113,8 @@ def _remarks(plan: Plan, room: Room) -> Iterable[str]:
             "drawing off)"
         )
     elif plan.reserved(plan.drawing_bytes) > room.free_bytes:
-        yield "while the VAE decodes drawn pictures, the UNet is moved to host memory"
+        tiled = plan.reserved(plan.drawing_aside_bytes) > room.free_bytes
+        how = f", and it decodes in tiles of {sampling.TILE} pixels" if tiled else ""
+        yield f"while the VAE decodes drawn pictures, the UNet is moved to host memory{how}"
     if plan.config.runtime.compile != "none":
         yield "compiled blocks (runtime.compile) may need less"

@@ -50,13 +50,21 @@ class Plan:
         return self._with_rest(kept + max(rehearsal.denoising_bytes, rehearsal.decoding_bytes))
 
     @property
-    def least_drawing_bytes(self) -> int:
+    def drawing_aside_bytes(self) -> int:
         """The same if memory is short and the UNet is moved to the host while the VAE decodes."""
+        return self._drawing_aside(self.rehearsal.decoding_bytes)
+
+    @property
+    def least_drawing_bytes(self) -> int:
+        """The same if the VAE decodes in tiles, too."""
+        return self._drawing_aside(self.rehearsal.tiled_bytes)
+
+    def _drawing_aside(self, decoding: int) -> int:
         rehearsal, kept = self.rehearsal, self.rehearsal.training.kept
         if not rehearsal.decoding_bytes or self.process_bytes:
             return self.drawing_bytes
         return self._with_rest(
-            kept + max(rehearsal.denoising_bytes, rehearsal.decoding_bytes - rehearsal.unet_bytes)
+            kept + max(rehearsal.denoising_bytes, decoding - rehearsal.unet_bytes)
         )
 
     @property

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer.config import DTYPES, Config
 from trainer.data.buckets import Size
 from trainer.data.store import CAPTIONS_AT_A_TIME
-from trainer.drawing import prompts
+from trainer.drawing import prompts, sampling
 from trainer.models import execution, quantization, text
 from trainer.models.model import Model
 from trainer.objective import batches
@@ -65,6 +65,7 @@ class Rehearsal:
     # While pictures are drawn, in addition to what training keeps; 0 if none are.
     denoising_bytes: int
     decoding_bytes: int  # the same for the VAE's part, when the UNet can be moved to the host
+    tiled_bytes: int  # the same if it decodes in tiles
 
 
 def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
@@ -104,6 +105,7 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
                 pictures_bytes=_encoded_picture(config, vae),
                 denoising_bytes=denoising,
                 decoding_bytes=_decoded(config, attached, vae) if denoising else 0,
+                tiled_bytes=_decoded(config, attached, vae, in_tiles=True) if denoising else 0,
             )
 
 
@@ -185,13 +187,21 @@ def _denoised(config: Config, model: Model) -> int:
     return ledger.peak["activations"]
 
 
-def _decoded(config: Config, model: Model, vae: AutoencoderKL) -> int:
-    """The peak of the VAE's part of drawing, one picture at a time, including the VAE."""
-    largest = max((prompt.size for prompt in _drawn(config)), key=math.prod)
+def _decoded(config: Config, model: Model, vae: AutoencoderKL, in_tiles: bool = False) -> int:
+    """The peak of the VAE's part of drawing, one picture at a time, including the VAE.
+
+    Tiles are decoded one after another, and their pixels kept: four times a picture's, as each
+    overlaps the next by a quarter and the whole is put together from them.
+    """
+    size = max((prompt.size for prompt in _drawn(config)), key=math.prod)
+    pixels = 0
+    if in_tiles:
+        pixels = 4 * 3 * math.prod(size) * vae.dtype.itemsize
+        size = min(size[0], sampling.TILE), min(size[1], sampling.TILE)
     with Ledger("activations") as ledger, torch.no_grad():
         ledger.enter(_tensors(vae), "weights")
-        vae.decode(_latents(model, 1, largest).to(vae.dtype))
-    return ledger.peak.total()
+        vae.decode(_latents(model, 1, size).to(vae.dtype))
+    return ledger.peak.total() + pixels
 
 
 def _drawn(config: Config) -> list[prompts.Prompt]:
