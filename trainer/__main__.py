@@ -88,7 +88,7 @@ def _follow(composed: DictConfig, folder: Path, overrides: list[str]) -> float:
 def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool = False) -> float:
     """Check the configuration and train.  goes_on: from a checkpoint in the folder."""
     checked = to_dataclasses(composed)
-    with memory.explained(checked, "before the first step"):
+    with memory.explained(checked):
         device = execution.use_device(checked.runtime.device)
         optimizers.try_out(checked.optim, checked.method.rules, device)
     if goes_on and completed(folder / "checkpoints"):

@@ -77,7 +77,7 @@ def begin(
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = resuming.to_resume(config, keys_of(overrides))
     with (
-        memory.explained(config, "before the first step"),
+        memory.explained(config),
         processes.main_first(config.data.cache is not None),
     ):
         state = assemble(config, folder, resumed, stop, overrides)

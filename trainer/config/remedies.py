@@ -26,6 +26,7 @@ class Remedy:
 
     overrides: tuple[str, ...]
     what: str
+    in_steps: bool = True  # whether a training step needs less, not only the encoding before it
 
     def __str__(self) -> str:
         return f"{' '.join(self.overrides)}, {self.what}"
@@ -66,7 +67,9 @@ def _all(config: Config) -> Iterator[Remedy]:
             )
     if config.model.text_dtype == "float32" and not set(method.train) - {"unet"}:
         yield Remedy(
-            overrides=("model.text_dtype=bfloat16",), what="which halves the text encoders"
+            overrides=("model.text_dtype=bfloat16",),
+            what="which halves the text encoders",
+            in_steps=False,
         )
     if data.batch_size > 1:
         samples = data.batch_size * runtime.accumulation

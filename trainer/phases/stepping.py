@@ -51,7 +51,7 @@ def _update(state: State, drawn: Sequence[MicroBatch]) -> gradients.Outcome:
     # With the curvature estimated but no step made, the state is not that of any step.
     is_kept = processes.is_main() and not curvature.is_due(optimizer)
     keeping = saving.kept_if_unreadable(state) if is_kept else nullcontext()
-    with memory.explained(config, f"in step {state.step + 1}"), keeping:
+    with memory.explained(config, state.step + 1), keeping:
         # Estimate the curvature, where the optimizer wants it; then the loss and its gradients (the
         # fused backward steps the optimizer inside).
         predict = partial(micro_batches.weighted_prediction, state, drawn[0].number)

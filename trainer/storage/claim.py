@@ -73,7 +73,8 @@ def config_in(folder: Path) -> dict[str, Any]:
     """The configuration of the run in this folder, which may have only just begun; {} if
     unknown."""
     with suppress(OSError, ValueError, yaml.YAMLError):
-        return yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _LOADER) or {}
+        found = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _LOADER)
+        return found if isinstance(found, dict) else {}
     return _claim_in(folder).get("config", {})
 
 

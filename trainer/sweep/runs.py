@@ -47,8 +47,8 @@ def _class_of(run: Summary) -> str | None:
 
 
 def _overridden(run: Summary, option: str) -> str | None:
-    pairs = (override.partition("=") for override in run["overrides"])
-    return {key: value for key, _, value in pairs}.get(option)
+    values = {key_of(override): override.partition("=")[2] for override in run["overrides"]}
+    return values.get(option)
 
 
 @dataclass(kw_only=True)

@@ -160,8 +160,9 @@ def ran_out(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(config: Config, when: str) -> Iterator[None]:
+def explained(config: Config, step: int | None = None) -> Iterator[None]:
     """Within the block, running out of memory raises a UserError that names options that save some.
+    step: the one that is made; None: before the first one, while encoding and loading.
 
     Nothing is saved then: a fused backward may have stepped some of the weights.
     """
@@ -170,7 +171,8 @@ def explained(config: Config, when: str) -> Iterator[None]:
     except Exception as error:
         if not ran_out(error):
             raise
-        savers = "; ".join(map(str, remedies.of(config)))
+        when = "before the first step" if step is None else f"in step {step}"
+        savers = "; ".join(str(x) for x in remedies.of(config) if x.in_steps or step is None)
         advice = (
             f"Try {savers}"
             if savers
