@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -97,6 +98,25 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass(name):
         kept.clear()
         quantized(x)
     assert not kept
+
+
+def test_adapters_of_quantized_convolutions_are_plain_and_a_copy_is_quantized(composed):
+    config = composed("method=lora", "method.targets=[conv1,to_q]", "model.quantization=int8")
+    model = Model(config.model, CPU)
+    model.load_unet()
+    method.attach(config.method, model, 0)
+    layers = [layer for layer in model.unet.modules() if isinstance(layer, LoraLayer)]
+    assert {type(layer.get_base_layer()) for layer in layers} == {
+        quantization.QuantizedConv2d,
+        quantization.QuantizedLinear,
+    }
+    for layer in layers:
+        assert type(layer.lora_A["default"]) in (nn.Conv2d, nn.Linear)
+        assert layer.lora_A["default"].weight.requires_grad
+        base = layer.get_base_layer()
+        twin = copy.deepcopy(base)
+        assert type(twin) is type(base)
+        assert torch.equal(twin.weight, base.weight)
 
 
 def test_layers_of_an_odd_size_and_other_modules_stay_as_they_are():

@@ -68,6 +68,11 @@ class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[override]  # weight
 
 
 class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[override]
+    def __new__(cls, *sizes: Any, **options: Any) -> Any:
+        """A plain convolution: PEFT makes an adapter's with the class of the layer it adapts.
+        Without arguments, as copy and pickle call it: one of this class."""
+        return nn.Conv2d(*sizes, **options) if sizes or options else object.__new__(cls)
+
     def product(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight, self.bias)
 
