@@ -132,7 +132,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     unet = build_unet(arguments.unet, DTYPES[config.model.dtype], device)
     if config.model.quantization != "none":
         unet.apply(partial(quantization.quantize, kind=config.model.quantization))
-    memory.return_freed_blocks(quantization.num_bytes(unet))
+    memory.return_freed_blocks(quantization.num_weights(unet) * unet.dtype.itemsize)
     model: Any = SimpleNamespace(trained_parts={"unet": unet}, text_encoder=None)
     method.attach(config.method, model, config.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]

@@ -208,6 +208,7 @@ def test_losses_at_other_points_are_not_compared(quick, composed, caplog):
     [
         (None, None),
         ("log.eval_points", 5),
+        ("model.quantization", "int8"),
         ("noise.prediction", "epsilon"),
         ("noise.zero_terminal_snr", True),
         ("the data", "others"),

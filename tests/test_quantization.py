@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from trainer.checks import remarks
 from trainer.errors import UserError
 from trainer.models import quantization
 from trainer.models.model import Model
@@ -54,6 +55,14 @@ def test_a_quantized_layer_computes_what_its_decoded_weights_do(name, kind, dtyp
         gradients.append(torch.autograd.grad(outputs[-1].square().sum(), x)[0])
     assert torch.equal(*outputs)
     assert torch.equal(*gradients)
+
+
+def test_a_gradient_has_the_layout_of_its_output():
+    layout = torch.channels_last
+    _, quantized, _, x = layer_of("convolution", "int8")
+    y = quantized(x.to(memory_format=layout))
+    grad = quantized.gradient(x.shape, torch.ones_like(y, memory_format=layout))
+    assert grad.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize(("kind", "widest"), [("int8", 0.5 / 127), ("nf4", 0.1520)])
@@ -120,7 +129,9 @@ def test_adapters_of_quantized_convolutions_are_plain_and_a_copy_is_quantized(co
 
 
 def test_layers_of_an_odd_size_and_other_modules_stay_as_they_are():
-    for module in (nn.Linear(5, 3), nn.GroupNorm(4, 64), nn.Embedding(64, 64)):
+    ring = nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular")
+    same = nn.Conv2d(16, 16, 3, padding="same")
+    for module in (nn.Linear(5, 3), nn.GroupNorm(4, 64), nn.Embedding(64, 64), ring, same):
         before = type(module)
         quantize(module, "int8")
         assert type(module) is before
@@ -141,7 +152,13 @@ def test_the_planner_counts_the_bits_and_all_weights(composed, kind, bits):
     assert saved == pytest.approx((16 - bits) / 16 * frozen, rel=0.06)
 
 
-LORA = ("method=lora", "method.dora=true", "method.train=[unet,text_encoder]", "ema=bf16")
+LORA = (
+    "method=lora",
+    "method.dora=true",
+    "method.targets=[to_q,conv1]",
+    "method.train=[unet,text_encoder]",
+    "ema=bf16",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,7 +170,9 @@ def test_a_run_trains_its_adapters_only_and_resumes_bitwise(composed, quick, tmp
     run(composed(*QUICK, *options, *saving, f"resume={parts}"), parts)
     assert_same_weights(weights(whole, 4), weights(parts, 4))
     assert deterministic(whole) == deterministic(parts)
-    assert all(".lora_" in name for name in weights(whole, 4))
+    trained = weights(whole, 4)
+    assert all(".lora_" in name for name in trained)
+    assert all(trained[name].any() for name in trained if ".lora_B" in name)  # begins with zeros
     assert rows(whole)[-1]["eval/loss"] < rows(whole)[0]["eval/loss"]
 
 
@@ -174,3 +193,10 @@ def test_a_lora_of_a_quantized_model_continues_on_the_full_one(composed, quick, 
 def test_what_changes_the_unet_itself_is_refused(composed):
     with pytest.raises(UserError, match=r"quantization=int8 is of frozen weights.*method=lora"):
         composed("model.quantization=int8")
+
+
+def test_a_compiled_block_that_keeps_its_decoded_weights_is_remarked(composed):
+    options = ("method=lora", "model.quantization=nf4", "runtime.compile=regional")
+    (said,) = remarks.of_config(composed(*options))
+    assert "add runtime.gradient_checkpointing=true" in said
+    assert not remarks.of_config(composed(*options, "runtime.gradient_checkpointing=true"))

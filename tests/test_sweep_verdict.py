@@ -38,6 +38,7 @@ def test_the_least_memory_and_time_are_told_with_those_of_the_best():
         run("c", 3.0, seconds_per_step=0.05),
     )
     assert lines["memory"].endswith("that of `optim=b`, 10 B (`optim=a`: 1.0 kB)")
+    assert "memory" not in said(run("a", 1.0), run("b", 2.0))  # the same
     assert lines["speed"].endswith("that of `optim=c`, 0.050 s (`optim=a`: 0.100 s)")
     assert said(run("a", 1.0), run("b", 2.0, seconds_per_step=0.105))["speed"] == (
         "speed: alike, 0.100 to 0.105 s/step"

@@ -184,6 +184,16 @@ def _of_others(config: Config) -> Iterator[str]:
             "weights between micro-batches, in their dtype, which runtime.fused_backward=true "
             "alone would free; the last backward pass frees them"
         )
+    if (
+        config.model.quantization != "none"
+        and runtime.compile != "none"
+        and not runtime.gradient_checkpointing
+    ):
+        yield (
+            f"runtime.compile={runtime.compile} keeps decoded weights for the backward pass, in "
+            f"full, which model.quantization={config.model.quantization} alone would free; add "
+            "runtime.gradient_checkpointing=true"
+        )
     ema = config.method.ema
     if ema and ema.decay == 1 and not ema.warmup:
         yield "method.ema.decay=1 never changes the average from its initial weights"

@@ -123,6 +123,7 @@ class Model:
         """Read the UNet, in the configured dtype or quantized, onto the device."""
         kind, compress = self.config.quantization, None
         if kind != "none":
+            log.info("model: frozen weights of linear layers and convolutions become %s", kind)
             compress = partial(quantization.quantize, kind=kind, device=self.device)
         self.unet = self._load("unet", DTYPES[self.config.dtype], compress=compress)
 

@@ -9,8 +9,9 @@ exist in full at a time, with or without gradient checkpointing.
     nf4    the nearest of 16 quantiles of a normal distribution,    4.25 bits a weight
            times s = max |w| (QLoRA: Dettmers et al. 2023, arXiv 2305.14314, section 3)
 
-The scales have the model's dtype (here bf16).  A layer whose weights are no multiple of 64 stays as
-it is.
+The scales have the model's dtype (here bf16).  A layer whose weights are no multiple of 64, or that
+does not pad by a number of zeros, stays as it is.  A compiled block keeps its decoded weights for
+the backward pass, and so does DoRA with dropout, unless they are recomputed (checkpointing).
 """
 
 from typing import Any, cast
@@ -45,7 +46,7 @@ class Quantized(nn.Module):
             levels = self.codes.to(self.scales.dtype)
         else:
             levels = F.embedding(self.codes.int(), self.pairs)
-        return (levels.view(-1, _BLOCK) * self.scales).view(self.shape)
+        return levels.view(-1, _BLOCK).mul_(self.scales).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _Product.apply(x, self))
@@ -78,6 +79,8 @@ class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[override]
 
     def gradient(self, shape: torch.Size, grad: Tensor) -> Tensor:
         weight = self.weight.to(grad.dtype)
+        if grad.is_contiguous(memory_format=torch.channels_last):
+            weight = weight.contiguous(memory_format=torch.channels_last)
         how: Any = (self.stride, self.padding, self.dilation, self.groups)
         return conv2d_input(list(shape), weight, grad, *how)
 
@@ -111,6 +114,10 @@ def quantize(layer: nn.Module, kind: str, device: torch.device | None = None) ->
     """
     made = _CLASSES.get(type(layer))
     if made is None or layer.get_parameter("weight").numel() % _BLOCK:
+        return
+    if isinstance(layer, nn.Conv2d) and (
+        layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
         return
     weight = layer.get_parameter("weight").detach().to(device)
     del layer._parameters["weight"]

@@ -168,7 +168,8 @@ def _trainable(
 ) -> torch.optim.Optimizer:
     """Load the UNet and prepare it for training; returns the optimizer."""
     model.load_unet()
-    memory.return_freed_blocks(quantization.num_bytes(model.unet))
+    weights = quantization.num_weights(model.unet)  # activations are as large if quantized
+    memory.return_freed_blocks(weights * model.unet.dtype.itemsize)
     method.attach(config.method, model, config.seed, start_from)
     count, where = processes.world_size(), str(device)
     if count > 1:

@@ -270,6 +270,10 @@ def drop_other_measure(config: Config, data: str, model: str, resumed: Checkpoin
         "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
         "the data": (resumed.data, data),
         "the model": (resumed.model, model),
+        "model.quantization": (
+            before["model"].get("quantization", "none"),
+            config.model.quantization,
+        ),
         "noise.prediction": (before["noise"]["prediction"], config.noise.prediction),
         "noise.zero_terminal_snr": (
             before["noise"]["zero_terminal_snr"],

@@ -49,6 +49,8 @@ def _of_loss(comparison: Comparison, good: Sequence[Group]) -> str:
 
 def _of_memory(good: Sequence[Group]) -> str:
     title = "memory: the smallest optimizer state is"
+    if len({_mean(group, "optimizer_state_bytes") for group in good}) == 1:
+        return ""
     return _least(title, good, "optimizer_state_bytes", lambda count: format_bytes(round(count)))
 
 
