@@ -14,6 +14,7 @@ does not pad by a number of zeros, stays as it is.  A compiled block keeps its d
 the backward pass, and so does DoRA with dropout, unless they are recomputed (checkpointing).
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ _NF4 = (
 )
 
 
-class Quantized(nn.Module):
+class Quantized(nn.Module, ABC):
     """A layer with codes instead of a weight; `weight` decodes them."""
 
     codes: Tensor  # (n,) int8, or (n / 2,) uint8 with two codes each, the first in the high bits
@@ -51,13 +52,13 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _Product.apply(x, self))
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """What the layer computes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, shape: torch.Size, grad: Tensor) -> Tensor:
         """The gradient of its input, which has this shape; grad: of its output."""
-        raise NotImplementedError
 
 
 class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[override]  # weight: read-only

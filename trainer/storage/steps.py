@@ -18,7 +18,8 @@ def step_of(path: Path) -> int:
 
 
 def completed(folder: Path) -> list[Path]:
-    """The folders named after a step in this one, oldest first."""
+    """The folders named after a step in this one, oldest first.  One that is being written or
+    deleted has another name."""
     found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
     return sorted(found, key=step_of)
 
