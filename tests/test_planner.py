@@ -6,16 +6,18 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer import planner, run
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import compose
 from trainer.config import remedies
+from trainer.drawing import sampling
 from trainer.errors import UserError
 from trainer.formats import architectures
 from trainer.models.model import Model
 from trainer.phases import micro_batches
-from trainer.planner import before_run
+from trainer.planner import before_run, rehearsal
 from trainer.planner.__main__ import _completed, _less, _with
 from trainer.planner.ledger import Ledger
 from trainer.planner.page import page
@@ -309,6 +311,29 @@ def test_pictures_are_promised_only_if_they_fit_with_what_the_allocator_cannot_u
     assert "moved to host memory\n" in page(plan, room(1.06 * aside)) + "\n"
     # A picture of the tiny model is one tile, so tiles save nothing.
     assert "will not be drawn" in page(plan, room(1.04 * plan.least_drawing_bytes))
+
+
+def test_tiles_are_planned_as_they_are_decoded(composed, monkeypatch):
+    monkeypatch.setattr(sampling, "TILE", 32)
+    config = composed("log.sample_count=1", "data.resolution=256")
+    model = Model(config.model, CPU, with_weights=False)
+    vae, planned = model.empty("vae", "float32"), rehearsed(config).tiled_bytes
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 32 // 4
+    with FakeTensorMode():
+        rehearsal._give_storage(vae)
+        with Ledger("made") as ledger, torch.no_grad():
+            ledger.enter([*vae.parameters()], "weights")
+            vae.decode(torch.empty(1, 4, 256 // 4, 256 // 4))
+    assert ledger.peak.total() <= planned < 1.2 * ledger.peak.total()
+
+
+def test_compiled_blocks_that_keep_decoded_weights_are_not_promised_to_need_less(composed):
+    options = ("method=lora", "model.quantization=int8", "runtime.compile=regional", UNSEEN)
+    for more, says in (((), "not in this plan"), ((CHECKPOINTING,), "may need less")):
+        config = composed(*options, *more)
+        plan = planner.make(config, Model(config.model, CPU, with_weights=False), "cpu")
+        assert says in page(plan, planner.card(8))
 
 
 @pytest.mark.slow

@@ -116,5 +116,11 @@ def _remarks(plan: Plan, room: Room) -> Iterable[str]:
         tiled = plan.reserved(plan.drawing_aside_bytes) > room.free_bytes
         how = f", and it decodes in tiles of {sampling.TILE} pixels" if tiled else ""
         yield f"while the VAE decodes drawn pictures, the UNet is moved to host memory{how}"
-    if plan.config.runtime.compile != "none":
-        yield "compiled blocks (runtime.compile) may need less"
+    runtime = plan.config.runtime
+    if runtime.compile != "none":
+        keeps = plan.config.model.quantization != "none" and not runtime.gradient_checkpointing
+        yield (
+            "compiled blocks (runtime.compile) keep decoded weights, which are not in this plan"
+            if keeps
+            else "compiled blocks (runtime.compile) may need less"
+        )
