@@ -235,6 +235,7 @@ NUMBERS = {
     **{"steps": 8, "seconds": 2.0, "wall_seconds": 9.0, "images_per_second": 4.0},
     **{"optimizer_state_bytes": 1, "peak_memory_bytes": 2, "peak_training_bytes": 1},
     **{"eval_loss_before": 2.0, "eval_loss_after": 0.5, "skipped_steps": 0},
+    "rollbacks": None,
     **{"prediction_before": "epsilon", "prediction": "epsilon"},
 }
 

@@ -89,7 +89,7 @@ def save(tmp_path):
             counters={},
         )
         checkpoint.save(tmp_path, made)
-        checkpoint.rotate(tmp_path, keep=2, last_whole=step)
+        checkpoint.rotate(tmp_path, keep=2, proven=step - 1)
 
     return make
 

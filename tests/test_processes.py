@@ -78,6 +78,20 @@ def test_a_signal_saves_once_and_the_run_goes_on_bit_for_bit(composed, tmp_path)
 
 
 @pytest.mark.slow
+def test_two_processes_go_back_together(composed, tmp_path):
+    options = [
+        *(*QUICK, "schedule=constant", "schedule.steps=44", "schedule.warmup_steps=44"),
+        *("runtime.device=cpu", "optim=sgd", "optim.lr=2.7", "data.batch_size=2"),
+        *("runtime.save_every=10", "runtime.on_divergence=rollback"),
+    ]
+    run(composed(*options, "runtime.accumulation=2"), tmp_path / "one")
+    ended = torchrun(*options, f"hydra.run.dir={tmp_path}/two")
+    assert ended.returncode == 0, ended.stderr
+    assert "(rollback 1 of 3)" in ended.stdout
+    assert_same_weights(weights(tmp_path / "one", 44), weights(tmp_path / "two", 44))
+
+
+@pytest.mark.slow
 def test_an_error_of_the_main_process_is_reported_once_and_ends_the_one_that_waits(tmp_path):
     (tmp_path / "config.yaml").write_text("mine")
     refused = torchrun(*QUICK, f"hydra.run.dir={tmp_path}", "runtime.device=cpu")

@@ -48,6 +48,8 @@ IDLE = {
     "method.keep_exports=2": "method.export_every",
     "method.export_every=0epochs method.keep_exports=2": "method.export_every",
     "runtime.save_every=0 runtime.keep_checkpoints=5": "runtime.save_every",
+    "runtime.max_rollbacks=2": "runtime.on_divergence=rollback",
+    "runtime.save_every=0 runtime.on_divergence=rollback": "checkpoints to go back to",
     "data.short_batches=repeat": "several buckets (data.buckets=true",
     "method=lora method.train=[text_encoder] method.targets=[to_q]": "unet in method.train",
     "data.upscale=true": "data.buckets=true",
@@ -75,7 +77,7 @@ def test_nothing_is_said_of_options_that_do_something(composed, options):
 
 @pytest.mark.parametrize("options", IDLE)
 def test_an_option_without_effect_is_pointed_out_with_what_it_belongs_to(composed, options):
-    (said,) = remarks.of_config(composed(*options.split()))
+    (said,) = remarks.of_config(composed(*options.split()), options.split())
     key = options.split()[-1].partition("=")[0]
     assert said.startswith(key)
     assert IDLE[options] in said
@@ -215,6 +217,15 @@ def test_a_run_that_ends_far_above_its_beginning_has_diverged(after, found, dive
         eval_loss_before=1.0,
     )
     assert summary._has_diverged(state, after) == diverged
+
+
+def test_a_divergence_that_would_not_be_noticed_is_remarked(composed):
+    for policy, says in (("rollback", "heeds only steps"), ("stop", "has no effect")):
+        config = composed(f"runtime.on_divergence={policy}")
+        assert not [*remarks.of_divergence(config, is_comparable=True)]
+        (said,) = remarks.of_divergence(config, is_comparable=False)
+        assert said.startswith(f"runtime.on_divergence={policy} {says}")
+    assert not [*remarks.of_divergence(composed(), is_comparable=False)]
 
 
 def test_what_is_remarked_of_an_outcome_reaches_the_log(quick):

@@ -16,7 +16,7 @@ import torch
 from trainer.checks import remarks
 from trainer.config import Config, keys_of
 from trainer.errors import UserError
-from trainer.phases import endings, evaluation, intervals, saving, stepping
+from trainer.phases import endings, evaluation, intervals, recovery, saving, stepping
 from trainer.phases.assembly import assemble
 from trainer.phases.state import State
 from trainer.phases.summary import of_failed, summary_of
@@ -59,9 +59,10 @@ def follow(config: Config, folder: Path, overrides: Sequence[str] = ()) -> None:
     """Make the steps of a run as a process other than its main one.  Writes nothing to `folder`."""
     with signals.stop_signals() as stop:
         state = begin(config, folder, stop, overrides)
+        state.losses_before = processes.from_main(None)
         while not (state.is_last or _is_to_stop(state)):
             stepping.take(state)
-            if endings.is_hopeless(state):  # which ends the main process as well
+            if not recovery.goes_on(state):  # which ends the main process as well
                 return
 
 
@@ -102,6 +103,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
         evaluation.sample(state, writer)
     if state.is_last:
         endings.nothing_to_train(state)
+    processes.from_main(state.losses_before)  # by which all judge the run
     progress = console.Progress(state.step, config.schedule.steps)
 
     for step in range(state.step, config.schedule.steps):
@@ -116,12 +118,11 @@ def train(state: State, writer: metrics.Metrics) -> None:
         values = stepping.take(state, measures=reports)
         progress.advance()
 
-        # A run that only skips steps ends; a step that counts proves the checkpoint before it.
-        if endings.is_hopeless(state):
+        # A run that diverges or only skips steps goes back, or ends; good steps prove the
+        # checkpoint before them.
+        if not recovery.goes_on(state):
             endings.give_up(state)
-        if not (state.guard.in_a_row or state.is_proven):
-            state.is_proven = True
-            saving.rotate(state)
+        saving.rotate_if_proven(state)
 
         # Report, evaluate, sample, save.
         if reports:
@@ -228,6 +229,7 @@ def _report(
             "train/epoch": state.epochs,
             "train/skipped_steps": state.guard.skipped,
             "train/loss_spikes": state.watch.loss_spikes,
+            "train/rollbacks": state.guard.rollbacks,
             "perf/seconds_per_step": pace.seconds_per_step,
             "perf/images_per_second": pace.images_per_second,
             "memory/peak_bytes": state.peaks.training,
@@ -239,10 +241,3 @@ def _report(
     steps, asides = state.config.schedule.steps, state.intervals.left(state.step)
     seconds_left = state.clock.left(state.step, steps, asides)
     progress.show(state.step, values["loss"], pace.images_per_second, seconds_left)
-    before = state.loss_before
-    if (loss := state.watch.found_divergence(before)) is not None:
-        log.warning(
-            "step %d: the mean train/loss of the last steps is %.4g, and eval/loss was %.4g before "
-            "the first: the run diverges; stop it, and lower optim.lr=%g",
-            *(state.step, loss, before, state.config.optim.lr),
-        )

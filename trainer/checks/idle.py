@@ -74,6 +74,16 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "runtime.save_every",
     ),
     (
+        ("runtime.max_rollbacks",),
+        lambda c: c.runtime.on_divergence != "rollback",
+        "runtime.on_divergence=rollback",
+    ),
+    (
+        ("runtime.on_divergence",),
+        lambda c: c.runtime.on_divergence == "rollback" and _is_never(c.runtime.save_every),
+        "checkpoints to go back to (runtime.save_every)",
+    ),
+    (
         ("data.upscale", "data.bucket_step", "data.max_aspect"),
         lambda c: not c.data.buckets,
         "data.buckets=true",

@@ -57,6 +57,19 @@ def of_rate(config: Config, size: int) -> list[str]:
     ]
 
 
+def of_divergence(config: Config, is_comparable: bool) -> Iterator[str]:
+    """Warn if a divergence would not be noticed.  is_comparable: whether training losses can be
+    compared with evaluation's."""
+    policy = config.runtime.on_divergence
+    if policy == "warn" or is_comparable:
+        return
+    effect = {"stop": "has no effect", "rollback": "heeds only steps that are not finite"}[policy]
+    yield (
+        f"runtime.on_divergence={policy} {effect} here: train/loss cannot be compared with an "
+        "eval/loss (loss.weighting=debiased, or a weight above 1)"
+    )
+
+
 def of_outcome(summary: Mapping[str, Any]) -> list[str]:
     """Warn if a run has hardly changed the model, made it worse, or made it better only for the
     pictures it was trained on."""

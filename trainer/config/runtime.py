@@ -32,6 +32,12 @@ class RuntimeConfig:
     compile: str = one_of("none", "regional")
     # Consecutive steps without a finite loss and gradient before the run stops.
     max_skipped_steps: int = within(0)
+    # If the loss rises far above what it was and stays there (docs/training.md, "Losses"): warn;
+    # stop; or rollback, to a checkpoint from before, and train on from it with the next batches at
+    # half the learning rate, at most max_rollbacks times.  With rollback, also before a run ends
+    # because of steps that are not finite.
+    on_divergence: str = one_of("warn", "stop", "rollback")
+    max_rollbacks: int = within(1)
     # Allow `resume` with a configuration that differs from the checkpoint's.  A longer schedule
     # needs no permission.
     allow_config_change: bool

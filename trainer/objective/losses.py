@@ -14,7 +14,9 @@ the loss of all their samples together.  A shorter batch has the mean over its o
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -98,18 +100,12 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
 
 def is_bounded_by_evaluation(config: Config, largest_weight: float) -> bool:
     """Whether the expected loss of a training step is at most about what `evaluate` measures for
-    the same model: no factor is above 1, and timesteps are distributed as in evaluation.  (Offset
-    noise, which `evaluate` has none of, may double it.)
+    the same model and timesteps: no factor is above 1.  (Offset noise, which `evaluate` has none
+    of, may double it.)
 
     largest_weight: of the trained samples.
     """
-    noise_config = config.noise
-    return (
-        config.loss.weighting != "debiased"
-        and largest_weight <= 1
-        and (noise_config.timesteps, noise_config.timestep_low) == ("uniform", 0)
-        and noise_config.timestep_high is None
-    )
+    return config.loss.weighting != "debiased" and largest_weight <= 1
 
 
 @torch.no_grad()
@@ -133,13 +129,26 @@ def evaluate(
         for timestep, value in per_sample:
             sums[timestep * _PARTS // count] += value
             sizes[timestep * _PARTS // count] += squares[0].numel()
+    named = zip(_parts(count), sums, sizes, strict=True)
+    return {"loss": total / elements} | {name: x / size for name, x, size in named if size}
+
+
+def known(found: Mapping[str, float], timesteps: Tensor, count: int) -> float:
+    """The mean loss of samples with these timesteps, of `count`, as `evaluate` found it in their
+    quarters."""
+    of_part = [found[name] for name in _parts(count)]
+    return fmean(of_part[timestep * _PARTS // count] for timestep in timesteps.tolist())
+
+
+def knows_all(found: Mapping[str, float]) -> bool:
+    """Whether `evaluate` had points in all quarters of the timesteps."""
+    return sum(name.startswith("loss_t") for name in found) == _PARTS
+
+
+def _parts(count: int) -> list[str]:
+    """The names of the losses in each quarter of the timesteps."""
     edges = [part * count // _PARTS for part in range(_PARTS + 1)]
-    parts = {
-        f"loss_t{edges[part]:03d}_{edges[part + 1]:03d}": sums[part] / sizes[part]
-        for part in range(_PARTS)
-        if sizes[part]
-    }
-    return {"loss": total / elements} | parts
+    return [f"loss_t{low:03d}_{high:03d}" for low, high in pairwise(edges)]
 
 
 def _huber(

@@ -55,8 +55,13 @@ def assemble(
     encoded = _encoded(config, model, dataset, stop)
     optimizer = _trainable(config, model, device, start_from)
     if resumed:
-        _put_back(model, optimizer, resumed)
+        put_back(model, optimizer, resumed)
+        log.info("resumed after step %d", resumed.step)
     trained = [*method.trained_parameters(model).values()]
+    largest_weight = max(sample.loss_weight for sample in dataset.samples)
+    is_comparable = losses.is_bounded_by_evaluation(config, largest_weight)
+    for remark in remarks.of_divergence(config, is_comparable):
+        log.warning("%s", remark)
     state = State(
         config=config,
         folder=folder,
@@ -88,9 +93,7 @@ def assemble(
         ema=_average(config, model, resumed),
         peaks=peaks,
         planned_bytes=planned,
-        is_comparable=losses.is_bounded_by_evaluation(
-            config, max(sample.loss_weight for sample in dataset.samples)
-        ),
+        is_comparable=is_comparable,
         stop=stop,
     )
     if resumed:
@@ -117,8 +120,10 @@ def _log_other_rate(config: Config, resumed: checkpoint.Checkpoint) -> None:
     if resumed.step >= config.schedule.steps:
         return
     before = schedule.of_saved(resumed.config["schedule"], config.schedule)
-    was = resumed.config["optim"]["lr"] * schedule.lr_scale(before, resumed.step)
-    now = config.optim.lr * schedule.lr_scale(config.schedule, resumed.step)
+    slowed = Guard(0)
+    slowed.load_state_dict(resumed.counters["guard"])
+    was = resumed.config["optim"]["lr"] * schedule.lr_scale(before, resumed.step) * slowed.lr_scale
+    now = config.optim.lr * schedule.lr_scale(config.schedule, resumed.step) * slowed.lr_scale
     if not math.isclose(was, now, rel_tol=1e-6):
         log.warning(
             "the learning rate goes on at %.4g, in a schedule of %d steps; the checkpoint's, of %d "
@@ -183,7 +188,7 @@ def _trainable(
     return optimizer
 
 
-def _put_back(
+def put_back(
     model: Model, optimizer: torch.optim.Optimizer, resumed: checkpoint.Checkpoint
 ) -> None:
     """Restore weights and optimizer from a checkpoint, and free its tensors."""
@@ -191,7 +196,6 @@ def _put_back(
     resumed.weights.clear()  # as large as the model, and in its place now
     optimizers.restore(optimizer, resumed.optimizer)
     resumed.optimizer.clear()
-    log.info("resumed after step %d", resumed.step)
 
 
 def _average(config: Config, model: Model, resumed: checkpoint.Checkpoint | None) -> Ema | None:

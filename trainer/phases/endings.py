@@ -72,10 +72,15 @@ def is_hopeless(state: State) -> bool:
 
 
 def give_up(state: State) -> NoReturn:
-    """Raise the error of a hopeless run, and say what to resume from.  Finite weights are saved
-    first, unless they already are or no step succeeded; older checkpoints, which may be better, are
-    kept."""
+    """Raise the error of a hopeless run, or of one that diverges, and say what to resume from.
+    Finite weights of a hopeless run are saved first, unless they already are or no step succeeded;
+    older checkpoints, which may be better, are kept."""
     guard = state.guard
+    if state.watch.diverged and not is_hopeless(state):
+        raise UserError(
+            f"step {state.step}: {diverges(state)}; lower optim.lr={state.config.optim.lr:g}. "
+            f"{way_back(state)}"
+        )
     if names := broken(method.trained_parameters(state.model)):
         others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
         since = f" since step {guard.last_update}" if guard.last_update else ""
@@ -98,11 +103,21 @@ def give_up(state: State) -> NoReturn:
     )
 
 
+def diverges(state: State) -> str:
+    """What shows that the run diverges, and how often it went back before."""
+    count, found = state.guard.rollbacks, state.watch.divergence()
+    again = f" again, after {count} rollback{'s' * (count > 1)}" if count else ""
+    return f"{found}: the run diverges{again}"
+
+
 def way_back(state: State, saved: Path | None = None) -> str:
     """Which checkpoint to resume from.  saved: the checkpoint of the current weights, if any."""
     last = state.guard.last_whole
     was = f"The last good step was {last}" if last else "No step succeeded"
-    if best := checkpoint.proven(state.checkpoints, last):
+    if (onset := state.watch.onset) is not None:
+        well = f"It went well up to about step {onset - 1}"
+        was, last = well if onset > 1 else "It never went well", min(last, onset)
+    if best := checkpoint.newest(state.checkpoints, last - 1):
         return (
             f"{was}; resume from the checkpoint before it: resume={best} (another optim.lr also "
             "needs runtime.allow_config_change=true)"

@@ -1,13 +1,14 @@
 """The micro-batches of a step and their losses: functions of the configuration and the number of
 the micro-batch, counted over the whole run."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from optim import rng
-from trainer.objective import batches, losses
+from trainer.objective import batches, losses, noise
 from trainer.phases.state import State
 from trainer.streams import Stream
 
@@ -39,6 +40,24 @@ def loss_of(state: State, number: int) -> Tensor:
     """The loss of micro-batch `number`."""
     batch, prediction = _predicted(state, number)
     return losses.loss(state.config.loss, state.noise_schedule, prediction, batch)
+
+
+def loss_before(state: State, drawn: list[MicroBatch]) -> float:
+    """The loss that evaluation found before the first step at the timesteps of these micro-batches;
+    NaN if training losses are not comparable with it."""
+    config = state.config
+    if not state.losses_are_relative:
+        return math.nan
+    count = state.noise_schedule.config.num_train_timesteps
+    return sum(
+        batch.share
+        * losses.known(
+            state.losses_before,
+            noise.timesteps(config.noise, count, config.seed, batch.number, len(batch.rows)),
+            count,
+        )
+        for batch in drawn
+    )
 
 
 def weighted_prediction(state: State, number: int) -> tuple[Tensor, Tensor | None]:

@@ -49,7 +49,7 @@ def save(state: State) -> Path:
                 counters={name: one.state_dict() for name, one in state.counters.items()},
             ),
         )
-    state.is_proven = False
+    state.unproven = state.step
     return saved
 
 
@@ -57,14 +57,25 @@ def rotate(state: State, is_good: bool = False) -> None:
     """Delete checkpoints beyond `runtime.keep_checkpoints`, but none while steps are skipped: the
     step before may have ruined the weights, so that an older checkpoint is better.
 
-    The newest checkpoint that was followed by a good step is always kept.  is_good: the evaluation
-    shows that the current weights are usable, so the newest counts as such.
+    The newest checkpoint that was followed by enough good steps is always kept, of a run that
+    diverged the newest from before.  is_good: the evaluation shows that the current weights are
+    usable, so the newest counts as such.
     """
     if state.guard.in_a_row and not is_good:
         return
-    last_whole = state.step + 1 if is_good else state.guard.last_whole
-    keep = state.config.runtime.keep_checkpoints
-    checkpoint.rotate(state.checkpoints, keep, last_whole)
+    proven = state.step if is_good else state.guard.last_whole - state.needed_proof
+    if state.watch.onset is not None:
+        proven = min(proven, state.watch.onset - 1)
+    checkpoint.rotate(state.checkpoints, state.config.runtime.keep_checkpoints, proven)
+
+
+def rotate_if_proven(state: State) -> None:
+    """Rotate once enough good steps have followed the newest checkpoint."""
+    if state.unproven is None or state.guard.in_a_row:
+        return
+    if state.guard.last_whole - state.unproven >= state.needed_proof:
+        state.unproven = None
+        rotate(state)
 
 
 @contextmanager

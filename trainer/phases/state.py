@@ -13,10 +13,10 @@ from diffusers import DDPMScheduler
 from trainer.config import Config
 from trainer.drawing import sampling
 from trainer.models.model import Model
-from trainer.objective import encoding
+from trainer.objective import encoding, losses
 from trainer.phases.intervals import Intervals
+from trainer.reporting import watch
 from trainer.reporting.clock import Clock, OptimizerClock
-from trainer.reporting.watch import Watch
 from trainer.system import memory
 from trainer.training.ema import Ema
 from trainer.training.gradients import Backward
@@ -55,7 +55,7 @@ class State:
     intervals: Intervals
     clock: Clock
     optimizer_clock: OptimizerClock
-    watch: Watch
+    watch: watch.Watch
     overrides: Sequence[str]  # the command line's
     ema: Ema | None
     peaks: memory.Peaks
@@ -63,7 +63,7 @@ class State:
     is_comparable: bool  # whether training losses can be compared with evaluation's
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
     owes_checkpoint: bool = False  # whether one was due after a step that was skipped
-    is_proven: bool = True  # whether a whole step has followed the newest checkpoint
+    unproven: int | None = None  # the newest checkpoint's step, until enough good ones followed
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
         """A block in which the model has the averaged weights, if any, if they are wanted."""
@@ -96,10 +96,10 @@ class State:
         return self.ema is not None and self.ema.config.export == "average"
 
     @property
-    def loss_before(self) -> float:
-        """The loss before the first step, if training losses are comparable with it, otherwise
-        NaN."""
-        return self.eval_loss_before if self.is_comparable else math.nan
+    def losses_are_relative(self) -> bool:
+        """Whether a step's loss is judged by what evaluation found at its timesteps before the
+        first step: it knows all quarters of them, and the two are comparable."""
+        return self.is_comparable and losses.knows_all(self.losses_before)
 
     @property
     def eval_loss_before(self) -> float:
@@ -116,6 +116,12 @@ class State:
             "peaks": self.peaks,
             "clip": self.backward.clip,
         }
+
+    @property
+    def needed_proof(self) -> int:
+        """How many good steps must follow a checkpoint before older ones may be deleted.  A
+        divergence that is acted on is found that late, and needs one from before it."""
+        return 1 if self.config.runtime.on_divergence == "warn" else watch.WINDOW
 
     @property
     def epochs(self) -> float:

@@ -25,11 +25,13 @@ def take(state: State, measures: bool = False) -> dict[str, float]:
     """
     state.peaks.end("rest")
     started, drawn = time.monotonic(), micro_batches.of_step(state)
-    lr = optimizers.set_lr(state.optimizer, lr_scale(state.config.schedule, state.step))
+    scale = lr_scale(state.config.schedule, state.step) * state.guard.lr_scale
+    lr = optimizers.set_lr(state.optimizer, scale)
     trained = method.trained_parameters(state.model).values()
     probe = UpdateProbe([*trained]) if measures else None
     outcome = _update(state, drawn)
-    state.watch.step(outcome.loss, outcome.grad_norm, state.loss_before)
+    expected = micro_batches.loss_before(state, drawn)
+    state.watch.step(outcome.loss, outcome.grad_norm, expected)
     state.step += 1
     state.micro_batches += len(drawn)
     if measures and state.device.type == "cuda":

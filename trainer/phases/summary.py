@@ -28,12 +28,13 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "peak_training_bytes": state.peaks.training or None,  # None if no step was made
         "planned_training_bytes": state.planned_bytes,
         "skipped_steps": state.guard.skipped,
+        "rollbacks": state.guard.rollbacks or None,  # a column of a sweep's table if any run has
         "prediction_before": now if state.starts_from_adapter else was,
         "prediction": now,
         "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
         "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
         "loss_spikes": state.watch.loss_spikes,
-        "zero_loss": bool(state.watch.losses) and not any(state.watch.losses),
+        "zero_loss": bool(state.watch.relative) and not any(state.watch.relative),
         "diverged": _has_diverged(state, after.get("loss", math.nan)),
         "grad_norm_over_median": state.watch.grad_norm_over_median,
         "runs_before_in_process": state.peaks.runs_before,

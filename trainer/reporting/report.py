@@ -70,7 +70,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
         f"in total; optimizer state {format_bytes(summary['optimizer_state_bytes'])}, peak memory "
         f"{memory}{format_bytes(summary['peak_memory_bytes'])} in total"
     )
-    skipped = summary["skipped_steps"]
+    skipped, back = summary["skipped_steps"], summary["rollbacks"]
     lines = {
         "eval/loss": _learned(summary),
         "held out": _loss(summary, "holdout_loss_after"),
@@ -79,6 +79,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
         "skipped": f"{skipped} of {summary['steps']} steps, without a finite loss and gradient"
         if skipped
         else None,
+        "rollbacks": f"{back}, because of divergence (see the warnings above)" if back else None,
         **places,
     }
     return "\n".join(f"{title:<12}{said}" for title, said in lines.items() if said)

@@ -92,19 +92,29 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def rotate(folder: Path, keep: int, last_whole: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the newest `proven` one."""
-    spared = proven(folder, last_whole)
-    delete(old for old in completed(folder)[:-keep] if old != spared)
+def rotate(folder: Path, keep: int, proven: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the newest of at most step `proven`, or the
+    oldest if none is."""
+    saved = completed(folder)
+    spared = newest(folder, proven) or next(iter(saved), None)
+    delete(old for old in saved[:-keep] if old != spared)
     for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # retried after the next save
 
 
-def proven(folder: Path, last_whole: int) -> Path | None:
-    """The newest checkpoint that was followed by a good step, which proves that its loss and
-    gradients are finite; None if there is none."""
-    good = [path for path in completed(folder) if step_of(path) < last_whole]
-    return good[-1] if good else None
+def newest(folder: Path, last: int) -> Path | None:
+    """The newest checkpoint of at most step `last`; None if there is none."""
+    found = [path for path in completed(folder) if step_of(path) <= last]
+    return found[-1] if found else None
+
+
+def counters(folder: Path) -> dict[str, dict[str, Any]]:
+    """What counts over all sessions, of a checkpoint whose files are not looked at.  Raises
+    UserError if that is damaged."""
+    with _naming(folder):
+        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        found: dict[str, dict[str, Any]] = record["counters"]
+        return found
 
 
 def load(folder: Path) -> Checkpoint:

@@ -46,8 +46,8 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
         yield (
-            "spikes: steps with a loss above 3 times the median of the previous 50 (the first 10: "
-            "above 3 times eval before)"
+            "spikes: steps with a loss, relative to that before the first step at the same "
+            "timesteps, above 3 times the median of the previous 50 (the first 10: above 3)"
         )
     if any(run.get("grad_norm_over_median") is not None for run in runs):
         yield (

@@ -38,6 +38,7 @@ _COLUMNS = (
     Column("planned peak", "planned_training_bytes", "bytes", over=max, is_optional=True),
     Column("peak in training", "peak_training_bytes", "bytes", over=max, is_cost=True),
     Column("skipped", "skipped_steps", "{}", over=sum),
+    Column("rollbacks", "rollbacks", "{}", over=sum, is_optional=True),
     Column("spikes", "loss_spikes", "{}", over=sum, is_optional=True),
     Column("diverged", "diverged", "{:d}", over=sum, is_optional=True),
     Column("norm/median", "grad_norm_over_median", "{:.1f}", over=max, is_optional=True),

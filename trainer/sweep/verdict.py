@@ -82,13 +82,14 @@ def _mean(group: Group, key: str) -> float | None:
 
 
 def _of_stability(tried: Mapping[str, Sequence[Group]]) -> str:
-    """Which optimizers had runs that failed, diverged or skipped steps, at any rate."""
+    """Which optimizers had runs that failed, diverged, went back or skipped steps, at any rate."""
     unwell = []
     for name, groups in tried.items():
         runs = [run for group in groups for run in group.runs]
         counts = {
             "failed": sum(not ended_well(run) for run in runs),
             "diverged": sum(bool(run.get("diverged")) for run in runs if ended_well(run)),
+            "with rollbacks": sum(bool(run.get("rollbacks")) for run in runs if ended_well(run)),
             "with skipped steps": sum(
                 bool(run.get("skipped_steps")) for run in runs if ended_well(run)
             ),

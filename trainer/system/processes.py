@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -106,6 +107,16 @@ def total(number: float) -> float:
 def largest(number: float) -> float:
     """The largest of all processes' numbers."""
     return _over_all(number, "MAX")
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, which can be pickled."""
+    if world_size() == 1:
+        return value
+    shared = [value]
+    with _named_if_lost():
+        distributed.broadcast_object_list(shared, device=torch.device("cpu"))
+    return shared[0]
 
 
 def sum_gradients(*parameters: Tensor) -> None:

@@ -51,9 +51,8 @@ class Ema:
         `step` steps."""
         self.config = config
         self._weights = dict(parameters)
-        start = saved or {name: p.detach() for name, p in self._weights.items()}
         self.averages = {
-            name: Parameter(start[name].to(self._device(p), DTYPES[config.dtype], copy=True))
+            name: Parameter(torch.empty_like(p, device=self._device(p), dtype=DTYPES[config.dtype]))
             for name, p in self._weights.items()
         }
         self._optimizer = optim.build(
@@ -64,10 +63,17 @@ class Ema:
             seed=rng.mix(seed, Stream.EMA) >> 1,
         )
         self._optimizer.init_state()
-        for state in self._optimizer.state.values():
-            state["step"].fill_(step // config.every)
+        self.put_back(saved, step)
         count = sum(a.nbytes for a in self.averages.values())
         log.info("  average of the weights: %.1f MB in %s", count / 1e6, config.dtype)
+
+    @torch.no_grad()
+    def put_back(self, saved: Mapping[str, Tensor] | None, step: int) -> None:
+        """Start again from `saved` averages, or from the weights, after step `step`."""
+        for name, average in self.averages.items():
+            average.copy_((saved or self._weights)[name])
+        for state in self._optimizer.state.values():
+            state["step"].fill_(step // self.config.every)
 
     def update(self, step: int) -> None:
         """Update the averages after step `step` (from 1), if an update is due."""

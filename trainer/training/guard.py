@@ -13,28 +13,45 @@ from trainer.training.gradients import Outcome
 
 log = logging.getLogger(__name__)
 
+_SLOWER = 0.5  # learning rate after a rollback, relative to the one before
+
 
 class Guard:
-    """Counts skipped steps, and stops a run that only skips.
+    """Counts skipped steps, stops a run that only skips, and slows one that went back.
 
     `skipped` is their number so far; `in_a_row`, which may be at most `max_in_a_row`, counts those
     since the last whole step, `last_whole` (0: none).  A fused backward pass finds a bad gradient
     only when part of the step is done: that step is finished (the optimizer skips elements whose
     gradient is not finite), and counts as skipped too.  `last_update` is the last step that changed
-    weights, whole or not.
+    weights, whole or not.  `rollbacks` counts how often the run went back to a checkpoint; each
+    halves the learning rate (`lr_scale`).
     """
 
     def __init__(self, max_in_a_row: int) -> None:
         self.max_in_a_row = max_in_a_row
-        self.skipped = self.in_a_row = self.last_whole = self.last_update = 0
+        self.skipped = self.in_a_row = self.last_whole = self.last_update = self.rollbacks = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "last_whole": self.last_whole}
+        return {
+            "skipped": self.skipped,
+            "last_whole": self.last_whole,
+            "rollbacks": self.rollbacks,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, which is of a whole step."""
         self.skipped, self.last_whole = state["skipped"], state["last_whole"]
+        self.rollbacks = state.get("rollbacks", 0)  # of older versions: none
         self.last_update = self.last_whole
+
+    def went_back(self, step: int) -> None:
+        """Count a return to a checkpoint after step `step`; the weights are good again."""
+        self.rollbacks, self.in_a_row, self.last_update = self.rollbacks + 1, 0, step
+
+    @property
+    def lr_scale(self) -> float:
+        """What the schedule's learning rate is multiplied by."""
+        return _SLOWER**self.rollbacks
 
     def accepts(self, step: int, outcome: Outcome) -> bool:
         """Whether this step may update the weights, or finish updating them."""
