@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from trainer.config import Config, remedies
 from trainer.errors import UserError
 from trainer.models import execution
 from trainer.models.model import Model
+from trainer.planner import largest_batch
 from trainer.planner.page import page, verdict
 from trainer.reporting.report import format_bytes
 
@@ -25,12 +26,14 @@ Print how much memory a run needs, phase by phase, and whether it fits, without 
 
   python -m trainer.planner experiment=sdxl
   python -m trainer.planner experiment=sdxl_lora data.batch_size=4 --card 12
+  python -m trainer.planner experiment=sdxl_lora --card 12 --largest-batch
   python -m trainer.planner -m experiment=sdxl optim=adamw8bit,adafactor8bit --card 24
 
 It takes the options of `python -m trainer` and executes a step of the model on tensors without
 data (shapes only), so it needs neither weights nor pictures nor a GPU: without model.path it
 assumes the published architecture, without data.path pictures of data.resolution.  If the run does
-not fit, it tries memory-saving options, the least costly first, until it does.  -m prints one line
+not fit, it tries memory-saving options, the least costly first, until it does.  --largest-batch
+also finds how large data.batch_size may be, which takes some more such steps.  -m prints one line
 for each run of a sweep.  Exit status: 0, it fits; 1, it (or a run of the sweep) does not; 2, an
 option is wrong."""
 
@@ -50,6 +53,11 @@ def main() -> None:
         metavar="GB",
         help="plan for a GPU of this nominal memory size (24, 24GB), instead of this machine",
     )
+    parser.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="also find the largest data.batch_size that fits",
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
     parser.add_argument("-m", "--multirun", action="store_true", help="plan the runs of a sweep")
     given = parser.parse_intermixed_args()
@@ -57,9 +65,9 @@ def main() -> None:
     try:
         overrides = compose.resumed(given.overrides)
         if given.multirun or any(o.startswith("sweep=") for o in overrides):
-            fits = _print_sweep(compose.runs_of(overrides), given.card, given.json)
+            fits = _print_sweep(compose.runs_of(overrides), given)
         else:
-            fits = _print_run(overrides, given.card, given.json)
+            fits = _print_run(overrides, given)
     except (UserError, OSError) as error:
         command.fail(str(error))
     sys.exit(0 if fits else 1)
@@ -75,35 +83,42 @@ def _gigabytes(text: str) -> float:
     return size
 
 
-def _print_run(given: list[str], card: float | None, as_json: bool) -> bool:
+def _print_run(overrides: list[str], given: argparse.Namespace) -> bool:
     """Print the plan of one run as a page or as JSON; -> whether it fits."""
-    overrides = _completed(given)
+    overrides = _completed(overrides)
     config = _config(overrides)
-    device = _device_type(config, card)
-    room = _room(config, card)
+    device = _device_type(config, given.card)
+    room = _room(config, given.card)
     with command.told_if_long("planning"):
         plan = _plan(config, device)
-    if as_json:
-        print(json.dumps(_numbers(plan, room)))
+    if not given.json:
+        print(page(plan, room), flush=True)
+    largest = _largest_batch(plan, device, room) if given.largest_batch else None
+    if given.json:
+        print(json.dumps(_numbers(plan, room, largest)))
     else:
-        print(page(plan, room))
+        if largest:
+            print(largest)
         _print_remedies(plan, overrides, device, room)
     return plan.needed_bytes <= room.free_bytes
 
 
-def _print_sweep(runs: list[list[str]], card: float | None, as_json: bool) -> bool:
+def _print_sweep(runs: list[list[str]], given: argparse.Namespace) -> bool:
     """Print one line per run, named by the options that not all runs share; -> whether all fit."""
     common, all_fit = set.intersection(*map(set, runs)), True
-    for given in runs:
-        own = [option for option in given if option not in common]
-        config = _config(_completed(given))
-        room = _room(config, card)
+    for overrides in runs:
+        own = [option for option in overrides if option not in common]
+        config = _config(_completed(overrides))
+        device = _device_type(config, given.card)
+        room = _room(config, given.card)
         with command.told_if_long(f"planning {' '.join(own) or 'the run'}"):
-            plan = _plan(config, _device_type(config, card))
-        if as_json:
-            print(json.dumps({"overrides": own} | _numbers(plan, room)), flush=True)
+            plan = _plan(config, device)
+        largest = _largest_batch(plan, device, room) if given.largest_batch else None
+        if given.json:
+            print(json.dumps({"overrides": own} | _numbers(plan, room, largest)), flush=True)
         else:
-            print(f"{' '.join(own) or 'default'}: {verdict(plan, room)}", flush=True)
+            more = f"; {largest}" if largest else ""
+            print(f"{' '.join(own) or 'default'}: {verdict(plan, room)}{more}", flush=True)
         all_fit &= plan.needed_bytes <= room.free_bytes
     return all_fit
 
@@ -130,6 +145,21 @@ def _config(overrides: list[str]) -> Config:
 def _plan(config: Config, device_type: str) -> planner.Plan:
     model = Model(config.model, torch.device("cpu"), with_weights=False)
     return planner.make(config, model, device_type)
+
+
+def _largest_batch(
+    plan: planner.Plan, device_type: str, room: planner.Room
+) -> largest_batch.LargestBatch:
+    undrawn = replace(plan.config.log, sample_count=0, prompts=[], prompts_file=None)
+
+    def planned(size: int) -> planner.Plan:
+        data = replace(plan.config.data, batch_size=size)
+        with command.told_if_long(f"planning data.batch_size={size}"):
+            # Without drawing, which does not count.
+            made = _plan(replace(plan.config, data=data, log=undrawn), device_type)
+        return replace(made, process_bytes=plan.process_bytes)  # rehearsals add to it
+
+    return largest_batch.find(plan, room, planned)
 
 
 def _room(config: Config, card: float | None) -> planner.Room:
@@ -181,8 +211,10 @@ def _with(overrides: Sequence[str], new: Sequence[str]) -> list[str]:
     return [*(o for o in overrides if o.partition("=")[0] not in keys), *new]
 
 
-def _numbers(plan: planner.Plan, room: planner.Room) -> dict[str, object]:
-    return {
+def _numbers(
+    plan: planner.Plan, room: planner.Room, largest: largest_batch.LargestBatch | None
+) -> dict[str, object]:
+    numbers: dict[str, object] = {
         "training": plan.training_bytes,
         "captions": plan.captions_bytes,
         "pictures": plan.pictures_bytes,
@@ -193,6 +225,13 @@ def _numbers(plan: planner.Plan, room: planner.Room) -> dict[str, object]:
         "in_training": asdict(plan.rehearsal.training)
         | {"libraries": plan.libraries_bytes, "process": plan.process_bytes},
     }
+    if largest:
+        fitting = largest.fitting  # None: no size fits
+        numbers["largest_batch"] = fitting and {
+            "batch_size": fitting.config.data.batch_size,
+            "needed": fitting.needed_bytes,
+        }
+    return numbers
 
 
 if __name__ == "__main__":
