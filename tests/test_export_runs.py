@@ -14,6 +14,7 @@ from trainer.formats import architectures, lora, writing
 from trainer.models import origin
 
 TRAINED = ("unet", "text_encoder")
+NEEDS_BASE = "--merge needs the model to merge the LoRA into: --base=MODEL"
 ONE_STEP = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1", "optim.lr=0.01")
 
 
@@ -52,6 +53,48 @@ def test_a_lora_runs_checkpoint_and_folder_are_merged_to_the_same_model(quick, t
     assert_same_model(one, two)
     assert one.fingerprint("unet") != origin.at(str(TINY)).fingerprint("unet")
     assert one.fingerprint("text_encoder") == origin.at(str(TINY)).fingerprint("text_encoder")
+
+
+def test_a_runs_lora_is_merged_into_the_model_that_the_run_started_from(quick, tmp_path, capsys):
+    """From a checkpoint, the run's folder, and its files; unless --base names another model."""
+    began = shutil.copytree(TINY, tmp_path / "began")
+    folder = quick("run", "method=lora", f"model.path={began}", *ONE_STEP)
+    file = "lora/adafactor8bit-lora.safetensors"
+    status, _, error = run_export(
+        capsys, folder / file, tmp_path / "named", "--base", began, "--merge"
+    )
+    assert status == 0, error
+    sources = ("", "lora", file, "checkpoints/step-000001")
+    for number, source in enumerate(sources):
+        target = tmp_path / str(number)
+        status, _, error = run_export(capsys, folder / source, target, "--merge")
+        assert status == 0, (source, error)
+        assert_same_model(*(origin.at(str(path)) for path in (tmp_path / "named", target)))
+
+    copied = shutil.copy(folder / file, tmp_path)  # in no run
+    refused = tmp_path / "refused"
+    status, _, error = run_export(capsys, copied, refused, "--merge")
+    assert (status, error) == (2, f"error: {NEEDS_BASE}\n")
+
+    vae = began / "vae/config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": 2.0}))
+    for source in sources:
+        status, _, error = run_export(capsys, folder / source, refused, "--merge")
+        assert status == 2
+        assert re.search(f"the model at {began} is not the one .* --base=MODEL\n", error), error
+        target = tmp_path / "changed" / (source or "run")
+        more = ("--base", began, "--merge")
+        assert run_export(capsys, folder / source, target, *more)[0] == 0, source
+
+    shutil.rmtree(began)
+    for source in sources:
+        status, _, error = run_export(capsys, folder / source, refused, "--merge")
+        assert status == 2
+        assert re.search(f"is no longer at {began}; give .* --base=MODEL\n", error), error
+
+    shutil.rmtree(folder / "checkpoints")  # they tell which model it was
+    status, _, error = run_export(capsys, folder, refused, "--merge")
+    assert (status, error, refused.exists()) == (2, f"error: {NEEDS_BASE}\n", False)
 
 
 def test_a_full_fine_tune_is_not_merged(quick, tmp_path, capsys):

@@ -23,6 +23,7 @@ Examples:
   python -m trainer.export runs/2026-01-01/12-00-00-cats cats.safetensors --dtype float16
   python -m trainer.export cats-diffusers.safetensors cats.safetensors --format kohya
   python -m trainer.export cats.safetensors merged --base sd_xl_base_1.0.safetensors --merge
+  python -m trainer.export runs/2026-01-01/12-00-00-cats merged --merge
 Exit status: 0, the target is written and verified; 1, an internal error; 2, the command, the source
 or the target is wrong, and nothing is written; 130, stopped by Ctrl-C.
 """
@@ -93,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="write the --base model with the LoRA SOURCE merged into it, as a model",
+        help="write the --base model (default for a run's LoRA or checkpoint: the one that the run "
+        "started from) with the LoRA SOURCE merged into it, as a model",
     )
     parser.add_argument(
         "--scale",

@@ -1,7 +1,7 @@
 """A run's checkpoint as its result: the original model with the trained tensors, or a LoRA."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,35 @@ def convert(folder: Path, request: Request) -> None:
     is_lora = saved.method["name"] == "lora"
     if not is_lora:
         request.refuse_merge(f"{folder} is a checkpoint of a full fine-tune")
+    _locate(saved, request)
+    if request.merge and request.base is None:
+        request = _with_original(saved, request)
+    (_export_lora if is_lora else _export_model)(saved, request)
+
+
+def with_base(folder: Path, request: Request) -> Request:
+    """A request without --base, with the model that this checkpoint's run started from.  Raises
+    UserError if that is not there any more, or has changed."""
+    saved = _saved(folder)
+    _locate(saved, request)
+    return _with_original(saved, request)
+
+
+def _with_original(saved: _Saved, request: Request) -> Request:
+    _original(saved)
+    log.info("merging into the model that the run started from: %s", saved.model.path)
+    return replace(request, base=saved.model.path, variant=saved.model.variant)
+
+
+def _locate(saved: _Saved, request: Request) -> None:
+    """Take the place of the original model from the request, if it says so."""
     if request.base is None and why_missing("model.path", saved.model.path):
         raise UserError(
-            f"the model that {folder} started from is no longer at {saved.model.path}; give its "
-            "new location: --base=MODEL"
+            f"the model that {saved.folder} started from is no longer at {saved.model.path}; give "
+            "its new location: --base=MODEL"
         )
     saved.model.path = request.base or saved.model.path
     saved.model.variant = request.variant or saved.model.variant
-    (_export_lora if is_lora else _export_model)(saved, request)
 
 
 def _saved(folder: Path) -> _Saved:
@@ -81,12 +102,7 @@ def _export_lora(saved: _Saved, request: Request) -> None:
 
 
 def _export_model(saved: _Saved, request: Request) -> None:
-    model = Model(saved.model, torch.device("cpu"), option="--base")
-    if saved.sketch != model.sketch():
-        raise UserError(
-            f"the model at {saved.model.path} is not the one that {saved.folder} started from, so "
-            "the untrained weights would be wrong; give the location of the original: --base=MODEL"
-        )
+    model = _original(saved)
     base = model.origin
     parts: dict[str, writing.Given] = {
         part: base.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
@@ -96,6 +112,17 @@ def _export_model(saved: _Saved, request: Request) -> None:
         parts["vae"] = model.vae_origin
     scheduler = noise.scheduler_config(saved.noise, model.scheduler)
     models.write(request, base, parts, scheduler, result.of_model(saved.metadata))
+
+
+def _original(saved: _Saved) -> Model:
+    """The model that training started from.  Raises UserError if another one is in its place."""
+    model = Model(saved.model, torch.device("cpu"), option="--base")
+    if saved.sketch != model.sketch():
+        raise UserError(
+            f"the model at {saved.model.path} is not the one that {saved.folder} started from, so "
+            "the untrained weights would be wrong; give the location of the original: --base=MODEL"
+        )
+    return model
 
 
 def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:

@@ -32,11 +32,11 @@ def convert(request: Request) -> None:
     if (path / "checkpoint.json").is_file():
         checkpoints.convert(path, request)
     elif (path / _LORA_NAME).is_file():
-        loras.convert(path / _LORA_NAME, request)
+        loras.convert(path / _LORA_NAME, _with_base(path / _LORA_NAME, request))
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
         if path != named and not request.merge:  # as for the run's checkpoints
             request = replace(request, form=request.form or "kohya")
-        loras.convert(path, request)
+        loras.convert(path, _with_base(path, request))
     else:
         if wrong := why_missing("SOURCE", request.source):
             raise UserError(wrong)
@@ -50,6 +50,17 @@ def convert(request: Request) -> None:
             )
         place = str(path) if path.exists() else request.source
         models.write(request, origin.at(place, request.variant, "SOURCE"))
+
+
+def _with_base(lora: Path, request: Request) -> Request:
+    """The request, with the model to merge this LoRA file into if it names none: the one that its
+    run started from, which the run's checkpoints identify."""
+    if not request.merge or request.base:
+        return request
+    run = loras.run_of(lora)
+    if run and (every := checkpoint.found_in(run)):
+        return checkpoints.with_base(every[-1], request)
+    raise UserError("--merge needs the model to merge the LoRA into: --base=MODEL")
 
 
 def _in_run(path: Path) -> Path:

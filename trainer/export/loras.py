@@ -58,14 +58,15 @@ def _base_of(path: Path, request: Request) -> origin.Origin:
     """The base model of a LoRA."""
     base, variant = request.base, request.variant
     if base is None:
+        assert not request.merge  # which needs a model with weights
         version = of_file(path)[1].get("ss_base_model_version", "")
         named = [kind for kind, known in BASE_VERSION.items() if version.startswith(known)]
         fits = [kind for kind in named or BASE_VERSION if _fits(path, kind)]
         if len(fits) == 1:
             base = fits[0]
-        elif known := _trained_on(path):
-            base, own = known
-            variant = variant or own
+        elif run := run_of(path):
+            model = config_in(run)["model"]
+            base, variant = str(model["path"]), variant or model.get("variant")
             log.info("base model of the LoRA: %s (from its run's config.yaml)", base)
         else:
             raise UserError(
@@ -83,16 +84,16 @@ def base_model(base: str, variant: str | None = None, with_weights: bool = False
     return origin.at(path, variant, "--base", with_weights)
 
 
-def _trained_on(path: Path) -> tuple[str, str | None] | None:
-    """The model that a LoRA in a run's `lora` folder was trained on, and its variant, from the
-    run's configuration; None for a file that is in no run."""
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that wrote a LoRA, if its configuration names the model; None for a
+    file that is in no run."""
     above = path.resolve().parents  # RUN/lora, or RUN/results/STEP/lora
     if above[0].name != "lora":
         return None
     for folder in above[1:4]:
         with suppress(KeyError, TypeError, AttributeError):  # no run's, or of another version
-            model = config_in(folder)["model"]
-            return str(model["path"]), model.get("variant")
+            if config_in(folder)["model"]["path"]:
+                return folder
     return None
 
 

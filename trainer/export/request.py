@@ -25,8 +25,8 @@ class Request:
 
     def check(self) -> None:
         """Refuse a target that exists, or whose suffix is that of a file type that is not
-        written; --merge without --base, and --scale without --merge."""
-        self._check_merge()
+        written; --scale without --merge."""
+        self._check_scale()
         if self.target.exists() or self.target.is_symlink():
             raise UserError(f"{self.target} exists; name another target, or remove it")
         ending = self.target.suffix
@@ -42,9 +42,7 @@ class Request:
         if self.merge:
             raise UserError(f"--merge is for LoRAs, and {what}; leave out --merge")
 
-    def _check_merge(self) -> None:
-        if self.merge and self.base is None:
-            raise UserError("--merge needs the model to merge the LoRA into: --base=MODEL")
+    def _check_scale(self) -> None:
         if self.scale is None:
             return
         if not self.merge:
