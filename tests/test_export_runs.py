@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from trainer.formats import architectures, lora, writing
 from trainer.models import origin
+from trainer.storage import checkpoint
 
 TRAINED = ("unet", "text_encoder")
 NEEDS_BASE = "--merge needs the model to merge the LoRA into: --base=MODEL"
@@ -274,12 +275,23 @@ def test_a_checkpoint_is_exported_with_the_variant_of_its_run_or_the_one_that_is
 
 def test_a_checkpoints_lora_says_what_the_runs_says(quick, tmp_path, capsys):
     options = ("method=lora", "data.resolutions=[32,64]", "data.resolution=32", *ONE_STEP)
-    folder = quick("run", *options)
+    folder = quick("run", *options, "method.tag_frequency=true")
+    saved = folder / "checkpoints/step-000001"
     paths = folder / "lora/adafactor8bit-lora.safetensors", tmp_path / "c.safetensors"
-    assert run_export(capsys, folder / "checkpoints/step-000001", paths[1])[0] == 0
+    assert run_export(capsys, saved, paths[1])[0] == 0
     one, two = (safe_open(path, "pt").metadata() for path in paths)
     assert two["ss_resolution"] == "64x64"
-    own = {"ss_output_name", "modelspec.title", "modelspec.date", "ss_epoch"}
-    own |= {key for key in one if key.startswith("ss_num_")}  # the data is not known
+    counts = {"ss_tag_frequency", "ss_epoch", *(key for key in one if key.startswith("ss_num_"))}
+    assert len(counts) == 6
+    own = {"ss_output_name", "modelspec.title", "modelspec.date"}
     for key in one.keys() - own:
         assert one[key] == two[key], key
+
+    record = json.loads((saved / "checkpoint.json").read_text())
+    del record["counted"], record["sha256"]["checkpoint.json"]  # as older versions wrote it
+    record["sha256"]["checkpoint.json"] = checkpoint._sha256(checkpoint._canonical(record))
+    (saved / "checkpoint.json").write_text(json.dumps(record))
+    assert run_export(capsys, saved, tmp_path / "older.safetensors")[0] == 0
+    older = safe_open(tmp_path / "older.safetensors", "pt").metadata()
+    assert older.keys() == two.keys() - counts
+    assert checkpoint.load(saved).step == 1

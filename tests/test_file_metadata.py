@@ -101,11 +101,15 @@ def test_a_thumbnail_is_a_small_picture(kind, composed, tmp_path):
         composed("method=lora", f'method.metadata.thumbnail="{given}"')
 
 
-def test_pictures_and_epochs_are_counted_as_kohyas_scripts_do(quick, sources):
+def test_pictures_and_epochs_are_counted_as_kohyas_scripts_do(quick, sources, tmp_path, capsys):
     """3 pictures 3 times and 1 once; 2 regularisation pictures twice: 14 in batches of 4."""
     options = (f"data.sources=[{', '.join(sources)}]", "data.path=null", "data.batch_size=4")
     more = ("schedule.steps=5", "method.export_every=2", "model.path=" + str(ASSETS / "tiny_sdxl"))
-    folder = quick("run", *LORA, *options, *more)
+    saved = ("runtime.save_every=2", "runtime.keep_checkpoints=3")
+    folder = quick("run", *LORA, *options, *more, *saved)
+    for step in (2, 5):
+        checkpoint = folder / f"checkpoints/step-00000{step}"
+        assert run_export(capsys, checkpoint, tmp_path / f"{step}.safetensors")[0] == 0
     counts = {
         "ss_num_train_images": "10",
         "ss_num_reg_images": "4",
@@ -116,6 +120,8 @@ def test_pictures_and_epochs_are_counted_as_kohyas_scripts_do(quick, sources):
     for path, epoch in (
         *((folder / name, "2") for name in FILES),
         (folder / "results/step-000002/lora/cats-step-000002.safetensors", "1"),
+        (tmp_path / "2.safetensors", "1"),
+        (tmp_path / "5.safetensors", "2"),
     ):
         found = told(path)
         assert (counts | {"ss_epoch": epoch}).items() <= found.items()

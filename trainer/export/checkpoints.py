@@ -83,7 +83,7 @@ def _saved(folder: Path) -> _Saved:
             sketch=record["model"],
             noise=NoiseConfig(**config["noise"]),
             method=config["method"],
-            metadata=result.described(config, record["step"]),
+            metadata=result.described(config, record["step"], record.get("counted")),
             parts=_by_part(_exported_weights(folder, config["method"].get("ema"))),
         )
     except (KeyError, TypeError) as error:

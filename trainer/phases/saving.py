@@ -47,6 +47,7 @@ def save(state: State) -> Path:
                 data=state.fingerprint,
                 losses_before=state.losses_before,
                 counters={name: one.state_dict() for name, one in state.counters.items()},
+                counted=_kohya_counts(state),
             ),
         )
     state.unproven = state.step

@@ -16,7 +16,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class Checkpoint:
     data: str  # fingerprint of the samples
     losses_before: dict[str, float]  # of the first evaluation; empty if not comparable any more
     counters: dict[str, dict[str, Any]]  # of what counts over all sessions, by its name
+    # Metadata of a LoRA on the data until now, for exports; not read on resuming.
+    counted: dict[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -85,6 +87,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         record: dict[str, Any] = {
             "version": _VERSION,
             **{key: getattr(checkpoint, key) for key in _RECORDED},
+            "counted": checkpoint.counted,  # which older checkpoints lack
             "sha256": {name: _sha256_file(temporary / name) for name in files},
         }
         record["sha256"]["checkpoint.json"] = _sha256(_canonical(record))
