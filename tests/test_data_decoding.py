@@ -182,7 +182,7 @@ def test_what_is_no_whole_picture_is_skipped_by_name_and_never_silently(
     assert "skipped unreadable picture" in caplog.text
     assert "BytesIO" not in caplog.text
     assert "bad.png" in caplog.text
-    with pytest.raises(UserError, match=r"1 unreadable pictures.*bad\.png.*max_unreadable=1"):
+    with pytest.raises(UserError, match=r"1 unreadable picture,.*bad\.png.*max_unreadable=1"):
         load(**changes, max_unreadable=0)
 
 

@@ -41,6 +41,22 @@ def test_a_preset_needs_no_model(examine, pictures):
     assert "model.path has no value" in err
 
 
+def test_one_of_a_kind_is_not_said_in_the_plural(examine, pictures, folder):
+    for path in pictures.iterdir():
+        if path.stem != "red":
+            path.unlink()
+    prior = f"data.sources=[{{path: {pictures}, weight: 2}}]"
+    _, out, _ = examine(*folder[:1], *folder[2:], prior, "schedule.steps=1")
+    for line in (
+        "1 picture, 1 of them usable",
+        f"  {pictures}: 1 picture, weight 2",
+        "an epoch: 1 picture, 1 batch; its duration is unknown (--images-per-second)",
+        "a run with these options: 1 step, 1 epoch",
+    ):
+        assert line in out.splitlines()
+    assert "every run encodes 1 picture and 2 captions" in out  # with the empty prompt
+
+
 def test_the_pictures_of_a_run_to_resume_are_checked_with_its_options(examine, folder, in_tmp):
     (in_tmp / "saved").mkdir()
     saved = json.dumps({"overrides": [*folder, "schedule.steps=77"]})

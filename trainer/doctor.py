@@ -20,7 +20,7 @@ from trainer.config import Config
 from trainer.data import Store, dataset, findings
 from trainer.data.survey import all_sources, survey
 from trainer.drawing import pictures
-from trainer.errors import UserError, some
+from trainer.errors import UserError, plural, some
 from trainer.reporting import report
 from trainer.storage.claim import config_in
 from trainer.training import schedule
@@ -120,7 +120,7 @@ def examine(
         name = next(reversed(why))
         raise UserError(f"none of the {surveyed.count} pictures can be used; {name}: {why[name]}")
     made = dataset.build(surveyed.usable, config.data)
-    print(f"{surveyed.count} pictures, {len(surveyed.usable)} of them usable")
+    print(f"{plural(surveyed.count, 'picture')}, {len(surveyed.usable)} of them usable")
     for line in findings.of_sources(surveyed, config.data):
         print(line)
     for what, names in surveyed.remarks.items():
@@ -179,8 +179,8 @@ def _cache_line(model: "Model", made: dataset.Dataset) -> str:
         turned = len({s.pixels_key for s in samples if s.mirrored})
         of_them = f" ({turned} of them mirror images)" if turned else ""
         return (
-            f"no cache (data.cache=null): every run encodes {count} pictures{of_them} and "
-            f"{len(captions)} captions"
+            f"no cache (data.cache=null): every run encodes {plural(count, 'picture')}{of_them} "
+            f"and {plural(len(captions), 'caption')}"
         )
     from trainer.objective import encoding
 
@@ -200,7 +200,8 @@ def _epoch_line(config: Config, made: dataset.Dataset, images_per_second: float 
     if images_per_second is None:
         images_per_second, source = _measured_speed(config)
     batches = float(plan.batches_per_epoch)
-    epoch = f"an epoch: {plan.pictures_per_epoch} pictures, {round(batches, 3):g} batches"
+    many = plural(f"{round(batches, 3):g}", "batch", "es")
+    epoch = f"an epoch: {plural(plan.pictures_per_epoch, 'picture')}, {many}"
     if not images_per_second:
         return f"{epoch}; its duration is unknown (--images-per-second)"
     minutes, seconds = divmod(round(plan.pictures_per_epoch / images_per_second), 60)
@@ -212,7 +213,7 @@ def _run_line(config: Config, made: dataset.Dataset) -> str:
     steps = schedule.settled(config.schedule, steps_per_epoch).steps
     epochs = steps / steps_per_epoch
     many = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
-    return f"a run with these options: {steps} steps, {many} epochs"
+    return f"a run with these options: {plural(steps, 'step')}, {plural(many, 'epoch')}"
 
 
 def _measured_speed(config: Config) -> tuple[float | None, str]:

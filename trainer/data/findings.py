@@ -8,7 +8,7 @@ from trainer.config import DataConfig
 from trainer.data import captions
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, UsablePicture, all_sources, endings
-from trainer.errors import UserError, some
+from trainer.errors import UserError, plural, some
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,10 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
         log.warning("skipped unreadable picture %s: %s", name, reason)
     if len(surveyed.unreadable) > config.max_unreadable:
         name, reason = list(surveyed.unreadable.items())[-1]
+        count = plural(len(surveyed.unreadable), "unreadable picture")
         raise UserError(
-            f"{len(surveyed.unreadable)} unreadable pictures, the last {name} ({reason}); remove "
-            f"them, or allow more with data.max_unreadable={len(surveyed.unreadable)}"
+            f"{count}, the last {name} ({reason}); "
+            f"remove such files, or allow more with data.max_unreadable={len(surveyed.unreadable)}"
         )
     if not surveyed.usable:
         raise UserError(
@@ -61,11 +62,11 @@ def report(surveyed: Survey, config: DataConfig) -> None:
     for what, names in (_of_usable(surveyed, config) | _of_masks(surveyed, config)).items():
         if names:
             log.warning("%d pictures %s: %s", len(names), what, some(names))
-    message = "data: %d pictures in %s, %d unreadable, %d without a caption"
+    message = "data: %s in %s, %d unreadable, %d without a caption"
     count = len(all_sources(config))
     log.info(
         message,
-        len(surveyed.usable),
+        plural(len(surveyed.usable), "picture"),
         _where(config) if count == 1 else f"{count} sources",
         len(surveyed.unreadable),
         len(surveyed.uncaptioned),
@@ -97,7 +98,7 @@ def of_sources(surveyed: Survey, config: DataConfig) -> list[str]:
         if source.weight != 1:
             told.append(f"weight {source.weight:g}")
         if told or len(by_path) > 1:
-            lines.append(f"  {path}: " + ", ".join([f"{count} pictures", *told]))
+            lines.append(f"  {path}: " + ", ".join([plural(count, "picture"), *told]))
     first = next((p for p in surveyed.usable if p.captions[0] and not p.source.prior), None)
     if first:
         lines.append(f'  a caption: "{captions.framed(first.captions[0], config)}"')
@@ -111,7 +112,7 @@ def of_batches(plan: Plan) -> dict[str, list[str]]:
         return {}
     return {
         f"data.batch_size={size} is larger than an epoch, so that a batch has pictures several "
-        "times": [f"{count} pictures in an epoch"]
+        "times": [f"{plural(count, 'picture')} in an epoch"]
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, plural
 from trainer.export import models
 from trainer.export.request import Request
 from trainer.formats import metadata, stream, writing
@@ -64,8 +64,8 @@ def write(
     scheduler = _scheduler(source, base.config("scheduler"), described)
     models.write(request, base, parts, scheduler, {"modelspec.merged_from": names})
     count = sum(len(adapters) for adapters in held.values())
-    message = "%s: with %d adapters of %s merged, scale %g (rounding changes %.1e of what is added)"
-    log.info(message, request.target, count, source, scale, rounding.share)
+    message = "%s: with %s of %s merged, scale %g (rounding changes %.1e of what is added)"
+    log.info(message, request.target, plural(count, "adapter"), source, scale, rounding.share)
     if rounding.share > _COARSE:
         log.warning(
             "rounding changes %.0f%% of what the LoRA adds; --dtype=float32, or float16 instead of "

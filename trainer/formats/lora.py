@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import UserError
+from trainer.errors import UserError, plural
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
 from trainer.formats.adapters import Adapter, Adapters, OtherModel, of_models
 from trainer.formats.proof import NotProved
@@ -74,7 +74,8 @@ def save_lora(
         stream.write(temporary, of_tensors(tensors), described, dtypes)
         count, rounding = _prove(read(temporary, models), adapters, dtype, target)
     changed = f" (rounded to {str(dtype).removeprefix('torch.')}: {rounding:.1e})" if dtype else ""
-    log.info("%s: %d adapters read back, all equal to what was trained%s", target, count, changed)
+    read_back = plural(count, "adapter")
+    log.info("%s: %s read back, all equal to what was trained%s", target, read_back, changed)
     return target
 
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import plural
 from trainer.reporting.metrics import as_json
 from trainer.system import disk
 
@@ -65,7 +66,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     aside = f" ({format_bytes(planned)} planned)" if planned else ""
     memory = f"{format_bytes(in_training)} in training{aside}, " if in_training else ""
     cost = (
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s "
+        f"{plural(summary['steps'], 'step')} in {summary['seconds']:.0f} s "
         f"({summary['images_per_second']:.1f} images/s, median), {summary['wall_seconds']:.0f} s "
         f"in total; optimizer state {format_bytes(summary['optimizer_state_bytes'])}, peak memory "
         f"{memory}{format_bytes(summary['peak_memory_bytes'])} in total"
