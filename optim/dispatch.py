@@ -1,17 +1,24 @@
 """Which engine steps which parameters of an optimizer, depending on its rule, their groups'
 options, and their devices."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim import backend, native, plan
+from optim import backend, native, plan, reference
 from optim.interface import Engine, RuledOwner
 from optim.share import Places, Share, Trait
 
 CPU = torch.device("cpu")
+
+
+def has_rule(rule: Callable[..., Any]) -> bool:
+    """Whether the fused engines compute this rule: a function of `optim/reference.py` that has a
+    kernel, not another one of its name."""
+    name = getattr(rule, "__name__", "")
+    return (name in plan.RULES or name in plan.PROJECTED) and rule is getattr(reference, name, None)
 
 
 class Dispatch:
@@ -67,7 +74,7 @@ class Dispatch:
         if optimizer.backend != "native":
             return
         name = optimizer.__class__.__name__
-        if not plan.has_rule(optimizer.rule):
+        if not has_rule(optimizer.rule):
             backend.fall_back(f"{name} has no fused kernel")
             return
         for option in filter(None, map(_unfused, optimizer.param_groups)):
@@ -76,7 +83,7 @@ class Dispatch:
     def in_words(self) -> str:
         """`FusedOptimizer.engine`."""
         optimizer = self._optimizer
-        if not plan.has_rule(optimizer.rule):
+        if not has_rule(optimizer.rule):
             return f"plain PyTorch; {optimizer.__class__.__name__} has no fused kernel"
         engines = []
         for device in sorted(device_types(optimizer.param_groups) or {"cpu"}):
@@ -106,7 +113,7 @@ class Dispatch:
     def _is_fused(self) -> bool:
         """Whether fused engines are chosen and have the optimizer's rule."""
         optimizer = self._optimizer
-        return optimizer.backend == "native" and plan.has_rule(optimizer.rule)
+        return optimizer.backend == "native" and has_rule(optimizer.rule)
 
 
 def device_types(groups: Iterable[dict[str, Any]]) -> set[str]:

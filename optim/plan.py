@@ -7,7 +7,6 @@ they are built once too.
 """
 
 import ctypes
-from collections.abc import Callable
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint64
 from typing import Any
 
@@ -91,15 +90,6 @@ _LAYOUT: dict[type, tuple[int, tuple[str, ...]]] = {
     FactoredSign: (6, ("row", "col", "", "", "sign")),
     Given: (7, ("row", "col")),
 }
-
-
-def has_rule(rule: Callable[..., Any]) -> bool:
-    """Whether the fused engines compute this rule: a function of `optim/reference.py` that has a
-    kernel, not another one of its name."""
-    from optim import reference  # not above: it needs the compiled module, which needs this one
-
-    name = getattr(rule, "__name__", "")
-    return (name in RULES or name in PROJECTED) and rule is getattr(reference, name, None)
 
 
 class Options(ctypes.Structure):

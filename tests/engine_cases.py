@@ -4,11 +4,11 @@ import torch
 from helpers import FOR_SMALL, SWIFT
 
 import optim
-from optim import plan
+from optim import dispatch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FP32, BF16, FP16]
-NAMES = sorted(name for name, cls in optim.FAMILY.items() if plan.has_rule(cls.rule))
+NAMES = sorted(name for name, cls in optim.FAMILY.items() if dispatch.has_rule(cls.rule))
 
 # (130, 700): several tiles in each dimension; (3, 4700): more tiles in a row than fit a strip.
 MEDIUM = [(130, 700), (3, 4700), (10007,), (33, 3, 3, 3), (), (0,)]

@@ -93,12 +93,12 @@ def peers(names: list[str] | None) -> tuple[list[Candidate], dict[str, str]]:
 
 def engine(optimizer: torch.optim.Optimizer) -> str:
     """What runs the loop of one of ours: native, or plain PyTorch where there is no kernel."""
-    from optim import plan
+    from optim import dispatch
 
     has_kernel = (
         isinstance(optimizer, optim.FusedOptimizer)
         and optimizer.backend == "native"
-        and plan.has_rule(type(optimizer).rule)
+        and dispatch.has_rule(type(optimizer).rule)
     )
     return "native" if has_kernel else "plain PyTorch"
 

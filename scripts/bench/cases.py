@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 import optim
-from optim import gpu, plan
+from optim import dispatch, gpu, plan
 from optim.engine import DescriptorEngine
 from optim.portion import kind_of
 from optim.projected import NativeProjectedEngine
@@ -86,7 +86,7 @@ _MIXES = hasattr(torch.Tensor, "grad_dtype")  # torch 2.10 and later
 CASES = [
     case
     for case in _ALL
-    if plan.has_rule(optim.FAMILY[case.name].rule) and (_MIXES or case.grad_dtype is None)
+    if dispatch.has_rule(optim.FAMILY[case.name].rule) and (_MIXES or case.grad_dtype is None)
 ]
 
 
