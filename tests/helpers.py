@@ -1,6 +1,7 @@
 """Shared helpers: small parameters and gradients, short runs."""
 
 import math
+import tempfile
 from types import SimpleNamespace
 
 import torch
@@ -51,7 +52,9 @@ def assert_same(a, b):
         assert torch.equal(x, y)
 
 
-# A run that takes a few seconds.
+_CACHE = tempfile.TemporaryDirectory(prefix="encoded-for-tests-")  # gone when this process ends
+
+# A run that takes a few seconds.  All of a process share what they have encoded.
 QUICK = (
     "schedule.steps=4",
     "schedule.warmup_steps=1",
@@ -60,6 +63,7 @@ QUICK = (
     "log.eval_points=6",
     "log.sample_count=0",
     "runtime.threads=1",
+    f"data.cache={_CACHE.name}",
 )
 
 

@@ -329,7 +329,7 @@ def test_a_cached_run_is_bitwise_the_run_in_memory_and_encodes_nothing_anew(
     options = ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.bucket_step=8",
                "data.shuffle_tags=true", "data.mask=alpha", "data.batch_size=2"]  # fmt: skip
     sampled = ["log.sample_count=4", "log.sample_steps=1"]
-    memory = quick("memory", *options, *sampled)
+    memory = quick("memory", *options, *sampled, "data.cache=null")
     drawn = [Image.open(memory / f"samples/step-000004/{i:02d}.png").size for i in range(4)]
     assert drawn == [(72, 56), (72, 56), (72, 56), (80, 48)]
     cached = quick("cached", *options, f"data.cache={cache}")

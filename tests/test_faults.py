@@ -317,9 +317,9 @@ def test_a_latent_that_is_not_finite_is_named_with_its_picture(
         return mode(self) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(DiagonalGaussianDistribution, "mode", spoiled)
-    config = composed(*QUICK, "data=folder", f"data.path={pictures}", "data.resolution=64")
+    options = ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.cache=null"]
     with pytest.raises(ValueError, match=r"red\.png is not finite"):
-        run(config, tmp_path / "run")
+        run(composed(*QUICK, *options), tmp_path / "run")
 
 
 @pytest.mark.parametrize("theirs", ["model/mine.txt", "config.yaml", "a-run.safetensors"])
