@@ -18,28 +18,31 @@ from safetensors.torch import load_file, save_file
 from trainer.cli import arguments, compose
 from trainer.config import ASSETS
 from trainer.errors import UserError
+from trainer.phases import stepping
 from trainer.run import run
 from trainer.storage import checkpoint, resuming, run_folder
 
 
+def assert_same_states(a, b, step):
+    """The states of both runs' optimizers after this step are bitwise equal."""
+    path = f"checkpoints/step-{step:06d}/optimizer.pt"
+    a, b = (torch.load(folder / path, weights_only=True)["state"] for folder in (a, b))
+    for index, state in a.items():
+        assert_same_weights(state, b[index])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "dtype"), [("full", "bfloat16"), ("lora", "float32")])
-def test_resume_in_a_new_process_is_bitwise_identical(quick, tmp_path, method, dtype):
-    options = [f"method={method}", f"model.dtype={dtype}", "runtime.keep_checkpoints=9"]
-    quick("whole", *options)
-    parts = quick("parts", *options, "runtime.save_every=2")
+def test_resume_in_a_new_process_is_bitwise_identical(quick, tmp_path):
+    """LoRA's is in `test_processes.py`."""
+    options = ["model.dtype=bfloat16", "runtime.keep_checkpoints=9"]
+    whole, parts = quick("whole", *options), quick("parts", *options, "runtime.save_every=2")
     shutil.rmtree(parts / "checkpoints/step-000004")  # as if killed after the checkpoint of step 2
     resumed = new_process(*QUICK, *options, "resume=parts", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 2" in resumed.stdout
-    assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
-    assert deterministic(tmp_path / "whole") == deterministic(tmp_path / "parts")
-    states = [
-        torch.load(tmp_path / name / "checkpoints/step-000004/optimizer.pt", weights_only=True)
-        for name in ("whole", "parts")
-    ]
-    for index, state in states[0]["state"].items():
-        assert_same_weights(state, states[1]["state"][index])
+    assert_same_weights(weights(whole, 4), weights(parts, 4))
+    assert deterministic(whole) == deterministic(parts)
+    assert_same_states(whole, parts, 4)
 
 
 @pytest.mark.parametrize(
@@ -62,16 +65,17 @@ def test_resume_in_a_new_process_is_bitwise_identical(quick, tmp_path, method, d
     ids=lambda x: x[0],
 )
 def test_what_all_parameters_share_what_is_done_now_and_then_and_dropout_go_on_bitwise(
-    quick, composed, tmp_path, options
+    finished, composed, options
 ):
     """Prodigy's learning rate; Sophia's curvature, which is estimated in steps 1, 4 and 7."""
     options = [*options, "schedule=constant", "schedule.steps=8"]
-    saving = ["runtime.save_every=5", "runtime.keep_checkpoints=9"]
-    whole, parts = quick("whole", *options), quick("parts", *options, *saving)
+    options += ["runtime.save_every=5", "runtime.keep_checkpoints=9"]
+    whole, parts = finished("whole", *options), finished("parts", *options)
     shutil.rmtree(parts / "checkpoints/step-000008")
-    run(composed(*QUICK, *options, *saving, f"resume={parts}"), parts)
+    run(composed(*QUICK, *options, f"resume={parts}"), parts)
     assert_same_weights(weights(whole, 8), weights(parts, 8))
     assert deterministic(whole) == deterministic(parts)
+    assert_same_states(whole, parts, 8)
     found = [row["optim/d"] for row in rows(whole) if "optim/d" in row]
     assert not found or 1e-6 < found[4] < found[7]
 
@@ -222,13 +226,13 @@ def test_a_checkpoint_at_the_root_of_a_file_system_has_no_pictures_of_before(tmp
 
 def test_resume_latest_takes_the_newest_run(command, in_tmp):
     for name in ("first", "second"):
-        status, _, err = command(*QUICK, f"name={name}")
+        status, _, err = command(*QUICK, "schedule.steps=1", f"name={name}")
         assert status == 0, err
-    status, out, _ = command(*QUICK, "name=second", "resume=latest")
+    status, out, _ = command(*QUICK, "schedule.steps=1", "name=second", "resume=latest")
     assert status == 0
-    assert "second/checkpoints/step-000004" in out
+    assert "second/checkpoints/step-000001" in out
     (folder,) = in_tmp.glob("runs/*/*-second")
-    assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(folder) if "train/loss" in row] == [1]
 
 
 def test_resume_latest_does_not_pass_over_a_newer_run_without_a_checkpoint(in_tmp):
@@ -380,8 +384,7 @@ def test_resume_with_another_configuration_is_refused_with_the_difference(finish
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on_where_it_stopped(tmp_path, number):
+def test_ctrl_c_saves_and_the_run_goes_on_where_it_stopped(tmp_path):
     overrides = [*QUICK, "schedule.steps=2000", "hydra.run.dir=run"]
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", *overrides],
@@ -392,10 +395,25 @@ def test_a_signal_saves_and_the_run_goes_on_where_it_stopped(tmp_path, number):
     )
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(number)
+            process.send_signal(signal.SIGINT)
             break
     output = process.stdout.read()
-    assert process.wait(timeout=120) == 128 + number
+    assert process.wait(timeout=120) == 128 + signal.SIGINT
     assert "resume=" in output
     saved = resuming.load_newest(resuming.find(str(tmp_path / "run")))
     assert saved.step >= 3
+
+
+def test_a_signal_that_ends_a_process_saves_too(command, in_tmp, monkeypatch):
+    take = stepping.take
+
+    def signalled(state, **options):
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(state, **options)
+
+    monkeypatch.setattr(stepping, "take", signalled)
+    status, output, _ = command(*QUICK, "hydra.run.dir=run")
+    assert status == 128 + signal.SIGTERM
+    assert "resume=" in output
+    assert resuming.load_newest(resuming.find(str(in_tmp / "run"))).step == 3
