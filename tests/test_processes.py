@@ -3,17 +3,22 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY
 from helpers import QUICK, assert_same_weights, weights
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 from torch.nn import Parameter
 
 from trainer.errors import UserError
@@ -27,17 +32,53 @@ TORCHRUN = (
     *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     *("-m", "trainer"),
 )
-OPTIONS = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # the launcher handles them
 
 
-def torchrun(*overrides):
-    """Train in two processes on the CPU -> the ended torchrun."""
-    words = [*TORCHRUN, *overrides]
-    return subprocess.run(words, **OPTIONS, capture_output=True, timeout=300, check=False)
+def train(*overrides):
+    from trainer.__main__ import main
+
+    sys.argv = ["trainer", *overrides]
+    main()
+
+
+@pytest.fixture
+def torchrun(tmp_path, monkeypatch):
+    """torchrun("seed=1") trains in two processes, which torchrun's own launcher forks from one that
+    has the imports -> (whether they ended well, stdout, stderr)."""
+    multiprocessing.set_forkserver_preload(["trainer.__main__", "trainer.run"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # the command sets it
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+
+    def call(*overrides):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path.parent))
+        launching = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=2,
+            run_id="test",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
+        )
+        ends_well = True
+        try:
+            elastic_launch(launching, train)(*overrides)
+        except ChildFailedError:
+            ends_well = False
+        files = (sorted(folder.rglob(f"{name}.log")) for name in ("stdout", "stderr"))
+        return (ends_well, *("".join(path.read_text() for path in paths) for paths in files))
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_micro_batches(composed, tmp_path):
+def test_two_processes_train_as_one_with_twice_the_micro_batches(composed, tmp_path, torchrun):
     """The sum of two terms has no order, so not a bit differs.  With a short batch at the end."""
     options = [
         *(*QUICK, "runtime.device=cpu", "model.dtype=bfloat16", f"data.cache={tmp_path}/cache"),
@@ -45,59 +86,61 @@ def test_two_processes_train_as_one_with_twice_the_micro_batches(composed, tmp_p
         *("data.batch_size=5", "schedule.epochs=1"),
     ]
     run(composed(*options, "runtime.accumulation=2"), tmp_path / "one")
-    ended = torchrun(*options, f"hydra.run.dir={tmp_path}/two")
-    assert ended.returncode == 0, ended.stderr
+    ends_well, out, err = torchrun(*options, f"hydra.run.dir={tmp_path}/two")
+    assert ends_well, err
     last = json.loads((tmp_path / "one/summary.json").read_text())["steps"]
     assert_same_weights(weights(tmp_path / "one", last), weights(tmp_path / "two", last))
     environment = json.loads((tmp_path / "two/environment.json").read_text())
     assert environment["processes"] == 2
-    assert ended.stdout.count("\ncost ") == 1  # only the main process reports
+    assert out.count("\ncost ") == 1  # only the main process reports
 
 
 @pytest.mark.slow
-def test_a_signal_saves_once_and_the_run_goes_on_bit_for_bit(composed, tmp_path):
+def test_a_signal_saves_once_and_the_run_goes_on_bit_for_bit(composed, tmp_path, torchrun):
     """With all gradients at once, of a LoRA of two parts."""
     options = [
         *(*QUICK, "schedule.steps=6", "runtime.device=cpu", "ema=bf16", "method.clip=lagged"),
         *("method=lora", "method.train=[unet,text_encoder]", "method.dropout=0.1"),
-        *("optim=prodigy_factored", "optim.d0=1e-3"),
+        *("data.cache=null", "optim=prodigy_factored", "optim.d0=1e-3"),
     ]
     run(composed(*options, "runtime.accumulation=2"), tmp_path / "whole")
     words, said = [*TORCHRUN, *options, f"hydra.run.dir={tmp_path}/parts"], ""
-    with subprocess.Popen(words, **OPTIONS, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             said += line
             if line.startswith("step 2/"):
                 process.send_signal(signal.SIGINT)
     assert "resume with: torchrun --nproc-per-node 2 -m trainer resume=" in said
     assert not (tmp_path / "parts/checkpoints/step-000006").exists()
-    ended = torchrun(f"resume={tmp_path}/parts")
-    assert ended.returncode == 0, ended.stderr
-    assert "resumed after step" in ended.stdout
+    ends_well, out, err = torchrun(f"resume={tmp_path}/parts")
+    assert ends_well, err
+    assert "resumed after step" in out
     assert_same_weights(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
 
 
 @pytest.mark.slow
-def test_two_processes_go_back_together(composed, tmp_path):
+def test_two_processes_go_back_together(composed, tmp_path, torchrun):
     options = [
         *(*QUICK, "schedule=constant", "schedule.steps=44", "schedule.warmup_steps=44"),
         *("runtime.device=cpu", "optim=sgd", "optim.lr=2.7", "data.batch_size=2"),
         *("runtime.save_every=10", "runtime.on_divergence=rollback"),
     ]
     run(composed(*options, "runtime.accumulation=2"), tmp_path / "one")
-    ended = torchrun(*options, f"hydra.run.dir={tmp_path}/two")
-    assert ended.returncode == 0, ended.stderr
-    assert "(rollback 1 of 3)" in ended.stdout
+    ends_well, out, err = torchrun(*options, f"hydra.run.dir={tmp_path}/two")
+    assert ends_well, err
+    assert "(rollback 1 of 3)" in out
     assert_same_weights(weights(tmp_path / "one", 44), weights(tmp_path / "two", 44))
 
 
 @pytest.mark.slow
-def test_an_error_of_the_main_process_is_reported_once_and_ends_the_one_that_waits(tmp_path):
+def test_an_error_of_the_main_process_is_reported_once_and_ends_the_one_that_waits(
+    tmp_path, torchrun
+):
     (tmp_path / "config.yaml").write_text("mine")
-    refused = torchrun(*QUICK, f"hydra.run.dir={tmp_path}", "runtime.device=cpu")
-    assert refused.returncode == 1
-    assert refused.stderr.count("is not a run's folder") == 1
-    assert "Error executing job" not in refused.stderr
+    ends_well, _, err = torchrun(*QUICK, f"hydra.run.dir={tmp_path}", "runtime.device=cpu")
+    assert not ends_well
+    assert err.count("is not a run's folder") == 1
+    assert "Error executing job" not in err
 
 
 @pytest.fixture
