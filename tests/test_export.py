@@ -3,8 +3,8 @@ overwriting files."""
 
 import itertools
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -288,14 +288,12 @@ def test_mistakes_are_one_line_and_status_2_and_write_nothing(tmp_path, capsys):
     assert run_export(capsys, TINY, tmp_path / "b", "--dtype", "int4")[0] == 2
 
 
-def test_the_command_explains_itself():
-    shown = subprocess.run(
-        [sys.executable, "-m", "trainer.export", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
+def test_the_command_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trainer.export", "--help"])
+    monkeypatch.delitem(sys.modules, "trainer.export.__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("trainer.export", run_name="__main__")
+    shown = capsys.readouterr().out
     for words in ("SOURCE", "TARGET", "--dtype", "--format", "--base", "Exit status", "kohya"):
         assert words in shown
 
