@@ -20,7 +20,7 @@ from PIL import Image
 from optim import backend
 from trainer import config, data
 from trainer.checks import validate
-from trainer.cli import choices, compose
+from trainer.cli import choices, compose, resolvers
 from trainer.formats import writing
 from trainer.models import origin
 from trainer.run import run
@@ -187,7 +187,14 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(in_tmp, monkeypatch, capfd):
+def one_schema(monkeypatch):
+    """Commands in this process do not register the schema again, which takes as long as a check."""
+    _register()
+    monkeypatch.setattr(compose, "register", resolvers.register)
+
+
+@pytest.fixture
+def command(in_tmp, one_schema, monkeypatch, capfd):
     """The command line in this process: command("optim=lion") -> (exit status, stdout, stderr)."""
     from trainer.__main__ import main
 

@@ -218,8 +218,8 @@ MISTAKES = [
     (["batchsize=2"], ["no option 'batchsize'", "did you mean 'data.batch_size'"]),
     (["path=/a"], ["did you mean 'model.path' or 'data.path'"]),
     (
-        ["-m", "optim=adafactor8bit,lion", "optim.clip_threshold=1,2"],
-        ["there is no option of optim=lion 'clip_threshold'"],
+        ["-m", "schedule=cosine,constant", "schedule.final_scale=0,1"],
+        ["there is no option of schedule=constant 'final_scale'"],
     ),
     (["experiment=low_memory", "experiment=smoke"], ["write experiment=[low_memory,smoke]"]),
     (["experiment=[low_memory]", "experiment=smoke"], ["write experiment=[low_memory,smoke]"]),
@@ -244,7 +244,10 @@ MISTAKES = [
         ["schedule.steps=2", "schedule.warmup_steps=20"],
         ["schedule.warmup_steps=20", "[0, 2]", "set schedule.warmup_steps=0"],
     ),
-    (["optim=lion", "optim.momentum=0.9"], ["'optim.momentum' here; optim=sgd has it"]),
+    (
+        ["schedule=wsd", "schedule.power=2"],
+        ["'schedule.power' here; schedule=polynomial has it"],
+    ),
     (["optim.LR=1"], ["did you mean 'lr'"]),
     (["learning_rate=1e-4"], ["it is called 'optim.lr' here"]),
     (["optim.learning_rate=1e-4"], ["it is called 'optim.lr' here"]),
