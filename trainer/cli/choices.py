@@ -1,15 +1,17 @@
 """What may be configured: the options under each choice of the groups."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigLoadError, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config import conf_dir, flatten, group_names
+from trainer.config import choices_of, conf_dir, flatten, group_names
 
 
 def composition(overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -29,6 +31,17 @@ def valid_keys(choices: list[str]) -> list[str]:
     """Every key of the configuration that these group choices compose."""
     options: Any = OmegaConf.to_container(composition(choices), resolve=False)
     return list(flatten(options))
+
+
+def options_by_choice(group: str) -> dict[str, set[str]]:
+    """The options of those choices of a group that have a schema of their own, by choice: much
+    faster than to compose each.  Choices of a subfolder are left out."""
+    store, found = ConfigStore.instance(), dict[str, set[str]]()
+    for choice in choices_of(group):
+        with suppress(ConfigLoadError):
+            if "/" not in choice:
+                found[choice] = {*store.load(f"schema/{group}/{choice}.yaml").node}
+    return found
 
 
 def group_choices(overrides: list[str]) -> Iterator[list[str]]:

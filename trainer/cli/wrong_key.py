@@ -2,12 +2,11 @@
 
 import difflib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from optim.options import nearest, unknown
-from trainer.cli.choices import group_choices, valid_keys
-from trainer.config import choices_of, group_names
+from trainer.cli.choices import group_choices, options_by_choice, valid_keys
+from trainer.config import group_names
 
 # What other trainers (diffusers' scripts, kohya's) call our options.
 _NAMES_ELSEWHERE = {
@@ -181,13 +180,6 @@ _REASONS: tuple[Callable[[_WrongKey], str | None], ...] = (
 
 def _choices_with(key: str, chosen: list[str]) -> list[str]:
     """Other choices of the option's group that have it: method.rank -> method=lora."""
-    group = key.partition(".")[0]
-    if group not in group_names() or key.count(".") != 1:
-        return []
-    others = [c for c in choices_of(group) if f"{group}={c}" not in chosen and "/" not in c]
-    having = []
-    for choice in others:
-        with suppress(Exception):  # one that cannot be composed by itself
-            if key in valid_keys([f"{group}={choice}"]):
-                having.append(f"{group}={choice}")
-    return having
+    group, _, option = key.partition(".")
+    having = [name for name, options in options_by_choice(group).items() if option in options]
+    return [f"{group}={name}" for name in having if f"{group}={name}" not in chosen]
