@@ -16,7 +16,8 @@ from trainer.objective import losses
 from trainer.phases import stepping
 from trainer.reporting import watch
 from trainer.run import run
-from trainer.storage.steps import completed, step_of
+from trainer.storage import checkpoint
+from trainer.storage.steps import completed, step_name, step_of
 from trainer.training import method
 
 ROLLBACK = (
@@ -125,6 +126,18 @@ def test_one_kept_checkpoint_is_enough_to_go_back(quick, ruined):
     ruined(13)
     options = ["runtime.save_every=2", "runtime.keep_checkpoints=1", "schedule.steps=16"]
     assert went_back(quick("run", *ROLLBACK, *options))
+
+
+@pytest.mark.parametrize(("keep", "every"), [(1, 1), (1, 10), (2, 20), (2, 49), (1, 60)])
+def test_a_checkpoint_to_go_back_to_is_never_long_ago(tmp_path, keep, every):
+    """One that fewer than the 50 steps until the next have followed is proven only later."""
+    for step in range(every, 400, every):
+        (tmp_path / step_name(step)).mkdir()
+        proven = step - watch.WINDOW
+        checkpoint.rotate(tmp_path, keep, proven)
+        steps = [step_of(path) for path in completed(tmp_path)]
+        assert len(steps) <= keep + 2
+        assert proven - 2 * watch.WINDOW < max((s for s in steps if s <= proven), default=every)
 
 
 def test_a_run_that_only_skips_steps_goes_back(quick, monkeypatch):

@@ -11,7 +11,8 @@ class RuntimeConfig:
     threads: int | None = within(1, 1024)  # CPU threads; null leaves torch's choice
     # Steps, or epochs (1epoch), between checkpoints; 0: only save at the end.
     save_every: Interval = interval()
-    # Older ones are deleted, except the newest known-good one (followed by a good step).
+    # Older ones are deleted, except the newest known-good one (followed by a good step; by 50 steps
+    # where a run that diverges is to stop or go back, and there the one after it is kept as well).
     keep_checkpoints: int = within(1)
     # Step inside the backward pass, with a bucket of gradients alive instead of all of them: the
     # same weights, bit for bit.  For this family's optimizers.  If the loss is finite but some

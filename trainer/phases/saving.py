@@ -67,7 +67,8 @@ def rotate(state: State, is_good: bool = False) -> None:
     proven = state.step if is_good else state.guard.last_whole - state.needed_proof
     if state.watch.onset is not None:
         proven = min(proven, state.watch.onset - 1)
-    checkpoint.rotate(state.checkpoints, state.config.runtime.keep_checkpoints, proven)
+    keep, awaited = state.config.runtime.keep_checkpoints, not state.watch.diverged
+    checkpoint.rotate(state.checkpoints, keep, proven, awaited)
 
 
 def rotate_if_proven(state: State) -> None:

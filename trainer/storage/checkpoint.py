@@ -95,12 +95,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def rotate(folder: Path, keep: int, proven: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the newest of at most step `proven`, or the
-    oldest if none is."""
+def rotate(folder: Path, keep: int, proven: int, awaited: bool = True) -> None:
+    """Delete all checkpoints but the newest `keep`, the newest of at most step `proven` (or the
+    oldest, if none is) and, if it is awaited, the first one after that, which will be proven next:
+    without it, none might ever live long enough."""
     saved = completed(folder)
-    spared = newest(folder, proven) or next(iter(saved), None)
-    delete(old for old in saved[:-keep] if old != spared)
+    count = sum(step_of(path) <= proven for path in saved)
+    spared = saved[max(count - 1, 0) : max(count + awaited, 1)]
+    delete(old for old in saved[:-keep] if old not in spared)
     for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # retried after the next save
 
