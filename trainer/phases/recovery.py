@@ -72,11 +72,14 @@ def _went_back(state: State, last: int, why: str) -> bool:
 
 def _place_to_go_back_to(state: State, last: int) -> Path | None:
     for folder in reversed(completed(state.checkpoints)):
-        try:
-            relative = checkpoint.counters(folder)["watch"]["relative"]
-        except (UserError, KeyError):  # `_restore` would fail
+        if step_of(folder) > last:
             continue
-        if step_of(folder) <= last and state.watch.was_well(relative):
+        try:
+            then = checkpoint.verified(folder)["counters"]["watch"]
+        except UserError as error:
+            log.warning("%s; trying the previous one", error)
+            continue
+        if "relative" in then and state.watch.was_well(then["relative"]):  # old versions: not
             return folder
     return None
 

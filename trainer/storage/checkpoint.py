@@ -113,15 +113,6 @@ def newest(folder: Path, last: int) -> Path | None:
     return found[-1] if found else None
 
 
-def counters(folder: Path) -> dict[str, dict[str, Any]]:
-    """What counts over all sessions, of a checkpoint whose files are not looked at.  Raises
-    UserError if that is damaged."""
-    with _naming(folder):
-        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        found: dict[str, dict[str, Any]] = record["counters"]
-        return found
-
-
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint into CPU memory.  Raises UserError if it is damaged, OtherVersionError if
     it has another format."""
