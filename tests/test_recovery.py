@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from trainer.errors import UserError
 from trainer.objective import losses
-from trainer.phases import stepping
+from trainer.phases import recovery, stepping
 from trainer.reporting import watch
 from trainer.run import run
 from trainer.storage import checkpoint
 from trainer.storage.steps import completed, step_name, step_of
+from trainer.system import processes
 from trainer.training import method
 
 ROLLBACK = (
@@ -204,6 +205,18 @@ def test_without_a_checkpoint_a_run_that_diverges_starts_again(composed, tmp_pat
     options = [*QUICK, *ROLLBACK, "runtime.save_every=0"]
     with pytest.raises(UserError, match="there is no checkpoint from before it: start again"):
         run(composed(*options), tmp_path / "run")
+
+
+def test_no_checkpoint_is_deleted_while_another_process_may_read_it(
+    quick, three_infinite, monkeypatch
+):
+    seen = []
+    for place, name in ((checkpoint, "load"), (processes, "meet"), (recovery, "delete")):
+        call = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, n=name, f=call: seen.append(n) or f(*a))
+    options = ["runtime.max_skipped_steps=2", "schedule.steps=8", "runtime.keep_checkpoints=9"]
+    assert went_back(quick("run", *ROLLBACK, *options))
+    assert seen == ["load", "meet", "delete"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(quick, three_infinite, after_step):

@@ -55,6 +55,7 @@ def _went_back(state: State, last: int, why: str) -> bool:
         return False
     with memory.explained(state.config, state.step):
         counters = _restore(state, folder)
+    processes.meet()  # all have read it, so that the main one may delete it
     state.watch.go_back(counters["watch"])
     state.backward.clip.load_state_dict(counters["clip"])
     state.guard.went_back(state.step)

@@ -93,10 +93,10 @@ def main_first(wanted: bool) -> Iterator[None]:
     and downloads."""
     waits = wanted and world_size() > 1
     if waits and not is_main():
-        _meet()
+        meet()
     yield
     if waits and is_main():
-        _meet()
+        meet()
 
 
 def total(number: float) -> float:
@@ -119,6 +119,11 @@ def from_main(value: Any) -> Any:
     return shared[0]
 
 
+def meet() -> None:
+    """Wait until all processes are here."""
+    _over_all(0.0, "SUM")
+
+
 def sum_gradients(*parameters: Tensor) -> None:
     """Replace gradients by their sums over all processes, which all name the same parameters in the
     same order."""
@@ -126,11 +131,6 @@ def sum_gradients(*parameters: Tensor) -> None:
         with _named_if_lost():
             for adding in [distributed.all_reduce(p.grad, async_op=True) for p in parameters]:
                 adding.wait()
-
-
-def _meet() -> None:
-    """Wait until all processes are here."""
-    _over_all(0.0, "SUM")
 
 
 def _over_all(number: float, how: str) -> float:
