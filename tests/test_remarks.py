@@ -221,11 +221,20 @@ def test_a_run_that_ends_far_above_its_beginning_has_diverged(after, found, dive
 
 def test_a_divergence_that_would_not_be_noticed_is_remarked(composed):
     for policy, says in (("rollback", "heeds only steps"), ("stop", "has no effect")):
-        config = composed(f"runtime.on_divergence={policy}")
-        assert not [*remarks.of_divergence(config, is_comparable=True)]
-        (said,) = remarks.of_divergence(config, is_comparable=False)
-        assert said.startswith(f"runtime.on_divergence={policy} {says}")
-    assert not [*remarks.of_divergence(composed(), is_comparable=False)]
+        config = composed(f"runtime.on_divergence={policy}", "log.eval_points=3")
+        assert not [*remarks.of_divergence(config, is_comparable=True, is_known=True)]
+        for is_comparable, why in ((False, "cannot be compared"), (True, r"log.eval_points=3; 4")):
+            (said,) = remarks.of_divergence(config, is_comparable, is_known=False)
+            assert said.startswith(f"runtime.on_divergence={policy} {says}")
+            assert why in said
+    assert not [*remarks.of_divergence(composed(), is_comparable=False, is_known=False)]
+
+
+def test_few_eval_points_are_remarked_if_a_run_that_diverges_is_to_stop(quick):
+    for points, is_said in ((3, True), (4, False)):
+        options = [f"log.eval_points={points}", "runtime.on_divergence=stop", "schedule.steps=1"]
+        said = (quick(f"{points}", *options) / "train.log").read_text()
+        assert ("runtime.on_divergence=stop has no effect here" in said) is is_said
 
 
 def test_what_is_remarked_of_an_outcome_reaches_the_log(quick):

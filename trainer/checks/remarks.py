@@ -57,17 +57,23 @@ def of_rate(config: Config, size: int) -> list[str]:
     ]
 
 
-def of_divergence(config: Config, is_comparable: bool) -> Iterator[str]:
+def of_divergence(config: Config, is_comparable: bool, is_known: bool) -> Iterator[str]:
     """Warn if a divergence would not be noticed.  is_comparable: whether training losses can be
-    compared with evaluation's."""
+    compared with evaluation's; is_known: whether it has some of before the first step, of all
+    quarters of the timesteps."""
     policy = config.runtime.on_divergence
-    if policy == "warn" or is_comparable:
+    if policy == "warn" or (is_comparable and is_known):
         return
     effect = {"stop": "has no effect", "rollback": "heeds only steps that are not finite"}[policy]
-    yield (
-        f"runtime.on_divergence={policy} {effect} here: train/loss cannot be compared with an "
-        "eval/loss (loss.weighting=debiased, or a weight above 1)"
+    why = (
+        "there is no eval/loss from before the first step for all quarters of the timesteps "
+        f"(log.eval_points={config.log.eval_points}; 4 or more have them, unless a resumed run "
+        "measures something else)"
+        if is_comparable
+        else "train/loss cannot be compared with an eval/loss (loss.weighting=debiased, or a "
+        "weight above 1)"
     )
+    yield f"runtime.on_divergence={policy} {effect} here: {why}"
 
 
 def of_outcome(summary: Mapping[str, Any]) -> list[str]:

@@ -59,9 +59,6 @@ def assemble(
         log.info("resumed after step %d", resumed.step)
     trained = [*method.trained_parameters(model).values()]
     largest_weight = max(sample.loss_weight for sample in dataset.samples)
-    is_comparable = losses.is_bounded_by_evaluation(config, largest_weight)
-    for remark in remarks.of_divergence(config, is_comparable):
-        log.warning("%s", remark)
     state = State(
         config=config,
         folder=folder,
@@ -93,7 +90,7 @@ def assemble(
         ema=_average(config, model, resumed),
         peaks=peaks,
         planned_bytes=planned,
-        is_comparable=is_comparable,
+        is_comparable=losses.is_bounded_by_evaluation(config, largest_weight),
         stop=stop,
     )
     if resumed:
