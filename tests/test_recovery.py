@@ -159,6 +159,7 @@ def test_a_run_that_only_skips_steps_goes_back(quick, three_infinite):
     said = (folder / "train.log").read_text()
     assert "3 steps in a row without a finite loss and gradient; weights and optimizer" in said
     assert summary_of(folder)["skipped_steps"] == 3
+    assert "\nrollbacks   1, to a checkpoint (train.log says why)\n" in said
 
 
 def test_weights_that_are_not_finite_are_restored(quick, after_step):

@@ -80,7 +80,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
         "skipped": f"{skipped} of {summary['steps']} steps, without a finite loss and gradient"
         if skipped
         else None,
-        "rollbacks": f"{back}, because of divergence (see the warnings above)" if back else None,
+        "rollbacks": f"{back}, to a checkpoint (train.log says why)" if back else None,
         **places,
     }
     return "\n".join(f"{title:<12}{said}" for title, said in lines.items() if said)
