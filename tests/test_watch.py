@@ -14,6 +14,7 @@ from trainer.phases import micro_batches
 from trainer.reporting.clock import OptimizerClock
 from trainer.reporting.watch import Watch
 from trainer.run import begin, run
+from trainer.streams import Stream
 
 
 def watched(losses, norms=None, watch=None, expected=math.nan):
@@ -153,6 +154,25 @@ def test_the_weights_of_pictures_decide_whether_losses_are_compared(
     )
     state.losses_before.popitem()  # no point was in the last quarter
     assert not state.losses_are_relative
+
+
+def test_noise_that_evaluation_does_not_have_may_add_to_the_loss_from_the_first_step(
+    composed, tmp_path
+):
+    """Of a sound run: late losses are much smaller than the variance of an offset of 0.3."""
+    unusual = ("noise.pyramid=0.4", "noise.offset=0.3", "noise.input_perturbation=0.2")
+    state = begin(composed(*QUICK, *unusual), tmp_path)
+    quarters = ("000_250", "250_500", "500_750", "750_1000")
+    state.losses_before = {f"loss_t{edges}": 0.01 for edges in quarters}
+    expected = micro_batches.loss_before(state, micro_batches.of_step(state))
+    assert expected == pytest.approx(0.01 + 0.4**2 + 0.3**2 + 0.2**2)
+    # Coarse noise has at most that part of the variance.
+    for discount in (0.4, 0.8):
+        config = composed(f"noise.pyramid={discount}").noise
+        drawn = torch.stack([noise.draw(config, torch.zeros(4, 32, 32), 0, n, 0) for n in range(9)])
+        white = torch.stack([noise.normal((4, 32, 32), Stream.NOISE, 0, n, 0) for n in range(9)])
+        share = (drawn * white).mean() / white.square().mean()
+        assert 0 < 1 - share**2 <= noise.unforeseen(config)
 
 
 def test_a_report_has_the_mean_loss_and_the_largest_norm_since_the_one_before():

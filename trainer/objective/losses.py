@@ -100,8 +100,8 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
 
 def is_bounded_by_evaluation(config: Config, largest_weight: float) -> bool:
     """Whether the expected loss of a training step is at most about what `evaluate` measures for
-    the same model and timesteps: no factor is above 1.  (Offset noise, which `evaluate` has none
-    of, may double it.)
+    the same model and timesteps: no factor is above 1.  (Noise that is not white, which `evaluate`
+    has none of, may add `noise.unforeseen`.)
 
     largest_weight: of the trained samples.
     """

@@ -144,6 +144,14 @@ def perturbed(config: NoiseConfig, noise: Tensor, seed: int, number: int, place:
     return noise + config.input_perturbation * more
 
 
+def unforeseen(config: NoiseConfig) -> float:
+    """The variance of what white noise does not have: of coarse noise (at most), offset and input
+    perturbation.  A model trained without them takes it for part of the picture, so its squared
+    error is larger by at most about this."""
+    coarse = config.pyramid or 0.0  # of all, its levels are 1 - coarse^2, coarse^2 - coarse^4, ...
+    return coarse**2 + config.offset**2 + config.input_perturbation**2
+
+
 def normal(shape: tuple[int, ...], stream: Stream, seed: int, *counters: int) -> Tensor:
     """Standard normal draws for these counters: -> fp32 of this shape, on the CPU."""
     return torch.randn(shape, generator=rng.generator(seed, stream, *counters))

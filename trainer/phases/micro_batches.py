@@ -43,13 +43,13 @@ def loss_of(state: State, number: int) -> Tensor:
 
 
 def loss_before(state: State, drawn: list[MicroBatch]) -> float:
-    """The loss that evaluation found before the first step at the timesteps of these micro-batches;
-    NaN if training losses are not comparable with it."""
+    """The loss that evaluation found before the first step at the timesteps of these micro-batches,
+    and what their kind of noise may add; NaN if training losses are not comparable with it."""
     config = state.config
     if not state.losses_are_relative:
         return math.nan
     count = state.noise_schedule.config.num_train_timesteps
-    return sum(
+    return noise.unforeseen(config.noise) + sum(
         batch.share
         * losses.known(
             state.losses_before,
