@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, assert_same_weights, deterministic, rows, weights
+from helpers import QUICK, assert_same_weights, deterministic, poisoned_from, rows, weights
 from safetensors.torch import load_file
 
 from trainer.errors import UserError
@@ -205,6 +205,15 @@ def test_without_a_checkpoint_a_run_that_diverges_starts_again(composed, tmp_pat
     ruined(3)
     options = [*QUICK, *ROLLBACK, "runtime.save_every=0"]
     with pytest.raises(UserError, match="there is no checkpoint from before it: start again"):
+        run(composed(*options), tmp_path / "run")
+
+
+def test_after_the_last_rollback_steps_that_are_not_finite_end_the_run(
+    composed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(losses, "loss", poisoned_from(6))
+    options = [*QUICK, *ROLLBACK, "runtime.max_skipped_steps=1", "runtime.max_rollbacks=2"]
+    with pytest.raises(UserError, match=r"finite loss and gradient, after 2 rollbacks; lower"):
         run(composed(*options), tmp_path / "run")
 
 

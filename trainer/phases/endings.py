@@ -75,7 +75,8 @@ def give_up(state: State) -> NoReturn:
     """Raise the error of a hopeless run, or of one that diverges, and say what to resume from.
     Finite weights of a hopeless run are saved first, unless they already are or no step succeeded;
     older checkpoints, which may be better, are kept."""
-    guard = state.guard
+    guard, count = state.guard, state.guard.rollbacks
+    after = f", after {count} rollback{'s' * (count > 1)}" if count else ""
     if state.watch.diverged and not is_hopeless(state):
         raise UserError(
             f"step {state.step}: {diverges(state)}; lower optim.lr={state.config.optim.lr:g}. "
@@ -85,8 +86,8 @@ def give_up(state: State) -> NoReturn:
         others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
         since = f" since step {guard.last_update}" if guard.last_update else ""
         raise UserError(
-            f"{names[0]}{others} not finite{since}, so no later step can succeed; lower optim.lr. "
-            f"{way_back(state)}"
+            f"{names[0]}{others} not finite{since}{after}, so no later step can succeed; "
+            f"lower optim.lr. {way_back(state)}"
         )
     newest = completed(state.checkpoints)[-1:]
     saved = newest[0] if newest else None
@@ -98,7 +99,7 @@ def give_up(state: State) -> NoReturn:
             log.error("%s", error)
     raise UserError(
         f"{guard.in_a_row} step{'s in a row' if guard.in_a_row > 1 else ''} without a finite loss "
-        "and gradient; lower optim.lr, or check the model's VAE and the data "
+        f"and gradient{after}; lower optim.lr, or check the model's VAE and the data "
         f"(runtime.max_skipped_steps allows more). {way_back(state, saved)}"
     )
 

@@ -39,7 +39,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, which is of a whole step."""
+        """Go on from a checkpoint, which is of a whole step or of a return to one."""
         self.skipped, self.last_whole = state["skipped"], state["last_whole"]
         self.rollbacks = state.get("rollbacks", 0)  # of older versions: none
         self.last_update = self.last_whole
