@@ -127,6 +127,8 @@ def test_a_rollback_restores_all_but_the_step_and_resuming_from_it_gives_the_sam
 
     at = f"resume={whole}/checkpoints/step-{step:06d}"
     run(composed(*QUICK, *options, at), tmp_path / "rest")
+    said = (tmp_path / "rest/train.log").read_text()
+    assert "after 1 of 3 rollbacks: trains at 0.5 times the schedule's learning rate" in said
     assert_same_weights(weights(whole, 20), weights(tmp_path / "rest", 20))
     last = [
         [row for row in deterministic(folder) if row["step"] > step]

@@ -96,6 +96,10 @@ def assemble(
     if resumed:
         for name, counter in state.counters.items():
             counter.load_state_dict(resumed.counters[name])
+        if back := state.guard.rollbacks:
+            slowed, allowed = state.guard.lr_scale, config.runtime.max_rollbacks
+            message = "after %d of %d rollbacks: trains at %g times the schedule's learning rate"
+            log.info(message, back, allowed, slowed)
     return state
 
 
