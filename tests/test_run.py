@@ -75,7 +75,7 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(finished):
     assert written[0].keys() == {"step", "eval/loss", *quarters}
     assert written[0]["step"] == 0
     expected = {"loss", "lr", "grad_norm", "grad_norm_max", "update_ratio", "epoch"}
-    expected |= {"skipped_steps", "loss_spikes"}
+    expected |= {"skipped_steps", "loss_spikes", "rollbacks"}
     for row in written[1:5]:
         assert {key.removeprefix("train/") for key in row if key.startswith("train/")} == expected
         assert row["memory/optimizer_state_bytes"] == 8 * 2_743_620 + 330 * 16

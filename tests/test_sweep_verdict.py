@@ -45,17 +45,18 @@ def test_the_least_memory_and_time_are_told_with_those_of_the_best():
     )
 
 
-def test_runs_that_failed_diverged_or_skipped_steps_are_counted_at_all_rates():
+def test_runs_that_failed_diverged_went_back_or_skipped_steps_are_counted_at_all_rates():
     lines = said(
         run("a", 1.0),
         run("a", 9.0, lr=1.0, diverged=True),
         run("a", None, lr=2.0, error="no"),
         run("b", 2.0, skipped_steps=3),
-        run("c", 3.0),
+        run("c", 3.0, rollbacks=2),
+        run("d", 4.0),
     )
     assert lines["stability"] == (
         "stability: not all runs went well of `optim=a` (of 3 runs 1 failed, 1 diverged), "
-        "`optim=b` (of 1 runs 1 with skipped steps)"
+        "`optim=b` (of 1 runs 1 with skipped steps), `optim=c` (of 1 runs 1 with rollbacks)"
     )
     assert said(run("a", 1.0), run("b", 2.0))["stability"] == (
         "stability: every run ended well; none diverged or skipped a step"
