@@ -24,6 +24,7 @@ Where things live; a folder imports only from those below it:
     config/    the schema: a dataclass for each choice of each group in conf/
     streams    random streams, one for each kind of draw
     errors     errors that the user can fix
+    wording    parts of messages: counts with their nouns, lists of names
 """
 
 import logging

@@ -20,10 +20,11 @@ from trainer.config import Config
 from trainer.data import Store, dataset, findings
 from trainer.data.survey import all_sources, survey
 from trainer.drawing import pictures
-from trainer.errors import UserError, plural, some
+from trainer.errors import UserError
 from trainer.reporting import report
 from trainer.storage.claim import config_in
 from trainer.training import schedule
+from trainer.wording import plural, some
 
 if TYPE_CHECKING:
     from trainer.models.model import Model

@@ -16,7 +16,6 @@ import torch
 from trainer.checks import remarks
 from trainer.config import Config, keys_of
 from trainer.errors import UserError
-from trainer.objective import losses
 from trainer.phases import endings, evaluation, intervals, recovery, saving, stepping
 from trainer.phases.assembly import assemble
 from trainer.phases.state import State
@@ -105,8 +104,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
     if state.is_last:
         endings.nothing_to_train(state)
     processes.from_main(state.losses_before)  # by which all judge the run
-    is_known = losses.knows_all(state.losses_before)
-    for remark in remarks.of_divergence(config, state.is_comparable, is_known):
+    for remark in remarks.of_divergence(config, state.is_comparable, state.losses_are_relative):
         log.warning("%s", remark)
     progress = console.Progress(state.step, config.schedule.steps)
 

@@ -57,12 +57,12 @@ def of_rate(config: Config, size: int) -> list[str]:
     ]
 
 
-def of_divergence(config: Config, is_comparable: bool, is_known: bool) -> Iterator[str]:
+def of_divergence(config: Config, is_comparable: bool, is_judged: bool) -> Iterator[str]:
     """Warn if a divergence would not be noticed.  is_comparable: whether training losses can be
-    compared with evaluation's; is_known: whether it has some of before the first step, of all
-    quarters of the timesteps."""
+    compared with evaluation's; is_judged: whether they are, since it also has some from before the
+    first step, of all quarters of the timesteps."""
     policy = config.runtime.on_divergence
-    if policy == "warn" or (is_comparable and is_known):
+    if policy == "warn" or is_judged:
         return
     effect = {"stop": "has no effect", "rollback": "heeds only steps that are not finite"}[policy]
     why = (

@@ -15,8 +15,8 @@ from trainer.data.holdout import holdout
 from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
 from trainer.data.survey import UsablePicture, survey
-from trainer.errors import some
 from trainer.streams import Stream
+from trainer.wording import some
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from trainer.config import DataConfig
 from trainer.data import captions
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, UsablePicture, all_sources, endings
-from trainer.errors import UserError, plural, some
+from trainer.errors import UserError
+from trainer.wording import plural, some
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError, plural
+from trainer.errors import UserError
 from trainer.export import models
 from trainer.export.request import Request
 from trainer.formats import metadata, stream, writing
@@ -21,6 +21,7 @@ from trainer.formats.adapters import Adapter, Adapters
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
 from trainer.models.origin import Architecture, Origin
+from trainer.wording import plural
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import UserError, plural
+from trainer.errors import UserError
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
 from trainer.formats.adapters import Adapter, Adapters, OtherModel, of_models
 from trainer.formats.proof import NotProved
 from trainer.formats.weights import Weights, of_file, of_tensors
 from trainer.system import disk
+from trainer.wording import plural
 
 log = logging.getLogger(__name__)
 

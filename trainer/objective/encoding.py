@@ -15,11 +15,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from trainer.data import Dataset, Entries, Entry, Pick, Store, free_rows
-from trainer.errors import some
 from trainer.models import text
 from trainer.models.model import Model
 from trainer.models.text import Text
 from trainer.objective.batches import Inputs
+from trainer.wording import some
 
 log = logging.getLogger(__name__)
 

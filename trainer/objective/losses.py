@@ -133,14 +133,14 @@ def evaluate(
     return {"loss": total / elements} | {name: x / size for name, x, size in named if size}
 
 
-def known(found: Mapping[str, float], timesteps: Tensor, count: int) -> float:
+def at_timesteps(found: Mapping[str, float], timesteps: Tensor, count: int) -> float:
     """The mean loss of samples with these timesteps, of `count`, as `evaluate` found it in their
     quarters."""
     of_part = [found[name] for name in _parts(count)]
     return fmean(of_part[timestep * _PARTS // count] for timestep in timesteps.tolist())
 
 
-def knows_all(found: Mapping[str, float]) -> bool:
+def cover_all_timesteps(found: Mapping[str, float]) -> bool:
     """Whether `evaluate` had points in all quarters of the timesteps."""
     return sum(name.startswith("loss_t") for name in found) == _PARTS
 

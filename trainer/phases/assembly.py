@@ -23,7 +23,7 @@ from trainer.storage import checkpoint, result, resuming
 from trainer.system import memory, processes
 from trainer.training import gradients, method, optimizers, schedule
 from trainer.training.ema import Ema
-from trainer.training.guard import Guard
+from trainer.training.guard import Guard, slowed
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,8 @@ def assemble(
         for name, counter in state.counters.items():
             counter.load_state_dict(resumed.counters[name])
         if back := state.guard.rollbacks:
-            slowed, allowed = state.guard.lr_scale, config.runtime.max_rollbacks
             message = "after %d of %d rollbacks: trains at %g times the schedule's learning rate"
-            log.info(message, back, allowed, slowed)
+            log.info(message, back, config.runtime.max_rollbacks, state.guard.lr_scale)
     return state
 
 
@@ -121,10 +120,9 @@ def _log_other_rate(config: Config, resumed: checkpoint.Checkpoint) -> None:
     if resumed.step >= config.schedule.steps:
         return
     before = schedule.of_saved(resumed.config["schedule"], config.schedule)
-    slowed = Guard(0)
-    slowed.load_state_dict(resumed.counters["guard"])
-    was = resumed.config["optim"]["lr"] * schedule.lr_scale(before, resumed.step) * slowed.lr_scale
-    now = config.optim.lr * schedule.lr_scale(config.schedule, resumed.step) * slowed.lr_scale
+    scale = slowed(resumed.counters["guard"].get("rollbacks", 0))
+    was = resumed.config["optim"]["lr"] * schedule.lr_scale(before, resumed.step) * scale
+    now = config.optim.lr * schedule.lr_scale(config.schedule, resumed.step) * scale
     if not math.isclose(was, now, rel_tol=1e-6):
         log.warning(
             "the learning rate goes on at %.4g, in a schedule of %d steps; the checkpoint's, of %d "

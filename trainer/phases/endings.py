@@ -15,6 +15,7 @@ from trainer.storage.steps import completed, step_of
 from trainer.system import processes, signals
 from trainer.training import method
 from trainer.training.guard import broken
+from trainer.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,7 @@ def give_up(state: State) -> NoReturn:
     """Raise the error of a hopeless run, or of one that diverges, and say what to resume from.
     Finite weights of a hopeless run are saved first, unless they already are or no step succeeded;
     older checkpoints, which may be better, are kept."""
-    guard, count = state.guard, state.guard.rollbacks
-    after = f", after {count} rollback{'s' * (count > 1)}" if count else ""
+    guard, after = state.guard, _after_rollbacks(state)
     if state.watch.diverged and not is_hopeless(state):
         raise UserError(
             f"step {state.step}: {diverges(state)}; lower optim.lr={state.config.optim.lr:g}. "
@@ -98,17 +98,26 @@ def give_up(state: State) -> NoReturn:
         except UserError as error:
             log.error("%s", error)
     raise UserError(
-        f"{guard.in_a_row} step{'s in a row' if guard.in_a_row > 1 else ''} without a finite loss "
-        f"and gradient{after}; lower optim.lr, or check the model's VAE and the data "
+        f"{only_skips(state)}{after}; lower optim.lr, or check the model's VAE and the data "
         f"(runtime.max_skipped_steps allows more). {way_back(state, saved)}"
     )
 
 
+def only_skips(state: State) -> str:
+    """How many of its last steps were skipped, and why."""
+    count = state.guard.in_a_row
+    return f"{count} step{'s in a row' * (count > 1)} without a finite loss and gradient"
+
+
 def diverges(state: State) -> str:
     """What shows that the run diverges, and how often it went back before."""
-    count, found = state.guard.rollbacks, state.watch.divergence()
-    again = f" again, after {count} rollback{'s' * (count > 1)}" if count else ""
-    return f"{found}: the run diverges{again}"
+    after = _after_rollbacks(state)
+    return f"{state.watch.divergence()}: the run diverges{' again' * bool(after)}{after}"
+
+
+def _after_rollbacks(state: State) -> str:
+    count = state.guard.rollbacks
+    return f", after {plural(count, 'rollback')}" if count else ""
 
 
 def way_back(state: State, saved: Path | None = None) -> str:

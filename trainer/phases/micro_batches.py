@@ -51,7 +51,7 @@ def loss_before(state: State, drawn: list[MicroBatch]) -> float:
     count = state.noise_schedule.config.num_train_timesteps
     return noise.unforeseen(config.noise) + sum(
         batch.share
-        * losses.known(
+        * losses.at_timesteps(
             state.losses_before,
             noise.timesteps(config.noise, count, config.seed, batch.number, len(batch.rows)),
             count,

@@ -25,9 +25,8 @@ def goes_on(state: State) -> bool:
     processes find the same."""
     policy, step = state.config.runtime.on_divergence, state.step
     if endings.is_hopeless(state):
-        count = state.guard.in_a_row
-        why = f"{count} step{'s in a row' * (count > 1)} without a finite loss and gradient"
-        return policy == "rollback" and _went_back(state, state.guard.last_whole - 1, why)
+        last, why = state.guard.last_whole - 1, endings.only_skips(state)
+        return policy == "rollback" and _went_back(state, last, why)
     found = state.watch.divergence() if state.losses_are_relative else None
     if not found or (policy == "warn" and state.watch.diverged):  # which has been said
         return True
@@ -58,7 +57,7 @@ def _went_back(state: State, last: int, why: str) -> bool:
     processes.meet()  # all have read it, so that the main one may delete it
     state.watch.go_back(counters["watch"])
     state.backward.clip.load_state_dict(counters["clip"])
-    state.guard.went_back(state.step)
+    state.guard.go_back(state.step)
     log.warning(
         "step %d: %s; weights and optimizer are those of %s again, and the next batches are "
         "trained at %g times the schedule's learning rate (rollback %d of %d)",
@@ -72,6 +71,7 @@ def _went_back(state: State, last: int, why: str) -> bool:
 
 
 def _place_to_go_back_to(state: State, last: int) -> Path | None:
+    """The newest checkpoint that `_went_back` may use; it was read to its end."""
     for folder in reversed(completed(state.checkpoints)):
         if step_of(folder) > last:
             continue

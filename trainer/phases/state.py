@@ -99,7 +99,7 @@ class State:
     def losses_are_relative(self) -> bool:
         """Whether a step's loss is judged by what evaluation found at its timesteps before the
         first step: it knows all quarters of them, and the two are comparable."""
-        return self.is_comparable and losses.knows_all(self.losses_before)
+        return self.is_comparable and losses.cover_all_timesteps(self.losses_before)
 
     @property
     def eval_loss_before(self) -> float:

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import plural
 from trainer.reporting.metrics import as_json
 from trainer.system import disk
+from trainer.wording import plural
 
 _RESULT_STEP = "result_of_step"  # for a failed run, whose `steps` may differ
 # What a run that is resumed at its end, and makes no step, cannot measure again.

@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 _SLOWER = 0.5  # learning rate after a rollback, relative to the one before
 
 
+def slowed(rollbacks: int) -> float:
+    """What the schedule's learning rate is multiplied by after so many rollbacks."""
+    return _SLOWER**rollbacks
+
+
 class Guard:
     """Counts skipped steps, stops a run that only skips, and slows one that went back.
 
@@ -44,14 +49,14 @@ class Guard:
         self.rollbacks = state.get("rollbacks", 0)  # of older versions: none
         self.last_update = self.last_whole
 
-    def went_back(self, step: int) -> None:
+    def go_back(self, step: int) -> None:
         """Count a return to a checkpoint after step `step`; the weights are good again."""
         self.rollbacks, self.in_a_row, self.last_update = self.rollbacks + 1, 0, step
 
     @property
     def lr_scale(self) -> float:
         """What the schedule's learning rate is multiplied by."""
-        return _SLOWER**self.rollbacks
+        return slowed(self.rollbacks)
 
     def accepts(self, step: int, outcome: Outcome) -> bool:
         """Whether this step may update the weights, or finish updating them."""
