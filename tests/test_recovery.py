@@ -170,7 +170,9 @@ def test_weights_that_are_not_finite_are_restored(quick, after_step):
             next(iter(method.trained_parameters(state.model).values())).data.fill_(math.nan)
 
     after_step(ruin)
-    assert went_back(quick("run", *ROLLBACK, "schedule.steps=8")) == [(6, 4)]
+    folder = quick("run", *ROLLBACK, "schedule.steps=8")
+    assert went_back(folder) == [(6, 4)]
+    assert "weight is not finite since step 5; weights and" in (folder / "train.log").read_text()
 
 
 def test_after_the_last_rollback_a_run_stops_and_names_a_checkpoint(composed, tmp_path, ruined):

@@ -10,9 +10,11 @@ def test_runs_that_diverged_or_made_the_model_worse_are_told():
     runs = held_out(a=(0.9, 0.9), b=(7.0, 7.0))
     assert "diverged" not in sweep_table(runs[:1])
     assert "worse than" not in sweep_table(runs[:1])
+    assert "- rollbacks: " not in sweep_table(runs)
     runs[1] |= {"diverged": True, "rollbacks": 3}
     text = sweep_table(runs)
     assert column(text, "run", "rollbacks") == {"optim=a": "", "optim=b": "3"}
+    assert "- rollbacks: how often a run went back to a checkpoint, " in text
     assert column(text, "run", "diverged") == {"optim=a": "", "optim=b": "1"}
     assert "first step, by eval: optim=b (1.0000, then 7.0000); lower their rates" in text
 

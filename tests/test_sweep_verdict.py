@@ -55,8 +55,8 @@ def test_runs_that_failed_diverged_went_back_or_skipped_steps_are_counted_at_all
         run("d", 4.0),
     )
     assert lines["stability"] == (
-        "stability: not all runs went well of `optim=a` (of 3 runs 1 failed, 1 diverged), "
-        "`optim=b` (of 1 runs 1 with skipped steps), `optim=c` (of 1 runs 1 with rollbacks)"
+        "stability: not all runs went well of `optim=a` (of 3 runs: 1 failed, 1 diverged), "
+        "`optim=b` (of 1 run: 1 with skipped steps), `optim=c` (of 1 run: 1 with rollbacks)"
     )
     assert said(run("a", 1.0), run("b", 2.0))["stability"] == (
         "stability: every run ended well; none diverged or skipped a step"

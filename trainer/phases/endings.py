@@ -82,12 +82,9 @@ def give_up(state: State) -> NoReturn:
             f"step {state.step}: {diverges(state)}; lower optim.lr={state.config.optim.lr:g}. "
             f"{way_back(state)}"
         )
-    if names := broken(method.trained_parameters(state.model)):
-        others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
-        since = f" since step {guard.last_update}" if guard.last_update else ""
+    if weights := _broken_weights(state):
         raise UserError(
-            f"{names[0]}{others} not finite{since}{after}, so no later step can succeed; "
-            f"lower optim.lr. {way_back(state)}"
+            f"{weights}{after}, so no later step can succeed; lower optim.lr. {way_back(state)}"
         )
     newest = completed(state.checkpoints)[-1:]
     saved = newest[0] if newest else None
@@ -98,12 +95,27 @@ def give_up(state: State) -> NoReturn:
         except UserError as error:
             log.error("%s", error)
     raise UserError(
-        f"{only_skips(state)}{after}; lower optim.lr, or check the model's VAE and the data "
+        f"{_only_skips(state)}{after}; lower optim.lr, or check the model's VAE and the data "
         f"(runtime.max_skipped_steps allows more). {way_back(state, saved)}"
     )
 
 
-def only_skips(state: State) -> str:
+def why_hopeless(state: State) -> str:
+    """What makes every later step fail: weights, or else steps, that are not finite."""
+    return _broken_weights(state) or _only_skips(state)
+
+
+def _broken_weights(state: State) -> str | None:
+    """Which trained weights are not finite, and since when; None if all are."""
+    names = broken(method.trained_parameters(state.model))
+    if not names:
+        return None
+    others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
+    last = state.guard.last_update
+    return f"{names[0]}{others} not finite{f' since step {last}' if last else ''}"
+
+
+def _only_skips(state: State) -> str:
     """How many of its last steps were skipped, and why."""
     count = state.guard.in_a_row
     return f"{count} step{'s in a row' * (count > 1)} without a finite loss and gradient"

@@ -25,7 +25,7 @@ def goes_on(state: State) -> bool:
     processes find the same."""
     policy, step = state.config.runtime.on_divergence, state.step
     if endings.is_hopeless(state):
-        last, why = state.guard.last_whole - 1, endings.only_skips(state)
+        last, why = state.guard.last_whole - 1, endings.why_hopeless(state)
         return policy == "rollback" and _went_back(state, last, why)
     found = state.watch.divergence() if state.losses_are_relative else None
     if not found or (policy == "warn" and state.watch.diverged):  # which has been said

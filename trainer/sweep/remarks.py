@@ -40,6 +40,11 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
     yield from _of_picked(comparison)
     yield from _of_seeds(_best_of_each(comparison))
     yield from _of_ties(groups)
+    if any(run.get("rollbacks") for run in runs):
+        yield (
+            "rollbacks: how often a run went back to a checkpoint, after which its rate is half of "
+            "what it was; lr is the one before the first"
+        )
     yield from _of_devices(runs)
     yield from _of_speed(comparison)
     yield from _of_steps(comparison)

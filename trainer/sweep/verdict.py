@@ -10,6 +10,7 @@ from trainer.reporting.measure import ended_well
 from trainer.reporting.report import format_bytes
 from trainer.sweep import markdown, paired
 from trainer.sweep.runs import Comparison, Group
+from trainer.wording import plural
 
 _ALIKE = 1.1  # slowest / fastest, below which speeds are not told apart
 _NAMED = 4  # of more the others are counted
@@ -96,7 +97,7 @@ def _of_stability(tried: Mapping[str, Sequence[Group]]) -> str:
         }
         told = [f"{count} {what}" for what, count in counts.items() if count]
         if told:
-            unwell.append(f"`{name}` (of {len(runs)} runs {', '.join(told)})")
+            unwell.append(f"`{name}` (of {plural(len(runs), 'run')}: {', '.join(told)})")
     if not unwell:
         return "stability: every run ended well; none diverged or skipped a step"
     return f"stability: not all runs went well of {markdown.first(unwell, _NAMED)}"
