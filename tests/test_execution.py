@@ -201,7 +201,7 @@ def test_running_out_of_memory_is_one_line_with_what_helps(composed, kind):
     for remedy in (
         *("runtime.fused_backward=true", "model.dtype=bfloat16", "gradient_checkpointing=true"),
         *(
-            "data.batch_size=1 runtime.accumulation=16",
+            "data.batch_size=8 runtime.accumulation=2",
             "method.ema.device=cpu",
             "optim=adafactor8bit",
         ),

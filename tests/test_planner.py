@@ -193,7 +193,7 @@ EVERY_REMEDY = [
         ("runtime.fused_backward=true", "method.clip=exact"),
         ("model.dtype=bfloat16",),
         ("runtime.gradient_checkpointing=true",),
-        ("data.batch_size=1", "runtime.accumulation=16"),
+        *((f"data.batch_size={16 // n}", f"runtime.accumulation={n}") for n in (2, 4, 8, 16)),
         ("optim=adamw8bit",),
         ("optim=adafactor8bit",),
         ("method=lora",),
@@ -209,6 +209,18 @@ def test_every_remedy_is_accepted(composed, optimizer, others):
     assert len(found) > 3
     for remedy in found:
         composed(*_with(overrides, remedy.overrides))
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("data.batch_size=12 runtime.accumulation=3", "data.batch_size=6 runtime.accumulation=6"),
+        ("data.batch_size=9", "data.batch_size=3 runtime.accumulation=3"),
+        ("data.batch_size=7", "data.batch_size=1 runtime.accumulation=7"),
+    ],
+)
+def test_smaller_batches_make_the_same_steps(composed, given, remedy):
+    assert remedy in [" ".join(r.overrides) for r in remedies.of(composed(*given.split()))]
 
 
 def test_what_is_switched_on_is_no_remedy(composed):

@@ -71,11 +71,12 @@ def _all(config: Config) -> Iterator[Remedy]:
             what="which halves the text encoders",
             in_steps=False,
         )
-    if data.batch_size > 1:
-        samples = data.batch_size * runtime.accumulation
+    if (size := data.batch_size) > 1:
+        parts = next(n for n in range(2, size + 1) if size % n == 0)
+        accumulation = runtime.accumulation * parts
         yield Remedy(
-            overrides=("data.batch_size=1", f"runtime.accumulation={samples}"),
-            what="which processes a step's pictures one at a time",
+            overrides=(f"data.batch_size={size // parts}", f"runtime.accumulation={accumulation}"),
+            what="which processes fewer pictures at a time",
         )
     if smaller := _SMALLER.get(config.optim.name):
         yield Remedy(overrides=(f"optim={smaller}",), what="which has a smaller state")
