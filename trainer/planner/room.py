@@ -20,7 +20,7 @@ class Room:
 
 def card(gib: float) -> Room:
     """A GPU of this many GiB, less CUDA's context."""
-    return Room(free_bytes=round(gib * (1 << 30)) - _CONTEXT, where=f"a card of {gib:g} GB")
+    return Room(free_bytes=max(round(gib * (1 << 30)) - _CONTEXT, 0), where=f"a card of {gib:g} GB")
 
 
 def room_of(device: torch.device) -> Room:
