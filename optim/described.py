@@ -49,9 +49,7 @@ def signature(init: Callable[..., Any], defaults: dict[str, Any]) -> Signature:
 
 def documentation(cls: type) -> str:
     """A class's docstring whose Args are all arguments of its signature, with their defaults."""
-    described = _paragraphs(Features.__doc__ or "")
-    for base in reversed(cls.__mro__):
-        described |= _arguments(base.__doc__ or "")
+    described = arguments(cls)
     lines = ["Args:"]
     for name, argument in inspect.signature(cls).parameters.items():
         words = [f"{name}:", described.get(name, "")]
@@ -72,6 +70,14 @@ def documentation(cls: type) -> str:
         place = starts.index("Source") if "Source" in starts else len(sections)
         sections.insert(place, "\n".join(lines))
     return "\n\n".join(sections) + "\n"
+
+
+def arguments(cls: type) -> dict[str, str]:
+    """What each argument of a class means, by name."""
+    found = _paragraphs(Features.__doc__ or "")
+    for base in reversed(cls.__mro__):
+        found |= _arguments(base.__doc__ or "")
+    return found
 
 
 def _arguments(doc: str) -> dict[str, str]:

@@ -268,6 +268,11 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
+def allowed(name: str, default: Any) -> str:
+    """Which values an option with this default may have, in words."""
+    return _check_of(name, default)[1]
+
+
 def _check_of(name: str, default: Any) -> tuple[Callable[[Any], bool], str]:
     """The check of this option's values, and its description."""
     if name not in _ALLOWED_TUPLE:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer import config
 from trainer.checks.validate import to_dataclasses
-from trainer.cli import arguments, command, compose, help
+from trainer.cli import arguments, command, compose, help, topics
 from trainer.cli.explain import explain
 from trainer.errors import UserError
 from trainer.models import execution
@@ -111,11 +111,12 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
 def main() -> None:
     """Run Hydra's command line; a user's mistake becomes one line and status 2."""
     _runs_begun.clear()
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help.page())
-        return
-    compose.register()
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
     try:
+        if {"--help", "-h"} & {*sys.argv[1:]}:
+            print(topics.about(words) if words else help.page())
+            return
+        compose.register()
         sys.argv[1:] = arguments.prepared(sys.argv[1:])
     except UserError as error:
         command.fail(str(error))

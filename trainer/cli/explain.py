@@ -116,7 +116,7 @@ def _wrong_value(match: re.Match[str], arguments: list[str]) -> str:
     if "is not a ListConfig" in reason:
         value = given[-1] if given else "..."
         return f"{key} is a list; write {_shell_quoted(f'{key}=[{value}]')}"
-    return f"{key}: {reason[:1].lower()}{reason[1:]}; `--cfg job` shows its present value"
+    return f"{key}: {reason[:1].lower()}{reason[1:]}; `--help {key}` explains it"
 
 
 def _no_whole_number(match: re.Match[str], arguments: list[str]) -> str | None:

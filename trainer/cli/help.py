@@ -1,7 +1,5 @@
 """The text of `python -m trainer --help`."""
 
-import optim
-from trainer import config
 from trainer.config import choices_of, group_names
 
 _HELP = """\
@@ -35,11 +33,11 @@ Options to set first:
 
 Choices (group=choice; several experiments as experiment=[low_memory,smoke]):
 {groups}
-To print all options (key=value) of these choices with their values, add `--cfg job`, or
-`--cfg job --package optim` for one group.  Options are explained in
-  {schema}
-and those of optimizers in the docstrings of
-  {optimizers}
+To explain a group, a choice or an option, and to print all options with their values:
+  python -m trainer --help data
+  python -m trainer --help optim=prodigy_factored
+  python -m trainer --help experiment=sdxl schedule.steps runtime.on_divergence
+  python -m trainer --cfg job
 A run writes its checkpoints, pictures, metrics.jsonl and the trained model to runs/DATE/TIME-NAME.
 """
 
@@ -47,5 +45,4 @@ A run writes its checkpoints, pictures, metrics.jsonl and the trained model to r
 def page() -> str:
     """The text of `--help`.  Hydra's own would take seconds."""
     groups = "".join(f"  {group:<11}{', '.join(choices_of(group))}\n" for group in group_names())
-    schema, optimizers = config.__path__[0], optim.__path__[0]
-    return _HELP.format(groups=groups, schema=schema, optimizers=optimizers)
+    return _HELP.format(groups=groups)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from optim.options import nearest, unknown
 from trainer.cli.choices import group_choices, options_by_choice, valid_keys
 from trainer.config import group_names
+from trainer.wording import some
 
 # What other trainers (diffusers' scripts, kohya's) call our options.
 _NAMES_ELSEWHERE = {
@@ -148,6 +149,18 @@ def _of_another_choice(wrong: _WrongKey) -> str | None:
     return None
 
 
+def _of_other_groups(wrong: _WrongKey) -> str | None:
+    """For a key without its group, which other choices have such an option."""
+    if wrong.owner or wrong.key in group_names():
+        return None
+    having = {
+        f"{group}.{wrong.key}": _choices_with(f"{group}.{wrong.key}", wrong.choices)
+        for group in group_names()
+    }
+    told = [f"{key} with {some(choices)}" for key, choices in having.items() if choices]
+    return f"there is no option {wrong.key!r} here; there is {' and '.join(told)}" if told else None
+
+
 def _mistyped_option(wrong: _WrongKey) -> str | None:
     if not wrong.siblings:
         return None
@@ -173,6 +186,7 @@ _REASONS: tuple[Callable[[_WrongKey], str | None], ...] = (
     _of_a_class,
     lambda wrong: _those_called(wrong.name, wrong),
     _of_another_choice,
+    _of_other_groups,
     _mistyped_option,
     _mistyped_key,
 )

@@ -10,7 +10,7 @@ are in `conf/`, except those of an item in a list.  None passes if the type allo
 
 import math
 import re
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, Field, field, fields
 from fractions import Fraction
 from typing import Any
 
@@ -61,6 +61,13 @@ def complaint(node: Any, prefix: str) -> str | None:
                 which = f": {item}" if isinstance(value, list) else ""
                 return f"{key}={value}{which} is out of range; it must be {_between(*bounds)}"
     return None
+
+
+def allowed(option: Field[Any]) -> str:
+    """Which values a field allows, in words; "" for those without bounds."""
+    if choices := option.metadata.get("choices"):
+        return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+    return _between(*option.metadata["range"]) if "range" in option.metadata else ""
 
 
 def _is_interval(every: Interval) -> bool:

@@ -10,10 +10,10 @@ from trainer.config.fields import TINY, one_of, within
 class LossConfig:
     """What every loss has."""
 
-    # By the signal-to-noise ratio of a sample's timestep.
+    #: How much a sample counts, by the signal-to-noise ratio of its timestep.
     weighting: str = one_of("none", "min_snr", "debiased")
-    gamma: float = within(TINY)  # for min_snr: the ratio above which a timestep counts less
-    # Weight of the error outside a picture's mask; pictures without a mask count fully.
+    gamma: float = within(TINY)  #: for min_snr: the ratio above which a timestep counts less
+    #: Weight of the error outside a picture's mask; pictures without a mask count fully.
     unmasked_weight: float = within(0, 1)
 
 
@@ -29,7 +29,7 @@ class HuberConfig(LossConfig):
     """Half the squared error below delta, linear above."""
 
     name: str = "huber"
-    # The error above which it is linear; with a schedule, its value at pure noise.
+    #: The error above which it is linear; with a schedule, its value at pure noise.
     delta: float = within(TINY)
-    # How delta rises to 1 with less noise: by the timestep, or by the signal-to-noise ratio.
+    #: How delta rises to 1 with less noise: by the timestep, or by the signal-to-noise ratio.
     schedule: str = one_of("constant", "exponential", "snr")

@@ -18,16 +18,16 @@ class ExternalConfig:
     """Any torch optimizer, by dotted path."""
 
     name: str = "external"
-    class_path: str  # for example torch.optim.RAdam
-    lr: float
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the class
+    class_path: str  #: of its class, for example torch.optim.RAdam
+    lr: float  #: learning rate
+    options: dict[str, Any] = field(default_factory=dict)  #: further arguments of the class
 
 
 @dataclass(kw_only=True)
 class PeerConfig(ExternalConfig):
     """An optimizer of another package, with options that make it comparable."""
 
-    package: str  # what pip installs; the run records its version
+    package: str  #: what pip installs; the run records its version
 
 
 def peer_schema(choice: str) -> type:

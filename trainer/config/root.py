@@ -23,9 +23,9 @@ from trainer.config.schedule import (
 
 @dataclass(kw_only=True)
 class Config:
-    seed: int = within(0, 2**64 - 1)
-    name: str  # of the run, in its folder and in W&B
-    resume: str | None  # a checkpoint folder, a run folder, or latest
+    seed: int = within(0, 2**64 - 1)  #: of batches, noise, timesteps, dropout and rounding
+    name: str  #: of the run, in its folder and in W&B
+    resume: str | None  #: a checkpoint folder, a run folder, or latest
     model: ModelConfig
     data: DataConfig
     method: Any  # FullConfig | LoraConfig

@@ -11,10 +11,11 @@ class ConstantConfig:
     it."""
 
     name: str = "constant"
-    steps: int = within(1)
-    # Length in epochs; overrides steps.
+    steps: int = within(1)  #: length of the run in optimizer steps
+    #: Length in epochs; overrides steps.
     epochs: float | None = within(TINY, HUGE)
-    warmup_steps: int | None = within(0)  # null: 20, or a tenth of a run of less than 200
+    #: In which the rate rises to its peak; null: 20, or a tenth of a run of less than 200.
+    warmup_steps: int | None = within(0)
 
 
 @dataclass(kw_only=True)
@@ -22,8 +23,8 @@ class LinearConfig(ConstantConfig):
     """Warm up, hold, then decay in a straight line."""
 
     name: str = "linear"
-    hold: float = within(0, 1)  # share of the run before the decay begins
-    final_scale: float = within(0, 1)  # share of the peak that the rate decays to
+    hold: float = within(0, 1)  #: share of the run before the decay begins
+    final_scale: float = within(0, 1)  #: share of the peak that the rate decays to
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,7 @@ class PolynomialConfig(LinearConfig):
     """Warm up, hold, then decay as a power of the remaining share of the decay."""
 
     name: str = "polynomial"
-    power: float = within(1e-3, 100)  # 1: linear; above 1: fast at first
+    power: float = within(1e-3, 100)  #: 1: linear; above 1: fast at first
 
 
 @dataclass(kw_only=True)
@@ -46,7 +47,7 @@ class CosineRestartsConfig(LinearConfig):
     """Warm up, hold, then decay along half a cosine several times, each time from the peak."""
 
     name: str = "cosine_restarts"
-    cycles: int = within(1)
+    cycles: int = within(1)  #: falls of the rate
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,6 @@ class WsdConfig(ConstantConfig):
     """Warm up, stay, then decay at the end (warmup-stable-decay)."""
 
     name: str = "wsd"
-    decay: float = within(0, 1)  # share of the run used for the decay
-    shape: str = one_of("linear", "cosine", "sqrt")
-    final_scale: float = within(0, 1)  # share of the peak that the rate decays to
+    decay: float = within(0, 1)  #: share of the run used for the decay
+    shape: str = one_of("linear", "cosine", "sqrt")  #: of the decay
+    final_scale: float = within(0, 1)  #: share of the peak that the rate decays to
