@@ -1,7 +1,8 @@
 """`python -m trainer.export SOURCE TARGET`: convert a model or a LoRA to another format.
 
 A model becomes a diffusers folder or a single file, a LoRA a file in kohya's or diffusers' format;
-with --merge, a LoRA and its base model become one model.  The result is read back and compared
+with --merge, a LoRA and its base model become one model; with --extract, a fine-tuned model becomes
+a LoRA of its base; with --rank, a LoRA becomes a smaller one.  The result is read back and compared
 before it gets its name.
 """
 
@@ -24,6 +25,8 @@ Examples:
   python -m trainer.export cats-diffusers.safetensors cats.safetensors --format kohya
   python -m trainer.export cats.safetensors merged --base sd_xl_base_1.0.safetensors --merge
   python -m trainer.export runs/2026-01-01/12-00-00-cats merged --merge
+  python -m trainer.export runs/2026-01-01/12-00-00-cats cats.safetensors --extract
+  python -m trainer.export cats.safetensors small.safetensors --rank 8
 Exit status: 0, the target is written and verified; 1, an internal error; 2, the command, the source
 or the target is wrong, and nothing is written; 130, stopped by Ctrl-C.
 """
@@ -48,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             variant=options.variant,
             merge=options.merge,
             scale=options.scale,
+            extract=options.extract,
+            rank=options.rank,
         )
         convert(request)
     except (UserError, OSError) as error:
@@ -73,18 +78,20 @@ def _parser() -> argparse.ArgumentParser:
         choices=["diffusers", "single_file", "kohya"],
         help="as in method.export; for a model: diffusers (a folder) or single_file (default: by "
         "TARGET's suffix, .safetensors is a file); for a LoRA: kohya or diffusers (default: the "
-        "other format than SOURCE's; for a run, kohya)",
+        "other format than SOURCE's; for a run, or extracted, kohya; resized, the same)",
     )
     parser.add_argument(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="dtype to write (default: unchanged; a VAE always keeps its own)",
+        help="dtype to write (default: SOURCE's; a VAE always keeps its own)",
     )
     parser.add_argument(
         "--base",
         metavar="MODEL",
         help="base model of a LoRA: sdxl, sd15, or a model (default: as recorded in the file or "
-        "its run); for a checkpoint, the new location of the model its run started from",
+        "its run); with --extract, the model that SOURCE was fine-tuned from (default for a run: "
+        "the one it started from); for a checkpoint, the new location of the model its run "
+        "started from",
     )
     parser.add_argument(
         "--variant",
@@ -102,6 +109,18 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="NUMBER",
         help="with --merge: how much of the LoRA's change is added (default: 1)",
+    )
+    parser.add_argument(
+        "--extract",
+        action="store_true",
+        help="write the difference between the fine-tuned model SOURCE and its --base as a LoRA, "
+        "the closest one of this --rank",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="NUMBER",
+        help="the largest rank in the LoRA to write (default: 64 with --extract, else SOURCE's)",
     )
     return parser
 

@@ -10,7 +10,7 @@ import torch
 from trainer.config import ModelConfig, NoiseConfig, RankConfig
 from trainer.config.method import rank_of
 from trainer.errors import UserError
-from trainer.export import loras, models
+from trainer.export import extraction, loras, models
 from trainer.export.request import Request
 from trainer.formats import adapters, metadata, writing
 from trainer.formats.hub import why_missing
@@ -40,26 +40,33 @@ def convert(folder: Path, request: Request) -> None:
     """Export a checkpoint; --base and --variant name the original model if that has moved."""
     saved = _saved(folder)
     is_lora = saved.method["name"] == "lora"
-    if not is_lora:
+    if is_lora:
+        request.refuse_extract(f"{folder} is a LoRA's checkpoint")
+    else:
         request.refuse_merge(f"{folder} is a checkpoint of a full fine-tune")
+        request.refuse_rank(f"{folder} is a checkpoint of a full fine-tune")
     _locate(saved, request)
     if request.merge and request.base is None:
-        request = _with_original(saved, request)
+        request = _with_original(_original(saved), request)
     (_export_lora if is_lora else _export_model)(saved, request)
 
 
 def with_base(folder: Path, request: Request) -> Request:
     """A request without --base, with the model that this checkpoint's run started from.  Raises
     UserError if that is not there any more, or has changed."""
+    return _with_original(original(folder, request), request)
+
+
+def original(folder: Path, request: Request) -> Model:
+    """The model that this checkpoint's run started from.  Errors are those of `with_base`."""
     saved = _saved(folder)
     _locate(saved, request)
-    return _with_original(saved, request)
+    return _original(saved)
 
 
-def _with_original(saved: _Saved, request: Request) -> Request:
-    _original(saved)
-    log.info("merging into the model that the run started from: %s", saved.model.path)
-    return replace(request, base=saved.model.path, variant=saved.model.variant)
+def _with_original(model: Model, request: Request) -> Request:
+    log.info("merging into the model that the run started from: %s", model.config.path)
+    return replace(request, base=model.config.path, variant=model.config.variant)
 
 
 def _locate(saved: _Saved, request: Request) -> None:
@@ -104,13 +111,18 @@ def _export_lora(saved: _Saved, request: Request) -> None:
 def _export_model(saved: _Saved, request: Request) -> None:
     model = _original(saved)
     base = model.origin
-    parts: dict[str, writing.Given] = {
+    scheduler = noise.scheduler_config(saved.noise, model.scheduler)
+    tuned = {
         part: base.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
         for part, weights in saved.parts.items()
     }
+    if request.extract:
+        tuned["vae"] = model.vae_origin.weights("vae")
+        extraction.write(saved.folder, request, base, tuned, scheduler, saved.metadata)
+        return
+    parts: dict[str, writing.Given] = dict(tuned)
     if model.vae_origin is not base:
         parts["vae"] = model.vae_origin
-    scheduler = noise.scheduler_config(saved.noise, model.scheduler)
     models.write(request, base, parts, scheduler, result.of_model(saved.metadata))
 
 

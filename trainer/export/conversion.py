@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.export import checkpoints, loras, models
+from trainer.export import checkpoints, extraction, loras, models
 from trainer.export.request import Request
-from trainer.formats import diffusers_lora, kinds
+from trainer.formats import architectures, diffusers_lora, kinds
 from trainer.formats.hub import why_missing
 from trainer.formats.weights import of_file
 from trainer.models import origin
@@ -32,8 +32,10 @@ def convert(request: Request) -> None:
     if (path / "checkpoint.json").is_file():
         checkpoints.convert(path, request)
     elif (path / _LORA_NAME).is_file():
+        request.refuse_extract(f"{path} holds a LoRA")
         loras.convert(path / _LORA_NAME, _with_base(path / _LORA_NAME, request))
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
+        request.refuse_extract(f"{path} is a LoRA")
         if path != named and not request.merge:  # as for the run's checkpoints
             request = replace(request, form=request.form or "kohya")
         loras.convert(path, _with_base(path, request))
@@ -41,7 +43,8 @@ def convert(request: Request) -> None:
         if wrong := why_missing("SOURCE", request.source):
             raise UserError(wrong)
         request.refuse_merge(f"{path} is none")
-        if request.base:
+        request.refuse_rank(f"{path} is a model")
+        if request.base and not request.extract:
             raise UserError(f"--base={request.base} has no effect: {path} is a model, not a LoRA")
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(
@@ -49,7 +52,30 @@ def convert(request: Request) -> None:
                 "and no checkpoint"
             )
         place = str(path) if path.exists() else request.source
-        models.write(request, origin.at(place, request.variant, "SOURCE"))
+        model = origin.at(place, request.variant, "SOURCE")
+        if request.extract:
+            _extract(path, model, request)
+        else:
+            models.write(request, model)
+
+
+def _extract(path: Path, model: origin.Origin, request: Request) -> None:
+    """Write what distinguishes this model from the one that it was fine-tuned from."""
+    base = _original_of(path, request)
+    parts = {part: model.weights(part) for part in architectures.WEIGHT_PARTS if model.has(part)}
+    extraction.write(path, request, base, parts, model.config("scheduler"), {})
+
+
+def _original_of(path: Path, request: Request) -> origin.Origin:
+    """The model that --base names, or that the run of this model started from."""
+    if request.base:
+        return loras.base_model(request.base, request.variant, with_weights=True)
+    run = loras.run_of(path)
+    if run and (every := checkpoint.found_in(run)):
+        model = checkpoints.original(every[-1], request)
+        log.info("fine-tuned from the model that the run started from: %s", model.config.path)
+        return model.origin
+    raise UserError("--extract needs the model that SOURCE was fine-tuned from: --base=MODEL")
 
 
 def _with_base(lora: Path, request: Request) -> Request:

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from trainer.errors import UserError
-from trainer.export import merging
+from trainer.export import merging, resizing
+from trainer.export.kept import Kept
 from trainer.export.request import Request
 from trainer.formats import adapters, architectures, kohya, lora, metadata
 from trainer.formats.metadata import BASE_VERSION
@@ -20,12 +21,15 @@ log = logging.getLogger(__name__)
 
 
 def convert(path: Path, request: Request) -> None:
-    """Write the LoRA of this file, by default in the format that it does not have."""
+    """Write the LoRA of this file, by default in the format that it does not have, or, resized, in
+    the one that it has."""
     base = _base_of(path, request)
-    held = lora.read(path, _empty(base))
+    held = lora.read(path, empty(base))
     weights, described = of_file(path)
-    other = "diffusers" if kohya.is_own(weights) else "kohya"
-    write(path, request, other, base, held, metadata.carried(described))
+    # A smaller LoRA is for the same program.
+    gives_kohya = kohya.is_own(weights) == (request.rank is not None)
+    default_form = "kohya" if gives_kohya else "diffusers"
+    write(path, request, default_form, base, held, metadata.carried(described))
 
 
 def write(
@@ -41,17 +45,30 @@ def write(
     if request.merge:
         merging.write(source, request, base, held, more_metadata)
         return
-    form = request.form or default_form
-    if form == "single_file":
-        raise UserError(
-            f"--format=single_file is for models, and {source} is a LoRA: use kohya or diffusers"
-        )
-    request.check_file()
-    target, empty = request.target, _empty(base)
+    form = form_of(request, default_form, base, f"{source} is a LoRA")
+    target, models = request.target, empty(base)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    lora.save_lora(target, form, empty, base.kind, request.dtype, more_metadata, adapters=held)
+    if request.rank is None:
+        lora.save_lora(target, form, models, base.kind, request.dtype, more_metadata, adapters=held)
+    else:
+        kept = Kept()
+        small = resizing.resized(source, held, request.rank, kept)
+        told = metadata.without_rank(more_metadata)
+        lora.save_lora(target, form, models, base.kind, request.dtype, told, adapters=small)
+        resizing.report(target, held, request.rank, kept)
     if request.base and request.base not in architectures.PUBLISHED:
         log.info("%s holds the LoRA alone; --merge writes it merged into %s", target, request.base)
+
+
+def form_of(request: Request, default: str, base: origin.Origin, what: str) -> str:
+    """The format of the LoRA to write: kohya or diffusers.  what: a phrase that says that it is
+    one.  Raises UserError if it is neither, or cannot hold a LoRA of this base."""
+    form = request.form or default
+    if form == "single_file":
+        raise UserError(f"--format=single_file is for models, and {what}: use kohya or diffusers")
+    request.check_file()
+    lora.check_kind(request.target, form, base.kind)
+    return form
 
 
 def _base_of(path: Path, request: Request) -> origin.Origin:
@@ -85,12 +102,12 @@ def base_model(base: str, variant: str | None = None, with_weights: bool = False
 
 
 def run_of(path: Path) -> Path | None:
-    """The folder of the run that wrote a LoRA, if its configuration names the model; None for a
-    file that is in no run."""
-    above = path.resolve().parents  # RUN/lora, or RUN/results/STEP/lora
-    if above[0].name != "lora":
-        return None
-    for folder in above[1:4]:
+    """The folder of the run that wrote a LoRA or a model, if its configuration names the model that
+    it started from; None for what is in no run."""
+    above = path.resolve().parents
+    if above[0].name == "lora":
+        above = above[1:]
+    for folder in above[:3]:  # RUN, or RUN/results/STEP
         with suppress(KeyError, TypeError, AttributeError):  # no run's, or of another version
             if config_in(folder)["model"]["path"]:
                 return folder
@@ -99,14 +116,14 @@ def run_of(path: Path) -> Path | None:
 
 def _fits(path: Path, kind: str) -> bool:
     try:
-        lora.read(path, _empty(base_model(kind)))
+        lora.read(path, empty(base_model(kind)))
     except adapters.OtherModel:
         return False
     return True
 
 
 @cache  # takes a second for SDXL
-def _empty(base: origin.Origin) -> dict[str, nn.Module]:
+def empty(base: origin.Origin) -> dict[str, nn.Module]:
     """The parts of a model that a LoRA may adapt, without weights."""
     return {
         part: architectures.empty(part, base.config(part))

@@ -20,7 +20,7 @@ from trainer.formats import metadata, stream, writing
 from trainer.formats.adapters import Adapter, Adapters
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
-from trainer.models.origin import Architecture, Origin
+from trainer.models.origin import Origin
 from trainer.wording import plural
 
 log = logging.getLogger(__name__)
@@ -50,11 +50,7 @@ def write(
     source: Path, request: Request, base: Origin, held: Adapters, described: dict[str, str]
 ) -> None:
     """Write `base` with these adapters merged into it.  described: the LoRA's own metadata."""
-    if isinstance(base, Architecture):
-        raise UserError(
-            f"--base={request.base} is an architecture without weights; name the model to merge "
-            "the LoRA into: --base=MODEL"
-        )
+    models.check_weights(base, "to merge the LoRA into")
     scale = 1.0 if request.scale is None else request.scale
     rounding = _Rounding()
     parts: dict[str, writing.Given] = {

@@ -6,9 +6,18 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.export.request import Request
 from trainer.formats import writing
-from trainer.models.origin import Origin
+from trainer.models.origin import Architecture, Origin
 
 log = logging.getLogger(__name__)
+
+
+def check_weights(base: Origin, purpose: str) -> None:
+    """Refuse a --base that has no weights.  purpose: what they are needed for."""
+    if isinstance(base, Architecture):
+        raise UserError(
+            f"--base={base.path.name} is an architecture without weights; name the model {purpose}:"
+            " --base=MODEL"
+        )
 
 
 def write(

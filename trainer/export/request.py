@@ -22,11 +22,14 @@ class Request:
     variant: str | None = None  # of a diffusers folder's files: fp16
     merge: bool = False  # write the base model with the LoRA merged into it
     scale: float | None = None  # of what is merged; None: 1
+    extract: bool = False  # write the difference between a model and its base as a LoRA
+    rank: int | None = None  # of the LoRA that is written; None: as it is, or 64 if it is extracted
 
     def check(self) -> None:
         """Refuse a target that exists, or whose suffix is that of a file type that is not
-        written; --scale without --merge."""
+        written; options that contradict each other."""
         self._check_scale()
+        self._check_rank()
         if self.target.exists() or self.target.is_symlink():
             raise UserError(f"{self.target} exists; name another target, or remove it")
         ending = self.target.suffix
@@ -41,6 +44,36 @@ class Request:
         """Refuse --merge of something that is not a LoRA.  what: a phrase that says what it is."""
         if self.merge:
             raise UserError(f"--merge is for LoRAs, and {what}; leave out --merge")
+
+    def refuse_extract(self, what: str) -> None:
+        """Refuse --extract of a LoRA.  what: a phrase that says what it is."""
+        if self.extract:
+            raise UserError(
+                f"--extract is for models, and {what}; leave out --extract (--rank alone makes a "
+                "smaller LoRA of a LoRA)"
+            )
+
+    def refuse_rank(self, what: str) -> None:
+        """Refuse --rank for a model that is written as one.  what: says what it is."""
+        if self.rank is not None and not self.extract:
+            raise UserError(
+                f"--rank={self.rank} is for LoRAs, and {what}; add --extract to make a LoRA of it"
+            )
+
+    def _check_rank(self) -> None:
+        if self.extract and self.merge:
+            raise UserError(
+                "--extract makes a LoRA of a model, and --merge a model of a LoRA; leave one out"
+            )
+        if self.rank is None:
+            return
+        if self.merge:
+            raise UserError(
+                f"--rank={self.rank} has no effect with --merge, which writes a model; leave out "
+                "--rank"
+            )
+        if self.rank < 1:
+            raise UserError(f"--rank={self.rank} must be at least 1")
 
     def _check_scale(self) -> None:
         if self.scale is None:

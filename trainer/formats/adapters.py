@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig
@@ -43,6 +43,16 @@ class Adapter:
         """What is added to the weight, before DoRA normalises it, in fp32: (out, in[, kh, kw])."""
         up, down = self.up.detach().float().flatten(1), self.down.detach().float().flatten(1)
         return (self.scale * (up @ down)).reshape(self.up.shape[0], *self.down.shape[1:])
+
+    def to(self, dtype: torch.dtype | None) -> "Adapter":
+        """The same adapter on the CPU, its tensors rounded to `dtype`; None: unchanged."""
+        magnitude = self.magnitude
+        return replace(
+            self,
+            down=self.down.to("cpu", dtype),
+            up=self.up.to("cpu", dtype),
+            magnitude=None if magnitude is None else magnitude.to("cpu", dtype),
+        )
 
 
 Adapters = dict[str, dict[str, Adapter]]  # part -> the module's name in it -> adapter

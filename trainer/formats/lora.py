@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,11 +54,8 @@ def save_lora(
     adapters = {part: by_path for part, by_path in adapters.items() if by_path}
     if not adapters:
         raise UserError(f"{target}: none of {', '.join(models)} has an adapter to write")
+    check_kind(target, kind, base)
     if kind == "kohya":
-        if base not in kohya.PREFIXES:
-            raise UserError(
-                f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; use diffusers'"
-            )
         unet: Any = models.get("unet")
         tensors = kohya.encode(adapters, base, None if unet is None else unet.config)
         described: dict[str, str] = {}
@@ -76,8 +72,16 @@ def save_lora(
         count, rounding = _prove(read(temporary, models), adapters, dtype, target)
     changed = f" (rounded to {str(dtype).removeprefix('torch.')}: {rounding:.1e})" if dtype else ""
     read_back = plural(count, "adapter")
-    log.info("%s: %s read back, all equal to what was trained%s", target, read_back, changed)
+    log.info("%s: %s read back, all equal%s", target, read_back, changed)
     return target
+
+
+def check_kind(target: Path, kind: str, base: str) -> None:
+    """Raise UserError for a format that has no names for this base model's modules."""
+    if kind == "kohya" and base not in kohya.PREFIXES:
+        raise UserError(
+            f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; use diffusers'"
+        )
 
 
 def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
@@ -201,23 +205,13 @@ def _prove(
                 raise NotProved(
                     f"{target}, read back: {part}.{path} {lost} it; the file is discarded"
                 )
-            rounded = _rounded(there[path], dtype)
+            rounded = there[path].to(dtype)
             if why := _difference(here[path], rounded):
                 raise NotProved(f"{target}, read back: {part}.{path} {why}; the file is discarded")
             if dtype is not None:
                 rounding = max(rounding, _relative(rounded.delta(), there[path].delta()))
             count += 1
     return count, rounding
-
-
-def _rounded(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
-    magnitude = adapter.magnitude
-    return replace(
-        adapter,
-        down=adapter.down.to("cpu", dtype),
-        up=adapter.up.to("cpu", dtype),
-        magnitude=None if magnitude is None else magnitude.to("cpu", dtype),
-    )
 
 
 def _difference(written: Adapter, wanted: Adapter) -> str | None:

@@ -161,6 +161,12 @@ def carried(described: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def without_rank(described: Mapping[str, str]) -> dict[str, str]:
+    """A LoRA's metadata without what it says of ranks, for a LoRA of another rank."""
+    old = ("ss_network_dim", "ss_network_alpha", "ss_network_args")
+    return {key: value for key, value in described.items() if key not in old}
+
+
 def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
     """The metadata of a LoRA: modelspec, and those of kohya's `ss_` keys that programs sort by.
     The training data (`ss_tag_frequency`) is not disclosed."""

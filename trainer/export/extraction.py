@@ -1,0 +1,210 @@
+"""Extraction: the difference between a fine-tuned model and its base, approximated by a LoRA.
+
+One weight at a time: both are read, and the adapter of limited rank that is closest to their
+difference is kept.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.export import loras, models
+from trainer.export.kept import Kept
+from trainer.export.request import Request
+from trainer.formats import adapters, architectures, lora, low_rank, metadata
+from trainer.formats.names import canonical
+from trainer.formats.weights import Lazy, Weights
+from trainer.models.origin import Origin
+from trainer.system import console
+from trainer.wording import plural
+
+log = logging.getLogger(__name__)
+
+# kohya's script extracts rank 4, its user interface 128; this is 0.4 GB of half precision for
+# SDXL's UNet, which has 5.1.
+DEFAULT_RANK = 64
+_NOTED = 0.01  # share of the change that is rounding, from which on it is mentioned
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """A tensor of both models."""
+
+    part: str
+    name: str
+    tuned: Lazy
+    own: Lazy  # the base's
+    module: str | None  # the layer whose weight it is; None for what no LoRA can hold
+
+    def __str__(self) -> str:
+        return f"{self.part}.{self.name}"
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """What is measured on the way."""
+
+    kept: Kept
+    rounding: float = 0.0  # sum of squares of what the base changes in the fine-tuned dtypes
+    others: int = 0  # how many tensors have changed that no LoRA can hold
+
+
+def write(
+    source: Path,
+    request: Request,
+    base: Origin,
+    parts: Mapping[str, Weights],
+    scheduler: dict[str, Any],
+    described: dict[str, str],
+) -> None:
+    """Write what distinguishes a model from its base as a LoRA.
+
+    parts: of the fine-tuned model, those that may differ from the base's.  scheduler: that of the
+    fine-tuned model.  described: further metadata of the file.
+    """
+    models.check_weights(base, "that SOURCE was fine-tuned from")
+    form = loras.form_of(request, "kohya", base, "--extract writes a LoRA")
+    rank = DEFAULT_RANK if request.rank is None else request.rank
+    pairs = _pairs(source, base, {part: w for part, w in parts.items() if part != "vae"})
+    log.info("%s - %s -> %s (a LoRA in %s format)", source, base, request.target, form)
+    seen = _Seen(kept=Kept())
+    held = _extracted(source, base, pairs, rank, request.dtype, seen)
+    told = described | metadata.prediction(scheduler)
+    lora.save_lora(request.target, form, loras.empty(base), base.kind, None, told, adapters=held)
+    _tell_what_is_missing(base, parts, scheduler)
+    _report(request.target, held, rank, seen)
+
+
+def _pairs(source: Path, base: Origin, parts: Mapping[str, Weights]) -> list[_Pair]:
+    """The tensors of both models.  Raises UserError if their architectures differ."""
+    every = []
+    for part, weights in parts.items():
+        tuned, own = (_named(part, w) for w in (weights, base.weights(part)))
+        wanted = architectures.shapes(part, base.config(part))
+        for name in (*wanted, *(tuned if part == "unet" else ())):
+            shapes = [w[name].shape if name in w else None for w in (tuned, own)]
+            if shapes[0] != shapes[1] or None in shapes:
+                there, here = ("missing" if s is None else s for s in shapes)
+                raise UserError(
+                    f"{source} and {base} have different architectures: {name} of the {part} is "
+                    f"{there} in the first and {here} in the second; name the model that the first "
+                    "was fine-tuned from: --base=MODEL"
+                )
+        layers = _layers(part, base)
+        every += [
+            _Pair(part=part, name=n, tuned=tuned[n], own=own[n], module=layers.get(n))
+            for n in wanted
+        ]
+    return every
+
+
+def _named(part: str, weights: Weights) -> Weights:
+    return {canonical(part, name): lazy for name, lazy in weights.items()}
+
+
+def _layers(part: str, base: Origin) -> dict[str, str]:
+    """The weights that a LoRA can change: their names -> the modules'."""
+    paths = adapters.module_names(loras.empty(base)[part])
+    return {canonical(part, f"{path}.weight"): path for path in paths}
+
+
+def _extracted(
+    source: Path,
+    base: Origin,
+    pairs: list[_Pair],
+    rank: int,
+    dtype: torch.dtype | None,
+    seen: _Seen,
+) -> adapters.Adapters:
+    """The adapters of all layers that differ, in `dtype` (None: in that of the fine-tuned weight).
+    Raises UserError if there are none, or a value is not finite."""
+    held: adapters.Adapters = {}
+    with console.Aside("extracting", len(pairs), "tensors") as bar:
+        for pair in pairs:
+            change = _change(source, base, pair, seen)
+            bar.advance(1)
+            if change is None:
+                continue
+            size = float(change.square().sum())
+            if pair.module is None:
+                seen.kept.beside += size
+                seen.others += 1
+                continue
+            found, squares = low_rank.closest(change, rank)
+            adapter = found.to(dtype or pair.tuned.dtype)
+            seen.kept.note(size, float((adapter.delta() - change).square().sum()), squares)
+            held.setdefault(pair.part, {})[pair.module] = adapter
+    if held:
+        return held
+    only = f"only in {plural(seen.others, 'tensor')} of biases, norms or embeddings, which no LoRA "
+    raise UserError(
+        f"nothing to extract: {source} and {base} "
+        + (f"differ {only}can hold" if seen.others else "have the same weights")
+        + "; name the model that the first was fine-tuned from: --base=MODEL" * (not seen.others)
+    )
+
+
+def _change(source: Path, base: Origin, pair: _Pair, seen: _Seen) -> Tensor | None:
+    """A tensor's change in fp32; None if it has none but that by rounding to another dtype."""
+    tuned, own = pair.tuned.read(), pair.own.read()
+    for tensor, where in ((tuned, source), (own, base)):
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {pair} has values that are not finite; it is damaged")
+    if torch.equal(own.to(tuned.dtype), tuned) or torch.equal(tuned.to(own.dtype), own):
+        return None
+    before = own.float()
+    seen.rounding += float((own.to(tuned.dtype).float() - before).square().sum())
+    return tuned.float() - before
+
+
+def _tell_what_is_missing(
+    base: Origin, parts: Mapping[str, Weights], scheduler: dict[str, Any]
+) -> None:
+    """Say what else differs: the noise schedule, and the VAE."""
+    if metadata.noise(scheduler) != metadata.noise(base.config("scheduler")):
+        log.warning(
+            "the LoRA needs another noise schedule than %s has: load it with the scheduler of the "
+            "fine-tuned model (--merge into this base sets it if the LoRA predicts v)",
+            base,
+        )
+    if "vae" not in parts or not base.has("vae"):
+        return
+    tuned, own = (_named("vae", weights) for weights in (parts["vae"], base.weights("vae")))
+    if tuned.keys() != own.keys() or any(_differ(tuned[name], own[name]) for name in own):
+        log.warning("the models have different VAEs, which no LoRA can hold; use that of SOURCE")
+
+
+def _differ(one: Lazy, two: Lazy) -> bool:
+    """Whether two tensors differ by more than rounding to one's dtype."""
+    if one.shape != two.shape:
+        return True
+    a, b = one.read(), two.read()
+    return not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))
+
+
+def _report(target: Path, held: adapters.Adapters, rank: int, seen: _Seen) -> None:
+    """Say which share of the change the LoRA keeps."""
+    kept = seen.kept
+    kept.report(rank)
+    if (rounding := kept.share(seen.rounding)) > _NOTED:
+        log.info(
+            "%.0f%% of the change is the size of what rounding the base to the fine-tuned dtype "
+            "changes, which hardly any rank can hold",
+            100 * rounding,
+        )
+    log.info(
+        "%s: with rank %d in %s, it keeps %.1f%% of the change (of the sum of squares); %.1f%% are "
+        "lost to the rank, and %.1f%% are in biases, norms and embeddings, which no LoRA can hold",
+        target,
+        rank,
+        plural(sum(len(by_path) for by_path in held.values()), "layer"),
+        100 * kept.kept,
+        100 * kept.share(kept.lost),
+        100 * kept.share(kept.beside),
+    )
