@@ -5,6 +5,7 @@ difference is kept.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 # kohya's script extracts rank 4, its user interface 128; this is 0.4 GB of half precision for
 # SDXL's UNet, which has 5.1.
 DEFAULT_RANK = 64
+# The layers that every program's LoRAs may change.  Others, such as conv_in and time_embedding, are
+# ignored by kohya's scripts, and diffusers 0.38 rejects a file that has them.
+_IN_BLOCKS = re.compile(r"(down_blocks|mid_block|up_blocks|encoder\.layers)\.")
+_UNHELD = "biases, norms, embeddings, the first and last layers"
 _NOTED = 0.01  # share of the change that is rounding, from which on it is mentioned
 
 
@@ -40,7 +45,7 @@ class _Pair:
     name: str
     tuned: Lazy
     own: Lazy  # the base's
-    module: str | None  # the layer whose weight it is; None for what no LoRA can hold
+    module: str | None  # the layer whose weight it is; None for what no LoRA changes
 
     def __str__(self) -> str:
         return f"{self.part}.{self.name}"
@@ -52,7 +57,7 @@ class _Seen:
 
     kept: Kept
     rounding: float = 0.0  # sum of squares of what the base changes in the fine-tuned dtypes
-    others: int = 0  # how many tensors have changed that no LoRA can hold
+    others: int = 0  # how many tensors have changed that no LoRA changes
 
 
 def write(
@@ -109,9 +114,9 @@ def _named(part: str, weights: Weights) -> Weights:
 
 
 def _layers(part: str, base: Origin) -> dict[str, str]:
-    """The weights that a LoRA can change: their names -> the modules'."""
+    """The weights that a LoRA may change: their names -> the modules'."""
     paths = adapters.module_names(loras.empty(base)[part])
-    return {canonical(part, f"{path}.weight"): path for path in paths}
+    return {canonical(part, f"{path}.weight"): path for path in paths if _IN_BLOCKS.search(path)}
 
 
 def _extracted(
@@ -142,12 +147,14 @@ def _extracted(
             held.setdefault(pair.part, {})[pair.module] = adapter
     if held:
         return held
-    only = f"only in {plural(seen.others, 'tensor')} of biases, norms or embeddings, which no LoRA "
-    raise UserError(
-        f"nothing to extract: {source} and {base} "
-        + (f"differ {only}can hold" if seen.others else "have the same weights")
-        + "; name the model that the first was fine-tuned from: --base=MODEL" * (not seen.others)
-    )
+    raise UserError(f"nothing to extract: {source} and {base} " + _why_nothing(seen.others))
+
+
+def _why_nothing(others: int) -> str:
+    if others:
+        only = plural(others, "tensor")
+        return f"differ only in {only} that no LoRA changes ({_UNHELD}); share the whole model"
+    return "have the same weights; name the model that the first was fine-tuned from: --base=MODEL"
 
 
 def _change(source: Path, base: Origin, pair: _Pair, seen: _Seen) -> Tensor | None:
@@ -156,7 +163,7 @@ def _change(source: Path, base: Origin, pair: _Pair, seen: _Seen) -> Tensor | No
     for tensor, where in ((tuned, source), (own, base)):
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {pair} has values that are not finite; it is damaged")
-    if torch.equal(own.to(tuned.dtype), tuned) or torch.equal(tuned.to(own.dtype), own):
+    if _equal(tuned, own):
         return None
     before = own.float()
     seen.rounding += float((own.to(tuned.dtype).float() - before).square().sum())
@@ -176,16 +183,16 @@ def _tell_what_is_missing(
     if "vae" not in parts or not base.has("vae"):
         return
     tuned, own = (_named("vae", weights) for weights in (parts["vae"], base.weights("vae")))
-    if tuned.keys() != own.keys() or any(_differ(tuned[name], own[name]) for name in own):
+    same = tuned.keys() == own.keys() and all(
+        _equal(tuned[name].read(), lazy.read()) for name, lazy in own.items()
+    )
+    if not same:
         log.warning("the models have different VAEs, which no LoRA can hold; use that of SOURCE")
 
 
-def _differ(one: Lazy, two: Lazy) -> bool:
-    """Whether two tensors differ by more than rounding to one's dtype."""
-    if one.shape != two.shape:
-        return True
-    a, b = one.read(), two.read()
-    return not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are the same, or were before one was rounded to its dtype."""
+    return torch.equal(one.to(two.dtype), two) or torch.equal(two.to(one.dtype), one)
 
 
 def _report(target: Path, held: adapters.Adapters, rank: int, seen: _Seen) -> None:
@@ -194,17 +201,18 @@ def _report(target: Path, held: adapters.Adapters, rank: int, seen: _Seen) -> No
     kept.report(rank)
     if (rounding := kept.share(seen.rounding)) > _NOTED:
         log.info(
-            "%.0f%% of the change is the size of what rounding the base to the fine-tuned dtype "
-            "changes, which hardly any rank can hold",
+            "rounding the base to the fine-tuned model's dtype alone would be %.0f%% of the "
+            "change; hardly any rank keeps that",
             100 * rounding,
         )
     log.info(
         "%s: with rank %d in %s, it keeps %.1f%% of the change (of the sum of squares); %.1f%% are "
-        "lost to the rank, and %.1f%% are in biases, norms and embeddings, which no LoRA can hold",
+        "lost to the rank, and %.1f%% are in what no LoRA changes: %s",
         target,
         rank,
         plural(sum(len(by_path) for by_path in held.values()), "layer"),
         100 * kept.kept,
         100 * kept.share(kept.lost),
         100 * kept.share(kept.beside),
+        _UNHELD,
     )

@@ -9,7 +9,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _LITTLE = 0.5  # of the change; if less is kept, there is a warning
-_ENOUGH = 0.8  # what the rank that it suggests would keep
+_ENOUGH = 0.8  # what the rank that it suggests would keep, or
+_NEARLY_ALL = 0.95  # of what the largest would, if less
 
 
 @dataclass(kw_only=True)
@@ -54,10 +55,9 @@ class Kept:
             log.warning("the LoRA keeps less than half of the change; %s", self._remedy(rank))
 
     def _remedy(self, rank: int) -> str:
-        every = [rank]
-        while every[-1] < self.squares.shape[0]:
-            every.append(2 * every[-1])
-        better = next((r for r in every if self.at(r) >= _ENOUGH), every[-1])
-        if self.at(better) >= _LITTLE:
-            return f"--rank={better} would keep {self.at(better):.0%}"
-        return "no rank keeps half of it: share the whole model instead"
+        goal = min(_ENOUGH, _NEARLY_ALL * self.at(self.squares.shape[0]))
+        if self.at(rank) >= goal:
+            return "the rest is in parameters that no LoRA changes: share the whole model instead"
+        while self.at(rank) < goal:
+            rank *= 2
+        return f"--rank={rank} would keep {self.at(rank):.0%}"
