@@ -5,6 +5,7 @@ difference is kept.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class _Pair:
     def __str__(self) -> str:
         return f"{self.part}.{self.name}"
 
+    @property
+    def side(self) -> int:
+        """The shorter side of a layer's matrix, on which the time depends most; 0 for others."""
+        shape = self.own.shape
+        return min(shape[0], math.prod(shape[1:])) if self.module else 0
+
 
 @dataclass(kw_only=True)
 class _Seen:
@@ -58,6 +65,12 @@ class _Seen:
     kept: Kept
     rounding: float = 0.0  # sum of squares of what the base changes in the fine-tuned dtypes
     others: int = 0  # how many tensors have changed that no LoRA changes
+
+    def count_other(self, change: Tensor | None) -> None:
+        """Count a tensor that no LoRA changes."""
+        if change is not None:
+            self.kept.beside += float(change.square().sum())
+            self.others += 1
 
 
 def write(
@@ -130,24 +143,30 @@ def _extracted(
     """The adapters of all layers that differ, in `dtype` (None: in that of the fine-tuned weight).
     Raises UserError if there are none, or a value is not finite."""
     held: adapters.Adapters = {}
-    with console.Aside("extracting", len(pairs), "tensors") as bar:
-        for pair in pairs:
+    layers = sum(pair.module is not None for pair in pairs)
+    with console.Aside("extracting", layers, "layers") as bar:
+        for pair in sorted(pairs, key=lambda pair: -pair.side):  # so that the ETA does not rise
             change = _change(source, base, pair, seen)
-            bar.advance(1)
-            if change is None:
-                continue
-            size = float(change.square().sum())
             if pair.module is None:
-                seen.kept.beside += size
-                seen.others += 1
+                seen.count_other(change)
                 continue
-            found, squares = low_rank.closest(change, rank)
-            adapter = found.to(dtype or pair.tuned.dtype)
-            seen.kept.note(size, float((adapter.delta() - change).square().sum()), squares)
-            held.setdefault(pair.part, {})[pair.module] = adapter
+            if change is not None:
+                adapter = _adapter(pair, change, rank, dtype, seen)
+                held.setdefault(pair.part, {})[pair.module] = adapter
+            bar.advance(1)
     if held:
         return held
     raise UserError(f"nothing to extract: {source} and {base} " + _why_nothing(seen.others))
+
+
+def _adapter(
+    pair: _Pair, change: Tensor, rank: int, dtype: torch.dtype | None, seen: _Seen
+) -> adapters.Adapter:
+    closest, squares = low_rank.closest(change, rank)
+    adapter = closest.to(dtype or pair.tuned.dtype)
+    lost = float((adapter.delta() - change).square().sum())
+    seen.kept.note(float(change.square().sum()), lost, squares)
+    return adapter
 
 
 def _why_nothing(others: int) -> str:

@@ -107,7 +107,7 @@ def run_of(path: Path) -> Path | None:
     above = path.resolve().parents
     if above[0].name == "lora":
         above = above[1:]
-    for folder in above[:3]:  # RUN, or RUN/results/STEP
+    for folder in (above[0], *above[2:3]):  # RUN, or RUN of RUN/results/STEP
         with suppress(KeyError, TypeError, AttributeError):  # no run's, or of another version
             if config_in(folder)["model"]["path"]:
                 return folder
