@@ -367,3 +367,6 @@ def test_a_model_of_another_architecture_is_written_in_diffusers_format_only(
     status, _, error = run_export(capsys, paths[1], out, *more)
     assert (status, "use diffusers'" in error) == (2, True)
     assert run_export(capsys, paths[1], out, *more, "--format=diffusers")[0] == 0
+    more = ("--extract", "--base", paths[0], "--format=diffusers")
+    status, _, error = run_export(capsys, tuned, tmp_path / "b.safetensors", *more)
+    assert (status, "the second has no text_encoder_2; name the" in error) == (2, True)

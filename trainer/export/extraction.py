@@ -60,7 +60,7 @@ class _Pair:
 
 @dataclass(kw_only=True)
 class _Seen:
-    """What is measured on the way."""
+    """What is measured while the weights are read."""
 
     kept: Kept
     rounding: float = 0.0  # sum of squares of what the base changes in the fine-tuned dtypes
@@ -101,8 +101,12 @@ def write(
 
 def _pairs(source: Path, base: Origin, parts: Mapping[str, Weights]) -> list[_Pair]:
     """The tensors of both models.  Raises UserError if their architectures differ."""
+    different = f"{source} and {base} have different architectures"
+    remedy = "name the model that the first was fine-tuned from: --base=MODEL"
     every = []
     for part, weights in parts.items():
+        if not base.has(part):
+            raise UserError(f"{different}: the second has no {part}; {remedy}")
         tuned, own = (_named(part, w) for w in (weights, base.weights(part)))
         wanted = architectures.shapes(part, base.config(part))
         for name in (*wanted, *(tuned if part == "unet" else ())):
@@ -110,9 +114,8 @@ def _pairs(source: Path, base: Origin, parts: Mapping[str, Weights]) -> list[_Pa
             if shapes[0] != shapes[1] or None in shapes:
                 there, here = ("missing" if s is None else s for s in shapes)
                 raise UserError(
-                    f"{source} and {base} have different architectures: {name} of the {part} is "
-                    f"{there} in the first and {here} in the second; name the model that the first "
-                    "was fine-tuned from: --base=MODEL"
+                    f"{different}: {name} of the {part} is {there} in the first and {here} in the "
+                    f"second; {remedy}"
                 )
         layers = _layers(part, base)
         every += [

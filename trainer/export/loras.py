@@ -48,14 +48,14 @@ def write(
     form = form_of(request, default_form, base, f"{source} is a LoRA")
     target, models = request.target, empty(base)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
-    if request.rank is None:
-        lora.save_lora(target, form, models, base.kind, request.dtype, more_metadata, adapters=held)
-    else:
+    if request.rank is not None:
         kept = Kept()
         small = resizing.resized(source, held, request.rank, kept)
         told = metadata.without_rank(more_metadata)
         lora.save_lora(target, form, models, base.kind, request.dtype, told, adapters=small)
         resizing.report(target, held, request.rank, kept)
+        return
+    lora.save_lora(target, form, models, base.kind, request.dtype, more_metadata, adapters=held)
     if request.base and request.base not in architectures.PUBLISHED:
         log.info("%s holds the LoRA alone; --merge writes it merged into %s", target, request.base)
 
