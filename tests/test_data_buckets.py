@@ -164,12 +164,8 @@ def test_of_several_resolutions_the_largest_is_drawn(shapes, composed):
             (s.name[-5], s.bucket[0]) for s in map(dataset.samples.__getitem__, dataset.shown)
         ]
         assert names_and_sides == [("0", 128), ("1", 64), ("2", 128)]
-        sampler = sampling.Sampler(
-            model=None,
-            data=SimpleNamespace(dataset=dataset),
-            config=log,
-            batch_size=1,
-        )
+        encoded = SimpleNamespace(dataset=dataset, read=None)
+        sampler = sampling.of_run(None, encoded, log, batch_size=1)
         assert [prompt.size for prompt in sampler.prompts] == [(128, 128)]
 
 

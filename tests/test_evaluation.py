@@ -15,7 +15,7 @@ from helpers import QUICK
 from PIL import Image, ImageFont
 
 from trainer.config import ASSETS
-from trainer.drawing import pictures, sampling
+from trainer.drawing import drawer, pictures
 from trainer.models import execution
 from trainer.phases import evaluation
 from trainer.phases.assembly import assemble
@@ -130,7 +130,7 @@ def test_a_vae_that_has_no_room_at_all_decodes_in_tiles_and_says_so(begun, monke
         return decoder(self, latent, *rest)
 
     monkeypatch.setattr(Decoder, "forward", crowded)
-    monkeypatch.setattr(sampling, "TILE", 32)
+    monkeypatch.setattr(drawer, "TILE", 32)
     for tiled, whole in zip(pixels(state.sampler.decode(latents)), expected, strict=True):
         assert tiled.shape == whole.shape
         assert np.abs(tiled.astype(float) - whole).mean() < 12  # of 255; the context is smaller

@@ -12,7 +12,7 @@ from trainer import planner, run
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import compose
 from trainer.config import remedies
-from trainer.drawing import sampling
+from trainer.drawing import drawer
 from trainer.errors import UserError
 from trainer.formats import architectures
 from trainer.models.model import Model
@@ -326,7 +326,7 @@ def test_pictures_are_promised_only_if_they_fit_with_what_the_allocator_cannot_u
 
 
 def test_tiles_are_planned_as_they_are_decoded(composed, monkeypatch):
-    monkeypatch.setattr(sampling, "TILE", 32)
+    monkeypatch.setattr(drawer, "TILE", 32)
     config = composed("log.sample_count=1", "data.resolution=256")
     model = Model(config.model, CPU, with_weights=False)
     vae, planned = model.empty("vae", "float32"), rehearsed(config).tiled_bytes

@@ -12,7 +12,7 @@ from trainer.system import processes
 
 def check(config: Config) -> None:
     """Raise UserError for the first thing that is missing."""
-    _check_device(config)
+    check_device("runtime.device", config.runtime.device)
     _check_processes(config)
     _check_tensorboard(config)
 
@@ -52,21 +52,18 @@ def _check_tensorboard(config: Config) -> None:
         )
 
 
-def _check_device(config: Config) -> None:
-    device = config.runtime.device
+def check_device(option: str, device: str) -> None:
+    """Raise UserError that names `option` if this machine does not have the device."""
     if device == "auto":
         return
     if device.startswith("mps"):
-        raise UserError(
-            f"runtime.device={device}: Apple's GPUs are not supported; use runtime.device=cpu"
-        )
+        raise UserError(f"{option}={device}: Apple's GPUs are not supported; use {option}=cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"runtime.device={device} is not a device; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"{option}={device} is not a device; use auto, cpu, cuda or cuda:N")
     wanted = torch.device(device)
     if wanted.type == "cuda" and (
         not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
     ):
         raise UserError(
-            f"runtime.device={device}: torch {torch.__version__} sees no such GPU; "
-            "use runtime.device=cpu"
+            f"{option}={device}: torch {torch.__version__} sees no such GPU; use {option}=cpu"
         )

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ _OPTIONS: dict[str, tuple[str, type]] = {
     "l": ("guidance_scale", float),
     "s": ("steps", int),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usual:
+    """What a prompt has that does not say otherwise."""
+
+    negative: str
+    guidance_scale: float
+    steps: int
+    seed: int = 0  # of the first prompt; the others' count on
+    guidance_option: str = "log.guidance_scale=5"  # that turns guidance on, for errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,54 +64,70 @@ class Prompt:
         return [self.text, self.negative] if self.negative else [self.text]
 
 
-def read(path: str) -> list[str]:
+def read(path: str, option: str = "log.prompts_file") -> list[str]:
     """The prompts of a text file: one per line, without empty lines and those that begin with #.
 
-    Raises UserError if it cannot be read, or has none.
+    Raises a UserError that names `option` if it cannot be read, or has none.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"log.prompts_file={path} cannot be read: {error}") from error
+        raise UserError(f"{option}={path} cannot be read: {error}") from error
     prompts = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if not prompts:
-        raise UserError(f"log.prompts_file={path} has no prompt; write one on each line")
+        raise UserError(f"{option}={path} has no prompt; write one on each line")
     return prompts
 
 
 def of_config(config: LogConfig, side: int) -> list[Prompt]:
-    """`log.prompts`, squares of `side` pixels unless they say otherwise.
-
-    Raises a UserError that names the prompt for an unknown option or an invalid value.
-    """
+    """`log.prompts`, squares of `side` pixels unless they say otherwise; errors as in `of_lines`,
+    which name the option."""
     try:
-        return [_of_line(line, place, config, side) for place, line in enumerate(config.prompts)]
+        return of_lines(config.prompts, usual(config), side)
     except UserError as error:
         file = config.prompts_file
         where = f"log.prompts_file={file}" if file else "log.prompts"
         raise UserError(f"{where}, {error}") from error
 
 
-def of_caption(caption: str, place: int, config: LogConfig, size: Size) -> Prompt:
-    """A prompt that is just a caption; its seed is its `place` among all that are drawn."""
-    return Prompt(
-        line=caption,
-        text=caption,
+def usual(config: LogConfig) -> Usual:
+    """What the prompts of a run have."""
+    return Usual(
         negative=config.negative_prompt,
-        height=size[0],
-        width=size[1],
-        seed=place,
         guidance_scale=config.guidance_scale,
         steps=config.sample_steps,
     )
 
 
-def _of_line(line: str, place: int, config: LogConfig, side: int) -> Prompt:
+def of_lines(lines: Sequence[str], usual: Usual, side: int) -> list[Prompt]:
+    """Prompts with their options, squares of `side` pixels unless they say otherwise.
+
+    Raises a UserError that names the prompt for an unknown option or an invalid value.
+    """
+    return [_of_line(line, place, usual, side) for place, line in enumerate(lines)]
+
+
+def of_caption(caption: str, place: int, usual: Usual, size: Size) -> Prompt:
+    """A prompt that is just a caption; its seed follows from its `place` among all that are
+    drawn."""
+    return Prompt(
+        line=caption,
+        text=caption,
+        negative=usual.negative,
+        height=size[0],
+        width=size[1],
+        seed=usual.seed + place,
+        guidance_scale=usual.guidance_scale,
+        steps=usual.steps,
+    )
+
+
+def _of_line(line: str, place: int, usual: Usual, side: int) -> Prompt:
     text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     given = dict(_option(option, line) for option in options)
-    plain = of_caption(text.strip(), place, config, (side, side))
+    plain = of_caption(text.strip(), place, usual, (side, side))
     prompt = replace(plain, line=line, **given)
-    if wrong := _complaint(prompt, given):
+    if wrong := _complaint(prompt, given, usual):
         raise UserError(f"{line!r}: {wrong}")
     return prompt
 
@@ -117,7 +145,7 @@ def _option(option: str, line: str) -> tuple[str, Any]:
         raise UserError(f"{line!r}: --{name} takes {what}") from None
 
 
-def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:
+def _complaint(prompt: Prompt, given: dict[str, Any], usual: Usual) -> str | None:
     for letter, side in (("w", given.get("width")), ("h", given.get("height"))):
         if side is not None and (side < _SIDE or side % _SIDE):
             return f"--{letter} {side} is not a multiple of {_SIDE} pixels"
@@ -128,5 +156,5 @@ def _complaint(prompt: Prompt, given: dict[str, Any]) -> str | None:
     if not 0 <= prompt.seed < 2**64:
         return f"--d {prompt.seed} must be from 0 to 2^64 - 1"
     if given.get("negative") and not prompt.is_guided:
-        return "--n only has an effect with guidance: --l 5, or log.guidance_scale=5"
+        return f"--n only has an effect with guidance: --l 5, or {usual.guidance_option}"
     return None

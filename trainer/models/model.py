@@ -65,6 +65,11 @@ class Model:
         return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels of a picture's side an element of its latent stands for."""
+        return 2 ** (len(self.vae_origin.config("vae")["block_out_channels"]) - 1)
+
+    @property
     def resolution(self) -> int | None:
         """The picture side that the model was made for, by its configuration; None if unknown."""
         side = self.origin.config("unet").get("sample_size")

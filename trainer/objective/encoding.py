@@ -89,13 +89,25 @@ def encode(
     read: Read | None = model.text_encoder
     if read is None:
         of_text = text_fingerprint(model, config.cache) if config.cache else ""
-        every: list[str | None] = [None, *captions]
-        read = Kept(store.texts(every, of_text, lambda: _text_encoder(model), stop))
+        read = read_texts(captions, store, of_text, model.load_text_encoders, stop)
     of_pictures = picture_fingerprint(model, config.cache) if config.cache else ""
     latents = store.latents(dataset.samples, of_pictures, lambda: _picture_encoder(model), stop)
     masks = store.masks(dataset.samples, latents, stop)
     free_rows()
     return Encoded(dataset=dataset, latents=latents, masks=masks, read=read)
+
+
+def read_texts(
+    captions: Sequence[str],
+    store: Store,
+    fingerprint: str,
+    load: Callable[[], text.Encoder],
+    stop: Sequence[int] = (),
+) -> Read:
+    """Encode those of the captions that the store lacks, and the empty prompt; `load` is called
+    only if there are any.  fingerprint: of the text encoders, for a store on the disk."""
+    every = [None, *captions]
+    return Kept(store.texts(every, fingerprint, lambda: _text_encoder(load()), stop))
 
 
 def text_fingerprint(model: Model, cache: str) -> str:
@@ -139,9 +151,8 @@ def _normalization(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Te
     return shift, config.scaling_factor / deviation
 
 
-def _text_encoder(model: Model) -> Callable[[list[str | None]], list[Entry]]:
+def _text_encoder(encoder: text.Encoder) -> Callable[[list[str | None]], list[Entry]]:
     """Captions -> prompt (tokens, dim) and pooled (dim,) of each, on the CPU."""
-    encoder = model.load_text_encoders()
 
     @torch.no_grad()
     def encode(captions: list[str | None]) -> list[Entry]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from trainer.drawing import sampling
+from trainer.drawing import drawer
 from trainer.planner.plan import Plan
 from trainer.planner.room import Room
 from trainer.reporting.report import format_bytes
@@ -114,7 +114,7 @@ def _remarks(plan: Plan, room: Room) -> Iterable[str]:
         )
     elif plan.reserved(plan.drawing_bytes) > room.free_bytes:
         tiled = plan.reserved(plan.drawing_aside_bytes) > room.free_bytes
-        how = f", and it decodes in tiles of {sampling.TILE} pixels" if tiled else ""
+        how = f", and it decodes in tiles of {drawer.TILE} pixels" if tiled else ""
         yield f"while the VAE decodes drawn pictures, the UNet is moved to host memory{how}"
     runtime = plan.config.runtime
     if runtime.compile != "none":

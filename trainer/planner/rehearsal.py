@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer.config import DTYPES, Config
 from trainer.data.buckets import Size
 from trainer.data.store import CAPTIONS_AT_A_TIME
-from trainer.drawing import prompts, sampling
+from trainer.drawing import drawer, prompts
 from trainer.models import execution, quantization, text
 from trainer.models.model import Model
 from trainer.objective import batches
@@ -197,7 +197,7 @@ def _decoded(config: Config, model: Model, vae: AutoencoderKL, in_tiles: bool = 
     pixels = 0
     if in_tiles:
         pixels = 4 * 3 * math.prod(size) * vae.dtype.itemsize
-        size = min(size[0], sampling.TILE), min(size[1], sampling.TILE)
+        size = min(size[0], drawer.TILE), min(size[1], drawer.TILE)
     with Ledger("activations") as ledger, torch.no_grad():
         ledger.enter(_tensors(vae), "weights")
         vae.decode(_latents(model, 1, size).to(vae.dtype))
@@ -210,14 +210,13 @@ def _drawn(config: Config) -> list[prompts.Prompt]:
     side = config.data.largest_resolution
     places = range(config.log.sample_count)
     return prompts.of_config(config.log, side) or [
-        prompts.of_caption("", place, config.log, (side, side)) for place in places
+        prompts.of_caption("", place, prompts.usual(config.log), (side, side)) for place in places
     ]
 
 
 def _latents(model: Model, rows: int, size: Size) -> Tensor:
     """(rows, 4, h, w)."""
-    halvings = len(model.vae_origin.config("vae")["block_out_channels"]) - 1
-    height, width = (side >> halvings for side in size)
+    height, width = (side // model.pixels_per_latent for side in size)
     return torch.empty(rows, model.unet.config.in_channels, height, width)
 
 
