@@ -238,6 +238,14 @@ def test_captions_in_any_letters_are_told_apart_on_a_grid(monkeypatch, fonts):
         assert pair[0].tobytes() != pair[1].tobytes(), caption
 
 
+def test_a_long_caption_has_up_to_three_lines():
+    tile, line = Image.new("RGB", (128, 128)), "two hearts on a very long boat"
+    captions = ["a cat", f"{line} {line}", f"{line} {line} {line}", f"{line} {line} {line} more"]
+    grids = [pictures.grid({"": [tile]}, [caption]) for caption in captions]
+    assert [grid.height - 128 - 6 for grid in grids] == [14, 42, 42, 42]
+    assert len({grid.tobytes() for grid in grids[1:3]}) == 2
+
+
 def test_what_no_font_has_is_escaped_and_the_font_with_the_most_letters_is_taken(monkeypatch):
     class Font:
         def __init__(self, letters):

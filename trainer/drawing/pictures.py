@@ -1,6 +1,7 @@
 """Saving and loading pictures, and grids of them, with one column per caption."""
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -9,24 +10,29 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-_LABEL = 14  # pixels: the height of a caption above its pictures
+_LABEL = 14  # pixels from a line of text to the next
 _MARGIN = 64  # pixels: the minimal width of the titles at the left
 COLUMNS = 8  # pictures side by side in a band
 _SMALLEST_TILE = 96  # pixels: the side of a picture in a grid
-_LARGEST_TILE = 256
+_LARGEST_TILE = 256  # where the font has _POINTS
+_CAPTION_LINES = 3  # at most
+_ANY_WIDTH = 1 << 16  # pixels
 ORIGINALS = "original"  # the folder of the captions' own pictures, next to those of drawn ones
 _CAPTION = "caption"  # the key of a PNG's text
 _POINTS = 11  # font size
 # Linux's fonts for other scripts, searched for in its font folders; Pillow's own font is ASCII.
 _OTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc")
 
+Row = Sequence[Image.Image | None]  # a picture for each caption, or None
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
-def save(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None:
-    """Write 00.png, 01.png, ..., each with its caption in the metadata."""
+def save(folder: Path, pictures: Row, captions: list[str]) -> None:
+    """Write 00.png, 01.png, ..., each with its caption in the metadata; none where None is."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        if picture is None:
+            continue
         text = PngInfo()
         text.add_itxt(_CAPTION, caption)
         picture.save(folder / f"{number:02d}.png", pnginfo=text)
@@ -63,41 +69,65 @@ def of_pixels(pixels: Tensor) -> Image.Image:
     return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
-def grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image:
+def grid(
+    rows: Mapping[str, Row], captions: list[str], largest_tile: int = _LARGEST_TILE
+) -> Image.Image:
     """Labelled pictures: {row title: one picture per caption} -> bands of eight columns, with
-    captions on top and titles (which may have several lines) at the left."""
+    captions on top and titles (which may have several lines) at the left.
+
+    largest_tile: pixels of a side.
+    """
     count = len(captions)
-    largest = max(max(picture.size) for row in rows.values() for picture in row)
-    tile = min(max(largest, _SMALLEST_TILE), _LARGEST_TILE)
+    largest = max(max(picture.size) for row in rows.values() for picture in row if picture)
+    tile = min(max(largest, _SMALLEST_TILE), largest_tile)
+    points = max(_POINTS, tile * _POINTS // _LARGEST_TILE)
+    titles = [_label(title.split("\n"), points, _ANY_WIDTH) for title in rows]
+    labels = [_label([caption], points, tile - points, _CAPTION_LINES) for caption in captions]
+    label = points + _LABEL - _POINTS  # pixels from line to line
+    header = label * max(len(lines) for lines, _ in labels)
     bands = -(-count // COLUMNS)
-    band_height = _LABEL + len(rows) * tile + 6
-    margin = max(_MARGIN, *(_width(title) + 12 for title in rows))
+    band_height = header + len(rows) * tile + 6
+    widths = (font.getlength(line) for lines, font in titles for line in lines)
+    margin = max(_MARGIN, math.ceil(max(widths)) + 12)
     sheet = Image.new("RGB", (margin + min(count, COLUMNS) * tile, bands * band_height), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, caption in enumerate(captions):
+    for number, (lines, font) in enumerate(labels):
         left, top = margin + number % COLUMNS * tile, number // COLUMNS * band_height
-        text, font = written(caption)
-        pen.text((left + 2, top), _fit(pen, text, font, tile), fill="black", font=font)
+        for line, text in enumerate(reversed(lines), start=1):
+            pen.text((left + 2, top + header - line * label), text, fill="black", font=font)
         for row, pictures in enumerate(rows.values()):
-            sheet.paste(
-                ImageOps.pad(pictures[number], (tile, tile), Image.Resampling.BICUBIC, "white"),
-                (left, top + _LABEL + row * tile),
-            )
+            if picture := pictures[number]:
+                padded = ImageOps.pad(picture, (tile, tile), Image.Resampling.BICUBIC, "white")
+                sheet.paste(padded, (left, top + header + row * tile))
     for band in range(bands):
-        for row, title in enumerate(rows):
-            pen.text(
-                (4, band * band_height + _LABEL + row * tile + tile // 2),
-                title,
-                fill="black",
-                font=_fonts()[0],
-                anchor="lm",
-            )
+        for row, (lines, font) in enumerate(titles):
+            place = (4, band * band_height + header + row * tile + tile // 2)
+            pen.text(place, "\n".join(lines), fill="black", font=font, anchor="lm")
     return sheet
 
 
-def _width(text: str) -> int:
-    """The width in pixels of its widest line."""
-    return math.ceil(max(map(_fonts()[0].getlength, text.split("\n"))))
+def _label(
+    paragraphs: Sequence[str], points: int, width: int, most: int = 1
+) -> tuple[list[str], Font]:
+    """Each paragraph in at most `most` lines of this width in pixels, and the font for them."""
+    font = written("".join(paragraphs))[1]
+    if isinstance(font, ImageFont.FreeTypeFont):
+        font = font.font_variant(size=points)
+    texts = (written(paragraph)[0] for paragraph in paragraphs)
+    return [line for text in texts for line in _wrapped(text, font, width, most)], font
+
+
+def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
+    """The text in lines that break between words; what does not fit in `most` is left out."""
+    lines: list[str] = []
+    line, *rest = text.split(" ")
+    while rest and len(lines) < most - 1:
+        if font.getlength(f"{line} {rest[0]}") <= width:
+            line += f" {rest.pop(0)}"
+        else:
+            lines.append(line)
+            line = rest.pop(0)
+    return [_fit(line, font, width) for line in [*lines, " ".join([line, *rest])]]
 
 
 def written(text: str) -> tuple[str, Font]:
@@ -123,11 +153,9 @@ def _has(font: Font, character: str) -> bool:
     return character.isprintable() and bytes(font.getmask(character)) != bytes(font.getmask(box))
 
 
-def _fit(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
-    """As much of the text as fits a tile."""
-    if pen.textlength(text[:width], font=font) <= width - 4:
+def _fit(text: str, font: Font, width: int) -> str:
+    """As much of the text as fits this width in pixels."""
+    if font.getlength(text[:width]) <= width:
         return text[:width]
-    end = next(
-        n for n in range(width, 0, -1) if pen.textlength(text[:n] + "…", font=font) <= width - 4
-    )
+    end = next(n for n in range(width, 0, -1) if font.getlength(text[:n] + "…") <= width)
     return text[:end] + "…"
