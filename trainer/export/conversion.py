@@ -8,17 +8,15 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.export import checkpoints, extraction, loras, models
 from trainer.export.request import Request
-from trainer.formats import architectures, diffusers_lora, kinds
+from trainer.formats import architectures, kinds
 from trainer.formats.hub import why_missing
 from trainer.formats.weights import of_file
 from trainer.models import origin
 from trainer.reporting import report
-from trainer.storage import checkpoint
+from trainer.storage import checkpoint, results
 from trainer.storage.steps import step_of
 
 log = logging.getLogger(__name__)
-
-_LORA_NAME = f"{diffusers_lora.STEM}.safetensors"
 
 
 def convert(request: Request) -> None:
@@ -31,9 +29,9 @@ def convert(request: Request) -> None:
     path = _in_run(named)
     if (path / "checkpoint.json").is_file():
         checkpoints.convert(path, request)
-    elif (path / _LORA_NAME).is_file():
+    elif (path / results.LORA_NAME).is_file():
         request.refuse_extract(f"{path} holds a LoRA")
-        loras.convert(path / _LORA_NAME, _with_base(path / _LORA_NAME, request))
+        loras.convert(path / results.LORA_NAME, _with_base(path / results.LORA_NAME, request))
     elif path.is_file() and kinds.is_lora(of_file(path)[0]):
         request.refuse_extract(f"{path} is a LoRA")
         if path != named and not request.merge:  # as for the run's checkpoints
@@ -48,8 +46,8 @@ def convert(request: Request) -> None:
             raise UserError(f"--base={request.base} has no effect: {path} is a model, not a LoRA")
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(
-                f"{path} is not a model, LoRA or run: it has no model_index.json, no {_LORA_NAME} "
-                "and no checkpoint"
+                f"{path} is not a model, LoRA or run: it has no model_index.json, no "
+                f"{results.LORA_NAME} and no checkpoint"
             )
         place = str(path) if path.exists() else request.source
         model = origin.at(place, request.variant, "SOURCE")
@@ -94,13 +92,9 @@ def _in_run(path: Path) -> Path:
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
     every = checkpoint.found_in(path)
-    result = path / "model"
-    if not (result / "model_index.json").is_file():
-        files = (path / "lora").glob("*.safetensors")
-        first = min(files, key=lambda file: (file.name == _LORA_NAME, file.name), default=None)
-        if not first:
-            return (every or [path])[-1]
-        result = first
+    result = results.found_in(path)
+    if not result:
+        return (every or [path])[-1]
     if every and step_of(every[-1]) > (step := _finished(path)):
         log.warning(
             "%s is from step %d, and the run has continued since; use %s for its last checkpoint",

@@ -8,7 +8,6 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ def write(
         for part, adapters in held.items()
     }
     names = ", ".join(_name(path) for path in (str(request.base), str(source)))
-    scheduler = _scheduler(source, base.config("scheduler"), described)
+    scheduler = metadata.scheduler_with(source, described, base.config("scheduler"))
     models.write(request, base, parts, scheduler, {"modelspec.merged_from": names})
     count = sum(len(adapters) for adapters in held.values())
     message = "%s: with %s of %s merged, scale %g (rounding changes %.1e of what is added)"
@@ -130,26 +129,3 @@ def _read(
     result = stream.rounded(name, exact, dtype)
     rounding.note(before, exact, result)
     return result
-
-
-def _scheduler(source: Path, own: dict[str, Any], described: dict[str, str]) -> dict[str, Any]:
-    """The model's scheduler, changed to the noise that the LoRA was trained with if its metadata
-    says that it predicts v."""
-    says = described.get("ss_v_parameterization", described.get("modelspec.prediction_type"))
-    if says is None:
-        return own
-    if says not in ("True", "v"):
-        if metadata.noise(own)["prediction_type"] == "v_prediction":
-            log.warning(
-                "%s was trained to predict noise, and the model that it is merged into "
-                "predicts v; the result has the model's scheduler",
-                source,
-            )
-        return own
-    is_zero = described.get("ss_zero_terminal_snr") == "True"
-    marks = [metadata.V_PRED, metadata.ZTSNR] if is_zero else [metadata.V_PRED]
-    changed = metadata.marked_scheduler(own, marks, {})
-    if metadata.noise(changed) != metadata.noise(own):
-        log.info("the result has the scheduler that the LoRA was trained with (v-prediction)")
-        return changed
-    return own

@@ -1,11 +1,14 @@
 """Low-rank adapters as plain tensors, read from PEFT's modules and written back into them."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -132,7 +135,8 @@ def peft_config(adapters: dict[str, Adapter]) -> LoraConfig:
     is_dora = {adapter.magnitude is not None for adapter in adapters.values()}
     if len(is_dora) > 1:
         raise UserError(
-            "some of the LoRA's modules are DoRA and others are not; such a LoRA cannot be trained"
+            "some of the LoRA's modules are DoRA and others are not; such a LoRA can only be "
+            "merged: python -m trainer.export LORA TARGET --merge"
         )
     rank, alpha = commonest(adapters.values())
     return LoraConfig(
@@ -143,3 +147,42 @@ def peft_config(adapters: dict[str, Adapter]) -> LoraConfig:
         target_modules=sorted(adapters),
         use_dora=is_dora.pop(),
     )
+
+
+@contextmanager
+def attached(model: nn.Module, adapters: dict[str, Adapter], scale: float = 1.0) -> Iterator[None]:
+    """Within the block the model, one part, computes with `scale` times what these adapters change.
+
+    As in training, they are separate modules in fp32 beside the model's weights, which neither
+    change nor lose anything in rounding, and may be quantized.  For DoRA the scale leads in a
+    straight line from the model to it.
+    """
+    if not adapters or scale == 0:
+        yield
+        return
+    config = peft_config(adapters)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+        inject_adapter_in_model(config, model)
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, LoraLayer)}
+    try:
+        for layer in layers.values():
+            for own in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                own.float()
+        fill({"": model}, {"": adapters})
+        for layer in layers.values():
+            if not config.use_dora:
+                layer.scale_layer(scale)
+            elif scale != 1:
+                layer.register_forward_hook(partial(_towards, scale))  # type: ignore[attr-defined]
+        yield
+    finally:
+        for name, layer in layers.items():
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, layer.get_base_layer())
+        vars(model).pop("peft_config", None)  # PEFT's record of what it has added
+
+
+def _towards(scale: float, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A forward hook: the point at `scale` on the line from what the base layer computes to the
+    output."""
+    return torch.lerp(layer.base_layer(*inputs), output, scale)

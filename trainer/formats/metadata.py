@@ -3,6 +3,7 @@ parts that are not the published ones."""
 
 import inspect
 import json
+import logging
 from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ import diffusers
 from trainer.errors import UserError
 from trainer.formats import architectures, stream
 from trainer.formats.adapters import Adapters, commonest
+
+log = logging.getLogger(__name__)
 
 RESOLUTION = "modelspec.resolution"
 TRAINER = "trainer"  # JSON: how a run of this trainer made it
@@ -62,6 +65,25 @@ def marked_scheduler(
         return scheduler
     marked = scheduler | {"prediction_type": "v_prediction"}
     return marked | zero_snr(scheduler) if ZTSNR in names else marked
+
+
+def scheduler_with(lora: Path, described: Mapping[str, str], own: dict[str, Any]) -> dict[str, Any]:
+    """The scheduler of a model with a LoRA: the model's `own`, changed to the noise that the LoRA
+    was trained with if its metadata, `described`, says that it predicts v."""
+    says = described.get("ss_v_parameterization", described.get("modelspec.prediction_type"))
+    if says is None:
+        return own
+    if says not in ("True", "v"):
+        if noise(own)["prediction_type"] == "v_prediction":
+            message = "%s was trained to predict noise, and its model predicts v; %s"
+            log.warning(message, lora, "the model's scheduler is used")
+        return own
+    is_zero = described.get("ss_zero_terminal_snr") == "True"
+    changed = marked_scheduler(own, [V_PRED, ZTSNR] if is_zero else [V_PRED], {})
+    if noise(changed) == noise(own):
+        return own
+    log.info("%s: with the scheduler that the LoRA was trained with (v-prediction)", lora)
+    return changed
 
 
 def zero_snr(scheduler: Mapping[str, Any]) -> dict[str, Any]:

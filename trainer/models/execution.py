@@ -71,7 +71,7 @@ def prepare(config: Config, parts: Mapping[str, Any], device: torch.device) -> N
     if runtime.compile == "regional":
         unet.compile_repeated_blocks(backend=COMPILER)
     if config.model.compute == "bfloat16":
-        _autocast(unet, device.type)
+        autocast(unet, device.type)
     kinds = {type(processor).__name__ for processor in unet.attn_processors.values()}
     fused = kinds <= {"AttnProcessor2_0"}
     log.info(
@@ -85,7 +85,7 @@ def _to_channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
     return (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
 
 
-def _autocast(unet: Any, device_type: str) -> None:
+def autocast(unet: Any, device_type: str) -> None:
     """Make every forward pass of the UNet, in training and sampling, compute in bf16; results have
     the weights' dtype.
 

@@ -154,6 +154,14 @@ def verified(folder: Path, without: str | None = None) -> dict[str, Any]:
     return record
 
 
+def model_of(folder: Path) -> str | None:
+    """The sketch of the model that training began with; None if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        return str(record["model"])
+    return None
+
+
 @contextlib.contextmanager
 def _naming(folder: Path) -> Iterator[None]:
     """Turn any error of reading into a UserError that names the checkpoint."""

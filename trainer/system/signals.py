@@ -39,16 +39,16 @@ def leave_at_once(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM, for the loop to stop after its step; a second one ends
-    the process at once."""
+def stop_signals(after: str = "this step") -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM, for the loop to stop `after` what it is at; a second one
+    ends the process at once."""
     caught: list[int] = []
 
     def catch(number: int, frame: Any) -> None:
         if caught:
             end(number)
         caught.append(number)
-        log.warning("signal %d: stopping after this step; press again to quit now", number)
+        log.warning("signal %d: stopping after %s; press again to quit now", number, after)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, catch) for number in handled}
