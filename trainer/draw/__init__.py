@@ -1,0 +1,1 @@
+"""The command that draws with finished models and LoRAs, to compare them."""

@@ -1,0 +1,47 @@
+"""What is drawn, on the disk: the grid, and a folder of single pictures for each row."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from trainer.drawing import pictures
+from trainer.system import disk
+
+_TILE = 512  # pixels: the largest side of a picture in the grid
+
+
+class Sheet:
+    """A grid that is written anew with each row: whenever it ends, what is drawn is there."""
+
+    def __init__(self, out: Path, folder: Path, titles: Sequence[str], captions: list[str]) -> None:
+        """titles: of all rows, from the top down."""
+        self._out, self._folder, self._titles, self._captions = out, folder, titles, captions
+        self._above: dict[str, list[Image.Image]] = {}
+        self._rows: dict[str, list[Image.Image | None]] = {}
+
+    def __str__(self) -> str:
+        """What there is, for a message."""
+        if not self._rows:
+            return "nothing was drawn"
+        return f"{self._out}, and the single pictures in {self._folder}"
+
+    def put_above(self, title: str, pictures: list[Image.Image]) -> None:
+        """Show these pictures in a row above all others."""
+        self._above[title] = pictures
+
+    def add(self, title: str, drawn: Mapping[int, Image.Image]) -> None:
+        """Write a row's single pictures, and the grid.  drawn: by the caption's place; the places
+        of others stay blank."""
+        row = [drawn.get(place) for place in range(len(self._captions))]
+        pictures.save(self._folder / self._folder_name(title), row, self._captions)
+        self._rows[title] = row
+        rows = {title: self._rows[title] for title in self._titles if title in self._rows}
+        grid = pictures.grid({**self._above, **rows}, self._captions, _TILE)
+        disk.replace_picture(self._out, grid)
+
+    def _folder_name(self, title: str) -> str:
+        """02-emoji-step-40: with the row's number, as names may differ in other signs only."""
+        words = re.sub(r"[^\w.]+", "-", title).strip("-")
+        return f"{self._titles.index(title) + 1:02d}-{words}"
