@@ -1,8 +1,8 @@
 """A rehearsal of a run's memory use, with tensors that have shapes but no data.
 
-The model's own modules run, forward and backward, under torch's FakeTensorMode, and a ledger counts
-the bytes of live tensors.  So gradient checkpointing, adapters, autocast and trained text encoders
-are accounted for in any UNet, and no formula for activations has to be maintained.
+The model's own modules run, forward and backward, on torch's meta device, and a ledger counts the
+bytes of live tensors.  So gradient checkpointing, adapters, autocast and trained text encoders are
+accounted for in any UNet, and no formula for activations has to be maintained.
 """
 
 import logging
@@ -28,8 +28,6 @@ from trainer.objective import batches
 from trainer.planner.ledger import Ledger
 from trainer.system import console
 from trainer.training import gradients, method, optimizers
-
-_CPU = torch.device("cpu")  # of fake tensors: torch without CUDA supports no other
 
 
 @dataclass(kw_only=True)
@@ -84,12 +82,12 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
         trained = [p for p in parts.parameters() if p.requires_grad]
         vae = model.empty("vae", model.config.vae_dtype)
         encoder = None if attached.text_encoder else model.empty_text_encoders()
-        with FakeTensorMode(), _autocast_of(device_type):
-            _give_storage(parts)
-            execution.prepare(_eager(config), attached.trained_parts, _CPU)
+        with _without_data(config, device_type) as device:
+            _give_storage(parts, device)
+            execution.prepare(_eager(config), attached.trained_parts, device)
             peak = _step(config, attached, device_type)
             denoising = _denoised(config, attached)
-            _give_storage(vae)
+            _give_storage(vae, device)
             return Rehearsal(
                 num_parameters=num_parameters,
                 num_trained=sum(p.numel() for p in trained),
@@ -101,7 +99,7 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
                     gradients=peak["gradients"],
                     activations=peak["activations"],
                 ),
-                captions_bytes=_encoded_captions(encoder) if encoder else 0,
+                captions_bytes=_encoded_captions(encoder, device) if encoder else 0,
                 pictures_bytes=_encoded_picture(config, vae),
                 denoising_bytes=denoising,
                 decoding_bytes=_decoded(config, attached, vae) if denoising else 0,
@@ -153,10 +151,10 @@ def _consuming(
             handle.remove()
 
 
-def _encoded_captions(encoder: text.Encoder) -> int:
+def _encoded_captions(encoder: text.Encoder, device: torch.device) -> int:
     """The peak of encoding captions before the first step, including the text encoders."""
     parts = nn.ModuleDict(encoder.encoders)
-    _give_storage(parts)
+    _give_storage(parts, device)
     with Ledger("activations") as ledger, torch.no_grad():
         ledger.enter(_tensors(parts), "weights")
         encoder([""] * CAPTIONS_AT_A_TIME)
@@ -253,20 +251,37 @@ def _bytes_of_averages(config: Config, trained: Sequence[Tensor]) -> int:
     return sum(p.numel() for p in trained) * DTYPES[ema.dtype].itemsize
 
 
-def _give_storage(module: nn.Module) -> None:
-    """Replace tensors on the meta device by tensors that can be computed with."""
+@contextmanager
+def _without_data(config: Config, device_type: str) -> Iterator[torch.device]:
+    """Make tensors that have shapes but no data; yields their device.
+
+    Autocast only knows devices that compute: with it they are fake tensors of a CPU, and the
+    rehearsal takes about twice as long.
+    """
+    if config.model.compute == "bfloat16":
+        with FakeTensorMode(), _autocast_of(device_type):
+            yield torch.device("cpu")
+    else:
+        with torch.device("meta") as device, _fused_attention():
+            yield device
+
+
+def _give_storage(module: nn.Module, device: torch.device) -> None:
+    """Replace tensors on the meta device by ones on this device, if it is another."""
+    if device.type == "meta":
+        return
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                made = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
+                made = nn.Parameter(_like(parameter, device), requires_grad=parameter.requires_grad)
                 owner._parameters[name] = made
         for name, buffer in owner._buffers.items():
             if buffer is not None:
-                owner._buffers[name] = _like(buffer)
+                owner._buffers[name] = _like(buffer, device)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=_CPU)
+def _like(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=device)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -279,10 +294,31 @@ def _eager(config: Config) -> Config:
 
 
 @contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Make attention keep what fused kernels keep, its result and a number per row.  (On the meta
+    device torch would choose the kernel that keeps the whole matrix.)"""
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **others: Any,
+    ) -> Tensor:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        result: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask)[0]
+        return result
+
+    with _replaced(scaled_dot_product_attention=call):
+        yield
+
+
+@contextmanager
 def _autocast_of(device_type: str) -> Iterator[None]:
     """Make autocast behave as on a GPU: there norms run in fp32 (PyTorch, "CUDA Ops that can
     autocast to float32") and keep more bytes, while fake tensors follow the CPU's, in bf16."""
-    originals = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
 
     def in_fp32(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -292,10 +328,18 @@ def _autocast_of(device_type: str) -> Iterator[None]:
 
         return call
 
+    norms = ("group_norm", "layer_norm") if device_type == "cuda" else ()
+    with _replaced(**{name: in_fp32(getattr(F, name)) for name in norms}):
+        yield
+
+
+@contextmanager
+def _replaced(**functions: Callable[..., Tensor]) -> Iterator[None]:
+    """Have other functions in torch.nn.functional."""
+    originals = {name: getattr(F, name) for name in functions}
     try:
-        if device_type == "cuda":
-            for name, original in originals.items():
-                setattr(F, name, in_fp32(original))
+        for name, function in functions.items():
+            setattr(F, name, function)
         yield
     finally:
         for name, original in originals.items():
