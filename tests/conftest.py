@@ -20,7 +20,7 @@ from PIL import Image
 from optim import backend
 from trainer import config, data
 from trainer.checks import validate
-from trainer.cli import choices, compose, resolvers
+from trainer.cli import choices, compose
 from trainer.formats import writing
 from trainer.models import origin
 from trainer.run import run
@@ -61,11 +61,6 @@ def pictures(tmp_path):
         Image.new("RGB", (80 + 10 * index, 70), colour).save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"a {colour} card\n")
     return folder
-
-
-@cache
-def _register():
-    compose.register()
 
 
 @cache
@@ -175,7 +170,7 @@ def v_schedule(make_schedule):
 
 def compose_raw(*overrides):
     """Compose these overrides with Hydra, without checks."""
-    _register()
+    compose.register()
     return choices.composition(list(overrides))
 
 
@@ -187,14 +182,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def one_schema(monkeypatch):
-    """Commands in this process do not register the schema again, which takes as long as a check."""
-    _register()
-    monkeypatch.setattr(compose, "register", resolvers.register)
-
-
-@pytest.fixture
-def command(in_tmp, one_schema, monkeypatch, capfd):
+def command(in_tmp, monkeypatch, capfd):
     """The command line in this process: command("optim=lion") -> (exit status, stdout, stderr)."""
     from trainer.__main__ import main
 

@@ -15,7 +15,7 @@ from trainer.config import ASSETS
 
 
 @pytest.fixture
-def examine(in_tmp, one_schema, monkeypatch, capfd):
+def examine(in_tmp, monkeypatch, capfd):
     """Run the command in this process: examine("data=folder") -> (exit status, stdout, stderr)."""
 
     def call(*arguments):

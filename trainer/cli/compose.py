@@ -1,6 +1,7 @@
 """The configuration that a command line describes, or those of a sweep."""
 
 import itertools
+from functools import cache
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,6 +31,12 @@ def register() -> None:
 
     Safe to call again.
     """
+    _register_schema()
+    resolvers.register()
+
+
+@cache  # takes as long as a composition
+def _register_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, nodes in ALTERNATIVES.items():
@@ -40,7 +47,6 @@ def register() -> None:
     store.store(group="schema/optim", name="external", node=ExternalConfig)
     for name in choices_of("optim/peer"):
         store.store(group="schema/optim/peer", name=name, node=peer_schema(f"peer/{name}"))
-    resolvers.register()
 
 
 def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
