@@ -1,6 +1,7 @@
 """`python -m trainer --help TOPIC`: what groups, their choices and options are."""
 
 import re
+import signal
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
@@ -94,6 +95,13 @@ def test_every_shown_value_is_one_that_hydra_reads(told):
         assert OmegaConf.select(after, key) == OmegaConf.select(before, key)
 
 
+def test_a_shown_mapping_is_one_that_hydra_reads(told):
+    chosen = "optim=peer/hf_adafactor"
+    shown = listed(told(chosen))["optim.options"]
+    before, after = compose_raw(chosen), compose_raw(chosen, f"optim.options={shown}")
+    assert before.optim.options and after.optim.options == before.optim.options
+
+
 def test_a_choice_has_its_options_with_the_values_and_bounds_they_may_have(told):
     text = told("optim=prodigy_factored")
     assert "Prodigy with factored moments and 1-bit signs" in text
@@ -140,6 +148,10 @@ def test_items_of_a_list_are_explained_with_it(told):
         (["train_batch_size"], "it is called 'data.batch_size' here"),
         (["datta"], "did you mean 'data'?"),
         (["optim=lionn"], "did you mean 'lion'?"),
+        (["+optim.betta1=0.5"], "did you mean 'beta1'?"),
+        (["lion"], "'lion' is a choice; to explain it and its options: --help optim=lion\n"),
+        (["sdxl"], "--help experiment=sdxl or --help model=sdxl"),
+        (["hydra.run.dir"], "python -m trainer --cfg hydra"),
         (["method.rank"], "method=lora has it"),
         (
             ["rank"],
@@ -152,3 +164,13 @@ def test_an_unknown_topic_is_an_error_that_names_the_nearest(command, topics, sa
     status, out, err = command("--help", *topics)
     assert (status, out) == (2, "")
     assert says in err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="not on Windows")
+def test_help_ends_silently_when_nobody_reads_on(told):
+    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python sets it: an exception
+    try:
+        told("seed")
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGPIPE, before)

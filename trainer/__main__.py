@@ -114,6 +114,7 @@ def main() -> None:
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     try:
         if {"--help", "-h"} & {*sys.argv[1:]}:
+            command.end_with_the_reader()
             print(topics.about(words) if words else help.page())
             return
         compose.register()

@@ -44,6 +44,7 @@ def about(words: list[str]) -> str:
     this word in its name).  Values are those under the choices among them.  Raises UserError for a
     word that is none of these.
     """
+    words = [word.lstrip("+~") for word in words]  # as overrides may begin
     overrides = [word for word in words if "=" in word]
     options = list(_options(composed(overrides)))
     topics = [word for word in words if "=" not in word] or overrides
@@ -60,8 +61,20 @@ def _about(topic: str, options: list[_Option], overrides: list[str]) -> list[Any
         return [first, *inside]
     found = [o for o in options if o in inside or name in o.key.rpartition(".")[2]]
     if not found:
-        raise UserError(explain_key(name, overrides))
+        raise UserError(_why_unknown(name, overrides))
     return found
+
+
+def _why_unknown(word: str, overrides: list[str]) -> str:
+    if word.partition(".")[0] == "hydra":
+        return (
+            f"{word} is Hydra's own; its options with their values: python -m trainer --cfg hydra "
+            "(hydra.run.dir=... is the folder of a run)"
+        )
+    if owners := [group for group in group_names() if word in choices_of(group)]:
+        every = " or ".join(f"--help {group}={word}" for group in owners)
+        return f"{word!r} is a choice; to explain it and its options: {every}"
+    return explain_key(word, overrides)
 
 
 def _of_group(group: str) -> str:
@@ -133,6 +146,8 @@ def _written(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, ListConfig | tuple):
         return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, DictConfig):
+        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
     if isinstance(value, str) and not _PLAIN.fullmatch(value):
         return f'"{value}"'
     return str(value)
