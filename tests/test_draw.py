@@ -1,6 +1,7 @@
 """`python -m trainer.draw`: the same prompts with several models and LoRAs."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -85,9 +86,9 @@ EVERY = ("log.sample_count=24", "log.sample_steps=1", "data.cache=null")
 @pytest.mark.parametrize(
     ("options", "most"),  # by how much a pixel may differ, of 255
     [
-        pytest.param(EVERY, 0, id="full"),
         pytest.param((*LORA, *EVERY), 0, id="lora"),
         # The captions are encoded in other batches than the run's, which changes last bits.
+        pytest.param(DRAWN, 1, id="full"),
         pytest.param((*LORA, "method.dora=true", "method.train=[unet,text_encoder]"), 1, id="dora"),
         pytest.param((*LORA, "model.quantization=int8", "model.dtype=bfloat16"), 1, id="int8"),
         pytest.param(
@@ -114,21 +115,22 @@ def test_what_a_run_has_drawn_is_drawn_again_to_the_pixel(options, most, finishe
     assert apart(before, after) > 2  # else this proves nothing
 
 
-@pytest.mark.parametrize("scale", [1, 0.5, -1])
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_a_scale_draws_what_a_merged_model_draws_and_0_the_base(
-    kind, scale, draw, tmp_path, capsys
-):
+def test_a_scale_draws_what_a_merged_model_draws_and_0_the_base(kind, draw, tmp_path, capsys):
     """UNet and text encoders."""
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", trained(TINY, **kind), "sdxl")
-    merge = ("--base", TINY, "--merge", f"--scale={scale}")
-    assert run_export(capsys, path, tmp_path / "merged", *merge)[0] == 0
+    models = {scale: tmp_path / f"merged{scale}" for scale in (1, 0.5, -1)}
+    for scale, model in models.items():
+        merge = ("--base", TINY, "--merge", f"--scale={scale}")
+        assert run_export(capsys, path, model, *merge)[0] == 0
     prompts = ("--prompt", "two hearts", "--prompt", "a cat", *FAST)
-    assert draw(path, tmp_path / "merged", f"--base={TINY}", f"--scale={scale},0", *prompts)[0] == 0
-    base, scaled, nothing, merged = drawn(tmp_path).values()
+    more = (f"--base={TINY}", "--scale=1,0.5,-1,0", *prompts)
+    assert draw(path, *models.values(), *more)[0] == 0
+    base, *scaled, nothing = [*drawn(tmp_path).values()][:5]
     assert np.array_equal(nothing, base)
-    assert np.abs(scaled - merged).max() <= 2
-    assert apart(scaled, base) > 5  # else this proves nothing
+    for own, merged in zip(scaled, [*drawn(tmp_path).values()][5:], strict=True):
+        assert np.abs(own - merged).max() <= 2
+        assert apart(own, base) > 5  # else this proves nothing
 
 
 def test_both_formats_of_a_lora_draw_the_same(finished, draw, tmp_path):
@@ -193,9 +195,42 @@ def test_the_same_base_model_with_other_options_has_a_row_of_its_own(finished, d
     assert [*grids[-1]] == [base, "one\nstep 4", f"{base}\n(2)", "two\nstep 4"]
 
 
-def test_a_base_model_that_is_given_is_drawn_once_in_its_place(finished, draw, grids):
-    assert draw(finished("run", *LORA, "name=cats"), TINY, "--prompt=a cat")[0] == 0
+def test_a_base_model_that_is_given_is_drawn_once_in_its_place(finished, draw, grids, monkeypatch):
+    run = finished("run", *LORA, "name=cats")
+    monkeypatch.chdir(TINY.parent)  # the run has an absolute path
+    assert draw(run, "tiny_sdxl", "--prompt=a cat", *FAST)[0] == 0
     assert [*grids[-1]] == ["cats\nstep 4", "tiny_sdxl"]
+
+
+def test_sources_have_the_shortest_names_that_differ(finished):
+    def names(*paths):
+        return [source.title for source in sources.found([*map(str, paths)], False)]
+
+    run = finished("run", *LORA, "name=cats")
+    assert names(run / "lora") == ["cats"]  # not pytorch_lora_weights
+    there = shutil.copytree(run, run.parent / "there/run")
+    assert names(run, there) == [f"{run}\nstep 4", f"{there}\nstep 4"]
+    files = [run / "lora/pytorch_lora_weights.safetensors", run / "lora/cats.safetensors"]
+    assert names(*files) == [*map(str, files)]
+
+
+def test_a_scale_with_which_numbers_are_not_finite_is_named(lora_file, draw, tmp_path, caplog):
+    path = lora.save_lora(tmp_path / "unet.safetensors", "kohya", trained(TINY, ["unet"]), "sdxl")
+    more = (f"--base={TINY}", "--no-base", "--scale=1,1e30", "--prompt=a cat", *FAST)
+    assert draw(path, *more)[0] == 0
+    said = [text for text in caplog.messages if "not all of its numbers are finite" in text]
+    assert [text.partition(":")[0] for text in said] == ["unet, scale 1e+30"]
+    status, error = draw(lora_file, *more, out="other.png")
+    assert status == 2
+    assert error.startswith("error: cats, scale 1e+30: the text encoders' embedding")
+
+
+def test_a_long_name_is_shortened_in_the_folder_of_its_pictures(lora_file, draw, tmp_path):
+    long = tmp_path / f"{'é' * 115}.safetensors"
+    long.symlink_to(lora_file)
+    scale = f"--scale={'0.' + '3' * 40}"
+    assert draw(long, "--prompt=a cat", "--no-base", f"--base={TINY}", scale, *FAST)[0] == 0
+    assert [*drawn(tmp_path)] == [f"01-{'é' * 60}"]
 
 
 def test_the_model_that_a_full_run_started_from_may_be_gone(finished, draw, tmp_path, caplog):
@@ -318,9 +353,11 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
         ([TINY, prompt, "--scale=0.5"], "--scale is the strength of a LoRA, and there is none"),
         ([TINY, prompt, based], "--base is the model of LoRAs, and there is none"),
         ([lora_file, prompt, based, "--scale=nan"], "--scale=nan must be a finite number"),
+        ([lora_file, prompt, based, "--scale=1,0.5,1"], "--scale has 1 twice; once is enough"),
         ([lora_file, prompt, based, "--scale=a,b"], "'a,b' is not a list of numbers"),
         ([TINY, "--prompt=a cat --w 833"], "'a cat --w 833': --w 833 is not a multiple of 8"),
         ([TINY, "--prompt=a --n b", "--guidance=1"], "--l 5, or --guidance=5"),
+        ([TINY, prompt, "--guidance=1", "--negative=b"], "--negative only has an effect with"),
         ([TINY, f"--prompts-file={tmp_path / 'none.txt'}"], "none.txt cannot be read"),
         ([TINY, prompt, "--resolution=100"], "--resolution=100 is not a multiple of 8"),
         ([TINY, prompt, "--steps=0"], "--steps=0 must be from 1 to 1000"),

@@ -99,7 +99,8 @@ def test_a_shown_mapping_is_one_that_hydra_reads(told):
     chosen = "optim=peer/hf_adafactor"
     shown = listed(told(chosen))["optim.options"]
     before, after = compose_raw(chosen), compose_raw(chosen, f"optim.options={shown}")
-    assert before.optim.options and after.optim.options == before.optim.options
+    assert before.optim.options
+    assert after.optim.options == before.optim.options
 
 
 def test_a_choice_has_its_options_with_the_values_and_bounds_they_may_have(told):

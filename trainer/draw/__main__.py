@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what draws; see below")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE.png", help="the grid; it must not exist"
+        "--out", required=True, type=_path, metavar="FILE.png", help="the grid; it must not exist"
     )
     _add_prompts(parser)
     _add_models(parser)
@@ -117,7 +117,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         type=_numbers,
         dest="scales",
         metavar="NUMBERS",
-        help="strengths of LoRAs, a row for each: 0.5,1 (default: 1)",
+        help="strengths of LoRAs, a row for each: 0.5,1 or --scale=-1,1 (default: 1)",
     )
     group.add_argument(
         "--base",
@@ -148,6 +148,11 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"pictures drawn at a time {_AS_RUN.format('1')}",
     )
+
+
+def _path(text: str) -> Path:
+    """An argparse type: a path, in which no shell has replaced the ~ of --out=~/grid.png."""
+    return Path(text).expanduser()
 
 
 def _numbers(text: str) -> list[float]:

@@ -24,6 +24,7 @@ from trainer.formats.adapters import Adapters
 from trainer.formats.weights import of_file
 from trainer.models import execution
 from trainer.models.model import Model
+from trainer.models.text import Encoder
 from trainer.objective import encoding
 from trainer.objective.encoding import Read
 from trainer.system import console, signals
@@ -64,7 +65,7 @@ class Painter:
         if model.config.compute == "bfloat16":
             execution.autocast(model.unet, self.device.type)
         for row, read in zip(group.rows, reads, strict=True):
-            log.info("drawing: %s", row.title.replace("\n", ", "))
+            log.info("drawing: %s", _in_line(row))
             self._draw_row(row, model, read, sheet, aside)
         del model.unet  # before another one is loaded
         gc.collect()
@@ -88,6 +89,12 @@ class Painter:
                     latents[place] = latent
                     aside.advance(1)
         finally:  # also when it is stopped
+            if not all(latent.isfinite().all() for latent in latents.values()):
+                log.warning(
+                    "%s: not all of its numbers are finite, so its pictures are blank; a --scale "
+                    "closer to 0, or --dtype=float32, may help",
+                    _in_line(row),
+                )
             if latents:
                 drawn = drawer.decode([*latents.values()])
                 sheet.add(row.title, dict(zip(latents, drawn, strict=True)))
@@ -107,14 +114,21 @@ class Painter:
             adapted = {part: held[part] for part in encoder.encoders if part in held}
             key = f"{row.scale} {row.lora}" if adapted else ""
             if key not in found:
-                with ExitStack() as stack:
-                    for part, own in adapted.items():
-                        module = encoder.encoders[part]
-                        stack.enter_context(adapters.attached(module, own, row.scale))
-                    store = Store(None, "float32")
-                    found[key] = encoding.read_texts(texts, store, "", lambda: encoder, self.stop)
+                found[key] = self._read(texts, encoder, adapted, row)
             reads.append(found[key])
         return reads
+
+    def _read(self, texts: list[str], encoder: Encoder, adapted: Adapters, row: Row) -> Read:
+        """These texts as the row's adapted text encoders read them."""
+        with ExitStack() as stack:
+            for part, own in adapted.items():
+                module = encoder.encoders[part]
+                stack.enter_context(adapters.attached(module, own, row.scale))
+            store = Store(None, "float32")
+            try:
+                return encoding.read_texts(texts, store, "", lambda: encoder, self.stop)
+            except UserError as error:
+                raise UserError(f"{_in_line(row)}: {error}") from error
 
 
 def check(group: Group) -> None:
@@ -133,6 +147,11 @@ def check(group: Group) -> None:
                 f"the model at {model.config.path} is not the one that the run of {row.lora} "
                 "started from; give the location of the original, or another: --base=MODEL"
             )
+
+
+def _in_line(row: Row) -> str:
+    """The row's title, for a message."""
+    return row.title.replace("\n", ", ")
 
 
 def _adapters(row: Row, model: Model) -> Adapters:

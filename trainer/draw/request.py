@@ -51,6 +51,8 @@ class Request:
         for scale in self.scales or []:
             if not math.isfinite(scale):
                 raise UserError(f"--scale={scale:g} must be a finite number")
+            if (self.scales or []).count(scale) > 1:
+                raise UserError(f"--scale has {scale:g} twice; once is enough")
         side = self.resolution
         if side is not None and (side < _SIDE or side % _SIDE):
             raise UserError(f"--resolution={side} is not a multiple of {_SIDE} pixels")

@@ -1,6 +1,7 @@
 """The rows of a grid: for each source the model that it draws with, and its own base model."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,6 +157,8 @@ def _configured(
     """A model's configuration: the usual one, changed by what is known of its run, and by the
     request."""
     options = usual | {key: value for key, value in known.items() if key in usual}
+    if (local := Path(path).expanduser()).exists():  # so that a model is the same by any path
+        path = os.path.abspath(local)
     options |= {"path": path, "variant": variant}
     if request.dtype:
         options |= {"dtype": request.dtype, "compute": "same"}

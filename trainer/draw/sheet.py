@@ -10,6 +10,7 @@ from trainer.drawing import pictures
 from trainer.system import disk
 
 _TILE = 512  # pixels: the largest side of a picture in the grid
+_NAME = 120  # bytes of a title in a folder's name, which most systems limit to 255
 
 
 class Sheet:
@@ -44,4 +45,5 @@ class Sheet:
     def _folder_name(self, title: str) -> str:
         """02-emoji-step-40: with the row's number, as names may differ in other signs only."""
         words = re.sub(r"[^\w.]+", "-", title).strip("-")
-        return f"{self._titles.index(title) + 1:02d}-{words}"
+        short = words.encode()[:_NAME].decode(errors="ignore")
+        return f"{self._titles.index(title) + 1:02d}-{short}"

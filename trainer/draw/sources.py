@@ -92,7 +92,7 @@ def _of_folder(folder: Path) -> Source | None:
     whole = folder.resolve()
     is_intermediate = whole in completed(whole.parent) and whole.parent.name == "results"
     run = whole.parents[1] if is_intermediate else folder
-    name = str(config_in(run).get("name") or run.resolve().name)
+    name = _run_name(run)
     stem = file_name(f"{name}-{whole.name}" if is_intermediate else name)
     single = folder / f"{stem}.safetensors"  # method.export=[single_file]
     result = results.found_in(folder) or (single if single.is_file() else None)
@@ -106,7 +106,19 @@ def _of_folder(folder: Path) -> Source | None:
 def _of_file(path: Path) -> Source:
     if not kinds.is_lora(of_file(path)[0]):
         return Source(place=str(path), name=path.stem)
-    return Source(place=str(path), name=path.stem, is_lora=True, run=loras.run_of(path))
+    run = loras.run_of(path)
+    return Source(place=str(path), name=_lora_name(path, run), is_lora=True, run=run)
+
+
+def _lora_name(path: Path, run: Path | None) -> str:
+    """That of its run, or of its folder, where all files have the same."""
+    if path.name != results.LORA_NAME:
+        return path.stem
+    return _run_name(run) if run else path.absolute().parent.name
+
+
+def _run_name(run: Path) -> str:
+    return str(config_in(run).get("name") or run.resolve().name)
 
 
 def _names_model(run: Path) -> bool:
@@ -121,7 +133,13 @@ def _intermediate(run: Path) -> list[Path]:
 
 def _told_apart(sources: Sequence[Source]) -> list[Source]:
     """The sources, with longer names where titles would be the same."""
-    return _renamed(_renamed(sources, _name_in_folder), lambda source: source.place)
+    for longer in (_name_in_folder, lambda source: str(source.run or source.place), _place):
+        sources = _renamed(sources, longer)
+    return [*sources]
+
+
+def _place(source: Source) -> str:
+    return source.place
 
 
 def _renamed(sources: Sequence[Source], longer: Callable[[Source], str]) -> list[Source]:

@@ -21,10 +21,17 @@ _GUIDANCE, _STEPS = 5.0, 25
 
 def prompts_of(request: Request, sources: Sequence[Source], model: Model) -> list[Prompt]:
     """The given prompts, or else what the first of the runs drew.  Raises UserError if there are
-    none, or one is wrong.
+    none, one is wrong, or no guidance uses the negative prompt.
 
     model: the first that draws, whose resolution counts if there is no run.
     """
+    every = _prompts_of(request, sources, model)
+    if request.negative and not any(prompt.is_guided for prompt in every):
+        raise UserError("--negative only has an effect with guidance: --guidance=5")
+    return every
+
+
+def _prompts_of(request: Request, sources: Sequence[Source], model: Model) -> list[Prompt]:
     run = first_run(sources)
     config = run.config if run else {}
     usual = _usual(request, config.get("log", {}))
