@@ -148,7 +148,7 @@ def test_a_runs_model_is_extracted_from_the_one_that_it_started_from(
 ):
     """From the run's folder, its model and a checkpoint, without --base; --rank=999 is exact."""
     caplog.set_level("INFO")
-    folder = finished("run", "method.train=[unet,text_encoder]", *ONE_STEP)
+    folder = finished("run", "method.train=[unet,text_encoder]", "ema=fp32", *ONE_STEP)
     before, after = weights_of(TINY), weights_of(folder / "model")
     sources = (folder, folder / "model", folder / "checkpoints/step-000001")
     for number, source in enumerate(sources):
@@ -161,6 +161,9 @@ def test_a_runs_model_is_extracted_from_the_one_that_it_started_from(
                 change = after[part][name] - before[part][name]
                 torch.testing.assert_close(adapter.delta(), change, rtol=0, atol=1e-6, msg=name)
         assert "0.0% are lost to the rank" in caplog.messages[-1]
+        is_checkpoint = source == sources[-1]
+        assert ("exporting the averaged weights" in caplog.text) == is_checkpoint
+        caplog.clear()
     with safe_open(tmp_path / "2.safetensors", "pt") as file:
         assert file.metadata()["ss_steps"] == "1"
 
@@ -252,6 +255,19 @@ def test_the_factors_have_the_fine_tuned_dtype_or_the_one_asked_for(base, tuned,
         target = tmp_path / f"{dtype}.safetensors".removeprefix("torch.")
         held = extracted(capsys, source, target, "--base", base, *more)
         assert {a.up.dtype for by_path in held.values() for a in by_path.values()} == {dtype}
+
+
+def test_a_change_too_large_for_the_dtype_is_named_with_its_layer(base, tmp_path, capsys):
+    weights = weights_of(base)["unet"]
+    changes = {("unet", f"{CONV}.weight"): weights[f"{CONV}.weight"] * 1e12}
+    path = write_model(tmp_path / "tuned", changes, base=base)
+    more = ("--extract", "--base", base)
+    out = tmp_path / "a.safetensors"
+    status, _, error = run_export(capsys, path, out, *more, "--dtype=float16")
+    assert (status, out.exists()) == (2, False)
+    assert error.startswith(f"error: the LoRA's down matrix of unet.{CONV}.weight has values up to")
+    assert error.endswith("which float16 cannot represent; choose another dtype\n")
+    extracted(capsys, path, out, "--base", base)
 
 
 def test_the_noise_schedule_of_a_fine_tune_for_v_prediction_comes_back_when_merged(

@@ -36,12 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    import torch  # imported after parsing, as is diffusers: they take seconds
-
-    from trainer.export.conversion import convert
-    from trainer.export.request import Request
-
     try:
+        import torch  # imported after parsing, as is diffusers: they take seconds
+
+        from trainer.export.conversion import convert
+        from trainer.export.request import Request
+
         request = Request(
             source=options.source,
             target=Path(options.target),

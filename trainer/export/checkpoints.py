@@ -39,6 +39,8 @@ class _Saved:
 def convert(folder: Path, request: Request) -> None:
     """Export a checkpoint; --base and --variant name the original model if that has moved."""
     saved = _saved(folder)
+    if _exports_average(saved.method):
+        log.info("exporting the averaged weights (method.ema.export)")
     is_lora = saved.method["name"] == "lora"
     if is_lora:
         request.refuse_extract(f"{folder} is a LoRA's checkpoint")
@@ -91,7 +93,7 @@ def _saved(folder: Path) -> _Saved:
             noise=NoiseConfig(**config["noise"]),
             method=config["method"],
             metadata=result.described(config, record["step"], record.get("counted")),
-            parts=_by_part(_exported_weights(folder, config["method"].get("ema"))),
+            parts=_by_part(_exported_weights(folder, config["method"])),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is from another version: {error}") from error
@@ -146,13 +148,16 @@ def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
         )
 
 
-def _exported_weights(folder: Path, ema: dict[str, Any] | None) -> Weights:
+def _exports_average(method: dict[str, Any]) -> bool:
+    return bool(ema := method.get("ema")) and ema["export"] == "average"
+
+
+def _exported_weights(folder: Path, method: dict[str, Any]) -> Weights:
     """A checkpoint's tensors as its run would export them: the averages if `method.ema.export` asks
     for them, in the weights' dtype."""
     weights = of_file(folder / "weights.safetensors")[0]
-    if not ema or ema["export"] != "average":
+    if not _exports_average(method):
         return weights
-    log.info("exporting the averaged weights (method.ema.export)")
     averages = of_file(folder / "average.safetensors")[0]
     return weights | {name: lazy.to(weights[name].dtype) for name, lazy in averages.items()}
 

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.export import loras, models
 from trainer.export.kept import Kept
 from trainer.export.request import Request
-from trainer.formats import adapters, architectures, lora, low_rank, metadata
+from trainer.formats import adapters, architectures, lora, low_rank, metadata, stream
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
 from trainer.models.origin import Origin
@@ -166,7 +166,12 @@ def _adapter(
     pair: _Pair, change: Tensor, rank: int, dtype: torch.dtype | None, seen: _Seen
 ) -> adapters.Adapter:
     closest, squares = low_rank.closest(change, rank)
-    adapter = closest.to(dtype or pair.tuned.dtype)
+    final = dtype or pair.tuned.dtype
+    adapter = replace(
+        closest,
+        down=stream.rounded(f"the LoRA's down matrix of {pair}", closest.down, final),
+        up=stream.rounded(f"the LoRA's up matrix of {pair}", closest.up, final),
+    )
     lost = float((adapter.delta() - change).square().sum())
     seen.kept.note(float(change.square().sum()), lost, squares)
     return adapter
