@@ -42,6 +42,15 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path,
     assert one.fingerprint("vae") == origin.at(str(TINY)).fingerprint("vae")
 
 
+def test_a_result_that_is_a_single_file_is_found_in_its_run(finished, tmp_path, capsys):
+    folder = finished("run", "method.export=[single_file]", "name=cats", *ONE_STEP)
+    shutil.rmtree(folder / "checkpoints")
+    status, _, error = run_export(capsys, folder, tmp_path / "model")
+    assert status == 0, error
+    own = origin.at(str(folder / "cats.safetensors"))
+    assert_same_model(origin.at(str(tmp_path / "model")), own)
+
+
 def test_a_checkpoint_is_exported_as_its_averages(quick, capsys):
     folder = quick("run", "ema=bf16", "method.ema.decay=0.5", *ONE_STEP)
     one, two = (origin.at(str(path)) for path in exported(capsys, folder))

@@ -147,7 +147,8 @@ def _written(value: Any) -> str:
     if isinstance(value, ListConfig | tuple):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, DictConfig):
-        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
+        items = (f"{key!s}:{_written(item)}" for key, item in value.items())
+        return f"{{{','.join(items)}}}"
     if isinstance(value, str) and not _PLAIN.fullmatch(value):
         return f'"{value}"'
     return str(value)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.config import file_name
 from trainer.errors import UserError
 from trainer.export import loras
 from trainer.formats import kinds
@@ -89,18 +88,17 @@ def _why_nothing(folder: Path) -> str:
 
 def _of_folder(folder: Path) -> Source | None:
     """The result in the folder of a run, or in one of its results/step-000040; None without one."""
-    whole = folder.resolve()
-    is_intermediate = whole in completed(whole.parent) and whole.parent.name == "results"
-    run = whole.parents[1] if is_intermediate else folder
-    name = _run_name(run)
-    stem = file_name(f"{name}-{whole.name}" if is_intermediate else name)
-    single = folder / f"{stem}.safetensors"  # method.export=[single_file]
-    result = results.found_in(folder) or (single if single.is_file() else None)
+    result = results.found_in(folder)
     if not result:
         return None
-    step = step_of(whole) if is_intermediate else report.result_step(report.read_summary(run))
-    of_path = _of_file(result) if result.is_file() else Source(place=str(result), name=result.name)
-    return replace(of_path, name=name, step=step, run=run if _names_model(run) else None)
+    run = results.run_of(folder)
+    ended = report.result_step(report.read_summary(run))
+    return replace(
+        _of_file(result) if result.is_file() else Source(place=str(result), name=result.name),
+        name=results.name_of(run),
+        step=ended if run == folder else step_of(folder.resolve()),
+        run=run if _names_model(run) else None,
+    )
 
 
 def _of_file(path: Path) -> Source:
@@ -114,11 +112,7 @@ def _lora_name(path: Path, run: Path | None) -> str:
     """That of its run, or of its folder, where all files have the same."""
     if path.name != results.LORA_NAME:
         return path.stem
-    return _run_name(run) if run else path.absolute().parent.name
-
-
-def _run_name(run: Path) -> str:
-    return str(config_in(run).get("name") or run.resolve().name)
+    return results.name_of(run) if run else path.absolute().parent.name
 
 
 def _names_model(run: Path) -> bool:

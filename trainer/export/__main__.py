@@ -17,7 +17,7 @@ _EPILOG = """\
 SOURCE is one of
   a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub repository (owner/name)
   a LoRA file in kohya's or diffusers' format
-  a run's folder (its model/ or lora/, or else its last checkpoint), or one of its checkpoints
+  a run's folder (its model or LoRA, or else its last checkpoint), or one of its checkpoints
 
 Examples:
   python -m trainer.export sd_xl_base_1.0.safetensors sdxl-base

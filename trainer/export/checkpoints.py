@@ -149,7 +149,8 @@ def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _exports_average(method: dict[str, Any]) -> bool:
-    return bool(ema := method.get("ema")) and ema["export"] == "average"
+    ema = method.get("ema")
+    return bool(ema and ema["export"] == "average")
 
 
 def _exported_weights(folder: Path, method: dict[str, Any]) -> Weights:
