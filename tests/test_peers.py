@@ -50,7 +50,7 @@ def test_every_peer_is_in_the_table_and_says_how_to_install_it():
     for choice in PEERS:
         text = (FILES / f"{choice}.yaml").read_text()
         package = OmegaConf.create(text).package
-        assert text.splitlines()[0].endswith(f": pip install {package}")
+        assert text.splitlines()[0].endswith(f": pip install {package}.")
 
 
 @pytest.mark.slow

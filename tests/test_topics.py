@@ -1,5 +1,6 @@
 """`python -m trainer --help TOPIC`: what groups, their choices and options are."""
 
+import itertools
 import re
 import signal
 from dataclasses import fields, is_dataclass
@@ -175,3 +176,11 @@ def test_help_ends_silently_when_nobody_reads_on(told):
         assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGPIPE, before)
+
+
+@pytest.mark.parametrize("group", config.group_names())
+def test_the_first_line_of_a_choices_comment_ends_a_sentence_where_the_next_begins_one(group):
+    for choice in config.choices_of(group):
+        lines = documented.of_choice(group, choice)
+        for line, following in itertools.pairwise(lines):
+            assert line.endswith((".", ":", ",", ";")) or not following[:1].isupper(), choice
