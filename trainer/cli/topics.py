@@ -120,18 +120,12 @@ def _options(node: DictConfig, prefix: str = "") -> Iterator[_Option]:
         if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
             yield from _options(value, f"{key}.")
         elif name in texts:  # not the name of the choice itself
-            yield _Option(
-                key=key,
-                value="..." if is_missing else _written(value),
-                allowed=allowed_in_family(name, option.default)
-                if family
-                else _values_of(option, kind),
-                text=texts[name],
-            )
-            for item in filter(
-                is_dataclass, get_args(kind) if isinstance(value, ListConfig) else ()
-            ):
-                yield from _options(OmegaConf.structured(item), f"{key}[].")
+            bounds = allowed_in_family(name, option.default) if family else _values_of(option, kind)
+            shown = "..." if is_missing else _written(value)
+            yield _Option(key=key, value=shown, allowed=bounds, text=texts[name])
+            if isinstance(value, ListConfig):
+                for item in filter(is_dataclass, get_args(kind)):
+                    yield from _options(OmegaConf.structured(item), f"{key}[].")
 
 
 def _values_of(option: Field[Any], kind: Any) -> str:
