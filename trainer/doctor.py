@@ -49,7 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m trainer.doctor", description=_HELP, formatter_class=formatter
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as for the trainer; `python -m trainer --help data` explains them",
+    )
     parser.add_argument(
         "--images-per-second",
         type=command.positive,

@@ -46,7 +46,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m trainer.planner", description=_HELP, formatter_class=formatter
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the trainer")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as for the trainer; `python -m trainer --help data` explains them",
+    )
     parser.add_argument(
         "--card",
         type=_gigabytes,
