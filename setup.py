@@ -17,7 +17,7 @@ from setuptools import find_packages, setup
 # One object for each instruction set; which of them runs is chosen on the user's machine.
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    # CPUs without AVX2 are older than 2013.  -O3 takes them 0.8 times as long, the compiler 1.6.
+    # Hardly any CPU since 2013 lacks AVX2.  -O3 takes those 0.8 times as long, the compiler 1.6.
     ISA_FLAGS["baseline"] = ["-O1"]
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["avx512"] = [

@@ -104,6 +104,15 @@ def run_export(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def assert_export_refused(capsys, cases):
+    """Each command, of cases (arguments, what the error says), ends with status 2 and one line."""
+    for arguments, said in cases:
+        status, _, error = run_export(capsys, *arguments)
+        assert (status, error.count("\n")) == (2, 1), error
+        assert error.startswith("error: ")
+        assert said in error
+
+
 def projection_of(index, t, width, **options):
     """The optimizer's P for this parameter at this step, in fp64."""
     known = {"seed": 0, "update_gap": 200, "projection": "gaussian", "residual": False}

@@ -20,10 +20,8 @@ tables of several sweeps together:
   python -m trainer -m optim=adamw,lion optim.lr=1e-4,3e-4,1e-3
   python -m trainer sweep=optimizers log=wandb
   python -m trainer.sweep runs/sweep-DATE1 runs/sweep-DATE2 --out compared
-After a run: which of its results is best, on prompts of yours:
-  python -m trainer.draw runs/DATE/TIME-NAME --all-results --prompt "a cat" --out cats.png
 After a run: its results side by side, and converted to another format:
-  python -m trainer.draw runs/DATE/TIME-NAME --all-results --out grid.png
+  python -m trainer.draw runs/DATE/TIME-NAME --all-results --prompt "a cat" --out cats.png
   python -m trainer.export runs/DATE/TIME-NAME cats.safetensors
 Resuming the newest run with its options:
   python -m trainer resume=latest

@@ -48,21 +48,20 @@ def about(words: list[str]) -> str:
     overrides = [word for word in words if "=" in word]
     options = list(_options(composed(overrides)))
     topics = [word for word in words if "=" not in word] or overrides
-    return "\n\n".join(
-        text for topic in topics for text in map(str, _about(topic, options, overrides))
-    )
+    return "\n\n".join(text for topic in topics for text in _about(topic, options, overrides))
 
 
-def _about(topic: str, options: list[_Option], overrides: list[str]) -> list[Any]:
+def _about(topic: str, options: list[_Option], overrides: list[str]) -> list[str]:
+    """The paragraphs on a topic."""
     name, _, choice = topic.partition("=")
     inside = [o for o in options if f".{name}." in f".{o.key}.".replace("[]", ".")]
     if name in group_names():
         first = _about_choices(name, choice.strip("[]").split(",")) if choice else _of_group(name)
-        return [first, *inside]
+        return [first, *map(str, inside)]
     found = [o for o in options if o in inside or name in o.key.rpartition(".")[2]]
     if not found:
         raise UserError(_why_unknown(name, overrides))
-    return found
+    return [*map(str, found)]
 
 
 def _why_unknown(word: str, overrides: list[str]) -> str:
@@ -78,7 +77,7 @@ def _why_unknown(word: str, overrides: list[str]) -> str:
 
 
 def _of_group(group: str) -> str:
-    """What a group is for, and a line for each of its choices."""
+    """A line for each choice of a group."""
     choices = choices_of(group)
     width = max(map(len, choices)) + 4
     lines = [f"{group}=CHOICE"]
@@ -120,7 +119,7 @@ def _options(node: DictConfig, prefix: str = "") -> Iterator[_Option]:
         if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
             yield from _options(value, f"{key}.")
         elif name in texts:  # not the name of the choice itself
-            bounds = allowed_in_family(name, option.default) if family else _values_of(option, kind)
+            bounds = allowed_in_family(name, option.default) if family else _bounds(option, kind)
             shown = "..." if is_missing else _written(value)
             yield _Option(key=key, value=shown, allowed=bounds, text=texts[name])
             if isinstance(value, ListConfig):
@@ -128,7 +127,7 @@ def _options(node: DictConfig, prefix: str = "") -> Iterator[_Option]:
                     yield from _options(OmegaConf.structured(item), f"{key}[].")
 
 
-def _values_of(option: Field[Any], kind: Any) -> str:
+def _bounds(option: Field[Any], kind: Any) -> str:
     """Which values an option may have, in words; "" for any."""
     words = allowed(option) or ("true or false" if bool in (kind, *get_args(kind)) else "")
     return f"{words}, or null" if words and NoneType in get_args(kind) else words

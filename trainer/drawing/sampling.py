@@ -33,8 +33,8 @@ class Sampler(Drawer):
 def of_run(
     model: Model, data: Encoded, config: LogConfig, batch_size: int, stop: Sequence[int] = ()
 ) -> Sampler:
-    """Draws `log.prompts`, or else the first `log.sample_count` captions of the dataset, each at
-    its picture's size."""
+    """What draws for a run: `log.prompts`, or else the first `log.sample_count` captions of the
+    dataset, each at its picture's size."""
     dataset = data.dataset
     count = 0 if config.prompts else config.sample_count
     samples = [dataset.samples[row] for row in dataset.shown[:count]]

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 # kohya's script extracts rank 4, its user interface 128; this is 0.4 GB of half precision for
 # SDXL's UNet, which has 5.1.
 DEFAULT_RANK = 64
-# The layers that every program's LoRAs may change.  Others, such as conv_in and time_embedding, are
-# ignored by kohya's scripts, and diffusers 0.38 rejects a file that has them.
+# The layers that every program's LoRAs may change.  Others, such as conv_in and time_embedding,
+# kohya's script does not extract, and diffusers 0.38, by its source, rejects a file that has them.
 _IN_BLOCKS = re.compile(r"(down_blocks|mid_block|up_blocks|encoder\.layers)\.")
 _UNHELD = "biases, norms, embeddings, the first and last layers"
 _NOTED = 0.01  # share of the change that is rounding, from which on it is mentioned

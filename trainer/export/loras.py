@@ -40,7 +40,8 @@ def write(
     held: adapters.Adapters,
     more_metadata: dict[str, str],
 ) -> None:
-    """Write adapters of the model `base`, or with --merge that model with them in it.
+    """Write adapters of the model `base`, with --rank resized, or with --merge that model with them
+    in it.
     more_metadata: added to the file's own."""
     if request.merge:
         merging.write(source, request, base, held, more_metadata)

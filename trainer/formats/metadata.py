@@ -75,8 +75,11 @@ def scheduler_with(lora: Path, described: Mapping[str, str], own: dict[str, Any]
         return own
     if says not in ("True", "v"):
         if noise(own)["prediction_type"] == "v_prediction":
-            message = "%s was trained to predict noise, and its model predicts v; %s"
-            log.warning(message, lora, "the model's scheduler is used")
+            log.warning(
+                "%s was trained to predict noise, and its model predicts v; the model's scheduler "
+                "is used",
+                lora,
+            )
         return own
     is_zero = described.get("ss_zero_terminal_snr") == "True"
     changed = marked_scheduler(own, [V_PRED, ZTSNR] if is_zero else [V_PRED], {})
