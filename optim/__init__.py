@@ -20,6 +20,7 @@ from optim.fused import FusedOptimizer
 from optim.idle import IdleOption
 from optim.lion import Lion, Lion8bit, LionFactored
 from optim.lomo import AdaLomo, Lomo
+from optim.muon import Muon, Muon8bit, MuonFactored
 from optim.options import unknown, unknown_option
 from optim.prodigy import LionProdigy, Prodigy, ProdigyFactored
 from optim.sgd import SGD
@@ -47,6 +48,9 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
     "apollo": Apollo,
     "apollo_mini": ApolloMini,
     "adafactor8bit_apollo": Adafactor8bitApollo,
+    "muon": Muon,
+    "muon8bit": Muon8bit,
+    "muon_factored": MuonFactored,
     "prodigy": Prodigy,
     "prodigy_factored": ProdigyFactored,
     "lion_prodigy": LionProdigy,

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from optim import cuda, features, gpu, native, plan, reference
 from optim.codecs import FactoredSign, join, salts, split
+from optim.indirect import Make
 from optim.interface import Engine, Owner, RuledOwner
 from optim.options import learning_rate
+from optim.orthogonal import OrthogonalEngine
 from optim.projected import NativeProjectedEngine
 from optim.projected_cuda import CudaProjectedEngine
 from optim.rng import mix, round_stochastic_bf16
@@ -56,7 +58,8 @@ class TorchEngine:
         lost = state["compensation"] if optimizer.compensates(param, group) else None
         t, lr = int(state["step"]) + 1, learning_rate(group["lr"])
         shared = {k: group[k].to(param.device, torch.float32) for k in optimizer.shared}
-        h = SimpleNamespace(**group | shared | {"lr": lr, "t": t, "index": index, "codec": codecs})
+        chosen = {**features.DEFAULTS, **group}  # a class may refuse some
+        h = SimpleNamespace(**chosen | shared | {"lr": lr, "t": t, "index": index, "codec": codecs})
         h.rate = reference.rate(h)
         key = mix(group["seed"], index, t)
 
@@ -109,18 +112,23 @@ def fused_engine(optimizer: RuledOwner, device: torch.device, rule: str | None =
     own = optimizer.rule.__name__
     if rule is None and own in plan.PROJECTED:
         return projected_engine(optimizer, device, plan.PROJECTED[own])
+    if rule is None and own in plan.ORTHOGONALIZED:
+        make = engines_on(device)
+        return OrthogonalEngine(optimizer, plan.ORTHOGONALIZED[own], make, device)
     return descriptor_engine(optimizer, device, rule or own)
 
 
 def projected_engine(optimizer: RuledOwner, device: torch.device, dense: str) -> Engine:
     """The engine of an APOLLO that steps projections and unprojected tensors by rule `dense`."""
-
-    def make(owner: Owner, rule: str) -> Engine:
-        return descriptor_engine(owner, device, rule)
-
+    make = engines_on(device)
     if device.type == "cuda":
         return CudaProjectedEngine(optimizer, dense, make, cuda.indexed(device))
     return NativeProjectedEngine(optimizer, dense, make, device)
+
+
+def engines_on(device: torch.device) -> Make:
+    """What makes the engines of a device that step an engine's stand-ins."""
+    return lambda owner, rule: descriptor_engine(owner, device, rule)
 
 
 def descriptor_engine(owner: Owner, device: torch.device, rule: str) -> Engine:

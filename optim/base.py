@@ -111,7 +111,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 f"cannot have factor_1d=True with storage={group['storage']!r}, which does not "
                 "factor; use storage='factored'"
             )
-        if group["grams"] and group["cautious"]:
+        if group.get("grams") and group.get("cautious"):
             return (
                 "cannot have grams=True with cautious=True: an update that has the gradient's "
                 "signs has none against them; keep one of them"

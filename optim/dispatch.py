@@ -18,7 +18,8 @@ def has_rule(rule: Callable[..., Any]) -> bool:
     """Whether the fused engines compute this rule: a function of `optim/reference.py` that has a
     kernel, not another one of its name."""
     name = getattr(rule, "__name__", "")
-    return (name in plan.RULES or name in plan.PROJECTED) and rule is getattr(reference, name, None)
+    known = {*plan.RULES, *plan.PROJECTED, *plan.ORTHOGONALIZED}
+    return name in known and rule is getattr(reference, name, None)
 
 
 class Dispatch:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from optim.newton_schulz import is_matrix
 from optim.plan import first_decay
 from optim.projection import matrix_sides, projected_shape
 
@@ -127,6 +128,14 @@ def rank(groups: list[Group], instead: str) -> list[str]:
     ]
 
 
+def orthogonalizing(groups: list[Group]) -> list[str]:
+    """A line if no parameter is a matrix, so that nothing is orthogonalized."""
+    params = [param for group in groups for param in group["params"]]
+    if not params or any(is_matrix(tuple(param.shape)) for param in params):
+        return []
+    return ["no tensor is a matrix, so nothing is orthogonalized: AdamW steps them all; use AdamW"]
+
+
 def options(defaults: Group, groups: list[Group]) -> list[str]:
     """A line for each option that differs from its default but has no effect in any group that sets
     it, with the remedy."""
@@ -143,7 +152,7 @@ def stalled(groups: list[Group], compensates: Callable[[torch.Tensor, Group], bo
     """A line for each option that keeps trained weights from moving, with the remedy.
     `compensates(param, group)`: whether the error of rounding a parameter is kept."""
     trained = [(p, group) for group in groups for p in group["params"] if p.requires_grad]
-    numbers = sum(group["orthograd"] and p.numel() == 1 for p, group in trained)
+    numbers = sum(group.get("orthograd", False) and p.numel() == 1 for p, group in trained)
     lines = []
     if numbers:
         lines.append(

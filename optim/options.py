@@ -86,6 +86,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta2": (_optional(_fraction), "a number in [0, 1), or none"),
     "beta2_decay": (lambda x: _number(x) and x < 0, "a number < 0"),
     "momentum": (_fraction, "a number in [0, 1)"),
+    "ns_steps": (_count, _COUNT),
+    "adjust_lr_fn": _one_of("match_rms_adamw", "original"),
     "beta3": (_optional(_fraction), "a number in [0, 1), or none"),
     "d0": (_positive, "a number > 0"),
     "d_coef": (_positive, "a number > 0"),

@@ -24,6 +24,7 @@ from optim.codecs import (
     Parts,
     SignedFloat8,
 )
+from optim.features import DEFAULTS
 from optim.options import learning_rate
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
@@ -57,6 +58,8 @@ _RULES = (  # csrc/rules/all.h, in its order
 RULES = {name: number for number, name in enumerate(_RULES)}
 # Rules that project matrices, and the rule that steps projections and other tensors.
 PROJECTED = {"apollo": "adam", "adafactor_apollo": "adafactor"}
+# Rules that orthogonalize the step "sgd" of matrices, and the rule that steps other tensors.
+ORTHOGONALIZED = {"muon": "adam"}
 # The rule of a curvature estimate, and the moments that it uses; no feature applies to it.
 ESTIMATE, ESTIMATED = "curved", ("hessian",)
 FLAGS = (  # Flag, from bit 0
@@ -233,6 +236,7 @@ def first_decay(group: dict[str, Any]) -> float | None:
 def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Options:
     """One group's options as the engine reads them for a rule; `coefficient` multiplies every
     gradient."""
+    group = {**DEFAULTS, **group}  # a class may refuse some
     betas = tuple(group.get("betas", ()))
     beta2 = group.get("beta2", betas[1] if len(betas) > 1 else None)
     beta3 = group.get("beta3", betas[2] if len(betas) > 2 else None)
@@ -269,7 +273,7 @@ def group_options(group: dict[str, Any], coefficient: float, rule: str) -> Optio
     return Options(
         lr=learning_rate(group["lr"]),
         weight_decay=group["weight_decay"],
-        beta1=first_decay(group) or 0.0,
+        beta1=(betas[0] if rule == "adam" else first_decay(group)) or 0.0,
         beta2=beta2 or 0.0,
         beta3=beta3 or 0.0,
         beta2_decay=group.get("beta2_decay", 0.0),

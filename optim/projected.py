@@ -13,8 +13,8 @@ has the GPU's.
 """
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,58 +22,38 @@ from torch import Tensor
 
 from optim import features, native, plan
 from optim.conditioned import conditioned_product
-from optim.engine import HOST, Work, buckets, checked_state, storing, superfluous
-from optim.interface import Engine, Owner, RuledOwner
+from optim.engine import buckets
+from optim.indirect import IndirectEngine, Make, Portions
+from optim.interface import RuledOwner
 from optim.portion import Portion, ProjectedKind, is_conditioned, kind_of
 from optim.projection import parted
 from optim.share import Place, Places, Share, Trait
 from optim.standins import LowSteps, ScaledSteps
 
-Make = Callable[[Owner, str], Engine]  # (owner, rule) -> the engine that runs it on its tensors
-
 # Bytes of P, P G and N that are alive at once on a CPU, unless a single tensor has more.
 SCRATCH_BYTES = 32 << 20
-# The options that a portion depends on, besides the tensors' shapes.
-_SHAPING = (
-    "rank",
-    "scale",
-    "scaling",
-    "update_gap",
-    "projection",
-    "seed",
-    "orthograd",
-    "grad_clip",
-)
 
 
-class Portions(Work):
-    """The portions of a set of parameters, and what they were made from."""
-
-    def __init__(self, optimizer: RuledOwner, places: Places, stamp: list[Any]) -> None:
-        self.wide, self.others = parted(places)
-        states = [checked_state(optimizer, *place) for place in self.wide]
-        super().__init__(places, stamp, states)
-        self.asked = self.wide.params  # in the order of `states`
-        self.portions: list[Portion] = []
-        self.grads = torch.empty(0, dtype=torch.int64, device=HOST)  # addresses, for engines
-        self.known = self.grads  # the same, on the host
-
-
-class ProjectedEngine(ABC):
-    """Steps the parameters of an APOLLO, with engines from `make(owner, rule)` for the rules
-    `dense` (a name) and "scaled".
+class ProjectedEngine(IndirectEngine):
+    """Steps the parameters of an APOLLO.
 
     A subclass draws P, multiplies and measures, one portion at a time.
     """
 
+    shaping = (
+        "rank",
+        "scale",
+        "scaling",
+        "update_gap",
+        "projection",
+        "seed",
+        "orthograd",
+        "grad_clip",
+    )
+
     def __init__(self, optimizer: RuledOwner, dense: str, make: Make, device: torch.device) -> None:
-        self._optimizer, self._device = optimizer, device
-        self._low, self._scaled = LowSteps(optimizer), ScaledSteps(optimizer)
-        self._dense_engine = make(optimizer, dense)
-        self._low_engine: Any = make(self._low, dense)
-        self._scaled_engine = make(self._scaled, "scaled")
-        self._works: dict[tuple[int, ...], Portions] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        low, scaled = LowSteps(optimizer), ScaledSteps(optimizer)
+        super().__init__(optimizer, dense, (low, dense), scaled, make, device)
 
     def _here(self) -> contextlib.AbstractContextManager[Any]:
         """A context that makes the device current."""
@@ -86,10 +66,6 @@ class ProjectedEngine(ABC):
     @abstractmethod
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         """The dtype of P for gradients of this dtype."""
-
-    @abstractmethod
-    def _before_making(self) -> None:
-        """Raise RuntimeError if no work can be made now (during a graph capture)."""
 
     @abstractmethod
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
@@ -184,36 +160,10 @@ class ProjectedEngine(ABC):
             lost = kept["compensation"] if self._optimizer.compensates(param, group) else None
             low.copy_(conditioned_product(place, grad, p.float(), c, lost))
 
-    def _work_of(self, share: Share) -> Portions:
-        """The portions of these parameters, reused from an earlier step if nothing that they depend
-        on has changed since."""
-        groups = [(*storing(group), *map(group.get, _SHAPING)) for group in share.groups]
-        members, stamp = share.members, [groups, share.kinds]
-        work = self._works.get(members)
-        state = self._optimizer.state
-        if work is None or work.stamp != stamp or not work.holds(state, work.asked):
-            self._before_making()
-            if work is not None:
-                self._drop(members)
-            with HOST:
-                work = Portions(self._optimizer, share.places, stamp)
-                if work.wide:
-                    self._make(work)
-            count = sum(len(group["params"]) for group in self._optimizer.param_groups)
-            self._drop(*superfluous(self._works, members, count))
-            self._works[members] = work
-        elif len(self._works) > 1:  # the oldest are first
-            self._works[members] = self._works.pop(members)
-        return work
-
-    def _drop(self, *keys: tuple[int, ...]) -> None:
-        for key in keys:
-            for portion in self._works.pop(key).portions:
-                for _, _, low in portion.lows:
-                    self._low.drop(low)
+    def _parted(self, places: Iterable[Place]) -> tuple[Places, Places]:
+        return parted(places)
 
     def _make(self, work: Portions) -> None:
-        """Fill in the portions, and sort the parameters into their order."""
         by_kind: dict[ProjectedKind, list[Place]] = {}
         for place, grad in zip(work.wide, Share(work.wide).grads, strict=True):
             dtype = grad.dtype if grad.dtype in plan.DTYPES else torch.float32
@@ -222,10 +172,7 @@ class ProjectedEngine(ABC):
             sizes = [(place, Portion.bytes_of(place, kind)) for place in members]
             work.portions += [Portion(kind, some) for some in buckets(sizes, self._scratch_bytes())]
         work.wide = Places(place for portion in work.portions for place in portion.places)
-        need = max(portion.num_bytes for portion in work.portions)
-        if need > self._scratch.numel():
-            self._drop(*self._works)  # they point into the old one
-            self._scratch = torch.empty(need, dtype=torch.uint8, device=self._device)
+        self._reserve(max(portion.num_bytes for portion in work.portions))
         work.grads = torch.empty(len(work.wide), dtype=torch.int64, device=self._device)
         self._prepare(work, by_kind)
         first = 0

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from optim import plan
 from optim.gpu import Gpu, gpu_of
+from optim.indirect import Make, Portions
 from optim.interface import RuledOwner
 from optim.portion import Portion, ProjectedKind
-from optim.projected import Make, Portions, ProjectedEngine
+from optim.projected import ProjectedEngine
 from optim.projection import channels
 from optim.staging import Staging
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from optim.codecs import Codec, Factored, FactoredSign
 from optim.features import length, limited, wide
+from optim.newton_schulz import gain as orthogonal_gain
+from optim.newton_schulz import is_matrix, orthogonalized
 from optim.projection import channels, gain, projected_shape, projection, unchanneled
 
 Moments = dict[str, Tensor]
@@ -168,6 +170,22 @@ def adafactor_apollo(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> St
     u, moments = normalized(h, g, s, h.eps)
     u, moments = shortened(h, u, s, moments)
     return averaged(h, u, s, moments)
+
+
+def muon(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Jordan et al. 2024 (Muon): SGD's step of a matrix, orthogonalized; other tensors have Adam's.
+
+    Where momentum has sign bits, which have no zero, an element without a gradient has no step.
+    """
+    if not is_matrix(tuple(g.shape)):
+        return adam(SimpleNamespace(**vars(h) | {"atan2": False}), w, g, s)
+    u, moments = sgd(SimpleNamespace(**vars(h) | {"growth_limit": None}), w, g, s)
+    assert u is not None
+    has_signs = any(isinstance(codec, FactoredSign) for codec in h.codec.values())
+    moves = h.usable & (g != 0) if has_signs else h.usable
+    u = orthogonalized(torch.where(moves, u, 0.0).flatten(1), h.ns_steps).view(g.shape)
+    u = torch.where(moves, u * orthogonal_gain(h.adjust_lr_fn, tuple(g.shape)), 0.0)
+    return grown(h, u, s, moments)
 
 
 def rate(h: SimpleNamespace) -> float | Tensor:

@@ -64,12 +64,14 @@ class Share:
     reliable.
     """
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, grads: list[Tensor] | None = None) -> None:
+        """`grads` replaces the parameters' own gradients."""
         self.places = places
         self.params: list[Any] = places.params
         self.grads: list[Any]
-        seen = _native.parameters(self.params, _EXCHANGE) if _native else None
-        self.grads, self.kinds, addresses, traits = seen or seen_in_python(self.params)
+        own = _native is not None and grads is None
+        seen = _native.parameters(self.params, _EXCHANGE) if own else None
+        self.grads, self.kinds, addresses, traits = seen or seen_in_python(self.params, grads)
         self.addresses = pairs(addresses)
         self.traits = Trait(traits)
 
@@ -117,10 +119,12 @@ def where(tensors: list[Tensor]) -> bytes:
     return seen or array("q", [x.data_ptr() for x in tensors]).tobytes()
 
 
-def seen_in_python(params: list[Tensor]) -> tuple[list[Any], Any, array, Trait]:
-    """What `_native.parameters` returns, for tensors of any kind: gradients, kinds, addresses and
-    traits."""
-    grads: list[Any] = [param.grad for param in params]
+def seen_in_python(
+    params: list[Tensor], grads: list[Any] | None = None
+) -> tuple[list[Any], Any, array, Trait]:
+    """What `_native.parameters` returns, for tensors of any kind: gradients (the parameters' own,
+    if none are given), kinds, addresses and traits."""
+    grads = [param.grad for param in params] if grads is None else grads
     if any([grad is None for grad in grads]):
         return grads, None, array("q"), Trait.MISSING
     if not all([grad.layout is torch.strided for grad in grads]):

@@ -1,9 +1,10 @@
-"""Stand-ins for an optimizer, for the engines that step APOLLO's projections and its weights.
+"""Stand-ins for an optimizer, for the engines that step APOLLO's and Muon's matrices in two steps.
 
-An engine asks an optimizer for groups, codecs and state.  `LowSteps` gives it the projections
-instead of the parameters, and `ScaledSteps` factors instead of the moments.
+An engine asks an optimizer for groups, codecs and state.  `LowSteps` gives it other tensors (a
+projection) instead of the parameters, and `ScaledSteps` factors instead of the moments.
 """
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor
 from optim.codecs import Codec, Given
 from optim.features import DEFAULTS
 from optim.interface import RuledOwner
-from optim.projection import sides_of
-from optim.share import Place
+from optim.projection import matrix_sides
+from optim.share import Place, Places
 
-# The shared options of its group that a projection's step keeps (how moments are stored, above
+# The shared options of its group that a stand-in's step keeps (how moments are stored, above
 # all); `_BARE` resets the others: no feature applies.
 _KEPT = ("storage", "factor_1d", "on_nonfinite", "seed", "backend")
 _BARE: dict[str, Any] = {
@@ -26,12 +27,14 @@ _BARE: dict[str, Any] = {
 
 
 class LowSteps:
-    """The optimizer for the engine that steps projections instead of parameters."""
+    """The optimizer for the engine that steps other tensors instead of parameters, from zero with a
+    learning rate of -1; of the features, only those in `kept` apply."""
 
     shared: tuple[str, ...] = ()
 
-    def __init__(self, optimizer: RuledOwner) -> None:
+    def __init__(self, optimizer: RuledOwner, kept: tuple[str, ...] = ()) -> None:
         self._optimizer = optimizer
+        self._bare = {name: x for name, x in _BARE.items() if name not in kept}
         self._groups = {id(group): dict(group) for group in optimizer.param_groups}
         self.param_groups = list(self._groups.values())
         self.state: dict[Tensor, dict[str, Tensor]] = {}
@@ -41,11 +44,12 @@ class LowSteps:
     def refresh(self, groups: list[dict[str, Any]]) -> None:
         """Copy the current options of these groups."""
         for group in groups:
-            bare = {name: x for name, x in _BARE.items() if name in group}
+            bare = {name: x for name, x in self._bare.items() if name in group}
             self.group_of(group).update(group | bare)
 
     def adopt(self, place: Place, low: Tensor) -> Place:
-        """Let a tensor (r, L) stand in for a parameter, with its moments and its step count."""
+        """Let a tensor, of the shape of the moments, stand in for a parameter, with these and its
+        step count."""
         index, group, param = place
         state = self._optimizer.state_of(param, group)
         moments = {k: x for k, x in state.items() if k == "step" or k.startswith("exp_avg")}
@@ -63,7 +67,7 @@ class LowSteps:
         low.grad, low.data = None, low.data.new_empty(0)
 
     def group_of(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The options for the projections of a group's parameters."""
+        """The options for the stand-ins of a group's parameters."""
         return self._groups[id(group)]
 
     def codecs(self, low: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
@@ -72,7 +76,7 @@ class LowSteps:
         return self._optimizer.moments(param, own)
 
     def compensates(self, low: Tensor, group: dict[str, Any]) -> bool:
-        """No: a projection is not a weight."""
+        """No: a stand-in is not a weight."""
         return False
 
     def state_of(self, low: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -102,7 +106,7 @@ class ScaledSteps:
     def factors_of(self, place: Place) -> Tensor:
         """The tensor for the factors of a parameter's channels: fp32 (L,)."""
         index, group, param = place
-        length = sides_of(place)[1]
+        length = matrix_sides(tuple(param.shape))[1]
         factors = self._factors.get(index)
         if factors is None or factors.device != param.device or factors.numel() != length:
             factors = torch.zeros(length, dtype=torch.float32, device=param.device)
@@ -131,3 +135,25 @@ class ScaledSteps:
     def check_state(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Raise ValueError where the parameter's state is not what its options ask for."""
         self._optimizer.check_state(index, group, param)
+
+
+class DirectedSteps(ScaledSteps):
+    """The same for steps along given directions instead of gradients: nothing clips them."""
+
+    def __init__(self, optimizer: RuledOwner) -> None:
+        super().__init__(optimizer)
+        self._groups = {id(group): dict(group) for group in optimizer.param_groups}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, without a clip."""
+        return list(self._groups.values())
+
+    def refresh(self, groups: list[dict[str, Any]]) -> None:
+        """Copy the current options of these groups."""
+        for group in groups:
+            self._groups[id(group)].update(group | {"grad_clip": None})
+
+    def places_of(self, places: Iterable[Place]) -> Places:
+        """The same parameters with these groups."""
+        return Places((index, self._groups[id(group)], param) for index, group, param in places)

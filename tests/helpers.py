@@ -20,9 +20,12 @@ SHAPES = [(24, 16), (16, 3, 3, 3), (24,), (7, 5, 2), (), (0,), (101, 1)]
 FOR_SMALL = {"apollo": {"rank": 4}, "adafactor8bit_apollo": {"rank": 4}}
 
 
-# Optimizers that estimate their learning rate, with options to make it visible in a few steps.
+# Optimizers that move weights little in a few steps (they begin with a tiny rate; their step of a
+# matrix of rank 1, as of equal gradients, is small), with options that make it visible.
 PRODIGIES = ("lion_prodigy", "prodigy", "prodigy_factored")
+MUONS = ("muon", "muon8bit", "muon_factored")
 SWIFT = {name: {"lr": 1.0, "d0": 1e-2} for name in PRODIGIES}
+SWIFT |= {name: {"lr": 0.2} for name in MUONS}
 
 
 def build(name, params, **options):

@@ -316,8 +316,9 @@ class OnlyNarrow(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", sorted(optim.FAMILY))
 def test_plain_pytorch_needs_no_fp64_where_a_device_has_none(name, monkeypatch):
-    options = {"backend": "torch", "orthograd": True, "grad_clip": 0.1, "max_grad_norm": 1.0}
-    options |= {} if "growth_limit" in optim.FAMILY[name].refuses else {"growth_limit": 1.1}
+    options = {"backend": "torch", "grad_clip": 0.1, "max_grad_norm": 1.0}
+    refusable = {"orthograd": True, "growth_limit": 1.1}
+    options |= {k: x for k, x in refusable.items() if k not in optim.FAMILY[name].refuses}
     if "relative_step" in optim.options_of(name):
         options |= {"relative_step": True, "scale_parameter": True}
     runs = []

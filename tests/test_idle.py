@@ -20,6 +20,8 @@ OTHER = {
     "grad_clip": 1e-2,
     "growth_limit": 1.2,
     "momentum": 0.5,
+    "ns_steps": 2,
+    "adjust_lr_fn": "original",
     "beta1": 0.5,
     "beta2": 0.5,
     "beta2_decay": -0.3,

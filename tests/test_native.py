@@ -24,7 +24,7 @@ from engine_cases import (
     step,
     weights,
 )
-from helpers import SWIFT
+from helpers import PRODIGIES
 from torch.nn import Parameter
 
 import optim
@@ -287,7 +287,7 @@ def test_a_gradient_may_have_another_dtype_than_its_weights(name, dtype, grad_dt
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1.0, 1e6, 1e13])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_any_size_step_like_the_reference(name, scale):
-    options = {"slice_p": 1} if name in SWIFT else {}  # sums of few terms may all cancel
+    options = {"slice_p": 1} if name in PRODIGIES else {}  # sums of few terms may all cancel
     if "apollo" in name and scale == 1e-30:  # its squared updates underflow fp32
         options = {"growth_limit": None}
     compare(name, SMALL[:3], FP32, scale=scale, **options)

@@ -78,6 +78,8 @@ def test_a_copy_goes_on_like_the_original(name, copier):
         ("adopt_factored_ademamix", {"factor_1d": True}, 674),
         ("lion_factored", {}, 340),
         ("adamw8bit", {}, 5250),
+        ("muon8bit", {}, 2590),
+        ("muon_factored", {}, 345),
         ("adafactor", {"conv_view": "last2"}, 978),
         ("came8bit", {}, 2621),
         ("apollo", {"storage": "8bit"}, 1131),

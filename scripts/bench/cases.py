@@ -10,6 +10,7 @@ from torch.nn import Parameter
 import optim
 from optim import dispatch, gpu, plan
 from optim.engine import DescriptorEngine
+from optim.orthogonal import OrthogonalEngine
 from optim.portion import kind_of
 from optim.projected import NativeProjectedEngine
 from optim.projected_cuda import kernels_of as kernels_of_portion
@@ -40,16 +41,21 @@ class Case(NamedTuple):
         return "-".join(filter(None, parts))
 
     def is_projected(self) -> bool:
-        """Whether a step begins with a matrix product of torch's."""
-        return optim.FAMILY[self.name].rule.__name__ in plan.PROJECTED
+        """Whether a step begins with a projection: a matrix product of torch's."""
+        return self._rule() in plan.PROJECTED
+
+    def is_orthogonalized(self) -> bool:
+        """Whether a step has matrix products of torch's, which a GPU computes in bf16."""
+        return self._rule() in plan.ORTHOGONALIZED
+
+    def _rule(self) -> str:
+        return optim.FAMILY[self.name].rule.__name__
 
     def is_bitwise(self) -> bool:
         """Whether every device gives the same bits: it uses no `pow` or `log`, which each device's
         library rounds its own way, and no sum of doubles that a GPU takes in another order."""
         measures = {"orthograd", "grad_clip", "scale_parameter", "max_grad_norm"}
-        return optim.FAMILY[self.name].rule.__name__ in {"sgd", "lion", "sophia"} and not (
-            measures & self.options.keys()
-        )
+        return self._rule() in {"sgd", "lion", "sophia"} and not (measures & self.options.keys())
 
 
 _ALL = [
@@ -67,6 +73,9 @@ _ALL = [
     Case("apollo", BF16, {"rank": 16}),
     Case("apollo", FP32, {"rank": 16, "projection": "sign", "scaling": "tensor"}),
     Case("apollo", FP16, {"rank": 16, "grad_clip": 0.1}),
+    Case("muon", FP32, {"growth_limit": 1.01, "grad_clip": 0.1}),
+    Case("muon", FP16, {"storage": "8bit", "nesterov": False, "rounding": "kahan"}),
+    Case("muon", BF16, {"storage": "factored", "cautious_decay": True}, FP32),
     Case("came", FP32, {"storage": "factored", "growth_limit": 1.01, "orthograd": True}),
     Case("came8bit", FP16, {"clip_threshold": None, "growth_limit": 1.01, "cautious": True}),
     Case("prodigy", FP32, {"slice_p": 1, "storage": "8bit", "atan2": True, "orthograd": True}),
@@ -158,10 +167,13 @@ def kinds_of(case: Case) -> set[gpu.Kind]:
             self._refresh(places)
 
     rule, share = type(optimizer).rule.__name__, Share(optimizer._places())
+    cpu = torch.device("cpu")
+    make_engine: Any = Describing  # which has of an engine what a step asks for
     if rule in plan.PROJECTED:
-        dense, cpu = plan.PROJECTED[rule], torch.device("cpu")
-        make_engine: Any = Describing  # which has of an engine what a step asks for
-        NativeProjectedEngine(optimizer, dense, make_engine, cpu).step(share, {})
+        NativeProjectedEngine(optimizer, plan.PROJECTED[rule], make_engine, cpu).step(share, {})
+    elif rule in plan.ORTHOGONALIZED:
+        dense = plan.ORTHOGONALIZED[rule]
+        OrthogonalEngine(optimizer, dense, make_engine, cpu).step(share, {})
     else:
         Describing(optimizer, rule).step(share, {})
     if isinstance(optimizer, optim.Sophia):

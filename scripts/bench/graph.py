@@ -49,6 +49,7 @@ def is_captured(subject: Subject, deadline: float) -> Finding:
         ("adafactor8bit", {"max_grad_norm": 0.1}),
         ("apollo", {"rank": 16, "max_grad_norm": 0.1}),
         ("apollo_mini", {}),
+        ("muon", {}),
     )
     for name, options in runs:
         eager, graphed = (Training(subject.device, name, **options) for _ in range(2))
