@@ -30,7 +30,7 @@ _LOW = "sgd"  # the rule of a step before it is orthogonalized
 class OrthogonalEngine(IndirectEngine):
     """Steps the parameters of a Muon."""
 
-    shaping = ("adjust_lr_fn",)
+    shaping = ()
 
     def __init__(self, optimizer: RuledOwner, dense: str, make: Make, device: torch.device) -> None:
         low, self._directed = LowSteps(optimizer, kept=("grad_clip",)), DirectedSteps(optimizer)
@@ -86,18 +86,19 @@ class OrthogonalEngine(IndirectEngine):
             yield portion, own
 
     def _orthogonalize(self, place: Place, grad: Tensor, step: Tensor) -> None:
-        """Orthogonalize a matrix's step in place: fp32, of the parameter's shape.
+        """Orthogonalize a matrix's step in place (fp32, of the parameter's shape), and apply its
+        factor: here, because the tensors for factors are shared by all works.
 
         An unusable element of the gradient becomes NaN, so that the engine skips it; with signs,
         which have no zero, an element without a gradient has no step.
         """
         _, group, param = place
-        direction = orthogonalized(step.view(step.shape[0], -1), group["ns_steps"])
+        direction = orthogonalized(step.flatten(1), group["ns_steps"]).view(step.shape)
         step.copy_(grad).abs_()
         unusable = (step <= features.LARGEST_GRAD).logical_not_()
         codecs = self._optimizer.moments(param, group).values()
         still = step == 0 if any(isinstance(codec, FactoredSign) for codec in codecs) else None
-        step.copy_(direction.view(step.shape))
+        torch.mul(direction, gain(group["adjust_lr_fn"], tuple(param.shape)), out=step)
         if still is not None:
             step.masked_fill_(still, 0.0)
         step.masked_fill_(unusable, torch.nan)
@@ -117,9 +118,7 @@ class OrthogonalEngine(IndirectEngine):
         for portion in work.portions:
             portion.lay_out(self._scratch, self._low)
             for place in portion.places:
-                _, group, param = place
-                factors = self._scaled.factors_of(place)
-                factors.fill_(gain(group["adjust_lr_fn"], tuple(param.shape)))
+                self._scaled.factors_of(place).fill_(1.0)
 
 
 class Portion:

@@ -113,7 +113,7 @@ class ScaledSteps:
             self._factors[index] = factors
         state = self._optimizer.state_of(param, group)
         kept = {k: x for k, x in state.items() if not k.startswith("exp_avg")}
-        side = "row" if param.shape[0] >= param.numel() // param.shape[0] else "col"
+        side = "row" if param.shape[0] >= prod(param.shape[1:]) else "col"
         self.state[param] = kept | {f"scales.{side}": factors}
         return factors
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import MUONS, make_params, run, set_grads
+from helpers import MUONS, assert_same, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
@@ -93,6 +93,32 @@ def test_steps_do_not_depend_on_which_tensors_share_the_scratch(name, monkeypatc
             optimizer.step_param(*some)
         results.append(params)
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (0, 3, 3)], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_matrix_without_elements_is_no_obstacle(shape, backend):
+    params = make_params(shapes=[shape, (24, 16)])
+    run(optim.Muon(params, backend=backend), params, range(2))
+    assert not torch.equal(params[1], make_params(shapes=[shape, (24, 16)])[1])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_options_may_change_between_steps_of_different_tensors(backend):
+    def after(*runs):
+        params = make_params(shapes=[(40, 16), (16, 24)])
+        optimizer = optim.Muon(params, lr=0.1, backend=backend)
+        for step, (adjust, some) in enumerate(runs):
+            set_grads(params, step)
+            optimizer.param_groups[0]["adjust_lr_fn"] = adjust
+            for one in some:
+                optimizer.step_param(*(params[i] for i in one))
+        return params
+
+    rms, original = "match_rms_adamw", "original"
+    together = after((rms, [[0, 1]]), (original, [[0]]), (rms, [[0, 1]]))
+    alone = after((rms, [[0], [1]]), (original, [[0]]), (rms, [[0], [1]]))
+    assert_same(together, alone)
 
 
 def test_without_a_matrix_it_says_whose_steps_it_makes():
