@@ -48,11 +48,10 @@ class OrthogonalEngine(IndirectEngine):
         for portion, grads in self._portions_of(work):
             portion.steps.zero_()
             self._low_engine.step(Share(portion.lows, grads), of_lows)
-            for place, grad, (_, _, low) in zip(portion.places, grads, portion.lows, strict=True):
-                self._orthogonalize(place, grad, low)
-            directions = [low for _, _, low in portion.lows]
-            places = self._directed.places_of(portion.places)
-            self._scaled_engine.step(Share(places, directions), {})
+            steps = portion.lows.params
+            for place, grad, step in zip(portion.directed, grads, steps, strict=True):
+                self._orthogonalize(place, grad, step)
+            self._scaled_engine.step(Share(portion.directed, steps), {})
 
     def grad_sq(self, share: Share) -> float | Tensor:
         """As `optim.interface.Engine`."""
@@ -117,6 +116,7 @@ class OrthogonalEngine(IndirectEngine):
         self._reserve(max(portion.num_bytes for portion in work.portions))
         for portion in work.portions:
             portion.lay_out(self._scratch, self._low)
+            portion.directed = self._directed.places_of(portion.places)
             for place in portion.places:
                 self._scaled.factors_of(place).fill_(1.0)
 
@@ -126,6 +126,7 @@ class Portion:
 
     def __init__(self, places: list[Place]) -> None:
         self.places, self.lows = places, Places()
+        self.directed = Places()  # the same parameters, for the engine that steps them
         self.num_bytes = sum(map(self.bytes_of, places))
         self.steps = torch.empty(0)  # all of them, with the padding between them
 
