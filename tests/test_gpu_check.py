@@ -2,6 +2,7 @@
 kernels compiled for the host and fail for broken ones."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from conftest import REPOSITORY
 from cuda_host import Host, on_host
 
 import optim
-from optim import cuda, gpu, native
+from optim import cuda, gpu, native, newton_schulz
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import gpu_check
@@ -296,6 +297,22 @@ def test_a_check_does_not_hold_for_another_step(check, said, host_subject, monke
 
 @needs_native
 @pytest.mark.slow
+@pytest.mark.parametrize(("steps", "holds"), [(5, True), (4, False)])
+def test_orthogonal_matrices_may_differ_by_what_bf16_explains(
+    steps, holds, host_subject, monkeypatch
+):
+    on_a_gpu, real = itertools.cycle([False, True]), newton_schulz.orthogonalized
+
+    def by_turns(x, usual):
+        if not next(on_a_gpu):
+            return real(x, usual)
+        with checks.orthogonalizing_in(torch.bfloat16):
+            return real(x, steps)
+
+    monkeypatch.setattr(newton_schulz, "orthogonalized", by_turns)
+    assert (not checks.wrong_directions(host_subject)) == holds
+
+
 def test_a_gradient_that_is_used_though_it_cannot_be_is_noticed(host_subject, monkeypatch):
     monkeypatch.setattr(checks, "BAD", (1.0, float("nan")))
     finding = checks.skips_nonfinite(host_subject, FEW[:1], DEADLINE)

@@ -31,7 +31,7 @@ import optim
 from optim import gpu, native, plan
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from bench.checks import PROJECTED_SLACK
+from bench.checks import PRODUCTS_SLACK
 from bench.tolerances import param_misses, spacing
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="it is not built")
@@ -67,7 +67,7 @@ def step_misses(reference, engine, act=step):
     act(reference)
     act(engine)
     # Sums of products, which may cancel, are rounded differently in chunks and as a whole.
-    slack = PROJECTED_SLACK if type(reference).rule.__name__ in plan.PROJECTED else 1.0
+    slack = PRODUCTS_SLACK if type(reference).rule.__name__ in plan.PROJECTED else 1.0
     lines = []
     for p, q, old in zip(params, twins, before, strict=True):
         lines += param_misses(p, q, old, reference.state[p], engine.state[q], slack)

@@ -18,7 +18,7 @@ from optim.projection import channels, projection
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from bench.cases import BF16, CASES, FP16, FP32, Case, make, set_grads
-from bench.checks import PROJECTED_SLACK
+from bench.checks import PRODUCTS_SLACK
 from bench.tolerances import blur_of, param_misses
 
 pytestmark = [
@@ -55,7 +55,7 @@ def compare(case, one, two, before, step):
     for index, (p, q, old) in enumerate(zip(params, twins, before, strict=True)):
         blur = blur_of(index, optimizer.param_groups[0], p, step + 1)
         states = optimizer.state[p], twin.state[q]
-        found += param_misses(p, q, old, *states, PROJECTED_SLACK, blur)
+        found += param_misses(p, q, old, *states, PRODUCTS_SLACK, blur)
         q.data.copy_(p)
         for key, x in states[0].items():
             states[1][key].copy_(x)
