@@ -30,7 +30,13 @@ def _follows_the_gradient(group: Group) -> bool:
 
 
 def _keeps_no_first_moment(group: Group) -> bool:
+    if "ns_steps" in group and not _orthogonalizes_all(group):  # the others have AdamW's moments
+        return False
     return group.get("momentum") == 0 or group.get("beta1", 0) is None
+
+
+def _orthogonalizes_all(group: Group) -> bool:
+    return "ns_steps" in group and all(is_matrix(tuple(p.shape)) for p in group["params"])
 
 
 def _is_clipped_before(group: Group) -> bool:
@@ -96,6 +102,7 @@ _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
         "on fp32 weights, which are not rounded",
         "use it with bf16 or fp16 weights",
     ),
+    "betas": (_orthogonalizes_all, "where every tensor is a matrix", "set momentum"),
     "factor_1d": (
         lambda g: all(param.ndim > 1 for param in g["params"]),
         "where no tensor is 1-D",

@@ -170,6 +170,13 @@ _ELSEWHERE: dict[str, tuple[str | None, str]] = {
     "decay_rate": ("beta2_decay", "it is called beta2_decay here (with beta2=None)"),
     "warmup_init": ("relative_step", "let a schedule warm lr up; leave it out"),
     "use_bias_correction": ("d_coef", "averages are not corrected, as in the paper; leave it out"),
+    **dict.fromkeys(
+        ("use_muon", "optim_type"),
+        ("ns_steps", "all matrices are orthogonalized; step others by an optimizer of their own"),
+    ),
+    **dict.fromkeys(("ns_coefficients", "ns_coeffs"), ("ns_steps", "they are fixed; leave it out")),
+    **dict.fromkeys(("adam_betas", "adamw_betas"), ("ns_steps", "those of 1-D tensors are betas")),
+    "rms_rescaling": ("adjust_lr_fn", "it is adjust_lr_fn='match_rms_adamw' here, the default"),
     "d": ("clip_threshold", "the largest RMS of an update is clip_threshold here"),
 }
 

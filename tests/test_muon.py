@@ -126,6 +126,23 @@ def test_without_a_matrix_it_says_whose_steps_it_makes():
         optim.Muon(make_params(shapes=[(9,), ()]))
 
 
+def test_storage_has_an_effect_without_momentum_where_vectors_have_moments(recwarn):
+    optim.Muon(
+        make_params(shapes=[(24, 16), (24,)]), momentum=0.0, storage="8bit", betas=(0.8, 0.9)
+    )
+    assert not recwarn
+    for idle in ({"momentum": 0.0, "storage": "8bit"}, {"betas": (0.8, 0.9)}):
+        with pytest.warns(optim.IdleOption, match=f"{[*idle][-1]}=.* has no effect where"):
+            optim.Muon(make_params(shapes=[(24, 16)]), **idle)
+
+
+def test_a_group_that_another_muon_would_step_by_adam_is_refused():
+    groups = [{"params": make_params(), "use_muon": False}]
+    with pytest.raises(TypeError, match="'use_muon'; all matrices are orthogonalized"):
+        optim.Muon(groups)
+    optim.AdamW(groups)  # which another package's option says nothing about
+
+
 @pytest.mark.parametrize("option", ["orthograd", "grams", "cautious"])
 def test_what_acts_on_single_elements_is_refused_with_the_reason(option):
     with pytest.raises(TypeError, match=f"Muon cannot have {option}: .*orthogonaliz"):
