@@ -99,7 +99,7 @@ class CudaEngine(DescriptorEngine):
     def _flags(self, group: dict[str, Any]) -> int:
         return plan.group_options(group | {"lr": 0.0}, 1.0, self._rule).flags
 
-    def _before_making(self) -> None:
+    def before_making(self) -> None:
         self._staging.refuse_in_capture()
 
     def _make(self, work: Work, share: Share) -> None:

@@ -95,7 +95,7 @@ class DescriptorEngine:
         self._numels = [-1] * count
         self._work: dict[tuple[int, ...], Work] = {}
 
-    def _before_making(self) -> None:
+    def before_making(self) -> None:
         """Raise RuntimeError if no work can be made now (during a graph capture)."""
 
     def _make(self, work: Work, share: Share) -> None:
@@ -155,7 +155,7 @@ class DescriptorEngine:
         state = self._owner.state
         work = self._work.get(members)
         if work is None or work.stamp != stamp or not work.holds(state, share.params):
-            self._before_making()
+            self.before_making()
             with HOST:
                 for place, grad in zip(share, grads, strict=True):
                     if self._describe(*place, grad.dtype):  # other works used the old one

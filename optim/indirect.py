@@ -60,10 +60,6 @@ class IndirectEngine(ABC):
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
     @abstractmethod
-    def _before_making(self) -> None:
-        """Raise RuntimeError if no work can be made now (during a graph capture)."""
-
-    @abstractmethod
     def _parted(self, places: Iterable[Place]) -> tuple[Places, Places]:
         """The parameters that are stepped indirectly, and the others."""
 
@@ -79,7 +75,7 @@ class IndirectEngine(ABC):
         work = self._works.get(members)
         state = self._optimizer.state
         if work is None or work.stamp != stamp or not work.holds(state, work.asked):
-            self._before_making()
+            self._low_engine.before_making()
             if work is not None:
                 self._drop(members)
             with HOST:

@@ -19,7 +19,6 @@ from optim.indirect import IndirectEngine, Make, Portions
 from optim.interface import RuledOwner
 from optim.newton_schulz import gain, orthogonalized, parted
 from optim.share import Place, Places, Share
-from optim.staging import WANTS_A_STEP
 from optim.standins import DirectedSteps, LowSteps
 
 # Bytes of steps that are alive at once, unless a single tensor has more.
@@ -101,10 +100,6 @@ class OrthogonalEngine(IndirectEngine):
         if still is not None:
             step.masked_fill_(still, 0.0)
         step.masked_fill_(unusable, torch.nan)
-
-    def _before_making(self) -> None:
-        if gpu.capturing():
-            raise RuntimeError(WANTS_A_STEP)
 
     def _parted(self, places: Iterable[Place]) -> tuple[Places, Places]:
         return parted(places)

@@ -197,9 +197,6 @@ class NativeProjectedEngine(ProjectedEngine):
         pairs = grad_dtype is torch.bfloat16 and native.multiplies_pairs(self._isa)
         return torch.bfloat16 if pairs else torch.float32
 
-    def _before_making(self) -> None:
-        """Nothing: memory can be allocated at any time."""
-
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
         """Nothing: its loops are compiled already."""
 

@@ -61,9 +61,6 @@ class CudaProjectedEngine(ProjectedEngine):
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         return grad_dtype
 
-    def _before_making(self) -> None:
-        self._staging.refuse_in_capture()
-
     def _prepare(self, work: Portions, kinds: Iterable[ProjectedKind]) -> None:
         self._gpu.load(name for kind in kinds for name in kernels_of(kind).values())
 

@@ -9,7 +9,7 @@ from optim.gpu import Gpu
 # How often one capture may copy the same values: a step with a global norm copies its addresses
 # twice.
 COPIES = 2
-WANTS_A_STEP = (
+_WANTS_A_STEP = (
     "a CUDA graph of optimizer.step() needs an ordinary step() of the same parameters before each "
     "capture"
 )
@@ -33,7 +33,7 @@ class Staging:
         its memory: zeroing would be recorded and not executed, and a copy that waits breaks the
         capture."""
         if self._gpu.capturing():
-            raise RuntimeError(WANTS_A_STEP)
+            raise RuntimeError(_WANTS_A_STEP)
 
     def spare(self, values: Tensor, count: int) -> None:
         """Before captures: allocate spares for `count` tensors like `values`, COPIES for each."""
@@ -48,7 +48,7 @@ class Staging:
             return values
         spares = self._spares.get(_key(values))
         if not spares:
-            raise RuntimeError(WANTS_A_STEP)
+            raise RuntimeError(_WANTS_A_STEP)
         self.of_graphs.append(spares.pop().copy_(values))
         return self.of_graphs[-1]
 

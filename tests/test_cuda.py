@@ -335,7 +335,7 @@ def test_every_capture_has_memory_of_its_own_and_wants_a_step_before_it(host, mo
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
+@pytest.mark.parametrize("name", ["adamw_factored", "apollo", "muon"])
 def test_a_capture_without_a_step_before_it_is_refused_before_anything_is_allocated(
     name, host, monkeypatch
 ):
@@ -357,7 +357,7 @@ def test_a_capture_without_a_step_before_it_is_refused_before_anything_is_alloca
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
+@pytest.mark.parametrize("name", ["adamw_factored", "apollo", "muon"])
 def test_a_fused_backward_of_many_buckets_can_be_captured(name, host, monkeypatch):
     params = [torch.nn.Parameter(torch.ones(24, 40)) for _ in range(6)]
     options = {"rank": 4} if name == "apollo" else {}
@@ -378,7 +378,7 @@ def test_a_fused_backward_of_many_buckets_can_be_captured(name, host, monkeypatc
     assert all(int(optimizer.state[p]["step"]) == 5 for p in params)
 
 
-@pytest.mark.parametrize("name", ["adamw_factored", "apollo"])
+@pytest.mark.parametrize("name", ["adamw_factored", "apollo", "muon"])
 def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
     name, host, monkeypatch
 ):
@@ -392,7 +392,8 @@ def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
         works = [*getattr(engine, "_work", getattr(engine, "_works", {})).values()]
         for work in works:
             rooms += [one.tables for one in work.launches]
-            rooms += [portion.table for portion in getattr(work, "portions", [])]
+            portions = getattr(work, "portions", [])
+            rooms += [getattr(portion, "table", portion.steps) for portion in portions]
         return [weakref.ref(x.untyped_storage()) for x in rooms if x.numel()]
 
     for p in params[1:]:
@@ -401,6 +402,7 @@ def test_what_a_graph_points_to_outlives_an_ordinary_step_of_more_parameters(
         optimizer.step()
         with monkeypatch.context() as patch:
             patch.setattr(host, "capturing", lambda: True)
+            patch.setattr(gpu, "capturing", lambda: True)
             optimizer.step()
         outer = optimizer._dispatch.engine(torch.device("cpu"))
         inner = [x for x in vars(outer).values() if isinstance(x, cuda.CudaEngine)]
