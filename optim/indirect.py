@@ -99,4 +99,5 @@ class IndirectEngine(ABC):
         """Have a scratch of this size at least."""
         if num_bytes > self._scratch.numel():
             self._drop(*self._works)  # they point into the old one
+            self._scratch = self._scratch.new_empty(0)  # so that there are never two
             self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)

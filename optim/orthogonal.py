@@ -135,6 +135,6 @@ class Portion:
         self.steps, at = scratch[: self.num_bytes].view(torch.float32), 0
         for place in self.places:
             shape = place[2].shape
-            step = self.steps[at : at + prod(shape)].view(shape)
+            step = self.steps[at : at + prod(shape)].view(shape).detach()  # it refers to no base
             self.lows.append(low_steps.adopt(place, step))
             at += self.bytes_of(place) // 4

@@ -152,8 +152,9 @@ class Portion:
 
 
 def _matrix(scratch: Tensor, at: int, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """A view of the scratch as a matrix that begins at byte `at`."""
-    return scratch[at : at + rows * cols * dtype.itemsize].view(dtype).view(rows, cols)
+    """A view of the scratch as a matrix that begins at byte `at`; it refers to no base."""
+    view = scratch[at : at + rows * cols * dtype.itemsize].view(dtype)
+    return view.view(rows, cols).detach()
 
 
 def _parts(counts: Iterable[int]) -> Tensor:

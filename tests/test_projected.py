@@ -1,8 +1,11 @@
 """APOLLO's projections in the CPU engine: P as Python draws it, P G, and portions."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from helpers import assert_same, make_params, projection_of, run, set_grads
+from helpers import assert_same, build, make_params, projection_of, run, set_grads
 
 import optim
 from optim import native, plan, projected
@@ -114,3 +117,17 @@ def test_what_a_step_holds_is_of_the_projections_size(portions, monkeypatch):
     run(other, params, range(1))
     assert [len(drawn) for _, drawn, _ in portions] == [12, 3, 3, 3, 3]
     assert other._dispatch.engine(torch.device("cpu"))._scratch.numel() == 3 * each
+
+
+@pytest.mark.parametrize("name", ["apollo", "muon"])
+def test_an_outgrown_scratch_is_released(name):
+    params = make_params(shapes=[(24, 16), (48, 32), (96, 64)])
+    optimizer = build(name, params)
+    set_grads(params, 0)
+    scratches = []
+    for param in params:
+        optimizer.step_param(param)
+        engine = optimizer._dispatch.engine(torch.device("cpu"))
+        scratches.append(weakref.ref(engine._scratch.untyped_storage()))
+    gc.collect()
+    assert [scratch() is not None for scratch in scratches] == [False, False, True]
