@@ -11,12 +11,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optim.features import length
 from optim.share import Place, Places
 
 # p(x) = a x + b x^3 + c x^5, chosen so that small singular values grow as fast as they can.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-_LEAST = 1e-30  # the smallest norm that a matrix is divided by
+_LEAST = 1e-30  # the smallest size that a matrix is divided by
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
@@ -38,20 +37,24 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 def orthogonalized(x: Tensor, steps: int) -> Tensor:
-    """x fp32 (R, C) -> about U V^T, where x = U D V^T; zero rows and columns stay zero.
+    """x fp32 (R, C) -> about U V^T in `precision`, where x = U D V^T; zero rows and columns stay
+    zero.
 
     Jordan et al. 2024, "Muon", the quintic Newton-Schulz iteration.  Costs 2 steps (2 R^2 C + R^3)
     multiplications and additions, for R <= C.
     """
-    wide = x if x.shape[0] <= x.shape[1] else x.t()
-    unit = wide / length(wide).float().clamp_min(_LEAST)
-    unit = unit.to(precision(x.device))
+    if not x.numel():
+        return x
+    unit = (x if x.shape[0] <= x.shape[1] else x.t()).to(precision(x.device))
+    # By its largest element first: a sum of squares in fp64 would be one of a copy in fp64.
+    unit = unit / torch.linalg.vector_norm(unit, torch.inf).clamp_min(_LEAST)
+    unit = unit / torch.linalg.vector_norm(unit, dtype=torch.float32).clamp_min(1.0)
     for _ in range(steps):
         square = unit @ unit.t()
         unit = torch.addmm(
             unit, torch.addmm(square, square, square, beta=_B, alpha=_C), unit, beta=_A
         )
-    return unit.float() if wide is x else unit.t().float().contiguous()
+    return unit if unit.shape == x.shape else unit.t()
 
 
 def gain(adjust_lr_fn: str, shape: tuple[int, ...]) -> float:

@@ -91,12 +91,13 @@ class OrthogonalEngine(IndirectEngine):
         which have no zero, an element without a gradient has no step.
         """
         _, group, param = place
-        direction = orthogonalized(step.flatten(1), group["ns_steps"]).view(step.shape)
+        matrix = step.flatten(1)  # a view
+        direction = orthogonalized(matrix, group["ns_steps"])
         step.copy_(grad).abs_()
         unusable = (step <= features.LARGEST_GRAD).logical_not_()
         codecs = self._optimizer.moments(param, group).values()
         still = step == 0 if any(isinstance(codec, FactoredSign) for codec in codecs) else None
-        torch.mul(direction, gain(group["adjust_lr_fn"], tuple(param.shape)), out=step)
+        matrix.copy_(direction).mul_(gain(group["adjust_lr_fn"], tuple(param.shape)))
         if still is not None:
             step.masked_fill_(still, 0.0)
         step.masked_fill_(unusable, torch.nan)

@@ -183,7 +183,7 @@ def muon(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     assert u is not None
     has_signs = any(isinstance(codec, FactoredSign) for codec in h.codec.values())
     moves = h.usable & (g != 0) if has_signs else h.usable
-    u = orthogonalized(torch.where(moves, u, 0.0).flatten(1), h.ns_steps).view(g.shape)
+    u = orthogonalized(torch.where(moves, u, 0.0).flatten(1), h.ns_steps).float().reshape(g.shape)
     u = torch.where(moves, u * orthogonal_gain(h.adjust_lr_fn, tuple(g.shape)), 0.0)
     return grown(h, u, s, moments)
 
