@@ -10,7 +10,8 @@ from optim import idle, reference
 from optim.codecs import Codec, Dense, Factored, Float8, matrix_view, nonnegative, signed, smmf_view
 from optim.features import Features
 from optim.fused import FusedOptimizer
-from optim.projection import projected_shape
+from optim.portion import SCRATCH_BYTES, Portion, kind_of
+from optim.projection import parted, projected_shape
 
 
 class Apollo(FusedOptimizer):
@@ -82,6 +83,15 @@ class Apollo(FusedOptimizer):
 
     def idle_options(self) -> list[str]:
         return idle.rank(self.param_groups, self.dense) + super().idle_options()
+
+    def scratch_bytes(self, device_type: str) -> int:
+        wide, _ = parted(self._places())
+        sizes = [
+            Portion.bytes_of(place, kind_of(place, place[2].dtype, place[2].dtype))
+            for place in wide
+            if place[2].requires_grad
+        ]
+        return min(sum(sizes), max([SCRATCH_BYTES[device_type], *sizes]))
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         shape, storage = tuple(param.shape), group["storage"]

@@ -195,6 +195,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
             x.numel() * x.element_size() for state in self.state.values() for x in state.values()
         )
 
+    def scratch_bytes(self, device_type: str) -> int:
+        """About how many bytes a fused step on devices of this type takes besides gradients and
+        state, where these are many: 0, unless a class says otherwise."""
+        return 0
+
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with the class's name and the version of this state's layout in each
         group, with plain options (a schedule may have set numpy's), and without what these do not

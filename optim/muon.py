@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
-from optim import idle, reference
+from optim import idle, orthogonal, reference
 from optim.codecs import Codec, stored
 from optim.features import Features
 from optim.fused import FusedOptimizer
-from optim.newton_schulz import is_matrix
+from optim.newton_schulz import is_matrix, parted
 
 _ELEMENTWISE = "choosing or turning single elements would undo the orthogonalization"
 
@@ -74,6 +74,11 @@ class Muon(FusedOptimizer):
     @classmethod
     def bounds_updates(cls, group: Mapping[str, Any]) -> str:
         return "gives each matrix a step of one length, whatever the size of its gradient"
+
+    def scratch_bytes(self, device_type: str) -> int:
+        matrices, _ = parted(self._places())
+        trained = [param.numel() for _, _, param in matrices if param.requires_grad]
+        return orthogonal.scratch_bytes(trained, device_type)
 
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Codec]:
         if not is_matrix(tuple(param.shape)):

@@ -17,12 +17,12 @@ from optim.codecs import FactoredSign
 from optim.engine import buckets, in_lines
 from optim.indirect import IndirectEngine, Make, Portions
 from optim.interface import RuledOwner
-from optim.newton_schulz import gain, orthogonalized, parted
+from optim.newton_schulz import gain, orthogonalized, parted, precision
 from optim.share import Place, Places, Share
 from optim.standins import DirectedSteps, LowSteps
 
-# Bytes of steps that are alive at once, unless a single tensor has more.
-SCRATCH_BYTES_CPU, SCRATCH_BYTES = 32 << 20, 128 << 20
+# Bytes of steps that are alive at once, unless a single tensor has more, by the type of device.
+SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 _LOW = "sgd"  # the rule of a step before it is orthogonalized
 
 
@@ -106,7 +106,7 @@ class OrthogonalEngine(IndirectEngine):
         return parted(places)
 
     def _make(self, work: Portions) -> None:
-        limit = SCRATCH_BYTES if self._device.type == "cuda" else SCRATCH_BYTES_CPU
+        limit = SCRATCH_BYTES[self._device.type]
         sizes = [(place, Portion.bytes_of(place)) for place in work.wide]
         work.portions = [Portion(places) for places in buckets(sizes, limit)]
         self._reserve(max(portion.num_bytes for portion in work.portions))
@@ -115,6 +115,14 @@ class OrthogonalEngine(IndirectEngine):
             portion.directed = self._directed.places_of(portion.places)
             for place in portion.places:
                 self._scaled.factors_of(place).fill_(1.0)
+
+
+def scratch_bytes(numels: list[int], device_type: str) -> int:
+    """Bytes that are alive at once while matrices of these sizes are stepped: their steps, and of
+    one of them two iterates."""
+    largest = max(numels, default=0)
+    steps = min(4 * sum(numels), max(SCRATCH_BYTES[device_type], 4 * largest))
+    return steps + 2 * largest * precision(torch.device(device_type)).itemsize
 
 
 class Portion:

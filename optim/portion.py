@@ -15,6 +15,10 @@ from optim.projection import gain, sides_of
 from optim.share import Place, Places
 from optim.standins import LowSteps
 
+# Bytes of P, P G and N that are alive at once, unless a single tensor has more, by the type of
+# device.  At rank 256 the SDXL UNet has 4.9 GB of them, and on a GPU each portion costs a dozen
+# launches.
+SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _LINE = 256  # bytes that tensors in the scratch are aligned to
 
 

@@ -25,13 +25,10 @@ from optim.conditioned import conditioned_product
 from optim.engine import buckets
 from optim.indirect import IndirectEngine, Make, Portions
 from optim.interface import RuledOwner
-from optim.portion import Portion, ProjectedKind, is_conditioned, kind_of
+from optim.portion import SCRATCH_BYTES, Portion, ProjectedKind, is_conditioned, kind_of
 from optim.projection import parted
 from optim.share import Place, Places, Share, Trait
 from optim.standins import LowSteps, ScaledSteps
-
-# Bytes of P, P G and N that are alive at once on a CPU, unless a single tensor has more.
-SCRATCH_BYTES = 32 << 20
 
 
 class ProjectedEngine(IndirectEngine):
@@ -58,10 +55,6 @@ class ProjectedEngine(IndirectEngine):
     def _here(self) -> contextlib.AbstractContextManager[Any]:
         """A context that makes the device current."""
         return contextlib.nullcontext()
-
-    @abstractmethod
-    def _scratch_bytes(self) -> int:
-        """Most bytes of P, P G and N that are alive at once, unless a single tensor has more."""
 
     @abstractmethod
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
@@ -168,9 +161,10 @@ class ProjectedEngine(IndirectEngine):
         for place, grad in zip(work.wide, Share(work.wide).grads, strict=True):
             dtype = grad.dtype if grad.dtype in plan.DTYPES else torch.float32
             by_kind.setdefault(kind_of(place, dtype, self._p_dtype(dtype)), []).append(place)
+        limit = SCRATCH_BYTES[self._device.type]
         for kind, members in by_kind.items():
             sizes = [(place, Portion.bytes_of(place, kind)) for place in members]
-            work.portions += [Portion(kind, some) for some in buckets(sizes, self._scratch_bytes())]
+            work.portions += [Portion(kind, some) for some in buckets(sizes, limit)]
         work.wide = Places(place for portion in work.portions for place in portion.places)
         self._reserve(max(portion.num_bytes for portion in work.portions))
         work.grads = torch.empty(len(work.wide), dtype=torch.int64, device=self._device)
@@ -189,9 +183,6 @@ class NativeProjectedEngine(ProjectedEngine):
     def __init__(self, optimizer: RuledOwner, dense: str, make: Make, device: torch.device) -> None:
         super().__init__(optimizer, dense, make, device)
         self._isa = native.isa()  # fixed: it determines the dtype of P in portions
-
-    def _scratch_bytes(self) -> int:
-        return SCRATCH_BYTES
 
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         pairs = grad_dtype is torch.bfloat16 and native.multiplies_pairs(self._isa)

@@ -26,8 +26,6 @@ from optim.projected import ProjectedEngine
 from optim.projection import channels
 from optim.staging import Staging
 
-# At rank 256 the SDXL UNet has 4.9 GB of P, P G and N, and each portion costs a dozen launches.
-SCRATCH_BYTES = 256 << 20
 FEW_ROWS = (1, 4, 8)  # rows of P G that our own kernels compute; at most the warps of a block
 CHUNK = 1 << 22  # gradient elements converted to fp32 at a time, without `_WIDENS`
 THREADS = 256  # per block: csrc/engine/projected_cuda.h
@@ -54,9 +52,6 @@ class CudaProjectedEngine(ProjectedEngine):
 
     def _here(self) -> contextlib.AbstractContextManager[Any]:
         return self._gpu.here()
-
-    def _scratch_bytes(self) -> int:
-        return SCRATCH_BYTES
 
     def _p_dtype(self, grad_dtype: torch.dtype) -> torch.dtype:
         return grad_dtype

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import MUONS, assert_same, make_params, run, set_grads
+from helpers import FOR_SMALL, MUONS, assert_same, make_params, run, set_grads
 from torch.nn import Parameter
 
 import optim
-from optim import orthogonal
+from optim import orthogonal, portion
 from optim.newton_schulz import orthogonalized
 
 # (R, C): wide, tall, square, a row, a column.
@@ -82,8 +82,8 @@ def test_a_steps_rms_is_about_a_fifth_of_the_rate_for_every_shape(name):
 @pytest.mark.parametrize("name", MUONS)
 def test_steps_do_not_depend_on_which_tensors_share_the_scratch(name, monkeypatch):
     results = []
-    for room in (orthogonal.SCRATCH_BYTES_CPU, 1):
-        monkeypatch.setattr(orthogonal, "SCRATCH_BYTES_CPU", room)
+    for room in (orthogonal.SCRATCH_BYTES["cpu"], 1):
+        monkeypatch.setitem(orthogonal.SCRATCH_BYTES, "cpu", room)
         params = make_params(torch.bfloat16)
         optimizer = optim.build(name, params, max_grad_norm=1.0)
         run(optimizer, params, range(3))
@@ -119,6 +119,21 @@ def test_options_may_change_between_steps_of_different_tensors(backend):
     together = after((rms, [[0, 1]]), (original, [[0]]), (rms, [[0, 1]]))
     alone = after((rms, [[0], [1]]), (original, [[0]]), (rms, [[0], [1]]))
     assert_same(together, alone)
+
+
+@pytest.mark.parametrize("name", [*MUONS, "apollo", "apollo_mini"])
+@pytest.mark.parametrize("room", [1, 4 * 4 * 64 * 96, 1 << 24])
+def test_the_scratch_that_is_planned_is_what_a_step_holds_and_iterates_of_a_matrix(
+    name, room, monkeypatch
+):
+    module = orthogonal if name in MUONS else portion
+    monkeypatch.setitem(module.SCRATCH_BYTES, "cpu", room)
+    params = make_params(shapes=[(64, 96)] * 12 + [(96, 3, 3, 3), (64,)])
+    optimizer = optim.build(name, params, backend="native", **FOR_SMALL.get(name, {}))
+    run(optimizer, params, range(1))
+    held = optimizer._dispatch.engine(torch.device("cpu"))._scratch.numel()
+    iterates = 2 * 4 * 64 * 96 if name in MUONS else 0
+    assert optimizer.scratch_bytes("cpu") - iterates == pytest.approx(held, rel=0.01)
 
 
 def test_without_a_matrix_it_says_whose_steps_it_makes():

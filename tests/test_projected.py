@@ -8,7 +8,7 @@ import torch
 from helpers import assert_same, build, make_params, projection_of, run, set_grads
 
 import optim
-from optim import native, plan, projected
+from optim import native, plan, portion
 from optim.features import usable
 from optim.portion import Portion
 from optim.projected import NativeProjectedEngine
@@ -72,7 +72,7 @@ def test_the_engines_product_is_that_of_the_usable_elements(dtype, rank, portion
 def test_portions_do_not_change_a_bit_nor_does_stepping_one_by_one(options, monkeypatch):
     ends = []
     for way, size in (("all", 1 << 20), ("all", 1), ("each", 1 << 20)):
-        monkeypatch.setattr(projected, "SCRATCH_BYTES", size)
+        monkeypatch.setitem(portion.SCRATCH_BYTES, "cpu", size)
         params = make_params(torch.bfloat16, [*SHAPES, (700, 50), (50, 700)])
         optimizer = optim.build("apollo", params, rank=6, **options)
         for t in range(3):
@@ -112,7 +112,7 @@ def test_what_a_step_holds_is_of_the_projections_size(portions, monkeypatch):
     ((kind, _, _),) = portions
     each = Portion.bytes_of((0, optimizer.param_groups[0], params[0]), kind)
     assert each == 8 * 64 * kind.p_dtype.itemsize + 2 * 4 * 8 * 96
-    monkeypatch.setattr(projected, "SCRATCH_BYTES", 3 * each + 1)
+    monkeypatch.setitem(portion.SCRATCH_BYTES, "cpu", 3 * each + 1)
     other = optim.build("apollo", params, rank=8, backend="native")
     run(other, params, range(1))
     assert [len(drawn) for _, drawn, _ in portions] == [12, 3, 3, 3, 3]

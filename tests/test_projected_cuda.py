@@ -146,7 +146,7 @@ def test_unusable_elements_count_as_zero_and_a_channel_of_them_keeps_its_moments
 def test_portions_do_not_change_the_result_nor_does_stepping_one_by_one(case, host, monkeypatch):
     runs = [make(case) for _ in range(3)]
     for way, (params, optimizer) in enumerate(runs):
-        monkeypatch.setattr(projected_cuda, "SCRATCH_BYTES", 1 if way == 1 else 256 << 20)
+        monkeypatch.setitem(portion.SCRATCH_BYTES, "cpu", 1 if way == 1 else 256 << 20)
         with on_host(host):
             for step in range(3):
                 set_grads(params, step)
@@ -225,7 +225,7 @@ def test_a_step_reads_nothing_back(case, host, monkeypatch):
 
 
 def test_a_capture_finds_memory_for_every_portion(host, monkeypatch):
-    monkeypatch.setattr(projected_cuda, "SCRATCH_BYTES", 1)
+    monkeypatch.setitem(portion.SCRATCH_BYTES, "cpu", 1)
     optimizer = stepped(host, 5, (24, 40))
     monkeypatch.setattr(host, "capturing", lambda: True)
     optimizer.step()
@@ -275,7 +275,7 @@ def test_a_16_bit_product_is_the_one_of_fp32_numbers():
 
 
 def test_a_scratch_is_no_larger_than_what_is_alive_at_once(host, monkeypatch):
-    monkeypatch.setattr(projected_cuda, "SCRATCH_BYTES", 100_000)
+    monkeypatch.setitem(portion.SCRATCH_BYTES, "cpu", 100_000)
     optimizer = stepped(host, 9, (24, 400))
     (work,) = engine_of(optimizer)._works.values()
     assert len(work.portions) == 2

@@ -11,6 +11,7 @@ _WIDTH = 48  # of a bar, in characters
 _KINDS = {  # the parts of a bar, by their letters
     "W": "weights",
     "O": "optimizer state",
+    "S": "scratch of its steps",
     "E": "average of the weights",
     "G": "gradients",
     "A": "activations",
@@ -70,6 +71,7 @@ def _parts(plan: Plan) -> dict[str, int]:
     return {
         "W": training.weights,
         "O": training.optimizer_state or 0,
+        "S": training.optimizer_scratch,
         "E": training.averages,
         "G": training.gradients,
         "A": training.activations,

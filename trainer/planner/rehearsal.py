@@ -36,6 +36,7 @@ class Training:
 
     weights: int
     optimizer_state: int | None  # None if it is not known (an optimizer of another package)
+    optimizer_scratch: int  # in its steps; most of it stays allocated
     averages: int
     gradients: int
     activations: int
@@ -47,7 +48,8 @@ class Training:
     @property
     def kept(self) -> int:
         """What stays allocated between steps."""
-        return self.weights + (self.optimizer_state or 0) + self.averages
+        optimizer = (self.optimizer_state or 0) + self.optimizer_scratch
+        return self.weights + optimizer + self.averages
 
 
 @dataclass(kw_only=True)
@@ -76,8 +78,8 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
         attached = method.attached_on_meta(config.method, model)
         parts = nn.ModuleDict(attached.trained_parts)
         num_parameters = quantization.num_weights(parts)
-        state = optimizers.planned_state_bytes(
-            config.optim, parts, config.seed, config.method.rules
+        optimizer = optimizers.planned(
+            config.optim, parts, config.seed, config.method.rules, device_type
         )
         trained = [p for p in parts.parameters() if p.requires_grad]
         vae = model.empty("vae", model.config.vae_dtype)
@@ -94,7 +96,8 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
                 unet_bytes=quantization.num_bytes(attached.unet),
                 training=Training(
                     weights=peak["weights"],
-                    optimizer_state=state,
+                    optimizer_state=optimizer.state,
+                    optimizer_scratch=optimizer.scratch,
                     averages=_bytes_of_averages(config, trained),
                     gradients=peak["gradients"],
                     activations=peak["activations"],

@@ -9,7 +9,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,17 +45,25 @@ def build(
     return optimizer
 
 
-def planned_state_bytes(
-    config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
-) -> int | None:
-    """Bytes of the state that `build` will allocate for such a model, which is on the meta device;
-    for another package's optimizer, what its first step allocates there.  None if that step needs
-    real values."""
+class Planned(NamedTuple):
+    """Bytes that an optimizer will take."""
+
+    state: int | None  # None if it is not known
+    scratch: int  # besides, in its steps; 0 if it is not known
+
+
+def planned(
+    config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule], device_type: str
+) -> Planned:
+    """What `build`'s optimizer of such a model, which is on the meta device, will take on a device
+    of this type; of another package's optimizer, the state that its first step allocates there,
+    unless that step needs real values."""
     if isinstance(config, ExternalConfig):
-        return _external_state_bytes(config, groups.parameter_groups(model, config.lr, rules))
+        chosen = groups.parameter_groups(model, config.lr, rules)
+        return Planned(_external_state_bytes(config, chosen), scratch=0)
     optimizer = build(config, model, seed, rules)
     assert isinstance(optimizer, optim.FusedOptimizer)
-    return optimizer.state_bytes()
+    return Planned(optimizer.state_bytes(), optimizer.scratch_bytes(device_type))
 
 
 def _external_state_bytes(config: ExternalConfig, chosen: list[dict[str, Any]]) -> int | None:
