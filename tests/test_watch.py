@@ -109,10 +109,17 @@ def test_timesteps_alone_are_no_divergence():
 
 
 @pytest.mark.parametrize(
-    ("then", "is_well"), [([], True), ([1.0] * 50, True), ([1.0] * 40 + [9.0] * 10, False)]
+    ("lowest", "then", "is_well"),
+    [
+        (1.0, [], True),
+        (1.0, [1.0] * 50, True),
+        (1.0, [1.0] * 40 + [9.0] * 10, False),
+        (0.1, [0.3] * 50, True),  # after a restart of the rate, or at its end
+        (0.1, [0.1] * 43 + [0.9] * 7, False),
+    ],
 )
-def test_a_checkpoint_is_well_unless_a_divergence_may_have_begun(then, is_well):
-    assert watched([1.0] * 60 + [9.0] * 60).was_well(then) is is_well
+def test_a_checkpoint_is_well_unless_a_divergence_may_have_begun(lowest, then, is_well):
+    assert watched([lowest] * 60 + [9.0] * 60).was_well(then) is is_well
     assert watched([]).was_well(then)
 
 

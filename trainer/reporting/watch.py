@@ -27,7 +27,7 @@ _LEAST = 10  # fewest steps for a median
 _SHORT = 20  # steps in the shorter mean
 _FEW = 5  # fewest steps for it
 _LOST = 0.5  # a relative loss below which most of what was learned is still there
-_WELL = 2.0  # a mean above this times the lowest may be part of a divergence
+_WELL = 2 / 3  # a mean above this times the least one of a divergence may be its beginning
 
 
 def is_far(loss: float, before: float) -> bool:
@@ -114,16 +114,20 @@ class Watch:
         lately = self.relative[-_SHORT:]
         if len(lately) >= _FEW and (now := fmean(lately)) > _SPIKE:
             return Divergence(steps=len(lately), relative_loss=now)
-        if self.lowest is None or not (now := fmean(self.relative)) > _LOST:
-            return None
-        if now > _SPIKE * self.lowest:
+        if self.relative and (now := fmean(self.relative)) > self._limit:
             return Divergence(steps=len(self.relative), relative_loss=now, lowest=self.lowest)
         return None
 
     def was_well(self, then: Sequence[float]) -> bool:
         """Whether the last losses of a checkpoint of this run, `then`, show no beginning of a
         divergence."""
-        return not then or self.lowest is None or fmean(then) <= _WELL * self.lowest
+        lately = then[-_SHORT:]  # the first losses of one count for little in a longer mean
+        return not lately or fmean(lately) <= _WELL * self._limit
+
+    @property
+    def _limit(self) -> float:
+        """The mean of WINDOW relative losses above which most of what was learned is lost."""
+        return math.inf if self.lowest is None else max(_SPIKE * self.lowest, _LOST)
 
     def lately(self) -> dict[str, float]:
         """The mean loss and the largest gradient norm since the last call; NaN if no step was
