@@ -137,6 +137,16 @@ def test_a_rollback_restores_all_but_the_step_and_resuming_from_it_gives_the_sam
     assert last[0] == last[1]
 
 
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_second_divergence_goes_back_at_most_to_the_first_rollback(quick, ruined, after):
+    """Its checkpoint has the weights of the one before, which went well until then."""
+    ruined(13, 14 + after)
+    options = ["runtime.save_every=2", "schedule.steps=32"]
+    (first, _), (_, second) = went_back(quick("run", *ROLLBACK, *options))
+    assert first == 14
+    assert first <= second < 14 + after
+
+
 def test_one_kept_checkpoint_is_enough_to_go_back(quick, ruined):
     ruined(13)
     options = ["runtime.save_every=2", "runtime.keep_checkpoints=1", "schedule.steps=16"]

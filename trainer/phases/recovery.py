@@ -55,7 +55,7 @@ def _went_back(state: State, last: int, why: str) -> bool:
     with memory.explained(state.config, state.step):
         counters = _restore(state, folder)
     processes.meet()  # all have read it, so that the main one may delete it
-    state.watch.go_back(counters["watch"])
+    state.watch.go_back()
     state.backward.clip.load_state_dict(counters["clip"])
     state.guard.go_back(state.step)
     log.warning(

@@ -12,7 +12,8 @@ same timesteps, so their counts can be compared.
 
 A run diverges if the mean relative loss of 20 steps is above 3; or if that of 50 steps is above 3
 times the lowest so far, and above 1/2, since a rate that rises again (restarts) may lose some of
-what was learned without any harm.
+what was learned without any harm.  After a rollback means are of the steps since then, until there
+are so many (of at least 5 and 20).
 """
 
 import math
@@ -81,9 +82,10 @@ class Watch:
     def diverged(self) -> bool:
         return self.onset is not None
 
-    def go_back(self, then: Mapping[str, Any]) -> None:
-        """Judge losses from here on by those before a checkpoint, whose state is `then`."""
-        self.relative, self.norms, self.onset = [*then["relative"]], [*then["norms"]], None
+    def go_back(self) -> None:
+        """Judge only what follows: a later divergence is not one of the checkpoint, nor of before
+        it."""
+        self.relative, self.norms, self.onset = [], [], None
 
     def step(self, loss: float, grad_norm: float, expected: float = math.nan) -> None:
         """Count a step.  expected: the loss at its timesteps before the first step; NaN if unknown
@@ -114,7 +116,7 @@ class Watch:
         lately = self.relative[-_SHORT:]
         if len(lately) >= _FEW and (now := fmean(lately)) > _SPIKE:
             return Divergence(steps=len(lately), relative_loss=now)
-        if self.relative and (now := fmean(self.relative)) > self._limit:
+        if len(self.relative) >= _SHORT and (now := fmean(self.relative)) > self._limit:
             return Divergence(steps=len(self.relative), relative_loss=now, lowest=self.lowest)
         return None
 
