@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trainer.errors import UserError
 from trainer.objective import losses
-from trainer.phases import recovery, stepping
+from trainer.phases import evaluation, recovery, stepping
 from trainer.reporting import watch
 from trainer.run import run
 from trainer.storage import checkpoint
@@ -135,6 +135,33 @@ def test_a_rollback_restores_all_but_the_step_and_resuming_from_it_gives_the_sam
         for folder in (whole, tmp_path / "rest")
     ]
     assert last[0] == last[1]
+
+
+def test_a_run_that_is_killed_after_a_rollback_loses_nothing_that_was_due(
+    composed, tmp_path, quick, ruined, monkeypatch
+):
+    """In the evaluation of that step, before the checkpoint."""
+    options = [*ROLLBACK, "log.eval_every=2", "schedule.steps=16"]
+    ruined(13)
+    whole = quick("whole", *options)
+    ((step, _),) = went_back(whole)
+
+    def killed(state, writer):
+        if state.step == step:
+            raise KeyboardInterrupt
+        return evaluate(state, writer)
+
+    evaluate = evaluation.evaluate
+    ruined(13)
+    monkeypatch.setattr(evaluation, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quick("killed", *options)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    ruined(13)
+    folder = tmp_path / "killed"
+    run(composed(*QUICK, *options, f"resume={folder}"), folder)
+    assert deterministic(folder) == deterministic(whole)
+    assert_same_weights(weights(folder, 16), weights(whole, 16))
 
 
 @pytest.mark.parametrize("after", [1, 2])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.phases import assembly, endings, saving
+from trainer.phases import assembly, endings
 from trainer.phases.state import State
 from trainer.storage import checkpoint
 from trainer.storage.steps import completed, delete, step_of
@@ -65,8 +65,7 @@ def _went_back(state: State, last: int, why: str) -> bool:
     )
     if processes.is_main():
         delete(later for later in completed(state.checkpoints) if step_of(later) > step_of(folder))
-        with saving.tolerated():
-            saving.save(state)
+    state.owes_checkpoint = True  # after whatever else is due, which resuming would not repeat
     return True
 
 

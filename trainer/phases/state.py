@@ -62,7 +62,7 @@ class State:
     planned_bytes: int | None  # the planned peak of a step; None for a small model
     is_comparable: bool  # whether training losses can be compared with evaluation's
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
-    owes_checkpoint: bool = False  # whether one was due after a step that was skipped
+    owes_checkpoint: bool = False  # since one was due after a skipped step, or since a rollback
     unproven: int | None = None  # the newest checkpoint's step, until enough good ones followed
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
