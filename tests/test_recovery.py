@@ -137,6 +137,19 @@ def test_a_rollback_restores_all_but_the_step_and_resuming_from_it_gives_the_sam
     assert last[0] == last[1]
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ["loss=huber", "loss.delta=0.01"],
+        ["loss.weighting=min_snr", "loss.gamma=0.01"],
+        ["loss.weighting=debiased"],
+    ],
+)
+def test_a_divergence_is_noticed_whatever_the_loss(quick, ruined, loss):
+    ruined(13)
+    assert went_back(quick("run", *ROLLBACK, *loss, "schedule.steps=18"))
+
+
 def test_a_run_that_is_killed_after_a_rollback_loses_nothing_that_was_due(
     composed, tmp_path, quick, ruined, monkeypatch
 ):

@@ -7,20 +7,19 @@ from dataclasses import asdict
 import pytest
 import torch
 from helpers import QUICK, deterministic, rows
-from PIL import Image
 
-from trainer.objective import losses, noise
-from trainer.phases import micro_batches
+from trainer.objective import noise
+from trainer.phases import micro_batches, stepping
 from trainer.reporting.clock import OptimizerClock
 from trainer.reporting.watch import Watch
 from trainer.run import begin, run
 from trainer.streams import Stream
 
 
-def watched(losses, norms=None, watch=None, expected=math.nan):
+def watched(losses, norms=None, watch=None, before=math.nan):
     watch = watch or Watch()
     for loss, norm in zip(losses, norms or [1.0] * len(losses), strict=True):
-        watch.step(loss, norm, expected)
+        watch.step(loss, norm, loss, before)
     return watch
 
 
@@ -51,7 +50,7 @@ def test_a_spike_is_a_loss_of_three_times_the_median_before_it(losses, spikes):
 def test_the_first_losses_are_told_by_the_loss_before_the_first_step(losses, before, spikes):
     watch = Watch()
     for loss in losses:
-        watch.step(loss, 1.0, before)
+        watch.step(loss, 1.0, loss, before)
     assert watch.loss_spikes == spikes
 
 
@@ -91,7 +90,7 @@ def test_norms_that_fall_are_no_less_than_their_median():
     ],
 )
 def test_a_run_diverges_far_above_the_loss_before_the_first_step_or_the_lowest(relative, found):
-    shown = watched([2 * loss for loss in relative], expected=2.0).divergence()
+    shown = watched([2 * loss for loss in relative], before=2.0).divergence()
     assert (shown and (shown.steps, pytest.approx(shown.relative_loss))) == found
 
 
@@ -104,7 +103,7 @@ def test_timesteps_alone_are_no_divergence():
         quarters = torch.stack([usual[(4 * t).long() == q].mean() for q in range(4)])
         seen, watch = usual * torch.exp(0.35 * torch.randn(2000)), Watch()
         for loss, expected in zip(seen.tolist(), quarters[(4 * t).long()].tolist(), strict=True):
-            watch.step(loss, 1.0, expected)
+            watch.step(loss, 1.0, loss, expected)
             assert watch.divergence() is None
 
 
@@ -131,36 +130,40 @@ def test_a_run_that_diverges_says_so_once_and_its_first_steps_are_spikes(quick):
     assert json.loads((folder / "summary.json").read_text())["loss_spikes"] > 0
 
 
-def test_losses_that_may_be_above_what_evaluation_measures_are_not_compared_with_it(composed):
-    for comparable in ([], ["loss=huber"], ["loss.weighting=min_snr"], ["data.mask=alpha"]):
-        assert losses.is_bounded_by_evaluation(composed(*comparable), 1.0)
-    assert not losses.is_bounded_by_evaluation(composed(), 1.5)
-    assert not losses.is_bounded_by_evaluation(composed("loss.weighting=debiased"), 1.0)
-
-
-@pytest.mark.parametrize(("weight", "is_compared"), [(1, True), (10, False)])
-def test_the_weights_of_pictures_decide_whether_losses_are_compared(
-    composed, tmp_path, weight, is_compared
+def test_a_step_is_judged_by_what_evaluation_found_in_its_quarters_of_the_timesteps(
+    composed, tmp_path
 ):
-    lines = [json.dumps({"file_name": "a.png", "text": "a", "weight": weight})]
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    (run_folder := tmp_path / "run").mkdir()
-    state = begin(composed(*QUICK, "data=folder", f"data.path={tmp_path}"), run_folder)
+    state = begin(composed(*QUICK), tmp_path)
     quarters = ("000_250", "250_500", "500_750", "750_1000")
     state.losses_before = {f"loss_t{edges}": 1.0 + n for n, edges in enumerate(quarters)}
-    assert state.losses_are_relative is is_compared
+    assert state.losses_are_relative
     drawn = micro_batches.of_step(state)
     drawn[0].rows = [0] * 40
     t = noise.timesteps(state.config.noise, 1000, state.config.seed, drawn[0].number, 40)
-    expected = micro_batches.loss_before(state, drawn)
-    assert expected == (
-        pytest.approx(1 + (t // 250).float().mean().item())
-        if is_compared
-        else pytest.approx(math.nan, nan_ok=True)
-    )
+    expected = 1 + (t // 250).float().mean().item()
+    assert micro_batches.error_before(state, drawn) == pytest.approx(expected)
     state.losses_before.popitem()  # no point was in the last quarter
     assert not state.losses_are_relative
+    assert math.isnan(micro_batches.error_before(state, drawn))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "options", [["loss=huber"], ["loss.weighting=debiased"], ["data.batch_size=3"]]
+)
+def test_what_is_judged_is_the_squared_error_whatever_the_loss(
+    composed, tmp_path, monkeypatch, options, accumulation
+):
+    """Of the mean over the samples of all micro-batches, one of which may be short."""
+    seen = []
+    monkeypatch.setattr(Watch, "step", lambda self, *a: seen.append(a))
+    options = [*QUICK, "optim=adamw", f"runtime.accumulation={accumulation}", *options]
+    state = begin(composed(*options), tmp_path)
+    drawn = micro_batches.of_step(state)
+    made = [micro_batches._predicted(state, batch.number) for batch in drawn]
+    errors = [(prediction - batch.target).square().flatten(1) for batch, prediction in made]
+    stepping.take(state)
+    assert seen[0][2] == pytest.approx(torch.cat(errors).mean().item())
 
 
 def test_noise_that_evaluation_does_not_have_may_add_to_the_loss_from_the_first_step(
@@ -171,7 +174,7 @@ def test_noise_that_evaluation_does_not_have_may_add_to_the_loss_from_the_first_
     state = begin(composed(*QUICK, *unusual), tmp_path)
     quarters = ("000_250", "250_500", "500_750", "750_1000")
     state.losses_before = {f"loss_t{edges}": 0.01 for edges in quarters}
-    expected = micro_batches.loss_before(state, micro_batches.of_step(state))
+    expected = micro_batches.error_before(state, micro_batches.of_step(state))
     assert expected == pytest.approx(0.01 + 0.4**2 + 0.3**2 + 0.2**2)
     # Coarse noise has at most that part of the variance.
     for discount in (0.4, 0.8):

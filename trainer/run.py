@@ -104,7 +104,7 @@ def train(state: State, writer: metrics.Metrics) -> None:
     if state.is_last:
         endings.nothing_to_train(state)
     processes.from_main(state.losses_before)  # by which all judge the run
-    for remark in remarks.of_divergence(config, state.is_comparable, state.losses_are_relative):
+    for remark in remarks.of_divergence(config, state.losses_are_relative):
         log.warning("%s", remark)
     progress = console.Progress(state.step, config.schedule.steps)
 

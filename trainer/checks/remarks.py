@@ -57,23 +57,19 @@ def of_rate(config: Config, size: int) -> list[str]:
     ]
 
 
-def of_divergence(config: Config, is_comparable: bool, is_judged: bool) -> Iterator[str]:
-    """Warn if a divergence would not be noticed.  is_comparable: whether training losses can be
-    compared with evaluation's; is_judged: whether they are, since it also has some from before the
-    first step, of all quarters of the timesteps."""
+def of_divergence(config: Config, is_judged: bool) -> Iterator[str]:
+    """Warn if a divergence would not be noticed.  is_judged: whether there is an evaluation from
+    before the first step, of all quarters of the timesteps, by which steps are judged."""
     policy = config.runtime.on_divergence
     if policy == "warn" or is_judged:
         return
     effect = {"stop": "has no effect", "rollback": "heeds only steps that are not finite"}[policy]
-    why = (
-        "there is no eval/loss from before the first step for all quarters of the timesteps "
+    yield (
+        f"runtime.on_divergence={policy} {effect} here: there is no eval/loss from before the "
+        "first step for all quarters of the timesteps "
         f"(log.eval_points={config.log.eval_points}; 4 or more have them, unless a resumed run "
         "measures something else)"
-        if is_comparable
-        else "train/loss cannot be compared with an eval/loss (loss.weighting=debiased, or a "
-        "weight above 1)"
     )
-    yield f"runtime.on_divergence={policy} {effect} here: {why}"
 
 
 def of_outcome(summary: Mapping[str, Any]) -> list[str]:

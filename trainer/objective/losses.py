@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from trainer.config import Config, HuberConfig, LossConfig
+from trainer.config import HuberConfig, LossConfig
 from trainer.models.execution import on_device
 from trainer.objective import noise
 from trainer.objective.batches import Batch, predict
@@ -45,6 +45,13 @@ def loss(
     if weights is not None:
         distance = distance * on_device(weights, prediction.device)
     return distance.mean()
+
+
+@torch.no_grad()
+def squared_error(prediction: Tensor, batch: Batch) -> Tensor:
+    """What `evaluate` measures, of a training batch: prediction fp32 (B, 4, h, w) -> 0-d.  (Noise
+    that is not white, which `evaluate` has none of, may add `noise.unforeseen`.)"""
+    return F.mse_loss(prediction, on_device(batch.target, prediction.device))
 
 
 def factor(config: LossConfig, noise_schedule: DDPMScheduler, batch: Batch) -> Tensor | None:
@@ -96,16 +103,6 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
         return config.delta ** (timesteps.float() / noise_schedule.config.num_train_timesteps)
     root = noise.snr(noise_schedule, timesteps).sqrt()  # 1 / sigma
     return (1 - config.delta) * (root / (root + 1)).square() + config.delta
-
-
-def is_bounded_by_evaluation(config: Config, largest_weight: float) -> bool:
-    """Whether the expected loss of a training step is at most about what `evaluate` measures for
-    the same model and timesteps: no factor is above 1.  (Noise that is not white, which `evaluate`
-    has none of, may add `noise.unforeseen`.)
-
-    largest_weight: of the trained samples.
-    """
-    return config.loss.weighting != "debiased" and largest_weight <= 1
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.drawing import prompts, sampling
 from trainer.models import execution, quantization
 from trainer.models.model import Model
-from trainer.objective import encoding, losses, noise
+from trainer.objective import encoding, noise
 from trainer.phases.intervals import Intervals
 from trainer.phases.state import State
 from trainer.reporting.clock import Clock, OptimizerClock
@@ -58,7 +58,6 @@ def assemble(
         put_back(model, optimizer, resumed)
         log.info("resumed after step %d", resumed.step)
     trained = [*method.trained_parameters(model).values()]
-    largest_weight = max(sample.loss_weight for sample in dataset.samples)
     state = State(
         config=config,
         folder=folder,
@@ -84,7 +83,6 @@ def assemble(
         ema=_average(config, model, resumed),
         peaks=peaks,
         planned_bytes=planned,
-        is_comparable=losses.is_bounded_by_evaluation(config, largest_weight),
         stop=stop,
     )
     if resumed:

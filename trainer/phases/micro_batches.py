@@ -36,15 +36,17 @@ def draw(state: State, number: int) -> batches.Batch:
     return batches.noised(inputs, state.noise_schedule, config.noise, config.seed, number)
 
 
-def loss_of(state: State, number: int) -> Tensor:
-    """The loss of micro-batch `number`."""
+def loss_of(state: State, number: int) -> tuple[Tensor, Tensor]:
+    """The loss of micro-batch `number`, and its squared error, which can be judged whatever the
+    loss: see `error_before`."""
     batch, prediction = _predicted(state, number)
-    return losses.loss(state.config.loss, state.noise_schedule, prediction, batch)
+    loss = losses.loss(state.config.loss, state.noise_schedule, prediction, batch)
+    return loss, losses.squared_error(prediction, batch)
 
 
-def loss_before(state: State, drawn: list[MicroBatch]) -> float:
-    """The loss that evaluation found before the first step at the timesteps of these micro-batches,
-    and what their kind of noise may add; NaN if training losses are not comparable with it."""
+def error_before(state: State, drawn: list[MicroBatch]) -> float:
+    """The squared error that evaluation found before the first step at the timesteps of these
+    micro-batches, and what their kind of noise may add; NaN if it is unknown."""
     config = state.config
     if not state.losses_are_relative:
         return math.nan

@@ -60,7 +60,6 @@ class State:
     ema: Ema | None
     peaks: memory.Peaks
     planned_bytes: int | None  # the planned peak of a step; None for a small model
-    is_comparable: bool  # whether training losses can be compared with evaluation's
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
     owes_checkpoint: bool = False  # since one was due after a skipped step, or since a rollback
     unproven: int | None = None  # the newest checkpoint's step, until enough good ones followed
@@ -97,9 +96,9 @@ class State:
 
     @property
     def losses_are_relative(self) -> bool:
-        """Whether a step's loss is judged by what evaluation found at its timesteps before the
-        first step: it knows all quarters of them, and the two are comparable."""
-        return self.is_comparable and losses.cover_all_timesteps(self.losses_before)
+        """Whether a step's squared error is judged by what evaluation found at its timesteps
+        before the first step: it knows all quarters of them."""
+        return losses.cover_all_timesteps(self.losses_before)
 
     @property
     def eval_loss_before(self) -> float:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from trainer.phases import micro_batches, saving
 from trainer.phases.micro_batches import MicroBatch
@@ -29,9 +30,9 @@ def take(state: State, measures: bool = False) -> dict[str, float]:
     lr = optimizers.set_lr(state.optimizer, scale)
     trained = method.trained_parameters(state.model).values()
     probe = UpdateProbe([*trained]) if measures else None
-    outcome = _update(state, drawn)
-    expected = micro_batches.loss_before(state, drawn)
-    state.watch.step(outcome.loss, outcome.grad_norm, expected)
+    outcome, error = _update(state, drawn)
+    before = micro_batches.error_before(state, drawn)
+    state.watch.step(outcome.loss, outcome.grad_norm, error, before)
     state.step += 1
     state.micro_batches += len(drawn)
     if measures and state.device.type == "cuda":
@@ -47,9 +48,17 @@ def take(state: State, measures: bool = False) -> dict[str, float]:
     return state.watch.lately() | measured
 
 
-def _update(state: State, drawn: Sequence[MicroBatch]) -> gradients.Outcome:
-    """The gradients of this process's share of the micro-batches, and the update."""
+def _update(state: State, drawn: Sequence[MicroBatch]) -> tuple[gradients.Outcome, float]:
+    """The gradients of this process's share of the micro-batches, and the update; also the squared
+    error of all micro-batches, unless the loss of some is not finite."""
     config, optimizer, backward = state.config, state.optimizer, state.backward
+    errors: dict[int, Tensor] = {}  # by number, since a forward pass may run twice
+
+    def loss_of(batch: MicroBatch) -> Tensor:
+        loss, error = micro_batches.loss_of(state, batch.number)
+        errors[batch.number] = error * batch.share
+        return loss
+
     # With the curvature estimated but no step made, the state is not that of any step.
     is_kept = processes.is_main() and not curvature.is_due(optimizer)
     keeping = saving.kept_if_unreadable(state) if is_kept else nullcontext()
@@ -60,11 +69,9 @@ def _update(state: State, drawn: Sequence[MicroBatch]) -> gradients.Outcome:
         curvature.estimate(optimizer, backward, predict, config.seed, state.step)
         own = drawn[processes.rank() :: processes.world_size()]
         outcome = backward.run(
-            [
-                gradients.Pass(partial(micro_batches.loss_of, state, batch.number), batch.share)
-                for batch in own
-            ]
+            [gradients.Pass(partial(loss_of, batch), batch.share) for batch in own]
         )
+        error = processes.total(sum(error.item() for error in errors.values()))
 
         # Judge the step: unless loss and gradients are finite, leave everything as it was.
         if state.guard.accepts(state.step + 1, outcome):
@@ -73,4 +80,4 @@ def _update(state: State, drawn: Sequence[MicroBatch]) -> gradients.Outcome:
         optimizer.zero_grad(set_to_none=True)
         if state.ema:
             state.ema.update(state.step + 1)
-    return outcome
+    return outcome, error

@@ -3,7 +3,8 @@
 A diffusion loss varies more with its timesteps than with the weights: SDXL's falls a hundredfold
 from the first to the last, so at batch 1 even ten steps often have three times the usual mean.
 Losses are therefore relative: divided by what the evaluation before the first step found in the
-same quarters of the timesteps.
+same quarters of the timesteps.  As there, they are squared errors without weights and masks: a
+Huber loss would not grow enough, and a mean of weighted losses has another scale.
 
 A relative loss counts as a spike above 3 times the median of the previous 50, or above 3 in the
 first 10 steps.  A gradient norm is compared with the median of the previous 50, the first 10 with
@@ -87,15 +88,17 @@ class Watch:
         it."""
         self.relative, self.norms, self.onset = [], [], None
 
-    def step(self, loss: float, grad_norm: float, expected: float = math.nan) -> None:
-        """Count a step.  expected: the loss at its timesteps before the first step; NaN if unknown
-        or not comparable, and then losses are not relative."""
+    def step(
+        self, loss: float, grad_norm: float, error: float = math.nan, before: float = math.nan
+    ) -> None:
+        """Count a step.  error: its squared error; before: the one at its timesteps before the
+        first step; NaN if unknown, and then losses are not relative."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return
         self.steps, self.loss_sum = self.steps + 1, self.loss_sum + loss
         self.grad_norm_max = max(self.grad_norm_max, grad_norm)
-        is_known = expected > 0
-        relative = loss / expected if is_known else loss
+        is_known = before > 0
+        relative = error / before if is_known else loss
         first = 1.0 if is_known else math.nan
         usual = median(self.relative) if len(self.relative) >= _LEAST else first
         self.loss_spikes += relative > _SPIKE * usual
