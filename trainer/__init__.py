@@ -5,6 +5,7 @@ Where things live; a folder imports only from those below it:
     __main__   compose the configuration, check it, run it
     doctor     check the pictures
     draw/      draw the same prompts with several models and LoRAs
+    kohya/     translate commands of kohya's scripts
     sweep/     run several, and compare them
     run        one run: assemble, then one loop
     export/    convert models and LoRAs between formats

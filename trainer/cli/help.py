@@ -11,6 +11,8 @@ The demo: a tiny SDXL learns 24 emoji, on a CPU, in minutes; as a full fine-tune
 Your own model and pictures, as a LoRA and as a full fine-tune:
   python -m trainer experiment=sdxl_lora model.path=/models/sdxl.safetensors data.path=/pictures
   python -m trainer experiment=sdxl model.path=/models/sdxl.safetensors data.path=/pictures
+From a command, or a .toml, of kohya's scripts:
+  python -m trainer.kohya train.sh
 Before a run: check the pictures, and whether there is enough memory:
   python -m trainer.doctor experiment=sdxl_lora data.path=/pictures
   python -m trainer.planner experiment=sdxl --card 8

@@ -1,0 +1,1 @@
+"""Commands and configurations of kohya's sd-scripts, as commands of this trainer."""

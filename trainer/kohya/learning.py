@@ -1,0 +1,125 @@
+"""The optimizer, the learning rate along a run, and the loss."""
+
+from typing import Any
+
+import optim
+from optim.options import unknown_option
+from trainer.kohya.reading import Given
+from trainer.kohya.translation import Translation, arguments_of, number, rate_of
+
+_OPTIMIZERS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # optimizer_type in lower case -> (optim=, its options)
+    "adamw": ("adamw", {}),
+    "adamw8bit": ("adamw8bit", {}),
+    "pagedadamw": ("adamw", {}),
+    "pagedadamw8bit": ("adamw8bit", {}),
+    "pagedadamw32bit": ("adamw", {}),
+    "lion": ("lion", {}),
+    "lion8bit": ("lion8bit", {}),
+    "pagedlion8bit": ("lion8bit", {}),
+    "sgdnesterov": ("sgd", {"nesterov": True}),
+    "sgdnesterov8bit": ("sgd", {"nesterov": True, "storage": "8bit"}),
+    "adafactor": ("adafactor8bit", {"beta2": None}),
+    "prodigy": ("prodigy", {"slice_p": 1}),
+    "came": ("came", {}),
+    "came8bit": ("came8bit", {}),
+}
+_CALLED = {"use_bias_correction": "bias_correction"}  # optimizer_args -> ours
+_ALWAYS = {"decouple": True}  # optimizer_args that need not be said
+_DECAYING = ("adamw", "adamw8bit")  # theirs decay weights by 0.01 unless told otherwise
+_SCHEDULES = {
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "adafactor": "constant",
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_with_restarts": "cosine_restarts",
+    "polynomial": "polynomial",
+    "warmup_stable_decay": "wsd",
+}
+
+
+def optimizer(given: Given, made: Translation) -> None:
+    kind = str(given.take("optimizer_type") or "AdamW")
+    kind = "AdamW8bit" if given.take("use_8bit_adam") else kind
+    kind = "Lion" if given.take("use_lion_optimizer") else kind
+    arguments = arguments_of("optimizer_args", given.take("optimizer_args", []))
+    name, options = _OPTIMIZERS.get(kind.rpartition(".")[2].lower(), ("", {}))
+    rate: Any = given.take("unet_lr", given.options.get("learning_rate", 2e-6))
+    given.take("learning_rate")
+    if not name:
+        made.note(f"optimizer_type={kind}: not translated; choose one with optim=")
+        made.set("optim.lr", rate_of(rate))
+        return
+    options = {**options}
+    if name == "adafactor8bit":
+        options["scale_parameter"] = bool(arguments.pop("scale_parameter", True))
+        arguments.pop("warmup_init", None)
+        if arguments.pop("relative_step", True):
+            options["relative_step"], rate = True, 1e-2
+    made.choose(f"optim={name}")
+    made.set("optim.lr", rate_of(rate))
+    known = optim.options_of(name)
+    decay = 0.01 if name in _DECAYING else 0.0
+    arguments.setdefault("weight_decay", decay)
+    if arguments["weight_decay"] == known["weight_decay"][1]:
+        del arguments["weight_decay"]
+    for theirs, value in (options | arguments).items():
+        key = _CALLED.get(theirs, theirs)
+        if key in known:
+            made.set(f"optim.{key}", value)
+        elif _ALWAYS.get(key) != value:
+            made.note(f"optimizer_args {key}: {unknown_option(name, key, known)}")
+
+
+def length(given: Given, made: Translation) -> None:
+    epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
+    kind = str(given.take("lr_scheduler") or "constant")
+    schedule = _SCHEDULES.get(kind)
+    if schedule is None:
+        made.note(f"lr_scheduler={kind}: not translated; choose one with schedule=")
+    made.choose(f"schedule={schedule or 'constant'}")
+    if epochs is None:
+        made.set("schedule.steps", steps)
+    else:
+        made.set("schedule.epochs", epochs)
+    cycles, power = given.take("lr_scheduler_num_cycles", 1), given.take("lr_scheduler_power", 1)
+    least, decay = given.take("lr_scheduler_min_lr_ratio"), given.take("lr_decay_steps")
+    if schedule == "cosine_restarts":
+        made.set("schedule.cycles", cycles)
+    if schedule == "polynomial":
+        made.set("schedule.power", power)
+    if least is not None and schedule in ("cosine", "linear", "wsd"):
+        made.set("schedule.final_scale", least)
+    warmup = number("lr_warmup_steps", given.take("lr_warmup_steps", 0))
+    if decay is not None and schedule == "wsd":
+        share = number("lr_decay_steps", decay)
+        made.set("schedule.decay", share if share < 1 else share / number("", steps))
+    if kind == "constant":
+        warmup = 0
+    if 0 < warmup < 1 and epochs is not None:
+        made.note(f"lr_warmup_steps={warmup:g}: set schedule.warmup_steps to that share of the run")
+    else:
+        made.set(
+            "schedule.warmup_steps",
+            round(warmup * number("max_train_steps", steps) if warmup < 1 else warmup),
+        )
+
+
+def objective(given: Given, made: Translation) -> None:
+    kind = given.take("loss_type", "l2")
+    delta, rule = given.take("huber_c", 0.1), given.take("huber_schedule", "snr")
+    if kind in ("huber", "smooth_l1"):
+        made.choose("loss=huber")
+        made.set("loss.delta", delta)
+        made.set("loss.schedule", rule)
+        made.note(f"loss_type={kind}: Huber's loss, whose scale is not theirs; the rate may differ")
+    elif kind != "l2":
+        made.note(f"loss_type={kind}: there is no such loss here; this is the squared error")
+    if (gamma := given.take("min_snr_gamma")) is not None:
+        made.set("loss.weighting", "min_snr")
+        made.set("loss.gamma", gamma)
+    discount = given.take("multires_noise_discount", 0.3)
+    if given.take("multires_noise_iterations") is not None:
+        made.set("noise.pyramid", discount)

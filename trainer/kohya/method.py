@@ -1,0 +1,106 @@
+"""Which weights are trained: a LoRA's layers and ranks, text encoders; and the gradients' clip."""
+
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.kohya.reading import Given
+from trainer.kohya.translation import Translation, arguments_of, number
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# All layers of a transformer block's module, which their LoRAs adapt.
+_TRANSFORMER = (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+_RESNETS = (
+    *("resnets.*conv1", "resnets.*conv2", "conv_shortcut", "time_emb_proj"),
+    *("downsamplers.0.conv", "upsamplers.0.conv"),
+)
+_TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def method(given: Given, made: Translation) -> None:
+    encoders = ["text_encoder", "text_encoder_2"] if made.family == "sdxl" else ["text_encoder"]
+    if made.is_lora:
+        _network(given, made)
+    rates = _text_rates(given, encoders)
+    trained = _trained(given, made, encoders)
+    trained = [part for part in trained if number("text_encoder_lr", rates.get(part, 1)) != 0]
+    if trained != ["unet"]:
+        made.set("method.train", trained)
+        if made.is_lora:
+            made.set("method.text_targets", [*_TEXT])
+        # The last one first: the pattern of the first is found in its name, too.
+        rules = [
+            {"pattern": part, "lr": rates[part]} for part in reversed(trained) if part in rates
+        ]
+        if rules:
+            made.set("method.rules", rules)
+    if not given.take("gradient_checkpointing"):
+        made.set("runtime.gradient_checkpointing", False)
+    _clip(given, made)
+
+
+def _trained(given: Given, made: Translation, encoders: list[str]) -> list[str]:
+    if made.is_lora:
+        only_unet, only_text = (
+            given.take(f"network_train_{part}_only") for part in ("unet", "text_encoder")
+        )
+        return encoders if only_text else ["unet"] if only_unet else ["unet", *encoders]
+    # train_db.py trains the text encoder without being asked.
+    trains_text = given.take("train_text_encoder") or given.script == "train_db.py"
+    return ["unet", *(encoders if trains_text else [])]
+
+
+def _text_rates(given: Given, encoders: list[str]) -> dict[str, Any]:
+    """The learning rate of each text encoder that has another one than the UNet."""
+    rates = given.take("text_encoder_lr")
+    if rates is None and "unet_lr" in given.options:
+        rates = given.options.get("learning_rate")
+    if rates is not None:
+        listed = rates if isinstance(rates, list) else [rates]
+        return dict(zip(encoders, listed * len(encoders), strict=False))
+    each = [given.take("learning_rate_te1", given.take("learning_rate_te"))]
+    each.append(given.take("learning_rate_te2"))
+    pairs = zip(encoders, each, strict=False)
+    return {encoder: rate for encoder, rate in pairs if rate is not None}
+
+
+def _network(given: Given, made: Translation) -> None:
+    module = given.take("network_module", "networks.lora")
+    arguments = arguments_of("network_args", given.take("network_args", []))
+    algorithm = str(arguments.pop("algo", "lora")).lower()
+    if module not in ("networks.lora", "lycoris.kohya") or algorithm not in ("lora", "locon"):
+        kind = algorithm if module == "lycoris.kohya" else module
+        raise UserError(
+            f"network_module={module}: {kind} cannot be trained here; networks.lora and LyCORIS' "
+            "LoRA (algo=lora or locon, also with dora_wd) can"
+        )
+    made.set("method.rank", given.take("network_dim", 4))
+    made.set("method.alpha", given.take("network_alpha", 1))
+    targets = [*_TRANSFORMER]
+    if (rank := arguments.pop("conv_dim", None)) is not None:
+        targets += _RESNETS
+        alpha = arguments.pop("conv_alpha", 1)
+        pattern = "resnets.*conv[12]|samplers"
+        made.set("method.ranks", [{"pattern": pattern, "rank": rank, "alpha": alpha}])
+    made.set("method.targets", targets)
+    if arguments.pop("dora_wd", False):
+        made.set("method.dora", True)
+    for name in arguments:
+        made.note(f"network_args {name}: there is no such option here")
+
+
+def _clip(given: Given, made: Translation) -> None:
+    limit = given.take("max_grad_norm", 1.0)
+    is_fused = given.take("fused_backward_pass")
+    if is_fused:
+        made.note(
+            "fused_backward_pass: there it clips each tensor by max_grad_norm; here nothing is "
+            "clipped, as Adafactor bounds its own updates (method.clip=exact clips by the norm of "
+            "all gradients)"
+        )
+    elif number("max_grad_norm", limit) == 0:
+        made.set("method.clip", "none")
+    else:
+        made.set("method.clip", "global")
+        made.set("method.max_grad_norm", limit)
+    if not made.is_lora and not is_fused:
+        made.set("runtime.fused_backward", False)

@@ -1,0 +1,62 @@
+"""What is written and when: results, samples, logs."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from trainer.kohya.reading import Given
+from trainer.kohya.translation import Translation, number
+
+_DTYPES = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def results(given: Given, made: Translation) -> None:
+    every, keeps = _interval(given, "save", "save_every_n_steps", "save_every_n_epochs")
+    made.set("method.export_every", every or 0)
+    if keeps:
+        made.set("method.keep_exports", keeps)
+    if given.take("save_state") and every:
+        made.set("runtime.save_every", every)
+    drawn, _ = _interval(given, "sample", "sample_every_n_steps", "sample_every_n_epochs")
+    if drawn:
+        made.set("log.sample_every", drawn)
+    if (dtype := given.take("save_precision")) is not None:
+        made.set("method.export_dtype", _DTYPES.get(str(dtype), dtype))
+    kind, model = (
+        given.take("save_model_as"),
+        str(given.options.get("pretrained_model_name_or_path")),
+    )
+    if not made.is_lora:
+        is_file = model.endswith((".safetensors", ".ckpt"))
+        single = is_file if kind is None else not str(kind).startswith("diffusers")
+        made.set("method.export", ["single_file" if single else "diffusers"])
+    folder, name = given.take("output_dir"), given.options.get("output_name", "last")
+    if folder is not None:
+        made.set("hydra.run.dir", str(Path(str(folder)) / str(name)))
+    _trackers(given, made)
+
+
+def _interval(given: Given, what: str, steps: str, epochs: str) -> tuple[Any, int]:
+    """The interval as ours, and how many results are kept (0: all)."""
+    in_epochs, in_steps = given.take(epochs), given.take(steps)
+    kept_epochs, kept_steps = (given.take(f"{what}_last_n_{unit}") for unit in ("epochs", "steps"))
+    if in_epochs is not None:
+        kept = number("", kept_epochs) / number(epochs, in_epochs) if kept_epochs else 0
+        return f"{in_epochs}epoch", math.ceil(kept)
+    if in_steps is not None:
+        kept = number("", kept_steps) / number(steps, in_steps) if kept_steps else 0
+        return in_steps, math.ceil(kept)
+    return None, 0
+
+
+def _trackers(given: Given, made: Translation) -> None:
+    service, project = given.take("log_with"), given.take("log_tracker_name")
+    if service in ("wandb", "all"):
+        made.choose("log=wandb")
+        made.set("log.wandb.mode", "online")
+        if project is not None:
+            made.set("log.wandb.project", project)
+        if service == "all":
+            made.set("log.tensorboard", True)
+    elif service == "tensorboard" or given.options.get("logging_dir"):
+        made.choose("log=tensorboard")
