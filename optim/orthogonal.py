@@ -48,8 +48,9 @@ class OrthogonalEngine(IndirectEngine):
             portion.steps.zero_()
             self._low_engine.step(Share(portion.lows, grads), of_lows)
             steps = portion.lows.params
-            for place, grad, step in zip(portion.directed, grads, steps, strict=True):
-                self._orthogonalize(place, grad, step)
+            all_of = zip(portion.directed, grads, steps, portion.has_signs, strict=True)
+            for place, grad, step, has_signs in all_of:
+                _orthogonalize(place, grad, step, has_signs)
             self._scaled_engine.step(Share(portion.directed, steps), {})
 
     def grad_sq(self, share: Share) -> float | Tensor:
@@ -83,25 +84,6 @@ class OrthogonalEngine(IndirectEngine):
             own, grads = grads[: len(portion.places)], grads[len(portion.places) :]
             yield portion, own
 
-    def _orthogonalize(self, place: Place, grad: Tensor, step: Tensor) -> None:
-        """Orthogonalize a matrix's step in place (fp32, of the parameter's shape), and apply its
-        factor: here, because the tensors for factors are shared by all works.
-
-        An unusable element of the gradient becomes NaN, so that the engine skips it; with signs,
-        which have no zero, an element without a gradient has no step.
-        """
-        _, group, param = place
-        matrix = step.flatten(1)  # a view
-        direction = orthogonalized(matrix, group["ns_steps"])
-        step.copy_(grad).abs_()
-        unusable = (step <= features.LARGEST_GRAD).logical_not_()
-        codecs = self._optimizer.moments(param, group).values()
-        still = step == 0 if any(isinstance(codec, FactoredSign) for codec in codecs) else None
-        matrix.copy_(direction).mul_(gain(group["adjust_lr_fn"], tuple(param.shape)))
-        if still is not None:
-            step.masked_fill_(still, 0.0)
-        step.masked_fill_(unusable, torch.nan)
-
     def _parted(self, places: Iterable[Place]) -> tuple[Places, Places]:
         return parted(places)
 
@@ -113,8 +95,33 @@ class OrthogonalEngine(IndirectEngine):
         for portion in work.portions:
             portion.lay_out(self._scratch, self._low)
             portion.directed = self._directed.places_of(portion.places)
+            portion.has_signs = [self._has_signs(place) for place in portion.places]
             for place in portion.places:
                 self._scaled.factors_of(place).fill_(1.0)
+
+    def _has_signs(self, place: Place) -> bool:
+        """Whether the momentum is stored with sign bits."""
+        codecs = self._optimizer.moments(place[2], place[1]).values()
+        return any(isinstance(codec, FactoredSign) for codec in codecs)
+
+
+def _orthogonalize(place: Place, grad: Tensor, step: Tensor, has_signs: bool) -> None:
+    """Orthogonalize a matrix's step in place (fp32, of the parameter's shape), and apply its
+    factor: here, because the tensors for factors are shared by all works.
+
+    An unusable element of the gradient becomes NaN, so that the engine skips it; with signs,
+    which have no zero, an element without a gradient has no step.
+    """
+    _, group, param = place
+    matrix = step.flatten(1)  # a view
+    direction = orthogonalized(matrix, group["ns_steps"])
+    step.copy_(grad).abs_()
+    unusable = (step <= features.LARGEST_GRAD).logical_not_()
+    still = step == 0 if has_signs else None
+    matrix.copy_(direction).mul_(gain(group["adjust_lr_fn"], tuple(param.shape)))
+    if still is not None:
+        step.masked_fill_(still, 0.0)
+    step.masked_fill_(unusable, torch.nan)
 
 
 def scratch_bytes(numels: list[int], device_type: str) -> int:
@@ -131,6 +138,7 @@ class Portion:
     def __init__(self, places: list[Place]) -> None:
         self.places, self.lows = places, Places()
         self.directed = Places()  # the same parameters, for the engine that steps them
+        self.has_signs: list[bool] = []  # of each: does its momentum have sign bits?
         self.num_bytes = sum(map(self.bytes_of, places))
         self.steps = torch.empty(0)  # all of them, with the padding between them
 

@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 
 from trainer.cli import compose
 from trainer.kohya import __main__ as command
@@ -105,7 +104,8 @@ CASES = [  # (options, what comes of them, a word of the notes)
      {"schedule=cosine", "schedule.epochs=4"}, "lr_warmup_steps=0.1"),
     ([*LORA, "--color_aug", "--sdpa", "--masked_loss"], set(), "NAME.mask.png"),
     ([*LORA, "--no_such_option=3"], set(), "no_such_option: there is no such option here"),
-    ([*LORA, "--enable_bucket", "--max_bucket_reso=2048"], {"data.upscale=true"}, "max_bucket_reso: "),
+    ([*LORA, "--enable_bucket", "--max_bucket_reso=2048"], {"data.upscale=true"},
+     "max_bucket_reso: sides are bounded by data.max_aspect"),
     ([*LORA, "--clip_skip=2"], set(), "clip_skip: has no effect on SDXL"),
     (["train_network.py", *LORA[1:], "--clip_skip=2"],
      {"experiment=sd15_lora", "model.clip_skip=1"}, ""),
@@ -123,7 +123,9 @@ CASES = [  # (options, what comes of them, a word of the notes)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "wanted", "note"), CASES, ids=lambda x: " ".join(x)[-60:])
+@pytest.mark.parametrize(
+    ("words", "wanted", "note"), CASES, ids=[" ".join(words)[-60:] for words, *_ in CASES]
+)
 def test_what_trains_the_same_is_set_and_the_rest_is_said(translated, words, wanted, note):
     status, overrides, err = translated("--", *words)
     assert status == 0
@@ -210,7 +212,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("words", "error"), WRONG, ids=lambda x: str(x)[-40:])
+@pytest.mark.parametrize(("words", "error"), WRONG, ids=[error[-40:] for _, error in WRONG])
 def test_what_cannot_be_translated_is_an_error_that_says_why(translated, words, error):
     status, overrides, err = translated(*words)
     assert (status, overrides) == (2, [])
