@@ -169,7 +169,7 @@ _ELSEWHERE: dict[str, tuple[str | None, str]] = {
     "proj_type": ("projection", "a tensor is projected along its shorter side; leave it out"),
     "decay_rate": ("beta2_decay", "it is called beta2_decay here (with beta2=None)"),
     "warmup_init": ("relative_step", "let a schedule warm lr up; leave it out"),
-    "use_bias_correction": ("d_coef", "averages are not corrected, as in the paper; leave it out"),
+    "use_bias_correction": ("bias_correction", "it is called bias_correction here"),
     **dict.fromkeys(
         ("use_muon", "optim_type"),
         ("ns_steps", "all matrices are orthogonalized; step others by an optimizer of their own"),
