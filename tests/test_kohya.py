@@ -66,7 +66,7 @@ CASES = [  # (options, what comes of them, a word of the notes)
     (LORA, {"data.buckets=false", "data.upscale=true", "method.export_every=0"}, ""),
     (LORA, {"runtime.gradient_checkpointing=false"}, ""),
     ([*LORA, "--network_module=lycoris.kohya", "--network_args", "algo=locon", "dora_wd=True"],
-     {"method.dora=true"}, ""),
+     {"method.dora=true"}, "conv_in, conv_out and time_embedding are not adapted"),
     ([*LORA, "--network_args", "conv_dim=8", "conv_alpha=4"],
      {'method.ranks=[{pattern: "resnets.*conv[12]|samplers",rank: 8,alpha: 4}]'}, ""),
     ([*LORA, "--network_args", "rank_dropout=0.1"], set(), "network_args rank_dropout"),
@@ -104,9 +104,10 @@ CASES = [  # (options, what comes of them, a word of the notes)
      {"schedule=cosine", "schedule.epochs=4"}, "lr_warmup_steps=0.1"),
     ([*LORA, "--color_aug", "--sdpa", "--masked_loss"], set(), "NAME.mask.png"),
     ([*LORA, "--no_such_option=3"], set(), "no_such_option: there is no such option here"),
-    ([*LORA, "--enable_bucket", "--max_bucket_reso=2048"], {"data.upscale=true"},
-     "max_bucket_reso: sides are bounded by data.max_aspect"),
-    ([*LORA, "--clip_skip=2"], set(), "clip_skip: has no effect on SDXL"),
+    ([*LORA, "--enable_bucket", "--max_bucket_reso=2048"], {"data.upscale=true"}, ""),
+    ([*LORA, "--enable_bucket"], {"data.upscale=true"}, "theirs are 256 and 1024"),
+    ([*LORA, "--bucket_no_upscale"], {"data.upscale=true", "data.buckets=false"}, ""),
+    ([*LORA, "--clip_skip=2"], set(), ""),
     (["train_network.py", *LORA[1:], "--clip_skip=2"],
      {"experiment=sd15_lora", "model.clip_skip=1"}, ""),
     ([*FULL, "--mixed_precision=bf16", "--optimizer_type=Adafactor"],
@@ -172,7 +173,7 @@ def test_a_file_of_options_is_read_with_its_datasets(translated, tmp_path):
     assert status == 0, err
     assert "taken for SDXL" in err
     assert "keep_tokens: differs between subsets; 1 for all of them" in err
-    assert "resolution: pictures have the area" in err
+    assert "resolution: squares of that area here" in err
     composed = compose.composed(overrides)
     first, second = composed.data.sources
     assert (first.path, first.repeats, first.caption) == ("C:\\my cats", 10, "sks cat")

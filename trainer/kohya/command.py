@@ -17,9 +17,6 @@ _SAME = {  # options with the same meaning and values
     "seed": "seed",
     "output_name": "name",
     "vae": "model.vae",
-    "caption_extension": "data.caption_extension",
-    "caption_prefix": "data.caption_prefix",
-    "caption_suffix": "data.caption_suffix",
     "caption_separator": "data.tag_separator",
     "caption_tag_dropout_rate": "data.tag_dropout",
     "keep_tokens": "data.keep_tokens",
@@ -52,7 +49,7 @@ _FLAGS = {  # options that are given or not
 def translate(given: Given, family: str) -> Translation:
     """The options of this trainer.  Raises UserError if theirs train what it cannot."""
     is_lora = "network_module" in given.options or given.script.endswith("train_network.py")
-    made = Translation(family=family, is_lora=is_lora)
+    made = Translation(family=family, is_lora=is_lora, notes=[*given.notes])
     made.choose(f"experiment={family}{'_lora' if is_lora else ''}")
     for part in _PARTS:
         part(given, made)

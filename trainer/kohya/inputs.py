@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from trainer.kohya import dataset
 from trainer.kohya.reading import Given
@@ -15,13 +14,11 @@ def model(given: Given, made: Translation) -> None:
         made.note("model.path: add it; there is no pretrained_model_name_or_path")
     else:
         made.set("model.path", path)
-    if (tokens := given.take("max_token_length")) is not None:
+    if (tokens := given.take_on("max_token_length")) is not None:
         made.set("model.prompt_chunks", round(number("max_token_length", tokens) / 75))
-    if (skip := given.take("clip_skip")) is not None:
-        if made.family == "sdxl":
-            made.note("clip_skip: has no effect on SDXL in their scripts, and is left out")
-        else:
-            made.set("model.clip_skip", round(number("clip_skip", skip)) - 1)
+    skip = given.take_on("clip_skip")
+    if skip is not None and made.family != "sdxl":  # their scripts for SDXL do not read it
+        made.set("model.clip_skip", round(number("clip_skip", skip)) - 1)
     _precision(given, made)
 
 
@@ -43,13 +40,21 @@ def _precision(given: Given, made: Translation) -> None:
 
 def pictures(given: Given, made: Translation) -> None:
     _sources(given, made)
-    if (size := given.take("resolution")) is not None:
-        made.set("data.resolution", _side(size, made))
-    made.set("data.buckets", bool(given.take("enable_bucket")))
-    made.set("data.upscale", not given.take("bucket_no_upscale"))
-    bounds = [name for name in ("min_bucket_reso", "max_bucket_reso") if given.take(name)]
-    if bounds and given.options.get("enable_bucket") and "bucket_no_upscale" not in given.options:
-        made.note(f"{' and '.join(bounds)}: sides are bounded by data.max_aspect (4) here")
+    has_buckets = bool(given.take("enable_bucket"))
+    keeps_small = bool(given.take("bucket_no_upscale")) and has_buckets
+    side = _side(given, made, has_buckets)
+    made.set("data.buckets", has_buckets)
+    made.set("data.upscale", not keeps_small)
+    low, high = (
+        number(name, given.take(name, usual))
+        for name, usual in (("min_bucket_reso", 256), ("max_bucket_reso", 1024))
+    )
+    # Sides of pictures of up to 4:1, as data.max_aspect is, are half to twice the square's.
+    if has_buckets and not keeps_small and (low > side / 2 or high < side * 2):
+        made.note(
+            f"min_bucket_reso, max_bucket_reso: theirs are {low:g} and {high:g}, which makes long "
+            "pictures smaller; data.max_aspect bounds sides here"
+        )
     if given.take("cache_latents_to_disk") or given.take("cache_text_encoder_outputs_to_disk"):
         made.set("data.cache", str(Path(str(given.options.get("output_dir", "."))) / "cache"))
 
@@ -76,16 +81,27 @@ def _sources(given: Given, made: Translation) -> None:
         made.set("data.sources", sources)
 
 
-def _side(size: Any, made: Translation) -> int:
+def _side(given: Given, made: Translation, has_buckets: bool) -> int:
     """The side of a square of about the same area: of 1024, "1024,1024" or [832, 1216]."""
+    size = given.take("resolution")
+    if size is None:
+        return 1024 if made.family == "sdxl" else 512
     sides = size if isinstance(size, list) else str(size).split(",")
     numbers = [number("resolution", side) for side in sides]
-    if len({*numbers}) > 1:
+    if len({*numbers}) > 1 and has_buckets:
         made.note("resolution: pictures have the area of these sides, and their own shape")
-    return 8 * round(math.prod(numbers) ** (1 / len(numbers)) / 8)
+    elif len({*numbers}) > 1:
+        made.note("resolution: squares of that area here; data.buckets=true keeps pictures' shapes")
+    side = 8 * round(math.prod(numbers) ** (1 / len(numbers)) / 8)
+    made.set("data.resolution", side)
+    return side
 
 
 def captions(given: Given, made: Translation) -> None:
     made.set("data.caption_dropout", given.take("caption_dropout_rate", 0))
-    if (misspelt := given.take("caption_extention")) is not None:
-        made.set("data.caption_extension", misspelt)
+    made.set("data.caption_extension", given.take("caption_extension", ".caption"))
+    prefix, suffix = given.take("caption_prefix"), given.take("caption_suffix")
+    if prefix is not None:
+        made.set("data.caption_prefix", f"{prefix} ")
+    if suffix is not None:
+        made.set("data.caption_suffix", f" {suffix}")

@@ -46,8 +46,8 @@ def optimizer(given: Given, made: Translation) -> None:
     kind = "Lion" if given.take("use_lion_optimizer") else kind
     arguments = arguments_of("optimizer_args", given.take("optimizer_args", []))
     name, options = _OPTIMIZERS.get(kind.rpartition(".")[2].lower(), ("", {}))
-    rate: Any = given.take("unet_lr", given.options.get("learning_rate", 2e-6))
-    given.take("learning_rate")
+    rate: Any = given.take("learning_rate", 2e-6)
+    rate = given.take_on("unet_lr") or rate
     if not name:
         made.note(f"optimizer_type={kind}: not translated; choose one with optim=")
         made.set("optim.lr", rate_of(rate))
@@ -55,7 +55,8 @@ def optimizer(given: Given, made: Translation) -> None:
     options = {**options}
     if name == "adafactor8bit":
         options["scale_parameter"] = bool(arguments.pop("scale_parameter", True))
-        arguments.pop("warmup_init", None)
+        if not arguments.get("warmup_init", True):
+            del arguments["warmup_init"]
         if arguments.pop("relative_step", True):
             options["relative_step"], rate = True, 1e-2
     made.choose(f"optim={name}")
@@ -75,7 +76,8 @@ def optimizer(given: Given, made: Translation) -> None:
 
 def length(given: Given, made: Translation) -> None:
     epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
-    kind = str(given.take("lr_scheduler") or "constant")
+    kind = str(given.take("lr_scheduler", "constant"))
+    kind = str(given.take("lr_scheduler_type", kind))  # a class, which replaces it
     schedule = _SCHEDULES.get(kind)
     if schedule is None:
         made.note(f"lr_scheduler={kind}: not translated; choose one with schedule=")
@@ -117,9 +119,9 @@ def objective(given: Given, made: Translation) -> None:
         made.note(f"loss_type={kind}: Huber's loss, whose scale is not theirs; the rate may differ")
     elif kind != "l2":
         made.note(f"loss_type={kind}: there is no such loss here; this is the squared error")
-    if (gamma := given.take("min_snr_gamma")) is not None:
+    if (gamma := given.take_on("min_snr_gamma")) is not None:
         made.set("loss.weighting", "min_snr")
         made.set("loss.gamma", gamma)
     discount = given.take("multires_noise_discount", 0.3)
-    if given.take("multires_noise_iterations") is not None:
+    if given.take_on("multires_noise_iterations") is not None:
         made.set("noise.pyramid", discount)

@@ -13,6 +13,10 @@ _RESNETS = (
     *("resnets.*conv1", "resnets.*conv2", "conv_shortcut", "time_emb_proj"),
     *("downsamplers.0.conv", "upsamplers.0.conv"),
 )
+_PRESETS = {  # of LyCORIS -> whether its resnets are adapted
+    **dict.fromkeys(("full", "unet-only"), True),
+    **dict.fromkeys(("attn-mlp", "unet-transformer-only"), False),
+}
 _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -20,9 +24,13 @@ def method(given: Given, made: Translation) -> None:
     encoders = ["text_encoder", "text_encoder_2"] if made.family == "sdxl" else ["text_encoder"]
     if made.is_lora:
         _network(given, made)
-    rates = _text_rates(given, encoders)
-    trained = _trained(given, made, encoders)
-    trained = [part for part in trained if number("text_encoder_lr", rates.get(part, 1)) != 0]
+    rates = _text_rates(given, made, encoders)
+    parts = {"unet": given.options.get("unet_lr", 1)} | rates
+    trained = [
+        part
+        for part in _trained(given, made, encoders)
+        if number("learning_rate", parts.get(part, 1)) != 0
+    ] or ["unet"]
     if trained != ["unet"]:
         made.set("method.train", trained)
         if made.is_lora:
@@ -31,7 +39,8 @@ def method(given: Given, made: Translation) -> None:
         rules = [
             {"pattern": part, "lr": rates[part]} for part in reversed(trained) if part in rates
         ]
-        if rules:
+        usual = given.options.get("unet_lr", given.options.get("learning_rate"))
+        if any(str(rule["lr"]) != str(usual) for rule in rules):
             made.set("method.rules", rules)
     if not given.take("gradient_checkpointing"):
         made.set("runtime.gradient_checkpointing", False)
@@ -49,12 +58,12 @@ def _trained(given: Given, made: Translation, encoders: list[str]) -> list[str]:
     return ["unet", *(encoders if trains_text else [])]
 
 
-def _text_rates(given: Given, encoders: list[str]) -> dict[str, Any]:
+def _text_rates(given: Given, made: Translation, encoders: list[str]) -> dict[str, Any]:
     """The learning rate of each text encoder that has another one than the UNet."""
     rates = given.take("text_encoder_lr")
     if rates is None and "unet_lr" in given.options:
         rates = given.options.get("learning_rate")
-    if rates is not None:
+    if rates is not None and made.is_lora:
         listed = rates if isinstance(rates, list) else [rates]
         return dict(zip(encoders, listed * len(encoders), strict=False))
     each = [given.take("learning_rate_te1", given.take("learning_rate_te"))]
@@ -73,31 +82,46 @@ def _network(given: Given, made: Translation) -> None:
             f"network_module={module}: {kind} cannot be trained here; networks.lora and LyCORIS' "
             "LoRA (algo=lora or locon, also with dora_wd) can"
         )
-    made.set("method.rank", given.take("network_dim", 4))
-    made.set("method.alpha", given.take("network_alpha", 1))
-    targets = [*_TRANSFORMER]
-    if (rank := arguments.pop("conv_dim", None)) is not None:
-        targets += _RESNETS
-        alpha = arguments.pop("conv_alpha", 1)
-        pattern = "resnets.*conv[12]|samplers"
-        made.set("method.ranks", [{"pattern": pattern, "rank": rank, "alpha": alpha}])
-    made.set("method.targets", targets)
+    rank, alpha = given.take_on("network_dim") or 4, given.take_on("network_alpha") or 1
+    if given.take("dim_from_weights"):
+        made.note("dim_from_weights: set method.rank and method.alpha to the file's")
+    made.set("method.rank", rank)
+    made.set("method.alpha", alpha)
+    conv_rank, conv_alpha = arguments.pop("conv_dim", 0), arguments.pop("conv_alpha", 0)
+    if module == "lycoris.kohya":
+        preset = str(arguments.pop("preset", "full"))
+        if preset not in _PRESETS:
+            made.note(f"network_args preset={preset}: not translated; set method.targets")
+        if preset.startswith("unet"):
+            given.options["network_train_unet_only"] = True
+        if not _PRESETS.get(preset, True):
+            conv_rank = 0
+        else:
+            conv_rank, conv_alpha = conv_rank or rank, conv_alpha or alpha
+            made.note(
+                "network_args preset: conv_in, conv_out and time_embedding are not adapted here"
+            )
+    if conv_rank:
+        sizes = {"rank": conv_rank, "alpha": conv_alpha or 1}
+        made.set("method.ranks", [{"pattern": "resnets.*conv[12]|samplers"} | sizes])
+    made.set("method.targets", [*_TRANSFORMER, *(_RESNETS if conv_rank else ())])
     if arguments.pop("dora_wd", False):
         made.set("method.dora", True)
-    for name in arguments:
-        made.note(f"network_args {name}: there is no such option here")
+    for name, value in arguments.items():
+        if value:  # 0 and False are off
+            made.note(f"network_args {name}: there is no such option here")
 
 
 def _clip(given: Given, made: Translation) -> None:
     limit = given.take("max_grad_norm", 1.0)
-    is_fused = given.take("fused_backward_pass")
-    if is_fused:
+    is_fused = bool(given.take("fused_backward_pass")) and not made.is_lora
+    if is_fused and number("max_grad_norm", limit) != 0:
         made.note(
             "fused_backward_pass: there it clips each tensor by max_grad_norm; here nothing is "
             "clipped, as Adafactor bounds its own updates (method.clip=exact clips by the norm of "
             "all gradients)"
         )
-    elif number("max_grad_norm", limit) == 0:
+    if is_fused or number("max_grad_norm", limit) == 0:
         made.set("method.clip", "none")
     else:
         made.set("method.clip", "global")

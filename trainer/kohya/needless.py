@@ -20,7 +20,9 @@ _QUIET = {
         "ddp_static_graph",
         "min_data_loader_n_workers",
     ),
-    *("huber_scale", "diffusers_xformers"),
+    *("huber_scale", "diffusers_xformers", "training_comment", "no_metadata", "no_token_padding"),
+    *("token_warmup_min", "debug_dataset", "noise_offset_type", "console_log_level"),
+    *("console_log_simple", "epoch", "sdxl", "wandb_run_name", "huggingface_repo_visibility"),
 }
 _WHY = {
     **dict.fromkeys(("color_aug", "random_crop", "face_crop_aug_range"), _CACHED),

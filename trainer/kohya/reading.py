@@ -1,7 +1,6 @@
 """What a command of kohya's scripts, or a file with their options, asks for."""
 
 import re
-import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.kohya import script
 
-_COMMAND_FILES = {".sh", ".bat", ".cmd", ".ps1", ".txt", ""}
-_WINDOWS = {".bat", ".cmd", ".ps1"}
+_ALSO = {  # misspelt in old versions, or shortened as their command line allows -> the option
+    "caption_extention": "caption_extension",
+    "max_train_epoch": "max_train_epochs",
+}
 
 
 @dataclass(kw_only=True)
@@ -21,16 +23,22 @@ class Given:
     script: str = ""  # its name, if it is known: sdxl_train_network.py
     options: dict[str, Any] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
     def take(self, name: str, default: Any = None) -> Any:
         """The value of an option, which is then known to have been seen to."""
         self.taken.add(name)
         return self.options.get(name, default)
 
+    def take_on(self, name: str) -> Any:
+        """The value of an option for which 0 is off; None if it is."""
+        value = self.take(name)
+        return None if _off(value) else value
+
     @property
     def others(self) -> list[str]:
-        """The options that nobody took."""
-        return [name for name in self.options if name not in self.taken]
+        """The options that nobody took, without those that are off, which 0 is for these."""
+        return [name for name, x in self.options.items() if name not in self.taken and not _off(x)]
 
 
 def read(file: Path) -> Given:
@@ -40,21 +48,16 @@ def read(file: Path) -> Given:
     """
     if file.suffix == ".toml":
         return Given(options=_present(_flat(toml(file))))
-    if file.suffix not in _COMMAND_FILES:
+    if file.suffix not in script.SUFFIXES:
         raise UserError(
             f"{file}: give the .toml that kohya's scripts read with --config_file, or a script "
             "(.sh, .bat) with their command"
         )
-    text = _text(file)
-    joined = re.sub(r"[\\^`][ \t]*\r?\n", " ", text)
-    line = next((line for line in joined.splitlines() if re.search(r"\.py\b.* --\w", line)), None)
-    if line is None:
-        raise UserError(f"{file}: there is no command of a Python script with options in it")
-    try:
-        words = shlex.split(line, comments=True, posix=file.suffix not in _WINDOWS)
-    except ValueError as error:
-        raise UserError(f"{file}: the command cannot be read: {error}") from error
-    return parse([word.strip("\"'") for word in words])
+    words, commands = script.words_of(file, _text(file))
+    given = parse(words)
+    if commands > 1:
+        given.notes.append(f"{file.name}: the first of its {commands} commands is translated")
+    return given
 
 
 def parse(words: Sequence[str]) -> Given:
@@ -71,13 +74,13 @@ def parse(words: Sequence[str]) -> Given:
             options[name] = word if before is True else [*_listed(before), word]
         else:
             raise UserError(f"{word}: an option of kohya's scripts begins with --")
-    script = re.split(r"[\\/]", words[place])[-1] if place >= 0 else ""
+    name = re.split(r"[\\/]", words[place])[-1] if place >= 0 else ""
     given = _present(options)
     file = given.pop("config_file", None)
     if file is not None:
         path = Path(file if str(file).endswith(".toml") else f"{file}.toml")
         given = read(path).options | given
-    return Given(script=script, options=given)
+    return Given(script=name, options=given)
 
 
 def toml(file: Path) -> dict[str, Any]:
@@ -104,7 +107,18 @@ def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _present(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: x for k, x in options.items() if x is not False and x not in (None, "", [])}
+    return {
+        _ALSO.get(name, name): value
+        for name, value in options.items()
+        if value is not False and value not in (None, "", [])
+    }
+
+
+def _off(value: Any) -> bool:
+    try:
+        return value is None or float(value) == 0
+    except (TypeError, ValueError):
+        return False
 
 
 def _listed(value: Any) -> list[Any]:

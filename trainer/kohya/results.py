@@ -12,12 +12,16 @@ _DTYPES = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bf
 
 def results(given: Given, made: Translation) -> None:
     every, keeps = _interval(given, "save", "save_every_n_steps", "save_every_n_epochs")
+    if given.take_on("save_every_n_steps") and str(every).endswith("epoch"):
+        made.note("save_every_n_steps: left out, as there is save_every_n_epochs")
     made.set("method.export_every", every or 0)
     if keeps:
         made.set("method.keep_exports", keeps)
     if given.take("save_state") and every:
         made.set("runtime.save_every", every)
     drawn, _ = _interval(given, "sample", "sample_every_n_steps", "sample_every_n_epochs")
+    if str(given.options.get("sample_prompts")).endswith((".toml", ".json")):
+        made.note("sample_prompts: write its prompts to a text file, one in a line")
     if drawn:
         made.set("log.sample_every", drawn)
     if (dtype := given.take("save_precision")) is not None:
@@ -38,13 +42,21 @@ def results(given: Given, made: Translation) -> None:
 
 def _interval(given: Given, what: str, steps: str, epochs: str) -> tuple[Any, int]:
     """The interval as ours, and how many results are kept (0: all)."""
-    in_epochs, in_steps = given.take(epochs), given.take(steps)
+    in_epochs, in_steps = given.take_on(epochs), given.take_on(steps)
     kept_epochs, kept_steps = (given.take(f"{what}_last_n_{unit}") for unit in ("epochs", "steps"))
     if in_epochs is not None:
-        kept = number("", kept_epochs) / number(epochs, in_epochs) if kept_epochs else 0
+        kept = (
+            number(f"{what}_last_n_epochs", kept_epochs) / number(epochs, in_epochs)
+            if kept_epochs
+            else 0
+        )
         return f"{in_epochs}epoch", math.ceil(kept)
     if in_steps is not None:
-        kept = number("", kept_steps) / number(steps, in_steps) if kept_steps else 0
+        kept = (
+            number(f"{what}_last_n_steps", kept_steps) / number(steps, in_steps)
+            if kept_steps
+            else 0
+        )
         return in_steps, math.ceil(kept)
     return None, 0
 
