@@ -69,7 +69,43 @@ CASES = [  # (options, what comes of them, a word of the notes)
      {"method.dora=true"}, "conv_in, conv_out and time_embedding are not adapted"),
     ([*LORA, "--network_args", "conv_dim=8", "conv_alpha=4"],
      {'method.ranks=[{pattern: "resnets.*conv[12]|samplers",rank: 8,alpha: 4}]'}, ""),
+    ([*LORA, "--network_args", "conv_dim=0", "rank_dropout=0", "mid_lr_weight=1"], set(), ""),
     ([*LORA, "--network_args", "rank_dropout=0.1"], set(), "network_args rank_dropout"),
+    ([*LORA, "--network_module=lycoris.kohya", "--network_dim=8", "--network_alpha=2",
+      "--network_args", "algo=lora", "preset=full", "dropout=0.1"],
+     {'method.ranks=[{pattern: "resnets.*conv[12]|samplers",rank: 8,alpha: 2}]',
+      "method.dropout=0.1"}, "conv_in, conv_out and time_embedding"),
+    ([*LORA, "--network_module=lycoris.kohya", "--network_args", "preset=attn-mlp"],
+     {"method.targets=[to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2,proj_in,proj_out]"}, ""),
+    ([*LORA, "--network_module=lycoris.kohya", "--network_args", "preset=mine.toml"], set(),
+     "preset=mine.toml: not translated"),
+    ([*LORA, "--dim_from_weights", "--network_weights=/l"], {"method.start_from=/l"},
+     "dim_from_weights: set method.rank"),
+    ([*LORA[:3], "--network_module=lycoris.kohya", "--network_args", "preset=unet-only"],
+     {"method.rank=4"}, "preset"),
+    ([*LORA[:3], "--unet_lr=0", "--text_encoder_lr=1e-5"],
+     {"method.train=[text_encoder,text_encoder_2]"}, ""),
+    ([*LORA, "--min_snr_gamma=0", "--multires_noise_iterations=0", "--adaptive_noise_scale=0",
+      "--multires_noise_discount=0.3", "--sample_every_n_steps=0", "--max_token_length=75"],
+     {"method.export_every=0"}, ""),
+    ([*LORA, "--caption_prefix=sks", "--caption_suffix=photo"],
+     {'data.caption_prefix="sks "', 'data.caption_suffix=" photo"'}, ""),
+    ([*LORA, "--in_json=/j"], {"model.path=/m.safetensors"}, "in_json: captions come"),
+    (LORA, {"data.caption_extension=.caption"}, ""),
+    ([*LORA, "--max_train_epoch=3", "--caption_extention=.txt"],
+     {"schedule.epochs=3", "data.caption_extension=.txt"}, ""),
+    ([*LORA, "--lr_scheduler=cosine", "--lr_scheduler_min_lr_ratio=0.1"], {"schedule=cosine"}, ""),
+    ([*LORA, "--lr_scheduler=cosine_with_min_lr", "--lr_scheduler_min_lr_ratio=0.1"],
+     {"schedule=cosine", "schedule.final_scale=0.1"}, ""),
+    ([*LORA, "--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.5"],
+     {"schedule=wsd", "schedule.decay=0.5", "schedule.shape=cosine"}, ""),
+    ([*LORA, "--lr_scheduler=cosine", "--lr_scheduler_type=MyLR", "--lr_scheduler_args", "t=3"],
+     {"schedule=constant"}, "lr_scheduler=MyLR: not translated"),
+    ([*LORA, "--save_every_n_steps=5", "--save_every_n_epochs=1"], {"method.export_every=1epoch"},
+     "save_every_n_steps: left out"),
+    ([*LORA, "--sample_sampler=euler", "--huggingface_repo_type=model"], set(), ""),
+    ([*LORA, "--sample_prompts=a.toml", "--sample_every_n_epochs=2", "--sample_sampler=euler"],
+     {"log.sample_every=2epoch"}, "sample_prompts: write"),
     ([*LORA[:3], "--text_encoder_lr", "5e-5", "1e-5"],
      {"method.train=[unet,text_encoder,text_encoder_2]", "model.dtype=float32",
       "method.rules=[{pattern: text_encoder_2,lr: 1e-5},{pattern: text_encoder,lr: 5e-5}]"}, ""),
@@ -118,6 +154,9 @@ CASES = [  # (options, what comes of them, a word of the notes)
     ([*FULL, "--full_bf16", "--fused_backward_pass", "--optimizer_type=Adafactor",
       "--learning_rate=4e-6", "--optimizer_args", "relative_step=False", "scale_parameter=False"],
      {"optim=adafactor8bit", "optim.lr=4e-6"}, "clips each tensor"),
+    ([*FULL, "--fused_backward_pass", "--max_grad_norm=0"], {"experiment=sdxl"}, ""),
+    ([*FULL, "--train_text_encoder", "--learning_rate=1e-6", "--learning_rate_te1=1e-6",
+      "--learning_rate_te2=1e-6"], {"method.train=[unet,text_encoder,text_encoder_2]"}, ""),
     ([*FULL, "--train_text_encoder", "--learning_rate_te1=1e-6", "--save_model_as=diffusers"],
      {"method.train=[unet,text_encoder,text_encoder_2]",
       "method.rules=[{pattern: text_encoder,lr: 1e-6}]"}, ""),
@@ -200,6 +239,14 @@ def test_a_script_with_the_command_is_read(translated, tmp_path, name, text):
     assert "data.path=/d" in overrides
 
 
+def test_the_first_of_several_commands_is_translated(translated, tmp_path):
+    (tmp_path / "a.sh").write_text("".join(f"python {LORA[0]} --seed {i}\n" for i in (3, 4)))
+    status, overrides, err = translated(tmp_path / "a.sh")
+    assert status == 0
+    assert "seed=3" in overrides
+    assert "a.sh: the first of its 2 commands is translated" in err
+
+
 WRONG = [
     (["--", "flux_train_network.py", "--a"], "flux_train_network.py is not translated"),
     (["--", *LORA, "--network_module=networks.oft"], "networks.oft cannot be trained here"),
@@ -207,6 +254,8 @@ WRONG = [
     (["--", *LORA, "--max_grad_norm=much"], "max_grad_norm: 'much' is not a number"),
     (["--", *LORA, "--noise_offset=7"], "noise.offset=7"),
     (["--", "sdxl_train.py", "bf16"], "bf16: an option of kohya's scripts begins with --"),
+    (["--", "--t5xxl=/t"], "t5xxl is an option of scripts that are not translated"),
+    (["--", "--max_resolution=1024"], "these are settings of kohya_ss' GUI"),
     (["/no/such.toml"], "/no/such.toml: cannot be read"),
     (["settings.json"], "settings.json: give the .toml"),
     ([], "give a file, or the words of a command after --"),
@@ -226,6 +275,7 @@ def test_what_cannot_be_translated_is_an_error_that_says_why(translated, words, 
         ("a.toml", "x = ", "not valid TOML"),
         ("a.sh", "echo hello", "no command of a Python script"),
         ("a.sh", "python train_network.py --a 'b", "cannot be read: No closing quotation"),
+        ("a.toml", "[[datasets]]", "a.toml says only where pictures are"),
         ("a.toml", 'dataset_config = "a.toml"', "there is no [[datasets.subsets]] in it"),
     ],
 )

@@ -36,6 +36,7 @@ _FILES = (
     *("model.path", "model.vae", "data.path", "data.sources", "method.start_from"),
     "log.prompts_file",
 )
+_OF_OTHERS = ("t5xxl", "clip_l", "qwen3", "token_string")  # Flux, SD3, textual inversion, ...
 _OF_SD15 = ("train_network.py", "fine_tune.py", "train_db.py")
 
 
@@ -95,6 +96,14 @@ def _needed(made: Translation) -> list[str]:
 
 def _family(given: Given) -> str:
     """The model that a script trains.  Raises UserError for other scripts."""
+    for option in _OF_OTHERS:
+        if option in given.options:
+            raise UserError(f"{option} is an option of scripts that are not translated")
+    if "max_resolution" in given.options:
+        raise UserError(
+            "these are settings of kohya_ss' GUI (max_resolution); give the config_*.toml that it "
+            "writes into the folder of its results, or the command that it prints"
+        )
     if not given.script or given.script in ("sdxl_train.py", "sdxl_train_network.py"):
         return "sdxl"
     if given.script in _OF_SD15:

@@ -99,7 +99,10 @@ def _side(given: Given, made: Translation, has_buckets: bool) -> int:
 
 def captions(given: Given, made: Translation) -> None:
     made.set("data.caption_dropout", given.take("caption_dropout_rate", 0))
-    made.set("data.caption_extension", given.take("caption_extension", ".caption"))
+    is_in_table = "in_json" in given.options or "metadata_file" in given.options
+    extension = given.take("caption_extension", None if is_in_table else ".caption")
+    if extension is not None:
+        made.set("data.caption_extension", extension)
     prefix, suffix = given.take("caption_prefix"), given.take("caption_suffix")
     if prefix is not None:
         made.set("data.caption_prefix", f"{prefix} ")

@@ -34,6 +34,7 @@ _SCHEDULES = {
     "adafactor": "constant",
     "linear": "linear",
     "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
     "cosine_with_restarts": "cosine_restarts",
     "polynomial": "polynomial",
     "warmup_stable_decay": "wsd",
@@ -77,7 +78,9 @@ def optimizer(given: Given, made: Translation) -> None:
 def length(given: Given, made: Translation) -> None:
     epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
     kind = str(given.take("lr_scheduler", "constant"))
-    kind = str(given.take("lr_scheduler_type", kind))  # a class, which replaces it
+    if (replaced := given.take("lr_scheduler_type")) is not None:  # by a class
+        kind = str(replaced)
+        given.take("lr_scheduler_args")
     schedule = _SCHEDULES.get(kind)
     if schedule is None:
         made.note(f"lr_scheduler={kind}: not translated; choose one with schedule=")
@@ -87,15 +90,17 @@ def length(given: Given, made: Translation) -> None:
     else:
         made.set("schedule.epochs", epochs)
     cycles, power = given.take("lr_scheduler_num_cycles", 1), given.take("lr_scheduler_power", 1)
-    least, decay = given.take("lr_scheduler_min_lr_ratio"), given.take("lr_decay_steps")
+    least, decay = given.take("lr_scheduler_min_lr_ratio"), given.take("lr_decay_steps", 0)
     if schedule == "cosine_restarts":
         made.set("schedule.cycles", cycles)
     if schedule == "polynomial":
         made.set("schedule.power", power)
-    if least is not None and schedule in ("cosine", "linear", "wsd"):
+    if schedule == "wsd":
+        made.set("schedule.shape", "cosine")
+    if least is not None and kind in ("cosine_with_min_lr", "warmup_stable_decay"):
         made.set("schedule.final_scale", least)
     warmup = number("lr_warmup_steps", given.take("lr_warmup_steps", 0))
-    if decay is not None and schedule == "wsd":
+    if schedule == "wsd":
         share = number("lr_decay_steps", decay)
         made.set("schedule.decay", share if share < 1 else share / number("", steps))
     if kind == "constant":

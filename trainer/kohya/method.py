@@ -25,7 +25,8 @@ def method(given: Given, made: Translation) -> None:
     if made.is_lora:
         _network(given, made)
     rates = _text_rates(given, made, encoders)
-    parts = {"unet": given.options.get("unet_lr", 1)} | rates
+    unet_rate = given.options.get("unet_lr" if made.is_lora else "learning_rate", 1)
+    parts = {"unet": unet_rate} | rates
     trained = [
         part
         for part in _trained(given, made, encoders)
@@ -105,11 +106,19 @@ def _network(given: Given, made: Translation) -> None:
         sizes = {"rank": conv_rank, "alpha": conv_alpha or 1}
         made.set("method.ranks", [{"pattern": "resnets.*conv[12]|samplers"} | sizes])
     made.set("method.targets", [*_TRANSFORMER, *(_RESNETS if conv_rank else ())])
+    if dropout := arguments.pop("dropout", 0):
+        made.set("method.dropout", dropout)
     if arguments.pop("dora_wd", False):
         made.set("method.dora", True)
     for name, value in arguments.items():
-        if value:  # 0 and False are off
+        if not _is_off(value):
             made.note(f"network_args {name}: there is no such option here")
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a network argument changes nothing: 0, False, or factors of 1."""
+    factors = value if isinstance(value, tuple) else (value,)
+    return not value or all(factor == 1 and factor is not True for factor in factors)
 
 
 def _clip(given: Given, made: Translation) -> None:

@@ -1,6 +1,5 @@
 """Options of kohya's scripts that this trainer does not have, and why."""
 
-_NO_UPLOAD = "results are not uploaded"
 _CACHED = "pictures are encoded before training, so the only augmentation is data.random_flip"
 _MASKS = "put each mask next to its picture as NAME.mask.png, and set data.mask=file"
 _ALONE = "there is no such option here"
@@ -12,7 +11,7 @@ _QUIET = {
     *("max_data_loader_n_workers", "disable_mmap_load_safetensors", "log_config", "output_config"),
     *("save_state_on_train_end", "sample_at_first", "tokenizer_cache_dir", "cache_info"),
     *("skip_cache_check", "use_safetensors", "dim_from_weights", "logging_dir", "log_prefix"),
-    *("wandb_run_name", "dynamo_backend", "text_encoder_batch_size"),
+    *("dynamo_backend", "text_encoder_batch_size"),
     *("save_last_n_epochs_state", "save_last_n_steps_state", "config_file"),
     *(
         "ddp_timeout",
@@ -22,21 +21,17 @@ _QUIET = {
     ),
     *("huber_scale", "diffusers_xformers", "training_comment", "no_metadata", "no_token_padding"),
     *("token_warmup_min", "debug_dataset", "noise_offset_type", "console_log_level"),
-    *("console_log_simple", "epoch", "sdxl", "wandb_run_name", "huggingface_repo_visibility"),
+    *("console_log_simple", "epoch", "sdxl", "wandb_run_name"),
+    *("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "async_upload"),
+    *("huggingface_repo_visibility", "save_state_to_huggingface"),
 }
 _WHY = {
     **dict.fromkeys(("color_aug", "random_crop", "face_crop_aug_range"), _CACHED),
     **dict.fromkeys(("masked_loss", "conditioning_data_dir"), _MASKS),
-    **dict.fromkeys(
-        ("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo"), _NO_UPLOAD
-    ),
-    **dict.fromkeys(
-        ("huggingface_token", "huggingface_repo_visibility", "async_upload"), _NO_UPLOAD
-    ),
+    "huggingface_repo_id": "results are not uploaded",
     "in_json": "captions come from text files, or a metadata.jsonl or .csv next to the pictures",
     "metadata_file": "captions come from text files, or a metadata.jsonl or .csv beside pictures",
     "resume": "their saved states cannot be resumed here; network_weights can be started from",
-    "sample_sampler": "pictures are drawn with the model's own scheduler",
     "wandb_api_key": "log in with `wandb login`",
     "v2": "give Stable Diffusion 2 as a diffusers folder",
     "dataset_class": "data is read from folders, archives and tables",

@@ -47,7 +47,13 @@ def read(file: Path) -> Given:
     Raises UserError if it is neither.
     """
     if file.suffix == ".toml":
-        return Given(options=_present(_flat(toml(file))))
+        tables = toml(file)
+        if "datasets" in tables:
+            raise UserError(
+                f"{file} says only where pictures are; give the command that has it as "
+                "--dataset_config, or the .toml of --config_file"
+            )
+        return Given(options=_present(_flat(tables)))
     if file.suffix not in script.SUFFIXES:
         raise UserError(
             f"{file}: give the .toml that kohya's scripts read with --config_file, or a script "

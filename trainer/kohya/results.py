@@ -22,6 +22,8 @@ def results(given: Given, made: Translation) -> None:
     drawn, _ = _interval(given, "sample", "sample_every_n_steps", "sample_every_n_epochs")
     if str(given.options.get("sample_prompts")).endswith((".toml", ".json")):
         made.note("sample_prompts: write its prompts to a text file, one in a line")
+    if given.take("sample_sampler") and drawn:
+        made.note("sample_sampler: pictures are drawn with the model's own scheduler")
     if drawn:
         made.set("log.sample_every", drawn)
     if (dtype := given.take("save_precision")) is not None:
