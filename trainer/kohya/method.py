@@ -83,13 +83,17 @@ def _network(given: Given, made: Translation) -> None:
             f"network_module={module}: {kind} cannot be trained here; networks.lora and LyCORIS' "
             "LoRA (algo=lora or locon, also with dora_wd) can"
         )
-    rank, alpha = given.take_on("network_dim") or 4, given.take_on("network_alpha") or 1
+    rank = given.take_on("network_dim") or 4
+    given.options.setdefault("network_alpha", 1)
+    alpha = given.take_on("network_alpha") or rank  # 0 is the rank
     if given.take("dim_from_weights"):
         made.note("dim_from_weights: set method.rank and method.alpha to the file's")
     made.set("method.rank", rank)
     made.set("method.alpha", alpha)
-    conv_rank, conv_alpha = arguments.pop("conv_dim", 0), arguments.pop("conv_alpha", 0)
-    if module == "lycoris.kohya":
+    is_lycoris = module == "lycoris.kohya"
+    conv_rank = arguments.pop("conv_dim", 0)
+    conv_alpha = arguments.pop("conv_alpha", 0 if is_lycoris else 1)
+    if is_lycoris:
         preset = str(arguments.pop("preset", "full"))
         if preset not in _PRESETS:
             made.note(f"network_args preset={preset}: not translated; set method.targets")
@@ -103,7 +107,7 @@ def _network(given: Given, made: Translation) -> None:
                 "network_args preset: conv_in, conv_out and time_embedding are not adapted here"
             )
     if conv_rank:
-        sizes = {"rank": conv_rank, "alpha": conv_alpha or 1}
+        sizes = {"rank": conv_rank, "alpha": conv_alpha or conv_rank}
         made.set("method.ranks", [{"pattern": "resnets.*conv[12]|samplers"} | sizes])
     made.set("method.targets", [*_TRANSFORMER, *(_RESNETS if conv_rank else ())])
     if dropout := arguments.pop("dropout", 0):
