@@ -75,7 +75,7 @@ class OrthogonalEngine(IndirectEngine):
         }
 
     @staticmethod
-    def _portions_of(work: Portions) -> Iterable[tuple["Portion", list[Tensor]]]:
+    def _portions_of(work: Portions) -> Iterable[tuple["MatrixPortion", list[Tensor]]]:
         """The portions, with the gradients of their parameters."""
         if not work.wide:
             return
@@ -89,8 +89,8 @@ class OrthogonalEngine(IndirectEngine):
 
     def _make(self, work: Portions) -> None:
         limit = SCRATCH_BYTES[self._device.type]
-        sizes = [(place, Portion.bytes_of(place)) for place in work.wide]
-        work.portions = [Portion(places) for places in buckets(sizes, limit)]
+        sizes = [(place, MatrixPortion.bytes_of(place)) for place in work.wide]
+        work.portions = [MatrixPortion(places) for places in buckets(sizes, limit)]
         self._reserve(max(portion.num_bytes for portion in work.portions))
         for portion in work.portions:
             portion.lay_out(self._scratch, self._low)
@@ -132,7 +132,7 @@ def scratch_bytes(numels: list[int], device_type: str) -> int:
     return steps + 2 * largest * precision(torch.device(device_type)).itemsize
 
 
-class Portion:
+class MatrixPortion:
     """Matrices whose steps are in the scratch together."""
 
     def __init__(self, places: list[Place]) -> None:

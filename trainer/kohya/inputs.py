@@ -9,6 +9,7 @@ from trainer.kohya.translation import Translation, number
 
 
 def model(given: Given, made: Translation) -> None:
+    """Where the model is, and the dtypes of its parts."""
     path = given.take("pretrained_model_name_or_path")
     if path is None:
         made.note("model.path: add it; there is no pretrained_model_name_or_path")
@@ -39,6 +40,7 @@ def _precision(given: Given, made: Translation) -> None:
 
 
 def pictures(given: Given, made: Translation) -> None:
+    """Where pictures are, and how they are cut to size."""
     _sources(given, made)
     has_buckets = bool(given.take("enable_bucket"))
     keeps_small = bool(given.take("bucket_no_upscale")) and has_buckets
@@ -98,6 +100,7 @@ def _side(given: Given, made: Translation, has_buckets: bool) -> int:
 
 
 def captions(given: Given, made: Translation) -> None:
+    """How captions are read and changed."""
     made.set("data.caption_dropout", given.take("caption_dropout_rate", 0))
     is_in_table = "in_json" in given.options or "metadata_file" in given.options
     extension = given.take("caption_extension", None if is_in_table else ".caption")

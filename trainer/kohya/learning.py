@@ -7,9 +7,8 @@ from optim.options import unknown_option
 from trainer.kohya.reading import Given
 from trainer.kohya.translation import Translation, arguments_of, number, rate_of
 
-_OPTIMIZERS: dict[
-    str, tuple[str, dict[str, Any]]
-] = {  # optimizer_type in lower case -> (optim=, its options)
+# optimizer_type in lower case -> (optim=, its options)
+_OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
     "adamw8bit": ("adamw8bit", {}),
     "pagedadamw": ("adamw", {}),
@@ -42,6 +41,7 @@ _SCHEDULES = {
 
 
 def optimizer(given: Given, made: Translation) -> None:
+    """Which optimizer, its rate and its options."""
     kind = str(given.take("optimizer_type") or "AdamW")
     kind = "AdamW8bit" if given.take("use_8bit_adam") else kind
     kind = "Lion" if given.take("use_lion_optimizer") else kind
@@ -76,6 +76,7 @@ def optimizer(given: Given, made: Translation) -> None:
 
 
 def length(given: Given, made: Translation) -> None:
+    """The length of the run, and the rate along it."""
     epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
     kind = str(given.take("lr_scheduler", "constant"))
     if (replaced := given.take("lr_scheduler_type")) is not None:  # by a class
@@ -115,6 +116,7 @@ def length(given: Given, made: Translation) -> None:
 
 
 def objective(given: Given, made: Translation) -> None:
+    """The loss, its weights, and kinds of noise."""
     kind = given.take("loss_type", "l2")
     delta, rule = given.take("huber_c", 0.1), given.take("huber_schedule", "snr")
     if kind in ("huber", "smooth_l1"):

@@ -21,6 +21,7 @@ _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def method(given: Given, made: Translation) -> None:
+    """Which parts are trained, and by which adapters."""
     encoders = ["text_encoder", "text_encoder_2"] if made.family == "sdxl" else ["text_encoder"]
     if made.is_lora:
         _network(given, made)

@@ -11,6 +11,7 @@ _DTYPES = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bf
 
 
 def results(given: Given, made: Translation) -> None:
+    """What is written, where, and how often."""
     every, keeps = _interval(given, "save", "save_every_n_steps", "save_every_n_epochs")
     if given.take_on("save_every_n_steps") and str(every).endswith("epoch"):
         made.note("save_every_n_steps: left out, as there is save_every_n_epochs")
@@ -28,11 +29,9 @@ def results(given: Given, made: Translation) -> None:
         made.set("log.sample_every", drawn)
     if (dtype := given.take("save_precision")) is not None:
         made.set("method.export_dtype", _DTYPES.get(str(dtype), dtype))
-    kind, model = (
-        given.take("save_model_as"),
-        str(given.options.get("pretrained_model_name_or_path")),
-    )
+    kind = given.take("save_model_as")
     if not made.is_lora:
+        model = str(given.options.get("pretrained_model_name_or_path"))
         is_file = model.endswith((".safetensors", ".ckpt"))
         single = is_file if kind is None else not str(kind).startswith("diffusers")
         made.set("method.export", ["single_file" if single else "diffusers"])
@@ -45,21 +44,14 @@ def results(given: Given, made: Translation) -> None:
 def _interval(given: Given, what: str, steps: str, epochs: str) -> tuple[Any, int]:
     """The interval as ours, and how many results are kept (0: all)."""
     in_epochs, in_steps = given.take_on(epochs), given.take_on(steps)
-    kept_epochs, kept_steps = (given.take(f"{what}_last_n_{unit}") for unit in ("epochs", "steps"))
+    kept_epochs, kept_steps = (
+        number(name, given.take(name, 0))
+        for name in (f"{what}_last_n_epochs", f"{what}_last_n_steps")
+    )
     if in_epochs is not None:
-        kept = (
-            number(f"{what}_last_n_epochs", kept_epochs) / number(epochs, in_epochs)
-            if kept_epochs
-            else 0
-        )
-        return f"{in_epochs}epoch", math.ceil(kept)
+        return f"{in_epochs}epoch", math.ceil(kept_epochs / number(epochs, in_epochs))
     if in_steps is not None:
-        kept = (
-            number(f"{what}_last_n_steps", kept_steps) / number(steps, in_steps)
-            if kept_steps
-            else 0
-        )
-        return in_steps, math.ceil(kept)
+        return in_steps, math.ceil(kept_steps / number(steps, in_steps))
     return None, 0
 
 
