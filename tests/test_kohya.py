@@ -1,6 +1,9 @@
 """python -m trainer.kohya: commands and files of kohya's scripts as commands of this trainer."""
 
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -298,3 +301,12 @@ VALUES += [{"p": "a b", "q": [2]}, [1, "a,b"]]
 def test_a_written_value_is_read_by_hydra_as_it_was(value):
     override = OverridesParser.create().parse_override(f"key={written(value)}")
     assert override.value() == value
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="not on Windows")
+def test_a_reader_that_has_enough_is_no_error():
+    words = [sys.executable, "-m", "trainer.kohya", "--", *LORA]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE

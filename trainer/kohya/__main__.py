@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trainer.checks.validate import to_dataclasses
-from trainer.cli import compose
+from trainer.cli import command, compose
 from trainer.config import key_of
 from trainer.errors import UserError
 from trainer.kohya.command import translate
@@ -124,4 +124,5 @@ def _tell(given: Given, made: Translation, model: str | None) -> None:
 
 
 if __name__ == "__main__":
+    command.end_with_the_reader()
     sys.exit(main())
