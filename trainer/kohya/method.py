@@ -27,11 +27,11 @@ def method(given: Given, made: Translation) -> None:
         _network(given, made)
     rates = _text_rates(given, made, encoders)
     unet_rate = given.options.get("unet_lr" if made.is_lora else "learning_rate", 1)
-    parts = {"unet": unet_rate} | rates
+    rate_of_part = {"unet": unet_rate} | rates
     trained = [
         part
         for part in _trained(given, made, encoders)
-        if number("learning_rate", parts.get(part, 1)) != 0
+        if number("learning_rate", rate_of_part.get(part, 1)) != 0
     ] or ["unet"]
     if trained != ["unet"]:
         made.set("method.train", trained)

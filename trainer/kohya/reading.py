@@ -80,13 +80,13 @@ def parse(words: Sequence[str]) -> Given:
             options[name] = word if before is True else [*_listed(before), word]
         else:
             raise UserError(f"{word}: an option of kohya's scripts begins with --")
-    name = re.split(r"[\\/]", words[place])[-1] if place >= 0 else ""
+    script_name = re.split(r"[\\/]", words[place])[-1] if place >= 0 else ""
     given = _present(options)
     file = given.pop("config_file", None)
     if file is not None:
         path = Path(file if str(file).endswith(".toml") else f"{file}.toml")
         given = read(path).options | given
-    return Given(script=name, options=given)
+    return Given(script=script_name, options=given)
 
 
 def toml(file: Path) -> dict[str, Any]:

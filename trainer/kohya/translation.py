@@ -26,6 +26,7 @@ class Translation:
         self.overrides.append(f"{key}={written(value)}")
 
     def note(self, text: str) -> None:
+        """Say what is not the same, or left out."""
         self.notes.append(text)
 
 
@@ -44,6 +45,7 @@ def arguments_of(option: str, words: Any) -> dict[str, Any]:
 
 
 def number(option: str, value: Any) -> float:
+    """A number, or a percentage as a share.  Raises UserError that names the option for others."""
     text = str(value).strip()
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
