@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer import planner
@@ -38,7 +38,8 @@ from trainer.config import DTYPES, Config
 from trainer.formats import architectures
 from trainer.models import execution, quantization
 from trainer.models.model import Model
-from trainer.objective import batches, losses, noise
+from trainer.objective import batches, losses
+from trainer.objective.noise_schedule import NoiseSchedule, scheduler_config, training_schedule
 from trainer.reporting.report import format_bytes
 from trainer.system import memory
 from trainer.training import gradients, method, optimizers
@@ -142,9 +143,8 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     backward = gradients.make(config, parameters, optimizer)
     inputs = random_inputs(unet, arguments.batch, arguments.latent)
     scheduler = json.loads(SCHEDULER.read_text(encoding="utf-8"))
-    noise_schedule = noise.training_schedule(
-        noise.scheduler_config(config.noise, scheduler), config.noise
-    )
+    trained = scheduler_config(config.noise, scheduler)
+    noise_schedule = training_schedule(trained, config.noise)
     seconds_to_build = time.monotonic() - started
     gc.collect()
     memory.reset_peak(device)
@@ -208,7 +208,7 @@ def planned_peak(config: Config, arguments: argparse.Namespace, imports: int) ->
 def loss_of(
     config: Config,
     unet: UNet2DConditionModel,
-    noise_schedule: DDPMScheduler,
+    noise_schedule: NoiseSchedule,
     batch: batches.Batch,
 ) -> Tensor:
     """The loss of a micro-batch."""

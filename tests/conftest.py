@@ -23,6 +23,7 @@ from trainer.checks import validate
 from trainer.cli import choices, compose
 from trainer.formats import writing
 from trainer.models import origin
+from trainer.objective.noise_schedule import noise_schedule
 from trainer.run import run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -156,11 +157,19 @@ def _group(path, node, options):
     return node(**(values | options))
 
 
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
 @pytest.fixture
 def make_schedule():
     """SDXL's noise schedule with some options changed."""
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return lambda **options: DDPMScheduler(**betas | options)
+    return lambda **options: noise_schedule(BETAS | options)
+
+
+@pytest.fixture
+def make_ddpm():
+    """The same of diffusers, to compare with."""
+    return lambda **options: DDPMScheduler(**BETAS | options)
 
 
 @pytest.fixture

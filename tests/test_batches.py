@@ -96,11 +96,11 @@ def test_default_batches_and_eval_points_are_those_of_the_first_release(
     assert torch.allclose(points[0].noisy.flatten()[:3], expected, atol=1e-6)
 
 
-def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, v_schedule, training_batch):
+def test_v_target_and_noisy_latent_follow_salimans_and_ho(data, make_ddpm, training_batch):
     """Salimans & Ho 2022, app. D: x_t = a x + s e, v = a e - s x; so x = a x_t - s v."""
     batch = training_batch((0, 1, 2, 3))
-    a = v_schedule.alphas_cumprod[batch.timesteps].sqrt().view(-1, 1, 1, 1)
-    s = (1 - v_schedule.alphas_cumprod[batch.timesteps]).sqrt().view(-1, 1, 1, 1)
+    squares = make_ddpm(rescale_betas_zero_snr=True).alphas_cumprod[batch.timesteps]
+    a, s = (x.sqrt().view(-1, 1, 1, 1) for x in (squares, 1 - squares))
     restored = a * batch.noisy - s * batch.target
     latents = torch.stack([data.latents[i]["latent"] for i in range(4)])
     assert torch.allclose(restored, latents, atol=1e-4)

@@ -16,8 +16,9 @@ from trainer.config import ASSETS, DTYPES
 from trainer.errors import UserError
 from trainer.models import execution
 from trainer.models.model import Model
-from trainer.objective import losses, noise
+from trainer.objective import losses
 from trainer.objective.batches import noised
+from trainer.objective.noise_schedule import scheduler_config, training_schedule
 from trainer.run import run
 from trainer.system import memory
 from trainer.training import gradients, method, optimizers
@@ -43,9 +44,7 @@ def small(composed, *options, look=lambda unet: None):
     backward = gradients.make(config, [p for p in unet.parameters() if p.requires_grad], optimizer)
     inputs = measure_sdxl.random_inputs(unet, 2, (8, 8))
     scheduler = measure_sdxl.json.loads(measure_sdxl.SCHEDULER.read_text())
-    noise_schedule = noise.training_schedule(
-        noise.scheduler_config(config.noise, scheduler), config.noise
-    )
+    noise_schedule = training_schedule(scheduler_config(config.noise, scheduler), config.noise)
     seen = []
     for step in range(2):
         batch = noised(inputs, noise_schedule, config.noise, config.seed, step)

@@ -8,7 +8,7 @@ from torch import nn
 from trainer.objective import losses
 from trainer.objective.batches import Batch
 
-V, EPSILON = "v_prediction", "epsilon"
+V, EPSILON, FLOW = "v_prediction", "epsilon", "flow_prediction"
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def batch():
         noisy=torch.randn(4, 4, 6, 5, generator=generator),
         target=torch.randn(4, 4, 6, 5, generator=generator),
         timesteps=torch.tensor([0, 300, 700, 999]),
+        time=torch.tensor([0, 300, 700, 999]),
         prompt=nothing,
         pooled=nothing,
         time_ids=nothing,
@@ -67,11 +68,11 @@ def test_losses_agree_where_errors_are_small(value, prediction):
 @pytest.mark.parametrize("predicts", [EPSILON, V])
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
 def test_weights_by_snr_are_those_of_the_papers(
-    value, make_schedule, batch, prediction, weighting, predicts
+    value, make_ddpm, batch, prediction, weighting, predicts
 ):
     """Restated for the squared error of x, where the papers' derivations begin: that of e is SNR
     times it, and that of v SNR + 1 times."""
-    ratio = compute_snr(make_schedule(), batch.timesteps)
+    ratio = compute_snr(make_ddpm(), batch.timesteps)
     of_x = {"min_snr": ratio.clamp(max=5), "debiased": ratio.sqrt()}[weighting]
     weights = of_x / (ratio if predicts == EPSILON else ratio + 1)
     squares = (prediction - batch.target).square().mean(dim=(1, 2, 3))
@@ -92,8 +93,9 @@ def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
     found = []
     for predicts in (EPSILON, V):
         noise_schedule = make_schedule(prediction_type=predicts)
-        a = noise_schedule.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
-        s = (1 - a.square()).sqrt()
+        a, s = (
+            x[timesteps].view(-1, 1, 1, 1) for x in (noise_schedule.signal, noise_schedule.sigma)
+        )
         noisy = a * clean + s * noise
 
         def output(picture, a=a, s=s, noisy=noisy, predicts=predicts):
@@ -105,6 +107,7 @@ def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
             noisy=noisy,
             target=output(clean),
             timesteps=timesteps,
+            time=timesteps,
             prompt=noisy,
             pooled=None,
             time_ids=None,
@@ -113,21 +116,31 @@ def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
-def test_gamma_of_min_snr_is_where_weights_begin_to_fall(loss_config, make_schedule):
+def test_weights_of_a_flow_are_those_of_the_same_error_of_the_picture(value, batch, prediction):
+    """The error of x is sigma times that of e - x, and min-SNR weights its square by min(SNR, 5)."""
+    sigma = (batch.timesteps + 1) / 1000
+    ratio = ((1 - sigma) / sigma).square()
+    squares = (prediction - batch.target).square().mean(dim=(1, 2, 3))
+    expected = (ratio.clamp(max=5) * sigma.square() * squares).mean().item()
+    assert value({"weighting": "min_snr"}, FLOW).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gamma_of_min_snr_is_where_weights_begin_to_fall(loss_config, make_schedule, make_ddpm):
     config = loss_config(weighting="min_snr", gamma=2.0)
     noise_schedule, timesteps = make_schedule(), torch.arange(1000)
     weights = losses.timestep_weights(config, noise_schedule, timesteps)
-    is_noisy = compute_snr(noise_schedule, timesteps) <= 2
+    is_noisy = compute_snr(make_ddpm(), timesteps) <= 2
     assert (weights[is_noisy] == 1).all()
     assert (weights[~is_noisy] < 1).all()
 
 
+@pytest.mark.parametrize("predicts", [V, FLOW])
 @pytest.mark.parametrize("options", [{}, {"name": "huber", "schedule": "snr"}])
 @pytest.mark.parametrize("weighting", ["none", "min_snr", "debiased"])
 def test_zero_terminal_snr_gives_finite_losses_and_gradients(
-    loss_config, make_schedule, batch, prediction, options, weighting
+    loss_config, make_schedule, batch, prediction, options, weighting, predicts
 ):
-    noise_schedule = make_schedule(prediction_type=V, rescale_betas_zero_snr=True)
+    noise_schedule = make_schedule(prediction_type=predicts, rescale_betas_zero_snr=True)
     config = loss_config(**options, weighting=weighting)
     prediction.requires_grad_()
     loss = losses.loss(config, noise_schedule, prediction, batch)
@@ -137,14 +150,16 @@ def test_zero_terminal_snr_gives_finite_losses_and_gradients(
 
 
 @pytest.mark.parametrize("schedule", ["exponential", "snr"])
-def test_delta_goes_from_one_without_noise_to_delta_in_noise(loss_config, make_schedule, schedule):
+def test_delta_goes_from_one_without_noise_to_delta_in_noise(
+    loss_config, make_schedule, make_ddpm, schedule
+):
     config = loss_config("huber", schedule=schedule, delta=0.1)
     timesteps = torch.arange(1000)
     deltas = losses.huber_deltas(config, make_schedule(), timesteps)
     if schedule == "exponential":
         expected = torch.tensor([0.1 ** (t / 1000) for t in range(1000)])
     else:
-        sigma = compute_snr(make_schedule(), timesteps).rsqrt()
+        sigma = compute_snr(make_ddpm(), timesteps).rsqrt()
         expected = 0.9 / (1 + sigma) ** 2 + 0.1
     assert torch.allclose(deltas, expected, rtol=1e-4)
     assert (deltas.diff() < 0).all()
@@ -231,6 +246,7 @@ def test_evaluation_is_the_plain_squared_error_whole_and_by_quarters(make_schedu
                 "noisy": batch.noisy[:1],
                 "target": batch.target[:1],
                 "timesteps": torch.tensor([249]),
+                "time": torch.tensor([249]),
             }
         )
     )

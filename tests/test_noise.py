@@ -13,6 +13,7 @@ from diffusers.training_utils import (
 from trainer.errors import UserError
 from trainer.objective import noise
 from trainer.objective.batches import Inputs, noised
+from trainer.objective.noise_schedule import scheduler_config, training_schedule
 
 LIKE = torch.zeros(4, 16, 24)
 
@@ -111,7 +112,7 @@ def test_pyramid_noise_fits_any_shape(noise_config):
         assert drawn.isfinite().all()
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction"])
 def test_input_perturbation_is_in_the_input_and_not_in_the_target(
     noise_config, make_schedule, prediction
 ):
@@ -129,7 +130,7 @@ def test_input_perturbation_is_in_the_input_and_not_in_the_target(
         for gamma in (0.0, 0.1)
     )
     assert torch.equal(plain.target, perturbed.target)
-    s = (1 - noise_schedule.alphas_cumprod[plain.timesteps]).sqrt().view(-1, 1, 1, 1)
+    s = noise_schedule.sigma[plain.timesteps].view(-1, 1, 1, 1)
     added = (perturbed.noisy - plain.noisy) / s
     assert added.std().item() == pytest.approx(0.1, rel=0.05)
     drawn = torch.stack([noise.draw(noise_config(), LIKE[:, :, :16], 0, 0, i) for i in range(8)])
@@ -145,11 +146,11 @@ def test_every_kind_of_draw_has_a_stream_of_its_own(noise_config):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_snr_is_that_of_diffusers_where_it_is_not_zero(make_schedule, terminal):
-    noise_schedule = make_schedule(rescale_betas_zero_snr=terminal)
+def test_snr_is_that_of_diffusers_where_it_is_not_zero(make_schedule, make_ddpm, terminal):
     timesteps = torch.arange(1000)
-    ratio = noise.snr(noise_schedule, timesteps)
-    assert torch.allclose(ratio, compute_snr(noise_schedule, timesteps), rtol=1e-4, atol=1e-9)
+    ratio = make_schedule(rescale_betas_zero_snr=terminal).snr(timesteps)
+    expected = compute_snr(make_ddpm(rescale_betas_zero_snr=terminal), timesteps)
+    assert torch.allclose(ratio, expected, rtol=1e-4, atol=1e-9)
     assert (ratio[-1] == 0) == terminal
     assert ratio.isfinite().all()
 
@@ -167,36 +168,36 @@ SDXL = {  # from its scheduler_config.json
 
 
 def test_without_options_the_scheduler_stays_as_it_is(noise_config):
-    assert noise.scheduler_config(noise_config(), SDXL) == SDXL
+    assert scheduler_config(noise_config(), SDXL) == SDXL
     older = {k: v for k, v in SDXL.items() if k != "prediction_type"}  # the default, epsilon
-    assert noise.scheduler_config(noise_config(), older) == older
+    assert scheduler_config(noise_config(), older) == older
 
 
 def test_zero_terminal_snr_is_written_for_whoever_draws_with_the_model(noise_config):
     options = noise_config(prediction="v_prediction", zero_terminal_snr=True)
-    written = noise.scheduler_config(options, SDXL)
+    written = scheduler_config(options, SDXL)
     changed = {k: v for k, v in written.items() if SDXL.get(k) != v}
     assert changed == {
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
     }
-    noise_schedule = noise.training_schedule(written, options)
-    assert noise_schedule.alphas_cumprod[-1] == 0
+    noise_schedule = training_schedule(written, options)
+    assert noise_schedule.signal[-1] == 0
     euler = EulerDiscreteScheduler.from_config(written)
     euler.set_timesteps(10)
     assert euler.timesteps[0] == 999  # no signal at all there
-    assert torch.allclose(euler.alphas_cumprod[:-1], noise_schedule.alphas_cumprod[:-1])
+    assert torch.allclose(euler.alphas_cumprod[:-1].sqrt(), noise_schedule.signal[:-1])
 
 
 def test_zero_terminal_snr_can_be_taken_off(noise_config):
     model = SDXL | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     options = noise_config(prediction="epsilon", zero_terminal_snr=False)
-    written = noise.scheduler_config(options, model)
-    noise_schedule = noise.training_schedule(written, options)
+    written = scheduler_config(options, model)
+    noise_schedule = training_schedule(written, options)
     plain = DDPMScheduler.from_config(SDXL)
-    assert torch.equal(noise_schedule.alphas_cumprod, plain.alphas_cumprod)
-    assert noise_schedule.config.prediction_type == "epsilon"
+    assert torch.equal(noise_schedule.signal, plain.alphas_cumprod.sqrt())
+    assert noise_schedule.prediction == "epsilon"
 
 
 @pytest.mark.parametrize("name", ["PNDM", "DEISMultistep", "KDPM2Discrete"])
@@ -205,12 +206,78 @@ def test_a_scheduler_that_cannot_rescale_its_betas_becomes_one_that_can(noise_co
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     model = {"_class_name": cls.__name__} | dict(cls(**betas).config)
     options = noise_config(prediction="v_prediction", zero_terminal_snr=True)
-    written = noise.scheduler_config(options, model)
+    written = scheduler_config(options, model)
     scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
     assert scheduler.alphas_cumprod[-1] == 0
     assert not scheduler.config.clip_sample  # latents go beyond [-1, 1]
     scheduler.set_timesteps(5)
     assert scheduler.timesteps[0] == 999
+
+
+FLOWS = [
+    SDXL | {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0},
+    {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 2.0,
+    },
+]
+
+
+@pytest.mark.parametrize("model", FLOWS)
+def test_a_model_of_flow_matching_is_trained_as_one(noise_config, model):
+    written = scheduler_config(noise_config(), model)
+    noise_schedule = training_schedule(written, noise_config())
+    assert noise_schedule.prediction == "flow_prediction"
+    assert written["flow_shift"] == 2.0
+    if model["_class_name"].startswith("UniPC"):
+        assert written == model
+    assert scheduler_config(noise_config(flow_shift=4.0), model)["flow_shift"] == 4.0
+
+
+def test_a_flow_is_a_straight_line_from_the_picture_to_noise(noise_config, make_schedule):
+    """Lipman et al. 2023: x_t = (1 - s) x + s e, whose velocity is e - x; s = 1 is pure noise."""
+    flow = make_schedule(prediction_type="flow_prediction", use_flow_sigmas=True)
+    generator = torch.Generator().manual_seed(0)
+    x, e = (torch.randn(1000, 4, 2, 2, generator=generator) for _ in range(2))
+    every = torch.arange(1000)
+    s = ((every + 1) / 1000).view(-1, 1, 1, 1)
+    assert torch.allclose(flow.noisy(x, e, every), torch.lerp(x, e, s), atol=1e-6)
+    assert torch.equal(flow.noisy(x, e, every)[-1], e[-1])
+    assert torch.equal(flow.target(x, e, every), e - x)
+    assert torch.equal(flow.time(every), every + 1)  # 1000 s
+    assert torch.allclose(flow.snr(every), ((1 - s) / s).square().flatten(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", [SDXL, *FLOWS])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_what_a_model_of_flow_matching_has_learned_is_what_its_scheduler_draws(
+    noise_config, model, shift
+):
+    """A UNet that knows the one picture there is: from the noise, at the times it was trained at,
+    sampling arrives at the picture."""
+    options = noise_config(prediction="flow_prediction", flow_shift=shift)
+    written = scheduler_config(options, model)
+    flow = training_schedule(written, options)
+    scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
+    scheduler.set_timesteps(8)
+    picture = torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for time, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        step = (time - flow.time(torch.tensor(0))).clamp(min=0)
+        assert flow.sigma[step].item() == pytest.approx(sigma.item(), abs=1.1e-3)
+        x = scheduler.step((x - picture) / sigma, time, x).prev_sample
+    assert torch.allclose(x, picture, atol=1e-5)
+
+
+def test_a_shift_moves_timesteps_as_stable_diffusion_3_does(noise_config):
+    """Esser et al. 2024, eq. 23, of evenly drawn shares."""
+    plain = drawn_timesteps(noise_config(), batches=1000).flatten() / 1000
+    moved = drawn_timesteps(noise_config(timestep_shift=3.0), batches=1000).flatten() / 1000
+    assert torch.allclose(moved, 3 * plain / (1 + 2 * plain), atol=4e-3)
+    assert moved.median().item() == pytest.approx(0.75, abs=0.01)
 
 
 REFUSED = [
@@ -223,13 +290,16 @@ REFUSED = [
     ),
     ({}, {"rescale_betas_zero_snr": True}, ["noise.prediction=v_prediction"]),
     ({}, {"prediction_type": "sample"}, ["'sample'", "noise.prediction=v_prediction"]),
+    ({"flow_shift": 3.0}, {}, ["noise.flow_shift=3", "noise.prediction=flow_prediction"]),
+    ({"prediction": "epsilon"}, FLOWS[0], ["flow matching", "noise.prediction=model"]),
+    ({"zero_terminal_snr": True}, FLOWS[1], ["noise.zero_terminal_snr=true", "null"]),
 ]
 
 
 @pytest.mark.parametrize(("options", "model", "says"), REFUSED)
 def test_what_cannot_be_trained_is_refused_with_the_remedy(noise_config, options, model, says):
     with pytest.raises(UserError) as refused:
-        noise.scheduler_config(noise_config(**options), SDXL | model)
+        scheduler_config(noise_config(**options), SDXL | model)
     for part in says:
         assert part in str(refused.value)
 
@@ -242,7 +312,7 @@ UniPCMultistep"""
 @pytest.mark.parametrize("name", BETAS.split())
 def test_every_scheduler_of_betas_is_taken(noise_config, name):
     model = SDXL | {"_class_name": f"{name}Scheduler"}
-    assert noise.scheduler_config(noise_config(), model) == model
+    assert scheduler_config(noise_config(), model) == model
 
 
 @pytest.mark.parametrize(
@@ -250,20 +320,20 @@ def test_every_scheduler_of_betas_is_taken(noise_config, name):
     [
         ("EDMEulerScheduler", {}),
         ("EDMDPMSolverMultistepScheduler", {}),
-        ("FlowMatchEulerDiscreteScheduler", {}),
         ("FlowMatchHeunDiscreteScheduler", {}),
         ("SchedulerOfSomebody", {}),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}),
     ],
 )
 def test_a_scheduler_of_another_noise_is_refused_by_name(noise_config, name, options):
     with pytest.raises(UserError, match=name):
-        noise.scheduler_config(noise_config(), {"_class_name": name} | options)
+        scheduler_config(noise_config(), {"_class_name": name} | options)
 
 
 def test_timesteps_that_the_model_does_not_have_are_refused(noise_config):
     for options in ({"timestep_high": 1001}, {"timestep_low": 1000}):
         (key,) = options
         with pytest.raises(UserError, match=rf"noise\.{key}=.*\[0, 1000\)"):
-            noise.training_schedule(SDXL, noise_config(**options))
-    noise.training_schedule(SDXL, noise_config(timestep_low=999, timestep_high=1000))
+            training_schedule(SDXL, noise_config(**options))
+    training_schedule(SDXL, noise_config(timestep_low=999, timestep_high=1000))

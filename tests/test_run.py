@@ -95,7 +95,7 @@ def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, metho
     more = ["loss.weighting=min_snr", "noise.offset=0.05", "noise.timesteps=logit_normal"]
     config = composed(*QUICK, *options, *more, "schedule=wsd", f"method={method}")
     state = assemble(config, tmp_path, None)
-    assert state.noise_schedule.config.prediction_type == "epsilon"
+    assert state.noise_schedule.prediction == "epsilon"
     assert state.model.sampling_schedule().config.prediction_type == "epsilon"
     writer = metrics.Metrics(tmp_path, config, 0)
     train(state, writer)

@@ -44,6 +44,7 @@ def batch():
         noisy=noisy,
         target=torch.randn(3, 4, 5, 2, generator=generator),
         timesteps=torch.zeros(3, dtype=torch.int64),
+        time=torch.zeros(3, dtype=torch.int64),
         prompt=nothing,
         pooled=nothing,
         time_ids=nothing,

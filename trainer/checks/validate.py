@@ -229,6 +229,16 @@ def _check_noise(config: Config) -> None:
             "noise.zero_terminal_snr=true leaves epsilon prediction nothing to predict from at the "
             "last timestep; set noise.prediction=v_prediction, or noise.zero_terminal_snr=false"
         )
+    if noise.prediction == "flow_prediction" and noise.zero_terminal_snr is not None:
+        raise UserError(
+            "noise.zero_terminal_snr is for betas, and flow matching has pure noise at its last "
+            "timestep anyway; leave it null"
+        )
+    if noise.prediction in ("epsilon", "v_prediction") and noise.flow_shift is not None:
+        raise UserError(
+            f"noise.flow_shift={noise.flow_shift:g} is for flow matching, and "
+            f"noise.prediction={noise.prediction}; leave it null"
+        )
     if noise.timestep_high is not None and noise.timestep_low >= noise.timestep_high:
         raise UserError(
             f"noise.timestep_low={noise.timestep_low} must be below noise.timestep_high="

@@ -19,7 +19,7 @@ from trainer.drawing.drawer import Drawer
 from trainer.drawing.prompts import Prompt
 from trainer.errors import UserError
 from trainer.export import loras
-from trainer.formats import adapters, lora, metadata
+from trainer.formats import adapters, lora, schedulers
 from trainer.formats.adapters import Adapters
 from trainer.formats.weights import of_file
 from trainer.models import execution
@@ -167,7 +167,7 @@ def _scheduler(row: Row, model: Model) -> dict[str, Any]:
         return own
     beside = row.lora.parent / "scheduler/scheduler_config.json"
     if not beside.is_file():
-        return metadata.scheduler_with(row.lora, of_file(row.lora)[1], own)
+        return schedulers.with_lora(row.lora, of_file(row.lora)[1], own)
     try:
         return dict(json.loads(beside.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

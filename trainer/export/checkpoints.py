@@ -12,12 +12,12 @@ from trainer.config.method import rank_of
 from trainer.errors import UserError
 from trainer.export import extraction, loras, models
 from trainer.export.request import Request
-from trainer.formats import adapters, metadata, writing
+from trainer.formats import adapters, schedulers, writing
 from trainer.formats.hub import why_missing
 from trainer.formats.names import canonical
 from trainer.formats.weights import Weights, of_file
 from trainer.models.model import Model
-from trainer.objective import noise
+from trainer.objective.noise_schedule import scheduler_config
 from trainer.storage import checkpoint, result
 
 log = logging.getLogger(__name__)
@@ -102,18 +102,18 @@ def _saved(folder: Path) -> _Saved:
 def _export_lora(saved: _Saved, request: Request) -> None:
     base = loras.base_model(saved.model.path, saved.model.variant, request.merge)
     own = base.config("scheduler")
-    trained = noise.scheduler_config(saved.noise, own)
+    trained = scheduler_config(saved.noise, own)
     if not request.merge:  # a merged model has its own scheduler
         _warn_of_noise(trained, own)
     held = _adapters_of(saved.parts, saved.method)
-    told = saved.metadata | metadata.prediction(trained)
+    told = saved.metadata | schedulers.described_lora(trained)
     loras.write(saved.folder, request, "kohya", base, held, told)
 
 
 def _export_model(saved: _Saved, request: Request) -> None:
     model = _original(saved)
     base = model.origin
-    scheduler = noise.scheduler_config(saved.noise, model.scheduler)
+    scheduler = scheduler_config(saved.noise, model.scheduler)
     tuned = {
         part: base.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
         for part, weights in saved.parts.items()
@@ -141,7 +141,7 @@ def _original(saved: _Saved) -> Model:
 
 def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
     """Warn if a LoRA was trained with another noise schedule than its model's."""
-    if metadata.noise(trained) != metadata.noise(own):
+    if schedulers.noise(trained) != schedulers.noise(own):
         log.warning(
             "the adapter needs another noise schedule than the model's: load it with the scheduler "
             "in the run's lora/scheduler"

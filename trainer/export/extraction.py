@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.export import loras, models
 from trainer.export.kept import Kept
 from trainer.export.request import Request
-from trainer.formats import adapters, architectures, lora, low_rank, metadata, stream
+from trainer.formats import adapters, architectures, lora, low_rank, schedulers, stream
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
 from trainer.models.origin import Origin
@@ -93,7 +93,7 @@ def write(
     log.info("%s - %s -> %s (a LoRA in %s format)", source, base, request.target, form)
     seen = _Seen(kept=Kept())
     held = _extracted(source, base, pairs, rank, request.dtype, seen)
-    told = described | metadata.prediction(scheduler)
+    told = described | schedulers.described_lora(scheduler)
     lora.save_lora(request.target, form, loras.empty(base), base.kind, None, told, adapters=held)
     _tell_what_is_missing(base, parts, scheduler)
     _report(request.target, held, rank, seen)
@@ -201,7 +201,7 @@ def _tell_what_is_missing(
     base: Origin, parts: Mapping[str, Weights], scheduler: dict[str, Any]
 ) -> None:
     """Say what else differs: the noise schedule, and the VAE."""
-    if metadata.noise(scheduler) != metadata.noise(base.config("scheduler")):
+    if schedulers.noise(scheduler) != schedulers.noise(base.config("scheduler")):
         log.warning(
             "the LoRA needs another noise schedule than %s has: load it with the scheduler of the "
             "fine-tuned model (--merge into this base sets it if the LoRA predicts v)",

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.export import models
 from trainer.export.request import Request
-from trainer.formats import metadata, stream, writing
+from trainer.formats import schedulers, stream, writing
 from trainer.formats.adapters import Adapter, Adapters
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
@@ -57,7 +57,7 @@ def write(
         for part, adapters in held.items()
     }
     names = ", ".join(_name(path) for path in (str(request.base), str(source)))
-    scheduler = metadata.scheduler_with(source, described, base.config("scheduler"))
+    scheduler = schedulers.with_lora(source, described, base.config("scheduler"))
     models.write(request, base, parts, scheduler, {"modelspec.merged_from": names})
     count = sum(len(adapters) for adapters in held.values())
     message = "%s: with %s of %s merged, scale %g (rounding changes %.1e of what is added)"

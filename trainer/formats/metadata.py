@@ -1,18 +1,15 @@
-"""Metadata of checkpoint and LoRA files: prediction type, terminal SNR, and the configurations of
-parts that are not the published ones."""
+"""Metadata of checkpoint and LoRA files: modelspec, kohya's keys, and the configurations of parts
+that are not the published ones."""
 
-import inspect
 import json
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from trainer.errors import UserError
-from trainer.formats import architectures, stream
+from trainer.formats import architectures, schedulers, stream
 from trainer.formats.adapters import Adapters, commonest
 
 log = logging.getLogger(__name__)
@@ -20,17 +17,7 @@ log = logging.getLogger(__name__)
 RESOLUTION = "modelspec.resolution"
 TRAINER = "trainer"  # JSON: how a run of this trainer made it
 CONFIGS = "low_memory_trainer.configs"  # JSON: part -> its configuration
-V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
 
-_NOISE = {  # the keys of a scheduler's configuration that define the noise, and their defaults
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-}
 _SPEC = {  # modelspec's architecture name, and the resolution it was trained at
     "sdxl": ("stable-diffusion-xl-v1-base", 1024),
     "sd15": ("stable-diffusion-v1", 512),
@@ -38,69 +25,6 @@ _SPEC = {  # modelspec's architecture name, and the resolution it was trained at
 # LyCORIS's arguments for DoRA with one scale per row of the weight.
 _DORA = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
 BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
-
-
-def noise(scheduler: dict[str, Any]) -> dict[str, Any]:
-    """The part of a scheduler's configuration that defines the noise a model is trained on."""
-    return {key: scheduler.get(key, default) for key, default in _NOISE.items()}
-
-
-def marks(scheduler: dict[str, Any]) -> list[str]:
-    """The empty tensors that mark a single file's prediction type and terminal SNR."""
-    of = noise(scheduler)
-    if of["prediction_type"] != "v_prediction":
-        return []
-    return [V_PRED, ZTSNR] if of["rescale_betas_zero_snr"] else [V_PRED]
-
-
-def marked_scheduler(
-    scheduler: dict[str, Any], names: Container[str], metadata: dict[str, str]
-) -> dict[str, Any]:
-    """`scheduler` with the changes that a file's marks imply.
-
-    `v_pred` and `ztsnr` are empty tensors; `modelspec.prediction_type` is `epsilon` or `v`.
-    """
-    kind = metadata.get("modelspec.prediction_type", "")
-    if V_PRED not in names and not kind.startswith("v"):
-        return scheduler
-    marked = scheduler | {"prediction_type": "v_prediction"}
-    return marked | zero_snr(scheduler) if ZTSNR in names else marked
-
-
-def scheduler_with(lora: Path, described: Mapping[str, str], own: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler of a model with a LoRA: the model's `own`, changed to the noise that the LoRA
-    was trained with if its metadata, `described`, says that it predicts v."""
-    says = described.get("ss_v_parameterization", described.get("modelspec.prediction_type"))
-    if says is None:
-        return own
-    if says not in ("True", "v"):
-        if noise(own)["prediction_type"] == "v_prediction":
-            log.warning(
-                "%s was trained to predict noise, and its model predicts v; the model's scheduler "
-                "is used",
-                lora,
-            )
-        return own
-    is_zero = described.get("ss_zero_terminal_snr") == "True"
-    changed = marked_scheduler(own, [V_PRED, ZTSNR] if is_zero else [V_PRED], {})
-    if noise(changed) == noise(own):
-        return own
-    log.info("%s: with the scheduler that the LoRA was trained with (v-prediction)", lora)
-    return changed
-
-
-def zero_snr(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes that give a scheduler's configuration zero terminal SNR (Lin et al. 2023,
-    arXiv 2305.08891): betas rescaled, sampling from the last timestep on ("trailing").
-
-    A class that cannot rescale, such as PNDM, becomes DDIM, which by default, unlike the others,
-    clips predicted latents to [-1, 1]; that is turned off.
-    """
-    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    options = inspect.signature(getattr(diffusers, scheduler["_class_name"])).parameters
-    if "rescale_betas_zero_snr" in options:
-        return changes
-    return changes | {"_class_name": "DDIMScheduler", "clip_sample": False}
 
 
 def stored_configs(metadata: dict[str, str], where: Path) -> dict[str, dict[str, Any]]:
@@ -133,9 +57,11 @@ def checkpoint(kind: str, configs: dict[str, dict[str, Any]], title: str) -> dic
         and not architectures.is_published(kind, part, settings)
     }
     published = architectures.config(kind, "scheduler")
-    marked = marked_scheduler(published, marks(configs["scheduler"]), {})
-    if other or noise(marked) != noise(configs["scheduler"]):
-        other["scheduler"] = configs["scheduler"]
+    own, told = configs["scheduler"], schedulers.described(configs["scheduler"])
+    marked = schedulers.marked(published, schedulers.marks(own), told)
+    is_said = schedulers.noise(marked) == schedulers.noise(own) and not schedulers.is_flow(own)
+    if other or not is_said:
+        other["scheduler"] = own
     key = "force_zeros_for_empty_prompt"
     if configs["index"].get(key, False) != architectures.config(kind, "index").get(key, False):
         other["index"] = architectures.config(kind, "index") | {
@@ -144,9 +70,7 @@ def checkpoint(kind: str, configs: dict[str, dict[str, Any]], title: str) -> dic
     unet_size = configs["unet"].get("sample_size") or 0
     levels = len(configs["vae"]["block_out_channels"]) - 1
     side = unet_size * 2**levels or _SPEC[kind][1]
-    is_v = noise(configs["scheduler"])["prediction_type"] == "v_prediction"
-    described = _modelspec(_SPEC[kind][0], title, side)
-    described["modelspec.prediction_type"] = "v" if is_v else "epsilon"
+    described = _modelspec(_SPEC[kind][0], title, side) | told
     return described | ({CONFIGS: json.dumps(other)} if other else {})
 
 
@@ -159,18 +83,6 @@ def _modelspec(architecture: str, title: str, side: int) -> dict[str, str]:
         RESOLUTION: f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         stream.HASH: "",
-    }
-
-
-def prediction(scheduler: dict[str, Any]) -> dict[str, str]:
-    """A LoRA's metadata on the noise it was trained with, which whoever loads it must set: the keys
-    of modelspec and of kohya's scripts."""
-    of = noise(scheduler)
-    is_v = of["prediction_type"] == "v_prediction"
-    return {
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
-        "ss_v_parameterization": str(is_v),
-        "ss_zero_terminal_snr": str(bool(of["rescale_betas_zero_snr"])),
     }
 
 

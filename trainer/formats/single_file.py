@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.formats import architectures, kinds, metadata, names
+from trainer.formats import architectures, kinds, metadata, names, schedulers
 from trainer.formats.weights import Weights, of_file
 
 _OF_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -28,7 +28,7 @@ class SingleFile:
         """A part's configuration; the scheduler's includes the changes of the file's marks."""
         config = self._configs.get(part) or architectures.config(self.kind, part)
         if part == "scheduler":
-            return metadata.marked_scheduler(config, self.all, self.metadata)
+            return schedulers.marked(config, self.all, self.metadata)
         return config
 
     def weights(self, part: str) -> Weights:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trainer.errors import UserError
-from trainer.formats import architectures, metadata, names, proof, stream
+from trainer.formats import architectures, metadata, names, proof, schedulers, stream
 from trainer.formats.folder import find_weights, weights_name
 from trainer.formats.single_file import SingleFile
 from trainer.formats.weights import Weights, of_module, of_tensors
@@ -107,7 +107,7 @@ def save_single_file(
         single |= renamed
         dtypes |= _dtypes(part, renamed, dtype)
     single |= origin.unused()
-    single |= of_tensors({name: torch.zeros(0) for name in metadata.marks(scheduler)})
+    single |= of_tensors({name: torch.zeros(0) for name in schedulers.marks(scheduler)})
     configs |= {"scheduler": scheduler, "index": origin.index}
     described = metadata.checkpoint(origin.kind, configs, target.stem) | dict(more_metadata or {})
     with disk.whole_file(target) as temporary:
@@ -117,7 +117,7 @@ def save_single_file(
             proof.same(written.weights(part), weights, _dtypes(part, weights, dtype), str(target))
             for part, weights in sources.items()
         )
-        if metadata.noise(written.config("scheduler")) != metadata.noise(scheduler):
+        if schedulers.noise(written.config("scheduler")) != schedulers.noise(scheduler):
             raise proof.NotProved(f"{target}, read back: it has another noise schedule")
     log.info("%s: %d tensors read back, all equal", target, count)
     return target

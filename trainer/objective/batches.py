@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from trainer.config import NoiseConfig
 from trainer.models.execution import on_device
 from trainer.objective import noise
+from trainer.objective.noise_schedule import NoiseSchedule
 from trainer.streams import Stream
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -39,16 +40,17 @@ class Batch(Inputs):
     """The inputs and the target of one forward pass."""
 
     noisy: Tensor  # (B, 4, h, w)
-    target: Tensor  # (B, 4, h, w): the noise, or v
-    timesteps: Tensor  # (B,) int64
+    target: Tensor  # (B, 4, h, w): the noise, v, or the flow's velocity
+    timesteps: Tensor  # (B,) int64: from 0
+    time: Tensor  # (B,) int64: what the UNet is given for them
 
 
 def noised(
-    inputs: Inputs, noise_schedule: DDPMScheduler, config: NoiseConfig, seed: int, number: int
+    inputs: Inputs, noise_schedule: NoiseSchedule, config: NoiseConfig, seed: int, number: int
 ) -> Batch:
     """Training batch `number`: these inputs with its noise and timesteps."""
     size, like = len(inputs.latents), inputs.latents[0]
-    steps = noise.timesteps(config, noise_schedule.config.num_train_timesteps, seed, number, size)
+    steps = noise.timesteps(config, noise_schedule.count, seed, number, size)
     drawn = [noise.draw(config, like, seed, number, place) for place in range(size)]
     seen = [noise.perturbed(config, x, seed, number, place) for place, x in enumerate(drawn)]
     return _batch(inputs, noise_schedule, steps, torch.stack(drawn), torch.stack(seen))
@@ -57,7 +59,7 @@ def noised(
 def eval_batches(
     rows: Sequence[int],
     gather: Callable[[list[int]], Inputs],
-    noise_schedule: DDPMScheduler,
+    noise_schedule: NoiseSchedule,
     points: int,
     batch_size: int,
     size_of: Callable[[int], object] = lambda row: None,
@@ -70,7 +72,7 @@ def eval_batches(
     spaced.  Timesteps follow the golden-ratio sequence, which covers the schedule evenly for any
     number of points and does not fall into step with the rows.
     """
-    count = noise_schedule.config.num_train_timesteps
+    count = noise_schedule.count
     by_size: dict[object, list[int]] = {}  # the points' numbers
     few = len(rows) <= points
     row_of = [rows[p % len(rows) if few else p * len(rows) // points] for p in range(points)]
@@ -106,23 +108,23 @@ def predict(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
         }
     return unet(
         on_device(batch.noisy.to(dtype), device),
-        on_device(batch.timesteps, device),
+        on_device(batch.time, device),
         encoder_hidden_states=on_device(batch.prompt.to(dtype), device),
         added_cond_kwargs=added,
     ).sample.float()
 
 
 def _batch(
-    inputs: Inputs, noise_schedule: DDPMScheduler, timesteps: Tensor, noise: Tensor, seen: Tensor
+    inputs: Inputs, noise_schedule: NoiseSchedule, timesteps: Tensor, noise: Tensor, seen: Tensor
 ) -> Batch:
     """`seen` is the noise of the input, `noise` that of the target: both (B, 4, h, w)."""
     latents = inputs.latents.float()
-    predicts_v = noise_schedule.config.prediction_type == "v_prediction"
     return Batch(
         **vars(inputs),
-        noisy=noise_schedule.add_noise(latents, seen, timesteps),
-        target=noise_schedule.get_velocity(latents, noise, timesteps) if predicts_v else noise,
+        noisy=noise_schedule.noisy(latents, seen, timesteps),
+        target=noise_schedule.target(latents, noise, timesteps),
         timesteps=timesteps,
+        time=noise_schedule.time(timesteps),
     )
 
 

@@ -20,19 +20,20 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from trainer.config import HuberConfig, LossConfig
+from trainer.formats.schedulers import EPSILON
 from trainer.models.execution import on_device
-from trainer.objective import noise
 from trainer.objective.batches import Batch, predict
+from trainer.objective.noise_schedule import NoiseSchedule
 
 _PARTS = 4  # of the timestep range, reported separately by evaluation
 
 
 def loss(
-    config: LossConfig, noise_schedule: DDPMScheduler, prediction: Tensor, batch: Batch
+    config: LossConfig, noise_schedule: NoiseSchedule, prediction: Tensor, batch: Batch
 ) -> Tensor:
     """The mean over all elements of the configured distance times its factor: prediction fp32
     (B, 4, h, w) -> 0-d."""
@@ -54,7 +55,7 @@ def squared_error(prediction: Tensor, batch: Batch) -> Tensor:
     return F.mse_loss(prediction, on_device(batch.target, prediction.device))
 
 
-def factor(config: LossConfig, noise_schedule: DDPMScheduler, batch: Batch) -> Tensor | None:
+def factor(config: LossConfig, noise_schedule: NoiseSchedule, batch: Batch) -> Tensor | None:
     """The factor of each element: -> fp32, broadcastable to (B, 4, h, w); None for 1."""
     factors = []
     if batch.loss_weights is not None:
@@ -70,29 +71,29 @@ def factor(config: LossConfig, noise_schedule: DDPMScheduler, batch: Batch) -> T
 
 
 def timestep_weights(
-    config: LossConfig, noise_schedule: DDPMScheduler, timesteps: Tensor
+    config: LossConfig, noise_schedule: NoiseSchedule, timesteps: Tensor
 ) -> Tensor:
     """The weight of each sample's squared error by its timestep's SNR: int64 (B,) -> fp32 (B,).
 
-    The papers weight the error of the noise e; the error of v is (SNR + 1) / SNR times that of e
-    (Salimans & Ho 2022, arXiv 2202.00512, app. D), so its weight is the same times SNR / (SNR + 1).
+    The papers weight the squared error of the noise e.  With x_t = a x + s e, that of v or of a
+    flow is 1 / a^2 times as large (for v: Salimans & Ho 2022, arXiv 2202.00512, app. D), so its
+    weight is the same times a^2 = s^2 SNR.
 
-        min_snr   e: min(SNR, gamma) / SNR    v: min(SNR, gamma) / (SNR + 1)
-        debiased  e: 1 / sqrt(SNR)            v: sqrt(SNR) / (SNR + 1)
+        min_snr   e: min(SNR, gamma) / SNR    v, flow: s^2 min(SNR, gamma)
+        debiased  e: 1 / sqrt(SNR)            v, flow: s^2 sqrt(SNR)
 
     Hang et al. 2023 (arXiv 2303.09556); Yu et al. 2023 (arXiv 2310.08442).  At zero
-    terminal SNR, which only v-prediction has, both are 0.
+    terminal SNR, which epsilon prediction cannot have, both are 0.
     """
-    ratio = noise.snr(noise_schedule, timesteps)
-    if noise_schedule.config.prediction_type == "v_prediction":
-        wanted = ratio.clamp(max=config.gamma) if config.weighting == "min_snr" else ratio.sqrt()
-        return wanted / (ratio + 1)
-    if config.weighting == "min_snr":
-        return (config.gamma / ratio).clamp(max=1)
-    return ratio.rsqrt()
+    ratio = noise_schedule.snr(timesteps)
+    if noise_schedule.prediction == EPSILON:
+        is_min = config.weighting == "min_snr"
+        return (config.gamma / ratio).clamp(max=1) if is_min else ratio.rsqrt()
+    wanted = ratio.clamp(max=config.gamma) if config.weighting == "min_snr" else ratio.sqrt()
+    return noise_schedule.sigma[timesteps].square() * wanted
 
 
-def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: Tensor) -> Tensor:
+def huber_deltas(config: HuberConfig, noise_schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     """The error above which each sample's loss is linear: int64 (B,) -> fp32 (B,).
 
     Khrapov et al. 2024 (arXiv 2403.16728): from 1 without noise to `delta` at pure noise,
@@ -100,21 +101,21 @@ def huber_deltas(config: HuberConfig, noise_schedule: DDPMScheduler, timesteps: 
     (1 - delta) / (1 + sigma)^2 + delta.  They schedule the pseudo-Huber loss; here it is Huber's.
     """
     if config.schedule == "exponential":
-        return config.delta ** (timesteps.float() / noise_schedule.config.num_train_timesteps)
-    root = noise.snr(noise_schedule, timesteps).sqrt()  # 1 / sigma
+        return config.delta ** (timesteps.float() / noise_schedule.count)
+    root = noise_schedule.snr(timesteps).sqrt()  # 1 / sigma
     return (1 - config.delta) * (root / (root + 1)).square() + config.delta
 
 
 @torch.no_grad()
 def evaluate(
-    unet: UNet2DConditionModel, noise_schedule: DDPMScheduler, batches: Iterable[Batch]
+    unet: UNet2DConditionModel, noise_schedule: NoiseSchedule, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Mean squared error over fixed eval batches: {"loss": ..., "loss_t000_250": ..., ...}, over
     all elements and over those in each quarter of the timesteps that has any.
 
     Always the plain MSE, without weights and masks, so that runs with any loss can be compared.
     """
-    count = noise_schedule.config.num_train_timesteps
+    count = noise_schedule.count
     total, elements = 0.0, 0
     sums, sizes = [0.0] * _PARTS, [0] * _PARTS
     for batch in batches:
@@ -150,7 +151,7 @@ def _parts(count: int) -> list[str]:
 
 def _huber(
     config: HuberConfig,
-    noise_schedule: DDPMScheduler,
+    noise_schedule: NoiseSchedule,
     prediction: Tensor,
     target: Tensor,
     timesteps: Tensor,

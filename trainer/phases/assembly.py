@@ -14,7 +14,8 @@ from trainer.config import Config
 from trainer.drawing import prompts, sampling
 from trainer.models import execution, quantization
 from trainer.models.model import Model
-from trainer.objective import encoding, noise
+from trainer.objective import encoding
+from trainer.objective.noise_schedule import scheduler_config, training_schedule
 from trainer.phases.intervals import Intervals
 from trainer.phases.state import State
 from trainer.reporting.clock import Clock, OptimizerClock
@@ -49,7 +50,7 @@ def assemble(
     # Refuse what cannot work before hours of encoding.  A checkpoint already contains the adapter.
     start_from = None if resumed else getattr(config.method, "start_from", None)
     _check_model(config, model, start_from, overrides)
-    model.scheduler = noise.scheduler_config(config.noise, model.scheduler)
+    model.scheduler = scheduler_config(config.noise, model.scheduler)
     planned = planner.announce(config, model, device)
     # The text encoders and the VAE are gone before the UNet is loaded: one part at a time.
     encoded = _encoded(config, model, dataset, stop)
@@ -62,7 +63,7 @@ def assemble(
         config=config,
         folder=folder,
         model=model,
-        noise_schedule=noise.training_schedule(model.scheduler, config.noise),
+        noise_schedule=training_schedule(model.scheduler, config.noise),
         data=encoded,
         fingerprint=fingerprint,
         base=base,

@@ -50,7 +50,7 @@ def error_before(state: State, drawn: list[MicroBatch]) -> float:
     config = state.config
     if not state.losses_are_relative:
         return math.nan
-    count = state.noise_schedule.config.num_train_timesteps
+    count = state.noise_schedule.count
     return noise.unforeseen(config.noise) + sum(
         batch.share
         * losses.at_timesteps(

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler
 
 from trainer.config import Config
 from trainer.drawing import sampling
 from trainer.models.model import Model
 from trainer.objective import encoding, losses
+from trainer.objective.noise_schedule import NoiseSchedule
 from trainer.phases.intervals import Intervals
 from trainer.reporting import watch
 from trainer.reporting.clock import Clock, OptimizerClock
@@ -40,7 +40,7 @@ class State:
     config: Config
     folder: Path
     model: Model
-    noise_schedule: DDPMScheduler
+    noise_schedule: NoiseSchedule
     data: encoding.Encoded
     fingerprint: str  # of the data
     base: str  # fingerprint of the model that training began with

@@ -236,6 +236,7 @@ def _batch(config: Config, model: Model, latents: Tensor) -> batches.Batch:
         noisy=latents,
         target=latents,
         timesteps=torch.zeros(rows, dtype=torch.int64),
+        time=torch.zeros(rows, dtype=torch.int64),
         prompt=prompt,
         pooled=pooled,
         time_ids=torch.empty(rows, 6) if pooled is not None else None,

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config import DTYPES, Config, FullConfig, LoraConfig
 from trainer.errors import UserError
-from trainer.formats import diffusers_lora, lora, metadata, thumbnail, writing
+from trainer.formats import diffusers_lora, lora, metadata, schedulers, thumbnail, writing
 from trainer.models.model import Model
 from trainer.system import disk
 
@@ -56,7 +56,7 @@ def write(
     for kind in method.export:
         if isinstance(method, LoraConfig):
             target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
-            told = more_metadata | metadata.prediction(model.scheduler)
+            told = more_metadata | schedulers.described_lora(model.scheduler)
             lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
