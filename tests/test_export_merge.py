@@ -176,24 +176,38 @@ def test_a_merged_file_says_what_it_was_merged_from(tmp_path, capsys, caplog):
     assert described["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
 
 
+FLOW = {"modelspec.prediction_type": "flow", "ss_v_parameterization": "False"}
+
+
 @pytest.mark.parametrize(
-    ("told", "is_v", "is_zero"),
+    ("told", "expected"),
     [
-        ({}, False, False),
-        ({"ss_v_parameterization": "False"}, False, False),
-        ({"ss_v_parameterization": "True"}, True, False),
-        ({"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}, True, True),
+        ({}, {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}),
+        ({"ss_v_parameterization": "False"}, {"prediction_type": "epsilon"}),
+        (
+            {"ss_v_parameterization": "True"},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False},
+        ),
+        (
+            {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        ),
+        (FLOW, {"use_flow_sigmas": True, "flow_shift": 1.0}),
+        (
+            FLOW | {"ss_discrete_flow_shift": "2.5"},
+            {"prediction_type": "flow_prediction", "flow_shift": 2.5},
+        ),
     ],
+    ids=["unsaid", "epsilon", "v", "zero", "flow", "shifted"],
 )
-def test_a_merged_model_has_the_noise_schedule_of_a_lora_for_v_prediction(
-    told, is_v, is_zero, sd15_folder, tmp_path, capsys
+def test_a_merged_model_has_the_noise_schedule_that_its_lora_was_trained_with(
+    told, expected, sd15_folder, tmp_path, capsys
 ):
     models = trained(sd15_folder, ["unet"])
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sd15", more_metadata=told)
     assert run_export(capsys, path, tmp_path / "m", "--base", sd15_folder, "--merge")[0] == 0
     found = origin.at(str(tmp_path / "m")).config("scheduler")
-    assert (found["prediction_type"] == "v_prediction") == is_v
-    assert found["rescale_betas_zero_snr"] == is_zero
+    assert {key: found[key] for key in expected} == expected
 
 
 def test_a_lora_that_predicts_noise_leaves_a_v_models_scheduler_with_a_warning(

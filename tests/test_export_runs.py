@@ -184,16 +184,19 @@ def test_a_runs_lora_says_its_resolution_and_nothing_private(quick, tmp_path, ca
 def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
     quick, tmp_path, capsys, caplog
 ):
-    changes = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
-    for name, options, times in (("own", (), 0), ("other", changes, 1)):
+    epsilon = ("noise.prediction=epsilon", "noise.zero_terminal_snr=false")
+    flow = ("noise=flow_matching",)
+    for name, options, times in (("own", (), 0), ("other", epsilon, 1), ("flow", flow, 2)):
         folder = quick(name, "method=lora", *options, *ONE_STEP)
         target = tmp_path / f"{name}.safetensors"
         assert run_export(capsys, folder / "checkpoints/step-000001", target)[0] == 0
         assert caplog.text.count("needs another noise schedule than the model's") == times
         for path in (target, folder / "lora/adafactor8bit-lora.safetensors"):
             told = safe_open(path, "pt").metadata()
-            kind, is_v = ("epsilon", "False") if options else ("v", "True")
+            kind = {(): "v", epsilon: "epsilon", flow: "flow"}[options]
+            is_v = str(options == ())
             assert told["modelspec.prediction_type"] == kind
+            assert told.get("ss_discrete_flow_shift") == ("3.0" if options == flow else None)
             assert (told["ss_v_parameterization"], told["ss_zero_terminal_snr"]) == (is_v, is_v)
 
 

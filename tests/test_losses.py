@@ -117,7 +117,7 @@ def test_epsilon_and_v_have_the_same_weighted_loss_of_the_same_error(
 
 
 def test_weights_of_a_flow_are_those_of_the_same_error_of_the_picture(value, batch, prediction):
-    """The error of x is sigma times that of e - x, and min-SNR weights its square by min(SNR, 5)."""
+    """The error of x is sigma times that of e - x; min-SNR weights its square by min(SNR, 5)."""
     sigma = (batch.timesteps + 1) / 1000
     ratio = ((1 - sigma) / sigma).square()
     squares = (prediction - batch.target).square().mean(dim=(1, 2, 3))

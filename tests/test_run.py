@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from PIL import Image
 
@@ -84,29 +84,41 @@ def test_metrics_have_the_promised_keys_and_start_with_an_eval(finished):
     assert written[-1].keys() == written[0].keys()
 
 
+OTHERS = {  # prediction -> options, and what the scheduler is then
+    "epsilon": (
+        ["noise.prediction=epsilon", "noise.zero_terminal_snr=false"],
+        {"rescale_betas_zero_snr": False, "timestep_spacing": "trailing"},  # the model's own
+    ),
+    "flow_prediction": (["noise=flow_matching"], {"use_flow_sigmas": True, "flow_shift": 3.0}),
+}
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, method):
-    """The tiny model predicts v with zero terminal SNR; after training for epsilon its scheduler
-    says so, in the run's own samples and in the export."""
+@pytest.mark.parametrize("prediction", OTHERS)
+def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, method, prediction):
+    """The tiny model predicts v with zero terminal SNR; after training for something else its
+    scheduler says so, in the run's own samples and in the export."""
     from trainer.phases.assembly import assemble
     from trainer.run import finish, train
 
-    options = ["noise.prediction=epsilon", "noise.zero_terminal_snr=false", "loss=huber"]
+    options, expected = OTHERS[prediction]
     more = ["loss.weighting=min_snr", "noise.offset=0.05", "noise.timesteps=logit_normal"]
-    config = composed(*QUICK, *options, *more, "schedule=wsd", f"method={method}")
-    state = assemble(config, tmp_path, None)
-    assert state.noise_schedule.prediction == "epsilon"
-    assert state.model.sampling_schedule().config.prediction_type == "epsilon"
+    more += ["loss=huber", "schedule=wsd", f"method={method}"]
+    state = assemble(composed(*QUICK, *options, *more), tmp_path, None)
+    config = state.config
+    assert state.noise_schedule.prediction == prediction
+    assert state.model.sampling_schedule().config.prediction_type == prediction
     writer = metrics.Metrics(tmp_path, config, 0)
     train(state, writer)
     finish(state, writer)
     if method == "full":
         scheduler = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model").scheduler
     else:
-        scheduler = DDIMScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
-    assert scheduler.config.prediction_type == "epsilon"
-    assert not scheduler.config.rescale_betas_zero_snr
-    assert scheduler.config.timestep_spacing == "trailing"  # the model's own
+        cls = type(state.model.sampling_schedule())
+        scheduler = cls.from_pretrained(tmp_path / "lora", subfolder="scheduler")
+    found = dict(scheduler.config)
+    assert found["prediction_type"] == prediction
+    assert {key: found[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 16.0)])

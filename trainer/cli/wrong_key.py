@@ -17,6 +17,8 @@ _NAMES_ELSEWHERE = {
     "conv_dim": "method.ranks",
     "enable_bucket": "data.buckets",
     "flip_aug": "data.random_flip",
+    "flow_model": "noise=flow_matching",
+    "flow_uniform_static_ratio": "noise.timestep_shift",
     "fp8_base": "model.quantization",
     "full_bf16": "model.dtype",
     "fused_backward_pass": "runtime.fused_backward",

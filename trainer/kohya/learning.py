@@ -129,6 +129,21 @@ def objective(given: Given, made: Translation) -> None:
     if (gamma := given.take_on("min_snr_gamma")) is not None:
         made.set("loss.weighting", "min_snr")
         made.set("loss.gamma", gamma)
+    if given.take("flow_model"):
+        _flow(given, made)
     discount = given.take("multires_noise_discount", 0.3)
     if given.take_on("multires_noise_iterations") is not None:
         made.set("noise.pyramid", discount)
+
+
+def _flow(given: Given, made: Translation) -> None:
+    """Flow matching for SDXL, which forks of the scripts have (67372a/sd-scripts, pull request
+    223)."""
+    made.choose("noise=flow_matching")
+    drawn = str(given.take("flow_timestep_distribution", "logit_normal"))
+    mean, std = given.take("flow_logit_mean", 0.0), given.take("flow_logit_std", 1.0)
+    made.set("noise.timesteps", drawn)
+    if drawn == "logit_normal":
+        made.set("noise.logit_mean", mean)
+        made.set("noise.logit_std", std)
+    made.set("noise.timestep_shift", given.take_on("flow_uniform_static_ratio") or 1.0)

@@ -26,6 +26,7 @@ _QUIET = {
     *("console_log_simple", "epoch", "sdxl", "wandb_run_name"),
     *("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "async_upload"),
     *("huggingface_repo_visibility", "save_state_to_huggingface"),
+    *("flow_continuous_timesteps", "flow_uniform_base_pixels", "cfm_lambda"),
 }
 _WHY = {
     **dict.fromkeys(("color_aug", "random_crop", "face_crop_aug_range"), _CACHED),
@@ -38,6 +39,8 @@ _WHY = {
     "v2": "give Stable Diffusion 2 as a diffusers folder",
     "dataset_class": "data is read from folders, archives and tables",
     "skip_image_resolution": "python -m trainer.doctor names small pictures",
+    **dict.fromkeys(("flow_use_ot", "contrastive_flow_matching"), "a plain flow is trained here"),
+    "flow_uniform_shift": "the same shift for every size: noise.timestep_shift",
     "block_lr": "'method.rules=[{pattern: down_blocks.0, lr_scale: 0.5}]'",
     "deepspeed": "the step is fused here, so that nothing needs to be moved (docs/optimizers)",
     "fused_optimizer_groups": "set runtime.fused_backward=true, which takes every optimizer",
