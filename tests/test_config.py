@@ -166,6 +166,7 @@ MISTAKES = [
     (["resume=latest"], ["resume=latest", "no checkpoint"]),
     (["-m", "optim=adamw,lion", "--cfg", "job"], ["Only one of --run, --multirun", "--cfg"]),
     (["seed=0,1"], ["seed=0,1: to sweep over these values, add -m; the option takes one"]),
+    (["log.prompts=a cat, red"], ["as a list, 'log.prompts=[a cat, red]'"]),
     (["optim.lr=1e-4,1e-3"], ["to sweep over these values, add -m; the option takes one"]),
     (["optim=adamw", "optim.betas=0.9,0.99"], ["add -m; as a list, 'optim.betas=[0.9,0.99]'"]),
     (["method=lora", "method.targets=to_q,to_v"], ["as a list, 'method.targets=[to_q,to_v]'"]),
@@ -209,7 +210,14 @@ MISTAKES = [
     (["optim.lr=${nope}"], ["optim.lr: interpolation key 'nope' not found"]),
     (["log.prompts=a", "cat"], ["cat is not an option", "write 'log.prompts=a cat'"]),
     (["sdxl", "optim=lion"], ["sdxl is not an option", "key=value"]),
-    (["hydra.run.dir=/proc/a"], ["/proc/a: No such file or directory; name another folder"]),
+    (
+        ["hydra.run.dir=/proc/a"],
+        ["/proc/a: No such file or directory; name another folder with hydra.run.dir=..."],
+    ),
+    (
+        ["-m", "seed=0,1", "hydra.sweep.dir=/proc/a"],
+        ["/proc/a: No such file or directory; name another folder with hydra.sweep.dir=..."],
+    ),
     (["method.train=unet"], ["method.train is a list; write 'method.train=[unet]'"]),
     (["log.prompts='a cat'"], ["log.prompts is a list; write \"log.prompts=['a cat']\""]),
     (["train.steps=20"], ["did you mean 'schedule.steps'"]),

@@ -7,7 +7,7 @@ from contextlib import suppress
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from trainer.cli.choices import composition, options_of
+from trainer.cli.choices import composition, is_of_sweep, options_of
 from trainer.cli.explain import explain
 from trainer.config import group_names, key_of
 from trainer.errors import UserError
@@ -30,7 +30,7 @@ def prepared(arguments: list[str]) -> list[str]:
     _refuse_dashes(arguments)
     refuse_repeated(arguments)
     arguments = _flags_last(with_resumed(_at_home(arguments)))
-    if {"-m", "--multirun"} & {*arguments} or any(a.startswith("sweep=") for a in arguments):
+    if is_of_sweep(arguments):
         _refuse_shared_sweep()
         arguments = with_swept_groups(arguments)
     return arguments if processes.is_main() else _without_folder(arguments)

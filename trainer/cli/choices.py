@@ -63,6 +63,13 @@ def group_choices(overrides: list[str]) -> Iterator[list[str]]:
             yield [*first[:place], choice, *first[place + 1 :]]
 
 
+def is_of_sweep(arguments: list[str]) -> bool:
+    """Whether this command line starts a sweep."""
+    return bool({"-m", "--multirun"} & {*arguments}) or any(
+        argument.startswith("sweep=") for argument in arguments
+    )
+
+
 def parsable(arguments: list[str]) -> list[str]:
     """The arguments that are overrides and can be parsed, without flags."""
     good = []

@@ -15,7 +15,7 @@ from omegaconf import ListConfig, OmegaConf
 
 from optim.options import unknown
 from trainer import config
-from trainer.cli.choices import composition, group_choices, options_of, parsable
+from trainer.cli.choices import composition, group_choices, is_of_sweep, options_of, parsable
 from trainer.cli.wrong_key import explain_key
 from trainer.config import choices_of, group_names, key_of
 
@@ -42,7 +42,8 @@ _PLUGINS = {
 def explain(error: BaseException, arguments: list[str]) -> str:
     """One line for an error of composition: the key at fault, the nearest name, the remedy."""
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; name another folder with hydra.run.dir=..."
+        folder = "hydra.sweep.dir" if is_of_sweep(arguments) else "hydra.run.dir"
+        return f"{error.filename}: {error.strerror}; name another folder with {folder}=..."
     text = "\n".join(dict.fromkeys(str(e) for e in _chain(error)))
     with suppress(HydraException):  # users' own choices (--config-dir) are unknown here
         for pattern, answer in _ANSWERS:
@@ -82,7 +83,7 @@ def _several_values(match: re.Match[str], arguments: list[str]) -> str:
         quoted = _shell_quoted(f'{key}="{value}"')
         return f"{key}={value}: text with commas must be quoted twice: {quoted}"
     sweep = f"{key}={value}: to sweep over these values, add -m"
-    if isinstance(present, ListConfig) or key == "experiment":
+    if isinstance(present, ListConfig | list) or key == "experiment":  # list: interpolated
         return f"{sweep}; as a list, {_shell_quoted(f'{key}=[{value}]')}"
     if key == "data.resolution":  # elsewhere a width and a height
         sides = list(dict.fromkeys(value.split(",")))
