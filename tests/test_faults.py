@@ -74,11 +74,11 @@ def test_a_run_writes_the_checkpoint_anew_that_was_damaged(finished, composed):
 def save(tmp_path):
     """Save a small checkpoint of this step and keep the last two: save(4)."""
 
-    def make(step):
+    def make(step, optimizer=None):
         made = checkpoint.Checkpoint(
             step=step,
             weights={"w": torch.zeros(2)},
-            optimizer={},
+            optimizer=optimizer or {},
             average={},
             config={},
             overrides=[],
@@ -194,6 +194,19 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
     after = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     assert after == before
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_the_reason_why_an_optimizer_state_cannot_be_written_is_told(save, tmp_path):
+    """Real writes fail: torch's own error says "unexpected pos", and of a path nothing else."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not save .*step-000004: \[Errno 27\] File too"):
+            save(4, optimizer={"state": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

@@ -80,7 +80,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         return final  # a finished run that was resumed
     with disk.whole_folder(final) as temporary:
         stream.write(temporary / "weights.safetensors", of_tensors(checkpoint.weights), {})
-        torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+        with open(temporary / "optimizer.pt", "wb") as file:  # of a path it would hide the reason
+            torch.save(checkpoint.optimizer, file)
         if checkpoint.average:
             stream.write(temporary / _AVERAGE, of_tensors(checkpoint.average), {})
         files = (*_FILES, _AVERAGE) if checkpoint.average else _FILES

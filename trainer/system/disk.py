@@ -48,10 +48,8 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # before free space is measured
         if old.exists() and not final.exists():
             os.rename(old, final)
-        # shutil.Error holds (source, target, reason) of each file that could not be copied.
-        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise UserError(
-            f"could not save {final}: {reason} ({written / 1e6:.1f} MB written, "
+            f"could not save {final}: {_reason(error)} ({written / 1e6:.1f} MB written, "
             f"{_free_bytes(final.parent) / 1e6:.1f} MB free); earlier files are intact"
         ) from error
     finally:  # for any other exception, a second Ctrl-C included
@@ -76,7 +74,7 @@ def whole_file(final: Path) -> Iterator[Path]:
         if memory.ran_out(error):
             raise
         free = _free_bytes(final.parent) / 1e6
-        raise UserError(f"could not save {final}: {error} ({free:.1f} MB free)") from error
+        raise UserError(f"could not save {final}: {_reason(error)} ({free:.1f} MB free)") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -106,6 +104,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a file could not be written.  Of a full disk under its file, `torch.save` says only that
+    a position is unexpected, and keeps the OSError as the context."""
+    if isinstance(error, shutil.Error):  # (source, target, reason) of each file
+        return str(error.args[0][0][2])
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return str(error.__context__)
+    return str(error)
 
 
 def _flush(path: Path) -> None:
