@@ -45,6 +45,28 @@ def test_the_least_memory_and_time_are_told_with_those_of_the_best():
     )
 
 
+@pytest.mark.parametrize(
+    "of_b",
+    [
+        {"optimizer_seconds_per_step": 0.001},  # so the rest took twice the time
+        {"optimizer_seconds_per_step": 0.1, "device": "Y"},
+    ],
+    ids=["other load", "several devices"],
+)
+def test_no_optimizer_is_the_fastest_where_a_remark_says_that_speeds_are_not_comparable(of_b):
+    a = run("a", 1.0, device="X", optimizer_seconds_per_step=0.001)
+    b = run("b", 2.0, seconds_per_step=0.2, **{"device": "X"} | of_b)
+    assert said(a, b)["speed"] == "speed: not comparable, for the reason among the remarks"
+
+
+@pytest.mark.parametrize(("second", "shown"), [(2.0, ""), (1.01, "not ")])
+def test_a_single_other_is_told_without_counting(second, shown):
+    noise = (0.0, 0.02, -0.01)
+    runs = [run("a", 1.0 + x, seed) for seed, x in enumerate(noise)]
+    runs += [run("b", second - x, seed) for seed, x in enumerate(noise)]
+    assert said(*runs)["quality"].endswith(f"; the other is {shown}shown to be worse")
+
+
 def test_runs_that_failed_diverged_went_back_or_skipped_steps_are_counted_at_all_rates():
     lines = said(
         run("a", 1.0),

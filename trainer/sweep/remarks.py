@@ -45,8 +45,7 @@ def of_runs(comparison: Comparison) -> Iterator[str]:
             "rollbacks: how often a run went back to a checkpoint, after which its rate is half of "
             "what it was; lr is the one before the first"
         )
-    yield from _of_devices(runs)
-    yield from _of_speed(comparison)
+    yield from of_speed(comparison)
     yield from _of_steps(comparison)
     yield from _of_memory(runs)
     if any(run.get("loss_spikes") is not None for run in runs):
@@ -182,6 +181,12 @@ def _of_ties(groups: Sequence[Group]) -> Iterator[str]:
         )
 
 
+def of_speed(comparison: Comparison) -> Iterator[str]:
+    """Why speeds are not comparable; nothing if they are."""
+    yield from _of_devices(comparison.runs)
+    yield from _of_load(comparison)
+
+
 def _of_devices(runs: Sequence[Summary]) -> Iterator[str]:
     """Speed and memory come from several devices."""
     devices = Counter(run["device"] for run in runs if "device" in run)
@@ -195,7 +200,7 @@ def _estimates_curvature(run: Summary) -> bool:
     return run.get("config", {}).get("optim", {}).get("hessian_every") is not None
 
 
-def _of_speed(comparison: Comparison) -> Iterator[str]:
+def _of_load(comparison: Comparison) -> Iterator[str]:
     """Equal work took different times, so speeds are not comparable.  Checked first for the rest of
     a step, which does not depend on the optimizer, then between seeds."""
     for alike in comparison.equal_but_for("optim"):

@@ -8,7 +8,7 @@ from statistics import mean
 
 from trainer.reporting.measure import ended_well
 from trainer.reporting.report import format_bytes
-from trainer.sweep import markdown, paired
+from trainer.sweep import markdown, paired, remarks
 from trainer.sweep.runs import Comparison, Group
 from trainer.wording import plural
 
@@ -26,7 +26,8 @@ def of_runs(comparison: Comparison) -> list[str]:
     good = [group for group in best if group.good]
     if len(good) < 2:
         return []
-    lines = [_of_loss(comparison, good), _of_memory(good), _of_speed(good), _of_stability(tried)]
+    speed = _of_speed(comparison, good)
+    lines = [_of_loss(comparison, good), _of_memory(good), speed, _of_stability(tried)]
     return [line for line in lines if line]
 
 
@@ -44,6 +45,8 @@ def _of_loss(comparison: Comparison, good: Sequence[Group]) -> str:
         return line
     worse = [g for g, ratio in known if ratio.shows_one]
     equal = [f"`{g.name}`" for g, ratio in known if not ratio.shows_one]
+    if len(good) == 2:
+        return line + f"; the other is {'' if worse else 'not '}shown to be worse"
     line += f"; {len(worse)} of {len(good) - 1} others are shown to be worse"
     return line + (f", not so {markdown.first(equal, _NAMED)}" if equal else "")
 
@@ -55,11 +58,13 @@ def _of_memory(good: Sequence[Group]) -> str:
     return _least(title, good, "optimizer_state_bytes", lambda count: format_bytes(round(count)))
 
 
-def _of_speed(good: Sequence[Group]) -> str:
+def _of_speed(comparison: Comparison, good: Sequence[Group]) -> str:
     key = "seconds_per_step"
     values = [value for group in good if (value := _mean(group, key)) is not None]
     if len(values) < len(good):
         return ""
+    if any(remarks.of_speed(comparison)):
+        return "speed: not comparable, for the reason among the remarks"
     if max(values) < _ALIKE * min(values):
         return f"speed: alike, {min(values):.3f} to {max(values):.3f} s/step"
     return _least("speed: the fastest step is", good, key, lambda x: f"{x:.3f} s")
