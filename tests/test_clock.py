@@ -12,6 +12,7 @@ import torch
 from helpers import QUICK, deterministic, rows
 
 from trainer.data.plan import Plan
+from trainer.reporting import report
 from trainer.reporting.clock import Clock
 from trainer.reporting.report import closing_lines
 from trainer.run import run
@@ -135,6 +136,14 @@ def test_what_a_run_has_counted_goes_on_when_it_is_resumed(finished, composed, m
     assert summary["peak_training_bytes"] == summary["peak_memory_bytes"] == peak
     assert summary["wall_seconds"] > 1e6
     assert summary["pictures"] == 24
+
+
+def test_a_run_that_becomes_longer_has_the_time_of_its_former_end(finished, composed):
+    """A checkpoint's clock stops before the evaluation, the export and the drawing after it."""
+    folder = finished("run", "schedule=constant")
+    report.write_summary(folder, summary_of(folder) | {"wall_seconds": 1e6})
+    run(composed(*QUICK, "schedule=constant", *LONGER, f"resume={folder}"), folder)
+    assert summary_of(folder)["wall_seconds"] > 1e6
 
 
 def test_peaks_of_earlier_sessions_count():

@@ -77,6 +77,9 @@ def begin(
     retry.reset()
     torch.set_num_threads(config.runtime.threads or _THREADS)
     resumed = resuming.to_resume(config, keys_of(overrides))
+    if resumed:  # whose session may have gone on to evaluate, export and draw
+        clock, ended = resumed.counters["clock"], report.costs_of(folder, resumed.step)
+        clock["wall_seconds"] = max(clock["wall_seconds"], ended.get("wall_seconds", 0.0))
     with (
         memory.explained(config),
         processes.main_first(config.data.cache is not None),
