@@ -195,9 +195,14 @@ def test_a_latent_that_is_not_finite_is_named_and_not_kept(load, cache):
     assert vae.encoded == 3 + 2
 
 
-def test_a_signal_ends_the_encoding_and_keeps_what_there_is(load, cache):
+@pytest.mark.parametrize(
+    ("is_cached", "told"),
+    [(True, "1 of 4 are kept in {cache}"), (False, "nothing is kept; data.cache=... would keep")],
+)
+def test_a_signal_ends_the_encoding_and_what_is_kept_is_told(load, cache, is_cached, told, caplog):
+    caplog.set_level("INFO")
     vae, stop = Vae(), []
-    store = Store(str(cache), "float32")
+    store = Store(str(cache) if is_cached else None, "float32")
 
     def encode(pixels):
         stop.append(signal.SIGTERM)
@@ -206,7 +211,9 @@ def test_a_signal_ends_the_encoding_and_keeps_what_there_is(load, cache):
     with pytest.raises(SystemExit) as leaving:
         store.latents(load().samples, "vae", lambda: encode, stop)
     assert leaving.value.code == 128 + signal.SIGTERM
-    assert len(entries(cache)) == vae.encoded == 1
+    assert vae.encoded == 1
+    assert len(entries(cache)) == is_cached
+    assert f"stopped while encoding pictures: {told.format(cache=cache)}" in caplog.text
 
 
 def test_a_full_disk_is_named_with_the_remedy_and_leaves_no_litter(load, cache, monkeypatch):

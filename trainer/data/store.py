@@ -74,7 +74,7 @@ class Store:
             encode = make_encoder()
             with ahead(_read(Sample.read_pixels), missing.values()) as reads:
                 pairs = zip(missing.items(), reads, strict=True)
-                for (key, sample), pixels in _progress(pairs, len(missing), stop):
+                for (key, sample), pixels in self._progress(pairs, len(missing), stop):
                     entry = {"latent": encode(pixels)}
                     if not is_finite(entry):
                         raise UserError(
@@ -102,7 +102,7 @@ class Store:
         entries, missing = self._looked_up("masks", keys, lambda i, entry: is_mask(entry, sizes[i]))
         with ahead(_read(Sample.read_mask), [samples[i] for i in missing.values()]) as reads:
             pairs = zip(missing.items(), reads, strict=True)
-            for (key, i), mask in _progress(pairs, len(missing), stop, "reading masks"):
+            for (key, i), mask in self._progress(pairs, len(missing), stop, "reading masks"):
                 averaged = F.adaptive_avg_pool2d(mask, sizes[i])
                 self._put(entries, key, {"mask": averaged}, len(missing))
         return entries
@@ -123,7 +123,7 @@ class Store:
             chunks = [
                 keys[i : i + CAPTIONS_AT_A_TIME] for i in range(0, len(keys), CAPTIONS_AT_A_TIME)
             ]
-            for chunk in _progress(chunks, len(keys), stop, "encoding captions", len):
+            for chunk in self._progress(chunks, len(keys), stop, "encoding captions", len):
                 for key, entry in zip(chunk, encode([missing[key] for key in chunk]), strict=True):
                     if not is_finite(entry):
                         raise UserError(
@@ -207,6 +207,26 @@ class Store:
         except (OSError, SafetensorError) as error:
             raise self._unwritable(path, error) from error
 
+    def _progress(
+        self,
+        things: Iterable[Thing],
+        total: int,
+        stop: Sequence[int],
+        what: str = "encoding pictures",
+        entries_of: Callable[[Thing], int] = lambda thing: 1,
+    ) -> Iterator[Thing]:
+        """Yield the things and report progress out of `total` entries.  Ends the process once
+        `stop` holds a signal; entries encoded so far stay in the cache, if there is one."""
+        done = 0
+        with console.Aside(what, total, "entries") as aside:
+            for thing in things:
+                kept = f"{done} of {total} are kept in {self.folder}"
+                lost = "nothing is kept; data.cache=... would keep what is done"
+                signals.end_if(stop, f"{what}: {kept if self.folder else lost}")
+                yield thing
+                done += entries_of(thing)
+                aside.advance(entries_of(thing))
+
     def _unwritable(self, path: Path, error: Exception) -> UserError:
         return UserError(
             f"data.cache={self.folder}: {path} cannot be written: {error}; free some space there, "
@@ -243,19 +263,3 @@ def _read(of: Callable[[Sample], Tensor]) -> Callable[[Sample], Tensor]:
             ) from error
 
     return read
-
-
-def _progress(
-    things: Iterable[Thing],
-    total: int,
-    stop: Sequence[int],
-    what: str = "encoding pictures",
-    entries_of: Callable[[Thing], int] = lambda thing: 1,
-) -> Iterator[Thing]:
-    """Yield the things and report progress out of `total` entries.  Ends the process once `stop`
-    holds a signal; entries encoded so far stay in the cache, if there is one."""
-    with console.Aside(what, total, "entries") as aside:
-        for thing in things:
-            signals.end_if(stop, what)
-            yield thing
-            aside.advance(entries_of(thing))
