@@ -127,11 +127,18 @@ def test_every_problem_is_counted_and_named(examine, pictures, folder):
         "1 pictures are byte-for-byte duplicates": "red.png = ",
         "1 pictures are smaller than their bucket": "small.png: 40 x 40",
         "1 pictures have more than one frame": "moving.gif",
-        "1 captions are truncated at 75 tokens": "tokens: word word",
+        "1 captions are truncated at 75 tokens": "green.png: 100 tokens: word word",
     }.items():
         assert f"PROBLEM: {problem}" in out
         assert name in out.split(problem)[1].splitlines()[1]
     assert out.splitlines()[-1] == "8 kinds of problems"
+
+
+def test_a_link_to_nothing_is_called_so(examine, pictures, folder):
+    (pictures / "gone.png").symlink_to("nowhere.png")
+    (pictures / "gone.txt").write_text("a card")
+    _, out, _ = examine(*folder)
+    assert "gone.png: a link to a file that is not there\n" in out
 
 
 def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):

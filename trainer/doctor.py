@@ -156,11 +156,13 @@ def examine(
 
 
 def _caption_problems(model: "Model", made: dataset.Dataset) -> dict[str, list[str]]:
-    """Captions longer than the model's text encoders read."""
+    """Captions longer than the model's text encoders read, each with the first picture that has
+    it."""
     from trainer.objective import encoding
 
     cut, room = encoding.cut_captions(model, made.all_captions())
-    long = [f"{count} tokens: {caption[:60]}" for caption, count in cut.items()]
+    of = {text: s.name for s in reversed(made.samples) for text in (s.caption, *s.captions)}
+    long = [f"{of[caption]}: {count} tokens: {caption[:60]}" for caption, count in cut.items()]
     what = f"captions are truncated at {room} tokens (model.prompt_chunks allows more)"
     return {what: long} if long else {}
 

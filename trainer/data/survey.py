@@ -168,7 +168,9 @@ def _look_at_all(
             aside.advance(1)
             if isinstance(result, Exception):
                 where = f" (named in {item.place})" if item.place else ""
-                surveyed.unreadable[item.name] = reason(result) + where
+                is_dangling = isinstance(result, FileNotFoundError) and os.path.islink(item.path)
+                why = "a link to a file that is not there" if is_dangling else reason(result)
+                surveyed.unreadable[item.name] = why + where
                 if len(surveyed.unreadable) > max_unreadable:
                     break
                 continue
