@@ -1,8 +1,14 @@
 """The configuration: every file composes, defaults have one source, errors name the mistake."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -387,6 +393,26 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
     (tmp_path / "hydra.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     done = new_process("--help", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize("name", ["doctor", "planner", "sweep"])
+def test_ctrl_c_at_other_commands_is_one_line(tmp_path, name):
+    """They wait for the text of a pipe, which is opened as soon as they read it."""
+    pipe = tmp_path / "summary.json"
+    os.mkfifo(pipe)
+    given = str(tmp_path) if name == "sweep" else f"log.prompts_file={pipe}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"trainer.{name}", given], stderr=subprocess.PIPE, text=True
+    )
+    writer = None
+    while writer is None:
+        assert process.poll() is None
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(timeout=60), process.stderr.read()) == (130, "stopped\n")
+    os.close(writer)
 
 
 def test_cfg_job_shows_the_chosen_options(command):

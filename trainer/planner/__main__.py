@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from trainer.models.model import Model
 from trainer.planner import largest_batch
 from trainer.planner.page import page, verdict
 from trainer.reporting.report import format_bytes
+from trainer.system import signals
 
 _HELP = """\
 Print how much memory a run needs, phase by phase, and whether it fits, without training.
@@ -240,5 +242,6 @@ def _numbers(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signals.leave_at_once)
     command.end_with_the_reader()
     main()
