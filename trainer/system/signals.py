@@ -48,7 +48,8 @@ def stop_signals(after: str = "this step") -> Iterator[list[int]]:
         if caught:
             end(number)
         caught.append(number)
-        log.warning("signal %d: stopping after %s; press again to quit now", number, after)
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        log.warning("%s: stopping after %s; a second one quits now", name, after)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, catch) for number in handled}
