@@ -1,5 +1,8 @@
 """Merging a LoRA into its base model: the result computes what model and LoRA compute together."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from helpers import assert_export_refused, run_export
@@ -176,7 +179,7 @@ def test_a_merged_file_says_what_it_was_merged_from(tmp_path, capsys, caplog):
     assert described["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
 
 
-FLOW = {"modelspec.prediction_type": "flow", "ss_v_parameterization": "False"}
+FLOW = {"modelspec.prediction_type": "sd3", "ss_v_parameterization": "False"}
 
 
 @pytest.mark.parametrize(
@@ -197,8 +200,10 @@ FLOW = {"modelspec.prediction_type": "flow", "ss_v_parameterization": "False"}
             FLOW | {"ss_discrete_flow_shift": "2.5"},
             {"prediction_type": "flow_prediction", "flow_shift": 2.5},
         ),
+        (FLOW | {"ss_discrete_flow_shift": "None"}, {"flow_shift": 1.0}),
+        (FLOW | {"ss_discrete_flow_shift": "0"}, {"flow_shift": 1.0}),
     ],
-    ids=["unsaid", "epsilon", "v", "zero", "flow", "shifted"],
+    ids=["unsaid", "epsilon", "v", "zero", "flow", "shifted", "none", "no shift"],
 )
 def test_a_merged_model_has_the_noise_schedule_that_its_lora_was_trained_with(
     told, expected, sd15_folder, tmp_path, capsys
@@ -210,16 +215,27 @@ def test_a_merged_model_has_the_noise_schedule_that_its_lora_was_trained_with(
     assert {key: found[key] for key in expected} == expected
 
 
-def test_a_lora_that_predicts_noise_leaves_a_v_models_scheduler_with_a_warning(
-    tmp_path, capsys, caplog
+@pytest.mark.parametrize(
+    ("is_v", "own", "says"),
+    [
+        ("False", {}, "predict noise, and its model predicts v;"),
+        ("False", {"prediction_type": "flow_prediction"}, "noise, and its model predicts a flow;"),
+        ("True", {"prediction_type": "flow_prediction"}, "v, and its model predicts a flow;"),
+    ],
+)
+def test_a_models_scheduler_stays_with_a_warning_where_a_loras_is_unknown(
+    is_v, own, says, tmp_path, capsys, caplog
 ):
-    told = {"ss_v_parameterization": "False"}
+    base = shutil.copytree(TINY, tmp_path / "base")
+    file = base / "scheduler/scheduler_config.json"
+    scheduler = json.loads(file.read_text()) | own
+    file.write_text(json.dumps(scheduler))
+    told = {"ss_v_parameterization": is_v}
     models = trained(TINY, ["unet"])
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl", more_metadata=told)
-    assert run_export(capsys, path, tmp_path / "m", "--base", TINY, "--merge")[0] == 0
-    assert "was trained to predict noise" in caplog.text
-    own, found = (origin.at(str(p)).config("scheduler") for p in (TINY, tmp_path / "m"))
-    assert own == found
+    assert run_export(capsys, path, tmp_path / "m", "--base", base, "--merge")[0] == 0
+    assert says in caplog.text
+    assert origin.at(str(tmp_path / "m")).config("scheduler") == scheduler
 
 
 def test_a_converted_lora_says_that_it_is_not_merged(tmp_path, capsys, caplog):

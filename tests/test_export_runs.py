@@ -193,7 +193,7 @@ def test_a_checkpoints_lora_is_said_to_be_for_other_noise_than_the_models(
         assert caplog.text.count("needs another noise schedule than the model's") == times
         for path in (target, folder / "lora/adafactor8bit-lora.safetensors"):
             told = safe_open(path, "pt").metadata()
-            kind = {(): "v", epsilon: "epsilon", flow: "flow"}[options]
+            kind = {(): "v", epsilon: "epsilon", flow: "sd3"}[options]
             is_v = str(options == ())
             assert told["modelspec.prediction_type"] == kind
             assert told.get("ss_discrete_flow_shift") == ("3.0" if options == flow else None)

@@ -11,6 +11,7 @@ from diffusers.training_utils import (
 )
 
 from trainer.errors import UserError
+from trainer.formats import schedulers
 from trainer.objective import noise
 from trainer.objective.batches import Inputs, noised
 from trainer.objective.noise_schedule import scheduler_config, training_schedule
@@ -226,14 +227,20 @@ FLOWS = [
 ]
 
 
-@pytest.mark.parametrize("model", FLOWS)
+OWN_FLOWS = [*FLOWS, {k: v for k, v in FLOWS[1].items() if k != "flow_shift"}]
+OWN_FLOWS += [FLOWS[0] | {"flow_shift": 5.0, "use_flow_sigmas": True}]  # left by another class
+
+
+@pytest.mark.parametrize("model", OWN_FLOWS)
 def test_a_model_of_flow_matching_is_trained_as_one(noise_config, model):
     written = scheduler_config(noise_config(), model)
     noise_schedule = training_schedule(written, noise_config())
     assert noise_schedule.prediction == "flow_prediction"
-    assert written["flow_shift"] == 2.0
+    assert written["flow_shift"] == (1.0 if model == OWN_FLOWS[2] else 2.0)
     if model["_class_name"].startswith("UniPC"):
-        assert written == model
+        assert written == {"flow_shift": 1.0} | model
+    told = schedulers.described_lora(model)
+    assert told["ss_discrete_flow_shift"] == str(written["flow_shift"])
     assert scheduler_config(noise_config(flow_shift=4.0), model)["flow_shift"] == 4.0
 
 
@@ -272,6 +279,12 @@ def test_what_a_model_of_flow_matching_has_learned_is_what_its_scheduler_draws(
     assert torch.allclose(x, picture, atol=1e-5)
 
 
+def test_another_noises_flow_shift_is_not_the_flows(noise_config):
+    """diffusers writes one into every DPMSolverMultistepScheduler."""
+    model = SDXL | {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 1.0}
+    assert schedulers.flow(model, 2.5)["flow_shift"] == 2.5
+
+
 def test_a_shift_moves_timesteps_as_stable_diffusion_3_does(noise_config):
     """Esser et al. 2024, eq. 23, of evenly drawn shares."""
     plain = drawn_timesteps(noise_config(), batches=1000).flatten() / 1000
@@ -293,6 +306,9 @@ REFUSED = [
     ({"flow_shift": 3.0}, {}, ["noise.flow_shift=3", "noise.prediction=flow_prediction"]),
     ({"prediction": "epsilon"}, FLOWS[0], ["flow matching", "noise.prediction=model"]),
     ({"zero_terminal_snr": True}, FLOWS[1], ["noise.zero_terminal_snr=true", "null"]),
+    ({}, FLOWS[0] | {"shift": 0}, ["the shift of", "is 0;", "scheduler_config.json"]),
+    ({"flow_shift": 2.0}, FLOWS[1] | {"flow_shift": None}, ["the flow_shift of", "is None;"]),
+    ({}, FLOWS[0] | {"num_train_timesteps": None}, ["num_train_timesteps", "is None;"]),
 ]
 
 
@@ -324,6 +340,10 @@ def test_every_scheduler_of_betas_is_taken(noise_config, name):
         ("SchedulerOfSomebody", {}),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
         ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}),
+        (  # which has no flow sigmas
+            "EulerDiscreteScheduler",
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        ),
     ],
 )
 def test_a_scheduler_of_another_noise_is_refused_by_name(noise_config, name, options):

@@ -139,7 +139,7 @@ def test_a_vae_with_the_attention_names_of_2022_is_read(sd15, tmp_path):
         (("v_pred", "ztsnr"), {}, ("v_prediction", True, "trailing")),
         ((), {"modelspec.prediction_type": "v"}, ("v_prediction", False, "leading")),
         ((), {"modelspec.prediction_type": "epsilon"}, ("epsilon", False, "leading")),
-        ((), {"modelspec.prediction_type": "flow"}, ("flow_prediction", False, False)),
+        ((), {"modelspec.prediction_type": "sd3"}, ("flow_prediction", False, False)),
     ],
 )
 def test_marks_of_the_prediction_type_and_zero_terminal_snr_are_honoured(

@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import json
+import shutil
 import time
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from helpers import QUICK, assert_same_weights, deterministic, rows, weights
+from models import TINY
 from PIL import Image
 
 from trainer.drawing import pictures
@@ -119,6 +121,17 @@ def test_another_prediction_is_drawn_with_and_exported(composed, tmp_path, metho
     found = dict(scheduler.config)
     assert found["prediction_type"] == prediction
     assert {key: found[key] for key in expected} == expected
+
+
+def test_a_flow_is_drawn_before_the_first_step_and_its_losses_are_compared(quick, tmp_path):
+    """By its own scheduler, which the pipeline cannot use as it is."""
+    model = shutil.copytree(TINY, tmp_path / "flow")
+    own = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    (model / "scheduler/scheduler_config.json").write_text(json.dumps(own))
+    folder = quick("run", f"model.path={model}", "log.sample_count=1", "log.sample_steps=2")
+    assert (folder / "samples/step-000000.png").is_file()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["prediction_before"] == summary["prediction"] == "flow_prediction"
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 16.0)])

@@ -204,7 +204,7 @@ def _tell_what_is_missing(
     if schedulers.noise(scheduler) != schedulers.noise(base.config("scheduler")):
         log.warning(
             "the LoRA needs another noise schedule than %s has: load it with the scheduler of the "
-            "fine-tuned model (--merge into this base sets it if the LoRA predicts v)",
+            "fine-tuned model (--merge into this base sets it if it predicts v or a flow)",
             base,
         )
     if "vae" not in parts or not base.has("vae"):

@@ -3,11 +3,14 @@ and how single files and LoRAs say the same."""
 
 import inspect
 import logging
+import math
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
+
+from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +18,11 @@ EPSILON, V, FLOW = "epsilon", "v_prediction", "flow_prediction"  # as diffusers 
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors that ComfyUI looks for
 _PREDICTION_TYPE = "modelspec.prediction_type"
 _FLOW_SHIFT = "ss_discrete_flow_shift"  # of kohya's scripts for FLUX and SD3
-# modelspec defines `epsilon` and `v` and leaves other names open; `flow` is this trainer's.
-_SHORT = {EPSILON: "epsilon", V: "v", FLOW: "flow"}
+# modelspec defines `epsilon` and `v`, and leaves other names open.  SwarmUI, by modelspec's author,
+# takes `sd3` for a flow, and hands names that it does not know to a node that refuses them.
+_SHORT = {EPSILON: "epsilon", V: "v", FLOW: "sd3"}
+_IN_WORDS = {EPSILON: "noise", V: "v", FLOW: "a flow"}
+EULER = "FlowMatchEulerDiscreteScheduler"  # always of flow matching, whatever else it says
 
 _BETAS = {  # the keys that define the noise, and their defaults
     "num_train_timesteps": 1000,
@@ -31,8 +37,7 @@ _BETAS = {  # the keys that define the noise, and their defaults
 
 def is_flow(scheduler: Mapping[str, Any]) -> bool:
     """Whether the model of this scheduler is one of flow matching, which has no betas."""
-    is_euler = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
-    return is_euler or scheduler.get("prediction_type") == FLOW
+    return scheduler.get("_class_name") == EULER or scheduler.get("prediction_type") == FLOW
 
 
 def noise(scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,17 +67,29 @@ def flow(scheduler: Mapping[str, Any], shift: float = 1.0) -> dict[str, Any]:
     Stable Diffusion can use (as FlowMatchEulerDiscreteScheduler is not).
 
     Euler's method, which is DPM-Solver++'s first order, from sigma = 1 to 0: sigma is s u / (1 +
-    (s - 1) u) for evenly spaced u and s = `flow_shift` (Esser et al. 2024, arXiv 2403.03206, eq.
-    23), or `shift` if `scheduler` has none.
+    (s - 1) u) for evenly spaced u (Esser et al. 2024, arXiv 2403.03206, eq. 23).  s = `flow_shift`
+    is that of `scheduler`, or `shift` if that is of another noise.
+    Raises UserError for one of flow matching whose numbers make no sense.
     """
-    if is_flow(scheduler) and scheduler.get("use_flow_sigmas"):
-        return dict(scheduler)
+    count = noise(scheduler)["num_train_timesteps"]
+    if is_flow(scheduler):
+        is_euler = scheduler.get("_class_name") == EULER
+        key = "shift" if is_euler else "flow_shift"
+        shift = scheduler.get(key, 1.0)
+        for name, value in (("num_train_timesteps", count), (key, shift)):
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise UserError(
+                    f"the {name} of the model's scheduler, {scheduler['_class_name']}, is "
+                    f"{value!r}; correct its scheduler/scheduler_config.json"
+                )
+        if not is_euler and scheduler.get("use_flow_sigmas"):
+            return {**scheduler, "flow_shift": shift}
     return {
         "_class_name": "DPMSolverMultistepScheduler",
-        "num_train_timesteps": noise(scheduler)["num_train_timesteps"],
+        "num_train_timesteps": count,
         "prediction_type": FLOW,
         "use_flow_sigmas": True,
-        "flow_shift": scheduler.get("flow_shift", scheduler.get("shift", shift)),
+        "flow_shift": shift,
         "solver_order": 1,
     }
 
@@ -91,11 +108,12 @@ def marked(
 ) -> dict[str, Any]:
     """`scheduler` with the changes that a file's marks imply.
 
-    `v_pred` and `ztsnr` are empty tensors; `modelspec.prediction_type` is `epsilon`, `v` or `flow`.
+    `v_pred` and `ztsnr` are empty tensors; `modelspec.prediction_type` is `epsilon`, `v` or `sd3`
+    (a flow).
     """
     kind = metadata.get(_PREDICTION_TYPE, "")
     if kind == _SHORT[FLOW]:
-        return flow(scheduler)
+        return scheduler if is_flow(scheduler) else flow(scheduler)
     if V_PRED not in names and not kind.startswith("v"):
         return scheduler
     changed = scheduler | {"prediction_type": V}
@@ -125,21 +143,20 @@ def described_lora(scheduler: Mapping[str, Any]) -> dict[str, str]:
 def with_lora(lora: Path, described: Mapping[str, str], own: dict[str, Any]) -> dict[str, Any]:
     """The scheduler of a model with a LoRA: the model's `own`, changed to the noise that the LoRA
     was trained with if its metadata, `described`, says that it predicts v or a flow."""
-    trained = _trained(described)
-    if trained is None:
+    trained, predicts = _trained(described), noise(own)["prediction_type"]
+    if trained is None or (trained == predicts and trained != V):
         return own
-    predicts = noise(own)["prediction_type"]
-    if trained == EPSILON:
-        if predicts != EPSILON:
-            log.warning(
-                "%s was trained to predict noise, and its model predicts %s; the model's scheduler "
-                "is used",
-                lora,
-                "v" if predicts == V else "a flow",
-            )
+    if trained == EPSILON or predicts == FLOW:
+        log.warning(
+            "%s was trained to predict %s, and its model predicts %s; the model's scheduler is "
+            "used",
+            lora,
+            _IN_WORDS[trained],
+            _IN_WORDS.get(predicts, predicts),
+        )
         return own
     if trained == FLOW:
-        changed = own if predicts == FLOW else flow(own, float(described.get(_FLOW_SHIFT, 1)))
+        changed = flow(own, _shift(lora, described))
     else:
         is_zero = described.get("ss_zero_terminal_snr") == "True"
         changed = marked(own, [V_PRED, ZTSNR] if is_zero else [V_PRED], {})
@@ -159,3 +176,16 @@ def _trained(described: Mapping[str, str]) -> str | None:
     if says is None:
         return None
     return V if says in ("True", "v") else EPSILON
+
+
+def _shift(lora: Path, described: Mapping[str, str]) -> float:
+    """The shift of a LoRA of flow matching, by its metadata; 1 if it does not say."""
+    told = described.get(_FLOW_SHIFT, "1")
+    try:
+        shift = float(told)
+    except ValueError:
+        shift = math.nan
+    if 0 < shift < math.inf:
+        return shift
+    log.warning("%s: its %s is %r, which is no shift; 1 is used", lora, _FLOW_SHIFT, told)
+    return 1.0

@@ -21,7 +21,7 @@ from torch import nn
 
 from trainer.config import DTYPES, ModelConfig
 from trainer.errors import UserError
-from trainer.formats import architectures
+from trainer.formats import architectures, schedulers
 from trainer.models import origin, quantization, text
 
 log = logging.getLogger(__name__)
@@ -135,13 +135,15 @@ class Model:
     def sampling_schedule(self, is_trained: bool = True) -> SchedulerMixin:
         """The scheduler that the model's pipeline samples with: after training, or its own."""
         config = self.scheduler if is_trained else self.origin.config("scheduler")
+        if schedulers.is_flow(config):
+            config = schedulers.flow(config)  # one that the pipeline can use
         return getattr(diffusers, config["_class_name"]).from_config(config)
 
     @property
     def predictions(self) -> tuple[str, str]:
         """What the UNet predicted originally, and what it is trained to predict."""
         both = (self.origin.config("scheduler"), self.scheduler)
-        before, after = (config.get("prediction_type", "epsilon") for config in both)
+        before, after = (schedulers.noise(config)["prediction_type"] for config in both)
         return before, after
 
     def load_text_encoders(self) -> text.Encoder:

@@ -167,18 +167,19 @@ def _must_be_known(model: Mapping[str, Any]) -> None:
     """Refuse a scheduler of another family (EDM, flow matching with other timesteps): its
     configuration lacks what training reads, and defaults would be used instead."""
     name = model["_class_name"]
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if name == schedulers.EULER:
         return
     scheduler = getattr(diffusers, name, None)
     options = inspect.signature(scheduler).parameters if scheduler else {}
     has_betas = name in _WITH_EXTRAS or {"beta_start", "prediction_type"} <= set(options)
-    is_flow = bool(model.get("use_flow_sigmas"))
+    is_flow = "use_flow_sigmas" in options and bool(model.get("use_flow_sigmas"))
     if not has_betas or is_flow != schedulers.is_flow(model):
-        predicts = model.get("prediction_type")
-        told = f" with use_flow_sigmas={is_flow} and prediction_type={predicts}"
+        predicts, sigmas = model.get("prediction_type"), model.get("use_flow_sigmas", False)
+        told = f" with use_flow_sigmas={sigmas} and prediction_type={predicts}"
         raise UserError(
             f"the model's scheduler is {name}{told if has_betas else ''}, and only beta schedules, "
             "as of DDPMScheduler or EulerDiscreteScheduler, and flow matching "
-            "(FlowMatchEulerDiscreteScheduler, or use_flow_sigmas with flow_prediction) can be "
-            "trained; use a model with such a scheduler/scheduler_config.json"
+            f"({schedulers.EULER}, or DPMSolverMultistepScheduler and the like with "
+            "use_flow_sigmas=True and flow_prediction) can be trained; use a model with such a "
+            "scheduler/scheduler_config.json"
         )
