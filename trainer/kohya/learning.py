@@ -126,11 +126,11 @@ def objective(given: Given, made: Translation) -> None:
         made.note(f"loss_type={kind}: Huber's loss, whose scale is not theirs; the rate may differ")
     elif kind != "l2":
         made.note(f"loss_type={kind}: there is no such loss here; this is the squared error")
+    if given.take("flow_model"):
+        _flow(given, made)
     if (gamma := given.take_on("min_snr_gamma")) is not None:
         made.set("loss.weighting", "min_snr")
         made.set("loss.gamma", gamma)
-    if given.take("flow_model"):
-        _flow(given, made)
     discount = given.take("multires_noise_discount", 0.3)
     if given.take_on("multires_noise_iterations") is not None:
         made.set("noise.pyramid", discount)
@@ -140,6 +140,9 @@ def _flow(given: Given, made: Translation) -> None:
     """Flow matching for SDXL, which forks of the scripts have (67372a/sd-scripts, pull request
     223)."""
     made.choose("noise=flow_matching")
+    for option in ("min_snr_gamma", "debiased_estimation_loss"):
+        if given.options.pop(option, None):
+            made.note(f"{option}: left out, as theirs ignores it with flow_model; loss.weighting")
     drawn = str(given.take("flow_timestep_distribution", "logit_normal"))
     mean, std = given.take("flow_logit_mean", 0.0), given.take("flow_logit_std", 1.0)
     made.set("noise.timesteps", drawn)
