@@ -31,6 +31,13 @@ def test_the_best_rate_of_each_optimizer_counts_and_what_is_not_shown_is_said():
     )
 
 
+def test_losses_of_different_predictions_are_not_compared():
+    lines = said(run("a", 0.1, prediction="epsilon"), run("b", 0.2, prediction="flow_prediction"))
+    assert lines["quality"].startswith("quality: not compared, as losses of epsilon and flow_pred")
+    same = said(run("a", 0.1, prediction="epsilon"), run("b", 0.2, prediction="epsilon"))
+    assert same["quality"].startswith("quality: the lowest loss")
+
+
 def test_the_least_memory_and_time_are_told_with_those_of_the_best():
     lines = said(
         run("a", 1.0),

@@ -13,7 +13,7 @@ class NoiseConfig:
     #: Rescale the betas so that the last timestep is pure noise; null: as the model's scheduler.
     zero_terminal_snr: bool | None
     #: For flow matching: how far the exported scheduler's timesteps lean towards the noisy ones, 1
-    #: = evenly spaced; null: as the model's scheduler.
+    #: = evenly spaced; null: as the model's scheduler, 1 if it is not one of flow matching.
     flow_shift: float | None = within(0.01, 100)
     timesteps: str = one_of("uniform", "logit_normal")  #: the distribution of those trained on
     logit_mean: float = within(-10, 10)  #: for logit_normal; above 0 favours noisy ones

@@ -32,6 +32,12 @@ def of_runs(comparison: Comparison) -> list[str]:
 
 
 def _of_loss(comparison: Comparison, good: Sequence[Group]) -> str:
+    predicted = {run["prediction"] for g in good for run in g.good if run.get("prediction")}
+    if len(predicted) > 1:
+        return (
+            f"quality: not compared, as losses of {' and '.join(sorted(predicted))} are different "
+            "quantities; compare the pictures"
+        )
     winner, seeds = good[0], len(good[0].good)
     spread = f" ± {winner.spread:.4f} over {seeds} seeds" if seeds > 1 else ""
     title = comparison.measure.title
