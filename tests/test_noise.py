@@ -231,6 +231,13 @@ OWN_FLOWS = [*FLOWS, {k: v for k, v in FLOWS[1].items() if k != "flow_shift"}]
 OWN_FLOWS += [FLOWS[0] | {"flow_shift": 5.0, "use_flow_sigmas": True}]  # left by another class
 
 
+def test_a_shift_that_pipelines_would_have_to_pass_becomes_a_constant_one(noise_config):
+    written = scheduler_config(noise_config(), FLOWS[1] | {"use_dynamic_shifting": True})
+    scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
+    scheduler.set_timesteps(8)  # without it
+    assert written["flow_shift"] == 2.0
+
+
 @pytest.mark.parametrize("model", OWN_FLOWS)
 def test_a_model_of_flow_matching_is_trained_as_one(noise_config, model):
     written = scheduler_config(noise_config(), model)

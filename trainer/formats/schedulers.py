@@ -64,7 +64,7 @@ def zero_snr(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 def flow(scheduler: Mapping[str, Any], shift: float = 1.0) -> dict[str, Any]:
     """A scheduler of flow matching in place of `scheduler`, unless it is one that the pipelines of
-    Stable Diffusion can use (as FlowMatchEulerDiscreteScheduler is not).
+    Stable Diffusion can use (as FlowMatchEulerDiscreteScheduler and dynamic shifts are not).
 
     Euler's method, which is DPM-Solver++'s first order, from sigma = 1 to 0: sigma is s u / (1 +
     (s - 1) u) for evenly spaced u (Esser et al. 2024, arXiv 2403.03206, eq. 23).  s = `flow_shift`
@@ -82,7 +82,8 @@ def flow(scheduler: Mapping[str, Any], shift: float = 1.0) -> dict[str, Any]:
                     f"the {name} of the model's scheduler, {scheduler['_class_name']}, is "
                     f"{value!r}; correct its scheduler/scheduler_config.json"
                 )
-        if not is_euler and scheduler.get("use_flow_sigmas"):
+        is_dynamic = scheduler.get("use_dynamic_shifting")  # by a number that pipelines must pass
+        if scheduler.get("use_flow_sigmas") and not (is_euler or is_dynamic):
             return {**scheduler, "flow_shift": shift}
     return {
         "_class_name": "DPMSolverMultistepScheduler",
