@@ -25,6 +25,8 @@ PEERS = {  # choice: may a resumed run differ from an unbroken one with bf16 wei
     "peer/bnb_lion8bit": False,
     "peer/bnb_paged_adamw8bit": False,
     "peer/hf_adafactor": True,  # torch's loader rounds its fp32 means to bf16
+    "peer/prodigy_plus_schedulefree": True,  # its random numbers restart
+    "peer/schedulefree_adamw": False,
     "peer/torch_adafactor": False,
     "peer/torchao_adamw8bit": True,  # it rounds stochastically with torch's global generator
 }

@@ -91,6 +91,7 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], goes_on: bool
     with memory.explained(checked):
         device = execution.use_device(checked.runtime.device)
         optimizers.try_out(checked.optim, checked.method.rules, device)
+        optimizers.refuse_second_average(checked.optim, checked.method)
     if goes_on and completed(folder / "checkpoints"):
         checked.resume = str(folder)  # the sweep was stopped
     from trainer.run import run  # imported after the checks: diffusers takes seconds

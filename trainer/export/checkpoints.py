@@ -39,8 +39,8 @@ class _Saved:
 def convert(folder: Path, request: Request) -> None:
     """Export a checkpoint; --base and --variant name the original model if that has moved."""
     saved = _saved(folder)
-    if _exports_average(saved.method):
-        log.info("exporting the averaged weights (method.ema.export)")
+    if _averages(folder, saved.method):
+        log.info("exporting the averaged weights")
     is_lora = saved.method["name"] == "lora"
     if is_lora:
         request.refuse_extract(f"{folder} is a LoRA's checkpoint")
@@ -148,18 +148,19 @@ def _warn_of_noise(trained: dict[str, Any], own: dict[str, Any]) -> None:
         )
 
 
-def _exports_average(method: dict[str, Any]) -> bool:
-    ema = method.get("ema")
-    return bool(ema and ema["export"] == "average")
+def _averages(folder: Path, method: dict[str, Any]) -> Weights:
+    """A checkpoint's averaged weights; none if it has none, or `method.ema.export` does not ask for
+    them.  (An optimizer's own average is always exported.)"""
+    path, ema = folder / "average.safetensors", method.get("ema")
+    is_wanted = path.is_file() and (ema is None or ema["export"] == "average")
+    return of_file(path)[0] if is_wanted else {}
 
 
 def _exported_weights(folder: Path, method: dict[str, Any]) -> Weights:
-    """A checkpoint's tensors as its run would export them: the averages if `method.ema.export` asks
-    for them, in the weights' dtype."""
+    """A checkpoint's tensors as its run would export them: the averages if it has some and would
+    export them, in the weights' dtype."""
     weights = of_file(folder / "weights.safetensors")[0]
-    if not _exports_average(method):
-        return weights
-    averages = of_file(folder / "average.safetensors")[0]
+    averages = _averages(folder, method)
     return weights | {name: lazy.to(weights[name].dtype) for name, lazy in averages.items()}
 
 

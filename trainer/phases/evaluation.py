@@ -35,7 +35,11 @@ def evaluate(state: State, writer: metrics.Metrics) -> dict[str, float]:
     continues.
     """
     try:
-        with state.clock.aside(intervals.EVALUATING), state.model.evaluating():
+        with (
+            state.clock.aside(intervals.EVALUATING),
+            state.model.evaluating(),
+            state.evaluated(),
+        ):
             values = _all_losses(state)
     except signals.Stopped:
         return {}
@@ -112,7 +116,8 @@ def sample(state: State, writer: metrics.Metrics) -> Path | None:
         return None
     try:
         with state.clock.aside(intervals.DRAWING):
-            with state.averaged(state.ema is not None and state.ema.config.sample == "average"):
+            is_average = state.ema is not None and state.ema.config.sample == "average"
+            with state.evaluated(), state.averaged(is_average):
                 latents = state.sampler.denoise(is_trained=not state.is_new)
             # Afterwards, since the UNet may have to make room, and not with two sets of weights.
             drawn = state.sampler.decode(latents)

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trainer.config import file_name
 from trainer.data import census
 from trainer.errors import UserError, reason
@@ -18,7 +20,7 @@ from trainer.phases.state import State
 from trainer.storage import checkpoint, result
 from trainer.storage.steps import completed, delete, step_name, step_of
 from trainer.system import memory
-from trainer.training import method
+from trainer.training import method, switching
 from trainer.training.guard import broken
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def save(state: State) -> Path:
                 epochs=state.epochs,
                 weights=method.trained_tensors(state.model),
                 optimizer=state.optimizer.state_dict(),
-                average=state.ema.state() if state.ema else {},
+                average=_average(state),
                 config=asdict(state.config),
                 overrides=list(state.overrides),
                 model=state.base,
@@ -52,6 +54,17 @@ def save(state: State) -> Path:
         )
     state.unproven = state.step
     return saved
+
+
+def _average(state: State) -> dict[str, Tensor]:
+    """The averaged weights, of method.ema or of the optimizer's own, if there are any."""
+    if state.ema:
+        return state.ema.state()
+    if not switching.switches(state.optimizer):
+        return {}
+    with state.evaluated():
+        trained = method.trained_parameters(state.model)
+        return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
 
 
 def rotate(state: State, is_good: bool = False) -> None:
@@ -139,7 +152,11 @@ def export(state: State) -> list[Path]:
     is_new = not folder.exists()
     counted = _kohya_counts(state)
     try:
-        with state.clock.aside(intervals.EXPORTING), state.averaged(state.exports_average):
+        with (
+            state.clock.aside(intervals.EXPORTING),
+            state.evaluated(),
+            state.averaged(state.exports_average),
+        ):
             written = result.write(state.config, name, state.model, folder, state.step, counted)
     except Exception as error:
         if is_new:  # a folder of results is complete, or is not there

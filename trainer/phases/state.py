@@ -18,6 +18,7 @@ from trainer.phases.intervals import Intervals
 from trainer.reporting import watch
 from trainer.reporting.clock import Clock, OptimizerClock
 from trainer.system import memory
+from trainer.training import method, switching
 from trainer.training.ema import Ema
 from trainer.training.gradients import Backward
 from trainer.training.guard import Guard
@@ -63,6 +64,10 @@ class State:
     stop: Sequence[int] = ()  # holds a signal once the run is asked to stop
     owes_checkpoint: bool = False  # since one was due after a skipped step, or since a rollback
     unproven: int | None = None  # the newest checkpoint's step, until enough good ones followed
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """A block in which the model has the weights that its optimizer is to be evaluated with."""
+        return switching.evaluated(self.optimizer, method.trained_parameters(self.model).values())
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
         """A block in which the model has the averaged weights, if any, if they are wanted."""

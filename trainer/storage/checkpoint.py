@@ -1,10 +1,10 @@
 """Checkpoints: everything a run needs to resume as if it had never stopped.
 
 A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (the trained tensors),
-`average.safetensors` (their averages, with method.ema), `optimizer.pt` and `checkpoint.json`
-(step, counters, configuration, checksums).  A folder of that name is complete or does not exist
-(`trainer.system.disk`).  There is no RNG state: all randomness is a function of (seed, step, place
-in the batch).
+`average.safetensors` (their averages, of method.ema or the optimizer, if any), `optimizer.pt` and
+`checkpoint.json` (step, counters, configuration, checksums).  A folder of that name is complete or
+does not exist (`trainer.system.disk`).  There is no RNG state: all randomness is a function of
+(seed, step, place in the batch).
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Checkpoint:
     epochs: float
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
-    average: dict[str, Tensor]  # of the weights; empty without method.ema
+    average: dict[str, Tensor]  # of the weights; empty if there is none
     config: dict[str, Any]
     overrides: list[str]  # of the command line that gave it
     model: str  # a sketch of the one that training began with

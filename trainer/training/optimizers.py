@@ -17,9 +17,10 @@ from torch import nn
 import optim
 from optim.options import unknown, unknown_option
 from trainer.config import ExternalConfig, PeerConfig
+from trainer.config.method import MethodConfig
 from trainer.errors import UserError
 from trainer.storage import checkpoint
-from trainer.training import groups
+from trainer.training import groups, switching
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,18 @@ def try_out(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device
         except UserError as error:
             also = groups.besides(rule, first.param_groups[0])
             raise UserError(f"method.rules[{number}] ({rule['pattern']}): {error}{also}") from error
+
+
+def refuse_second_average(config: Any, method: MethodConfig) -> None:
+    """Refuse method.ema beside an optimizer that averages the weights itself."""
+    if not method.ema:
+        return
+    known = optim.FAMILY.get(config.name)
+    if switching.switches(known or _import(config)):
+        raise UserError(
+            f"optim={config.name} averages the weights itself (Schedule-Free), and results have "
+            "that average; leave ema out"
+        )
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -226,10 +239,13 @@ def _make_external(config: ExternalConfig, chosen: list[dict[str, Any]]) -> torc
     options = groups.with_tuples(config.options)
     make: Callable[..., torch.optim.Optimizer] = cls  # it takes more arguments than the base class
     try:
-        return make(chosen, lr=config.lr, **options)
+        made = make(chosen, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
         raise UserError(f"{title} with {given}: {error}") from error
+    if switching.switches(made):
+        made.train()  # type: ignore[attr-defined]
+    return made
 
 
 def _try_step(config: ExternalConfig, optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,162 @@
+"""Schedule-Free: the average that is evaluated and saved, how it is kept in few bytes, and the two
+sets of weights in a run."""
+
+from copy import deepcopy
+
+import pytest
+import schedulefree
+import torch
+from helpers import (
+    QUICK,
+    SCHEDULE_FREE,
+    assert_same,
+    assert_same_weights,
+    make_params,
+    rows,
+    run,
+    run_export,
+    set_grads,
+    weights,
+)
+from safetensors.torch import load_file
+
+import optim
+from optim.codecs import SignedFloat8, split
+from trainer.errors import UserError
+from trainer.models import origin
+from trainer.run import run as train
+from trainer.training import optimizers
+
+SHAPES = [(12, 9), (8, 4, 3, 3), (7,)]
+PEER = "peer/schedulefree_adamw"
+
+
+def stepped(name="adamw_schedulefree", steps=8, **options):
+    params = make_params(shapes=SHAPES)
+    optimizer = optim.build(name, params, lr=1e-2, weight_decay=0.0, **options)
+    run(optimizer, params, range(steps))
+    return params, optimizer
+
+
+def test_the_average_is_that_of_schedulefree():
+    """Defazio et al.'s own package, with a constant rate."""
+    params, optimizer = stepped(steps=40)
+    theirs = make_params(shapes=SHAPES)
+    other = schedulefree.AdamWScheduleFree(theirs, lr=1e-2, weight_decay=0.0)
+    other.train()
+    run(other, theirs, range(40))
+    before = [p.detach().clone() for p in params]
+    for each in (optimizer, other):
+        each.eval()
+    for p, q, old in zip(params, theirs, before, strict=True):
+        assert torch.allclose(p, q, atol=1e-5)
+        assert not torch.allclose(p, old, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_the_average_is_the_mean_of_what_adamw_steps_without_momentum(name):
+    """z = y - gap, and x, which `eval` puts into the model, is the mean of all z; as closely as the
+    gap's storage allows."""
+    params = make_params(shapes=SHAPES)
+    optimizer = optim.build(name, params, lr=1e-2, weight_decay=0.0)
+    total = [torch.zeros_like(p) for p in params]
+    for step in range(10):
+        run(optimizer, params, [step])
+        for p, sum_ in zip(params, total, strict=True):
+            codec = optimizer.moments(p, optimizer.param_groups[0])["gap"]
+            sum_ += p.detach() - codec.decode(split(optimizer.state[p], "gap"))
+    optimizer.eval()
+    for p, sum_ in zip(params, total, strict=True):
+        size = 1e-6 if name == "adamw_schedulefree" else 2e-3
+        assert torch.allclose(p, sum_ / 10, atol=size)
+
+
+def test_factored_storage_keeps_the_gap_in_eight_bits():
+    params, optimizer = stepped("adamw_factored_schedulefree")
+    codec = optimizer.moments(params[0], optimizer.param_groups[0])["gap"]
+    assert isinstance(codec, SignedFloat8)
+    assert optimizer.state[params[0]]["exp_avg_sq.row"].shape == (12,)
+
+
+def test_a_step_needs_the_weights_of_the_gradient_and_switching_twice_is_once():
+    params, optimizer = stepped()
+    before = [p.detach().clone() for p in params]
+    optimizer.eval()
+    average = [p.detach().clone() for p in params]
+    optimizer.eval()
+    assert_same(params, average)
+    set_grads(params, 9)
+    for act in (optimizer.step, lambda: optimizer.step_param(params[0])):
+        with pytest.raises(RuntimeError, match=r"AdamWScheduleFree: .* call the optimizer's train"):
+            act()
+    assert_same(params, average)
+    optimizer.train()
+    for p, old in zip(params, before, strict=True):
+        assert torch.allclose(p, old, atol=1e-6)
+    optimizer.step()
+
+
+def test_a_state_saved_with_the_average_in_the_model_goes_on_from_there():
+    """As Hugging Face's Trainer saves: after an evaluation."""
+    params, optimizer = stepped()
+    optimizer.eval()
+    saved = deepcopy(optimizer.state_dict())
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = optim.build("adamw_schedulefree", copies, lr=1e-2, weight_decay=0.0)
+    other.load_state_dict(saved)
+    for each in (optimizer, other):
+        each.train()
+    run(optimizer, params, range(8, 11))
+    run(other, copies, range(8, 11))
+    assert_same(params, copies)
+
+
+def test_the_first_decay_must_be_above_zero():
+    with pytest.raises(ValueError, match=r"betas\[0\]=0.*average is not known"):
+        optim.build("adamw_schedulefree", make_params(shapes=SHAPES), betas=(0.0, 0.9))
+
+
+def test_a_rate_of_zero_moves_nothing():
+    params, optimizer = stepped(steps=3)
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[0]["lr"] = 0.0
+    gaps = [optimizer.state[p]["gap"].clone() for p in params]
+    run(optimizer, params, [3])
+    assert_same(params, before)
+    assert_same(gaps, [optimizer.state[p]["gap"] for p in params])
+
+
+@pytest.mark.parametrize("choice", ["adamw_factored_schedulefree", PEER])
+def test_a_run_evaluates_draws_saves_and_exports_the_average_and_trains_on_as_before(
+    quick, composed, tmp_path, capsys, choice
+):
+    """An evaluation in between changes no weight, and a resumed run is the same bit for bit; the
+    result, and an export of the checkpoint, are the average."""
+    options = [f"optim={choice}", "schedule=constant", "method.export=[single_file]"]
+    plain = quick("plain", *options)
+    often = quick("often", *options, "log.eval_every=1", "runtime.save_every=2")
+    half = often / "checkpoints/step-000002"
+    train(composed(*QUICK, *options, f"resume={half}"), tmp_path / "resumed")
+    for folder in (often, tmp_path / "resumed"):
+        assert_same_weights(weights(plain, 4), weights(folder, 4))
+        assert rows(folder)[-1]["eval/loss"] == rows(plain)[-1]["eval/loss"]
+
+    average = load_file(plain / "checkpoints/step-000004/average.safetensors")
+    name = "unet.conv_in.weight"
+    assert not torch.equal(average[name], weights(plain, 4)[name])
+    (result,) = plain.glob("*.safetensors")
+    result = origin.at(str(result)).weights("unet")
+    assert torch.equal(result["conv_in.weight"].read(), average[name])
+    target = tmp_path / "exported"
+    assert run_export(capsys, plain / "checkpoints/step-000004", target)[0] == 0
+    exported = origin.at(str(target)).weights("unet")["conv_in.weight"].read()
+    assert torch.equal(exported, average[name])
+
+
+@pytest.mark.parametrize("choice", ["adamw8bit_schedulefree", PEER])
+def test_an_average_of_averages_is_refused(composed, choice):
+    made = composed(f"optim={choice}", "ema=fp32")
+    with pytest.raises(UserError, match=r"averages the weights itself.*leave ema out"):
+        optimizers.refuse_second_average(made.optim, made.method)
+    plain = composed("optim=adamw", "ema=fp32")
+    optimizers.refuse_second_average(plain.optim, plain.method)

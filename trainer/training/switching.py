@@ -1,0 +1,39 @@
+"""Optimizers with two sets of weights: those of the next gradient, and an average to be evaluated
+with (Schedule-Free, Defazio et al. 2024, arXiv 2405.15682).
+
+They put the average into the model with `eval`, and the others back with `train`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+
+def switches(optimizer: object) -> bool:
+    """Whether an optimizer, or its class, has two sets of weights."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+@contextmanager
+def evaluated(optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Within the block, the model has the weights to be evaluated with, if there are any.
+
+    Afterwards it has exactly those it was trained with, which `train` would compute again, and
+    round: they are kept in host memory, as the device may have no room for both.
+    """
+    if not switches(optimizer):
+        yield
+        return
+    own = [(p, p.detach().to("cpu", copy=True)) for p in parameters]
+    two_sets: Any = optimizer
+    two_sets.eval()
+    try:
+        yield
+    finally:
+        two_sets.train()
+        with torch.no_grad():
+            for parameter, weights in own:
+                parameter.copy_(weights)
