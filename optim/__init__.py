@@ -23,6 +23,7 @@ from optim.lomo import AdaLomo, Lomo
 from optim.muon import Muon, Muon8bit, MuonFactored
 from optim.options import unknown, unknown_option
 from optim.prodigy import LionProdigy, Prodigy, ProdigyFactored
+from optim.schedule_free import AdamW8bitScheduleFree, AdamWFactoredScheduleFree, AdamWScheduleFree
 from optim.sgd import SGD
 from optim.sophia import Sophia
 
@@ -33,6 +34,9 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
     "adamw_factored": AdamWFactored,
     "ademamix": AdEMAMix,
     "ademamix_factored": AdEMAMixFactored,
+    "adamw_schedulefree": AdamWScheduleFree,
+    "adamw8bit_schedulefree": AdamW8bitScheduleFree,
+    "adamw_factored_schedulefree": AdamWFactoredScheduleFree,
     "adopt": Adopt,
     "adopt_factored": AdoptFactored,
     "adopt_factored_ademamix": AdoptFactoredAdEMAMix,

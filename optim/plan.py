@@ -29,12 +29,13 @@ from optim.options import learning_rate
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
-HYPER_BYTES, TILE_SUMS_BYTES = 152, 64  # sizes of structs that only the engine reads
+HYPER_BYTES, TILE_SUMS_BYTES = 168, 64  # sizes of structs that only the engine reads
 TILE_BYTES = 24
 CHANNELS, DRAWS = 32, 8192  # in a part of a projection: channels, or elements of P
 NUM_SLOTS = 3
 SLOTS = {  # SlotId
     "exp_avg": 0,
+    "gap": 0,
     "exp_avg_slow": 1,
     "exp_avg_res": 1,
     "exp_avg_sq": 2,
@@ -53,6 +54,7 @@ _RULES = (  # csrc/rules/all.h, in its order
     "prodigy",
     "lion_prodigy",
     "came",
+    "schedule_free",
     "scaled",
 )
 RULES = {name: number for number, name in enumerate(_RULES)}

@@ -50,6 +50,24 @@ def adam(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     return grown(h, u, s, {"exp_avg": m, "exp_avg_sq": v} | slow)
 
 
+def schedule_free(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Defazio et al. 2024 (arXiv 2405.15682), Alg. 1, with Adam's second moment: z steps by the
+    gradient at y, x is the mean of all z, and y = (1 - beta1) z + beta1 x.
+
+    The weights are y, and the moment is the gap y - z, by which z and x are known.  While lr is 0
+    nothing moves, so the gap does not change.
+    """
+    beta1, beta2 = h.betas
+    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
+    n = g / ((v / (1 - beta2**h.t)).sqrt() + h.eps)
+    moves = h.lr > 1e-30
+    share = 1 / h.t if moves else 0.0  # of z in x
+    weight = (1 - share) * beta1 * h.lr if moves else 0.0
+    gap = (1 - share) * s["gap"] + weight * n
+    u = (1 - beta1 * (1 - share)) * n + (share / h.lr if moves else 0.0) * s["gap"]
+    return u, {"gap": torch.where(h.usable, gap, s["gap"]), "exp_avg_sq": v}
+
+
 def adopt(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Taniguchi et al. 2024 (arXiv 2411.02853), Alg. 2: normalise by the *previous* v, clip at
     t^(1/4), then average.  The first call only initialises v."""

@@ -24,8 +24,14 @@ FOR_SMALL = {"apollo": {"rank": 4}, "adafactor8bit_apollo": {"rank": 4}}
 # matrix of rank 1, as of equal gradients, is small), with options that make it visible.
 PRODIGIES = ("lion_prodigy", "prodigy", "prodigy_factored")
 MUONS = ("muon", "muon8bit", "muon_factored")
+SCHEDULE_FREE = (
+    "adamw_schedulefree",
+    "adamw8bit_schedulefree",
+    "adamw_factored_schedulefree",
+)
 SWIFT = {name: {"lr": 1.0, "d0": 1e-2} for name in PRODIGIES}
 SWIFT |= {name: {"lr": 0.2} for name in MUONS}
+SWIFT |= {name: {"lr": 0.03} for name in SCHEDULE_FREE}  # each step counts less in an average
 
 
 def build(name, params, **options):

@@ -8,6 +8,7 @@ import lion_pytorch
 import prodigyopt
 import pytest
 import pytorch_optimizer
+import schedulefree
 import torch
 from helpers import make_params, run, set_grads
 
@@ -32,6 +33,14 @@ PAPER = {"beta2": None, "relative_step": True, "scale_parameter": True, "weight_
 # - d: prodigyopt multiplies eps, and only eps, by the next step's d, so eps is tiny.
 # - curvature: test_sophia.py compares sophia, with estimates.
 # - lagged clip: adafactor8bit's `lag_norm` is in its CUDA kernels only; not compared.
+
+
+def in_training(optimizer):
+    """Schedule-Free's mode, which it must be told."""
+    optimizer.train()
+    return optimizer
+
+
 THIRD_PARTIES = {
     # name and variant: (our options, theirs, shapes)
     "sgd": (
@@ -52,6 +61,11 @@ THIRD_PARTIES = {
     "adamw": (
         {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1},
         lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1),
+        CONVOLUTION,
+    ),
+    "adamw_schedulefree": (
+        {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.0},
+        lambda p: in_training(schedulefree.AdamWScheduleFree(p, lr=1e-2, betas=(0.8, 0.95))),
         CONVOLUTION,
     ),
     "lion": (

@@ -76,6 +76,7 @@ def test_a_copy_goes_on_like_the_original(name, copier):
         ("ademamix_factored", {}, 692),
         ("ademamix_factored", {"factor_1d": True}, 674),
         ("adopt_factored_ademamix", {"factor_1d": True}, 674),
+        ("adamw_factored_schedulefree", {}, 2605),
         ("lion_factored", {}, 340),
         ("adamw8bit", {}, 5250),
         ("muon8bit", {}, 2590),

@@ -47,17 +47,18 @@ HD bool are_slow(const Hyper& h) { return below_half(h.weight1) && below_half(h.
 // stochastically, bf16 gradients, no feature that changes the update element by element.  Most runs
 // consist of such steps, so some have a loop of their own, for each storage of the moments.
 enum Storage : uint32_t {
-    kFactoredTriple = 1 << 0,  // factors and signs twice, and factors
-    kFactoredPair = 1 << 1,    // factors and signs, and factors
-    kCodedPair = 1 << 2,       // signed float8, and float8
-    kDenseTriple = 1 << 3,     // fp32, all
-    kDensePair = 1 << 4,       // the same without a slow moment
-    kSquareAlone = 1 << 5,     // only a second moment: factors
-    kGivenAlone = 1 << 6,      // only factors that are read
-    kSignAlone = 1 << 7,       // only a first moment: factors and signs
-    kCodedAlone = 1 << 8,      // the same: signed float8
-    kDenseAlone = 1 << 9,      // the same: fp32
-    kNothing = 1 << 10,        // no moments
+    kFactoredTriple = 1 << 0,    // factors and signs twice, and factors
+    kFactoredPair = 1 << 1,      // factors and signs, and factors
+    kCodedPair = 1 << 2,         // signed float8, and float8
+    kDenseTriple = 1 << 3,       // fp32, all
+    kDensePair = 1 << 4,         // the same without a slow moment
+    kSquareAlone = 1 << 5,       // only a second moment: factors
+    kGivenAlone = 1 << 6,        // only factors that are read
+    kSignAlone = 1 << 7,         // only a first moment: factors and signs
+    kCodedAlone = 1 << 8,        // the same: signed float8
+    kDenseAlone = 1 << 9,        // the same: fp32
+    kNothing = 1 << 10,          // no moments
+    kCodedAndFactors = 1 << 11,  // signed float8, and factors
 };
 struct Stored {
     uint32_t storage;
@@ -75,6 +76,7 @@ constexpr Stored kStorages[] = {
     {kCodedAlone, kSignedFloat8, kAbsent, kAbsent},
     {kDenseAlone, kDense, kAbsent, kAbsent},
     {kNothing, kAbsent, kAbsent, kAbsent},
+    {kCodedAndFactors, kSignedFloat8, kAbsent, kFactored},
 };
 HD constexpr uint32_t storage_of(int32_t fast, int32_t slow, int32_t square) {
     for (const Stored& x : kStorages)

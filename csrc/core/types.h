@@ -141,10 +141,12 @@ struct Hyper {
     float square_scale;           // Adafactor's, of a vector's second moment
     float direction_scale;
     float settled_scale;
-    float update_scale;  // growth limiter and RMS clip
-    float growth_scale;  // growth limiter alone
-    float coefficient;   // of the gradient
-    float rho, rho_low;  // orthograd: g - (rho + rho_low) w
+    float update_scale;           // growth limiter and RMS clip
+    float growth_scale;           // growth limiter alone
+    float coefficient;            // of the gradient
+    float step_weight, pull;      // Schedule-Free's: of the update, and of the gap in it
+    float gap_decay, gap_weight;  // of the gap, and of the update in it
+    float rho, rho_low;           // orthograd: g - (rho + rho_low) w
     float cautious_scale;
     float lr;         // including relative step and parameter scale
     float decay;      // lr * weight_decay, without them

@@ -58,6 +58,7 @@ HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
     if (serves<RuleT, kFactoredTriple, PlainAccess<RuleT, Signed, Signed, Squares>>(at, f) ||
         serves<RuleT, kFactoredPair, PlainAccess<RuleT, Signed, NoSlot, Squares>>(at, f) ||
         serves<RuleT, kCodedPair, Coded<RuleT, Float8<Unsigned8, SharedDraws>>>(at, f) ||
+        serves<RuleT, kCodedAndFactors, Coded<RuleT, Squares>>(at, f) ||
         serves<RuleT, kDenseTriple, PlainAccess<RuleT, DenseSlot, DenseSlot, DenseSlot>>(at, f) ||
         serves<RuleT, kDensePair, PlainAccess<RuleT, DenseSlot, NoSlot, DenseSlot>>(at, f) ||
         serves<RuleT, kGivenAlone, PlainAccess<RuleT, NoSlot, NoSlot, GivenSlot>>(at, f) ||

@@ -9,6 +9,7 @@
 #include "rules/lion.h"
 #include "rules/prodigy.h"
 #include "rules/scaled.h"
+#include "rules/schedule_free.h"
 #include "rules/sgd.h"
 #include "rules/sophia.h"
 
@@ -45,7 +46,7 @@ struct List {
 using Rules =
     List<Entry<Sgd>, Entry<Adam>, Entry<Adopt>, Entry<Lion>,
          Entry<AdafactorVector, AdafactorMatrix>, Entry<Sophia>, Entry<Curved>, Entry<Prodigy>,
-         Entry<LionProdigy>, Entry<CameVector, CameMatrix>, Entry<Scaled>>;
+         Entry<LionProdigy>, Entry<CameVector, CameMatrix>, Entry<ScheduleFree>, Entry<Scaled>>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

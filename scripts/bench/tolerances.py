@@ -112,7 +112,7 @@ def state_misses(
         return misses("exact", wanted, found, slack=slack)
     if moment in ("update_norm", "update_rms"):
         return misses("squares fp32", wanted, found, slack=slack, besides=blur * wanted.double())
-    if moment not in ("exp_avg", "exp_avg_slow", "grad_sum"):
+    if moment not in ("exp_avg", "exp_avg_slow", "gap", "grad_sum"):
         return misses("squares fp32", wanted, found, slack=slack)
     return misses("signed fp32" if part == "" else "size fp32", wanted, found, slack=slack)
 
