@@ -85,7 +85,7 @@ MISTAKES = [
     (["optim.lr=abc"], ["optim.lr", "could not be converted to Float"]),
     (["optim.lr=-1"], ["optim=adafactor8bit", "lr=-1.0", "finite number >= 0"]),
     (["optim=adamw", "optim.betas=[0.9,2]"], ["betas", "2 numbers in [0, 1)"]),
-    (["method.rank=4"], ["method.rank", "method=lora has it"]),
+    (["method.rank=4"], ["method.rank", "method=lora have it"]),
     (["method=lora", "method.rank=0"], ["method.rank=0", "out of range"]),
     (["method=lora", "method.targets=[to_z]"], ["method.targets", "to_z"]),
     (["data=folder"], ["data.path has no value", "data.path=..."]),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import run_export
 from models import TINY, make_sd15
+from peft import LoHaConfig, LoKrConfig
 from PIL import Image
 from test_lora_files import trained
 
@@ -115,7 +116,11 @@ def test_what_a_run_has_drawn_is_drawn_again_to_the_pixel(options, most, finishe
     assert apart(before, after) > 2  # else this proves nothing
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"use_dora": True}, {"config": LoKrConfig}, {"config": LoHaConfig}],
+    ids=["lora", "dora", "lokr", "loha"],
+)
 def test_a_scale_draws_what_a_merged_model_draws_and_0_the_base(kind, draw, tmp_path, capsys):
     """UNet and text encoders."""
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", trained(TINY, **kind), "sdxl")

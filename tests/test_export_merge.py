@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers import assert_export_refused, run_export
 from models import TINY, assert_same_model, make_sd15
+from peft import LoHaConfig, LoKrConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from test_lora_files import any_peft, fresh, trained  # noqa: F401 - a fixture
 
@@ -137,15 +139,16 @@ def test_by_default_a_merged_model_has_the_bases_dtype(tmp_path, capsys):
         assert {n: x.dtype for n, x in own.items()} == {n: x.dtype for n, x in merged.items()}
 
 
+@pytest.mark.parametrize("kind", [{}, {"config": LoKrConfig}, {"config": LoHaConfig}])
 @pytest.mark.parametrize("scale", [0.5, -1.5])
-def test_scale_multiplies_what_is_added(scale, tmp_path, capsys):
-    models = trained(TINY)
+def test_scale_multiplies_what_is_added(scale, kind, tmp_path, capsys):
+    models = trained(TINY, **kind)
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl")
     more = ("--base", TINY, "--merge", f"--scale={scale}", "--dtype=float32")
     assert run_export(capsys, path, tmp_path / "merged", *more)[0] == 0
     for model in models.values():
         for layer in model.modules():
-            if isinstance(layer, LoraLayer):
+            if isinstance(layer, BaseTunerLayer):
                 layer.scale_layer(scale)
     assert_computes(tmp_path / "merged", outputs(models))
 
@@ -249,8 +252,8 @@ def test_a_converted_lora_says_that_it_is_not_merged(tmp_path, capsys, caplog):
 
 def test_mistakes_in_merging_are_one_line_and_write_nothing(sd15_folder, tmp_path, capsys):
     path = lora.save_lora(tmp_path / "a.safetensors", "kohya", trained(TINY, ["unet"]), "sdxl")
-    strange = tmp_path / "loha.safetensors"
-    stream.write(strange, of_tensors({"lora_unet_x.hada_w1_a": torch.ones(1)}), {})
+    strange = tmp_path / "oft.safetensors"
+    stream.write(strange, of_tensors({"lora_unet_x.oft_blocks": torch.ones(1)}), {})
     before = sorted(tmp_path.iterdir())
     merge, base, out = "--merge", ("--base", TINY), tmp_path / "out"
     cases = (
@@ -261,7 +264,7 @@ def test_mistakes_in_merging_are_one_line_and_write_nothing(sd15_folder, tmp_pat
         ([path, out, "--base", sd15_folder, merge], "the LoRA is for another model"),
         ([path, out, "--base", "sdxl", merge], "another model"),
         ([TINY, out, *base, merge], "--merge is for LoRAs, and "),
-        ([strange, out, *base, merge], "LoHa; only LoRA and DoRA can be read"),
+        ([strange, out, *base, merge], "OFT; only LoRA, DoRA, LoKr and LoHa can be read"),
         ([path, out, *base, merge, "--format=kohya"], "use diffusers or single_file"),
         ([path, out, *base, merge, "--format=single_file"], "must end in .safetensors"),
     )

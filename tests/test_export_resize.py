@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from trainer.export import loras
 from trainer.formats import lora
-from trainer.formats.adapters import Adapter
+from trainer.formats.adapter import Lora
 from trainer.models import origin
 
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -22,7 +22,7 @@ def adapters_of(rank, is_dora, seed=0):
     held = {}
     for path, own in ((LINEAR, rank), (CONV, 2)):
         shape = models["unet"].get_submodule(path).weight.shape
-        held[path] = Adapter(
+        held[path] = Lora(
             down=torch.randn(own, *shape[1:], generator=generator),
             up=torch.randn(shape[0], own, *[1] * (len(shape) - 2), generator=generator),
             alpha=5.0,

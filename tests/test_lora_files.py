@@ -8,13 +8,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from models import TINY, make_sd15
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
 from trainer.formats import adapters, architectures, diffusers_lora, kohya, lora, stream, weights
-from trainer.formats.adapters import Adapter
+from trainer.formats.adapter import Lora
 from trainer.models import origin
 from trainer.training import start
 
@@ -40,17 +46,31 @@ def fresh(folder, parts=("unet", "text_encoder", "text_encoder_2")):
     return {part: found.load(part, torch.float32) for part in parts if found.has(part)}
 
 
-def trained(folder, parts=("unet", "text_encoder", "text_encoder_2"), unet=None, **options):
+OPTIONS = {
+    LoraConfig: {"r": 4, "lora_alpha": 10},
+    # Factors of the least rank and, in part, w1 as well.
+    LoKrConfig: {"r": 1, "alpha": 3, "decompose_factor": 4, "decompose_both": True},
+    LoHaConfig: {"r": 4, "alpha": 10},
+}
+
+
+def trained(
+    folder,
+    parts=("unet", "text_encoder", "text_encoder_2"),
+    unet=None,
+    config=LoraConfig,
+    **options,
+):
     """Models with nonzero adapters on all targeted modules."""
     models = fresh(folder, parts)
-    options = {"r": 4, "lora_alpha": 10, **options}
+    options = {**OPTIONS[config], **options}
     torch.manual_seed(0)
     for part, model in models.items():
         targets, more = (UNET, unet) if part == "unet" else (TEXT, None)
-        config = LoraConfig(target_modules=targets, **options | (more or {}))
-        inject_adapter_in_model(config, model)
+        made = config(target_modules=targets, **options | (more or {}))
+        inject_adapter_in_model(made, model)
         for name, p in model.named_parameters():
-            if "lora_B" in name:
+            if any(zero in name for zero in ("lora_B", "lokr_w1", "hada_w2_b")):
                 p.data = 0.2 * torch.randn_like(p)
             if "magnitude" in name:
                 p.data *= 1 + 0.3 * torch.rand_like(p)
@@ -137,7 +157,7 @@ def test_a_dora_scale_in_kohyas_format_means_what_lycoris_means_by_it(tmp_path):
 
 def test_kohyas_names_are_the_published_ones_for_the_real_models():
     """722, 72 and 192 modules, which kohya's scripts train by default for SDXL."""
-    small = Adapter(down=torch.zeros(1, 1), up=torch.zeros(1, 1), alpha=1.0)
+    small = Lora(down=torch.zeros(1, 1), up=torch.zeros(1, 1), alpha=1.0)
     models = {
         part: architectures.empty(part, architectures.config("sdxl", part))
         for part in ("unet", "text_encoder", "text_encoder_2")
@@ -257,8 +277,29 @@ def test_the_file_says_what_it_is_of(tmp_path):
 
 REFUSED = {
     "no module": ({"lora_unet_input_blocks_9_1_to_q.alpha": torch.ones(())}, "no module of this"),
-    "loha": ({f"{BLOCK}.hada_w1_a": torch.ones(1)}, "LoHa; only LoRA and DoRA can be read"),
-    "lokr": ({f"{BLOCK}.lokr_w1": torch.ones(1)}, "LoKr"),
+    "oft": ({f"{BLOCK}.oft_blocks": torch.ones(1)}, "OFT; only LoRA, DoRA, LoKr and LoHa can be"),
+    "no hada_w1_b": ({f"{BLOCK}.hada_w1_a": torch.ones(64, 1)}, "to_q has no hada_w1_b"),
+    "no lokr_w2_a": ({f"{BLOCK}.lokr_w1": torch.ones(8, 8)}, "to_q has no lokr_w2_a"),
+    "lokr's ranks": (
+        {
+            f"{BLOCK}.lokr_w1": torch.ones(8, 8),
+            f"{BLOCK}.lokr_w2_a": torch.ones(8, 2),
+            f"{BLOCK}.lokr_w2_b": torch.ones(3, 8),
+        },
+        "do not fit together: lokr_w1 8x8, lokr_w2_a 8x2, lokr_w2_b 3x8",
+    ),
+    "lokr's shape": (
+        {f"{BLOCK}.lokr_w1": torch.ones(8, 8), f"{BLOCK}.lokr_w2": torch.ones(4, 8)},
+        r"is for a weight of \(32, 64\), and here it is \(64, 64\); the LoKr is for another model",
+    ),
+    "lokr's dora_scale": (
+        {
+            f"{BLOCK}.lokr_w1": torch.ones(8, 8),
+            f"{BLOCK}.lokr_w2": torch.ones(8, 8),
+            f"{BLOCK}.dora_scale": torch.ones(64, 1),
+        },
+        "to_q is a LoKr with DoRA's scales, which cannot be read",
+    ),
     "unknown": ({f"{BLOCK}.lora_sideways.weight": torch.ones(1)}, "unknown kind"),
     "no up": ({f"{BLOCK}.lora_down.weight": torch.ones(2, 64)}, "has no up projection"),
     "ranks": (

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
+from trainer.formats.adapter import Lora
 from trainer.models.model import Model
 from trainer.objective import encoding
 from trainer.run import run
@@ -192,7 +193,7 @@ def test_a_layer_that_nothing_reads_gets_no_adapter(composed, tmp_path):
     assert len(down) == sum(len(found) for found in own.values())
     path = next(path for path in own["text_encoder"] if path.endswith("q_proj"))
     size = own["text_encoder"][path].down.shape[1]
-    small = adapters.Adapter(down=torch.ones(4, size), up=torch.zeros(size, 4), alpha=16.0)
+    small = Lora(down=torch.ones(4, size), up=torch.zeros(size, 4), alpha=16.0)
     more = own | {
         "text_encoder": own["text_encoder"] | {path.replace("layers.0", "layers.1"): small}
     }

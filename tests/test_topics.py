@@ -154,11 +154,12 @@ def test_items_of_a_list_are_explained_with_it(told):
         (["lion"], "'lion' is a choice; to explain it and its options: --help optim=lion\n"),
         (["sdxl"], "--help experiment=sdxl or --help model=sdxl"),
         (["hydra.run.dir"], "python -m trainer --cfg hydra"),
-        (["method.rank"], "method=lora has it"),
+        (["method.rank"], "method=loha, method=lokr, method=lora have it"),
         (
             ["rank"],
-            "there is no option 'rank' here; there is method.rank with method=lora and optim.rank "
-            "with optim=adafactor8bit_apollo, optim=apollo, optim=apollo_mini",
+            "there is no option 'rank' here; there is method.rank with method=loha, method=lokr, "
+            "method=lora and optim.rank with optim=adafactor8bit_apollo, optim=apollo, "
+            "optim=apollo_mini",
         ),
     ],
 )

@@ -12,7 +12,6 @@ from trainer.config import (
     Config,
     ConstantConfig,
     LinearConfig,
-    LoraConfig,
     WsdConfig,
     finds_rate,
     keys_of,
@@ -21,6 +20,7 @@ from trainer.config import (
 from trainer.training.schedule import decay_steps
 
 _UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
+_TITLES = {"full": "full fine-tune", "lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 _LARGE = 100_000_000  # trained parameters, from which on the default rate gets a remark
 _STILL = 1e-3  # relative change of the loss, below which a model has learned nothing
 _FAR = 1.5  # ratio of resolutions, above which there is a remark
@@ -50,7 +50,7 @@ def of_rate(config: Config, size: int) -> list[str]:
     if config.optim.lr != default:
         return []
     start = large_model_lr(name, default, method.name)
-    what = "LoRA" if isinstance(method, LoraConfig) else "full fine-tune"
+    what = _TITLES[method.name]
     return [
         f"optim.lr={default:g} is the default of optim={name}, which was found with a small model; "
         f"for a {what} of SDXL start near {start:g}"

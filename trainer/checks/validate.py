@@ -16,10 +16,10 @@ from trainer.checks import machine
 from trainer.cli.explain import explain
 from trainer.config import (
     ALTERNATIVES,
+    AdapterConfig,
     Config,
     DataConfig,
     FullConfig,
-    LoraConfig,
     MseConfig,
     estimates_curvature,
 )
@@ -97,7 +97,7 @@ def check(config: Config) -> None:
         thumbnail.data_url(picture)
     _check_curvature(config)
     check_rules(config.method.rules)
-    if isinstance(config.method, LoraConfig):
+    if isinstance(config.method, AdapterConfig):
         _check_adapters(config.method)
         if not config.resume:  # a checkpoint has the adapters' values
             _check_start(config.method)
@@ -141,8 +141,8 @@ def _check_trained(config: Config) -> None:
         )
 
 
-def _check_adapters(config: LoraConfig) -> None:
-    """Refuse a LoRA that is wrong for any model."""
+def _check_adapters(config: AdapterConfig) -> None:
+    """Refuse adapters that are wrong for any model."""
     patterns = [("ranks", one.pattern) for one in config.ranks]
     texts = set(config.train) - {"unet"}
     for key, parts in (("targets", set(config.train) - texts), ("text_targets", texts)):
@@ -161,10 +161,11 @@ def _check_adapters(config: LoraConfig) -> None:
             ) from error
 
 
-def _check_start(config: LoraConfig) -> None:
+def _check_start(config: AdapterConfig) -> None:
     if config.start_from and not Path(config.start_from).expanduser().is_file():
         raise UserError(
-            f"method.start_from={config.start_from} does not exist; name a LoRA's .safetensors file"
+            f"method.start_from={config.start_from} does not exist; name a "
+            f"{config.name} file, .safetensors"
         )
 
 

@@ -6,7 +6,16 @@ from trainer.config.fields import Interval, epochs_of
 from trainer.config.files import ASSETS, choices_of, conf_dir, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
-from trainer.config.method import EmaConfig, FullConfig, LoraConfig, MetadataConfig, RankConfig
+from trainer.config.method import (
+    AdapterConfig,
+    EmaConfig,
+    FullConfig,
+    LohaConfig,
+    LokrConfig,
+    LoraConfig,
+    MetadataConfig,
+    RankConfig,
+)
 from trainer.config.model import DTYPES, ModelConfig
 from trainer.config.noise import NoiseConfig
 from trainer.config.optimizer import (

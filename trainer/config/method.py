@@ -87,24 +87,20 @@ def rank_of(ranks: Sequence[RankConfig], name: str) -> RankConfig | None:
 
 
 @dataclass(kw_only=True)
-class LoraConfig(MethodConfig):
-    """Train low-rank adapters (PEFT)."""
+class AdapterConfig(MethodConfig):
+    """Train adapters (PEFT), and nothing else."""
 
-    name: str = "lora"
+    name: str
     rank: int = within(1)  #: of adapters
     alpha: float = within(TINY, HUGE)  #: the adapter's output is scaled by alpha / rank
     #: Ranks per module name; the first one whose pattern is found applies.
     ranks: list[RankConfig]
-    rslora: bool  #: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
-    #: Train magnitude and direction separately (DoRA: Liu et al. 2024, arXiv 2402.09353).
-    dora: bool
-    dropout: float = within(0, 0.99)  #: share of an adapter's inputs that a training step sets to 0
     #: Modules of the UNet to adapt: regular expressions that match the end of their names: to_q, or
     #: down_blocks.*attn1.to_q, or conv[12].
     targets: list[str]
     text_targets: list[str]  #: modules of the text encoders to adapt
-    #: A LoRA file (kohya's or diffusers' format) to start from, with this rank, alpha and these
-    #: targets; null: start from zero.
+    #: A file of such adapters to start from, with this rank, alpha and these targets; null: start
+    #: from zero.
     start_from: str | None
     #: Formats of the result: kohya (for A1111 and ComfyUI), diffusers.
     export: list[str] = one_of("kohya", "diffusers")
@@ -112,3 +108,38 @@ class LoraConfig(MethodConfig):
     #: (ss_tag_frequency).  It discloses the captions.
     tag_frequency: bool
     export_dtype: str | None = one_of(*DTYPES)  #: of the written weights; null: as trained
+
+
+@dataclass(kw_only=True)
+class LoraConfig(AdapterConfig):
+    """Train low-rank adapters."""
+
+    name: str = "lora"
+    rslora: bool  #: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
+    #: Train magnitude and direction separately (DoRA: Liu et al. 2024, arXiv 2402.09353).
+    dora: bool
+    dropout: float = within(0, 0.99)  #: share of an adapter's inputs that a training step sets to 0
+
+
+@dataclass(kw_only=True)
+class LokrConfig(AdapterConfig):
+    """Train Kronecker products: kron(w1, w2), w2 of low rank (LyCORIS: Yeh et al. 2024, arXiv
+    2309.14859).  A factor whose longer side is at most twice the rank is trained whole."""
+
+    name: str = "lokr"
+    #: The shape of w1, as far as it divides the weight's (the smaller the factor, the larger w2);
+    #: null: as large as w2.
+    factor: int | None = within(1)
+    decompose_both: bool  #: w1 is of low rank, too, where it is larger than twice the rank
+    #: Formats of the result: kohya (LyCORIS's names, for A1111 and ComfyUI); diffusers reads none.
+    export: list[str] = one_of("kohya")
+
+
+@dataclass(kw_only=True)
+class LohaConfig(AdapterConfig):
+    """Train Hadamard products: two low-rank matrices, multiplied element by element (LyCORIS: Yeh
+    et al. 2024, arXiv 2309.14859)."""
+
+    name: str = "loha"
+    #: Formats of the result: kohya (LyCORIS's names, for A1111 and ComfyUI); diffusers reads none.
+    export: list[str] = one_of("kohya")

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_origin
 import optim
 
 # Share of an optimizer's default learning rate to use with a large model.
-_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1}
+_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1, "lokr": 0.1, "loha": 0.1}
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import optim
-from trainer.config import Config, FullConfig, LoraConfig
+from trainer.config import AdapterConfig, Config, FullConfig
 
 # The same rule with a smaller state.
 _SMALLER = {
@@ -56,7 +56,7 @@ def _all(config: Config) -> Iterator[Remedy]:
             overrides=("runtime.gradient_checkpointing=true",),
             what="which recomputes activations",
         )
-    if isinstance(method, LoraConfig):
+    if isinstance(method, AdapterConfig):
         if config.model.quantization == "none":
             yield Remedy(
                 overrides=("model.quantization=int8",), what="which keeps frozen weights in 8 bits"
@@ -80,7 +80,7 @@ def _all(config: Config) -> Iterator[Remedy]:
         )
     if smaller := _SMALLER.get(config.optim.name):
         yield Remedy(overrides=(f"optim={smaller}",), what="which has a smaller state")
-    if isinstance(method, LoraConfig) and method.rank > 16:
+    if isinstance(method, AdapterConfig) and method.rank > 16:
         yield Remedy(overrides=("method.rank=16",), what="which trains fewer weights")
     if config.optim.name not in _SMALL_STATE:
         yield Remedy(overrides=("optim=adafactor8bit",), what="whose state is tiny")

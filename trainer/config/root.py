@@ -7,7 +7,7 @@ from trainer.config.data import DataConfig
 from trainer.config.fields import within
 from trainer.config.log import LogConfig
 from trainer.config.loss import HuberConfig, MseConfig
-from trainer.config.method import FullConfig, LoraConfig
+from trainer.config.method import FullConfig, LohaConfig, LokrConfig, LoraConfig
 from trainer.config.model import ModelConfig
 from trainer.config.noise import NoiseConfig
 from trainer.config.runtime import RuntimeConfig
@@ -28,7 +28,7 @@ class Config:
     resume: str | None  #: a checkpoint folder, a run folder, or latest
     model: ModelConfig
     data: DataConfig
-    method: Any  # FullConfig | LoraConfig
+    method: Any  # one of ALTERNATIVES["method"]
     optim: Any  # optimizer_schema(name), ExternalConfig, or peer_schema(choice)
     loss: Any  # MseConfig | HuberConfig
     noise: NoiseConfig
@@ -39,7 +39,7 @@ class Config:
 
 # Groups whose choices have different options; a YAML file names the schema that it fills in.
 ALTERNATIVES: dict[str, tuple[Any, ...]] = {
-    "method": (FullConfig, LoraConfig),
+    "method": (FullConfig, LoraConfig, LokrConfig, LohaConfig),
     "loss": (MseConfig, HuberConfig),
     "schedule": (
         ConstantConfig,

@@ -1,18 +1,21 @@
 """A run's checkpoint as its result: the original model with the trained tensors, or a LoRA."""
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from trainer.config import ModelConfig, NoiseConfig, RankConfig
+from trainer.config import FullConfig, ModelConfig, NoiseConfig, RankConfig
 from trainer.config.method import rank_of
 from trainer.errors import UserError
 from trainer.export import extraction, loras, models
 from trainer.export.request import Request
 from trainer.formats import adapters, schedulers, writing
+from trainer.formats.adapter import NAME
 from trainer.formats.hub import why_missing
 from trainer.formats.names import canonical
 from trainer.formats.weights import Weights, of_file
@@ -41,7 +44,7 @@ def convert(folder: Path, request: Request) -> None:
     saved = _saved(folder)
     if _averages(folder, saved.method):
         log.info("exporting the averaged weights")
-    is_lora = saved.method["name"] == "lora"
+    is_lora = saved.method["name"] != FullConfig.name
     if is_lora:
         request.refuse_extract(f"{folder} is a LoRA's checkpoint")
     else:
@@ -175,22 +178,20 @@ def _by_part(weights: Weights) -> dict[str, Weights]:
 
 def _adapters_of(parts: dict[str, Weights], method: dict[str, Any]) -> adapters.Adapters:
     """PEFT's parameters (`PATH.lora_A.default.weight`) and the run's options -> adapters."""
-    ending = f".{adapters.NAME}.weight"
+    kind = next(kind for kind in adapters.KINDS if kind.method == method["name"])
     ranks = [RankConfig(**one) for one in method.get("ranks", [])]
+    named = re.compile(rf"(.+)\.({'|'.join(kind.peft_names)})\.{NAME}(?:\.weight)?")
     held: adapters.Adapters = {}
     for part, weights in parts.items():
+        tensors: dict[str, dict[str, Tensor]] = {}
         for name, lazy in weights.items():
-            if not name.endswith(f".lora_A{ending}"):
-                continue
-            path = name.removesuffix(f".lora_A{ending}")
-            rank = lazy.shape[0]
-            magnitude = weights.get(f"{path}.lora_magnitude_vector{ending}")
+            if found := named.fullmatch(name):
+                tensors.setdefault(found[1], {})[kind.peft_names[found[2]]] = lazy.read()
+        for path, of_path in tensors.items():
             own = rank_of(ranks, f"{part}.{path}")
+            rank = method["rank"] if own is None else own.rank
             alpha = method["alpha"] if own is None or own.alpha is None else own.alpha
-            held.setdefault(part, {})[path] = adapters.Adapter(
-                down=lazy.read(),
-                up=weights[f"{path}.lora_B{ending}"].read(),
-                alpha=alpha * (rank**0.5 if method.get("rslora") else 1.0),
-                magnitude=None if magnitude is None else magnitude.read().flatten(),
-            )
+            alpha *= rank**0.5 if method.get("rslora") else 1.0
+            adapter = kind.trained(f"{part}.{path}", of_path, rank, alpha)
+            held.setdefault(part, {})[path] = adapter
     return held

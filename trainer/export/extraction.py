@@ -20,6 +20,7 @@ from trainer.export import loras, models
 from trainer.export.kept import Kept
 from trainer.export.request import Request
 from trainer.formats import adapters, architectures, lora, low_rank, schedulers, stream
+from trainer.formats.adapter import Lora
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
 from trainer.models.origin import Origin
@@ -87,7 +88,7 @@ def write(
     fine-tuned model.  described: further metadata of the file.
     """
     models.check_weights(base, "that SOURCE was fine-tuned from")
-    form = loras.form_of(request, "kohya", base, "--extract writes a LoRA")
+    form = loras.form_of(request, "kohya", base, {}, "--extract writes a LoRA")
     rank = DEFAULT_RANK if request.rank is None else request.rank
     pairs = _pairs(source, base, {part: w for part, w in parts.items() if part != "vae"})
     log.info("%s - %s -> %s (a LoRA in %s format)", source, base, request.target, form)
@@ -164,7 +165,7 @@ def _extracted(
 
 def _adapter(
     pair: _Pair, change: Tensor, rank: int, dtype: torch.dtype | None, seen: _Seen
-) -> adapters.Adapter:
+) -> Lora:
     closest, squares = low_rank.closest(change, rank)
     final = dtype or pair.tuned.dtype
     adapter = replace(

@@ -26,8 +26,10 @@ def convert(path: Path, request: Request) -> None:
     base = _base_of(path, request)
     held = lora.read(path, empty(base))
     weights, described = of_file(path)
-    # A smaller LoRA is for the same program.
-    gives_kohya = kohya.is_own(weights) == (request.rank is not None)
+    # A smaller LoRA is for the same program, and diffusers reads no other adapters.
+    gives_kohya = kohya.is_own(weights) == (request.rank is not None) or not adapters.are_loras(
+        held
+    )
     default_form = "kohya" if gives_kohya else "diffusers"
     write(path, request, default_form, base, held, metadata.carried(described))
 
@@ -46,7 +48,7 @@ def write(
     if request.merge:
         merging.write(source, request, base, held, more_metadata)
         return
-    form = form_of(request, default_form, base, f"{source} is a LoRA")
+    form = form_of(request, default_form, base, held, f"{source} is a LoRA")
     target, models = request.target, empty(base)
     log.info("%s -> %s (a LoRA in %s format)", source, target, form)
     if request.rank is not None:
@@ -61,14 +63,16 @@ def write(
         log.info("%s holds the LoRA alone; --merge writes it merged into %s", target, request.base)
 
 
-def form_of(request: Request, default: str, base: origin.Origin, what: str) -> str:
+def form_of(
+    request: Request, default: str, base: origin.Origin, held: adapters.Adapters, what: str
+) -> str:
     """The format of the LoRA to write: kohya or diffusers.  what: a phrase that says that it is
-    one.  Raises UserError if it is neither, or cannot hold a LoRA of this base."""
+    one.  Raises UserError if it is neither, or cannot hold these adapters of this base."""
     form = request.form or default
     if form == "single_file":
         raise UserError(f"--format=single_file is for models, and {what}: use kohya or diffusers")
     request.check_file()
-    lora.check_kind(request.target, form, base.kind)
+    lora.check_kind(request.target, form, base.kind, held)
     return form
 
 

@@ -16,7 +16,8 @@ from trainer.errors import UserError
 from trainer.export import models
 from trainer.export.request import Request
 from trainer.formats import schedulers, stream, writing
-from trainer.formats.adapters import Adapter, Adapters
+from trainer.formats.adapter import Adapter
+from trainer.formats.adapters import Adapters
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
 from trainer.models.origin import Origin

@@ -7,7 +7,8 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.export.kept import Kept
 from trainer.formats import low_rank
-from trainer.formats.adapters import Adapter, Adapters
+from trainer.formats.adapter import Adapter, Lora
+from trainer.formats.adapters import Adapters
 from trainer.system import console
 from trainer.wording import plural
 
@@ -18,9 +19,13 @@ def resized(source: Path, held: Adapters, rank: int, kept: Kept) -> Adapters:
     """The adapters with at most this rank, in their own dtype; those that have no more are
     unchanged.  Of DoRA, the delta is resized, and the magnitude stays.
 
-    Raises UserError if none has more, or if one is not finite.
+    Raises UserError if none has more, one is not finite, or one is no LoRA.
     """
-    every = [adapter for by_path in held.values() for adapter in by_path.values()]
+    loras = {
+        part: {path: _lora(source, adapter, rank) for path, adapter in by_path.items()}
+        for part, by_path in held.items()
+    }
+    every = [adapter for by_path in loras.values() for adapter in by_path.values()]
     if (most := max(adapter.rank for adapter in every)) <= rank:
         raise UserError(
             f"--rank={rank} has no effect: no adapter of {source} has a rank above {most}; leave "
@@ -28,7 +33,7 @@ def resized(source: Path, held: Adapters, rank: int, kept: Kept) -> Adapters:
         )
     with console.Aside("resizing", len(every), "adapters") as bar:
         made: Adapters = {}
-        for part, by_path in held.items():
+        for part, by_path in loras.items():
             for path, adapter in by_path.items():
                 where = f"{source}: {part}.{path}"
                 made.setdefault(part, {})[path] = _resized(where, adapter, rank, kept)
@@ -36,7 +41,16 @@ def resized(source: Path, held: Adapters, rank: int, kept: Kept) -> Adapters:
     return made
 
 
-def _resized(where: str, adapter: Adapter, rank: int, kept: Kept) -> Adapter:
+def _lora(source: Path, adapter: Adapter, rank: int) -> Lora:
+    if isinstance(adapter, Lora):
+        return adapter
+    raise UserError(
+        f"--rank={rank} is for LoRAs, and {source} is a {adapter.title}; train one with a smaller "
+        "method.rank, or merge it (--merge) and extract a LoRA from the result (--extract)"
+    )
+
+
+def _resized(where: str, adapter: Lora, rank: int, kept: Kept) -> Adapter:
     delta = adapter.delta()
     if not delta.isfinite().all():
         raise UserError(f"{where} is not finite; the LoRA is damaged")

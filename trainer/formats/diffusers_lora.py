@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config.method import TRAINABLE_PARTS
 from trainer.errors import UserError
+from trainer.formats.adapter import Lora
 from trainer.formats.adapters import Adapters, module_names, peft_config
 from trainer.formats.names import canonical
 
@@ -34,6 +35,7 @@ def encode(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
     described: dict[str, Any] = {}
     for part, by_path in adapters.items():
         for path, adapter in by_path.items():
+            assert isinstance(adapter, Lora)  # diffusers reads no others of these models
             name = f"{part}.{canonical(part, path)}"
             tensors[f"{name}.lora_A.weight"] = adapter.down
             tensors[f"{name}.lora_B.weight"] = adapter.up

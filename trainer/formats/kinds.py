@@ -24,13 +24,13 @@ _OTHERS = {  # name prefixes that no other model uses
     "conditioner.embedders.0.model.": "the SDXL refiner",
 }
 _LORA = ("lora_unet_", "lora_te", "unet.", "text_encoder.", "text_encoder_2.", "base_model.model.")
+_ADAPTERS = (".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
 
 
 def is_lora(weights: Weights) -> bool:
     """Whether the file holds adapters instead of a model."""
     return any(name.startswith(_LORA) and "lora" in name.lower() for name in weights) or any(
-        name.endswith((".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1"))
-        for name in weights
+        name.endswith(_ADAPTERS) for name in weights
     )
 
 

@@ -1,8 +1,9 @@
-"""LoRA files as kohya's scripts, A1111 and ComfyUI use them.
+"""LoRA files as kohya's scripts, A1111 and ComfyUI use them, and LyCORIS's.
 
 A name is a module's path with `_` for `.`, then the tensor: `lora_unet_..._to_q.lora_down.weight`,
-`.lora_up.weight`, `.alpha` (0-d) and, for DoRA, `.dora_scale`.  As in kohya's scripts, the UNet's
-paths are sgm's for SDXL and diffusers' for Stable Diffusion 1.x; both are read for either model.
+`.lora_up.weight`, `.alpha` (0-d) and, for DoRA, `.dora_scale`; LyCORIS's `.lokr_w1`, `.hada_w1_a`,
+...  As in kohya's scripts, the UNet's paths are sgm's for SDXL and diffusers' for Stable Diffusion
+1.x; both are read for either model.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.formats.adapters import Adapters, module_names
+from trainer.formats.lycoris import Loha, Lokr
 from trainer.formats.names import canonical, unet_name
 from trainer.formats.weights import Weights
 
@@ -28,7 +30,10 @@ _KINDS = {
     "lora_up.weight": "up",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
+    **Lokr.peft_names,
+    **Loha.peft_names,
 }
+_NAMES = {kind: ending for ending, kind in _KINDS.items()}
 
 
 def is_own(weights: Weights) -> bool:
@@ -44,12 +49,13 @@ def encode(
     for part, by_path in adapters.items():
         for path, adapter in by_path.items():
             name = PREFIXES[kind][part] + _path(part, path, kind, unet_config).replace(".", "_")
-            tensors[f"{name}.lora_down.weight"] = adapter.down
-            tensors[f"{name}.lora_up.weight"] = adapter.up
+            for own, tensor in adapter.tensors().items():
+                if own == "magnitude":
+                    ones = [1] * (len(adapter.shape) - 1)
+                    tensors[f"{name}.dora_scale"] = tensor.reshape(-1, *ones)
+                else:
+                    tensors[f"{name}.{_NAMES[own]}"] = tensor
             tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha)
-            if adapter.magnitude is not None:
-                ones = [1] * (adapter.down.ndim - 1)
-                tensors[f"{name}.dora_scale"] = adapter.magnitude.reshape(-1, *ones)
     return tensors
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
-from trainer.formats.adapters import Adapter, Adapters, OtherModel, of_models
+from trainer.formats.adapter import Adapter
+from trainer.formats.adapters import Adapters, OtherModel, are_loras, kind_of, of_models
 from trainer.formats.proof import NotProved
 from trainer.formats.weights import Weights, of_file, of_tensors
 from trainer.system import disk
@@ -20,9 +22,6 @@ from trainer.wording import plural
 log = logging.getLogger(__name__)
 
 _OTHER_KINDS = {  # other adapters (LyCORIS etc.), by how their tensors' names end
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w1_a": "LoKr",
     "oft_blocks": "OFT",
     "oft_diag": "OFT",
     "lora_mid.weight": "a Tucker-decomposed LoCon",
@@ -54,7 +53,7 @@ def save_lora(
     adapters = {part: by_path for part, by_path in adapters.items() if by_path}
     if not adapters:
         raise UserError(f"{target}: none of {', '.join(models)} has an adapter to write")
-    check_kind(target, kind, base)
+    check_kind(target, kind, base, adapters)
     if kind == "kohya":
         unet: Any = models.get("unet")
         tensors = kohya.encode(adapters, base, None if unet is None else unet.config)
@@ -76,8 +75,14 @@ def save_lora(
     return target
 
 
-def check_kind(target: Path, kind: str, base: str) -> None:
-    """Raise UserError for a format that has no names for this base model's modules."""
+def check_kind(target: Path, kind: str, base: str, adapters: Adapters) -> None:
+    """Raise UserError for a format that has no names for this base model's modules, or for these
+    adapters."""
+    if kind == "diffusers" and not are_loras(adapters):
+        raise UserError(
+            f"{target}: diffusers' format is for LoRAs, and these are LyCORIS's adapters; use "
+            "kohya's, or merge them: python -m trainer.export FILE TARGET --merge --base=MODEL"
+        )
     if kind == "kohya" and base not in kohya.PREFIXES:
         raise UserError(
             f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; use diffusers'"
@@ -129,8 +134,8 @@ def _decode(
         if kind is None:
             endings = (other for end, other in _OTHER_KINDS.items() if name.endswith(f".{end}"))
             raise UserError(
-                f"{where}: {name} is of {next(endings, 'an unknown kind')}; only LoRA and DoRA can "
-                "be read"
+                f"{where}: {name} is of {next(endings, 'an unknown kind')}; only LoRA, DoRA, LoKr "
+                "and LoHa can be read"
             )
         if module not in modules:
             part = form.part_of(module)
@@ -153,38 +158,27 @@ def _decode(
 def _adapter(
     where: str, tensors: dict[str, Tensor], alphas: diffusers_lora.Alphas, part: str, path: str
 ) -> Adapter:
-    for kind in ("down", "up"):
-        if kind not in tensors:
-            raise UserError(f"{where} has no {kind} projection; the file is damaged")
-    down, up = tensors["down"], tensors["up"]
-    alpha = tensors.get("alpha")
-    magnitude = tensors.get("magnitude")
-    if (scale := tensors.get("dora_scale")) is not None:
-        if scale.shape[0] != up.shape[0] or scale.numel() != up.shape[0]:
-            raise UserError(
-                f"{where}.dora_scale is {tuple(scale.shape)}: it scales the weight's columns, and "
-                "DoRA here scales its rows; it cannot be read"
-            )
-        magnitude = scale
-    return Adapter(
-        down=down,
-        up=up,
-        alpha=alphas.of(part, path, down.shape[0]) if alpha is None else float(alpha),
-        magnitude=None if magnitude is None else magnitude.flatten(),
-    )
+    alpha, scale = tensors.pop("alpha", None), tensors.pop("dora_scale", None)
+    if scale is not None:
+        tensors["magnitude"] = scale
+    kind = kind_of(tensors)
+    adapter = kind.of(where, tensors, None if alpha is None else float(alpha))
+    if scale is not None and not scale.shape[0] == scale.numel() == adapter.shape[0]:
+        raise UserError(
+            f"{where}.dora_scale is {tuple(scale.shape)}: it scales the weight's columns, and "
+            "DoRA here scales its rows; it cannot be read"
+        )
+    return replace(adapter, alpha=alphas.of(part, path, adapter.rank)) if alpha is None else adapter
 
 
 def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
-    if adapter.rank != adapter.up.shape[1]:
-        raise UserError(f"{where} has rank {adapter.rank} down and {adapter.up.shape[1]} up")
     layer: Any = getattr(module, "base_layer", module)
     weight: Tensor = layer.weight  # not a parameter if it is quantized
-    shape = (adapter.up.shape[0], *adapter.down.shape[1:])
     # A matrix may be written as a 1x1 convolution.
-    if adapter.up.shape[0] != weight.shape[0] or math.prod(shape) != weight.numel():
+    if adapter.shape[0] != weight.shape[0] or math.prod(adapter.shape) != weight.numel():
         raise OtherModel(
-            f"{where} is for a weight of {shape}, and here it is {tuple(weight.shape)}; the LoRA "
-            "is for another model"
+            f"{where} is for a weight of {adapter.shape}, and here it is {tuple(weight.shape)}; "
+            f"the {adapter.title} is for another model"
         )
 
 

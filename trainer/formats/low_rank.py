@@ -4,10 +4,10 @@ adapter of a larger rank."""
 import torch
 from torch import Tensor
 
-from trainer.formats.adapters import Adapter
+from trainer.formats.adapter import Lora
 
 
-def closest(change: Tensor, rank: int) -> tuple[Adapter, Tensor]:
+def closest(change: Tensor, rank: int) -> tuple[Lora, Tensor]:
     """The adapter of this rank that is closest to a weight's change, in the sum of squares (Eckart
     & Young 1936), with alpha = rank.
 
@@ -29,7 +29,7 @@ def closest(change: Tensor, rank: int) -> tuple[Adapter, Tensor]:
     return _adapter(u, s, vh, change.shape), squares.flip(0).clamp(min=0).double()
 
 
-def resized(adapter: Adapter, rank: int) -> tuple[Adapter, Tensor]:
+def resized(adapter: Lora, rank: int) -> tuple[Lora, Tensor]:
     """An adapter as `closest` would make it of this one's delta, and the squares of the delta's
     singular values; the delta itself is not computed.  DoRA's magnitude is kept."""
     up, r_up = torch.linalg.qr(adapter.up.float().flatten(1))
@@ -42,11 +42,11 @@ def resized(adapter: Adapter, rank: int) -> tuple[Adapter, Tensor]:
 
 def _adapter(
     u: Tensor, s: Tensor, vh: Tensor, shape: tuple[int, ...], magnitude: Tensor | None = None
-) -> Adapter:
+) -> Lora:
     """u (out, rank) * s @ vh (rank, in * kh * kw) as an adapter, the singular values shared evenly
     by the two factors, so that both fit into fp16."""
     root, rank = s.sqrt(), s.shape[0]
-    return Adapter(
+    return Lora(
         down=(root[:, None] * vh).reshape(rank, *shape[1:]).contiguous(),
         up=(u * root).reshape(shape[0], rank, *[1] * (len(shape) - 2)).contiguous(),
         alpha=float(rank),

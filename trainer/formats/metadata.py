@@ -3,6 +3,7 @@ that are not the published ones."""
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.formats import architectures, schedulers, stream
-from trainer.formats.adapters import Adapters, commonest
+from trainer.formats.adapter import Adapter, commonest
+from trainer.formats.adapters import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +24,6 @@ _SPEC = {  # modelspec's architecture name, and the resolution it was trained at
     "sdxl": ("stable-diffusion-xl-v1-base", 1024),
     "sd15": ("stable-diffusion-v1", 512),
 }
-# LyCORIS's arguments for DoRA with one scale per row of the weight.
-_DORA = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
 BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
 
 
@@ -109,12 +109,14 @@ def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
     The training data (`ss_tag_frequency`) is not disclosed."""
     every = [adapter for by_path in adapters.values() for adapter in by_path.values()]
     rank, alpha = commonest(every)
-    is_dora = any(adapter.magnitude is not None for adapter in every)
+    kinds: Counter[type[Adapter]] = Counter(type(adapter) for adapter in every)
+    most = kinds.most_common(1)[0][0]
+    module, arguments = most.network([adapter for adapter in every if type(adapter) is most])
     described = {
-        "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",
+        "ss_network_module": module,
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": json.dumps(_DORA if is_dora else {}),
+        "ss_network_args": json.dumps(arguments),
         "ss_output_name": title,
         stream.SSHS: "",
     }

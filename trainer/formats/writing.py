@@ -142,7 +142,7 @@ def _sources(
             weights = source
         else:
             weights, config = source.weights(part), source.config(part)
-        if any(".lora_A." in name for name in weights):
+        if any(".base_layer." in name for name in weights):
             raise UserError(f"the {part} has adapters in it; write them as a LoRA, or merge them")
         weights = {names.canonical(part, name): lazy for name, lazy in weights.items()}
         wanted = architectures.shapes(part, config)

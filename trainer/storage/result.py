@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DTYPES, Config, FullConfig, LoraConfig
+from trainer.config import DTYPES, AdapterConfig, Config, FullConfig, LokrConfig
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, lora, metadata, schedulers, thumbnail, writing
 from trainer.models.model import Model
@@ -20,7 +20,7 @@ from trainer.system import disk
 log = logging.getLogger(__name__)
 
 
-def check(method: FullConfig | LoraConfig, model: Model) -> None:
+def check(method: FullConfig | AdapterConfig, model: Model) -> None:
     """Raise UserError for a format that the model has no layout in, before anything is trained."""
     for kind in method.export:
         if kind in ("kohya", "single_file") and model.origin.kind == "other":
@@ -49,12 +49,12 @@ def write(
     method = config.method
     dtype = None if method.export_dtype is None else DTYPES[method.export_dtype]
     parts: dict[str, Any] = {part: model.trained_parts[part] for part in method.train}
-    if not isinstance(method, LoraConfig) and model.vae_origin is not model.origin:
+    if not isinstance(method, AdapterConfig) and model.vae_origin is not model.origin:
         parts["vae"] = model.vae_origin
     more_metadata = described(asdict(config), step, counted)
     written = []
     for kind in method.export:
-        if isinstance(method, LoraConfig):
+        if isinstance(method, AdapterConfig):
             target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
             told = more_metadata | schedulers.described_lora(model.scheduler)
             lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
@@ -72,7 +72,7 @@ def write(
             target = folder / "model"
             writing.save_folder(target, model.origin, parts, model.scheduler, dtype)
         written.append(target)
-    if isinstance(method, LoraConfig) and model.scheduler != model.origin.config("scheduler"):
+    if isinstance(method, AdapterConfig) and model.scheduler != model.origin.config("scheduler"):
         written.append(_write_scheduler(model, folder / "lora/scheduler"))
     return written
 
@@ -115,12 +115,21 @@ def described(
         "ss_sd_model_name": Path(model["path"]).name,
         "ss_batch_size_per_device": data["batch_size"],
         "ss_mixed_precision": "bf16" if "bfloat16" in (model["dtype"], model["compute"]) else "no",
+        "ss_network_args": _lycoris_arguments(config["method"]),
         metadata.RESOLUTION: resolution,
         metadata.TRAINER: json.dumps({"config": _public(config), "step": step}),
         **(counted or {}),
     }
     told = {key: str(value) for key, value in known.items() if value is not None}
     return told | _words(config["method"].get("metadata") or {})
+
+
+def _lycoris_arguments(method: Mapping[str, Any]) -> str | None:
+    """The arguments with which LyCORIS trains such a LoKr; None for other methods."""
+    if method["name"] != LokrConfig.name:
+        return None
+    both = {"decompose_both": "True"} if method["decompose_both"] else {}
+    return json.dumps({"algo": "lokr", "factor": str(method["factor"] or -1), **both})
 
 
 def of_model(described: Mapping[str, str]) -> dict[str, str]:

@@ -1,19 +1,20 @@
-"""What is trained: every weight (`full`) or adapters (`lora`), of the UNet and optionally of the
-text encoders."""
+"""What is trained: every weight (`full`) or adapters (`lora`, `lokr`, `loha`), of the UNet and
+optionally of the text encoders."""
 
 import logging
 import re
-from typing import cast
+from typing import Any, cast
 
+import peft
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from optim import rng
-from trainer.config import FullConfig, LoraConfig, RankConfig
+from trainer.config import AdapterConfig, FullConfig, LohaConfig, LokrConfig, LoraConfig, RankConfig
 from trainer.config.method import TRAINABLE_PARTS, rank_of
 from trainer.errors import UserError
 from trainer.formats import adapters
@@ -25,20 +26,21 @@ from trainer.training import groups, start
 log = logging.getLogger(__name__)
 
 _ADAPTED = (nn.Linear, nn.Conv2d)
+_OF_ADAPTER = re.compile(r"(.+)\.(?:lora|lokr|hada)_.+")
 
 
 def attach(
-    config: FullConfig | LoraConfig, model: Model, seed: int, start_from: str | None = None
+    config: FullConfig | AdapterConfig, model: Model, seed: int, start_from: str | None = None
 ) -> None:
-    """Make the parameters that `config` trains require gradients; for LoRA, add them first (fp32,
-    up-projections zero, or with the values of the file `start_from`).
+    """Make the parameters that `config` trains require gradients; add adapters first (fp32, and
+    without any effect, or with the values of the file `start_from`).
 
     A text encoder's layers whose output is unused are not trained and get no adapter.  (kohya's
     scripts write one of zeros, which readers of LoRA files do not need.)
     Raises UserError for a part that the model lacks or a target that matches no module.
     """
     _require_gradients(config, model)
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, AdapterConfig):
         return
     layers = _trainable_layers(config, model)
     modules = _adapted_layers(config, layers)
@@ -54,13 +56,13 @@ def attach(
             log.info("  leaving out %d for layers whose output is unused", spare)
 
 
-def check(config: FullConfig | LoraConfig, model: Model, start_from: str | None = None) -> None:
+def check(config: FullConfig | AdapterConfig, model: Model, start_from: str | None = None) -> None:
     """Refuse targets and rules that match nothing in the model, and start adapters that differ from
     the run's: before encoding, which may take hours, and before the UNet is loaded."""
-    if isinstance(config, LoraConfig) or config.rules:
+    if isinstance(config, AdapterConfig) or config.rules:
         empty = attached_on_meta(config, model)
         groups.assigned(nn.ModuleDict(empty.trained_parts), config.rules)
-        if isinstance(config, LoraConfig) and start_from:
+        if isinstance(config, AdapterConfig) and start_from:
             with torch.device("meta"):
                 bare = model.on_meta(config.train)
                 _require_gradients(config, bare)
@@ -69,7 +71,7 @@ def check(config: FullConfig | LoraConfig, model: Model, start_from: str | None 
             start.refuse_others(empty.trained_parts, found, layers)
 
 
-def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
+def attached_on_meta(config: FullConfig | AdapterConfig, model: Model) -> Model:
     """The model as `attach` will make it, without any values."""
     with torch.device("meta"):
         empty = model.on_meta(config.train)
@@ -77,7 +79,7 @@ def attached_on_meta(config: FullConfig | LoraConfig, model: Model) -> Model:
     return empty
 
 
-def _require_gradients(config: FullConfig | LoraConfig, model: Model) -> None:
+def _require_gradients(config: FullConfig | AdapterConfig, model: Model) -> None:
     """Require gradients of the trained parts, except of layers whose output is unused."""
     for part in config.train:
         model.trained_parts[part].requires_grad_(True).train()
@@ -110,8 +112,8 @@ def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
 
 def _adapted(name: str) -> str | None:
     """The layer that a parameter adapts: unet.to_q.lora_A.default.weight -> unet.to_q."""
-    layer, is_adapter, _ = name.partition(".lora_")
-    return layer if is_adapter else None
+    found = _OF_ADAPTER.fullmatch(name)
+    return found[1] if found else None
 
 
 @torch.no_grad()
@@ -133,7 +135,7 @@ def restore(model: Model, weights: dict[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
-def _trainable_layers(config: LoraConfig, model: Model) -> dict[str, list[str]]:
+def _trainable_layers(config: AdapterConfig, model: Model) -> dict[str, list[str]]:
     """The linear and convolution layers of each trained part that may have adapters: those whose
     output is used (all of a quantized UNet)."""
     return {
@@ -147,7 +149,7 @@ def _trainable_layers(config: LoraConfig, model: Model) -> dict[str, list[str]]:
     }
 
 
-def _adapted_layers(config: LoraConfig, layers: dict[str, list[str]]) -> dict[str, list[str]]:
+def _adapted_layers(config: AdapterConfig, layers: dict[str, list[str]]) -> dict[str, list[str]]:
     """The layers of each part that the configured targets select."""
     keys = {part: "targets" if part == "unet" else "text_targets" for part in config.train}
     return {
@@ -155,7 +157,7 @@ def _adapted_layers(config: LoraConfig, layers: dict[str, list[str]]) -> dict[st
     }
 
 
-def _ranks(config: LoraConfig, modules: dict[str, list[str]]) -> dict[str, RankConfig]:
+def _ranks(config: AdapterConfig, modules: dict[str, list[str]]) -> dict[str, RankConfig]:
     """The modules, by part and name, whose rank is not `method.rank`.
 
     Raises UserError for a pattern that matches none, or only modules of earlier patterns.
@@ -172,7 +174,7 @@ def _ranks(config: LoraConfig, modules: dict[str, list[str]]) -> dict[str, RankC
 
 
 def _add_adapters(
-    config: LoraConfig,
+    config: AdapterConfig,
     part: str,
     module: nn.Module,
     layers: list[str],
@@ -180,24 +182,50 @@ def _add_adapters(
     seed: int,
 ) -> None:
     """Add adapters to `layers`; nothing else in the module is trained.  ranks: `_ranks`."""
-    own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
-    peft_config = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
-        use_rslora=config.rslora,
-        use_dora=config.dora,
-        lora_dropout=config.dropout,
-        target_modules=layers,
-        rank_pattern={name: one.rank for name, one in own.items()},
-        alpha_pattern={name: one.alpha for name, one in own.items() if one.alpha is not None},
-    )
     number = () if part == "unet" else (TRAINABLE_PARTS.index(part),)
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
+        own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
+        peft_config = _peft_config(config, layers, own)
         inject_adapter_in_model(peft_config, module.requires_grad_(False))
     cast_training_params(module, torch.float32)
-    if config.dora:
+    if isinstance(config, LokrConfig):
+        for path, adapter in adapters.of_models({part: module})[part].items():
+            # As in LyCORIS two whole factors are not scaled, whereas PEFT scales them.
+            layer = cast(LoKrLayer, module.get_submodule(path))
+            layer.scaling[adapters.NAME] = adapter.scale
+    if isinstance(config, LoraConfig) and config.dora:
         _set_magnitudes(module)
+
+
+def _peft_config(
+    config: AdapterConfig, layers: list[str], ranks: dict[str, RankConfig]
+) -> peft.PeftConfig:
+    """PEFT's configuration for these layers, some with ranks of their own."""
+    shared: dict[str, Any] = {
+        "r": config.rank,
+        "target_modules": layers,
+        "rank_pattern": {name: one.rank for name, one in ranks.items()},
+        "alpha_pattern": {name: one.alpha for name, one in ranks.items() if one.alpha is not None},
+    }
+    if isinstance(config, LokrConfig):
+        return peft.LoKrConfig(
+            **shared,
+            alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
+            decompose_factor=config.factor or -1,
+            decompose_both=config.decompose_both,
+            init_weights="lycoris",  # w2, or w2_b, is zero
+        )
+    if isinstance(config, LohaConfig):
+        return peft.LoHaConfig(**shared, alpha=config.alpha)  # type: ignore[arg-type]
+    assert isinstance(config, LoraConfig)
+    return peft.LoraConfig(
+        **shared,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        lora_dropout=config.dropout,
+    )
 
 
 @torch.no_grad()

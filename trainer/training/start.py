@@ -9,7 +9,8 @@ from torch import nn
 
 from trainer.errors import UserError
 from trainer.formats import lora
-from trainer.formats.adapters import Adapters, commonest, of_models
+from trainer.formats.adapter import Lora, commonest
+from trainer.formats.adapters import Adapters, of_models
 from trainer.models.model import Model
 
 # The part of a module's name that says in which block it is.
@@ -50,24 +51,35 @@ def refuse_others(
     for part, by_path in adapters.items():
         for path in sorted(by_path.keys() | in_run[part].keys()):
             here, there = (
-                f"rank {a.rank}, alpha {a.alpha:g}{', DoRA' * (a.magnitude is not None)}"
-                if a is not None
-                else "absent"
+                "absent" if a is None else str(a)
                 for a in (in_run[part].get(path), by_path.get(path))
             )
             if here != there:
-                options = _options_of(adapters, layers)
+                kind = type(next(iter(by_path.values())))
                 raise UserError(
-                    f"the LoRA does not fit the run: {part}.{path} is {there} in the file and "
-                    f"{here} in the "
-                    "run" + (f"; it fits a run with {options}" if options else "")
+                    f"the {kind.title} does not fit the run: {part}.{path} is {there} in the file "
+                    f"and {here} in the run{_hint(in_run, adapters, layers)}"
                 )
+
+
+def _hint(in_run: Adapters, adapters: Adapters, layers: Mapping[str, list[str]]) -> str:
+    """What to do with adapters that do not fit the run; "" if no options describe them."""
+    there, here = (
+        {adapter.method for by_path in of.values() for adapter in by_path.values()}
+        for of in (adapters, in_run)
+    )
+    if there.isdisjoint(here):
+        return f"; it continues in a run with method={there.pop()}"
+    options = _options_of(adapters, layers)
+    return f"; it fits a run with {options}" if options else ""
 
 
 def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | None:
     """The command-line options of a run with these adapters; None if no options describe them (they
     differ between blocks, say)."""
     every = [adapter for by_path in adapters.values() for adapter in by_path.values()]
+    if not all(isinstance(adapter, Lora) for adapter in every):
+        return None
     rank, alpha = commonest(every)
     key_of = {part: "targets" if part == "unet" else "text_targets" for part in adapters}
     lists: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}

@@ -1,0 +1,230 @@
+"""LoKr and LoHa: what is trained, written, and read by others as LyCORIS defines it."""
+
+import json
+
+import pytest
+import torch
+from helpers import QUICK, assert_same_weights, run_export, weights
+from models import TINY
+from peft import LoHaConfig, LoKrConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_lora_files import BLOCK, OPTIONS, assert_same_adapters, folders, fresh, trained
+from test_method import attached
+
+from trainer.errors import UserError
+from trainer.formats import adapters, lora
+from trainer.training import method
+
+__all__ = ["folders"]  # a fixture
+LOKR = ("method=lokr", "method.rank=2", "method.alpha=1", "method.factor=4")
+# Of every kind: w1 or w2 whole or not, convolutions, ranks of their own.
+KINDS = {
+    "lokr": (*LOKR, "method.decompose_both=true", "method.targets=[to_q,to_out.0,conv1,conv2]",
+             "method.ranks=[{pattern: conv1, rank: 1, alpha: 3}, {pattern: to_out, rank: 99}]"),
+    "loha": ("method=loha", "method.rank=2", "method.alpha=1", "method.targets=[to_q,conv1]"),
+}  # fmt: skip
+
+
+def read(names, tensors, prefix):
+    """A module's change as ComfyUI's comfy/weight_adapter computes it from a file's tensors."""
+    own = {name: tensors.get(f"{prefix}.{name}") for name in names}
+    alpha, rank = tensors[f"{prefix}.alpha"], None
+    if "hada_w1_a" in own:
+        rank = own["hada_w1_b"].shape[0]
+        product = (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])
+        return product * alpha / rank
+    w1, w2 = own["lokr_w1"], own["lokr_w2"]
+    if w1 is None:
+        rank, w1 = own["lokr_w1_b"].shape[0], own["lokr_w1_a"] @ own["lokr_w1_b"]
+    if w2 is None:
+        rank, w2 = own["lokr_w2_b"].shape[0], own["lokr_w2_a"] @ own["lokr_w2_b"]
+    if w2.ndim == 4:
+        w1 = w1[:, :, None, None]
+    return torch.kron(w1, w2) * (1 if rank is None else alpha / rank)
+
+
+@pytest.mark.parametrize("config", [LoKrConfig, LoHaConfig])
+@pytest.mark.parametrize("base", ["sdxl", "sd15"])
+def test_what_peft_computes_is_read_back(folders, tmp_path, base, config):
+    """Of convolutions and all text encoders, too."""
+    models = trained(folders[base], config=config, unet={"alpha_pattern": {"to_k": 5}})
+    path = lora.save_lora(tmp_path / "a.safetensors", "kohya", models, base)
+    found = lora.read(path, fresh(folders[base]))
+    assert sum(len(by_path) for by_path in found.values()) > 100
+    for part, model in models.items():
+        for name, adapter in found[part].items():
+            wanted = model.get_submodule(name).get_delta_weight("default").detach()
+            torch.testing.assert_close(adapter.delta().reshape(wanted.shape), wanted, msg=name)
+            assert wanted.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_an_adapter_changes_nothing_before_training_and_is_drawn_from_the_seed(composed, options):
+    one, two, other = (attached(composed(*options), seed) for seed in (0, 0, 1))
+    tensors = [method.trained_tensors(model) for model in (one, two, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
+    assert not all(torch.equal(x, tensors[2][name]) for name, x in tensors[0].items())
+    for name, adapter in adapters.of_models(one.trained_parts)["unet"].items():
+        assert not adapter.delta().any(), name
+        assert any(tensor.any() for tensor in adapter.tensors().values()), name
+    assert all(x.dtype == torch.float32 and x.requires_grad is False for x in tensors[0].values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_readers_get_what_was_trained(finished, composed, kind, tmp_path, capsys):
+    """The file, the checkpoint and the merged model of a run; two whole factors are not scaled."""
+    folder = finished("run", *KINDS[kind], "optim=adamw", "optim.lr=0.02")
+    (file,) = (folder / "lora").iterdir()
+    tensors = load_file(file)
+    model = attached(composed(*KINDS[kind]))
+    own = method.trained_tensors(model)
+    last = weights(folder, 4)
+    assert last.keys() == own.keys()
+    method.restore(model, last)
+    layers = {n: x for n, x in model.unet.named_modules() if isinstance(x, BaseTunerLayer)}
+    names = {name.rpartition(".")[2] for name in tensors} - {"alpha"}
+    found = adapters.of_models({"unet": model.unet})
+    assert len(found["unet"]) == len(layers) == sum(name.endswith(".alpha") for name in tensors)
+    written = lora.read(file, fresh(TINY, ["unet"]))
+    assert_same_adapters(written, found)
+    prefixes = {id(x): name for name, x in tensors.items()}
+    assert prefixes
+    for name, layer in layers.items():
+        wanted = layer.get_delta_weight("default").detach()
+        assert wanted.any(), name
+        torch.testing.assert_close(written["unet"][name].delta().reshape(wanted.shape), wanted)
+    block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    torch.testing.assert_close(
+        read(names, tensors, BLOCK), layers[block].get_delta_weight("default").detach()
+    )
+    if kind == "lokr":
+        whole = f"{BLOCK.removesuffix('to_q')}to_out_0"
+        assert tensors[f"{whole}.alpha"] == 99
+        wanted = layers[block.replace("to_q", "to_out.0")].get_delta_weight("default").detach()
+        torch.testing.assert_close(read(names, tensors, whole), wanted)
+    again = tmp_path / "again.safetensors"
+    assert run_export(capsys, folder / "checkpoints/step-000004", again)[0] == 0
+    assert load_file(again).keys() == tensors.keys()
+    assert all(torch.equal(x, tensors[name]) for name, x in load_file(again).items())
+    merged = tmp_path / "merged"
+    assert run_export(capsys, folder, merged, "--merge", "--dtype=float32")[0] == 0
+    before, after = fresh(TINY, ["unet"])["unet"], fresh(merged, ["unet"])["unet"]
+    for name, layer in layers.items():
+        change = after.get_submodule(name).weight - before.get_submodule(name).weight
+        wanted = layer.get_delta_weight("default")
+        torch.testing.assert_close(change, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_resumed_and_another_one_starts_from_its_file(quick, composed, tmp_path, kind):
+    options = (*KINDS[kind], "runtime.save_every=2")
+    whole = quick("run", *options)
+    (file,) = (whole / "lora").iterdir()
+    fork = quick("fork", *options, f"resume={whole / 'checkpoints/step-000002'}")
+    assert_same_weights(weights(fork, 4), weights(whole, 4))
+    started = attached(composed(*KINDS[kind], f"method.start_from={file}"), seed=5)
+    assert_same_weights(method.trained_tensors(started), weights(whole, 4))
+    for other in ("method=lora", "method=lokr method.factor=2", "method=loha method.rank=3"):
+        hint = "" if kind in other else f"; it continues in a run with method={kind}"
+        says = rf"^the Lo(Kr|Ha) does not fit the run: unet\..* in the file and .*in the run{hint}$"
+        with pytest.raises(UserError, match=says):
+            attached(composed(*other.split(), f"method.start_from={file}"))
+
+
+def test_files_of_other_programs_are_drawn_and_merged_whatever_their_factors(tmp_path):
+    """Tucker's cores, factors of any shape, no alpha, half precision."""
+
+    def random(*shape):
+        return torch.randn(shape, dtype=torch.float16)
+
+    conv = "lora_unet_input_blocks_1_0_in_layers_2"
+    line = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_k"
+    tensors = {
+        f"{BLOCK}.lokr_w1": random(2, 16),
+        f"{BLOCK}.lokr_w2": random(32, 4),
+        f"{line}.lokr_w1_a": random(4, 1),
+        f"{line}.lokr_w1_b": random(1, 8),
+        f"{line}.lokr_w2": random(16, 8),
+        f"{conv}.lokr_w1": random(8, 4),
+        f"{conv}.lokr_t2": random(2, 2, 3, 3),
+        f"{conv}.lokr_w2_a": random(2, 4),
+        f"{conv}.lokr_w2_b": random(2, 8),
+        f"{conv}.alpha": torch.tensor(1.0),
+    }
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    model = fresh(TINY, ["unet"])["unet"]
+    found = lora.read(tmp_path / "lokr.safetensors", {"unet": model})["unet"]
+    f = {name: tensor.float() for name, tensor in tensors.items()}
+    core = torch.einsum(
+        "ijkl,ip,jr->prkl", *(f[f"{conv}.lokr_{end}"] for end in ("t2", "w2_a", "w2_b"))
+    )
+    attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    wanted = {
+        f"{attention}.to_q": torch.kron(f[f"{BLOCK}.lokr_w1"], f[f"{BLOCK}.lokr_w2"]),
+        f"{attention}.to_k": torch.kron(
+            f[f"{line}.lokr_w1_a"] @ f[f"{line}.lokr_w1_b"], f[f"{line}.lokr_w2"]
+        ),
+        "down_blocks.0.resnets.0.conv1": torch.kron(
+            f[f"{conv}.lokr_w1"][:, :, None, None], core.contiguous()
+        )
+        / 2,
+    }
+    assert found.keys() == wanted.keys()
+    with adapters.attached(model, found, 0.5):
+        for name, delta in wanted.items():
+            torch.testing.assert_close(found[name].delta(), delta)
+            layer = model.get_submodule(name)
+            torch.testing.assert_close(layer.get_delta_weight("default"), 0.5 * delta)
+    assert not any("lokr" in name for name, _ in model.named_parameters())
+
+
+def test_the_file_says_which_program_and_arguments_it_is_for(finished):
+    folder = finished("run", *KINDS["lokr"], "optim=adamw", "optim.lr=0.02")
+    with safe_open(next((folder / "lora").iterdir()), "pt") as file:
+        found = file.metadata()
+    assert found["ss_network_module"] == "lycoris.kohya"
+    wanted = {"algo": "lokr", "decompose_both": "True", "factor": "4"}
+    assert json.loads(found["ss_network_args"]) == wanted
+    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
+@pytest.mark.parametrize("config", OPTIONS)
+def test_only_a_lora_is_resized_or_written_for_diffusers(config, tmp_path, capsys):
+    file = lora.save_lora(
+        tmp_path / "a.safetensors", "kohya", trained(TINY, ["unet"], config=config), "sdxl"
+    )
+    for more, says in (
+        (("--rank=1",), "--rank=1 is for LoRAs, and "),
+        (("--format=diffusers",), "diffusers' format is for LoRAs"),
+    ):
+        target = tmp_path / "b.safetensors"
+        status, _, error = run_export(capsys, file, target, "--base", TINY, *more)
+        if OPTIONS[config] is OPTIONS[next(iter(OPTIONS))]:
+            assert status == 0, error
+            target.unlink()
+        else:
+            assert status == 2
+            assert says in error
+            assert len(error.splitlines()) == 1
+            assert not target.exists()
+    assert run_export(capsys, file, target, "--base", TINY, "--dtype=float16")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("method=lokr method.dora=true", "method.dora"),
+        ("method=loha method.factor=4", "method.factor"),
+        ("method=lokr method.dropout=0.1", "method.dropout"),
+        ("method=lokr method.factor=0", "method.factor=0 is out of range"),
+        ("method=lokr method.export=[diffusers]", "method.export=['diffusers']"),
+    ],
+)
+def test_options_that_it_does_not_have_are_refused_by_name(command, options, says):
+    status, _, err = command(*QUICK, *options.split())
+    assert status == 2
+    assert says in err
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,224 @@
+"""An adapter: what training adds to the weight of one linear layer or convolution, as tensors.
+
+Each kind is a class, `Lora` here, `Lokr` and `Loha` in `lycoris`, which knows its weight's change
+and PEFT's module for it.  Whoever reads, writes, merges or draws with adapters asks the adapter.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from trainer.errors import UserError
+
+NAME = "default"  # PEFT's name for an unnamed adapter
+# LyCORIS's arguments for DoRA with one scale per row of the weight.
+_DORA = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(ABC):
+    """scale * a product of its tensors is added to a module's weight."""
+
+    method: ClassVar[str]  # that trains it: method=lora
+    title: ClassVar[str]  # in messages
+    layer: ClassVar[type[BaseTunerLayer]]  # PEFT's module with such an adapter
+    peft_names: ClassVar[Mapping[str, str]]  # that module's attributes -> names in `tensors`
+
+    alpha: float  # what readers divide by the rank
+    magnitude: Tensor | None = None  # (out,): DoRA's norms of the weight's rows
+
+    @classmethod
+    @abstractmethod
+    def of(cls, where: str, tensors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        """The adapter of these tensors, named as in `tensors`.  alpha: None is the rank.
+
+        Raises UserError, beginning with `where`, if one is missing or they do not fit together.
+        """
+
+    @classmethod
+    def trained(cls, where: str, tensors: Mapping[str, Tensor], rank: int, alpha: float) -> Self:
+        """The adapter of these tensors of a run with this rank and alpha."""
+        return cls.of(where, tensors, alpha)
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by the names under which formats know them."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int: ...
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The delta's: (out, in[, kh, kw]), or (out, in * kh * kw)."""
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """What is added to the weight, before DoRA normalises it, in fp32: `shape`."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """What must be equal for a PEFT module to hold it with its effect."""
+
+    def to(self, dtype: torch.dtype | None) -> Self:
+        """The same adapter on the CPU, its tensors rounded to `dtype`; None: unchanged."""
+        rounded = {name: tensor.to("cpu", dtype) for name, tensor in self.tensors().items()}
+        return self.of("", rounded, self.alpha)
+
+    @classmethod
+    def refuse(cls, where: str, layer: Any, name: str) -> None:
+        """Raise UserError if PEFT's module has an adapter, `name`, that files cannot hold."""
+        return
+
+    @classmethod
+    @abstractmethod
+    def config(cls, adapters: Mapping[str, Any]) -> PeftConfig:
+        """PEFT's configuration for such adapters, by the full names of their modules."""
+
+    @torch.no_grad()
+    def fill(self, layer: Any) -> None:
+        """Copy its values into PEFT's module, whose tensors have its shapes."""
+        own = self.tensors()
+        for attribute, name in self.peft_names.items():
+            if name in own:
+                target = values(getattr(layer, attribute)[NAME])
+                target.copy_(own[name].reshape(target.shape))
+
+    @abstractmethod
+    def apply(self, layer: Any, scale: float) -> None:
+        """Let PEFT's module, made by `config`, compute with `scale` times what this changes, in
+        fp32."""
+
+    @classmethod
+    @abstractmethod
+    def network(cls, adapters: Collection[Any]) -> tuple[str, dict[str, str]]:
+        """The module of kohya's scripts that trains such adapters, and its arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Adapter):
+    """up @ down * alpha / rank is added to the weight (Hu et al. 2021, eq. 3).
+
+    alpha is for readers that divide by the rank.  If training divided by sqrt(rank) (rank
+    stabilised, Kalajdzievski 2023), it is training's alpha * sqrt(rank): the same scale.
+    """
+
+    method = "lora"
+    title = "LoRA"
+    layer = LoraLayer
+    peft_names: ClassVar[Mapping[str, str]] = {
+        "lora_A": "down",
+        "lora_B": "up",
+        "lora_magnitude_vector": "magnitude",
+    }
+
+    down: Tensor  # (rank, in); for a convolution (rank, in, kh, kw)
+    up: Tensor  # (out, rank); for a convolution (out, rank, 1, 1)
+
+    @classmethod
+    def of(cls, where: str, tensors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        for kind in ("down", "up"):
+            if kind not in tensors:
+                raise UserError(f"{where} has no {kind} projection; the file is damaged")
+        down, up, magnitude = tensors["down"], tensors["up"], tensors.get("magnitude")
+        if down.shape[0] != up.shape[1]:
+            raise UserError(f"{where} has rank {down.shape[0]} down and {up.shape[1]} up")
+        return cls(
+            down=down,
+            up=up,
+            alpha=float(down.shape[0]) if alpha is None else alpha,
+            magnitude=None if magnitude is None else magnitude.flatten(),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {"down": self.down, "up": self.up}
+        return own if self.magnitude is None else own | {"magnitude": self.magnitude}
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def delta(self) -> Tensor:
+        up, down = self.up.detach().float().flatten(1), self.down.detach().float().flatten(1)
+        return (self.scale * (up @ down)).reshape(self.shape)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, alpha {self.alpha:g}{', DoRA' * (self.magnitude is not None)}"
+
+    @classmethod
+    def refuse(cls, where: str, layer: Any, name: str) -> None:
+        if name not in layer.lora_A:
+            raise UserError(f"the adapter of {where} is of an embedding, which files cannot hold")
+        if getattr(layer.lora_B[name], "bias", None) is not None:
+            raise UserError(f"the adapter of {where} has a bias, which LoRA files cannot hold")
+
+    @classmethod
+    def config(cls, adapters: Mapping[str, "Lora"]) -> LoraConfig:
+        """Raises UserError if only some are DoRA: PEFT has one setting for all."""
+        is_dora = {adapter.magnitude is not None for adapter in adapters.values()}
+        if len(is_dora) > 1:
+            raise UserError(
+                "some of the LoRA's modules are DoRA and others are not; such a LoRA can only be "
+                "merged: python -m trainer.export LORA TARGET --merge"
+            )
+        rank, alpha = commonest(adapters.values())
+        return LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
+            rank_pattern={n: a.rank for n, a in adapters.items() if a.rank != rank},
+            alpha_pattern={n: a.alpha for n, a in adapters.items() if a.alpha != alpha},
+            target_modules=sorted(adapters),
+            use_dora=is_dora.pop(),
+        )
+
+    def apply(self, layer: Any, scale: float) -> None:
+        """For DoRA the scale leads in a straight line from the model to it."""
+        for attribute in self.peft_names:
+            getattr(layer, attribute).float()
+        self.fill(layer)
+        if self.magnitude is None:
+            layer.scale_layer(scale)
+        elif scale != 1:
+            layer.register_forward_hook(partial(_towards, scale))
+
+    @classmethod
+    def network(cls, adapters: Collection["Lora"]) -> tuple[str, dict[str, str]]:
+        if any(adapter.magnitude is not None for adapter in adapters):
+            return "lycoris.kohya", _DORA
+        return "networks.lora", {}
+
+
+def values(held: Any) -> Tensor:
+    """The tensor in an item of PEFT's modules: a parameter, or a module with a weight."""
+    return held if isinstance(held, Tensor) else held.get_parameter("weight")
+
+
+def commonest(adapters: Collection[Adapter]) -> tuple[int, float]:
+    """The most common rank, and the most common alpha."""
+    ranks = Counter(adapter.rank for adapter in adapters)
+    alphas = Counter(adapter.alpha for adapter in adapters)
+    return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+
+
+def _towards(scale: float, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A forward hook: the point at `scale` on the line from what the base layer computes to the
+    output."""
+    return torch.lerp(layer.base_layer(*inputs), output, scale)
