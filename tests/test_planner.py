@@ -84,6 +84,9 @@ STEPS = {
     "bf16": ("model.dtype=bfloat16", CHECKPOINTING, *FUSED),
     "lora": ("method=lora", "model.dtype=bfloat16"),
     "dora": ("method=lora", "method.dora=true", CHECKPOINTING),
+    "lokr": ("method=lokr", "model.dtype=bfloat16"),
+    "lokr-autocast": ("method=lokr", "model.compute=bfloat16", CHECKPOINTING, *FUSED),
+    "loha": ("method=loha", "method.targets=[to_q,conv1]", "model.dtype=bfloat16"),
     "text": ("method.train=[unet,text_encoder]", "data.batch_size=4"),
     "rules": ("method.rules=[{pattern: attn, trainable: false}]",),
 }

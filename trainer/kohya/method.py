@@ -1,4 +1,5 @@
-"""Which weights are trained: a LoRA's layers and ranks, text encoders; and the gradients' clip."""
+"""Which weights are trained: adapters of which layers and ranks, text encoders; and the gradients'
+clip."""
 
 from typing import Any
 
@@ -17,6 +18,12 @@ _PRESETS = {  # of LyCORIS -> whether its resnets are adapted
     **dict.fromkeys(("full", "unet-only"), True),
     **dict.fromkeys(("attn-mlp", "unet-transformer-only"), False),
 }
+_METHODS = {  # kohya's modules and LyCORIS's algorithms -> method=
+    **dict.fromkeys(("networks.lora", "lora", "locon"), "lora"),
+    **dict.fromkeys(("networks.lokr", "lokr"), "lokr"),
+    **dict.fromkeys(("networks.loha", "loha"), "loha"),
+}
+_WHOLE = 10_000  # a rank with which every factor of a LoKr is whole
 _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -77,21 +84,31 @@ def _text_rates(given: Given, made: Translation, encoders: list[str]) -> dict[st
 def _network(given: Given, made: Translation) -> None:
     module = given.take("network_module", "networks.lora")
     arguments = arguments_of("network_args", given.take("network_args", []))
-    algorithm = str(arguments.pop("algo", "lora")).lower()
-    if module not in ("networks.lora", "lycoris.kohya") or algorithm not in ("lora", "locon"):
-        kind = algorithm if module == "lycoris.kohya" else module
+    is_lycoris = module == "lycoris.kohya"
+    kind = str(arguments.pop("algo", "lora")).lower() if is_lycoris else module
+    if kind not in _METHODS:
         raise UserError(
-            f"network_module={module}: {kind} cannot be trained here; networks.lora and LyCORIS' "
-            "LoRA (algo=lora or locon, also with dora_wd) can"
+            f"network_module={module}: {kind} cannot be trained here; networks.lora, lokr and loha "
+            "and LyCORIS's algo=lora, locon, lokr and loha can"
         )
+    name = _METHODS[kind]
+    if name != "lora":
+        made.choose(f"method={name}")
+        # Their LoKr and LoHa ignore it.
+        given.options.pop("network_dropout", None)
+        arguments.pop("dropout", None)
     rank = given.take_on("network_dim") or 4
     given.options.setdefault("network_alpha", 1)
     alpha = given.take_on("network_alpha") or rank  # 0 is the rank
+    if name == "lokr" and arguments.pop("full_matrix", False):
+        rank = alpha = _WHOLE
+        arguments |= {"conv_dim": 0, "conv_alpha": 0}
     if given.take("dim_from_weights"):
         made.note("dim_from_weights: set method.rank and method.alpha to the file's")
     made.set("method.rank", rank)
     made.set("method.alpha", alpha)
-    is_lycoris = module == "lycoris.kohya"
+    if name == "lokr":
+        _factors(arguments, made)
     conv_rank = arguments.pop("conv_dim", 0)
     conv_alpha = arguments.pop("conv_alpha", 0 if is_lycoris else 1)
     if is_lycoris:
@@ -113,11 +130,19 @@ def _network(given: Given, made: Translation) -> None:
     made.set("method.targets", [*_TRANSFORMER, *(_RESNETS if conv_rank else ())])
     if dropout := arguments.pop("dropout", 0):
         made.set("method.dropout", dropout)
-    if arguments.pop("dora_wd", False):
+    if name == "lora" and arguments.pop("dora_wd", False):
         made.set("method.dora", True)
     for name, value in arguments.items():
         if not _is_off(value):
             made.note(f"network_args {name}: there is no such option here")
+
+
+def _factors(arguments: dict[str, Any], made: Translation) -> None:
+    """A LoKr's factors."""
+    factor = int(number("network_args factor", arguments.pop("factor", -1)))
+    made.set("method.factor", factor if factor > 0 else None)
+    if arguments.pop("decompose_both", False):
+        made.set("method.decompose_both", True)
 
 
 def _is_off(value: Any) -> bool:

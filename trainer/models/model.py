@@ -159,14 +159,15 @@ class Model:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Apply no dropout within the block."""
-        training = [part for part in self.trained_parts.values() if part.training]
-        for part in training:
+        modules = nn.ModuleDict(self.trained_parts).modules()
+        training = [module for module in modules if module.training]
+        for part in self.trained_parts.values():
             part.eval()
         try:
             yield
         finally:
-            for part in training:
-                part.train()
+            for module in training:
+                module.training = True
 
     @contextmanager
     def unet_aside(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ import peft
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import inject_adapter_in_model
-from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 
 from optim import rng
@@ -189,11 +189,14 @@ def _add_adapters(
         peft_config = _peft_config(config, layers, own)
         inject_adapter_in_model(peft_config, module.requires_grad_(False))
     cast_training_params(module, torch.float32)
-    if isinstance(config, LokrConfig):
+    if isinstance(config, LokrConfig | LohaConfig):
         for path, adapter in adapters.of_models({part: module})[part].items():
+            layer = cast(LycorisLayer, module.get_submodule(path))
             # As in LyCORIS two whole factors are not scaled, whereas PEFT scales them.
-            layer = cast(LoKrLayer, module.get_submodule(path))
             layer.scaling[adapters.NAME] = adapter.scale
+            # In training PEFT draws and reads a number for a dropout of 0, which has no value in a
+            # rehearsal and ends a compiled graph.
+            cast(nn.Module, layer).training = False
     if isinstance(config, LoraConfig) and config.dora:
         _set_magnitudes(module)
 
