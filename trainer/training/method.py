@@ -9,6 +9,7 @@ import peft
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import inject_adapter_in_model
+from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
@@ -188,6 +189,8 @@ def _add_adapters(
         own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
         peft_config = _peft_config(config, layers, own)
         inject_adapter_in_model(peft_config, module.requires_grad_(False))
+        if isinstance(config, LohaConfig):
+            _draw_like_lycoris(module)
     cast_training_params(module, torch.float32)
     if isinstance(config, LokrConfig | LohaConfig):
         for path, adapter in adapters.of_models({part: module})[part].items():
@@ -229,6 +232,18 @@ def _peft_config(
         use_dora=config.dora,
         lora_dropout=config.dropout,
     )
+
+
+@torch.no_grad()
+def _draw_like_lycoris(module: nn.Module) -> None:
+    """Draw a LoHa's initial matrices as LyCORIS does.  PEFT's are smaller by the square root of
+    a layer's width, so learning rates that are known to work would be far too low."""
+    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
+    for layer in module.modules():
+        if isinstance(layer, LoHaLayer):
+            for name, deviation in deviations.items():
+                for parameter in getattr(layer, name).values():
+                    parameter.normal_().mul_(deviation)
 
 
 @torch.no_grad()
