@@ -85,7 +85,8 @@ def check_kind(target: Path, kind: str, base: str, adapters: Adapters) -> None:
         )
     if kind == "kohya" and base not in kohya.PREFIXES:
         raise UserError(
-            f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; use diffusers'"
+            f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; "
+            + ("use diffusers'" if are_loras(adapters) else "LyCORIS's adapters have no other")
         )
 
 

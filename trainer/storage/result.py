@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DTYPES, AdapterConfig, Config, FullConfig, LokrConfig
+from trainer.config import DTYPES, AdapterConfig, Config, FullConfig, LokrConfig, LoraConfig
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, lora, metadata, schedulers, thumbnail, writing
 from trainer.models.model import Model
@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 
 def check(method: FullConfig | AdapterConfig, model: Model) -> None:
     """Raise UserError for a format that the model has no layout in, before anything is trained."""
+    instead = "" if isinstance(method, FullConfig | LoraConfig) else "method=lora "
     for kind in method.export:
         if kind in ("kohya", "single_file") and model.origin.kind == "other":
             raise UserError(
                 f"method.export={method.export}: {kind} is for SDXL and Stable Diffusion 1.x, and "
-                f"{model.origin} is another model; set method.export=[diffusers]"
+                f"{model.origin} is another model; set {instead}method.export=[diffusers]"
             )
 
 

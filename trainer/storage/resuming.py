@@ -39,6 +39,7 @@ _LENGTH = {"schedule.steps", "schedule.epochs"}  # may grow: `check_length`
 _FIXED = {
     *("optim.name", "optim.class_path", "method.name", "method.train"),
     *("method.rank", "method.ranks", "method.dora", "method.targets", "method.text_targets"),
+    *("method.factor", "method.decompose_both"),
 }
 
 
