@@ -123,14 +123,17 @@ class LoraConfig(AdapterConfig):
 
 @dataclass(kw_only=True)
 class LokrConfig(AdapterConfig):
-    """Train Kronecker products: kron(w1, w2), w2 of low rank (LyCORIS: Yeh et al. 2024, arXiv
-    2309.14859).  A factor whose longer side is at most twice the rank is trained whole."""
+    """Train Kronecker products, kron(w1, w2) (LyCORIS: Yeh et al. 2024, arXiv 2309.14859)."""
 
     name: str = "lokr"
-    #: The shape of w1, as far as it divides the weight's (the smaller the factor, the larger w2);
-    #: null: as large as w2.
+    #: Of w2.  With at least half of its longer side (10000, say) all of w2 is trained, and alpha
+    #: has no effect.
+    rank: int = within(1)
+    #: The sides of w1, as far as they divide the weight's; w2 has the rest, so a smaller factor
+    #: trains more.  null: nearly as large as w2.  (LyCORIS only loads files whose w1 is the smaller
+    #: one: up to 16 for SDXL.  Others read all.)
     factor: int | None = within(1)
-    decompose_both: bool  #: w1 is of low rank, too, where it is larger than twice the rank
+    decompose_both: bool  #: w1 has the rank, too, if that is below half of its longer side
     #: Formats of the result: kohya (LyCORIS's names, for A1111 and ComfyUI); diffusers reads none.
     export: list[str] = one_of("kohya")
 

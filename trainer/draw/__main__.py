@@ -18,7 +18,7 @@ _EPILOG = """\
 SOURCE is one of
   a run's folder (its model or LoRA; with --all-results the intermediate ones, too), or one of
     its results/step-000500
-  a LoRA file in kohya's or diffusers' format
+  a LoRA's file in kohya's or diffusers' format, or a LoKr's or LoHa's
   a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub repository (owner/name)
 A prompt may have kohya's options: "a cat --w 832 --h 1216 --n blurred --d 7 --l 5 --s 30" (width,
 height, negative prompt, seed, guidance, steps).  The single pictures are written to a folder named

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 _EPILOG = """\
 SOURCE is one of
   a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub repository (owner/name)
-  a LoRA file in kohya's or diffusers' format
+  a LoRA's file in kohya's or diffusers' format, or a LoKr's or LoHa's
   a run's folder (its model or LoRA, or else its last checkpoint), or one of its checkpoints
 
 Examples:
