@@ -11,7 +11,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_lora_files import BLOCK, OPTIONS, assert_same_adapters, folders, fresh, trained
+from test_lora_files import BLOCK, OPTIONS, folders, fresh, trained
 from test_method import attached
 
 from trainer.errors import UserError
@@ -75,47 +75,56 @@ def test_an_adapter_changes_nothing_before_training_and_is_drawn_from_the_seed(c
     assert all(x.dtype == torch.float32 and x.requires_grad is False for x in tensors[0].values())
 
 
+@pytest.fixture
+def run_of(finished, composed):
+    """A short run of a kind: its folder, its file's tensors, and what PEFT computes with its last
+    checkpoint, by module."""
+
+    def make(kind):
+        folder = finished("run", *KINDS[kind], "optim=adamw", "optim.lr=0.02")
+        model = attached(composed(*KINDS[kind]))
+        method.restore(model, weights(folder, 4))
+        layers = {n: x for n, x in model.unet.named_modules() if isinstance(x, BaseTunerLayer)}
+        changes = {n: x.get_delta_weight("default").detach() for n, x in layers.items()}
+        assert all(change.any() for change in changes.values())
+        (file,) = (folder / "lora").iterdir()
+        return folder, load_file(file), changes
+
+    return make
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_readers_get_what_was_trained(finished, composed, kind, tmp_path, capsys):
-    """The file, the checkpoint and the merged model of a run; two whole factors are not scaled."""
-    folder = finished("run", *KINDS[kind], "optim=adamw", "optim.lr=0.02")
-    (file,) = (folder / "lora").iterdir()
-    tensors = load_file(file)
-    model = attached(composed(*KINDS[kind]))
-    own = method.trained_tensors(model)
-    last = weights(folder, 4)
-    assert last.keys() == own.keys()
-    method.restore(model, last)
-    layers = {n: x for n, x in model.unet.named_modules() if isinstance(x, BaseTunerLayer)}
+def test_readers_get_what_was_trained(run_of, kind):
+    """Two whole factors are not scaled."""
+    folder, tensors, changes = run_of(kind)
     names = {name.rpartition(".")[2] for name in tensors} - {"alpha"}
-    found = adapters.of_models({"unet": model.unet})
-    assert len(found["unet"]) == len(layers) == sum(name.endswith(".alpha") for name in tensors)
-    written = lora.read(file, fresh(TINY, ["unet"]))
-    assert_same_adapters(written, found)
-    for name, layer in layers.items():
-        wanted = layer.get_delta_weight("default").detach()
-        assert wanted.any(), name
-        torch.testing.assert_close(written["unet"][name].delta().reshape(wanted.shape), wanted)
-    block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    torch.testing.assert_close(
-        read(names, tensors, BLOCK), layers[block].get_delta_weight("default").detach()
-    )
+    attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    prefixes = {f"{attention}.to_q": BLOCK}
     if kind == "lokr":
         whole = f"{BLOCK.removesuffix('to_q')}to_out_0"
-        assert tensors[f"{whole}.alpha"] == 99
-        wanted = layers[block.replace("to_q", "to_out.0")].get_delta_weight("default").detach()
-        torch.testing.assert_close(read(names, tensors, whole), wanted)
-    again = tmp_path / "again.safetensors"
+        assert tensors[f"{whole}.alpha"] == 99  # the rank, as LyCORIS writes it
+        prefixes[f"{attention}.to_out.0"] = whole
+    for name, prefix in prefixes.items():
+        torch.testing.assert_close(read(names, tensors, prefix), changes[name])
+    (file,) = (folder / "lora").iterdir()
+    found = lora.read(file, fresh(TINY, ["unet"]))["unet"]
+    assert len(found) == sum(name.endswith(".alpha") for name in tensors)
+    assert found.keys() == changes.keys()
+    for name, change in changes.items():
+        torch.testing.assert_close(found[name].delta().reshape(change.shape), change, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_exported_as_the_run_is_and_merged(run_of, kind, tmp_path, capsys):
+    folder, tensors, changes = run_of(kind)
+    again, merged = tmp_path / "again.safetensors", tmp_path / "merged"
     assert run_export(capsys, folder / "checkpoints/step-000004", again)[0] == 0
-    assert load_file(again).keys() == tensors.keys()
-    assert all(torch.equal(x, tensors[name]) for name, x in load_file(again).items())
-    merged = tmp_path / "merged"
+    assert_same_weights(load_file(again), tensors)
     assert run_export(capsys, folder, merged, "--merge", "--dtype=float32")[0] == 0
     before, after = fresh(TINY, ["unet"])["unet"], fresh(merged, ["unet"])["unet"]
-    for name, layer in layers.items():
-        change = after.get_submodule(name).weight - before.get_submodule(name).weight
-        wanted = layer.get_delta_weight("default")
-        torch.testing.assert_close(change, wanted, atol=1e-6, rtol=1e-4)
+    for name, change in changes.items():
+        added = after.get_submodule(name).weight - before.get_submodule(name).weight
+        torch.testing.assert_close(added, change, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
