@@ -70,8 +70,10 @@ def trained(
         made = config(target_modules=targets, **options | (more or {}))
         inject_adapter_in_model(made, model)
         for name, p in model.named_parameters():
-            if any(zero in name for zero in ("lora_B", "lokr_w1", "hada_w2_b")):
+            if "lora_B" in name:
                 p.data = 0.2 * torch.randn_like(p)
+            if "lokr_w1" in name or "hada_w2_b" in name:
+                p.data = 0.5 * torch.randn_like(p)
             if "magnitude" in name:
                 p.data *= 1 + 0.3 * torch.rand_like(p)
     return models
