@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import optim
 from optim.codecs import SignedFloat8, split
+from trainer.checks import remarks
 from trainer.errors import UserError
 from trainer.models import origin
 from trainer.run import run as train
@@ -160,3 +161,15 @@ def test_an_average_of_averages_is_refused(composed, choice):
         optimizers.refuse_second_average(made.optim, made.method)
     plain = composed("optim=adamw", "ema=fp32")
     optimizers.refuse_second_average(plain.optim, plain.method)
+
+
+def test_a_schedule_that_lowers_the_rate_beside_an_average_gets_a_remark(composed):
+    params = make_params(shapes=SHAPES)
+    for choice, schedule, count in (
+        ("adamw_schedulefree", "cosine", 1),
+        ("adamw_schedulefree", "constant", 0),
+        ("adamw", "cosine", 0),
+    ):
+        made = composed(f"optim={choice}", f"schedule={schedule}")
+        found = remarks.of_average(made, optim.build(choice, params))
+        assert [text.startswith(f"optim={choice} averages") for text in found] == [True] * count

@@ -18,6 +18,7 @@ from trainer.config import (
     large_model_lr,
 )
 from trainer.training.schedule import decay_steps
+from trainer.training.switching import switches
 
 _UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
 _TITLES = {"full": "full fine-tune", "lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
@@ -37,6 +38,16 @@ def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
         *_of_clips(config, given),
         *_of_others(config),
         *of_data(config, overrides),
+    ]
+
+
+def of_average(config: Config, optimizer: object) -> list[str]:
+    """A remark if a schedule lowers the rate of an optimizer that averages the weights instead."""
+    if type(config.schedule) is ConstantConfig or not switches(optimizer):
+        return []
+    return [
+        f"optim={config.optim.name} averages the weights instead of lowering the learning rate "
+        "(Schedule-Free); schedule=constant suits it better"
     ]
 
 

@@ -174,7 +174,10 @@ def _trainable(
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, where)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)
-    for remark in remarks.of_rate(config, quantization.num_weights(parts)):
+    for remark in [
+        *remarks.of_rate(config, quantization.num_weights(parts)),
+        *remarks.of_average(config, optimizer),
+    ]:
         log.warning("%s", remark)
     execution.prepare(config, model.trained_parts, device)
     return optimizer
