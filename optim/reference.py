@@ -54,17 +54,18 @@ def schedule_free(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Defazio et al. 2024 (arXiv 2405.15682), Alg. 1, with Adam's second moment: z steps by the
     gradient at y, x is the mean of all z, and y = (1 - beta1) z + beta1 x.
 
-    The weights are y, and the moment is the gap y - z, by which z and x are known.  While lr is 0
-    nothing moves, so the gap does not change.
+    The weights are y, and the moment is the gap y - z, by which z and x are known.  Weight decay is
+    a step of z, as n is.  While lr is 0 nothing moves, so the gap does not change.
     """
     beta1, beta2 = h.betas
     v = ema(h, s["exp_avg_sq"], g.square(), beta2)
     n = g / ((v / (1 - beta2**h.t)).sqrt() + h.eps)
     moves = h.lr > 1e-30
     share = 1 / h.t if moves else 0.0  # of z in x
-    weight = (1 - share) * beta1 * h.lr if moves else 0.0
-    gap = (1 - share) * s["gap"] + weight * n
-    u = (1 - beta1 * (1 - share)) * n + (share / h.lr if moves else 0.0) * s["gap"]
+    of_x = beta1 * (1 - share)
+    gap = (1 - share) * s["gap"] + (of_x * h.lr if moves else 0.0) * (n + h.weight_decay * w)
+    u = (1 - of_x) * n + (share / h.lr if moves else 0.0) * s["gap"]
+    u = u - of_x * h.weight_decay * w  # the caller decays y by all of it
     return u, {"gap": torch.where(h.usable, gap, s["gap"]), "exp_avg_sq": v}
 
 

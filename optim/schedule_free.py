@@ -25,15 +25,15 @@ class AdamWScheduleFree(FusedOptimizer):
     back (rounded to the weights' dtype).  The rate should be constant after a warm-up.  z is not
     stored: the state is the gap y - z, small numbers that fit into 8 bits, and the second moment.
 
-    Every z counts alike in the average, also those of a warm-up.  Weight decay acts on y, and
-    through it on x and z.
+    Every z counts alike in the average, also those of a warm-up.
 
     Args:
         params: parameters or parameter groups.
         lr: step size; larger than AdamW's, as it is not lowered in the end.
         betas: how far y is from z to x, and the decay of the average of the gradient's square.
         eps: added to sqrt(v).
-        weight_decay: decoupled decay; a step multiplies the weights by 1 - lr * weight_decay.
+        weight_decay: decoupled decay; a step subtracts lr * weight_decay * y from z, and with it a
+            share of that from y and x.
         features: options shared by all optimizers, `optim.features.Features`.
 
     Source: Defazio et al. 2024 (arXiv 2405.15682), Alg. 1.
@@ -44,6 +44,7 @@ class AdamWScheduleFree(FusedOptimizer):
         "grams": _PULLED,
         "cautious": _PULLED,
         "growth_limit": _PULLED,
+        "cautious_decay": _PULLED,
     }
 
     def __init__(

@@ -133,7 +133,7 @@ FEATURES = {
     "orthograd": {"orthograd": True},
     "cautious": {"cautious": True},
     "grams": {"grams": True},
-    "cautious decay": {"cautious_decay": True},
+    "cautious_decay": {"cautious_decay": True},
 }
 ROUNDING = {  # has no effect on fp32 (`TOGETHER` has it there)
     "nearest": {"rounding": "nearest"},
@@ -227,7 +227,7 @@ def test_a_step_with_a_feature_is_the_references(name, feature, dtype):
 # One of those that differ only in default storage.
 OF_A_RULE = [
     *("sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"),
-    *("sophia", "prodigy", "lion_prodigy", "came", "came8bit", "apollo"),
+    *("sophia", "prodigy", "lion_prodigy", "came", "came8bit", "apollo", "adamw_schedulefree"),
 ]
 
 

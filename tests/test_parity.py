@@ -64,8 +64,10 @@ THIRD_PARTIES = {
         CONVOLUTION,
     ),
     "adamw_schedulefree": (
-        {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.0},
-        lambda p: in_training(schedulefree.AdamWScheduleFree(p, lr=1e-2, betas=(0.8, 0.95))),
+        {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1},
+        lambda p: in_training(
+            schedulefree.AdamWScheduleFree(p, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
+        ),
         CONVOLUTION,
     ),
     "lion": (

@@ -34,16 +34,18 @@ PEER = "peer/schedulefree_adamw"
 
 def stepped(name="adamw_schedulefree", steps=8, **options):
     params = make_params(shapes=SHAPES)
-    optimizer = optim.build(name, params, lr=1e-2, weight_decay=0.0, **options)
+    optimizer = optim.build(name, params, lr=1e-2, **{"weight_decay": 0.0} | options)
     run(optimizer, params, range(steps))
     return params, optimizer
 
 
-def test_the_average_is_that_of_schedulefree():
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_the_average_is_that_of_schedulefree(decay, backend):
     """Defazio et al.'s own package, with a constant rate."""
-    params, optimizer = stepped(steps=40)
+    params, optimizer = stepped(steps=40, weight_decay=decay, backend=backend)
     theirs = make_params(shapes=SHAPES)
-    other = schedulefree.AdamWScheduleFree(theirs, lr=1e-2, weight_decay=0.0)
+    other = schedulefree.AdamWScheduleFree(theirs, lr=1e-2, weight_decay=decay)
     other.train()
     run(other, theirs, range(40))
     before = [p.detach().clone() for p in params]
@@ -110,6 +112,19 @@ def test_a_state_saved_with_the_average_in_the_model_goes_on_from_there():
     run(optimizer, params, range(8, 11))
     run(other, copies, range(8, 11))
     assert_same(params, copies)
+
+
+def test_weight_decay_does_not_draw_the_average_away_from_the_weights():
+    """It is a step of z: if it moved x too, x would leave y by ever more."""
+    target = torch.full((8, 8), 1.0)
+    param = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = optim.build("adamw_schedulefree", [param], lr=1e-2, weight_decay=0.1)
+    for _ in range(2000):
+        param.grad = param.detach() - target
+        optimizer.step()
+    trained = param.detach().clone()
+    optimizer.eval()
+    assert torch.allclose(param, trained, atol=0.02)
 
 
 def test_the_first_decay_must_be_above_zero():

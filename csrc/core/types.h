@@ -146,6 +146,7 @@ struct Hyper {
     float coefficient;            // of the gradient
     float step_weight, pull;      // Schedule-Free's: of the update, and of the gap in it
     float gap_decay, gap_weight;  // of the gap, and of the update in it
+    float gap_of_weight;          // and of the weight
     float rho, rho_low;           // orthograd: g - (rho + rho_low) w
     float cautious_scale;
     float lr;         // including relative step and parameter scale

@@ -367,6 +367,8 @@ HD void apply(const Launch& launch, int64_t first_tile, bool by_vectors = false)
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
                 F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
                 if (lagged) squares.add_square(i, e.direction);
+                if constexpr (Access::R::kWeightInFast)
+                    e.after.fast = fma(F(h.gap_of_weight), a.weight.load(i, col, n), e.after.fast);
                 if (!kClean && RARELY(!all(e.ok))) {
                     nonfinite.add(p.sums().nonfinite, kLanes - count(e.ok));
                     e.after.fast = select(e.ok, e.after.fast, e.before.fast);

@@ -10,20 +10,25 @@ namespace ENGINE_ISA {
 
 struct ScheduleFree : Rule {
     static constexpr const char* kName = "schedule_free";
+    static constexpr bool kWeightInFast = true;
     static constexpr uint32_t kPlainLoops = kCodedAndFactors | kCodedPair | kDensePair;
 
     // With n = g / (sqrt(v / c2) + eps) = sqrt(c2) g / (sqrt(v) + eps sqrt(c2)) and c the share of
-    // z in x:  y <- y - lr ((1 - beta1 (1 - c)) n + c / lr gap),  gap <- (1 - c) (gap + beta1 lr
-    // n).
+    // z in x:  y <- y - lr ((1 - beta1 (1 - c)) n + c / lr gap),
+    //          gap <- (1 - c) (gap + beta1 lr n).
+    // Weight decay is z's, at y: it counts as weight_decay y beside n.
     HD static void prepare(const Options& o, Hyper& h) {
         double root_correction2 = ::sqrt(1 - ::pow(o.beta2, double(h.t)));
         bool moves = o.lr > kLeastRate;
         double share = moves ? 1 / double(h.t) : 0;
         h.eps = float(o.eps * root_correction2);
-        h.step_weight = float((1 - o.beta1 * (1 - share)) * root_correction2);
+        double of_x = o.beta1 * (1 - share), to_gap = moves ? of_x * o.lr : 0;
+        h.step_weight = float((1 - of_x) * root_correction2);
         h.pull = moves ? float(share / o.lr) : 0.f;
+        h.decay = float((1 - of_x) * o.lr * o.weight_decay);
         h.gap_decay = float(1 - share);
-        h.gap_weight = moves ? float((1 - share) * o.beta1 * o.lr * root_correction2) : 0.f;
+        h.gap_weight = float(to_gap * root_correction2);
+        h.gap_of_weight = float(to_gap * o.weight_decay);
     }
 
     HD static bool is_usual(const Hyper& h) { return below_half(h.weight2); }
