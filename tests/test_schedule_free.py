@@ -114,6 +114,15 @@ def test_a_state_saved_with_the_average_in_the_model_goes_on_from_there():
     assert_same(params, copies)
 
 
+def test_a_state_saved_while_training_is_loaded_into_an_optimizer_that_was_evaluated():
+    params, optimizer = stepped(steps=0)
+    saved = deepcopy(optimizer.state_dict())
+    run(optimizer, params, range(3))
+    optimizer.eval()
+    optimizer.load_state_dict(saved)
+    run(optimizer, params, [3])  # and not: call train() first
+
+
 def test_weight_decay_does_not_draw_the_average_away_from_the_weights():
     """It is a step of z: if it moved x too, x would leave y by ever more."""
     target = torch.full((8, 8), 1.0)
