@@ -26,7 +26,7 @@ from trainer.checks import remarks
 from trainer.errors import UserError
 from trainer.models import origin
 from trainer.run import run as train
-from trainer.training import optimizers
+from trainer.training import optimizers, switching
 
 SHAPES = [(12, 9), (8, 4, 3, 3), (7,)]
 PEER = "peer/schedulefree_adamw"
@@ -197,3 +197,19 @@ def test_a_schedule_that_lowers_the_rate_beside_an_average_gets_a_remark(compose
         made = composed(f"optim={choice}", f"schedule={schedule}")
         found = remarks.of_average(made, optim.build(choice, params))
         assert [text.startswith(f"optim={choice} averages") for text in found] == [True] * count
+
+
+def test_weights_are_as_before_when_an_average_was_put_in_half_way():
+    params, optimizer = stepped()
+    before = [p.detach().clone() for p in params]
+
+    def fails():
+        with torch.no_grad():
+            params[0].zero_()
+        raise torch.OutOfMemoryError("no room")
+
+    optimizer.eval = fails
+    with pytest.raises(torch.OutOfMemoryError), switching.evaluated(optimizer, params):
+        raise AssertionError("evaluated")
+    assert_same(params, before)
+    run(optimizer, params, [8])

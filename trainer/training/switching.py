@@ -29,8 +29,8 @@ def evaluated(optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter])
         return
     own = [(p, p.detach().to("cpu", copy=True)) for p in parameters]
     two_sets: Any = optimizer
-    two_sets.eval()
     try:
+        two_sets.eval()  # which may run out of memory half way
         yield
     finally:
         two_sets.train()
