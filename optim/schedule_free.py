@@ -58,9 +58,11 @@ class AdamWScheduleFree(FusedOptimizer):
         **features: Unpack[Features],
     ) -> None:
         super().__init__(params, locals())
-        self.defaults["train_mode"] = True  # of groups that are added
-        for group in self.param_groups:  # saved with a state, whichever weights the model had
-            group.setdefault("train_mode", True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        # Saved with every state: which weights the model had.
+        self.param_groups[-1].setdefault("train_mode", True)
 
     @classmethod
     def contradiction(cls, group: Mapping[str, Any]) -> str | None:
@@ -90,7 +92,7 @@ class AdamWScheduleFree(FusedOptimizer):
     def _switch(self, is_training: bool) -> None:
         """x = y + (1 - beta1) / beta1 (y - z)."""
         for group, param, state in self._allocated():
-            if group["train_mode"] != is_training:
+            if group.get("train_mode", True) != is_training:
                 gap = self.moments(param, group)["gap"].decode(split(state, "gap"))
                 share = 1 / group["betas"][0] - 1
                 param.copy_(param.float() + (-share if is_training else share) * gap)
@@ -98,7 +100,7 @@ class AdamWScheduleFree(FusedOptimizer):
             group["train_mode"] = is_training
 
     def _step(self, share: Share) -> None:
-        if not all(group["train_mode"] for group in self.param_groups):
+        if not all(group.get("train_mode", True) for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}: the model has the averaged weights; call the optimizer's "
                 "train() before the next gradient"
