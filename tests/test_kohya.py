@@ -142,6 +142,8 @@ CASES = [  # (options, what comes of them, a word of the notes)
       "d_coef=2", "use_bias_correction=True"],
      {"optim=prodigy", "optim.slice_p=1", "optim.d_coef=2", "optim.bias_correction=true",
       "optim.weight_decay=0.0"}, ""),
+    ([*LORA, "--optimizer_type=AdamWScheduleFree", "--lr_scheduler=cosine"],
+     {"optim=adamw_schedulefree", "optim.weight_decay=0.0", "schedule=constant"}, ""),
     ([*LORA, "--optimizer_type=DAdaptLion"], set(), "optimizer_type=DAdaptLion: not translated"),
     ([*LORA, "--loss_type=huber", "--huber_c=0.2"],
      {"loss=huber", "loss.delta=0.2", "loss.schedule=snr"}, "Huber's loss"),

@@ -23,6 +23,7 @@ _OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prodigy": ("prodigy", {"slice_p": 1}),
     "came": ("came", {}),
     "came8bit": ("came8bit", {}),
+    "adamwschedulefree": ("adamw_schedulefree", {}),
 }
 _CALLED = {"use_bias_correction": "bias_correction"}  # optimizer_args -> ours
 _ALWAYS = {"decouple": True}  # optimizer_args that need not be said
@@ -79,6 +80,8 @@ def length(given: Given, made: Translation) -> None:
     """The length of the run, and the rate along it."""
     epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
     kind = str(given.take("lr_scheduler", "constant"))
+    if "optim=adamw_schedulefree" in made.overrides:
+        kind = "constant"  # as theirs: the weights are averaged instead
     if (replaced := given.take("lr_scheduler_type")) is not None:  # by a class
         kind = str(replaced)
         given.take("lr_scheduler_args")
