@@ -111,7 +111,7 @@ class AdamWScheduleFree(FusedOptimizer):
 class AdamW8bitScheduleFree(AdamWScheduleFree):
     """Schedule-Free AdamW with its state in 8-bit codes, written with stochastic rounding.
 
-    State: 2.02 bytes per parameter.  The gap sums over the whole run, and so does its rounding: in
+    State: 2.02 bytes per parameter.  The gap sums over the whole run, and so does its rounding.  In
     thousands of noisy steps the average is less precise than with storage="bf16" (4 bytes), which
     is as good as fp32.  Arguments and source are `AdamWScheduleFree`'s.
     """

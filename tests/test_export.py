@@ -118,11 +118,11 @@ def test_a_single_file_says_what_it_is(tmp_path):
 
 def test_zero_terminal_snr_gets_a_scheduler_that_knows_it(sd15, tmp_path):
     """Stable Diffusion 1.5's own scheduler, PNDM, does not support it."""
-    from trainer.formats.metadata import marked_scheduler
+    from trainer.formats.schedulers import marked
 
     published = architectures.config("sd15", "scheduler")
     assert published["_class_name"] == "PNDMScheduler"
-    changed = marked_scheduler(published, ["v_pred", "ztsnr"], {})
+    changed = marked(published, ["v_pred", "ztsnr"], {})
     writing.save_folder(tmp_path / "v", origin.at(str(sd15)), {}, scheduler=changed)
     index = json.loads((tmp_path / "v/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
