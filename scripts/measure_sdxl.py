@@ -39,7 +39,8 @@ from trainer.formats import architectures
 from trainer.models import execution, quantization
 from trainer.models.model import Model
 from trainer.objective import batches, losses
-from trainer.objective.noise_schedule import NoiseSchedule, scheduler_config, training_schedule
+from trainer.objective.noise_schedule import NoiseSchedule, training_schedule
+from trainer.objective.trained_scheduler import scheduler_config
 from trainer.reporting.report import format_bytes
 from trainer.system import memory
 from trainer.training import gradients, method, optimizers

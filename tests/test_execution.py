@@ -18,7 +18,8 @@ from trainer.models import execution
 from trainer.models.model import Model
 from trainer.objective import losses
 from trainer.objective.batches import noised
-from trainer.objective.noise_schedule import scheduler_config, training_schedule
+from trainer.objective.noise_schedule import training_schedule
+from trainer.objective.trained_scheduler import scheduler_config
 from trainer.run import run
 from trainer.system import memory
 from trainer.training import gradients, method, optimizers

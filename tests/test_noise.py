@@ -14,7 +14,8 @@ from trainer.errors import UserError
 from trainer.formats import schedulers
 from trainer.objective import noise
 from trainer.objective.batches import Inputs, noised
-from trainer.objective.noise_schedule import scheduler_config, training_schedule
+from trainer.objective.noise_schedule import training_schedule
+from trainer.objective.trained_scheduler import scheduler_config
 
 LIKE = torch.zeros(4, 16, 24)
 

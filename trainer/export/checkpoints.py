@@ -20,7 +20,7 @@ from trainer.formats.hub import why_missing
 from trainer.formats.names import canonical
 from trainer.formats.weights import Weights, of_file
 from trainer.models.model import Model
-from trainer.objective.noise_schedule import scheduler_config
+from trainer.objective.trained_scheduler import scheduler_config
 from trainer.storage import checkpoint, result
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ def convert(folder: Path, request: Request) -> None:
     saved = _saved(folder)
     if _averages(folder, saved.method):
         log.info("exporting the averaged weights")
-    is_lora = saved.method["name"] != FullConfig.name
-    if is_lora:
+    has_adapters = saved.method["name"] != FullConfig.name
+    if has_adapters:
         request.refuse_extract(f"{folder} is a LoRA's checkpoint")
     else:
         request.refuse_merge(f"{folder} is a checkpoint of a full fine-tune")
@@ -53,7 +53,7 @@ def convert(folder: Path, request: Request) -> None:
     _locate(saved, request)
     if request.merge and request.base is None:
         request = _with_original(_original(saved), request)
-    (_export_lora if is_lora else _export_model)(saved, request)
+    (_export_lora if has_adapters else _export_model)(saved, request)
 
 
 def with_base(folder: Path, request: Request) -> Request:

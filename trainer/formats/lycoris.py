@@ -22,6 +22,11 @@ from trainer.errors import UserError
 from trainer.formats.adapter import NAME, Adapter
 
 
+def _alike(*names: str) -> dict[str, str]:
+    """Names that PEFT and LyCORIS share."""
+    return {name: name for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Lycoris(Adapter):
     """A product of two factors, each a matrix, or (`_a`, `_b`) two smaller ones, for convolutions
@@ -37,13 +42,12 @@ class _Lycoris(Adapter):
             raise UserError(f"{where} is a {cls.title} with DoRA's scales, which cannot be read")
         adapter = cls(own=dict(tensors), alpha=1.0 if alpha is None else alpha)
         try:
-            made, rank = adapter.shape, adapter.rank
+            _, rank = adapter.shape, adapter.rank
         except KeyError as error:
             raise UserError(f"{where} has no {error.args[0]}; the file is damaged") from error
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {_by(x.shape)}" for name, x in tensors.items())
             raise UserError(f"{where} has matrices that do not fit together: {shapes}") from error
-        assert made
         return adapter if alpha is not None else replace(adapter, alpha=float(rank))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -91,13 +95,10 @@ class Lokr(_Lycoris):
     title = "LoKr"
     algo = "lokr"
     layer = LoKrLayer
-    peft_names: ClassVar[Mapping[str, str]] = {
-        name: name
-        for name in (
-            *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
-            *("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-        )
-    }
+    peft_names = _alike(
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
+        *("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    )
 
     @classmethod
     def trained(cls, where: str, tensors: Mapping[str, Tensor], rank: int, alpha: float) -> Self:
@@ -143,13 +144,10 @@ class Loha(_Lycoris):
     title = "LoHa"
     algo = "loha"
     layer = LoHaLayer
-    peft_names: ClassVar[Mapping[str, str]] = {
-        name: name
-        for name in (
-            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-            *("hada_t1", "hada_t2"),
-        )
-    }
+    peft_names = _alike(
+        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+        *("hada_t1", "hada_t2"),
+    )
 
     @property
     def rank(self) -> int:

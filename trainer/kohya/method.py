@@ -91,23 +91,23 @@ def _network(given: Given, made: Translation) -> None:
             f"network_module={module}: {kind} cannot be trained here; networks.lora, lokr and loha "
             "and LyCORIS's algo=lora, locon, lokr and loha can"
         )
-    name = _METHODS[kind]
-    if name != "lora":
-        made.choose(f"method={name}")
+    chosen = _METHODS[kind]
+    if chosen != "lora":
+        made.choose(f"method={chosen}")
         # Their LoKr and LoHa ignore it.
         given.options.pop("network_dropout", None)
         arguments.pop("dropout", None)
     rank = given.take_on("network_dim") or 4
     given.options.setdefault("network_alpha", 1)
     alpha = given.take_on("network_alpha") or rank  # 0 is the rank
-    if name == "lokr" and arguments.pop("full_matrix", False):
+    if chosen == "lokr" and arguments.pop("full_matrix", False):
         rank = alpha = _WHOLE
         arguments |= {"conv_dim": 0, "conv_alpha": 0}
     if given.take("dim_from_weights"):
         made.note("dim_from_weights: set method.rank and method.alpha to the file's")
     made.set("method.rank", rank)
     made.set("method.alpha", alpha)
-    if name == "lokr":
+    if chosen == "lokr":
         _factors(arguments, made)
     conv_rank = arguments.pop("conv_dim", 0)
     conv_alpha = arguments.pop("conv_alpha", 0 if is_lycoris else 1)
@@ -130,7 +130,7 @@ def _network(given: Given, made: Translation) -> None:
     made.set("method.targets", [*_TRANSFORMER, *(_RESNETS if conv_rank else ())])
     if dropout := arguments.pop("dropout", 0):
         made.set("method.dropout", dropout)
-    if name == "lora" and arguments.pop("dora_wd", False):
+    if chosen == "lora" and arguments.pop("dora_wd", False):
         made.set("method.dora", True)
     for name, value in arguments.items():
         if not _is_off(value):

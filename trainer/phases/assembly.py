@@ -15,7 +15,8 @@ from trainer.drawing import prompts, sampling
 from trainer.models import execution, quantization
 from trainer.models.model import Model
 from trainer.objective import encoding
-from trainer.objective.noise_schedule import scheduler_config, training_schedule
+from trainer.objective.noise_schedule import training_schedule
+from trainer.objective.trained_scheduler import scheduler_config
 from trainer.phases.intervals import Intervals
 from trainer.phases.state import State
 from trainer.reporting.clock import Clock, OptimizerClock
