@@ -223,7 +223,7 @@ def _check_curvature(config: Config) -> None:
 
 
 def _check_noise(config: Config) -> None:
-    """Refuse noise options that exclude each other (`noise.scheduler_config` knows the model)."""
+    """Refuse noise options that exclude each other (`trained_scheduler` knows the model)."""
     noise = config.noise
     if noise.prediction == "epsilon" and noise.zero_terminal_snr:
         raise UserError(

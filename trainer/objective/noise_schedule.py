@@ -64,7 +64,7 @@ class NoiseSchedule:
 
 
 def training_schedule(scheduler: Mapping[str, Any], config: NoiseConfig) -> NoiseSchedule:
-    """The noise schedule of training with this scheduler's configuration (`trained_scheduler.scheduler_config`).
+    """The noise schedule of training with this configuration of a scheduler (`trained_scheduler`).
 
     Raises UserError for timesteps that it does not have.
     """
