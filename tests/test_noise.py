@@ -328,6 +328,27 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(noise_config, options
         assert part in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "option", "value"),
+    [
+        ("epsilon", "zero_terminal_snr", True),
+        ("epsilon", "flow_shift", 2.0),
+        ("v_prediction", "flow_shift", 2.0),
+        ("flow_prediction", "zero_terminal_snr", False),
+    ],
+)
+def test_options_that_a_prediction_excludes_are_refused_alike_whoever_names_the_prediction(
+    noise_config, composed, prediction, option, value
+):
+    """noise.prediction, before a model is looked for, or the model."""
+    model = {"flow_prediction": FLOWS[1]}.get(prediction, SDXL | {"prediction_type": prediction})
+    with pytest.raises(UserError) as by_model:
+        scheduler_config(noise_config(**{option: value}), model)
+    with pytest.raises(UserError) as by_option:
+        composed(f"noise.prediction={prediction}", f"noise.{option}={value}")
+    assert str(by_option.value) == str(by_model.value)
+
+
 BETAS = """DDIM DDPM DEISMultistep DPMSolverMultistep DPMSolverSDE DPMSolverSinglestep EulerDiscrete
 EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM LMSDiscrete PNDM TCD
 UniPCMultistep"""

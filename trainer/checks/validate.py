@@ -25,6 +25,7 @@ from trainer.config import (
 )
 from trainer.config.fields import complaint
 from trainer.config.method import TRAINABLE_PARTS
+from trainer.config.noise import contradiction
 from trainer.data import buckets, sources
 from trainer.data.items import PICTURE_SUFFIXES
 from trainer.drawing import prompts
@@ -223,23 +224,9 @@ def _check_curvature(config: Config) -> None:
 
 
 def _check_noise(config: Config) -> None:
-    """Refuse noise options that exclude each other (`trained_scheduler` knows the model)."""
     noise = config.noise
-    if noise.prediction == "epsilon" and noise.zero_terminal_snr:
-        raise UserError(
-            "noise.zero_terminal_snr=true leaves epsilon prediction nothing to predict from at the "
-            "last timestep; set noise.prediction=v_prediction, or noise.zero_terminal_snr=false"
-        )
-    if noise.prediction == "flow_prediction" and noise.zero_terminal_snr is not None:
-        raise UserError(
-            "noise.zero_terminal_snr is for betas, and flow matching has pure noise at its last "
-            "timestep anyway; leave it null"
-        )
-    if noise.prediction in ("epsilon", "v_prediction") and noise.flow_shift is not None:
-        raise UserError(
-            f"noise.flow_shift={noise.flow_shift:g} is for flow matching, and "
-            f"noise.prediction={noise.prediction}; leave it null"
-        )
+    if noise.prediction != "model" and (wrong := contradiction(noise, noise.prediction)):
+        raise UserError(wrong)
     if noise.timestep_high is not None and noise.timestep_low >= noise.timestep_high:
         raise UserError(
             f"noise.timestep_low={noise.timestep_low} must be below noise.timestep_high="

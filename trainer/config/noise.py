@@ -28,3 +28,25 @@ class NoiseConfig:
     pyramid: float | None = within(0, 1)  #: weight of each coarser level of noise; null or 0 = off
     #: Extra noise on the input but not the target, as a share of the noise; 0 = off.
     input_perturbation: float = within(0, 1)
+
+
+def contradiction(noise: NoiseConfig, prediction: str) -> str | None:
+    """The error for options that a model with this prediction (`noise.prediction`, or the model's
+    own) cannot be trained with, if there are any."""
+    zero_snr, is_flow = noise.zero_terminal_snr, prediction == "flow_prediction"
+    if is_flow and zero_snr is not None:
+        return (
+            f"noise.zero_terminal_snr={str(zero_snr).lower()} is for betas, and flow matching has "
+            "pure noise at its last timestep anyway; leave it null"
+        )
+    if prediction == "epsilon" and zero_snr:
+        return (
+            "noise.zero_terminal_snr=true leaves epsilon prediction nothing to predict from at the "
+            "last timestep; set noise.prediction=v_prediction, or noise.zero_terminal_snr=false"
+        )
+    if not is_flow and noise.flow_shift is not None:
+        return (
+            f"noise.flow_shift={noise.flow_shift:g} is for flow matching; set "
+            "noise.prediction=flow_prediction, or leave it null"
+        )
+    return None

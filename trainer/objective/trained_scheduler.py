@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 
 from trainer.config import NoiseConfig
+from trainer.config.noise import contradiction
 from trainer.errors import UserError
 from trainer.formats import schedulers
 from trainer.formats.schedulers import EPSILON, FLOW, V
@@ -32,6 +33,8 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
     wanted = config.prediction
     if wanted == "model":
         wanted = schedulers.noise(model)["prediction_type"]
+    if wrong := contradiction(config, wanted):
+        raise UserError(wrong)
     result = (_of_flow if wanted == FLOW else _of_betas)(config, model)
     for key, value in result.items():
         if model.get(key) != value:
@@ -40,11 +43,6 @@ def scheduler_config(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str,
 
 
 def _of_flow(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str, Any]:
-    if config.zero_terminal_snr is not None:
-        raise UserError(
-            f"noise.zero_terminal_snr={str(config.zero_terminal_snr).lower()} is for betas, and "
-            "flow matching has pure noise at its last timestep anyway; leave it null"
-        )
     result = schedulers.flow(model)
     if config.flow_shift is not None:
         result["flow_shift"] = config.flow_shift
@@ -56,11 +54,6 @@ def _of_betas(config: NoiseConfig, model: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"the model is one of flow matching, and noise.prediction={config.prediction} needs "
             "betas, which its scheduler lacks; use noise.prediction=model"
-        )
-    if config.flow_shift is not None:
-        raise UserError(
-            f"noise.flow_shift={config.flow_shift:g} is for flow matching; set "
-            "noise.prediction=flow_prediction, or leave it null"
         )
     changes: dict[str, Any] = {}
     if config.prediction != "model":
