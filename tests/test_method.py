@@ -351,9 +351,10 @@ def test_what_is_trained_has_the_same_names_without_any_values(composed, chosen)
         ("method.rules=[{pattern:foo,lr_scale:0.5}]", r"method\.rules\[0\]: foo matches no"),
         ("method=lora method.rules=[{pattern:bias,lr_scale:0.5}]", r"rules\[0\]: bias matches no"),
         ("method.rules=[{pattern:.,trainable:false}]", "leave nothing to train"),
+        ("noise.timestep_high=2000", r"noise\.timestep_high=2000: the model has timesteps in"),
     ],
 )
-def test_a_name_that_the_model_lacks_is_refused_before_anything_is_encoded(
+def test_what_the_model_lacks_is_refused_before_anything_is_encoded(
     quick, monkeypatch, chosen, says
 ):
     monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("it is encoded"))

@@ -140,6 +140,9 @@ def test_the_runs_of_a_sweep_are_those_that_hydra_makes():
         (("optim=adamv",), "did you mean 'adamw'?"),
         (("method=lora", "method.targets=[nothing]"), "nothing matches no linear"),
         (("model.path=/nowhere",), "model.path=/nowhere does not exist"),
+        (("noise.flow_shift=3",), "noise.flow_shift=3 is for flow matching"),
+        (("noise.prediction=epsilon",), "epsilon prediction has nothing to predict from"),
+        (("noise.timestep_high=2000",), "the model has timesteps in [0, 1000)"),
     ],
 )
 def test_a_wrong_option_is_one_line(command, arguments, says):

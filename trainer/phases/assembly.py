@@ -52,6 +52,7 @@ def assemble(
     start_from = None if resumed else getattr(config.method, "start_from", None)
     _check_model(config, model, start_from, overrides)
     model.scheduler = scheduler_config(config.noise, model.scheduler)
+    noise_schedule = training_schedule(model.scheduler, config.noise)
     planned = planner.announce(config, model, device)
     # The text encoders and the VAE are gone before the UNet is loaded: one part at a time.
     encoded = _encoded(config, model, dataset, stop)
@@ -64,7 +65,7 @@ def assemble(
         config=config,
         folder=folder,
         model=model,
-        noise_schedule=training_schedule(model.scheduler, config.noise),
+        noise_schedule=noise_schedule,
         data=encoded,
         fingerprint=fingerprint,
         base=base,

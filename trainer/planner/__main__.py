@@ -18,6 +18,8 @@ from trainer.config import Config, remedies
 from trainer.errors import UserError
 from trainer.models import execution
 from trainer.models.model import Model
+from trainer.objective.noise_schedule import training_schedule
+from trainer.objective.trained_scheduler import scheduler_config
 from trainer.planner import largest_batch
 from trainer.planner.page import page, verdict
 from trainer.reporting.report import format_bytes
@@ -151,6 +153,7 @@ def _config(overrides: list[str]) -> Config:
 
 def _plan(config: Config, device_type: str) -> planner.Plan:
     model = Model(config.model, torch.device("cpu"), with_weights=False)
+    training_schedule(scheduler_config(config.noise, model.scheduler), config.noise)  # or refused
     return planner.make(config, model, device_type)
 
 
