@@ -386,6 +386,31 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "FlowMatchHeunDiscreteScheduler ("),
+        ({"_class_name": "SchedulerOfSomebody"}, "SchedulerOfSomebody ("),
+        ({"beta_schedule": "steep"}, "steep is not implemented"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0},
+            "the shift of the model's scheduler, FlowMatchEulerDiscreteScheduler, is 0;",
+        ),
+    ],
+)
+def test_a_scheduler_that_cannot_be_drawn_with_is_named_before_anything_is_loaded(
+    own, says, draw, tiny, monkeypatch
+):
+    path = tiny / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    monkeypatch.setattr(Model, "_load", lambda *_: pytest.fail("a part was loaded"))
+    status, error = draw(tiny, "--prompt=a cat")
+    assert status == 2
+    assert says in error
+    assert "scheduler/scheduler_config.json" in error
+    assert error.count("\n") == 1
+
+
 def test_a_runs_lora_is_not_drawn_with_a_model_that_has_changed(finished, tiny, draw, tmp_path):
     run = finished("run", f"model.path={tiny}", *LORA)
     path = tiny / "scheduler/scheduler_config.json"

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from helpers import assert_export_refused, run_export
@@ -218,12 +219,20 @@ def test_a_merged_model_has_the_noise_schedule_that_its_lora_was_trained_with(
     assert {key: found[key] for key in expected} == expected
 
 
+UNIPC = {  # of flow matching, as pipelines can use it
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 2.0,
+}
+
+
 @pytest.mark.parametrize(
     ("is_v", "own", "says"),
     [
         ("False", {}, "predict noise, and its model predicts v;"),
-        ("False", {"prediction_type": "flow_prediction"}, "noise, and its model predicts a flow;"),
-        ("True", {"prediction_type": "flow_prediction"}, "v, and its model predicts a flow;"),
+        ("False", UNIPC, "noise, and its model predicts a flow;"),
+        ("True", UNIPC, "v, and its model predicts a flow;"),
     ],
 )
 def test_a_models_scheduler_stays_with_a_warning_where_a_loras_is_unknown(
@@ -239,6 +248,19 @@ def test_a_models_scheduler_stays_with_a_warning_where_a_loras_is_unknown(
     assert run_export(capsys, path, tmp_path / "m", "--base", base, "--merge")[0] == 0
     assert says in caplog.text
     assert origin.at(str(tmp_path / "m")).config("scheduler") == scheduler
+
+
+@pytest.mark.parametrize("told", [{}, FLOW])
+def test_a_flows_scheduler_becomes_the_one_that_pipelines_can_use(told, tmp_path, capsys, tiny):
+    """As a run writes it."""
+    own = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    (tiny / "scheduler/scheduler_config.json").write_text(json.dumps(own))
+    models = trained(TINY, ["unet"])
+    path = lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl", more_metadata=told)
+    assert run_export(capsys, path, tmp_path / "m", "--base", tiny, "--merge")[0] == 0
+    merged = origin.at(str(tmp_path / "m")).config("scheduler")
+    assert merged["flow_shift"] == 3.0
+    assert hasattr(getattr(diffusers, merged["_class_name"]), "scale_model_input")
 
 
 def test_a_converted_lora_says_that_it_is_not_merged(tmp_path, capsys, caplog):

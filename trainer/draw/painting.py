@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Group:
 
     model: Model
     rows: list[Row]
+    schedulers: list[dict[str, Any]] = field(default_factory=list)  # of the rows, once checked
 
 
 @dataclass(kw_only=True)
@@ -64,7 +65,7 @@ class Painter:
         model.load_unet()
         if model.config.compute == "bfloat16":
             execution.autocast(model.unet, self.device.type)
-        for row, read in zip(group.rows, reads, strict=True):
+        for row, read, model.scheduler in zip(group.rows, reads, group.schedulers, strict=True):
             log.info("drawing: %s", _in_line(row))
             self._draw_row(row, model, read, sheet, aside)
         del model.unet  # before another one is loaded
@@ -73,7 +74,6 @@ class Painter:
     def _draw_row(
         self, row: Row, model: Model, read: Read, sheet: Sheet, aside: console.Aside
     ) -> None:
-        model.scheduler = _scheduler(row, model)
         drawer = Drawer(
             model=model,
             read=read,
@@ -132,7 +132,8 @@ class Painter:
 
 
 def check(group: Group) -> None:
-    """Raise UserError for a LoRA that the model cannot have, before anything is loaded."""
+    """Raise UserError for a LoRA that the model cannot have, or a scheduler that none can be drawn
+    with, before anything is loaded."""
     model = group.model
     by_file = {row.lora: row for row in group.rows if row.lora}
     sketch = model.sketch() if any(row.sketch for row in by_file.values()) else None
@@ -147,6 +148,10 @@ def check(group: Group) -> None:
                 f"the model at {model.config.path} is not the one that the run of {row.lora} "
                 "started from; give the location of the original, or another: --base=MODEL"
             )
+    for row in group.rows:
+        model.scheduler = _scheduler(row, model)
+        model.sampling_schedule()
+        group.schedulers.append(model.scheduler)
 
 
 def _in_line(row: Row) -> str:

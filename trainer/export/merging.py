@@ -58,7 +58,8 @@ def write(
         for part, adapters in held.items()
     }
     names = ", ".join(_name(path) for path in (str(request.base), str(source)))
-    scheduler = schedulers.with_lora(source, described, base.config("scheduler"))
+    own = schedulers.usable(base.config("scheduler"))
+    scheduler = schedulers.with_lora(source, described, own)
     models.write(request, base, parts, scheduler, {"modelspec.merged_from": names})
     count = sum(len(adapters) for adapters in held.values())
     message = "%s: with %s of %s merged, scale %g (rounding changes %.1e of what is added)"

@@ -95,6 +95,12 @@ def flow(scheduler: Mapping[str, Any], shift: float = 1.0) -> dict[str, Any]:
     }
 
 
+def usable(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler that the pipelines of Stable Diffusion use for a model with this one: the same,
+    unless it is one of flow matching that they cannot use.  Raises UserError as `flow` does."""
+    return flow(scheduler) if is_flow(scheduler) else {**scheduler}
+
+
 def marks(scheduler: Mapping[str, Any]) -> list[str]:
     """The empty tensors that mark a single file's prediction type and terminal SNR.  (There is none
     for flow matching.)"""

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 from trainer.config import DTYPES, ModelConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 from trainer.formats import architectures, schedulers
 from trainer.models import origin, quantization, text
 
@@ -133,11 +133,23 @@ class Model:
         self.unet = self._load("unet", DTYPES[self.config.dtype], compress=compress)
 
     def sampling_schedule(self, is_trained: bool = True) -> SchedulerMixin:
-        """The scheduler that the model's pipeline samples with: after training, or its own."""
+        """The scheduler that the model's pipeline samples with: after training, or its own.
+
+        Raises UserError for one that the pipeline cannot use.
+        """
         config = self.scheduler if is_trained else self.origin.config("scheduler")
-        if schedulers.is_flow(config):
-            config = schedulers.flow(config)  # one that the pipeline can use
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        config = schedulers.usable(config)
+        name = config["_class_name"]
+        try:
+            made = getattr(diffusers, name).from_config(config)
+            _ = made.scale_model_input  # which pipelines of Stable Diffusion call
+        except Exception as error:  # of its values, or of a library that it needs: many kinds
+            raise UserError(
+                f"pictures cannot be drawn with the scheduler of {self.origin}, {name} "
+                f"({reason(error)}); name another, such as EulerDiscreteScheduler, or for flow "
+                f"matching {schedulers.EULER}, in its scheduler/scheduler_config.json"
+            ) from error
+        return made
 
     @property
     def predictions(self) -> tuple[str, str]:
