@@ -279,7 +279,7 @@ def test_mistakes_in_merging_are_one_line_and_write_nothing(sd15_folder, tmp_pat
     before = sorted(tmp_path.iterdir())
     merge, base, out = "--merge", ("--base", TINY), tmp_path / "out"
     cases = (
-        ([path, out, merge], "--merge needs the model to merge the LoRA into: --base=MODEL"),
+        ([path, out, merge], "--merge needs the model to merge SOURCE into: --base=MODEL"),
         ([path, out, *base, "--scale=0.5"], "--scale=0.5 has no effect without --merge"),
         ([path, out, *base, merge, "--scale=0"], "must be a finite number other than 0"),
         ([path, out, *base, merge, "--scale=nan"], "must be a finite number other than 0"),

@@ -15,7 +15,7 @@ from trainer.models import origin
 from trainer.storage import checkpoint
 
 TRAINED = ("unet", "text_encoder")
-NEEDS_BASE = "--merge needs the model to merge the LoRA into: --base=MODEL"
+NEEDS_BASE = "--merge needs the model to merge SOURCE into: --base=MODEL"
 ONE_STEP = ("schedule.steps=1", "schedule.warmup_steps=0", "log.eval_points=1", "optim.lr=0.01")
 
 

@@ -1,6 +1,7 @@
 """LoKr and LoHa: what is trained, written, and read by others as LyCORIS defines it."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from test_method import attached
 
 from trainer.errors import UserError
 from trainer.formats import adapters, lora
+from trainer.models import origin
 from trainer.storage import result
 from trainer.training import method
 
@@ -137,10 +139,15 @@ def test_a_run_is_resumed_and_another_one_starts_from_its_file(quick, composed, 
     started = attached(composed(*KINDS[kind], f"method.start_from={file}"), seed=5)
     assert_same_weights(method.trained_tensors(started), weights(whole, 4))
     for other in ("method=lora", "method=lokr method.factor=2", "method=loha method.rank=3"):
-        hint = "" if kind in other else f"; it continues in a run with method={kind}"
-        says = rf"^the Lo(Kr|Ha) does not fit the run: unet\..* in the file and .*in the run{hint}$"
-        with pytest.raises(UserError, match=says):
+        hint = "fits a run with .*" if kind in other else f"continues in a run with method={kind}"
+        said = rf"Lo(Kr|Ha) does not fit the run: unet\..* in the file and .*in the run; it {hint}$"
+        with pytest.raises(UserError, match=said) as refused:
             attached(composed(*other.split(), f"method.start_from={file}"))
+        if kind in other:
+            fitting = shlex.split(str(refused.value).partition("it fits a run with ")[2])
+            options = (f"method={kind}", *fitting, f"method.start_from={file}")
+            started = attached(composed(*options), seed=5)
+            assert_same_weights(method.trained_tensors(started), weights(whole, 4))
 
 
 def test_files_of_other_programs_are_drawn_and_merged_whatever_their_factors(tmp_path):
@@ -220,6 +227,25 @@ def test_only_a_lora_is_resized_or_written_for_diffusers(config, tmp_path, capsy
             assert len(error.splitlines()) == 1
             assert not target.exists()
     assert run_export(capsys, file, target, "--base", TINY, "--dtype=float16")[0] == 0
+
+
+@pytest.mark.parametrize("config", [LoKrConfig, LoHaConfig])
+def test_messages_about_a_file_name_its_kind(config, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    models = trained(TINY, ["unet"], config=config)
+    file = lora.save_lora(tmp_path / "a.safetensors", "kohya", models, "sdxl")
+    kind, target = config.__name__.removesuffix("Config"), tmp_path / "b.safetensors"
+    assert run_export(capsys, file, target, "--base", TINY)[0] == 0
+    assert f"{file} -> {target} (a {kind} in kohya format)" in caplog.messages
+    assert f"{target} holds the {kind} alone" in caplog.messages[-1]
+    for more, says in (
+        (("--extract",), f"{file} is a {kind}; leave out --extract"),
+        (("--base", TINY, "--format=single_file"), f"is for models, and {file} is a {kind}: use"),
+    ):
+        status, _, error = run_export(capsys, file, tmp_path / "c.safetensors", *more)
+        assert (status, says in error) == (2, True), error
+    with pytest.raises(UserError, match=f"is a {kind}, not a model"):
+        origin.at(str(file))
 
 
 def test_a_model_whose_files_have_no_names_for_it_is_refused_before_training(composed):

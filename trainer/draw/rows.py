@@ -13,7 +13,9 @@ from trainer.config import ModelConfig, conf_dir
 from trainer.draw.request import Request
 from trainer.draw.sources import Source, first_run
 from trainer.errors import UserError
+from trainer.formats import kinds
 from trainer.formats.hub import why_missing
+from trainer.formats.weights import of_file
 from trainer.storage import checkpoint
 
 log = logging.getLogger(__name__)
@@ -123,8 +125,9 @@ def _base(source: Source, usual: dict[str, Any], request: Request) -> ModelConfi
     if request.base:
         return _configured(usual, known, request, request.base, request.variant)
     if not known:
+        kind = kinds.adapters_in(of_file(Path(source.place))[0])
         raise UserError(
-            f"{source.place} is a LoRA, and draws with the model that it belongs to: --base=MODEL"
+            f"{source.place} is a {kind}, and draws with the model that it belongs to: --base=MODEL"
         )
     if why_missing("model.path", str(known["path"])):
         raise UserError(

@@ -102,7 +102,7 @@ def _of_folder(folder: Path) -> Source | None:
 
 
 def _of_file(path: Path) -> Source:
-    if not kinds.is_lora(of_file(path)[0]):
+    if not kinds.adapters_in(of_file(path)[0]):
         return Source(place=str(path), name=path.stem)
     run = loras.run_of(path)
     return Source(place=str(path), name=_lora_name(path, run), is_lora=True, run=run)

@@ -46,7 +46,8 @@ def convert(folder: Path, request: Request) -> None:
         log.info("exporting the averaged weights")
     has_adapters = saved.method["name"] != FullConfig.name
     if has_adapters:
-        request.refuse_extract(f"{folder} is a LoRA's checkpoint")
+        kind = adapters.of_method(saved.method["name"]).title
+        request.refuse_extract(f"{folder} is a {kind}'s checkpoint")
     else:
         request.refuse_merge(f"{folder} is a checkpoint of a full fine-tune")
         request.refuse_rank(f"{folder} is a checkpoint of a full fine-tune")
@@ -178,7 +179,7 @@ def _by_part(weights: Weights) -> dict[str, Weights]:
 
 def _adapters_of(parts: dict[str, Weights], method: dict[str, Any]) -> adapters.Adapters:
     """PEFT's parameters (`PATH.lora_A.default.weight`) and the run's options -> adapters."""
-    kind = next(kind for kind in adapters.KINDS if kind.method == method["name"])
+    kind = adapters.of_method(method["name"])
     ranks = [RankConfig(**one) for one in method.get("ranks", [])]
     named = re.compile(rf"(.+)\.({'|'.join(kind.peft_names)})\.{NAME}(?:\.weight)?")
     held: adapters.Adapters = {}

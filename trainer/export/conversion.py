@@ -32,8 +32,8 @@ def convert(request: Request) -> None:
     elif (path / results.LORA_NAME).is_file():
         request.refuse_extract(f"{path} holds a LoRA")
         loras.convert(path / results.LORA_NAME, _with_base(path / results.LORA_NAME, request))
-    elif path.is_file() and kinds.is_lora(of_file(path)[0]):
-        request.refuse_extract(f"{path} is a LoRA")
+    elif path.is_file() and (kind := kinds.adapters_in(of_file(path)[0])):
+        request.refuse_extract(f"{path} is a {kind}")
         if path != named and not request.merge:  # as for the run's checkpoints
             request = replace(request, form=request.form or "kohya")
         loras.convert(path, _with_base(path, request))
@@ -84,7 +84,7 @@ def _with_base(lora: Path, request: Request) -> Request:
     run = loras.run_of(lora)
     if run and (every := checkpoint.found_in(run)):
         return checkpoints.with_base(every[-1], request)
-    raise UserError("--merge needs the model to merge the LoRA into: --base=MODEL")
+    raise UserError("--merge needs the model to merge SOURCE into: --base=MODEL")
 
 
 def _in_run(path: Path) -> Path:

@@ -48,9 +48,10 @@ def write(
     if request.merge:
         merging.write(source, request, base, held, more_metadata)
         return
-    form = form_of(request, default_form, base, held, f"{source} is a LoRA")
+    kind = adapters.title(held)
+    form = form_of(request, default_form, base, held, f"{source} is a {kind}")
     target, models = request.target, empty(base)
-    log.info("%s -> %s (a LoRA in %s format)", source, target, form)
+    log.info("%s -> %s (a %s in %s format)", source, target, kind, form)
     if request.rank is not None:
         kept = Kept()
         small = resizing.resized(source, held, request.rank, kept)
@@ -60,7 +61,8 @@ def write(
         return
     lora.save_lora(target, form, models, base.kind, request.dtype, more_metadata, adapters=held)
     if request.base and request.base not in architectures.PUBLISHED:
-        log.info("%s holds the LoRA alone; --merge writes it merged into %s", target, request.base)
+        message = "%s holds the %s alone; --merge writes it merged into %s"
+        log.info(message, target, kind, request.base)
 
 
 def form_of(
@@ -89,7 +91,7 @@ def _base_of(path: Path, request: Request) -> origin.Origin:
         elif run := run_of(path):
             model = config_in(run)["model"]
             base, variant = str(model["path"]), variant or model.get("variant")
-            log.info("base model of the LoRA: %s (from its run's config.yaml)", base)
+            log.info("base model: %s (from the run's config.yaml)", base)
         else:
             raise UserError(
                 f"{path} fits {' and '.join(fits) or 'neither SDXL nor Stable Diffusion 1.5'}; "

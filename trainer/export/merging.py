@@ -17,7 +17,7 @@ from trainer.export import models
 from trainer.export.request import Request
 from trainer.formats import schedulers, stream, writing
 from trainer.formats.adapter import Adapter
-from trainer.formats.adapters import Adapters
+from trainer.formats.adapters import Adapters, title
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
 from trainer.models.origin import Origin
@@ -50,7 +50,7 @@ def write(
     source: Path, request: Request, base: Origin, held: Adapters, described: dict[str, str]
 ) -> None:
     """Write `base` with these adapters merged into it.  described: the LoRA's own metadata."""
-    models.check_weights(base, "to merge the LoRA into")
+    models.check_weights(base, "to merge SOURCE into")
     scale = 1.0 if request.scale is None else request.scale
     rounding = _Rounding()
     parts: dict[str, writing.Given] = {
@@ -66,9 +66,10 @@ def write(
     log.info(message, request.target, plural(count, "adapter"), source, scale, rounding.share)
     if rounding.share > _COARSE:
         log.warning(
-            "rounding changes %.0f%% of what the LoRA adds; --dtype=float32, or float16 instead of "
+            "rounding changes %.0f%% of what the %s adds; --dtype=float32, or float16 instead of "
             "bfloat16, keeps more of it",
             100 * rounding.share,
+            title(held),
         )
 
 
@@ -127,7 +128,9 @@ def _read(
     before = own.read()
     exact = merged(before, adapter, scale)
     if not exact.isfinite().all():
-        raise UserError(f"{name} is not finite with the LoRA merged; one of the two is damaged")
+        raise UserError(
+            f"{name} is not finite with SOURCE merged into it; one of the two is damaged"
+        )
     result = stream.rounded(name, exact, dtype)
     rounding.note(before, exact, result)
     return result

@@ -105,6 +105,12 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
+    def options(cls, adapters: Collection[Any]) -> str | None:
+        """Options of `method=` of a run with such adapters, besides ranks and targets; None if no
+        run has them."""
+
+    @classmethod
+    @abstractmethod
     def network(cls, adapters: Collection[Any]) -> tuple[str, dict[str, str]]:
         """The module of kohya's scripts that trains such adapters, and its arguments."""
 
@@ -198,6 +204,13 @@ class Lora(Adapter):
             layer.scale_layer(scale)
         elif scale != 1:
             layer.register_forward_hook(partial(_towards, scale))
+
+    @classmethod
+    def options(cls, adapters: Collection["Lora"]) -> str | None:
+        is_dora = {adapter.magnitude is not None for adapter in adapters}
+        if len(is_dora) > 1:
+            return None
+        return f"method.rslora=false method.dora={str(is_dora.pop()).lower()}"
 
     @classmethod
     def network(cls, adapters: Collection["Lora"]) -> tuple[str, dict[str, str]]:

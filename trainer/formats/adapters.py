@@ -55,6 +55,11 @@ def _of_layer(path: str, layer: Any, name: str) -> Adapter:
     return kind.trained(path, tensors, rank, float(layer.scaling[name]) * rank)
 
 
+def of_method(name: str) -> type[Adapter]:
+    """The kind of adapters that `method=` with this name trains."""
+    return next(kind for kind in KINDS if kind.method == name)
+
+
 def kind_of(tensors: Collection[str]) -> type[Adapter]:
     """The kind of an adapter whose tensors have these names."""
     others = (kind for kind in KINDS if kind is not Lora)
@@ -64,6 +69,11 @@ def kind_of(tensors: Collection[str]) -> type[Adapter]:
 def are_loras(adapters: Adapters) -> bool:
     """Whether all of them are LoRAs, or DoRAs."""
     return all(isinstance(a, Lora) for by_path in adapters.values() for a in by_path.values())
+
+
+def title(adapters: Adapters) -> str:
+    """What the adapters are, for a message: LoRA, LoKr, or LoKr and LoRA."""
+    return _titles({type(a) for by_path in adapters.values() for a in by_path.values()})
 
 
 def module_names(model: nn.Module) -> list[str]:

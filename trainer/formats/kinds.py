@@ -24,14 +24,20 @@ _OTHERS = {  # name prefixes that no other model uses
     "conditioner.embedders.0.model.": "the SDXL refiner",
 }
 _LORA = ("lora_unet_", "lora_te", "unet.", "text_encoder.", "text_encoder_2.", "base_model.model.")
-_ADAPTERS = (".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
+_ADAPTERS = {  # by how their tensors' names end
+    "LoRA": (".lora_down.weight", ".lora_A.weight"),
+    "LoHa": (".hada_w1_a",),
+    "LoKr": (".lokr_w1", ".lokr_w1_a"),
+}
 
 
-def is_lora(weights: Weights) -> bool:
-    """Whether the file holds adapters instead of a model."""
-    return any(name.startswith(_LORA) and "lora" in name.lower() for name in weights) or any(
-        name.endswith(_ADAPTERS) for name in weights
-    )
+def adapters_in(weights: Weights) -> str | None:
+    """What the file holds instead of a model, a LoRA, a LoHa or a LoKr; None for a model."""
+    for kind, endings in _ADAPTERS.items():
+        if any(name.endswith(endings) for name in weights):
+            return kind
+    is_other = any(name.startswith(_LORA) and "lora" in name.lower() for name in weights)
+    return "LoRA" if is_other else None
 
 
 def has_unet(weights: Weights) -> bool:
@@ -41,9 +47,9 @@ def has_unet(weights: Weights) -> bool:
 
 def of_checkpoint(weights: Weights, where: Path) -> str:
     """`sdxl` or `sd15`, by the file's text encoders.  Raises UserError for other models."""
-    if is_lora(weights):
+    if kind := adapters_in(weights):
         raise UserError(
-            f"{where} is a LoRA, not a model; name the checkpoint that it belongs to, an SDXL or "
+            f"{where} is a {kind}, not a model; name the checkpoint that it belongs to, an SDXL or "
             "Stable Diffusion 1.5 one, as model.path"
         )
     for prefix, what in _OTHERS.items():

@@ -97,7 +97,7 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     """
     weights, described = of_file(path)
     where = str(path)
-    if not kinds.is_lora(weights):
+    if not kinds.adapters_in(weights):
         raise UserError(f"{path} is not a LoRA: it has {next(iter(weights), 'no tensor')}")
     if kohya.is_own(weights):
         alphas = diffusers_lora.Alphas({}, where)  # its alphas are tensors; without one, the rank
@@ -144,8 +144,8 @@ def _decode(
                 f"{where}: {module} belongs to the {part}, which this model lacks or method.train "
                 "leaves out"
                 if part and part not in models
-                else f"{where}: {module} matches no module of this model; the LoRA is for another "
-                "model"
+                else f"{where}: {module} matches no module of this model; the "
+                f"{kinds.adapters_in(weights)} is for another model"
             )
         grouped.setdefault(module, {})[kind] = lazy.read()
     adapters: Adapters = {}

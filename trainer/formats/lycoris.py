@@ -10,12 +10,13 @@ configured rank as alpha, and so does this trainer.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, ClassVar, Self
 
 import torch
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.loha.layer import LoHaLayer
-from peft.tuners.lokr.layer import LoKrLayer
+from peft.tuners.lokr.layer import LoKrLayer, factorization
 from torch import Tensor, nn
 
 from trainer.errors import UserError
@@ -75,6 +76,11 @@ class _Lycoris(Adapter):
         layer.scaling[NAME] = scale * self.scale
 
     @classmethod
+    def options(cls, adapters: Collection[Any]) -> str | None:
+        is_tucker = any("_t" in name for adapter in adapters for name in adapter.own)
+        return None if is_tucker else ""
+
+    @classmethod
     def network(cls, adapters: Collection[Any]) -> tuple[str, dict[str, str]]:
         return "lycoris.kohya", {"algo": cls.algo}
 
@@ -129,6 +135,33 @@ class Lokr(_Lycoris):
             for name, core in (("lokr_w1", ""), ("lokr_w2", "lokr_t2"))
         )
         return self.scale * torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())
+
+    @classmethod
+    def options(cls, adapters: Collection["Lokr"]) -> str | None:
+        if super().options(adapters) is None:
+            return None
+        largest = max(side for adapter in adapters for side in adapter._w1_sides)
+        for factor, both in product((largest, -1), (False, True)):
+            if all(adapter._is_of(factor, both) for adapter in adapters):
+                given = "null" if factor == -1 else factor
+                return f"method.factor={given} method.decompose_both={str(both).lower()}"
+        return None
+
+    @property
+    def _w1_sides(self) -> tuple[int, int]:
+        """The sides of w1."""
+        whole = "lokr_w1" in self.own
+        left, right = ("lokr_w1", "lokr_w1") if whole else ("lokr_w1_a", "lokr_w1_b")
+        return self.own[left].shape[0], self.own[right].shape[1]
+
+    def _is_of(self, factor: int, both: bool) -> bool:
+        """Whether PEFT makes factors like these (decompose_factor, decompose_both).  (Of a
+        convolution d may be d * kh * kw, which for most factors is as good.)"""
+        (a, c), (b, d) = (factorization(side, factor) for side in self.shape[:2])
+        is_first_whole = not both or self.rank >= max(a, b) / 2
+        is_second_whole = self.rank >= max(c, d) / 2
+        wholes = ("lokr_w1" in self.own, "lokr_w2" in self.own)
+        return self._w1_sides == (a, b) and wholes == (is_first_whole, is_second_whole)
 
     @classmethod
     def config(cls, adapters: Mapping[str, Any]) -> LoKrConfig:

@@ -1,5 +1,5 @@
-"""The LoRA that a run starts from (`method.start_from`): reading it, and refusing one that does not
-fit the run."""
+"""The adapters that a run starts from (`method.start_from`): reading them, and refusing those that
+do not fit the run."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import nn
 
 from trainer.errors import UserError
 from trainer.formats import lora
-from trainer.formats.adapter import Lora, commonest
+from trainer.formats.adapter import commonest
 from trainer.formats.adapters import Adapters, of_models
 from trainer.models.model import Model
 
@@ -78,33 +78,33 @@ def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | No
     """The command-line options of a run with these adapters; None if no options describe them (they
     differ between blocks, say)."""
     every = [adapter for by_path in adapters.values() for adapter in by_path.values()]
-    if not all(isinstance(adapter, Lora) for adapter in every):
+    kinds = {type(adapter) for adapter in every}
+    own = kinds.pop().options(every) if len(kinds) == 1 else None
+    if own is None:
         return None
     rank, alpha = commonest(every)
     key_of = {part: "targets" if part == "unet" else "text_targets" for part in adapters}
     lists: dict[str, dict[str, None]] = {"targets": {}, "text_targets": {}}
-    kinds: dict[str, tuple[int, float]] = {}  # by part and the end of a module's name
+    scales: dict[str, tuple[int, float]] = {}  # by part and the end of a module's name
     for part, by_path in adapters.items():
         for path, adapter in by_path.items():
-            end, kind = _IN_A_BLOCK.sub("", path), (adapter.rank, adapter.alpha)
-            if kinds.setdefault(f"{part}.*{end.replace('.', '[.]')}$", kind) != kind:
+            end, scale = _IN_A_BLOCK.sub("", path), (adapter.rank, adapter.alpha)
+            if scales.setdefault(f"{part}.*{end.replace('.', '[.]')}$", scale) != scale:
                 return None
             lists[key_of[part]][end] = None
     for part, by_path in adapters.items():
         named = re.compile(rf"(^|\.)({'|'.join(lists[key_of[part]])})$")
         if by_path.keys() != {path for path in layers[part] if named.search(path)}:
             return None
-    is_dora = {adapter.magnitude is not None for adapter in every}
-    if len(is_dora) > 1:
-        return None
     others = [
-        f"{{pattern: '{where}', rank: {own_rank}, alpha: {scale:g}}}"
-        for where, (own_rank, scale) in kinds.items()
-        if (own_rank, scale) != (rank, alpha)
+        f"{{pattern: '{where}', rank: {scale[0]}, alpha: {scale[1]:g}}}"
+        for where, scale in scales.items()
+        if scale != (rank, alpha)
     ]
     options = [
-        f"method.rank={rank} method.alpha={alpha:g} method.rslora=false",
-        f"method.dora={str(is_dora.pop()).lower()} 'method.train=[{','.join(adapters)}]'",
+        f"method.rank={rank} method.alpha={alpha:g}",
+        *([own] if own else []),
+        f"'method.train=[{','.join(adapters)}]'",
         *(f"'method.{key}=[{','.join(ends)}]'" for key, ends in lists.items() if ends),
         *([f'"method.ranks=[{", ".join(others)}]"'] if others else []),
     ]
