@@ -208,10 +208,10 @@ def command(in_tmp, monkeypatch, capfd):
     return call
 
 
-def new_process(*arguments, cwd, **environment):
+def new_process(*arguments, cwd, module="trainer", **environment):
     """Run the command line in a new process."""
     return subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,

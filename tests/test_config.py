@@ -388,10 +388,16 @@ def test_several_experiments_are_a_list(composed):
     assert both.schedule.steps == 4
 
 
-def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
-    """A fake `hydra`, the first import, sends the signal."""
-    (tmp_path / "hydra.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    done = new_process("--help", cwd=tmp_path)
+@pytest.mark.parametrize(
+    "name", ["", ".doctor", ".draw", ".export", ".kohya", ".planner", ".sweep"]
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path, name):
+    """Fake libraries send the signal."""
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    for library in ("hydra", "omegaconf", "torch"):
+        (tmp_path / f"{library}.py").write_text(interrupt)
+    given = {".draw": ["a", "--out=a.png"], ".export": ["a", "b"]}.get(name, ["--help"])
+    done = new_process(*given, cwd=tmp_path, module=f"trainer{name}")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 

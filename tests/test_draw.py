@@ -300,15 +300,6 @@ def test_ctrl_c_keeps_the_rows_and_pictures_that_are_drawn(draw, tmp_path, monke
     assert (tmp_path / "out.png").is_file()
 
 
-def test_ctrl_c_before_anything_is_drawn_writes_nothing(draw, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sources, "found", interrupted)
-    assert draw(TINY, "--prompt=a cat") == (130, "stopped; nothing was drawn\n")
-    assert not list(tmp_path.iterdir())
-
-
 def test_memory_that_runs_out_is_one_line_that_says_what_needs_less(draw, tmp_path, monkeypatch):
     def crowded(self):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -31,6 +31,14 @@ Where things live; a folder imports only from those below it:
 
 import logging
 import os
+import signal
+import sys
+
+from trainer.system import signals
+
+if sys.argv[:1] == ["-m"]:  # what Python has there while it looks for the module of `python -m`
+    # Commands import for seconds, and have nothing to finish then.
+    signal.signal(signal.SIGINT, signals.leave_at_once)
 
 # Silence messages on import that users cannot act on.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

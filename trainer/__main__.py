@@ -7,16 +7,10 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-
-from trainer.system import signals
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    signal.signal(signal.SIGINT, signals.leave_at_once)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

@@ -6,16 +6,10 @@ It takes the trainer's own options, reads every caption and picture, and trains 
 import argparse
 import logging
 import os
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from trainer.system import signals
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    signal.signal(signal.SIGINT, signals.leave_at_once)
 
 import torch
 

@@ -50,9 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before anything is drawn
-        print("stopped; nothing was drawn", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -28,7 +28,8 @@ Examples:
   python -m trainer.export runs/2026-01-01/12-00-00-cats cats.safetensors --extract
   python -m trainer.export cats.safetensors small.safetensors --rank 8
 Exit status: 0, the target is written and verified; 1, an internal error; 2, the command, the source
-or the target is wrong, and nothing is written; 130, stopped by Ctrl-C.
+or the target is wrong, and nothing is written; 130, stopped by Ctrl-C, and nothing is
+written.
 """
 
 
@@ -58,9 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
     return 0
 
 

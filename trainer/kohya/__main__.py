@@ -2,15 +2,9 @@
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from trainer.system import signals
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    signal.signal(signal.SIGINT, signals.leave_at_once)
 
 from omegaconf import OmegaConf
 

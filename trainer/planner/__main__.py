@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -23,7 +22,6 @@ from trainer.objective.trained_scheduler import scheduler_config
 from trainer.planner import largest_batch
 from trainer.planner.page import page, verdict
 from trainer.reporting.report import format_bytes
-from trainer.system import signals
 
 _HELP = """\
 Print how much memory a run needs, phase by phase, and whether it fits, without training.
@@ -245,6 +243,5 @@ def _numbers(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signals.leave_at_once)
     command.end_with_the_reader()
     main()

@@ -1,7 +1,6 @@
 """`python -m trainer.sweep FOLDER ...`: rebuild the tables of a sweep, or of several."""
 
 import argparse
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from trainer.storage.run_folder import is_sweep
 from trainer.sweep import files, page, planned
 from trainer.sweep.folders import ended_runs
 from trainer.sweep.runs import Summary
-from trainer.system import signals
 
 _HELP = """\
 Compare finished runs: print the tables and remarks that end a sweep, without training.
@@ -129,6 +127,5 @@ def _write_new(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signals.leave_at_once)
     command.end_with_the_reader()
     main()
