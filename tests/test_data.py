@@ -76,10 +76,10 @@ def test_an_unreadable_picture_is_named_counted_and_skipped_up_to_the_limit(load
 
 def test_a_missing_caption_is_named_and_handled_as_chosen(load, pictures, caplog):
     (pictures / "red.txt").unlink()
-    with pytest.raises(UserError, match=r"1 pictures have no \.txt or \.caption.*red\.png"):
+    with pytest.raises(UserError, match=r"1 picture has no \.txt or \.caption.*red\.png"):
         load(on_missing_caption="error")
     (pictures / "blue.png").write_bytes(b"")  # captions are checked before pictures
-    with pytest.raises(UserError, match=r"1 pictures have no \.txt"):
+    with pytest.raises(UserError, match=r"1 picture has no \.txt"):
         load(on_missing_caption="error", max_unreadable=0)
     shutil.copy(pictures / "green.png", pictures / "blue.png")
     assert [s.caption for s in load(on_missing_caption="empty").samples][2] == ""
@@ -93,7 +93,7 @@ def test_an_empty_folder_and_a_folder_of_nothing_usable_are_refused(load, tmp_pa
     with pytest.raises(UserError, match="has no pictures"):
         load(path=str(empty))
     (empty / "x.png").write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 1 pictures can be used"):
+    with pytest.raises(UserError, match="none of 1 picture can be used"):
         load(path=str(empty))
 
 
@@ -180,17 +180,17 @@ def test_pictures_of_two_sources_are_named_with_both(load, pictures, tmp_path, c
     for paths, says in (
         (
             [part, whole, part],
-            f"data: 1 pictures are in both {part} and {part} and are trained on twice",
+            f"data: 1 picture is trained on twice, as parts of {part} and {part}",
         ),
         ([whole, part], None),  # what is in `part` is its own
-        ([part, alias], f"data: 1 pictures are in both {part} and {alias} and"),
-        ([whole, alias], f"data: 5 pictures are in both {whole} and {alias} and"),
-        ([whole, whole], f"data: 5 pictures are in both {whole} and {whole} and"),
+        ([part, alias], f"data: 1 picture is trained on twice, as parts of {part} and {alias}"),
+        ([whole, alias], f"data: 5 pictures are trained on twice, as parts of {whole} and {alias}"),
+        ([whole, whole], f"data: 5 pictures are trained on twice, as parts of {whole} and {whole}"),
         ([whole], None),
     ):
         caplog.clear()
         load(path=None, sources=[SourceConfig(path=path) for path in paths])
-        said = [line for line in caplog.messages if "are trained on twice" in line]
+        said = [line for line in caplog.messages if "trained on twice" in line]
         assert [line.startswith(says) for line in said] == ([True] if says else [])
 
 
@@ -201,7 +201,7 @@ def test_pictures_that_a_link_leads_to_again_are_named(load, pictures, caplog):
     assert "several paths" not in caplog.text
     (pictures / "tub").symlink_to(pictures / "sub")
     assert len(load().samples) == 6
-    assert "1 pictures are found by several paths (links) and are trained on once" in caplog.text
+    assert "1 picture is found by several paths (links), and trained on once" in caplog.text
 
 
 def test_shuffled_and_thinned_captions_keep_their_first_tags_and_need_no_seed(options):

@@ -52,8 +52,8 @@ def test_a_webdataset_shard_is_read_by_stems_in_its_order(load, tmp_path, caplog
     assert [s.name.rpartition("tar:")[2] for s in dataset.samples][2] == "ä.png"
     assert (dataset.samples[3].read_mask() == 0).all()
     assert (dataset.samples[2].read_pixels()[:, 0, 0].tolist()) == [-1, 1, -1]
-    assert "1 pictures have a .caption next to their .txt; it is ignored: " in caplog.text
-    assert "1 samples in archives have no picture: " in caplog.text
+    assert "1 picture has a .caption next to its .txt; it is ignored: " in caplog.text
+    assert "1 sample in archives has no picture: " in caplog.text
     assert load(path=str(tmp_path / "shard-0.tar")).fingerprint != dataset.fingerprint
 
 
@@ -89,7 +89,7 @@ def test_captions_of_a_shard_that_are_not_read_are_noted(load, tmp_path, caplog)
     tar(tmp_path / "s.tar", members)
     assert len(load(path=str(tmp_path / "s.tar")).samples) == 3
     assert "2 pictures have a .txt that is another picture's too" in caplog.text
-    assert "1 pictures have a text file that contradicts their metadata" in caplog.text
+    assert "1 picture has a text file that contradicts its metadata" in caplog.text
 
 
 def test_no_picture_of_a_shard_is_passed_over_without_a_word(load, tmp_path, caplog):
@@ -101,10 +101,10 @@ def test_no_picture_of_a_shard_is_passed_over_without_a_word(load, tmp_path, cap
         archive.addfile(link)
     assert len(load(path=str(tmp_path / "shard.tar")).samples) == 1
     for says in (
-        "1 hidden pictures in archives are ignored",
-        "1 pictures in archives are links",
-        "1 members of archives replace earlier ones",
-        "1 samples in archives have no picture",
+        "1 picture in archives is hidden",
+        "1 link to pictures in archives is",
+        "1 member of archives has replaced an earlier one",
+        "1 sample in archives has no picture",
     ):
         assert f"data: {says}" in caplog.text
 
@@ -200,7 +200,7 @@ def test_a_table_without_captions_follows_the_rules_for_missing_ones(load, tmp_p
         path = tmp_path / f"{column}-{name}"
         WRITERS[name](path, {"image": [png("red"), png("blue")], column: [None, None]})
         assert [s.caption for s in load(path=str(path)).samples] == ["", ""]
-        assert f"1 tables have no captions in the columns image, {column} (data.cap" in caplog.text
+        assert f"1 table has no captions in the columns image, {column} (data.cap" in caplog.text
         given = [SourceConfig(path=str(path), caption="a card")]
         dataset = load(path=None, sources=given, on_missing_caption="error")
         assert [s.caption for s in dataset.samples] == ["a card", "a card"]
@@ -229,7 +229,7 @@ def test_the_column_of_captions_can_be_named_in_a_shard(load, tmp_path, caplog):
     assert sample.caption == "one"
     assert "caption_column" not in caplog.text
     load(path=str(tmp_path / "s.tar"), caption_column="promt")
-    assert "1 sources have no captions in data.caption_column=promt" in caplog.text
+    assert "1 source has no captions in data.caption_column=promt" in caplog.text
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -241,7 +241,7 @@ def test_a_table_without_pictures_is_passed_over_in_a_folder(load, tmp_path, cap
     table = folder / f"00000{name[1:]}"
     WRITERS[name](table, {"url": ["u"], "caption": ["c"], "key": ["0"], "status": ["success"]})
     config = load(path=str(folder)).config
-    says = f"1 tables without a column of pictures are ignored: {table}"
+    says = f"1 table without a column of pictures is ignored: {table}"
     assert f"data: {says}" in caplog.text
     assert not survey(config).problems
     table.rename(folder / f"alone{name[1:]}")

@@ -172,8 +172,8 @@ def test_of_several_resolutions_the_largest_is_drawn(shapes, composed):
 @pytest.mark.parametrize("repeats", [True, False])
 def test_undersized_pictures_are_reported(shapes, caplog, repeats):
     shapes([(30, 30), (80, 80)], upscale=repeats)
-    (said,) = [r.getMessage() for r in caplog.records if "are smaller" in r.getMessage()]
-    assert said.startswith("1 pictures are smaller than their bucket")
+    (said,) = [r.getMessage() for r in caplog.records if "is smaller" in r.getMessage()]
+    assert said.startswith("1 picture is smaller than its bucket")
     assert said.endswith("000.png: 30 x 30")
 
 

@@ -232,7 +232,7 @@ def test_a_mask_beside_a_picture_is_cropped_like_it_and_must_have_its_shape(load
     assert torch.equal(drawn, torch.tensor([1.0] * 32 + [0.0] * 32).expand(64, 64))
     assert "3 pictures have no mask" in caplog.text
     load()
-    assert "1 pictures have a mask that data.mask=none does not read" in caplog.text
+    assert "1 picture has a mask that data.mask=none does not read" in caplog.text
     Image.new("L", (80, 60)).save(pictures / "red.mask.png")
     with pytest.raises(UserError, match=r"red\.png \(its mask is 80 x 60"):
         load(mask="file", max_unreadable=0)

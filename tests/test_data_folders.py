@@ -35,7 +35,7 @@ def test_strange_names_links_and_hidden_files(load, tmp_path, caplog):
     assert len(dataset.samples) == 5
     assert names(dataset) == ["A.PNG", "a.png", f"{'p' * 200}.png", "o.png", "ä\\n1.png"]
     assert "ignored" in caplog.text
-    assert "1 links to a parent folder" in caplog.text
+    assert "1 link to a parent folder" in caplog.text
 
 
 PASSED_OVER = {
@@ -43,8 +43,8 @@ PASSED_OVER = {
     "a.tar.gz b.tgz c.ZIP": "3 archives are ignored",
     "a.svg b.NEF c.mpo": "3 pictures in unsupported formats",
     "gas.mask.png red.mask.jpg": "2 masks without a picture",
-    "gas.txt gas.caption sub/red.txt": "3 caption files have no picture",
-    ".red.png .cache/a/b/red.png .x/red.jpg": "3 hidden pictures and folders are ignored",
+    "gas.txt gas.caption sub/red.txt": "3 captions have no picture",
+    ".red.png .cache/a/b/red.png .x/red.jpg": "3 paths are hidden (by a name that starts with a",
     # files ignored silently
     "README.txt LICENSE.txt ._red.png .git/config .hidden.txt red.mask.png notes.md": None,
     "red.Mask.PNG": None,
@@ -88,7 +88,7 @@ def test_every_kind_of_picture_that_pillow_opens_is_one(load, pictures, suffix):
 def test_data_without_a_picture_tells_what_is_there_instead(load, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/0.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"has no pictures; 1 archives are ignored.*0\.tar\.gz"):
+    with pytest.raises(UserError, match=r"has no pictures; 1 archive is ignored.*0\.tar\.gz"):
         load(path=str(tmp_path / "shards"))
 
 
@@ -140,7 +140,7 @@ def test_both_kinds_of_sidecars_are_found_and_one_kind_can_be_chosen(load, pictu
         "a red card",
         "a yellow card",
     ]
-    assert "1 pictures have a .caption next to their .txt; it is ignored: " in caplog.text
+    assert "1 picture has a .caption next to its .txt; it is ignored: " in caplog.text
     chosen = load(caption_extension=".caption", on_missing_caption="skip")
     assert [s.caption for s in chosen.samples] == ["unread", "a red card"]
 
@@ -202,14 +202,14 @@ def test_a_caption_is_shown_as_it_is_trained_and_a_prefix_twice_is_noticed(load,
     caplog.set_level(logging.INFO)
     load(caption_prefix="A blue, ")
     assert '  a caption: "A blue, a blue card"' in caplog.text
-    assert "1 pictures have a caption that already begins with data.caption_prefix: " in caplog.text
+    assert "1 picture has a caption that already begins with data.caption_prefix: " in caplog.text
 
 
 def test_a_batch_larger_than_an_epoch_is_noticed(load, caplog):
     load(batch_size=4, buckets=False)
-    assert "larger than an epoch" not in caplog.text
+    assert "smaller than data.batch_size" not in caplog.text
     load(batch_size=5, buckets=False)
-    assert "data.batch_size=5 is larger than an epoch" in caplog.text
+    assert "epochs are smaller than data.batch_size=5" in caplog.text
 
 
 def test_tables_that_are_called_otherwise_are_named(pictures, load, caplog):

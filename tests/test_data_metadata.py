@@ -24,7 +24,7 @@ def test_a_mask_or_hidden_picture_that_metadata_lists_is_a_picture(load, picture
     assert names(load())[:1] == [".hidden.png"]
     assert "gas.mask.png" in names(load())
     assert "data: " not in caplog.text
-    assert "1 pictures have a text file that contradicts their metadata" in caplog.text
+    assert "1 picture has a text file that contradicts its metadata" in caplog.text
 
 
 def test_metadata_gives_captions_weights_and_masks(load, pictures):
@@ -62,8 +62,8 @@ def test_names_are_the_same_in_any_unicode_normalisation(load, pictures, caplog,
     assert sorted(sample.caption for sample in samples) == ["beside", "listed"]
     assert all(sample.mask_key for sample in samples)
     assert [line for line in caplog.messages if line.startswith("data: ")] == [
-        f"data: 1 pictures are masks according to metadata, and not trained on (list them there to "
-        f"train on them): {pictures}/c{named}.png"
+        f"data: 1 picture is named as a mask by metadata, and not trained on (list it there to "
+        f"train on it): {pictures}/c{named}.png"
     ]
 
 
@@ -79,9 +79,9 @@ def test_a_picture_that_metadata_names_as_a_mask_is_not_trained_on(load, picture
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert names(load(mask=mask)) == ["blue.png", "green.png", "red.png", "yellow.png"]
-    said = [line for line in caplog.messages if "are masks according to metadata" in line]
+    said = [line for line in caplog.messages if "as a mask by metadata" in line]
     assert len(said) == 1
-    assert said[0].startswith("data: 2 pictures are masks")
+    assert said[0].startswith("data: 2 pictures are named as a mask")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_text_file_that_metadata_overrules_is_noted(load, pictures, caplog, te
     ]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert load().samples[2].caption == "metadata says other"
-    said = "1 pictures have a text file that contradicts their metadata; it is ignored: "
+    said = "1 picture has a text file that contradicts its metadata; it is ignored: "
     assert (said in caplog.text) == is_noted
 
 

@@ -120,18 +120,18 @@ def test_every_problem_is_counted_and_named(examine, pictures, folder):
     assert status == 1
     assert "8 pictures, 6 of them usable" in out
     for problem, name in {
-        "1 pictures cannot be read": "broken.png: it is not in a picture format",
-        "1 captions cannot be decoded": "yellow.txt is not UTF-8",
-        "1 pictures have no caption": "red.png",
-        "1 captions are empty": "blue.png",
-        "1 pictures are byte-for-byte duplicates": "red.png = ",
-        "1 pictures are smaller than their bucket": "small.png: 40 x 40",
-        "1 pictures have more than one frame": "moving.gif",
-        "1 captions are truncated at 75 tokens": "green.png: 100 tokens: word word",
+        "1 picture cannot be read": "broken.png: it is not in a picture format",
+        "1 caption cannot be decoded": "yellow.txt is not UTF-8",
+        "1 picture has no caption": "red.png",
+        "1 caption is empty": "blue.png",
+        "1 picture is there several times, byte for byte": "red.png = ",
+        "1 picture is smaller than its bucket": "small.png: 40 x 40",
+        "1 picture has more than one frame": "moving.gif",
+        "1 caption is truncated at 75 tokens": "green.png: 100 tokens: word word",
     }.items():
         assert f"PROBLEM: {problem}" in out
         assert name in out.split(problem)[1].splitlines()[1]
-    assert out.splitlines()[-1] == "8 kinds of problems"
+    assert out.splitlines()[-1] == "8 kinds of problem"
 
 
 def test_a_link_to_nothing_is_called_so(examine, pictures, folder):
@@ -145,13 +145,13 @@ def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):
     (pictures / "more.tar.gz").write_bytes(b"")
     status, out, _ = examine(*folder)
     assert status == 1
-    assert "PROBLEM: 1 archives are ignored" in out
+    assert "PROBLEM: 1 archive is ignored" in out
     assert out.splitlines()[-1] == "1 kind of problem"
     (pictures / "more.tar.gz").unlink()
     (pictures / "loop").symlink_to(pictures)
     status, out, _ = examine(*folder)
     assert status == 0
-    assert "1 links to a parent folder are ignored: " in out
+    assert "1 link to a parent folder is ignored: " in out
 
 
 def test_what_cannot_be_read_at_all_is_named_and_the_rest_examined(examine, pictures, folder):
@@ -171,7 +171,9 @@ def test_what_cannot_be_read_at_all_is_named_and_the_rest_examined(examine, pict
     status, out, err = examine(*folder, "--names=99")
     assert (status, err) == (1, "")
     lines = out.splitlines()
-    at = lines.index("PROBLEM: 5 archives, tables or lines of metadata cannot be read")
+    at = lines.index(
+        "PROBLEM: 5 parts of the data (archives, tables, lines of metadata) cannot be read"
+    )
     for line, says in zip(
         sorted(lines[at + 1 : at + 6]),
         (
@@ -185,7 +187,7 @@ def test_what_cannot_be_read_at_all_is_named_and_the_rest_examined(examine, pict
     ):
         assert re.search(says, line)
     assert lines[0] == "4 pictures, 4 of them usable"  # red, green, yellow and one in the good tar
-    assert "PROBLEM: 1 captions are empty" in lines  # line 5 of the metadata
+    assert "PROBLEM: 1 caption is empty" in lines  # line 5 of the metadata
 
 
 def test_a_picture_that_cannot_be_read_is_one_problem(examine, pictures, folder):
@@ -193,8 +195,8 @@ def test_a_picture_that_cannot_be_read_is_one_problem(examine, pictures, folder)
     (pictures / "red.txt").unlink()
     status, out, _ = examine(*folder)
     assert status == 1
-    assert "PROBLEM: 1 pictures cannot be read" in out
-    assert "PROBLEM: 1 pictures have no caption" in out
+    assert "PROBLEM: 1 picture cannot be read" in out
+    assert "PROBLEM: 1 picture has no caption" in out
     assert out.count("broken.png") == 1
 
 
@@ -212,7 +214,7 @@ def test_only_so_many_names_are_shown(examine, pictures, folder):
         (["data=folder", "data.path=/nowhere"], "data.path=/nowhere is not a folder"),
         (["data.pth=/x"], "data.pth"),
         (["data=folder", "data.path={empty}"], "has no pictures"),
-        (["data=folder", "data.path={broken}"], "none of the 1 pictures can be used; "),
+        (["data=folder", "data.path={broken}"], "none of 1 picture can be used; "),
         (["data=folder", "data.path={captioned}"], "x.png: the file is empty"),
         (["data=folder", "data.path={shards}"], "has no pictures; "),
         (["data=folder", "data.path={shards}/0.tar"], "0.tar cannot be read as an uncompressed"),

@@ -95,11 +95,11 @@ def test_the_table_of_rules_is_logged(caplog):
     )
     lines = [" ".join(line.split()) for line in caplog.messages]
     assert lines == [
-        "others 1 tensors, 108 parameters",
-        "others 1 tensors, 4 parameters without weight decay (biases, norms, embeddings)",
+        "others 1 tensor, 108 parameters",
+        "others 1 tensor, 4 parameters without weight decay (biases, norms, embeddings)",
         "attn 2 tensors, 32 parameters lr 0.05",
         "attn 2 tensors, 8 parameters lr 0.05, weight_decay 0.0",
-        "tok 1 tensors, 20 parameters not trained",
+        "tok 1 tensor, 20 parameters not trained",
     ]
 
 

@@ -249,7 +249,7 @@ def test_black_masks_are_named_before_a_run_and_blamed_after_it(quick, pictures)
     options = ["data=folder", f"data.path={pictures}", "data.resolution=64", "data.buckets=false"]
     said = (quick("run", *options, "data.mask=file") / "train.log").read_text()
     assert "pictures have a black mask" in said
-    assert "1 pictures have only transparent pixels" in said
+    assert "1 picture has only transparent pixels" in said
     assert "train/loss was 0 to the end" in said
     assert "hardly moved" not in said
 

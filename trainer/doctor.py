@@ -24,7 +24,7 @@ from trainer.errors import UserError
 from trainer.reporting import report
 from trainer.storage.claim import config_in
 from trainer.training import schedule
-from trainer.wording import plural, some
+from trainer.wording import counted, plural, some
 
 if TYPE_CHECKING:
     from trainer.models.model import Model
@@ -124,13 +124,14 @@ def examine(
     if not surveyed.usable and not surveyed.undecodable:
         why = dict.fromkeys(surveyed.uncaptioned, "no caption") | surveyed.unreadable
         name = next(reversed(why))
-        raise UserError(f"none of the {surveyed.count} pictures can be used; {name}: {why[name]}")
+        many = plural(surveyed.count, "picture")
+        raise UserError(f"none of {many} can be used; {name}: {why[name]}")
     made = dataset.build(surveyed.usable, config.data)
     print(f"{plural(surveyed.count, 'picture')}, {len(surveyed.usable)} of them usable")
     for line in findings.of_sources(surveyed, config.data):
         print(line)
     for what, names in surveyed.remarks.items():
-        print(f"{len(names)} {what}: {some(names)}")
+        print(f"{counted(len(names), what)}: {some(names)}")
     from trainer.models.model import Model  # imported after the checks: it takes seconds
 
     # Names of cache entries depend on the weights; counting tokens does not need them.
@@ -138,7 +139,7 @@ def examine(
     problems = findings.problems(surveyed, config.data) | _caption_problems(model, made)
     problems |= findings.of_batches(made.plan)
     for what, names in problems.items():
-        print(f"PROBLEM: {len(names)} {what}")
+        print(f"PROBLEM: {counted(len(names), what)}")
         for name in names[:shown]:
             print(f"    {name}")
         if len(names) > shown:
@@ -150,8 +151,7 @@ def examine(
         print(_run_line(config, made))
         if sheet:
             print(_draw(made, sheet))
-    several = f"{len(problems)} kinds of problems"
-    print({0: "no problems", 1: "1 kind of problem"}.get(len(problems), several))
+    print(f"{plural(len(problems), 'kind')} of problem" if problems else "no problems")
     return len(problems)
 
 
@@ -177,7 +177,7 @@ def _draw(made: dataset.Dataset, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures.grid({"as seen": drawn}, [sample.caption for sample in chosen]).save(path)
     which = "" if every == 1 else f", one in {every}"
-    return f"{path}: {len(drawn)} pictures as a run would see them{which}"
+    return f"{path}: {plural(len(drawn), 'picture')} as a run would see them{which}"
 
 
 def _cache_line(model: "Model", made: dataset.Dataset) -> str:

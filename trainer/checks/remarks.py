@@ -19,6 +19,7 @@ from trainer.config import (
 )
 from trainer.training.schedule import decay_steps
 from trainer.training.switching import switches
+from trainer.wording import counted
 
 _UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
 _TITLES = {"full": "full fine-tune", "lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
@@ -107,7 +108,7 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"eval/loss was {before:.6g} and is {after:.6g}: the model has hardly moved; {rate} is too "
-        f"low, or {summary['steps']} steps are too few"
+        f"low, or {counted(summary['steps'], 'steps are')} too few"
     ]
 
 

@@ -9,7 +9,7 @@ from trainer.data import captions
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, UsablePicture, all_sources, endings
 from trainer.errors import UserError
-from trainer.wording import plural, some
+from trainer.wording import counted, plural, some
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def refuse(surveyed: Survey, config: DataConfig) -> None:
     """Raise UserError for problems that stop a run; warn about the others."""
     for what, names in (surveyed.problems | surveyed.remarks).items():
-        log.warning("data: %d %s: %s", len(names), what, some(names))
+        log.warning("data: %s: %s", counted(len(names), what), some(names))
     for wrong in (surveyed.broken, surveyed.undecodable):
         if wrong:
             more = f" (and {len(wrong) - 1} more like it: `python -m trainer.doctor` lists them)"
@@ -26,10 +26,9 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
         raise nothing_found(surveyed, config)
     if surveyed.uncaptioned:
         extensions = " or ".join(endings(config))
-        message = (
-            f"{len(surveyed.uncaptioned)} pictures have no {extensions} file next to them, and no "
-            f"caption in metadata or a table: {some(surveyed.uncaptioned)}"
-        )
+        names = surveyed.uncaptioned
+        lack = f"pictures have no {extensions} file next to them, and no caption in metadata or a"
+        message = f"{counted(len(names), f'{lack} table')}: {some(names)}"
         if config.on_missing_caption == "error":
             raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
         skipped = config.on_missing_caption == "skip"
@@ -45,15 +44,15 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
         )
     if not surveyed.usable:
         raise UserError(
-            f"data.path={_where(config)}: none of the {surveyed.count} pictures can be used; see "
-            "the warnings above"
+            f"data.path={_where(config)}: none of {plural(surveyed.count, 'picture')} can be used; "
+            "see the warnings above"
         )
 
 
 def nothing_found(surveyed: Survey, config: DataConfig) -> UserError:
     """The error for data without pictures; says what was found instead."""
     others = (surveyed.problems | surveyed.remarks).items()
-    instead = [f"{len(names)} {what}: {some(names)}" for what, names in others]
+    instead = [f"{counted(len(names), what)}: {some(names)}" for what, names in others]
     broken = [some(surveyed.broken)] if surveyed.broken else []
     return UserError("; ".join([f"data.path={_where(config)} has no pictures", *broken, *instead]))
 
@@ -62,7 +61,7 @@ def report(surveyed: Survey, config: DataConfig) -> None:
     """Log what will be trained on, and warn about what may surprise the user."""
     for what, names in (_of_usable(surveyed, config) | _of_masks(surveyed, config)).items():
         if names:
-            log.warning("%d pictures %s: %s", len(names), what, some(names))
+            log.warning("%s: %s", counted(len(names), f"pictures {what}"), some(names))
     message = "data: %s in %s, %d unreadable, %d without a caption"
     count = len(all_sources(config))
     log.info(
@@ -112,7 +111,7 @@ def of_batches(plan: Plan) -> dict[str, list[str]]:
     if len(plan.buckets) > 1 or size <= count:
         return {}
     return {
-        f"data.batch_size={size} is larger than an epoch, so that a batch has pictures several "
+        f"epochs are smaller than data.batch_size={size}, so that a batch has pictures several "
         "times": [f"{plural(count, 'picture')} in an epoch"]
     }
 
@@ -124,7 +123,7 @@ def problems(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
         by_bytes[picture.digest].append(picture.item.name)
     uncaptioned = set(surveyed.uncaptioned)
     listed = {
-        "archives, tables or lines of metadata cannot be read": surveyed.broken,
+        "parts of the data (archives, tables, lines of metadata) cannot be read": surveyed.broken,
         "pictures cannot be read": [f"{k}: {v}" for k, v in surveyed.unreadable.items()],
         "captions cannot be decoded": surveyed.undecodable,
         "pictures have no caption": surveyed.uncaptioned,
@@ -133,7 +132,7 @@ def problems(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
             for name in _names(surveyed, lambda p: not all(p.captions))
             if name not in uncaptioned
         ],
-        "pictures are byte-for-byte duplicates": [
+        "pictures are there several times, byte for byte": [
             " = ".join(names) for names in by_bytes.values() if len(names) > 1
         ],
     }

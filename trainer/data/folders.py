@@ -46,7 +46,7 @@ _REPEATS = (
 )
 _TABLES = (".csv", ".tsv", ".jsonl")
 _OTHER_TABLES = "tables are ignored (only metadata.csv and metadata.jsonl are read)"
-_HIDDEN = "hidden pictures and folders are ignored (their names start with a dot)"
+_HIDDEN = "paths are hidden (by a name that starts with a dot) and ignored"
 
 
 def walk(folder: Path, reading: Reading) -> Iterator[Path]:
@@ -198,7 +198,7 @@ def _unused(file: Path, masks: Collection[str], texts: Collection[Path]) -> str 
     if is_hidden(name):
         return _HIDDEN if is_picture(name) else None
     if file in texts:
-        return None if file.stem.lower() in _ABOUT_ALL else "caption files have no picture"
+        return None if file.stem.lower() in _ABOUT_ALL else "captions have no picture"
     if is_mask(name) and os.path.normpath(file) not in masks:
         return (
             "masks without a picture (NAME.mask.png belongs to NAME; rename it if it is a picture)"

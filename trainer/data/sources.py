@@ -10,7 +10,7 @@ from trainer.data.items import IRREGULAR, Item, Reading, is_hidden, is_picture, 
 from trainer.errors import UserError
 
 _MASKS = (
-    "pictures are masks according to metadata, and not trained on (list them there to train on "
+    "pictures are named as a mask by metadata, and not trained on (list them there to train on "
     "them)"
 )
 _HOLDERS = {".tar": tars.items, ".parquet": tables.items, ".arrow": tables.items}

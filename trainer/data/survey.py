@@ -99,12 +99,10 @@ def _listed(
             signals.end_if(stop, "looking for pictures")
             if earlier := repeated.source(item.path, source):
                 message = (
-                    f"pictures are in both {earlier.path} and {source.path} and are trained on "
-                    "twice"
+                    f"pictures are trained on twice, as parts of {earlier.path} and {source.path}"
                     if earlier is not source
                     else (
-                        "pictures are found by several paths (links) and are trained on once for "
-                        "each"
+                        "pictures are found by several paths (links), and trained on once for each"
                     )
                 )
                 surveyed.problems[message].append(item.name)

@@ -60,9 +60,9 @@ def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Place]]:
         ) from error
 
 
-_HIDDEN = "hidden pictures in archives are ignored (their names start with a dot)"
-_LINK = "pictures in archives are links and are ignored (pack with tar --hard-dereference -h)"
-_TWICE = "members of archives replace earlier ones of the same name"
+_HIDDEN = "pictures in archives are hidden (by a name that starts with a dot) and ignored"
+_LINK = "links to pictures in archives are ignored (pack with tar --hard-dereference -h)"
+_TWICE = "members of archives have replaced an earlier one of the same name"
 
 
 def _item(path: Path, name: str, members: dict[str, Place], ending: str, reading: Reading) -> Item:

@@ -20,6 +20,7 @@ from trainer.config import ASSETS
 from trainer.errors import UserError
 from trainer.formats.names import NOT_WEIGHTS, canonical
 from trainer.formats.weights import Weights
+from trainer.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +124,8 @@ def compare(part: str, weights: Weights, wanted: dict[str, tuple[int, ...]], whe
             "another model"
         )
     if spare:
-        message = "%s: %d tensors of the %s, such as %s, are not used"
-        log.warning(message, where, len(spare), part, spare[0])
+        what = f"tensors of the {part} are not used"
+        log.warning("%s: %s, such as %s", where, counted(len(spare), what), spare[0])
 
 
 def filled(

@@ -19,7 +19,7 @@ from trainer.models import text
 from trainer.models.model import Model
 from trainer.models.text import Text
 from trainer.objective.batches import Inputs
-from trainer.wording import some
+from trainer.wording import counted, some
 
 log = logging.getLogger(__name__)
 
@@ -185,12 +185,8 @@ def _report_cut_captions(model: Model, captions: list[str]) -> None:
     """Warn about captions that are longer than the text encoders read."""
     cut, room = cut_captions(model, captions)
     if cut:
-        log.warning(
-            "%d captions are truncated at %d tokens (model.prompt_chunks allows more): %s",
-            len(cut),
-            room,
-            some([f"{caption[:40]}..." for caption in cut]),
-        )
+        what = f"captions are truncated at {room} tokens (model.prompt_chunks allows more)"
+        log.warning("%s: %s", counted(len(cut), what), some(f"{text[:40]}..." for text in cut))
 
 
 def cut_captions(model: Model, captions: list[str]) -> tuple[dict[str, int], int]:

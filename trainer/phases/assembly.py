@@ -26,6 +26,7 @@ from trainer.system import memory, processes
 from trainer.training import gradients, method, optimizers, schedule
 from trainer.training.ema import Ema
 from trainer.training.guard import Guard, slowed
+from trainer.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> 
     steps_per_epoch = dataset.plan.batches_per_epoch / config.runtime.micro_batches
     known = schedule.settled(config.schedule, float(steps_per_epoch), done)
     if known.epochs is not None:
-        log.info("schedule.epochs=%g: %d steps", known.epochs, known.steps)
+        log.info("schedule.epochs=%g: %s", known.epochs, plural(known.steps, "step"))
     for remark in remarks.of_schedule(known):
         log.warning("%s", remark)
     return replace(config, schedule=known)
@@ -172,7 +173,8 @@ def _trainable(
     method.attach(config.method, model, config.seed, start_from)
     count, where = processes.world_size(), str(device)
     if count > 1:
-        where = f"{count} processes, each {config.runtime.accumulation} micro-batches"
+        each = plural(config.runtime.accumulation, "micro-batch", "es")
+        where = f"{count} processes, each {each}"
     log.info("%s, %s, on %s:", config.optim.name, config.method.name, where)
     parts = torch.nn.ModuleDict(model.trained_parts)
     optimizer = optimizers.build(config.optim, parts, config.seed, config.method.rules)

@@ -15,7 +15,7 @@ from trainer.storage.steps import completed, step_of
 from trainer.system import processes, signals
 from trainer.training import method
 from trainer.training.guard import broken
-from trainer.wording import plural
+from trainer.wording import counted, plural
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _broken_weights(state: State) -> str | None:
     names = broken(method.trained_parameters(state.model))
     if not names:
         return None
-    others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
+    others = f" and {counted(len(names) - 1, 'others are')}" if len(names) > 1 else " is"
     last = state.guard.last_update
     return f"{names[0]}{others} not finite{f' since step {last}' if last else ''}"
 

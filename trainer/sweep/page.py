@@ -10,6 +10,7 @@ from trainer.sweep import curves, markdown, sheet
 from trainer.sweep.runs import Summary
 from trainer.sweep.table import sweep_table, verdict_of
 from trainer.system import disk
+from trainer.wording import plural
 
 TABLE = "sweep.md"
 PICTURES = {"curves.png": curves.draw, "sweep.png": sheet.sheet}
@@ -41,8 +42,7 @@ def head(name: str, runs: Sequence[Summary], missing: Sequence[str] = ()) -> str
     have not ended: so that the tables can be understood on their own."""
     failed = sum("error" in run for run in runs)
     facts = [
-        f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-        + (f", {failed} of them failed" if failed else ""),
+        plural(len(runs), "run") + (f", {failed} of them failed" if failed else ""),
         _distinct([run for run in runs if "error" not in run] or runs, "steps", "{} steps"),
         _distinct(runs, "model", "model {}"),
         _distinct(runs, "method", "method {}"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from trainer.reporting.measure import EVAL, HOLDOUT, ended_well
 from trainer.sweep import paired
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
+from trainer.wording import plural
 
 # Losses before the first step that differ by a larger share were measured on other points.
 _SAME = 0.01
@@ -245,7 +246,7 @@ def _of_steps(comparison: Comparison) -> Iterator[str]:
             "s/step is a median; step times of these runs vary (quartiles), because the machine "
             "had other load or batches had several shapes: "
             + ", ".join(worst)
-            + (f" and {rest} others" if rest else "")
+            + (f" and {plural(rest, 'other')}" if rest else "")
         )
 
 

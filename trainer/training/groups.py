@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from trainer.errors import UserError
+from trainer.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def _log_table(rows: Sequence[Row], has_patterns: bool) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for pattern, tensors, count, options in rows:
         start = f"  {pattern:<{widths[0]}}  " if has_patterns else "  "
-        numbers = f"{tensors.rjust(widths[1])} tensors, {count.rjust(widths[2])} parameters"
+        numbers = f"{tensors.rjust(widths[1])}, {count.rjust(widths[2])}"
         log.info("%s", f"{start}{numbers}  {options}".rstrip())
 
 
@@ -162,4 +163,5 @@ def _row(pattern: str, group: dict[str, Any], note: str = "") -> Row:
         note = "without weight decay (biases, norms, embeddings)"
     words = note or ", ".join(f"{key} {value}" for key, value in options.items())
     total = sum(parameter.numel() for parameter in params)
-    return pattern or "others", str(len(params)), f"{total:,}", words
+    tensors = plural(len(params), "tensor")
+    return pattern or "others", tensors, plural(f"{total:,}", "parameter"), words
