@@ -12,6 +12,7 @@ from trainer.wording import counted, plural
         ("pictures are smaller than their bucket", "picture is smaller than its bucket"),
         ("caches of data sets are ignored", "cache of data sets is ignored"),
         ("tables are ignored (only these are read)", "table is ignored (only these are read)"),
+        ("entries encoded", "entry encoded"),
         ("captions cannot be decoded", "caption cannot be decoded"),
         ("pictures have no mask; all of them counts", "picture has no mask; all of it counts"),
     ],

@@ -17,7 +17,7 @@ def counted(count: int, what: str) -> str:
     what: begins with a noun in -s, whose one verb that has another form for 1 is `are` or `have`.
     """
     if count == 1:
-        what = re.sub(r"^(\w+)s\b", r"\1", what)
+        what = re.sub(r"^(\w+?)(ie)?s\b", lambda found: found[1] + "y" * bool(found[2]), what)
         for words, most in (("are|have", 1), ("their|them", 0)):
             what = re.sub(rf"\b({words})\b", lambda found: _OF_ONE[found[0]], what, count=most)
     return f"{count} {what}"

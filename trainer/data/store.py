@@ -33,6 +33,7 @@ from trainer.data.sample import Sample
 from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.system import console, disk, memory, signals
+from trainer.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class Store:
 
     def _report(self, what: str, count: int, encoded: int) -> None:
         where = f"; {count - encoded} found in {self.folder}" if self.folder else ""
-        log.info("data: %d %s encoded%s", encoded, what, where)
+        log.info("data: %s encoded%s", counted(encoded, what), where)
 
 
 def _check_room(entry: Entry, total: int) -> None:

@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer.errors import UserError
 from trainer.system import processes
+from trainer.wording import counted
 
 log = logging.getLogger(__name__)
 logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks of its own
@@ -62,7 +63,7 @@ class Aside:
         self._began = self._reported = time.monotonic()
         self._done, self._total = 0, total
         if self._bar.disable and total:
-            log.info("%s: %d %s", what, total, unit)
+            log.info("%s: %s", what, counted(total, unit))
 
     def __enter__(self) -> "Aside":
         return self
