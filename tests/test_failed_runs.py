@@ -22,8 +22,37 @@ def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="no space"):
         run(composed(*QUICK), tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (summary["steps"], summary["error"]) == (4, "could not save: no space")
+    way = f"resume from its newest checkpoint: resume={tmp_path / 'run'}/checkpoints/step-000004"
+    assert (summary["steps"], summary["error"]) == (4, f"could not save: no space; {way}")
     assert summary["eval_loss_after"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fills", "step", "last"),
+    [
+        ("trainer.storage.checkpoint.save", 3, 2),
+        ("trainer.reporting.metrics.Metrics.write", 4, 4),
+        ("trainer.reporting.report.write_summary", 4, 4),
+    ],
+)
+def test_a_full_disk_at_the_end_names_the_checkpoint_to_resume_from(
+    composed, tmp_path, fills, step, last, monkeypatch
+):
+    def full(*_, **__):
+        raise (UserError if step == 3 else OSError)("No space left")
+
+    def filling(state, *more, evaluate=evaluation.evaluate):
+        if state.step == step:
+            monkeypatch.setattr(fills, full)
+        return evaluate(state, *more)
+
+    monkeypatch.setattr(evaluation, "evaluate", filling)
+    options = ["runtime.save_every=2", "log.eval_every=1"]
+    folder = tmp_path / "run"
+    with pytest.raises(UserError) as ended:
+        run(composed(*QUICK, *options), folder)
+    way = f"resume from its newest checkpoint: resume={folder}/checkpoints/step-00000{last}"
+    assert str(ended.value) == f"No space left; {way}"
 
 
 def test_a_run_stopped_after_its_last_checkpoint_failed_is_not_told_to_be_resumable(

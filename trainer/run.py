@@ -50,8 +50,11 @@ def run(
             train(state, writer)
             return finish(state, writer)
         except Exception as error:
+            failure = endings.resumable(state, error) if isinstance(error, OSError) else error
             if not writer.is_closed:
-                _conclude_failed(state, writer, error)
+                _conclude_failed(state, writer, failure)
+            if failure is not error:
+                raise failure from error
             raise
 
 
@@ -172,8 +175,8 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     try:
         saving.save(state)
     except UserError as error:
-        failure = error
-        log.error("%s", error)
+        failure = endings.resumable(state, error)
+        log.error("%s", failure)
     after = evaluation.evaluate(state, writer)
     saving.rotate(state, is_good=math.isfinite(after.get("loss", math.nan)))
     if state.stop and failure:
@@ -185,7 +188,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     try:
         exported = saving.export(state)
     except UserError as error:
-        failure = failure or error
+        failure = failure or endings.resumable(state, error)
         log.error("%s", error)
     picture = evaluation.sample(state, writer)
     state.peaks.end("rest")

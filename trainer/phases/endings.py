@@ -64,6 +64,14 @@ def unusable(state: State, loss: float) -> UserError:
     )
 
 
+def resumable(state: State, error: Exception) -> UserError:
+    """The error of a run that could not write a file, with the newest checkpoint, if it has any."""
+    every, way = completed(state.checkpoints), ""
+    if every:
+        way = f"; resume from its newest checkpoint: {resuming.as_argument(every[-1])}"
+    return UserError(f"{error}{way}")
+
+
 def is_hopeless(state: State) -> bool:
     """Whether too many steps in a row were skipped, or trained weights are not finite, since then
     every later step is skipped too."""
