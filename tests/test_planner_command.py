@@ -7,10 +7,11 @@ import threading
 
 import pytest
 
+from trainer.checks.validate import to_dataclasses
 from trainer.cli import compose
 from trainer.cli.command import told_if_long
 from trainer.errors import UserError
-from trainer.planner.__main__ import _gigabytes, main
+from trainer.planner.__main__ import _completed, _gigabytes, main
 
 FUSED = ("runtime.fused_backward=true", "method.clip=exact")
 CHECKPOINTING = "runtime.gradient_checkpointing=true"
@@ -51,6 +52,25 @@ def test_the_command_says_whether_it_fits(command):
     )
     assert "model.dtype=bfloat16" in out.partition("options that need less")[2]
     assert out.count("  fits  ") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "times"),
+    [
+        ([], 1),
+        (["experiment=sdxl_lora", "optim=lion"], 1),
+        (["model=sdxl", "data.resolution=512"], 2),  # with data=folder
+        (["data=folder", "data.sources=[{path: .}]"], 1),
+    ],
+)
+def test_paths_that_a_plan_does_not_need_are_filled_in_without_composing_again(
+    given, times, monkeypatch
+):
+    calls, composition = [], compose.composition
+    monkeypatch.setattr(compose, "composition", lambda *a: calls.append(a) or composition(*a))
+    overrides, config = _completed(given)
+    assert len(calls) == times
+    assert config == to_dataclasses(compose.composed(overrides))
 
 
 @pytest.mark.parametrize("size", ["8", "8GB", "8 GB", "8g", "8.0GiB"])

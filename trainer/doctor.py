@@ -86,9 +86,9 @@ def main() -> None:
 def _config(overrides: list[str]) -> Config:
     """Without a cache, the published model is enough if none is given: its tokenizers count tokens.
     With one, the model's weights are needed for the entries' names."""
-    composed = compose.composed(overrides)
-    if composed.data.cache is None:
-        composed = compose.composed(compose.with_published_model(overrides))
+    _, composed, _ = compose.with_published_model(overrides)
+    if composed.data and composed.data.cache is not None:
+        composed = compose.composed(overrides)
     return to_dataclasses(composed)
 
 

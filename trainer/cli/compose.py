@@ -6,7 +6,7 @@ from functools import cache
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 import optim
 from trainer.cli import resolvers
@@ -97,13 +97,18 @@ def runs_of(overrides: list[str]) -> list[list[str]]:
     return [list(run) for run in itertools.product(*choices.values())]
 
 
-def with_published_model(overrides: list[str]) -> list[str]:
-    """The options, with the published architecture if model.path is not given: enough for commands
-    that read no weights."""
+def with_published_model(overrides: list[str]) -> tuple[list[str], DictConfig, DictConfig]:
+    """The options, their configuration, and the choice of each group.  If model.path is not given,
+    it is the published architecture: enough for commands that read no weights.
+
+    Raises UserError for a wrong override.
+    """
     from trainer.formats import architectures  # takes seconds, so only when needed
 
-    given = composed(overrides, with_hydra=True)
-    kind = given.hydra.runtime.choices.model
-    if not OmegaConf.is_missing(given.model, "path") or kind not in architectures.PUBLISHED:
-        return overrides
-    return [f"model.path={architectures.folder(kind)}", *overrides]
+    made = composed(overrides, with_hydra=True)
+    with flag_override(made, ["struct", "readonly"], False):
+        choices = made.pop("hydra").runtime.choices
+    if OmegaConf.is_missing(made.model, "path") and choices.model in architectures.PUBLISHED:
+        made.model.path = str(architectures.folder(choices.model))
+        overrides = [f"model.path={made.model.path}", *overrides]
+    return overrides, made, choices

@@ -79,8 +79,7 @@ def _needed(made: Translation) -> list[str]:
     known = [o for o in made.overrides if key_of(o) not in _FILES]
     choices = [o for o in known if "." not in key_of(o)]
     usual, chosen = (
-        compose.composed(compose.with_published_model([*options, "data.path=."]))
-        for options in (choices, known)
+        compose.with_published_model([*options, "data.path=."])[1] for options in (choices, known)
     )
     to_dataclasses(chosen)
 

@@ -92,8 +92,7 @@ def _gigabytes(text: str) -> float:
 
 def _print_run(overrides: list[str], given: argparse.Namespace) -> bool:
     """Print the plan of one run as a page or as JSON; -> whether it fits."""
-    overrides = _completed(overrides)
-    config = _config(overrides)
+    overrides, config = _completed(overrides)
     device = _device_type(config, given.card)
     room = _room(config, given.card)
     with command.told_if_long("planning"):
@@ -115,7 +114,7 @@ def _print_sweep(runs: list[list[str]], given: argparse.Namespace) -> bool:
     common, all_fit = set.intersection(*map(set, runs)), True
     for overrides in runs:
         own = [option for option in overrides if option not in common]
-        config = _config(_completed(overrides))
+        _, config = _completed(overrides)
         device = _device_type(config, given.card)
         room = _room(config, given.card)
         with command.told_if_long(f"planning {' '.join(own) or 'the run'}"):
@@ -134,15 +133,18 @@ def _device_type(config: Config, card: float | None) -> str:
     return "cuda" if card else execution.device_of(config.runtime.device).type
 
 
-def _completed(overrides: Sequence[str]) -> list[str]:
-    """The options, with placeholders for paths of model and pictures if they are missing: a plan
-    does not need them."""
-    overrides = compose.with_published_model([*overrides])
-    choices = compose.composed(overrides, with_hydra=True).hydra.runtime.choices
-    if choices.model != "tiny" and not any(o.startswith("data=") for o in overrides):
+def _completed(overrides: list[str]) -> tuple[list[str], Config]:
+    """The options and their configuration, with placeholders for paths of model and pictures if
+    they are missing: a plan does not need them."""
+    overrides, composed, choices = compose.with_published_model(overrides)
+    is_chosen = choices.data != "emoji24" or any(o.startswith("data=") for o in overrides)
+    if choices.model != "tiny" and not is_chosen:
         overrides = ["data=folder", *overrides]  # the default goes with tiny
-    data = compose.composed(overrides).data
-    return overrides if data.path or data.sources else ["data.path=.", *overrides]
+        composed = compose.composed(overrides)
+    if composed.data and not (composed.data.path or composed.data.sources):
+        overrides = ["data.path=.", *overrides]
+        composed.data.path = "."
+    return overrides, to_dataclasses(composed)
 
 
 def _config(overrides: list[str]) -> Config:
