@@ -141,6 +141,21 @@ def test_a_link_to_nothing_is_called_so(examine, pictures, folder):
     assert "gone.png: a link to a file that is not there\n" in out
 
 
+def test_pictures_of_which_the_crop_leaves_little_are_named_with_the_share(
+    examine, pictures, folder
+):
+    for name, size in {"pan": (800, 100), "tower": (64, 640), "wide": (370, 64)}.items():
+        Image.new("RGB", size).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text("a card")
+    status, out, _ = examine(*folder)
+    assert status == 1
+    problem = "PROBLEM: 2 pictures have more than a third of their area cut off to fit a bucket "
+    first, second = out.split(f"{problem}(data.max_aspect=4, data.b")[1].splitlines()[1:3]
+    assert first.endswith("pan.png: 800 x 100, 50%")
+    assert second.endswith("tower.png: 64 x 640, 60%")
+    assert "a third" not in examine(*folder, "data.max_aspect=8")[1]
+
+
 def test_what_is_passed_over_is_a_problem_too(examine, pictures, folder):
     (pictures / "more.tar.gz").write_bytes(b"")
     status, out, _ = examine(*folder)
@@ -291,7 +306,8 @@ def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder
     (pictures / "aside.txt").write_text("a card aside")
     sheet = tmp_path / "out/sheet.png"
     status, out, _ = examine(*folder, "data.max_aspect=1", f"--sheet={sheet}")
-    assert status == 0
+    assert status == 1
+    assert "aside.png: 300 x 100, 67%" in out
     assert f"{sheet}: 5 pictures as a run would see them" in out
     drawn = Image.open(sheet)
     tile = drawn.crop((64, 14, 64 + 96, 14 + 96))  # the first picture

@@ -19,6 +19,11 @@ class Fit:
     crop: tuple[int, int]  # top, left
     undersized: bool  # the picture is smaller than a bucket of its shape
 
+    @property
+    def lost(self) -> float:
+        """The share of the picture's area that the crop cuts off."""
+        return 1 - math.prod(self.bucket) / math.prod(self.resized)
+
 
 @lru_cache(maxsize=64)
 def sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:

@@ -13,6 +13,8 @@ from trainer.wording import counted, plural, some
 
 log = logging.getLogger(__name__)
 
+_MUCH = 1 / 3  # of a picture's area
+
 
 def refuse(surveyed: Survey, config: DataConfig) -> None:
     """Raise UserError for problems that stop a run; warn about the others."""
@@ -148,10 +150,17 @@ def _of_usable(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
         for picture in surveyed.usable
         if any(fit.undersized for fit in picture.fits)
     ]
+    cropped = [
+        f"{picture.item.name}: {picture.size[1]} x {picture.size[0]}, {lost:.0%}"
+        for picture in surveyed.usable
+        if config.buckets and (lost := max(fit.lost for fit in picture.fits)) > _MUCH
+    ]
     notes = {f"have {note}": names for note, names in surveyed.notes.items()}
     again = "have a caption that already begins with data.caption_prefix"
     return {
         f"are smaller than their bucket, {fate}": small,
+        "have more than a third of their area cut off to fit a bucket "
+        f"(data.max_aspect={config.max_aspect:g}, data.bucket_step={config.bucket_step})": cropped,
         again: _names(surveyed, lambda p: _is_prefixed(p, config)),
     } | notes
 
