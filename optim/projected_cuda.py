@@ -107,7 +107,7 @@ def kernels_of(kind: ProjectedKind) -> dict[str, str]:
         few = few_rows(kind.rank)
         names["project"] = f"few_kernel<{dtype}, {few}>" if few else f"mend_kernel<{dtype}>"
     if kind.per_tensor:
-        names["whole"] = "whole_kernel"
+        names["whole"] = "whole_kernel<0>"
     return {use: "engine::cuda::projected::" + name for use, name in names.items()}
 
 

@@ -238,7 +238,9 @@ __global__ __launch_bounds__(kThreads, 1) void lengths_kernel(const Projections*
     if (lane == 0) sums[0] = step_sq, sums[1] = low_sq;
 }
 
-// The one factor of each tensor, a block for each.
+// The one factor of each tensor, a block for each.  (A template, so that it is compiled only where
+// its name is asked for.)
+template <int = 0>
 __global__ __launch_bounds__(kThreads, 1) void whole_kernel(const Projections* launch) {
     const Projection& t = launch->tensors[blockIdx.x];
     const double* sums = launch->sums + 2 * t.first_part;
