@@ -197,6 +197,7 @@ EVERY_REMEDY = [
         ("runtime.gradient_checkpointing=true",),
         *((f"data.batch_size={16 // n}", f"runtime.accumulation={n}") for n in (2, 4, 8, 16)),
         ("optim=adamw8bit",),
+        ("optim=adamw_factored",),
         ("optim=adafactor8bit",),
         ("method=lora",),
     )
@@ -223,6 +224,28 @@ def test_every_remedy_is_accepted(composed, optimizer, others):
 )
 def test_smaller_batches_make_the_same_steps(composed, given, remedy):
     assert remedy in [" ".join(r.overrides) for r in remedies.of(composed(*given.split()))]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "smaller"),
+    [
+        ("adamw", "adamw8bit"),
+        ("adamw8bit", "adamw_factored"),
+        ("muon", "muon8bit"),
+        ("adamw_schedulefree", "adamw8bit_schedulefree"),
+        ("prodigy", "prodigy_factored"),
+        ("adamw_factored", None),
+        ("apollo", None),  # adafactor8bit_apollo has another rule
+        ("sgd", None),
+    ],
+)
+def test_the_same_optimizer_with_its_state_in_fewer_bits_is_a_remedy(composed, optimizer, smaller):
+    found = [
+        remedy.overrides
+        for remedy in remedies.of(composed(f"optim={optimizer}"))
+        if remedy.what == "which has a smaller state"
+    ]
+    assert found == ([(f"optim={smaller}",)] if smaller else [])
 
 
 def test_what_is_switched_on_is_no_remedy(composed):

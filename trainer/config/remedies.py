@@ -2,20 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import optim
 from trainer.config import AdapterConfig, Config, FullConfig
 
-# The same rule with a smaller state.
-_SMALLER = {
-    "ademamix": "ademamix_factored",
-    "adamw": "adamw8bit",
-    "adopt": "adopt_factored",
-    "came": "came8bit",
-    "lion": "lion8bit",
-    "prodigy": "prodigy_factored",
-    "peer/bnb_adamw8bit": "adamw8bit",
-}
+_STORAGES = ("fp32", "bf16", "8bit", "factored")  # of an optimizer's state, the largest first
 _LEAST_RESOLUTION = 512  # lower ones are not suggested
 _SMALL_STATE = ("adafactor8bit", "adafactor8bit_apollo", "lomo")
 
@@ -78,7 +70,7 @@ def _all(config: Config) -> Iterator[Remedy]:
             overrides=(f"data.batch_size={size // parts}", f"runtime.accumulation={accumulation}"),
             what="which processes fewer pictures at a time",
         )
-    if smaller := _SMALLER.get(config.optim.name):
+    if smaller := _smaller(config.optim.name):
         yield Remedy(overrides=(f"optim={smaller}",), what="which has a smaller state")
     if isinstance(method, AdapterConfig) and method.rank > 16:
         yield Remedy(overrides=("method.rank=16",), what="which trains fewer weights")
@@ -92,3 +84,22 @@ def _all(config: Config) -> Iterator[Remedy]:
         yield Remedy(
             overrides=(f"data.resolution={side}",), what="which trains at a lower resolution"
         )
+
+
+def _smaller(name: str) -> str | None:
+    """The optimizer of the family that differs only by how its state is stored, in fewer bits; of
+    several that with the most."""
+    if name not in optim.FAMILY:
+        return None
+    storage, others = _stored(name)
+    for smaller in _STORAGES[_STORAGES.index(storage) + 1 :]:
+        for other in optim.FAMILY:
+            if _stored(other) == (smaller, others):
+                return other
+    return None
+
+
+def _stored(name: str) -> tuple[str, Any]:
+    """How an optimizer's state is stored, and everything else about it."""
+    options = {option: default for option, (_, default) in optim.options_of(name).items()}
+    return options.pop("storage", _STORAGES[-1]), (optim.FAMILY[name].rule, options)
