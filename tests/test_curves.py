@@ -31,6 +31,11 @@ def test_there_is_a_panel_for_what_has_two_points(monkeypatch):
     assert titles(monkeypatch, rows)[0] == ["loss", "update / weights", "found rate"]
 
 
+@pytest.mark.parametrize("lr", [2.5e-4, 2.5e-5, 1e-3])
+def test_a_rate_that_stays_the_same_is_drawn(lr):
+    assert curves.draw([{"step": n, "train/lr": lr} for n in (1, 2)])
+
+
 def test_a_long_noisy_line_is_a_mean_before_what_it_is_the_mean_of(monkeypatch):
     rows = [{"step": n, "train/loss": 1.0 + n % 2} for n in range(1, 401)]
     told = []

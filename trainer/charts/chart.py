@@ -238,5 +238,5 @@ def ticks(last: int) -> list[int]:
 
 def _round_step(rough: float) -> float:
     """The largest 1, 2 or 5 times a power of ten that does not exceed `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return max(digit * power for digit in (1, 2, 5) if digit * power <= rough)
+    power = 10.0 ** math.floor(math.log10(rough))  # above `rough` if that is just below it
+    return max(digit * power for digit in (0.5, 1, 2, 5) if digit * power <= rough)
