@@ -42,6 +42,16 @@ def test_a_runs_checkpoint_and_folder_are_exported_as_its_model(quick, tmp_path,
     assert one.fingerprint("vae") == origin.at(str(TINY)).fingerprint("vae")
 
 
+def test_weights_that_were_not_trained_have_the_runs_dtype_in_a_checkpoints_export_too(
+    quick, capsys
+):
+    """The shipped model's files are in fp16, and the run is in fp32."""
+    parts = "method.train=[unet,text_encoder_2]"  # of which the last layers' output is unused
+    folder = quick("run", parts, "method.rules=[{pattern: conv, trainable: false}]", *ONE_STEP)
+    one, two = (origin.at(str(path)) for path in exported(capsys, folder))
+    assert_same_model(one, two)
+
+
 def test_a_result_that_is_a_single_file_is_found_in_its_run(finished, tmp_path, capsys):
     folder = finished("run", "method.export=[single_file]", "name=cats", *ONE_STEP)
     shutil.rmtree(folder / "checkpoints")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import FullConfig, ModelConfig, NoiseConfig, RankConfig
+from trainer.config import DTYPES, FullConfig, ModelConfig, NoiseConfig, RankConfig
 from trainer.config.method import rank_of
 from trainer.errors import UserError
 from trainer.export import extraction, loras, models
@@ -119,17 +119,31 @@ def _export_model(saved: _Saved, request: Request) -> None:
     base = model.origin
     scheduler = scheduler_config(saved.noise, model.scheduler)
     tuned = {
-        part: base.weights(part) | {canonical(part, name): lazy for name, lazy in weights.items()}
+        part: {canonical(part, name): lazy for name, lazy in weights.items()}
         for part, weights in saved.parts.items()
     }
     if request.extract:
-        tuned["vae"] = model.vae_origin.weights("vae")
-        extraction.write(saved.folder, request, base, tuned, scheduler, saved.metadata)
+        whole = {part: base.weights(part) | weights for part, weights in tuned.items()}
+        whole["vae"] = model.vae_origin.weights("vae")
+        extraction.write(saved.folder, request, base, whole, scheduler, saved.metadata)
         return
-    parts: dict[str, writing.Given] = dict(tuned)
+    parts: dict[str, writing.Given] = {
+        part: _in_training(saved.model, part, base.weights(part)) | weights
+        for part, weights in tuned.items()
+    }
     if model.vae_origin is not base:
         parts["vae"] = model.vae_origin
     models.write(request, base, parts, scheduler, result.of_model(saved.metadata))
+
+
+def _in_training(config: ModelConfig, part: str, weights: Weights) -> Weights:
+    """The original weights of a trained part in the dtype that they had in the run, as its own
+    result has those that were not trained."""
+    dtype = DTYPES[config.dtype if part == "unet" else config.text_dtype]
+    return {
+        name: lazy.to(dtype) if lazy.dtype.is_floating_point else lazy
+        for name, lazy in weights.items()
+    }
 
 
 def _original(saved: _Saved) -> Model:
