@@ -329,6 +329,11 @@ def test_a_model_that_cannot_be_rehearsed_is_trained_all_the_same(composed, monk
     assert "no plan, because the model cannot be simulated (no fake kernel)" in caplog.text
 
 
+def test_an_average_of_averages_is_refused_while_planning(composed):
+    with pytest.raises(UserError, match="leave ema out"):
+        rehearsed(composed("optim=adamw_schedulefree", "ema=bf16"))
+
+
 def test_a_part_that_there_is_not_is_refused_while_planning(composed):
     config = composed("method.train=[unet,text_encoder_2]")
     model = Model(config.model, CPU, with_weights=False)

@@ -74,6 +74,7 @@ def rehearse(config: Config, model: Model, device_type: str) -> Rehearsal:
     `model` needs no weights.  Raises UserError if the run would refuse the method, its rules or
     the optimizer.
     """
+    optimizers.refuse_second_average(config.optim, config.method)
     with console.muted(logging.INFO):  # the run itself logs the same, once
         attached = method.attached_on_meta(config.method, model)
         parts = nn.ModuleDict(attached.trained_parts)
