@@ -254,6 +254,20 @@ def test_a_model_whose_files_have_no_names_for_it_is_refused_before_training(com
         result.check(composed("method=lokr").method, other)
 
 
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (("method.rank=99", "method.alpha=2", "method.decompose_both=true"), True),
+        (("method.rank=2", "method.alpha=2", "method.decompose_both=true"), False),
+    ],
+)
+def test_options_that_whole_factors_do_not_heed_are_named(quick, caplog, options, idle):
+    config = ("method=lokr", "method.factor=8", *options, "schedule.steps=1", "log.eval_points=1")
+    quick("run", *config, "schedule.warmup_steps=0")
+    for option in ("method.alpha=2.0", "method.decompose_both=True"):
+        assert (f"{option} has no effect here" in caplog.text) == idle
+
+
 def test_evaluations_leave_its_modules_without_pefts_dropout(composed):
     """Which draws and reads a number even if it is 0."""
     model = attached(composed(*KINDS["lokr"]))

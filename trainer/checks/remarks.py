@@ -6,17 +6,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 import optim
 from trainer.checks import idle
 from trainer.config import (
     Config,
     ConstantConfig,
     LinearConfig,
+    LokrConfig,
     WsdConfig,
     finds_rate,
     keys_of,
     large_model_lr,
 )
+from trainer.formats import adapters
 from trainer.training.schedule import decay_steps
 from trainer.training.switching import switches
 from trainer.wording import counted
@@ -142,6 +146,24 @@ def of_time_ids(config: Config, overrides: Sequence[str], is_read: bool) -> list
     """Warn about data.time_ids with a UNet that does not read them."""
     owner = "a UNet that is told sizes, such as SDXL's"
     return [] if is_read else [*idle.of_option(config, "data.time_ids", keys_of(overrides), owner)]
+
+
+def of_lokr(
+    config: Config, overrides: Sequence[str], models: Mapping[str, nn.Module]
+) -> Iterator[str]:
+    """Warn about options that none of a LoKr's adapters heeds, as their factors are whole.
+
+    models: the trained parts, with their adapters.
+    """
+    if not isinstance(config.method, LokrConfig):
+        return
+    every = [a for by_path in adapters.of_models(models).values() for a in by_path.values()]
+    given, owner = keys_of(overrides), "a method.rank below half of the longer side of"
+    if not any("lokr_w1_a" in adapter.tensors() for adapter in every):
+        if config.method.decompose_both:
+            yield from idle.of_option(config, "method.decompose_both", given, f"{owner} w1")
+        if not any("lokr_w2_a" in adapter.tensors() for adapter in every):
+            yield from idle.of_option(config, "method.alpha", given, f"{owner} w2")
 
 
 def of_schedule(schedule: ConstantConfig) -> Iterator[str]:

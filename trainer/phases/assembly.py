@@ -57,7 +57,7 @@ def assemble(
     planned = planner.announce(config, model, device)
     # The text encoders and the VAE are gone before the UNet is loaded: one part at a time.
     encoded = _encoded(config, model, dataset, stop)
-    optimizer = _trainable(config, model, device, start_from)
+    optimizer = _trainable(config, model, device, start_from, overrides)
     if resumed:
         put_back(model, optimizer, resumed)
         log.info("resumed after step %d", resumed.step)
@@ -164,7 +164,11 @@ def _settled(config: Config, dataset: data.Dataset, done: tuple[int, float]) -> 
 
 
 def _trainable(
-    config: Config, model: Model, device: torch.device, start_from: str | None
+    config: Config,
+    model: Model,
+    device: torch.device,
+    start_from: str | None,
+    overrides: Sequence[str],
 ) -> torch.optim.Optimizer:
     """Load the UNet and prepare it for training; returns the optimizer."""
     model.load_unet()
@@ -181,6 +185,7 @@ def _trainable(
     for remark in [
         *remarks.of_rate(config, quantization.num_weights(parts)),
         *remarks.of_average(config, optimizer),
+        *remarks.of_lokr(config, overrides, model.trained_parts),
     ]:
         log.warning("%s", remark)
     execution.prepare(config, model.trained_parts, device)
