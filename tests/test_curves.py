@@ -36,6 +36,12 @@ def test_a_rate_that_stays_the_same_is_drawn(lr):
     assert curves.draw([{"step": n, "train/lr": lr} for n in (1, 2)])
 
 
+def test_what_follows_a_huge_spike_is_drawn():
+    """As when a run in bf16 has diverged, and went back."""
+    norms = [0.1] * 9 + [1e20] + [0.1] * 30
+    assert curves.draw([{"step": n, "train/grad_norm_max": norm} for n, norm in enumerate(norms)])
+
+
 def test_a_long_noisy_line_is_a_mean_before_what_it_is_the_mean_of(monkeypatch):
     rows = [{"step": n, "train/loss": 1.0 + n % 2} for n in range(1, 401)]
     told = []

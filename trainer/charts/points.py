@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
@@ -28,12 +29,13 @@ def window(count: int) -> int:
 def smoothed(points: Points, over: int) -> Points:
     """The centred moving mean over `over` points; the window shrinks towards the ends, so that the
     first and the last value are unchanged."""
-    sums = list(accumulate((value for _, value in points), initial=0.0))
+    # Exact, as after a spike of 1e16 times a value the difference of two rounded sums would be 0.
+    sums = list(accumulate((Fraction(value) for _, value in points), initial=Fraction()))
     found = []
     for place, (step, _) in enumerate(points):
         side = min(over // 2, place, len(points) - 1 - place)
         first, end = place - side, place + side + 1
-        found.append((step, (sums[end] - sums[first]) / (end - first)))
+        found.append((step, float((sums[end] - sums[first]) / (end - first))))
     return found
 
 
