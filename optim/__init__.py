@@ -23,7 +23,13 @@ from optim.lomo import AdaLomo, Lomo
 from optim.muon import Muon, Muon8bit, MuonFactored
 from optim.options import unknown, unknown_option
 from optim.prodigy import LionProdigy, Prodigy, ProdigyFactored
-from optim.schedule_free import AdamW8bitScheduleFree, AdamWFactoredScheduleFree, AdamWScheduleFree
+from optim.schedule_free import (
+    AdamW8bitScheduleFree,
+    AdamWFactoredScheduleFree,
+    AdamWScheduleFree,
+    ProdigyFactoredScheduleFree,
+    ProdigyScheduleFree,
+)
 from optim.sgd import SGD
 from optim.sophia import Sophia
 
@@ -58,6 +64,8 @@ FAMILY: dict[str, type[FusedOptimizer]] = {
     "prodigy": Prodigy,
     "prodigy_factored": ProdigyFactored,
     "lion_prodigy": LionProdigy,
+    "prodigy_schedulefree": ProdigyScheduleFree,
+    "prodigy_factored_schedulefree": ProdigyFactoredScheduleFree,
     "sophia": Sophia,
 }
 

@@ -31,7 +31,7 @@ _SHAPING = ("storage", "factor_1d", "clip_norm", "rounding", "slice_p")
 _PRESENT = ("momentum", "beta1", "growth_limit", "clip_threshold")
 # Addresses in a descriptor and in its samples that are called what they are in a state.
 _OF_TENSOR = ("step", "nonfinite", "compensation", "update_norm", "update_rms")
-_OF_SAMPLES = ("start", "numerator", "denominator")
+_OF_SAMPLES = ("start", "numerator", "denominator", "weight_sum")
 HOST = torch.device("cpu")  # a context: tables are on the host whatever torch's default device
 _WORDS = ctypes.sizeof(plan.Descriptor) // 8
 ADDRESSES = slice(plan.Descriptor.weight.offset // 8, plan.Descriptor.grad.offset // 8 + 1)

@@ -29,7 +29,7 @@ from optim.options import learning_rate
 
 TILE_ROWS, TILE_COLS, VECTOR_PAD = 64, 512, 32
 PARTIALS = TILE_ROWS + TILE_COLS  # of a factored moment in a tile: its row and column sums
-HYPER_BYTES, TILE_SUMS_BYTES = 168, 64  # sizes of structs that only the engine reads
+HYPER_BYTES, TILE_SUMS_BYTES = 176, 64  # sizes of structs that only the engine reads
 TILE_BYTES = 24
 CHANNELS, DRAWS = 32, 8192  # in a part of a projection: channels, or elements of P
 NUM_SLOTS = 3
@@ -55,6 +55,7 @@ _RULES = (  # csrc/rules/all.h, in its order
     "lion_prodigy",
     "came",
     "schedule_free",
+    "prodigy_schedule_free",
     "scaled",
 )
 RULES = {name: number for number, name in enumerate(_RULES)}
@@ -144,6 +145,7 @@ class Samples(ctypes.Structure):
         ("sum", Moment),
         ("numerator", c_uint64),
         ("denominator", c_uint64),
+        ("weight_sum", c_uint64),
     ]
 
 

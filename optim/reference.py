@@ -54,19 +54,25 @@ def schedule_free(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
     """Defazio et al. 2024 (arXiv 2405.15682), Alg. 1, with Adam's second moment: z steps by the
     gradient at y, x is the mean of all z, and y = (1 - beta1) z + beta1 x.
 
-    The weights are y, and the moment is the gap y - z, by which z and x are known.  Weight decay is
-    a step of z, as n is.  While lr is 0 nothing moves, so the gap does not change.
+    The weights are y, and the moment is the gap y - z, by which z and x are known.  While lr is 0
+    nothing moves, x neither.
     """
-    beta1, beta2 = h.betas
-    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
-    n = g / ((v / (1 - beta2**h.t)).sqrt() + h.eps)
-    moves = h.lr > 1e-30
-    share = 1 / h.t if moves else 0.0  # of z in x
-    of_x = beta1 * (1 - share)
-    gap = (1 - share) * s["gap"] + (of_x * h.lr if moves else 0.0) * (n + h.weight_decay * w)
-    u = (1 - of_x) * n + (share / h.lr if moves else 0.0) * s["gap"]
-    u = u - of_x * h.weight_decay * w  # the caller decays y by all of it
-    return u, {"gap": torch.where(h.usable, gap, s["gap"]), "exp_avg_sq": v}
+    return averaging(h, w, g, s, 1 / h.t if h.lr > 1e-20 else 0.0)
+
+
+def prodigy_schedule_free(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
+    """Schedule-Free with the rate d lr that Prodigy finds.
+
+    d comes from y, where the gradients are taken: for a convex loss no <g, y - solution> is
+    negative, whence the estimate is at most the distance to the solution (Mishchenko & Defazio
+    2023, section 3).  A z weighs (d lr)^2 in x: those from before d was found hardly count.
+    """
+    weight = h.rate.to(s["weight_sum"]) ** 2
+    total = s["weight_sum"] + weight
+    share = torch.where(total > 0, weight / total, 0.0).float()
+    u, moments = averaging(h, w, g, s, share)
+    total = torch.where(h.usable.any(), total, s["weight_sum"])
+    return u, moments | travelled(h, w, g, s) | {"weight_sum": total}
 
 
 def adopt(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Step:
@@ -282,6 +288,21 @@ def travelled(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments) -> Moments:
         "numerator": torch.where(learns, numerator, s["numerator"]),
         "denominator": torch.where(learns, denominator, s["denominator"]),
     }
+
+
+def averaging(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments, share: float | Tensor) -> Step:
+    """Schedule-Free's step: z moves by -rate n, and then x by share (z - x).
+
+    Weight decay, at y, is part of n.
+    """
+    beta1, beta2 = h.betas
+    v = ema(h, s["exp_avg_sq"], g.square(), beta2)
+    n = g / ((v / (1 - beta2**h.t)).sqrt() + h.eps) + h.weight_decay * w
+    of_x = beta1 * (1 - share)
+    gap = (1 - share) * s["gap"] + of_x * h.rate * n
+    u = (1 - of_x) * n + share / (h.rate + 1e-30) * s["gap"]
+    u = u - h.weight_decay * w  # which the caller adds
+    return u, {"gap": torch.where(h.usable, gap, s["gap"]), "exp_avg_sq": v}
 
 
 def ema(h: SimpleNamespace, average: Tensor, x: Tensor, beta: float) -> Tensor:

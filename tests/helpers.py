@@ -22,16 +22,21 @@ FOR_SMALL = {"apollo": {"rank": 4}, "adafactor8bit_apollo": {"rank": 4}}
 
 # Optimizers that move weights little in a few steps (they begin with a tiny rate; their step of a
 # matrix of rank 1, as of equal gradients, is small), with options that make it visible.
-PRODIGIES = ("lion_prodigy", "prodigy", "prodigy_factored")
+PRODIGIES = (
+    *("lion_prodigy", "prodigy", "prodigy_factored"),
+    *("prodigy_schedulefree", "prodigy_factored_schedulefree"),
+)
 MUONS = ("muon", "muon8bit", "muon_factored")
 SCHEDULE_FREE = (
     "adamw_schedulefree",
     "adamw8bit_schedulefree",
     "adamw_factored_schedulefree",
+    "prodigy_schedulefree",
+    "prodigy_factored_schedulefree",
 )
-SWIFT = {name: {"lr": 1.0, "d0": 1e-2} for name in PRODIGIES}
+SWIFT = {name: {"lr": 0.03} for name in SCHEDULE_FREE}  # each step counts less in an average
 SWIFT |= {name: {"lr": 0.2} for name in MUONS}
-SWIFT |= {name: {"lr": 0.03} for name in SCHEDULE_FREE}  # each step counts less in an average
+SWIFT |= {name: {"lr": 1.0, "d0": 1e-2} for name in PRODIGIES}
 
 
 def build(name, params, **options):

@@ -175,6 +175,10 @@ OPTIONS = [
     ("prodigy", {"bias_correction": True, "eps": 1e-3}),
     ("prodigy", {"atan2": True, "slice_p": 3}),
     ("prodigy_factored", {"factor_1d": True}),
+    ("prodigy_schedulefree", {"slice_p": 3, "betas": (0.5, 0.9), "eps": 1e-3}),
+    ("prodigy_schedulefree", {"safeguard_warmup": True, "lr": 0.3, "beta3": 0.5}),
+    ("prodigy_schedulefree", {"lr": 0.0}),
+    ("prodigy_factored_schedulefree", {"factor_1d": True, "growth_rate": 1.1}),
     *(
         (name, options)
         for name in ("came", "came8bit")
@@ -228,6 +232,7 @@ def test_a_step_with_a_feature_is_the_references(name, feature, dtype):
 OF_A_RULE = [
     *("sgd", "adamw", "ademamix", "adopt", "adopt_factored_ademamix", "lion", "adafactor"),
     *("sophia", "prodigy", "lion_prodigy", "came", "came8bit", "apollo", "adamw_schedulefree"),
+    "prodigy_schedulefree",
 ]
 
 

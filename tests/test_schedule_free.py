@@ -7,6 +7,7 @@ import pytest
 import schedulefree
 import torch
 from helpers import (
+    PRODIGIES,
     QUICK,
     SCHEDULE_FREE,
     assert_same,
@@ -29,7 +30,7 @@ from trainer.run import run as train
 from trainer.training import optimizers, switching
 
 SHAPES = [(12, 9), (8, 4, 3, 3), (7,)]
-PEER = "peer/schedulefree_adamw"
+PEER, PLUS = "peer/schedulefree_adamw", "peer/prodigy_plus_schedulefree"
 
 
 def stepped(name="adamw_schedulefree", steps=8, **options):
@@ -58,20 +59,87 @@ def test_the_average_is_that_of_schedulefree(decay, backend):
 
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
 def test_the_average_is_the_mean_of_what_adamw_steps_without_momentum(name):
-    """z = y - gap, and x, which `eval` puts into the model, is the mean of all z; as closely as the
-    gap's storage allows."""
+    """z = y - gap, and x, which `eval` puts into the model, is the mean of all z, each weighed by
+    the square of the d that was found; as closely as the gap's storage allows."""
     params = make_params(shapes=SHAPES)
-    optimizer = optim.build(name, params, lr=1e-2, weight_decay=0.0)
-    total = [torch.zeros_like(p) for p in params]
+    rate = {"lr": 1e-2} if name not in PRODIGIES else {"lr": 1.0, "d0": 1e-2}
+    optimizer = optim.build(name, params, weight_decay=0.0, **rate)
+    (group,) = optimizer.param_groups
+    mean, total = [torch.zeros_like(p) for p in params], 0.0
     for step in range(10):
+        weight = float(group.get("d", 1.0)) ** 2
+        total += weight
         run(optimizer, params, [step])
-        for p, sum_ in zip(params, total, strict=True):
-            codec = optimizer.moments(p, optimizer.param_groups[0])["gap"]
-            sum_ += p.detach() - codec.decode(split(optimizer.state[p], "gap"))
+        for p, x in zip(params, mean, strict=True):
+            codec = optimizer.moments(p, group)["gap"]
+            z = p.detach() - codec.decode(split(optimizer.state[p], "gap"))
+            x.lerp_(z, weight / total)
     optimizer.eval()
-    for p, sum_ in zip(params, total, strict=True):
-        size = 1e-6 if name == "adamw_schedulefree" else 2e-3
-        assert torch.allclose(p, sum_ / 10, atol=size)
+    for p, x in zip(params, mean, strict=True):
+        precise = name in ("adamw_schedulefree", "prodigy_schedulefree")
+        assert torch.allclose(p, x, atol=1e-6 if precise else 2e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_prodigy_schedulefree_is_its_papers_equations(backend):
+    """Schedule-Free's Alg. 1 with x, y and z in fp64, steps of d lr and weights (d lr)^2, and
+    Prodigy's d from y."""
+    param = torch.nn.Parameter(make_params(shapes=[(40,)])[0].detach() * 1e-3)
+    options = {"lr": 0.7, "weight_decay": 0.1, "slice_p": 1, "d0": 1e-4, "d_coef": 1.5}
+    optimizer = optim.build("prodigy_schedulefree", [param], backend=backend, **options)
+    y = param.detach().double()
+    start, x, z, v, s = y, y, y, 0 * y, 0 * y
+    d, d0, r, total, beta3 = 1e-4, 1e-4, 0.0, 0.0, 0.999**0.5
+    for t in range(1, 41):
+        noise = torch.randn(40, generator=torch.Generator().manual_seed(t))
+        param.grad = 2 * (param.detach() - 1) + 0.1 * noise
+        g, rate = param.grad.double(), 0.7 * d
+        optimizer.step()
+        r = beta3 * r + d / d0 * rate * (g @ (start - y)).item()
+        s = beta3 * s + d / d0 * rate * g
+        v = 0.999 * v + 0.001 * g**2
+        z = z - rate * (g / ((v / (1 - 0.999**t)).sqrt() + 1e-8) + 0.1 * y)
+        total += rate**2
+        x = x + rate**2 / total * (z - x)
+        y = 0.1 * z + 0.9 * x
+        d = max(d, 1.5 * r / s.abs().sum().item())
+        assert optimizer.param_groups[0]["d"].item() == pytest.approx(d, rel=1e-5)
+        assert torch.allclose(param.double(), y, atol=1e-5)
+    assert d > 100 * d0
+    optimizer.eval()
+    assert torch.allclose(param.double(), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [200, 1000])
+@pytest.mark.parametrize("loss", ["regression", "logistic"])
+def test_the_rate_that_is_found_is_nearly_as_good_as_the_best(loss, steps):
+    """Convex losses with noisy gradients: `adamw_schedulefree` at the best of six rates."""
+    rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    best = min(convex(loss, steps, "adamw_schedulefree", lr=rate) for rate in rates)
+    assert convex(loss, steps, "prodigy_schedulefree", slice_p=1) < 4 * best
+
+
+def convex(loss, steps, name, **options):
+    """The excess loss of the average, over the smallest possible."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(64, generator=generator)
+    scale = torch.logspace(0, -1, 64)
+    points = torch.randn(2048, 64, generator=generator) * scale
+    weight = torch.nn.Parameter(torch.zeros(64))
+    optimizer = optim.build(name, [weight], weight_decay=0.0, **options)
+
+    def slope(at, x):
+        if loss == "regression":
+            return x @ (at - target)
+        return (x @ at).sigmoid() - (x @ target).sigmoid()
+
+    for _ in range(steps):
+        x = points[torch.randint(2048, (8,), generator=generator)]
+        noise = torch.randn(8, generator=generator) * 0.5
+        weight.grad = (slope(weight.detach(), x) + noise) @ x / 8
+        optimizer.step()
+    optimizer.eval()
+    return float(slope(weight.detach(), points).square().mean())
 
 
 def test_factored_storage_keeps_the_gap_in_eight_bits():
@@ -178,13 +246,14 @@ def test_a_run_evaluates_draws_saves_and_exports_the_average_and_trains_on_as_be
     assert torch.equal(exported, average[name])
 
 
-@pytest.mark.parametrize("choice", ["adamw8bit_schedulefree", PEER])
+@pytest.mark.parametrize("choice", ["adamw8bit_schedulefree", "prodigy_schedulefree", PEER, PLUS])
 def test_an_average_of_averages_is_refused(composed, choice):
     made = composed(f"optim={choice}", "ema=fp32")
     with pytest.raises(UserError, match=r"averages the weights itself.*leave ema out"):
         optimizers.refuse_second_average(made.optim, made.method)
-    plain = composed("optim=adamw", "ema=fp32")
-    optimizers.refuse_second_average(plain.optim, plain.method)
+    for words in (["optim=adamw"], [f"optim={PLUS}", "+optim.options.use_schedulefree=false"]):
+        plain = composed(*words, "ema=fp32")
+        optimizers.refuse_second_average(plain.optim, plain.method)
 
 
 def test_a_schedule_that_lowers_the_rate_beside_an_average_gets_a_remark(composed):

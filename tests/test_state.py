@@ -77,6 +77,7 @@ def test_a_copy_goes_on_like_the_original(name, copier):
         ("ademamix_factored", {"factor_1d": True}, 674),
         ("adopt_factored_ademamix", {"factor_1d": True}, 674),
         ("adamw_factored_schedulefree", {}, 2605),
+        ("prodigy_factored_schedulefree", {}, 3540),
         ("lion_factored", {}, 340),
         ("adamw8bit", {}, 5250),
         ("muon8bit", {}, 2590),

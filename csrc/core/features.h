@@ -18,10 +18,10 @@ constexpr bool is_same = false;
 template <class A>
 constexpr bool is_same<A, A> = true;
 
-// A parameter's moments at some elements.  root: that of `square` before the step, for the rules
-// that need it.
+// A parameter's moments at some elements; for the rules that need them, the root of `square` and
+// the weight, both before the step.
 struct Moments {
-    F fast, slow, square, root;
+    F fast, slow, square, root, weight;
 };
 
 constexpr float kFourOverPi = 1.27323954f;  // makes atan2(x, x) a unit step
@@ -90,17 +90,18 @@ constexpr int64_t kPlainFlags = kGradClip | kGrowthLimit | kClipExact | kRelativ
 // A rule's defaults: each launch counts as a step, every moment is rewritten, and nothing happens
 // between the limiter and the weights.  Its kName is its name in optim/plan.py.
 struct Rule {
-    static constexpr bool kCounts = true;         // whether it is a step: Tensor::step counts it
-    static constexpr uint32_t kPlainLoops = 0;    // Storages whose plain steps have a loop
-    static constexpr int64_t kOwnFlags = 0;       // flags that only this rule has
-    static constexpr bool kSlowStored = true;     // otherwise apply() only reads it
-    static constexpr bool kSquareStored = true;   // the same
-    static constexpr bool kSquareFirst = false;   // its factors are updated before the update
-    static constexpr bool kHasResidual = false;   // the slow moment averages residual()
-    static constexpr bool kSampled = false;       // it has state for some elements (samples.h)
-    static constexpr bool kRoot = false;          // whether it uses Moments::root
-    static constexpr bool kOwnScale = false;      // whether prepare() sets direction_scale
-    static constexpr bool kWeightInFast = false;  // the fast moment has gap_of_weight w added
+    static constexpr bool kCounts = true;        // whether it is a step: Tensor::step counts it
+    static constexpr uint32_t kPlainLoops = 0;   // Storages whose plain steps have a loop
+    static constexpr int64_t kOwnFlags = 0;      // flags that only this rule has
+    static constexpr bool kModified = true;      // whether its update is limited or aligned
+    static constexpr bool kSlowStored = true;    // otherwise apply() only reads it
+    static constexpr bool kSquareStored = true;  // the same
+    static constexpr bool kSquareFirst = false;  // its factors are updated before the update
+    static constexpr bool kHasResidual = false;  // the slow moment averages residual()
+    static constexpr bool kSampled = false;      // it has state for some elements (samples.h)
+    static constexpr bool kRoot = false;         // whether it uses Moments::root
+    static constexpr bool kWeight = false;       // whether it uses Moments::weight
+    static constexpr bool kOwnScale = false;     // whether prepare() sets direction_scale
     HD static F settled(const Hyper&, F u, Moments&) { return u; }
     // What the loop over usable gradients may assume (tile.h); for rules with averages, that these
     // move by less than half.

@@ -96,6 +96,7 @@ struct Samples {
     uint64_t start;                   // the weights before the first step, in their dtype
     Moment sum;                       // of gradients: fp32 or bf16
     uint64_t numerator, denominator;  // of d: this parameter's shares, fp64 each
+    uint64_t weight_sum;              // Schedule-Free's: of its average, fp64, or null
 };
 
 // One parameter: the addresses, dtypes and shape of its data.
@@ -146,7 +147,7 @@ struct Hyper {
     float coefficient;            // of the gradient
     float step_weight, pull;      // Schedule-Free's: of the update, and of the gap in it
     float gap_decay, gap_weight;  // of the gap, and of the update in it
-    float gap_of_weight;          // and of the weight
+    float step_decay;             // of the weight in the update
     float rho, rho_low;           // orthograd: g - (rho + rho_low) w
     float cautious_scale;
     float lr;         // including relative step and parameter scale
@@ -156,6 +157,7 @@ struct Hyper {
     float sum_decay, sum_weight;
     int32_t learns;  // lr > 0: the sums for d are updated
     double progress_weight;
+    double weight_sum;  // Schedule-Free's: of its average, before the step, then after it
 };
 
 // The phases of a step, in order: passes over tiles, from kMeasure to kApply, alternate with phases

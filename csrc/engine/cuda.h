@@ -15,8 +15,8 @@ namespace engine {
 namespace cuda {
 
 // optim/plan.py mirrors these.
-static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 384 && sizeof(Launch) == 96 &&
-                  sizeof(Hyper) == 168 && sizeof(TileSums) == 64,
+static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 392 && sizeof(Launch) == 96 &&
+                  sizeof(Hyper) == 176 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
 // Whether there are enough registers for eight blocks of adamw8bit without spills.

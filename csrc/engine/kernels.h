@@ -107,7 +107,7 @@ struct Norm : Pass {
     static constexpr bool kDirectionAlone = true;
     template <class Access>
     void operator()() const {
-        norm<Access, false>(launch, first_tile);
+        if constexpr (Access::R::kModified) norm<Access, false>(launch, first_tile);
     }
 };
 struct Residual : Pass {
@@ -120,13 +120,14 @@ struct Residual : Pass {
 struct Limit : Pass {
     template <class Access>
     void operator()() const {
-        if constexpr (!Access::kPlain) norm<Access, true>(launch, first_tile);
+        if constexpr (Access::R::kModified && !Access::kPlain)
+            norm<Access, true>(launch, first_tile);
     }
 };
 struct Align : Pass {
     template <class Access>
     void operator()() const {
-        if constexpr (!Access::kPlain) align<Access>(launch, first_tile);
+        if constexpr (Access::R::kModified && !Access::kPlain) align<Access>(launch, first_tile);
     }
 };
 struct Apply : Pass {

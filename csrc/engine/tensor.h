@@ -25,6 +25,7 @@ HD Hyper derive(const Options& o, const Tensor& tensor, int64_t t, int32_t rule)
     h.lr = float(o.lr);
     h.decay = float(o.lr * o.weight_decay);
     if (o.distance) h.d = float(*pointer<double>(o.distance));
+    if (tensor.samples.weight_sum) h.weight_sum = *pointer<double>(tensor.samples.weight_sum);
     Rules::visit(rule, false, [&](auto r) INLINED { r.prepare(o, h); });
     if (has(h, kRelativeStep) && o.lr > 0) {
         double bound = 1 / (::sqrt(double(t)) * o.lr);
@@ -356,6 +357,8 @@ HD void finish(const Launch& launch, int64_t member) {
             numerator =
                 launch.options[tensor.group].beta3 * numerator + h.progress_weight * progress;
             *pointer<double>(tensor.samples.denominator) = distance;
+            if (tensor.samples.weight_sum)
+                *pointer<double>(tensor.samples.weight_sum) = h.weight_sum;
         }
     }
     if (has(h, kClipLagged) && tensor.numel > 0) {

@@ -93,7 +93,7 @@ template <bool kWrites, class Access>
 HD void begin_row(const Place& p, Access& a, const Hyper& h, int64_t row, int width) {
     Exec::knowing(p, [&]() INLINED {
         a.grad.begin_row(row, width);
-        if (kWrites || has(h, kOrthograd)) a.weight.begin_row(row, width);
+        if (kWrites || Access::R::kWeight || has(h, kOrthograd)) a.weight.begin_row(row, width);
         a.fast.begin_row(row, width);
         a.slow.begin_row(row, width);
         a.square.begin_row(row, width);
@@ -128,8 +128,10 @@ HD Evaluation evaluate(Access& a, const Hyper& h, int i, int col, int n) {
     else
         e.g = conditioned(h, e.raw, a.weight, i, col, n);
     if (!Access::kPlain && !kClean) e.g = select(e.ok, e.g, F(0.f));
-    e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n), F(0.f)};
+    e.before = {a.fast.load(i, col, n), a.slow.load(i, col, n), a.square.load(i, col, n), F(0.f),
+                F(0.f)};
     if constexpr (Access::R::kRoot) e.before.root = a.square.root(i, e.before.square);
+    if constexpr (Access::R::kWeight) e.before.weight = a.weight.load(i, col, n);
     e.after = e.before;
     e.direction = Access::R::direction(h, e.g, e.after);
     if (Access::kPlain)
@@ -367,8 +369,6 @@ HD void apply(const Launch& launch, int64_t first_tile, bool by_vectors = false)
                 Evaluation e = evaluate<kClean>(a, h, i, col, n);
                 F u = Access::kPlain ? e.u : aligned(h, e.u, e.g);
                 if (lagged) squares.add_square(i, e.direction);
-                if constexpr (Access::R::kWeightInFast)
-                    e.after.fast = fma(F(h.gap_of_weight), a.weight.load(i, col, n), e.after.fast);
                 if (!kClean && RARELY(!all(e.ok))) {
                     nonfinite.add(p.sums().nonfinite, kLanes - count(e.ok));
                     e.after.fast = select(e.ok, e.after.fast, e.before.fast);

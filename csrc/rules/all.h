@@ -43,10 +43,10 @@ struct List {
 };
 
 // In the order of RULES in optim/plan.py, which is compared with it when the module is imported.
-using Rules =
-    List<Entry<Sgd>, Entry<Adam>, Entry<Adopt>, Entry<Lion>,
-         Entry<AdafactorVector, AdafactorMatrix>, Entry<Sophia>, Entry<Curved>, Entry<Prodigy>,
-         Entry<LionProdigy>, Entry<CameVector, CameMatrix>, Entry<ScheduleFree>, Entry<Scaled>>;
+using Rules = List<Entry<Sgd>, Entry<Adam>, Entry<Adopt>, Entry<Lion>,
+                   Entry<AdafactorVector, AdafactorMatrix>, Entry<Sophia>, Entry<Curved>,
+                   Entry<Prodigy>, Entry<LionProdigy>, Entry<CameVector, CameMatrix>,
+                   Entry<ScheduleFree>, Entry<ProdigyScheduleFree>, Entry<Scaled>>;
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -18,13 +18,18 @@ struct DistanceAdapted : Rule {
         if (has(h, kBiasCorrection))
             correction =
                 ::sqrt(1 - ::pow(o.beta2, double(h.t))) / (1 - ::pow(o.beta1, double(h.t)));
+        find(o, h, correction);
+        h.eps = float(double(h.d) * o.eps);
+        if (!h.learns) h.weight1 = h.weight2 = 0.f;  // averages do not change, as in prodigyopt
+    }
+
+    // The rate, d lr times this correction, and what the step adds to the sums that d comes from.
+    HD static void find(const Options& o, Hyper& h, double correction) {
         h.lr = h.d * float(o.lr * correction);
         h.decay = float(double(h.lr) * o.weight_decay);
-        h.eps = float(double(h.d) * o.eps);
         // d / d0 where the paper has d, so that sums do not underflow (its implementation remark).
         const float growth = h.d / float(o.d0);
         h.learns = o.lr > 0;
-        if (!h.learns) h.weight1 = h.weight2 = 0.f;  // averages do not change, as in prodigyopt
         h.sum_decay = float(o.beta3);
         h.sum_weight = growth * (has(h, kSafeguardWarmup) ? h.d : h.lr);
         h.progress_weight = growth * h.lr;

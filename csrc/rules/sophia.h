@@ -23,7 +23,7 @@ struct Sophia : Rule {
 // rounding draws differ from the steps'.
 struct Curved : Rule {
     static constexpr const char* kName = "curved";
-    static constexpr bool kCounts = false;
+    static constexpr bool kCounts = false, kModified = false;
     HD static void prepare(const Options&, Hyper& h) {
         h.key = mix(h.key, uint64_t(1) << 32);
         h.passive = 1;

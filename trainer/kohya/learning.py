@@ -24,9 +24,14 @@ _OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "came": ("came", {}),
     "came8bit": ("came8bit", {}),
     "adamwschedulefree": ("adamw_schedulefree", {}),
+    "prodigyplusschedulefree": ("prodigy_schedulefree", {"betas": (0.9, 0.99)}),
 }
-_CALLED = {"use_bias_correction": "bias_correction"}  # optimizer_args -> ours
-_ALWAYS = {"decouple": True}  # optimizer_args that need not be said
+_CALLED = {  # optimizer_args -> ours
+    "use_bias_correction": "bias_correction",
+    "use_orthograd": "orthograd",
+}
+# optimizer_args that need not be said
+_ALWAYS = {"decouple": True, "bias_correction": True, "split_groups": False}
 _DECAYING = ("adamw", "adamw8bit")  # theirs decay weights by 0.01 unless told otherwise
 _SCHEDULES = {
     "constant": "constant",
@@ -55,6 +60,11 @@ def optimizer(given: Given, made: Translation) -> None:
         made.set("optim.lr", rate_of(rate))
         return
     options = {**options}
+    if name == "prodigy_schedulefree":
+        if not arguments.pop("use_schedulefree", True):
+            name, options = "prodigy", {}
+        elif "d_coef" in arguments:  # 1 there is 2 here, the defaults
+            arguments["d_coef"] = 2 * number("d_coef", arguments["d_coef"])
     if name == "adafactor8bit":
         options["scale_parameter"] = bool(arguments.pop("scale_parameter", True))
         if not arguments.get("warmup_init", True):
@@ -80,7 +90,7 @@ def length(given: Given, made: Translation) -> None:
     """The length of the run, and the rate along it."""
     epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
     kind = str(given.take("lr_scheduler", "constant"))
-    if "optim=adamw_schedulefree" in made.overrides:
+    if {"optim=adamw_schedulefree", "optim=prodigy_schedulefree"} & {*made.overrides}:
         kind = "constant"  # as theirs: the weights are averaged instead
     if (replaced := given.take("lr_scheduler_type")) is not None:  # by a class
         kind = str(replaced)

@@ -112,7 +112,7 @@ def refuse_second_average(config: Any, method: MethodConfig) -> None:
     if not method.ema:
         return
     known = optim.FAMILY.get(config.name)
-    if switching.switches(known or _import(config)):
+    if switching.switches(known or _import(config), getattr(config, "options", None)):
         raise UserError(
             f"optim={config.name} averages the weights itself (Schedule-Free), and results have "
             "that average; leave ema out"

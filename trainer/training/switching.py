@@ -4,7 +4,7 @@ with (Schedule-Free, Defazio et al. 2024, arXiv 2405.15682).
 They put the average into the model with `eval`, and the others back with `train`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,14 @@ import torch
 from torch.nn import Parameter
 
 
-def switches(optimizer: object) -> bool:
-    """Whether an optimizer, or its class, has two sets of weights."""
+def switches(optimizer: object, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether an optimizer, or its class with these options, has two sets of weights.
+
+    prodigy-plus-schedule-free has one with use_schedulefree=False, and the same methods.
+    """
+    chosen = [options or {}, *getattr(optimizer, "param_groups", [])]
+    if any(not each.get("use_schedulefree", True) for each in chosen):
+        return False
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
