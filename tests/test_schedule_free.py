@@ -116,7 +116,7 @@ def test_the_rate_that_is_found_is_nearly_as_good_as_the_best(loss, steps):
     """Convex losses with noisy gradients: `adamw_schedulefree` at the best of six rates."""
     rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     best = min(convex(loss, steps, "adamw_schedulefree", lr=rate) for rate in rates)
-    assert convex(loss, steps, "prodigy_schedulefree", slice_p=1) < 4 * best
+    assert convex(loss, steps, "prodigy_schedulefree", slice_p=1) < 3 * best
 
 
 def convex(loss, steps, name, **options):
@@ -219,13 +219,20 @@ def test_a_rate_of_zero_moves_nothing():
     assert_same(gaps, [optimizer.state[p]["gap"] for p in params])
 
 
-@pytest.mark.parametrize("choice", ["adamw_factored_schedulefree", PEER])
+@pytest.mark.parametrize(
+    ("choice", "extra"),
+    [
+        ("adamw_factored_schedulefree", []),
+        ("prodigy_factored_schedulefree", ["optim.d0=1e-3"]),
+        (PEER, []),
+    ],
+)
 def test_a_run_evaluates_draws_saves_and_exports_the_average_and_trains_on_as_before(
-    quick, composed, tmp_path, capsys, choice
+    quick, composed, tmp_path, capsys, choice, extra
 ):
     """An evaluation in between changes no weight, and a resumed run is the same bit for bit; the
     result, and an export of the checkpoint, are the average."""
-    options = [f"optim={choice}", "schedule=constant", "method.export=[single_file]"]
+    options = [f"optim={choice}", *extra, "schedule=constant", "method.export=[single_file]"]
     plain = quick("plain", *options)
     often = quick("often", *options, "log.eval_every=1", "runtime.save_every=2")
     half = often / "checkpoints/step-000002"

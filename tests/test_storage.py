@@ -28,6 +28,7 @@ MOMENT = {  # so that there is a first moment
         ("lion8bit", "lion", "8bit"),
         ("lion_factored", "lion", "factored"),
         ("prodigy_factored", "prodigy", "factored"),
+        ("prodigy_factored_schedulefree", "prodigy_schedulefree", "factored"),
     ],
 )
 def test_a_low_memory_class_is_its_base_with_another_default(name, base, storage):
