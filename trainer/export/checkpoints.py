@@ -1,7 +1,6 @@
 """A run's checkpoint as its result: the original model with the trained tensors, or a LoRA."""
 
 import logging
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from trainer.errors import UserError
 from trainer.export import extraction, loras, models
 from trainer.export.request import Request
 from trainer.formats import adapters, schedulers, writing
-from trainer.formats.adapter import NAME
 from trainer.formats.hub import why_missing
 from trainer.formats.names import canonical
 from trainer.formats.weights import Weights, of_file
@@ -195,13 +193,13 @@ def _adapters_of(parts: dict[str, Weights], method: dict[str, Any]) -> adapters.
     """PEFT's parameters (`PATH.lora_A.default.weight`) and the run's options -> adapters."""
     kind = adapters.of_method(method["name"])
     ranks = [RankConfig(**one) for one in method.get("ranks", [])]
-    named = re.compile(rf"(.+)\.({'|'.join(kind.peft_names)})\.{NAME}(?:\.weight)?")
     held: adapters.Adapters = {}
     for part, weights in parts.items():
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, lazy in weights.items():
-            if found := named.fullmatch(name):
-                tensors.setdefault(found[1], {})[kind.peft_names[found[2]]] = lazy.read()
+            if found := adapters.split(name):
+                path, attribute = found
+                tensors.setdefault(path, {})[kind.peft_names[attribute]] = lazy.read()
         for path, of_path in tensors.items():
             own = rank_of(ranks, f"{part}.{path}")
             rank = method["rank"] if own is None else own.rank

@@ -53,6 +53,20 @@ class Adapter(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, by the names under which formats know them."""
 
+    @classmethod
+    def of_layer(cls, where: str, layer: Any, name: str = NAME) -> Self:
+        """The adapter called `name` in PEFT's module.
+
+        Raises UserError, beginning with `where`, if files cannot hold it.
+        """
+        tensors = {
+            own: values(getattr(layer, attribute)[name]).detach()
+            for attribute, own in cls.peft_names.items()
+            if name in getattr(layer, attribute)
+        }
+        rank = layer.r[name]
+        return cls.trained(where, tensors, rank, float(layer.scaling[name]) * rank)
+
     @property
     @abstractmethod
     def rank(self) -> int: ...
@@ -80,14 +94,23 @@ class Adapter(ABC):
         return self.of("", rounded, self.alpha)
 
     @classmethod
-    def refuse(cls, where: str, layer: Any, name: str) -> None:
-        """Raise UserError if PEFT's module has an adapter, `name`, that files cannot hold."""
-        return
-
-    @classmethod
     @abstractmethod
     def config(cls, adapters: Mapping[str, Any]) -> PeftConfig:
         """PEFT's configuration for such adapters, by the full names of their modules."""
+
+    @classmethod
+    @abstractmethod
+    def new(cls, method: Any, shared: Mapping[str, Any]) -> PeftConfig:
+        """PEFT's configuration for adapters to train.
+
+        method: the options of `method=`.  shared: the modules, ranks and alphas of their own.
+        """
+
+    @classmethod
+    def prepare(cls, layer: Any) -> None:
+        """Give PEFT's module, made by `new`, the values and the scale that training starts with,
+        where PEFT's are others."""
+        return
 
     @torch.no_grad()
     def fill(self, layer: Any) -> None:
@@ -170,11 +193,12 @@ class Lora(Adapter):
         return f"rank {self.rank}, alpha {self.alpha:g}{', DoRA' * (self.magnitude is not None)}"
 
     @classmethod
-    def refuse(cls, where: str, layer: Any, name: str) -> None:
+    def of_layer(cls, where: str, layer: Any, name: str = NAME) -> Self:
         if name not in layer.lora_A:
             raise UserError(f"the adapter of {where} is of an embedding, which files cannot hold")
         if getattr(layer.lora_B[name], "bias", None) is not None:
             raise UserError(f"the adapter of {where} has a bias, which LoRA files cannot hold")
+        return super().of_layer(where, layer, name)
 
     @classmethod
     def config(cls, adapters: Mapping[str, "Lora"]) -> LoraConfig:
@@ -194,6 +218,26 @@ class Lora(Adapter):
             target_modules=sorted(adapters),
             use_dora=is_dora.pop(),
         )
+
+    @classmethod
+    def new(cls, method: Any, shared: Mapping[str, Any]) -> LoraConfig:
+        return LoraConfig(
+            **shared,
+            lora_alpha=method.alpha,
+            use_rslora=method.rslora,
+            use_dora=method.dora,
+            lora_dropout=method.dropout,
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(cls, layer: Any) -> None:
+        """Set DoRA's magnitudes to the norms of each output's weights, in fp32.  PEFT computes them
+        in the weights' dtype but divides by fp32 norms, so an untrained adapter would change a bf16
+        model."""
+        for magnitude in layer.lora_magnitude_vector.float().parameters():
+            norms = layer.get_base_layer().weight.float().flatten(1).norm(dim=1)
+            magnitude.copy_(norms.view_as(magnitude))
 
     def apply(self, layer: Any, scale: float) -> None:
         """For DoRA the scale leads in a straight line from the model to it."""

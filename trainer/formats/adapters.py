@@ -1,5 +1,6 @@
 """The adapters of a model, read from PEFT's modules and written back into them."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,13 @@ from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from trainer.errors import UserError
-from trainer.formats.adapter import NAME, Adapter, Lora, values
+from trainer.formats.adapter import NAME, Adapter, Lora
 from trainer.formats.lycoris import Loha, Lokr
 
 KINDS: tuple[type[Adapter], ...] = (Lora, Lokr, Loha)
 _LAYERS = tuple(kind.layer for kind in KINDS)
+_ATTRIBUTES = "|".join(name for kind in KINDS for name in kind.peft_names)
+_PARAMETER = re.compile(rf"(.+)\.({_ATTRIBUTES})\.{NAME}(?:\.weight)?")
 
 
 class OtherModel(UserError):
@@ -30,29 +33,28 @@ def of_models(models: Mapping[str, nn.Module], name: str = NAME) -> Adapters:
     """
     return {
         part: {
-            path: _of_layer(f"{part}.{path}", layer, name)
-            for path, layer in _layers(model).items()
+            path: _kind_of_layer(layer).of_layer(f"{part}.{path}", layer, name)
+            for path, layer in layers(model).items()
             if name in layer.r
         }
         for part, model in models.items()
     }
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def layers(model: nn.Module) -> dict[str, Any]:
     """PEFT's modules."""
     return {path: x for path, x in model.named_modules() if isinstance(x, _LAYERS)}
 
 
-def _of_layer(path: str, layer: Any, name: str) -> Adapter:
-    kind = next(kind for kind in KINDS if isinstance(layer, kind.layer))
-    kind.refuse(path, layer, name)
-    tensors = {
-        own: values(getattr(layer, attribute)[name]).detach()
-        for attribute, own in kind.peft_names.items()
-        if name in getattr(layer, attribute)
-    }
-    rank = layer.r[name]
-    return kind.trained(path, tensors, rank, float(layer.scaling[name]) * rank)
+def _kind_of_layer(layer: Any) -> type[Adapter]:
+    return next(kind for kind in KINDS if isinstance(layer, kind.layer))
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """A parameter's name -> the name of PEFT's module, and its attribute there; None if it has
+    none: to_q.lora_A.default.weight -> (to_q, lora_A)."""
+    found = _PARAMETER.fullmatch(name)
+    return (found[1], found[2]) if found else None
 
 
 def of_method(name: str) -> type[Adapter]:
@@ -125,13 +127,13 @@ def attached(model: nn.Module, adapters: dict[str, Adapter], scale: float = 1.0)
     config = peft_config(adapters)
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         inject_adapter_in_model(config, model)
-    layers = _layers(model)
+    adapted = layers(model)
     try:
         for path, adapter in adapters.items():
-            adapter.apply(layers[path], scale)
+            adapter.apply(adapted[path], scale)
         yield
     finally:
-        for name, layer in layers.items():
+        for name, layer in adapted.items():
             path, _, last = name.rpartition(".")
             setattr(model.get_submodule(path), last, layer.get_base_layer())
         vars(model).pop("peft_config", None)  # PEFT's record of what it has added

@@ -76,6 +76,14 @@ class _Lycoris(Adapter):
         layer.scaling[NAME] = scale * self.scale
 
     @classmethod
+    def prepare(cls, layer: Any) -> None:
+        # As in LyCORIS two whole factors are not scaled, whereas PEFT scales them.
+        layer.scaling[NAME] = cls.of_layer("", layer).scale
+        # In training PEFT draws and reads a number for a dropout of 0, which has no value in a
+        # rehearsal and ends a compiled graph.
+        layer.training = False
+
+    @classmethod
     def options(cls, adapters: Collection[Any]) -> str | None:
         is_tucker = any("_t" in name for adapter in adapters for name in adapter.own)
         return None if is_tucker else ""
@@ -167,6 +175,16 @@ class Lokr(_Lycoris):
     def config(cls, adapters: Mapping[str, Any]) -> LoKrConfig:
         return LoKrConfig(r=1, alpha=1, target_modules=sorted(adapters))
 
+    @classmethod
+    def new(cls, method: Any, shared: Mapping[str, Any]) -> LoKrConfig:
+        return LoKrConfig(
+            **shared,
+            alpha=method.alpha,
+            decompose_factor=method.factor or -1,
+            decompose_both=method.decompose_both,
+            init_weights="lycoris",  # w2, or w2_b, is zero
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loha(_Lycoris):
@@ -195,6 +213,20 @@ class Loha(_Lycoris):
     @classmethod
     def config(cls, adapters: Mapping[str, Any]) -> LoHaConfig:
         return LoHaConfig(r=1, alpha=1, target_modules=sorted(adapters))
+
+    @classmethod
+    def new(cls, method: Any, shared: Mapping[str, Any]) -> LoHaConfig:
+        return LoHaConfig(**shared, alpha=method.alpha)
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(cls, layer: Any) -> None:
+        """Draw the initial matrices as LyCORIS does.  PEFT's are smaller by the square root of a
+        layer's width, so learning rates that are known to work would be far too low."""
+        super().prepare(layer)
+        deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
+        for name, deviation in deviations.items():
+            getattr(layer, name)[NAME].normal_().mul_(deviation)
 
 
 def _by(shape: torch.Size) -> str:

@@ -3,19 +3,14 @@ optionally of the text encoders."""
 
 import logging
 import re
-from typing import Any, cast
 
-import peft
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import inject_adapter_in_model
-from peft.tuners.loha.layer import LoHaLayer
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 
 from optim import rng
-from trainer.config import AdapterConfig, FullConfig, LohaConfig, LokrConfig, LoraConfig, RankConfig
+from trainer.config import AdapterConfig, FullConfig, RankConfig
 from trainer.config.method import TRAINABLE_PARTS, rank_of
 from trainer.errors import UserError
 from trainer.formats import adapters
@@ -27,7 +22,6 @@ from trainer.training import groups, start
 log = logging.getLogger(__name__)
 
 _ADAPTED = (nn.Linear, nn.Conv2d)
-_OF_ADAPTER = re.compile(r"(.+)\.(?:lora|lokr|hada)_.+")
 
 
 def attach(
@@ -113,8 +107,8 @@ def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
 
 def _adapted(name: str) -> str | None:
     """The layer that a parameter adapts: unet.to_q.lora_A.default.weight -> unet.to_q."""
-    found = _OF_ADAPTER.fullmatch(name)
-    return found[1] if found else None
+    found = adapters.split(name)
+    return found[0] if found else None
 
 
 @torch.no_grad()
@@ -183,80 +177,21 @@ def _add_adapters(
     seed: int,
 ) -> None:
     """Add adapters to `layers`; nothing else in the module is trained.  ranks: `_ranks`."""
+    kind = adapters.of_method(config.name)
     number = () if part == "unet" else (TRAINABLE_PARTS.index(part),)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
-        torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
-        own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
-        peft_config = _peft_config(config, layers, own)
-        inject_adapter_in_model(peft_config, module.requires_grad_(False))
-        if isinstance(config, LohaConfig):
-            _draw_like_lycoris(module)
-    cast_training_params(module, torch.float32)
-    if isinstance(config, LokrConfig | LohaConfig):
-        for path, adapter in adapters.of_models({part: module})[part].items():
-            layer = cast(LycorisLayer, module.get_submodule(path))
-            # As in LyCORIS two whole factors are not scaled, whereas PEFT scales them.
-            layer.scaling[adapters.NAME] = adapter.scale
-            # In training PEFT draws and reads a number for a dropout of 0, which has no value in a
-            # rehearsal and ends a compiled graph.
-            cast(nn.Module, layer).training = False
-    if isinstance(config, LoraConfig) and config.dora:
-        _set_magnitudes(module)
-
-
-def _peft_config(
-    config: AdapterConfig, layers: list[str], ranks: dict[str, RankConfig]
-) -> peft.PeftConfig:
-    """PEFT's configuration for these layers, some with ranks of their own."""
-    shared: dict[str, Any] = {
+    own = {name: ranks[f"{part}.{name}"] for name in layers if f"{part}.{name}" in ranks}
+    shared = {
         "r": config.rank,
         "target_modules": layers,
-        "rank_pattern": {name: one.rank for name, one in ranks.items()},
-        "alpha_pattern": {name: one.alpha for name, one in ranks.items() if one.alpha is not None},
+        "rank_pattern": {name: one.rank for name, one in own.items()},
+        "alpha_pattern": {name: one.alpha for name, one in own.items() if one.alpha is not None},
     }
-    if isinstance(config, LokrConfig):
-        return peft.LoKrConfig(
-            **shared,
-            alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
-            decompose_factor=config.factor or -1,
-            decompose_both=config.decompose_both,
-            init_weights="lycoris",  # w2, or w2_b, is zero
-        )
-    if isinstance(config, LohaConfig):
-        return peft.LoHaConfig(**shared, alpha=config.alpha)  # type: ignore[arg-type]
-    assert isinstance(config, LoraConfig)
-    return peft.LoraConfig(
-        **shared,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        use_rslora=config.rslora,
-        use_dora=config.dora,
-        lora_dropout=config.dropout,
-    )
-
-
-@torch.no_grad()
-def _draw_like_lycoris(module: nn.Module) -> None:
-    """Draw a LoHa's initial matrices as LyCORIS does.  PEFT's are smaller by the square root of
-    a layer's width, so learning rates that are known to work would be far too low."""
-    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
-    for layer in module.modules():
-        if isinstance(layer, LoHaLayer):
-            for name, deviation in deviations.items():
-                for parameter in getattr(layer, name).values():
-                    parameter.normal_().mul_(deviation)
-
-
-@torch.no_grad()
-def _set_magnitudes(module: nn.Module) -> None:
-    """Set DoRA's magnitudes to the norms of each output's weights, in fp32.  PEFT computes them in
-    the weights' dtype but divides by fp32 norms, so an untrained adapter would change a bf16
-    model."""
-    for layer in module.modules():
-        if isinstance(layer, LoraLayer):
-            weight = cast(Tensor, layer.get_base_layer().weight)
-            norms = weight.float().flatten(1).norm(dim=1)
-            for magnitude in layer.lora_magnitude_vector.parameters():
-                magnitude.copy_(norms.view_as(magnitude))
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+        torch.manual_seed(rng.mix(seed, Stream.ADAPTER, *number) >> 1)
+        inject_adapter_in_model(kind.new(config, shared), module.requires_grad_(False))
+        for layer in adapters.layers(module).values():
+            kind.prepare(layer)
+    cast_training_params(module, torch.float32)
 
 
 def _matching(layers: list[str], part: str, key: str, patterns: list[str]) -> list[str]:
