@@ -78,22 +78,6 @@ def _name(path: str) -> str:
     return Path(path).name.removesuffix(".safetensors")
 
 
-def merged(weight: Tensor, adapter: Adapter, scale: float) -> Tensor:
-    """weight + scale * (the weight that the adapter makes of it - weight), in fp32.
-
-    For DoRA that weight is magnitude * V / |V|, V = weight + delta, with norms of V's rows (Liu et
-    al. 2024, eq. 5); the scale then goes from the weight to it in a straight line.
-    """
-    before = weight.float()
-    delta = adapter.delta().reshape(before.shape)
-    if adapter.magnitude is None:
-        return before + scale * delta
-    direction = before + delta
-    norm = direction.flatten(1).norm(dim=1)
-    ratio = (adapter.magnitude.float() / norm).reshape(-1, *[1] * (before.ndim - 1))
-    return before + scale * (ratio * direction - before)
-
-
 def _merged(
     part: str,
     weights: Weights,
@@ -126,7 +110,7 @@ def _read(
 ) -> Tensor:
     """A merged weight in `dtype`.  Raises UserError if it is not finite."""
     before = own.read()
-    exact = merged(before, adapter, scale)
+    exact = adapter.merged(before, scale)
     if not exact.isfinite().all():
         raise UserError(
             f"{name} is not finite with SOURCE merged into it; one of the two is damaged"

@@ -68,7 +68,7 @@ def report(target: Path, before: Adapters, rank: int, kept: Kept) -> None:
     """Say what the resized LoRA keeps.  before: its adapters as they were."""
     every = [adapter for by_path in before.values() for adapter in by_path.values()]
     kept.report(rank)
-    if any(adapter.magnitude is not None for adapter in every):
+    if any("magnitude" in adapter.tensors() for adapter in every):
         log.info("DoRA's magnitudes are unchanged; what is said of the change is before them")
     log.info(
         "%s: with %d of %s resized to rank %d, it keeps %.1f%% of the LoRA's change (of the sum of "

@@ -34,7 +34,6 @@ class Adapter(ABC):
     peft_names: ClassVar[Mapping[str, str]]  # that module's attributes -> names in `tensors`
 
     alpha: float  # what readers divide by the rank
-    magnitude: Tensor | None = None  # (out,): DoRA's norms of the weight's rows
 
     @classmethod
     @abstractmethod
@@ -83,6 +82,11 @@ class Adapter(ABC):
     @abstractmethod
     def delta(self) -> Tensor:
         """What is added to the weight, before DoRA normalises it, in fp32: `shape`."""
+
+    def merged(self, weight: Tensor, scale: float) -> Tensor:
+        """weight + scale * (the weight that the adapter makes of it - weight), in fp32."""
+        before = weight.float()
+        return before + scale * self.delta().reshape(before.shape)
 
     @abstractmethod
     def __str__(self) -> str:
@@ -157,6 +161,7 @@ class Lora(Adapter):
 
     down: Tensor  # (rank, in); for a convolution (rank, in, kh, kw)
     up: Tensor  # (out, rank); for a convolution (out, rank, 1, 1)
+    magnitude: Tensor | None = None  # (out,): DoRA's norms of the weight's rows
 
     @classmethod
     def of(cls, where: str, tensors: Mapping[str, Tensor], alpha: float | None) -> Self:
@@ -188,6 +193,17 @@ class Lora(Adapter):
     def delta(self) -> Tensor:
         up, down = self.up.detach().float().flatten(1), self.down.detach().float().flatten(1)
         return (self.scale * (up @ down)).reshape(self.shape)
+
+    def merged(self, weight: Tensor, scale: float) -> Tensor:
+        """DoRA's weight is magnitude * V / |V|, V = weight + delta, with norms of V's rows (Liu et
+        al. 2024, eq. 5); the scale goes from the weight to it in a straight line."""
+        if self.magnitude is None:
+            return super().merged(weight, scale)
+        before = weight.float()
+        direction = before + self.delta().reshape(before.shape)
+        norm = direction.flatten(1).norm(dim=1)
+        ratio = (self.magnitude.float() / norm).reshape(-1, *[1] * (before.ndim - 1))
+        return before + scale * (ratio * direction - before)
 
     def __str__(self) -> str:
         return f"rank {self.rank}, alpha {self.alpha:g}{', DoRA' * (self.magnitude is not None)}"

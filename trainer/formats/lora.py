@@ -213,7 +213,7 @@ def _difference(written: Adapter, wanted: Adapter) -> str | None:
     error = _relative(written.delta(), wanted.delta())
     if error > 1e-6:  # alpha is fp32 in the file
         return f"has another effect (relative error {error:.1e})"
-    here, there = written.magnitude, wanted.magnitude
+    here, there = (adapter.tensors().get("magnitude") for adapter in (written, wanted))
     if here is None or there is None:
         return None if here is there else "has lost its DoRA scale, or gained one"
     return None if torch.equal(here, there) else "has another DoRA scale"
