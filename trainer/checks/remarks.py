@@ -26,7 +26,6 @@ from trainer.training.switching import switches
 from trainer.wording import counted
 
 _UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
-_TITLES = {"full": "full fine-tune", "lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 _LARGE = 100_000_000  # trained parameters, from which on the default rate gets a remark
 _STILL = 1e-3  # relative change of the loss, below which a model has learned nothing
 _FAR = 1.5  # ratio of resolutions, above which there is a remark
@@ -65,11 +64,10 @@ def of_rate(config: Config, size: int) -> list[str]:
     _, default = optim.options_of(name)["lr"]
     if config.optim.lr != default:
         return []
-    start = large_model_lr(name, default, method.name)
-    what = _TITLES[method.name]
+    start = large_model_lr(name, default, method.share_of_rate)
     return [
         f"optim.lr={default:g} is the default of optim={name}, which was found with a small model; "
-        f"for a {what} of SDXL start near {start:g}"
+        f"for a {method.title} of SDXL start near {start:g}"
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 import optim
-from trainer.config import ASSETS, conf_dir, file_name, large_model_lr
+from trainer.config import ASSETS, conf_dir, file_name, large_model_lr, schema_of
 from trainer.drawing import prompts
 from trainer.storage.resuming import run_folder_of
 from trainer.system import processes
@@ -51,4 +51,4 @@ def _default_lr(optimizer: str, method: str) -> float:
         _, default = optim.options_of(optimizer)["lr"]
     else:
         default = OmegaConf.load(conf_dir() / "optim" / f"{optimizer}.yaml").lr
-    return large_model_lr(optimizer, default, method)
+    return large_model_lr(optimizer, default, schema_of("method", method).share_of_rate)

@@ -28,7 +28,7 @@ from trainer.config.optimizer import (
     peer_schema,
 )
 from trainer.config.overrides import flatten, is_in, key_of, keys_of
-from trainer.config.root import ALTERNATIVES, OUTPUTS, Config, file_name
+from trainer.config.root import ALTERNATIVES, OUTPUTS, Config, file_name, schema_of
 from trainer.config.runtime import RuntimeConfig
 from trainer.config.schedule import (
     ConstantConfig,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from trainer.config.fields import HUGE, TINY, Interval, interval, one_of, within
 from trainer.config.model import DTYPES
@@ -43,6 +43,11 @@ class MetadataConfig:
 class MethodConfig:
     """What all methods share."""
 
+    title: ClassVar[str]  # in messages
+    # Of an optimizer's default learning rate, which was found with a small model: what to try first
+    # with a large one.
+    share_of_rate: ClassVar[float]
+
     #: Parts to train: unet, text_encoder, text_encoder_2.  A trained text encoder encodes its
     #: captions in every step.
     train: list[str]
@@ -66,6 +71,8 @@ class MethodConfig:
 class FullConfig(MethodConfig):
     """Train every weight."""
 
+    title = "full fine-tune"
+    share_of_rate = 0.01
     name: str = "full"
     #: Formats of the result: diffusers (a folder), single_file (for A1111 and ComfyUI).
     export: list[str] = one_of("diffusers", "single_file")
@@ -90,6 +97,7 @@ def rank_of(ranks: Sequence[RankConfig], name: str) -> RankConfig | None:
 class AdapterConfig(MethodConfig):
     """Train adapters (PEFT), and nothing else."""
 
+    share_of_rate = 0.1
     name: str
     rank: int = within(1)  #: of adapters
     alpha: float = within(TINY, HUGE)  #: the adapter's output is scaled by alpha / rank
@@ -114,6 +122,7 @@ class AdapterConfig(MethodConfig):
 class LoraConfig(AdapterConfig):
     """Train low-rank adapters."""
 
+    title = "LoRA"
     name: str = "lora"
     rslora: bool  #: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)
     #: Train magnitude and direction separately (DoRA: Liu et al. 2024, arXiv 2402.09353).
@@ -125,6 +134,7 @@ class LoraConfig(AdapterConfig):
 class LokrConfig(AdapterConfig):
     """Train Kronecker products, kron(w1, w2) (LyCORIS: Yeh et al. 2024, arXiv 2309.14859)."""
 
+    title = "LoKr"
     name: str = "lokr"
     #: Of w2.  With at least half of its longer side (10000, say) all of w2 is trained, and alpha
     #: has no effect.
@@ -143,6 +153,7 @@ class LohaConfig(AdapterConfig):
     """Train Hadamard products: two low-rank matrices, multiplied element by element (LyCORIS: Yeh
     et al. 2024, arXiv 2309.14859)."""
 
+    title = "LoHa"
     name: str = "loha"
     #: Formats of the result: kohya (LyCORIS's names, for A1111 and ComfyUI); diffusers reads none.
     export: list[str] = one_of("kohya")

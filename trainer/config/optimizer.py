@@ -9,9 +9,6 @@ from typing import Any, Literal, get_origin
 
 import optim
 
-# Share of an optimizer's default learning rate to use with a large model.
-_SHARE_OF_RATE = {"full": 0.01, "lora": 0.1, "lokr": 0.1, "loha": 0.1}
-
 
 @dataclass(kw_only=True)
 class ExternalConfig:
@@ -36,10 +33,10 @@ def peer_schema(choice: str) -> type:
     return make_dataclass(title, [("name", str, choice)], bases=(PeerConfig,), kw_only=True)
 
 
-def large_model_lr(name: str, default: float, method: str) -> float:
-    """The learning rate to try first with a large model: a share of an optimizer's default, which
-    was found with a small one, or all of it if the optimizer finds its own rate."""
-    return default * (1.0 if finds_rate(name) else _SHARE_OF_RATE[method])
+def large_model_lr(name: str, default: float, share: float) -> float:
+    """The learning rate to try first with a large model: this share (`share_of_rate` of a method)
+    of an optimizer's default, or all of it if the optimizer finds its own rate."""
+    return default * (1.0 if finds_rate(name) else share)
 
 
 def finds_rate(name: str) -> bool:

@@ -52,6 +52,11 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def schema_of(group: str, name: str) -> Any:
+    """The dataclass of a choice."""
+    return next(node for node in ALTERNATIVES[group] if node.name == name)
+
+
 # Options that decide what a run keeps and writes, not what it learns.
 OUTPUTS = (
     "data.cache",

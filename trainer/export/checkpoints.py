@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import DTYPES, FullConfig, ModelConfig, NoiseConfig, RankConfig
+from trainer.config import DTYPES, FullConfig, ModelConfig, NoiseConfig, RankConfig, schema_of
 from trainer.config.method import rank_of
 from trainer.errors import UserError
 from trainer.export import extraction, loras, models
@@ -44,7 +44,7 @@ def convert(folder: Path, request: Request) -> None:
         log.info("exporting the averaged weights")
     has_adapters = saved.method["name"] != FullConfig.name
     if has_adapters:
-        kind = adapters.of_method(saved.method["name"]).title
+        kind = schema_of("method", saved.method["name"]).title
         request.refuse_extract(f"{folder} is a {kind}'s checkpoint")
     else:
         request.refuse_merge(f"{folder} is a checkpoint of a full fine-tune")

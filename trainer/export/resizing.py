@@ -45,8 +45,8 @@ def _lora(source: Path, adapter: Adapter, rank: int) -> Lora:
     if isinstance(adapter, Lora):
         return adapter
     raise UserError(
-        f"--rank={rank} is for LoRAs, and {source} is a {adapter.title}; train one with a smaller "
-        "method.rank, or merge it (--merge) and extract a LoRA from the result (--extract)"
+        f"--rank={rank} is for LoRAs, and {source} is a {adapter.method.title}; train one with a "
+        "smaller method.rank, or merge it (--merge) and extract a LoRA from the result (--extract)"
     )
 
 

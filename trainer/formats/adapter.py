@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
 
+import peft
 import torch
-from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from trainer.config import LoraConfig
 from trainer.errors import UserError
 
 NAME = "default"  # PEFT's name for an unnamed adapter
@@ -28,8 +29,7 @@ _DORA = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
 class Adapter(ABC):
     """scale * a product of its tensors is added to a module's weight."""
 
-    method: ClassVar[str]  # that trains it: method=lora
-    title: ClassVar[str]  # in messages
+    method: ClassVar[type[Any]]  # that trains it: a dataclass of trainer.config
     layer: ClassVar[type[BaseTunerLayer]]  # PEFT's module with such an adapter
     peft_names: ClassVar[Mapping[str, str]]  # that module's attributes -> names in `tensors`
 
@@ -99,12 +99,12 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def config(cls, adapters: Mapping[str, Any]) -> PeftConfig:
+    def config(cls, adapters: Mapping[str, Any]) -> peft.PeftConfig:
         """PEFT's configuration for such adapters, by the full names of their modules."""
 
     @classmethod
     @abstractmethod
-    def new(cls, method: Any, shared: Mapping[str, Any]) -> PeftConfig:
+    def new(cls, method: Any, shared: Mapping[str, Any]) -> peft.PeftConfig:
         """PEFT's configuration for adapters to train.
 
         method: the options of `method=`.  shared: the modules, ranks and alphas of their own.
@@ -150,8 +150,7 @@ class Lora(Adapter):
     stabilised, Kalajdzievski 2023), it is training's alpha * sqrt(rank): the same scale.
     """
 
-    method = "lora"
-    title = "LoRA"
+    method = LoraConfig
     layer = LoraLayer
     peft_names: ClassVar[Mapping[str, str]] = {
         "lora_A": "down",
@@ -217,7 +216,7 @@ class Lora(Adapter):
         return super().of_layer(where, layer, name)
 
     @classmethod
-    def config(cls, adapters: Mapping[str, "Lora"]) -> LoraConfig:
+    def config(cls, adapters: Mapping[str, "Lora"]) -> peft.LoraConfig:
         """Raises UserError if only some are DoRA: PEFT has one setting for all."""
         is_dora = {adapter.magnitude is not None for adapter in adapters.values()}
         if len(is_dora) > 1:
@@ -226,7 +225,7 @@ class Lora(Adapter):
                 "merged: python -m trainer.export LORA TARGET --merge"
             )
         rank, alpha = commonest(adapters.values())
-        return LoraConfig(
+        return peft.LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
             rank_pattern={n: a.rank for n, a in adapters.items() if a.rank != rank},
@@ -236,10 +235,10 @@ class Lora(Adapter):
         )
 
     @classmethod
-    def new(cls, method: Any, shared: Mapping[str, Any]) -> LoraConfig:
-        return LoraConfig(
+    def new(cls, method: LoraConfig, shared: Mapping[str, Any]) -> peft.LoraConfig:
+        return peft.LoraConfig(
             **shared,
-            lora_alpha=method.alpha,
+            lora_alpha=method.alpha,  # type: ignore[arg-type]
             use_rslora=method.rslora,
             use_dora=method.dora,
             lora_dropout=method.dropout,

@@ -59,7 +59,7 @@ def split(name: str) -> tuple[str, str] | None:
 
 def of_method(name: str) -> type[Adapter]:
     """The kind of adapters that `method=` with this name trains."""
-    return next(kind for kind in KINDS if kind.method == name)
+    return next(kind for kind in KINDS if kind.method.name == name)
 
 
 def kind_of(tensors: Collection[str]) -> type[Adapter]:
@@ -111,7 +111,7 @@ def peft_config(adapters: Mapping[str, Adapter]) -> PeftConfig:
 
 
 def _titles(kinds: Collection[type[Adapter]]) -> str:
-    return " and ".join(sorted(kind.title for kind in kinds))
+    return " and ".join(sorted(kind.method.title for kind in kinds))
 
 
 @contextmanager

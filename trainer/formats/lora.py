@@ -179,7 +179,7 @@ def _must_fit(where: str, adapter: Adapter, module: nn.Module) -> None:
     if adapter.shape[0] != weight.shape[0] or math.prod(adapter.shape) != weight.numel():
         raise OtherModel(
             f"{where} is for a weight of {adapter.shape}, and here it is {tuple(weight.shape)}; "
-            f"the {adapter.title} is for another model"
+            f"the {adapter.method.title} is for another model"
         )
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, Self
 
+import peft
 import torch
-from peft import LoHaConfig, LoKrConfig
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer, factorization
 from torch import Tensor, nn
 
+from trainer.config import LohaConfig, LokrConfig
 from trainer.errors import UserError
 from trainer.formats.adapter import NAME, Adapter
 
@@ -40,7 +41,9 @@ class _Lycoris(Adapter):
     @classmethod
     def of(cls, where: str, tensors: Mapping[str, Tensor], alpha: float | None) -> Self:
         if "magnitude" in tensors:
-            raise UserError(f"{where} is a {cls.title} with DoRA's scales, which cannot be read")
+            raise UserError(
+                f"{where} is a {cls.method.title} with DoRA's scales, which cannot be read"
+            )
         adapter = cls(own=dict(tensors), alpha=1.0 if alpha is None else alpha)
         try:
             _, rank = adapter.shape, adapter.rank
@@ -62,7 +65,7 @@ class _Lycoris(Adapter):
     def __str__(self) -> str:
         names = [name for name in self.peft_names if name in self.own]
         shapes = ", ".join(f"{name} {_by(self.own[name].shape)}" for name in names)
-        return f"{self.title} of {shapes}, scale {self.scale:g}"
+        return f"{self.method.title} of {shapes}, scale {self.scale:g}"
 
     def apply(self, layer: Any, scale: float) -> None:
         """Its own tensors replace PEFT's, which may have other shapes."""
@@ -105,8 +108,7 @@ class Lokr(_Lycoris):
     """scale * kron(w1, w2) is added to the weight; w1 (a, b), w2 (c, d[, kh, kw]), for a weight
     (a * c, b * d[, kh, kw])."""
 
-    method = "lokr"
-    title = "LoKr"
+    method = LokrConfig
     algo = "lokr"
     layer = LoKrLayer
     peft_names = _alike(
@@ -172,14 +174,14 @@ class Lokr(_Lycoris):
         return self._w1_sides == (a, b) and wholes == (is_first_whole, is_second_whole)
 
     @classmethod
-    def config(cls, adapters: Mapping[str, Any]) -> LoKrConfig:
-        return LoKrConfig(r=1, alpha=1, target_modules=sorted(adapters))
+    def config(cls, adapters: Mapping[str, Any]) -> peft.LoKrConfig:
+        return peft.LoKrConfig(r=1, alpha=1, target_modules=sorted(adapters))
 
     @classmethod
-    def new(cls, method: Any, shared: Mapping[str, Any]) -> LoKrConfig:
-        return LoKrConfig(
+    def new(cls, method: LokrConfig, shared: Mapping[str, Any]) -> peft.LoKrConfig:
+        return peft.LoKrConfig(
             **shared,
-            alpha=method.alpha,
+            alpha=method.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, too
             decompose_factor=method.factor or -1,
             decompose_both=method.decompose_both,
             init_weights="lycoris",  # w2, or w2_b, is zero
@@ -191,8 +193,7 @@ class Loha(_Lycoris):
     """scale * (w1_a @ w1_b) * (w2_a @ w2_b), element by element, is added to the weight; `_a`
     (out, rank), `_b` (rank, in * kh * kw)."""
 
-    method = "loha"
-    title = "LoHa"
+    method = LohaConfig
     algo = "loha"
     layer = LoHaLayer
     peft_names = _alike(
@@ -211,12 +212,12 @@ class Loha(_Lycoris):
         return self.scale * first * second
 
     @classmethod
-    def config(cls, adapters: Mapping[str, Any]) -> LoHaConfig:
-        return LoHaConfig(r=1, alpha=1, target_modules=sorted(adapters))
+    def config(cls, adapters: Mapping[str, Any]) -> peft.LoHaConfig:
+        return peft.LoHaConfig(r=1, alpha=1, target_modules=sorted(adapters))
 
     @classmethod
-    def new(cls, method: Any, shared: Mapping[str, Any]) -> LoHaConfig:
-        return LoHaConfig(**shared, alpha=method.alpha)
+    def new(cls, method: LohaConfig, shared: Mapping[str, Any]) -> peft.LoHaConfig:
+        return peft.LoHaConfig(**shared, alpha=method.alpha)  # type: ignore[arg-type]
 
     @classmethod
     @torch.no_grad()

@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 from typing import Any, cast
 
 from trainer.config import (
-    ALTERNATIVES,
     ConstantConfig,
     CosineRestartsConfig,
     LinearConfig,
     PolynomialConfig,
     WsdConfig,
+    schema_of,
 )
 from trainer.errors import UserError
 
@@ -54,7 +54,7 @@ def check(config: ConstantConfig) -> None:
 def of_saved(saved: Mapping[str, Any], now: ConstantConfig) -> ConstantConfig:
     """The schedule of a checkpoint's configuration; options that it did not have yet are as
     `now`."""
-    kind = next(kind for kind in ALTERNATIVES["schedule"] if kind.name == saved["name"])
+    kind = schema_of("schedule", saved["name"])
     names = [option.name for option in fields(kind)]
     return cast(ConstantConfig, kind(**{n: saved.get(n, getattr(now, n, None)) for n in names}))
 

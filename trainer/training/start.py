@@ -55,9 +55,9 @@ def refuse_others(
                 for a in (in_run[part].get(path), by_path.get(path))
             )
             if here != there:
-                kind = type(next(iter(by_path.values())))
+                title = type(next(iter(by_path.values()))).method.title
                 raise UserError(
-                    f"the {kind.title} does not fit the run: {part}.{path} is {there} in the file "
+                    f"the {title} does not fit the run: {part}.{path} is {there} in the file "
                     f"and {here} in the run{_hint(in_run, adapters, layers)}"
                 )
 
@@ -65,7 +65,7 @@ def refuse_others(
 def _hint(in_run: Adapters, adapters: Adapters, layers: Mapping[str, list[str]]) -> str:
     """What to do with adapters that do not fit the run; "" if no options describe them."""
     there, here = (
-        {adapter.method for by_path in of.values() for adapter in by_path.values()}
+        {adapter.method.name for by_path in of.values() for adapter in by_path.values()}
         for of in (adapters, in_run)
     )
     if there.isdisjoint(here):
