@@ -18,6 +18,7 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from trainer import config as schema
 from trainer.errors import UserError
 from trainer.formats import adapters, architectures, diffusers_lora, kohya, lora, stream, weights
 from trainer.formats.adapter import Lora
@@ -98,6 +99,13 @@ def read_by_diffusers(folder, path):
     pipeline.load_lora_weights(str(path))
     names = ("unet", "text_encoder", "text_encoder_2")[: 3 if folder == TINY else 2]
     return adapters.of_models({name: getattr(pipeline, name) for name in names}, "default_0")
+
+
+def test_the_schemas_adapters_and_formats_are_those_that_files_have():
+    assert {kind.method for kind in adapters.KINDS} == {
+        node for node in schema.ALTERNATIVES["method"] if issubclass(node, schema.AdapterConfig)
+    }
+    assert tuple(lora.FORMATS) == schema.words_of(schema.LoraConfig, "export")
 
 
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.config import Config, FullConfig, Interval, choices_of, conf_dir, epochs_of
+from trainer.config import Config, FullConfig, Interval, choices_of, conf_dir, epochs_of, words_of
 from trainer.drawing import prompts
 
 
@@ -33,7 +33,6 @@ def _other_prompts(config: Config) -> bool:
     return path is not None and prompts.read(path) != config.log.prompts
 
 
-_IN_SAFETENSORS = {"full": ["single_file"], "lora": ["kohya", "diffusers"]}
 _PICTURES = "pictures: log.prompts or log.sample_count"
 
 # Options that only have an effect with others: (options, when they have none, what they need).
@@ -127,7 +126,8 @@ def remarks(config: Config, given: frozenset[str]) -> Iterator[str]:
     ema = config.method.ema
     if ema and ema.sample == "last" and _nothing_drawn(config):
         yield f"method.ema.sample=last has no effect here: it is only used with {_PICTURES}"
-    formats = _IN_SAFETENSORS.get(config.method.name, ["kohya"])
+    is_full = isinstance(config.method, FullConfig)  # whose other format is a folder
+    formats = ("single_file",) if is_full else words_of(config.method, "export")
     if not set(formats) & set(config.method.export):
         words = (key for key, word in vars(config.method.metadata).items() if word is not None)
         for key in words:

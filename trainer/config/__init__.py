@@ -2,7 +2,7 @@
 Types, bounds and meaning live here, values in `conf/`."""
 
 from trainer.config.data import DataConfig, SourceConfig
-from trainer.config.fields import Interval, epochs_of
+from trainer.config.fields import Interval, epochs_of, words_of
 from trainer.config.files import ASSETS, choices_of, conf_dir, group_names
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig

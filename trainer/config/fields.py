@@ -63,6 +63,11 @@ def complaint(node: Any, prefix: str) -> str | None:
     return None
 
 
+def words_of(node: Any, key: str) -> tuple[str, ...]:
+    """The words that an option of this dataclass may be."""
+    return next(option.metadata["choices"] for option in fields(node) if option.name == key)
+
+
 def allowed(option: Field[Any]) -> str:
     """Which values a field allows, in words; "" for those without bounds."""
     if choices := option.metadata.get("choices"):

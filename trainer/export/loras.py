@@ -11,7 +11,7 @@ from trainer.errors import UserError
 from trainer.export import merging, resizing
 from trainer.export.kept import Kept
 from trainer.export.request import Request
-from trainer.formats import adapters, architectures, kohya, lora, metadata
+from trainer.formats import adapters, architectures, lora, metadata
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.weights import of_file
 from trainer.models import origin
@@ -27,9 +27,8 @@ def convert(path: Path, request: Request) -> None:
     held = lora.read(path, empty(base))
     weights, described = of_file(path)
     # A smaller LoRA is for the same program, and diffusers reads no other adapters.
-    gives_kohya = kohya.is_own(weights) == (request.rank is not None) or not adapters.are_loras(
-        held
-    )
+    is_kohya = lora.format_of(weights) == "kohya"
+    gives_kohya = is_kohya == (request.rank is not None) or not adapters.are_loras(held)
     default_form = "kohya" if gives_kohya else "diffusers"
     write(path, request, default_form, base, held, metadata.carried(described))
 
@@ -68,13 +67,14 @@ def write(
 def form_of(
     request: Request, default: str, base: origin.Origin, held: adapters.Adapters, what: str
 ) -> str:
-    """The format of the LoRA to write: kohya or diffusers.  what: a phrase that says that it is
-    one.  Raises UserError if it is neither, or cannot hold these adapters of this base."""
+    """The format of the LoRA to write.  what: a phrase that says that it is one.  Raises UserError
+    if it is no LoRA's, or cannot hold these adapters of this base."""
     form = request.form or default
-    if form == "single_file":
-        raise UserError(f"--format=single_file is for models, and {what}: use kohya or diffusers")
+    if form not in lora.FORMATS:
+        use = " or ".join(lora.FORMATS)
+        raise UserError(f"--format={form} is for models, and {what}: use {use}")
     request.check_file()
-    lora.check_kind(request.target, form, base.kind, held)
+    lora.FORMATS[form].refuse(request.target, base.kind, held)
     return form
 
 

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from trainer.config import FullConfig, words_of
 from trainer.errors import UserError
 from trainer.export.request import Request
 from trainer.formats import writing
@@ -31,10 +32,10 @@ def write(
 
     parts, scheduler: replace its own.  more_metadata: for a single file; a folder has none.
     """
-    if request.form == "kohya":
-        raise UserError(
-            f"--format=kohya is for LoRAs, and {model} is a model: use diffusers or single_file"
-        )
+    forms = words_of(FullConfig, "export")
+    if request.form and request.form not in forms:
+        use = " or ".join(forms)
+        raise UserError(f"--format={request.form} is for LoRAs, and {model} is a model: use {use}")
     target, parts = request.target, parts or {}
     by_suffix = "single_file" if target.suffix == ".safetensors" else "diffusers"
     form = request.form or by_suffix

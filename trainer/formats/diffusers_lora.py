@@ -4,6 +4,7 @@ configuration of each part in the metadata; without it readers assume alpha = ra
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from trainer.config.method import TRAINABLE_PARTS
 from trainer.errors import UserError
 from trainer.formats.adapter import Lora
-from trainer.formats.adapters import Adapters, module_names, peft_config
+from trainer.formats.adapters import Adapters, are_loras, module_names, peft_config
 from trainer.formats.names import canonical
 
 METADATA = "lora_adapter_metadata"
@@ -29,10 +30,25 @@ _SUFFIXES = {  # current ones, and those of 2023
 }
 
 
-def encode(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Adapters -> a file's tensors and its metadata."""
+def stem(run: str) -> str:
+    """The stem of a run's file."""
+    return STEM
+
+
+def refuse(target: Path, base: str, adapters: Adapters) -> None:
+    """Raise UserError if the format cannot hold these adapters."""
+    if not are_loras(adapters):
+        raise UserError(
+            f"{target}: diffusers' format is for LoRAs, and these are LyCORIS's adapters; use "
+            "kohya's, or merge them: python -m trainer.export FILE TARGET --merge --base=MODEL"
+        )
+
+
+def encode(
+    adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
+) -> dict[str, Tensor]:
+    """Adapters -> a file's tensors, whose names are the same for every model."""
     tensors: dict[str, Tensor] = {}
-    described: dict[str, Any] = {}
     for part, by_path in adapters.items():
         for path, adapter in by_path.items():
             assert isinstance(adapter, Lora)  # diffusers reads no others of these models
@@ -43,10 +59,16 @@ def encode(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
                 # PEFT writes no `.weight` and reads both; transformers 5 needs `.weight`.
                 shape = (1, -1, 1, 1) if adapter.down.ndim == 4 else (-1,)
                 tensors[f"{name}.lora_magnitude_vector.weight"] = adapter.magnitude.reshape(shape)
-        if by_path:
-            config = peft_config({_short(part, path): a for path, a in by_path.items()}).to_dict()
-            described |= {f"{part}.{key}": _plain(value) for key, value in config.items()}
-    return tensors, {METADATA: json.dumps(described, sort_keys=True)}
+    return tensors
+
+
+def described(adapters: Adapters) -> dict[str, str]:
+    """The format's own metadata: PEFT's configuration of each part."""
+    options: dict[str, Any] = {}
+    for part, by_path in adapters.items():
+        config = peft_config({_short(part, path): a for path, a in by_path.items()}).to_dict()
+        options |= {f"{part}.{key}": _plain(value) for key, value in config.items()}
+    return {METADATA: json.dumps(options, sort_keys=True)}
 
 
 def _short(part: str, path: str) -> str:

@@ -7,13 +7,16 @@ A name is a module's path with `_` for `.`, then the tensor: `lora_unet_..._to_q
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.formats.adapters import Adapters, module_names
-from trainer.formats.lycoris import Loha, Lokr
+from trainer.errors import UserError
+from trainer.formats import diffusers_lora
+from trainer.formats.adapter import Lora
+from trainer.formats.adapters import KINDS, Adapters, are_loras, module_names
 from trainer.formats.names import canonical, unet_name
 from trainer.formats.weights import Weights
 
@@ -30,8 +33,7 @@ _KINDS = {
     "lora_up.weight": "up",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
-    **Lokr.peft_names,
-    **Loha.peft_names,
+    **{name: name for kind in KINDS if kind is not Lora for name in kind.peft_names},  # LyCORIS's
 }
 _NAMES = {kind: ending for ending, kind in _KINDS.items()}
 
@@ -41,10 +43,25 @@ def is_own(weights: Weights) -> bool:
     return any(name.startswith(("lora_unet_", "lora_te")) for name in weights)
 
 
+def stem(run: str) -> str:
+    """The stem of a run's file: not that of diffusers' file, even where case is ignored."""
+    return f"{run}-kohya" if run.lower() == diffusers_lora.STEM else run
+
+
+def refuse(target: Path, base: str, adapters: Adapters) -> None:
+    """Raise UserError if the format has no names for this base model's modules."""
+    if base not in PREFIXES:
+        raise UserError(
+            f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; "
+            + ("use diffusers'" if are_loras(adapters) else "LyCORIS's adapters have no other")
+        )
+
+
 def encode(
     adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
-    """Adapters -> a file's tensors.  unet_config: of the UNet that they belong to."""
+    """Adapters -> a file's tensors.  kind: of the base model.  unet_config: of the UNet that they
+    belong to."""
     tensors = {}
     for part, by_path in adapters.items():
         for path, adapter in by_path.items():
@@ -57,6 +74,11 @@ def encode(
                     tensors[f"{name}.{_NAMES[own]}"] = tensor
             tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha)
     return tensors
+
+
+def described(adapters: Adapters) -> dict[str, str]:
+    """The format's own metadata: none."""
+    return {}
 
 
 def _path(part: str, path: str, kind: str, unet_config: Mapping[str, Any] | None) -> str:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.formats import diffusers_lora, kinds, kohya, metadata, stream
 from trainer.formats.adapter import Adapter
-from trainer.formats.adapters import Adapters, OtherModel, are_loras, kind_of, of_models
+from trainer.formats.adapters import Adapters, OtherModel, kind_of, of_models
 from trainer.formats.proof import NotProved
 from trainer.formats.weights import Weights, of_file, of_tensors
 from trainer.system import disk
@@ -32,6 +32,23 @@ _OTHER_KINDS = {  # other adapters (LyCORIS etc.), by how their tensors' names e
 }
 
 
+class Format(Protocol):
+    """A format of LoRA files: the modules `kohya` and `diffusers_lora`."""
+
+    def stem(self, run: str) -> str: ...
+    def refuse(self, target: Path, base: str, adapters: Adapters) -> None: ...
+    def encode(
+        self, adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
+    ) -> dict[str, Tensor]: ...
+    def described(self, adapters: Adapters) -> dict[str, str]: ...
+    def modules(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]: ...
+    def part_of(self, module: str) -> str | None: ...
+    def split(self, name: str) -> tuple[str, str | None]: ...
+
+
+FORMATS: dict[str, Format] = {"kohya": kohya, "diffusers": diffusers_lora}
+
+
 def save_lora(
     target: Path,
     kind: str,
@@ -43,7 +60,7 @@ def save_lora(
 ) -> Path:
     """Write the adapters of `models` to the .safetensors file `target`.
 
-    kind: `kohya` or `diffusers`.  models: those of unet, text_encoder and text_encoder_2 that have
+    kind: one of FORMATS.  models: those of unet, text_encoder and text_encoder_2 that have
     adapters.  base: `sdxl` or `sd15`, the model they were trained on (`Origin.kind`; anything if
     kind is `diffusers`).  dtype: of the matrices (None: as trained); alphas are fp32.  adapters:
     written instead of those in the models.
@@ -53,14 +70,11 @@ def save_lora(
     adapters = {part: by_path for part, by_path in adapters.items() if by_path}
     if not adapters:
         raise UserError(f"{target}: none of {', '.join(models)} has an adapter to write")
-    check_kind(target, kind, base, adapters)
-    if kind == "kohya":
-        unet: Any = models.get("unet")
-        tensors = kohya.encode(adapters, base, None if unet is None else unet.config)
-        described: dict[str, str] = {}
-    else:
-        tensors, described = diffusers_lora.encode(adapters)
-    described |= metadata.lora(base, adapters, target.stem) | dict(more_metadata or {})
+    form, unet = FORMATS[kind], cast(Any, models.get("unet"))
+    form.refuse(target, base, adapters)
+    tensors = form.encode(adapters, base, None if unet is None else unet.config)
+    described = form.described(adapters) | metadata.lora(base, adapters, target.stem)
+    described |= dict(more_metadata or {})
     kept = (".alpha",)  # must stay exact, whatever the matrices' type
     dtypes = {
         name: tensor.dtype if dtype is None or name.endswith(kept) else dtype
@@ -75,19 +89,9 @@ def save_lora(
     return target
 
 
-def check_kind(target: Path, kind: str, base: str, adapters: Adapters) -> None:
-    """Raise UserError for a format that has no names for this base model's modules, or for these
-    adapters."""
-    if kind == "diffusers" and not are_loras(adapters):
-        raise UserError(
-            f"{target}: diffusers' format is for LoRAs, and these are LyCORIS's adapters; use "
-            "kohya's, or merge them: python -m trainer.export FILE TARGET --merge --base=MODEL"
-        )
-    if kind == "kohya" and base not in kohya.PREFIXES:
-        raise UserError(
-            f"{target}: kohya's format is for SDXL and Stable Diffusion 1.x; "
-            + ("use diffusers'" if are_loras(adapters) else "LyCORIS's adapters have no other")
-        )
+def format_of(weights: Weights) -> str:
+    """The format of a LoRA file."""
+    return "kohya" if kohya.is_own(weights) else "diffusers"
 
 
 def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
@@ -99,28 +103,18 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     where = str(path)
     if not kinds.adapters_in(weights):
         raise UserError(f"{path} is not a LoRA: it has {next(iter(weights), 'no tensor')}")
-    if kohya.is_own(weights):
-        alphas = diffusers_lora.Alphas({}, where)  # its alphas are tensors; without one, the rank
-        adapters = _decode(kohya, weights, alphas, models, where)
-    else:
-        alphas = diffusers_lora.Alphas(described, where)
-        adapters = _decode(diffusers_lora, weights, alphas, models, where)
+    kind = format_of(weights)
+    # Kohya's alphas are tensors; without one, it is the rank.
+    alphas = diffusers_lora.Alphas(described if kind == "diffusers" else {}, where)
+    adapters = _decode(FORMATS[kind], weights, alphas, models, where)
     for part, by_path in adapters.items():
         for module, adapter in by_path.items():
             _must_fit(f"{where}: {part}.{module}", adapter, models[part].get_submodule(module))
     return adapters
 
 
-class _Format(Protocol):
-    """How a format names modules and tensors: the modules `kohya` and `diffusers_lora`."""
-
-    def modules(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]: ...
-    def part_of(self, module: str) -> str | None: ...
-    def split(self, name: str) -> tuple[str, str | None]: ...
-
-
 def _decode(
-    form: _Format,
+    form: Format,
     weights: Weights,
     alphas: diffusers_lora.Alphas,
     models: Mapping[str, nn.Module],

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DTYPES, AdapterConfig, Config, FullConfig, LokrConfig, LoraConfig
+from trainer.config import DTYPES, AdapterConfig, Config, FullConfig, LokrConfig, words_of
 from trainer.errors import UserError
-from trainer.formats import diffusers_lora, lora, metadata, schedulers, thumbnail, writing
+from trainer.formats import lora, metadata, schedulers, thumbnail, writing
 from trainer.models.model import Model
 from trainer.system import disk
 
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 def check(method: FullConfig | AdapterConfig, model: Model) -> None:
     """Raise UserError for a format that the model has no layout in, before anything is trained."""
-    instead = "" if isinstance(method, FullConfig | LoraConfig) else "method=lora "
+    instead = "" if "diffusers" in words_of(method, "export") else "method=lora "
     for kind in method.export:
-        if kind in ("kohya", "single_file") and model.origin.kind == "other":
+        if kind != "diffusers" and model.origin.kind == "other":
             raise UserError(
                 f"method.export={method.export}: {kind} is for SDXL and Stable Diffusion 1.x, and "
                 f"{model.origin} is another model; set {instead}method.export=[diffusers]"
@@ -56,7 +56,7 @@ def write(
     written = []
     for kind in method.export:
         if isinstance(method, AdapterConfig):
-            target = folder / "lora" / f"{_lora_stem(name, kind)}.safetensors"
+            target = folder / "lora" / f"{lora.FORMATS[kind].stem(name)}.safetensors"
             told = more_metadata | schedulers.described_lora(model.scheduler)
             lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
         elif kind == "single_file":
@@ -76,13 +76,6 @@ def write(
     if isinstance(method, AdapterConfig) and model.scheduler != model.origin.config("scheduler"):
         written.append(_write_scheduler(model, folder / "lora/scheduler"))
     return written
-
-
-def _lora_stem(name: str, kind: str) -> str:
-    """The stem of a LoRA's file: different for two formats, even where case is ignored."""
-    if kind == "diffusers":
-        return diffusers_lora.STEM
-    return f"{name}-kohya" if name.lower() == diffusers_lora.STEM else name
 
 
 def _write_scheduler(model: Model, folder: Path) -> Path:
