@@ -431,3 +431,12 @@ def test_cfg_job_shows_the_chosen_options(command):
 def test_a_missing_value_is_reported_before_anything_else():
     with pytest.raises(UserError, match=r"data\.path has no value"):
         validate.to_dataclasses(compose_raw("data=folder"))
+
+
+@pytest.mark.parametrize(
+    "group", ["data", "log", "loss", "method", "model", "noise", "runtime", "schedule"]
+)
+def test_the_values_of_a_choice_are_those_that_are_composed(group):
+    for choice in config.choices_of(group):
+        made = OmegaConf.to_container(compose_raw(f"{group}={choice}"), resolve=False)[group]
+        assert made | config.values_of(group, choice) == made

@@ -1,8 +1,10 @@
 """Converting a run's folder and its checkpoints to models and LoRAs."""
 
+import copy
 import json
 import re
 import shutil
+from functools import reduce
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers import run_export
 from models import TINY, assert_same_model
 from safetensors import safe_open
 
+from trainer.config import flatten
 from trainer.formats import architectures, lora, writing
 from trainer.models import origin
 from trainer.storage import checkpoint
@@ -317,3 +320,39 @@ def test_a_checkpoints_lora_says_what_the_runs_says(quick, tmp_path, capsys):
     older = safe_open(tmp_path / "older.safetensors", "pt").metadata()
     assert older.keys() == two.keys() - counts
     assert checkpoint.load(saved).step == 1
+
+
+NEEDED = ("seed", "resume", "model.path", "method.name", "optim.name", "schedule.name")
+
+
+def test_a_checkpoint_is_exported_whichever_option_it_does_not_have_yet(
+    finished, tmp_path, capsys, monkeypatch
+):
+    """Those that every checkpoint has, and export cannot do without, are named."""
+    folder = finished("run", "method=lora", *ONE_STEP) / "checkpoints/step-000001"
+    record = checkpoint.verified(folder)
+    monkeypatch.setattr("trainer.export.loras.write", lambda *_: None)
+    for key in flatten(record["config"]):
+        older = copy.deepcopy(record)
+        *groups, name = key.split(".")
+        del reduce(dict.__getitem__, groups, older["config"])[name]
+        monkeypatch.setattr(checkpoint, "verified", lambda *_, older=older, **__: older)
+        status, _, error = run_export(capsys, folder, tmp_path / "lora.safetensors")
+        if key in NEEDED:
+            assert status == 2
+            assert re.search(rf"is from another version: '({key}|{name})'\n", error), error
+        else:
+            assert (status, error) == (0, ""), key
+
+
+def test_an_option_of_a_checkpoint_that_there_is_no_longer_is_left_out_and_named(
+    finished, tmp_path, capsys, caplog, monkeypatch
+):
+    folder = finished("run", "method=lora", *ONE_STEP) / "checkpoints/step-000001"
+    record = checkpoint.verified(folder)
+    record["config"]["noise"] |= {"gone": 0.5, "unset": None}
+    monkeypatch.setattr(checkpoint, "verified", lambda *_, **__: record)
+    status, _, error = run_export(capsys, folder, tmp_path / "lora.safetensors")
+    assert status == 0, error
+    assert caplog.text.count("noise.gone=0.5, of another version, is left out") == 1
+    assert "unset" not in caplog.text

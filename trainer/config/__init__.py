@@ -3,7 +3,7 @@ Types, bounds and meaning live here, values in `conf/`."""
 
 from trainer.config.data import DataConfig, SourceConfig
 from trainer.config.fields import Interval, epochs_of, words_of
-from trainer.config.files import ASSETS, choices_of, conf_dir, group_names
+from trainer.config.files import ASSETS, choices_of, conf_dir, group_names, values_of
 from trainer.config.log import LogConfig, WandbConfig
 from trainer.config.loss import HuberConfig, LossConfig, MseConfig
 from trainer.config.method import (
@@ -30,6 +30,7 @@ from trainer.config.optimizer import (
 from trainer.config.overrides import flatten, is_in, key_of, keys_of
 from trainer.config.root import ALTERNATIVES, OUTPUTS, Config, file_name, schema_of
 from trainer.config.runtime import RuntimeConfig
+from trainer.config.saved import of_saved, with_usual
 from trainer.config.schedule import (
     ConstantConfig,
     CosineConfig,

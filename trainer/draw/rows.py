@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from trainer.config import ModelConfig, conf_dir
+from trainer.config import ModelConfig, of_saved, values_of
 from trainer.draw.request import Request
 from trainer.draw.sources import Source, first_run
 from trainer.errors import UserError
@@ -100,9 +98,7 @@ def _refuse_idle(sources: Sequence[Source], request: Request) -> None:
 def _usual(sources: Sequence[Source], request: Request, device_type: str) -> dict[str, Any]:
     """The options of a model that is no run's.  Its precision is that of the first run, so that
     rows can be compared, or else bf16, and fp32 on a CPU."""
-    usual = yaml.safe_load((conf_dir() / "model/sdxl.yaml").read_text(encoding="utf-8"))
-    if device_type == "cpu":
-        usual["dtype"] = "float32"
+    usual = values_of("model", "sdxl") | ({"dtype": "float32"} if device_type == "cpu" else {})
     run = first_run(sources)
     if run:
         known = run.config["model"]
@@ -159,12 +155,11 @@ def _configured(
 ) -> ModelConfig:
     """A model's configuration: the usual one, changed by what is known of its run, and by the
     request."""
-    options = usual | {key: value for key, value in known.items() if key in usual}
     if (local := Path(path).expanduser()).exists():  # so that a model is the same by any path
         path = os.path.abspath(local)
-    options |= {"path": path, "variant": variant}
+    options = known | {"path": path, "variant": variant}
     if request.dtype:
         options |= {"dtype": request.dtype, "compute": "same"}
     if request.quantization:
         options["quantization"] = request.quantization
-    return ModelConfig(**options)
+    return of_saved("model", ModelConfig, options, usual)

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import DTYPES, FullConfig, ModelConfig, NoiseConfig, RankConfig, schema_of
+from trainer.config import (
+    DTYPES,
+    FullConfig,
+    ModelConfig,
+    NoiseConfig,
+    RankConfig,
+    of_saved,
+    schema_of,
+    with_usual,
+)
 from trainer.config.method import rank_of
 from trainer.errors import UserError
 from trainer.export import extraction, loras, models
@@ -88,11 +97,13 @@ def _saved(folder: Path) -> _Saved:
     record = checkpoint.verified(folder, without="optimizer.pt")
     try:
         config = record["config"]
+        groups = ("model", "data", "noise", "method", "schedule")
+        config |= {group: with_usual(group, config[group]) for group in groups}
         return _Saved(
             folder=folder,
-            model=ModelConfig(**config["model"]),
+            model=of_saved("model", ModelConfig, config["model"]),
             sketch=record["model"],
-            noise=NoiseConfig(**config["noise"]),
+            noise=of_saved("noise", NoiseConfig, config["noise"]),
             method=config["method"],
             metadata=result.described(config, record["step"], record.get("counted")),
             parts=_by_part(_exported_weights(folder, config["method"])),

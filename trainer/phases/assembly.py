@@ -115,7 +115,7 @@ def _log_other_rate(config: Config, resumed: checkpoint.Checkpoint) -> None:
     it, as when a run whose rate had decayed becomes longer."""
     if resumed.step >= config.schedule.steps:
         return
-    before = schedule.of_saved(resumed.config["schedule"], config.schedule)
+    before = schedule.of_saved(resumed.config["schedule"])
     scale = slowed(resumed.counters["guard"].get("rollbacks", 0))
     was = resumed.config["optim"]["lr"] * schedule.lr_scale(before, resumed.step) * scale
     now = config.optim.lr * schedule.lr_scale(config.schedule, resumed.step) * scale

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import OUTPUTS, Config, ConstantConfig, flatten, is_in
+from trainer.config import OUTPUTS, Config, ConstantConfig, flatten, is_in, with_usual
 from trainer.errors import UserError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
@@ -33,6 +33,11 @@ _NOT_LEARNED = {
     *("method.ema.device", "method.ema.sample", "method.ema.export"),
 }
 
+# What eval/loss depends on, beside the weights.
+_MEASURED = (
+    *("log.eval_points", "the data", "the model"),
+    *("model.quantization", "noise.prediction", "noise.zero_terminal_snr"),
+)
 _LENGTH = {"schedule.steps", "schedule.epochs"}  # may grow: `check_length`
 
 # Options of which saved tensors and optimizer states do not fit another value.
@@ -266,22 +271,11 @@ def drop_other_measure(config: Config, data: str, model: str, resumed: Checkpoin
 
     model, data: the fingerprints of this run's.
     """
-    before = resumed.config
-    points = {
-        "log.eval_points": (before["log"]["eval_points"], config.log.eval_points),
-        "the data": (resumed.data, data),
-        "the model": (resumed.model, model),
-        "model.quantization": (
-            before["model"].get("quantization", "none"),
-            config.model.quantization,
-        ),
-        "noise.prediction": (before["noise"]["prediction"], config.noise.prediction),
-        "noise.zero_terminal_snr": (
-            before["noise"]["zero_terminal_snr"],
-            config.noise.zero_terminal_snr,
-        ),
-    }
-    changed = [name for name, (there, here) in points.items() if there != here]
+    groups = ("log", "model", "noise")
+    before = {group: with_usual(group, resumed.config[group]) for group in groups}
+    there = flatten(before) | {"the data": resumed.data, "the model": resumed.model}
+    here = flatten(asdict(config)) | {"the data": data, "the model": model}
+    changed = [what for what in _MEASURED if there[what] != here[what]]
     if changed and resumed.losses_before:
         resumed.losses_before.clear()
         message = "%s changed, so eval/loss is no longer comparable with earlier values"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import WandbConfig
+from trainer.config import WandbConfig, of_saved, values_of
 from trainer.reporting import trackers
 from trainer.sweep import files, page
 from trainer.sweep.runs import Comparison, Summary, optimizer_of
@@ -27,7 +27,9 @@ def upload(sweep: Path, runs: Sequence[Summary], missing: Sequence[str]) -> None
 def _options(runs: Sequence[Summary]) -> WandbConfig | None:
     """Those of the first run that has any."""
     logs: list[Mapping[str, Any]] = [run["config"].get("log", {}) for run in runs]
-    return next((WandbConfig(**log["wandb"]) for log in logs if log.get("wandb")), None)
+    usual = values_of("log", "wandb")["wandb"]
+    given = (log["wandb"] for log in logs if log.get("wandb"))
+    return next((of_saved("log.wandb", WandbConfig, one, usual) for one in given), None)
 
 
 def _upload(

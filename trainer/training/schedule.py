@@ -3,7 +3,7 @@ resumed run needs no scheduler state."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 from trainer.config import (
@@ -14,6 +14,7 @@ from trainer.config import (
     WsdConfig,
     schema_of,
 )
+from trainer.config import of_saved as of_saved_group
 from trainer.errors import UserError
 
 _WARMUP = 20  # steps, at most, if not set
@@ -51,12 +52,10 @@ def check(config: ConstantConfig) -> None:
         )
 
 
-def of_saved(saved: Mapping[str, Any], now: ConstantConfig) -> ConstantConfig:
-    """The schedule of a checkpoint's configuration; options that it did not have yet are as
-    `now`."""
+def of_saved(saved: Mapping[str, Any]) -> ConstantConfig:
+    """The schedule of a checkpoint's configuration."""
     kind = schema_of("schedule", saved["name"])
-    names = [option.name for option in fields(kind)]
-    return cast(ConstantConfig, kind(**{n: saved.get(n, getattr(now, n, None)) for n in names}))
+    return cast(ConstantConfig, of_saved_group("schedule", kind, saved))
 
 
 def lr_scale(config: ConstantConfig, step: int) -> float:
