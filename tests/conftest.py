@@ -14,7 +14,6 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import QUICK
 from models import TINY, make_sd15
-from omegaconf import OmegaConf
 from PIL import Image
 
 from optim import backend
@@ -152,9 +151,7 @@ def schedule_config():
 
 def _group(path, node, options):
     """Build a group's dataclass from its YAML file, 100 times faster than composing with Hydra."""
-    values = dict(OmegaConf.load(config.conf_dir() / f"{path}.yaml"))
-    values.pop("defaults", None)
-    return node(**(values | options))
+    return node(**(config.values_of(*path.split("/")) | options))
 
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

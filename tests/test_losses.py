@@ -5,6 +5,7 @@ import torch
 from diffusers.training_utils import compute_snr
 from torch import nn
 
+from trainer.config import choices_of
 from trainer.objective import losses
 from trainer.objective.batches import Batch
 
@@ -180,7 +181,11 @@ def test_a_scheduled_huber_is_torchs_with_each_samples_delta(
     assert value(options).item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
 
 
-LOSSES = [{}, {"name": "huber", "schedule": "snr"}, {"weighting": "min_snr"}]
+LOSSES = [
+    *({"name": name} for name in choices_of("loss")),
+    {"name": "huber", "schedule": "snr"},
+    {"weighting": "min_snr"},
+]
 
 
 @pytest.mark.parametrize("options", LOSSES, ids=str)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from trainer.config import choices_of
 from trainer.errors import UserError
 from trainer.training.schedule import lr_scale, settled
 
-CHOICES = ["constant", "linear", "cosine", "polynomial", "cosine_restarts", "wsd"]
+CHOICES = choices_of("schedule")
 
 
 @pytest.mark.parametrize(

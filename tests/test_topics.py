@@ -14,6 +14,7 @@ import optim
 from optim import described
 from trainer import config
 from trainer.config import documented
+from trainer.config.schedule import CosineConfig
 
 GROUPS = [group for group in config.group_names() if group not in ("ema", "experiment", "sweep")]
 
@@ -81,7 +82,7 @@ def test_a_group_has_its_choices_and_options(told):
     assert text.startswith("schedule=CHOICE\n  constant ")
     assert all(f"\n  {choice} " in text for choice in config.choices_of("schedule"))
     assert re.search(r"\nschedule\.hold=0\.0\n    \(in \[0, 1\]\) share of the run before", text)
-    known = {f"schedule.{option.name}" for option in fields(config.CosineConfig)}
+    known = {f"schedule.{option.name}" for option in fields(CosineConfig)}
     assert {*listed(text)} == {"schedule", *known} - {"schedule.name"}
 
 

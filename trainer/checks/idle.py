@@ -1,13 +1,9 @@
 """Options without effect in this run: those that only have one with others."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from trainer.config import Config, FullConfig, Interval, choices_of, conf_dir, epochs_of, words_of
+from trainer.config import Config, FullConfig, Interval, choices_of, epochs_of, values_of, words_of
 from trainer.drawing import prompts
 
 
@@ -171,15 +167,7 @@ def _value(config: Config, key: str) -> Any:
 def _defaults(config: Config, key: str) -> list[Any]:
     """The option's values in the files of conf/ that may have been chosen."""
     group, _, option = key.partition(".")
-    named = {"noise": ["default"], "runtime": ["default"], "log": ["jsonl"]}
-    named["data"] = choices_of("data")
-    names = named.get(group) or [getattr(config, group).name]
-    files = [conf_dir() / group / f"{name}.yaml" for name in names]
-    values = [OmegaConf.select(_loaded(file), option) for file in files]
-    presets = (conf_dir() / "experiment").glob("*.yaml")
-    return values + [OmegaConf.select(_loaded(p), key) for p in presets]
-
-
-@cache
-def _loaded(file: Path) -> Any:
-    return OmegaConf.load(file)
+    chosen = getattr(getattr(config, group), "name", None)
+    of_group = [values_of(group, name) for name in ([chosen] if chosen else choices_of(group))]
+    presets = [values_of("experiment", name).get(group, {}) for name in choices_of("experiment")]
+    return [values.get(option) for values in (*of_group, *presets)]

@@ -12,10 +12,10 @@ import optim
 from trainer.checks import idle
 from trainer.config import (
     Config,
-    ConstantConfig,
-    LinearConfig,
+    CosineRestartsConfig,
+    DecayConfig,
     LokrConfig,
-    WsdConfig,
+    ScheduleConfig,
     finds_rate,
     keys_of,
     large_model_lr,
@@ -47,7 +47,7 @@ def of_config(config: Config, overrides: Sequence[str] = ()) -> list[str]:
 
 def of_average(config: Config, optimizer: object) -> list[str]:
     """A remark if a schedule lowers the rate of an optimizer that averages the weights instead."""
-    if type(config.schedule) is ConstantConfig or not switches(optimizer):
+    if not isinstance(config.schedule, DecayConfig) or not switches(optimizer):
         return []
     return [
         f"optim={config.optim.name} averages the weights instead of lowering the learning rate "
@@ -164,21 +164,21 @@ def of_lokr(
             yield from idle.of_option(config, "method.alpha", given, f"{owner} w2")
 
 
-def of_schedule(schedule: ConstantConfig) -> Iterator[str]:
+def of_schedule(schedule: ScheduleConfig) -> Iterator[str]:
     """Warn if the decay has no room, once the run's length is known."""
-    if not isinstance(schedule, LinearConfig | WsdConfig) or schedule.steps == 1:
+    if not isinstance(schedule, DecayConfig) or schedule.steps == 1:
         return
-    steps, cycles = decay_steps(schedule), getattr(schedule, "cycles", None)
+    steps = decay_steps(schedule)
     if steps <= 1:
-        ends = "schedule.decay" if isinstance(schedule, WsdConfig) else "schedule.hold"
         yield (
-            f"schedule={schedule.name} has no step left to decay in ({ends}, schedule.warmup_steps "
-            "and schedule.steps): the rate stays at its peak, as with schedule=constant"
+            f"schedule={schedule.name} has no step left to decay in (schedule.{schedule.begins}, "
+            "schedule.warmup_steps and schedule.steps): the rate stays at its peak, as with "
+            "schedule=constant"
         )
-    elif cycles and steps < 2 * cycles:
+    elif isinstance(schedule, CosineRestartsConfig) and steps < 2 * schedule.cycles:
         yield (
-            f"schedule.cycles={cycles} leaves fewer than two of the decay's {steps} steps per "
-            f"cycle, so the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
+            f"schedule.cycles={schedule.cycles} leaves fewer than two of the decay's {steps} steps "
+            f"per cycle, so the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
         )
 
 

@@ -31,11 +31,4 @@ from trainer.config.overrides import flatten, is_in, key_of, keys_of
 from trainer.config.root import ALTERNATIVES, OUTPUTS, Config, file_name, schema_of
 from trainer.config.runtime import RuntimeConfig
 from trainer.config.saved import of_saved, with_usual
-from trainer.config.schedule import (
-    ConstantConfig,
-    CosineConfig,
-    CosineRestartsConfig,
-    LinearConfig,
-    PolynomialConfig,
-    WsdConfig,
-)
+from trainer.config.schedule import CosineRestartsConfig, DecayConfig, ScheduleConfig

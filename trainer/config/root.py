@@ -6,19 +6,12 @@ from typing import Any
 from trainer.config.data import DataConfig
 from trainer.config.fields import within
 from trainer.config.log import LogConfig
-from trainer.config.loss import HuberConfig, MseConfig
-from trainer.config.method import FullConfig, LohaConfig, LokrConfig, LoraConfig
+from trainer.config.loss import LossConfig
+from trainer.config.method import MethodConfig
 from trainer.config.model import ModelConfig
 from trainer.config.noise import NoiseConfig
 from trainer.config.runtime import RuntimeConfig
-from trainer.config.schedule import (
-    ConstantConfig,
-    CosineConfig,
-    CosineRestartsConfig,
-    LinearConfig,
-    PolynomialConfig,
-    WsdConfig,
-)
+from trainer.config.schedule import ScheduleConfig
 
 
 @dataclass(kw_only=True)
@@ -37,18 +30,17 @@ class Config:
     log: LogConfig
 
 
+def _choices(base: Any) -> tuple[Any, ...]:
+    """The dataclasses based on this one that have a name of their own."""
+    below = [kind for child in base.__subclasses__() for kind in (child, *_choices(child))]
+    return tuple(kind for kind in below if "name" in vars(kind))
+
+
 # Groups whose choices have different options; a YAML file names the schema that it fills in.
 ALTERNATIVES: dict[str, tuple[Any, ...]] = {
-    "method": (FullConfig, LoraConfig, LokrConfig, LohaConfig),
-    "loss": (MseConfig, HuberConfig),
-    "schedule": (
-        ConstantConfig,
-        LinearConfig,
-        CosineConfig,
-        PolynomialConfig,
-        CosineRestartsConfig,
-        WsdConfig,
-    ),
+    "method": _choices(MethodConfig),
+    "loss": _choices(LossConfig),
+    "schedule": _choices(ScheduleConfig),
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import OUTPUTS, Config, ConstantConfig, flatten, is_in, with_usual
+from trainer.config import OUTPUTS, Config, ScheduleConfig, flatten, is_in, with_usual
 from trainer.errors import UserError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
@@ -161,7 +161,7 @@ def to_resume(config: Config, given: Collection[str] = ()) -> Checkpoint | None:
     return saved
 
 
-def _is_complete(schedule: ConstantConfig, saved: Checkpoint) -> bool:
+def _is_complete(schedule: ScheduleConfig, saved: Checkpoint) -> bool:
     """Whether a checkpoint is of the last step, as far as that is known before the data is read."""
     if schedule.epochs is None:
         return saved.step == schedule.steps
@@ -226,7 +226,7 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def check_length(saved: Checkpoint, schedule: ConstantConfig, may_change: bool) -> None:
+def check_length(saved: Checkpoint, schedule: ScheduleConfig, may_change: bool) -> None:
     """Raise UserError for a schedule of fewer steps, or epochs, than the checkpoint has done; or,
     unless it may change, than it was to do.  The schedule's steps are known."""
     key = "schedule.steps" if schedule.epochs is None else "schedule.epochs"
