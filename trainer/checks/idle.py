@@ -3,7 +3,16 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.config import Config, FullConfig, Interval, choices_of, epochs_of, values_of, words_of
+from trainer.config import (
+    AdapterConfig,
+    Config,
+    FullConfig,
+    Interval,
+    choices_of,
+    epochs_of,
+    values_of,
+    words_of,
+)
 from trainer.drawing import prompts
 
 
@@ -50,7 +59,7 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         lambda c: (
             _no_tags_move(c)
             and not c.data.keep_separator
-            and not getattr(c.method, "tag_frequency", False)
+            and not (isinstance(c.method, AdapterConfig) and c.method.tag_frequency)
         ),
         "data.shuffle_tags and data.tag_dropout",
     ),

@@ -14,6 +14,7 @@ from trainer.config.method import (
     LokrConfig,
     LoraConfig,
     MetadataConfig,
+    MethodConfig,
     RankConfig,
 )
 from trainer.config.model import DTYPES, ModelConfig

@@ -10,6 +10,7 @@ from trainer.config.fields import TINY, one_of, within
 class LossConfig:
     """What every loss has."""
 
+    name: str
     #: How much a sample counts, by the signal-to-noise ratio of its timestep.
     weighting: str = one_of("none", "min_snr", "debiased")
     gamma: float = within(TINY)  #: for min_snr: the ratio above which a timestep counts less

@@ -48,6 +48,7 @@ class MethodConfig:
     # with a large one.
     share_of_rate: ClassVar[float]
 
+    name: str
     #: Parts to train: unet, text_encoder, text_encoder_2.  A trained text encoder encodes its
     #: captions in every step.
     train: list[str]
@@ -60,6 +61,8 @@ class MethodConfig:
     #: false}], with lr, lr_scale, trainable, and any option of the optimizer.  The first rule whose
     #: pattern (a regular expression) is found in the name applies: trainer/training/groups.py.
     rules: list[dict[str, Any]]
+    export: list[str]  #: formats of the result
+    export_dtype: str | None = one_of(*DTYPES)  #: of the written weights; null: as trained
     #: Steps, or epochs (1epoch), between intermediate results; 0: only write the final result.
     export_every: Interval = interval()
     keep_exports: int = within(0)  #: of the intermediate results, the newest; 0: all
@@ -76,7 +79,6 @@ class FullConfig(MethodConfig):
     name: str = "full"
     #: Formats of the result: diffusers (a folder), single_file (for A1111 and ComfyUI).
     export: list[str] = one_of("diffusers", "single_file")
-    export_dtype: str | None = one_of(*DTYPES)  #: of the written weights; null: as trained
 
 
 @dataclass(kw_only=True)
@@ -98,7 +100,7 @@ class AdapterConfig(MethodConfig):
     """Train adapters (PEFT), and nothing else."""
 
     share_of_rate = 0.1
-    name: str
+
     rank: int = within(1)  #: of adapters
     alpha: float = within(TINY, HUGE)  #: the adapter's output is scaled by alpha / rank
     #: Ranks per module name; the first one whose pattern is found applies.
@@ -115,7 +117,6 @@ class AdapterConfig(MethodConfig):
     #: Write into the result how often each tag occurs in the captions, which A1111 and others show
     #: (ss_tag_frequency).  It discloses the captions.
     tag_frequency: bool
-    export_dtype: str | None = one_of(*DTYPES)  #: of the written weights; null: as trained
 
 
 @dataclass(kw_only=True)

@@ -21,11 +21,11 @@ class Config:
     resume: str | None  #: a checkpoint folder, a run folder, or latest
     model: ModelConfig
     data: DataConfig
-    method: Any  # one of ALTERNATIVES["method"]
+    method: MethodConfig
     optim: Any  # optimizer_schema(name), ExternalConfig, or peer_schema(choice)
-    loss: Any  # MseConfig | HuberConfig
+    loss: LossConfig
     noise: NoiseConfig
-    schedule: Any  # one of ALTERNATIVES["schedule"]
+    schedule: ScheduleConfig
     runtime: RuntimeConfig
     log: LogConfig
 

@@ -10,7 +10,7 @@ import torch
 
 from trainer import data, planner
 from trainer.checks import remarks
-from trainer.config import Config
+from trainer.config import AdapterConfig, Config
 from trainer.drawing import prompts, sampling
 from trainer.models import execution, quantization
 from trainer.models.model import Model
@@ -50,7 +50,9 @@ def assemble(
     if resumed:
         _check_resumed(config, resumed, base, fingerprint)
     # Refuse what cannot work before hours of encoding.  A checkpoint already contains the adapter.
-    start_from = None if resumed else getattr(config.method, "start_from", None)
+    start_from = None
+    if isinstance(config.method, AdapterConfig) and not resumed:
+        start_from = config.method.start_from
     _check_model(config, model, start_from, overrides)
     model.scheduler = scheduler_config(config.noise, model.scheduler)
     noise_schedule = training_schedule(model.scheduler, config.noise)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.config import file_name
+from trainer.config import AdapterConfig, file_name
 from trainer.data import census
 from trainer.errors import UserError, reason
 from trainer.phases import intervals
@@ -187,6 +187,6 @@ def _kohya_counts(state: State) -> dict[str, Any]:
         "ss_epoch": math.ceil(state.micro_batches / per_epoch),
         "ss_num_epochs": math.ceil((state.micro_batches + left) / per_epoch),
     }
-    if not getattr(config.method, "tag_frequency", False):
+    if not (isinstance(config.method, AdapterConfig) and config.method.tag_frequency):
         return counted
     return counted | {"ss_tag_frequency": json.dumps(census.tag_frequency(dataset))}

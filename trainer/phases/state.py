@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trainer.config import Config
+from trainer.config import AdapterConfig, Config
 from trainer.drawing import sampling
 from trainer.models.model import Model
 from trainer.objective import encoding, losses
@@ -92,7 +92,8 @@ class State:
     @property
     def starts_from_adapter(self) -> bool:
         """Whether the run starts from another run's adapter."""
-        return getattr(self.config.method, "start_from", None) is not None
+        method = self.config.method
+        return isinstance(method, AdapterConfig) and method.start_from is not None
 
     @property
     def exports_average(self) -> bool:

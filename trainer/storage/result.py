@@ -11,7 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DTYPES, AdapterConfig, Config, FullConfig, LokrConfig, words_of
+from trainer.config import (
+    DTYPES,
+    AdapterConfig,
+    Config,
+    LokrConfig,
+    MethodConfig,
+    words_of,
+)
 from trainer.errors import UserError
 from trainer.formats import lora, metadata, schedulers, thumbnail, writing
 from trainer.models.model import Model
@@ -20,7 +27,7 @@ from trainer.system import disk
 log = logging.getLogger(__name__)
 
 
-def check(method: FullConfig | AdapterConfig, model: Model) -> None:
+def check(method: MethodConfig, model: Model) -> None:
     """Raise UserError for a format that the model has no layout in, before anything is trained."""
     instead = "" if "diffusers" in words_of(method, "export") else "method=lora "
     for kind in method.export:

@@ -10,7 +10,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from optim import rng
-from trainer.config import AdapterConfig, FullConfig, RankConfig
+from trainer.config import AdapterConfig, MethodConfig, RankConfig
 from trainer.config.method import TRAINABLE_PARTS, rank_of
 from trainer.errors import UserError
 from trainer.formats import adapters
@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 _ADAPTED = (nn.Linear, nn.Conv2d)
 
 
-def attach(
-    config: FullConfig | AdapterConfig, model: Model, seed: int, start_from: str | None = None
-) -> None:
+def attach(config: MethodConfig, model: Model, seed: int, start_from: str | None = None) -> None:
     """Make the parameters that `config` trains require gradients; add adapters first (fp32, and
     without any effect, or with the values of the file `start_from`).
 
@@ -51,7 +49,7 @@ def attach(
             log.info("  leaving out %d for layers whose output is unused", spare)
 
 
-def check(config: FullConfig | AdapterConfig, model: Model, start_from: str | None = None) -> None:
+def check(config: MethodConfig, model: Model, start_from: str | None = None) -> None:
     """Refuse targets and rules that match nothing in the model, and start adapters that differ from
     the run's: before encoding, which may take hours, and before the UNet is loaded."""
     if isinstance(config, AdapterConfig) or config.rules:
@@ -66,7 +64,7 @@ def check(config: FullConfig | AdapterConfig, model: Model, start_from: str | No
             start.refuse_others(empty.trained_parts, found, layers)
 
 
-def attached_on_meta(config: FullConfig | AdapterConfig, model: Model) -> Model:
+def attached_on_meta(config: MethodConfig, model: Model) -> Model:
     """The model as `attach` will make it, without any values."""
     with torch.device("meta"):
         empty = model.on_meta(config.train)
@@ -74,7 +72,7 @@ def attached_on_meta(config: FullConfig | AdapterConfig, model: Model) -> Model:
     return empty
 
 
-def _require_gradients(config: FullConfig | AdapterConfig, model: Model) -> None:
+def _require_gradients(config: MethodConfig, model: Model) -> None:
     """Require gradients of the trained parts, except of layers whose output is unused."""
     for part in config.train:
         model.trained_parts[part].requires_grad_(True).train()
