@@ -11,8 +11,8 @@ from PIL import Image
 
 from trainer.data import buckets
 from trainer.data.plan import Plan
-from trainer.drawing import sampling
 from trainer.errors import UserError
+from trainer.sampling import sampler
 
 
 @pytest.fixture
@@ -165,8 +165,8 @@ def test_of_several_resolutions_the_largest_is_drawn(shapes, composed):
         ]
         assert names_and_sides == [("0", 128), ("1", 64), ("2", 128)]
         encoded = SimpleNamespace(dataset=dataset, read=None)
-        sampler = sampling.of_run(None, encoded, log, batch_size=1)
-        assert [prompt.size for prompt in sampler.prompts] == [(128, 128)]
+        shown = sampler.of_run(None, encoded, log, batch_size=1)
+        assert [prompt.size for prompt in shown.prompts] == [(128, 128)]
 
 
 @pytest.mark.parametrize("repeats", [True, False])

@@ -17,13 +17,13 @@ from test_lora_files import trained
 from trainer.draw import __main__ as command
 from trainer.draw import rows, sources
 from trainer.draw.request import Request
-from trainer.drawing import pictures
-from trainer.drawing.drawer import Drawer
 from trainer.formats import lora
 from trainer.formats.adapters import attached, of_models
 from trainer.models import origin
 from trainer.models.model import Model
 from trainer.models.quantization import quantize
+from trainer.sampling import pictures
+from trainer.sampling.drawer import Drawer
 
 DRAWN = ("log.sample_count=2", "log.sample_steps=2")
 LORA = ("method=lora", "optim.lr=0.02", *DRAWN)

@@ -15,13 +15,13 @@ from helpers import QUICK
 from PIL import Image, ImageFont
 
 from trainer.config import ASSETS
-from trainer.drawing import drawer, pictures
 from trainer.models import execution
 from trainer.phases import evaluation
 from trainer.phases.assembly import assemble
 from trainer.phases.micro_batches import loss_of
 from trainer.reporting import metrics
 from trainer.run import finish, run, train
+from trainer.sampling import drawer, pictures
 from trainer.storage import result
 from trainer.system import memory, signals
 from trainer.system.memory import Peaks

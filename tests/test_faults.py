@@ -16,12 +16,12 @@ from helpers import QUICK, assert_same_weights, rows, weights
 from models import TINY
 from safetensors.torch import load_file, save_file
 
-from trainer.drawing import sampling
 from trainer.errors import UserError
 from trainer.formats import fingerprints
 from trainer.objective import losses
 from trainer.reporting import metrics, report, trackers
 from trainer.run import run
+from trainer.sampling import sampler
 from trainer.storage import checkpoint, record, resuming
 from trainer.sweep import callback
 from trainer.system import console, disk
@@ -156,7 +156,7 @@ def test_a_model_that_is_ruined_before_the_first_step_is_not_trained(quick, tmp_
 def test_pictures_that_are_gone_cost_the_grids_first_row_and_nothing_else(
     composed, pictures, tmp_path, monkeypatch
 ):
-    from trainer.drawing.sampling import Sampler
+    from trainer.sampling.sampler import Sampler
 
     def gone(self):
         raise FileNotFoundError("red.png")
@@ -281,13 +281,13 @@ def test_pictures_that_cannot_be_drawn_are_named_and_training_goes_on(
 ):
     drawn = ["log.sample_count=2", "log.sample_steps=2", "optim=adamw"]
     whole = finished("whole", *drawn)
-    original = sampling.Sampler._denoise
+    original = sampler.Sampler._denoise
 
     def failing(self, places):
-        monkeypatch.setattr(sampling.Sampler, "_denoise", original)  # fail only once
+        monkeypatch.setattr(sampler.Sampler, "_denoise", original)  # fail only once
         raise error
 
-    monkeypatch.setattr(sampling.Sampler, "_denoise", failing)
+    monkeypatch.setattr(sampler.Sampler, "_denoise", failing)
     folder = quick("failing", *drawn)
     assert f"no pictures at step 0 ({error})" in (folder / "train.log").read_text()
     assert not (folder / "samples/step-000000.png").exists()

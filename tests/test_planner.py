@@ -10,7 +10,6 @@ from trainer import planner, run
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import compose
 from trainer.config import remedies
-from trainer.drawing import drawer
 from trainer.errors import UserError
 from trainer.formats import architectures
 from trainer.models.model import Model
@@ -21,6 +20,7 @@ from trainer.planner.ledger import Ledger
 from trainer.planner.page import page
 from trainer.planner.rehearsal import rehearse
 from trainer.planner.room import Room
+from trainer.sampling import drawer
 from trainer.system import memory
 from trainer.training import optimizers
 from trainer.training.gradients import Pass

@@ -7,8 +7,8 @@ from helpers import QUICK
 from PIL import Image
 
 from trainer.checks import remarks
-from trainer.drawing import prompts
 from trainer.errors import UserError
+from trainer.sampling import prompts
 
 LINE = "a cat, on a -- roof --w 32 --h 96 --n blurred, grey --d 7 --l 5.5 --s 30"
 

@@ -12,9 +12,9 @@ from helpers import QUICK, assert_same_weights, deterministic, rows, weights
 from models import TINY
 from PIL import Image
 
-from trainer.drawing import pictures
 from trainer.objective import batches, losses
 from trainer.reporting import metrics
+from trainer.sampling import pictures
 from trainer.storage import record
 from trainer.training import optimizers
 

@@ -9,8 +9,8 @@ from PIL import Image
 from trainer.charts import chart, points
 from trainer.charts.chart import Line, Panel
 from trainer.charts.strokes import Style, style
-from trainer.drawing import pictures
 from trainer.reporting import metrics
+from trainer.sampling import pictures
 from trainer.sweep import curves, sheet
 from trainer.sweep.callback import _write
 from trainer.sweep.page import head

@@ -16,7 +16,7 @@ Where things live; a folder imports only from those below it:
     reporting/ what a run tells: metrics, curves, trackers, its summary
     training/  how it learns: which weights, by which gradients, clip, optimizer and rate
     storage/   a run's folder: checkpoints, results, who may write there
-    drawing/   pictures that the model draws
+    sampling/  pictures that the model draws
     objective/ what the UNet learns: inputs, noise, targets, losses
     models/    where the model's parts come from, and how they run
     data/      pictures and captions, their caches, batches of them

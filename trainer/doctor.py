@@ -19,9 +19,9 @@ from trainer.cli import command, compose
 from trainer.config import Config
 from trainer.data import Store, dataset, findings
 from trainer.data.survey import all_sources, survey
-from trainer.drawing import pictures
 from trainer.errors import UserError
 from trainer.reporting import report
+from trainer.sampling import pictures
 from trainer.storage.claim import config_in
 from trainer.training import schedule
 from trainer.wording import counted, plural, some

@@ -13,7 +13,7 @@ from trainer.config import (
     values_of,
     words_of,
 )
-from trainer.drawing import prompts
+from trainer.sampling import prompts
 
 
 def _no_tags_move(config: Config) -> bool:

@@ -28,10 +28,10 @@ from trainer.config.method import TRAINABLE_PARTS
 from trainer.config.noise import contradiction
 from trainer.data import buckets, sources
 from trainer.data.items import PICTURE_SUFFIXES
-from trainer.drawing import prompts
 from trainer.errors import UserError
 from trainer.formats import thumbnail
 from trainer.formats.hub import why_missing
+from trainer.sampling import prompts
 from trainer.training import schedule
 from trainer.training.groups import check_rules
 

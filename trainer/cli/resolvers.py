@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 import optim
 from trainer.config import ASSETS, conf_dir, file_name, large_model_lr, schema_of
-from trainer.drawing import prompts
+from trainer.sampling import prompts
 from trainer.storage.resuming import run_folder_of
 from trainer.system import processes
 

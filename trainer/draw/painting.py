@@ -15,8 +15,6 @@ from torch import Tensor
 from trainer.data import Store
 from trainer.draw.rows import Row
 from trainer.draw.sheet import Sheet
-from trainer.drawing.drawer import Drawer
-from trainer.drawing.prompts import Prompt
 from trainer.errors import UserError
 from trainer.export import loras
 from trainer.formats import adapters, lora, schedulers
@@ -27,6 +25,8 @@ from trainer.models.model import Model
 from trainer.models.text import Encoder
 from trainer.objective import encoding
 from trainer.objective.encoding import Read
+from trainer.sampling.drawer import Drawer
+from trainer.sampling.prompts import Prompt
 from trainer.system import console, signals
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer.drawing import pictures
+from trainer.sampling import pictures
 from trainer.system import disk
 
 _TILE = 512  # pixels: the largest side of a picture in the grid

@@ -9,10 +9,10 @@ from PIL import Image
 from trainer.data.buckets import Size
 from trainer.draw.request import Request
 from trainer.draw.sources import Source, first_run
-from trainer.drawing import pictures, prompts
-from trainer.drawing.prompts import Prompt, Usual
 from trainer.errors import UserError
 from trainer.models.model import Model
+from trainer.sampling import pictures, prompts
+from trainer.sampling.prompts import Prompt, Usual
 from trainer.storage.steps import completed
 
 # As in the presets of large models.

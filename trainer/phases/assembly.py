@@ -11,7 +11,6 @@ import torch
 from trainer import data, planner
 from trainer.checks import remarks
 from trainer.config import AdapterConfig, Config
-from trainer.drawing import prompts, sampling
 from trainer.models import execution, quantization
 from trainer.models.model import Model
 from trainer.objective import encoding
@@ -21,6 +20,7 @@ from trainer.phases.intervals import Intervals
 from trainer.phases.state import State
 from trainer.reporting.clock import Clock, OptimizerClock
 from trainer.reporting.watch import Watch
+from trainer.sampling import prompts, sampler
 from trainer.storage import checkpoint, result, resuming
 from trainer.system import memory, processes
 from trainer.training import gradients, method, optimizers, schedule
@@ -72,7 +72,7 @@ def assemble(
         data=encoded,
         fingerprint=fingerprint,
         base=base,
-        sampler=sampling.of_run(model, encoded, config.log, config.data.batch_size, stop),
+        sampler=sampler.of_run(model, encoded, config.log, config.data.batch_size, stop),
         optimizer=optimizer,
         guard=Guard(config.runtime.max_skipped_steps),
         device=device,

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from trainer.drawing import pictures
 from trainer.errors import UserError
 from trainer.objective import batches, losses
 from trainer.phases import intervals
 from trainer.phases.state import State
 from trainer.reporting import metrics
+from trainer.sampling import pictures
 from trainer.storage.steps import completed, step_name, step_of
 from trainer.system import console, memory, signals
 

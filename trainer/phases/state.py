@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 
 from trainer.config import AdapterConfig, Config
-from trainer.drawing import sampling
 from trainer.models.model import Model
 from trainer.objective import encoding, losses
 from trainer.objective.noise_schedule import NoiseSchedule
 from trainer.phases.intervals import Intervals
 from trainer.reporting import watch
 from trainer.reporting.clock import Clock, OptimizerClock
+from trainer.sampling.sampler import Sampler
 from trainer.system import memory
 from trainer.training import method, switching
 from trainer.training.ema import Ema
@@ -45,7 +45,7 @@ class State:
     data: encoding.Encoded
     fingerprint: str  # of the data
     base: str  # fingerprint of the model that training began with
-    sampler: sampling.Sampler
+    sampler: Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard
     device: torch.device

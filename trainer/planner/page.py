@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from trainer.drawing import drawer
 from trainer.planner.plan import Plan
 from trainer.planner.room import Room
 from trainer.reporting.report import format_bytes
+from trainer.sampling import drawer
 
 _WIDTH = 48  # of a bar, in characters
 _KINDS = {  # the parts of a bar, by their letters

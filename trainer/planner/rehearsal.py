@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer.config import DTYPES, Config
 from trainer.data.buckets import Size
 from trainer.data.store import CAPTIONS_AT_A_TIME
-from trainer.drawing import drawer, prompts
 from trainer.models import execution, quantization, text
 from trainer.models.model import Model
 from trainer.objective import batches
 from trainer.planner.ledger import Ledger
+from trainer.sampling import drawer, prompts
 from trainer.system import console
 from trainer.training import gradients, method, optimizers
 

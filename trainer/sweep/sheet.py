@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer.drawing import pictures
 from trainer.reporting.measure import EVAL, HOLDOUT
+from trainer.sampling import pictures
 from trainer.storage.steps import step_name
 from trainer.sweep.runs import Comparison, Summary, lr_of
 

@@ -7,10 +7,10 @@ from PIL import Image
 
 from trainer.config import LogConfig
 from trainer.data import Sample, free_rows
-from trainer.drawing import pictures, prompts
-from trainer.drawing.drawer import Drawer
 from trainer.models.model import Model
 from trainer.objective.encoding import Encoded
+from trainer.sampling import pictures, prompts
+from trainer.sampling.drawer import Drawer
 
 
 @dataclass(kw_only=True)

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.buckets import Size
-from trainer.drawing.prompts import Prompt
 from trainer.models.model import Model
 from trainer.objective.batches import sample_noise
 from trainer.objective.encoding import Read, unscaled
+from trainer.sampling.prompts import Prompt
 from trainer.system import console, memory, signals
 
 log = logging.getLogger(__name__)
