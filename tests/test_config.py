@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 import optim
 from trainer import config
 from trainer.checks import validate
-from trainer.cli import choices, compose, wrong_key
+from trainer.cli import choices, compose, elsewhere
 from trainer.config import group_names
 from trainer.errors import UserError
 from trainer.training import optimizers
@@ -290,7 +290,7 @@ MISTAKES = [
 def test_what_others_call_our_options_leads_to_options():
     compose.register()
     valid = {*choices.options_of(["method=lora", "loss=mse"]), *group_names(), "hydra.run.dir"}
-    named = " ".join(wrong_key._NAMES_ELSEWHERE.values()).split()
+    named = " ".join(elsewhere.NAMES.values()).split()
     assert {option.partition("=")[0] for option in named} <= valid
 
 

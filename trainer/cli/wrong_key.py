@@ -5,71 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from optim.options import nearest, unknown
+from trainer.cli import elsewhere
 from trainer.cli.choices import group_choices, options_by_choice, valid_keys
 from trainer.config import group_names
 from trainer.wording import some
-
-# What other trainers (diffusers' scripts, kohya's) call our options.
-_NAMES_ELSEWHERE = {
-    "cache_latents_to_disk": "data.cache",
-    "caption_dropout_rate": "data.caption_dropout",
-    "conv_alpha": "method.ranks",
-    "conv_dim": "method.ranks",
-    "enable_bucket": "data.buckets",
-    "flip_aug": "data.random_flip",
-    "flow_model": "noise=flow_matching",
-    "flow_uniform_static_ratio": "noise.timestep_shift",
-    "fp8_base": "model.quantization",
-    "full_bf16": "model.dtype",
-    "fused_backward_pass": "runtime.fused_backward",
-    "gradient_accumulation_steps": "runtime.accumulation",
-    "ip_noise_gamma": "noise.input_perturbation",
-    "learning_rate": "optim.lr",
-    "lr_scheduler": "schedule",
-    "lr_warmup_steps": "schedule.warmup_steps",
-    "max_timestep": "noise.timestep_high",
-    "max_train_epochs": "schedule.epochs",
-    "max_train_steps": "schedule.steps",
-    "metadata_author": "method.metadata.author",
-    "metadata_description": "method.metadata.description",
-    "metadata_license": "method.metadata.license",
-    "metadata_tags": "method.metadata.tags",
-    "metadata_title": "method.metadata.title",
-    "min_snr_gamma": "loss.weighting=min_snr loss.gamma",
-    "min_timestep": "noise.timestep_low",
-    "mixed_precision": "model.compute",
-    "network_alpha": "method.alpha",
-    "network_dim": "method.rank",
-    "network_train_unet_only": "method.train",
-    "noise_offset": "noise.offset",
-    "num_train_epochs": "schedule.epochs",
-    "optimizer": "optim",
-    "optimizer_type": "optim",
-    "output_dir": "hydra.run.dir",
-    "output_name": "name",
-    "pretrained_model_name_or_path": "model.path",
-    "sample_every_n_steps": "log.sample_every",
-    "sample_prompts": "log.prompts_file",
-    "save_every_n_epochs": "method.export_every",
-    "save_every_n_steps": "method.export_every",
-    "shuffle_caption": "data.shuffle_tags",
-    "snr_gamma": "loss.weighting=min_snr loss.gamma",
-    "train_batch_size": "data.batch_size",
-    "train_data_dir": "data.path",
-    "train_text_encoder": "method.train",
-    "unet_lr": "optim.lr",
-    "v_parameterization": "noise.prediction",
-}
-
-# What they have options for, and we write in other ways.
-_WRITTEN_ELSEWHERE = {
-    "lr_warmup_ratio": "schedule.warmup_steps=..., a number of steps",
-    "num_repeats": "'data.sources=[{path: ..., repeats: 2}]'",
-    "repeats": "'data.sources=[{path: ..., repeats: 2}]'",
-    "text_encoder_lr": "'method.rules=[{pattern: text_encoder, lr: 5e-5}]', "
-    "with 'method.train=[unet,text_encoder]'",
-    "warmup_ratio": "schedule.warmup_steps=..., a number of steps",
-}
 
 _FEW = 3  # choices, at most, that are named as having an option
 
@@ -119,9 +58,9 @@ def _exists(wrong: _WrongKey) -> str | None:
 
 
 def _of_another_trainer(wrong: _WrongKey) -> str | None:
-    if ours := _NAMES_ELSEWHERE.get(wrong.key) or _NAMES_ELSEWHERE.get(wrong.name):
+    if ours := elsewhere.NAMES.get(wrong.key) or elsewhere.NAMES.get(wrong.name):
         return f"there is no option {wrong.key!r}; it is called {ours!r} here"
-    if written := _WRITTEN_ELSEWHERE.get(wrong.name):
+    if written := elsewhere.WRITTEN.get(wrong.name):
         return f"there is no option {wrong.key!r}; write {written}"
     return None
 
