@@ -19,11 +19,11 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 392 && sizeof(Launch) 
                   sizeof(Hyper) == 176 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
-// Whether there are enough registers for eight blocks of adamw8bit without spills.
+// Whether the numbers of blocks below fit without spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kEightFit = false;
+constexpr bool kBlocksFit = false;
 #else
-constexpr bool kEightFit = true;
+constexpr bool kBlocksFit = true;
 #endif
 
 // Gradients and weights of a known dtype and rounding.  Elements are decoded on access: that takes
@@ -135,10 +135,10 @@ struct Kind : ByRow {
     // The least number of blocks of a multiprocessor, where using a few registers less makes room
     // for one more warp per scheduler: with 6 of these blocks a thread has 168, with 8 it has 128.
     static constexpr bool kAdams = is_same<RuleT, Adam> || is_same<RuleT, Adopt>;
-    static constexpr int kBlocks = !kPlain || !kAdams                    ? 1
-                                   : kStorage == kFactoredPair           ? 6
-                                   : kStorage == kCodedPair && kEightFit ? 8
-                                                                         : 1;
+    static constexpr int kBlocks = !kPlain || !kAdams || !kBlocksFit ? 1
+                                   : kStorage == kFactoredPair       ? 6
+                                   : kStorage == kCodedPair          ? 8
+                                                                     : 1;
     static constexpr bool factored_sign =
         is_same<FastT, FactoredSlot<true>> || is_same<SlowT, FactoredSlot<true>>;
     Grad grad;
