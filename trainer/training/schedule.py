@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from trainer.config import (
-    DecayConfig,
-    ScheduleConfig,
-    schema_of,
-)
+from trainer.config import DecayConfig, ScheduleConfig, schema_of
 from trainer.config import of_saved as of_saved_group
 from trainer.errors import UserError
 
