@@ -301,7 +301,7 @@ def averaging(h: SimpleNamespace, w: Tensor, g: Tensor, s: Moments, share: float
     of_x = beta1 * (1 - share)
     gap = (1 - share) * s["gap"] + of_x * h.rate * n
     u = (1 - of_x) * n + share / (h.rate + 1e-30) * s["gap"]
-    u = u - h.weight_decay * w  # which the caller adds
+    u = u - h.weight_decay * w  # by which the caller decays y
     return u, {"gap": torch.where(h.usable, gap, s["gap"]), "exp_avg_sq": v}
 
 

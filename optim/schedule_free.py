@@ -19,12 +19,8 @@ _PULLED = "an update also draws the weights towards their average, whatever the 
 
 
 class ScheduleFree(FusedOptimizer):
-    """What the optimizers below have in common: two sets of weights, and the gap between them.
-
-    While one trains, the weights are y, between the average x and a sequence z that AdamW steps
-    without momentum; `eval()` puts x into the model, to be evaluated or saved, and `train()` puts y
-    back (rounded to the weights' dtype).  z is not stored: the state is the gap y - z, which needs
-    less precision, and the second moment.
+    """What the optimizers below have in common: the gap y - z as a moment, and
+    `eval()` and `train()`, which put x or y into the model (`AdamWScheduleFree`).
     """
 
     refuses: ClassVar[dict[str, str]] = {
@@ -154,12 +150,14 @@ class ProdigyScheduleFree(DistanceAdapted, ScheduleFree):
     x, so that those from before d was found hardly count.  `eval()` and `train()` are
     `AdamWScheduleFree`'s; no schedule is needed, nor a warm-up.
 
-    d, a lower estimate of the distance to the solution, comes from how far y has moved, as the
-    gradients are taken at y.  z moves about twice as far, so `d_coef` is 2, where Prodigy has 1.
+    d is `d_coef` times a lower estimate of the distance to the solution, from how far y has moved,
+    as the gradients are taken at y.  z moves about twice as far, so `d_coef` is 2, where Prodigy
+    has 1.
 
     Args:
         params: parameters or parameter groups.
-        lr: multiplies d; leave it at 1.  Each group has its own, as in `Prodigy`.
+        lr: multiplies d; leave it at 1.  Each group has its own, as in `Prodigy`; at 0 only the
+            second moment goes on.
         betas: how far y is from z to x, and the decay of the average of the gradient's square.
         beta3: decay of the sums that d comes from; None is the square root of the second beta.
         d0: d before the first step, below any sensible one.
@@ -208,8 +206,9 @@ class ProdigyScheduleFree(DistanceAdapted, ScheduleFree):
 class ProdigyFactoredScheduleFree(ProdigyScheduleFree):
     """Schedule-Free Prodigy with its gap in 8-bit codes and its second moment as rank-1 factors.
 
-    State: 1.38 bytes a parameter for bf16 weights.  Its average is as precise as
-    `AdamW8bitScheduleFree`'s.  Arguments are `ProdigyScheduleFree`'s.
+    State: 1.38 bytes a parameter for bf16 weights.  After thousands of noisy steps its average is
+    several times less precise than `ProdigyScheduleFree`'s with storage="bf16" (4.36 bytes), whose
+    precision is fp32's.  Arguments are `ProdigyScheduleFree`'s.
 
     Sources: `ProdigyScheduleFree`'s; Park & Lee 2024 (SMMF, arXiv 2412.08894), Alg. 1-4.
     """

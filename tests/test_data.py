@@ -93,7 +93,7 @@ def test_an_empty_folder_and_a_folder_of_nothing_usable_are_refused(load, tmp_pa
     with pytest.raises(UserError, match="has no pictures"):
         load(path=str(empty))
     (empty / "x.png").write_bytes(b"")
-    with pytest.raises(UserError, match="none of 1 picture can be used"):
+    with pytest.raises(UserError, match="no picture of 1 can be used"):
         load(path=str(empty))
 
 
@@ -177,21 +177,20 @@ def test_pictures_of_two_sources_are_named_with_both(load, pictures, tmp_path, c
     shutil.copy(pictures / "red.png", pictures / "sub/red.png")
     (tmp_path / "alias").symlink_to(pictures)
     whole, part, alias = str(pictures), f"{pictures}/sub", f"{tmp_path}/alias"
-    for paths, says in (
-        (
-            [part, whole, part],
-            f"data: 1 picture is trained on twice, as parts of {part} and {part}",
-        ),
-        ([whole, part], None),  # what is in `part` is its own
-        ([part, alias], f"data: 1 picture is trained on twice, as parts of {part} and {alias}"),
-        ([whole, alias], f"data: 5 pictures are trained on twice, as parts of {whole} and {alias}"),
-        ([whole, whole], f"data: 5 pictures are trained on twice, as parts of {whole} and {whole}"),
-        ([whole], None),
+    for paths, count, both in (
+        ([part, whole, part], "1 picture is", (part, part)),
+        ([whole, part], "", ()),  # what is in `part` is its own
+        ([part, alias], "1 picture is", (part, alias)),
+        ([whole, alias], "5 pictures are", (whole, alias)),
+        ([whole, whole], "5 pictures are", (whole, whole)),
+        ([whole], "", ()),
     ):
         caplog.clear()
         load(path=None, sources=[SourceConfig(path=path) for path in paths])
         said = [line for line in caplog.messages if "trained on twice" in line]
-        assert [line.startswith(says) for line in said] == ([True] if says else [])
+        where = " and ".join(f"once in {path}" for path in both)
+        says = f"data: {count} trained on twice, {where}: "
+        assert [line.startswith(says) for line in said] == ([True] if both else [])
 
 
 def test_pictures_that_a_link_leads_to_again_are_named(load, pictures, caplog):

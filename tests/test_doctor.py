@@ -229,7 +229,7 @@ def test_only_so_many_names_are_shown(examine, pictures, folder):
         (["data=folder", "data.path=/nowhere"], "data.path=/nowhere is not a folder"),
         (["data.pth=/x"], "data.pth"),
         (["data=folder", "data.path={empty}"], "has no pictures"),
-        (["data=folder", "data.path={broken}"], "none of 1 picture can be used; "),
+        (["data=folder", "data.path={broken}"], "no picture of 1 can be used; "),
         (["data=folder", "data.path={captioned}"], "x.png: the file is empty"),
         (["data=folder", "data.path={shards}"], "has no pictures; "),
         (["data=folder", "data.path={shards}/0.tar"], "0.tar cannot be read as an uncompressed"),

@@ -22,7 +22,8 @@ def test_an_export_that_fails_leaves_a_summary(composed, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="no space"):
         run(composed(*QUICK), tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    way = f"resume from its newest checkpoint: resume={tmp_path / 'run'}/checkpoints/step-000004"
+    newest = tmp_path / "run/checkpoints/step-000004"
+    way = f"resume from the run's newest checkpoint: resume={newest}"
     assert (summary["steps"], summary["error"]) == (4, f"could not save: no space; {way}")
     assert summary["eval_loss_after"] > 0
 
@@ -51,7 +52,7 @@ def test_a_full_disk_at_the_end_names_the_checkpoint_to_resume_from(
     folder = tmp_path / "run"
     with pytest.raises(UserError) as ended:
         run(composed(*QUICK, *options), folder)
-    way = f"resume from its newest checkpoint: resume={folder}/checkpoints/step-00000{last}"
+    way = f"resume from the run's newest checkpoint: resume={folder}/checkpoints/step-00000{last}"
     assert str(ended.value) == f"No space left; {way}"
 
 

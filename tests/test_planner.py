@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from trainer import planner, run
-from trainer.checks.validate import to_dataclasses
-from trainer.cli import compose
 from trainer.config import remedies
 from trainer.errors import UserError
 from trainer.formats import architectures
@@ -37,12 +35,12 @@ def rehearsed(config, device_type="cpu"):
 
 def sdxl(*overrides):
     """A configuration of the published SDXL; its weights are not needed."""
-    return to_dataclasses(compose.composed(_completed(["model=sdxl", *overrides])))
+    return _completed(["model=sdxl", *overrides])[1]
 
 
 def test_what_a_plan_needs_no_place_for_is_assumed_and_what_is_given_stays():
-    assert _completed(["optim=lion"]) == ["optim=lion"]  # the demo ships its pictures
-    *assumed, model, given = _completed(["model=sdxl"])
+    assert _completed(["optim=lion"])[0] == ["optim=lion"]  # the demo ships its pictures
+    *assumed, model, given = _completed(["model=sdxl"])[0]
     assert ({*assumed}, given) == ({"data.path=.", "data=folder"}, "model=sdxl")
     assert model == f"model.path={architectures.folder('sdxl')}"
     assert sdxl("data.path=/tmp").data.path == "/tmp"

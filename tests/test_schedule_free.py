@@ -120,7 +120,7 @@ def test_the_rate_that_is_found_is_nearly_as_good_as_the_best(loss, steps):
 
 
 def convex(loss, steps, name, **options):
-    """The excess loss of the average, over the smallest possible."""
+    """The mean squared error of what the average predicts."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(64, generator=generator)
     scale = torch.logspace(0, -1, 64)
@@ -294,19 +294,26 @@ def test_weights_are_as_before_when_an_average_was_put_in_half_way():
 def test_eight_bits_cost_the_average_some_precision_and_bf16_none():
     """Regression with noisy gradients at a constant rate, where the average's error is mostly
     noise: what docs/optimizers.md says of long runs."""
-    errors = {storage: noisy(storage) for storage in ("fp32", "bf16", "8bit")}
+    errors = {
+        storage: noisy("adamw_schedulefree", lr=1e-2, storage=storage)
+        for storage in ("fp32", "bf16", "8bit")
+    }
     assert errors["bf16"] == pytest.approx(errors["fp32"], rel=0.05)
     assert 1.2 < errors["8bit"] / errors["fp32"] < 2
 
 
-def noisy(storage, steps=5000):
+def test_eight_bits_cost_more_at_the_rate_that_prodigy_finds():
+    exact, half = (noisy("prodigy_schedulefree", storage=x) for x in ("fp32", "bf16"))
+    assert half == pytest.approx(exact, rel=0.05)
+    assert 3 < noisy("prodigy_factored_schedulefree") / exact < 7
+
+
+def noisy(name, steps=5000, **options):
     """The average's squared error in the loss's metric."""
     generator = torch.Generator().manual_seed(0)
     scale, target = torch.logspace(0, -1, 64), torch.randn(32, 64, generator=generator) * 0.3
     param = torch.nn.Parameter(torch.zeros_like(target))
-    optimizer = optim.build(
-        "adamw_schedulefree", [param], lr=1e-2, weight_decay=0.0, storage=storage
-    )
+    optimizer = optim.build(name, [param], weight_decay=0.0, **options)
     for _ in range(steps):
         x = torch.randn(4, 64, generator=generator) * scale
         noise = torch.randn(4, 32, generator=generator) * 0.5

@@ -36,7 +36,8 @@ import sys
 
 from trainer.system import signals
 
-if sys.argv[:1] == ["-m"]:  # what Python has there while it looks for the module of `python -m`
+# "-m" is what Python has there while it looks for the module of `python -m`.
+if sys.argv[:1] == ["-m"] and any(x.split(".")[0] == "trainer" for x in sys.orig_argv):
     # Commands import for seconds, and have nothing to finish then.
     signal.signal(signal.SIGINT, signals.leave_at_once)
 

@@ -124,8 +124,7 @@ def examine(
     if not surveyed.usable and not surveyed.undecodable:
         why = dict.fromkeys(surveyed.uncaptioned, "no caption") | surveyed.unreadable
         name = next(reversed(why))
-        many = plural(surveyed.count, "picture")
-        raise UserError(f"none of {many} can be used; {name}: {why[name]}")
+        raise UserError(f"no picture of {surveyed.count} can be used; {name}: {why[name]}")
     made = dataset.build(surveyed.usable, config.data)
     print(f"{plural(surveyed.count, 'picture')}, {len(surveyed.usable)} of them usable")
     for line in findings.of_sources(surveyed, config.data):

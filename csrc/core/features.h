@@ -93,7 +93,7 @@ struct Rule {
     static constexpr bool kCounts = true;        // whether it is a step: Tensor::step counts it
     static constexpr uint32_t kPlainLoops = 0;   // Storages whose plain steps have a loop
     static constexpr int64_t kOwnFlags = 0;      // flags that only this rule has
-    static constexpr bool kModified = true;      // whether its update is limited or aligned
+    static constexpr bool kModified = true;      // whether its update may be limited or aligned
     static constexpr bool kSlowStored = true;    // otherwise apply() only reads it
     static constexpr bool kSquareStored = true;  // the same
     static constexpr bool kSquareFirst = false;  // its factors are updated before the update

@@ -19,7 +19,7 @@ static_assert(sizeof(Options) == 160 && sizeof(Tensor) == 392 && sizeof(Launch) 
                   sizeof(Hyper) == 176 && sizeof(TileSums) == 64,
               "optim/plan.py has other structs");
 
-// Whether the numbers of blocks below fit without spills.
+// Whether Kind::kBlocks leaves the factored kernels and adamw8bit's enough registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kBlocksFit = false;
 #else

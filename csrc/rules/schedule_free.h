@@ -43,7 +43,7 @@ struct ScheduleFree : Rule {
         return fma(F(h.pull), gap, n * h.step_weight);
     }
 
-    static constexpr double kLeastRate = 1e-20;  // below it share / lr may have no fp32
+    static constexpr double kLeastRate = 1e-20;  // below it the 1e-30 above would count
 };
 
 // Its rate is Prodigy's, and each z weighs the square of its rate in x.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from trainer.config.files import values_of
+from trainer.config.files import choices_of, values_of
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,12 @@ def of_saved(
 
 def with_usual(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     """A group of a saved configuration, with the values in `conf/` of options that it does not have
-    yet.  Raises KeyError for a group without its choice."""
+    yet.  Raises KeyError for a group without its choice, or with one that there
+    is no longer."""
     if group not in _BASIC and "name" not in saved:
         raise KeyError(f"{group}.name")
     choice = _BASIC.get(group) or saved["name"]
+    if choice not in choices_of(group):
+        raise KeyError(f"{group}={choice}")
     usual = values_of(group, choice)
     return dict(saved) | {name: usual[name] for name in usual if name not in saved}

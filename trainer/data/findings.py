@@ -46,8 +46,8 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
         )
     if not surveyed.usable:
         raise UserError(
-            f"data.path={_where(config)}: none of {plural(surveyed.count, 'picture')} can be used; "
-            "see the warnings above"
+            f"data.path={_where(config)}: no picture of {surveyed.count} can be used; see the "
+            "warnings above"
         )
 
 

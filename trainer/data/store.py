@@ -86,7 +86,7 @@ class Store:
                     self._put(entries, key, entry, len(missing))
         count = len(set(entries.keys.values()))
         mirrored = len({entries.keys[i] for i, sample in enumerate(samples) if sample.mirrored})
-        what = f"pictures ({mirrored} of {count} are mirror images)" if mirrored else "pictures"
+        what = f"pictures (mirror images: {mirrored} of {count})" if mirrored else "pictures"
         self._report(what, count, len(missing))
         return entries
 

@@ -99,7 +99,8 @@ def _listed(
             signals.end_if(stop, "looking for pictures")
             if earlier := repeated.source(item.path, source):
                 message = (
-                    f"pictures are trained on twice, as parts of {earlier.path} and {source.path}"
+                    f"pictures are trained on twice, once in {earlier.path} and once in "
+                    f"{source.path}"
                     if earlier is not source
                     else (
                         "pictures are found by several paths (links), and trained on once for each"

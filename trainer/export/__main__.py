@@ -28,8 +28,7 @@ Examples:
   python -m trainer.export runs/2026-01-01/12-00-00-cats cats.safetensors --extract
   python -m trainer.export cats.safetensors small.safetensors --rank 8
 Exit status: 0, the target is written and verified; 1, an internal error; 2, the command, the source
-or the target is wrong, and nothing is written; 130, stopped by Ctrl-C, and nothing is
-written.
+or the target is wrong; 130, stopped by Ctrl-C; in both cases nothing is written.
 """
 
 

@@ -31,7 +31,7 @@ _CALLED = {  # optimizer_args -> ours
     "use_orthograd": "orthograd",
 }
 # optimizer_args that need not be said
-_ALWAYS = {"decouple": True, "bias_correction": True, "split_groups": False}
+_ALWAYS = {"decouple": True, "bias_correction": False, "split_groups": False}
 _DECAYING = ("adamw", "adamw8bit")  # theirs decay weights by 0.01 unless told otherwise
 _SCHEDULES = {
     "constant": "constant",
@@ -62,7 +62,7 @@ def optimizer(given: Given, made: Translation) -> None:
     options = {**options}
     if name == "prodigy_schedulefree":
         if not arguments.pop("use_schedulefree", True):
-            name, options = "prodigy", {}
+            name = "prodigy"
         elif "d_coef" in arguments:  # 1 there is 2 here, the defaults
             arguments["d_coef"] = 2 * number("d_coef", arguments["d_coef"])
     if name == "adafactor8bit":
@@ -90,8 +90,8 @@ def length(given: Given, made: Translation) -> None:
     """The length of the run, and the rate along it."""
     epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
     kind = str(given.take("lr_scheduler", "constant"))
-    if {"optim=adamw_schedulefree", "optim=prodigy_schedulefree"} & {*made.overrides}:
-        kind = "constant"  # as theirs: the weights are averaged instead
+    if str(given.take("optimizer_type") or "").lower().endswith("schedulefree"):
+        kind = "constant"  # as theirs, which judge by the name: the weights are averaged instead
     if (replaced := given.take("lr_scheduler_type")) is not None:  # by a class
         kind = str(replaced)
         given.take("lr_scheduler_args")

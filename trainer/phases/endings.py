@@ -15,7 +15,7 @@ from trainer.storage.steps import completed, step_of
 from trainer.system import processes, signals
 from trainer.training import method
 from trainer.training.guard import broken
-from trainer.wording import counted, plural
+from trainer.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def unusable(state: State, loss: float) -> UserError:
 def resumable(state: State, error: Exception) -> UserError:
     """The error of a run that could not write a file, with the newest checkpoint, if it has any."""
     every, way = completed(state.checkpoints), ""
-    if every:
-        way = f"; resume from its newest checkpoint: {resuming.as_argument(every[-1])}"
+    if every and not _broken_weights(state):  # which the same steps would break again
+        way = f"; resume from the run's newest checkpoint: {resuming.as_argument(every[-1])}"
     return UserError(f"{error}{way}")
 
 
@@ -118,7 +118,7 @@ def _broken_weights(state: State) -> str | None:
     names = broken(method.trained_parameters(state.model))
     if not names:
         return None
-    others = f" and {counted(len(names) - 1, 'others are')}" if len(names) > 1 else " is"
+    others = f" and {plural(len(names) - 1, 'other')} are" if len(names) > 1 else " is"
     last = state.guard.last_update
     return f"{names[0]}{others} not finite{f' since step {last}' if last else ''}"
 

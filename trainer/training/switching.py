@@ -17,8 +17,8 @@ def switches(optimizer: object, options: Mapping[str, Any] | None = None) -> boo
 
     prodigy-plus-schedule-free has one with use_schedulefree=False, and the same methods.
     """
-    chosen = [options or {}, *getattr(optimizer, "param_groups", [])]
-    if any(not each.get("use_schedulefree", True) for each in chosen):
+    chosen = getattr(optimizer, "param_groups", None) or [options or {}]
+    if not any(each.get("use_schedulefree", True) for each in chosen):
         return False
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
