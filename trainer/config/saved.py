@@ -40,8 +40,7 @@ def of_saved(
 
 def with_usual(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     """A group of a saved configuration, with the values in `conf/` of options that it does not have
-    yet.  Raises KeyError for a group without its choice, or with one that there
-    is no longer."""
+    yet.  Raises KeyError for a group without its choice, or with one that there is no longer."""
     if group not in _BASIC and "name" not in saved:
         raise KeyError(f"{group}.name")
     choice = _BASIC.get(group) or saved["name"]

@@ -1,6 +1,7 @@
 """`schedule=`: the length of a run, and the learning rate along it, in optimizer steps."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,20 +28,20 @@ class ConstantConfig(ScheduleConfig):
 
 
 @dataclass(kw_only=True)
-class DecayConfig(ScheduleConfig):
+class DecayConfig(ScheduleConfig, ABC):
     """Warm up, stay at the peak, then decay until the end."""
 
     begins: ClassVar[str]  # the option that says when the decay begins
     final_scale: float = within(0, 1)  #: share of the peak that the rate decays to
 
+    @abstractmethod
     def start(self) -> float:
         """The share of the run before the decay."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remaining(self, done: float) -> float:
         """The share of the decay's height that is left, from 1 to 0, after a share `done` of its
         steps."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)

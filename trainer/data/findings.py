@@ -29,8 +29,11 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
     if surveyed.uncaptioned:
         extensions = " or ".join(endings(config))
         names = surveyed.uncaptioned
-        lack = f"pictures have no {extensions} file next to them, and no caption in metadata or a"
-        message = f"{counted(len(names), f'{lack} table')}: {some(names)}"
+        what = (
+            f"pictures have no {extensions} file next to them, and no caption in metadata or a "
+            "table"
+        )
+        message = f"{counted(len(names), what)}: {some(names)}"
         if config.on_missing_caption == "error":
             raise UserError(f"{message}; write them, or set data.on_missing_caption=empty or skip")
         skipped = config.on_missing_caption == "skip"
