@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optim
-from trainer.config import AdapterConfig, Config, FullConfig
+from trainer.config import AdapterConfig, Config, FullConfig, finds_rate
 
 _STORAGES = ("fp32", "bf16", "8bit", "factored")  # of an optimizer's state, the largest first
 _LEAST_RESOLUTION = 512  # lower ones are not suggested
@@ -71,7 +71,9 @@ def _all(config: Config) -> Iterator[Remedy]:
             what="which processes fewer pictures at a time",
         )
     if smaller := _smaller(config.optim.name):
-        yield Remedy(overrides=(f"optim={smaller}",), what="which has a smaller state")
+        is_factored = _stored(smaller)[0] == "factored"
+        rate = ", and another best rate" if is_factored and not finds_rate(smaller) else ""
+        yield Remedy(overrides=(f"optim={smaller}",), what=f"which has a smaller state{rate}")
     if isinstance(method, AdapterConfig) and method.rank > 16:
         yield Remedy(overrides=("method.rank=16",), what="which trains fewer weights")
     if config.optim.name not in _SMALL_STATE:
