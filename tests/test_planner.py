@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -292,16 +294,18 @@ def test_without_a_model_or_pictures_the_published_architecture_is_planned():
     assert config.data.resolution == 1024
 
 
-def test_a_large_model_is_planned_before_it_is_loaded(composed, monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(memory, "LARGE_BYTES", 1)
-    config = composed(*QUIET, "experiment=smoke")
-    with caplog.at_level("INFO"):
-        run.run(config, tmp_path / "a")
-    assert "memory: fits: a run needs" in (tmp_path / "a" / "train.log").read_text()
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert summary["planned_training_bytes"] == pytest.approx(
-        summary["peak_training_bytes"], rel=0.5
+def test_a_large_model_is_planned_before_it_is_loaded(tmp_path):
+    program = "from trainer import __main__; from trainer.system import memory; "
+    program += "memory.LARGE_BYTES = 1; __main__.main()"
+    # A process of its own, as a run has: what other tests left to this one would be planned too.
+    subprocess.run(
+        [sys.executable, "-c", program, *QUIET, "experiment=smoke", f"hydra.run.dir={tmp_path}"],
+        check=True,
     )
+    assert "memory: fits: a run needs" in (tmp_path / "train.log").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    planned, measured = summary["planned_training_bytes"], summary["peak_training_bytes"]
+    assert planned == pytest.approx(measured, rel=0.3)
 
 
 def test_what_does_not_fit_is_told_before_it_is_loaded(composed, monkeypatch, caplog):
