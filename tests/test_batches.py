@@ -32,7 +32,7 @@ def data():
     ]
     return Encoded(
         dataset=Dataset(
-            samples=samples, mirrors={}, plan=None, config=SimpleNamespace(caption_dropout=0.0)
+            samples=samples, views={}, plan=None, config=SimpleNamespace(caption_dropout=0.0)
         ),
         latents=Entries(
             keys={i: str(i) for i in range(5)},

@@ -14,6 +14,7 @@ from PIL import Image
 
 from trainer.config import SourceConfig
 from trainer.data import captions
+from trainer.data.buckets import covering
 from trainer.errors import UserError
 
 
@@ -302,16 +303,72 @@ def test_held_out_pictures_are_in_no_batch_whatever_their_source(load, pictures,
         load(holdout=4)
 
 
+def test_crops_are_spread_from_edge_to_edge_with_their_own_size_conditioning(load, pictures):
+    gradient = Image.linear_gradient("L").resize((70, 100)).rotate(90, expand=True)  # 100 x 70
+    gradient.convert("RGB").save(pictures / "blue.png")
+    plain, cropped = load(), load(crops=3)
+    blue, *views = [cropped.samples[row] for row in (0, *cropped.views[0])]
+    assert [view.time_ids[2:4] for view in views] == [(0, 0), (0, 13), (0, 27)]
+    assert [view.fit.place for view in views] == [0.0, 0.5, 1.0]
+    assert views[1] is blue
+    means = [view.read_pixels().mean() for view in views]
+    assert means == sorted(means) or means[::-1] == sorted(means)
+    assert means[0] + means[2] - 2 * means[1] == pytest.approx(0, abs=0.02)
+    assert torch.equal(blue.read_pixels(), plain.samples[0].read_pixels())
+    drawn = Counter(pick.sample for n in range(3000) for pick in cropped.batch(0, n))
+    assert drawn.keys() == {row for rows in cropped.views.values() for row in rows}
+    assert [drawn[row] / drawn[0] for row in cropped.views[0]] == pytest.approx([1] * 3, rel=0.2)
+    assert cropped.fingerprint != plain.fingerprint
+
+
+def test_an_even_number_of_crops_leaves_out_the_centre_except_where_it_is_evaluated(load):
+    cropped = load(crops=2)
+    assert cropped.own == [0, 1, 2, 3]
+    assert not {0, 1, 2, 3} & {row for rows in cropped.views.values() for row in rows}
+
+
+@pytest.mark.parametrize(("excess", "places"), [(0, [0.5]), (7, [0.5]), (8, [0, 1]), (40, 5)])
+def test_crops_are_at_least_a_cell_of_the_latent_apart(excess, places):
+    of_five = [0, 0.25, 0.5, 0.75, 1]
+    tall = covering((64 + excess, 64), (64, 64))
+    assert tall.places(5) == (of_five if places == 5 else places)
+    assert tall.places(1) == [0.5]
+
+
+def test_crops_that_no_picture_has_are_told(load, caplog):
+    load(crops=3, buckets=True, bucket_step=8)
+    assert "data.crops=3 has no effect" not in caplog.text
+    load(crops=3, max_unreadable=4, resolution=8)
+    assert "data.crops=3 has no effect: no crop cuts off 8 pixels or more" in caplog.text
+
+
+def test_the_mirror_image_of_a_crop_is_conditioned_on_its_own_place(load):
+    both = load(crops=3, random_flip=True)
+    views = [both.samples[row] for row in both.views[0]]
+    assert [(v.mirrored, v.time_ids[3]) for v in views] == [
+        *((True, 27), (True, 14), (True, 0)),
+        *((False, 0), (False, 13), (False, 27)),
+    ]
+    for mirrored, plain in zip(views[:3], views[3:], strict=True):
+        assert torch.equal(mirrored.read_pixels(), plain.read_pixels().flip(-1))
+
+
+def mirrors_of(dataset):
+    """{a sample: its mirror image} with `random_flip`."""
+    return {row: mirror for row, (mirror, same) in dataset.views.items() if same == row}
+
+
 def test_a_random_flip_trains_on_the_mirror_image_half_of_the_time(load):
     plain, flipping = load(), load(random_flip=True)
-    assert not plain.mirrors
+    assert plain.views == {row: [row] for row in range(4)}
+    mirrors = mirrors_of(flipping)
     for row in range(4):
-        mirror = flipping.samples[flipping.mirrors[row]]
+        mirror = flipping.samples[mirrors[row]]
         assert torch.equal(mirror.read_pixels(), plain.samples[row].read_pixels().flip(-1))
         assert mirror.captions == plain.samples[row].captions
     drawn = [pick.sample for n in range(2000) for pick in flipping.batch(0, n)]
     of_plain = [pick.sample for n in range(2000) for pick in plain.batch(0, n)]
-    original = {mirror: row for row, mirror in flipping.mirrors.items()}
+    original = {mirror: row for row, mirror in mirrors.items()}
     assert [original.get(row, row) for row in drawn] == of_plain
     assert sum(row in original for row in drawn) / len(drawn) == pytest.approx(0.5, abs=0.05)
     assert flipping.fingerprint != plain.fingerprint
@@ -320,7 +377,7 @@ def test_a_random_flip_trains_on_the_mirror_image_half_of_the_time(load):
 def test_mirror_images_are_neither_drawn_nor_evaluated_nor_held_out(load):
     flipping = load(random_flip=True, holdout=1)
     assert len(flipping.samples) == 4 + 3
-    assert flipping.own == flipping.shown == sorted(flipping.mirrors)
+    assert flipping.own == flipping.shown == sorted(flipping.views)
     assert not any(flipping.samples[i].mirrored for i in flipping.held_out)
     assert flipping.plan.pictures_per_epoch == 3
 
@@ -330,7 +387,7 @@ def test_the_mask_of_a_mirror_image_is_mirrored(load, pictures):
     half.paste((0, 0, 0, 0), (0, 0, 32, 64))
     half.save(pictures / "red.png")
     flipping = load(random_flip=True, mask="alpha")
-    (row,) = (i for i in flipping.mirrors if flipping.samples[i].name.endswith("red.png"))
+    (row,) = (i for i in flipping.views if flipping.samples[i].name.endswith("red.png"))
     mask = flipping.samples[row].read_mask()
     assert mask[0, 0, 0] == 0
-    assert torch.equal(flipping.samples[flipping.mirrors[row]].read_mask(), mask.flip(-1))
+    assert torch.equal(flipping.samples[mirrors_of(flipping)[row]].read_mask(), mask.flip(-1))

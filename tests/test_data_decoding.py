@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageCms
 
 from trainer.data import decoding
+from trainer.data.buckets import covering
 from trainer.errors import UserError
 
 LIMIT = 1_000_000
@@ -195,13 +196,13 @@ def test_a_kind_of_picture_that_cannot_be_read_is_named(load, pictures, caplog):
 def test_pixels_are_the_centre_antialiased():
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
-    square = decoding.pixels(wide, (64, 64))[2]
+    square = decoding.pixels(wide, covering((100, 300), (64, 64)))[2]
     assert (square[:, 4:-4] == 1).all()
     assert square.min() > 0.9  # the filter blends edges with their neighbours
     stripes = Image.fromarray(np.tile(np.array([0, 255], dtype="uint8"), (256, 128)))
-    shrunk = decoding.pixels(stripes.convert("RGB"), (32, 32))
+    shrunk = decoding.pixels(stripes.convert("RGB"), covering((256, 256), (32, 32)))
     assert shrunk.abs().max() < 0.05
-    assert decoding.pixels(wide, (64, 128)).shape == (3, 64, 128)
+    assert decoding.pixels(wide, covering((100, 300), (64, 128))).shape == (3, 64, 128)
 
 
 def test_the_alpha_channel_can_be_the_mask(load, pictures, tmp_path, caplog):

@@ -68,6 +68,7 @@ CHANGES = {
     "batch size": (None, {"batch_size": 7}, 0),
     "time_ids": (None, {"time_ids": "bucket"}, 0),
     "mirror images": (None, {"random_flip": True}, 4),
+    "crops": (None, {"crops": 3}, 8),  # besides the central ones, of 9 to 37 pixels
 }
 
 

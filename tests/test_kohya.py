@@ -160,6 +160,7 @@ CASES = [  # (options, what comes of them, a word of the notes)
     ([*LORA, "--noise_offset=0.05", "--flip_aug", "--v_parameterization", "--zero_terminal_snr"],
      {"noise.offset=0.05", "data.random_flip=true", "noise.prediction=v_prediction",
       "noise.zero_terminal_snr=true"}, ""),
+    ([*LORA, "--random_crop", "--color_aug"], {"data.crops=5"}, "color_aug: pictures are encoded"),
     ([*LORA, "--flow_model", "--flow_use_ot", "--flow_timestep_distribution=logit_normal",
       "--flow_logit_mean=-0.2", "--flow_logit_std=1.5", "--flow_uniform_static_ratio=2.5"],
      {"noise=flow_matching", "noise.logit_mean=-0.2",

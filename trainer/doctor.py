@@ -169,7 +169,7 @@ def _caption_problems(model: "Model", made: dataset.Dataset) -> dict[str, list[s
 def _draw(made: dataset.Dataset, path: Path) -> str:
     """Draw pictures from all parts of the data, cropped and scaled as a run would see them, with
     their captions; -> a line about it."""
-    samples = [sample for sample in made.samples if not sample.mirrored]
+    samples = [sample for sample in made.samples if sample.is_central]
     every = -(-len(samples) // _SHEET)
     chosen = samples[::every]
     drawn = [pictures.of_pixels(sample.read_pixels()) for sample in chosen]
@@ -183,8 +183,8 @@ def _cache_line(model: "Model", made: dataset.Dataset) -> str:
     captions, samples, config = [None, *made.all_captions()], made.samples, made.config
     if config.cache is None:
         count = len({s.pixels_key for s in samples})
-        turned = len({s.pixels_key for s in samples if s.mirrored})
-        of_them = f" ({turned} of them mirror images)" if turned else ""
+        others = len({s.pixels_key for s in samples if not s.is_central})
+        of_them = f" ({others} of them other crops or mirror images)" if others else ""
         return (
             f"no cache (data.cache=null): every run encodes {plural(count, 'picture')}{of_them} "
             f"and {plural(len(captions), 'caption')}"

@@ -16,7 +16,7 @@ class Stream(IntEnum):
     LAYER_DROPOUT = 7  # of activations, where layers have it
     CAPTION = 20  # which of a picture's captions
     VARIANT = 21  # order and choice of a caption's tags; no seed goes with it
-    FLIP = 22  # a picture or its mirror image
+    VIEW = 22  # which crop of a picture, or its mirror image
     OFFSET = 30  # a channel's shift of its noise
     PYRAMID = 31  # coarser levels of noise
     PERTURBATION = 32  # extra noise on the input only

@@ -32,6 +32,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "zero_terminal_snr": ("noise.zero_terminal_snr", True),
     "shuffle_caption": ("data.shuffle_tags", True),
     "flip_aug": ("data.random_flip", True),
+    "random_crop": ("data.crops", 5),
     "alpha_mask": ("data.mask", "alpha"),
     "debiased_estimation_loss": ("loss.weighting", "debiased"),
     "torch_compile": ("runtime.compile", "regional"),

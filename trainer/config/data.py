@@ -68,6 +68,9 @@ class DataConfig:
     #: Enlarge pictures that are smaller than their bucket; false: such a picture goes to a bucket
     #: of its own size, down to the step.
     upscale: bool
+    #: Train on this many crops of a picture that does not have its bucket's shape, spread evenly
+    #: from one edge to the other and drawn at random; 1: the central one.  All are encoded.
+    crops: int = within(1, 64)
     #: Train on a picture's mirror image half of the time; both are encoded.
     random_flip: bool
     background: str  #: behind transparent pixels: a colour's name, or #rrggbb

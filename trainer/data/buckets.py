@@ -8,6 +8,7 @@ from trainer.config import DataConfig
 from trainer.errors import UserError
 
 Size = tuple[int, int]  # height, width, in pixels
+LATENT_SCALE = 8  # of the VAEs: pixels to a cell of the latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,26 @@ class Fit:
 
     bucket: Size
     resized: Size
-    crop: tuple[int, int]  # top, left
     undersized: bool  # the picture is smaller than a bucket of its shape
+    place: float = 0.5  # of the crop: 0 is the top or left edge, 1 the bottom or right one
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Its top and left, in pixels of the resized picture."""
+        top, left = (int(excess * self.place) for excess in self._excess)
+        return top, left
+
+    @property
+    def _excess(self) -> Size:
+        """Rows and columns that the crop cuts off."""
+        (height, width), (rows, cols) = self.resized, self.bucket
+        return height - rows, width - cols
+
+    def places(self, count: int) -> list[float]:
+        """Up to `count` places from one edge to the other, at least a cell of the latent apart; of
+        a single one, the centre."""
+        count = min(count, max(self._excess) // LATENT_SCALE + 1)
+        return [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
 
     @property
     def lost(self) -> float:
@@ -39,14 +58,16 @@ def sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
 
 
 def check(config: DataConfig) -> None:
-    """Raise UserError for sizes that the VAE, whose scale is 8, or the buckets do not allow."""
-    if config.bucket_step % 8:
-        raise UserError(f"data.bucket_step={config.bucket_step} is not a multiple of 8")
+    """Raise UserError for sizes that the VAE or the buckets do not allow."""
+    scale = LATENT_SCALE
+    if config.bucket_step % scale:
+        raise UserError(f"data.bucket_step={config.bucket_step} is not a multiple of {scale}")
     sides = [(f"data.resolution={config.resolution}", config.resolution)]
     sides += [(f"data.resolutions={config.resolutions}: {s}", s) for s in config.resolutions]
     for option, side in sides:
-        if side % 8:
-            raise UserError(f"{option} is not a multiple of 8; {side // 8 * 8} is")
+        if side % scale:
+            multiple = side // scale * scale
+            raise UserError(f"{option} is not a multiple of {scale}; {multiple} is")
         if config.buckets and side < config.bucket_step:
             raise UserError(
                 f"{option} is less than data.bucket_step={config.bucket_step}; "
@@ -79,8 +100,7 @@ def covering(size: Size, bucket: Size) -> Fit:
     """Resize so that the picture just covers the bucket, and crop its centre."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     height, width = (max(b, round(s * scale)) for b, s in zip(bucket, size, strict=True))
-    crop = ((height - bucket[0]) // 2, (width - bucket[1]) // 2)
-    return Fit(bucket=bucket, resized=(height, width), crop=crop, undersized=scale > 1)
+    return Fit(bucket=bucket, resized=(height, width), undersized=scale > 1)
 
 
 def _largest_covered(size: Size, resolution: int, config: DataConfig) -> Size:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from optim import rng
@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Dataset:
-    """All samples, one resolution after another, each with its regularisation pictures last; mirror
-    images follow at the end."""
+    """All samples, one resolution after another, each with its regularisation pictures last; other
+    crops and mirror images, which are only trained on, follow at the end."""
 
     samples: list[Sample]
-    mirrors: dict[int, int]  # trained sample -> its mirror image; {} without `random_flip`
-    plan: Plan  # of the samples that are not mirrored
+    views: dict[int, list[int]]  # trained sample -> those of which a step draws one in its place
+    plan: Plan  # of central crops
     config: DataConfig
 
     @property
     def own(self) -> list[int]:
-        """The samples for eval points and generated pictures: all trained ones except mirror images
-        and those of `prior` sources.  If all sources are `prior`, theirs are used."""
+        """The samples for eval points and generated pictures: the central crop of all trained ones
+        except those of `prior` sources.  If all sources are `prior`, theirs are used."""
         samples = enumerate(self.samples)
-        trained = [i for i, sample in samples if not (sample.held_out or sample.mirrored)]
+        trained = [i for i, sample in samples if sample.is_central and not sample.held_out]
         return [i for i in trained if not self.samples[i].prior] or trained
 
     @property
@@ -66,17 +66,16 @@ class Dataset:
         bucket.  A bucket's last batch may be smaller than `batch_size`."""
         return [
             Pick(
-                sample=self._mirrored_or_not(index, seed, number, position),
+                sample=self._view(index, seed, number, position),
                 caption=self.caption(index, seed, number, position),
             )
             for position, index in enumerate(self.plan.batch(seed, number))
         ]
 
-    def _mirrored_or_not(self, index: int, seed: int, number: int, position: int) -> int:
-        """This sample or, half of the time, its mirror image if it has one."""
-        if index in self.mirrors and rng.uniform(seed, Stream.FLIP, number, position) < 0.5:
-            return self.mirrors[index]
-        return index
+    def _view(self, index: int, seed: int, number: int, position: int) -> int:
+        """One of a sample's views, all equally likely."""
+        views = self.views[index]
+        return views[int(rng.uniform(seed, Stream.VIEW, number, position) * len(views))]
 
     def all_captions(self) -> list[str]:
         """Every distinct caption that a batch or an eval point may use."""
@@ -148,22 +147,18 @@ def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
                     indexes += [len(samples)] * picture.source.repeats
                 samples.append(sample)
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
-    trained = [i for i, sample in enumerate(samples) if not sample.held_out]
-    to_mirror = trained if config.random_flip else []
-    mirrors = {original: len(samples) + offset for offset, original in enumerate(to_mirror)}
-    samples += [replace(samples[original], mirrored=True) for original in to_mirror]
-    return Dataset(samples=samples, mirrors=mirrors, plan=plan, config=config)
+    views: dict[int, list[int]] = {}
+    for index, sample in enumerate(list(samples)):
+        if not sample.held_out:
+            views[index] = []
+            for view in sample.views():
+                views[index].append(index if view.is_central else len(samples))
+                samples += [] if view.is_central else [view]
+    return Dataset(samples=samples, views=views, plan=plan, config=config)
 
 
 def _sample(picture: UsablePicture, index: int, config: DataConfig, is_held_out: bool) -> Sample:
-    fitted, frame = picture.fits[index], not picture.source.prior
-    target = fitted.bucket
-    first, crop = {
-        "original": (picture.size, fitted.crop),
-        "resized": (fitted.resized, fitted.crop),
-        "bucket": (target, (0, 0)),
-    }[config.time_ids]
-    first_caption = picture.captions[0]
+    first_caption, frame = picture.captions[0], not picture.source.prior
     return Sample(
         item=picture.item,
         source=Path(picture.source.path).expanduser().resolve().name,
@@ -177,8 +172,7 @@ def _sample(picture: UsablePicture, index: int, config: DataConfig, is_held_out:
             for variant in captions.variants(text, config, frame)
         ),
         size=picture.size,
-        fit=fitted,
-        time_ids=(*first, *crop, *target),
+        fit=picture.fits[index],
         loss_weight=picture.source.weight * picture.item.weight,
         prior=picture.source.prior,
         held_out=is_held_out,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from trainer.data.buckets import Size
+from trainer.data.buckets import Fit, Size
 
 Image.MAX_IMAGE_PIXELS = None  # `decode` enforces data.max_pixels instead
 
@@ -73,15 +73,15 @@ def decode(content: bytes, max_pixels: int, background: str = "white") -> Pictur
     return Picture(rgb=rgb, alpha=alpha, notes=notes)
 
 
-def pixels(rgb: Image.Image, bucket: Size) -> Tensor:
-    """The centre of a picture, resized to a bucket: -> fp32 (3, h, w) in [-1, 1]."""
-    resized = _centre(rgb, bucket, Image.Resampling.LANCZOS)
+def pixels(rgb: Image.Image, fit: Fit) -> Tensor:
+    """A picture, cropped and resized to its bucket: -> fp32 (3, h, w) in [-1, 1]."""
+    resized = _cropped(rgb, fit, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def mask(grey: Image.Image, bucket: Size) -> Tensor:
+def mask(grey: Image.Image, fit: Fit) -> Tensor:
     """A mask, cropped and resized like its picture: -> fp32 (1, h, w) in [0, 1]."""
-    resized = _centre(grey.convert("L"), bucket, Image.Resampling.BOX)  # no overshoot
+    resized = _cropped(grey.convert("L"), fit, Image.Resampling.BOX)  # no overshoot
     return torch.from_numpy(np.array(resized, dtype=np.float32))[None] / 255
 
 
@@ -104,14 +104,15 @@ def is_black(grey: Image.Image) -> bool:
     return grey.getextrema() == (0, 0)
 
 
-def _centre(image: Image.Image, bucket: Size, how: Image.Resampling) -> Image.Image:
-    """Resize the largest central crop of the bucket's aspect ratio to the bucket, antialiased."""
+def _cropped(image: Image.Image, fit: Fit, how: Image.Resampling) -> Image.Image:
+    """Resize the largest crop of the bucket's aspect ratio to the bucket, antialiased."""
+    bucket = fit.bucket
     if image.width * bucket[0] >= image.height * bucket[1]:
         height: float = image.height
         width: float = image.height * bucket[1] / bucket[0]
     else:
         height, width = image.width * bucket[0] / bucket[1], image.width
-    left, top = (image.width - width) / 2, (image.height - height) / 2
+    left, top = (image.width - width) * fit.place, (image.height - height) * fit.place
     box = (left, top, left + width, top + height)
     return image.resize((bucket[1], bucket[0]), how, box=box)
 

@@ -2,10 +2,11 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from trainer.config import DataConfig
 from trainer.data import captions
+from trainer.data.buckets import LATENT_SCALE
 from trainer.data.plan import Plan
 from trainer.data.survey import Survey, UsablePicture, all_sources, endings
 from trainer.errors import UserError
@@ -78,14 +79,25 @@ def report(surveyed: Survey, config: DataConfig) -> None:
     )
     for line in of_sources(surveyed, config):
         log.info("%s", line)
+    for line in _without_effect(surveyed, config):
+        log.warning("%s", line)
+
+
+def _without_effect(surveyed: Survey, config: DataConfig) -> Iterator[str]:
+    """A line for each option that these pictures and captions give no work."""
     mark, texts = config.keep_separator, {t for p in surveyed.usable for t in p.captions}
     if mark and not any(mark in text for text in texts):
-        log.warning("data.keep_separator=%s has no effect: no caption contains it", mark)
+        yield f"data.keep_separator={mark} has no effect: no caption contains it"
     if config.shuffle_tags and all(len(captions.free_tags(t, config)) < 2 for t in texts):
-        log.warning(
+        yield (
             "data.shuffle_tags=true has no effect: no caption has two tags that may move, with "
-            "data.tag_separator=%s between them",
-            config.tag_separator,
+            f"data.tag_separator={config.tag_separator} between them"
+        )
+    fits = [fit for picture in surveyed.usable for fit in picture.fits]
+    if config.crops > 1 and all(len(fit.places(config.crops)) == 1 for fit in fits):
+        yield (
+            f"data.crops={config.crops} has no effect: no crop cuts off {LATENT_SCALE} pixels or "
+            "more"
         )
 
 

@@ -1,7 +1,7 @@
-"""A sample: one picture, or its mirror image, at one size, with its captions."""
+"""A sample: one view of a picture, a crop or its mirror image, at one size, with its captions."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -27,21 +27,46 @@ class Sample:
     captions: tuple[str, ...]  # a step draws one of these, all equally likely
     size: Size  # of the upright picture
     fit: Fit
-    time_ids: tuple[int, int, int, int, int, int]  # original h, w; crop top, left; target h, w
     loss_weight: float
     prior: bool  # from a regularisation source
     held_out: bool  # never trained on
     mirrored: bool = False
     config: DataConfig
 
+    def views(self) -> list["Sample"]:
+        """What is trained on of it: `data.crops` crops, and with `data.random_flip` the mirror
+        images of these first."""
+        places = self.fit.places(self.config.crops)
+        crops = [replace(self, fit=replace(self.fit, place=place)) for place in places]
+        mirrored = [replace(crop, mirrored=True) for crop in crops]
+        return [*mirrored, *crops] if self.config.random_flip else crops
+
     @property
     def name(self) -> str:
         return self.item.name
 
     @property
+    def is_central(self) -> bool:
+        """Whether it is the central crop, not mirrored."""
+        return self.fit.place == 0.5 and not self.mirrored
+
+    @property
     def bucket(self) -> Size:
         """Height and width that it is trained at, in pixels."""
         return self.fit.bucket
+
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """SDXL's size conditioning: original h, w; crop top, left; target h, w."""
+        top, left = self.fit.crop
+        if self.mirrored:
+            left = self.fit.resized[1] - self.bucket[1] - left
+        first, crop = {
+            "original": (self.size, (top, left)),
+            "resized": (self.fit.resized, (top, left)),
+            "bucket": (self.bucket, (0, 0)),
+        }[self.config.time_ids]
+        return (*first, *crop, *self.bucket)
 
     @property
     def transform(self) -> str:
@@ -66,12 +91,13 @@ class Sample:
         return is_of_file or (self.config.mask == "alpha" and self.is_transparent)
 
     def _transform(self, background: str, mask: str) -> str:
-        how = "centre, lanczos, mirrored" if self.mirrored else "centre, lanczos"
+        place = "centre" if self.fit.place == 0.5 else f"place {self.fit.place}"
+        how = f"{place}, lanczos, mirrored" if self.mirrored else f"{place}, lanczos"
         return repr((self.bucket, self.size, background, mask, how))
 
     def read_pixels(self) -> Tensor:
         """The picture as the VAE's input: -> fp32 (3, h, w) in [-1, 1]."""
-        return self._turned(decoding.pixels(self._decoded(self._read()).rgb, self.bucket))
+        return self._turned(decoding.pixels(self._decoded(self._read()).rgb, self.fit))
 
     def read_mask(self) -> Tensor:
         """The loss weight of each pixel: -> fp32 (1, h, w) in [0, 1]."""
@@ -80,10 +106,10 @@ class Sample:
         content = self._read()
         if content.mask is not None:
             grey = decoding.decode_mask(content.mask, self.size, self.config.max_pixels)
-            return self._turned(decoding.mask(grey, self.bucket))
+            return self._turned(decoding.mask(grey, self.fit))
         alpha = self._decoded(content).alpha
         assert alpha is not None  # `_has_mask` implies is_transparent
-        return self._turned(decoding.mask(alpha, self.bucket))
+        return self._turned(decoding.mask(alpha, self.fit))
 
     def _turned(self, planes: Tensor) -> Tensor:
         """(..., h, w), flipped horizontally if the sample is a mirror image."""

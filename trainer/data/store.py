@@ -85,9 +85,9 @@ class Store:
                         )
                     self._put(entries, key, entry, len(missing))
         count = len(set(entries.keys.values()))
-        mirrored = len({entries.keys[i] for i, sample in enumerate(samples) if sample.mirrored})
-        what = f"pictures (mirror images: {mirrored} of {count})" if mirrored else "pictures"
-        self._report(what, count, len(missing))
+        others = len({entries.keys[i] for i, s in enumerate(samples) if not s.is_central})
+        of_them = f" (other crops and mirror images: {others} of {count})" if others else ""
+        self._report(f"pictures{of_them}", count, len(missing))
         return entries
 
     def masks(

@@ -1,6 +1,6 @@
 """Options of kohya's scripts that this trainer does not have, and why."""
 
-_CACHED = "pictures are encoded before training, so the only augmentation is data.random_flip"
+_CACHED = "pictures are encoded before training: there are data.crops and data.random_flip"
 _MASKS = "put each mask next to its picture as NAME.mask.png, and set data.mask=file"
 _ALONE = "there is no such option here"
 
@@ -29,7 +29,7 @@ _QUIET = {
     *("flow_continuous_timesteps", "flow_uniform_base_pixels", "cfm_lambda"),
 }
 _WHY = {
-    **dict.fromkeys(("color_aug", "random_crop", "face_crop_aug_range"), _CACHED),
+    **dict.fromkeys(("color_aug", "face_crop_aug_range"), _CACHED),
     **dict.fromkeys(("masked_loss", "conditioning_data_dir"), _MASKS),
     "huggingface_repo_id": "results are not uploaded",
     "in_json": "captions come from text files, or a metadata.jsonl or .csv next to the pictures",
