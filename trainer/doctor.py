@@ -136,7 +136,7 @@ def examine(
     # Names of cache entries depend on the weights; counting tokens does not need them.
     model = Model(config.model, torch.device("cpu"), with_weights=config.data.cache is not None)
     problems = findings.problems(surveyed, config.data) | _caption_problems(model, made)
-    problems |= findings.of_batches(made.plan)
+    problems |= findings.of_batches(made.plan, made.samples)
     for what, names in problems.items():
         print(f"PROBLEM: {counted(len(names), what)}")
         for name in names[:shown]:

@@ -16,7 +16,7 @@ from trainer.data.plan import Pick, Plan
 from trainer.data.sample import Sample
 from trainer.data.survey import UsablePicture, survey
 from trainer.streams import Stream
-from trainer.wording import some
+from trainer.wording import counted, some
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +124,8 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
         log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
     log.info("data: %s", dataset.table())
-    for what, names in findings.of_batches(dataset.plan).items():
-        log.warning("%s (%s)", what, names[0])
+    for what, names in findings.of_batches(dataset.plan, dataset.samples).items():
+        log.warning("%s", counted(len(names), what))
     return dataset
 
 

@@ -8,6 +8,7 @@ from trainer.config import DataConfig
 from trainer.data import captions
 from trainer.data.buckets import LATENT_SCALE
 from trainer.data.plan import Plan
+from trainer.data.sample import Sample
 from trainer.data.survey import Survey, UsablePicture, all_sources, endings
 from trainer.errors import UserError
 from trainer.wording import counted, plural, some
@@ -122,15 +123,13 @@ def of_sources(surveyed: Survey, config: DataConfig) -> list[str]:
     return lines
 
 
-def of_batches(plan: Plan) -> dict[str, list[str]]:
-    """What is odd about batches, as the doctor lists it."""
-    size, count = plan.batch_size, plan.pictures_per_epoch
-    if len(plan.buckets) > 1 or size <= count:
+def of_batches(plan: Plan, samples: list[Sample]) -> dict[str, list[str]]:
+    """What is odd about batches of these samples, as the doctor lists it."""
+    if len(plan.buckets) > 1 or plan.batch_size <= plan.pictures_per_epoch:
         return {}
-    return {
-        f"epochs are smaller than data.batch_size={size}, so that a batch has pictures several "
-        "times": [f"{plural(count, 'picture')} in an epoch"]
-    }
+    what = "pictures are in a batch several times, as an epoch has fewer than data.batch_size"
+    names = dict.fromkeys(samples[i].name for i in plan.members[0])
+    return {f"{what}={plan.batch_size}": list(names)}
 
 
 def problems(surveyed: Survey, config: DataConfig) -> dict[str, list[str]]:
