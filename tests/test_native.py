@@ -81,7 +81,8 @@ def spoil(g, step):
     """Put unusable elements into a gradient, at different places in each step."""
     if g.numel() > 4 * len(BAD):
         for i, value in enumerate(BAD, start=1):
-            g.view(-1)[step + i * (g.numel() - 4) // (len(BAD) + 1)] = value
+            at = step + i * (g.numel() - 4) // (len(BAD) + 1)
+            g.view(-1)[at] = torch.tensor(value)  # a number beyond fp16 is an error of old torch
 
 
 def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0.01, **options):
