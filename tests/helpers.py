@@ -55,6 +55,18 @@ def set_grads(params, step):
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
+def set_grad(param, grad):
+    """Attach a gradient of any dtype, as when weights are cast after backward().  (`grad_dtype` of
+    newer torch allows it, too.)"""
+    if grad.dtype == param.dtype:
+        param.grad = grad
+        return
+    data = param.data
+    param.data = data.to(grad.dtype)
+    param.grad = grad
+    param.data = data
+
+
 def run(optimizer, params, steps):
     for step in steps:
         set_grads(params, step)

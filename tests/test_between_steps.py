@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import assert_same, make_params, run, set_grads
+from helpers import assert_same, make_params, run, set_grad, set_grads
 from torch.nn import Parameter
 
 import optim
@@ -423,8 +423,7 @@ def test_gradients_of_another_dtype_in_between_are_read_as_what_they_are():
         q = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         optimizer = optim.AdamW([p, q], backend=chosen)
         for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
-            p.grad_dtype = None  # any dtype
-            p.grad = torch.linspace(1, 2, 40).to(dtype)
+            set_grad(p, torch.linspace(1, 2, 40).to(dtype))
             q.grad = torch.ones_like(q)
             if dtype == torch.float32:
                 optimizer.step_param(p)

@@ -96,7 +96,8 @@ def read_by_diffusers(folder, path):
     kind = StableDiffusionXLPipeline if folder == TINY else StableDiffusionPipeline
     extra = {} if folder == TINY else {"safety_checker": None}
     pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32, **extra)
-    pipeline.load_lora_weights(str(path))
+    # diffusers 0.35 finds no name by itself where the hub is offline.
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
     names = ("unet", "text_encoder", "text_encoder_2")[: 3 if folder == TINY else 2]
     return adapters.of_models({name: getattr(pipeline, name) for name in names}, "default_0")
 

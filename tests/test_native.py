@@ -24,7 +24,7 @@ from engine_cases import (
     step,
     weights,
 )
-from helpers import PRODIGIES
+from helpers import PRODIGIES, set_grad
 from torch.nn import Parameter
 
 import optim
@@ -110,17 +110,6 @@ def compare(name, shapes, dtype, groups=({},), steps=3, grad_dtype=None, scale=0
                 set_grad(q, g.clone())
             misses = step_misses(reference, engine, act)
             assert misses == [], f"{act.__name__} {number + 1}"
-
-
-def set_grad(param, grad):
-    """Attach a gradient of any dtype, as when weights are cast after backward()."""
-    if grad.dtype == param.dtype:
-        param.grad = grad
-        return
-    data = param.data
-    param.data = data.to(grad.dtype)
-    param.grad = grad
-    param.data = data
 
 
 # One step -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ and in Python."""
 
 import pytest
 import torch
-from helpers import assert_same, build, make_params, run
+from helpers import assert_same, build, make_params, run, set_grad
 from torch.nn import Parameter
 
 from optim import native, share
@@ -27,8 +27,8 @@ def look(request, monkeypatch):
 
 def with_grad(data, grad):
     param = Parameter(data)
-    param.grad_dtype = None  # any dtype
-    param.grad = grad
+    if grad is not None:
+        set_grad(param, grad)
     return param
 
 
@@ -76,8 +76,8 @@ def test_addresses_are_those_of_each_parameter_and_its_gradient(look):
         lambda p: setattr(p, "data", torch.ones(4, 5)),
         lambda p: setattr(p, "data", p.data.bfloat16()),
         lambda p: setattr(p, "data", p.data.t()),
-        lambda p: setattr(p, "grad", p.grad.bfloat16()),
-        lambda p: setattr(p, "grad", p.grad.half()),
+        lambda p: set_grad(p, p.grad.bfloat16()),
+        lambda p: set_grad(p, p.grad.half()),
         lambda p: setattr(p, "grad", p.grad.t()),
     ],
 )
