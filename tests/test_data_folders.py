@@ -79,6 +79,8 @@ def test_what_lies_beside_a_picture_elsewhere_is_read_too(load, pictures, tmp_pa
 
 @pytest.mark.parametrize("suffix", ["tga", "PPM", "jp2", "avif", "dds", "pcx", "qoi", "ico"])
 def test_every_kind_of_picture_that_pillow_opens_is_one(load, pictures, suffix):
+    if Image.registered_extensions().get(f".{suffix.lower()}") not in Image.SAVE:
+        pytest.skip("this Pillow does not write it")
     image = Image.open(pictures / "red.png")
     image.save(pictures / f"x.{suffix}", **({"sizes": [(64, 64)]} if suffix == "ico" else {}))
     (pictures / f"x.{suffix}").with_suffix(".txt").write_text("a card")
