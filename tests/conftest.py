@@ -1,12 +1,13 @@
 """Shared fixtures: a small picture folder, composed configurations, the command line."""
 
+import copy
 import dataclasses
+import functools
 import gc
 import os
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def pictures(tmp_path):
     return folder
 
 
-@cache
+@functools.cache
 def _folder_options():
     return validate.to_dataclasses(compose_raw("data=folder", "data.path=/")).data
 
@@ -176,6 +177,11 @@ def v_schedule(make_schedule):
 
 def compose_raw(*overrides):
     """Compose these overrides with Hydra, without checks."""
+    return copy.deepcopy(_composition(overrides))
+
+
+@functools.cache  # a quarter of a second each, and most tests want one that another has had
+def _composition(overrides):
     compose.register()
     return choices.composition(list(overrides))
 

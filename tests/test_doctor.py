@@ -318,6 +318,19 @@ def test_it_draws_the_pictures_as_a_run_would_see_them(examine, pictures, folder
     assert (status, err) == (2, "error: --sheet sheet: name it .png, .jpg or .webp\n")
 
 
+def test_it_draws_the_crops_of_a_picture_side_by_side(examine, pictures, folder, tmp_path):
+    halves = Image.new("RGB", (128, 64), "lime")
+    halves.paste("magenta", (64, 0, 128, 64))
+    halves.save(pictures / "aside.png")
+    sheet, options = tmp_path / "sheet.png", ("data.buckets=false", "data.crops=2")
+    _, out, _ = examine(*folder, *options, "data.random_flip=true", f"--sheet={sheet}")
+    assert f"{sheet}: 10 pictures as a run would see them" in out
+    left, right = (Image.open(sheet).getpixel((64 + 96 * n + 48, 14 + 48)) for n in (0, 1))
+    assert left[1] > 200 > 60 > left[0]
+    assert right[0] > 200 > 60 > right[1]
+    assert "25 pictures (20 of them other crops or mirror images)" in out
+
+
 @pytest.mark.parametrize(
     ("sheet", "says"),
     [

@@ -168,8 +168,10 @@ def _caption_problems(model: "Model", made: dataset.Dataset) -> dict[str, list[s
 
 def _draw(made: dataset.Dataset, path: Path) -> str:
     """Draw pictures from all parts of the data, cropped and scaled as a run would see them, with
-    their captions; -> a line about it."""
-    samples = [sample for sample in made.samples if sample.is_central]
+    their captions; -> a line about it.  The crops of a picture are side by side."""
+    views = {**made.views, **{row: [row] for row in made.held_out}}
+    every_crop = [made.samples[row] for _, rows in sorted(views.items()) for row in rows]
+    samples = [sample for sample in every_crop if not sample.mirrored]
     every = -(-len(samples) // _SHEET)
     chosen = samples[::every]
     drawn = [pictures.of_pixels(sample.read_pixels()) for sample in chosen]
