@@ -106,7 +106,7 @@ def test_the_table_of_rules_is_logged(caplog):
 NOWHERE = [
     (
         [{"pattern": "mid_block", "lr_scale": 2}],
-        r"method.rules\[0\]: mid_block matches no trained parameter",
+        r"method.rules\[0\]: mid_block matches no trained parameter; correct",
     ),
     (
         [{"pattern": "attn", "lr_scale": 2}, {"pattern": r"attn\.bias", "lr": 1}],

@@ -32,6 +32,8 @@ def test_equal_pictures_are_held_out_together():
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(UserError, match=r"data\.holdout=30: there are 30 diff.*at most 29"):
         holdout(DIGESTS * 2, 30)
+    with pytest.raises(UserError, match=r"there is 1 different picture .*hold out none$"):
+        holdout(DIGESTS[:1], 2)
 
 
 def test_the_result_of_a_run_is_the_held_out_loss_of_what_it_exports(composed, tmp_path):

@@ -95,8 +95,8 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     ),
     (
         ("data.short_batches",),
-        lambda c: not c.data.buckets and len(c.data.resolutions) < 2,
-        "several buckets (data.buckets=true, data.resolutions)",
+        lambda c: c.data.batch_size == 1 or (not c.data.buckets and len(c.data.resolutions) < 2),
+        "data.batch_size above 1 and several buckets (data.buckets=true, data.resolutions)",
     ),
     (("method.targets",), lambda c: "unet" not in c.method.train, "unet in method.train"),
     (("method.max_grad_norm",), lambda c: c.method.clip == "none", "a method.clip other than none"),

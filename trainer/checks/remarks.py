@@ -99,10 +99,11 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
         ]
     if not abs(after - before) < _STILL * before:
         return _of_holdout(summary)
-    if summary.get("zero_loss"):
+    if summary.get("zero_gradient"):
         return [
-            "train/loss was 0 to the end, so nothing was learned: all that counts is masked "
-            "(data.mask, loss.unmasked_weight) or has no weight (data.sources, metadata)"
+            "every gradient was 0, so nothing was learned: all that counts is masked (data.mask, "
+            "loss.unmasked_weight) or has no weight (data.sources, metadata), or only text "
+            "encoders are trained and every caption is dropped (data.caption_dropout)"
         ]
     found = summary["rate_found"]
     rate = f"optim.lr={summary['lr']:g}" + (
@@ -176,9 +177,11 @@ def of_schedule(schedule: ScheduleConfig) -> Iterator[str]:
             "schedule=constant"
         )
     elif isinstance(schedule, CosineRestartsConfig) and steps < 2 * schedule.cycles:
+        most = max(steps // 2, 1)
         yield (
             f"schedule.cycles={schedule.cycles} leaves fewer than two of the decay's {steps} steps "
-            f"per cycle, so the rate does not fall within one; use {max(steps // 2, 1)} or fewer"
+            f"per cycle, so the rate does not fall within one; use {most}"
+            f"{' or fewer' if most > 1 else ''}"
         )
 
 

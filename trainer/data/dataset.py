@@ -122,7 +122,8 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
     findings.report(surveyed, config)
     if config.holdout:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
-        log.info("data: %d of them are held out: %s", config.holdout, some(held_out))
+        count, verb = config.holdout, "is" if config.holdout == 1 else "are"
+        log.info("data: %d of them %s held out: %s", count, verb, some(held_out))
     log.info("data: %s", dataset.table())
     for what, names in findings.of_batches(dataset.plan, dataset.samples).items():
         log.warning("%s", counted(len(names), what))

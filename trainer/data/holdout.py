@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Collection
 
 from trainer.errors import UserError
+from trainer.wording import plural
 
 
 def holdout(digests: Collection[str], count: int) -> set[str]:
@@ -18,10 +19,11 @@ def holdout(digests: Collection[str], count: int) -> set[str]:
     """
     different = set(digests)
     if count and count >= len(different):
+        most, verb = len(different) - 1, "is" if len(different) == 1 else "are"
         raise UserError(
-            f"data.holdout={count}: there are {len(different)} different pictures (not counting "
-            "prior sources), and none would be left to train on; hold out at most "
-            f"{max(0, len(different) - 1)}"
+            f"data.holdout={count}: there {verb} {plural(len(different), 'different picture')} "
+            "(not counting prior sources), and none would be left to train on; hold out "
+            f"{f'at most {most}' if most > 0 else 'none'}"
         )
     return set(sorted(different, key=_order)[len(different) - count :])
 

@@ -34,7 +34,7 @@ def summary_of(state: State, after: Mapping[str, float]) -> dict[str, Any]:
         "optimizer_seconds_per_step": state.optimizer_clock.seconds_per_step,
         "rate_found": optimizers.found_rate(state.optimizer).get("optim/d"),
         "loss_spikes": state.watch.loss_spikes,
-        "zero_loss": bool(state.watch.norms) and not any(state.watch.norms),
+        "zero_gradient": bool(state.watch.norms) and not any(state.watch.norms),
         "diverged": _has_diverged(state, after.get("loss", math.nan)),
         "grad_norm_over_median": state.watch.grad_norm_over_median,
         "runs_before_in_process": state.peaks.runs_before,

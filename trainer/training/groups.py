@@ -114,9 +114,10 @@ def assigned(model: nn.Module, rules: Sequence[Rule]) -> list[list[Member]]:
         members[found + 1].append((parameter, is_spared))
     for number, rule in enumerate(rules):
         if not members[number + 1]:
+            rest = " that earlier rules leave" if number else ""
             raise UserError(
-                f"method.rules[{number}]: {rule['pattern']} matches no trained parameter that "
-                "earlier rules leave; correct or remove it"
+                f"method.rules[{number}]: {rule['pattern']} matches no trained parameter{rest}; "
+                "correct or remove it"
             )
     if not members[0] and all(rule.get("trainable") is False for rule in rules):
         raise UserError("method.rules leave nothing to train; narrow one of them")
