@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from trainer.errors import UserError
+from trainer.export import __main__ as export
 from trainer.formats import adapters, lora
 from trainer.formats.adapter import Lora
 from trainer.models.model import Model
@@ -283,6 +284,26 @@ def test_a_run_that_started_from_a_lora_is_resumed_without_its_file(quick, tmp_p
         resume = f"resume={tmp_path / 'run/checkpoints/step-000002'}"
         fork = quick(f"fork{start == file}", *begun, f"method.start_from={start}", resume)
         assert_same_weights(weights(fork, 4), whole)
+
+
+def test_adapters_that_a_rule_freezes_are_in_checkpoints(quick, tmp_path):
+    """They may be of the file that the run started from, which a resumed run does not read."""
+    options = ["method=lora", "method.rank=4", "log.eval_points=1"]
+    first = quick("first", *options, "schedule.steps=1", "schedule.warmup_steps=0")
+    file = first / "lora/pytorch_lora_weights.safetensors"
+    rule = "method.rules=[{pattern: attn1, trainable: false}]"
+    begun = [*options, f"method.start_from={file}", "runtime.save_every=2", rule]
+    whole = quick("run", *begun)
+    half = tmp_path / "run/checkpoints/step-000002"
+    fork = quick("fork", *begun, f"resume={half}")
+    assert_same_weights(weights(fork, 4), weights(whole, 4))
+    exported = tmp_path / "exported.safetensors"
+    source = str(whole / "checkpoints/step-000004")
+    assert export.main([source, str(exported), "--format=diffusers"]) == 0
+    result = load_file(whole / "lora" / file.name)
+    assert any("attn1" in name and tensor.any() for name, tensor in result.items())
+    assert_same_weights(load_file(fork / "lora" / file.name), result)
+    assert_same_weights(load_file(exported), result)
 
 
 def test_a_run_called_like_diffusers_file_leaves_both_loras(quick):

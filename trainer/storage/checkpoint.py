@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to resume as if it had never stopped.
 
-A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (the trained tensors),
+A checkpoint is a folder `checkpoints/step-000200` with `weights.safetensors` (what is trained),
 `average.safetensors` (their averages, of method.ema or the optimizer, if any), `optimizer.pt` and
 `checkpoint.json` (step, counters, configuration, checksums).  A folder of that name is complete or
 does not exist (`trainer.system.disk`).  There is no RNG state: all randomness is a function of

@@ -82,14 +82,13 @@ def _require_gradients(config: MethodConfig, model: Model) -> None:
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
     """The weights that a checkpoint holds, by part and name (unet.conv_in.weight): those that
-    training changes, and the frozen half of an adapter that `method.rules` trains in part."""
-    trained = trained_parameters(model)
-    adapted = {_adapted(name) for name in trained} - {None}
+    training changes, and adapters' that `method.rules` freezes, which may be of
+    `method.start_from`."""
     return {
         f"{part}.{name}": parameter.detach()
         for part, module in model.trained_parts.items()
         for name, parameter in module.named_parameters()
-        if f"{part}.{name}" in trained or _adapted(f"{part}.{name}") in adapted
+        if parameter.requires_grad or adapters.split(name)
     }
 
 
@@ -101,12 +100,6 @@ def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
-
-
-def _adapted(name: str) -> str | None:
-    """The layer that a parameter adapts: unet.to_q.lora_A.default.weight -> unet.to_q."""
-    found = adapters.split(name)
-    return found[0] if found else None
 
 
 @torch.no_grad()
