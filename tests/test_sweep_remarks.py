@@ -10,6 +10,7 @@ def test_runs_that_diverged_or_made_the_model_worse_are_told():
     runs = held_out(a=(0.9, 0.9), b=(7.0, 7.0))
     assert "diverged" not in sweep_table(runs[:1])
     assert "worse than" not in sweep_table(runs[:1])
+    assert "worse than" not in sweep_table(held_out(a=(1.0001, 0.9)))  # it has hardly moved
     assert "- rollbacks: " not in sweep_table(runs)
     runs[1] |= {"diverged": True, "rollbacks": 3}
     text = sweep_table(runs)

@@ -21,13 +21,13 @@ from trainer.config import (
     large_model_lr,
 )
 from trainer.formats import adapters
+from trainer.reporting.measure import STILL, got_worse
 from trainer.training.schedule import decay_steps
 from trainer.training.switching import switches
 from trainer.wording import counted
 
 _UNCLIPPED = ("lomo",)  # their own configuration turns clipping off
 _LARGE = 100_000_000  # trained parameters, from which on the default rate gets a remark
-_STILL = 1e-3  # relative change of the loss, below which a model has learned nothing
 _FAR = 1.5  # ratio of resolutions, above which there is a remark
 
 
@@ -92,12 +92,12 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if summary["prediction_before"] != summary["prediction"]:
         return []
-    if after - before >= _STILL * before:  # false for NaN
+    if got_worse(before, after):
         return [
             f"eval/loss was {before:.6g} and is {after:.6g}: the model is worse than before the "
             f"first step; lower optim.lr={summary['lr']:g}"
         ]
-    if not abs(after - before) < _STILL * before:
+    if not abs(after - before) < STILL * before:
         return _of_holdout(summary)
     if summary.get("zero_gradient"):
         return [
@@ -119,7 +119,7 @@ def _of_holdout(summary: Mapping[str, Any]) -> list[str]:
     """Warn if a model, which got better on its training pictures, got worse on held-out ones."""
     before = summary.get("holdout_loss_before", math.nan)
     after = summary.get("holdout_loss_after", math.nan)
-    if not after - before >= _STILL * before:
+    if not got_worse(before, after):
         return []
     return [
         f"eval/holdout_loss was {before:.6g} and is {after:.6g}, while eval/loss fell: the model "

@@ -43,7 +43,7 @@ def _prompts_of(request: Request, sources: Sequence[Source], model: Model) -> li
     drawn = _drawn(run.run) if run and run.run else []
     if not drawn:
         raise UserError(
-            'nothing says what to draw, as there is no run that drew pictures: --prompt "a cat"'
+            'nothing says what to draw, as no run here drew pictures; say it: --prompt "a cat"'
         )
     side = request.resolution
     return [

@@ -29,6 +29,15 @@ HOLDOUT = Measure(
 )
 
 
+# Relative change of a loss before the first step, below which a model has learned nothing.
+STILL = 1e-3
+
+
+def got_worse(before: float, after: float) -> bool:
+    """Whether a loss has grown since before the first step; false for NaN."""
+    return after - before > STILL * before
+
+
 def ended_well(summary: dict[str, Any]) -> bool:
     """Whether a run did not fail, and has a final loss."""
     return "error" not in summary and math.isfinite(EVAL(summary))

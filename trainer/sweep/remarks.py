@@ -4,7 +4,7 @@ optimizer."""
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from trainer.reporting.measure import EVAL, HOLDOUT, ended_well
+from trainer.reporting.measure import EVAL, HOLDOUT, ended_well, got_worse
 from trainer.sweep import paired
 from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
 from trainer.wording import plural
@@ -79,7 +79,8 @@ def _got_worse(run: Summary) -> bool:
     before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
     if before is None or after is None:
         return False
-    return run.get("prediction_before") == run.get("prediction") and after > before
+    is_same = run.get("prediction_before") == run.get("prediction")
+    return is_same and got_worse(before, after)
 
 
 def _of_quality(comparison: Comparison) -> Iterator[str]:
