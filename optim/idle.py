@@ -44,9 +44,8 @@ def _is_clipped_before(group: Group) -> bool:
     return total is not None and total <= group["grad_clip"]
 
 
-def _compensates_fp32(group: Group) -> bool:
-    in_fp32 = all(param.dtype == torch.float32 for param in group["params"])
-    return in_fp32 and group["rounding"] == "kahan"
+def _rounds_nothing(group: Group) -> bool:
+    return all(param.dtype == torch.float32 for param in group["params"])
 
 
 def _projects_nothing(group: Group) -> bool:
@@ -98,7 +97,7 @@ _IDLE: dict[str, tuple[Callable[[Group], bool], str, str]] = {
     "eps": (lambda g: g.get("atan2", False), "with atan2=True", "set atan2=False"),
     "warmup_steps": (lambda g: g["alpha"] == 0, "with alpha=0", "set alpha"),
     "rounding": (
-        _compensates_fp32,
+        _rounds_nothing,
         "on fp32 weights, which are not rounded",
         "use it with bf16 or fp16 weights",
     ),

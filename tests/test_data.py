@@ -257,6 +257,13 @@ def test_tags_that_cannot_be_shuffled_are_remarked(load, pictures, caplog):
     assert "data.shuffle_tags=true has no effect" in caplog.text
 
 
+def test_tags_of_which_none_may_be_dropped_are_remarked(load, pictures, caplog):
+    load(tag_dropout=0.5)
+    assert "no effect" not in caplog.text
+    load(tag_dropout=0.5, keep_tokens=1)
+    assert "data.tag_dropout=0.5 has no effect: no caption has a tag" in caplog.text
+
+
 def test_a_step_draws_captions_of_which_all_were_announced(load, pictures):
     (pictures / "red.txt").write_text("a, b, c, d, e")
     line = {"file_name": "blue.png", "captions": ["first", "second"]}

@@ -180,6 +180,9 @@ def test_kohyas_repeats_in_folder_names_are_pointed_out(pictures, load, caplog):
 
 def test_kohyas_folders_are_sources_on_request(pictures, load, caplog):
     """Also of regularisation pictures, and beside others in the same folder."""
+    load(kohya_folders=True)
+    assert "data.kohya_folders=true has no effect: no folder in the sources" in caplog.text
+    caplog.clear()
     for name in ("10_sks cat", "1_dog", "2024"):
         shutil.copytree(pictures, pictures / name, ignore=shutil.ignore_patterns("*_*", "2*"))
     for text in (pictures / "10_sks cat").glob("*.txt"):
@@ -194,6 +197,7 @@ def test_kohyas_folders_are_sources_on_request(pictures, load, caplog):
         assert counts[index] == repeats[folder]
         assert (sample.caption == "sks cat") is (folder == "10_sks cat")
     assert "in kohya's style" not in caplog.text
+    assert "no effect" not in caplog.text
     assert f"  {pictures}/10_sks cat: 4 pictures, 10 times each: 40 in an epoch" in caplog.text
     (pictures / "0_none").mkdir()
     with pytest.raises(UserError, match=r"0_none has 0 repeats"):

@@ -139,6 +139,7 @@ def test_an_option_that_is_said_to_do_nothing_does_nothing_unless_the_remedy_is_
     ("option", "dtype", "other"),
     [
         ({"rounding": "kahan"}, torch.float32, torch.zeros(3, dtype=torch.float16)),
+        ({"rounding": "nearest"}, torch.float32, torch.zeros(3, dtype=torch.bfloat16)),
         ({"conv_view": "last2"}, torch.bfloat16, torch.zeros(2, 2, 2)),
     ],
     ids=str,

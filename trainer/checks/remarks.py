@@ -102,8 +102,8 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("zero_gradient"):
         return [
             "every gradient was 0, so nothing was learned: all that counts is masked (data.mask, "
-            "loss.unmasked_weight) or has no weight (data.sources, metadata), or only text "
-            "encoders are trained and every caption is dropped (data.caption_dropout)"
+            "loss.unmasked_weight) or has no weight (data.sources, metadata), or every caption is "
+            "dropped (data.caption_dropout) and only what reads them is trained"
         ]
     found = summary["rate_found"]
     rate = f"optim.lr={summary['lr']:g}" + (

@@ -9,7 +9,8 @@ from trainer.data.sample import Sample
 def own_and_prior(dataset: Dataset) -> tuple[int, int]:
     """How many pictures an epoch shows: the user's own, and those of `prior` sources.
 
-    Each counts as often as its source is repeated, and at every resolution; mirror images do not.
+    Each counts as often as its source is repeated, and at every resolution; other crops and mirror
+    images do not.
     """
     priors = [dataset.samples[i].prior for members in dataset.plan.members for i in members]
     return len(priors) - sum(priors), sum(priors)

@@ -86,6 +86,11 @@ def report(surveyed: Survey, config: DataConfig) -> None:
 
 def _without_effect(surveyed: Survey, config: DataConfig) -> Iterator[str]:
     """A line for each option that these pictures and captions give no work."""
+    if config.kohya_folders and len(all_sources(config)) == max(len(config.sources), 1):
+        yield (
+            "data.kohya_folders=true has no effect: no folder in the sources is named "
+            "REPEATS_CAPTION, such as '10_sks cat'; name the folder that holds such folders"
+        )
     mark, texts = config.keep_separator, {t for p in surveyed.usable for t in p.captions}
     if mark and not any(mark in text for text in texts):
         yield f"data.keep_separator={mark} has no effect: no caption contains it"
@@ -93,6 +98,11 @@ def _without_effect(surveyed: Survey, config: DataConfig) -> Iterator[str]:
         yield (
             "data.shuffle_tags=true has no effect: no caption has two tags that may move, with "
             f"data.tag_separator={config.tag_separator} between them"
+        )
+    if config.tag_dropout and not any(captions.free_tags(t, config) for t in texts):
+        yield (
+            f"data.tag_dropout={config.tag_dropout:g} has no effect: no caption has a tag that may "
+            "be dropped"
         )
     fits = [fit for picture in surveyed.usable for fit in picture.fits]
     if config.crops > 1 and all(len(fit.places(config.crops)) == 1 for fit in fits):
