@@ -42,6 +42,7 @@ IDLE = {
     "loss=huber loss.gamma=3": "loss.weighting=min_snr",
     "loss.unmasked_weight=0.5": "data.mask",
     "noise.logit_std=2": "noise.timesteps=logit_normal",
+    "data.caption_dropout=1 data.tag_dropout=0.5": "data.caption_dropout below 1",
     "data.keep_tokens=2": "data.shuffle_tags",
     "data.caption_variants=3": "data.shuffle_tags",
     "data.tag_separator=|": "data.shuffle_tags",

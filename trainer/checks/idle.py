@@ -50,6 +50,11 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "noise.timesteps=logit_normal",
     ),
     (
+        ("data.shuffle_tags", "data.tag_dropout"),
+        lambda c: c.data.caption_dropout == 1,
+        "data.caption_dropout below 1",
+    ),
+    (
         ("data.keep_tokens", "data.caption_variants"),
         _no_tags_move,
         "data.shuffle_tags and data.tag_dropout",
