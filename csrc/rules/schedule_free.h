@@ -50,7 +50,7 @@ struct ScheduleFree : Rule {
 struct ProdigyScheduleFree : DistanceAdapted {
     static constexpr const char* kName = "prodigy_schedule_free";
     static constexpr bool kModified = false, kWeight = true;
-    static constexpr uint32_t kPlainLoops = kCodedAndFactors;
+    static constexpr uint32_t kPlainLoops = kCodedAndFactors | kDensePair;
 
     HD static void prepare(const Options& o, Hyper& h) {
         find(o, h, 1);
