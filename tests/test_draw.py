@@ -330,8 +330,8 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
     before = sorted(tmp_path.rglob("*"))
     prompt, based = "--prompt=a cat", f"--base={TINY}"
     for arguments, said in (
-        ([TINY], 'as there is no run that drew pictures: --prompt "a cat"'),
-        ([full], 'as there is no run that drew pictures: --prompt "a cat"'),
+        ([TINY], 'as no run here drew pictures; say it: --prompt "a cat"'),
+        ([full], 'as no run here drew pictures; say it: --prompt "a cat"'),
         ([lora_file, prompt], "cats.safetensors is a LoRA, and draws with the model that it "),
         ([lora_file, prompt, f"--base={sd15_folder}"], "--base=MODEL names its own"),
         ([lora_file, prompt, "--base=sd_xl.safetensors"], "--base=sd_xl.safetensors"),
