@@ -180,7 +180,7 @@ def compose_raw(*overrides):
     return copy.deepcopy(_composition(overrides))
 
 
-@functools.cache  # a quarter of a second each, and most tests want one that another has had
+@functools.cache  # a fifth of a second each, and some are wanted by several tests
 def _composition(overrides):
     compose.register()
     return choices.composition(list(overrides))

@@ -67,7 +67,7 @@ def test_what_peft_computes_is_read_back(folders, tmp_path, base, config):
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_an_adapter_changes_nothing_before_training_and_is_drawn_from_the_seed(composed, options):
     one, two, other = (attached(composed(*options), seed) for seed in (0, 0, 1))
-    tensors = [method.trained_tensors(model) for model in (one, two, other)]
+    tensors = [method.saved_tensors(model) for model in (one, two, other)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
     assert not all(torch.equal(x, tensors[2][name]) for name, x in tensors[0].items())
@@ -137,7 +137,7 @@ def test_a_run_is_resumed_and_another_one_starts_from_its_file(quick, composed, 
     fork = quick("fork", *options, f"resume={whole / 'checkpoints/step-000002'}")
     assert_same_weights(weights(fork, 4), weights(whole, 4))
     started = attached(composed(*KINDS[kind], f"method.start_from={file}"), seed=5)
-    assert_same_weights(method.trained_tensors(started), weights(whole, 4))
+    assert_same_weights(method.saved_tensors(started), weights(whole, 4))
     for other in ("method=lora", "method=lokr method.factor=2", "method=loha method.rank=3"):
         hint = "fits a run with .*" if kind in other else f"continues in a run with method={kind}"
         said = rf"Lo(Kr|Ha) does not fit the run: unet\..* in the file and .*in the run; it {hint}$"
@@ -147,7 +147,7 @@ def test_a_run_is_resumed_and_another_one_starts_from_its_file(quick, composed, 
             fitting = shlex.split(str(refused.value).partition("it fits a run with ")[2])
             options = (f"method={kind}", *fitting, f"method.start_from={file}")
             started = attached(composed(*options), seed=5)
-            assert_same_weights(method.trained_tensors(started), weights(whole, 4))
+            assert_same_weights(method.saved_tensors(started), weights(whole, 4))
 
 
 def test_files_of_other_programs_are_drawn_and_merged_whatever_their_factors(tmp_path):

@@ -34,7 +34,7 @@ def attached(config, seed=0):
 def test_targets_are_patterns_at_the_end_of_layers_names(composed):
     targets = r"['down_blocks.*attn1.to_[qk]', 'conv[12]']"
     model = attached(composed("method=lora", f"method.targets={targets}"))
-    names = method.trained_tensors(model)
+    names = method.saved_tensors(model)
     assert any("conv1.lora_A" in name for name in names)
     for name in names:
         assert ("attn1.to_" in name and "down_blocks" in name) or "conv" in name, name
@@ -63,7 +63,7 @@ def test_adapters_of_several_ranks_are_exported_and_started_from(quick, composed
     (file,) = (folder / "lora").glob("*.safetensors")
     model = attached(composed(*LOCON, f"method.start_from={file}"))
     trained = weights(folder, 4)
-    for key, tensor in method.trained_tensors(model).items():
+    for key, tensor in method.saved_tensors(model).items():
         assert torch.equal(tensor, trained[key]), key
 
 
@@ -135,7 +135,7 @@ def test_doras_magnitudes_are_the_exact_norms_of_the_weights(composed, dtype):
 
 def test_dora_trains_magnitudes_too_and_starts_as_the_base_model(composed):
     plain, dora = (attached(composed("method=lora", f"method.dora={on}")) for on in (False, True))
-    more = method.trained_tensors(dora).keys() - method.trained_tensors(plain).keys()
+    more = method.saved_tensors(dora).keys() - method.saved_tensors(plain).keys()
     assert more
     assert all("lora_magnitude_vector" in name for name in more)
 
@@ -165,7 +165,7 @@ def test_dropout_thins_an_adapters_inputs_in_training_steps_alone(composed):
 
 def test_adapters_start_from_the_seed(composed):
     config = composed("method=lora", "method.train=[unet,text_encoder]")
-    first, again, other = (method.trained_tensors(attached(config, s)) for s in (0, 0, 1))
+    first, again, other = (method.saved_tensors(attached(config, s)) for s in (0, 0, 1))
     differing = [n for n in first if not torch.equal(first[n], other[n])]
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert {n.split(".")[0] for n in differing} == {"unet", "text_encoder"}
@@ -190,7 +190,7 @@ def test_a_layer_that_nothing_reads_gets_no_adapter(composed, tmp_path):
     model = attached(composed(*options))
     own = adapters.of_models(model.trained_parts)
     assert {path.split(".layers.")[1][0] for path in own["text_encoder"]} == {"0"}
-    down = [name for name in method.trained_tensors(model) if ".lora_A." in name]
+    down = [name for name in method.saved_tensors(model) if ".lora_A." in name]
     assert len(down) == sum(len(found) for found in own.values())
     path = next(path for path in own["text_encoder"] if path.endswith("q_proj"))
     size = own["text_encoder"][path].down.shape[1]
@@ -201,8 +201,8 @@ def test_a_layer_that_nothing_reads_gets_no_adapter(composed, tmp_path):
     file = tmp_path / "kohya.safetensors"
     lora.save_lora(file, "kohya", model.trained_parts, "sdxl", adapters=more)
     again = attached(composed(*options, f"method.start_from={file}"), seed=1)
-    for name, tensor in method.trained_tensors(again).items():
-        assert torch.equal(tensor, method.trained_tensors(model)[name]), name
+    for name, tensor in method.saved_tensors(again).items():
+        assert torch.equal(tensor, method.saved_tensors(model)[name]), name
     with pytest.raises(ValueError, match=r"layers\.1\.\* matches no linear or convolution layer"):
         attached(composed(*options, r"method.text_targets=['layers.1.*']"))
 
@@ -233,7 +233,7 @@ def test_a_lora_starts_from_a_file_of_either_kind(quick, composed):
     for name in ("adafactor8bit-lora", "pytorch_lora_weights"):
         file = folder / f"lora/{name}.safetensors"
         model = attached(composed(*options, f"method.start_from={file}"))
-        for key, tensor in method.trained_tensors(model).items():
+        for key, tensor in method.saved_tensors(model).items():
             assert torch.equal(tensor, trained[key]), key
         other = composed("method=lora", "method.rank=8", f"method.start_from={file}")
         with pytest.raises(ValueError, match=r"is rank 4, alpha 2 in the file and rank 8"):
@@ -258,7 +258,7 @@ def test_a_lora_that_does_not_fit_is_refused_early_with_the_options_that_do(
 ):
     model, file = attached(composed("method=lora", *options)), tmp_path / "some.safetensors"
     with torch.no_grad():
-        for name, tensor in method.trained_tensors(model).items():
+        for name, tensor in method.saved_tensors(model).items():
             tensor.add_(0.01 if "lora_B" in name else 0)
     lora.save_lora(file, "diffusers", model.trained_parts, "sdxl")
     start = f"method.start_from={file}"
@@ -268,8 +268,8 @@ def test_a_lora_that_does_not_fit_is_refused_early_with_the_options_that_do(
         run(composed(*QUICK, "method=lora", "method.rank=16", train, start), tmp_path / "run")
     fitting = shlex.split(str(refused.value).partition("it fits a run with ")[2])
     again = attached(composed("method=lora", *fitting, start), seed=1)
-    for name, tensor in method.trained_tensors(again).items():
-        assert torch.equal(tensor, method.trained_tensors(model)[name]), name
+    for name, tensor in method.saved_tensors(again).items():
+        assert torch.equal(tensor, method.saved_tensors(model)[name]), name
 
 
 def test_a_run_that_started_from_a_lora_is_resumed_without_its_file(quick, tmp_path):

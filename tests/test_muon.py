@@ -36,7 +36,7 @@ def test_the_size_of_a_momentum_does_not_matter_and_nothing_stays_nothing():
     assert not orthogonalized(torch.zeros(4, 6), 5).any()
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it since 2.9")
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has none")
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_matrices_step_like_torchs_muon_up_to_its_bf16(adjust, nesterov):

@@ -35,7 +35,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(quick, composed, tmp_path,
     after: list[dict[str, torch.Tensor]] = []
 
     def noted(state, writer):
-        trained = method.trained_tensors(state.model)
+        trained = method.saved_tensors(state.model)
         after.append({name: weight.clone() for name, weight in trained.items()})
         between_steps(state, writer)
 

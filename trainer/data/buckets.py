@@ -9,6 +9,7 @@ from trainer.errors import UserError
 
 Size = tuple[int, int]  # height, width, in pixels
 LATENT_SCALE = 8  # of the VAEs: pixels to a cell of the latent
+CENTRE = 0.5  # place of a crop, from 0, the top or left edge, to 1, the bottom or right one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Fit:
     bucket: Size
     resized: Size
     undersized: bool  # the picture is smaller than a bucket of its shape
-    place: float = 0.5  # of the crop: 0 is the top or left edge, 1 the bottom or right one
+    place: float = CENTRE  # of the crop
 
     @property
     def crop(self) -> tuple[int, int]:
@@ -36,7 +37,7 @@ class Fit:
         """Up to `count` places from one edge to the other, at least a cell of the latent apart; of
         a single one, the centre."""
         count = min(count, max(self._excess) // LATENT_SCALE + 1)
-        return [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
+        return [i / (count - 1) for i in range(count)] if count > 1 else [CENTRE]
 
     @property
     def lost(self) -> float:
@@ -97,7 +98,7 @@ def fit(size: Size, resolution: int, config: DataConfig) -> Fit:
 
 
 def covering(size: Size, bucket: Size) -> Fit:
-    """Resize so that the picture just covers the bucket, and crop its centre."""
+    """Resized so that the picture just covers the bucket, with its central crop."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     height, width = (max(b, round(s * scale)) for b, s in zip(bucket, size, strict=True))
     return Fit(bucket=bucket, resized=(height, width), undersized=scale > 1)

@@ -122,8 +122,7 @@ def load(config: DataConfig, stop: Sequence[int] = ()) -> Dataset:
     findings.report(surveyed, config)
     if config.holdout:
         held_out = [dataset.samples[i].name for i in dataset.held_out]
-        count, verb = config.holdout, "is" if config.holdout == 1 else "are"
-        log.info("data: %d of them %s held out: %s", count, verb, some(held_out))
+        log.info("data: %s: %s", counted(config.holdout, "pictures are held out"), some(held_out))
     log.info("data: %s", dataset.table())
     for what, names in findings.of_batches(dataset.plan, dataset.samples).items():
         log.warning("%s", counted(len(names), what))
@@ -150,11 +149,15 @@ def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
     plan = Plan(members, config.batch_size, config.short_batches == "repeat")
     views: dict[int, list[int]] = {}
     for index, sample in enumerate(list(samples)):
-        if not sample.held_out:
-            views[index] = []
-            for view in sample.views():
-                views[index].append(index if view.is_central else len(samples))
-                samples += [] if view.is_central else [view]
+        if sample.held_out:
+            continue
+        views[index] = []
+        for view in sample.views():
+            if view.is_central:
+                views[index].append(index)
+            else:
+                views[index].append(len(samples))
+                samples.append(view)
     return Dataset(samples=samples, views=views, plan=plan, config=config)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.config import DataConfig
 from trainer.data import decoding
-from trainer.data.buckets import Fit, Size
+from trainer.data.buckets import CENTRE, Fit, Size
 from trainer.data.items import Item
 from trainer.errors import UserError
 
@@ -48,7 +48,7 @@ class Sample:
     @property
     def is_central(self) -> bool:
         """Whether it is the central crop, not mirrored."""
-        return self.fit.place == 0.5 and not self.mirrored
+        return self.fit.place == CENTRE and not self.mirrored
 
     @property
     def bucket(self) -> Size:
@@ -91,7 +91,7 @@ class Sample:
         return is_of_file or (self.config.mask == "alpha" and self.is_transparent)
 
     def _transform(self, background: str, mask: str) -> str:
-        place = "centre" if self.fit.place == 0.5 else f"place {self.fit.place}"
+        place = "centre" if self.fit.place == CENTRE else f"place {self.fit.place}"
         how = f"{place}, lanczos, mirrored" if self.mirrored else f"{place}, lanczos"
         return repr((self.bucket, self.size, background, mask, how))
 

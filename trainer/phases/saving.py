@@ -40,7 +40,7 @@ def save(state: State) -> Path:
             checkpoint.Checkpoint(
                 step=state.step,
                 epochs=state.epochs,
-                weights=method.trained_tensors(state.model),
+                weights=method.saved_tensors(state.model),
                 optimizer=state.optimizer.state_dict(),
                 average=_average(state),
                 config=asdict(state.config),

@@ -80,7 +80,7 @@ def _require_gradients(config: MethodConfig, model: Model) -> None:
         model.text_encoder.freeze_unused()
 
 
-def trained_tensors(model: Model) -> dict[str, Tensor]:
+def saved_tensors(model: Model) -> dict[str, Tensor]:
     """The weights that a checkpoint holds, by part and name (unet.conv_in.weight): those that
     training changes, and adapters' that `method.rules` freezes, which may be of
     `method.start_from`."""
@@ -106,7 +106,7 @@ def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
 def restore(model: Model, weights: dict[str, Tensor]) -> None:
     """Restore checkpointed tensors.  Raises UserError, before any is written, if names, shapes or
     dtypes differ."""
-    own = trained_tensors(model)
+    own = saved_tensors(model)
     for name in sorted(own.keys() | weights.keys()):
         here, there = (
             f"{x.dtype} {tuple(x.shape)}" if x is not None else "absent"
