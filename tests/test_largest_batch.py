@@ -11,7 +11,7 @@ import pytest
 from trainer import planner
 from trainer.planner import __main__ as planner_command
 from trainer.planner import largest_batch
-from trainer.planner.__main__ import _config, _plan
+from trainer.planner.__main__ import _completed, _plan
 
 UNSEEN = "log.sample_count=0"
 GB = 10**9
@@ -94,7 +94,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def a_plan():
-    return _plan(_config([UNSEEN]), "cuda")
+    return _plan(_completed([UNSEEN])[1], "cuda")
 
 
 @pytest.fixture

@@ -93,8 +93,7 @@ def _gigabytes(text: str) -> float:
 def _print_run(overrides: list[str], given: argparse.Namespace) -> bool:
     """Print the plan of one run as a page or as JSON; -> whether it fits."""
     overrides, config = _completed(overrides)
-    device = _device_type(config, given.card)
-    room = _room(config, given.card)
+    device, room = _device_and_room(config, given.card)
     with command.told_if_long("planning"):
         plan = _plan(config, device)
     if not given.json:
@@ -106,7 +105,7 @@ def _print_run(overrides: list[str], given: argparse.Namespace) -> bool:
         if largest:
             print(largest)
         _print_remedies(plan, overrides, device, room)
-    return plan.needed_bytes <= room.free_bytes
+    return plan.fits(room)
 
 
 def _print_sweep(runs: list[list[str]], given: argparse.Namespace) -> bool:
@@ -115,8 +114,7 @@ def _print_sweep(runs: list[list[str]], given: argparse.Namespace) -> bool:
     for overrides in runs:
         own = [option for option in overrides if option not in common]
         _, config = _completed(overrides)
-        device = _device_type(config, given.card)
-        room = _room(config, given.card)
+        device, room = _device_and_room(config, given.card)
         with command.told_if_long(f"planning {' '.join(own) or 'the run'}"):
             plan = _plan(config, device)
         largest = _largest_batch(plan, device, room) if given.largest_batch else None
@@ -125,12 +123,16 @@ def _print_sweep(runs: list[list[str]], given: argparse.Namespace) -> bool:
         else:
             more = f"; {largest}" if largest else ""
             print(f"{' '.join(own) or 'default'}: {verdict(plan, room)}{more}", flush=True)
-        all_fit &= plan.needed_bytes <= room.free_bytes
+        all_fit &= plan.fits(room)
     return all_fit
 
 
-def _device_type(config: Config, card: float | None) -> str:
-    return "cuda" if card else execution.device_of(config.runtime.device).type
+def _device_and_room(config: Config, card: float | None) -> tuple[str, planner.Room]:
+    """The type and the room of what is planned for: a card of so many GB, or the run's device."""
+    if card is not None:
+        return "cuda", planner.card(card)
+    device = execution.device_of(config.runtime.device)
+    return device.type, planner.room_of(device)
 
 
 def _completed(overrides: list[str]) -> tuple[list[str], Config]:
@@ -145,10 +147,6 @@ def _completed(overrides: list[str]) -> tuple[list[str], Config]:
         overrides = ["data.path=.", *overrides]
         composed.data.path = "."
     return overrides, to_dataclasses(composed)
-
-
-def _config(overrides: list[str]) -> Config:
-    return to_dataclasses(compose.composed(overrides))
 
 
 def _plan(config: Config, device_type: str) -> planner.Plan:
@@ -172,25 +170,19 @@ def _largest_batch(
     return largest_batch.find(plan, room, planned)
 
 
-def _room(config: Config, card: float | None) -> planner.Room:
-    if card is None:
-        return planner.room_of(execution.device_of(config.runtime.device))
-    return planner.card(card)
-
-
 def _print_remedies(
     plan: planner.Plan, overrides: list[str], device_type: str, room: planner.Room
 ) -> None:
     """Print options that need less memory, each on top of those above it, until the run fits."""
-    if plan.needed_bytes <= room.free_bytes:
+    if plan.fits(room):
         return
     print("\noptions that need less, cumulative:")
     for remedy, better in _less(plan, overrides, device_type, room):
-        fits = "  fits" if better.needed_bytes <= room.free_bytes else ""
+        fits = "  fits" if better.fits(room) else ""
         size = f"{format_bytes(better.needed_bytes):>9}{fits}"
         print(f"  {' '.join(remedy.overrides):<52}{size:<17}{remedy.what}", flush=True)
         plan = better
-    if plan.needed_bytes > room.free_bytes:
+    if not plan.fits(room):
         print("even with all of these it does not fit")
 
 
@@ -199,14 +191,14 @@ def _less(
 ) -> Iterator[tuple[remedies.Remedy, planner.Plan]]:
     """Remedies that help, each on top of those before it, with the resulting plan."""
     tried: set[remedies.Remedy] = set()
-    while plan.needed_bytes > room.free_bytes:
+    while not plan.fits(room):
         remedy = next((r for r in remedies.of(plan.config) if r not in tried), None)
         if remedy is None:
             return
         tried.add(remedy)
         try:
             changed = _with(overrides, remedy.overrides)
-            better = _plan(_config(changed), device_type)
+            better = _plan(to_dataclasses(compose.composed(changed)), device_type)
         except UserError:  # the remedy excludes another option
             continue
         if better.needed_bytes < plan.needed_bytes:

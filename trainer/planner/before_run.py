@@ -32,7 +32,7 @@ def announce(config: Config, model: Model, device: torch.device) -> int | None:
         log.warning("memory: no plan, because the model cannot be simulated (%s)", reason(error))
         return None
     room = room_of(device)
-    if plan.needed_bytes <= room.free_bytes:
+    if plan.fits(room):
         log.info("memory: %s", verdict(plan, room))
     else:
         message = "memory: %s; `python -m trainer.planner` with these options suggests others"

@@ -42,7 +42,7 @@ def find(plan: Plan, room: Room, planned: Callable[[int], Plan]) -> LargestBatch
     plan: of one batch size, whether it fits or not.  planned: batch size -> the plan of the same
     run with it, which takes seconds.
     """
-    fitting, too_large = (plan, None) if _fits(plan, room) else (None, plan)
+    fitting, too_large = (plan, None) if plan.fits(room) else (None, plan)
     guess = 2 * _size(plan) if fitting else 1
     while True:
         least = _size(fitting) + 1 if fitting else 1
@@ -50,7 +50,7 @@ def find(plan: Plan, room: Room, planned: Callable[[int], Plan]) -> LargestBatch
         if least > most:
             return LargestBatch(fitting=fitting, too_large=too_large)
         before, tried = fitting or too_large, planned(min(max(guess, least), most))
-        if _fits(tried, room):
+        if tried.fits(room):
             fitting = tried
         else:
             too_large = tried
@@ -66,10 +66,6 @@ def _estimate(one: Plan, other: Plan, room: Room) -> int:
         return LIMIT
     free = room.free_bytes / (1 + one.fragmented)
     return _size(one) + math.floor((free - one.training_bytes) / slope)
-
-
-def _fits(plan: Plan, room: Room) -> bool:
-    return plan.needed_bytes <= room.free_bytes
 
 
 def _size(plan: Plan) -> int:

@@ -45,7 +45,7 @@ def page(plan: Plan, room: Room) -> str:
 
 def verdict(plan: Plan, room: Room) -> str:
     """Whether it fits, in a line."""
-    fits = "fits" if plan.needed_bytes <= room.free_bytes else "does not fit"
+    fits = "fits" if plan.fits(room) else "does not fit"
     needed, free = format_bytes(plan.needed_bytes), format_bytes(room.free_bytes)
     notes = [f"the peak and {plan.fragmented:.0%} for fragmentation"] if plan.fragmented else []
     drawing = plan.reserved(plan.drawing_bytes)

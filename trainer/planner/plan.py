@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from trainer.config import Config
 from trainer.models.model import Model
 from trainer.planner.rehearsal import Rehearsal, rehearse
+from trainer.planner.room import Room
 from trainer.system import memory
 
 # Memory that libraries use for themselves in training, measured with SDXL's UNet: on a CPU oneDNN's
@@ -72,6 +73,10 @@ class Plan:
         """The free memory that a run needs to finish.  Drawing does not count: a run skips it if
         there is too little."""
         return self.reserved(max(self.training_bytes, self.captions_bytes, self.pictures_bytes))
+
+    def fits(self, room: Room) -> bool:
+        """Whether a run can finish in this room."""
+        return self.needed_bytes <= room.free_bytes
 
     def reserved(self, peak: int) -> int:
         """The free memory for a peak of this many bytes."""
