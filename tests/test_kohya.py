@@ -9,8 +9,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from trainer.cli import compose
+from trainer.config import for_hydra
 from trainer.kohya import __main__ as command
-from trainer.kohya.notation import written
 
 LORA = ["sdxl_train_network.py", "--pretrained_model_name_or_path=/m.safetensors"]
 LORA += ["--train_data_dir=/d", "--mixed_precision=bf16", "--network_train_unet_only"]
@@ -336,12 +336,12 @@ def test_a_file_without_options_is_an_error(translated, tmp_path, monkeypatch, f
 
 
 VALUES = [None, True, 3, 1e-5, "plain", "a b", 'say "no", {x}', "C:\\d\\", "a b\\", '\\"', "$x"]
-VALUES += [{"p": "a b", "q": [2]}, [1, "a,b"]]
+VALUES += ["für", {"p": "a b", "q": [2]}, [1, "a,b"]]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_a_written_value_is_read_by_hydra_as_it_was(value):
-    override = OverridesParser.create().parse_override(f"key={written(value)}")
+    override = OverridesParser.create().parse_override(f"key={for_hydra(value)}")
     assert override.value() == value
 
 

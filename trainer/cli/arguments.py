@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 
 from trainer.cli.choices import composition, is_of_sweep, options_of
 from trainer.cli.explain import explain
-from trainer.config import group_names, key_of
+from trainer.config import for_hydra, group_names, key_of
 from trainer.errors import UserError
 from trainer.storage.resuming import latest_run, overrides_of
 from trainer.system import processes
@@ -43,7 +43,7 @@ def _at_home(arguments: list[str]) -> list[str]:
         key, _, value = argument.partition("=")
         path = value.strip("'\"")
         if key in ("hydra.run.dir", "hydra.sweep.dir") and path.startswith("~"):
-            argument = f"{key}={_hydra_quoted(os.path.expanduser(path))}"
+            argument = f"{key}={for_hydra(os.path.expanduser(path))}"
         expanded.append(argument)
     return expanded
 
@@ -62,7 +62,7 @@ def with_resumed(arguments: list[str]) -> list[str]:
     if resume == "latest":
         with suppress(UserError):  # the run will report it
             resume = str(latest_run())
-            now = f"resume={_hydra_quoted(resume)}"
+            now = f"resume={for_hydra(resume)}"
             arguments = [now if key_of(a) == "resume" else a for a in arguments]
     inherited = [a for a in lasting(overrides_of(resume)) if key_of(a) not in given]
     inherited = _without_orphans(inherited, arguments)
@@ -172,8 +172,3 @@ def is_swept(override: str, overrides: list[str]) -> bool:
         return OverridesParser.create().parse_override(override).is_sweep_override()
     except HydraException as error:
         raise UserError(explain(error, overrides)) from error
-
-
-def _hydra_quoted(text: str) -> str:
-    """This text, which may have spaces, as one word of Hydra's grammar."""
-    return "'" + text.replace("'", r"\'") + "'"

@@ -1,6 +1,5 @@
 """The text of `python -m trainer --help TOPIC ...`: groups, their choices, and options."""
 
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -14,13 +13,12 @@ from optim import described
 from optim.options import allowed as allowed_in_family
 from trainer.cli.compose import composed
 from trainer.cli.wrong_key import explain_key
-from trainer.config import choices_of, documented, group_names
+from trainer.config import choices_of, documented, for_hydra, group_names
 from trainer.config.fields import allowed
 from trainer.errors import UserError
 
 _WIDTH = 100  # of a line
 _INDENT = " " * 4
-_PLAIN = re.compile(r"[\w./+-]+")  # text that Hydra reads without quotes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,8 @@ def _options(node: DictConfig, prefix: str = "") -> Iterator[_Option]:
             yield from _options(value, f"{key}.")
         elif name in texts:  # not the name of the choice itself
             bounds = allowed_in_family(name, option.default) if family else _bounds(option, kind)
-            shown = "..." if is_missing else _written(value)
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            shown = "..." if is_missing else for_hydra(plain)
             yield _Option(key=key, value=shown, allowed=bounds, text=texts[name])
             if isinstance(value, ListConfig):
                 for item in filter(is_dataclass, get_args(kind)):
@@ -131,20 +130,6 @@ def _bounds(option: Field[Any], kind: Any) -> str:
     """Which values an option may have, in words; "" for any."""
     words = allowed(option) or ("true or false" if bool in (kind, *get_args(kind)) else "")
     return f"{words}, or null" if words and NoneType in get_args(kind) else words
-
-
-def _written(value: Any) -> str:
-    """A value as Hydra reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, ListConfig | tuple):
-        return f"[{','.join(map(_written, value))}]"
-    if isinstance(value, DictConfig):
-        items = (f"{key!s}:{_written(item)}" for key, item in value.items())
-        return f"{{{','.join(items)}}}"
-    if isinstance(value, str) and not _PLAIN.fullmatch(value):
-        return f'"{value}"'
-    return str(value)
 
 
 def _wrapped(text: str) -> list[str]:

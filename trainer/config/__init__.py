@@ -28,7 +28,7 @@ from trainer.config.optimizer import (
     optimizer_schema,
     peer_schema,
 )
-from trainer.config.overrides import flatten, is_in, key_of, keys_of
+from trainer.config.overrides import flatten, for_hydra, is_in, key_of, keys_of
 from trainer.config.root import ALTERNATIVES, OUTPUTS, Config, file_name, schema_of
 from trainer.config.runtime import RuntimeConfig
 from trainer.config.saved import of_saved, with_usual

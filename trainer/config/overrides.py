@@ -1,7 +1,11 @@
-"""Options by their keys: of command-line overrides, and of a whole configuration."""
+"""Options by their keys, of command-line overrides and of a whole configuration; and values as
+Hydra reads them."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+_SAFE = re.compile(r"[\w./:@%+-]+", re.ASCII)  # what Hydra takes for a text without quotes
 
 
 def key_of(override: str) -> str:
@@ -30,3 +34,21 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{key}": value}
         )
     return flat
+
+
+def for_hydra(value: Any) -> str:
+    """A value in the notation of Hydra's overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(for_hydra, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {for_hydra(x)}' for key, x in value.items())}}}"
+    text = str(value)
+    if _SAFE.fullmatch(text):
+        return text
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)  # a backslash is only special before a quote
+    at_the_end = escaped[len(escaped.rstrip("\\")) :]
+    return f'"{escaped}{at_the_end}"'

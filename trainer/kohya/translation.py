@@ -4,8 +4,8 @@ import ast
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.config import for_hydra
 from trainer.errors import UserError
-from trainer.kohya.notation import written
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class Translation:
 
     def set(self, key: str, value: Any) -> None:
         """Set an option, in Hydra's notation."""
-        self.overrides.append(f"{key}={written(value)}")
+        self.overrides.append(f"{key}={for_hydra(value)}")
 
     def note(self, text: str) -> None:
         """Say what is not the same, or left out."""

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import logging
-import re
 import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config import OUTPUTS, Config, ScheduleConfig, flatten, is_in, with_usual
+from trainer.config import OUTPUTS, Config, ScheduleConfig, flatten, for_hydra, is_in, with_usual
 from trainer.errors import UserError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
@@ -188,11 +187,7 @@ def _changes(config: Config, saved: Checkpoint, given: Collection[str]) -> dict[
 
 def as_argument(run: Path) -> str:
     """The `resume=` argument for this run, quoted for the shell and for Hydra."""
-    text = str(run)
-    if re.search(r"[^\w./-]", text):
-        quoted = text.replace('"', r"\"")
-        text = f'"{quoted}"'
-    return shlex.quote(f"resume={text}")
+    return shlex.quote(f"resume={for_hydra(run)}")
 
 
 def load_newest(folders: list[Path]) -> Checkpoint:
