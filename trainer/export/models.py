@@ -44,4 +44,4 @@ def write(
         writing.save_folder(target, model, parts, scheduler, request.dtype)
         return
     request.check_file()
-    writing.save_single_file(target, model, parts, request.dtype, scheduler, more_metadata)
+    writing.save_single_file(target, model, parts, scheduler, request.dtype, more_metadata)

@@ -55,11 +55,11 @@ def _without(folder: Path, parts: Iterable[str], pattern: str) -> list[str]:
     return [part for part in parts if not any((folder / part).glob(pattern))]
 
 
-def vae(name: str, option: str, with_weights: bool = True) -> Path:
-    """The same for a VAE: from its own repository, where its files are at the top level, or from a
-    pipeline."""
+def vae(name: str, with_weights: bool = True) -> Path:
+    """The same for the VAE of model.vae: from its own repository, where its files are at the top
+    level, or from a pipeline."""
     weights = [*_weights_of(["vae"], None), "diffusion_pytorch_model.safetensors"]
-    return _fetch(name, [*_VAE, *(weights if with_weights else [])], None, option)
+    return _fetch(name, [*_VAE, *(weights if with_weights else [])], None, "model.vae")
 
 
 def _weights_of(parts: Iterable[str], variant: str | None) -> list[str]:

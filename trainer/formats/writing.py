@@ -81,8 +81,8 @@ def save_single_file(
     target: Path,
     origin: Source,
     parts: Mapping[str, Given],
-    dtype: torch.dtype | None = None,
     scheduler: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
     more_metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the model as one .safetensors file, with the names that A1111, ComfyUI and kohya's

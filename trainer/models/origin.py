@@ -202,11 +202,13 @@ class Architecture(Folder):
 class Vae(Folder):
     """A VAE's own folder: config.json and its weights, such as that of sdxl-vae-fp16-fix."""
 
-    def __init__(self, path: Path, option: str = "model.vae") -> None:
+    option = "model.vae"
+
+    def __init__(self, path: Path) -> None:
         """Raises UserError if it is another kind of model."""
-        self.path, self.variant, self.option = path, None, option
+        self.path, self.variant = path, None
         if (found := self.config("vae").get("_class_name")) != self.index["vae"][1]:
-            raise UserError(f"{option}={path} is a {found}; it must be an AutoencoderKL")
+            raise UserError(f"{self.option}={path} is a {found}; it must be an AutoencoderKL")
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -219,14 +221,15 @@ class Vae(Folder):
 class VaeFile(Vae):
     """A VAE's file, such as sdxl_vae.safetensors, which does not contain its configuration."""
 
-    def __init__(self, path: Path, model: Origin, option: str = "model.vae") -> None:
+    def __init__(self, path: Path, model: Origin) -> None:
         """Its configuration is that of `model`, as other programs assume, or of its folder if it
         has diffusers' file name.  Raises UserError if it is damaged or holds no VAE."""
         self._settings = model.config("vae")
         if path.name.startswith("diffusion_pytorch_model.") and _is_vae(path.parent):
-            self._settings = Vae(path.parent, option).config("vae")
-        super().__init__(path, option)
-        self._weights = vae_alone(of_file(path)[0], self._settings, f"{option}={path}")
+            self._settings = Vae(path.parent).config("vae")
+        super().__init__(path)
+        where = f"{self.option}={path}"
+        self._weights = vae_alone(of_file(path)[0], self._settings, where)
 
     def config(self, part: str) -> dict[str, Any]:
         return {"_class_name": "AutoencoderKL"} | self._settings
@@ -303,7 +306,7 @@ def vae(name: str, model: Origin, with_weights: bool = True) -> Origin:
     if path.is_file():
         is_model = kinds.has_unet(of_file(path)[0])
         return File(path, "model.vae") if is_model else VaeFile(path, model)
-    folder = path if path.is_dir() else hub.vae(name, "model.vae", with_weights)
+    folder = path if path.is_dir() else hub.vae(name, with_weights)
     for found in (folder / "vae", folder):
         if _is_vae(found):
             return Vae(found)

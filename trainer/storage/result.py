@@ -68,14 +68,8 @@ def write(
             lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
         elif kind == "single_file":
             target = folder / f"{name}.safetensors"
-            writing.save_single_file(
-                target,
-                model.origin,
-                parts,
-                dtype,
-                model.scheduler,
-                of_model(more_metadata),
-            )
+            told = of_model(more_metadata)
+            writing.save_single_file(target, model.origin, parts, model.scheduler, dtype, told)
         else:
             target = folder / "model"
             writing.save_folder(target, model.origin, parts, model.scheduler, dtype)
