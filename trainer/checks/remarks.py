@@ -156,7 +156,7 @@ def of_lokr(
     """
     if not isinstance(config.method, LokrConfig):
         return
-    every = [a for by_path in adapters.of_models(models).values() for a in by_path.values()]
+    every = adapters.all_of(adapters.of_models(models))
     given, owner = keys_of(overrides), "a method.rank below half of the longer side of"
     if not any("lokr_w1_a" in adapter.tensors() for adapter in every):
         if config.method.decompose_both:

@@ -238,7 +238,7 @@ def _report(target: Path, held: adapters.Adapters, rank: int, seen: _Seen) -> No
         "lost to the rank, and %.1f%% are in what no LoRA changes: %s",
         target,
         rank,
-        plural(sum(len(by_path) for by_path in held.values()), "layer"),
+        plural(len(adapters.all_of(held)), "layer"),
         100 * kept.kept,
         100 * kept.share(kept.lost),
         100 * kept.share(kept.beside),

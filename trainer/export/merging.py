@@ -17,7 +17,7 @@ from trainer.export import models
 from trainer.export.request import Request
 from trainer.formats import schedulers, stream, writing
 from trainer.formats.adapter import Adapter
-from trainer.formats.adapters import Adapters, title
+from trainer.formats.adapters import Adapters, all_of, title
 from trainer.formats.names import canonical
 from trainer.formats.weights import Lazy, Weights
 from trainer.models.origin import Origin
@@ -61,7 +61,7 @@ def write(
     own = schedulers.usable(base.config("scheduler"))
     scheduler = schedulers.with_lora(source, described, own)
     models.write(request, base, parts, scheduler, {"modelspec.merged_from": names})
-    count = sum(len(adapters) for adapters in held.values())
+    count = len(all_of(held))
     message = "%s: with %s of %s merged, scale %g (rounding changes %.1e of what is added)"
     log.info(message, request.target, plural(count, "adapter"), source, scale, rounding.share)
     if rounding.share > _COARSE:

@@ -8,7 +8,7 @@ from trainer.errors import UserError
 from trainer.export.kept import Kept
 from trainer.formats import low_rank
 from trainer.formats.adapter import Adapter, Lora
-from trainer.formats.adapters import Adapters
+from trainer.formats.adapters import Adapters, all_of
 from trainer.system import console
 from trainer.wording import plural
 
@@ -25,7 +25,7 @@ def resized(source: Path, held: Adapters, rank: int, kept: Kept) -> Adapters:
         part: {path: _lora(source, adapter, rank) for path, adapter in by_path.items()}
         for part, by_path in held.items()
     }
-    every = [adapter for by_path in loras.values() for adapter in by_path.values()]
+    every = all_of(held)
     if (most := max(adapter.rank for adapter in every)) <= rank:
         raise UserError(
             f"--rank={rank} has no effect: no adapter of {source} has a rank above {most}; leave "
@@ -66,7 +66,7 @@ def _resized(where: str, adapter: Lora, rank: int, kept: Kept) -> Adapter:
 
 def report(target: Path, before: Adapters, rank: int, kept: Kept) -> None:
     """Say what the resized LoRA keeps.  before: its adapters as they were."""
-    every = [adapter for by_path in before.values() for adapter in by_path.values()]
+    every = all_of(before)
     kept.report(rank)
     if any("magnitude" in adapter.tensors() for adapter in every):
         log.info("DoRA's magnitudes are unchanged; what is said of the change is before them")

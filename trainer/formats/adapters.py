@@ -68,14 +68,19 @@ def kind_of(tensors: Collection[str]) -> type[Adapter]:
     return next((k for k in others if not set(tensors).isdisjoint(k.peft_names.values())), Lora)
 
 
+def all_of(adapters: Adapters) -> list[Adapter]:
+    """The adapters of all parts together."""
+    return [adapter for by_path in adapters.values() for adapter in by_path.values()]
+
+
 def are_loras(adapters: Adapters) -> bool:
     """Whether all of them are LoRAs, or DoRAs."""
-    return all(isinstance(a, Lora) for by_path in adapters.values() for a in by_path.values())
+    return all(isinstance(adapter, Lora) for adapter in all_of(adapters))
 
 
 def title(adapters: Adapters) -> str:
     """What the adapters are, for a message: LoRA, LoKr, or LoKr and LoRA."""
-    return _titles({type(a) for by_path in adapters.values() for a in by_path.values()})
+    return _titles({*map(type, all_of(adapters))})
 
 
 def module_names(model: nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.formats import architectures, schedulers, stream
 from trainer.formats.adapter import Adapter, commonest
-from trainer.formats.adapters import Adapters
+from trainer.formats.adapters import Adapters, all_of
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def without_rank(described: Mapping[str, str]) -> dict[str, str]:
 def lora(kind: str, adapters: Adapters, title: str) -> dict[str, str]:
     """The metadata of a LoRA: modelspec, and those of kohya's `ss_` keys that programs sort by.
     The training data (`ss_tag_frequency`) is not disclosed."""
-    every = [adapter for by_path in adapters.values() for adapter in by_path.values()]
+    every = all_of(adapters)
     rank, alpha = commonest(every)
     kinds: Counter[type[Adapter]] = Counter(type(adapter) for adapter in every)
     most = kinds.most_common(1)[0][0]

@@ -10,7 +10,7 @@ from torch import nn
 from trainer.errors import UserError
 from trainer.formats import lora
 from trainer.formats.adapter import commonest
-from trainer.formats.adapters import Adapters, of_models
+from trainer.formats.adapters import Adapters, all_of, of_models
 from trainer.models.model import Model
 
 # The part of a module's name that says in which block it is.
@@ -33,10 +33,10 @@ def read(start_from: str, model: Model, layers: dict[str, list[str]]) -> tuple[A
         part: {name: adapters[part][name] for name in layers[part] if name in adapters[part]}
         for part in adapters
     }
-    count = sum(map(len, used.values()))
+    count = len(all_of(used))
     if not count:
         raise UserError(f"method.start_from={path} has no adapter of a layer whose output is used")
-    return used, sum(map(len, adapters.values())) - count
+    return used, len(all_of(adapters)) - count
 
 
 def refuse_others(
@@ -64,10 +64,7 @@ def refuse_others(
 
 def _hint(in_run: Adapters, adapters: Adapters, layers: Mapping[str, list[str]]) -> str:
     """What to do with adapters that do not fit the run; "" if no options describe them."""
-    there, here = (
-        {adapter.method.name for by_path in of.values() for adapter in by_path.values()}
-        for of in (adapters, in_run)
-    )
+    there, here = ({a.method.name for a in all_of(held)} for held in (adapters, in_run))
     if there.isdisjoint(here):
         return f"; it continues in a run with method={there.pop()}"
     options = _options_of(adapters, layers)
@@ -77,7 +74,7 @@ def _hint(in_run: Adapters, adapters: Adapters, layers: Mapping[str, list[str]])
 def _options_of(adapters: Adapters, layers: Mapping[str, list[str]]) -> str | None:
     """The command-line options of a run with these adapters; None if no options describe them (they
     differ between blocks, say)."""
-    every = [adapter for by_path in adapters.values() for adapter in by_path.values()]
+    every = all_of(adapters)
     kinds = {type(adapter) for adapter in every}
     own = kinds.pop().options(every) if len(kinds) == 1 else None
     if own is None:
