@@ -60,24 +60,20 @@ def convert(folder: Path, request: Request) -> None:
         request.refuse_rank(f"{folder} is a checkpoint of a full fine-tune")
     _locate(saved, request)
     if request.merge and request.base is None:
-        request = _with_original(_original(saved), request)
+        request = with_original(_original(saved), request)
     (_export_lora if has_adapters else _export_model)(saved, request)
 
 
-def with_base(folder: Path, request: Request) -> Request:
-    """A request without --base, with the model that this checkpoint's run started from.  Raises
-    UserError if that is not there any more, or has changed."""
-    return _with_original(original(folder, request), request)
-
-
 def original(folder: Path, request: Request) -> Model:
-    """The model that this checkpoint's run started from.  Errors are those of `with_base`."""
+    """The model that this checkpoint's run started from.  Raises UserError if that is not there any
+    more, or has changed."""
     saved = _saved(folder)
     _locate(saved, request)
     return _original(saved)
 
 
-def _with_original(model: Model, request: Request) -> Request:
+def with_original(model: Model, request: Request) -> Request:
+    """A request to merge, which names no --base, with this model as the base."""
     log.info("merging into the model that the run started from: %s", model.config.path)
     return replace(request, base=model.config.path, variant=model.config.variant)
 

@@ -12,6 +12,7 @@ from trainer.formats import architectures, kinds
 from trainer.formats.hub import why_missing
 from trainer.formats.weights import of_file
 from trainer.models import origin
+from trainer.models.model import Model
 from trainer.reporting import report
 from trainer.storage import checkpoint, results
 from trainer.storage.steps import step_of
@@ -59,18 +60,16 @@ def convert(request: Request) -> None:
 
 def _extract(path: Path, model: origin.Origin, request: Request) -> None:
     """Write what distinguishes this model from the one that it was fine-tuned from."""
-    base = _original_of(path, request)
+    base = _base_of(path, request)
     parts = {part: model.weights(part) for part in architectures.WEIGHT_PARTS if model.has(part)}
     extraction.write(path, request, base, parts, model.config("scheduler"), {})
 
 
-def _original_of(path: Path, request: Request) -> origin.Origin:
+def _base_of(path: Path, request: Request) -> origin.Origin:
     """The model that --base names, or that the run of this model started from."""
     if request.base:
         return loras.base_model(request.base, request.variant, with_weights=True)
-    run = loras.run_of(path)
-    if run and (every := checkpoint.found_in(run)):
-        model = checkpoints.original(every[-1], request)
+    if model := _original_of(path, request):
         log.info("fine-tuned from the model that the run started from: %s", model.config.path)
         return model.origin
     raise UserError("--extract needs the model that SOURCE was fine-tuned from: --base=MODEL")
@@ -78,13 +77,20 @@ def _original_of(path: Path, request: Request) -> origin.Origin:
 
 def _with_base(lora: Path, request: Request) -> Request:
     """The request, with the model to merge this LoRA file into if it names none: the one that its
-    run started from, which the run's checkpoints identify."""
+    run started from."""
     if not request.merge or request.base:
         return request
-    run = loras.run_of(lora)
-    if run and (every := checkpoint.found_in(run)):
-        return checkpoints.with_base(every[-1], request)
+    if model := _original_of(lora, request):
+        return checkpoints.with_original(model, request)
     raise UserError("--merge needs the model to merge SOURCE into: --base=MODEL")
+
+
+def _original_of(path: Path, request: Request) -> Model | None:
+    """The model that the run of this LoRA or model started from, which the run's checkpoints
+    identify; None if there are none."""
+    run = loras.run_of(path)
+    every = checkpoint.found_in(run) if run else []
+    return checkpoints.original(every[-1], request) if every else None
 
 
 def _in_run(path: Path) -> Path:
