@@ -32,9 +32,8 @@ def draw(request: Request) -> None:
         painting.check(group)
     prompts = wanted.prompts_of(request, found, groups[0].model)
     titles, lines = [row.title for row in every], [prompt.line for prompt in prompts]
-    sheet = Sheet(request.out, request.folder, titles, lines)
-    if shown := wanted.originals(found, prompts):
-        sheet.put_above("original", shown)
+    originals = wanted.originals(found, prompts)
+    sheet = Sheet(request.out, request.folder, titles, lines, originals)
     batch_size = request.batch_size or wanted.batch_size(found)
     with logging_redirect_tqdm(), signals.stop_signals("these pictures") as stop:
         painter = Painter(prompts=prompts, batch_size=batch_size, device=device, stop=stop)

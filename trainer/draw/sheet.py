@@ -16,10 +16,18 @@ _NAME = 120  # bytes of a title in a folder's name, which most systems limit to 
 class Sheet:
     """A grid that is written anew with each row: whenever it ends, what is drawn is there."""
 
-    def __init__(self, out: Path, folder: Path, titles: Sequence[str], captions: list[str]) -> None:
-        """titles: of all rows, from the top down."""
+    def __init__(
+        self,
+        out: Path,
+        folder: Path,
+        titles: Sequence[str],
+        captions: list[str],
+        originals: list[Image.Image],
+    ) -> None:
+        """titles: of all rows, from the top down.  originals: the captions' own pictures, which are
+        shown above; none if they are prompts."""
         self._out, self._folder, self._titles, self._captions = out, folder, titles, captions
-        self._above: dict[str, list[Image.Image]] = {}
+        self._above = {"original": originals} if originals else {}
         self._rows: dict[str, list[Image.Image | None]] = {}
 
     def __str__(self) -> str:
@@ -27,10 +35,6 @@ class Sheet:
         if not self._rows:
             return "nothing was drawn"
         return f"{self._out}, and the single pictures in {self._folder}"
-
-    def put_above(self, title: str, pictures: list[Image.Image]) -> None:
-        """Show these pictures in a row above all others."""
-        self._above[title] = pictures
 
     def add(self, title: str, drawn: Mapping[int, Image.Image]) -> None:
         """Write a row's single pictures, and the grid.  drawn: by the caption's place; the places

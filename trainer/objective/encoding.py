@@ -61,18 +61,6 @@ class Encoded:
         return [self.dataset.samples[row].caption for row in rows]
 
 
-class Kept:
-    """Looks up captions encoded before training, in memory or on disk."""
-
-    def __init__(self, texts: Entries) -> None:
-        self._texts = texts
-
-    def __call__(self, captions: Sequence[str | None]) -> Text:
-        found = [self._texts[caption] for caption in captions]
-        pooled = _stacked(found, "pooled") if "pooled" in found[0] else None
-        return Text(prompt=_stacked(found, "prompt"), pooled=pooled)
-
-
 def encode(
     model: Model, dataset: Dataset, prompts: Sequence[str] = (), stop: Sequence[int] = ()
 ) -> Encoded:
@@ -105,9 +93,17 @@ def read_texts(
     stop: Sequence[int] = (),
 ) -> Read:
     """Encode those of the captions that the store lacks, and the empty prompt; `load` is called
-    only if there are any.  fingerprint: of the text encoders, for a store on the disk."""
+    only if there are any.  -> what looks them up.  fingerprint: of the text encoders, for a store
+    on the disk."""
     every = [None, *captions]
-    return Kept(store.texts(every, fingerprint, lambda: _text_encoder(load()), stop))
+    kept = store.texts(every, fingerprint, lambda: _text_encoder(load()), stop)
+
+    def read(wanted: Sequence[str | None]) -> Text:
+        found = [kept[caption] for caption in wanted]
+        pooled = _stacked(found, "pooled") if "pooled" in found[0] else None
+        return Text(prompt=_stacked(found, "prompt"), pooled=pooled)
+
+    return read
 
 
 def text_fingerprint(model: Model, cache: str) -> str:
