@@ -15,12 +15,12 @@ from safetensors.torch import load, save_file
 
 from trainer import data
 from trainer.data import Store
-from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.objective import encoding
 from trainer.run import run
 from trainer.storage import resuming
 from trainer.system import memory
+from trainer.system.threads import ahead
 
 
 @pytest.fixture

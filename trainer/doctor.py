@@ -17,8 +17,8 @@ from trainer.checks import remarks
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import command, compose
 from trainer.config import Config
-from trainer.data import Store, dataset, findings
-from trainer.data.survey import all_sources, survey
+from trainer.data import Store, dataset, findings, sources
+from trainer.data.survey import survey
 from trainer.errors import UserError
 from trainer.reporting import report
 from trainer.sampling import pictures
@@ -98,7 +98,7 @@ def _check_sheet(path: Path, config: Config) -> None:
         raise UserError(f"--sheet {path}: name it .png, .jpg or .webp")
     if os.path.lexists(path):
         raise UserError(f"--sheet {path} already exists; name another file")
-    for source in all_sources(config.data):
+    for source in sources.of_config(config.data):
         if path.resolve().is_relative_to(Path(source.path).expanduser().resolve()):
             raise UserError(
                 f"--sheet {path} is inside data.path={source.path}, where it would be taken for a "

@@ -98,6 +98,12 @@ class DataConfig:
     cache_dtype: str = one_of("float32", "bfloat16")  #: of latents and text embeddings
 
     @property
+    def caption_extensions(self) -> list[str]:
+        """caption_extension as a list."""
+        extensions = self.caption_extension
+        return [extensions] if isinstance(extensions, str) else list(extensions)
+
+    @property
     def largest_resolution(self) -> int:
         """The largest one trained on."""
         return max(self.resolutions or [self.resolution])

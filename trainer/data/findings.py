@@ -5,11 +5,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 from trainer.config import DataConfig
-from trainer.data import captions
+from trainer.data import captions, sources
 from trainer.data.buckets import LATENT_SCALE
 from trainer.data.plan import Plan
 from trainer.data.sample import Sample
-from trainer.data.survey import Survey, UsablePicture, all_sources, endings
+from trainer.data.survey import Survey, UsablePicture
 from trainer.errors import UserError
 from trainer.wording import counted, plural, some
 
@@ -29,7 +29,7 @@ def refuse(surveyed: Survey, config: DataConfig) -> None:
     if not surveyed.count:
         raise nothing_found(surveyed, config)
     if surveyed.uncaptioned:
-        extensions = " or ".join(endings(config))
+        extensions = " or ".join(config.caption_extensions)
         names = surveyed.uncaptioned
         what = (
             f"pictures have no {extensions} file next to them, and no caption in metadata or a "
@@ -70,7 +70,7 @@ def report(surveyed: Survey, config: DataConfig) -> None:
         if names:
             log.warning("%s: %s", counted(len(names), f"pictures {what}"), some(names))
     message = "data: %s in %s, %d unreadable, %d without a caption"
-    count = len(all_sources(config))
+    count = len(sources.of_config(config))
     log.info(
         message,
         plural(len(surveyed.usable), "picture"),
@@ -86,7 +86,7 @@ def report(surveyed: Survey, config: DataConfig) -> None:
 
 def _without_effect(surveyed: Survey, config: DataConfig) -> Iterator[str]:
     """A line for each option that these pictures and captions give no work."""
-    if config.kohya_folders and len(all_sources(config)) == max(len(config.sources), 1):
+    if config.kohya_folders and len(sources.of_config(config)) == max(len(config.sources), 1):
         yield (
             "data.kohya_folders=true has no effect: no folder in the sources is named "
             "REPEATS_CAPTION, such as '10_sks cat'; name the folder that holds such folders"
@@ -115,7 +115,7 @@ def _without_effect(surveyed: Survey, config: DataConfig) -> Iterator[str]:
 def of_sources(surveyed: Survey, config: DataConfig) -> list[str]:
     """A line about each of several sources, and about one with repeats; and a caption as it is
     trained."""
-    by_path = {source.path: source for source in all_sources(config)}
+    by_path = {source.path: source for source in sources.of_config(config)}
     counts, lines = Counter(picture.source.path for picture in surveyed.usable), []
     for path, source in by_path.items():
         count, told = counts[path], []
@@ -213,4 +213,4 @@ def _is_prefixed(picture: UsablePicture, config: DataConfig) -> bool:
 
 
 def _where(config: DataConfig) -> str:
-    return ", ".join(source.path for source in all_sources(config))
+    return ", ".join(source.path for source in sources.of_config(config))

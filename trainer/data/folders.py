@@ -54,7 +54,7 @@ def walk(folder: Path, reading: Reading) -> Iterator[Path]:
     return _walk(folder, (), reading)
 
 
-def counted(folder: Path) -> list[tuple[Path, int, str]]:
+def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
     """The folders named REPEATS_CAPTION in a folder: their paths, repeats and captions."""
     if not folder.is_dir():  # an archive, or a file of a table
         return []

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from trainer.config import DataConfig
+from trainer.config import DataConfig, SourceConfig
 from trainer.data import folders, metadata, tables, tars
 from trainer.data.items import IRREGULAR, Item, Reading, is_hidden, is_picture, shown
 from trainer.errors import UserError
@@ -41,6 +42,28 @@ def check(config: DataConfig) -> None:
                 f"{key}={path} is not a folder (or .tar, .parquet or .arrow file); name one that "
                 "holds pictures"
             )
+
+
+def of_config(config: DataConfig) -> list[SourceConfig]:
+    """The configuration's sources, each followed by the folders in it that are sources of their
+    own."""
+    given = config.sources or [SourceConfig(path=str(config.path))]
+    if not config.kohya_folders:
+        return given
+    return [each for source in given for each in (source, *_kohya_folders(source))]
+
+
+def _kohya_folders(source: SourceConfig) -> list[SourceConfig]:
+    """The folders named REPEATS_CAPTION in a source."""
+    return [
+        replace(
+            source,
+            path=str(folder),
+            repeats=repeats * source.repeats,
+            caption=caption if source.caption is None else source.caption,
+        )
+        for folder, repeats, caption in folders.kohya_folders(Path(source.path).expanduser())
+    ]
 
 
 def find(path: Path, reading: Reading) -> Iterator[Item]:

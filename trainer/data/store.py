@@ -30,9 +30,9 @@ from trainer.data.entries import (
     read_header,
 )
 from trainer.data.sample import Sample
-from trainer.data.survey import ahead
 from trainer.errors import UserError
 from trainer.system import console, disk, memory, signals
+from trainer.system.threads import ahead
 from trainer.wording import counted
 
 log = logging.getLogger(__name__)

@@ -1,28 +1,22 @@
 """Read all configured data before use: what is usable, what is not, and what looks wrong."""
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 from trainer.config import DataConfig, SourceConfig
-from trainer.data import decoding, folders, sample, sources
+from trainer.data import decoding, sample, sources
 from trainer.data.buckets import Fit, Size, fit
 from trainer.data.items import Item, Reading
 from trainer.data.picture_index import PictureIndex, Traits
 from trainer.errors import UserError, reason
 from trainer.system import console, signals
+from trainer.system.threads import ahead
 
-Thing = TypeVar("Thing")
-Result = TypeVar("Result")
 Captioned = tuple[SourceConfig, Item, list[str]]  # source, picture, captions
-
-_WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(kw_only=True)
@@ -63,9 +57,9 @@ def survey(config: DataConfig, for_run: bool = False, stop: Sequence[int] = ()) 
     or metadata line, a missing or undecodable caption, or more than `max_unreadable` unreadable
     pictures.  Raises SystemExit once `stop` holds a signal.
     """
-    every_source = all_sources(config)
+    every_source = sources.of_config(config)
     reading = Reading(
-        extensions=endings(config),
+        extensions=config.caption_extensions,
         caption_column=config.caption_column,
         apart={os.path.abspath(Path(source.path).expanduser()) for source in every_source},
     )
@@ -176,60 +170,6 @@ def _look_at_all(
             for note in result.notes:
                 surveyed.notes[note].append(item.name)
             surveyed.usable.append(result)
-
-
-def all_sources(config: DataConfig) -> list[SourceConfig]:
-    """Those of the configuration, each followed by the folders in it that are sources of their
-    own."""
-    given = config.sources or [SourceConfig(path=str(config.path))]
-    if not config.kohya_folders:
-        return given
-    return [each for source in given for each in (source, *_counted(source))]
-
-
-def _counted(source: SourceConfig) -> list[SourceConfig]:
-    """The folders named REPEATS_CAPTION in a source."""
-    return [
-        replace(
-            source,
-            path=str(folder),
-            repeats=int(repeats) * source.repeats,
-            caption=caption if source.caption is None else source.caption,
-        )
-        for folder, repeats, caption in folders.counted(Path(source.path).expanduser())
-    ]
-
-
-def endings(config: DataConfig) -> list[str]:
-    """data.caption_extension as a list."""
-    extensions = config.caption_extension
-    return [extensions] if isinstance(extensions, str) else list(extensions)
-
-
-@contextmanager
-def ahead(
-    function: Callable[[Thing], Result], things: Iterable[Thing]
-) -> Iterator[Iterator[Result]]:
-    """`map` in threads, a few things ahead of the caller: decoders release the GIL.
-
-    The threads end with the block.  (An iterator that ended them when it is collected might do so
-    while Python holds one of its own locks on threads, and wait forever.)
-    """
-    pool = ThreadPoolExecutor(_WORKERS)
-
-    def results() -> Iterator[Result]:
-        waiting: deque[Future[Result]] = deque()
-        for thing in things:
-            waiting.append(pool.submit(function, thing))
-            if len(waiting) > 2 * _WORKERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-    try:
-        yield results()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _look(
