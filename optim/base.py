@@ -168,7 +168,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._forget()
         super().add_param_group(param_group)
         try:
-            groups.check(name, type(self), self.param_groups)
+            groups.check(type(self), self.param_groups)
             if hasattr(self, "backend"):  # __init__ checks the first groups together
                 groups.check_apart(name, self.param_groups)
             if self.fused_backward is not None:
@@ -250,7 +250,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         ]
         for group in saved_groups:
             options.check(name, self._options(), {k: group[k] for k in known})
-        groups.check_agreement(name, type(self), saved_groups)
+        groups.check_agreement(type(self), saved_groups)
         saved = [(index, group) for group in saved_groups for index in group["params"]]
         parts_of: dict[Tensor, states.Parts] = {}
         blank_of: dict[Tensor, states.Parts] = {}

@@ -108,11 +108,9 @@ class FusedOptimizer(StatefulOptimizer):
             engine.step(share, coefficients)
 
     @cached_property
-    def _watch(self) -> options.Watch:
-        name = type(self).__name__
-        return options.Watch(
-            name, self._options(), partial(groups.check_agreement, name, type(self))
-        )
+    def _watch(self) -> options.OptionWatch:
+        agree = partial(groups.check_agreement, type(self))
+        return options.OptionWatch(type(self).__name__, self._options(), agree)
 
     @property
     def _turn(self) -> threading.RLock:
@@ -129,7 +127,7 @@ class FusedOptimizer(StatefulOptimizer):
             )
         if Trait.FOREIGN in share.traits:  # perhaps of a gradient only
             for _, _, param in share:
-                groups.check_param(type(self).__name__, type(self), param)
+                groups.check_param(type(self), param)
         if Trait.MISSHAPEN in share.traits:
             index, shape, other = next(
                 (index, tuple(param.shape), tuple(param.grad.shape))

@@ -1,9 +1,8 @@
 """Checks of parameter groups: options that agree, and parameters that can be updated."""
 
 import sys
-from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,36 +14,32 @@ from optim.share import DTYPES
 Group = dict[str, Any]
 
 
-class Kind(Protocol):
-    """What the checks need to know of an optimizer's class."""
+class Checked(Protocol):
+    """What the checks need to know of an optimizer."""
 
-    @property
-    def common(self) -> tuple[str, ...]:
-        """Options that all groups must agree on."""
+    common: ClassVar[tuple[str, ...]]  # options that all groups must agree on
+    shared: ClassVar[tuple[str, ...]]  # the group keys of tensors that all groups share
 
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """The group keys of tensors that all groups share."""
-
-    def contradiction(self, group: Group) -> str | None:
+    @classmethod
+    def contradiction(cls, group: Group) -> str | None:
         """Why this group's options cannot go together, in words that follow the class's name."""
 
 
-def check(optimizer: str, kind: Kind, groups: list[Group]) -> None:
+def check(cls: type[Checked], groups: list[Group]) -> None:
     """Refuse the last group if its options contradict each other or what other groups must share,
-    or if an optimizer of this name and kind cannot update its parameters."""
+    or if an optimizer of this class cannot update its parameters."""
     for param in groups[-1]["params"]:
-        check_param(optimizer, kind, param)
-    check_agreement(optimizer, kind, [groups[0], groups[-1]])
+        check_param(cls, param)
+    check_agreement(cls, [groups[0], groups[-1]])
 
 
-def check_agreement(optimizer: str, kind: Kind, groups: list[Group]) -> None:
+def check_agreement(cls: type[Checked], groups: list[Group]) -> None:
     """Refuse groups whose options contradict each other, or whose `common` options differ from the
     first group's."""
     for group in groups:
-        if wrong := kind.contradiction(group):
-            raise ValueError(f"{optimizer} {wrong}")
-        _check_common(optimizer, kind.common, groups[0], group)
+        if wrong := cls.contradiction(group):
+            raise ValueError(f"{cls.__name__} {wrong}")
+        _check_common(cls, groups[0], group)
 
 
 def check_apart(optimizer: str, groups: list[Group]) -> None:
@@ -74,9 +69,9 @@ def _is_dense(param: Tensor) -> bool:
     return 1 + sum((size - 1) * stride for size, stride in sizes) == param.numel()
 
 
-def check_param(optimizer: str, kind: Kind, param: Tensor) -> None:
-    """Refuse a parameter that an optimizer of this name and kind cannot update."""
-    remedies = "DDP" if kind.shared else "DDP, ZeRO-1"
+def check_param(cls: type[Checked], param: Tensor) -> None:
+    """Refuse a parameter that an optimizer of this class cannot update."""
+    optimizer, remedies = cls.__name__, "DDP" if cls.shared else "DDP, ZeRO-1"
     if is_lazy(param):
         raise ValueError(
             f"{optimizer}: a parameter of a lazy layer has no shape yet; run the model forward "
@@ -106,12 +101,12 @@ def check_param(optimizer: str, kind: Kind, param: Tensor) -> None:
         )
 
 
-def _check_common(optimizer: str, options: Iterable[str], first: Group, group: Group) -> None:
+def _check_common(cls: type[Checked], first: Group, group: Group) -> None:
     """Refuse a group whose value of a common option differs from the first group's."""
-    for option in options:
+    for option in cls.common:
         if group[option] != first[option]:
             raise ValueError(
-                f"{optimizer}: {option}={group[option]!r} in one group and {first[option]!r} in "
+                f"{cls.__name__}: {option}={group[option]!r} in one group and {first[option]!r} in "
                 "another is not possible; it must be the same in all"
             )
 

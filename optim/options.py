@@ -197,7 +197,7 @@ def check(optimizer: str, known: dict[str, Any], values: dict[str, Any]) -> None
             raise ValueError(f"{optimizer}: {name}={value!r} is not possible; it must be {wanted}")
 
 
-class Watch:
+class OptionWatch:
     """Checks the options of an optimizer's groups at every step: users may set them in between.
     They become plain ones.
 

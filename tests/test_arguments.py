@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import optim
 from optim import engine, native, plan
-from optim.options import Watch
+from optim.options import OptionWatch
 
 NAMES = sorted(optim.FAMILY)
 
@@ -125,7 +125,7 @@ def test_a_rate_in_a_tensor_that_is_written_to_is_looked_at_on_a_cpu():
 
 def test_a_rate_that_a_device_has_is_not_read_at_a_step():
     """A tensor on the meta device cannot be read."""
-    watch = Watch("AdamW", optim.AdamW.default_options(), lambda _: None)
+    watch = OptionWatch("AdamW", optim.AdamW.default_options(), lambda _: None)
     group = optim.AdamW.default_options()
     for rate in (torch.tensor(0.1, device="meta"), torch.ones(1, device="meta")):
         watch.check([group | {"lr": rate}])
