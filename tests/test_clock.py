@@ -235,7 +235,7 @@ def test_what_changes_the_measure_of_a_loss_drops_that_of_before(composed, caplo
         data=there["the data"],
         model=there["the model"],
     )
-    drop_other_measure(config, "data", "model", resumed)
+    drop_other_measure(resumed, config, "model", "data")
     assert (not resumed.losses_before) == (option is not None)
     assert (f"{option} changed" in caplog.text) == (option is not None)
 

@@ -45,10 +45,10 @@ def assemble(
     dataset = data.load(config.data, stop)
     step, epochs = (resumed.step, resumed.epochs) if resumed else (0, 0.0)
     config = _settled(config, dataset, (step, epochs))
-    model, fingerprint = Model(config.model, device), dataset.fingerprint
-    base = model.sketch()
+    model = Model(config.model, device)
+    sketch, fingerprint = model.sketch(), dataset.fingerprint
     if resumed:
-        _check_resumed(config, resumed, base, fingerprint)
+        _check_resumed(config, resumed, sketch, fingerprint)
     # Refuse what cannot work before hours of encoding.  A checkpoint already contains the adapter.
     start_from = None
     if isinstance(config.method, AdapterConfig) and not resumed:
@@ -70,8 +70,8 @@ def assemble(
         model=model,
         noise_schedule=noise_schedule,
         data=encoded,
-        fingerprint=fingerprint,
-        base=base,
+        data_fingerprint=fingerprint,
+        model_sketch=sketch,
         sampler=sampler.of_run(model, encoded, config.log, config.data.batch_size, stop),
         optimizer=optimizer,
         guard=Guard(config.runtime.max_skipped_steps),
@@ -101,15 +101,15 @@ def assemble(
 
 
 def _check_resumed(
-    config: Config, resumed: checkpoint.Checkpoint, base: str, fingerprint: str
+    config: Config, resumed: checkpoint.Checkpoint, sketch: str, fingerprint: str
 ) -> None:
     """Refuse to resume with other data, another model or a shorter schedule, unless that may
-    change, and say what changes.  base, fingerprint: of this run's model and data."""
+    change, and say what changes.  sketch, fingerprint: of this run's model and data."""
     may_change = config.runtime.allow_config_change
     resuming.check_length(resumed, config.schedule, may_change)
-    resuming.check_content(resumed, base, fingerprint, may_change)
+    resuming.check_content(resumed, sketch, fingerprint, may_change)
     _log_other_rate(config, resumed)
-    resuming.drop_other_measure(config, fingerprint, base, resumed)
+    resuming.drop_other_measure(resumed, config, sketch, fingerprint)
 
 
 def _log_other_rate(config: Config, resumed: checkpoint.Checkpoint) -> None:

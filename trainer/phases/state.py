@@ -43,8 +43,8 @@ class State:
     model: Model
     noise_schedule: NoiseSchedule
     data: encoding.Encoded
-    fingerprint: str  # of the data
-    base: str  # fingerprint of the model that training began with
+    data_fingerprint: str
+    model_sketch: str  # of the model that training began with
     sampler: Sampler
     optimizer: torch.optim.Optimizer
     guard: Guard

@@ -245,7 +245,8 @@ def check_length(saved: Checkpoint, schedule: ScheduleConfig, may_change: bool) 
 
 def check_content(saved: Checkpoint, model: str, data: str, may_change: bool) -> None:
     """Raise UserError, unless they may change, if the model, or pictures or captions, are others
-    than the run started with.  Their paths do not matter.  model, data: their fingerprints."""
+    than the run started with.  Their paths do not matter.  model, data: this run's sketch of the
+    one, and fingerprint of the others."""
     both = {
         "the model is": (saved.model, model),
         "the pictures or captions are": (saved.data, data),
@@ -261,17 +262,15 @@ def check_content(saved: Checkpoint, model: str, data: str, may_change: bool) ->
         log.warning("resuming, although %s", message)
 
 
-def drop_other_measure(config: Config, data: str, model: str, resumed: Checkpoint) -> None:
-    """Forget the losses before the first step if the resumed run measures something else.
-
-    model, data: the fingerprints of this run's.
-    """
+def drop_other_measure(saved: Checkpoint, config: Config, model: str, data: str) -> None:
+    """Forget the losses before the first step if the resumed run measures something else.  model,
+    data: as for `check_content`."""
     groups = ("log", "model", "noise")
-    before = {group: with_usual(group, resumed.config[group]) for group in groups}
-    there = flatten(before) | {"the data": resumed.data, "the model": resumed.model}
+    before = {group: with_usual(group, saved.config[group]) for group in groups}
+    there = flatten(before) | {"the data": saved.data, "the model": saved.model}
     here = flatten(asdict(config)) | {"the data": data, "the model": model}
     changed = [what for what in _MEASURED if there[what] != here[what]]
-    if changed and resumed.losses_before:
-        resumed.losses_before.clear()
+    if changed and saved.losses_before:
+        saved.losses_before.clear()
         message = "%s changed, so eval/loss is no longer comparable with earlier values"
         log.warning(message, " and ".join(changed))
