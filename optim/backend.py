@@ -20,6 +20,7 @@ from optim.rng import mix, round_stochastic_bf16
 from optim.share import Share
 
 BACKENDS = get_args(get_type_hints(features.Features)["backend"])
+_said: set[str] = set()  # reasons of warnings
 
 
 def grad_of(param: Tensor) -> Tensor:
@@ -166,13 +167,7 @@ def resolved(choice: str, devices: set[str], strict: bool) -> str:
 
 def fall_back(reason: str) -> None:
     """Warn once that plain PyTorch replaces a fused engine."""
-    _say_once(f"the optimizers run on plain PyTorch, which is slower; {reason}")
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-_said: set[str] = set()
+    if reason not in _said:
+        _said.add(reason)
+        message = f"the optimizers run on plain PyTorch, which is slower; {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -22,11 +22,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from optim.fused import FusedOptimizer, uncompiled
 
-# The `FusedBackward` of each hooked parameter.
+# The `BackwardHooks` of each hooked parameter.
 _hooked = WeakTensorKeyDictionary()
 
 
-class FusedBackward:
+class BackwardHooks:
     """The hooks that `fuse_backward` installed; `remove()` removes them, and so does deleting the
     optimizer."""
 
@@ -225,7 +225,7 @@ def _free(params: list[Tensor]) -> None:
 
 def fuse_backward(
     optimizer: FusedOptimizer, bucket_bytes: int = 64 << 20, *, summed: bool = False
-) -> FusedBackward:
+) -> BackwardHooks:
     """Make `optimizer` step inside every backward pass from now on.
 
     The training loop stays the same: set the learning rate, call `backward()`, then `step()`, which
@@ -274,7 +274,7 @@ def fuse_backward(
         )
     if not summed:
         _check_alone()
-    return FusedBackward(optimizer, bucket_bytes, summed)
+    return BackwardHooks(optimizer, bucket_bytes, summed)
 
 
 def _check_alone() -> None:
