@@ -11,7 +11,7 @@ from trainer.formats import kinds
 from trainer.formats.hub import why_missing
 from trainer.formats.weights import of_file
 from trainer.reporting import report
-from trainer.storage import results
+from trainer.storage import result_files
 from trainer.storage.claim import config_in
 from trainer.storage.steps import completed, step_of
 
@@ -61,8 +61,8 @@ def _found(given: str, all_results: bool) -> list[Source]:
         return [Source(place=given, name=given.rpartition("/")[2])]
     if (path / "model_index.json").is_file():
         return [Source(place=str(path), name=path.resolve().name)]
-    if (path / results.LORA_NAME).is_file():
-        return [_of_file(path / results.LORA_NAME)]
+    if (path / result_files.LORA_NAME).is_file():
+        return [_of_file(path / result_files.LORA_NAME)]
     if (path / "checkpoint.json").is_file():
         raise UserError(
             f"{path} is a checkpoint; write what it holds first: python -m trainer.export {path} "
@@ -88,14 +88,14 @@ def _why_nothing(folder: Path) -> str:
 
 def _of_folder(folder: Path) -> Source | None:
     """The result in the folder of a run, or in one of its results/step-000040; None without one."""
-    result = results.found_in(folder)
+    result = result_files.found_in(folder)
     if not result:
         return None
-    run = results.run_of(folder)
+    run = result_files.run_of(folder)
     ended = report.result_step(report.read_summary(run))
     return replace(
         _of_file(result) if result.is_file() else Source(place=str(result), name=result.name),
-        name=results.name_of(run),
+        name=result_files.name_of(run),
         step=ended if run == folder else step_of(folder.resolve()),
         run=run if _names_model(run) else None,
     )
@@ -110,9 +110,9 @@ def _of_file(path: Path) -> Source:
 
 def _lora_name(path: Path, run: Path | None) -> str:
     """That of its run, or of its folder, where all files have the same."""
-    if path.name != results.LORA_NAME:
+    if path.name != result_files.LORA_NAME:
         return path.stem
-    return results.name_of(run) if run else path.absolute().parent.name
+    return result_files.name_of(run) if run else path.absolute().parent.name
 
 
 def _names_model(run: Path) -> bool:

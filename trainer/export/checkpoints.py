@@ -132,7 +132,7 @@ def _export_model(saved: _Saved, request: Request) -> None:
         whole["vae"] = model.vae_origin.weights("vae")
         extraction.write(saved.folder, request, base, whole, scheduler, saved.metadata)
         return
-    parts: dict[str, writing.Given] = {
+    parts: dict[str, writing.PartSource] = {
         part: _in_training(saved.model, part, base.weights(part)) | weights
         for part, weights in tuned.items()
     }

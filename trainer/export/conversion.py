@@ -14,7 +14,7 @@ from trainer.formats.weights import of_file
 from trainer.models import origin
 from trainer.models.model import Model
 from trainer.reporting import report
-from trainer.storage import checkpoint, results
+from trainer.storage import checkpoint, result_files
 from trainer.storage.steps import step_of
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ def convert(request: Request) -> None:
     path = _in_run(named)
     if (path / "checkpoint.json").is_file():
         checkpoints.convert(path, request)
-    elif (path / results.LORA_NAME).is_file():
+    elif (lora := path / result_files.LORA_NAME).is_file():
         request.refuse_extract(f"{path} holds a LoRA")
-        loras.convert(path / results.LORA_NAME, _with_base(path / results.LORA_NAME, request))
+        loras.convert(lora, _with_base(lora, request))
     elif path.is_file() and (kind := kinds.adapters_in(of_file(path)[0])):
         request.refuse_extract(f"{path} is a {kind}")
         if path != named and not request.merge:  # as for the run's checkpoints
@@ -48,7 +48,7 @@ def convert(request: Request) -> None:
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(
                 f"{path} is not a model, LoRA or run: it has no model_index.json, no "
-                f"{results.LORA_NAME} and no checkpoint"
+                f"{result_files.LORA_NAME} and no checkpoint"
             )
         place = str(path) if path.exists() else request.source
         model = origin.at(place, request.variant, "SOURCE")
@@ -98,7 +98,7 @@ def _in_run(path: Path) -> Path:
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
     every = checkpoint.found_in(path)
-    result = results.found_in(path)
+    result = result_files.found_in(path)
     if not result:
         return (every or [path])[-1]
     if every and step_of(every[-1]) > (step := _finished(path)):

@@ -53,7 +53,7 @@ def write(
     models.check_weights(base, "to merge SOURCE into")
     scale = 1.0 if request.scale is None else request.scale
     rounding = _Rounding()
-    parts: dict[str, writing.Given] = {
+    parts: dict[str, writing.PartSource] = {
         part: _merged(part, base.weights(part), adapters, scale, request.dtype, rounding)
         for part, adapters in held.items()
     }

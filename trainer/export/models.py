@@ -24,7 +24,7 @@ def check_weights(base: Origin, purpose: str) -> None:
 def write(
     request: Request,
     model: Origin,
-    parts: dict[str, writing.Given] | None = None,
+    parts: dict[str, writing.PartSource] | None = None,
     scheduler: dict[str, Any] | None = None,
     more_metadata: dict[str, str] | None = None,
 ) -> None:

@@ -21,7 +21,7 @@ from trainer.system import disk
 log = logging.getLogger(__name__)
 
 
-class Source(Protocol):
+class ModelSource(Protocol):
     """The source of parts that were not trained (`trainer.models.origin`)."""
 
     @property
@@ -35,13 +35,13 @@ class Source(Protocol):
     def folder(self, part: str) -> Path: ...
 
 
-Given = nn.Module | Weights | Source  # a part: a module, its tensors, or another model's part
+PartSource = nn.Module | Weights | ModelSource  # a module, a part's tensors, or another model
 
 
 def save_folder(
     target: Path,
-    origin: Source,
-    parts: Mapping[str, Given],
+    origin: ModelSource,
+    parts: Mapping[str, PartSource],
     scheduler: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -79,8 +79,8 @@ def save_folder(
 
 def save_single_file(
     target: Path,
-    origin: Source,
-    parts: Mapping[str, Given],
+    origin: ModelSource,
+    parts: Mapping[str, PartSource],
     scheduler: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     more_metadata: Mapping[str, str] | None = None,
@@ -124,7 +124,7 @@ def save_single_file(
 
 
 def _sources(
-    origin: Source, parts: Mapping[str, Given]
+    origin: ModelSource, parts: Mapping[str, PartSource]
 ) -> tuple[dict[str, Weights], dict[str, dict[str, Any]]]:
     """Every part's tensors by their names in a diffusers folder, and its configuration.
 
@@ -165,7 +165,7 @@ def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str,
     }
 
 
-def _carry_over(origin: Source, index: dict[str, Any], target: Path) -> dict[str, Any]:
+def _carry_over(origin: ModelSource, index: dict[str, Any], target: Path) -> dict[str, Any]:
     """Copy tokenizers and the pipeline's other parts; returns `index` without those missing."""
     kept = dict(index)
     for part, entry in index.items():

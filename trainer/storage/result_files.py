@@ -1,4 +1,4 @@
-"""Finding the results of a run, given its folder or that of an intermediate result."""
+"""Finding the files of a run's result, given its folder or that of an intermediate result."""
 
 from pathlib import Path
 
