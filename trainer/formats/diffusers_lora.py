@@ -45,7 +45,7 @@ def refuse(target: Path, base: str, adapters: Adapters) -> None:
 
 
 def encode(
-    adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
+    adapters: Adapters, base: str, unet_config: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
     """Adapters -> a file's tensors, whose names are the same for every model."""
     tensors: dict[str, Tensor] = {}
@@ -98,10 +98,10 @@ def part_of(module: str) -> str | None:
 
 def split(name: str) -> tuple[str, str | None]:
     """`unet.x.to_q.lora_A.weight` -> (`unet.x.to_q`, `down`)."""
-    module, kind = _split(name)
+    module, tensor = _split(name)
     part, _, path = module.partition(".")
     is_text = part.startswith("text_encoder")
-    return (f"{part}.{canonical(part, path)}" if is_text else module), kind
+    return (f"{part}.{canonical(part, path)}" if is_text else module), tensor
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -109,9 +109,9 @@ def _split(name: str) -> tuple[str, str | None]:
     if old:
         module = "to_out.0" if old[2] == "to_out" else old[2]
         return f"{old[1]}.{module}", old[3]
-    for suffix, kind in _SUFFIXES.items():
+    for suffix, tensor in _SUFFIXES.items():
         if name.endswith(suffix):
-            return name.removesuffix(suffix), kind
+            return name.removesuffix(suffix), tensor
     return name, None
 
 

@@ -28,14 +28,14 @@ PREFIXES = {
     },
     "sd15": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
 }
-_KINDS = {
+_TENSORS = {  # by how their names end
     "lora_down.weight": "down",
     "lora_up.weight": "up",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
     **{name: name for kind in KINDS if kind is not Lora for name in kind.peft_names},  # LyCORIS's
 }
-_NAMES = {kind: ending for ending, kind in _KINDS.items()}
+_ENDINGS = {tensor: ending for ending, tensor in _TENSORS.items()}
 
 
 def is_own(weights: Weights) -> bool:
@@ -58,20 +58,20 @@ def refuse(target: Path, base: str, adapters: Adapters) -> None:
 
 
 def encode(
-    adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
+    adapters: Adapters, base: str, unet_config: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
-    """Adapters -> a file's tensors.  kind: of the base model.  unet_config: of the UNet that they
-    belong to."""
+    """Adapters -> a file's tensors.  base: as for `lora.save_lora`.  unet_config: of the UNet that
+    they belong to."""
     tensors = {}
     for part, by_path in adapters.items():
         for path, adapter in by_path.items():
-            name = PREFIXES[kind][part] + _path(part, path, kind, unet_config).replace(".", "_")
+            name = PREFIXES[base][part] + _path(part, path, base, unet_config).replace(".", "_")
             for own, tensor in adapter.tensors().items():
                 if own == "magnitude":
                     ones = [1] * (len(adapter.shape) - 1)
                     tensors[f"{name}.dora_scale"] = tensor.reshape(-1, *ones)
                 else:
-                    tensors[f"{name}.{_NAMES[own]}"] = tensor
+                    tensors[f"{name}.{_ENDINGS[own]}"] = tensor
             tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha)
     return tensors
 
@@ -81,16 +81,16 @@ def described(adapters: Adapters) -> dict[str, str]:
     return {}
 
 
-def _path(part: str, path: str, kind: str, unet_config: Mapping[str, Any] | None) -> str:
+def _path(part: str, path: str, base: str, unet_config: Mapping[str, Any] | None) -> str:
     if part != "unet":
         return canonical(part, path)
-    return unet_name(path, dict(unet_config or {})) if kind == "sdxl" else path
+    return unet_name(path, dict(unet_config or {})) if base == "sdxl" else path
 
 
 def split(name: str) -> tuple[str, str | None]:
     """`lora_unet_x_to_q.lora_down.weight` -> (`lora_unet_x_to_q`, `down`)."""
     module, _, ending = name.partition(".")
-    return module, _KINDS.get(ending)
+    return module, _TENSORS.get(ending)
 
 
 def part_of(module: str) -> str | None:

@@ -38,7 +38,7 @@ class Format(Protocol):
     def stem(self, run: str) -> str: ...
     def refuse(self, target: Path, base: str, adapters: Adapters) -> None: ...
     def encode(
-        self, adapters: Adapters, kind: str, unet_config: Mapping[str, Any] | None
+        self, adapters: Adapters, base: str, unet_config: Mapping[str, Any] | None
     ) -> dict[str, Tensor]: ...
     def described(self, adapters: Adapters) -> dict[str, str]: ...
     def modules(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]: ...
@@ -51,7 +51,7 @@ FORMATS: dict[str, Format] = {"kohya": kohya, "diffusers": diffusers_lora}
 
 def save_lora(
     target: Path,
-    kind: str,
+    form: str,
     models: Mapping[str, nn.Module],
     base: str,
     dtype: torch.dtype | None = None,
@@ -60,9 +60,9 @@ def save_lora(
 ) -> Path:
     """Write the adapters of `models` to the .safetensors file `target`.
 
-    kind: one of FORMATS.  models: those of unet, text_encoder and text_encoder_2 that have
+    form: one of FORMATS.  models: those of unet, text_encoder and text_encoder_2 that have
     adapters.  base: `sdxl` or `sd15`, the model they were trained on (`Origin.kind`; anything if
-    kind is `diffusers`).  dtype: of the matrices (None: as trained); alphas are fp32.  adapters:
+    form is `diffusers`).  dtype: of the matrices (None: as trained); alphas are fp32.  adapters:
     written instead of those in the models.
     Raises UserError if it cannot be written, or does not read back as trained.
     """
@@ -70,10 +70,10 @@ def save_lora(
     adapters = {part: by_path for part, by_path in adapters.items() if by_path}
     if not adapters:
         raise UserError(f"{target}: none of {', '.join(models)} has an adapter to write")
-    form, unet = FORMATS[kind], cast(Any, models.get("unet"))
-    form.refuse(target, base, adapters)
-    tensors = form.encode(adapters, base, None if unet is None else unet.config)
-    described = form.described(adapters) | metadata.lora(base, adapters, target.stem)
+    writer, unet = FORMATS[form], cast(Any, models.get("unet"))
+    writer.refuse(target, base, adapters)
+    tensors = writer.encode(adapters, base, None if unet is None else unet.config)
+    described = writer.described(adapters) | metadata.lora(base, adapters, target.stem)
     described |= dict(more_metadata or {})
     kept = (".alpha",)  # must stay exact, whatever the matrices' type
     dtypes = {
@@ -103,10 +103,10 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
     where = str(path)
     if not kinds.adapters_in(weights):
         raise UserError(f"{path} is not a LoRA: it has {next(iter(weights), 'no tensor')}")
-    kind = format_of(weights)
+    form = format_of(weights)
     # Kohya's alphas are tensors; without one, it is the rank.
-    alphas = diffusers_lora.Alphas(described if kind == "diffusers" else {}, where)
-    adapters = _decode(FORMATS[kind], weights, alphas, models, where)
+    alphas = diffusers_lora.Alphas(described if form == "diffusers" else {}, where)
+    adapters = _decode(FORMATS[form], weights, alphas, models, where)
     for part, by_path in adapters.items():
         for module, adapter in by_path.items():
             _must_fit(f"{where}: {part}.{module}", adapter, models[part].get_submodule(module))
@@ -114,7 +114,7 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Adapters:
 
 
 def _decode(
-    form: Format,
+    reader: Format,
     weights: Weights,
     alphas: diffusers_lora.Alphas,
     models: Mapping[str, nn.Module],
@@ -122,18 +122,18 @@ def _decode(
 ) -> Adapters:
     """A file's tensors -> adapters of the models' modules.  Raises UserError for a module that the
     models lack, or a tensor that is not part of a LoRA."""
-    modules = form.modules(models)
+    modules = reader.modules(models)
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, lazy in weights.items():
-        module, kind = form.split(name)
-        if kind is None:
+        module, tensor = reader.split(name)
+        if tensor is None:
             endings = (other for end, other in _OTHER_KINDS.items() if name.endswith(f".{end}"))
             raise UserError(
                 f"{where}: {name} is of {next(endings, 'an unknown kind')}; only LoRA, DoRA, LoKr "
                 "and LoHa can be read"
             )
         if module not in modules:
-            part = form.part_of(module)
+            part = reader.part_of(module)
             raise OtherModel(
                 f"{where}: {module} belongs to the {part}, which this model lacks or method.train "
                 "leaves out"
@@ -141,7 +141,7 @@ def _decode(
                 else f"{where}: {module} matches no module of this model; the "
                 f"{kinds.adapters_in(weights)} is for another model"
             )
-        grouped.setdefault(module, {})[kind] = lazy.read()
+        grouped.setdefault(module, {})[tensor] = lazy.read()
     adapters: Adapters = {}
     for module, tensors in grouped.items():
         part, path = modules[module]

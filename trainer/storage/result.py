@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 def check(method: MethodConfig, model: Model) -> None:
     """Raise UserError for a format that the model has no layout in, before anything is trained."""
     instead = "" if "diffusers" in words_of(method, "export") else "method=lora "
-    for kind in method.export:
-        if kind != "diffusers" and model.origin.kind == "other":
+    for form in method.export:
+        if form != "diffusers" and model.origin.kind == "other":
             raise UserError(
-                f"method.export={method.export}: {kind} is for SDXL and Stable Diffusion 1.x, and "
+                f"method.export={method.export}: {form} is for SDXL and Stable Diffusion 1.x, and "
                 f"{model.origin} is another model; set {instead}method.export=[diffusers]"
             )
 
@@ -61,12 +61,12 @@ def write(
         parts["vae"] = model.vae_origin
     more_metadata = described(asdict(config), step, counted)
     written = []
-    for kind in method.export:
+    for form in method.export:
         if isinstance(method, AdapterConfig):
-            target = folder / "lora" / f"{lora.FORMATS[kind].stem(name)}.safetensors"
+            target = folder / "lora" / f"{lora.FORMATS[form].stem(name)}.safetensors"
             told = more_metadata | schedulers.described_lora(model.scheduler)
-            lora.save_lora(target, kind, parts, model.origin.kind, dtype, told)
-        elif kind == "single_file":
+            lora.save_lora(target, form, parts, model.origin.kind, dtype, told)
+        elif form == "single_file":
             target = folder / f"{name}.safetensors"
             told = of_model(more_metadata)
             writing.save_single_file(target, model.origin, parts, model.scheduler, dtype, told)
