@@ -194,7 +194,7 @@ def finish(state: State, writer: metrics.Metrics) -> float:
     state.peaks.end("rest")
     summary = summary_of(state, after)
     if not state.clock.has_stepped:
-        summary |= report.costs_of(state.folder, state.step)
+        summary.update(report.costs_of(state.folder, state.step))
     if failure:
         summary = report.of_failure(state.folder, summary, failure, has_result=bool(exported))
     report.write_summary(state.folder, summary)

@@ -22,6 +22,7 @@ from trainer.config import (
 )
 from trainer.formats import adapters
 from trainer.reporting.measure import STILL, got_worse
+from trainer.reporting.summary import Summary
 from trainer.training.schedule import decay_steps
 from trainer.training.switching import switches
 from trainer.wording import counted
@@ -86,7 +87,7 @@ def of_divergence(config: Config, is_judged: bool) -> Iterator[str]:
     )
 
 
-def of_outcome(summary: Mapping[str, Any]) -> list[str]:
+def of_outcome(summary: Summary) -> list[str]:
     """Warn if a run has hardly changed the model, made it worse, or made it better only for the
     pictures it was trained on."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
@@ -115,7 +116,7 @@ def of_outcome(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _of_holdout(summary: Mapping[str, Any]) -> list[str]:
+def _of_holdout(summary: Summary) -> list[str]:
     """Warn if a model, which got better on its training pictures, got worse on held-out ones."""
     before = summary.get("holdout_loss_before", math.nan)
     after = summary.get("holdout_loss_after", math.nan)

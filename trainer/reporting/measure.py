@@ -1,9 +1,11 @@
 """The loss by which runs are compared: that of the exported weights, after the last step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from trainer.reporting.summary import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +16,10 @@ class Measure:
     metric: str  # in metrics.jsonl
     keys: tuple[str, ...]  # in summary.json; the first one present is used
 
-    def __call__(self, summary: dict[str, Any]) -> float:
+    def __call__(self, summary: Summary) -> float:
         """Its value; infinite if there is none."""
-        value = next((summary[key] for key in self.keys if key in summary), None)
+        known: Mapping[str, Any] = summary
+        value = next((known[key] for key in self.keys if key in known), None)
         return value if value is not None and math.isfinite(value) else math.inf
 
 
@@ -38,18 +41,18 @@ def got_worse(before: float, after: float) -> bool:
     return after - before > STILL * before
 
 
-def ended_well(summary: dict[str, Any]) -> bool:
+def ended_well(summary: Summary) -> bool:
     """Whether a run did not fail, and has a final loss."""
     return "error" not in summary and math.isfinite(EVAL(summary))
 
 
-def measure_of(summaries: Sequence[dict[str, Any]]) -> Measure:
+def measure_of(summaries: Sequence[Summary]) -> Measure:
     """The measure that ranks these runs: the held-out loss if all that ended well have one."""
     good = [summary for summary in summaries if ended_well(summary)]
     held_out = bool(good) and all(math.isfinite(HOLDOUT(summary)) for summary in good)
     return HOLDOUT if held_out else EVAL
 
 
-def objective(summary: dict[str, Any]) -> float:
+def objective(summary: Summary) -> float:
     """The value that a sweeper minimises."""
     return measure_of([summary])(summary)

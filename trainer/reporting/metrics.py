@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainer.config import Config
 from trainer.reporting import curves, trackers
+from trainer.reporting.summary import Summary
 from trainer.storage.steps import step_name
 from trainer.system import disk
 
@@ -64,7 +65,7 @@ class Metrics:
         except OSError as error:  # a full disk must not end the training
             log.warning("could not draw curves.png: %s", error)
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self, summary: Summary) -> None:
         """Draw the curves; give trackers the run's summary, and finish them."""
         self.is_closed = True
         self.draw_curves()
@@ -82,7 +83,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def as_json(values: dict[str, Any]) -> dict[str, Any]:
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON with null for NaN and infinity, which it lacks."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value

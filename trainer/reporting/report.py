@@ -2,16 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer.reporting.metrics import as_json
+from trainer.reporting.summary import Summary
 from trainer.system import disk
 from trainer.wording import plural
 
-_RESULT_STEP = "result_of_step"  # for a failed run, whose `steps` may differ
 # What a run that is resumed at its end, and makes no step, cannot measure again.
 _COSTS = (
     "wall_seconds",
@@ -22,44 +21,45 @@ _COSTS = (
 )
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+def write_summary(folder: Path, summary: Summary) -> None:
     """Write summary.json; a number that is not finite becomes null."""
     text = json.dumps(as_json(summary), indent=2) + "\n"
     disk.replace_text(folder / "summary.json", text)
 
 
 def of_failure(
-    folder: Path, summary: Mapping[str, Any], error: Exception, has_result: bool = False
-) -> dict[str, Any]:
+    folder: Path, summary: Summary, error: Exception, has_result: bool = False
+) -> Summary:
     """The summary of a failed run: with the `error`, and with the step of the result in its folder,
     if there is one; it may be from an earlier session."""
-    failed = {**summary, "error": str(error) or type(error).__name__}
+    failed: Summary = {**summary, "error": str(error) or type(error).__name__}
     step = summary["steps"] if has_result else result_step(read_summary(folder))
-    return failed if step is None else failed | {_RESULT_STEP: step}
+    return failed if step is None else {**failed, "result_of_step": step}
 
 
-def result_step(summary: Mapping[str, Any]) -> int | None:
+def result_step(summary: Summary) -> int | None:
     """The step of the result in a summary's folder; None if unknown."""
-    return summary.get(_RESULT_STEP if "error" in summary else "steps")
+    return summary.get("result_of_step") if "error" in summary else summary.get("steps")
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> Summary:
     """The summary.json of a run; {} if there is none that can be read."""
     with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return summary if isinstance(summary, dict) else {}
+        return cast(Summary, summary) if isinstance(summary, dict) else {}
     return {}
 
 
-def costs_of(folder: Path, step: int) -> dict[str, Any]:
+def costs_of(folder: Path, step: int) -> Summary:
     """Time and peak memory from an existing summary.json of this step: the checkpoint's counters
     predate the final evaluation and export.  {} without one."""
     summary = read_summary(folder)
     is_of_step = summary.get("steps") == step
-    return {key: summary[key] for key in _COSTS if key in summary and is_of_step}
+    costs = {key: value for key, value in summary.items() if key in _COSTS and is_of_step}
+    return cast(Summary, costs)
 
 
-def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
+def closing_lines(summary: Summary, places: dict[str, Any]) -> str:
     """Where everything is and what it cost."""
     in_training = summary["peak_training_bytes"]
     planned = summary.get("planned_training_bytes")
@@ -74,8 +74,8 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     skipped, back = summary["skipped_steps"], summary["rollbacks"]
     lines = {
         "eval/loss": _learned(summary),
-        "held out": _loss(summary, "holdout_loss_after"),
-        "averaged": _loss(summary, "ema_loss_after"),
+        "held out": _loss(summary.get("holdout_loss_after")),
+        "averaged": _loss(summary.get("ema_loss_after")),
         "cost": cost,
         "skipped": f"{skipped} of {summary['steps']} steps, without a finite loss and gradient"
         if skipped
@@ -86,7 +86,7 @@ def closing_lines(summary: dict[str, Any], places: dict[str, Any]) -> str:
     return "\n".join(f"{title:<12}{said}" for title, said in lines.items() if said)
 
 
-def _learned(summary: dict[str, Any]) -> str:
+def _learned(summary: Summary) -> str:
     """The loss before and after, and the share of it that is left if the two are comparable."""
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if math.isnan(before):
@@ -99,8 +99,8 @@ def _learned(summary: dict[str, Any]) -> str:
     return f"{before:.4f} -> {after:.4f}{share}"
 
 
-def _loss(summary: dict[str, Any], key: str) -> str | None:
-    return f"{summary[key]:.4f}" if key in summary else None
+def _loss(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
 
 
 def format_bytes(count: int) -> str:

@@ -17,6 +17,7 @@ import yaml
 from PIL.Image import Image
 
 from trainer.config import Config, WandbConfig, file_name, key_of
+from trainer.reporting.summary import Summary
 from trainer.storage.run_folder import sweep_of
 from trainer.system import disk
 
@@ -39,7 +40,7 @@ class Tracker(Protocol):
 
     def write_pictures(self, step: int, grid: Image, drawn: Drawn) -> None: ...
 
-    def close(self, summary: dict[str, Any]) -> None: ...
+    def close(self, summary: Summary) -> None: ...
 
 
 class WandbTracker:
@@ -78,7 +79,7 @@ class WandbTracker:
         }
         self._run.log({"samples": wandb.Image(grid)} | each, step=step)
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self, summary: Summary) -> None:
         """Marks the run as failed if its summary has an `error`."""
         try:
             self._run.summary.update(summary)
@@ -105,7 +106,7 @@ class TensorBoardTracker:
         self._writer.add_image("samples", np.asarray(grid.convert("RGB")), step, None, "HWC")
         self._writer.flush()
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self, summary: Summary) -> None:
         rows = "".join(f"| {key} | {value} |\n" for key, value in summary.items())
         self._writer.add_text("summary", f"| | |\n|---|---|\n{rows}", summary.get("steps"))
         self._writer.close()

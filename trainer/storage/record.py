@@ -4,14 +4,12 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from trainer.config import Config
 from trainer.system import disk, processes
 
 _PACKAGES = (
@@ -34,7 +32,7 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _name_of(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processes": processes.world_size(),
         "packages": {name: _version(name) for name in packages},
@@ -43,20 +41,8 @@ def write(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     disk.replace_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def identity(config: Config, device: torch.device) -> dict[str, Any]:
-    """What distinguishes a run from others, for its summary."""
-    return {
-        "optimizer": config.optim.name,
-        "lr": config.optim.lr,  # at its peak
-        "method": config.method.name,
-        "model": Path(config.model.path).name,
-        "device": _name_of(device),
-        "on_cpu": device.type == "cpu",
-        "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
-def _name_of(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or "cpu"

@@ -9,7 +9,7 @@ from trainer.errors import UserError
 from trainer.storage.run_folder import is_sweep
 from trainer.sweep import files, page, planned
 from trainer.sweep.folders import ended_runs
-from trainer.sweep.runs import Summary
+from trainer.sweep.runs import RunSummary
 
 _HELP = """\
 Compare finished runs: print the tables and remarks that end a sweep, without training.
@@ -26,7 +26,7 @@ _EPILOG = """\
 Exit status: 0, the tables are printed and the files written; 2, a folder has no runs, a file exists
 already, or the command is wrong."""
 
-_FORMATS: dict[str, Callable[[Sequence[Summary]], str]] = {
+_FORMATS: dict[str, Callable[[Sequence[RunSummary]], str]] = {
     "csv": files.as_csv,
     "json": files.as_json,
     "latex": files.as_latex,
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ended(folders: Sequence[Path]) -> list[Summary]:
+def _ended(folders: Sequence[Path]) -> list[RunSummary]:
     """The ended runs in all folders.  Raises UserError for a folder without any."""
     for folder in folders:
         if not folder.is_dir():

@@ -17,7 +17,7 @@ from trainer.storage import claim
 from trainer.storage.run_folder import sweep_of
 from trainer.sweep import page, planned
 from trainer.sweep.folders import ended_runs
-from trainer.sweep.runs import Summary
+from trainer.sweep.runs import RunSummary
 from trainer.sweep.upload import upload
 from trainer.system import console
 
@@ -29,7 +29,7 @@ class SweepTable(Callback):
 
     def __init__(self) -> None:
         self._runs = list[list[str]]()  # overrides, in order; [] if only the sweeper knows them
-        self._ended = list[Summary]()
+        self._ended = list[RunSummary]()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
@@ -89,7 +89,7 @@ def _overrides(config: DictConfig) -> list[str]:
     return cast(list[str], given)
 
 
-def _write(folder: Path) -> list[Summary]:
+def _write(folder: Path) -> list[RunSummary]:
     """Write a sweep's table and pictures if any of its runs has ended; -> those.  Processes take
     turns, so the last one writes the runs of all."""
     with claim.in_turn(folder):

@@ -16,10 +16,10 @@ from trainer.charts.points import Points, Rows
 from trainer.charts.strokes import Style, style
 from trainer.reporting import metrics
 from trainer.reporting.measure import EVAL, HOLDOUT, TRAIN, ended_well
-from trainer.sweep.runs import Comparison, Group, Summary
+from trainer.sweep.runs import Comparison, Group, RunSummary
 
 
-def draw(runs: Sequence[Summary]) -> Image.Image | None:
+def draw(runs: Sequence[RunSummary]) -> Image.Image | None:
     """The chart; None if no run has two points."""
     rows = {id(run): metrics.read(Path(run["folder"]) / "metrics.jsonl") for run in runs}
     groups = Comparison(runs).groups

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.sweep import markdown, paired, remarks, verdict
-from trainer.sweep.runs import Comparison, Group, Summary, optimizer_of
+from trainer.sweep.runs import Comparison, Group, RunSummary, optimizer_of
 from trainer.sweep.table import tables
 
 _TEX = {
@@ -20,21 +20,21 @@ _TEX = {
 }
 
 
-def as_csv(runs: Sequence[Summary]) -> str:
+def as_csv(runs: Sequence[RunSummary]) -> str:
     """One row per run, best first; the columns are those of all summaries."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(grid(runs))
     return text.getvalue()
 
 
-def grid(runs: Sequence[Summary]) -> list[list[Any]]:
+def grid(runs: Sequence[RunSummary]) -> list[list[Any]]:
     """A row of titles, then one per run, best first: numbers, words and None."""
     rows = _rows(Comparison(runs))
     titles = [*dict.fromkeys(key for row in rows for key in row)]
     return [titles, *([_cell(row.get(title)) for title in titles] for row in rows)]
 
 
-def as_json(runs: Sequence[Summary]) -> str:
+def as_json(runs: Sequence[RunSummary]) -> str:
     """The ranking metric, the verdict, the runs and groups over seeds, both best first, and the
     remarks.  Final losses that are not finite are null."""
     comparison = Comparison(runs)
@@ -52,7 +52,7 @@ def as_json(runs: Sequence[Summary]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def as_latex(runs: Sequence[Summary]) -> str:
+def as_latex(runs: Sequence[RunSummary]) -> str:
     """The tables of sweep.md, each as a booktabs tabular."""
     return "% \\usepackage{booktabs}\n" + "\n".join(map(_tabular, tables(Comparison(runs))))
 

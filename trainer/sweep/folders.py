@@ -11,11 +11,12 @@ from typing import Any
 
 from trainer.reporting import report
 from trainer.reporting.measure import ended_well
+from trainer.reporting.summary import Summary
 from trainer.storage import resuming
 from trainer.storage.claim import claims_below, config_in
 from trainer.storage.steps import completed
 from trainer.sweep.identity import canonical, settings_of
-from trainer.sweep.runs import Summary, seed_of
+from trainer.sweep.runs import RunSummary, seed_of
 
 
 def place_of(
@@ -24,7 +25,7 @@ def place_of(
     """The folder for the run with this configuration: that of a finished or begun run with the
     same, else the proposed one, with a number appended if it has another run.  Equal overrides make
     it the same run, too: a newer version may have more options."""
-    ours = {"overrides": [*overrides], "config": config}
+    ours: RunSummary = {"overrides": [*overrides], "config": dict(config)}
     same = [folder for folder in {*_begun(sweep), proposed} if _are_same(_run_in(folder), ours)]
     if same:
         return max(same, key=lambda folder: (*_worth(report.read_summary(folder)), str(folder)))
@@ -35,18 +36,18 @@ def place_of(
     return free
 
 
-def ended_runs(*folders: Path) -> list[Summary]:
+def ended_runs(*folders: Path) -> list[RunSummary]:
     """The summaries of the runs that have ended in these folders, at any depth, with each run's
     `folder` and `config`.  Of runs with the same configuration and seed, the newest finished one is
     kept; `times_run` says how many there are."""
-    alike: dict[tuple[str, str], list[Summary]] = {}
+    alike: dict[tuple[str, str], list[RunSummary]] = {}
     paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
     for path in sorted(paths.values()):
-        summary = report.read_summary(path.parent)
+        summary, folder = report.read_summary(path.parent), str(path.parent)
         if "overrides" in summary:
-            summary |= {"folder": str(path.parent), "config": config_in(path.parent)}
-            alike.setdefault(identity_of(summary), []).append(summary)
-    return [max(runs, key=_worth) | {"times_run": len(runs)} for runs in alike.values()]
+            run: RunSummary = {**summary, "folder": folder, "config": config_in(path.parent)}
+            alike.setdefault(identity_of(run), []).append(run)
+    return [{**max(runs, key=_worth), "times_run": len(runs)} for runs in alike.values()]
 
 
 def _begun(sweep: Path) -> set[Path]:
@@ -55,7 +56,7 @@ def _begun(sweep: Path) -> set[Path]:
     return {*claims_below(sweep), *(path.parent for name in names for path in sweep.rglob(name))}
 
 
-def _run_in(folder: Path) -> Summary | None:
+def _run_in(folder: Path) -> RunSummary | None:
     """The overrides and configuration of the run in this folder; None if none has begun there."""
     summary, config = report.read_summary(folder), config_in(folder)
     overrides = summary.get("overrides")
@@ -64,13 +65,13 @@ def _run_in(folder: Path) -> Summary | None:
     return {"overrides": overrides or [], "config": config} if config or overrides else None
 
 
-def _are_same(run: Summary | None, other: Summary) -> bool:
+def _are_same(run: RunSummary | None, other: RunSummary) -> bool:
     if run is None:
         return False
     return {*run["overrides"]} == {*other["overrides"]} or identity_of(run) == identity_of(other)
 
 
-def identity_of(run: Summary) -> tuple[str, str]:
+def identity_of(run: RunSummary) -> tuple[str, str]:
     """By which runs are the same: what decides the result, and the seed."""
     return canonical(settings_of(run["config"], run["overrides"])), seed_of(run)
 

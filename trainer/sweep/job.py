@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.errors import UserError
 from trainer.reporting.measure import ended_well, objective
 from trainer.reporting.report import of_failure, read_summary, write_summary
+from trainer.reporting.summary import Summary
 from trainer.storage.claim import TakenError, claimed, in_turn
 from trainer.sweep import planned
 from trainer.sweep.folders import place_of
@@ -58,9 +59,7 @@ def run(
             return math.nan
 
 
-def record_failure(
-    folder: Path, error: Exception, overrides: list[str], known: dict[str, Any]
-) -> None:
+def record_failure(folder: Path, error: Exception, overrides: list[str], known: Summary) -> None:
     """Make a failed run a row of the sweep's table.  known: the summary of a run that never began;
     other runs have written their own."""
     if not isinstance(error, UserError):
@@ -69,14 +68,14 @@ def record_failure(
     print(f"error: {' '.join(overrides)}: {message}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     if read_summary(folder).get("error") != message:
-        write_summary(folder, of_failure(folder, known | {"overrides": overrides}, error))
+        write_summary(folder, of_failure(folder, {**known, "overrides": overrides}, error))
 
 
-def _known_of_failed(composed: DictConfig) -> dict[str, Any]:
+def _known_of_failed(composed: DictConfig) -> Summary:
     """What a sweep's table shows of a run that failed before it began."""
     rate, seed, name = (
         OmegaConf.select(composed, key, throw_on_resolution_failure=False)
         for key in ("optim.lr", "seed", "optim.name")
     )
-    known = {"seed": seed, "optimizer": name}
-    return known | ({"lr": rate} if isinstance(rate, int | float) else {})
+    known: Summary = {"seed": seed, "optimizer": name}
+    return {**known, "lr": rate} if isinstance(rate, int | float) else known

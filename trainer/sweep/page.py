@@ -1,13 +1,13 @@
 """sweep.md and its pictures, made from the summaries and folders of runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
 from trainer.sweep import curves, markdown, sheet
-from trainer.sweep.runs import Summary
+from trainer.sweep.runs import RunSummary
 from trainer.sweep.table import sweep_table, verdict_of
 from trainer.system import disk
 from trainer.wording import plural
@@ -18,7 +18,7 @@ FILES = (TABLE, *PICTURES)
 _NAMED = 8  # missing runs that are named; the rest is counted
 
 
-def write(folder: Path, runs: Sequence[Summary], missing: Sequence[str]) -> None:
+def write(folder: Path, runs: Sequence[RunSummary], missing: Sequence[str]) -> None:
     """Write the table and the pictures of these runs (at least one) to a folder.  missing: runs of
     the sweep that have not ended."""
     pictures = [name for name, draw in PICTURES.items() if _wrote(folder / name, draw, runs)]
@@ -26,18 +26,18 @@ def write(folder: Path, runs: Sequence[Summary], missing: Sequence[str]) -> None
     disk.replace_text(folder / TABLE, "\n\n".join(parts) + "\n")
 
 
-def text(folder: Path, runs: Sequence[Summary], missing: Sequence[str]) -> str:
+def text(folder: Path, runs: Sequence[RunSummary], missing: Sequence[str]) -> str:
     """sweep.md without its pictures."""
     parts = [head(folder.resolve().name, runs, missing), verdict_of(runs), sweep_table(runs)]
     return "\n\n".join(filter(None, parts))
 
 
-def printed(runs: Sequence[Summary], missing: Sequence[str]) -> str:
+def printed(runs: Sequence[RunSummary], missing: Sequence[str]) -> str:
     """What a terminal shows of it: the tables, then the verdict, so that it is in view."""
     return "\n\n".join(filter(None, [sweep_table(runs), verdict_of(runs), not_ended(missing)]))
 
 
-def head(name: str, runs: Sequence[Summary], missing: Sequence[str] = ()) -> str:
+def head(name: str, runs: Sequence[RunSummary], missing: Sequence[str] = ()) -> str:
     """A title, what was run, on what and when, the options that all runs share, and the runs that
     have not ended: so that the tables can be understood on their own."""
     failed = sum("error" in run for run in runs)
@@ -67,13 +67,13 @@ def not_ended(missing: Sequence[str]) -> str:
     )
 
 
-def _distinct(runs: Sequence[Summary], key: str, form: str) -> str:
+def _distinct(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
     """The distinct values of a key."""
-    values: list[Any] = sorted({run[key] for run in runs if run.get(key) is not None})
+    values = sorted({run[key] for run in runs if run.get(key) is not None})
     return form.format(", ".join(map(str, values))) if values else ""
 
 
-def _dates(runs: Sequence[Summary]) -> str:
+def _dates(runs: Sequence[RunSummary]) -> str:
     """When the first and the last run ended."""
     ended = sorted(run["ended"] for run in runs if "ended" in run)
     if not ended:
@@ -83,7 +83,7 @@ def _dates(runs: Sequence[Summary]) -> str:
 
 
 def _wrote(
-    path: Path, draw: Callable[[Sequence[Summary]], Image | None], runs: Sequence[Summary]
+    path: Path, draw: Callable[[Sequence[RunSummary]], Image | None], runs: Sequence[RunSummary]
 ) -> bool:
     """Draw and save a picture; -> whether it exists now.  A failure does not stop the sweep."""
     try:

@@ -10,16 +10,20 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from trainer.config import key_of
 from trainer.sweep.folders import identity_of
 from trainer.sweep.identity import is_setting
-from trainer.sweep.runs import SEED, Summary
+from trainer.sweep.runs import SEED, RunSummary
 from trainer.system import disk
 
 NAME = "planned.json"
-Run = dict[str, Any]  # overrides, and identity or None
+
+
+class PlannedRun(TypedDict):
+    overrides: list[str]
+    identity: str | None  # None until it has begun, as its configuration is not known before
 
 
 def add(sweep: Path, runs: Sequence[Sequence[str]]) -> None:
@@ -33,12 +37,12 @@ def add(sweep: Path, runs: Sequence[Sequence[str]]) -> None:
 def begun(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
     """Record that the run with these overrides has this configuration."""
     plan = _read(sweep)
-    run = {"overrides": [*overrides], "config": dict(config)}
+    run: RunSummary = {"overrides": [*overrides], "config": dict(config)}
     _entry(plan, overrides)["identity"] = _digest(run)
     _write(sweep, plan)
 
 
-def missing(sweep: Path, ended: Collection[Summary]) -> list[str]:
+def missing(sweep: Path, ended: Collection[RunSummary]) -> list[str]:
     """The runs that have neither finished nor failed, named by the overrides that not all planned
     runs share."""
     plan, identities = _read(sweep), {_digest(run) for run in ended}
@@ -54,16 +58,16 @@ def apart(sweep: Path, overrides: Sequence[str]) -> list[str]:
     return _apart(overrides, _read(sweep))
 
 
-def _apart(overrides: Sequence[str], plan: Sequence[Run]) -> list[str]:
+def _apart(overrides: Sequence[str], plan: Sequence[PlannedRun]) -> list[str]:
     common = set.intersection(*(set(run["overrides"]) for run in plan)) if len(plan) > 1 else ()
     return [override for override in overrides if override not in common]
 
 
-def _digest(run: Summary) -> str:
+def _digest(run: RunSummary) -> str:
     return hashlib.sha256("\n".join(identity_of(run)).encode()).hexdigest()[:16]
 
 
-def has_ended(overrides: Sequence[str], ended: Collection[Summary]) -> bool:
+def has_ended(overrides: Sequence[str], ended: Collection[RunSummary]) -> bool:
     """Whether a run with these overrides has ended, as far as overrides tell."""
     return any(_deciding(overrides) == _deciding(run["overrides"]) for run in ended)
 
@@ -74,7 +78,7 @@ def _deciding(overrides: Sequence[str]) -> set[str]:
     return {override.lstrip("+") for override in keys}
 
 
-def _entry(plan: list[Run], overrides: Sequence[str]) -> Run:
+def _entry(plan: list[PlannedRun], overrides: Sequence[str]) -> PlannedRun:
     """The run with these overrides, in any order; appended if there is none."""
     for run in plan:
         if sorted(run["overrides"]) == sorted(overrides):
@@ -83,13 +87,13 @@ def _entry(plan: list[Run], overrides: Sequence[str]) -> Run:
     return plan[-1]
 
 
-def _read(sweep: Path) -> list[Run]:
+def _read(sweep: Path) -> list[PlannedRun]:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         plan = json.loads((sweep / NAME).read_text(encoding="utf-8"))
         return [{"overrides": [*run["overrides"]], "identity": run["identity"]} for run in plan]
     return []
 
 
-def _write(sweep: Path, runs: list[Run]) -> None:
+def _write(sweep: Path, runs: list[PlannedRun]) -> None:
     with suppress(OSError):  # a full disk, say, which the run itself reports
         disk.replace_text(sweep / NAME, json.dumps(runs, indent=1) + "\n")

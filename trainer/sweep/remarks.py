@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from trainer.reporting.measure import EVAL, HOLDOUT, ended_well, got_worse
 from trainer.sweep import paired
-from trainer.sweep.runs import Comparison, Group, Summary, lr_of, optimizer_of
+from trainer.sweep.runs import Comparison, Group, RunSummary, lr_of, optimizer_of
 from trainer.wording import plural
 
 # Losses before the first step that differ by a larger share were measured on other points.
@@ -73,7 +73,7 @@ def _of_worse(comparison: Comparison) -> Iterator[str]:
         yield f"worse than before the first step, by eval: {', '.join(worse)}; lower their rates"
 
 
-def _got_worse(run: Summary) -> bool:
+def _got_worse(run: RunSummary) -> bool:
     """Whether a run's loss grew; unknown is no.  (Losses of different prediction types are
     different quantities.)"""
     before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
@@ -189,7 +189,7 @@ def of_speed(comparison: Comparison) -> Iterator[str]:
     yield from _of_load(comparison)
 
 
-def _of_devices(runs: Sequence[Summary]) -> Iterator[str]:
+def _of_devices(runs: Sequence[RunSummary]) -> Iterator[str]:
     """Speed and memory come from several devices."""
     devices = Counter(run["device"] for run in runs if "device" in run)
     if len(devices) > 1:
@@ -197,7 +197,7 @@ def _of_devices(runs: Sequence[Summary]) -> Iterator[str]:
         yield f"these runs were on several devices ({counts}): compare speed and memory on one"
 
 
-def _estimates_curvature(run: Summary) -> bool:
+def _estimates_curvature(run: RunSummary) -> bool:
     """Whether some of its steps have another backward pass, which is no `optimizer.step()`."""
     return run.get("config", {}).get("optim", {}).get("hessian_every") is not None
 
@@ -251,7 +251,7 @@ def _of_steps(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def _of_memory(runs: Sequence[Summary]) -> Iterator[str]:
+def _of_memory(runs: Sequence[RunSummary]) -> Iterator[str]:
     if any(run.get("on_cpu") and run.get("runs_before_in_process") for run in runs):
         yield (
             "peak in training: these runs shared a process on a CPU, so a later one's peak "

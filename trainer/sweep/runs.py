@@ -15,15 +15,23 @@ from typing import Any
 
 from trainer.config import key_of
 from trainer.reporting.measure import Measure, ended_well, measure_of
+from trainer.reporting.summary import Summary
 from trainer.sweep.identity import below, canonical, is_setting, settings_of
 
-Summary = dict[str, Any]
 SEED = "seed"
 RATE = "optim.lr"
 _EXTERNAL = "optim=external"
 
 
-def lr_of(run: Summary) -> float | None:
+class RunSummary(Summary, total=False):
+    """A run's summary, and what its folder says besides."""
+
+    folder: str
+    config: dict[str, Any]  # {} if it left none
+    times_run: int  # how many folders have a run with this configuration and seed
+
+
+def lr_of(run: RunSummary) -> float | None:
     """Its peak learning rate; from the overrides if the summary lacks it."""
     value = run.get("lr", _overridden(run, RATE))
     with suppress(ValueError):  # ${...} of a run that failed
@@ -31,22 +39,22 @@ def lr_of(run: Summary) -> float | None:
     return None
 
 
-def seed_of(run: Summary) -> str:
+def seed_of(run: RunSummary) -> str:
     return str(run.get("seed", run.get("config", {}).get("seed", _overridden(run, SEED))))
 
 
-def optimizer_of(run: Summary) -> str:
+def optimizer_of(run: RunSummary) -> str:
     """The optimizer's name; for an external one, the dotted path of its class."""
     return _class_of(run) or str(run.get("optimizer", _overridden(run, "optim")))
 
 
-def _class_of(run: Summary) -> str | None:
+def _class_of(run: RunSummary) -> str | None:
     """The class of a run with optim=external."""
     path = _overridden(run, "optim.class_path") if _EXTERNAL in run["overrides"] else None
     return path and path.strip("'\"")
 
 
-def _overridden(run: Summary, option: str) -> str | None:
+def _overridden(run: RunSummary, option: str) -> str | None:
     values = {key_of(override): override.partition("=")[2] for override in run["overrides"]}
     return values.get(option)
 
@@ -56,11 +64,11 @@ class Group:
     """Runs of one configuration, which differ only by the seed."""
 
     name: str
-    runs: list[Summary]
+    runs: list[RunSummary]
     measure: Measure
 
     @cached_property
-    def good(self) -> list[Summary]:
+    def good(self) -> list[RunSummary]:
         """Those that ended well."""
         return [run for run in self.runs if ended_well(run)]
 
@@ -92,7 +100,7 @@ class Group:
         return len(self.good) < len(self.runs), self.loss_by(measure)
 
 
-def _options(run: Summary, runs: Sequence[Summary]) -> list[str]:
+def _options(run: RunSummary, runs: Sequence[RunSummary]) -> list[str]:
     """A run's overrides, with an external optimizer named by its class: by the last part of its
     path, unless another run's class ends alike."""
     path = _class_of(run)
@@ -108,7 +116,7 @@ def _options(run: Summary, runs: Sequence[Summary]) -> list[str]:
 class Comparison:
     """Names, groups and ranks runs."""
 
-    def __init__(self, runs: Sequence[Summary]) -> None:
+    def __init__(self, runs: Sequence[RunSummary]) -> None:
         self.measure = measure_of(runs)
         self.runs = sorted(runs, key=self.loss)  # the best first, those that failed last
         self._settings = {
@@ -118,11 +126,11 @@ class Comparison:
         self._common = set.intersection(*map(set, self._options.values()))
         self._has_seeds = len(set(map(seed_of, runs))) > 1
 
-    def loss(self, run: Summary) -> float:
+    def loss(self, run: RunSummary) -> float:
         """The loss that ranks a run; infinite if it did not end well."""
         return self.measure(run) if ended_well(run) else math.inf
 
-    def name_of(self, run: Summary) -> str:
+    def name_of(self, run: RunSummary) -> str:
         """Its group's name, and its seed if there are several."""
         name = self._group_names[id(run)]
         return f"{name} {SEED}={seed_of(run)}" if self._has_seeds else name
@@ -142,9 +150,9 @@ class Comparison:
         alike = self._alike([group.runs[0] for group in self.groups], RATE)
         return {name: [groups[id(run)] for run in tried] for name, tried in alike.items()}
 
-    def equal_but_for(self, group: str) -> list[list[Summary]]:
+    def equal_but_for(self, group: str) -> list[list[RunSummary]]:
         """Lists of runs on one device whose settings are equal except for a group of options."""
-        alike: dict[tuple[Any, str], list[Summary]] = {}
+        alike: dict[tuple[Any, str], list[RunSummary]] = {}
         for run in self.runs:
             settings = self._settings[id(run)]
             rest = {k: v for k, v in settings.items() if k not in below(settings, group)}
@@ -155,17 +163,17 @@ class Comparison:
     def _group_names(self) -> dict[int, str]:
         return {id(run): group.name for group in self.groups for run in group.runs}
 
-    def _alike(self, runs: Sequence[Summary], *without: str) -> dict[str, list[Summary]]:
+    def _alike(self, runs: Sequence[RunSummary], *without: str) -> dict[str, list[RunSummary]]:
         """Runs whose settings are equal except for these options, by the shortest of their names;
         if several have the same name, the options that differ are appended."""
-        alike: dict[str, list[Summary]] = {}
+        alike: dict[str, list[RunSummary]] = {}
         for run in runs:
             alike.setdefault(canonical(self._settings[id(run)], *without), []).append(run)
-        named: dict[str, list[list[Summary]]] = {}
+        named: dict[str, list[list[RunSummary]]] = {}
         for same in alike.values():
             name = min((self._name(run, without) for run in same), key=len)
             named.setdefault(name, []).append(same)
-        found: dict[str, list[Summary]] = {}
+        found: dict[str, list[RunSummary]] = {}
         for name, several in named.items():
             for same in several:
                 told = f"{name} {self._apart(same[0], several, without)}".strip()
@@ -174,7 +182,7 @@ class Comparison:
                 found[next(unused)] = same
         return found
 
-    def _name(self, run: Summary, without: Sequence[str]) -> str:
+    def _name(self, run: RunSummary, without: Sequence[str]) -> str:
         """A run's overrides, without those that all runs share, that change nothing, or that are in
         `without`."""
         known = (o for o in self._options[id(run)] if o not in self._common and self._tells(o))
@@ -189,7 +197,7 @@ class Comparison:
         return is_setting(key) and (len(found) > 1 or found == {canonical({})})
 
     def _apart(
-        self, run: Summary, several: Sequence[Sequence[Summary]], without: Sequence[str]
+        self, run: RunSummary, several: Sequence[Sequence[RunSummary]], without: Sequence[str]
     ) -> str:
         """How a run differs from others with the same name and overrides: in options whose defaults
         differed."""

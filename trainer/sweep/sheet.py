@@ -8,13 +8,13 @@ from PIL import Image
 from trainer.reporting.measure import EVAL, HOLDOUT
 from trainer.sampling import pictures
 from trainer.storage.steps import step_name
-from trainer.sweep.runs import Comparison, Summary, lr_of
+from trainer.sweep.runs import Comparison, RunSummary, lr_of
 
 _ROWS = 40
 _WORDS = {EVAL: "eval", HOLDOUT: "held out"}
 
 
-def sheet(runs: Sequence[Summary]) -> Image.Image | None:
+def sheet(runs: Sequence[RunSummary]) -> Image.Image | None:
     """One row per run, best first, below the original pictures (of captions from the data) and the
     samples before training; one column per prompt, up to `pictures.COLUMNS`.  More than 40 runs get
     one row per group, more groups only the best 40.  Runs that drew other prompts than the best, or
@@ -35,7 +35,7 @@ def sheet(runs: Sequence[Summary]) -> Image.Image | None:
     return pictures.grid(rows, captions) if captions else None
 
 
-def _shown(comparison: Comparison) -> list[Summary]:
+def _shown(comparison: Comparison) -> list[RunSummary]:
     """The runs that get a row: if there are too many, the best of each group."""
     ended = [run for run in comparison.runs if "error" not in run]
     if len(ended) > _ROWS:
@@ -43,7 +43,7 @@ def _shown(comparison: Comparison) -> list[Summary]:
     return ended[:_ROWS]
 
 
-def _title(run: Summary, comparison: Comparison) -> str:
+def _title(run: RunSummary, comparison: Comparison) -> str:
     """The words of its name, the rate and the loss, one per line."""
     lines = comparison.name_of(run).split(" ")
     rate = lr_of(run)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from trainer.reporting.measure import EVAL
 from trainer.sweep import markdown, paired, remarks, verdict
 from trainer.sweep.markdown import Table
-from trainer.sweep.runs import Comparison, Group, Summary, lr_of, seed_of
+from trainer.sweep.runs import Comparison, Group, RunSummary, lr_of, seed_of
 
 
 class Column(NamedTuple):
@@ -46,7 +46,7 @@ _COLUMNS = (
 _RATE_FORM = "{:g}"
 
 
-def sweep_table(runs: Sequence[Summary]) -> str:
+def sweep_table(runs: Sequence[RunSummary]) -> str:
     """Markdown tables of run summaries: the runs, best first and failed last; then remarks; then
     groups over seeds, and each optimizer at its best rate, if there is more than one.
 
@@ -59,7 +59,7 @@ def sweep_table(runs: Sequence[Summary]) -> str:
     return "\n\n".join(part for part in (first, caveats, *others) if part)
 
 
-def verdict_of(runs: Sequence[Summary]) -> str:
+def verdict_of(runs: Sequence[RunSummary]) -> str:
     """Which optimizer was better, as a Markdown list; "" if nothing can be said."""
     return "\n".join(f"- {line}" for line in verdict.of_runs(Comparison(runs)))
 
@@ -82,7 +82,7 @@ def _of_runs(comparison: Comparison, columns: Sequence[Column]) -> Table:
     return Table(rows=rows)
 
 
-def _rate(run: Summary) -> str:
+def _rate(run: RunSummary) -> str:
     """The learning rate, and the factor that the optimizer found for it, if any."""
     rate, found = lr_of(run), run.get("rate_found")
     return markdown.cell(rate, _RATE_FORM) + ("" if found is None else f" x {found:.2g}")
@@ -114,10 +114,10 @@ def _failed(cells: Sequence[str]) -> list[str]:
     return ["failed", *[""] * (len(cells) - 1)]
 
 
-def _over(runs: Sequence[Summary], column: Column) -> str:
+def _over(runs: Sequence[RunSummary], column: Column) -> str:
     """One cell for several runs; "" if any of them lacks the value."""
     over = column.over
-    values = [value for run in runs if (value := run.get(column.key)) is not None]
+    values: list[Any] = [x for run in runs if (x := run.get(column.key)) is not None]
     if over is None or not values or len(values) < len(runs):
         return ""
     has_spread = over is mean and len(values) > 1

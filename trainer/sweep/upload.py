@@ -8,13 +8,13 @@ from typing import Any
 from trainer.config import WandbConfig, of_saved, values_of
 from trainer.reporting import trackers
 from trainer.sweep import files, page
-from trainer.sweep.runs import Comparison, Summary, optimizer_of
+from trainer.sweep.runs import Comparison, RunSummary, optimizer_of
 from trainer.sweep.table import tables
 
 FOLDER = "comparison"  # in the sweep's, beside those of its runs
 
 
-def upload(sweep: Path, runs: Sequence[Summary], missing: Sequence[str]) -> None:
+def upload(sweep: Path, runs: Sequence[RunSummary], missing: Sequence[str]) -> None:
     """Write or continue this run if the sweep's own are in W&B.  Whatever W&B raises is printed,
     and does not stop the sweep."""
     try:
@@ -24,7 +24,7 @@ def upload(sweep: Path, runs: Sequence[Summary], missing: Sequence[str]) -> None
         print(f"W&B has no comparison of these runs ({type(error).__name__}: {error})")
 
 
-def _options(runs: Sequence[Summary]) -> WandbConfig | None:
+def _options(runs: Sequence[RunSummary]) -> WandbConfig | None:
     """Those of the first run that has any."""
     logs: list[Mapping[str, Any]] = [run["config"].get("log", {}) for run in runs]
     usual = values_of("log", "wandb")["wandb"]
@@ -33,7 +33,7 @@ def _options(runs: Sequence[Summary]) -> WandbConfig | None:
 
 
 def _upload(
-    sweep: Path, runs: Sequence[Summary], missing: Sequence[str], options: WandbConfig
+    sweep: Path, runs: Sequence[RunSummary], missing: Sequence[str], options: WandbConfig
 ) -> None:
     import wandb
 

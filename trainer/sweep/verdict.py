@@ -5,6 +5,7 @@ Each is judged at its best rate; how stable it is, by all of its runs.
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 from trainer.reporting.measure import ended_well
 from trainer.reporting.report import format_bytes
@@ -89,7 +90,8 @@ def _least(what: str, good: Sequence[Group], key: str, written: Callable[[float]
 
 def _mean(group: Group, key: str) -> float | None:
     """Over the runs that ended well and have it; None if none has."""
-    values = [run[key] for run in group.good if run.get(key) is not None]
+    good: Sequence[Mapping[str, Any]] = group.good
+    values = [run[key] for run in good if run.get(key) is not None]
     return mean(values) if values else None
 
 
