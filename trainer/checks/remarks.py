@@ -4,7 +4,6 @@ about a run that changed nothing or made the model worse."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from trainer.config import (
     CosineRestartsConfig,
     DecayConfig,
     LokrConfig,
+    OptimizerConfig,
     ScheduleConfig,
     finds_rate,
     keys_of,
@@ -203,7 +203,7 @@ def _of_clips(config: Config, given: frozenset[str]) -> Iterator[str]:
         yield f"method.clip={clip}, and optim={config.optim.name} {own}; one of them is enough"
 
 
-def _clips_itself(options: Any) -> str | None:
+def _clips_itself(options: OptimizerConfig) -> str | None:
     """How the optimizer clips gradients, in words, if it does."""
     for option in ("max_grad_norm", "grad_clip"):
         if getattr(options, option, None) is not None:
@@ -211,7 +211,7 @@ def _clips_itself(options: Any) -> str | None:
     return None
 
 
-def _bounds_itself(options: Any) -> str | None:
+def _bounds_itself(options: OptimizerConfig) -> str | None:
     """Why the size of a gradient hardly matters to the optimizer, in words, if so."""
     cls = optim.FAMILY.get(options.name)
     return cls.bounds_updates(vars(options)) if cls else None

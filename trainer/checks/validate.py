@@ -179,7 +179,7 @@ def _check_fused_backward(config: Config) -> None:
             f"{choice}: optim={config.optim.name} cannot step inside the backward pass, only this "
             f"family's optimizers can ({', '.join(optim.FAMILY)}); choose one, or {without}"
         )
-    is_global, norm = config.method.clip == "global", config.optim.max_grad_norm
+    is_global, norm = config.method.clip == "global", vars(config.optim)["max_grad_norm"]
     for clip, given, remedy in (
         (
             "method.clip=global",
@@ -198,7 +198,7 @@ def _check_fused_backward(config: Config) -> None:
                 f"{choice}: {clip} clips by the norm of all gradients, which never exist all at "
                 f"once; {remedy}, or {without}"
             )
-    if config.optim.on_nonfinite == "raise":
+    if vars(config.optim)["on_nonfinite"] == "raise":
         raise UserError(
             f"{choice}: optim.on_nonfinite=raise stops before anything is updated, but part of the "
             "step is done when a gradient that is not finite is found; set "
@@ -216,7 +216,7 @@ def _check_curvature(config: Config) -> None:
             f"optim={config.optim.name} estimates the curvature of a squared error, and loss="
             f"{config.loss.name} is not one; use loss=mse, or another optimizer"
         )
-    if config.optim.on_nonfinite == "raise":
+    if vars(config.optim)["on_nonfinite"] == "raise":
         raise UserError(
             f"optim.on_nonfinite=raise: optim={config.optim.name} would end the run if a gradient "
             "of its curvature estimate is not finite; use optim.on_nonfinite=skip"

@@ -21,6 +21,7 @@ from trainer.config.model import DTYPES, ModelConfig
 from trainer.config.noise import NoiseConfig
 from trainer.config.optimizer import (
     ExternalConfig,
+    OptimizerConfig,
     PeerConfig,
     estimates_curvature,
     finds_rate,

@@ -11,12 +11,19 @@ import optim
 
 
 @dataclass(kw_only=True)
-class ExternalConfig:
+class OptimizerConfig:
+    """What every optimizer has."""
+
+    name: str
+    lr: float  #: learning rate
+
+
+@dataclass(kw_only=True)
+class ExternalConfig(OptimizerConfig):
     """Any torch optimizer, by dotted path."""
 
     name: str = "external"
     class_path: str  #: of its class, for example torch.optim.RAdam
-    lr: float  #: learning rate
     options: dict[str, Any] = field(default_factory=dict)  #: further arguments of the class
 
 
@@ -27,7 +34,7 @@ class PeerConfig(ExternalConfig):
     package: str  #: what pip installs; the run records its version
 
 
-def peer_schema(choice: str) -> type:
+def peer_schema(choice: str) -> type[PeerConfig]:
     """PeerConfig for one file of conf/optim/peer, named after its choice: peer/hf_adafactor."""
     title = choice.replace("/", "_")
     return make_dataclass(title, [("name", str, choice)], bases=(PeerConfig,), kw_only=True)
@@ -49,7 +56,7 @@ def estimates_curvature(name: str) -> bool:
     return issubclass(optim.FAMILY.get(name, object), optim.Sophia)
 
 
-def optimizer_schema(name: str) -> type:
+def optimizer_schema(name: str) -> type[OptimizerConfig]:
     """A dataclass of this optimizer's options with the defaults of its class's signature, and its
     name.
 
@@ -60,4 +67,5 @@ def optimizer_schema(name: str) -> type:
         for k, (kind, default) in optim.options_of(name).items()
         if k != "seed"
     ]
-    return make_dataclass(f"{name}_options", [("name", str, name), *options], kw_only=True)
+    named = [("name", str, name), *options]
+    return make_dataclass(f"{name}_options", named, bases=(OptimizerConfig,), kw_only=True)

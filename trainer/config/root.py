@@ -10,6 +10,7 @@ from trainer.config.loss import LossConfig
 from trainer.config.method import MethodConfig
 from trainer.config.model import ModelConfig
 from trainer.config.noise import NoiseConfig
+from trainer.config.optimizer import OptimizerConfig
 from trainer.config.runtime import RuntimeConfig
 from trainer.config.schedule import ScheduleConfig
 
@@ -22,7 +23,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     method: MethodConfig
-    optim: Any  # optimizer_schema(name), ExternalConfig, or peer_schema(choice)
+    optim: OptimizerConfig
     loss: LossConfig
     noise: NoiseConfig
     schedule: ScheduleConfig

@@ -16,7 +16,7 @@ from torch import nn
 
 import optim
 from optim.options import unknown, unknown_option
-from trainer.config import ExternalConfig, PeerConfig
+from trainer.config import ExternalConfig, OptimizerConfig, PeerConfig
 from trainer.config.method import MethodConfig
 from trainer.errors import UserError
 from trainer.storage import checkpoint
@@ -28,7 +28,7 @@ _CPU = torch.device("cpu")
 
 
 def build(
-    config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
+    config: OptimizerConfig, model: nn.Module, seed: int, rules: Sequence[groups.Rule] = ()
 ) -> torch.optim.Optimizer:
     """The configured optimizer for the trainable parameters of `model`, grouped by `rules`.
 
@@ -54,7 +54,11 @@ class Planned(NamedTuple):
 
 
 def planned(
-    config: Any, model: nn.Module, seed: int, rules: Sequence[groups.Rule], device_type: str
+    config: OptimizerConfig,
+    model: nn.Module,
+    seed: int,
+    rules: Sequence[groups.Rule],
+    device_type: str,
 ) -> Planned:
     """What `build`'s optimizer of such a model, which is on the meta device, will take on a device
     of this type; of another package's optimizer, the state that its first step allocates there,
@@ -86,7 +90,9 @@ def _external_state_bytes(config: ExternalConfig, chosen: list[dict[str, Any]]) 
     return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
-def try_out(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU) -> None:
+def try_out(
+    config: OptimizerConfig, rules: Sequence[groups.Rule] = (), device: torch.device = _CPU
+) -> None:
     """Refuse a wrong optimizer, option or rule before a model is loaded, by building it for one
     small matrix, and one for each rule.  With optim=external it also makes a step, on the run's
     device."""
@@ -107,12 +113,15 @@ def try_out(config: Any, rules: Sequence[groups.Rule] = (), device: torch.device
             raise UserError(f"method.rules[{number}] ({rule['pattern']}): {error}{also}") from error
 
 
-def refuse_second_average(config: Any, method: MethodConfig) -> None:
+def refuse_second_average(config: OptimizerConfig, method: MethodConfig) -> None:
     """Refuse method.ema beside an optimizer that averages the weights itself."""
     if not method.ema:
         return
-    known = optim.FAMILY.get(config.name)
-    if switching.switches(known or _import(config), getattr(config, "options", None)):
+    if isinstance(config, ExternalConfig):
+        averages = switching.switches(_import(config), config.options)
+    else:
+        averages = switching.switches(optim.FAMILY[config.name])
+    if averages:
         raise UserError(
             f"optim={config.name} averages the weights itself (Schedule-Free), and results have "
             "that average; leave ema out"
@@ -198,7 +207,9 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value
 
 
-def _make(config: Any, chosen: list[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
+def _make(
+    config: OptimizerConfig, chosen: list[dict[str, Any]], seed: int
+) -> torch.optim.Optimizer:
     if isinstance(config, ExternalConfig):
         return _make_external(config, chosen)
     values = groups.with_tuples({k: v for k, v in asdict(config).items() if k != "name"})
