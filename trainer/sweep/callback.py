@@ -46,9 +46,8 @@ class SweepTable(Callback):
             with claim.in_turn(folder):
                 planned.add(folder, [arguments.lasting(run) for run in self._runs])
                 self._ended = ended_runs(folder)
-        common = set.intersection(*map(set, self._runs)) if len(self._runs) > 1 else set[str]()
-        apart = " ".join(o for o in _overrides(config) if o not in common)
-        print(f"\nrun {number + 1}{self._of_all(number)}: {apart or 'the defaults'}")
+        apart = planned.unshared(_overrides(config), self._runs)
+        print(f"\nrun {number + 1}{self._of_all(number)}: {' '.join(apart) or 'the defaults'}")
 
     def _of_all(self, number: int) -> str:
         """The number of runs and the estimated time left, as far as they are known."""

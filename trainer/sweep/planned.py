@@ -46,8 +46,9 @@ def missing(sweep: Path, ended: Collection[RunSummary]) -> list[str]:
     """The runs that have neither finished nor failed, named by the overrides that not all planned
     runs share."""
     plan, identities = _read(sweep), {_digest(run) for run in ended}
+    planned = [run["overrides"] for run in plan]
     return [
-        " ".join(_apart(run["overrides"], plan))
+        " ".join(unshared(run["overrides"], planned))
         for run in plan
         if run["identity"] not in identities and not has_ended(run["overrides"], ended)
     ]
@@ -55,11 +56,12 @@ def missing(sweep: Path, ended: Collection[RunSummary]) -> list[str]:
 
 def apart(sweep: Path, overrides: Sequence[str]) -> list[str]:
     """The overrides of a run that not all planned ones share."""
-    return _apart(overrides, _read(sweep))
+    return unshared(overrides, [run["overrides"] for run in _read(sweep)])
 
 
-def _apart(overrides: Sequence[str], plan: Sequence[PlannedRun]) -> list[str]:
-    common = set.intersection(*(set(run["overrides"]) for run in plan)) if len(plan) > 1 else ()
+def unshared(overrides: Sequence[str], runs: Sequence[Sequence[str]]) -> list[str]:
+    """The overrides of a run that not all of these runs share; all of them for fewer than two."""
+    common = set.intersection(*map(set, runs)) if len(runs) > 1 else ()
     return [override for override in overrides if override not in common]
 
 

@@ -205,7 +205,7 @@ def _estimates_curvature(run: RunSummary) -> bool:
 def _of_load(comparison: Comparison) -> Iterator[str]:
     """Equal work took different times, so speeds are not comparable.  Checked first for the rest of
     a step, which does not depend on the optimizer, then between seeds."""
-    for alike in comparison.equal_but_for("optim"):
+    for alike in comparison.alike_but_for_optimizer:
         rest = {
             comparison.name_of(run): run["seconds_per_step"] - spent
             for run in filter(ended_well, alike)

@@ -150,12 +150,13 @@ class Comparison:
         alike = self._alike([group.runs[0] for group in self.groups], RATE)
         return {name: [groups[id(run)] for run in tried] for name, tried in alike.items()}
 
-    def equal_but_for(self, group: str) -> list[list[RunSummary]]:
-        """Lists of runs on one device whose settings are equal except for a group of options."""
+    @property
+    def alike_but_for_optimizer(self) -> list[list[RunSummary]]:
+        """Lists of runs on one device whose settings are equal except for those of optim."""
         alike: dict[tuple[Any, str], list[RunSummary]] = {}
         for run in self.runs:
             settings = self._settings[id(run)]
-            rest = {k: v for k, v in settings.items() if k not in below(settings, group)}
+            rest = {k: v for k, v in settings.items() if k not in below(settings, "optim")}
             alike.setdefault((run.get("device"), canonical(rest)), []).append(run)
         return [*alike.values()]
 
