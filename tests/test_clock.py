@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import QUICK, deterministic, rows
 
-from trainer.data.plan import Plan
+from trainer.data.plan import BatchPlan
 from trainer.reporting import report
 from trainer.reporting.clock import Clock
 from trainer.reporting.report import closing_lines
@@ -157,13 +157,13 @@ def test_peaks_of_earlier_sessions_count():
 @pytest.fixture
 def trained_on(monkeypatch):
     """The drawn batches by number."""
-    drawn, original = {}, Plan.batch
+    drawn, original = {}, BatchPlan.batch
 
     def noting(self, seed, number):
         drawn[number] = original(self, seed, number)
         return drawn[number]
 
-    monkeypatch.setattr(Plan, "batch", noting)
+    monkeypatch.setattr(BatchPlan, "batch", noting)
     return drawn
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from trainer.data import buckets
-from trainer.data.plan import Plan
+from trainer.data.plan import BatchPlan
 from trainer.errors import UserError
 from trainer.sampling import sampler
 
@@ -114,7 +114,7 @@ def test_an_epoch_sees_every_picture_once_and_a_batch_has_one_bucket(shapes, pol
 
 
 def test_buckets_of_as_many_pictures_have_orders_of_their_own():
-    plan = Plan({(64, 64): [*range(12)], (64, 96): [*range(12, 24)]}, 3, repeats_short=False)
+    plan = BatchPlan({(64, 64): [*range(12)], (64, 96): [*range(12, 24)]}, 3, repeats_short=False)
     batches = [plan.batch(0, number) for number in range(8)]
     square = {tuple(batch) for batch in batches if max(batch) < 12}
     wide = {tuple(row - 12 for row in batch) for batch in batches if min(batch) >= 12}

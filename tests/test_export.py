@@ -153,8 +153,8 @@ def test_an_export_that_does_not_read_back_equal_is_an_error_and_not_kept(tmp_pa
                 for k in (0, 2)
             )
             a, b = entries[i], entries[j]
-            entries[i] = names.Entry(single=b.single, own=a.own)
-            entries[j] = names.Entry(single=a.single, own=b.own)
+            entries[i] = names.TensorNames(single=b.single, own=a.own)
+            entries[j] = names.TensorNames(single=a.single, own=b.own)
         return entries
 
     monkeypatch.setattr(names, "table", mistaken)

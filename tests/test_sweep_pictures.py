@@ -97,7 +97,7 @@ def line(*losses, **more):
 
 def has_red(panel):
     """Whether red is drawn between the first step and the last."""
-    entry = chart.Entry(Style(colour="#000000"), "", "")
+    entry = chart.LegendEntry(Style(colour="#000000"), "", "")
     picture = chart.drawn([panel], "", [entry])
     middle = chart._LEFT + chart._PANEL // 2
     column = [picture.getpixel((middle, y)) for y in range(picture.height)]

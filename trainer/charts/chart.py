@@ -73,7 +73,7 @@ class Panel:
         return min(values) * 0.92, max(top, min(values)) * 1.08
 
 
-class Entry(NamedTuple):
+class LegendEntry(NamedTuple):
     """A line of the legend."""
 
     style: Style
@@ -81,7 +81,7 @@ class Entry(NamedTuple):
     result: str
 
 
-def drawn(panels: Sequence[Panel], title: str, entries: Sequence[Entry]) -> Image.Image:
+def drawn(panels: Sequence[Panel], title: str, entries: Sequence[LegendEntry]) -> Image.Image:
     """The panels, with the legend and its title on the right."""
     notes = _notes(panels)
     columns = ([e.name for e in entries], [e.result for e in entries])
@@ -120,7 +120,7 @@ def _aside(note: str) -> int:
     return _NAMES if note == _FAILED else 0
 
 
-def _write_legend(pen: Pen, left: int, title: str, entries: Sequence[Entry]) -> None:
+def _write_legend(pen: Pen, left: int, title: str, entries: Sequence[LegendEntry]) -> None:
     pen.write((left, _TOP - 20), title, "ls", colour=_MUTED)
     second = left + _NAMES + max(text_width(entry.name) for entry in entries) + 16
     for place, entry in enumerate(entries):

@@ -12,7 +12,7 @@ from trainer.config import DataConfig
 from trainer.data import captions, findings
 from trainer.data.buckets import Size
 from trainer.data.holdout import holdout
-from trainer.data.plan import Pick, Plan
+from trainer.data.plan import BatchPlan, Pick
 from trainer.data.sample import Sample
 from trainer.data.survey import UsablePicture, survey
 from trainer.streams import Stream
@@ -28,7 +28,7 @@ class Dataset:
 
     samples: list[Sample]
     views: dict[int, list[int]]  # trained sample -> those of which a step draws one in its place
-    plan: Plan  # of central crops
+    plan: BatchPlan  # of central crops
     config: DataConfig
 
     @property
@@ -146,7 +146,7 @@ def build(usable: list[UsablePicture], config: DataConfig) -> Dataset:
                     indexes = members.setdefault(sample.bucket, [])
                     indexes += [len(samples)] * picture.source.repeats
                 samples.append(sample)
-    plan = Plan(members, config.batch_size, config.short_batches == "repeat")
+    plan = BatchPlan(members, config.batch_size, config.short_batches == "repeat")
     views: dict[int, list[int]] = {}
     for index, sample in enumerate(list(samples)):
         if sample.held_out:

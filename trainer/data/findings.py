@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from trainer.config import DataConfig
 from trainer.data import captions, sources
 from trainer.data.buckets import LATENT_SCALE
-from trainer.data.plan import Plan
+from trainer.data.plan import BatchPlan
 from trainer.data.sample import Sample
 from trainer.data.survey import Survey, UsablePicture
 from trainer.errors import UserError
@@ -133,7 +133,7 @@ def of_sources(surveyed: Survey, config: DataConfig) -> list[str]:
     return lines
 
 
-def of_batches(plan: Plan, samples: list[Sample]) -> dict[str, list[str]]:
+def of_batches(plan: BatchPlan, samples: list[Sample]) -> dict[str, list[str]]:
     """What is odd about batches of these samples, as the doctor lists it."""
     if len(plan.buckets) > 1 or plan.batch_size <= plan.pictures_per_epoch:
         return {}

@@ -25,7 +25,7 @@ class Pick:
     caption: str | None  # None: dropped, the empty prompt
 
 
-class Plan:
+class BatchPlan:
     """Batches over `members`: {bucket: its samples, each as often as an epoch shows it}."""
 
     def __init__(self, members: dict[Size, list[int]], batch_size: int, repeats_short: bool):

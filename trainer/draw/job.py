@@ -7,7 +7,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer.checks import machine
 from trainer.draw import painting, rows, sources, wanted
-from trainer.draw.painting import Group, Painter
+from trainer.draw.painting import ModelRows, Painter
 from trainer.draw.request import Request
 from trainer.draw.rows import Row
 from trainer.draw.sheet import Sheet
@@ -52,13 +52,13 @@ def draw(request: Request) -> None:
     log.info("%s in %s", plural(len(every), "row"), sheet)
 
 
-def _by_model(every: list[Row], device: torch.device) -> list[Group]:
+def _by_model(every: list[Row], device: torch.device) -> list[ModelRows]:
     """The rows of each model, in the order of their first ones."""
-    groups: list[Group] = []
+    groups: list[ModelRows] = []
     for row in every:
         same = next((group for group in groups if group.rows[0].model == row.model), None)
         if same:
             same.rows.append(row)
         else:
-            groups.append(Group(model=Model(row.model, device, option=row.option), rows=[row]))
+            groups.append(ModelRows(model=Model(row.model, device, option=row.option), rows=[row]))
     return groups

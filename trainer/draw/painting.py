@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Group:
+class ModelRows:
     """The rows of one model, without LoRAs or with some."""
 
     model: Model
@@ -50,7 +50,7 @@ class Painter:
     device: torch.device
     stop: Sequence[int]  # holds a signal once this process is asked to stop
 
-    def draw(self, groups: Sequence[Group], sheet: Sheet) -> None:
+    def draw(self, groups: Sequence[ModelRows], sheet: Sheet) -> None:
         """Draw all rows, model by model.  Raises `signals.Stopped`, once the pictures drawn so far
         are in the sheet, and UserError for a file that is damaged."""
         total = sum(len(group.rows) for group in groups) * len(self.prompts)
@@ -58,7 +58,7 @@ class Painter:
             for group in groups:
                 self._draw_group(group, sheet, aside)
 
-    def _draw_group(self, group: Group, sheet: Sheet, aside: console.Aside) -> None:
+    def _draw_group(self, group: ModelRows, sheet: Sheet, aside: console.Aside) -> None:
         model = group.model
         reads = self._encoded(group)
         signals.leave_if(self.stop)
@@ -99,7 +99,7 @@ class Painter:
                 drawn = drawer.decode([*latents.values()])
                 sheet.add(row.title, dict(zip(latents, drawn, strict=True)))
 
-    def _encoded(self, group: Group) -> list[Read]:
+    def _encoded(self, group: ModelRows) -> list[Read]:
         """The prompts' texts for each row, as its text encoders read them."""
         model = group.model
         texts = list(dict.fromkeys(text for prompt in self.prompts for text in prompt.texts))
@@ -131,7 +131,7 @@ class Painter:
                 raise UserError(f"{_in_line(row)}: {error}") from error
 
 
-def check(group: Group) -> None:
+def check(group: ModelRows) -> None:
     """Raise UserError for a LoRA that the model cannot have, or a scheduler that none can be drawn
     with, before anything is loaded."""
     model = group.model

@@ -82,7 +82,7 @@ Form = Literal["same", "conv", "transposed", "fused"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class TensorNames:
     """One tensor of a single file: its name there, and the diffusers tensors that it holds.
 
     same: one, unchanged.  conv: a Linear's matrix as a 1x1 convolution.  transposed: a matrix,
@@ -156,29 +156,29 @@ def _inside(rest: str, names: dict[str, str]) -> str:
     return rest
 
 
-def table(part: str, names: Iterable[str], config: dict[str, Any]) -> list[Entry]:
+def table(part: str, names: Iterable[str], config: dict[str, Any]) -> list[TensorNames]:
     """The entries of a part's tensors, given their names in a diffusers folder."""
     if part == "unet":
-        return [Entry(single=unet_name(name, config), own=(name,)) for name in names]
+        return [TensorNames(single=unet_name(name, config), own=(name,)) for name in names]
     if part == "vae":
-        entries = [Entry(single=_vae_name(name, config), own=(name,)) for name in names]
+        entries = [TensorNames(single=_vae_name(name, config), own=(name,)) for name in names]
         return [_as_convolution(entry) for entry in entries]
     if part == "text_encoder_2":
         return _openclip(names)
-    return [Entry(single=name, own=(name,)) for name in names]
+    return [TensorNames(single=name, own=(name,)) for name in names]
 
 
-def _as_convolution(entry: Entry) -> Entry:
+def _as_convolution(entry: TensorNames) -> TensorNames:
     is_matrix = re.search(r"\.attn_\d+\.(q|k|v|proj_out)\.weight$", entry.single)
-    return Entry(single=entry.single, own=entry.own, form="conv") if is_matrix else entry
+    return TensorNames(single=entry.single, own=entry.own, form="conv") if is_matrix else entry
 
 
-def _openclip(names: Iterable[str]) -> list[Entry]:
+def _openclip(names: Iterable[str]) -> list[TensorNames]:
     entries = []
     for name in names:
         if name in _OPENCLIP:
             form: Form = "transposed" if name == "text_projection.weight" else "same"
-            entries.append(Entry(single=_OPENCLIP[name], own=(name,), form=form))
+            entries.append(TensorNames(single=_OPENCLIP[name], own=(name,), form=form))
             continue
         match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", name)
         if not match:
@@ -186,19 +186,21 @@ def _openclip(names: Iterable[str]) -> list[Entry]:
         block, rest = f"transformer.resblocks.{match[1]}", match[2]
         qkv = re.fullmatch(r"self_attn\.(q|k|v)_proj\.(weight|bias)", rest)
         if qkv is None:
-            entries.append(Entry(single=block + _inside(f".{rest}", _OPENCLIP_LAYER), own=(name,)))
+            single = block + _inside(f".{rest}", _OPENCLIP_LAYER)
+            entries.append(TensorNames(single=single, own=(name,)))
         elif qkv[1] == "q":
             own = tuple(name.replace("q_proj", f"{letter}_proj") for letter in "qkv")
-            entries.append(Entry(single=f"{block}.attn.in_proj_{qkv[2]}", own=own, form="fused"))
+            single = f"{block}.attn.in_proj_{qkv[2]}"
+            entries.append(TensorNames(single=single, own=own, form="fused"))
     return entries
 
 
-def to_single(own: Weights, entries: list[Entry], prefix: str) -> Weights:
+def to_single(own: Weights, entries: list[TensorNames], prefix: str) -> Weights:
     """A part's tensors, renamed and reshaped for a single file."""
     return {prefix + entry.single: _single(entry, own) for entry in entries}
 
 
-def _single(entry: Entry, own: Weights) -> Lazy:
+def _single(entry: TensorNames, own: Weights) -> Lazy:
     first = own[entry.own[0]]
     if entry.form == "fused":
         shape = (3 * first.shape[0], *first.shape[1:])
@@ -215,7 +217,7 @@ def _single(entry: Entry, own: Weights) -> Lazy:
     return first
 
 
-def to_own(single: Weights, entries: list[Entry], prefix: str) -> Weights:
+def to_own(single: Weights, entries: list[TensorNames], prefix: str) -> Weights:
     """A part's tensors from a single file, with diffusers' names and shapes; those that the file
     lacks are left out."""
     weights: Weights = {}
@@ -225,7 +227,7 @@ def to_own(single: Weights, entries: list[Entry], prefix: str) -> Weights:
     return weights
 
 
-def _own(entry: Entry, lazy: Lazy) -> Weights:
+def _own(entry: TensorNames, lazy: Lazy) -> Weights:
     if entry.form == "fused":
         rows = lazy.shape[0] // 3 if lazy.shape else 0
         third = (rows, *lazy.shape[1:])

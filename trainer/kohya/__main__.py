@@ -13,7 +13,7 @@ from trainer.cli import command, compose
 from trainer.config import key_of
 from trainer.errors import UserError
 from trainer.kohya.command import translate
-from trainer.kohya.reading import Given, parse, read
+from trainer.kohya.reading import ScriptOptions, parse, read
 from trainer.kohya.translation import Translation
 
 _HELP = """\
@@ -93,7 +93,7 @@ def _needed(made: Translation) -> list[str]:
     ]
 
 
-def _family(given: Given) -> str:
+def _family(given: ScriptOptions) -> str:
     """The model that a script trains.  Raises UserError for other scripts."""
     for option in _OF_OTHERS:
         if option in given.options:
@@ -113,7 +113,7 @@ def _family(given: Given) -> str:
     )
 
 
-def _tell(given: Given, made: Translation, model: str | None) -> None:
+def _tell(given: ScriptOptions, made: Translation, model: str | None) -> None:
     if not given.script and model is None:
         made.notes.insert(0, "taken for SDXL; --model sd15 says otherwise")
     if made.notes:

@@ -5,7 +5,7 @@ Their defaults are written out where ours differ, so that the command trains as 
 
 from trainer.cli import elsewhere
 from trainer.kohya import inputs, learning, method, needless, results
-from trainer.kohya.reading import Given
+from trainer.kohya.reading import ScriptOptions
 from trainer.kohya.translation import Translation
 
 _PARTS = (
@@ -14,7 +14,7 @@ _PARTS = (
 )
 
 
-def translate(given: Given, family: str) -> Translation:
+def translate(given: ScriptOptions, family: str) -> Translation:
     """The options of this trainer.  Raises UserError if theirs train what it cannot."""
     is_lora = "network_module" in given.options or given.script.endswith("train_network.py")
     made = Translation(family=family, is_lora=is_lora, notes=[*given.notes])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.kohya.reading import Given, toml
+from trainer.kohya.reading import ScriptOptions, toml
 
 _OF_SOURCES = {"image_dir", "num_repeats", "class_tokens", "is_reg"}
 
@@ -35,7 +35,7 @@ def from_file(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any], list[st
     return [_source(subset) for subset in subsets], options, notes
 
 
-def from_folders(given: Given) -> list[dict[str, Any]]:
+def from_folders(given: ScriptOptions) -> list[dict[str, Any]]:
     """The folders of --train_data_dir and --reg_data_dir as sources."""
     folders = [(given.take("train_data_dir"), False), (given.take("reg_data_dir"), True)]
     return [{"path": path} | ({"prior": True} if prior else {}) for path, prior in folders if path]

@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 
 from trainer.kohya import dataset
-from trainer.kohya.reading import Given
+from trainer.kohya.reading import ScriptOptions
 from trainer.kohya.translation import Translation, number
 
 
-def model(given: Given, made: Translation) -> None:
+def model(given: ScriptOptions, made: Translation) -> None:
     """Where the model is, and the dtypes of its parts."""
     path = given.take("pretrained_model_name_or_path")
     if path is None:
@@ -23,7 +23,7 @@ def model(given: Given, made: Translation) -> None:
     _precision(given, made)
 
 
-def _precision(given: Given, made: Translation) -> None:
+def _precision(given: ScriptOptions, made: Translation) -> None:
     mixed = given.take("mixed_precision", "no")
     half = [name for name in ("full_bf16", "full_fp16") if given.take(name)]
     if mixed == "fp16" or half == ["full_fp16"]:
@@ -39,7 +39,7 @@ def _precision(given: Given, made: Translation) -> None:
         made.note(f"{fp8[0]}: 8-bit integers with a scale for each block, here")
 
 
-def pictures(given: Given, made: Translation) -> None:
+def pictures(given: ScriptOptions, made: Translation) -> None:
     """Where pictures are, and how they are cut to size."""
     _sources(given, made)
     has_buckets = bool(given.take("enable_bucket"))
@@ -61,7 +61,7 @@ def pictures(given: Given, made: Translation) -> None:
         made.set("data.cache", str(Path(str(given.options.get("output_dir", "."))) / "cache"))
 
 
-def _sources(given: Given, made: Translation) -> None:
+def _sources(given: ScriptOptions, made: Translation) -> None:
     weight = given.take("prior_loss_weight")
     file, repeats = given.take("dataset_config"), given.take("dataset_repeats")
     if file is not None:
@@ -83,7 +83,7 @@ def _sources(given: Given, made: Translation) -> None:
         made.set("data.sources", sources)
 
 
-def _side(given: Given, made: Translation, has_buckets: bool) -> int:
+def _side(given: ScriptOptions, made: Translation, has_buckets: bool) -> int:
     """The side of a square of about the same area: of 1024, "1024,1024" or [832, 1216]."""
     size = given.take("resolution")
     if size is None:
@@ -99,7 +99,7 @@ def _side(given: Given, made: Translation, has_buckets: bool) -> int:
     return side
 
 
-def captions(given: Given, made: Translation) -> None:
+def captions(given: ScriptOptions, made: Translation) -> None:
     """How captions are read and changed."""
     made.set("data.caption_dropout", given.take("caption_dropout_rate", 0))
     is_in_table = "in_json" in given.options or "metadata_file" in given.options

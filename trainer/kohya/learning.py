@@ -4,7 +4,7 @@ from typing import Any
 
 import optim
 from optim.options import unknown_option
-from trainer.kohya.reading import Given
+from trainer.kohya.reading import ScriptOptions
 from trainer.kohya.translation import Translation, arguments_of, number, rate_of
 
 # optimizer_type in lower case -> (optim=, its options)
@@ -46,7 +46,7 @@ _SCHEDULES = {
 }
 
 
-def optimizer(given: Given, made: Translation) -> None:
+def optimizer(given: ScriptOptions, made: Translation) -> None:
     """Which optimizer, its rate and its options."""
     kind = str(given.take("optimizer_type") or "AdamW")
     kind = "AdamW8bit" if given.take("use_8bit_adam") else kind
@@ -86,7 +86,7 @@ def optimizer(given: Given, made: Translation) -> None:
             made.note(f"optimizer_args {key}: {unknown_option(name, key, known)}")
 
 
-def length(given: Given, made: Translation) -> None:
+def length(given: ScriptOptions, made: Translation) -> None:
     """The length of the run, and the rate along it."""
     epochs, steps = given.take("max_train_epochs"), given.take("max_train_steps", 1600)
     kind = str(given.take("lr_scheduler", "constant"))
@@ -128,7 +128,7 @@ def length(given: Given, made: Translation) -> None:
         )
 
 
-def objective(given: Given, made: Translation) -> None:
+def objective(given: ScriptOptions, made: Translation) -> None:
     """The loss, its weights, and kinds of noise."""
     kind = given.take("loss_type", "l2")
     delta, rule = given.take("huber_c", 0.1), given.take("huber_schedule", "snr")
@@ -149,7 +149,7 @@ def objective(given: Given, made: Translation) -> None:
         made.set("noise.pyramid", discount)
 
 
-def _flow(given: Given, made: Translation) -> None:
+def _flow(given: ScriptOptions, made: Translation) -> None:
     """Flow matching for SDXL, which forks of the scripts have (67372a/sd-scripts, pull request
     223)."""
     made.choose("noise=flow_matching")

@@ -4,7 +4,7 @@ clip."""
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.kohya.reading import Given
+from trainer.kohya.reading import ScriptOptions
 from trainer.kohya.translation import Translation, arguments_of, number
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -27,7 +27,7 @@ _WHOLE = 10_000  # a rank with which every factor of a LoKr is whole
 _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-def method(given: Given, made: Translation) -> None:
+def method(given: ScriptOptions, made: Translation) -> None:
     """Which parts are trained, and by which adapters."""
     encoders = ["text_encoder", "text_encoder_2"] if made.family == "sdxl" else ["text_encoder"]
     if made.is_lora:
@@ -56,7 +56,7 @@ def method(given: Given, made: Translation) -> None:
     _clip(given, made)
 
 
-def _trained(given: Given, made: Translation, encoders: list[str]) -> list[str]:
+def _trained(given: ScriptOptions, made: Translation, encoders: list[str]) -> list[str]:
     if made.is_lora:
         only_unet, only_text = (
             given.take(f"network_train_{part}_only") for part in ("unet", "text_encoder")
@@ -67,7 +67,7 @@ def _trained(given: Given, made: Translation, encoders: list[str]) -> list[str]:
     return ["unet", *(encoders if trains_text else [])]
 
 
-def _text_rates(given: Given, made: Translation, encoders: list[str]) -> dict[str, Any]:
+def _text_rates(given: ScriptOptions, made: Translation, encoders: list[str]) -> dict[str, Any]:
     """The learning rate of each text encoder that has another one than the UNet."""
     rates = given.take("text_encoder_lr")
     if rates is None and "unet_lr" in given.options:
@@ -81,7 +81,7 @@ def _text_rates(given: Given, made: Translation, encoders: list[str]) -> dict[st
     return {encoder: rate for encoder, rate in pairs if rate is not None}
 
 
-def _network(given: Given, made: Translation) -> None:
+def _network(given: ScriptOptions, made: Translation) -> None:
     module = given.take("network_module", "networks.lora")
     arguments = arguments_of("network_args", given.take("network_args", []))
     is_lycoris = module == "lycoris.kohya"
@@ -151,7 +151,7 @@ def _is_off(value: Any) -> bool:
     return not value or all(factor == 1 and factor is not True for factor in factors)
 
 
-def _clip(given: Given, made: Translation) -> None:
+def _clip(given: ScriptOptions, made: Translation) -> None:
     limit = given.take("max_grad_norm", 1.0)
     is_fused = bool(given.take("fused_backward_pass")) and not made.is_lora
     if is_fused and number("max_grad_norm", limit) != 0:

@@ -17,7 +17,7 @@ _ALSO = {  # misspelt in old versions, or shortened as their command line allows
 
 
 @dataclass(kw_only=True)
-class Given:
+class ScriptOptions:
     """A script's options.  What a script takes for not given (false, an empty text) is left out."""
 
     script: str = ""  # its name, if it is known: sdxl_train_network.py
@@ -41,7 +41,7 @@ class Given:
         return [name for name, x in self.options.items() if name not in self.taken and not _off(x)]
 
 
-def read(file: Path) -> Given:
+def read(file: Path) -> ScriptOptions:
     """The options in a file: a .toml as for `--config_file`, or a script with the command.
 
     Raises UserError if it is neither.
@@ -53,7 +53,7 @@ def read(file: Path) -> Given:
                 f"{file} says only where pictures are; give the command that has it as "
                 "--dataset_config, or the .toml of --config_file"
             )
-        return Given(options=_present(_flat(tables)))
+        return ScriptOptions(options=_present(_flat(tables)))
     if file.suffix not in script.SUFFIXES:
         raise UserError(
             f"{file}: give the .toml that kohya's scripts read with --config_file, or a script "
@@ -66,7 +66,7 @@ def read(file: Path) -> Given:
     return given
 
 
-def parse(words: Sequence[str]) -> Given:
+def parse(words: Sequence[str]) -> ScriptOptions:
     """The options of a command: accelerate launch sdxl_train_network.py --network_dim 32 ..."""
     place = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
     options: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def parse(words: Sequence[str]) -> Given:
     if file is not None:
         path = Path(file if str(file).endswith(".toml") else f"{file}.toml")
         given = read(path).options | given
-    return Given(script=script_name, options=given)
+    return ScriptOptions(script=script_name, options=given)
 
 
 def toml(file: Path) -> dict[str, Any]:

@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trainer.kohya.reading import Given
+from trainer.kohya.reading import ScriptOptions
 from trainer.kohya.translation import Translation, number
 
 _DTYPES = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def results(given: Given, made: Translation) -> None:
+def results(given: ScriptOptions, made: Translation) -> None:
     """What is written, where, and how often."""
     every, keeps = _interval(given, "save", "save_every_n_steps", "save_every_n_epochs")
     if given.take_on("save_every_n_steps") and str(every).endswith("epoch"):
@@ -41,7 +41,7 @@ def results(given: Given, made: Translation) -> None:
     _trackers(given, made)
 
 
-def _interval(given: Given, what: str, steps: str, epochs: str) -> tuple[Any, int]:
+def _interval(given: ScriptOptions, what: str, steps: str, epochs: str) -> tuple[Any, int]:
     """The interval as ours, and how many results are kept (0: all)."""
     in_epochs, in_steps = given.take_on(epochs), given.take_on(steps)
     kept_epochs, kept_steps = (
@@ -55,7 +55,7 @@ def _interval(given: Given, what: str, steps: str, epochs: str) -> tuple[Any, in
     return None, 0
 
 
-def _trackers(given: Given, made: Translation) -> None:
+def _trackers(given: ScriptOptions, made: Translation) -> None:
     service, project = given.take("log_with"), given.take("log_tracker_name")
     if service in ("wandb", "all"):
         made.choose("log=wandb")

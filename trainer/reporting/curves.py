@@ -7,7 +7,7 @@ weights; the learning rate; what an optimizer that finds its rate multiplies it 
 from PIL import Image
 
 from trainer.charts import chart, points
-from trainer.charts.chart import Entry, Line, Panel
+from trainer.charts.chart import LegendEntry, Line, Panel
 from trainer.charts.points import Rows
 from trainer.charts.strokes import Style, style
 from trainer.reporting.measure import EVAL, HOLDOUT, TRAIN
@@ -26,7 +26,7 @@ _PANELS = {
 
 def draw(rows: Rows) -> Image.Image | None:
     """The chart of a metrics.jsonl; None if no metric has two points."""
-    panels, entries, is_smoothed = [], list[Entry](), False
+    panels, entries, is_smoothed = [], list[LegendEntry](), False
     begins = [value for _, value in points.of(rows, EVAL.metric)[:1]]
     for title, metrics in _PANELS.items():
         lines, pale = list[Line](), list[Line]()
@@ -35,7 +35,7 @@ def draw(rows: Rows) -> Image.Image | None:
             if len(known) < 2:
                 continue
             stroke, over = style(len(entries)), points.window(len(known))
-            entries.append(Entry(stroke, metric, f"{known[-1][1]:.4g}"))
+            entries.append(LegendEntry(stroke, metric, f"{known[-1][1]:.4g}"))
             if metric in _NOISY and len(known) > over:
                 pale.append(Line(style=_PALE, points=known))
                 known = points.smoothed(known, over)
@@ -45,5 +45,5 @@ def draw(rows: Rows) -> Image.Image | None:
             top = points.ceiling(begins) if title == "loss" else None
             panels.append(Panel(title=title, lines=[*lines, *pale], ceiling=top))
     if is_smoothed:
-        entries.append(Entry(_PALE, "each line of metrics.jsonl", ""))
+        entries.append(LegendEntry(_PALE, "each line of metrics.jsonl", ""))
     return chart.drawn(panels, "at the end", entries) if panels else None

@@ -38,7 +38,10 @@ def draw(runs: Sequence[RunSummary]) -> Image.Image | None:
     shown = [panel for panel in panels if any(len(line.points) > 1 for line in panel.lines)]
     if not shown:
         return None
-    entries = [chart.Entry(style(n), group.name, _result(group)) for n, group in enumerate(groups)]
+    entries = [
+        chart.LegendEntry(style(place), group.name, _result(group))
+        for place, group in enumerate(groups)
+    ]
     return chart.drawn(shown, f"{groups[0].measure.metric} at the end, best first", entries)
 
 
