@@ -21,8 +21,7 @@ from optim import backend
 from trainer import config, data
 from trainer.checks import validate
 from trainer.cli import choices, compose
-from trainer.formats import writing
-from trainer.models import origin
+from trainer.formats import origin, writing
 from trainer.objective.noise_schedule import noise_schedule
 from trainer.run import run
 

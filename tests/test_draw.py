@@ -17,9 +17,8 @@ from test_lora_files import trained
 from trainer.draw import __main__ as command
 from trainer.draw import rows, sources
 from trainer.draw.request import Request
-from trainer.formats import lora
+from trainer.formats import lora, origin
 from trainer.formats.adapters import attached, of_models
-from trainer.models import origin
 from trainer.models.model import Model
 from trainer.models.quantization import quantize
 from trainer.sampling import pictures

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
 from trainer.export import loras
-from trainer.formats import adapters, architectures, lora, names, stream, weights, writing
-from trainer.models import origin
+from trainer.formats import adapters, architectures, lora, names, origin, stream, weights, writing
 
 TRAINED = ("unet", "text_encoder")
 

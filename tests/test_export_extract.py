@@ -14,10 +14,9 @@ from test_lora_files import any_peft, assert_same_adapters, read_by_diffusers  #
 
 from trainer.export import loras
 from trainer.export.kept import Kept
-from trainer.formats import architectures, lora, low_rank, writing
+from trainer.formats import architectures, lora, low_rank, origin, writing
 from trainer.formats.names import canonical
 from trainer.formats.weights import of_tensors
-from trainer.models import origin
 
 CONV = "down_blocks.0.resnets.0.conv1"
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -14,10 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from test_lora_files import any_peft, fresh, trained  # noqa: F401 - a fixture
 
-from trainer.formats import kohya, lora, stream, writing
+from trainer.formats import kohya, lora, origin, stream, writing
 from trainer.formats.adapters import of_models
 from trainer.formats.weights import of_tensors
-from trainer.models import origin
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 # Of outputs of size about 1.  fp32: PEFT adds up in another order; the others: weights are rounded

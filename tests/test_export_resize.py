@@ -7,9 +7,8 @@ from models import TINY
 from safetensors import safe_open
 
 from trainer.export import loras
-from trainer.formats import lora
+from trainer.formats import lora, origin
 from trainer.formats.adapter import Lora
-from trainer.models import origin
 
 CONV = "down_blocks.0.resnets.0.conv1"
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

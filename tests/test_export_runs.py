@@ -13,8 +13,7 @@ from models import TINY, assert_same_model
 from safetensors import safe_open
 
 from trainer.config import flatten
-from trainer.formats import architectures, lora, writing
-from trainer.models import origin
+from trainer.formats import architectures, lora, origin, writing
 from trainer.storage import checkpoint
 
 TRAINED = ("unet", "text_encoder")

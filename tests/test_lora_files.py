@@ -20,9 +20,17 @@ from safetensors.torch import load_file, save_file
 
 from trainer import config as schema
 from trainer.errors import UserError
-from trainer.formats import adapters, architectures, diffusers_lora, kohya, lora, stream, weights
+from trainer.formats import (
+    adapters,
+    architectures,
+    diffusers_lora,
+    kohya,
+    lora,
+    origin,
+    stream,
+    weights,
+)
 from trainer.formats.adapter import Lora
-from trainer.models import origin
 from trainer.training import start
 
 BLOCK = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"

@@ -16,8 +16,7 @@ from test_lora_files import BLOCK, OPTIONS, folders, fresh, trained
 from test_method import attached
 
 from trainer.errors import UserError
-from trainer.formats import adapters, lora
-from trainer.models import origin
+from trainer.formats import adapters, lora, origin
 from trainer.storage import result
 from trainer.training import method
 

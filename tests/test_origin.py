@@ -13,9 +13,8 @@ from models import TINY, assert_equal_modules, parts_of
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
-from trainer.formats import architectures, hub, names, stream, weights, writing
+from trainer.formats import architectures, hub, names, origin, stream, weights, writing
 from trainer.formats.weights import of_tensors
-from trainer.models import origin
 
 FP32 = torch.float32
 

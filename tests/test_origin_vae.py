@@ -9,7 +9,7 @@ from models import TINY, assert_equal_modules
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
-from trainer.models import origin
+from trainer.formats import origin
 
 FP32 = torch.float32
 

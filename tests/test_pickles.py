@@ -14,8 +14,7 @@ from models import TINY, assert_equal_modules
 from safetensors.torch import load_file
 
 from trainer.errors import UserError
-from trainer.formats import architectures, weights
-from trainer.models import origin
+from trainer.formats import architectures, origin, weights
 
 FP32 = torch.float32
 

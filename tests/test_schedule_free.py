@@ -25,7 +25,7 @@ import optim
 from optim.codecs import SignedFloat8, split
 from trainer.checks import remarks
 from trainer.errors import UserError
-from trainer.models import origin
+from trainer.formats import origin
 from trainer.run import run as train
 from trainer.training import optimizers, switching
 

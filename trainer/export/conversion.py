@@ -8,10 +8,9 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.export import checkpoints, extraction, loras, models
 from trainer.export.request import Request
-from trainer.formats import architectures, kinds
+from trainer.formats import architectures, kinds, origin
 from trainer.formats.hub import why_missing
 from trainer.formats.weights import of_file
-from trainer.models import origin
 from trainer.models.model import Model
 from trainer.reporting import report
 from trainer.storage import checkpoint, result_files

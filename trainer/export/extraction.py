@@ -22,8 +22,8 @@ from trainer.export.request import Request
 from trainer.formats import adapters, architectures, lora, low_rank, schedulers, stream
 from trainer.formats.adapter import Lora
 from trainer.formats.names import canonical
+from trainer.formats.origin import Origin
 from trainer.formats.weights import Lazy, Weights
-from trainer.models.origin import Origin
 from trainer.system import console
 from trainer.wording import plural
 

@@ -11,10 +11,9 @@ from trainer.errors import UserError
 from trainer.export import merging, resizing
 from trainer.export.kept import Kept
 from trainer.export.request import Request
-from trainer.formats import adapters, architectures, lora, metadata
+from trainer.formats import adapters, architectures, lora, metadata, origin
 from trainer.formats.metadata import BASE_VERSION
 from trainer.formats.weights import of_file
-from trainer.models import origin
 from trainer.storage.claim import config_in
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from trainer.formats import schedulers, stream, writing
 from trainer.formats.adapter import Adapter
 from trainer.formats.adapters import Adapters, all_of, title
 from trainer.formats.names import canonical
+from trainer.formats.origin import Origin
 from trainer.formats.weights import Lazy, Weights
-from trainer.models.origin import Origin
 from trainer.wording import plural
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from trainer.config import FullConfig, words_of
 from trainer.errors import UserError
 from trainer.export.request import Request
 from trainer.formats import writing
-from trainer.models.origin import Architecture, Origin
+from trainer.formats.origin import Architecture, Origin
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from trainer.errors import UserError
 from trainer.formats import architectures, metadata, names, proof, schedulers, stream
 from trainer.formats.folder import find_weights, weights_name
+from trainer.formats.origin import Origin
 from trainer.formats.single_file import SingleFile
 from trainer.formats.weights import Weights, of_module, of_tensors
 from trainer.system import disk
@@ -21,26 +22,12 @@ from trainer.system import disk
 log = logging.getLogger(__name__)
 
 
-class ModelSource(Protocol):
-    """The source of parts that were not trained (`trainer.models.origin`)."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def index(self) -> dict[str, Any]: ...
-    def has(self, part: str) -> bool: ...
-    def config(self, part: str) -> dict[str, Any]: ...
-    def weights(self, part: str) -> Weights: ...
-    def unused(self) -> Weights: ...
-    def folder(self, part: str) -> Path: ...
-
-
-PartSource = nn.Module | Weights | ModelSource  # a module, a part's tensors, or another model
+PartSource = nn.Module | Weights | Origin  # a module, a part's tensors, or another model
 
 
 def save_folder(
     target: Path,
-    origin: ModelSource,
+    origin: Origin,
     parts: Mapping[str, PartSource],
     scheduler: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -79,7 +66,7 @@ def save_folder(
 
 def save_single_file(
     target: Path,
-    origin: ModelSource,
+    origin: Origin,
     parts: Mapping[str, PartSource],
     scheduler: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -124,7 +111,7 @@ def save_single_file(
 
 
 def _sources(
-    origin: ModelSource, parts: Mapping[str, PartSource]
+    origin: Origin, parts: Mapping[str, PartSource]
 ) -> tuple[dict[str, Weights], dict[str, dict[str, Any]]]:
     """Every part's tensors by their names in a diffusers folder, and its configuration.
 
@@ -165,7 +152,7 @@ def _dtypes(part: str, weights: Weights, dtype: torch.dtype | None) -> dict[str,
     }
 
 
-def _carry_over(origin: ModelSource, index: dict[str, Any], target: Path) -> dict[str, Any]:
+def _carry_over(origin: Origin, index: dict[str, Any], target: Path) -> dict[str, Any]:
     """Copy tokenizers and the pipeline's other parts; returns `index` without those missing."""
     kept = dict(index)
     for part, entry in index.items():

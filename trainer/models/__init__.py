@@ -1,1 +1,1 @@
-"""The model: where its parts come from, and how they run."""
+"""The model that is trained, and how it runs."""

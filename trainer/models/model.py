@@ -21,8 +21,8 @@ from torch import nn
 
 from trainer.config import DTYPES, ModelConfig
 from trainer.errors import UserError, reason
-from trainer.formats import architectures, schedulers
-from trainer.models import origin, quantization, text
+from trainer.formats import architectures, origin, schedulers
+from trainer.models import quantization, text
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.formats.origin import Origin
 from trainer.models.execution import on_device
-from trainer.models.origin import Origin
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
