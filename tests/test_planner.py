@@ -208,7 +208,7 @@ EVERY_REMEDY = [
 @pytest.mark.parametrize("others", [(), ("method=lora", "method.rank=32", "ema=bf16")])
 def test_every_remedy_is_accepted(composed, optimizer, others):
     overrides = (f"optim={optimizer}", *others)
-    found = remedies.of(composed(*overrides))
+    found = [*remedies.of(composed(*overrides))]
     assert len(found) > 3
     for remedy in found:
         composed(*_with(overrides, remedy.overrides))

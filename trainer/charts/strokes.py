@@ -67,8 +67,8 @@ class Pen:
             (x, y), r = self._scaled([at])[0], radius * self.scale
             self.canvas.ellipse([x - r, y - r, x + r, y + r], fill=shade)
 
-    def cross(self, at: Point, colour: str, arm: float = 5) -> None:
-        (x, y) = at
+    def cross(self, at: Point, colour: str) -> None:
+        (x, y), arm = at, 5.0
         for width, shade in ((5.0, "white"), (2.5, colour)):
             self._line([(x - arm, y - arm), (x + arm, y + arm)], shade, width)
             self._line([(x - arm, y + arm), (x + arm, y - arm)], shade, width)

@@ -24,13 +24,9 @@ class Remedy:
         return f"{' '.join(self.overrides)}, {self.what}"
 
 
-def of(config: Config) -> list[Remedy]:
+def of(config: Config) -> Iterator[Remedy]:
     """Memory-saving options not in use, cheapest first: no effect on results, then slower, then
     different training."""
-    return list(_all(config))
-
-
-def _all(config: Config) -> Iterator[Remedy]:
     runtime, method, data = config.runtime, config.method, config.data
     is_family = config.optim.name in optim.FAMILY
     if is_family and not runtime.fused_backward and runtime.accumulation == 1:

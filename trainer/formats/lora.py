@@ -33,7 +33,7 @@ _OTHER_KINDS = {  # other adapters (LyCORIS etc.), by how their tensors' names e
 
 
 class Format(Protocol):
-    """A format of LoRA files: the modules `kohya` and `diffusers_lora`."""
+    """A format of LoRA files: the modules `kohya` and `diffusers_lora`, which explain each."""
 
     def stem(self, run: str) -> str: ...
     def refuse(self, target: Path, base: str, adapters: Adapters) -> None: ...

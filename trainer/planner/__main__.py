@@ -13,7 +13,7 @@ import torch
 from trainer import planner
 from trainer.checks.validate import to_dataclasses
 from trainer.cli import command, compose
-from trainer.config import Config, remedies
+from trainer.config import Config, key_of, keys_of, remedies
 from trainer.errors import UserError
 from trainer.models import execution
 from trainer.models.model import Model
@@ -209,8 +209,7 @@ def _less(
 
 def _with(overrides: Sequence[str], new: Sequence[str]) -> list[str]:
     """The options, with `new` replacing those of the same name."""
-    keys = {o.partition("=")[0] for o in new}
-    return [*(o for o in overrides if o.partition("=")[0] not in keys), *new]
+    return [*(o for o in overrides if key_of(o) not in keys_of(new)), *new]
 
 
 def _numbers(
