@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim import cuda, features, gpu, native, plan, reference
-from optim.codecs import FactoredSign, join, salts, split
+from optim.codecs import Codec, FactoredSign, join, salts, split
 from optim.indirect import Make
 from optim.interface import Engine, Owner, RuledOwner
 from optim.options import learning_rate
@@ -20,6 +20,7 @@ from optim.rng import mix, round_stochastic_bf16
 from optim.share import Share
 
 BACKENDS = get_args(get_type_hints(features.Features)["backend"])
+_ESTIMATE = 1 << 32  # makes an estimate's rounding draws differ from a step's; csrc/rules/sophia.h
 _said: set[str] = set()  # reasons of warnings
 
 
@@ -32,15 +33,17 @@ def grad_of(param: Tensor) -> Tensor:
 class TorchEngine:
     """backend="torch": `optim/reference.py`, one parameter after another, on any device."""
 
-    def __init__(self, optimizer: RuledOwner) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: RuledOwner, rule: str | None) -> None:
+        """`rule`: plan.ESTIMATE, or None for the optimizer's own."""
+        self._optimizer, self._rule = optimizer, rule
 
     def step(self, share: Share, coefficients: dict[int, float | Tensor]) -> None:
-        self.check(share)
+        self._check(share)
+        update = self._estimate if self._rule == plan.ESTIMATE else self._step
         for index, group, param in share:
-            self._step(index, group, param, float(coefficients.get(id(group), 1.0)))
+            update(index, group, param, float(coefficients.get(id(group), 1.0)))
 
-    def check(self, share: Share) -> None:
+    def _check(self, share: Share) -> None:
         """Raise ValueError, before anything changes, if a state does not fit its group's options:
         they may have been set after it was allocated.  A state is allocated if there is none."""
         for index, group, param in share:
@@ -75,11 +78,7 @@ class TorchEngine:
         u, moments = optimizer.rule(h, w, g, moments)
         state["step"] += 1
         state["nonfinite"] += (~h.usable).sum()
-        for name, salt in salts(codecs).items():
-            if name in moments:
-                parts = codecs[name].encode(moments[name], key, salt)
-                for part, value in join({name: parts}).items():
-                    state[part].copy_(value)
+        _store(moments, codecs, state, key)
         if u is not None:
             own = [codec for codec in codecs.values() if codec.shape == tuple(param.shape)]
             if any(isinstance(codec, FactoredSign) for codec in own):
@@ -97,6 +96,32 @@ class TorchEngine:
                 if param.dtype == torch.bfloat16:  # rounded to nearest, a small step would be lost
                     rest = round_stochastic_bf16(rest, key, view)
                 lost.copy_(rest)
+
+    def _estimate(
+        self, index: int, group: dict[str, Any], param: Tensor, coefficient: float
+    ) -> None:
+        """An estimate of one parameter's curvature: decode, average, encode."""
+        codecs = self._optimizer.codecs(param, group)
+        state = self._optimizer.state_of(param, group)
+        raw = grad_of(param).float()
+        h = SimpleNamespace(**group | {"usable": features.usable(raw)})
+        g = torch.where(h.usable, raw, 0.0)
+        state["nonfinite"] += (~h.usable).sum()
+        moments = {name: codecs[name].decode(split(state, name)) for name in plan.ESTIMATED}
+        moments = reference.curved(h, g, moments, coefficient**2)
+        key = mix(mix(group["seed"], index, int(state["step"])), _ESTIMATE)
+        _store(moments, codecs, state, key)
+
+
+def _store(
+    moments: dict[str, Tensor], codecs: dict[str, Codec], state: dict[str, Tensor], key: int
+) -> None:
+    """Encode moments into a parameter's state.  key: of its rounding draws."""
+    for name, salt in salts(codecs).items():
+        if name in moments:
+            parts = codecs[name].encode(moments[name], key, salt)
+            for part, value in join({name: parts}).items():
+                state[part].copy_(value)
 
 
 def unavailable(device: str) -> str | None:

@@ -32,7 +32,7 @@ class Dispatch:
 
     def shares(self, every: Share, rule: str | None = None) -> list[tuple[Engine, Share]]:
         """The engines with the parameters that each steps; `rule` overrides the optimizer's own."""
-        torch_engine = backend.TorchEngine(self._optimizer)
+        torch_engine = backend.TorchEngine(self._optimizer, rule)
         if not self._is_fused():
             return [(torch_engine, every)]
         if Trait.HIDDEN in every.traits:

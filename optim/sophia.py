@@ -3,22 +3,17 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from optim import gpu, plan, reference
-from optim.backend import TorchEngine, grad_of
-from optim.codecs import Codec, join, salts, split, stored
-from optim.features import Features, usable
+from optim.codecs import Codec, split, stored
+from optim.features import Features
 from optim.fused import FusedOptimizer, uncompiled
 from optim.idle import IdleOption
-from optim.rng import mix
 from optim.share import Share, Trait
-
-_ESTIMATE = 1 << 32  # makes an estimate's rounding draws differ from a step's; csrc/rules/sophia.h
 
 
 class Sophia(FusedOptimizer):
@@ -179,25 +174,7 @@ class Sophia(FusedOptimizer):
         coefficients: dict[int, float | Tensor] = {id(g): scale**0.5 for g in self.param_groups}
         with self._turn:
             for engine, its in self._dispatch.shares(share, plan.ESTIMATE):
-                if isinstance(engine, TorchEngine):
-                    engine.check(its)
-                    for place in its:
-                        self._estimate(*place, scale)
-                else:
-                    engine.step(its, coefficients)
+                engine.step(its, coefficients)
         for param in params:
             param.grad = None
         self._num_blind = None
-
-    def _estimate(self, index: int, group: dict[str, Any], param: Tensor, scale: float) -> None:
-        """The estimate of one parameter: decode, average, encode."""
-        codecs, state = self.codecs(param, group), self.state_of(param, group)
-        codec, salt = codecs["hessian"], salts(codecs)["hessian"]
-        raw = grad_of(param).float()
-        h = SimpleNamespace(**group | {"usable": usable(raw)})
-        state["nonfinite"] += (~h.usable).sum()
-        moments = {"hessian": codec.decode(split(state, "hessian"))}
-        moments = reference.curved(h, torch.where(h.usable, raw, 0.0), moments, scale)
-        key = mix(mix(group["seed"], index, int(state["step"])), _ESTIMATE)
-        for part, value in join({"hessian": codec.encode(moments["hessian"], key, salt)}).items():
-            state[part].copy_(value)
