@@ -396,3 +396,9 @@ def test_numbers_end_at_the_right_and_names_begin_at_the_left():
     assert rule.split("|")[1].endswith("-")
     assert all(part.endswith("-:") for part in rule.split("|")[2:-1])
     assert len(titles) == len(rule)
+
+
+def test_a_bar_in_the_name_of_a_run_ends_no_cell():
+    titles, _, row, *_ = sweep_table(sweep_of({"a|b": [0.3], "c": [0.5]})).splitlines()
+    assert r"| optim=a\|b |" in row
+    assert len(row) == len(titles)

@@ -11,6 +11,7 @@ import pytest
 from test_sweep import sweep_of
 
 from trainer.reporting import report
+from trainer.sweep import files
 from trainer.sweep.__main__ import main
 
 
@@ -109,6 +110,8 @@ def test_other_programs_read_every_run(compare, folder, tmp_path):
     assert tex.count(r"\begin{tabular}{l") == tex.count(r"\end{tabular}") == 2
     assert r"optim=a\_b & 2 of 2 & 0.001 & 0.1500 $\pm$ 0.0707" in tex
     assert r"95 \% interval" not in tex  # only one seed in common
+    tex = files.as_latex(sweep_of({"a|<b>": [0.1], "c": [0.2]}))
+    assert r"optim=a\textbar{}\textless{}b\textgreater{} &" in tex
 
 
 def test_a_ratio_is_in_json_by_its_parts(compare, tmp_path):

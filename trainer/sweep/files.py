@@ -17,6 +17,9 @@ _TEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
+    "|": r"\textbar{}",  # TeX's older fonts have other characters in the places of these
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
 }
 
 

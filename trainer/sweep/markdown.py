@@ -22,7 +22,9 @@ class Table:
 
 def written(table: Table) -> str:
     """Markdown."""
-    rows, left, titles = table.rows, table.is_left, table.rows[0]
+    # A name may have a bar: a pattern of method.rules.
+    rows = [[text.replace("|", r"\|") for text in row] for row in table.rows]
+    left, titles = table.is_left, rows[0]
     widths = [max(len(row[place]) for row in rows) for place in range(len(titles))]
     lines = [
         "| "
