@@ -59,6 +59,8 @@ enum Storage : uint32_t {
     kDenseAlone = 1 << 9,        // the same: fp32
     kNothing = 1 << 10,          // no moments
     kCodedAndFactors = 1 << 11,  // signed float8, and factors
+    kHalfPair = 1 << 12,         // bf16, both
+    kHalfAlone = 1 << 13,        // only a first moment: bf16
 };
 struct Stored {
     uint32_t storage;
@@ -77,6 +79,8 @@ constexpr Stored kStorages[] = {
     {kDenseAlone, kDense, kAbsent, kAbsent},
     {kNothing, kAbsent, kAbsent, kAbsent},
     {kCodedAndFactors, kSignedFloat8, kAbsent, kFactored},
+    {kHalfPair, kBf16, kAbsent, kBf16},
+    {kHalfAlone, kBf16, kAbsent, kAbsent},
 };
 HD constexpr uint32_t storage_of(int32_t fast, int32_t slow, int32_t square) {
     for (const Stored& x : kStorages)

@@ -29,8 +29,10 @@ HD bool serves(uint32_t at, const Function& f) {
         }
     return false;
 }
+template <class RuleT, class FastT, class SquareT>
+using Flat = PlainAccess<RuleT, FastT, NoSlot, SquareT, false, true>;
 template <class RuleT, class SquareT>
-using Coded = PlainAccess<RuleT, Float8<Signed8, SharedDraws>, NoSlot, SquareT, false, true>;
+using Coded = Flat<RuleT, Float8<Signed8, SharedDraws>, SquareT>;
 
 // The same for a narrow matrix (engine/lines.h).  `alone`: the second moment is all that it has.
 template <class RuleT, class Function>
@@ -64,6 +66,8 @@ HD void with_access_of(const Tensor& t, const Hyper& h, const Function& f) {
         serves<RuleT, kGivenAlone, PlainAccess<RuleT, NoSlot, NoSlot, GivenSlot>>(at, f) ||
         serves<RuleT, kSignAlone, PlainAccess<RuleT, Signed, NoSlot, NoSlot>>(at, f) ||
         serves<RuleT, kCodedAlone, Coded<RuleT, NoSlot>>(at, f) ||
+        serves<RuleT, kHalfPair, Flat<RuleT, Bf16Later, Bf16Later>>(at, f) ||
+        serves<RuleT, kHalfAlone, Flat<RuleT, Bf16Later, NoSlot>>(at, f) ||
         serves<RuleT, kDenseAlone, PlainAccess<RuleT, DenseSlot, NoSlot, NoSlot>>(at, f) ||
         serves<RuleT, kNothing, PlainAccess<RuleT, NoSlot, NoSlot, NoSlot>>(at, f))
         return;

@@ -25,7 +25,7 @@ HD void prepare_slow(const Options& o, Hyper& h) {
 struct Adam : Rule {
     static constexpr const char* kName = "adam";
     static constexpr uint32_t kPlainLoops =
-        kFactoredTriple | kFactoredPair | kCodedPair | kDenseTriple | kDensePair;
+        kFactoredTriple | kFactoredPair | kCodedPair | kHalfPair | kDenseTriple | kDensePair;
     static constexpr int64_t kOwnFlags = kSlowMoment;
     static constexpr bool kOwnScale = true;
 

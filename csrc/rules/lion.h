@@ -8,7 +8,7 @@ namespace ENGINE_ISA {
 
 struct Lion : Rule {
     static constexpr const char* kName = "lion";
-    static constexpr uint32_t kPlainLoops = kSignAlone | kCodedAlone | kDenseAlone;
+    static constexpr uint32_t kPlainLoops = kSignAlone | kCodedAlone | kHalfAlone | kDenseAlone;
     HD static void prepare(const Options&, Hyper&) {}
 
     HD static bool is_usual(const Hyper& h) { return are_slow(h); }

@@ -11,7 +11,7 @@ namespace ENGINE_ISA {
 struct ScheduleFree : Rule {
     static constexpr const char* kName = "schedule_free";
     static constexpr bool kModified = false, kWeight = true;
-    static constexpr uint32_t kPlainLoops = kCodedAndFactors | kCodedPair | kDensePair;
+    static constexpr uint32_t kPlainLoops = kCodedAndFactors | kCodedPair | kHalfPair | kDensePair;
 
     HD static void prepare(const Options& o, Hyper& h) {
         prepare(o, h, o.lr > kLeastRate ? 1 / double(h.t) : 0);
@@ -50,7 +50,7 @@ struct ScheduleFree : Rule {
 struct ProdigyScheduleFree : DistanceAdapted {
     static constexpr const char* kName = "prodigy_schedule_free";
     static constexpr bool kModified = false, kWeight = true;
-    static constexpr uint32_t kPlainLoops = kCodedAndFactors | kDensePair;
+    static constexpr uint32_t kPlainLoops = kCodedAndFactors | kHalfPair | kDensePair;
 
     HD static void prepare(const Options& o, Hyper& h) {
         find(o, h, 1);

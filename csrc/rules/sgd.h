@@ -8,7 +8,7 @@ namespace ENGINE_ISA {
 
 struct Sgd : Rule {
     static constexpr const char* kName = "sgd";
-    static constexpr uint32_t kPlainLoops = kNothing | kDenseAlone;
+    static constexpr uint32_t kPlainLoops = kNothing | kHalfAlone | kDenseAlone;
     HD static void prepare(const Options& o, Hyper& h) { h.momentum = float(o.beta1); }
 
     HD static F direction(const Hyper& h, F g, Moments& s) {
