@@ -13,6 +13,7 @@ from optim.adafactor import Adafactor, Adafactor8bit
 from optim.adam import AdamW, AdamW8bit, AdamWFactored, AdEMAMix, AdEMAMixFactored
 from optim.adopt import Adopt, AdoptFactored, AdoptFactoredAdEMAMix
 from optim.apollo import Adafactor8bitApollo, Apollo, ApolloMini
+from optim.backend import SlowBackend
 from optim.backward import fuse_backward
 from optim.came import CAME, CAME8bit
 from optim.features import Features
@@ -74,6 +75,7 @@ __all__ = [
     "Features",
     "FusedOptimizer",
     "IdleOption",
+    "SlowBackend",
     "build",
     "fuse_backward",
     "options_of",

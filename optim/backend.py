@@ -190,9 +190,16 @@ def resolved(choice: str, devices: set[str], strict: bool) -> str:
     return "torch" if all(missing.values()) else "native"
 
 
+class SlowBackend(RuntimeWarning):
+    """Plain PyTorch replaces a fused engine."""
+
+
 def fall_back(reason: str) -> None:
     """Warn once that plain PyTorch replaces a fused engine."""
-    if reason not in _said:
-        _said.add(reason)
-        message = f"the optimizers run on plain PyTorch, which is slower; {reason}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    message = f"the optimizers run on plain PyTorch, which is slower; {reason}"
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, SlowBackend, stacklevel=3)
+
+
+_said: set[str] = set()

@@ -7,14 +7,20 @@ backend, so a mismatch is an error at import rather than a reason to fall back.
 """
 
 import ctypes
+import importlib.util
 from typing import Any
 
 from optim import plan, sources
 
+missing = ""  # why there is no module
 try:
     from optim import _native as module  # type: ignore[attr-defined]
 except ImportError as error:
-    module, missing = None, str(error)
+    module = None
+    if importlib.util.find_spec("optim._native"):
+        missing = f"the native engine cannot be loaded ({error}); install the package again"
+    else:
+        missing = "the native engine is not built; install a C++ compiler, then the package again"
 
 
 def check(described: dict[str, Any], file: str) -> None:

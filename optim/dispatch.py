@@ -85,7 +85,8 @@ class Dispatch:
         """`FusedOptimizer.engine`."""
         optimizer = self._optimizer
         if not has_rule(optimizer.rule):
-            return f"plain PyTorch; {optimizer.__class__.__name__} has no fused kernel"
+            name = optimizer.__class__.__name__
+            return f"plain PyTorch, which is slower; {name} has no fused kernel"
         engines = []
         for device in sorted(device_types(optimizer.param_groups) or {"cpu"}):
             numbers: dict[str, list[str]] = {}  # group numbers, by what steps them
@@ -103,11 +104,11 @@ class Dispatch:
         on = f"on {device.upper()}" if device != "cpu" else "on a CPU"
         reason, option = backend.unavailable(device), _unfused(group)
         if reason is None and self._optimizer.backend == "torch":
-            reason = "backend=torch was chosen"
-        elif reason is None and option:
+            return f"plain PyTorch {on}; backend=torch was chosen"
+        if reason is None and option:
             reason = f"{option} has no fused kernel"
         if reason:
-            return f"plain PyTorch {on}; {reason}"
+            return f"plain PyTorch {on}, which is slower; {reason}"
         isa = f" ({native.isa()})" if device == "cpu" else ""
         return f"the native engine{isa} {on}"
 

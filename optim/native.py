@@ -28,10 +28,7 @@ _USES = {"draw": 0, "project": 1, "lengths": 2, "whole": 3}  # csrc/engine/proje
 
 def unavailable() -> str | None:
     """Why the native engine cannot be used, or None if it can."""
-    if _native is None:
-        why = f"({compiled.missing}); it needs a C++ compiler at install time"
-        return f"the native engine is not built {why}"
-    return None
+    return compiled.missing if _native is None else None
 
 
 def isa() -> str:

@@ -220,7 +220,8 @@ def _make(
             raise UserError(f"optim={config.name}: {unknown_option(cls, option, known)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optim.IdleOption)  # `build` logs them
+            for told in (optim.IdleOption, optim.SlowBackend):  # in the lines that `build` logs
+                warnings.simplefilter("ignore", told)
             return optim.build(config.name, chosen, seed=seed, **values)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim={config.name}: {error}") from error
