@@ -200,6 +200,3 @@ def fall_back(reason: str) -> None:
     if message not in _said:
         _said.add(message)
         warnings.warn(message, SlowBackend, stacklevel=3)
-
-
-_said: set[str] = set()
