@@ -116,6 +116,13 @@ def test_a_choice_has_its_options_with_the_values_and_bounds_they_may_have(told)
     assert "\nmethod.ema.dtype=bfloat16\n" in told("ema=bf16")
 
 
+def test_no_value_is_written_as_hydra_reads_it(told):
+    text = told("optim.grad_clip")
+    assert text.startswith("optim.grad_clip=null\n    (a number > 0, or null) ")
+    assert "null disables clipping" in text
+    assert "None" not in told("optim=adafactor8bit")
+
+
 def test_values_are_those_of_the_choices_on_the_command_line(told):
     assert told("data.resolution").startswith("data.resolution=64\n    (in [8, 16384])")
     assert told("experiment=sdxl", "data.resolution").startswith("data.resolution=1024\n")

@@ -1,5 +1,6 @@
 """The text of `python -m trainer --help TOPIC ...`: groups, their choices, and options."""
 
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -120,10 +121,16 @@ def _options(node: DictConfig, prefix: str = "") -> Iterator[_Option]:
             bounds = allowed_in_family(name, option.default) if family else _bounds(option, kind)
             plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             shown = "..." if is_missing else for_hydra(plain)
-            yield _Option(key=key, value=shown, allowed=bounds, text=texts[name])
+            allows, text = _as_written(bounds), _as_written(texts[name])
+            yield _Option(key=key, value=shown, allowed=allows, text=text)
             if isinstance(value, ListConfig):
                 for item in filter(is_dataclass, get_args(kind)):
                     yield from _options(OmegaConf.structured(item), f"{key}[].")
+
+
+def _as_written(words: str) -> str:
+    """Python's None as it is written on a command line."""
+    return re.sub(r"\bNone\b|(?<=, or )none$", "null", words)
 
 
 def _bounds(option: Field[Any], kind: Any) -> str:
