@@ -31,10 +31,12 @@ def found(shape, free, size=1):
     def plan(size):
         tried.append(size)
         peak = round(SHAPES[shape](size) * GB)
+        needed = round(1.05 * peak)
         return SimpleNamespace(
             config=SimpleNamespace(data=SimpleNamespace(batch_size=size)),
             training_bytes=peak,
-            needed_bytes=round(1.05 * peak),
+            needed_bytes=needed,
+            fits=lambda room: needed <= room.free_bytes,
             fragmented=0.05,
         )
 
